@@ -1,0 +1,168 @@
+"""`OpSet`: every operator that a model or the sampler calls, bound once per process.
+
+A backend derives its set from the naive truth: `OPS = replace(REFERENCE, name="cpu", rms_norm=...)`,
+so that file is the table of what the backend implements itself. An operator's contract is the
+docstring of its Protocol here; every implementation honours all of it.
+
+Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
+P tokens per block, B blocks. X and Y are any sizes. Tensors are contiguous unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from backends.metadata import AttentionMetadata
+
+
+class PackLinear(Protocol):
+    def __call__(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+        """Bring a weight into the form that `linear` wants; done once at load time.
+
+        quantization: None, or "int8" (weight-only, symmetric, one scale per output row).
+        The result is opaque but has `.nbytes`. The caller drops its own copy of the weight.
+        Raises ValueError for a quantization that this op set does not have.
+        """
+        ...
+
+
+class Linear(Protocol):
+    def __call__(self, x_TX: Tensor, packed: Any) -> Tensor:
+        """y_TY = x @ weight.T + bias, in x's dtype; x may be a view whose last axis is contiguous."""
+        ...
+
+
+class Embedding(Protocol):
+    def __call__(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        """Rows of the table: [T, D]. ids int32 or int64, all in [0, V)."""
+        ...
+
+
+class RMSNorm(Protocol):
+    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, over the last axis, into a new tensor.
+
+        Statistics in fp32; the normalised value is rounded to x's dtype before the weight.
+        """
+        ...
+
+
+class AddRMSNorm(Protocol):
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """residual += x (in place), then rms_norm(residual) into a new tensor (or into x)."""
+        ...
+
+
+class QKVRopeWrite(Protocol):
+    def __call__(
+        self,
+        qkv_TX: Tensor,
+        positions_T: Tensor,
+        cos_sin_LH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_H: Tensor | None = None,
+        k_norm_H: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Split the fused projection, norm q and k per head (if weights are given), rotate both,
+        write k and v into their cache slots, and return q_TNH.
+
+        qkv_TX: [T, (N + 2K) * H], q heads first, then k, then v. May be overwritten.
+        positions_T: int32. cos_sin_LH: fp32 [max_len, H]: cos of the H/2 angles, then sin, already
+        multiplied by rope's attention factor. Rotation is the half-split form (rotate_half) used by
+        Llama and Qwen checkpoints in Hugging Face format. Slots of -1 are not written.
+        """
+        ...
+
+
+class Plan(Protocol):
+    def __call__(self, meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
+        """What `attention` wants computed once per step; the runner stores it in `meta.plan`."""
+        ...
+
+
+class Attention(Protocol):
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        """Causal attention of this step's queries over the cached keys and values: [T, N * H].
+
+        Query head n reads kv head n // (N / K). Query i of a sequence sees positions
+        <= seq_len - query_len + i, and with a sliding window w only the last w of those
+        (itself included). Scores and sums in fp32.
+        """
+        ...
+
+
+class SiluMul(Protocol):
+    def __call__(self, gate_up_TF2: Tensor) -> Tensor:
+        """silu(gate) * up for x = [gate | up] on the last axis: [T, 2F] -> [T, F]."""
+        ...
+
+
+class CopyBlocks(Protocol):
+    def __call__(self, cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
+        """cache[dst] = cache[src], in place. src and dst int64, disjoint, dst without repeats."""
+        ...
+
+
+class Argmax(Protocol):
+    def __call__(self, logits_SV: Tensor) -> Tensor:
+        """Index of each row's largest value, the smallest index among equals: int64 [S]."""
+        ...
+
+
+class Sample(Protocol):
+    def __call__(
+        self, logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor,
+        uniform_S: Tensor,
+    ) -> Tensor:
+        """Draw one token a row by inverting the CDF at `uniform_S` in [0, 1): int64 [S].
+
+        Rows are independent: a row's result depends on its own inputs only. Order of work: divide by
+        temperature (0 means argmax, and nothing else applies), keep the top_k largest (0: all; ties
+        at the k-th value are kept), softmax, drop tokens below min_p * largest, then keep the
+        smallest set of the most likely tokens whose sum reaches top_p (1: all; the one that crosses
+        is kept), renormalise. The CDF runs in token-id order. fp32 in, all maths in fp32 or better.
+        `logits_SV` may be overwritten.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSet:
+    """The operators of one backend. Ops know no request and no layer."""
+
+    name: str
+    pack_linear: PackLinear
+    linear: Linear
+    embedding: Embedding
+    rms_norm: RMSNorm
+    add_rms_norm: AddRMSNorm
+    qkv_rope_write: QKVRopeWrite
+    plan: Plan
+    attention: Attention
+    silu_mul: SiluMul
+    copy_blocks: CopyBlocks
+    argmax: Argmax
+    sample: Sample
+
+    def inherited_from(self, other: OpSet) -> list[str]:
+        """Names of the operators that are the very ones of `other`."""
+        return [f.name for f in fields(self) if f.name != "name" and getattr(self, f.name) is getattr(other, f.name)]

@@ -1,0 +1,22 @@
+"""`REFERENCE`: the naive truth of every operator, in plain torch, on any device that torch knows."""
+
+from __future__ import annotations
+
+from backends.opset import OpSet
+from backends.reference import activation, attention, kv, linear, norm, rotary, sampling
+
+REFERENCE = OpSet(
+    name="reference",
+    pack_linear=linear.pack_linear,
+    linear=linear.linear,
+    embedding=linear.embedding,
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    qkv_rope_write=rotary.qkv_rope_write,
+    plan=attention.plan,
+    attention=attention.attention,
+    silu_mul=activation.silu_mul,
+    copy_blocks=kv.copy_blocks,
+    argmax=sampling.argmax,
+    sample=sampling.sample,
+)

@@ -1,0 +1,79 @@
+"""`ApiError` and the one shape that every error of the API has: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from xllm.errors import EngineDeadError, ModelError, RequestError
+
+logger = logging.getLogger("xllm.api")
+RETRY_AFTER_S = 5
+
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    413: "invalid_request_error", 415: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200. `param` names the field of the request that is at fault."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, headers
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "internal_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def response(self) -> Response:
+        return json_response(self.body(), self.status, self.headers)
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def unavailable(message: str) -> ApiError:
+    """503; the client may come back soon."""
+    return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer to an exception. What is not ours to explain becomes a bare 500, with its traceback in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return invalid(str(error), error.field)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, f"the engine stopped: {error}")
+    if isinstance(error, ModelError):
+        return invalid(str(error))
+    if isinstance(error, HTTPException):
+        message = error.detail or HTTPStatus(error.status_code).phrase
+        return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more")
+
+
+def install_handlers(app: FastAPI) -> None:
+    async def handle(request: Request, error: Exception) -> Response:
+        answer = as_api_error(error)
+        if answer.status in (404, 405) and isinstance(error, HTTPException):
+            answer.message = f"{answer.message}: {request.method} {request.url.path}"
+        return answer.response()
+
+    for kind in (ApiError, RequestError, EngineDeadError, ModelError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)

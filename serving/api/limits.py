@@ -1,0 +1,98 @@
+"""Bounds on what a request body may be, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api.errors import ApiError, invalid
+
+
+class BodyLimit:
+    """ASGI middleware: a body larger than `max_bytes` is answered with 413, counted while it streams in."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if len(declared) > 20 or (declared.isdigit() and int(declared) > self.max_bytes):
+            await self._too_large().response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request body is larger than {self.max_bytes} bytes", headers={"Connection": "close"})
+
+
+async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
+    """The body as a JSON object. Raises ApiError 415 or 400."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(415, f"Content-Type must be application/json, got {media_type or 'none'!r}")
+    body = await request.body()
+    try:
+        content = json.loads(body)
+    except RecursionError:
+        raise invalid(f"the JSON body is nested deeper than {max_depth} levels") from None
+    except ValueError as error:  # malformed, not UTF-8, or an integer of thousands of digits
+        raise invalid(f"the body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(content, dict):
+        raise invalid("the body must be a JSON object")
+    if body.count(b"[") + body.count(b"{") > max_depth:  # only then can it be deeper
+        _check_depth(content, max_depth)
+    _check_strings(content, escapes=b"\\u" in body)
+    return content
+
+
+def _check_depth(content: dict[str, Any], max_depth: int) -> None:
+    for name, value in content.items():
+        level, depth = [value], 1
+        while level:
+            depth += 1
+            if depth > max_depth + 1:
+                raise invalid(f"{name[:64]} is nested deeper than {max_depth} levels", name[:64])
+            level = [child for parent in level if isinstance(parent, (list, dict))
+                     for child in (parent.values() if isinstance(parent, dict) else parent)
+                     if isinstance(child, (list, dict))]
+
+
+def _check_strings(content: dict[str, Any], *, escapes: bool) -> None:
+    """Refuse lone surrogates (only escapes can make them) and non-finite numbers at the top level."""
+    for name, value in content.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise invalid(f"{name} must be a finite number", name)
+        if escapes and _has_surrogate([name, value]):
+            shown = name.encode(errors="replace").decode()
+            raise invalid(f"{shown} is not valid Unicode: it holds a lone surrogate", shown)
+
+
+def _has_surrogate(value: Any) -> bool:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
+                return True
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += [child for child in item if isinstance(child, (str, list, dict))]
+    return False

@@ -1,0 +1,149 @@
+"""The bodies that requests may have, and what is refused by name because it is not built.
+
+A field that is neither known, harmless nor refused is an error: nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from serving.api.errors import invalid
+from xllm.config import nearest
+
+Body = TypeVar("Body", bound="StrictBody")
+
+# Bookkeeping for OpenAI's own service; they ask nothing of an engine.
+HARMLESS = frozenset({
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "verbosity",
+})
+
+# Name -> the values that ask for nothing. Any other value asks for something that is not built.
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "structured_outputs": ({},), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "prediction": (),
+    "use_beam_search": (False,), "length_penalty": (1.0, 1), "beam_width": (0, 1), "num_return_sequences": (1,),
+    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "web_search_options": (),
+    "truncate_prompt_tokens": (), "truncation_side": (), "spaces_between_special_tokens": (True,),
+    "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
+    "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
+    "thinking_token_budget": (), "return_token_offsets": (False,), "prompt_logprob_token_ids": (),
+}
+
+
+class StrictBody(BaseModel):
+    """Types are taken as they stand: no string becomes a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class StreamOptions(StrictBody):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(StrictBody):
+    """What chat and completion requests share. Ranges are checked by `SamplingParams`."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = 1
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    priority: int = 0
+    offline: bool = False
+    cache_salt: str | None = None
+    request_id: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Any = None  # str, list[str], list[int] or list[list[int]]; see completions.read_prompts
+    echo: bool | None = False
+    logprobs: int | None = None
+    best_of: int | None = None
+
+
+class ChatMessage(BaseModel):
+    """Other members (`name`, `reasoning_content`, ...) are for the model's chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    echo: bool | None = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(StrictBody):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = False
+
+
+class DetokenizeBody(StrictBody):
+    model: str | None = None
+    tokens: list[int]
+
+
+def parse(content: dict[str, Any], kind: type[Body]) -> Body:
+    """Check a JSON object against a body type. Raises ApiError 400 naming the field."""
+    known = kind.model_fields
+    kept: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in known:
+            kept[name] = value
+        elif name in NOT_BUILT:
+            if value is not None and value not in NOT_BUILT[name]:
+                raise invalid(f"{name} is not supported", name)
+        elif name not in HARMLESS:
+            raise invalid(f"unknown field {name[:64]!r}{nearest(name[:64], list(known))}", name[:64])
+    try:
+        return kind.model_validate(kept)
+    except pydantic.ValidationError as error:
+        raise _as_invalid(error) from None
+
+
+def _as_invalid(error: pydantic.ValidationError) -> Exception:
+    """The first finding, with the path to it: `messages.0.role: Field required`."""
+    finding = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = [str(part) for part in finding["loc"]]
+    return invalid(f"{'.'.join(path)}: {finding['msg']}", path[0] if path else None)

@@ -1,0 +1,43 @@
+"""What every benchmark prints: one JSON object, with what it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """The machine in words, as far as a reader needs it to judge figures."""
+    return {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "cpu": _cpu_model()}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write(result: dict[str, Any], path: str | None) -> None:
+    """Print the result, and save it if a path is given."""
+    text = json.dumps({**result, "environment": environment()}, indent=2)
+    print(text)
+    if path:
+        Path(path).write_text(text + "\n")
+
+
+def note(message: str) -> None:
+    """A line for the person who waits; results alone go to standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Minimum, median and 99th percentile."""
+    ordered = sorted(samples)
+    return {"min": ordered[0], "p50": ordered[len(ordered) // 2], "p99": ordered[int(0.99 * (len(ordered) - 1))]}

@@ -1,0 +1,313 @@
+"""`EngineClient`: the HTTP process's end of the engine, for asyncio.
+
+It starts the engine process, hands requests down, and gives every caller the deltas of its own requests.
+Every accepted request ends in exactly one way: a delta with a finish reason, or `EngineDeadError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from serving import protocol
+from serving.engine_process import COMMAND_SOCKET, REPORT_SOCKET
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError, EngineDeadError, RequestError
+from xllm.metrics import EngineStats
+from xllm.request import OutputDelta, Request
+
+MAX_UNIX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 elsewhere
+SHUTDOWN_TIMEOUT_S = 5.0
+logger = logging.getLogger("xllm.client")
+
+
+class Stream:
+    """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted."""
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]):
+        self._client = client
+        self.open_ids = {request.request_id for request in requests}
+        self.num_unanswered = len(requests)
+        self.rejection: RequestError | None = None
+        self._deltas: list[OutputDelta] = []
+        self._news = asyncio.Event()
+
+    async def admitted(self) -> None:
+        """Wait until the engine has taken all requests. Raises RequestError or EngineDeadError."""
+        while self.num_unanswered and self._client.dead_reason is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._client.dead_reason is not None:
+            raise EngineDeadError(self._client.dead_reason)
+        if self.rejection is not None:
+            raise self.rejection
+
+    async def next(self) -> list[OutputDelta]:
+        """The deltas that have come since the last call, at least one; empty once every request has ended.
+
+        Raises:
+            EngineDeadError: the engine is gone while requests are open.
+        """
+        while not self._deltas:
+            if not self.open_ids:
+                return []
+            if self._client.dead_reason is not None:
+                raise EngineDeadError(self._client.dead_reason)
+            self._news.clear()
+            await self._news.wait()
+        taken, self._deltas = self._deltas, []
+        return taken
+
+    def abort(self, request_id: str) -> None:
+        """End one request now; no more deltas of it will come."""
+        if request_id in self.open_ids:
+            self._client.drop(self, [request_id])
+            self._deltas = [d for d in self._deltas if d.request_id != request_id]
+
+    def close(self) -> None:
+        """Abort what is still open. Idempotent."""
+        if self.open_ids:
+            self._client.drop(self, list(self.open_ids))
+
+    def push(self, delta: OutputDelta) -> None:
+        if delta.finish_reason is not None:
+            self.open_ids.discard(delta.request_id)
+        self._deltas.append(delta)
+        self._news.set()
+
+    def wake(self) -> None:
+        self._news.set()
+
+
+class EngineClient:
+    """One engine process. Make it, `await start()`, use it, `await shutdown()`.
+
+    `on_phase(name, share, seconds since start)` hears of the start-up as it goes on.
+    """
+
+    def __init__(self, config: EngineConfig, *, on_phase: Callable[[str, float, float], None] | None = None):
+        self._config = config
+        self._on_phase = on_phase or (lambda name, share, seconds: None)
+        self.ready: protocol.Ready | None = None
+        self.dead_reason: str | None = None
+        self.dead_by_user_error = False
+        self.phase = "start"
+        self.stats = EngineStats()
+        self._step_age_s: float | None = None
+        self._heard_s = self._started_s = time.monotonic()
+        self._streams: dict[str, Stream] = {}
+        self._ready_event = asyncio.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._receiver: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._streams)
+
+    def launch(self) -> None:
+        """Start the process and begin to listen; returns at once. Call it inside the event loop."""
+        self._folder = Path(tempfile.mkdtemp(prefix="xllm-"))  # mode 0700: nobody else can reach the sockets
+        if len(str(self._folder / COMMAND_SOCKET)) > MAX_UNIX_PATH:
+            self._folder.rmdir()
+            self._folder = Path(tempfile.mkdtemp(prefix="xllm-", dir="/tmp"))
+        self._context = zmq.asyncio.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._reports = self._context.socket(zmq.PULL)
+        for socket, name in ((self._commands, COMMAND_SOCKET), (self._reports, REPORT_SOCKET)):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(f"ipc://{self._folder / name}")
+        self._started_s = time.monotonic()
+        # start_new_session: a Ctrl-C in the terminal is for the parent, which drains
+        self._process = subprocess.Popen([sys.executable, "-m", "serving.engine_process", str(self._folder)],
+                                         stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+        assert self._process.stdin is not None
+        self._process.stdin.write(protocol.config_to_json(self._config) + b"\n")
+        self._process.stdin.flush()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._watch, args=(loop, self._process), name="engine-watch", daemon=True).start()
+        self._receiver = asyncio.create_task(self._receive(), name="engine-reports")
+
+    async def start(self) -> protocol.Ready:
+        """Start the engine and wait until it is ready.
+
+        Raises:
+            ConfigError: a setting or the checkpoint is wrong. EngineDeadError: the engine failed.
+        """
+        if self._process is None:
+            self.launch()
+        await self._ready_event.wait()
+        if self.dead_reason is not None:
+            raise (ConfigError if self.dead_by_user_error else EngineDeadError)(self.dead_reason)
+        assert self.ready is not None
+        return self.ready
+
+    def silent_for_s(self) -> float:
+        """How long there has been no sign of progress; 0 while the engine idles and answers."""
+        unheard = time.monotonic() - self._heard_s
+        return unheard + self._step_age_s if self._step_age_s is not None else unheard
+
+    async def submit(self, requests: Sequence[Request]) -> Stream:
+        """Hand requests to the engine; returns when it has taken them all. The caller closes the stream.
+
+        Raises:
+            RequestError: one was refused; none of them runs. EngineDeadError: no engine.
+        """
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+        for request in requests:
+            if request.request_id in self._streams:
+                raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+        stream = Stream(self, requests)
+        self._streams.update((request.request_id, stream) for request in requests)
+        self._send(protocol.Submit(list(requests)))
+        try:
+            await stream.admitted()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def generate(self, request: Request) -> AsyncIterator[OutputDelta]:
+        """The deltas of one request; leaving the loop early aborts it. Raises as `submit` does."""
+        stream = await self.submit([request])
+        try:
+            while deltas := await stream.next():
+                for delta in deltas:
+                    yield delta
+        finally:
+            stream.close()
+
+    def drop(self, stream: Stream, request_ids: Sequence[str]) -> None:
+        """Abort requests and forget them."""
+        for request_id in request_ids:
+            stream.open_ids.discard(request_id)
+            self._streams.pop(request_id, None)
+        if self.dead_reason is None:
+            self._send(protocol.Abort(list(request_ids)))
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request; its reader gets its terminal delta from the engine. Unknown ids are ignored."""
+        if request_id in self._streams and self.dead_reason is None:
+            self._send(protocol.Abort([request_id]))
+
+    def abort_all(self) -> None:
+        if self._streams and self.dead_reason is None:
+            self._send(protocol.Abort(list(self._streams)))
+
+    async def shutdown(self) -> None:
+        """Stop the process, by force if it does not answer, and remove the sockets. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self.dead_reason is None:
+            self._send(protocol.Shutdown())
+        if not await self._exited(process, SHUTDOWN_TIMEOUT_S if self.ready else 0.0):
+            process.kill()
+            await self._exited(process, SHUTDOWN_TIMEOUT_S)
+        self._die("the engine was shut down")
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the process this instant; for a second signal, when nothing may wait."""
+        if self._process is not None:
+            self._process.kill()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @staticmethod
+    async def _exited(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while process.poll() is None:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def _send(self, command: protocol.Command) -> None:
+        # A PUSH without a high-water mark takes every message at once, so the returned future is done.
+        self._commands.send(protocol.encode(command))
+
+    async def _receive(self) -> None:
+        while True:
+            frame = await self._reports.recv()
+            self._heard_s = time.monotonic()
+            self._handle(protocol.REPORTS.decode(frame))
+
+    def _handle(self, report: protocol.Report) -> None:
+        if isinstance(report, protocol.Outputs):
+            for wire in report.deltas:
+                self._deliver(protocol.output_delta(wire))
+        elif isinstance(report, protocol.Heartbeat):
+            self.stats, self._step_age_s = report.stats, report.step_age_s
+        elif isinstance(report, protocol.Admissions):
+            self._admit(report)
+        elif isinstance(report, protocol.Phase):
+            self.phase = report.name
+            self._on_phase(report.name, report.share, time.monotonic() - self._started_s)
+        elif isinstance(report, protocol.Ready):
+            self.ready, self.phase = report, "ready"
+            self._ready_event.set()
+        else:
+            self._die(report.reason, user_error=report.user_error)
+
+    def _deliver(self, delta: OutputDelta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is None:
+            return  # dropped by its reader while this was on its way
+        if delta.finish_reason is not None:
+            del self._streams[delta.request_id]
+        stream.push(delta)
+
+    def _admit(self, report: protocol.Admissions) -> None:
+        for request_id in report.accepted:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.num_unanswered -= 1
+                stream.wake()
+        for rejection in report.rejected:
+            if (stream := self._streams.pop(rejection.request_id, None)) is not None:
+                stream.open_ids.discard(rejection.request_id)
+                stream.num_unanswered -= 1
+                stream.rejection = RequestError(rejection.message, field=rejection.field)
+                stream.wake()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        reason = f"the engine process was killed by signal {-code}" if code < 0 else f"the engine exited with code {code}"
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            loop.call_soon_threadsafe(lambda: loop.call_later(0.2, self._die, reason))  # its own last words come first
+
+    def _die(self, reason: str, *, user_error: bool = False) -> None:
+        """The first reason stands. Wakes every reader; each raises EngineDeadError."""
+        if self.dead_reason is not None:
+            return
+        self.dead_reason, self.dead_by_user_error, self.phase = reason, user_error, "dead"
+        if self._streams:
+            logger.error("%d open requests end: %s", len(self._streams), reason)
+        for stream in set(self._streams.values()):
+            stream.wake()
+        self._streams.clear()
+        self._ready_event.set()

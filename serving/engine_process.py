@@ -1,0 +1,194 @@
+"""The engine's own process: `python -m serving.engine_process FOLDER`, started by `EngineClient`.
+
+Reads its config as one JSON line from stdin, then speaks `serving.protocol` over the two unix sockets in
+FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import zmq
+
+from serving import protocol
+from xllm import env
+from xllm.errors import ConfigError, DeviceError, ModelError, RequestError
+
+if TYPE_CHECKING:
+    from xllm.engine.core import EngineCore
+
+COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
+BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
+logger = logging.getLogger("xllm.engine")
+
+
+class ReportSender:
+    """A sending end of the report socket. Not thread-safe: every thread makes its own."""
+
+    def __init__(self, context: zmq.Context, folder: Path):
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set_hwm(0)
+        self._socket.connect(f"ipc://{folder / REPORT_SOCKET}")
+
+    def send(self, report: protocol.Report) -> None:
+        self._socket.send(protocol.encode(report))
+
+    def close(self) -> None:
+        self._socket.close(linger=2000)
+
+
+class Heart(threading.Thread):
+    """Reports stats and progress from outside the step loop, so that a step that hangs is seen to hang."""
+
+    def __init__(self, core: EngineCore, context: zmq.Context, folder: Path):
+        super().__init__(name="heartbeat", daemon=True)
+        self._core, self._context, self._folder = core, context, folder
+        self._wake = threading.Event()
+        self._stopped = False
+        self._busy_since: float | None = None
+
+    def set_busy(self, busy: bool) -> None:
+        """Called by the step loop when work begins and when there is none left."""
+        if busy == (self._busy_since is not None):
+            return
+        self._busy_since = time.monotonic() if busy else None
+        self._wake.set()  # so that the gauges fall to zero at once, not a beat later
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+        self.join(timeout=2.0)
+
+    def run(self) -> None:
+        sender = ReportSender(self._context, self._folder)
+        while not self._stopped:
+            self._wake.clear()
+            sender.send(self._beat())
+            self._wake.wait(IDLE_HEARTBEAT_S if self._busy_since is None else BUSY_HEARTBEAT_S)
+        sender.close()
+
+    def _beat(self) -> protocol.Heartbeat:
+        busy_since = self._busy_since
+        stats = self._core.stats()
+        if busy_since is None:
+            return protocol.Heartbeat(None, stats)
+        return protocol.Heartbeat(time.monotonic() - max(busy_since, stats.last_step_s), stats)
+
+
+class EngineServer:
+    """Serves one `EngineCore` until told to stop: take commands, step, report."""
+
+    def __init__(self, core: EngineCore, commands: zmq.Socket, sender: ReportSender, heart: Heart):
+        self._core, self._commands, self._sender, self._heart = core, commands, sender, heart
+        self._stopping = False
+
+    def run(self) -> None:
+        while True:
+            self._take_commands(block=not self._core.has_work())
+            if self._stopping:
+                return
+            busy = self._core.has_work()
+            self._heart.set_busy(busy)
+            if busy:
+                self._step()
+
+    def _step(self) -> None:
+        deltas = self._core.step()
+        if deltas:
+            self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas]))
+
+    def _take_commands(self, *, block: bool) -> None:
+        """Apply all commands that have come; wait for the first one if `block`."""
+        if block:
+            self._heart.set_busy(False)
+            self._apply(self._commands.recv())
+        while not self._stopping:
+            try:
+                frame = self._commands.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._apply(frame)
+
+    def _apply(self, frame: bytes) -> None:
+        command = protocol.COMMANDS.decode(frame)
+        if isinstance(command, protocol.Submit):
+            self._submit(command)
+        elif isinstance(command, protocol.Abort):
+            for request_id in command.request_ids:
+                self._core.abort(request_id)
+        else:
+            self._stopping = True
+
+    def _submit(self, command: protocol.Submit) -> None:
+        accepted: list[str] = []
+        rejected: list[protocol.Rejection] = []
+        for request in command.requests:
+            try:
+                self._core.add(request)
+                accepted.append(request.request_id)
+            except RequestError as error:
+                rejected.append(protocol.Rejection(request.request_id, str(error), error.field))
+        self._sender.send(protocol.Admissions(accepted, rejected))
+
+
+def main(argv: list[str]) -> int:
+    folder = Path(argv[0])
+    logging.basicConfig(level=env.log_level(), stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
+    config = protocol.config_from_json(sys.stdin.buffer.readline())
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    context = zmq.Context()
+    sender = ReportSender(context, folder)
+    try:
+        _serve(config, context, sender, folder)
+    except Exception as error:
+        user_error = isinstance(error, (ConfigError, ModelError, DeviceError))
+        if user_error:
+            logger.error("%s", error)
+        else:
+            logger.exception("the engine failed")
+        sender.send(protocol.Fatal(str(error) if user_error else f"{type(error).__name__}: {error}", user_error))
+        return 1
+    finally:
+        sender.close()
+    return 0
+
+
+def _serve(config: protocol.EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path) -> None:
+    from xllm.engine.core import EngineCore  # imports torch: only after the sockets stand
+
+    core = EngineCore(config, progress=lambda name, share: sender.send(protocol.Phase(name, share)))
+    commands = context.socket(zmq.PULL)
+    commands.set_hwm(0)
+    commands.connect(f"ipc://{folder / COMMAND_SOCKET}")
+    sender.send(protocol.Ready(core.config, str(core.model_path), core.model_config.vocab_size,
+                               tuple(core.model_config.eos_token_ids)))
+    heart = Heart(core, context, folder)
+    heart.start()
+    try:
+        EngineServer(core, commands, sender, heart).run()
+        core.shutdown()
+    finally:
+        heart.stop()
+        commands.close(linger=0)
+
+
+def _exit_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a step that hangs in a native thread must not keep the process alive

@@ -1,0 +1,88 @@
+"""`ServerState`: what all endpoints share."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.api.errors import ApiError, unavailable
+from serving.api.metrics import RequestMetrics
+from serving.client import EngineClient
+from serving.config import ServerConfig
+from serving.protocol import Ready
+from xllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xllm.tokenizer import Tokenizer
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass
+class ServerState:
+    """Filled in while the server starts; `tokenizer` stays None with `skip_tokenizer_init`."""
+
+    engine: EngineClient
+    config: ServerConfig
+    tokenizer: Tokenizer | None = None
+    model_name: str | None = None  # as it was given on the command line
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    loaded: bool = False
+    draining: bool = False
+    num_open: int = 0  # HTTP calls that are generating
+    started_unix_s: int = field(default_factory=lambda: int(time.time()))
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def ready(self) -> Ready:
+        assert self.engine.ready is not None, "only after the engine is ready"
+        return self.engine.ready
+
+    @cached_property
+    def served_names(self) -> tuple[str, ...]:
+        if self.config.http.served_model_name:
+            return self.config.http.served_model_name
+        return (self.model_name or Path(self.ready.model_path).name,)
+
+    def check_accepting(self) -> None:
+        """Raise ApiError 503 unless new requests can be taken."""
+        if self.engine.dead_reason is not None:
+            raise ApiError(503, f"the engine stopped: {self.engine.dead_reason}")
+        if self.draining:
+            raise unavailable("the server is shutting down")
+        if not self.loaded:
+            raise unavailable(f"the model is still loading (phase: {self.engine.phase})")
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
+        if name is not None and name not in self.served_names:
+            raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {', '.join(self.served_names)}",
+                           param="model")
+
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
+        return self.tokenizer
+
+
+def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:
+    """Sampling defaults from generation_config.json, as vLLM takes them. Raises ConfigError."""
+    if source == "vllm":
+        return {}
+    file = (model_path if source == "auto" else Path(source)) / "generation_config.json"
+    if not file.is_file():
+        if source == "auto":
+            return {}
+        raise ConfigError(f"generation_config: there is no {file}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    defaults = {name: content[name] for name in SAMPLING_DEFAULTS if content.get(name) is not None}
+    if content.get("max_new_tokens") is not None:
+        defaults["max_tokens"] = content["max_new_tokens"]
+    return defaults

@@ -1,0 +1,23 @@
+"""Fixtures: folders with one small tokenizer of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.text.tiny_tokenizers import KINDS
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for kind, build in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        build(made[kind])
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]

@@ -1,0 +1,41 @@
+"""xLLM: an LLM inference engine. Public names load on first use, so that importing the package stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllm.async_llm import AsyncLLM as AsyncLLM
+    from xllm.config import EngineConfig as EngineConfig
+    from xllm.llm import LLM as LLM
+    from xllm.outputs import CompletionOutput as CompletionOutput
+    from xllm.outputs import RequestOutput as RequestOutput
+    from xllm.request import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncLLM": "xllm.async_llm",
+    "CompletionOutput": "xllm.outputs",
+    "EngineConfig": "xllm.config",
+    "LLM": "xllm.llm",
+    "RequestOutput": "xllm.outputs",
+    "SamplingParams": "xllm.request",
+}
+
+__all__ = [
+    "AsyncLLM", "CompletionOutput", "EngineConfig", "LLM", "RequestOutput", "SamplingParams", "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,176 @@
+"""`EngineCore`: the step loop over scheduler and executor, and the start-up that builds both."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm import env
+from xllm.config import EngineConfig
+from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
+from xllm.errors import ConfigError, IntegrityError
+from xllm.metrics import EngineStats
+from xllm.request import OutputDelta, Request
+from xllm.scheduler.scheduler import Scheduler
+from xllm.step import ScheduleOutput
+
+if TYPE_CHECKING:
+    from xllm.models.config import ModelConfig
+
+Progress = Callable[[str, float], None]
+
+
+class StepLoop:
+    """Schedule, run, update. With an executor of depth 1, step n + 1 is scheduled while n runs."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor):
+        self.scheduler = scheduler
+        self.executor = executor
+        self.num_steps = 0
+        self.last_step_s = time.monotonic()
+        self.step_time_s = 0.0
+        self._in_flight: deque[ScheduleOutput] = deque()
+        self._check_integrity = env.check_integrity()
+
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_requests
+
+    def step(self) -> list[OutputDelta]:
+        """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
+        plan = self.scheduler.schedule()
+        if plan.num_rows:
+            self.executor.submit(plan)
+            self._in_flight.append(plan)
+            if len(self._in_flight) <= self.executor.depth:
+                return self.scheduler.take_ready()
+        if not self._in_flight:
+            return self._nothing_to_run()
+        oldest = self._in_flight.popleft()
+        outputs = self.scheduler.update(oldest, self.executor.result())
+        self._count_step()
+        return outputs
+
+    def _nothing_to_run(self) -> list[OutputDelta]:
+        ready = self.scheduler.take_ready()
+        if not ready and self.scheduler.has_requests:
+            raise IntegrityError("requests are open but no step can be planned and none is in flight")
+        return ready
+
+    def _count_step(self) -> None:
+        now = time.monotonic()
+        self.step_time_s, self.last_step_s = now - self.last_step_s, now
+        self.num_steps += 1
+        if self._check_integrity:
+            self.scheduler.check_integrity()
+
+
+class EngineCore:
+    """A loaded model and its step loop. Single-threaded: one thread adds, aborts and steps.
+
+    Raises ConfigError, ModelError or DeviceError while loading. `progress(phase, share)` is called
+    as loading goes on.
+    """
+
+    def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
+        report = progress or (lambda phase, share: None)
+        self.model_path, self.model_config, self.config, runner, num_blocks = _load(config, report)
+        self.runner = runner
+        self.num_blocks = num_blocks
+        scheduler = Scheduler(self.config, num_blocks=num_blocks)
+        overlap = self.config.scheduler.async_scheduling
+        self.loop = StepLoop(scheduler, ThreadExecutor(runner) if overlap else InlineExecutor(runner))
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.loop.scheduler
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError; nothing is queued then."""
+        request.sampling.check_vocabulary(self.model_config.vocab_size)
+        _check_prompt_ids(request, self.model_config.vocab_size)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its terminal output comes from the next `step`. Unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return self.loop.has_work()
+
+    def step(self) -> list[OutputDelta]:
+        """One step of the loop: what changed, for all requests."""
+        return self.loop.step()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and gauges. May be called from another thread."""
+        return collect_stats(self.loop)
+
+    def shutdown(self) -> None:
+        """Wait for the step in flight and stop the executor."""
+        self.loop.executor.shutdown()
+
+
+def _check_prompt_ids(request: Request, vocab_size: int) -> None:
+    from xllm.errors import RequestError
+
+    ids = request.prompt_token_ids
+    if len(ids) and not (0 <= min(ids) and max(ids) < vocab_size):
+        raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
+
+
+def _load(config: EngineConfig, report: Progress) -> tuple:
+    """Backend, checkpoint and runner: (path, model config, resolved config, runner, number of KV blocks)."""
+    report("import", 0.0)
+    import torch
+
+    from backends import get_backend
+    from xllm.models.config import read_model_config
+    from xllm.models.loader import load_model, resolve_model_path
+    from xllm.runner.kv_cache import plan_num_blocks
+    from xllm.runner.model_runner import ModelRunner
+
+    if config.device.num_threads:
+        torch.set_num_threads(config.device.num_threads)
+    backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
+    path: Path = resolve_model_path(config.model.model, config.model.revision)
+    model_config: ModelConfig = read_model_config(path)
+    resolved = config.resolve(model_max_len=model_config.max_model_len, default_block_size=backend.default_block_size)
+    dtype = _choose_dtype(resolved.model.dtype, backend, model_config)
+    report("weights", 0.0)
+    model = load_model(path, backend=backend, dtype=dtype, quantization=resolved.model.quantization,
+                       max_model_len=resolved.model.max_model_len,
+                       progress=lambda done, total: report("weights", done / max(total, 1)))
+    num_blocks = plan_num_blocks(resolved, backend, model_config, dtype)
+    report("warm-up", 0.0)
+    runner = ModelRunner(resolved, backend, model, num_blocks)
+    report("ready", 1.0)
+    return path, model_config, resolved, runner, num_blocks
+
+
+def _choose_dtype(name: str, backend, model_config):  # type: ignore[no-untyped-def]
+    import torch
+
+    checkpoint = getattr(torch, model_config.dtype, None)
+    if not isinstance(checkpoint, torch.dtype):
+        raise ConfigError(f"the checkpoint's dtype {model_config.dtype!r} is unknown")
+    return backend.default_dtype(checkpoint) if name == "auto" else getattr(torch, name)
+
+
+def collect_stats(loop: StepLoop) -> EngineStats:
+    """The loop's gauges and totals; reads only, so another thread may call it."""
+    scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
+    c = scheduler.counters
+    return EngineStats(
+        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_available, kv_usage=scheduler.kv.usage, num_steps=loop.num_steps,
+        last_step_s=loop.last_step_s, step_time_s=loop.step_time_s, oldest_waiting_s=scheduler.oldest_waiting_s(),
+        prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,
+        generation_tokens_total=c.generation_tokens, preemptions_total=c.preemptions,
+        prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
+        spec_draft_tokens_total=c.draft_tokens, spec_accepted_tokens_total=c.accepted_tokens,
+        requests_finished_total=dict(c.finished),
+    )

@@ -1,0 +1,28 @@
+"""The only reader of environment variables. They are for debugging; settings are flags."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def log_level() -> str:
+    """XLLM_LOG: level of the engine's own log lines (default INFO)."""
+    return os.environ.get("XLLM_LOG", "INFO").upper()
+
+
+def cache_dir() -> Path:
+    """XLLM_CACHE: where compiled kernels are kept (default ~/.cache/xllm)."""
+    configured = os.environ.get("XLLM_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(configured) if configured else base / "xllm"
+
+
+def compiled_kernels_allowed() -> bool:
+    """XLLM_NO_COMPILED_KERNELS=1: run the CPU backend on plain torch."""
+    return os.environ.get("XLLM_NO_COMPILED_KERNELS", "") not in ("1", "true")
+
+
+def check_integrity() -> bool:
+    """XLLM_CHECK=1: audit the KV pool and the scheduler after every step (slow)."""
+    return os.environ.get("XLLM_CHECK", "") in ("1", "true")

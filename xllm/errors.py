@@ -1,0 +1,44 @@
+"""Every error that xLLM raises on purpose.
+
+    XllmError
+    ├── ConfigError        a setting, flag or pair of features is wrong: raised before anything starts
+    ├── RequestError       a request is wrong: names the field, never harms another request
+    ├── ModelError         a checkpoint is wrong: names the file or tensor, raised before serving
+    ├── EngineDeadError    the engine stopped; every open request ends with this
+    └── DeviceError        a device, its driver or one of its libraries is missing or failed
+
+The first three are also `ValueError`s: they say that the caller must change something.
+Broken invariants of our own are `assert`s or `IntegrityError`, never one of these.
+"""
+
+
+class XllmError(Exception):
+    """Root of the tree; catching it catches all that is raised on purpose."""
+
+
+class ConfigError(XllmError, ValueError):
+    """A setting is unknown, out of range, or does not go with another one."""
+
+
+class RequestError(XllmError, ValueError):
+    """A request cannot be served as it stands; `field` names the parameter at fault."""
+
+    def __init__(self, message: str, *, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+class ModelError(XllmError, ValueError):
+    """A checkpoint, its config or its tokenizer cannot be used."""
+
+
+class EngineDeadError(XllmError):
+    """The engine is gone; the message says why."""
+
+
+class DeviceError(XllmError):
+    """A device or one of its libraries is not usable here."""
+
+
+class IntegrityError(AssertionError):
+    """A self-audit (`check_integrity`) found a broken invariant: a bug of ours."""

@@ -1,0 +1,167 @@
+"""`InputProcessor`: a user's prompt and sampling parameters to `Request`s that the engine cannot misread.
+
+Everything that can be wrong with a request and is known without the queue is found here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, Union
+
+from xllm.errors import RequestError
+from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
+from xllm.tokenizer import Tokenizer
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = Union[str, Sequence[int], TextPrompt, TokensPrompt]
+
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices of one request share a seed
+_UINT64 = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessedInput:
+    """One prompt, ready to run: `requests` has one entry a choice."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    requests: tuple[Request, ...]
+
+
+class InputProcessor:
+    """Checks, tokenises and fans out. Usable from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int,
+                 eos_token_ids: tuple[int, ...]):
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        known_eos = tokenizer.eos_token_ids if tokenizer else ()
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *known_eos)))
+        self._serial = itertools.count()
+
+    def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
+                offline: bool = False, deadline_s: float | None = None, cache_salt: str = "") -> ProcessedInput:
+        """Everything the engine needs to run `prompt`; `sampling.n` becomes that many requests.
+
+        Raises:
+            RequestError: names the parameter that is wrong.
+        """
+        text, token_ids = self.encode_prompt(prompt)
+        self._check_length(token_ids)
+        sampling = self._complete(sampling)
+        sampling.check_vocabulary(self.vocab_size)
+        arrival_s = time.monotonic()
+        requests = tuple(
+            Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
+                    arrival_s=arrival_s, priority=priority, offline=offline, deadline_s=deadline_s,
+                    cache_salt=cache_salt)
+            for child_id, choice in zip(self._engine_ids(request_id, sampling.n), _choices(sampling))
+        )
+        return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,
+                              requests=requests)
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if there is one, token ids)."""
+        if isinstance(prompt, Mapping):
+            return self._encode_mapping(prompt)
+        if isinstance(prompt, str):
+            return prompt, self._needs_tokenizer("prompt", "a text prompt").encode(prompt)
+        return None, self._check_ids(prompt)
+
+    def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+        if unknown := prompt.keys() - {"prompt", "prompt_token_ids"}:
+            raise RequestError(f"prompt: unknown key {min(unknown)!r}; known are prompt and prompt_token_ids",
+                               field="prompt")
+        if token_ids is not None:
+            return text if isinstance(text, str) else None, self._check_ids(token_ids)
+        if not isinstance(text, str):
+            raise RequestError("prompt: give {'prompt': text} or {'prompt_token_ids': [...]}", field="prompt")
+        return text, self._needs_tokenizer("prompt", "a text prompt").encode(text)
+
+    def _check_ids(self, token_ids: Any) -> list[int]:
+        if isinstance(token_ids, (bytes, str)) or not isinstance(token_ids, Sequence):
+            try:
+                token_ids = token_ids.tolist()  # numpy arrays and tensors
+            except AttributeError:
+                raise RequestError(f"prompt must be text or token ids, got {type(token_ids).__name__}",
+                                   field="prompt") from None
+        for token_id in token_ids:
+            if type(token_id) is not int:
+                raise RequestError(f"prompt: token ids must be integers, got {token_id!r}", field="prompt")
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(f"prompt: token id {token_id} is outside the vocabulary (0 to "
+                                   f"{self.vocab_size - 1})", field="prompt")
+        return list(token_ids)
+
+    def _check_length(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty", field="prompt")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} it "
+                               f"may have at most {self.max_model_len - 1}", field="prompt")
+
+    def _complete(self, sampling: SamplingParams) -> SamplingParams:
+        """Stop strings need text; bad words become token ids."""
+        if sampling.stop:
+            self._needs_tokenizer("stop", "a stop string")
+            if not sampling.detokenize:
+                raise RequestError("stop needs detokenize=True", field="stop")
+        if not sampling.bad_words:
+            return sampling
+        tokenizer = self._needs_tokenizer("bad_words", "a bad word")
+        found = dict.fromkeys(sampling.bad_words_token_ids)
+        for word in sampling.bad_words:
+            # At the beginning of a text and in the middle of it, where a blank often is part of the token.
+            for text in (word.lstrip(" "), " " + word.lstrip(" ")):
+                if ids := tokenizer.encode(text, add_special_tokens=False, field="bad_words"):
+                    found[tuple(ids)] = None
+        if len(found) > MAX_BAD_WORDS:
+            raise RequestError(f"bad_words: more than {MAX_BAD_WORDS} token sequences", field="bad_words")
+        return dataclasses.replace(sampling, bad_words_token_ids=tuple(found))
+
+    def _engine_ids(self, request_id: str, n: int) -> list[str]:
+        """Ids that the engine never sees twice, even when a user's id is used again."""
+        serial = next(self._serial)
+        return [f"{request_id}/{serial}"] if n == 1 else [f"{request_id}/{serial}/{index}" for index in range(n)]
+
+    def _needs_tokenizer(self, field: str, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer, and skip_tokenizer_init is set; use token ids", field=field)
+        return self.tokenizer
+
+
+def _choices(sampling: SamplingParams) -> list[SamplingParams]:
+    """`n` copies. Choice 0 is what n=1 would give; only it computes the prompt's logprobs.
+
+    Without a seed the engine seeds each by its order of arrival, so they differ.
+    """
+    if sampling.n == 1:
+        return [sampling]
+    seed = sampling.seed
+    return [
+        dataclasses.replace(
+            sampling, n=1, seed=None if seed is None else (seed + index * _SEED_STEP) & _UINT64 if index else seed,
+            prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+        )
+        for index in range(sampling.n)
+    ]

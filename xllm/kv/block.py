@@ -1,0 +1,39 @@
+"""What names a KV block: a running 128-bit digest of every token up to its end.
+
+The digest of block i is BLAKE2b-128 over the cache's salt and tokens [0, (i + 1) * P), so that equal
+digests mean equal prefixes. It is the digest of a running hash state rather than a hash of hashes:
+the boundaries between which nothing differs can be skipped, which makes a long prefix hit cheap
+(`PrefixIndex.match`). BLAKE2: RFC 7693.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+DIGEST_BYTES = 16
+TOKEN_DTYPE = np.dtype("<i4")
+
+
+def root_hasher(block_size: int, cache_salt: str = "") -> hashlib._Hash:
+    """The hash state before the first token. Different salts or block sizes share no digest."""
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"xllm-kv-block")
+    salt = cache_salt.encode("utf-8", "surrogatepass")
+    hasher.update(f"{block_size}:{len(salt)}:".encode() + salt)
+    return hasher
+
+
+def token_bytes(token_ids: np.ndarray) -> memoryview:
+    """The tokens as the bytes that are hashed: little-endian int32."""
+    return memoryview(np.ascontiguousarray(token_ids, dtype=TOKEN_DTYPE)).cast("B")
+
+
+def block_digests(token_ids: np.ndarray, block_size: int, cache_salt: str = "") -> list[bytes]:
+    """The digests of every full block of a sequence. For routers and tests; the engine goes step by step."""
+    hasher, data, width = root_hasher(block_size, cache_salt), token_bytes(token_ids), block_size * 4
+    digests = []
+    for start in range(0, len(data) - width + 1, width):
+        hasher.update(data[start : start + width])
+        digests.append(hasher.digest())
+    return digests

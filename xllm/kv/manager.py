@@ -1,0 +1,171 @@
+"""`KVManager`: the one face of the KV cache that the scheduler sees.
+
+It keeps each row's block table, finds prefix hits, makes full blocks findable, and gives everything
+back when a row leaves. Letters: R rows, M blocks per row, P tokens per block, B blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xllm.errors import IntegrityError
+from xllm.kv.block import root_hasher, token_bytes
+from xllm.kv.block_pool import BlockPool
+from xllm.kv.eviction import LRU
+from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
+
+if TYPE_CHECKING:
+    import hashlib
+
+_NO_BLOCKS = np.zeros(0, dtype=np.int32)
+
+
+class KVManager:
+    """Block tables over one `BlockPool`. Not thread-safe: the scheduler's thread owns it."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, num_rows: int, max_tokens_per_row: int,
+                 enable_prefix_caching: bool = True):
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._index = PrefixIndex(num_blocks, block_size)
+        self.pool = BlockPool(num_blocks, self._index, LRU(num_blocks))
+        max_blocks = -(-max_tokens_per_row // block_size)
+        self.block_table_RM = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        self.num_blocks_R = np.zeros(num_rows, dtype=np.int64)
+        self.num_committed_R = np.zeros(num_rows, dtype=np.int64)  # full blocks already offered to the index
+        self._hashers: list[hashlib._Hash | None] = [None] * num_rows
+        self._parents = [NO_BLOCK] * num_rows  # the cached block that ends the row's committed prefix
+        self._replaced: list[tuple[int, int, int]] = []  # (row, place in the table, block) not yet in a plan
+
+    def lookup(self, token_ids: np.ndarray, cache_salt: str) -> PrefixMatch:
+        """The cached prefix of `token_ids`; empty with prefix caching off. Changes nothing.
+
+        At least the last token is left to compute. Where it alone is missing from a cached block, that
+        block is the match's `tail`.
+        """
+        if not self.enable_prefix_caching:
+            return PrefixMatch(_NO_BLOCKS, root_hasher(self.block_size, cache_salt))
+        match = self._index.match(token_ids[:-1], cache_salt)
+        done = len(match.block_ids) * self.block_size
+        if done + self.block_size == len(token_ids):
+            ahead = match.hasher.copy()
+            ahead.update(token_bytes(token_ids[done:]))
+            match.tail = self._index.find(ahead.digest())
+        return match
+
+    def num_idle(self, match: PrefixMatch) -> int:
+        """How many of the hit's blocks count as available until somebody takes them."""
+        return self.pool.num_idle(match.block_ids) + (match.tail != NO_BLOCK)
+
+    def num_cached_tokens(self, match: PrefixMatch) -> int:
+        """How many tokens of the prompt need not be computed after this hit."""
+        whole = len(match.block_ids) * self.block_size
+        return whole + (self.block_size - 1 if match.tail != NO_BLOCK else 0)
+
+    def enter(self, row: int, match: PrefixMatch, step: int) -> tuple[int, int] | None:
+        """Give an empty row its prefix hit; returns a block to copy in step `step`, (src, dst), or None.
+
+        The last token is computed again and so written again: where it lies in a cached block, the row
+        gets a copy of that block (copy-on-write), for which a block must be available.
+        """
+        assert self.num_blocks_R[row] == 0
+        block_ids, copy = match.block_ids, None
+        self.pool.share(block_ids)
+        if match.tail != NO_BLOCK:
+            source = np.array([match.tail], dtype=np.int32)
+            self.pool.share(source)
+            private = self.pool.allocate(1)
+            self.pool.release(source, fence=step)  # the copy in that step still reads it
+            copy = (match.tail, int(private[0]))
+            block_ids = np.append(block_ids, private)
+        self.block_table_RM[row, : len(block_ids)] = block_ids
+        self.num_blocks_R[row] = len(block_ids)
+        self.num_committed_R[row] = len(match.block_ids)
+        self._hashers[row] = match.hasher
+        self._parents[row] = int(match.block_ids[-1]) if len(match.block_ids) else NO_BLOCK
+        return copy
+
+    def blocks_of(self, row: int) -> np.ndarray:
+        """A copy of the row's block ids: int32 [B]."""
+        return self.block_table_RM[row, : self.num_blocks_R[row]].copy()
+
+    def blocks_needed(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """How many more blocks each row needs to hold `num_tokens` tokens (never negative)."""
+        return np.maximum(-(-num_tokens // self.block_size) - self.num_blocks_R[rows], 0)
+
+    def grow(self, rows: np.ndarray, num_new_blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Append blocks to rows: (rows int32 [B], block ids int32 [B]) in table order. Must be available."""
+        total = int(num_new_blocks.sum())
+        block_ids = self.pool.allocate(total)
+        if len(rows) == total:  # one each, the usual case
+            repeated, columns = rows, self.num_blocks_R[rows]
+        else:
+            repeated = np.repeat(rows, num_new_blocks)
+            ends = np.cumsum(num_new_blocks)
+            within = np.arange(total) - np.repeat(ends - num_new_blocks, num_new_blocks)
+            columns = self.num_blocks_R[repeated] + within
+        self.block_table_RM[repeated, columns] = block_ids
+        self.num_blocks_R[rows] += num_new_blocks
+        return repeated.astype(np.int32), block_ids
+
+    def commit(self, row: int, token_ids: np.ndarray, num_computed: int, fence: int) -> None:
+        """Offer the row's blocks that are now full and settled to the index.
+
+        token_ids: the row's tokens; the first `num_computed` have their KV written by settled steps.
+        fence: the last step planned with the row. Where somebody cached the same tokens first, the row
+        takes over that block and gives its own back (`take_replaced`).
+        """
+        hasher, index, size = self._hashers[row], self._index, self.block_size
+        assert hasher is not None
+        first, last = int(self.num_committed_R[row]), num_computed // size
+        data, width = token_bytes(token_ids[first * size : last * size]), size * 4
+        parent = self._parents[row]
+        for i in range(last - first):
+            hasher.update(data[i * width : (i + 1) * width])
+            digest = hasher.digest()
+            block = index.find(digest)
+            if block == NO_BLOCK:
+                block = int(self.block_table_RM[row, first + i])
+                index.insert(digest, block, parent)
+            else:
+                self._replace(row, first + i, block, fence)
+            parent = block
+        self._parents[row] = parent
+        self.num_committed_R[row] = last
+
+    def _replace(self, row: int, place: int, block: int, fence: int) -> None:
+        self.pool.share(np.array([block], dtype=np.int32))
+        self.pool.release(self.block_table_RM[row, place : place + 1].copy(), fence)
+        self.block_table_RM[row, place] = block
+        self._replaced.append((row, place, block))
+
+    def take_replaced(self) -> np.ndarray:
+        """Block table entries that changed since the last call: int32 [C, 3] of (row, place, block)."""
+        replaced, self._replaced = self._replaced, []
+        return np.array(replaced, dtype=np.int32).reshape(-1, 3)
+
+    def leave(self, row: int, fence: int) -> None:
+        """Give back all that the row holds. `fence`: the last step planned with it, -1 for none."""
+        self.pool.release(self.blocks_of(row), fence)
+        self.num_blocks_R[row] = 0
+        self.num_committed_R[row] = 0
+        self._hashers[row] = None
+        self._parents[row] = NO_BLOCK
+        if self._replaced:
+            self._replaced = [entry for entry in self._replaced if entry[0] != row]
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that somebody holds or that are still in flight."""
+        return 1.0 - self.pool.num_available / self.pool.num_blocks
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if pool, index and block tables disagree."""
+        self.pool.check_integrity()
+        held = np.zeros(self.pool.num_blocks, dtype=np.int64)
+        for row, count in enumerate(self.num_blocks_R.tolist()):
+            np.add.at(held, self.block_table_RM[row, :count], 1)
+        if not np.array_equal(held, self.pool.ref_counts()):
+            raise IntegrityError("ref counts differ from what the rows hold")

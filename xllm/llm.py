@@ -1,0 +1,212 @@
+"""`LLM`: an engine in this process, for batches of prompts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
+from xllm.errors import EngineDeadError, RequestError, XllmError
+from xllm.inputs import InputProcessor, ProcessedInput, Prompt
+from xllm.metrics import EngineStats
+from xllm.output_processor import OutputProcessor, RequestState
+from xllm.outputs import RequestOutput
+from xllm.request import SamplingParams
+from xllm.tokenizer import Tokenizer, load_tokenizer
+
+Progress = Callable[[str, float], None]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """Loads a model and answers prompts.
+
+    model: local folder or Hub id; None: the bundled demo model. `settings`: any setting of `EngineConfig`
+    by its name, such as `dtype`, `max_model_len`, `device`.
+
+    One call runs at a time; others wait. Close it with `shutdown()` or use it in a `with` statement.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong. ModelError: the checkpoint is. DeviceError: the device is.
+    """
+
+    def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any):
+        config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        self._core = EngineCore(config, progress=progress)
+        self.config = self._core.config
+        self._tokenizer = load_engine_tokenizer(self._core)
+        self._inputs = input_processor(self._core, self._tokenizer)
+        self._outputs = OutputProcessor(self._tokenizer)
+        self._lock = threading.Lock()
+        self._num_requests = 0
+        self._dead: str | None = None
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *,
+                 use_tqdm: bool = True, priority: int | Sequence[int] | None = None) -> list[RequestOutput]:
+        """Complete prompts; the results are in their order.
+
+        prompts: one or a list of: text, token ids, {'prompt': text}, {'prompt_token_ids': ids}.
+        sampling_params: one for all, or one each; None: the defaults. priority: smaller runs first.
+
+        Raises:
+            RequestError: a prompt or a parameter is wrong; names its index. Nothing was run then.
+            EngineDeadError: the engine failed.
+        """
+        return self._run(_as_batch(prompts), sampling_params, priority, use_tqdm)
+
+    def chat(self, messages: Sequence[Any], sampling_params: Params = None, *, use_tqdm: bool = True,
+             add_generation_prompt: bool = True, continue_final_message: bool = False,
+             chat_template: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
+             chat_template_kwargs: Mapping[str, Any] | None = None) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several. Raises like `generate`."""
+        if self._tokenizer is None:
+            raise RequestError("chat needs a tokenizer, and skip_tokenizer_init is set", field="messages")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(conversations):
+            with _at("messages", index, len(conversations)):
+                text = self._tokenizer.render_chat(
+                    conversation, add_generation_prompt=add_generation_prompt, tools=tools,
+                    continue_final_message=continue_final_message, chat_template=chat_template,
+                    **(chat_template_kwargs or {}))
+                ids = self._tokenizer.encode(text, add_special_tokens=False, field="messages")
+                prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return self._run(prompts, sampling_params, None, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises RequestError with skip_tokenizer_init."""
+        if self._tokenizer is None:
+            raise RequestError("there is no tokenizer: skip_tokenizer_init is set")
+        return self._tokenizer
+
+    def stats(self) -> EngineStats:
+        return self._core.stats()
+
+    def shutdown(self) -> None:
+        """Stop the engine and free what it holds. May be called again."""
+        with self._lock:
+            if self._dead is None:
+                self._dead = "it was shut down"
+                self._core.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
+             use_tqdm: bool) -> list[RequestOutput]:
+        with self._lock:
+            if self._dead is not None:
+                raise EngineDeadError(f"the engine is gone: {self._dead}")
+            sources = self._process_all(prompts, _one_each(params, SamplingParams(), len(prompts), "sampling_params"),
+                                        _one_each(priority, 0, len(prompts), "priority"))
+            states = [self._outputs.add(source) for source in sources]
+            try:
+                self._add_all(sources)
+                self._step_until_done(states, use_tqdm)
+            finally:
+                self._abandon(states)
+            return [state.output() for state in states]
+
+    def _process_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams],
+                     priorities: Sequence[int]) -> list[ProcessedInput]:
+        sources = []
+        for index, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities)):
+            with _at("prompts", index, len(prompts)):
+                source = self._inputs.process(str(self._num_requests), prompt, sampling, priority=priority)
+            self._num_requests += 1
+            sources.append(source)
+        return sources
+
+    def _add_all(self, sources: Sequence[ProcessedInput]) -> None:
+        for index, source in enumerate(sources):
+            with _at("prompts", index, len(sources)):
+                for request in source.requests:
+                    self._core.add(request)
+
+    def _step_until_done(self, states: Sequence[RequestState], use_tqdm: bool) -> None:
+        with _progress_bar(len(states), use_tqdm) as advance:
+            while self._outputs.num_open:
+                changed, to_abort = self._outputs.process(self._step())
+                for engine_id in to_abort:
+                    self._core.abort(engine_id)
+                advance(sum(state.finished for state in changed))
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._core.step()
+        except Exception as error:
+            self._dead = f"{type(error).__name__}: {error}"
+            raise EngineDeadError(f"the engine failed: {self._dead}") from error
+
+    def _abandon(self, states: Sequence[RequestState]) -> None:
+        """End what still runs (after an error, or what stop strings ended), so that the engine is idle again."""
+        for state in states:
+            for engine_id in self._outputs.remove(state):
+                self._core.abort(engine_id)
+        while self._dead is None and self._core.has_work():
+            self._step()
+
+
+def load_engine_tokenizer(core: EngineCore) -> Tokenizer | None:
+    """The tokenizer that the engine's settings ask for."""
+    from xllm.models.loader import resolve_model_path
+
+    settings = core.config.model
+    if settings.skip_tokenizer_init:
+        return None
+    return load_tokenizer(resolve_model_path(settings.tokenizer) if settings.tokenizer else core.model_path)
+
+
+def input_processor(core: EngineCore, tokenizer: Tokenizer | None) -> InputProcessor:
+    """One that knows the engine's model and limits."""
+    assert core.config.model.max_model_len is not None
+    return InputProcessor(tokenizer, vocab_size=core.model_config.vocab_size,
+                          max_model_len=core.config.model.max_model_len, eos_token_ids=core.model_config.eos_token_ids)
+
+
+def _as_batch(prompts: Any) -> Sequence[Prompt]:
+    """A lone prompt (text, a mapping, or a list of ints) becomes a batch of one."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}",
+                           field="prompts")
+    return [prompts] if prompts and all(type(p) is int for p in prompts) else prompts
+
+
+def _one_each(given: Any, default: Any, count: int, name: str) -> Sequence[Any]:
+    if given is None or not isinstance(given, Sequence):
+        return [default if given is None else given] * count
+    if len(given) != count:
+        raise RequestError(f"{name}: {len(given)} given for {count} prompts", field=name)
+    return given
+
+
+@contextmanager
+def _at(name: str, index: int, count: int) -> Iterator[None]:
+    """Put the index of a batch's member into its error."""
+    try:
+        yield
+    except XllmError as error:
+        if count == 1 or not isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{name}[{index}]: {error}", field=error.field) from error
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="prompts", dynamic_ncols=True) as bar:
+        yield bar.update

@@ -1,0 +1,42 @@
+"""`EngineStats`: what an engine says about itself, as plain numbers.
+
+Counters end in `_total` and only grow; the rest are gauges. Plain types only, so that the value can
+be sent anywhere as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """One look at a running engine. Times are seconds; `last_step_s` is on the `time.monotonic()` clock."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # free, or holding only evictable prefixes
+    kv_usage: float = 0.0  # 0 to 1
+    num_steps: int = 0
+    last_step_s: float = 0.0
+    step_time_s: float = 0.0
+    oldest_waiting_s: float = 0.0
+    prompt_tokens_total: int = 0
+    cached_prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    prefix_queries_total: int = 0  # tokens looked up
+    prefix_hits_total: int = 0  # tokens found
+    spec_draft_tokens_total: int = 0
+    spec_accepted_tokens_total: int = 0
+    requests_finished_total: dict[str, int] = field(default_factory=dict)  # by finish reason
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        return self.prefix_hits_total / self.prefix_queries_total if self.prefix_queries_total else 0.0
+
+    @property
+    def spec_acceptance_rate(self) -> float:
+        total = self.spec_draft_tokens_total
+        return self.spec_accepted_tokens_total / total if total else 0.0

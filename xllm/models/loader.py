@@ -1,0 +1,91 @@
+"""From a model's name to a `CausalLM` in memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from backends.backend import Backend
+from xllm.errors import ConfigError, ModelError
+from xllm.layers.context import LayerContext
+from xllm.layers.rotary import rope_table
+from xllm.models.config import ModelConfig, read_model_config
+from xllm.models.decoder import CausalLM, Decoder
+from xllm.models.weights import Progress, WeightSource
+from xllm.parallel.context import ParallelContext
+
+HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    path: Path,
+    *,
+    backend: Backend,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
+
+    quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
+    max_model_len: positions that the rotary table covers; None: the checkpoint's own limit.
+    Raises:
+        ModelError: the checkpoint cannot be used.
+        ConfigError: `max_model_len` is beyond the checkpoint's limit, or the backend lacks `quantization`.
+    """
+    config = read_model_config(path)
+    num_positions = _num_positions(config, max_model_len)
+    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
+        context = LayerContext(ops=backend.ops, parallel=ParallelContext(), weights=weights, quantization=quantization)
+        cos_sin_LH = rope_table(config.rope, config.head_dim, num_positions, backend.device)
+        model = Decoder(context, config, cos_sin_LH)
+        weights.check_all_taken(ignored=("lm_head.weight",) if config.tie_word_embeddings else ())
+    return model
+
+
+def _num_positions(config: ModelConfig, max_model_len: int | None) -> int:
+    num_positions = config.max_model_len if max_model_len is None else max_model_len
+    if not 1 <= num_positions <= config.max_model_len:
+        raise ConfigError(f"max_model_len {num_positions} is outside what the model allows (1 to "
+                          f"{config.max_model_len})")
+    return num_positions
+
+
+def resolve_model_path(model: str | None, revision: str | None = None) -> Path:
+    """The local folder of a model: None is the bundled one, an existing folder itself, else a Hub id.
+
+    Raises:
+        ModelError: no such folder, no such model on the Hub, or the Hub cannot be reached.
+    """
+    if model is None:
+        return Path(__file__).resolve().parent.parent / "bundled"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            log.warning("revision %s is ignored: %s is a local folder", revision, path)
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file; a model is a folder with config.json and safetensors files")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model:
+        raise ModelError(f"model folder {path} does not exist")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
+    at = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except hub.GatedRepoError:
+        raise ModelError(f"model {at} is gated: accept its terms on the Hub and log in with `hf auth login`") from None
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
+        raise ModelError(f"model {at} is neither a local folder nor on the Hub: {error}") from None
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
+        raise ModelError(f"model {at} is not in the local cache, and the Hub cannot be reached: {error}") from None

@@ -1,0 +1,142 @@
+"""`WeightSource`: the tensors of a safetensors checkpoint, handed out one at a time by name.
+
+A taken tensor is copied out of the file's memory map, so peak memory is what the layers keep plus
+the layer being built. Formats that are pickles inside are refused: loading one can run any code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xllm.errors import ModelError
+from xllm.models.config import read_json
+
+Progress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints carry; recomputed from the config
+
+
+class WeightSource:
+    """Opens every file of a checkpoint when entered; closes them when left.
+
+        with WeightSource(folder, dtype=torch.float32, device=device) as weights:
+            table_VD = weights.take("model.embed_tokens.weight", (vocab_size, hidden_size))
+            weights.check_all_taken()
+
+    Raises ModelError, naming the file and the tensor, for anything that is missing, broken or left over.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None):
+        self._dtype, self._device, self._progress = dtype, device, progress
+        self._stack = ExitStack()
+        self._left: dict[str, tuple[Path, Any]] = {}  # name -> its file and the open handle
+        self._done_bytes = self._total_bytes = 0
+        self._location = folder
+        try:
+            self._open_all(folder)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> WeightSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._left.clear()
+        self._stack.close()
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `xllm.layers.context.Weights`."""
+        if name not in self._left:
+            raise ModelError(f"tensor {name!r} is missing in {self._location}")
+        file, handle = self._left.pop(name)
+        found = handle.get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise ModelError(f"{file}: tensor {name!r} has shape {found.get_shape()}, the config asks for "
+                             f"{list(shape)}")
+        if found.get_dtype() not in ITEM_BYTES:
+            raise ModelError(f"{file}: tensor {name!r} is of type {found.get_dtype()}; only "
+                             f"{', '.join(ITEM_BYTES)} can be read")
+        try:
+            tensor = handle.get_tensor(name).to(device=self._device, dtype=self._dtype, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: tensor {name!r} cannot be read: {error}") from None
+        self._done_bytes += _nbytes(found)
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)
+        return tensor
+
+    def check_all_taken(self, *, ignored: tuple[str, ...] = ()) -> None:
+        """Raise ModelError if tensors are left that no layer took, but for those known to be harmless.
+
+        ignored: names to let pass, besides the buffers that every loader skips.
+        """
+        unexpected = sorted(name for name in self._left if name not in ignored and not name.endswith(IGNORED_SUFFIXES))
+        if unexpected:
+            file, _ = self._left[unexpected[0]]
+            more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+            raise ModelError(f"{file}: tensor {unexpected[0]!r}{more} is not part of this architecture")
+        if self._progress is not None and self._done_bytes < self._total_bytes:
+            self._progress(self._total_bytes, self._total_bytes)
+
+    def _open_all(self, folder: Path) -> None:
+        placed = _files(folder)
+        for file, names in placed.items():
+            try:
+                handle = self._stack.enter_context(safe_open(str(file), framework="pt"))
+                found = set(handle.keys())
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is truncated or corrupt: {error}") from None
+            absent = sorted(names - found)
+            if absent:
+                raise ModelError(f"{file} lacks tensor {absent[0]!r}, which {INDEX_FILE} places there")
+            self._left.update((name, (file, handle)) for name in found if name in names or name not in self._left)
+        self._total_bytes = sum(_nbytes(handle.get_slice(name)) for name, (_, handle) in self._left.items())
+        self._location = next(iter(placed)) if len(placed) == 1 else folder / INDEX_FILE
+
+
+def _nbytes(tensor_slice: Any) -> int:
+    return math.prod(tensor_slice.get_shape()) * ITEM_BYTES.get(tensor_slice.get_dtype(), 1)
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a checkpoint, each with the tensors that an index places there."""
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: set()}
+    if (folder / INDEX_FILE).is_file():
+        return _read_index(folder)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ModelError(f"{folder} holds weights only as {pickles[0]}, a pickle, which can run code when it is "
+                         "loaded; convert the checkpoint to safetensors")
+    raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_index(folder: Path) -> dict[Path, set[str]]:
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: 'weight_map' is missing or empty")
+    placed: dict[Path, set[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise ModelError(f"{index}: tensor {name!r} is placed in {file_name!r}, which is not a plain file name")
+        placed.setdefault(folder / file_name, set()).add(name)
+    for file in placed:
+        if not file.is_file():
+            raise ModelError(f"{index} names {file.name}, which does not exist")
+    return placed

@@ -1,0 +1,233 @@
+"""A user's wish: tokens in, sampling parameters, and what comes back.
+
+Nothing here knows text: tokenising happens before a `Request` is made, detokenising after its
+`OutputDelta`s come back.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from xllm.errors import RequestError
+
+MAX_LOGPROBS = 64
+MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 256
+MAX_BAD_WORDS = 1024
+MAX_LOGIT_BIAS = 4096
+MAX_CHOICES = 128
+MAX_STOP_STRING_CHARS = 4096
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended. `LENGTH` and `STOP` are OpenAI's words; the others are ours."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens; the names and defaults are vLLM's. Checked when made.
+
+    Raises:
+        RequestError: a value is out of range; `.field` names it.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all tokens
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: up to the model's length
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # filled from bad_words by whoever tokenises
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        _freeze_sequences(self)
+        _check_numbers(self)
+        _check_collections(self)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether logits depend on the tokens already produced."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.bad_words_token_ids
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise RequestError if a token id named here lies outside [0, vocab_size)."""
+        named: dict[str, Sequence[int]] = {
+            "logit_bias": tuple(self.logit_bias or ()),
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "stop_token_ids": self.stop_token_ids,
+            "bad_words": tuple(t for word in self.bad_words_token_ids for t in word),
+        }
+        for name, token_ids in named.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(f"{name}: token id {token_id} is outside the vocabulary "
+                                       f"(0 to {vocab_size - 1})", field=name)
+
+
+def _freeze_sequences(p: SamplingParams) -> None:
+    """Turn lists (and a lone stop string) into tuples, so that the dataclass is immutable."""
+    for name in ("stop", "bad_words"):
+        value = getattr(p, name)
+        if value is None:
+            value = ()
+        elif isinstance(value, str):
+            value = (value,)
+        object.__setattr__(p, name, tuple(value))
+    object.__setattr__(p, "stop_token_ids", tuple(p.stop_token_ids or ()))
+    object.__setattr__(p, "bad_words_token_ids", tuple(tuple(w) for w in p.bad_words_token_ids))
+    if p.allowed_token_ids is not None:
+        object.__setattr__(p, "allowed_token_ids", tuple(p.allowed_token_ids))
+    if p.logit_bias is not None:
+        object.__setattr__(p, "logit_bias", _int_keys(p.logit_bias))
+    if p.top_k == -1:
+        object.__setattr__(p, "top_k", 0)
+
+
+def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
+    try:
+        return {int(k): float(v) for k, v in bias.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError("logit_bias: keys must be token ids and values numbers", field="logit_bias") from None
+
+
+def _check_numbers(p: SamplingParams) -> None:
+    _in_range(p, "n", 1, MAX_CHOICES, whole=True)
+    _in_range(p, "temperature", 0.0, 100.0)
+    _in_range(p, "top_p", 0.0, 1.0, low_open=True)
+    _in_range(p, "top_k", 0, 2**31 - 1, whole=True)
+    _in_range(p, "min_p", 0.0, 1.0)
+    _in_range(p, "presence_penalty", -2.0, 2.0)
+    _in_range(p, "frequency_penalty", -2.0, 2.0)
+    _in_range(p, "repetition_penalty", 0.0, 100.0, low_open=True)
+    if p.seed is not None:
+        _in_range(p, "seed", -(2**63), 2**64 - 1, whole=True)
+    if p.max_tokens is not None:
+        _in_range(p, "max_tokens", 1, 2**31 - 1, whole=True)
+    _in_range(p, "min_tokens", 0, 2**31 - 1, whole=True)
+    if p.max_tokens is not None and p.min_tokens > p.max_tokens:
+        raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})", field="min_tokens")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(p, name) is not None:
+            _in_range(p, name, 0, MAX_LOGPROBS, whole=True)
+
+
+def _in_range(p: SamplingParams, name: str, low: float, high: float, *,
+              whole: bool = False, low_open: bool = False) -> None:
+    value = getattr(p, name)
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise RequestError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}", field=name)
+    ok = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
+    if not ok:
+        raise RequestError(f"{name} must be in {'(' if low_open else '['}{low}, {high}], got {value}", field=name)
+
+
+def _check_collections(p: SamplingParams) -> None:
+    limits = {"stop": MAX_STOP_STRINGS, "stop_token_ids": MAX_STOP_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
+              "bad_words_token_ids": MAX_BAD_WORDS, "logit_bias": MAX_LOGIT_BIAS}
+    for name, limit in limits.items():
+        if len(getattr(p, name) or ()) > limit:
+            raise RequestError(f"{name} may have at most {limit} entries", field=name)
+    for name in ("stop", "bad_words"):
+        for text in getattr(p, name):
+            if not isinstance(text, str) or not text or len(text) > MAX_STOP_STRING_CHARS:
+                raise RequestError(f"{name} must be non-empty strings of at most {MAX_STOP_STRING_CHARS} "
+                                   "characters", field=name)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        for token_id in getattr(p, name) or ():
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise RequestError(f"{name} must be integers, got {token_id!r}", field=name)
+    if p.allowed_token_ids is not None and not p.allowed_token_ids:
+        raise RequestError("allowed_token_ids must not be empty", field="allowed_token_ids")
+    for token_id, bias in (p.logit_bias or {}).items():
+        if not -100.0 <= bias <= 100.0:  # also refuses NaN
+            raise RequestError(f"logit_bias for token {token_id} must be in [-100, 100], got {bias}", field="logit_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to generate. `n > 1` becomes n requests before it gets here.
+
+    `priority`: smaller runs first. `offline` requests yield to online ones. `deadline_s` and
+    `arrival_s` are on the `time.monotonic()` clock.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_s: float = 0.0
+    priority: int = 0
+    offline: bool = False
+    deadline_s: float | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probabilities of one position: the chosen token first, then the top ones by rank."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = the most likely token
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class OutputDelta:
+    """What one step added to one request. The one with a `finish_reason` is the last.
+
+    A plain class whose rare fields default on the class: one is made per sequence and step.
+    """
+
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or string that ended it
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_preemptions: int = 0
+    error: str | None = None
+
+    def __init__(self, request_id: str, token_ids: list[int], num_cached_tokens: int = 0):
+        self.request_id = request_id
+        self.token_ids = token_ids
+        self.num_cached_tokens = num_cached_tokens
+
+    def __repr__(self) -> str:
+        return f"OutputDelta({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))

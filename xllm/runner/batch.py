@@ -1,0 +1,118 @@
+"""`ForwardBatch`: the model's inputs for one step, gathered fresh from row state.
+
+Letters: T tokens of the step, S rows of the step, M blocks per row, Q positions to sample from.
+A row contributes `num_tokens` known tokens and behind them its drafts, adjacent and in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.metadata import AttentionMetadata
+from xllm.runner.rows import RowState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSlots:
+    """The Q places of a step whose next token is drawn, on the host, all [Q].
+
+    rows: the row. steps: its index in the plan's rows_S. offsets: how many draft tokens stand between
+    the row's known tokens and this place (0 for the first). hidden: where its hidden state stands on
+    the T axis. All int64 but rows (int32).
+    """
+
+    rows: np.ndarray
+    steps: np.ndarray
+    offsets: np.ndarray
+    hidden: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> SampleSlots:
+        return SampleSlots(rows=self.rows[part], steps=self.steps[part], offsets=self.offsets[part],
+                           hidden=self.hidden[part])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """input_ids_T, positions_T int32 on the device; `meta` for the attention ops; the slots to sample.
+
+    query_start_S1 is the host's copy of the one in `meta`.
+    """
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    meta: AttentionMetadata
+    query_start_S1: np.ndarray
+    slots: SampleSlots
+
+
+def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
+                samples_S: np.ndarray, device: torch.device) -> ForwardBatch:
+    """Gather one step. Drafts must stand in `rows.token_ids` behind the known tokens already."""
+    num_queries_S = num_tokens_S + num_drafts_S
+    query_start_S1 = np.zeros(len(rows_S) + 1, dtype=np.int32)
+    np.cumsum(num_queries_S, out=query_start_S1[1:])
+    num_tokens, max_query_len = int(query_start_S1[-1]), int(num_queries_S.max())
+    seq_lens_S = rows.num_computed[rows_S] + num_queries_S
+    _check(rows, rows_S, num_tokens_S, seq_lens_S, samples_S)
+
+    if max_query_len == 1:
+        row_T, position_T = rows_S, rows.num_computed[rows_S]
+    else:
+        row_T = np.repeat(rows_S, num_queries_S)
+        position_T = np.repeat(seq_lens_S - query_start_S1[1:], num_queries_S) + np.arange(num_tokens, dtype=np.int32)
+    block_T = rows.block_table[row_T, position_T // rows.block_size]
+    slot_T = block_T * np.int32(rows.block_size) + position_T % rows.block_size
+    max_seq_len = int(seq_lens_S.max())
+    table_SM = rows.block_table[rows_S, : -(-max_seq_len // rows.block_size)]
+
+    meta = AttentionMetadata(
+        query_start_S1=_to_device(query_start_S1, device),
+        seq_lens_S=_to_device(seq_lens_S, device),
+        block_table_SM=_to_device(table_SM, device),
+        slot_mapping_T=_to_device(slot_T, device),
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        num_tokens=num_tokens,
+        block_size=rows.block_size,
+    )
+    return ForwardBatch(
+        input_ids_T=_to_device(rows.token_ids[row_T, position_T], device),
+        positions_T=_to_device(position_T, device),
+        meta=meta,
+        query_start_S1=query_start_S1,
+        slots=_sample_slots(rows_S, query_start_S1, num_drafts_S, samples_S),
+    )
+
+
+def _sample_slots(rows_S: np.ndarray, query_start_S1: np.ndarray, num_drafts_S: np.ndarray,
+                  samples_S: np.ndarray) -> SampleSlots:
+    """The last known token of each sampling row, and each draft behind it."""
+    sampling = np.flatnonzero(samples_S)
+    num_slots = num_drafts_S[sampling] + 1
+    steps = np.repeat(sampling, num_slots)
+    ends = np.cumsum(num_slots)
+    offsets = np.arange(len(steps)) - np.repeat(ends - num_slots, num_slots)
+    hidden = query_start_S1[steps + 1] - 1 - num_drafts_S[steps] + offsets
+    return SampleSlots(rows=rows_S[steps], steps=steps, offsets=offsets, hidden=hidden.astype(np.int64))
+
+
+def _check(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, seq_lens_S: np.ndarray,
+           samples_S: np.ndarray) -> None:
+    """The plan and the row state must agree; a difference is a bug of the scheduler or of ours."""
+    assert (seq_lens_S <= rows.num_blocks[rows_S] * rows.block_size).all(), "a row lacks blocks for this step"
+    known_S = rows.num_tokens[rows_S]
+    reached_S = rows.num_computed[rows_S] + num_tokens_S
+    assert (reached_S <= known_S).all(), "the plan runs past a row's known tokens"
+    assert ((reached_S == known_S) == samples_S).all(), "the plan samples in the wrong rows"
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

@@ -1,0 +1,95 @@
+"""The KV tensors of a model, and how many blocks of them to make.
+
+The axis order belongs to the backend; nothing above this file knows it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.backend import Backend
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError
+from xllm.models.config import ModelConfig
+
+# A CPU's memory is also everybody else's.
+CPU_MEMORY_SHARE = 0.5
+
+
+def compute_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> torch.dtype:
+    """The dtype of weights, activations and KV: the one that is set, or the device's best for the checkpoint."""
+    if config.model.dtype == "auto":
+        return backend.default_dtype(getattr(torch, model_config.checkpoint_dtype))
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return dtype
+
+
+class KVCache:
+    """One K and one V tensor a layer: `layers[i] = (k, v)`. The model writes them during forward."""
+
+    def __init__(self, backend: Backend, model_config: ModelConfig, *, num_blocks: int, block_size: int,
+                 dtype: torch.dtype):
+        self._backend = backend
+        self.num_blocks = num_blocks
+        cache_shape = backend.kv_cache_shape(num_blocks, block_size, model_config.num_kv_heads, model_config.head_dim)
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            (backend.allocate_kv_cache(cache_shape, dtype), backend.allocate_kv_cache(cache_shape, dtype))
+            for _ in range(model_config.num_layers)
+        ]
+
+    def copy_blocks(self, src_B: np.ndarray, dst_B: np.ndarray) -> None:
+        """Copy whole blocks in every layer. src and dst are disjoint, dst has no repeats."""
+        if not len(src_B):
+            return
+        src = torch.from_numpy(src_B.astype(np.int64)).to(self._backend.device)
+        dst = torch.from_numpy(dst_B.astype(np.int64)).to(self._backend.device)
+        for layer in self.layers:
+            for cache in layer:
+                self._backend.ops.copy_blocks(cache, src, dst)
+
+
+def block_bytes(backend: Backend, model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of all layers."""
+    elements = math.prod(backend.kv_cache_shape(1, block_size, model_config.num_kv_heads, model_config.head_dim))
+    return 2 * model_config.num_layers * elements * dtype.itemsize
+
+
+def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
+    """How many KV blocks to allocate under a resolved config.
+
+    The first that is set counts: num_kv_blocks, kv_cache_memory_bytes, a share of available memory. The
+    share is capped at what max_num_seqs sequences of max_model_len can hold at once (and one block).
+
+    Raises:
+        ConfigError: not even one sequence of max_model_len fits.
+    """
+    cache, max_model_len = config.cache, config.model.max_model_len
+    assert cache.block_size is not None, "resolve() first"
+    assert max_model_len is not None, "resolve() first"
+    blocks_per_sequence = -(-max_model_len // cache.block_size)
+    bytes_per_block = block_bytes(backend, model_config, cache.block_size, dtype)
+    if cache.num_kv_blocks is not None:
+        num_blocks, origin = cache.num_kv_blocks, f"num_kv_blocks is {cache.num_kv_blocks}"
+    elif cache.kv_cache_memory_bytes is not None:
+        num_blocks = cache.kv_cache_memory_bytes // bytes_per_block
+        origin = f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes}"
+    else:
+        usable = _memory_share_bytes(cache.gpu_memory_utilization, backend)
+        num_blocks = min(usable // bytes_per_block, config.scheduler.max_num_seqs * blocks_per_sequence + 1)
+        origin = f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves {usable} bytes"
+    if num_blocks < blocks_per_sequence:
+        raise ConfigError(
+            f"one sequence of max_model_len {max_model_len} needs {blocks_per_sequence} KV blocks "
+            f"({blocks_per_sequence * bytes_per_block} bytes), but {origin}, which is {num_blocks} blocks; "
+            f"max_model_len {num_blocks * cache.block_size} would fit"
+        )
+    return num_blocks
+
+
+def _memory_share_bytes(utilization: float, backend: Backend) -> int:
+    share = utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
+    return int(backend.available_memory_bytes() * share)

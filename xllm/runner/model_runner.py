@@ -1,0 +1,162 @@
+"""`ModelRunner`: one step on the device. A plan comes in, tokens come out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.backend import Backend
+from xllm.config import EngineConfig
+from xllm.models.decoder import CausalLM
+from xllm.request import TokenLogprobs
+from xllm.runner.batch import ForwardBatch, SampleSlots, build_batch
+from xllm.runner.kv_cache import KVCache, compute_dtype
+from xllm.runner.logprobs import token_logprobs
+from xllm.runner.rows import NO_LOGPROBS, RowState
+from xllm.runner.sampler import Draws, Sampler
+from xllm.speculative.proposer import make_proposer
+from xllm.speculative.verify import num_accepted
+from xllm.step import ScheduleOutput, StepOutput
+
+# Logits of that many bytes at most exist at a time; with more slots they are made in slices.
+SAMPLE_LOGITS_BYTES = 256 * 2**20
+PROMPT_LOGITS_BYTES = 32 * 2**20
+
+
+class ModelRunner:
+    """Owns the rows, the KV tensors, the sampler and the proposer. `run` is all it does.
+
+    One thread at a time may call it.
+    """
+
+    def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int):
+        """config: resolved. num_blocks: from `plan_num_blocks`."""
+        max_model_len, block_size = config.model.max_model_len, config.cache.block_size
+        assert max_model_len is not None, "resolve() first"
+        assert block_size is not None, "resolve() first"
+        self._backend = backend
+        self._model = model
+        self.rows = RowState(max_num_seqs=config.scheduler.max_num_seqs, max_model_len=max_model_len,
+                             block_size=block_size)
+        self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size,
+                                dtype=compute_dtype(config, backend, model.config))
+        self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
+        self.proposer = make_proposer(config.speculative)
+
+    @torch.inference_mode()
+    def run(self, plan: ScheduleOutput) -> StepOutput:
+        """Do one step. A step without rows only updates the row state."""
+        self._apply(plan)
+        if not plan.num_rows:
+            none = np.zeros(0, dtype=np.int32)
+            return StepOutput(step=plan.step, num_sampled_S=none, token_ids_SR=none.reshape(0, 1), num_drafts_S=none)
+        drafts_SR, num_drafts_S = self._propose(plan)
+        batch = build_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S,
+                            self._backend.device)
+        hidden_TD = self._forward(batch)
+        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden_TD)
+        draws = self._draw(batch.slots, hidden_TD)
+        return self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
+
+    def _apply(self, plan: ScheduleOutput) -> None:
+        """What a plan changes before the forward pass, in the order that `ScheduleOutput` states."""
+        for row in plan.released_rows:
+            self.rows.release(row)
+            self._sampler.release(row)
+        for new in plan.new_rows:
+            self.rows.enter(new)
+            self._sampler.enter(new)
+        self.rows.replace_blocks(plan.replace_rows_C, plan.replace_places_C, plan.replace_ids_C)
+        self.rows.append_blocks(plan.append_rows_B, plan.append_ids_B)
+        self.kv_cache.copy_blocks(plan.copy_src, plan.copy_dst)
+
+    def _propose(self, plan: ScheduleOutput) -> tuple[np.ndarray, np.ndarray]:
+        """Drafts [S, R] (R may be 0) and their counts; they are laid behind the known tokens."""
+        if self.proposer is not None and plan.max_drafts_S.any():
+            room_S = self.rows.room_for_drafts(plan.rows_S)
+            max_drafts_S = np.where(plan.samples_S, np.minimum(plan.max_drafts_S, room_S), 0)
+            drafts_SR, num_drafts_S = self.proposer.propose(plan.rows_S, max_drafts_S, self.rows)
+            if num_drafts_S.any():
+                self.rows.write_drafts(plan.rows_S, drafts_SR)
+                return drafts_SR, num_drafts_S
+        return np.zeros((plan.num_rows, 0), dtype=np.int32), np.zeros(plan.num_rows, dtype=np.int32)
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        config, meta = self._model.config, batch.meta
+        meta.plan = self._backend.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+                                           head_dim=config.head_dim)
+        return self._model.forward(batch.input_ids_T, batch.positions_T, self.kv_cache.layers, meta)
+
+    def _draw(self, slots: SampleSlots, hidden_TD: Tensor) -> Draws:
+        """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""
+        token_ids, logprobs, failed = [], {}, {}
+        for part in self._slices(len(slots), SAMPLE_LOGITS_BYTES):
+            draws = self._sampler.draw(self._logits(hidden_TD, slots.hidden[part]), slots[part])
+            token_ids.append(draws.token_ids_Q)
+            logprobs.update({part.start + q: entry for q, entry in draws.logprobs.items()})
+            failed.update({part.start + q: reason for q, reason in draws.failed.items()})
+        token_ids_Q = np.concatenate(token_ids) if token_ids else np.zeros(0, dtype=np.int64)
+        return Draws(token_ids_Q=token_ids_Q, logprobs=logprobs, failed=failed)
+
+    def _logits(self, hidden_TD: Tensor, indices: np.ndarray) -> Tensor:
+        """Logits at some places of the T axis; all places in order need no copy."""
+        if len(indices) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.from_numpy(indices).to(self._backend.device)]
+        return self._model.compute_logits(hidden_TD)
+
+    def _slices(self, num_slots: int, limit_bytes: int) -> list[slice]:
+        width = max(1, limit_bytes // (4 * self._model.config.vocab_size))
+        return [slice(start, min(start + width, num_slots)) for start in range(0, num_slots, width)]
+
+    def _prompt_logprobs(self, plan: ScheduleOutput, batch: ForwardBatch,
+                         hidden_TD: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """For each row that asked: every prompt token that this chunk's places predict."""
+        rows, found = self.rows, {}
+        asked_S = rows.num_prompt_logprobs[plan.rows_S] != NO_LOGPROBS
+        for i in np.flatnonzero(asked_S).tolist():
+            row = int(plan.rows_S[i])
+            first = int(rows.num_computed[row]) + 1
+            end = min(first + int(plan.num_tokens_S[i]), int(rows.num_prompt_tokens[row]))
+            if end <= first:
+                continue
+            indices = int(batch.query_start_S1[i]) + np.arange(end - first)
+            token_ids = rows.token_ids[row, first:end]
+            found[i] = self._logprobs_at(hidden_TD, indices, token_ids, int(rows.num_prompt_logprobs[row]))
+        return found
+
+    def _logprobs_at(self, hidden_TD: Tensor, indices: np.ndarray, token_ids: np.ndarray,
+                     num_top: int) -> list[TokenLogprobs]:
+        """Logprobs of given tokens at places of the T axis, in slices of bounded memory."""
+        entries: list[TokenLogprobs] = []
+        for part in self._slices(len(indices), PROMPT_LOGITS_BYTES):
+            logits_XV = self._logits(hidden_TD, indices[part])
+            entries += token_logprobs(logits_XV, token_ids[part], np.full(len(logits_XV), num_top))
+        return entries
+
+    def _settle(self, plan: ScheduleOutput, drafts_SR: np.ndarray, num_drafts_S: np.ndarray, slots: SampleSlots,
+                draws: Draws, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepOutput:
+        """Accept drafts, move the rows on, and report.
+
+        A failed row reports no token but still takes one in: an overlapped scheduler has planned its
+        next step already, and that step needs something to compute.
+        """
+        drawn_SR = np.full((plan.num_rows, drafts_SR.shape[1] + 1), -1, dtype=np.int32)
+        drawn_SR[slots.steps, slots.offsets] = draws.token_ids_Q
+        accepted_S = num_accepted(drawn_SR, drafts_SR)
+        num_sampled_S = np.where(plan.samples_S, accepted_S + 1, 0).astype(np.int32)
+        self.rows.advance(plan.rows_S, plan.num_tokens_S + accepted_S, drawn_SR, num_sampled_S)
+
+        failed: dict[int, str] = {}
+        for q, reason in draws.failed.items():
+            if slots.offsets[q] < num_sampled_S[slots.steps[q]]:
+                failed.setdefault(int(slots.steps[q]), reason)
+        num_sampled_S[list(failed)] = 0
+        drawn_SR[np.arange(drawn_SR.shape[1]) >= num_sampled_S[:, None]] = -1
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for q, entry in draws.logprobs.items():
+            if slots.offsets[q] < num_sampled_S[slots.steps[q]]:
+                logprobs.setdefault(int(slots.steps[q]), []).append(entry)
+        return StepOutput(step=plan.step, num_sampled_S=num_sampled_S, token_ids_SR=drawn_SR,
+                          num_drafts_S=num_drafts_S, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+                          failed=failed)

@@ -1,0 +1,53 @@
+"""`WaitingQueue`: the requests that own no row, in policy order."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+
+from xllm.scheduler.policy import Key
+from xllm.sequence import SequenceState
+
+
+class WaitingQueue:
+    """A heap with lazy removal: push and pop O(log n), remove O(1)."""
+
+    def __init__(self, key: Callable[[SequenceState], Key]):
+        self._key = key
+        self._heap: list[tuple[Key, SequenceState]] = []
+        self._live: dict[str, SequenceState] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[SequenceState]:
+        return iter(self._live.values())
+
+    def push(self, seq: SequenceState) -> None:
+        """Arrival makes keys unique, so sequences are never compared."""
+        heapq.heappush(self._heap, (self._key(seq), seq))
+        self._live[seq.request_id] = seq
+
+    def peek(self) -> SequenceState | None:
+        """The first in order, or None."""
+        while self._heap and self._live.get(self._heap[0][1].request_id) is not self._heap[0][1]:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    @property
+    def head(self) -> SequenceState | None:
+        """Like `peek`, but changes nothing, so that another thread may ask; may be slightly stale."""
+        try:
+            return self._heap[0][1] if self._live else None
+        except IndexError:
+            return None
+
+    def pop(self) -> SequenceState:
+        seq = self.peek()
+        assert seq is not None
+        heapq.heappop(self._heap)
+        del self._live[seq.request_id]
+        return seq
+
+    def remove(self, seq: SequenceState) -> None:
+        del self._live[seq.request_id]

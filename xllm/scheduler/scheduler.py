@@ -1,0 +1,592 @@
+"""`Scheduler`: which rows compute which tokens, step by step.
+
+There is no prefill phase and no decode phase: every sequence has tokens whose KV is not computed
+yet, and each step computes some of them (`rows.py`). `schedule()` decides and returns a value;
+`update()` takes in what came of it. With overlapped scheduling `schedule()` for step n + 1 runs
+before `update()` for step n.
+
+Neither touches the sequences one by one while they merely decode: the work is done on the row
+table's arrays, and Python sees only the sequences whose state changes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from xllm.config import EngineConfig
+from xllm.errors import IntegrityError, RequestError
+from xllm.kv.manager import KVManager
+from xllm.kv.prefix_index import PrefixMatch
+from xllm.request import FinishReason, OutputDelta, Request
+from xllm.scheduler.budget import Share, TokenBudget
+from xllm.scheduler.policy import Key, Phase, phases, request_key
+from xllm.scheduler.queues import WaitingQueue
+from xllm.scheduler.rows import RowTable
+from xllm.sequence import SequenceState, Status
+from xllm.step import NewRow, ScheduleOutput, StepOutput
+
+_NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Totals since the start, for metrics."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finished: dict[str, int] = dataclasses.field(default_factory=lambda: {r.value: 0 for r in FinishReason})
+
+
+class _Plan:
+    """A step under construction."""
+
+    __slots__ = ("copies", "grown_ids", "grown_rows", "new_rows", "shares")
+
+    def __init__(self) -> None:
+        self.shares: list[Share] = []
+        self.new_rows: list[NewRow] = []
+        self.grown_rows: list[np.ndarray] = []
+        self.grown_ids: list[np.ndarray] = []
+        self.copies: list[tuple[int, int]] = []
+
+
+class Scheduler:
+    """Owns the queue, the row table and the KV manager. Single-threaded.
+
+    config: resolved. num_blocks: KV blocks; one sequence of max_model_len tokens must fit.
+    """
+
+    def __init__(self, config: EngineConfig, *, num_blocks: int, clock: Callable[[], float] = time.monotonic):
+        s, cache, spec = config.scheduler, config.cache, config.speculative
+        assert config.model.max_model_len and cache.block_size and s.max_num_batched_tokens
+        self.max_model_len = config.model.max_model_len
+        assert num_blocks * cache.block_size >= self.max_model_len, "the longest sequence must fit"
+        self.kv = KVManager(num_blocks=num_blocks, block_size=cache.block_size, num_rows=s.max_num_seqs,
+                            max_tokens_per_row=self.max_model_len,
+                            enable_prefix_caching=cache.enable_prefix_caching)
+        self.rows = RowTable(s.max_num_seqs, self.max_model_len)
+        self.counters = Counters()
+        self._clock = clock
+        self._seed = config.model.seed
+        self._watermark_blocks = int(cache.watermark * num_blocks)
+        self._max_waiting = s.max_waiting_requests
+        self._preempt_offline = s.online_preempts_offline
+        self._phases = phases(s.scheduling_policy)
+        self._key = request_key(s.scheduling_policy, offline_last=s.online_preempts_offline)
+        self._budget = TokenBudget(max_tokens=s.max_num_batched_tokens, max_chunk=s.long_prefill_token_threshold,
+                                   allow_partial=s.enable_chunked_prefill,
+                                   max_drafts=spec.num_speculative_tokens if spec.speculative_method else 0)
+        self.waiting = WaitingQueue(self._key)
+        self._sequences: dict[str, SequenceState] = {}
+        self._running: list[tuple[Key, int]] = []  # (key, row), sorted: the order of service
+        self._order: np.ndarray | None = None  # the rows of _running as an array; None: make it anew
+        self._preempting: list[int] = []  # rows whose sequence goes back to the queue when they settle
+        self._released_rows: list[int] = []
+        self._ready: list[OutputDelta] = []  # terminal outputs that no step produced
+        self._stalled = False  # a running row found no block in this step
+        self._blocked: tuple[SequenceState, int] | None = None  # head of the queue, blocks there were
+        self._next_step = 0
+        self._num_arrived = 0
+
+    # --- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it can never run or the queue is full."""
+        num_tokens = len(request.prompt_token_ids)
+        if num_tokens == 0:
+            raise RequestError("the prompt is empty", field="prompt")
+        if num_tokens >= self.max_model_len:
+            raise RequestError(f"the prompt has {num_tokens} tokens; with max_model_len {self.max_model_len} it may "
+                               f"have at most {self.max_model_len - 1}", field="prompt")
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
+        if len(self.waiting) >= self._max_waiting:
+            raise RequestError(f"the queue is full ({self._max_waiting} requests)")
+        seq = SequenceState(request, self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[request.request_id] = seq
+        self.waiting.push(seq)
+        self.counters.prompt_tokens += num_tokens
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; unknown ids are ignored. Its terminal output comes with the next `update`
+        or `take_ready`."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        row = seq.row
+        self._ready.append(self._finish(seq, FinishReason.ABORT))
+        if row >= 0 and self.rows.in_flight[row] == 0:
+            self._release_row(row)
+
+    def take_ready(self) -> list[OutputDelta]:
+        """Terminal outputs of requests that ended outside a step."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def oldest_waiting_s(self) -> float:
+        """How long the head of the queue has waited, by the scheduler's clock; 0 if nobody waits."""
+        head = self.waiting.head
+        return max(0.0, self._clock() - head.request.arrival_s) if head is not None else 0.0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request has not ended, or has and its output was not taken."""
+        return bool(self._sequences or self._ready)
+
+    # --- deciding a step
+
+    def schedule(self) -> ScheduleOutput:
+        """Plan the next step. The plan may be empty: then the steps in flight must settle first."""
+        plan = _Plan()
+        self._budget.reset()
+        self._stalled = False
+        for phase in self._phases:
+            if phase is Phase.ADMISSION:
+                if len(self.waiting):
+                    self._admit(plan)
+            elif self._running:
+                self._plan_running(plan, phase)
+        return self._seal(plan)
+
+    def _plan_running(self, plan: _Plan, phase: Phase) -> None:
+        rows, table = self._service_order(), self.rows
+        room = table.limit[rows] - table.upper[rows]
+        wanted = table.upper[rows] - table.cursor[rows]
+        eligible = room > 0
+        if plan.shares:  # in an earlier phase of this step
+            eligible &= table.last_step[rows] < self._next_step
+        if phase is Phase.DECODES:
+            eligible &= wanted == 1
+        elif phase is Phase.PREFILLS:
+            eligible &= wanted > 1
+        if not eligible.all():
+            rows, room, wanted = rows[eligible], room[eligible], wanted[eligible]
+        share = self._budget.share(rows, wanted, room)
+        need = self.kv.blocks_needed(share.rows, table.cursor[share.rows] + share.tokens + share.drafts)
+        total = int(need.sum())
+        if total > self.kv.pool.num_available:
+            share, need = self._make_fit(share, need)
+            total = int(need.sum())
+        if total:
+            self._grow(plan, share.rows, need)
+        if len(share.rows):
+            self._commit_share(plan, share)
+
+    def _service_order(self) -> np.ndarray:
+        if self._order is None:
+            self._order = np.array([row for _, row in self._running], dtype=np.int64)
+        return self._order
+
+    def _grow(self, plan: _Plan, rows: np.ndarray, need: np.ndarray) -> None:
+        growing = need > 0
+        grown_rows, grown_ids = self.kv.grow(rows[growing], need[growing])
+        plan.grown_rows.append(grown_rows)
+        plan.grown_ids.append(grown_ids)
+
+    def _commit_share(self, plan: _Plan, share: Share) -> None:
+        """The share stands: move the rows' counters as if every draft were accepted."""
+        table, rows = self.rows, share.rows
+        self._budget.take(share)
+        samples = share.tokens == share.wanted
+        table.upper[rows] += np.where(samples, 1 + share.drafts, 0)
+        table.cursor[rows] += share.tokens + share.drafts
+        table.in_flight[rows] += 1
+        table.last_step[rows] = self._next_step
+        plan.shares.append(share)
+
+    def _seal(self, plan: _Plan) -> ScheduleOutput:
+        step, self._next_step = self._next_step, self._next_step + 1
+        released: tuple[int, ...] = ()
+        if plan.shares:  # an empty plan is never run
+            released, self._released_rows = tuple(self._released_rows), []
+        rows, tokens, drafts, wanted = (_join([getattr(s, name) for s in plan.shares])
+                                        for name in ("rows", "tokens", "drafts", "wanted"))
+        replaced = self.kv.take_replaced() if plan.shares else _NOTHING_REPLACED
+        copies = np.array(plan.copies, dtype=np.int32).reshape(-1, 2)
+        return ScheduleOutput(
+            step=step, rows_S=rows.astype(np.int32), num_tokens_S=tokens.astype(np.int32),
+            max_drafts_S=drafts.astype(np.int32), samples_S=tokens == wanted,
+            new_rows=tuple(plan.new_rows), released_rows=released,
+            append_rows_B=_join(plan.grown_rows).astype(np.int32), append_ids_B=_join(plan.grown_ids).astype(np.int32),
+            replace_rows_C=replaced[:, 0], replace_places_C=replaced[:, 1], replace_ids_C=replaced[:, 2],
+            copy_src=copies[:, 0], copy_dst=copies[:, 1],
+        )
+
+    # --- too few blocks
+
+    def _make_fit(self, share: Share, need: np.ndarray) -> tuple[Share, np.ndarray]:
+        """Row by row: give up drafts, preempt rows that are served later, or leave the row out.
+
+        Blocks freed here are often PENDING until the step in flight settles; a row that waits for
+        them is left out of this step, and nobody else is preempted for it meanwhile.
+        """
+        pool, table = self.kv.pool, self.rows
+        kept = np.zeros(len(share.rows), dtype=bool)
+        drafts, need = share.drafts.copy(), need.copy()
+        taken = 0
+        gone: set[int] = set()
+        for i, row in enumerate(share.rows.tolist()):
+            if row in gone:
+                continue
+            if need[i] > pool.num_available - taken and drafts[i]:
+                drafts[i] = 0
+                end = table.cursor[row] + share.tokens[i]
+                need[i] = self.kv.blocks_needed(np.array([row]), np.array([end]))[0]
+            while need[i] > pool.num_available - taken:
+                if need[i] <= pool.num_available + pool.num_pending - taken:
+                    break  # enough is on its way
+                victim = self._victim(after=row)
+                if victim is None:
+                    break
+                gone.add(victim)
+                self._preempt(victim)
+            if need[i] > pool.num_available - taken:
+                self._stalled = True
+                continue
+            kept[i] = True
+            taken += int(need[i])
+        return Share(share.rows, share.tokens, drafts, share.wanted).only(kept), need[kept]
+
+    def _victim(self, after: int) -> int | None:
+        """The running row that is served last, if that is after row `after` and not planned in this step."""
+        for _, row in reversed(self._running):
+            if row == after:
+                return None
+            if self.rows.last_step[row] < self._next_step:
+                return row
+        return None
+
+    def _preempt(self, row: int) -> None:
+        """Take a row's blocks away; its sequence will compute its tokens anew later."""
+        seq = self.rows.seqs[row]
+        assert seq is not None
+        self._stop_running(seq)
+        seq.num_preemptions += 1
+        self.counters.preemptions += 1
+        seq.move(Status.PREEMPTED)
+        if self.rows.in_flight[row]:
+            self._preempting.append(row)
+        else:
+            self._requeue(row)
+
+    def _stop_running(self, seq: SequenceState) -> None:
+        """Off the service order, and its blocks given back."""
+        at = bisect.bisect_left(self._running, (self._key(seq), seq.row))
+        assert self._running[at][1] == seq.row
+        del self._running[at]
+        self._order = None
+        self._blocked = None
+        self._commit_row(seq.row)
+        self.kv.leave(seq.row, int(self.rows.last_step[seq.row]))
+
+    def _requeue(self, row: int) -> None:
+        seq = self.rows.seqs[row]
+        assert seq is not None
+        seq.token_ids = self.rows.tokens_of(row)
+        if seq.prompt_logprobs is not None and len(seq.token_ids) == seq.num_prompt_tokens:
+            seq.prompt_logprobs = None  # not delivered yet: they will be computed anew
+        seq.move(Status.WAITING)
+        self._release_row(row)
+        self.waiting.push(seq)
+
+    def _release_row(self, row: int) -> None:
+        seq = self.rows.seqs[row]
+        assert seq is not None
+        seq.row = -1
+        self.rows.leave(row)
+        self._released_rows.append(row)
+
+    # --- admission
+
+    def _admit(self, plan: _Plan) -> None:
+        """Admit from the head of the queue while tokens, rows and blocks last. Strictly in order, so that
+        nobody starves behind smaller requests."""
+        while self._budget.left > 0 and not self._stalled:
+            seq = self.waiting.peek()
+            if seq is None:
+                return
+            progress = self._try_admit(plan, seq) if self.rows.num_free else self._yield_offline(seq)
+            if not progress:
+                return
+
+    def _try_admit(self, plan: _Plan, seq: SequenceState) -> bool:
+        """Whether the sequence got in, or something was freed so that another try is worth it."""
+        pool = self.kv.pool
+        unreserved = pool.num_available - self._reserved_blocks()
+        others = bool(self._running or pool.num_pending or self.rows.num_free < self.rows.num_rows)
+        if others and self._blocked is not None and self._blocked[0] is seq and unreserved <= self._blocked[1]:
+            return self._yield_offline(seq)
+        match = self._find_prefix(seq)
+        num_tokens = len(seq.token_ids)
+        # The whole prompt and its first output are reserved: a prompt half computed helps nobody.
+        need = num_tokens // self.kv.block_size + 1 - len(match.block_ids)
+        spare = self._watermark_blocks if self._running else 0
+        if need + spare > unreserved - self.kv.num_idle(match):
+            if others:
+                self._blocked = (seq, unreserved)
+                return self._yield_offline(seq)
+            # Alone, a sequence may take all: it fits, since max_model_len does.
+            match = self.kv.lookup(seq.token_ids[:0], seq.request.cache_salt)
+        wanted = num_tokens - self.kv.num_cached_tokens(match)
+        if not self._budget.allow_partial and wanted > self._budget.left:
+            return False
+        self._enter(plan, seq, match)
+        return True
+
+    def _find_prefix(self, seq: SequenceState) -> PrefixMatch:
+        """The cached prefix; none for prompt_logprobs, which need every position computed."""
+        tokens = seq.token_ids
+        if seq.request.sampling.prompt_logprobs is not None and len(tokens) == seq.num_prompt_tokens:
+            tokens = tokens[:0]
+        return self.kv.lookup(tokens, seq.request.cache_salt)
+
+    def _reserved_blocks(self) -> int:
+        """Blocks that admitted prompts will still take."""
+        rows = self._service_order()
+        if not len(rows):
+            return 0
+        return int(self.kv.blocks_needed(rows, self.rows.known[rows]).sum())
+
+    def _enter(self, plan: _Plan, seq: SequenceState, match: PrefixMatch) -> None:
+        self.waiting.pop()
+        self._blocked = None
+        seq.move(Status.RUNNING)
+        num_tokens = len(seq.token_ids)
+        num_cached = self.kv.num_cached_tokens(match)
+        first_time = seq.num_preemptions == 0
+        if first_time:
+            seq.num_cached_tokens = num_cached
+            self.counters.cached_prompt_tokens += num_cached
+        self.counters.prefix_queries += num_tokens
+        self.counters.prefix_hits += num_cached
+        row = seq.row = self.rows.enter(seq, num_cached, self._length_limit(seq))
+        copy = self.kv.enter(row, match, self._next_step)
+        if copy is not None:
+            plan.copies.append(copy)
+        bisect.insort(self._running, (self._key(seq), row))
+        self._order = None
+        plan.new_rows.append(self._new_row(seq, num_cached))
+        rows = np.array([row])
+        share = self._budget.share(rows, self.rows.upper[rows] - num_cached, self.rows.limit[rows] - num_tokens)
+        share.drafts[:] = 0
+        need = self.kv.blocks_needed(rows, num_cached + share.tokens)
+        if need[0]:
+            self._grow(plan, rows, need)
+        self._commit_share(plan, share)
+
+    def _length_limit(self, seq: SequenceState) -> int:
+        max_tokens = seq.request.sampling.max_tokens
+        longest = self.max_model_len if max_tokens is None else seq.num_prompt_tokens + max_tokens
+        return min(longest, self.max_model_len)
+
+    def _new_row(self, seq: SequenceState, num_cached: int) -> NewRow:
+        params = seq.request.sampling
+        seed = self._seed * 1_000_003 + seq.arrival_index if params.seed is None else params.seed
+        return NewRow(row=seq.row, request_id=seq.request_id, token_ids=seq.token_ids,
+                      num_prompt_tokens=seq.num_prompt_tokens, num_computed_tokens=num_cached,
+                      block_ids=self.kv.blocks_of(seq.row), sampling=params,
+                      eos_token_ids=seq.request.eos_token_ids, seed=seed)
+
+    def _yield_offline(self, seq: SequenceState) -> bool:
+        """An online request cannot get in: preempt one offline row for it, unless one is on its way out.
+        Whether that freed anything at once; otherwise it does when the step in flight settles."""
+        if seq.request.offline or not self._preempt_offline or self._preempting or self.kv.pool.num_pending:
+            return False
+        for _, row in reversed(self._running):
+            owner = self.rows.seqs[row]
+            if owner is not None and owner.request.offline and self.rows.last_step[row] < self._next_step:
+                at_once = not self.rows.in_flight[row]
+                self._preempt(row)
+                return at_once
+        return False
+
+    # --- taking in a step's results
+
+    def update(self, plan: ScheduleOutput, result: StepOutput) -> list[OutputDelta]:
+        """Take in the results of a step, in the order of planning. Returns what changed, for all requests."""
+        assert plan.step == result.step
+        table, rows = self.rows, plan.rows_S.astype(np.int64)
+        self.kv.pool.settle(plan.step)
+        table.in_flight[rows] -= 1
+        self._settle_counters(plan, result, rows)
+        outputs = self._append_tokens(plan, result, rows)
+        if self.kv.enable_prefix_caching:
+            self._commit_blocks(rows)
+        for i, reason in result.failed.items():
+            seq = table.seqs[rows[i]]
+            if seq is not None and seq.status is not Status.FINISHED:
+                outputs.append(self._finish(seq, FinishReason.ERROR, error=reason))
+        self._leave_settled(rows)
+        return outputs + self.take_ready() if self._ready else outputs
+
+    def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
+        """Take back what was counted for drafts that were not accepted."""
+        table = self.rows
+        accepted = np.maximum(result.num_sampled_S - 1, 0)
+        table.computed[rows] += plan.num_tokens_S + accepted
+        if self._budget.max_drafts:
+            unused = np.where(plan.samples_S, plan.max_drafts_S - accepted, 0)
+            table.upper[rows] -= unused
+            table.cursor[rows] -= unused
+            self.counters.draft_tokens += int(result.num_drafts_S.sum())
+            self.counters.accepted_tokens += int(accepted.sum())
+
+    def _append_tokens(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> list[OutputDelta]:
+        """Append the sampled tokens to their rows, find who stops, and write the outputs."""
+        table = self.rows
+        kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
+        stops = np.zeros(len(rows), dtype=bool)
+        for column in range(int(kept.max(initial=0))):
+            at = np.flatnonzero((kept > column) & ~stops)
+            these = rows[at]
+            tokens = result.token_ids_SR[at, column]
+            table.token_ids[these, table.known[these]] = tokens
+            known = table.known[these] = table.known[these] + 1
+            stopped = (tokens[:, None] == table.stop_ids_RE[these]).any(axis=1) & (known >= table.min_known[these])
+            ends = stopped | (known >= table.limit[these])
+            if ends.any():
+                stops[at[ends]] = True
+                kept[at[ends]] = column + 1
+        for i in result.failed:
+            kept[i] = 0
+            stops[i] = False
+        self.counters.generation_tokens += int(kept.sum())
+        return self._write_outputs(result, rows, kept, stops)
+
+    def _write_outputs(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray,
+                       stops: np.ndarray) -> list[OutputDelta]:
+        table = self.rows
+        at = np.flatnonzero(kept)
+        producing = rows[at]
+        if int(kept.max(initial=0)) <= 1:
+            tokens = result.token_ids_SR[at, :1].tolist()
+        else:
+            counts = kept[at].tolist()
+            tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
+        cached = table.num_cached[producing].tolist()
+        outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
+        if result.prompt_logprobs:
+            for i, entries in result.prompt_logprobs.items():
+                self._collect_prompt_logprobs(int(rows[i]), entries)
+        if result.logprobs or result.prompt_logprobs:
+            self._attach_logprobs(result, at, rows, kept, outputs)
+        if stops.any():
+            place_of = {int(i): place for place, i in enumerate(at)}
+            for i in np.flatnonzero(stops).tolist():
+                self._finish_at(int(rows[i]), outputs[place_of[i]])
+        return outputs
+
+    def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
+        seq = self.rows.seqs[row]
+        if seq is None or not self.rows.alive[row] or len(seq.token_ids) > seq.num_prompt_tokens:
+            return  # the last: preempted after they were delivered
+        seq.prompt_logprobs = (seq.prompt_logprobs or [None]) + entries
+
+    def _attach_logprobs(self, result: StepOutput, at: np.ndarray, rows: np.ndarray, kept: np.ndarray,
+                         outputs: list[OutputDelta]) -> None:
+        for output, i in zip(outputs, at.tolist()):
+            if i in result.logprobs:
+                output.logprobs = result.logprobs[i][: int(kept[i])]
+            seq = self.rows.seqs[int(rows[i])]
+            if seq is not None and seq.prompt_logprobs is not None and i in result.prompt_logprobs:
+                output.prompt_logprobs = seq.prompt_logprobs
+
+    def _finish_at(self, row: int, output: OutputDelta) -> None:
+        """The row's last token, in `output`, ended it."""
+        seq = self.rows.seqs[row]
+        assert seq is not None
+        last, params = output.token_ids[-1], seq.request.sampling
+        is_stop = self.rows.known[row] >= self.rows.min_known[row] and last in self.rows.stop_ids_RE[row].tolist()
+        reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+        if is_stop and last in params.stop_token_ids:
+            output.stop_reason = last
+        output.finish_reason = reason
+        output.num_preemptions = seq.num_preemptions
+        self._finish(seq, reason)
+
+    def _finish(self, seq: SequenceState, reason: FinishReason, *, error: str | None = None) -> OutputDelta:
+        """End a sequence; returns a terminal output for the caller that has none yet."""
+        if seq.status is Status.RUNNING:
+            self._stop_running(seq)
+        elif seq.status is Status.PREEMPTED:
+            self._preempting.remove(seq.row)
+        seq.move(Status.FINISHED)
+        seq.finish_reason = reason
+        if seq.row >= 0:
+            self.rows.alive[seq.row] = False
+        del self._sequences[seq.request_id]
+        self.counters.finished[reason.value] += 1
+        output = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
+        output.finish_reason, output.error, output.num_preemptions = reason, error, seq.num_preemptions
+        return output
+
+    def _commit_blocks(self, rows: np.ndarray) -> None:
+        """Offer blocks that became full in this step to the prefix index."""
+        table = self.rows
+        full = table.computed[rows] // self.kv.block_size > self.kv.num_committed_R[rows]
+        for row in rows[full].tolist():
+            seq = table.seqs[row]
+            if seq is not None and seq.status is Status.RUNNING:
+                self._commit_row(row)
+
+    def _commit_row(self, row: int) -> None:
+        if self.kv.enable_prefix_caching:
+            self.kv.commit(row, self.rows.token_ids[row], int(self.rows.computed[row]), int(self.rows.last_step[row]))
+
+    def _leave_settled(self, rows: np.ndarray) -> None:
+        """Rows whose owner is gone and that no step in flight knows are free again."""
+        gone = rows[~self.rows.alive[rows] & (self.rows.in_flight[rows] == 0)]
+        for row in gone.tolist():
+            if self.rows.seqs[row] is not None:
+                self._release_row(row)
+        for row in [r for r in self._preempting if self.rows.in_flight[r] == 0]:
+            self._preempting.remove(row)
+            self._requeue(row)
+
+    # --- audit
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if counters, queues, rows and blocks disagree."""
+        self.kv.check_integrity()
+        table = self.rows
+        owners = [row for row in range(table.num_rows) if table.seqs[row] is not None]
+        if len(owners) + table.num_free != table.num_rows:
+            raise IntegrityError("a row is neither owned nor free")
+        if self._running != sorted(self._running):
+            raise IntegrityError("the service order is not sorted")
+        for _, row in self._running:
+            seq = table.seqs[row]
+            if seq is None or seq.status is not Status.RUNNING or seq.row != row:
+                raise IntegrityError(f"row {row} is served but its owner does not run")
+            if not table.computed[row] < table.known[row] <= table.upper[row] <= table.limit[row]:
+                raise IntegrityError(f"row {row}: counters out of order")
+            if not table.computed[row] <= table.cursor[row] < table.upper[row]:
+                raise IntegrityError(f"row {row}: cursor out of order")
+            if self.kv.num_blocks_R[row] * self.kv.block_size < table.cursor[row]:
+                raise IntegrityError(f"row {row}: tokens planned beyond its blocks")
+        if not self._sequences and self.kv.pool.num_held:
+            raise IntegrityError("blocks are held though no request is left")
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

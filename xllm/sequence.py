@@ -1,0 +1,60 @@
+"""`SequenceState`: where one request stands, and the table of moves it may make.
+
+Per-step counters of running sequences do not live here but in the scheduler's row table, as numpy
+arrays; this object is touched only when a sequence changes state.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+from xllm.request import FinishReason, Request
+
+
+class Status(enum.Enum):
+    """WAITING: queued. RUNNING: owns a row. PREEMPTED: lost its blocks while a step that it takes
+    part in is still running; goes back to WAITING when that step settles. FINISHED: final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+ALLOWED_MOVES: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.WAITING, Status.FINISHED}),
+    Status.PREEMPTED: frozenset({Status.WAITING, Status.FINISHED}),
+    Status.FINISHED: frozenset(),
+}
+
+
+class SequenceState:
+    """One sequence from `Scheduler.add` to its terminal output. Written by the scheduler only."""
+
+    __slots__ = ("arrival_index", "finish_reason", "num_cached_tokens", "num_preemptions", "num_prompt_tokens",
+                 "prompt_logprobs", "request", "row", "status", "token_ids")
+
+    def __init__(self, request: Request, arrival_index: int):
+        self.request = request
+        self.arrival_index = arrival_index
+        self.status = Status.WAITING
+        self.row = -1
+        # All known tokens while it waits; while it runs they live in the row table.
+        self.token_ids = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_cached_tokens = 0  # prompt tokens found in the cache at first admission
+        self.num_preemptions = 0
+        self.prompt_logprobs: list | None = None
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def move(self, status: Status) -> None:
+        """Change status; a move that the table does not list is a bug."""
+        assert status in ALLOWED_MOVES[self.status], f"{self.request_id}: {self.status} -> {status}"
+        self.status = status

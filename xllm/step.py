@@ -1,0 +1,94 @@
+"""The two crossings of a step: `ScheduleOutput` goes down to the runner, `StepOutput` comes up.
+
+Both hold ints and numpy arrays only, never tensors, and can be serialised. Rows: every admitted
+sequence owns one row index until it finishes or is preempted; the runner keeps per-row state
+under that index, so a plan carries only what is new.
+
+Letters: S rows scheduled in the step, B blocks appended in the step, R tokens sampled at most per
+row (1 + drafts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xllm.request import SamplingParams, TokenLogprobs
+
+_NO_INTS = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRow:
+    """A sequence that enters (or re-enters after preemption) the runner at `row`.
+
+    `token_ids` int32: the prompt, and what had been generated before a preemption.
+    `block_ids` int32: the blocks it owns so far. `num_computed_tokens`: how many of its tokens
+    already have their KV there (a prefix hit).
+    """
+
+    row: int
+    request_id: str
+    token_ids: np.ndarray
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: np.ndarray
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleOutput:
+    """What one step does. The order inside a step: release rows, enter new rows, replace and append
+    block table entries, copy blocks, forward `rows`, sample.
+
+    rows_S int32: the rows to run. num_tokens_S int32: how many of their known tokens to compute,
+    from where the row stands (a decode row: 1, the token sampled last, which the runner knows).
+    max_drafts_S int32: how many draft tokens the runner may add and verify after those.
+    samples_S bool: whether the chunk reaches the row's last known token, so that a token is sampled.
+    append_rows_B, append_ids_B int32: block ids to append to a row's block table, in order.
+    replace_rows_C, replace_places_C, replace_ids_C int32: block table entries to overwrite; the row's own
+    block there had the same contents as one that was cached before it.
+    copy_src, copy_dst int32: blocks to copy before the forward pass (copy-on-write).
+    """
+
+    step: int
+    rows_S: np.ndarray
+    num_tokens_S: np.ndarray
+    max_drafts_S: np.ndarray
+    samples_S: np.ndarray
+    new_rows: tuple[NewRow, ...] = ()
+    released_rows: tuple[int, ...] = ()
+    append_rows_B: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    append_ids_B: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    replace_rows_C: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    replace_places_C: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    replace_ids_C: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    copy_src: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    copy_dst: np.ndarray = field(default_factory=lambda: _NO_INTS)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step produced, aligned with its plan's `rows_S`.
+
+    num_sampled_S int32: tokens produced (0 where `samples_S` was False; with drafts 1 + accepted).
+    token_ids_SR int32: those tokens, padded with -1. num_drafts_S int32: drafts proposed.
+    logprobs / prompt_logprobs: by position in rows_S, for the rows that asked. prompt_logprobs come
+    per chunk: one entry for each computed prompt token but the first, predicting the next one.
+    failed: positions whose logits were not finite, with the reason; their requests end in ERROR.
+    """
+
+    step: int
+    num_sampled_S: np.ndarray
+    token_ids_SR: np.ndarray
+    num_drafts_S: np.ndarray
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,264 @@
+"""`Tokenizer`: text to token ids and back, chats to prompts.
+
+A checkpoint's `tokenizer.json` is loaded directly, which spares the seconds that importing
+transformers costs. Checkpoints without one go through transformers, which converts them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm.chat_template import ChatTemplate, Message, select_template
+from xllm.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """A tokenizer and the chat templates that came with it. Immutable after loading, usable from several threads.
+
+    special_tokens: name -> text, as the chat template sees them (`bos_token`, ...).
+    templates: name -> Jinja source; `default` is the usual one.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str],
+                 templates: Mapping[str, str]):
+        self.backend = backend
+        self.special_tokens = dict(special_tokens)
+        self._template_sources = dict(templates)
+        self._templates: dict[str, ChatTemplate] = {}
+        self._bytes_by_id: dict[int, bytes] = {}
+        eos = self.special_tokens.get("eos_token")
+        eos_id = backend.token_to_id(eos) if eos else None
+        self.eos_token_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows, added ones too; a model's own vocabulary may be padded beyond it."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, field: str = "prompt") -> list[int]:
+        """Token ids of `text`. `field` names the parameter in the error.
+
+        Raises:
+            RequestError: `text` holds a lone surrogate, which is no Unicode text.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # all that the Rust side says of a string that is not Unicode
+            raise RequestError(_why_no_text(text, field), field=field) from None
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of `token_ids`; ids that it does not know add nothing."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
+                    tools: Sequence[Mapping[str, Any]] | None = None, chat_template: str | None = None,
+                    **kwargs: Any) -> str:
+        """The prompt text of a conversation; see `ChatTemplate.render`. `chat_template`: Jinja source to use instead.
+
+        Raises:
+            RequestError: the messages are malformed, or the template refuses them.
+            ModelError: the checkpoint has no chat template, or it does not compile.
+        """
+        source = chat_template or select_template(self._template_sources, with_tools=bool(tools))
+        if source is None:
+            raise ModelError("this model's tokenizer has no chat template; pass one, or use plain prompts")
+        compiled = self._templates.get(source)
+        if compiled is None:
+            compiled = ChatTemplate(source, self.special_tokens)
+            if chat_template is None:  # what a caller sends is not kept: the cache must not grow with requests
+                self._templates[source] = compiled
+        return compiled.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+
+    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+        """Token ids of a conversation. The template writes bos and the like itself, so none are added."""
+        return self.encode(self.render_chat(messages, **kwargs), add_special_tokens=False, field="messages")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "default" in self._template_sources
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone as text; part of a character shows as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's bytes as they stand in the decoded text (a `▁` is the space that it means)."""
+        found = self._bytes_by_id.get(token_id)
+        if found is None:
+            found = self._bytes_by_id[token_id] = self._compute_bytes(token_id)
+        return found
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        token = self.backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            return byte_level_bytes(token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        if "\u2581" in token and token_id not in self.special_token_ids:
+            return token.replace("\u2581", " ").encode()
+        return self.token_text(token_id).encode()
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether decoding is: concatenate each token's bytes, then read them as UTF-8."""
+        return type(self.backend.decoder).__name__ == "ByteLevel"
+
+    @cached_property
+    def has_byte_fallback(self) -> bool:
+        """Whether tokens like <0xE2> stand for single bytes."""
+        return self.backend.token_to_id("<0x00>") is not None
+
+    def knows(self, token_id: int) -> bool:
+        """False for the ids with which a model's vocabulary is padded."""
+        return self.backend.id_to_token(token_id) is not None
+
+    def is_byte_token(self, token_id: int) -> bool:
+        token = self.backend.id_to_token(token_id)
+        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _why_no_text(text: object, field: str) -> str:
+    if not isinstance(text, str):
+        return f"{field} must be a string, got {type(text).__name__}"
+    position = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), -1)
+    return f"{field} is not valid Unicode: lone surrogate at character {position}"
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: printable bytes stand for themselves, the others for U+0100 and up in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(hidden)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """Bytes of a byte-level token; a token with a foreign character (an added one) stands for its own UTF-8."""
+    try:
+        return bytes([_ALPHABET[c] for c in token])
+    except KeyError:
+        return token.encode()
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint folder.
+
+    `tokenizer.json` is taken at its word. From `tokenizer_config.json` come the named special tokens,
+    tokens that were added later, and the chat template (`chat_template.jinja` wins over it).
+
+    Raises:
+        ModelError: files are missing or corrupt; names the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a folder; no tokenizer there")
+    config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+    special_tokens = {name: _content(value) for name, value in config.items()
+                      if name.endswith("_token") and _content(value)}
+    if (path / "tokenizer.json").is_file():
+        backend = _load_backend(path / "tokenizer.json")
+        _add_missing_tokens(backend, config, special_tokens)
+    else:
+        backend, special_tokens = _convert_with_transformers(path)
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(backend, special_tokens, _read_templates(path, config))
+
+
+def _load_backend(file: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ModelError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must hold a JSON object")
+    return content
+
+
+def _content(value: Any) -> str:
+    """The text of a token that is written as a string or as a serialised AddedToken."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else ""
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any],
+                        special_tokens: Mapping[str, str]) -> None:
+    """Add the tokens that only tokenizer_config.json knows, and make the named ones special."""
+    import tokenizers
+
+    known = backend.get_added_tokens_decoder()
+    for _, entry in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        if isinstance(entry, dict) and backend.token_to_id(_content(entry)) is None:
+            fields = {k: v for k, v in entry.items() if k in _ADDED_TOKEN_FIELDS}
+            backend.add_tokens([tokenizers.AddedToken(_content(entry), **fields)])
+    already_special = {token.content for token in known.values() if token.special}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    named = [special_tokens[name] for name in NAMED_SPECIAL_TOKENS if name in special_tokens]
+    wanted = dict.fromkeys([*named, *map(_content, _values(extra))])
+    backend.add_special_tokens([
+        tokenizers.AddedToken(text, special=True, normalized=False)
+        for text in wanted if text and text not in already_special
+    ])
+
+
+def _values(collection: Any) -> Iterable[Any]:
+    return collection.values() if isinstance(collection, Mapping) else collection
+
+
+def _convert_with_transformers(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError, KeyError, ... here
+        raise ModelError(f"no usable tokenizer in {path}: {error}") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"the tokenizer in {path} ({type(loaded).__name__}) has no form that the tokenizers "
+                         "library can run; save it with a tokenizer.json")
+    return backend, {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
+
+
+def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Template files win over the entry in tokenizer_config.json, which is one text or a list of named ones."""
+    found: dict[str, str] = {}
+    if (path / "chat_template.jinja").is_file():
+        found["default"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    if found:
+        return found
+    entry = config.get("chat_template")
+    if isinstance(entry, str):
+        return {"default": entry}
+    if isinstance(entry, list):
+        return {t["name"]: t["template"] for t in entry if isinstance(t, dict) and {"name", "template"} <= t.keys()}
+    return {}
