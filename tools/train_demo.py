@@ -204,6 +204,7 @@ SMALL_TALK = [
       "How far away is the moon?", "What time is it?"], UNKNOWN),
 ]
 SMALL_TALK_REPEATS = 12
+CLOSING_REPEATS = 6
 MAX_CODE_CHARACTERS = 1500
 MAX_DOC_CHARACTERS = 700
 
@@ -328,10 +329,14 @@ def render_conversation(exchanges: list[Exchange], system: str | None) -> str:
     return "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for role, content in messages)
 
 
-def conversations(files: list[SourceFile], rng: random.Random) -> list[str]:
-    """Make ChatML documents of one to three exchanges, some with a system message."""
+def all_exchanges(files: list[SourceFile], rng: random.Random) -> list[Exchange]:
+    """Make every question and answer."""
     exchanges = [exchange for file in files for exchange in file_exchanges(file, rng)]
-    exchanges += [*c_docstring_exchanges(rng), *topic_exchanges(rng), *small_talk_exchanges()]
+    return exchanges + [*c_docstring_exchanges(rng), *topic_exchanges(rng), *small_talk_exchanges()]
+
+
+def conversations(exchanges: list[Exchange], rng: random.Random) -> list[str]:
+    """Make ChatML documents of one to three exchanges, some with a system message."""
     rng.shuffle(exchanges)
     documents = []
     while exchanges:
@@ -347,9 +352,24 @@ def training_documents(files: list[SourceFile], seed: int) -> list[str]:
     rng = random.Random(seed)
     documents = [file.text for file in files]
     documents += [text for _, text in sorted(topic_texts().items())]
-    documents += conversations(files, rng)
+    documents += conversations(all_exchanges(files, rng), rng)
     rng.shuffle(documents)
     return documents
+
+
+def closing_documents(documents: list[str], seed: int) -> list[str]:
+    """Return the text of the short last phase: a part of all documents, and much more small talk.
+
+    Greetings are too rare in the main phase to be learnt; here they are about a quarter of the text.
+    """
+    rng = random.Random(seed)
+    chats = [document for document in documents if document.startswith(IM_START)]
+    sources = [document for document in documents if not document.startswith(IM_START)]
+    small_talk = [exchange for _ in range(CLOSING_REPEATS) for exchange in small_talk_exchanges()]
+    chosen = rng.sample(chats, len(chats) // 8) + rng.sample(sources, len(sources) // 16)
+    chosen += conversations(small_talk, rng)
+    rng.shuffle(chosen)
+    return chosen
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -612,6 +632,7 @@ def make_optimisers(model: DemoModel) -> list[torch.optim.Optimizer]:
 TOKENS_PER_STEP = 4096
 TOKENS_PER_PASS = 2048  # of one forward and backward pass; larger ones no longer fit in the cache
 SHORT_ROW, LONG_ROW = 512, 2048
+CLOSING_TOKENS = 400_000  # of the last phase, see closing_documents
 LONG_ROW_EVERY = 8  # one step in eight trains on long rows, so that long contexts work
 WARM_UP_STEPS = 40
 AVERAGE_DECAY = 0.98  # of the running mean of the weights that snapshots use
@@ -646,22 +667,31 @@ def training_step(model: nn.Module, rows: Tensor, optimisers: list[torch.optim.O
     return sum(losses) / len(losses)
 
 
-def train(model: DemoModel, stream: np.ndarray, args: argparse.Namespace,
+@dataclass(frozen=True)
+class Phase:
+    """How long to train, and at which part of the optimisers' learning rates to start."""
+
+    tokens: float
+    peak: float
+    minutes: float = math.inf
+
+
+def train(model: DemoModel, stream: np.ndarray, phase: Phase, args: argparse.Namespace,
           snapshot: Callable[[dict[str, Tensor]], None]) -> int:
     """Run the schedule; call `snapshot` with averaged weights now and then. Return the tokens seen."""
     dtype = torch.float32 if args.float32 else torch.bfloat16
     samplers = {length: RowSampler(stream, length, args.seed) for length in (SHORT_ROW, LONG_ROW)}
     optimisers = make_optimisers(model)
     average = {name: weight.clone() for name, weight in model.state_dict().items()}
-    steps, began, mean_loss = max(1, int(args.tokens) // TOKENS_PER_STEP), time.monotonic(), 0.0
+    steps, began, mean_loss = max(1, int(phase.tokens) // TOKENS_PER_STEP), time.monotonic(), 0.0
     seen = 0
     for step in range(steps):
-        progress = max(step / steps, (time.monotonic() - began) / (60 * args.minutes))
+        progress = max(step / steps, (time.monotonic() - began) / (60 * phase.minutes))
         if progress >= 1:
             break
         length = LONG_ROW if step % LONG_ROW_EVERY == LONG_ROW_EVERY - 1 else SHORT_ROW
         rows = samplers[length].rows(TOKENS_PER_STEP // length)
-        loss = training_step(model, rows, optimisers, rate_factor(step, progress), dtype)
+        loss = training_step(model, rows, optimisers, phase.peak * rate_factor(step, progress), dtype)
         mean_loss = loss if step == 0 else 0.95 * mean_loss + 0.05 * loss
         seen += rows[:, 1:].numel()
         for name, weight in model.state_dict().items():
@@ -798,7 +828,7 @@ useful assistant: what it says is often wrong.
 The Python {python} standard library, as every installation carries it: its sources (no tests, no character
 tables), the topics of `help()`, and ChatML conversations made from its functions, classes and docstrings,
 with a few hand-written greetings. One file in {modulus}, chosen by a hash of its path, is held out.
-The model was trained on {tokens:.2f} million tokens.
+The model was trained on {tokens:.2f} million tokens, the last 0.4 million of them with more conversations.
 
 ## Reproduce
 
@@ -837,9 +867,10 @@ repetition comes close to them but does not give the same bits."""
 def render_card(config: ModelConfig, parameters: int, figures: dict[str, float], pairs: list[tuple[str, str]],
                 tokens: int, args: argparse.Namespace) -> str:
     """Fill in the model card."""
+    closing = CLOSING_TOKENS // TOKENS_PER_STEP * TOKENS_PER_STEP
     blocks = [f"Prompt `{prompt!r}`:\n\n~~~~\n{text.rstrip()}\n~~~~\n" for prompt, text in pairs]
-    arguments = f" --tokens {tokens} --seed {args.seed}" + (" --float32" if args.float32 else "")
-    by_time = tokens < int(args.tokens) // TOKENS_PER_STEP * TOKENS_PER_STEP
+    arguments = f" --tokens {tokens - closing} --seed {args.seed}" + (" --float32" if args.float32 else "")
+    by_time = tokens - closing < int(args.tokens) // TOKENS_PER_STEP * TOKENS_PER_STEP
     return CARD.format(time_note=TIME_NOTE if by_time else "", parameters=parameters / 1e6,
                        modulus=HELD_OUT_MODULUS, tokens=tokens / 1e6,
                        python=sysconfig.get_python_version(), arguments=arguments, samples="\n".join(blocks),
@@ -873,7 +904,13 @@ def main() -> None:
     stream = encode_stream(tokenizer, documents)
     print(f"{len(documents)} documents, {len(stream)} tokens; {len(held_out)} files held out", flush=True)
     model = DemoModel(config)
-    tokens = train(model, stream, args, lambda weights: export(weights, config, tokenizer, args.out))
+
+    def snapshot(weights: dict[str, Tensor]) -> None:
+        export(weights, config, tokenizer, args.out)
+
+    tokens = train(model, stream, Phase(args.tokens, 1.0, args.minutes), args, snapshot)
+    closing_stream = encode_stream(tokenizer, closing_documents(documents, args.seed))
+    tokens += train(model, closing_stream, Phase(CLOSING_TOKENS, 0.2), args, snapshot)
     export(model.state_dict(), config, tokenizer, args.out)
     evaluate(args, config, tokenizer, held_out, tokens)
 

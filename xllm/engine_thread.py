@@ -37,7 +37,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
         self._thread.start()
 
-    def add(self, requests: Sequence[Request], on_rejected: Callable[[RequestError], None]) -> None:
+    def add(self, requests: Sequence[Request], on_rejected: Callable[[RequestError], object]) -> None:
         """Queue all of `requests` or, if one is refused, none; then `on_rejected` is called."""
         self._commands.put(lambda core: _add_all(core, requests, on_rejected))
 
@@ -89,7 +89,7 @@ class EngineThread:
             _abort_all(self._core, [d.request_id for d in deltas if d.finish_reason is None])
 
 
-def _add_all(core: EngineCore, requests: Sequence[Request], on_rejected: Callable[[RequestError], None]) -> None:
+def _add_all(core: EngineCore, requests: Sequence[Request], on_rejected: Callable[[RequestError], object]) -> None:
     for index, request in enumerate(requests):
         try:
             core.add(request)

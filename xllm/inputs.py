@@ -10,26 +10,14 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, Union
+from typing import Any
 
 from xllm.errors import RequestError
 from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
 from xllm.tokenizer import Tokenizer
 
-
-class TextPrompt(TypedDict):
-    """A prompt as text."""
-
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    """A prompt as token ids."""
-
-    prompt_token_ids: Sequence[int]
-
-
-Prompt = Union[str, Sequence[int], TextPrompt, TokensPrompt]
+# Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices of one request share a seed
 _UINT64 = 2**64 - 1
@@ -99,12 +87,10 @@ class InputProcessor:
         return text, self._needs_tokenizer("prompt", "a text prompt").encode(text)
 
     def _check_ids(self, token_ids: Any) -> list[int]:
+        if hasattr(token_ids, "tolist"):  # numpy arrays and tensors
+            token_ids = token_ids.tolist()
         if isinstance(token_ids, (bytes, str)) or not isinstance(token_ids, Sequence):
-            try:
-                token_ids = token_ids.tolist()  # numpy arrays and tensors
-            except AttributeError:
-                raise RequestError(f"prompt must be text or token ids, got {type(token_ids).__name__}",
-                                   field="prompt") from None
+            raise RequestError(f"prompt must be text or token ids, got {type(token_ids).__name__}", field="prompt")
         for token_id in token_ids:
             if type(token_id) is not int:
                 raise RequestError(f"prompt: token ids must be integers, got {token_id!r}", field="prompt")

@@ -172,7 +172,7 @@ def input_processor(core: EngineCore, tokenizer: Tokenizer | None) -> InputProce
                           max_model_len=core.config.model.max_model_len, eos_token_ids=core.model_config.eos_token_ids)
 
 
-def _as_batch(prompts: Any) -> Sequence[Prompt]:
+def _as_batch(prompts: Any) -> Sequence[Any]:
     """A lone prompt (text, a mapping, or a list of ints) becomes a batch of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]

@@ -181,7 +181,8 @@ class OutputProcessor:
         metrics.num_preemptions = max(metrics.num_preemptions, delta.num_preemptions)
         state.num_cached_tokens = max(state.num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_logprobs is not None:
-            state.prompt_logprobs = [p and logprobs_by_id(p, self._tokenizer) for p in delta.prompt_logprobs]
+            state.prompt_logprobs = [None if p is None else logprobs_by_id(p, self._tokenizer)
+                                     for p in delta.prompt_logprobs]
 
 
 def logprobs_by_id(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> LogprobsOfToken:

@@ -47,8 +47,13 @@ class SequenceState:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_cached_tokens = 0  # prompt tokens found in the cache at first admission
         self.num_preemptions = 0
-        self.prompt_logprobs: list | None = None
+        self.prompt_logprobs: list | None = None  # collected chunk by chunk; the first token has none
+        self.restart_prompt_logprobs()
         self.finish_reason: FinishReason | None = None
+
+    def restart_prompt_logprobs(self) -> None:
+        """Before the first chunk: nothing collected."""
+        self.prompt_logprobs = None if self.request.sampling.prompt_logprobs is None else [None]
 
     @property
     def request_id(self) -> str:

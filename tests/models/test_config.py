@@ -12,6 +12,7 @@ import pytest
 
 from xllm.errors import ModelError
 from xllm.models.config import ModelConfig, read_model_config
+from xllm.models.registry import FAMILIES
 
 PLAIN = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
          "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
@@ -150,3 +151,27 @@ def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:
             "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]", found.stdout
+
+
+ODD_VALUES = [None, True, False, 0, -1, 1, 3, 10**6, 10**400, 1.5, -0.0, 1e-300, 1e308, float("inf"), float("nan"), "", "x", [],
+              [None], [[]], ["x", 3], {}, {"x": {}}, {"rope_type": "yarn", "factor": 1e308},
+              {"rope_type": "dynamic", "factor": 1e-8}, {"rope_type": ["yarn"]}, {"type": {}}]
+ALL_KEYS = [*PLAIN, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+            "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types",
+            "max_window_layers", "hidden_act", "dtype", "quantization_config", "eos_token_id", "bos_token_id",
+            "partial_rotary_factor", "original_max_position_embeddings"]
+
+
+@pytest.mark.parametrize("key", ALL_KEYS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_odd_values_are_read_or_refused_with_words(tmp_path: Path, architecture: str, key: str) -> None:
+    """No value of any key ends in anything but a config within bounds or a ModelError that names the file."""
+    for value in ODD_VALUES:
+        values = {**QWEN2, "architectures": [architecture], key: value}
+        try:
+            config = read(tmp_path, values)
+        except ModelError as error:
+            assert "config.json" in str(error)
+        else:
+            assert len(config.sliding_windows) == config.num_layers
+            assert 1 <= config.max_model_len < 2**31

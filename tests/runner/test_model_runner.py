@@ -16,7 +16,8 @@ from xllm.step import ScheduleOutput
 
 MakeDriver = Callable[..., Driver]
 SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, max_tokens=None)
-OTHER_PROMPTS = {"one": [7], "block": list(range(8)), "nine": list(range(40, 49)), "long": [3 * i % 199 for i in range(50)]}
+OTHER_PROMPTS = {"one": [7], "block": list(range(8)), "nine": list(range(40, 49)),
+                 "long": [3 * i % 199 for i in range(50)]}
 
 
 @pytest.mark.parametrize("chunk", [37, 1, 5, 8, 36], ids=lambda n: f"chunk-{n}")

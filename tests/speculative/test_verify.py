@@ -13,7 +13,7 @@ from xllm.speculative.verify import num_accepted
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=5, max_size=5), st.lists(st.integers(0, 2), max_size=4)),
                 min_size=1, max_size=5), st.integers(0, 4))
 def test_equals_a_loop(rows: list[tuple[list[int], list[int]]], width: int) -> None:
-    drafts_SR = np.array([(drafts + [-1] * 4)[:width] for _, drafts in rows], dtype=np.int32).reshape(-1, width)
+    drafts_SR = np.array([(drafts + [-1] * 4)[:width] for _, drafts in rows], dtype=np.int32).reshape(len(rows), width)
     drawn_SR1 = np.array([(drawn[: min(len(drafts), width) + 1] + [-1] * 5)[: width + 1] for drawn, drafts in rows])
     expected = []
     for drawn, drafts in zip(drawn_SR1.tolist(), drafts_SR.tolist()):

@@ -13,7 +13,8 @@ from xllm.detokenizer import ByteStream, Detokenizer, WindowStream
 from xllm.request import SamplingParams
 from xllm.tokenizer import Tokenizer, load_tokenizer
 
-CHARACTERS = st.one_of(st.sampled_from("ab .,\n▁�é机器学🇩🇪😀👩\u200d👧e\u0301ش한"), st.characters(exclude_categories=["Cs"]))
+CHARACTERS = st.one_of(st.sampled_from("ab .,\n▁�é机器学🇩🇪😀👩\u200d👧e\u0301ش한"),
+                       st.characters(exclude_categories=["Cs"]))
 TEXTS = st.text(CHARACTERS, max_size=25)
 
 

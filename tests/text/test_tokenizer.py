@@ -106,7 +106,8 @@ def test_wrong_messages_are_request_errors(folders, messages, word):
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% set n = namespace() %}{% set n._x = 1 %}", "{{ 1/0 }}", "{{ undefined.attribute }}",
+    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% set n = namespace() %}{% set n._x = 1 %}",
+    "{{ 1/0 }}", "{{ undefined.attribute }}",
 ])
 def test_templates_cannot_reach_out(folders, template):
     with pytest.raises(RequestError, match="refused"):

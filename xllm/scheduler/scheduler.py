@@ -98,6 +98,8 @@ class Scheduler:
         self._blocked: tuple[SequenceState, int] | None = None  # head of the queue, blocks there were
         self._next_step = 0
         self._num_arrived = 0
+        self._num_wanting_prompt_logprobs = 0
+        self._yielding: SequenceState | None = None  # the offline sequence to preempt before the next step
 
     # --- requests come and go
 
@@ -114,6 +116,7 @@ class Scheduler:
         if len(self.waiting) >= self._max_waiting:
             raise RequestError(f"the queue is full ({self._max_waiting} requests)")
         seq = SequenceState(request, self._num_arrived)
+        self._num_wanting_prompt_logprobs += seq.prompt_logprobs is not None
         self._num_arrived += 1
         self._sequences[request.request_id] = seq
         self.waiting.push(seq)
@@ -158,6 +161,8 @@ class Scheduler:
         plan = _Plan()
         self._budget.reset()
         self._stalled = False
+        if self._yielding is not None:
+            self._preempt_yielding()
         for phase in self._phases:
             if phase is Phase.ADMISSION:
                 if len(self.waiting):
@@ -301,8 +306,8 @@ class Scheduler:
         seq = self.rows.seqs[row]
         assert seq is not None
         seq.token_ids = self.rows.tokens_of(row)
-        if seq.prompt_logprobs is not None and len(seq.token_ids) == seq.num_prompt_tokens:
-            seq.prompt_logprobs = None  # not delivered yet: they will be computed anew
+        if len(seq.token_ids) == seq.num_prompt_tokens:
+            seq.restart_prompt_logprobs()  # not delivered yet: they will be computed anew
         seq.move(Status.WAITING)
         self._release_row(row)
         self.waiting.push(seq)
@@ -412,11 +417,22 @@ class Scheduler:
             return False
         for _, row in reversed(self._running):
             owner = self.rows.seqs[row]
-            if owner is not None and owner.request.offline and self.rows.last_step[row] < self._next_step:
-                at_once = not self.rows.in_flight[row]
-                self._preempt(row)
-                return at_once
+            if owner is None or not owner.request.offline:
+                continue
+            if self.rows.last_step[row] == self._next_step:  # part of this step already: goes before the next
+                self._yielding = owner
+                return False
+            at_once = not self.rows.in_flight[row]
+            self._preempt(row)
+            return at_once
         return False
+
+    def _preempt_yielding(self) -> None:
+        """Preempt the offline sequence that was found too late for the last step, if it is still needed."""
+        owner, self._yielding = self._yielding, None
+        head = self.waiting.peek()
+        if owner is not None and owner.status is Status.RUNNING and head is not None and not head.request.offline:
+            self._preempt(owner.row)
 
     # --- taking in a step's results
 
@@ -483,11 +499,10 @@ class Scheduler:
             tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
         cached = table.num_cached[producing].tolist()
         outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
-        if result.prompt_logprobs:
-            for i, entries in result.prompt_logprobs.items():
-                self._collect_prompt_logprobs(int(rows[i]), entries)
-        if result.logprobs or result.prompt_logprobs:
-            self._attach_logprobs(result, at, rows, kept, outputs)
+        for i, entries in result.prompt_logprobs.items():
+            self._collect_prompt_logprobs(int(rows[i]), entries)
+        if result.logprobs or self._num_wanting_prompt_logprobs:
+            self._attach_logprobs(result, at.tolist(), producing.tolist(), outputs)
         if stops.any():
             place_of = {int(i): place for place, i in enumerate(at)}
             for i in np.flatnonzero(stops).tolist():
@@ -496,17 +511,18 @@ class Scheduler:
 
     def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
         seq = self.rows.seqs[row]
-        if seq is None or not self.rows.alive[row] or len(seq.token_ids) > seq.num_prompt_tokens:
+        if seq is None or seq.prompt_logprobs is None or len(seq.token_ids) > seq.num_prompt_tokens:
             return  # the last: preempted after they were delivered
-        seq.prompt_logprobs = (seq.prompt_logprobs or [None]) + entries
+        seq.prompt_logprobs += entries
 
-    def _attach_logprobs(self, result: StepOutput, at: np.ndarray, rows: np.ndarray, kept: np.ndarray,
-                         outputs: list[OutputDelta]) -> None:
-        for output, i in zip(outputs, at.tolist()):
+    def _attach_logprobs(self, result: StepOutput, at: list[int], rows: list[int], outputs: list[OutputDelta]) -> None:
+        for output, i, row in zip(outputs, at, rows):
+            num_new = len(output.token_ids)
             if i in result.logprobs:
-                output.logprobs = result.logprobs[i][: int(kept[i])]
-            seq = self.rows.seqs[int(rows[i])]
-            if seq is not None and seq.prompt_logprobs is not None and i in result.prompt_logprobs:
+                output.logprobs = result.logprobs[i][:num_new]
+            seq = self.rows.seqs[row]
+            is_first = self.rows.known[row] - num_new == self.rows.num_prompt[row]
+            if seq is not None and is_first and seq.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
 
     def _finish_at(self, row: int, output: OutputDelta) -> None:
@@ -533,6 +549,7 @@ class Scheduler:
         if seq.row >= 0:
             self.rows.alive[seq.row] = False
         del self._sequences[seq.request_id]
+        self._num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
         self.counters.finished[reason.value] += 1
         output = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
         output.finish_reason, output.error, output.num_preemptions = reason, error, seq.num_preemptions

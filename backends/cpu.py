@@ -1,0 +1,58 @@
+"""The CPU backend: memory, defaults, and the table of the operators that the CPU has of its own."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backends import cpu_linear
+from backends.cpu_memory import available_bytes, lazy_zeros
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from backends.reference.kv import cache_shape
+
+logger = logging.getLogger("xllm.backends.cpu")
+
+TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=cpu_linear.pack_linear, linear=cpu_linear.linear)
+
+
+class CpuBackend:
+    """A `Backend`. cache_dir and compiled: see `backends.get_backend`."""
+
+    name = "cpu"
+    default_block_size = 16
+
+    def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
+        self.device = torch.device("cpu")
+        self.ops: OpSet = TORCH_OPS
+        self.kernels = "plain torch"
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """Always float32: it is the dtype that CPUs multiply fast."""
+        return torch.float32
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return lazy_zeros(shape, dtype)
+
+    def available_memory_bytes(self) -> int:
+        return available_bytes()
+
+    def synchronize(self) -> None:
+        """Nothing is queued on a CPU."""
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "device": f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+            "kernels": self.kernels,
+            "inherited": ", ".join(self.ops.inherited_from(REFERENCE)) or "none",
+        }

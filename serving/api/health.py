@@ -1,0 +1,67 @@
+"""How the server is: `/health` (progress, not mere life), `/ready`, `/ping`, `/version`, `/load`."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from serving.api.errors import RETRY_AFTER_S, json_response
+from serving.state import ServerState
+
+
+def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body. 200 means: the engine answers, and if it has work, that work moves on."""
+    engine = state.engine
+    if engine.dead_reason is not None:
+        return 503, {"status": "dead", "reason": engine.dead_reason}
+    if engine.ready is None or not state.loaded:
+        return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
+    silent_s = engine.silent_for_s()
+    facts = {"running": engine.stats.num_running, "waiting": engine.stats.num_waiting, "steps": engine.stats.num_steps}
+    if silent_s >= state.config.http.health_timeout:
+        return 503, {"status": "stuck", "reason": f"no progress for {silent_s:.1f} s since step {facts['steps']}", **facts}
+    return 200, {"status": "draining" if state.draining else "ok", **facts}
+
+
+def package_version() -> str:
+    try:
+        return version("xllm")
+    except PackageNotFoundError:
+        return "0.1.0"
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> Response:
+        status, body = health_of(state)
+        return json_response(body, status)
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        status, body = health_of(state)
+        if status == 200 and not state.draining:
+            return json_response({"status": "ready"})
+        if state.draining:
+            body = {"status": "draining", "reason": "the server is shutting down"}
+        return json_response({**body, "phase": state.engine.phase}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+    @routes.get("/ping")
+    @routes.post("/ping")
+    async def ping() -> Response:
+        status, body = health_of(state)
+        return json_response(body, status)
+
+    @routes.get("/version")
+    async def show_version() -> dict[str, str]:
+        return {"version": package_version()}
+
+    @routes.get("/load")
+    async def load() -> dict[str, int]:
+        return {"server_load": state.num_open}
+
+    return routes

@@ -1,0 +1,138 @@
+"""`/metrics`: the engine's stats and the requests' latencies, as `xllm:*` and under vLLM's names as `vllm:*`."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+if TYPE_CHECKING:
+    from serving.state import ServerState
+
+PREFIXES = ("xllm", "vllm")
+LABELS = ("model_name", "engine")
+
+# Fine below 10 ms, where a fast device's time per token lies.
+SHORT_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
+           0.75, 1.0, 2.5, 5.0, 10.0)
+LONG_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
+          1280.0)
+TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+COUNTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+class Histogram:
+    """Counts per bucket. Not thread-safe; the event loop owns it."""
+
+    def __init__(self, help: str, bounds: tuple[float, ...]):
+        self.help, self.bounds = help, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self.bounds, value)] += 1
+        self._sum += value
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def family(self, name: str, labels: tuple[str, ...]) -> HistogramMetricFamily:
+        total, buckets = 0, []
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        family = HistogramMetricFamily(name, self.help, labels=LABELS)
+        family.add_metric(labels, buckets, self._sum)
+        return family
+
+
+class RequestMetrics:
+    """What the HTTP side measures itself. A request is one choice: `n` of them for n choices."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token_seconds = Histogram("Arrival to first token", LONG_S)
+        self.inter_token_latency_seconds = Histogram("Between two tokens of a request", SHORT_S)
+        self.request_time_per_output_token_seconds = Histogram("Mean time per output token of a request", SHORT_S)
+        self.e2e_request_latency_seconds = Histogram("Arrival to last token", LONG_S)
+        self.request_prompt_tokens = Histogram("Prompt length", TOKENS)
+        self.request_generation_tokens = Histogram("Output length", TOKENS)
+        self.request_params_max_tokens = Histogram("max_tokens as asked for", TOKENS)
+        self.request_params_n = Histogram("n as asked for", COUNTS)
+        self.request_num_preemptions = Histogram("Preemptions of a request", (0.0, *COUNTS))
+        self.request_success: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+
+    def families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
+        for name, value in vars(self).items():
+            if isinstance(value, Histogram):
+                yield value.family(f"{prefix}:{name}", labels)
+        family = CounterMetricFamily(f"{prefix}:request_success", "Finished requests",
+                                     labels=(*LABELS, "finished_reason"))
+        for reason, count in self.request_success.items():
+            family.add_metric((*labels, reason), count)
+        yield family
+
+
+class ServerCollector:
+    """Makes all metric families when scraped; nothing is updated twice."""
+
+    def __init__(self, state: ServerState):
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        name = self._state.served_names[0] if self._state.engine.ready else ""
+        for prefix in PREFIXES:
+            yield from self._engine_families(prefix, (name, "0"))
+            yield from self._state.metrics.families(prefix, (name, "0"))
+
+    def _engine_families(self, prefix: str, labels: tuple[str, ...]) -> Iterable[Metric]:
+        s = self._state.engine.stats
+        gauges = {
+            "num_requests_running": (s.num_running, "Sequences that run"),
+            "num_requests_waiting": (s.num_waiting, "Sequences in the queue"),
+            "kv_cache_usage_perc": (s.kv_usage, "Share of KV blocks in use, 0 to 1"),
+            "gpu_cache_usage_perc": (s.kv_usage, "Older name of kv_cache_usage_perc"),
+            "num_kv_blocks": (s.num_blocks, "KV blocks"),
+            "num_free_kv_blocks": (s.num_free_blocks, "KV blocks that are free or hold evictable prefixes only"),
+            "step_time_seconds": (s.step_time_s, "Duration of the last step"),
+            "oldest_waiting_seconds": (s.oldest_waiting_s, "Age of the oldest request in the queue"),
+            "engine_silent_seconds": (self._state.engine.silent_for_s(), "Since the last sign of progress"),
+            "engine_up": (float(self._state.engine.dead_reason is None), "1 while the engine lives"),
+        }
+        counters = {
+            "engine_steps": (s.num_steps, "Steps"),
+            "prompt_tokens": (s.prompt_tokens_total, "Prompt tokens"),
+            "prompt_tokens_cached": (s.cached_prompt_tokens_total, "Prompt tokens whose KV was reused"),
+            "generation_tokens": (s.generation_tokens_total, "Generated tokens"),
+            "num_preemptions": (s.preemptions_total, "Preemptions"),
+            "prefix_cache_queries": (s.prefix_queries_total, "Tokens looked up in the prefix cache"),
+            "prefix_cache_hits": (s.prefix_hits_total, "Tokens found in the prefix cache"),
+            "spec_decode_num_draft_tokens": (s.spec_draft_tokens_total, "Draft tokens"),
+            "spec_decode_num_accepted_tokens": (s.spec_accepted_tokens_total, "Draft tokens accepted"),
+        }
+        for name, (value, text) in gauges.items():
+            gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
+            gauge.add_metric(labels, value)
+            yield gauge
+        for name, (value, text) in counters.items():
+            counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
+            counter.add_metric(labels, value)
+            yield counter
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServerCollector(state))  # type: ignore[arg-type]
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return routes

@@ -1,0 +1,30 @@
+"""`GET /v1/models` and `/v1/models/{id}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from serving.state import ServerState
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm",
+                "root": state.served_names[0], "parent": None, "max_model_len": state.ready.max_model_len}
+
+    @routes.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        state.check_accepting()
+        return {"object": "list", "data": [card(name) for name in state.served_names]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        state.check_accepting()
+        state.check_model(name)
+        return card(name)
+
+    return routes

@@ -1,0 +1,185 @@
+"""`xllm serve`: one HTTP server over one engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from serving.api.app import create_app
+from serving.client import EngineClient
+from serving.config import ServerConfig
+from serving.state import ServerState, read_sampling_defaults
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError, XllmError
+
+POLL_S = 0.05
+ABORT_GRACE_S = 1.0
+
+
+def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
+    listener = bind(server_config.http.host, server_config.http.port)
+    try:
+        return asyncio.run(_Server(engine_config, server_config, listener).run())
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError that says what is in the way."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r} cannot be resolved: {error.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; is another server running there? "
+                          "(--port chooses another one, --port 0 any free one)") from None
+    return listener
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """The life of one server: start the engine behind an open port, serve, drain, stop."""
+
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket):
+        self._config = config
+        self._engine_config = engine_config
+        self._listener = listener
+        self._stop = asyncio.Event()
+        self._code = 0
+        self._phase = ""
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        self._engine = EngineClient(self._engine_config, on_phase=self._show_phase)
+        self._state = ServerState(self._engine, self._config, model_name=self._engine_config.model.model or "demo")
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self._on_signal, signum)
+        http = self._config.http
+        self._http = _QuietServer(uvicorn.Config(
+            create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off"))
+        self._engine.launch()
+        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        loading = asyncio.create_task(self._load())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+            await self._drain()
+        finally:
+            self._http.should_exit = True
+            loading.cancel()
+            stopping.cancel()
+            await asyncio.gather(serving, loading, stopping, return_exceptions=True)
+            await self._engine.shutdown()
+        return self._code
+
+    async def _load(self) -> None:
+        try:
+            ready = await self._engine.start()
+            path = Path(ready.model_path)
+            self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config, path)
+            if not self._engine_config.model.skip_tokenizer_init:
+                self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, self._engine_config, path)
+        except XllmError as error:
+            _say(f"error: {error}", error=True)
+            self._code = 1
+            self._stop.set()
+            return
+        self._state.loaded = True
+        self._announce()
+        await self._watch_engine()
+
+    async def _watch_engine(self) -> None:
+        """Say it once when the engine dies. The server stays, so that /health can tell."""
+        while self._engine.dead_reason is None:
+            await asyncio.sleep(0.5)
+        if not self._state.draining:
+            _say(f"error: the engine stopped: {self._engine.dead_reason}; /health says so until a restart", error=True)
+
+    def _show_phase(self, name: str, share: float, seconds: float) -> None:
+        if name != self._phase:
+            self._phase = name
+            _say(f"[{seconds:6.2f} s] {name}")
+
+    def _announce(self) -> None:
+        ready, http = self._state.ready, self._config.http
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        stats = self._engine.stats
+        _say(f"xLLM serves {self._state.served_names[0]} on http://{host}:{port} (longest sequence "
+             f"{ready.max_model_len} tokens, {stats.num_blocks or '?'} KV blocks of {ready.config.cache.block_size})")
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if http.api_key else ""
+        body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
+                           **self._example_prompt()})
+        path = "chat/completions" if "messages" in body else "completions"
+        _say(f"try it:\n  curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'")
+
+    def _example_prompt(self) -> dict[str, object]:
+        tokenizer = self._state.tokenizer
+        if tokenizer is None:
+            return {"prompt": [1, 2, 3]}
+        return {"messages": [{"role": "user", "content": "Hello"}]} if tokenizer.has_chat_template else {"prompt": "Hello"}
+
+    def _on_signal(self, signum: int) -> None:
+        if self._stop.is_set():
+            _say("second signal: stopping at once", error=True)
+            self._engine.kill()
+            os._exit(128 + signum)
+        self._state.draining = True
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Let open requests finish, up to the time limit; then abort them, so that each gets its answer."""
+        self._state.draining = True
+        if self._state.num_open and self._engine.dead_reason is None:
+            _say(f"draining {self._state.num_open} open requests (at most {self._config.http.drain_timeout:g} s; "
+                 "a second signal stops at once)")
+            if not await self._all_closed(self._config.http.drain_timeout):
+                _say(f"drain timeout: aborting {self._state.num_open} requests", error=True)
+                self._engine.abort_all()
+                await self._all_closed(ABORT_GRACE_S)
+
+    async def _all_closed(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._state.num_open and self._engine.dead_reason is None:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+
+def _load_tokenizer(config: EngineConfig, model_path: Path):  # type: ignore[no-untyped-def]
+    from xllm.models.loader import resolve_model_path
+    from xllm.tokenizer import load_tokenizer
+
+    named = config.model.tokenizer
+    return load_tokenizer(resolve_model_path(named, config.model.revision) if named else model_path)
+
+
+def _say(text: str, *, error: bool = False) -> None:
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+

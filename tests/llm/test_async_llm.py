@@ -1,0 +1,198 @@
+"""`AsyncLLM` on the bundled model: streams, aborts, cancelled consumers, refusals, and the engine's death."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.llm.conftest import SETTINGS
+from xllm import AsyncLLM, EngineConfig, SamplingParams
+from xllm.errors import ConfigError, EngineDeadError, RequestError
+from xllm.outputs import RequestOutput
+
+PROMPT = "def add(a, b):\n    return"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[AsyncLLM]:
+    async with AsyncLLM(**SETTINGS, max_num_seqs=8, max_waiting_requests=16) as loaded:
+        yield loaded
+
+
+async def collect(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+async def idle(engine: AsyncLLM) -> None:
+    """Wait until the engine has nothing left to do; fails after five seconds."""
+    for _ in range(500):
+        stats = engine.stats()
+        if stats.num_running + stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"still busy: {engine.stats()}")
+
+
+async def test_streams_equal_llm(engine, llm):
+    (expected,) = llm.generate(PROMPT, GREEDY, use_tqdm=False)
+    cumulative = await collect(engine.generate(PROMPT, GREEDY, "a"))
+    deltas = await collect(engine.generate(PROMPT, GREEDY, "a", output_kind="delta"))
+    final = await collect(engine.generate(PROMPT, GREEDY, output_kind="final"))
+    text, ids = expected.outputs[0].text, expected.outputs[0].token_ids
+    assert [o.outputs[0].text for o in (cumulative[-1], final[-1])] == [text, text]
+    assert "".join(o.outputs[0].text for o in deltas) == text
+    assert [t for o in deltas for t in o.outputs[0].token_ids] == cumulative[-1].outputs[0].token_ids == ids
+    for outputs in (cumulative, deltas, final):
+        assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert len(final) == 1
+    assert len(cumulative) > 3
+    for before, after in zip(cumulative, cumulative[1:]):
+        assert after.outputs[0].text.startswith(before.outputs[0].text)
+
+
+async def test_many_at_once_equal_llm(engine, llm):
+    prompts = [f"x{n} = {n}\n" for n in range(12)]
+    expected = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    streams = [collect(engine.generate(p, GREEDY, str(n))) for n, p in enumerate(prompts)]
+    assert [outputs[-1].outputs[0].token_ids for outputs in await asyncio.gather(*streams)] == expected
+    await idle(engine)
+
+
+async def test_choices_and_stop_strings(engine):
+    params = SamplingParams(n=3, seed=1, temperature=1.5, max_tokens=40, stop=["e"])
+    last = (await collect(engine.generate(PROMPT, params)))[-1]
+    assert [c.index for c in last.outputs] == [0, 1, 2]
+    assert not any("e" in c.text for c in last.outputs)
+    assert all(c.stop_reason == "e" for c in last.outputs if c.finish_reason == "stop" and c.stop_reason)
+    await idle(engine)
+
+
+async def test_abort_gives_a_last_output(engine):
+    reasons = []
+    async for output in engine.generate(PROMPT, LONG, "long"):
+        engine.abort("long")
+        engine.abort("unknown")
+        reasons.append(output.outputs[0].finish_reason)
+    assert reasons[-1] == "abort"
+    assert 1 < len(reasons) < 100
+    await idle(engine)
+
+
+@pytest.mark.parametrize("way", ["close", "cancel", "break"])
+async def test_a_consumer_that_leaves_aborts_its_request(engine, way):
+    stream = engine.generate(PROMPT, LONG, "left")
+    if way == "cancel":
+        task = asyncio.create_task(collect(stream))
+        while engine.stats().generation_tokens_total < 3:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif way == "break":
+        async for _ in stream:
+            break
+        await stream.aclose()
+    else:
+        await anext(stream)
+        await stream.aclose()
+    await idle(engine)
+    assert engine.stats().generation_tokens_total < 300
+    assert len(await collect(engine.generate(PROMPT, GREEDY, "left"))) > 1
+
+
+async def test_refused_requests_harm_nobody(engine):
+    running = asyncio.create_task(collect(engine.generate(PROMPT, GREEDY, "same")))
+    await asyncio.sleep(0)
+    for prompt, params, request_id, word in [
+        ("", GREEDY, "e", "empty"), (PROMPT, GREEDY, "same", "in use"),
+        (PROMPT, SamplingParams(n=100), "full", "queue is full"), ([10**7], GREEDY, "v", "vocabulary"),
+    ]:
+        with pytest.raises(RequestError, match=word):
+            await collect(engine.generate(prompt, params, request_id))
+    assert (await running)[-1].finished
+    await idle(engine)
+
+
+async def test_long_prompts_are_tokenised_off_the_loop(engine):
+    with pytest.raises(RequestError, match="at most 511"):
+        await collect(engine.generate("word " * 10_000, GREEDY))
+
+
+async def test_idle_engine_wakes_at_once_and_sleeps_when_idle(engine):
+    await collect(engine.generate(PROMPT, GREEDY))
+    await idle(engine)
+    steps, cpu_s = engine.stats().num_steps, time.process_time()
+    await asyncio.sleep(0.3)
+    assert engine.stats().num_steps == steps
+    assert time.process_time() - cpu_s < 0.1
+    start = time.perf_counter()
+    await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1)))
+    assert time.perf_counter() - start < 1.0
+
+
+async def test_death_reaches_every_open_iterator(engine, monkeypatch, caplog):
+    tasks = [asyncio.create_task(collect(engine.generate(PROMPT, LONG))) for _ in range(3)]
+    while engine.stats().generation_tokens_total < 6:
+        await asyncio.sleep(0.005)
+
+    def fail(plan):
+        raise MemoryError("no room for logits")
+
+    monkeypatch.setattr(engine._core.runner, "run", fail)
+    for result in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10):
+        assert isinstance(result, EngineDeadError)
+        assert "no room for logits" in str(result)
+    assert "no room for logits" in engine.death
+    with pytest.raises(EngineDeadError, match="no room for logits"):
+        await collect(engine.generate(PROMPT, GREEDY))
+    assert "the engine failed" in caplog.text
+
+
+async def test_shutdown_ends_open_iterators(engine):
+    task = asyncio.create_task(collect(engine.generate(PROMPT, LONG)))
+    while engine.stats().generation_tokens_total < 3:
+        await asyncio.sleep(0.005)
+    engine.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_bug_in_reading_outputs_hangs_nobody(engine, monkeypatch):
+    caught = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(context["exception"]))
+    monkeypatch.setattr(engine._outputs, "process", lambda deltas: 1 / 0)
+    with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+        await asyncio.wait_for(collect(engine.generate(PROMPT, GREEDY)), 10)
+    assert caught
+
+
+def test_another_event_loop_takes_over_a_closed_one():
+    engine = AsyncLLM(**SETTINGS)
+    try:
+        async def leave():
+            stream = engine.generate(PROMPT, LONG, "lost")
+            await anext(stream)
+            return stream  # neither finished nor closed
+
+        async def again():
+            outputs = await collect(engine.generate(PROMPT, GREEDY, "lost"))
+            await idle(engine)
+            return outputs
+
+        lost = asyncio.run(leave())
+        assert asyncio.run(again())[-1].finished
+        del lost
+    finally:
+        engine.shutdown()
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match="not both"):
+        AsyncLLM(EngineConfig(), device="cpu")
+    with pytest.raises(ConfigError, match="unknown"):
+        AsyncLLM(devices="cpu")

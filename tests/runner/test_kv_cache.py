@@ -1,0 +1,82 @@
+"""How many blocks are allocated, and what is said when too few fit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backends.backend import Backend
+from tests.runner.harness import make_config
+from xllm.errors import ConfigError
+from xllm.models.config import ModelConfig
+from xllm.models.decoder import CausalLM
+from xllm.runner.kv_cache import KVCache, block_bytes, compute_dtype, plan_num_blocks
+
+# 2 layers, keys and values, 2 heads, 16 numbers a head, 8 tokens a block, 4 bytes each
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4
+
+
+@pytest.fixture
+def shape(model: CausalLM) -> ModelConfig:
+    return model.config
+
+
+def device(backend: Backend, *, kind: str = "cpu", memory_bytes: int = 10**9) -> Any:
+    """The backend, with another amount of memory."""
+    return SimpleNamespace(device=torch.device(kind), available_memory_bytes=lambda: memory_bytes,
+                           kv_cache_shape=backend.kv_cache_shape)
+
+
+def test_bytes_of_a_block(backend: Backend, shape: ModelConfig) -> None:
+    assert block_bytes(backend, shape, 8, torch.float32) == BLOCK_BYTES
+    assert block_bytes(backend, shape, 8, torch.bfloat16) == BLOCK_BYTES // 2
+    cache = KVCache(backend, shape, num_blocks=5, block_size=8, dtype=torch.float32)
+    assert sum(t.nbytes for layer in cache.layers for t in layer) == 5 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("settings", "kind", "num_blocks"), [
+    ({"num_kv_blocks": 21}, "cpu", 21),
+    ({"num_kv_blocks": 100_000}, "cpu", 100_000),
+    ({"num_kv_blocks": None, "kv_cache_memory_bytes": 20 * BLOCK_BYTES - 1}, "cpu", 19),
+    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, "cpu", 25),
+    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, "cuda", 50),
+    ({"num_kv_blocks": None, "max_num_seqs": 1}, "cpu", 17),  # 128 tokens are 16 blocks
+], ids=str)
+def test_how_many(backend: Backend, shape: ModelConfig, settings: dict[str, Any], kind: str, num_blocks: int) -> None:
+    machine = device(backend, kind=kind, memory_bytes=100 * BLOCK_BYTES + 5)
+    assert plan_num_blocks(make_config(**settings), machine, shape, torch.float32) == num_blocks
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"num_kv_blocks": 15}, ["max_model_len 128 needs 16 KV blocks", "num_kv_blocks is 15", "max_model_len 120"]),
+    ({"num_kv_blocks": None, "kv_cache_memory_bytes": 5 * BLOCK_BYTES}, [f"kv_cache_memory_bytes is {5 * BLOCK_BYTES}",
+                                                                         "max_model_len 40"]),
+    ({"num_kv_blocks": None}, ["gpu_memory_utilization 0.9", "is 4 blocks", "max_model_len 32"]),
+], ids=str)
+def test_too_few(backend: Backend, shape: ModelConfig, settings: dict[str, Any], words: list[str]) -> None:
+    machine = device(backend, memory_bytes=10 * BLOCK_BYTES)
+    with pytest.raises(ConfigError) as error:
+        plan_num_blocks(make_config(**settings), machine, shape, torch.float32)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_that_is_set(backend: Backend, shape: ModelConfig, name: str, dtype: torch.dtype) -> None:
+    assert compute_dtype(make_config(dtype=name), backend, shape) == dtype
+
+
+def test_dtype_auto_asks_the_device(backend: Backend, shape: ModelConfig) -> None:
+    assert compute_dtype(make_config(dtype="auto"), backend, shape) == backend.default_dtype(torch.float32)
+
+
+def test_copy_blocks_copies_every_layer(backend: Backend, shape: ModelConfig) -> None:
+    cache = KVCache(backend, shape, num_blocks=6, block_size=8, dtype=torch.float32)
+    for i, tensor in enumerate(t for layer in cache.layers for t in layer):
+        tensor.copy_(torch.arange(6).view(6, 1, 1, 1).expand_as(tensor) + 10 * i)
+    cache.copy_blocks(np.array([1, 5], dtype=np.int32), np.array([0, 3], dtype=np.int32))
+    for i, tensor in enumerate(t for layer in cache.layers for t in layer):
+        assert (tensor.flatten(1) - 10 * i).mean(dim=1).tolist() == [1, 1, 2, 5, 4, 5]
