@@ -33,6 +33,10 @@ SHUTDOWN_TIMEOUT_S = 5.0
 logger = logging.getLogger("xllm.client")
 
 
+class EngineBusyError(RequestError):
+    """The engine has no room in its queue; the same request may succeed later."""
+
+
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted."""
 
@@ -291,12 +295,14 @@ class EngineClient:
             if (stream := self._streams.pop(rejection.request_id, None)) is not None:
                 stream.open_ids.discard(rejection.request_id)
                 stream.num_unanswered -= 1
-                stream.rejection = RequestError(rejection.message, field=rejection.field)
+                # Admission names the field of a wrong request; what names none is about the queue.
+                kind = RequestError if rejection.field else EngineBusyError
+                stream.rejection = kind(rejection.message, field=rejection.field)
                 stream.wake()
 
     def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
-        reason = f"the engine process was killed by signal {-code}" if code < 0 else f"the engine exited with code {code}"
+        reason = f"the engine process was killed by signal {-code}" if code < 0 else f"it exited with code {code}"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             loop.call_soon_threadsafe(lambda: loop.call_later(0.2, self._die, reason))  # its own last words come first
 

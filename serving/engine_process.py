@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
 
 COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
+LINGER_MS = 2000
 BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
 logger = logging.getLogger("xllm.engine")
 
@@ -41,7 +42,7 @@ class ReportSender:
         self._socket.send(protocol.encode(report))
 
     def close(self) -> None:
-        self._socket.close(linger=2000)
+        self._socket.close(linger=LINGER_MS)
 
 
 class Heart(threading.Thread):
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> int:
         sender.send(protocol.Fatal(str(error) if user_error else f"{type(error).__name__}: {error}", user_error))
         return 1
     finally:
-        sender.close()
+        context.destroy(linger=LINGER_MS)  # waits until the last words are out
     return 0
 
 

@@ -141,7 +141,9 @@ class _Server:
         tokenizer = self._state.tokenizer
         if tokenizer is None:
             return {"prompt": [1, 2, 3]}
-        return {"messages": [{"role": "user", "content": "Hello"}]} if tokenizer.has_chat_template else {"prompt": "Hello"}
+        if not tokenizer.has_chat_template:
+            return {"prompt": "Hello"}
+        return {"messages": [{"role": "user", "content": "Hello"}]}
 
     def _on_signal(self, signum: int) -> None:
         if self._stop.is_set():
@@ -172,11 +174,13 @@ class _Server:
 
 
 def _load_tokenizer(config: EngineConfig, model_path: Path):  # type: ignore[no-untyped-def]
-    from xllm.models.loader import resolve_model_path
     from xllm.tokenizer import load_tokenizer
 
-    named = config.model.tokenizer
-    return load_tokenizer(resolve_model_path(named, config.model.revision) if named else model_path)
+    if config.model.tokenizer is None:
+        return load_tokenizer(model_path)
+    from xllm.models.loader import resolve_model_path  # brings torch, which this process does without
+
+    return load_tokenizer(resolve_model_path(config.model.tokenizer))
 
 
 def _say(text: str, *, error: bool = False) -> None:

@@ -17,6 +17,7 @@ from serving.protocol import Ready
 from xllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from xllm.inputs import InputProcessor
     from xllm.tokenizer import Tokenizer
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -36,6 +37,14 @@ class ServerState:
     num_open: int = 0  # HTTP calls that are generating
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @cached_property
+    def inputs(self) -> InputProcessor:
+        """Makes the engine's requests; only after loading."""
+        from xllm.inputs import InputProcessor
+
+        return InputProcessor(self.tokenizer, vocab_size=self.ready.vocab_size, max_model_len=self.ready.max_model_len,
+                              eos_token_ids=self.ready.eos_token_ids)
 
     @property
     def ready(self) -> Ready:

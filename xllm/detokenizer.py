@@ -112,12 +112,15 @@ class Detokenizer:
         hide_last: the last token ended the request (eos, a stop token) and counts, but its text does not show.
         """
         assert self.stopped is None, "fed after a stop string"
+        num_shown = len(token_ids) - 1 if hide_last and not self._include_stop else len(token_ids)
+        if self._matcher is None:
+            self.num_tokens += len(token_ids)
+            return self._emit("".join(map(self._stream.push, token_ids[:num_shown])))
         deltas: list[str] = []
-        last_shown = len(token_ids) - 1 if hide_last and not self._include_stop else len(token_ids)
         for index, token_id in enumerate(token_ids):
             self.num_tokens += 1
-            if index < last_shown:
-                deltas.append(self._take(self._stream.push(token_id)))
+            if index < num_shown:
+                deltas.append(self._take(self._stream.push(token_id), self._matcher))
                 if self.stopped is not None:
                     break
         return self._emit("".join(deltas))
@@ -126,7 +129,9 @@ class Detokenizer:
         """No more tokens: return what was held back. A stop string can still be completed by it."""
         if self.stopped is not None:
             return ""
-        delta = self._take(self._stream.flush())
+        delta = self._stream.flush()
+        if self._matcher is not None:
+            delta = self._take(delta, self._matcher)
         if self.stopped is None:
             delta, self._held = delta + self._held, ""
         return self._emit(delta)
@@ -136,21 +141,21 @@ class Detokenizer:
             self._emitted.append(delta)
         return delta
 
-    def _take(self, piece: str) -> str:
+    def _take(self, piece: str, matcher: StopMatcher) -> str:
         """Pass `piece` through the stop strings; return what may be shown now."""
-        if self._matcher is None or not piece:
-            return piece
+        if not piece:
+            return ""
         match = None
         if self.num_tokens > self._min_tokens:
-            match = self._matcher.feed(piece)
+            match = matcher.feed(piece)
         else:
-            self._matcher.skip(piece)
+            matcher.skip(piece)
         text = self._held + piece
         if match is not None:
             self.stopped = match.stop
             end = len(self._held) + match.end
             self._held = ""
             return text[:end] if self._include_stop else text[: end - len(match.stop)]
-        cut = len(text) if self._include_stop else len(text) - self._matcher.num_held
+        cut = len(text) if self._include_stop else len(text) - matcher.num_held
         self._held = text[cut:]
         return text[:cut]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from xllm.config import EngineConfig
@@ -28,7 +29,8 @@ class LLM:
     model: local folder or Hub id; None: the bundled demo model. `settings`: any setting of `EngineConfig`
     by its name, such as `dtype`, `max_model_len`, `device`.
 
-    One call runs at a time; others wait. Close it with `shutdown()` or use it in a `with` statement.
+    One call runs at a time; others wait. Ctrl-C ends the call after the step in progress, and the engine can be
+    used again. Close it with `shutdown()` or use it in a `with` statement.
 
     Raises:
         ConfigError: a setting is unknown or wrong. ModelError: the checkpoint is. DeviceError: the device is.
@@ -110,7 +112,8 @@ class LLM:
             states = [self._outputs.add(source) for source in sources]
             try:
                 self._add_all(sources)
-                self._step_until_done(states, use_tqdm)
+                with interrupts_deferred() as check_interrupt:
+                    self._step_until_done(states, use_tqdm, check_interrupt)
             finally:
                 self._abandon(states)
             return [state.output() for state in states]
@@ -131,13 +134,15 @@ class LLM:
                 for request in source.requests:
                     self._core.add(request)
 
-    def _step_until_done(self, states: Sequence[RequestState], use_tqdm: bool) -> None:
+    def _step_until_done(self, states: Sequence[RequestState], use_tqdm: bool,
+                         check_interrupt: Callable[[], None]) -> None:
         with _progress_bar(len(states), use_tqdm) as advance:
             while self._outputs.num_open:
                 changed, to_abort = self._outputs.process(self._step())
                 for engine_id in to_abort:
                     self._core.abort(engine_id)
                 advance(sum(state.finished for state in changed))
+                check_interrupt()
 
     def _step(self) -> list[Any]:
         try:
@@ -199,6 +204,35 @@ def _at(name: str, index: int, count: int) -> Iterator[None]:
         if count == 1 or not isinstance(error, RequestError):
             raise
         raise RequestError(f"{name}[{index}]: {error}", field=error.field) from error
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the yielded function is called, so that no step is torn; a second one acts at once.
+
+    Does nothing outside the main thread, or where the program handles SIGINT itself.
+    """
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield lambda: None
+        return
+    interrupted = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            usual(number, frame)
+        interrupted = True
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @contextmanager

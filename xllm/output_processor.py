@@ -40,8 +40,9 @@ class Completion:
         if self._detokenizer is not None:
             num_kept, stopped = self._detokenise(self._detokenizer, delta)
         self.token_ids += delta.token_ids[:num_kept]
-        for entry in (delta.logprobs or ())[:num_kept]:
-            self._add_logprobs(entry)
+        if delta.logprobs is not None:
+            for entry in delta.logprobs[:num_kept]:
+                self._add_logprobs(entry)
         if stopped is not None:
             self.finish_reason, self.stop_reason = FinishReason.STOP.value, stopped
             return delta.finish_reason is None
@@ -178,8 +179,10 @@ class OutputProcessor:
                 metrics.first_token_time = now
             metrics.last_token_time = now
             metrics.num_generation_tokens += num_tokens
-        metrics.num_preemptions = max(metrics.num_preemptions, delta.num_preemptions)
-        state.num_cached_tokens = max(state.num_cached_tokens, delta.num_cached_tokens)
+        if delta.num_preemptions > metrics.num_preemptions:
+            metrics.num_preemptions = delta.num_preemptions
+        if delta.num_cached_tokens > state.num_cached_tokens:
+            state.num_cached_tokens = delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             state.prompt_logprobs = [None if p is None else logprobs_by_id(p, self._tokenizer)
                                      for p in delta.prompt_logprobs]

@@ -6,10 +6,10 @@ transformers costs. Checkpoints without one go through transformers, which conve
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self._template_sources = dict(templates)
         self._templates: dict[str, ChatTemplate] = {}
-        self._bytes_by_id: dict[int, bytes] = {}
+        self.token_bytes: Callable[[int], bytes] = functools.cache(self._token_bytes)
         eos = self.special_tokens.get("eos_token")
         eos_id = backend.token_to_id(eos) if eos else None
         self.eos_token_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -94,14 +94,8 @@ class Tokenizer:
         """The token alone as text; part of a character shows as U+FFFD."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         """The token's bytes as they stand in the decoded text (a `▁` is the space that it means)."""
-        found = self._bytes_by_id.get(token_id)
-        if found is None:
-            found = self._bytes_by_id[token_id] = self._compute_bytes(token_id)
-        return found
-
-    def _compute_bytes(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
@@ -113,12 +107,12 @@ class Tokenizer:
             return token.replace("\u2581", " ").encode()
         return self.token_text(token_id).encode()
 
-    @cached_property
+    @functools.cached_property
     def is_byte_level(self) -> bool:
         """Whether decoding is: concatenate each token's bytes, then read them as UTF-8."""
         return type(self.backend.decoder).__name__ == "ByteLevel"
 
-    @cached_property
+    @functools.cached_property
     def has_byte_fallback(self) -> bool:
         """Whether tokens like <0xE2> stand for single bytes."""
         return self.backend.token_to_id("<0x00>") is not None

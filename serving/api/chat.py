@@ -196,7 +196,7 @@ def router(state: ServerState) -> APIRouter:
         sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs)
         call = ChatCall(state, body, params.call_id(body, "chatcmpl", request.headers.get("x-request-id")), prompt_ids,
                         n, body.model or state.served_names[0])
-        requests = params.engine_requests(state, body, call.id, [prompt_ids], [sampling], n)
+        requests = params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests))
         if body.stream:

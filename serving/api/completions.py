@@ -138,7 +138,8 @@ def read_prompts(value: Any, limit: int) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise invalid("prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt")
+        raise invalid("prompt must be a string, a list of strings, a list of token ids or a list of such lists",
+                      "prompt")
     if not value:
         raise invalid("prompt must not be empty", "prompt")
     if all(type(item) is int for item in value):
@@ -185,7 +186,7 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("stream_options needs stream", "stream_options")
         call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
                               n, body.model or state.served_names[0])
-        requests = params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], call.samplings(), n)
+        requests = params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], call.samplings())
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests))
         if body.stream:

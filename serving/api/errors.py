@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from serving.client import EngineBusyError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")
@@ -55,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception. What is not ours to explain becomes a bare 500, with its traceback in the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, EngineBusyError):
+        return unavailable(str(error))
     if isinstance(error, RequestError):
         return invalid(str(error), error.field)
     if isinstance(error, EngineDeadError):

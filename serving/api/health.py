@@ -22,7 +22,8 @@ def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
     silent_s = engine.silent_for_s()
     facts = {"running": engine.stats.num_running, "waiting": engine.stats.num_waiting, "steps": engine.stats.num_steps}
     if silent_s >= state.config.http.health_timeout:
-        return 503, {"status": "stuck", "reason": f"no progress for {silent_s:.1f} s since step {facts['steps']}", **facts}
+        reason = f"no progress for {silent_s:.1f} s since step {facts['steps']}"
+        return 503, {"status": "stuck", "reason": reason, **facts}
     return 200, {"status": "draining" if state.draining else "ok", **facts}
 
 

@@ -12,8 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError, invalid
 
 
+DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
+
+
 class BodyLimit:
-    """ASGI middleware: a body larger than `max_bytes` is answered with 413, counted while it streams in."""
+    """ASGI middleware: a body larger than `max_bytes` is answered with 413, counted while it streams in.
+
+    The rest is read and dropped first, within reason: a server that closes on unread data resets the
+    connection, and the client never sees why.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
@@ -24,6 +31,7 @@ class BodyLimit:
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if len(declared) > 20 or (declared.isdigit() and int(declared) > self.max_bytes):
+            await self._discard(receive)
             await self._too_large().response()(scope, receive, send)
             return
         num_bytes = 0
@@ -33,10 +41,18 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_bytes:
+                await self._discard(receive)
                 raise self._too_large()
             return message
 
         await self.app(scope, counted, send)
+
+    async def _discard(self, receive: Receive) -> None:
+        num_bytes, more = 0, True
+        while more and num_bytes < self.max_bytes * DISCARD_FACTOR:
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request body is larger than {self.max_bytes} bytes", headers={"Connection": "close"})

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from serving.api.errors import invalid
 from serving.api.types import GenerationBody
 from serving.state import ServerState
-from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
-
-if TYPE_CHECKING:
-    from xllm.tokenizer import Tokenizer
+from xllm.request import Request, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 _PASSED_ON = (
@@ -36,28 +34,10 @@ def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
     settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
     if state.tokenizer is None:
-        settings["detokenize"] = False
         for name in ("stop", "bad_words"):
             if settings.get(name):
                 state.need_tokenizer(name)
-    elif settings.get("bad_words"):
-        settings["bad_words_token_ids"] = bad_word_ids(state.tokenizer, settings["bad_words"])
-    sampling = SamplingParams(**settings)
-    sampling.check_vocabulary(state.ready.vocab_size)
-    return sampling
-
-
-def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Each word's token ids as it stands at the start of a text and, where that differs, after a space."""
-    if len(words) > MAX_BAD_WORDS:
-        raise invalid(f"bad_words may have at most {MAX_BAD_WORDS} entries", "bad_words")
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        if not word.strip():
-            raise invalid("bad_words must not be empty", "bad_words")
-        for text in (word, " " + word.lstrip()):
-            found[tuple(tokenizer.encode(text, add_special_tokens=False, field="bad_words"))] = None
-    return tuple(found)[:MAX_BAD_WORDS]
+    return SamplingParams(n=1 if body.n is None else body.n, detokenize=state.tokenizer is not None, **settings)
 
 
 def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: int, *, default: int | None,
@@ -101,31 +81,31 @@ def call_id(body: GenerationBody, prefix: str, header: str | None) -> str:
 
 
 def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                    samplings: Sequence[SamplingParams], n: int) -> list[Request]:
-    """One `Request` per prompt and choice, in the order of the choices."""
+                    samplings: Sequence[SamplingParams]) -> list[Request]:
+    """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
     if abs(body.priority) > MAX_PRIORITY:
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
         raise invalid(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", "cache_salt")
-    now = time.monotonic()
-    requests = []
+    deadline_s = _deadline_s(body.ttlt_slo_ms)
+    requests: list[Request] = []
     for prompt, sampling in zip(prompts, samplings, strict=True):
-        for choice in range(n):
-            requests.append(Request(
-                request_id=f"{call}-{len(requests)}", prompt_token_ids=prompt, sampling=_seeded(sampling, choice),
-                eos_token_ids=state.ready.eos_token_ids, arrival_s=now, priority=body.priority, offline=body.offline,
-                cache_salt=hash_salt(body.cache_salt),
-            ))
+        made = state.inputs.process(call, prompt, sampling, priority=body.priority, offline=body.offline,
+                                    deadline_s=deadline_s, cache_salt=_hash_salt(body.cache_salt)).requests
+        # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
+        requests += [replace(request, sampling=replace(request.sampling, prompt_logprobs=sampling.prompt_logprobs))
+                     if request.sampling.prompt_logprobs != sampling.prompt_logprobs else request for request in made]
     return requests
 
 
-def hash_salt(salt: str | None) -> str:
+def _deadline_s(wish_ms: float | None) -> float | None:
+    if wish_ms is None:
+        return None
+    if not 0 < wish_ms < math.inf:
+        raise invalid("ttlt_slo_ms must be a positive number", "ttlt_slo_ms")
+    return time.monotonic() + wish_ms / 1000
+
+
+def _hash_salt(salt: str | None) -> str:
     """A fixed-size stand-in, so that a long salt costs nothing later."""
     return "" if salt is None else hashlib.sha256(salt.encode()).hexdigest()
-
-
-def _seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
-    """Choices of one seeded request differ, and each is reproducible."""
-    if sampling.seed is None or choice == 0:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + choice) % 2**63)

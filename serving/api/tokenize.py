@@ -37,7 +37,7 @@ def router(state: ServerState) -> APIRouter:
         body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
         state.check_model(body.model)
         vocab_size = state.ready.vocab_size
-        if body.tokens and not (0 <= min(body.tokens) and max(body.tokens) < vocab_size):
+        if any(not 0 <= token_id < vocab_size for token_id in body.tokens):
             raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
         tokenizer = state.need_tokenizer("tokens")
         return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})

@@ -76,6 +76,7 @@ class GenerationBody(StrictBody):
     return_tokens_as_token_ids: bool | None = False
     priority: int = 0
     offline: bool = False
+    ttlt_slo_ms: float | None = None  # upstream's name: when the last token should be there
     cache_salt: str | None = None
     request_id: str | None = None
     add_special_tokens: bool | None = None

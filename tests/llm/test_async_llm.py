@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.llm.conftest import SETTINGS
-from xllm import AsyncLLM, EngineConfig, SamplingParams
+from xllm import LLM, AsyncLLM, EngineConfig, SamplingParams
+from xllm.engine_thread import _add_all
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.outputs import RequestOutput
+from xllm.request import FinishReason, Request
 
 PROMPT = "def add(a, b):\n    return"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -51,7 +54,7 @@ async def test_streams_equal_llm(engine, llm):
         assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
     assert len(final) == 1
     assert len(cumulative) > 3
-    for before, after in zip(cumulative, cumulative[1:]):
+    for before, after in itertools.pairwise(cumulative):
         assert after.outputs[0].text.startswith(before.outputs[0].text)
 
 
@@ -70,6 +73,15 @@ async def test_choices_and_stop_strings(engine):
     assert not any("e" in c.text for c in last.outputs)
     assert all(c.stop_reason == "e" for c in last.outputs if c.finish_reason == "stop" and c.stop_reason)
     await idle(engine)
+
+
+async def test_a_stop_string_frees_the_engine(engine):
+    (whole,) = await collect(engine.generate(PROMPT, GREEDY, output_kind="final"))
+    stop = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, stop=[whole.outputs[0].text[2:5]])
+    (output,) = await collect(engine.generate(PROMPT, stop, output_kind="final"))
+    assert output.outputs[0].stop_reason == stop.stop[0]
+    await idle(engine)
+    assert engine.stats().generation_tokens_total < 100
 
 
 async def test_abort_gives_a_last_output(engine):
@@ -108,14 +120,16 @@ async def test_a_consumer_that_leaves_aborts_its_request(engine, way):
 async def test_refused_requests_harm_nobody(engine):
     running = asyncio.create_task(collect(engine.generate(PROMPT, GREEDY, "same")))
     await asyncio.sleep(0)
+    too_many = SamplingParams(n=100, max_tokens=400, ignore_eos=True)
     for prompt, params, request_id, word in [
         ("", GREEDY, "e", "empty"), (PROMPT, GREEDY, "same", "in use"),
-        (PROMPT, SamplingParams(n=100), "full", "queue is full"), ([10**7], GREEDY, "v", "vocabulary"),
+        (PROMPT, too_many, "full", "queue is full"), ([10**7], GREEDY, "v", "vocabulary"),
     ]:
         with pytest.raises(RequestError, match=word):
             await collect(engine.generate(prompt, params, request_id))
     assert (await running)[-1].finished
     await idle(engine)
+    assert engine.stats().generation_tokens_total < 100
 
 
 async def test_long_prompts_are_tokenised_off_the_loop(engine):
@@ -174,21 +188,33 @@ async def test_a_bug_in_reading_outputs_hangs_nobody(engine, monkeypatch):
 def test_another_event_loop_takes_over_a_closed_one():
     engine = AsyncLLM(**SETTINGS)
     try:
-        async def leave():
-            stream = engine.generate(PROMPT, LONG, "lost")
-            await anext(stream)
-            return stream  # neither finished nor closed
+        stream = engine.generate(PROMPT, LONG, "lost")
+        old_loop = asyncio.new_event_loop()
+        old_loop.run_until_complete(anext(stream))
+        old_loop.close()  # the stream is neither finished nor closed
 
-        async def again():
+        async def again() -> list[RequestOutput]:
+            await idle(engine)
             outputs = await collect(engine.generate(PROMPT, GREEDY, "lost"))
             await idle(engine)
             return outputs
 
-        lost = asyncio.run(leave())
         assert asyncio.run(again())[-1].finished
-        del lost
+        assert engine.stats().generation_tokens_total < 200
+        assert engine._outputs.num_open == 0
     finally:
         engine.shutdown()
+
+
+def test_a_refused_choice_takes_the_others_with_it():
+    with LLM(**SETTINGS, max_waiting_requests=2) as llm:
+        core, refusals = llm._core, []
+        requests = [Request(request_id=str(n), prompt_token_ids=[5], sampling=LONG) for n in range(4)]
+        _add_all(core, requests, refusals.append)
+        ended = [delta for _ in range(3) if core.has_work() for delta in core.step()]
+        assert [d.finish_reason for d in ended] == [FinishReason.ABORT] * 2
+        assert core.stats().generation_tokens_total == 0
+        assert len(refusals) == 1
 
 
 def test_settings():

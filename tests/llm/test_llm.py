@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 
 import pytest
 
@@ -40,11 +43,11 @@ def test_outputs_have_vllm_s_shape(llm):
     (choice,) = output.outputs
     assert (choice.index, choice.finish_reason, choice.stop_reason, len(choice.token_ids)) == (0, "length", None, 5)
     assert choice.text == tokenizer.decode(choice.token_ids, skip_special_tokens=True)
-    assert [list(p)[0] for p in choice.logprobs] == choice.token_ids
+    assert [next(iter(p)) for p in choice.logprobs] == choice.token_ids
     assert all(p[t].rank == 1 for p, t in zip(choice.logprobs, choice.token_ids))
     assert math.isclose(choice.cumulative_logprob, sum(p[t].logprob for p, t in zip(choice.logprobs, choice.token_ids)))
     assert output.prompt_logprobs[0] is None
-    assert [list(p)[0] for p in output.prompt_logprobs[1:]] == output.prompt_token_ids[1:]
+    assert [next(iter(p)) for p in output.prompt_logprobs[1:]] == output.prompt_token_ids[1:]
     assert output.metrics.arrival_time < output.metrics.first_token_time <= output.metrics.finished_time
 
 
@@ -106,6 +109,13 @@ def test_stop_string_cuts_where_it_begins(llm):
     assert stop in llm.get_tokenizer().decode(choice.token_ids)
     included = SamplingParams(temperature=0.0, max_tokens=24, stop=stop, include_stop_str_in_output=True)
     assert texts(run(llm, PROMPTS[2], included)) == [whole[: at + len(stop)]]
+
+
+def test_a_stop_string_frees_the_engine(llm):
+    (whole,) = texts(run(llm, PROMPTS[2]))
+    before = llm.stats().generation_tokens_total
+    run(llm, PROMPTS[2], SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, stop=whole[2:5]))
+    assert llm.stats().generation_tokens_total - before < 50
 
 
 def test_stop_token_ends_and_is_hidden(llm):
@@ -187,6 +197,28 @@ def test_a_failing_engine_says_why(monkeypatch):
             run(failing, "x")
         with pytest.raises(EngineDeadError, match="no room for logits"):
             run(failing, "x")
+
+
+def test_a_full_queue_refuses_the_batch_and_leaves_nothing():
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    with LLM(**SETTINGS, max_waiting_requests=2) as small:
+        with pytest.raises(RequestError, match=r"prompts\[2\]: the queue is full"):
+            run(small, PROMPTS, params)
+        assert small.stats().generation_tokens_total == small.stats().num_waiting == 0
+        assert len(run(small, PROMPTS[:2])) == 2
+
+
+def test_ctrl_c_ends_the_batch_and_leaves_the_engine_usable(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    expected, before = texts(run(llm, PROMPTS)), llm.stats().generation_tokens_total
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, PROMPTS, params)
+    timer.join()
+    assert 0 < llm.stats().generation_tokens_total - before < 4 * 400
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert texts(run(llm, PROMPTS)) == expected
 
 
 def test_progress_is_shown_on_demand(llm, capsys):

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import xllm
 
@@ -25,8 +24,8 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_version_is_the_project_s():
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
-    assert xllm.__version__ == pyproject["project"]["version"]
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{xllm.__version__}"\n' in pyproject
 
 
 def test_import_is_light():

@@ -19,7 +19,7 @@ def backend() -> Backend:
     return get_backend("cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small are slower on several threads."""
     before = torch.get_num_threads()

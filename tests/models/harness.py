@@ -22,20 +22,21 @@ NO_BLOCK = 2**30
 class PagedRunner:
     """Sequences are named; each keeps its length and its blocks from step to step."""
 
-    def __init__(self, model: CausalLM, backend: Backend, *, num_blocks: int = 48, seed: int = 0):
+    def __init__(self, model: CausalLM, backend: Backend, *, num_blocks: int = 48, seed: int = 0,
+                 kv_dtype: torch.dtype = torch.float32):
         config = model.config
         self.model, self.backend = model, backend
         self.block_size = backend.default_block_size
         shape = backend.kv_cache_shape(num_blocks, self.block_size, config.num_kv_heads, config.head_dim)
-        self.kv_caches = [self._cache_pair(shape) for _ in range(config.num_layers)]
+        self.kv_caches = [self._cache_pair(shape, kv_dtype) for _ in range(config.num_layers)]
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
         self.free_blocks: list[int] = order.tolist()
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def _cache_pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        k_cache = self.backend.allocate_kv_cache(shape, torch.float32).fill_(GARBAGE)
-        return k_cache, self.backend.allocate_kv_cache(shape, torch.float32).fill_(-GARBAGE)
+    def _cache_pair(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k_cache = self.backend.allocate_kv_cache(shape, dtype).fill_(GARBAGE)
+        return k_cache, self.backend.allocate_kv_cache(shape, dtype).fill_(-GARBAGE)
 
     @torch.inference_mode()
     def step(self, chunks: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

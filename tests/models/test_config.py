@@ -12,7 +12,6 @@ import pytest
 
 from xllm.errors import ModelError
 from xllm.models.config import ModelConfig, read_model_config
-from xllm.models.registry import FAMILIES
 
 PLAIN = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
          "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
@@ -101,8 +100,8 @@ def test_transformers_5_layout_reads_like_the_old_one(tmp_path: Path) -> None:
     ({"hidden_size": True}, "hidden_size must be an integer"),
     ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
     ({"head_dim": 15}, "head_dim must be even"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps must be a number in"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number in"),
     ({"attention_bias": "yes"}, "attention_bias must be true or false"),
     ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
     ({"eos_token_id": ["</s>"]}, "eos_token_id must be token ids"),
@@ -153,8 +152,8 @@ def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:
     assert found.stdout.strip() == "[]", found.stdout
 
 
-ODD_VALUES = [None, True, False, 0, -1, 1, 3, 10**6, 10**400, 1.5, -0.0, 1e-300, 1e308, float("inf"), float("nan"), "", "x", [],
-              [None], [[]], ["x", 3], {}, {"x": {}}, {"rope_type": "yarn", "factor": 1e308},
+ODD_VALUES = [None, True, False, 0, -1, 1, 3, 10**6, 10**400, 1.5, -0.0, 1e-300, 1e308, float("inf"), float("nan"),
+              "", "x", [], [None], [[]], ["x", 3], {}, {"x": {}}, {"rope_type": "yarn", "factor": 1e308},
               {"rope_type": "dynamic", "factor": 1e-8}, {"rope_type": ["yarn"]}, {"type": {}}]
 ALL_KEYS = [*PLAIN, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
             "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types",
@@ -163,15 +162,17 @@ ALL_KEYS = [*PLAIN, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_the
 
 
 @pytest.mark.parametrize("key", ALL_KEYS)
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_odd_values_are_read_or_refused_with_words(tmp_path: Path, architecture: str, key: str) -> None:
+def test_odd_values_are_read_or_refused_with_words(tmp_path: Path, key: str) -> None:
     """No value of any key ends in anything but a config within bounds or a ModelError that names the file."""
     for value in ODD_VALUES:
-        values = {**QWEN2, "architectures": [architecture], key: value}
+        values = {**QWEN2, "architectures": ["Qwen3ForCausalLM"], key: value}
+        message = None
         try:
             config = read(tmp_path, values)
         except ModelError as error:
-            assert "config.json" in str(error)
+            message = str(error)
+        if message is not None:
+            assert "config.json" in message
         else:
             assert len(config.sliding_windows) == config.num_layers
             assert 1 <= config.max_model_len < 2**31

@@ -17,6 +17,7 @@ from xllm.errors import ConfigError, ModelError
 from xllm.models.decoder import CausalLM
 from xllm.models.loader import load_model, resolve_model_path
 from xllm.models.weights import WeightSource
+from xllm.parallel.context import ParallelContext
 
 from .harness import PagedRunner
 
@@ -199,6 +200,12 @@ def test_max_model_len_out_of_range(make_checkpoint: MakeCheckpoint, load: Calla
                                     max_model_len: int) -> None:
     with pytest.raises(ConfigError, match=rf"max_model_len {max_model_len} is outside .*1 to 256"):
         load(make_checkpoint("llama-gqa"), max_model_len=max_model_len)
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 2), (1, 1), (0, 0)])
+def test_more_than_one_device_is_refused(tp_rank: int, tp_size: int) -> None:
+    with pytest.raises(ConfigError, match="tp_rank 1" if tp_size == 1 else "tensor_parallel_size: only 1 is built"):
+        ParallelContext(tp_rank=tp_rank, tp_size=tp_size)
 
 
 def test_unknown_quantization(make_checkpoint: MakeCheckpoint, load: Callable[..., CausalLM]) -> None:

@@ -12,7 +12,7 @@ from backends.backend import Backend
 from xllm.models.decoder import CausalLM
 from xllm.models.loader import load_model
 
-from .checkpoints import NUM_NEW_TOKENS, PROMPT, VARIANTS, Truth, save_checkpoint, transformers_greedy
+from .checkpoints import BY_ID, NUM_NEW_TOKENS, PROMPT, VARIANTS, Truth, save_checkpoint, transformers_greedy
 from .harness import PagedRunner, greedy
 
 MAX_RELATIVE_ERROR = 1e-4
@@ -54,6 +54,18 @@ def test_prefill_and_decode_share_a_step(model: CausalLM, truth: Truth, backend:
     expected = {"chunked": truth.logits_TV[18:29], "new": truth.logits_TV[:37], "decoding": truth.logits_TV[41:42]}
     for name, logits_TV in found.items():
         assert relative_error(logits_TV, expected[name]) <= MAX_RELATIVE_ERROR, name
+
+
+@pytest.mark.parametrize("variant_id", ["llama-attention-bias", "qwen3-tied-head-dim-32-bf16"])
+def test_bf16_is_close_to_fp32(variant_id: str, tmp_path: Path, backend: Backend) -> None:
+    folder = save_checkpoint(BY_ID[variant_id], tmp_path)
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, backend=backend, dtype=dtype, max_model_len=128)
+        logits[dtype] = PagedRunner(model, backend, kv_dtype=dtype).step({"a": PROMPT})["a"]
+        assert logits[dtype].dtype == torch.float32
+    error = (logits[torch.bfloat16] - logits[torch.float32]).norm() / logits[torch.float32].norm()
+    assert 0 < float(error) < 0.03
 
 
 def test_truth_is_not_flat(truth: Truth) -> None:

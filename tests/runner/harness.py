@@ -84,7 +84,7 @@ class Driver:
         seqs = [self.seqs[name] for name in chunks]
         sizes = [size or len(seq.tokens) - seq.num_computed for seq, size in zip(seqs, chunks.values())]
         samples = [seq.num_computed + size == len(seq.tokens) for seq, size in zip(seqs, sizes)]
-        drafts = [max_drafts * sample for sample in samples]
+        drafts = [max_drafts] * len(seqs)
         appended = [(seq.row, block) for seq, size, num in zip(seqs, sizes, drafts)
                     for block in self._grow(seq, seq.num_computed + size + num)]
         appended_B2 = np.array(appended, dtype=np.int32).reshape(-1, 2)

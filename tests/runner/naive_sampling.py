@@ -31,7 +31,7 @@ def edited_logits(logits: list[float], p: SamplingParams, prompt: list[int], out
 
 def kept_probabilities(logits: list[float], p: SamplingParams) -> list[float]:
     """The distribution that is drawn from, after temperature, top-k, min-p and top-p."""
-    if p.temperature == 0.0:
+    if p.temperature < 1e-5:
         return [float(i == logits.index(max(logits))) for i in range(len(logits))]
     scaled = [value / p.temperature for value in logits]
     if p.top_k:

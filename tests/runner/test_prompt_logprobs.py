@@ -43,6 +43,16 @@ def test_equal_transformers(make_driver: MakeDriver, truth: Truth, monkeypatch: 
         assert len(entry.top_ids) == num_top
 
 
+def test_after_a_preemption_the_output_has_none(make_driver: MakeDriver, truth: Truth) -> None:
+    """The sequence comes back with output among its known tokens: entries end with the prompt."""
+    driver = make_driver()
+    seq = driver.add("a", PROMPT + truth.tokens[:9], SAMPLING, num_prompt=len(PROMPT))
+    for chunk in (30, 10, 0):
+        driver.step({"a": chunk})
+    assert [e.token_id for e in seq.prompt_logprobs] == PROMPT[1:]
+    assert seq.output == truth.tokens[:10]
+
+
 def test_slices_stay_within_their_bytes(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runner, "PROMPT_LOGITS_BYTES", 5 * 211 * 4)
     driver = make_driver()

@@ -48,6 +48,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 3.0},
     "cold": {"temperature": 0.3},
     "greedy": {"temperature": 0.0},
+    "nearly-greedy": {"temperature": 1e-300},
     "top-k": {"top_k": 5},
     "top-k-larger-than-vocabulary": {"top_k": 1000},
     "top-p": {"top_p": 0.7},

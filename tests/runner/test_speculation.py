@@ -32,10 +32,11 @@ LENGTH = 40
 
 
 class Oracle:
-    """Knows the output in advance and drafts it, with every fifth token wrong."""
+    """Knows the output in advance and drafts it, with every fifth (or so) token wrong."""
 
-    def __init__(self, answers: dict[int, list[int]]):
+    def __init__(self, answers: dict[int, list[int]], *, wrong_every: int = 5):
         self.answers = answers
+        self.wrong_every = wrong_every
 
     def propose(self, rows_S: np.ndarray, max_drafts_S: np.ndarray,
                 history: TokenHistory) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +44,7 @@ class Oracle:
         num_drafts_S = np.zeros(len(rows_S), dtype=np.int32)
         for i, row in enumerate(rows_S.tolist()):
             start = int(history.num_tokens[row])
-            drafts = [token if (start + j) % 5 else (token + 1) % 211
+            drafts = [token if (start + j) % self.wrong_every else (token + 1) % 211
                       for j, token in enumerate(self.answers[row][start:start + int(max_drafts_S[i])])]
             drafts_SR[i, : len(drafts)] = drafts
             num_drafts_S[i] = len(drafts)
@@ -87,6 +88,32 @@ def test_drafts_stop_at_the_last_position(make_driver: MakeDriver) -> None:
     while len(drafting.seqs["a"].tokens) < MAX_MODEL_LEN:
         drafting.step(max_drafts=7)
     assert drafting.seqs["a"].tokens == answer
+
+
+@pytest.mark.parametrize("good_drafts", [0, 1])
+def test_bad_logits_count_only_where_drafts_were_accepted(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch,
+                                                          good_drafts: int) -> None:
+    """The logits behind the first draft are not finite: that matters only if this draft stands."""
+    driver = make_driver(speculative_method="ngram")
+    driver.add("a", PROMPT)
+    driver.step()
+    honest = driver.runner._model.compute_logits
+
+    def bad_second_place(hidden_SD: torch.Tensor) -> torch.Tensor:
+        logits_SV = honest(hidden_SD)
+        logits_SV[1] = float("nan")
+        return logits_SV
+
+    plain = make_driver()
+    plain.add("a", PROMPT)
+    next_token = plain.generate("a", 2)[1]
+    draft = next_token if good_drafts else next_token + 1
+    driver.runner.proposer = Oracle({driver.seqs["a"].row: [*driver.seqs["a"].tokens, draft]}, wrong_every=10**6)
+    monkeypatch.setattr(driver.runner._model, "compute_logits", bad_second_place, raising=False)
+    output = driver.step(max_drafts=1)
+    assert output.num_drafts_S.tolist() == [1]
+    assert list(output.failed) == [0] * good_drafts
+    assert output.num_sampled_S.tolist() == [1 - good_drafts]
 
 
 def test_no_drafts_while_a_prompt_is_not_complete(make_driver: MakeDriver) -> None:

@@ -14,7 +14,7 @@ from xllm.errors import ModelError, RequestError
 from xllm.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [*dict.fromkeys(CORPUS), "", " ", "  two  blanks ", "\n\n\ttab", "<|im_start|>user\nhi<|im_end|>", "<s>x</s>",
-         "a<|late|>  b", "unseen: Ω ᚠ 한국어 עברית \x00 \u200d", "x" * 400]
+         "a<|late|>  b", "a fox<|pad|><|extra|>fox", "unseen: Ω ᚠ 한국어 עברית \x00 \u200d", "x" * 400]
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,7 @@ CHATS = {
     "tool-call": ([{"role": "assistant", "content": None,
                     "tool_calls": [{"function": {"name": "f", "arguments": {"ä": "<&>"}}}]}], {}),
     "tools": ([{"role": "user", "content": "w"}], {"tools": [{"type": "function", "function": {"name": "fü"}}]}),
+    "null": ([{"role": "user", "content": "w", "name": None}, {"role": "user", "content": "w", "name": "n"}], {}),
     "variable": ([{"role": "user", "content": "w"}], {"enable_thinking": False}),
     "reasoning": ([{"role": "assistant", "content": "w", "reasoning": "hm"}], {}),
     "many": ([{"role": "user", "content": str(n)} for n in range(50)], {}),

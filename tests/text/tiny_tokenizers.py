@@ -24,6 +24,7 @@ TEMPLATE = (
     "    {%- endif %}\n"
     "    {%- if loop.index > 40 %}{% break %}{% endif %}\n"
     "    {{- '<|im_start|>' + message['role'] + '\\n' }}\n"
+    "    {%- if message.name is defined %}{{ 'name: ' ~ message.name ~ '\\n' }}{% endif %}\n"
     "    {%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}\n"
     "    {%- if message.content is string %}{{- message.content }}\n"
     "    {%- elif message.content %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}\n"
@@ -59,6 +60,9 @@ def byte_level_bos(folder: Path) -> None:
     write(folder, tokenizer, {
         "eos_token": {"__type": "AddedToken", **late, "content": "<|im_end|>", "rstrip": False},
         "bos_token": "<|endoftext|>",
+        "pad_token": "<|pad|>",  # in no vocabulary yet
+        "unk_token": "fox",  # an ordinary token until now
+        "additional_special_tokens": ["<|extra|>"],
         "added_tokens_decoder": {str(tokenizer.get_vocab_size()): late},
         "chat_template": [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "T" + TEMPLATE}],
     })

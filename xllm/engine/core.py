@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
-from xllm.errors import ConfigError, IntegrityError
+from xllm.errors import IntegrityError, RequestError
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
@@ -115,8 +115,6 @@ class EngineCore:
 
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:
-    from xllm.errors import RequestError
-
     ids = request.prompt_token_ids
     if len(ids) and not (0 <= min(ids) and max(ids) < vocab_size):
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
@@ -130,7 +128,7 @@ def _load(config: EngineConfig, report: Progress) -> tuple:
     from backends import get_backend
     from xllm.models.config import read_model_config
     from xllm.models.loader import load_model, resolve_model_path
-    from xllm.runner.kv_cache import plan_num_blocks
+    from xllm.runner.kv_cache import compute_dtype, plan_num_blocks
     from xllm.runner.model_runner import ModelRunner
 
     if config.device.num_threads:
@@ -139,7 +137,7 @@ def _load(config: EngineConfig, report: Progress) -> tuple:
     path: Path = resolve_model_path(config.model.model, config.model.revision)
     model_config: ModelConfig = read_model_config(path)
     resolved = config.resolve(model_max_len=model_config.max_model_len, default_block_size=backend.default_block_size)
-    dtype = _choose_dtype(resolved.model.dtype, backend, model_config)
+    dtype = compute_dtype(resolved, backend, model_config)
     report("weights", 0.0)
     model = load_model(path, backend=backend, dtype=dtype, quantization=resolved.model.quantization,
                        max_model_len=resolved.model.max_model_len,
@@ -149,15 +147,6 @@ def _load(config: EngineConfig, report: Progress) -> tuple:
     runner = ModelRunner(resolved, backend, model, num_blocks)
     report("ready", 1.0)
     return path, model_config, resolved, runner, num_blocks
-
-
-def _choose_dtype(name: str, backend, model_config):  # type: ignore[no-untyped-def]
-    import torch
-
-    checkpoint = getattr(torch, model_config.dtype, None)
-    if not isinstance(checkpoint, torch.dtype):
-        raise ConfigError(f"the checkpoint's dtype {model_config.dtype!r} is unknown")
-    return backend.default_dtype(checkpoint) if name == "auto" else getattr(torch, name)
 
 
 def collect_stats(loop: StepLoop) -> EngineStats:

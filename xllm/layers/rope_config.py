@@ -14,6 +14,7 @@ from typing import Any
 from xllm.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+MAX_NUMBER = 1e12  # far beyond any real theta or factor, and safe to multiply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,6 @@ def _number(rope: Mapping[str, Any], key: str, *, default: float | None = None, 
         value = default
     if value is None:
         raise ModelError(f"rope type {rope.get('rope_type', rope.get('type'))!r} needs {key!r}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < math.inf:
-        raise ModelError(f"rope {key} must be a number of at least {low}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= MAX_NUMBER:
+        raise ModelError(f"rope {key} must be a number in [{low}, {MAX_NUMBER:g}], got {value!r}")
     return float(value)

@@ -7,7 +7,6 @@ transformers nor torch is imported here.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +75,11 @@ class RawConfig:
     def optional_integer(self, key: str) -> int | None:
         return None if self.values.get(key) is None else self.integer(key)
 
-    def number(self, key: str) -> float:
-        """A finite number above 0."""
+    def fraction(self, key: str) -> float:
+        """A number in (0, 1]."""
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(f"{key} must be a positive number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise self.error(f"{key} must be a number in (0, 1], got {value!r}")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -167,7 +166,7 @@ def _read_common(raw: RawConfig, architecture: str, extra_eos: tuple[int, ...],
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         ffn_size=raw.integer("intermediate_size"),
-        rms_norm_eps=raw.number("rms_norm_eps"),
+        rms_norm_eps=raw.fraction("rms_norm_eps"),
         rope=rope,
         tie_word_embeddings=raw.flag("tie_word_embeddings"),
         max_model_len=max_model_len,
@@ -184,7 +183,10 @@ def _read_lengths(raw: RawConfig) -> tuple[RopeConfig, int]:
         rope = read_rope(raw.values, max_position_embeddings=max_positions, default_theta=10000.0)
     except ModelError as error:
         raise raw.error(str(error)) from None
-    return rope, rope.max_model_len(max_positions)
+    max_model_len = rope.max_model_len(max_positions)
+    if not 1 <= max_model_len <= MAX_SIZE:
+        raise raw.error(f"rope factor {rope.factor:g} makes the longest sequence {max_model_len} tokens")
+    return rope, max_model_len
 
 
 def _read_dtype(raw: RawConfig) -> str:

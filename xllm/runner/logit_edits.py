@@ -62,8 +62,7 @@ class LogitEdits:
         if not self._bad_words:
             return
         tail = tuple(output[-max(map(len, self._bad_words)):].tolist())
-        last_ids = [word[-1] for word in self._bad_words
-                    if len(word) - 1 <= len(tail) and tail[len(tail) - len(word) + 1:] == word[:-1]]
+        last_ids = [word[-1] for word in self._bad_words if tail[len(tail) - len(word) + 1:] == word[:-1]]
         if last_ids:
             logits_V[self._ids(last_ids)] = _FORBIDDEN
 

@@ -12,6 +12,8 @@ from xllm.request import SamplingParams
 from xllm.step import NewRow
 
 NO_LOGPROBS = -1
+# Below this, dividing by the temperature may overflow fp32, and all probability is on the largest logit anyway.
+MIN_TEMPERATURE = 1e-5
 
 
 class RowState:
@@ -67,7 +69,7 @@ class RowState:
 
     def _set_sampling(self, row: int, sampling: SamplingParams, seed: int) -> None:
         self.sampling[row] = sampling
-        self.temperature[row] = sampling.temperature
+        self.temperature[row] = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
         self.top_k[row] = sampling.top_k
         self.top_p[row] = sampling.top_p
         self.min_p[row] = sampling.min_p

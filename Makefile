@@ -1,0 +1,56 @@
+# make serve: everything from nothing to an answering server. make test: what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+MODEL ?=
+WORKERS ?= 2
+
+.PHONY: setup serve chat test test-nightly check lint types house bench size docs demo-model clean
+
+setup: $(VENV)/.installed
+
+# A bounded torch is what keeps pip from fetching CUDA builds onto a machine without a GPU.
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c requirements/constraints.txt
+	touch $@
+
+serve: setup
+	$(BIN)/xllm serve $(MODEL) --port $(PORT)
+
+chat: setup
+	$(BIN)/xllm chat $(MODEL)
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+test-nightly: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m nightly tests
+
+check: lint types house docs test
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+house: setup
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: setup
+	$(BIN)/xllm bench scheduler --json benchmarks/results/scheduler.json
+	$(BIN)/xllm bench throughput --vs transformers --json benchmarks/results/throughput.json
+
+size:
+	@$(PYTHON) tools/size.py
+
+docs: setup
+	$(BIN)/python tools/gen_settings.py --check
+
+demo-model: setup
+	$(BIN)/python tools/train_demo.py
+
+clean:
+	rm -rf $(VENV) *.egg-info

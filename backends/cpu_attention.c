@@ -1,0 +1,264 @@
+/* Paged causal attention.
+ *
+ * Work is cut into units: a tile of adjacent queries of one sequence, for one kv head, so that a key is read once for
+ * all query heads and tokens of the tile. A tile of few rows with a long context (decode) is cut along the context too,
+ * always at multiples of SPLIT, and its parts are merged. Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
+ */
+#include "cpu_vectors.h"
+
+#define ROWS 64   /* query rows (tokens * G) of a tile */
+#define FEW 16    /* rows up to which the context is cut */
+#define SPLIT 512 /* positions per part */
+#define CHUNK 64  /* positions per pass of the online softmax */
+#define MAX_BLOCKS CHUNK
+#define TINY_WORK 2048
+#define LOWEST -1e30f
+
+typedef struct {
+    int32_t seq, first_query, num_queries, part, num_parts, partial;
+    int64_t cost; /* query-position pairs */
+} Unit;
+
+typedef struct {
+    const int32_t *query_start, *seq_lens, *block_table;
+    int64_t table_stride, num_seqs, block_size, num_heads, num_kv_heads, head_dim;
+    Unit *units;
+    int64_t num_units, num_partials, cost;
+    float *partials; /* [num_partials, K, FEW, H + 2]: weighted values, then the largest score and the sum */
+} Step;
+
+EXPORT int64_t xllm_unit_bytes(void) { return sizeof(Unit); }
+EXPORT int64_t xllm_partial_floats(int64_t K, int64_t H) { return K * FEW * (H + 2); }
+EXPORT int64_t xllm_max_units(int64_t T, int64_t S, int64_t max_seq_len, int64_t G) {
+    return S * (2 + max_seq_len / SPLIT) + T / MAX(1, ROWS / G);
+}
+
+static int dearer_first(const void *a, const void *b) {
+    const Unit *x = a, *y = b;
+    if (x->cost != y->cost) return x->cost < y->cost ? 1 : -1;
+    return x->partial != y->partial ? (x->partial < y->partial ? -1 : 1) : (x->seq > y->seq) - (x->seq < y->seq);
+}
+
+/* Fill step->units (room for xllm_max_units) and the counts, the dearest units first. */
+EXPORT void xllm_plan(Step *step) {
+    const int G = step->num_heads / step->num_kv_heads, tile = MAX(1, ROWS / G);
+    int64_t n = 0, partials = 0, total = 0;
+    for (int32_t s = 0; s < step->num_seqs; s++) {
+        const int32_t length = step->seq_lens[s], num_queries = step->query_start[s + 1] - step->query_start[s];
+        if (num_queries * G <= FEW && length > SPLIT) {
+            const int32_t num_parts = (length + SPLIT - 1) / SPLIT;
+            for (int32_t p = 0; p < num_parts; p++)
+                step->units[n++] = (Unit){s, 0, num_queries, p, num_parts, (int32_t)partials++,
+                                          (int64_t)MIN(SPLIT, length - p * SPLIT) * num_queries};
+            total += (int64_t)length * num_queries;
+            continue;
+        }
+        for (int32_t q = 0; q < num_queries; q += tile) {
+            const int32_t count = MIN(tile, num_queries - q);
+            const int64_t cost = (int64_t)(length - num_queries + q + count) * count;
+            step->units[n++] = (Unit){s, q, count, 0, 1, -1, cost};
+            total += cost;
+        }
+    }
+    qsort(step->units, n, sizeof(Unit), dearer_first);
+    step->num_units = n, step->num_partials = partials, step->cost = total * G * step->num_kv_heads;
+}
+
+/* s[r, p] = sum_h q[h, r] * k[h, p] for R rows; U partial sums per score hide the latency of the additions. */
+INLINE void scores_tile(const float *q, const float *k, int H, int P, float *s, int stride, const int R, const int U) {
+    for (int p = 0; p < P; p += VL) {
+        vf acc[R * U];
+        UNROLL for (int i = 0; i < R * U; i++) acc[i] = (vf){0};
+        for (int h = 0; h < H; h += U) {
+            UNROLL for (int u = 0; u < U; u++) {
+                const vf key = load(k + (h + u) * P + p);
+                UNROLL for (int r = 0; r < R; r++) acc[r * U + u] += splat(q[(h + u) * R + r]) * key;
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            vf total = acc[r * U];
+            UNROLL for (int u = 1; u < U; u++) total += acc[r * U + u];
+            store(s + r * stride + p, total);
+        }
+    }
+}
+
+static void scores_any(const float *q, const float *k, int H, int P, float *s) {
+    for (int p = 0; p < P; p++) s[p] = 0;
+    for (int h = 0; h < H; h++)
+#pragma omp simd
+        for (int p = 0; p < P; p++) s[p] += q[h] * k[h * P + p];
+}
+
+static void scores_fast(const float *q, const float *k, int H, int P, float *s, int stride, int R) {
+    if (R == 8 && P == 16) scores_tile(q, k, H, 16, s, stride, 8, 1);
+    else if (R == 8) scores_tile(q, k, H, P, s, stride, 8, 1);
+    else if (R == 4) scores_tile(q, k, H, P, s, stride, 4, 2);
+    else if (R == 2) scores_tile(q, k, H, P, s, stride, 2, 4);
+    else scores_tile(q, k, H, P, s, stride, 1, 4);
+}
+
+/* One row of scores over n positions, of which [from, to) are visible: scores -> weights; returns what the older
+ * weights must be multiplied by. `masked` is a compile-time constant. s has room up to a multiple of VL. */
+INLINE float softmax_row(float *s, int n, int from, int to, float *m, float *l, const int masked) {
+    vf top = splat(LOWEST), total = {0};
+    vi index = iota();
+    for (int c = 0; c < n; c += VL, index += VL) {
+        vf x = load(s + c);
+        if (masked) x = blend((index >= from) & (index < to), x, splat(LOWEST));
+        top = blend(x > top, x, top);
+    }
+    const float largest_now = largest(top), m_new = largest_now > *m ? largest_now : *m;
+    index = iota();
+    for (int c = 0; c < n; c += VL, index += VL) {
+        vf w = exp2_v(load(s + c) - splat(m_new));
+        if (masked) w = blend((index >= from) & (index < to), w, splat(0.0f));
+        store(s + c, w);
+        total += w;
+    }
+    const float decay = exp2f(*m - m_new);
+    *l = *l * decay + sum(total);
+    *m = m_new;
+    return decay;
+}
+
+/* o[r, h] = o[r, h] * decay[r] + sum_c s[r, c] * v[c, h] for R rows and NV vectors of h; blocks of v in order. */
+INLINE void values_tile(float *o, int H, const float *s, int stride, const float *decay, const float *const *v, int h,
+                        int P, int n, const int R, const int NV) {
+    vf acc[R * NV];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < NV; j++) acc[r * NV + j] = load(o + r * H + h + j * VL) * splat(decay[r]);
+    for (int b = 0, c = 0; c < n; b++) {
+        const float *value = v[b] + h;
+        for (const int end = MIN(c + P, n); c < end; c++, value += H) {
+            vf row[NV];
+            UNROLL for (int j = 0; j < NV; j++) row[j] = load(value + j * VL);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int j = 0; j < NV; j++) acc[r * NV + j] += splat(s[r * stride + c]) * row[j];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < NV; j++) store(o + r * H + h + j * VL, acc[r * NV + j]);
+}
+
+static void values_rows(float *o, int H, const float *s, int stride, const float *decay, const float *const *v, int P,
+                        int n, int R) {
+    int h = 0;
+    for (; h + 4 * VL <= H; h += 4 * VL) {
+        if (R == 4) values_tile(o, H, s, stride, decay, v, h, P, n, 4, 4);
+        else if (R == 2) values_tile(o, H, s, stride, decay, v, h, P, n, 2, 4);
+        else values_tile(o, H, s, stride, decay, v, h, P, n, 1, 4);
+    }
+    for (; h + VL <= H; h += VL) {
+        if (R == 4) values_tile(o, H, s, stride, decay, v, h, P, n, 4, 1);
+        else if (R == 2) values_tile(o, H, s, stride, decay, v, h, P, n, 2, 1);
+        else values_tile(o, H, s, stride, decay, v, h, P, n, 1, 1);
+    }
+    for (; h < H; h++)
+        for (int r = 0; r < R; r++) {
+            float total = o[r * H + h] * decay[r];
+            for (int c = 0; c < n; c++) total += s[r * stride + c] * v[c / P][(c % P) * H + h];
+            o[r * H + h] = total;
+        }
+}
+
+/* q rows of a unit, scaled, as tiles [rows / R][H][R]; missing rows are zero. */
+static void pack_queries(const float *q, float *packed, const Step *step, int rows, int padded, int k, int R,
+                         float scale) {
+    const int N = step->num_heads, G = N / step->num_kv_heads, H = step->head_dim;
+    for (int r = 0; r < padded; r++) {
+        float *out = packed + (r / R) * R * H + r % R;
+        const float *in = q + ((int64_t)(r / G) * N + k * G + r % G) * H;
+        for (int h = 0; h < H; h++) out[h * R] = r < rows ? in[h] * scale : 0.0f;
+    }
+}
+
+static void attend(const Step *step, const Unit *unit, int k, const float *q, const float *k_cache, const float *v_cache,
+                   float *out, float scale, int64_t window) {
+    const int N = step->num_heads, K = step->num_kv_heads, G = N / K, H = step->head_dim, P = step->block_size;
+    const int rows = unit->num_queries * G, fast = P % VL == 0 && H % 4 == 0;
+    const int R = !fast || rows == 1 ? 1 : rows == 2 ? 2 : rows <= 4 ? 4 : 8;
+    const int padded = (rows + R - 1) / R * R;
+    const int per_chunk = MAX(1, CHUNK / P), chunk = per_chunk * P, stride = (chunk + VL - 1) / VL * VL;
+    const int64_t row0 = step->query_start[unit->seq] + unit->first_query;
+    const int64_t first = (int64_t)step->seq_lens[unit->seq] - (step->query_start[unit->seq + 1] - row0); /* position */
+    const int32_t *blocks = step->block_table + unit->seq * step->table_stride;
+    float *packed = scratch(0, (size_t)(ROWS + 8) * (2 * H + stride)), *o = packed + (ROWS + 8) * H;
+    float *s = o + (ROWS + 8) * H;
+    float m[ROWS + 8], l[ROWS + 8], decay[ROWS + 8];
+    const float *values[MAX_BLOCKS];
+
+    pack_queries(q + row0 * N * H, packed, step, rows, padded, k, R, scale * 1.44269504f);
+    memset(o, 0, (size_t)rows * H * 4);
+    for (int r = 0; r < padded; r++) m[r] = LOWEST, l[r] = 0;
+    int64_t begin = window && first + 1 > window ? first + 1 - window : 0, end = first + unit->num_queries;
+    if (unit->num_parts > 1) {
+        begin = MAX(begin, (int64_t)unit->part * SPLIT);
+        end = MIN(end, (int64_t)(unit->part + 1) * SPLIT);
+    }
+    for (int64_t c0 = begin / P * P; c0 < end; c0 += chunk) {
+        const int n = (int)MIN(chunk, end - c0), num_blocks = (n + P - 1) / P;
+        for (int b = 0; b < num_blocks; b++) {
+            const int64_t at = ((int64_t)blocks[c0 / P + b] * K + k) * H * P;
+            values[b] = v_cache + at;
+            for (int r = 0; r < padded; r += R)
+                if (fast) scores_fast(packed + r * H, k_cache + at, H, P, s + r * stride + b * P, stride, R);
+                else scores_any(packed + r * H, k_cache + at, H, P, s + r * stride + b * P);
+        }
+        for (int r = 0; r < rows; r++) {
+            const int64_t last = first + r / G; /* the row's own position */
+            int from = window ? (int)MAX(0, last + 1 - window - c0) : 0, to = (int)MIN(n, last + 1 - c0);
+            from = MAX(from, (int)MAX(0, begin - c0));
+            decay[r] = from == 0 && to == n && n % VL == 0 ? softmax_row(s + r * stride, n, 0, n, m + r, l + r, 0)
+                                                           : softmax_row(s + r * stride, n, from, to, m + r, l + r, 1);
+        }
+        int r = 0;
+        for (; r + PV_ROWS <= rows; r += PV_ROWS)
+            values_rows(o + r * H, H, s + r * stride, stride, decay + r, values, P, n, PV_ROWS);
+        for (; r + 2 <= rows; r += 2) values_rows(o + r * H, H, s + r * stride, stride, decay + r, values, P, n, 2);
+        for (; r < rows; r++) values_rows(o + r * H, H, s + r * stride, stride, decay + r, values, P, n, 1);
+    }
+    for (int r = 0; r < rows; r++) {
+        float *to = out + ((row0 + r / G) * N + k * G + r % G) * H;
+        if (unit->num_parts > 1) {
+            to = step->partials + (((int64_t)unit->partial * K + k) * FEW + r) * (H + 2);
+            to[H] = m[r], to[H + 1] = l[r];
+            memcpy(to, o + r * H, (size_t)H * 4);
+            continue;
+        }
+        const float inverse = 1.0f / l[r];
+        for (int h = 0; h < H; h++) to[h] = o[r * H + h] * inverse;
+    }
+}
+
+/* Add up the parts of the unit whose first part is `unit`. */
+static void merge(const Step *step, const Unit *unit, int k, float *out) {
+    const int N = step->num_heads, K = step->num_kv_heads, G = N / K, H = step->head_dim;
+    for (int r = 0; r < unit->num_queries * G; r++) {
+        const float *part = step->partials + (((int64_t)unit->partial * K + k) * FEW + r) * (H + 2);
+        const int64_t next = (int64_t)K * FEW * (H + 2);
+        float *to = out + ((step->query_start[unit->seq] + r / G) * (int64_t)N + k * G + r % G) * H;
+        float m = LOWEST, l = 0;
+        for (int p = 0; p < unit->num_parts; p++) m = part[p * next + H] > m ? part[p * next + H] : m;
+        for (int h = 0; h < H; h++) to[h] = 0;
+        for (int p = 0; p < unit->num_parts; p++) {
+            const float *from = part + p * next, weight = exp2f(from[H] - m);
+            l += from[H + 1] * weight;
+            for (int h = 0; h < H; h++) to[h] += from[h] * weight;
+        }
+        for (int h = 0; h < H; h++) to[h] /= l;
+    }
+}
+
+EXPORT void xllm_attention(const Step *step, const float *q, const float *k_cache, const float *v_cache, float *out,
+                           float scale, int64_t window, int nt) {
+    const int64_t K = step->num_kv_heads, num_items = step->num_units * K;
+#pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (step->cost > TINY_WORK)
+    for (int64_t i = 0; i < num_items; i++)
+        attend(step, step->units + i / K, i % K, q, k_cache, v_cache, out, scale, window);
+    if (step->num_partials == 0) return;
+    for (int64_t i = 0; i < num_items; i++) {
+        const Unit *unit = step->units + i / K;
+        if (unit->num_parts > 1 && unit->part == 0) merge(step, unit, i % K, out);
+    }
+}

@@ -1,0 +1,246 @@
+"""The CPU's compiled operators as Python callables: argument types, and one thin wrapper for each.
+
+fp32 only; another dtype takes the reference. A wrapper costs a few microseconds: functions are bound
+once, addresses are passed as ints, and what a step needs in common rides in its `StepPlan`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.metadata import AttentionMetadata
+from backends.reference import activation, attention, norm, rotary, sampling
+from backends.reference.linear import check_quantization, quantize_rows
+from backends.reference.linear import linear as reference_linear
+from backends.reference.linear import pack_linear as reference_pack_linear
+
+MAX_GROUP = 64  # query heads per kv head that a tile of the attention kernel holds
+FP32 = torch.float32
+
+
+class Step(Structure):
+    """`Step` of cpu_attention.c."""
+
+    _fields_ = [
+        ("query_start", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p),
+        ("table_stride", c_int64), ("num_seqs", c_int64), ("block_size", c_int64),
+        ("num_heads", c_int64), ("num_kv_heads", c_int64), ("head_dim", c_int64),
+        ("units", c_void_p), ("num_units", c_int64), ("num_partials", c_int64), ("cost", c_int64),
+        ("partials", c_void_p),
+    ]  # fmt: skip
+
+
+class Packed(Structure):
+    """`Packed` of cpu_linear.c."""
+
+    _fields_ = [
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("X", c_int64), ("Y", c_int64),
+        ("is_int8", c_int32),
+    ]  # fmt: skip
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "xllm_exp": (None, [c_void_p, c_void_p, c_int64]),
+    "xllm_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
+    "xllm_add_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
+    "xllm_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "xllm_qkv_rope_write": (None, [c_void_p] * 9 + [c_float] + [c_int64] * 5 + [c_int]),
+    "xllm_unit_bytes": (c_int64, []),
+    "xllm_partial_floats": (c_int64, [c_int64, c_int64]),
+    "xllm_max_units": (c_int64, [c_int64] * 4),
+    "xllm_plan": (None, [POINTER(Step)]),
+    "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int]),
+    "xllm_panel": (c_int64, []),
+    "xllm_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int]),
+    "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
+    "xllm_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "xllm_sample": (None, [c_void_p] * 7 + [c_int64, c_int64, c_int]),
+}
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """A step's work units for the kernel, and the tensors whose addresses it holds."""
+
+    step: Step
+    reference: Any
+    owned: tuple[Tensor, ...]
+
+
+class PanelLinear:
+    """A weight in the panels of cpu_linear.c; the original may be dropped."""
+
+    __slots__ = ("nbytes", "num_outputs", "packed", "reference", "tensors")
+
+    def __init__(self, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int, num_outputs: int):
+        self.tensors = (weight, scale_Y, bias_Y)  # keep alive what the structure points to
+        self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
+        self.num_outputs = num_outputs
+        address = [None if t is None else t.data_ptr() for t in self.tensors]
+        self.packed = byref(Packed(*address, num_inputs, num_outputs, int(weight.dtype is torch.int8)))
+
+
+class Kernels:
+    """The operators of one loaded library; methods honour the contracts of `opset.py`."""
+
+    def __init__(self, library: ctypes.CDLL):
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("xllm_") + "_c", function)
+        self.panel: int = self.panel_c()
+        self.unit_bytes: int = self.unit_bytes_c()
+
+    def __getattr__(self, name: str) -> Any:
+        """The C functions, which `__init__` binds by name."""
+        raise AttributeError(name)
+
+    def exp(self, x: Tensor) -> Tensor:
+        """e^x for a whole number of vectors; what the other kernels use inside, here for their tests."""
+        y = torch.empty_like(x)
+        self.exp_c(x.data_ptr(), y.data_ptr(), x.numel())
+        return y
+
+    def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+        check_quantization(quantization)
+        if weight_YX.dtype is not FP32:
+            return reference_pack_linear(weight_YX, bias_Y, quantization=quantization)
+        num_outputs, num_inputs = weight_YX.shape
+        weight, scale_Y = quantize_rows(weight_YX) if quantization else (weight_YX.detach().contiguous(), None)
+        num_panels = -(-num_outputs // self.panel)
+        panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
+        self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize, torch.get_num_threads())
+        return PanelLinear(panels, scale_Y, bias_Y, num_inputs, num_outputs)
+
+    def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
+        if type(packed) is not PanelLinear:
+            return reference_linear(x_TX, packed)
+        num_tokens = x_TX.shape[0]
+        y_TY = x_TX.new_empty((num_tokens, packed.num_outputs))
+        self.linear_c(packed.packed, x_TX.data_ptr(), x_TX.stride(0), y_TY.data_ptr(), num_tokens, torch.get_num_threads())
+        return y_TY
+
+    def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        return torch.embedding(weight_VD, ids_T)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if x_TD.dtype is not FP32:
+            return norm.rms_norm(x_TD, weight_D, eps)
+        x_TD = x_TD.contiguous()
+        out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
+        self.rms_norm_c(x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), x_TD.numel() // size, size, eps,
+                        torch.get_num_threads())  # fmt: skip
+        return out_TD
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if x_TD.dtype is not FP32:
+            return norm.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+        size = x_TD.shape[-1]
+        self.add_rms_norm_c(x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), x_TD.numel() // size, size, eps,
+                            torch.get_num_threads())  # fmt: skip
+        return x_TD
+
+    def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
+        if gate_up_TF2.dtype is not FP32:
+            return activation.silu_mul(gate_up_TF2)
+        num_tokens, width = gate_up_TF2.shape
+        out_TF = gate_up_TF2.new_empty((num_tokens, width // 2))
+        self.silu_mul_c(gate_up_TF2.data_ptr(), out_TF.data_ptr(), num_tokens, width // 2, torch.get_num_threads())
+        return out_TF
+
+    def qkv_rope_write(
+        self,
+        qkv_TX: Tensor,
+        positions_T: Tensor,
+        cos_sin_LH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_H: Tensor | None = None,
+        k_norm_H: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        if qkv_TX.dtype is not FP32 or k_cache.dtype is not FP32:
+            return rotary.qkv_rope_write(
+                qkv_TX, positions_T, cos_sin_LH, k_cache, v_cache, meta, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                head_dim=head_dim, q_norm_H=q_norm_H, k_norm_H=k_norm_H, eps=eps,
+            )  # fmt: skip
+        assert positions_T.dtype is torch.int32 and meta.slot_mapping_T.dtype is torch.int32
+        num_tokens = qkv_TX.shape[0]
+        q_TNH = qkv_TX.new_empty((num_tokens, num_heads, head_dim))
+        self.qkv_rope_write_c(
+            qkv_TX.data_ptr(), positions_T.data_ptr(), cos_sin_LH.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            meta.slot_mapping_T.data_ptr(), q_TNH.data_ptr(), None if q_norm_H is None else q_norm_H.data_ptr(),
+            None if k_norm_H is None else k_norm_H.data_ptr(), eps, num_tokens, num_heads, num_kv_heads, head_dim,
+            meta.block_size, torch.get_num_threads(),
+        )  # fmt: skip
+        return q_TNH
+
+    def plan(self, meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
+        group = num_heads // num_kv_heads
+        if group > MAX_GROUP:
+            return None
+        tables = (meta.query_start_S1, meta.seq_lens_S, meta.block_table_SM)
+        assert all(t.dtype is torch.int32 for t in tables) and meta.block_table_SM.stride(1) == 1
+        num_seqs = len(meta.seq_lens_S)
+        max_units = self.max_units_c(meta.num_tokens, num_seqs, meta.max_seq_len, group)
+        units = torch.empty(max_units * self.unit_bytes, dtype=torch.uint8)
+        step = Step(
+            *(t.data_ptr() for t in tables), meta.block_table_SM.stride(0), num_seqs, meta.block_size,
+            num_heads, num_kv_heads, head_dim, units.data_ptr(),
+        )  # fmt: skip
+        self.plan_c(step)
+        partials = torch.empty(step.num_partials * self.partial_floats_c(num_kv_heads, head_dim), dtype=FP32)
+        step.partials = partials.data_ptr()
+        return StepPlan(step, None, (*tables, units, partials))
+
+    def attention(
+        self,
+        q_TNH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        num_tokens, num_heads, head_dim = q_TNH.shape
+        plan = meta.plan or self.plan(meta, num_heads=num_heads, num_kv_heads=k_cache.shape[1], head_dim=head_dim)
+        if plan is None or q_TNH.dtype is not FP32 or k_cache.dtype is not FP32:
+            return attention.attention(q_TNH, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window)
+        out_TX = q_TNH.new_empty((num_tokens, num_heads * head_dim))
+        self.attention_c(plan.step, q_TNH.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out_TX.data_ptr(), scale,
+                         sliding_window or 0, torch.get_num_threads())  # fmt: skip
+        return out_TX
+
+    def argmax(self, logits_SV: Tensor) -> Tensor:
+        if logits_SV.dtype is not FP32:
+            return sampling.argmax(logits_SV)
+        num_rows, vocab_size = logits_SV.shape
+        ids_S = torch.empty(num_rows, dtype=torch.int64)
+        self.argmax_c(logits_SV.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, torch.get_num_threads())
+        return ids_S
+
+    def sample(
+        self, logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor,
+        uniform_S: Tensor,
+    ) -> Tensor:  # fmt: skip
+        logits_SV, num_rows, vocab_size = logits_SV.float(), *logits_SV.shape
+        temperature_S, top_p_S, min_p_S = temperature_S.float(), top_p_S.float(), min_p_S.float()
+        top_k_S, uniform_S = top_k_S.long(), uniform_S.double()
+        ids_S = torch.empty(num_rows, dtype=torch.int64)
+        self.sample_c(
+            logits_SV.data_ptr(), temperature_S.data_ptr(), top_k_S.data_ptr(), top_p_S.data_ptr(), min_p_S.data_ptr(),
+            uniform_S.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, torch.get_num_threads(),
+        )  # fmt: skip
+        return ids_S

@@ -1,0 +1,152 @@
+/* Linear layers: y = x @ weight.T * scale + bias with fp32 or int8 weights, fp32 sums.
+ *
+ * Weights are packed once into panels [Y / PANEL][X][PANEL], so that a step of the inner loop reads one line of the
+ * panel and multiplies it with R numbers of x, held in R * 2 vector registers (Goto and van de Geijn 2008). Each
+ * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
+ */
+#include "cpu_vectors.h"
+
+#define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
+#define MANY_ROWS 64 /* from here on an int8 panel is widened once for all rows */
+
+typedef struct {
+    const void *weight;
+    const float *scale, *bias; /* or NULL */
+    int64_t X, Y;
+    int32_t is_int8;
+} Packed;
+
+EXPORT int64_t xllm_panel(void) { return PANEL; }
+
+/* weight [Y, X] (fp32 or int8) into panels; columns past Y are zero. */
+EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, int64_t item_bytes, int nt) {
+#pragma omp parallel for num_threads(nt) schedule(static)
+    for (int64_t panel = 0; panel < (Y + PANEL - 1) / PANEL; panel++) {
+        const int64_t y0 = panel * PANEL, n = MIN(PANEL, Y - y0);
+        for (int64_t x = 0; x < X; x++)
+            for (int64_t j = 0; j < PANEL; j++) {
+                const int64_t to = (panel * X + x) * PANEL + j, from = (y0 + j) * X + x;
+                if (item_bytes == 4) ((float *)packed)[to] = j < n ? ((const float *)weight)[from] : 0.0f;
+                else ((int8_t *)packed)[to] = j < n ? ((const int8_t *)weight)[from] : 0;
+            }
+    }
+}
+
+/* x rows [row0, row0 + R) as [depth][R]; rows past T are zero. */
+static void pack_rows(const float *x, int64_t stride, float *out, int64_t T, int64_t row0, int64_t X, int R) {
+    for (int r = 0; r < R; r++) {
+        const float *in = x + (row0 + r) * stride;
+        if (row0 + r < T)
+            for (int64_t i = 0; i < X; i++) out[i * R + r] = in[i];
+        else
+            for (int64_t i = 0; i < X; i++) out[i * R + r] = 0.0f;
+    }
+}
+
+INLINE vf widen(const int8_t *p) { return __builtin_convertvector(__builtin_convertvector(*(const vb *)p, vi), vf); }
+
+/* acc[R, B * PANEL] += x[depth, R] (outer) panels[B][depth, PANEL], for B panels that are `panel_stride` items apart. */
+INLINE void product_tile(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
+                         const int R, const int B, const int is_int8) {
+    vf acc[R * 2 * B];
+    UNROLL for (int i = 0; i < R * 2 * B; i++) acc[i] = first ? (vf){0} : load(sums + i * VL);
+    for (int64_t i = 0; i < depth; i++) {
+        vf w[2 * B];
+        UNROLL for (int b = 0; b < B; b++)
+            UNROLL for (int j = 0; j < 2; j++) {
+                const int64_t at = b * panel_stride + i * PANEL + j * VL;
+                w[b * 2 + j] = is_int8 ? widen((const int8_t *)weight + at) : load((const float *)weight + at);
+            }
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < 2 * B; j++) acc[r * 2 * B + j] += splat(x[i * R + r]) * w[j];
+    }
+    UNROLL for (int i = 0; i < R * 2 * B; i++) store(sums + i * VL, acc[i]);
+}
+
+#define TILE(R, B)                                                                                  \
+    (is_int8 ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, 1)                   \
+             : product_tile(x, weight, depth, panel_stride, sums, first, R, B, 0))
+
+static void product(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
+                    int R, int B, int is_int8) {
+    if (B == 2) TILE(1, 2);
+    else if (R == 1) TILE(1, 1);
+    else if (R == 2) TILE(2, 1);
+    else if (R == 3) TILE(3, 1);
+    else if (R == 4) TILE(4, 1);
+    else if (R == 6) TILE(6, 1);
+#if GEMM_ROWS > 6
+    else if (R == 8) TILE(8, 1);
+    else TILE(12, 1);
+#endif
+}
+
+/* How many rows the next tile takes when `left` rows are left; tiles hold at least as many rows as are left or are full. */
+static int tile_rows(int64_t left) {
+    static const int sizes[] = {1, 2, 3, 4, 6, 8, 12};
+    if (left >= GEMM_ROWS) return GEMM_ROWS;
+    int i = 0;
+    while (sizes[i] < left) i++;
+    return sizes[i];
+}
+
+static void finish(const Packed *p, const float *sums, float *y, int64_t row0, int64_t T, int64_t y0, int R, int width) {
+    const int64_t n = MIN(width, p->Y - y0);
+    for (int r = 0; r < R && row0 + r < T; r++) {
+        float *out = y + (row0 + r) * p->Y + y0;
+        for (int64_t j = 0; j < n; j++) {
+            float v = sums[r * width + j];
+            if (p->scale) v *= p->scale[y0 + j];
+            out[j] = p->bias ? v + p->bias[y0 + j] : v;
+        }
+    }
+}
+
+/* All rows times one panel (two panels if T is 1). rows: x packed by pack_rows, tile after tile. */
+static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t T, int64_t panel, int B) {
+    const int64_t X = p->X, panel_stride = X * PANEL;
+    const char *weight = (const char *)p->weight + panel * panel_stride * (p->is_int8 ? 1 : 4);
+    float sums_few[GEMM_ROWS * PANEL * 2];
+    if (T <= GEMM_ROWS) {
+        const int R = tile_rows(T);
+        product(rows, weight, X, panel_stride, sums_few, 1, R, B, p->is_int8);
+        finish(p, sums_few, y, 0, T, panel * PANEL, R, B * PANEL);
+        return;
+    }
+    const int widened = p->is_int8 && T >= MANY_ROWS;
+    const int64_t num_tiles = (T + GEMM_ROWS - 1) / GEMM_ROWS;
+    float *sums = scratch(0, num_tiles * GEMM_ROWS * PANEL + DEPTH * PANEL), *wide = sums + num_tiles * GEMM_ROWS * PANEL;
+    for (int64_t d = 0; d < X; d += DEPTH) {
+        const int64_t depth = MIN(DEPTH, X - d);
+        const void *part = weight + d * PANEL * (p->is_int8 ? 1 : 4);
+        if (widened) {
+            for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, widen((const int8_t *)part + i));
+            part = wide;
+        }
+        for (int64_t row0 = 0; row0 < T;) {
+            const int R = tile_rows(T - row0);
+            product(rows + row0 * X + d * R, part, depth, 0, sums + row0 * PANEL, d == 0, R, 1, p->is_int8 && !widened);
+            if (d + depth == X) finish(p, sums + row0 * PANEL, y, row0, T, panel * PANEL, R, PANEL);
+            row0 += R;
+        }
+    }
+}
+
+/* y [T, Y]; x [T, X] with rows `stride` apart. */
+EXPORT void xllm_linear(const Packed *p, const float *x, int64_t stride, float *y, int64_t T, int nt) {
+    const int64_t X = p->X, num_panels = (p->Y + PANEL - 1) / PANEL, num_tiles = (T + GEMM_ROWS - 1) / GEMM_ROWS;
+    float *rows = scratch(1, num_tiles * GEMM_ROWS * X);
+    const int B = T == 1 ? 2 : 1;
+    const int64_t num_jobs = num_panels / B, chunk = MAX(1, num_jobs / (8 * nt));
+#pragma omp parallel num_threads(nt) if (T * X * p->Y > 65536)
+    {
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+            const int64_t row0 = tile * GEMM_ROWS;
+            pack_rows(x, stride, rows + row0 * X, T, row0, X, tile_rows(T - row0));
+        }
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t job = 0; job < num_jobs; job++) multiply_panel(p, rows, y, T, job * B, B);
+    }
+    if (num_jobs * B < num_panels) multiply_panel(p, rows, y, T, num_panels - 1, 1);
+}

@@ -1,0 +1,92 @@
+"""The feature matrix: every pair of features on, and all of them, gives the plain output.
+
+Plain output: the same weights and precision, one request at a time, every feature off. A feature that
+is on must also be seen to work (a hit, a preemption, an accepted draft): otherwise the pair proves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+
+from xllm import LLM, SamplingParams
+
+MAX_MODEL_LEN = 208
+NUM_TOKENS = 40
+
+FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8")
+
+SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
+PROMPTS = [
+    SHARED + "    with open(path) as file:\n",
+    SHARED + "    return [line for line in",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "x = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2",
+    SHARED,
+    "def f(a, b):\n    return a + b\n\ndef f(a, b):\n    return a + b\n\ndef f(a, b):\n    return",
+]
+
+
+def settings_for(features: frozenset[str]) -> dict:
+    """Engine settings that switch exactly these features on."""
+    batch = "batch" in features or "preemption" in features
+    return {
+        "max_model_len": MAX_MODEL_LEN,
+        "async_scheduling": "overlap" in features,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 23 if "chunked" in features else 2048,
+        "enable_prefix_caching": "prefix" in features,
+        "speculative_method": "ngram" if "ngram" in features else None,
+        "num_kv_blocks": 15 if "preemption" in features else 200,
+        "watermark": 0.0,
+        "max_num_seqs": 6 if batch else 1,
+        "quantization": "int8" if "int8" in features else None,
+    }
+
+
+def sampling_for(features: frozenset[str]) -> list[SamplingParams]:
+    """Greedy throughout, or a mix of seeded samplers with what makes logits depend on history."""
+    if "seeds" not in features:
+        return [SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)] * len(PROMPTS)
+    extras = [{}, {"top_k": 8}, {"top_p": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.2},
+              {"presence_penalty": 0.5, "frequency_penalty": 0.3}]
+    return [SamplingParams(temperature=0.7, seed=i, max_tokens=NUM_TOKENS, ignore_eos=True, **extra)
+            for i, extra in enumerate(extras)]
+
+
+def run(features: frozenset[str]) -> tuple[list[list[int]], LLM]:
+    with LLM(**settings_for(features)) as llm:
+        first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)
+        again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)  # with a warm cache
+        stats = llm.stats()
+        assert stats.num_running == stats.num_waiting == 0
+        assert stats.num_free_blocks == stats.num_blocks
+    check_that_it_worked(features, stats)
+    first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
+    assert first_ids == again_ids, "a second run with a warm cache differs"
+    return first_ids
+
+
+def check_that_it_worked(features: frozenset[str], stats) -> None:
+    assert (stats.prefix_hits_total > 0) == ("prefix" in features)
+    assert (stats.preemptions_total > 0) == ("preemption" in features)
+    assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
+
+
+@functools.cache
+def plain(quantised: bool, seeded: bool) -> list[list[int]]:
+    """One request at a time, every feature off."""
+    return run(frozenset(({"int8"} if quantised else set()) | ({"seeds"} if seeded else set())))
+
+
+PAIRS = [frozenset(pair) for pair in itertools.combinations(FEATURES, 2)]
+TRIPLES_WORTH_IT = [frozenset(t) for t in (("overlap", "ngram", "preemption"), ("chunked", "prefix", "preemption"),
+                                           ("overlap", "prefix", "preemption"))]
+ALL = [frozenset(FEATURES), frozenset(FEATURES) - {"int8"}, frozenset(FEATURES) - {"seeds", "int8"}]
+
+
+@pytest.mark.parametrize("features", PAIRS + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
+def test_outputs_equal_plain_ones(features):
+    assert run(features) == plain("int8" in features, "seeds" in features)

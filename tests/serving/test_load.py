@@ -1,0 +1,85 @@
+"""Many clients at once, and clients that leave: nothing may stay behind in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+
+import httpx
+import openai
+import pytest
+
+from tests.serving.server_process import ServerProcess, wait_for
+
+LONG = {"prompt": "def main():", "max_tokens": 480, "ignore_eos": True, "temperature": 1.0}
+
+
+async def _one_client(client: openai.AsyncOpenAI, index: int, rng: random.Random) -> str:
+    """Run one request to its end, or leave in the middle of it; says which."""
+    prompt = f"request {index} " * rng.randint(1, 12)
+    leaves_after = rng.choice([None, 0, 1, 3])
+    if leaves_after is None:
+        answer = await client.completions.create(model="demo", prompt=prompt, max_tokens=rng.randint(1, 8))
+        assert answer.usage.completion_tokens >= 1
+        return "finished"
+    if leaves_after == 0:  # before anything has come
+        task = asyncio.ensure_future(client.completions.create(model="demo", prompt=prompt, max_tokens=200))
+        await asyncio.sleep(rng.random() * 0.5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return "left"
+    num_chunks = 0
+    async with await client.completions.create(model="demo", prompt=prompt, max_tokens=200, stream=True) as stream:
+        async for _ in stream:
+            num_chunks += 1
+            if num_chunks >= leaves_after:
+                break
+    return "left"
+
+
+async def test_two_hundred_clients_with_aborts_leave_nothing(server: ServerProcess) -> None:
+    rng = random.Random(0)
+    async with server.async_client() as client:
+        ends = await asyncio.gather(*(_one_client(client, index, random.Random(rng.random())) for index in range(200)))
+    assert ends.count("finished") > 20
+    assert ends.count("left") > 100
+    server.wait_idle()
+    assert server.http.get("/load").json() == {"server_load": 0}
+    assert server.health().status_code == 200
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_disconnect_aborts(server: ServerProcess, stream: bool) -> None:
+    before = server.gauge("xllm:generation_tokens_total")
+
+    def leave() -> None:
+        with httpx.Client(base_url=server.url, timeout=0.7) as other:
+            try:
+                with other.stream("POST", "/v1/completions", json={**LONG, "stream": stream, "n": 2}) as response:
+                    next(response.iter_bytes())  # then close the connection
+            except httpx.ReadTimeout:
+                assert not stream
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    wait_for(lambda: server.gauge("xllm:num_requests_running") == 2, what="the start")
+    thread.join()
+    server.wait_idle(5.0)
+    assert server.gauge("xllm:generation_tokens_total") - before < 2 * 480, "it ran to its end"
+
+
+def test_latencies_are_measured(server: ServerProcess) -> None:
+    def counts() -> list[float]:
+        return [server.gauge(f"{prefix}:{name}") for prefix in ("xllm", "vllm") for name in (
+            "time_to_first_token_seconds_count", "inter_token_latency_seconds_count",
+            "e2e_request_latency_seconds_count", "generation_tokens_total", "engine_steps_total")]
+
+    before = counts()
+    server.http.post("/v1/completions", json={**LONG, "max_tokens": 5})
+    wait_for(lambda: server.gauge("xllm:generation_tokens_total") >= before[3] + 5, what="fresh stats")
+    grown = [late - early for early, late in zip(before, counts(), strict=True)]
+    assert grown[:4] == [1, 4, 1, 5]
+    assert grown[4] >= 5
+    assert grown[:4] == grown[5:9], "the vllm: aliases say the same"

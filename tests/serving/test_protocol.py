@@ -1,0 +1,75 @@
+"""The messages between the two processes come back as they were sent."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import protocol
+from xllm.config import EngineConfig
+from xllm.metrics import EngineStats
+from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
+
+LOGPROBS = st.builds(TokenLogprobs, st.integers(0, 2**31), st.floats(-1e4, 0), st.integers(1, 10**6),
+                     st.lists(st.integers(0, 10**6), max_size=3).map(tuple),
+                     st.lists(st.floats(-100, 0), max_size=3).map(tuple))
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> OutputDelta:
+    delta = OutputDelta(draw(st.text()), draw(st.lists(st.integers(0, 2**31), max_size=5)), draw(st.integers(0, 10**6)))
+    delta.finish_reason = draw(st.none() | st.sampled_from(FinishReason))
+    if delta.finish_reason is not None:
+        delta.stop_reason = draw(st.none() | st.integers(0, 10**6) | st.text())
+        delta.error = draw(st.none() | st.text())
+    delta.logprobs = draw(st.none() | st.lists(LOGPROBS, max_size=3))
+    delta.prompt_logprobs = draw(st.none() | st.lists(st.none() | LOGPROBS, max_size=3))
+    delta.num_preemptions = draw(st.integers(0, 9))
+    return delta
+
+
+FIELDS = ("request_id", "token_ids", "num_cached_tokens", "finish_reason", "stop_reason", "logprobs",
+          "prompt_logprobs", "num_preemptions", "error")
+
+
+@given(st.lists(deltas(), max_size=4))
+def test_deltas(sent: list[OutputDelta]) -> None:
+    message = protocol.encode(protocol.Outputs([protocol.wire_delta(delta) for delta in sent]))
+    received = protocol.REPORTS.decode(message)
+    assert isinstance(received, protocol.Outputs)
+    got = [protocol.output_delta(wire) for wire in received.deltas]
+    assert [[getattr(d, name) for name in FIELDS] for d in got] == [[getattr(d, name) for name in FIELDS] for d in sent]
+
+
+def test_delta_fields_are_all_carried() -> None:
+    assert set(vars(OutputDelta("a", []))) | {n for n in OutputDelta.__annotations__} == set(FIELDS)
+
+
+@pytest.mark.parametrize("sampling", [
+    SamplingParams(),
+    SamplingParams(temperature=0.25, top_p=0.5, top_k=7, seed=2**63, stop=["a", "ü"], stop_token_ids=[1, 2],
+                   bad_words=["x"], bad_words_token_ids=[[1, 2], [3]], logit_bias={5: -1.5}, allowed_token_ids=[4],
+                   logprobs=3, prompt_logprobs=0, max_tokens=None, min_tokens=3, ignore_eos=True),
+], ids=["defaults", "everything"])
+def test_requests(sampling: SamplingParams) -> None:
+    request = Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=sampling, eos_token_ids=(7,), arrival_s=1.5,
+                      priority=-3, offline=True, deadline_s=math.pi, cache_salt="s")
+    received = protocol.COMMANDS.decode(protocol.encode(protocol.Submit([request])))
+    assert received == protocol.Submit([request])
+
+
+def test_config_and_stats() -> None:
+    config = EngineConfig.from_flat(model="m", max_num_seqs=3, speculative_method="ngram", strict_ops=True)
+    assert protocol.config_from_json(protocol.config_to_json(config)) == config
+    beat = protocol.Heartbeat(0.5, EngineStats(num_running=3, requests_finished_total={"stop": 2}))
+    assert protocol.REPORTS.decode(protocol.encode(beat)) == beat
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", protocol.encode(protocol.Shutdown())])
+def test_anything_else_is_refused(frame: bytes) -> None:
+    with pytest.raises((msgspec.DecodeError, msgspec.ValidationError)):
+        protocol.REPORTS.decode(frame)

@@ -1,0 +1,55 @@
+"""`xllm generate`, `xllm chat` and `xllm doctor` as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests.serving.server_process import ROOT, ServerProcess
+
+
+def run(*args: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "serving.cli", *args], cwd=ROOT, input=text, capture_output=True,
+                          text=True, timeout=90, check=False, env={**os.environ, **environment})
+
+
+def test_generate_prints_what_the_server_answers(server: ServerProcess) -> None:
+    result = run("generate", "--prompt", "import os", "--prompt", "def main():", "--max-tokens", "8", "--temperature",
+                 "0", "--stats", "--max-model-len", "128", "--num-kv-blocks", "64")
+    assert result.returncode == 0, result.stderr
+    answers = server.http.post("/v1/completions", json={"prompt": ["import os", "def main():"], "max_tokens": 8,
+                                                        "temperature": 0}).json()["choices"]
+    expected = f"--- 1: import os\n{answers[0]['text']}\n--- 2: def main():\n{answers[1]['text']}\n"
+    assert result.stdout == expected
+    assert "2 prompts, 16 tokens" in result.stderr
+
+
+def test_chat_with_a_server(server: ServerProcess) -> None:
+    result = run("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "6", text="Hello\n\n/clear\nHello\n")
+    assert result.returncode == 0, result.stderr
+    answer = server.http.post("/v1/chat/completions", json={
+        "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 6}).json()
+    assert result.stdout == 2 * (answer["choices"][0]["message"]["content"] + "\n")
+
+
+def test_chat_in_this_process_equals_the_server(server: ServerProcess) -> None:
+    flags = ("--temperature", "0", "--max-tokens", "6", "--system", "Be brief.")
+    local = run("chat", "--max-model-len", "128", "--num-kv-blocks", "64", *flags, text="Hello\nAnd now?\n/exit\n")
+    remote = run("chat", "--url", server.url, *flags, text="Hello\nAnd now?\n/exit\n")
+    assert local.returncode == 0, local.stderr
+    assert local.stdout == remote.stdout
+
+
+def test_chat_without_a_server_is_one_clear_line() -> None:
+    result = run("chat", "--url", "http://127.0.0.1:9", text="Hello\n")
+    assert result.returncode == 1
+    assert "no answer from http://127.0.0.1:9" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor() -> None:
+    result = run("doctor")
+    assert result.returncode == 0, result.stdout
+    assert "the CPU path works" in result.stdout
+    assert all(line.split()[0] in ("ok", "missing", "hint") for line in result.stdout.splitlines()[:-1])
