@@ -23,10 +23,10 @@ chat: setup
 	$(BIN)/xllm chat $(MODEL)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 test-nightly: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m nightly tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m nightly tests
 
 check: lint types house docs test
 

@@ -43,6 +43,7 @@ def settings_for(features: frozenset[str]) -> dict:
         "watermark": 0.0,
         "max_num_seqs": 6 if batch else 1,
         "quantization": "int8" if "int8" in features else None,
+        "num_threads": 1,
     }
 
 

@@ -104,7 +104,7 @@ def test_edits_before_any_output(backend: Backend, name: str) -> None:
     np.testing.assert_allclose(logits_V.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("edit", [None, "penalties", "allowed", "all"])
+@pytest.mark.parametrize("edit", [None, "penalties", "allowed", "min-tokens", "min-tokens-reached", "all"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_draws_equal_their_definition(backend: Backend, choice: str, edit: str | None) -> None:
     """64 rows with different seeds; a uniform number on the border of two tokens may fall to either."""

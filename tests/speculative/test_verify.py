@@ -21,6 +21,9 @@ def test_equals_a_loop(rows: list[tuple[list[int], list[int]]], width: int) -> N
         while count < width and drafts[count] >= 0 and drafts[count] == drawn[count]:
             count += 1
         expected.append(count)
+    drafts_SR = np.vstack([drafts_SR, np.full((1, width), -1, dtype=np.int32)])  # a row that draws nothing
+    drawn_SR1 = np.vstack([drawn_SR1, np.full((1, width + 1), -1)])
+    expected.append(0)
     found = num_accepted(drawn_SR1, drafts_SR)
     assert found.dtype == np.int32
     assert found.tolist() == expected

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import xllm
 from tests.text.tiny_tokenizers import KINDS
 
 
@@ -15,9 +16,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, build in KINDS.items():
         made[kind] = tmp_path_factory.mktemp(kind)
         build(made[kind])
-    return made
+    return {**made, "bundled": Path(xllm.__file__).parent / "bundled"}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, "bundled"])
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]

@@ -71,7 +71,7 @@ CHATS = {
 
 
 @pytest.mark.parametrize("case", CHATS)
-@pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos"])
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "bundled"])
 def test_chat_equals_transformers(folders, reference_of, kind, case):
     messages, options = CHATS[case]
     tokenizer, reference = load_tokenizer(folders[kind]), reference_of(folders[kind])

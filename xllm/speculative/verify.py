@@ -21,10 +21,9 @@ import numpy as np
 def num_accepted(drawn_SR1: np.ndarray, drafts_SR: np.ndarray) -> np.ndarray:
     """How many leading drafts of each row equal what was drawn in their place: int32 [S].
 
-    drafts_SR is padded with -1, which no drawn token equals.
+    Both are padded with -1; a row that drew nothing is all padding.
     """
     if not drafts_SR.shape[1]:
         return np.zeros(len(drafts_SR), dtype=np.int32)
-    stands = drawn_SR1[:, : drafts_SR.shape[1]] == drafts_SR
-    padding = drafts_SR < 0
-    return np.logical_and.accumulate(stands & ~padding, axis=1).sum(axis=1, dtype=np.int32)
+    stands = (drawn_SR1[:, : drafts_SR.shape[1]] == drafts_SR) & (drafts_SR >= 0)
+    return np.logical_and.accumulate(stands, axis=1).sum(axis=1, dtype=np.int32)
