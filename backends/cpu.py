@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,33 @@ import torch
 from torch import Tensor
 
 from backends import cpu_linear
+from backends.cpu_build import load_kernels
+from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes, lazy_zeros
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
 
-logger = logging.getLogger("xllm.backends.cpu")
-
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=cpu_linear.pack_linear, linear=cpu_linear.linear)
+
+
+def compiled_ops(kernels: Kernels) -> OpSet:
+    """What the CPU implements itself; `copy_blocks` is one indexed copy in torch already."""
+    return replace(
+        REFERENCE,
+        name="cpu",
+        pack_linear=kernels.pack_linear,
+        linear=kernels.linear,
+        embedding=kernels.embedding,
+        rms_norm=kernels.rms_norm,
+        add_rms_norm=kernels.add_rms_norm,
+        qkv_rope_write=kernels.qkv_rope_write,
+        plan=kernels.plan,
+        attention=kernels.attention,
+        silu_mul=kernels.silu_mul,
+        argmax=kernels.argmax,
+        sample=kernels.sample,
+    )
 
 
 class CpuBackend:
@@ -29,8 +47,9 @@ class CpuBackend:
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")
-        self.ops: OpSet = TORCH_OPS
-        self.kernels = "plain torch"
+        library = load_kernels(cache_dir) if compiled else None
+        self.ops: OpSet = TORCH_OPS if library is None else compiled_ops(Kernels(library))
+        self.kernels = "plain torch" if library is None else "compiled for this processor"
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """Always float32: it is the dtype that CPUs multiply fast."""

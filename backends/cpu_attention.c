@@ -67,7 +67,7 @@ EXPORT void xllm_plan(Step *step) {
 /* s[r, p] = sum_h q[h, r] * k[h, p] for R rows; U partial sums per score hide the latency of the additions. */
 INLINE void scores_tile(const float *q, const float *k, int H, int P, float *s, int stride, const int R, const int U) {
     for (int p = 0; p < P; p += VL) {
-        vf acc[R * U];
+        vf acc[8]; /* a fixed size: only such an array can live in registers */
         UNROLL for (int i = 0; i < R * U; i++) acc[i] = (vf){0};
         for (int h = 0; h < H; h += U) {
             UNROLL for (int u = 0; u < U; u++) {
@@ -125,13 +125,13 @@ INLINE float softmax_row(float *s, int n, int from, int to, float *m, float *l, 
 /* o[r, h] = o[r, h] * decay[r] + sum_c s[r, c] * v[c, h] for R rows and NV vectors of h; blocks of v in order. */
 INLINE void values_tile(float *o, int H, const float *s, int stride, const float *decay, const float *const *v, int h,
                         int P, int n, const int R, const int NV) {
-    vf acc[R * NV];
+    vf acc[PV_ROWS * 4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int j = 0; j < NV; j++) acc[r * NV + j] = load(o + r * H + h + j * VL) * splat(decay[r]);
     for (int b = 0, c = 0; c < n; b++) {
         const float *value = v[b] + h;
         for (const int end = MIN(c + P, n); c < end; c++, value += H) {
-            vf row[NV];
+            vf row[4];
             UNROLL for (int j = 0; j < NV; j++) row[j] = load(value + j * VL);
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int j = 0; j < NV; j++) acc[r * NV + j] += splat(s[r * stride + c]) * row[j];

@@ -5,6 +5,9 @@
  * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
  */
 #include "cpu_vectors.h"
+#if defined(__AVX2__)
+#include <immintrin.h> /* compilers widen int8 badly by themselves */
+#endif
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
 #define MANY_ROWS 64 /* from here on an int8 panel is widened once for all rows */
@@ -43,15 +46,23 @@ static void pack_rows(const float *x, int64_t stride, float *out, int64_t T, int
     }
 }
 
-INLINE vf widen(const int8_t *p) { return __builtin_convertvector(__builtin_convertvector(*(const vb *)p, vi), vf); }
+INLINE vf widen(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const vb *)p, vi), vf);
+#endif
+}
 
 /* acc[R, B * PANEL] += x[depth, R] (outer) panels[B][depth, PANEL], for B panels that are `panel_stride` items apart. */
 INLINE void product_tile(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
                          const int R, const int B, const int is_int8) {
-    vf acc[R * 2 * B];
+    vf acc[GEMM_ROWS * 2]; /* a fixed size: only such an array can live in registers */
     UNROLL for (int i = 0; i < R * 2 * B; i++) acc[i] = first ? (vf){0} : load(sums + i * VL);
     for (int64_t i = 0; i < depth; i++) {
-        vf w[2 * B];
+        vf w[4];
         UNROLL for (int b = 0; b < B; b++)
             UNROLL for (int j = 0; j < 2; j++) {
                 const int64_t at = b * panel_stride + i * PANEL + j * VL;
@@ -134,6 +145,7 @@ static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t
 
 /* y [T, Y]; x [T, X] with rows `stride` apart. */
 EXPORT void xllm_linear(const Packed *p, const float *x, int64_t stride, float *y, int64_t T, int nt) {
+    if (T == 0) return;
     const int64_t X = p->X, num_panels = (p->Y + PANEL - 1) / PANEL, num_tiles = (T + GEMM_ROWS - 1) / GEMM_ROWS;
     float *rows = scratch(1, num_tiles * GEMM_ROWS * X);
     const int B = T == 1 ? 2 : 1;

@@ -23,6 +23,7 @@ import zmq.asyncio
 
 from serving import protocol
 from serving.engine_process import COMMAND_SOCKET, REPORT_SOCKET
+from serving.stream import EngineBusyError, Stream
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.metrics import EngineStats
@@ -31,68 +32,6 @@ from xllm.request import OutputDelta, Request
 MAX_UNIX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 elsewhere
 SHUTDOWN_TIMEOUT_S = 5.0
 logger = logging.getLogger("xllm.client")
-
-
-class EngineBusyError(RequestError):
-    """The engine has no room in its queue; the same request may succeed later."""
-
-
-class Stream:
-    """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted."""
-
-    def __init__(self, client: EngineClient, requests: Sequence[Request]):
-        self._client = client
-        self.open_ids = {request.request_id for request in requests}
-        self.num_unanswered = len(requests)
-        self.rejection: RequestError | None = None
-        self._deltas: list[OutputDelta] = []
-        self._news = asyncio.Event()
-
-    async def admitted(self) -> None:
-        """Wait until the engine has taken all requests. Raises RequestError or EngineDeadError."""
-        while self.num_unanswered and self._client.dead_reason is None:
-            self._news.clear()
-            await self._news.wait()
-        if self._client.dead_reason is not None:
-            raise EngineDeadError(self._client.dead_reason)
-        if self.rejection is not None:
-            raise self.rejection
-
-    async def next(self) -> list[OutputDelta]:
-        """The deltas that have come since the last call, at least one; empty once every request has ended.
-
-        Raises:
-            EngineDeadError: the engine is gone while requests are open.
-        """
-        while not self._deltas:
-            if not self.open_ids:
-                return []
-            if self._client.dead_reason is not None:
-                raise EngineDeadError(self._client.dead_reason)
-            self._news.clear()
-            await self._news.wait()
-        taken, self._deltas = self._deltas, []
-        return taken
-
-    def abort(self, request_id: str) -> None:
-        """End one request now; no more deltas of it will come."""
-        if request_id in self.open_ids:
-            self._client.drop(self, [request_id])
-            self._deltas = [d for d in self._deltas if d.request_id != request_id]
-
-    def close(self) -> None:
-        """Abort what is still open. Idempotent."""
-        if self.open_ids:
-            self._client.drop(self, list(self.open_ids))
-
-    def push(self, delta: OutputDelta) -> None:
-        if delta.finish_reason is not None:
-            self.open_ids.discard(delta.request_id)
-        self._deltas.append(delta)
-        self._news.set()
-
-    def wake(self) -> None:
-        self._news.set()
 
 
 class EngineClient:

@@ -70,7 +70,8 @@ def _cpu() -> Iterator[Finding]:
            Finding(HINT, "C compiler", "none: CPU kernels stay on plain torch, which is slower; install gcc or clang"))
     if importlib.util.find_spec("torch") is None:
         return
-    from backends import BackendError, get_backend
+    from backends import get_backend
+    from backends.backend import BackendError
     from xllm import env
 
     try:

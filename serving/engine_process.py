@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ import zmq
 
 from serving import protocol
 from xllm import env
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError, ModelError, RequestError
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ def main(argv: list[str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
     config = protocol.config_from_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(folder,), name="parent-watch", daemon=True).start()
     context = zmq.Context()
     sender = ReportSender(context, folder)
     try:
@@ -163,7 +165,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _serve(config: protocol.EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path) -> None:
+def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path) -> None:
     from xllm.engine.core import EngineCore  # imports torch: only after the sockets stand
 
     core = EngineCore(config, progress=lambda name, share: sender.send(protocol.Phase(name, share)))
@@ -171,7 +173,7 @@ def _serve(config: protocol.EngineConfig, context: zmq.Context, sender: ReportSe
     commands.set_hwm(0)
     commands.connect(f"ipc://{folder / COMMAND_SOCKET}")
     sender.send(protocol.Ready(core.config, str(core.model_path), core.model_config.vocab_size,
-                               tuple(core.model_config.eos_token_ids)))
+                               tuple(core.model_config.eos_token_ids), core.num_blocks))
     heart = Heart(core, context, folder)
     heart.start()
     try:
@@ -182,9 +184,10 @@ def _serve(config: protocol.EngineConfig, context: zmq.Context, sender: ReportSe
         commands.close(linger=0)
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(folder: Path) -> None:
     while sys.stdin.buffer.read(4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # nobody else is left to do it
     os._exit(1)
 
 

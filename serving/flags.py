@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from xllm.config import all_options, build_tree, nearest
@@ -25,8 +25,8 @@ SPECULATIVE_KEYS = {"method": "speculative_method", "num_speculative_tokens": "n
 class FlagParser(argparse.ArgumentParser):
     """argparse that names the nearest flag when one is unknown, and reads flags in either spelling."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
         self.booleans: set[str] = set()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -109,7 +109,8 @@ def _add_flag(parser: FlagParser, group: argparse._ArgumentGroup, name: str, lea
     elif typing.get_origin(hint) is tuple:
         group.add_argument(*flags, action="append", help=help_text, metavar="TEXT", **options)
     else:
-        kind = {int: parse_int, float: float}.get(scalars[0], str)
+        kinds: dict[type, Callable[[str], Any]] = {int: parse_int, float: float}
+        kind = kinds.get(scalars[0], str)
         choices = leaf.metadata["choices"] or None
         group.add_argument(*flags, type=kind, choices=choices, help=help_text,
                            metavar=None if choices else scalars[0].__name__.upper(), **options)

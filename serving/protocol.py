@@ -76,6 +76,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     model_path: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    num_blocks: int
 
     @property
     def max_model_len(self) -> int:

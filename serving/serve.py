@@ -28,6 +28,8 @@ ABORT_GRACE_S = 1.0
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
+    if server_config.http.generation_config not in ("auto", "vllm"):
+        read_sampling_defaults(server_config.http.generation_config, Path())  # a wrong folder is said now, not later
     listener = bind(server_config.http.host, server_config.http.port)
     try:
         return asyncio.run(_Server(engine_config, server_config, listener).run())
@@ -128,9 +130,8 @@ class _Server:
         ready, http = self._state.ready, self._config.http
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        stats = self._engine.stats
         _say(f"xLLM serves {self._state.served_names[0]} on http://{host}:{port} (longest sequence "
-             f"{ready.max_model_len} tokens, {stats.num_blocks or '?'} KV blocks of {ready.config.cache.block_size})")
+             f"{ready.max_model_len} tokens, {ready.num_blocks} KV blocks of {ready.config.cache.block_size})")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if http.api_key else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})

@@ -14,7 +14,8 @@ from serving.api.metrics import RequestMetrics
 from serving.client import EngineClient
 from serving.config import ServerConfig
 from serving.protocol import Ready
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, RequestError
+from xllm.request import SamplingParams
 
 if TYPE_CHECKING:
     from xllm.inputs import InputProcessor
@@ -66,6 +67,11 @@ class ServerState:
         if not self.loaded:
             raise unavailable(f"the model is still loading (phase: {self.engine.phase})")
 
+    def check_loaded(self) -> None:
+        """Raise ApiError 503 while there is no model to speak of."""
+        if not self.loaded:
+            self.check_accepting()
+
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
         if name is not None and name not in self.served_names:
@@ -94,4 +100,8 @@ def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:
     defaults = {name: content[name] for name in SAMPLING_DEFAULTS if content.get(name) is not None}
     if content.get("max_new_tokens") is not None:
         defaults["max_tokens"] = content["max_new_tokens"]
+    try:
+        SamplingParams(**defaults)
+    except RequestError as error:
+        raise ConfigError(f"{file}: {error}; --generation-config vllm ignores the file") from None
     return defaults

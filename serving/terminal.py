@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.state import read_sampling_defaults
@@ -184,8 +183,10 @@ def _load(config: EngineConfig) -> AsyncLLM:
 
 def _sampling(llm: AsyncLLM, flags: argparse.Namespace) -> SamplingParams:
     """The flags over the model's generation_config.json. Raises RequestError."""
+    from xllm.models.loader import resolve_model_path
     from xllm.request import SamplingParams
 
-    defaults = read_sampling_defaults("auto", Path(llm._core.model_path))
+    model = llm.config.model
+    defaults = read_sampling_defaults("auto", resolve_model_path(model.model, model.revision))
     given = {"temperature": flags.temperature, "top_p": flags.top_p, "max_tokens": flags.max_tokens}
     return SamplingParams(**{**defaults, **{name: value for name, value in given.items() if value is not None}})

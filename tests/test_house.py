@@ -31,6 +31,7 @@ ALLOWED = {
     "xllm.runner": RUN_FLOOR,
     "xllm": ["xllm", "backends", "graph"],
     "serving": ["serving", "xllm"],
+    "serving.doctor": ["serving", "xllm", "backends"],  # it looks at devices
     "benchmarks": ["benchmarks", "serving", "xllm", "backends", "graph", "cuda_ops", "npu_ops"],
     "tools": ["tools", "serving", "xllm"],
 }

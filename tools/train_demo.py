@@ -600,7 +600,7 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in by_shape.items():
                 updates = orthogonalise(torch.stack([self._nesterov(w, group["momentum"]) for w in weights]))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for weight, update in zip(weights, updates):
+                for weight, update in zip(weights, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def _nesterov(self, weight: nn.Parameter, momentum: float) -> Tensor:
@@ -828,7 +828,8 @@ useful assistant: what it says is often wrong.
 The Python {python} standard library, as every installation carries it: its sources (no tests, no character
 tables), the topics of `help()`, and ChatML conversations made from its functions, classes and docstrings,
 with a few hand-written greetings. One file in {modulus}, chosen by a hash of its path, is held out.
-The model was trained on {tokens:.2f} million tokens, the last 0.4 million of them with more conversations.
+The model was trained on {tokens:.2f} million tokens of it, and on {closing:.2f} million of a last phase that
+holds more greetings.
 
 ## Reproduce
 
@@ -865,26 +866,25 @@ repetition comes close to them but does not give the same bits."""
 
 
 def render_card(config: ModelConfig, parameters: int, figures: dict[str, float], pairs: list[tuple[str, str]],
-                tokens: int, args: argparse.Namespace) -> str:
-    """Fill in the model card."""
-    closing = CLOSING_TOKENS // TOKENS_PER_STEP * TOKENS_PER_STEP
+                seen: tuple[int, int], args: argparse.Namespace) -> str:
+    """Fill in the model card; `seen` are the tokens of the main and of the last phase."""
     blocks = [f"Prompt `{prompt!r}`:\n\n~~~~\n{text.rstrip()}\n~~~~\n" for prompt, text in pairs]
-    arguments = f" --tokens {tokens - closing} --seed {args.seed}" + (" --float32" if args.float32 else "")
-    by_time = tokens - closing < int(args.tokens) // TOKENS_PER_STEP * TOKENS_PER_STEP
+    arguments = f" --tokens {seen[0]} --seed {args.seed}" + (" --float32" if args.float32 else "")
+    by_time = seen[0] < int(args.tokens) // TOKENS_PER_STEP * TOKENS_PER_STEP
     return CARD.format(time_note=TIME_NOTE if by_time else "", parameters=parameters / 1e6,
-                       modulus=HELD_OUT_MODULUS, tokens=tokens / 1e6,
+                       modulus=HELD_OUT_MODULUS, tokens=seen[0] / 1e6, closing=seen[1] / 1e6,
                        python=sysconfig.get_python_version(), arguments=arguments, samples="\n".join(blocks),
                        **vars(config), **figures)
 
 
 def evaluate(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, held_out: list[SourceFile],
-             tokens: int) -> None:
+             seen: tuple[int, int]) -> None:
     """Load the exported checkpoint as a user would, print its figures and write the card."""
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     figures = compare_with_gzip(model, tokenizer, held_out, config.max_position_embeddings)
     pairs = samples(model, tokenizer)
     parameters = sum(weight.numel() for weight in model.parameters())
-    (args.out / "README.md").write_text(render_card(config, parameters, figures, pairs, tokens, args))
+    (args.out / "README.md").write_text(render_card(config, parameters, figures, pairs, seen, args))
     print(f"held-out bits per byte: {figures['model']:.3f}; gzip -9: {figures['gzip_separate']:.3f} "
           f"(one file at a time), {figures['gzip_together']:.3f} (concatenated)")
     for prompt, text in pairs:
@@ -908,11 +908,11 @@ def main() -> None:
     def snapshot(weights: dict[str, Tensor]) -> None:
         export(weights, config, tokenizer, args.out)
 
-    tokens = train(model, stream, Phase(args.tokens, 1.0, args.minutes), args, snapshot)
+    main_tokens = train(model, stream, Phase(args.tokens, 1.0, args.minutes), args, snapshot)
     closing_stream = encode_stream(tokenizer, closing_documents(documents, args.seed))
-    tokens += train(model, closing_stream, Phase(CLOSING_TOKENS, 0.2), args, snapshot)
+    closing_tokens = train(model, closing_stream, Phase(CLOSING_TOKENS, 0.2), args, snapshot)
     export(model.state_dict(), config, tokenizer, args.out)
-    evaluate(args, config, tokenizer, held_out, tokens)
+    evaluate(args, config, tokenizer, held_out, (main_tokens, closing_tokens))
 
 
 if __name__ == "__main__":

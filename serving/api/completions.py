@@ -19,7 +19,7 @@ from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
-from xllm.request import SamplingParams
+from xllm.request import SamplingParams, TokenLogprobs
 
 LONG_TEXT_CHARS = 4096  # tokenising more than this is worth a thread
 
@@ -94,7 +94,7 @@ class CompletionCall:
                  "finish_reason": "length" if self.hides_output else piece.finish_reason,
                  "stop_reason": piece.stop_reason}
         logprob_ids: Sequence[int] = token_ids
-        entries = [] if self.hides_output else list(piece.logprobs or ())
+        entries: list[TokenLogprobs | None] = [] if self.hides_output else list(piece.logprobs or ())
         if piece.is_first and body.echo:
             shown["text"] = self.prompt_text(prompt) + text
             logprob_ids = [*prompt.token_ids, *token_ids]

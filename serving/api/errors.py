@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from serving.client import EngineBusyError
+from serving.stream import EngineBusyError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from serving.api.errors import ApiError, unavailable
-from serving.client import Stream
 from serving.state import ServerState
+from serving.stream import Stream
 from xllm.detokenizer import Detokenizer
 from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
 
@@ -47,6 +47,7 @@ class Choice:
     def feed(self, delta: OutputDelta) -> Piece:
         """Take a delta in. Raises ApiError if the engine ended the request with an error."""
         if delta.finish_reason is FinishReason.ERROR:
+            self.finish_reason = "error"
             raise ApiError(500, f"generation failed: {delta.error or 'unknown reason'}")
         if delta.finish_reason is FinishReason.ABORT:
             raise unavailable("the request was aborted by the server")
@@ -102,8 +103,8 @@ class Generation:
         self._stream.close()
         self.state.num_open -= 1
         for choice in self.choices:
-            if choice.finish_reason is None:
-                self.state.metrics.request_success["abort"] += 1
+            if choice.finish_reason in (None, "error"):  # the good ends are counted as they come
+                self.state.metrics.request_success[choice.finish_reason or "abort"] += 1
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """New pieces as they come, until every choice has its finish reason. Raises ApiError or EngineDeadError."""

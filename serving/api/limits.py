@@ -6,11 +6,11 @@ import json
 import math
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import ApiError, invalid
-
+from serving.api.sse import ClientGone
 
 DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
 
@@ -63,7 +63,10 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {media_type or 'none'!r}")
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
     try:
         content = json.loads(body)
     except RecursionError:

@@ -18,12 +18,12 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        state.check_accepting()
+        state.check_loaded()
         return {"object": "list", "data": [card(name) for name in state.served_names]}
 
     @routes.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
-        state.check_accepting()
+        state.check_loaded()
         state.check_model(name)
         return card(name)
 

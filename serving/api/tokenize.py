@@ -19,7 +19,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        state.check_accepting()
+        state.check_loaded()
         content = await read_json(request, state.config.limits.max_json_depth)
         body = parse({"add_special_tokens": "messages" not in content, **content}, TokenizeBody)
         state.check_model(body.model)
@@ -33,7 +33,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        state.check_accepting()
+        state.check_loaded()
         body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
         state.check_model(body.model)
         vocab_size = state.ready.vocab_size

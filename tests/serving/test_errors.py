@@ -101,8 +101,9 @@ def check(response: httpx.Response, status: int, param: str | None, says: str = 
     ({"logit_bias": {str(i): [[[[[]]]]] for i in range(3)}}, "logit_bias"),
 ], ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None)
 def test_completion_field_is_named(server: ServerProcess, extra: dict[str, Any], param: str) -> None:
-    content = json.dumps({**OK, **extra})
-    check(server.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"}), 400, param)
+    response = server.http.post("/v1/completions", content=json.dumps({**OK, **extra}),
+                                headers={"Content-Type": "application/json"})
+    check(response, 400, param)
 
 
 @pytest.mark.parametrize(("extra", "param"), [
@@ -189,7 +190,8 @@ def test_wrong_routes(server: ServerProcess, method: str, path: str, status: int
 @pytest.mark.parametrize(("path", "body", "param"), [
     ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "prompt"),
     ("/tokenize", {"prompt": 5}, "prompt"), ("/detokenize", {"tokens": [10**7]}, "tokens"),
-    ("/detokenize", {"tokens": [-1]}, "tokens"), ("/detokenize", {"tokens": ["a"]}, "tokens"), ("/detokenize", {}, "tokens"),
+    ("/detokenize", {"tokens": [-1]}, "tokens"), ("/detokenize", {"tokens": ["a"]}, "tokens"),
+    ("/detokenize", {}, "tokens"),
 ])
 def test_tokenize_errors(server: ServerProcess, path: str, body: dict[str, Any], param: str) -> None:
     check(server.http.post(path, json=body), 400, param)

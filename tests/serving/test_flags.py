@@ -62,7 +62,8 @@ def test_server_settings() -> None:
 
 
 def test_speculative_config_is_vllms_json() -> None:
-    config, _ = parse("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 5}')
+    text = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 5}'
+    config, _ = parse("--speculative-config", text)
     assert config.speculative.speculative_method == "ngram"
     assert config.speculative.num_speculative_tokens == 3
     assert config.speculative.prompt_lookup_max == 5

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -26,12 +27,13 @@ LONG = {"prompt": "def main():", "max_tokens": 450, "ignore_eos": True}
 class Calls:
     """HTTP calls in threads, with what came back."""
 
-    def __init__(self, server: ServerProcess, number: int, **body: Any):
+    def __init__(self, server: ServerProcess, number: int, *, already: int = 0, **body: Any):
         self.results: list[Any] = []
         self._threads = [threading.Thread(target=self._call, args=(server, {**LONG, **body})) for _ in range(number)]
         for thread in self._threads:
             thread.start()
-        wait_for(lambda: server.gauge("xllm:num_requests_running") >= number, what="running requests")
+        running = number + already
+        wait_for(lambda: server.gauge("xllm:num_requests_running") == running, what="running requests")
 
     def _call(self, server: ServerProcess, body: dict[str, Any]) -> None:
         response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60,
@@ -51,7 +53,7 @@ def test_stuck_then_killed(tmp_path: Path) -> None:
         assert server.health().status_code == 200
         assert server.http.get("/ready").json() == {"status": "ready"}
         _freeze_and_thaw(server)
-        whole, streams = Calls(server, 2), Calls(server, 4, stream=True)
+        whole, streams = Calls(server, 2), Calls(server, 4, already=2, stream=True)
         os.kill(server.engine_pid, signal.SIGKILL)
         for response in whole.join():
             assert response.status_code == 503
@@ -139,8 +141,11 @@ def test_drain_timeout_aborts(tmp_path: Path) -> None:
 def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.txt") as server:
         engine = psutil.Process(server.engine_pid)
+        folder = Path(engine.cmdline()[-1])
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         os.kill(server.process.pid, signal.SIGKILL)
         wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5.0, "the engine's end")
+        assert not folder.exists()
 
 
 def _serve(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -162,10 +167,9 @@ def test_port_in_use_is_said_before_anything_is_loaded() -> None:
 
 @pytest.mark.parametrize(("flags", "says"), [
     (("/no/such/folder",), "/no/such/folder"),
-    (("--max-model-len", "1000000"), "max_model_len"),
     (("--generation-config", "/no/such/folder"), "generation_config"),
     (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
-], ids=["model", "length", "generation-config", "host"])
+], ids=["model", "generation-config", "host"])
 def test_wrong_settings_are_one_clear_line(flags: tuple[str, ...], says: str) -> None:
     result = _serve("--port", "0", *flags)
     assert result.returncode == 1
@@ -173,12 +177,17 @@ def test_wrong_settings_are_one_clear_line(flags: tuple[str, ...], says: str) ->
     assert "Traceback" not in result.stderr
 
 
-def test_second_signal_stops_at_once(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log.txt") as server:
+def test_full_queue_then_second_signal(tmp_path: Path) -> None:
+    """A call that does not fit into the queue is refused as a whole; a second signal does not wait for the drain."""
+    with ServerProcess(tmp_path / "log.txt", "--max-num-seqs", "1", "--max-waiting-requests", "1") as server:
         engine = psutil.Process(server.engine_pid)
         thread = threading.Thread(target=_ignore_errors, args=(server,))
         thread.start()
         wait_for(lambda: server.gauge("xllm:num_requests_running") == 1, what="a running request")
+        refused = server.http.post("/v1/completions", json={**LONG, "n": 3})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5"), refused.text
+        assert "queue is full" in refused.json()["error"]["message"]
+        wait_for(lambda: server.gauge("xllm:num_requests_waiting") == 0, what="an empty queue")
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: "draining" in server.log, what="the drain")
         server.process.send_signal(signal.SIGINT)

@@ -54,17 +54,22 @@ async def test_two_hundred_clients_with_aborts_leave_nothing(server: ServerProce
 def test_disconnect_aborts(server: ServerProcess, stream: bool) -> None:
     before = server.gauge("xllm:generation_tokens_total")
 
+    seen = threading.Event()
+
     def leave() -> None:
-        with httpx.Client(base_url=server.url, timeout=0.7) as other:
+        with httpx.Client(base_url=server.url, timeout=1.0) as other:
             try:
                 with other.stream("POST", "/v1/completions", json={**LONG, "stream": stream, "n": 2}) as response:
-                    next(response.iter_bytes())  # then close the connection
+                    for _ in response.iter_bytes():
+                        if seen.is_set():
+                            return  # closes the connection
             except httpx.ReadTimeout:
                 assert not stream
 
     thread = threading.Thread(target=leave)
     thread.start()
     wait_for(lambda: server.gauge("xllm:num_requests_running") == 2, what="the start")
+    seen.set()
     thread.join()
     server.wait_idle(5.0)
     assert server.gauge("xllm:generation_tokens_total") - before < 2 * 480, "it ran to its end"

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving import protocol
@@ -36,6 +36,7 @@ FIELDS = ("request_id", "token_ids", "num_cached_tokens", "finish_reason", "stop
           "prompt_logprobs", "num_preemptions", "error")
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(deltas(), max_size=4))
 def test_deltas(sent: list[OutputDelta]) -> None:
     message = protocol.encode(protocol.Outputs([protocol.wire_delta(delta) for delta in sent]))
@@ -46,7 +47,7 @@ def test_deltas(sent: list[OutputDelta]) -> None:
 
 
 def test_delta_fields_are_all_carried() -> None:
-    assert set(vars(OutputDelta("a", []))) | {n for n in OutputDelta.__annotations__} == set(FIELDS)
+    assert set(vars(OutputDelta("a", []))) | set(OutputDelta.__annotations__) == set(FIELDS)
 
 
 @pytest.mark.parametrize("sampling", [

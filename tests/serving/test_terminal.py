@@ -26,7 +26,8 @@ def test_generate_prints_what_the_server_answers(server: ServerProcess) -> None:
 
 
 def test_chat_with_a_server(server: ServerProcess) -> None:
-    result = run("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "6", text="Hello\n\n/clear\nHello\n")
+    result = run("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "6",
+                 text="Hello\n\n/clear\nHello\n")
     assert result.returncode == 0, result.stderr
     answer = server.http.post("/v1/chat/completions", json={
         "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 6}).json()

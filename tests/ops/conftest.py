@@ -1,0 +1,104 @@
+"""Every op set present, and builders of paged caches with poison wherever nothing may be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends import get_backend
+from backends.metadata import AttentionMetadata
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from backends.reference.kv import cache_shape, write_kv
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="session")
+def op_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpSet]:
+    cache_dir = tmp_path_factory.mktemp("kernels")
+    compiled = get_backend("cpu", cache_dir=cache_dir)
+    sets = {"reference": REFERENCE, "torch": get_backend("cpu", compiled=False).ops}
+    if compiled.describe()["kernels"] != "plain torch":
+        sets["compiled"] = compiled.ops
+    return sets
+
+
+@pytest.fixture(params=["reference", "torch", "compiled"])
+def ops(request: pytest.FixtureRequest, op_sets: dict[str, OpSet]) -> OpSet:
+    if request.param not in op_sets:
+        pytest.skip("no C compiler here")
+    return op_sets[request.param]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass(kw_only=True)
+class Paged:
+    """A step over sequences whose keys and values are known; all else in the caches is NaN.
+
+    keys, values: per sequence [seq_len, K, H], of which the last query_len belong to this step.
+    """
+
+    query_lens: list[int]
+    seq_lens: list[int]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    k_cache: Tensor = field(init=False)
+    v_cache: Tensor = field(init=False)
+    meta: AttentionMetadata = field(init=False)
+
+    def __post_init__(self) -> None:
+        P, K, H = self.block_size, self.num_kv_heads, self.head_dim
+        num_used = [-(-n // P) for n in self.seq_lens]
+        num_blocks, most = sum(num_used) + 3, max(num_used)
+        shuffled = torch.randperm(num_blocks, dtype=torch.int32)
+        table = torch.full((len(num_used), most + 2), 2**30, dtype=torch.int32)  # garbage past the end
+        self.k_cache = torch.full(cache_shape(num_blocks, P, K, H), NAN)
+        self.v_cache = torch.full_like(self.k_cache, NAN)
+        self.keys, self.values, slots, taken = [], [], [], 0
+        for s, (count, length, query_len) in enumerate(zip(num_used, self.seq_lens, self.query_lens)):
+            table[s, :count] = shuffled[taken : taken + count]
+            taken += count
+            positions = torch.arange(length)
+            slot = table[s, positions // P].long() * P + positions % P
+            self.keys.append(torch.randn(length, K, H))
+            self.values.append(torch.randn(length, K, H))
+            write_kv(self.keys[-1], self.values[-1], self.k_cache, self.v_cache, slot)
+            slots.append(slot[length - query_len :])
+        starts = torch.tensor([0, *self.query_lens]).cumsum(0)
+        self.meta = AttentionMetadata(
+            query_start_S1=starts.int(), seq_lens_S=torch.tensor(self.seq_lens, dtype=torch.int32),
+            block_table_SM=table, slot_mapping_T=torch.cat(slots).int(), max_query_len=max(self.query_lens),
+            max_seq_len=max(self.seq_lens), num_tokens=sum(self.query_lens), block_size=P,
+        )  # fmt: skip
+
+    def queries(self) -> Tensor:
+        return torch.randn(sum(self.query_lens), self.num_heads, self.head_dim)
+
+    def attend(self, ops: OpSet, q_TNH: Tensor, window: int | None = None) -> Tensor:
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        self.meta.plan = ops.plan(self.meta, **heads)
+        scale = self.head_dim**-0.5
+        return ops.attention(q_TNH, self.k_cache, self.v_cache, self.meta, scale=scale, sliding_window=window)
+
+    def truth(self, q_TNH: Tensor, window: int | None = None) -> Tensor:
+        """The same in float64, one query at a time, from `keys` and `values`."""
+        rows, t, group = [], 0, self.num_heads // self.num_kv_heads
+        for keys, values, length, query_len in zip(self.keys, self.values, self.seq_lens, self.query_lens):
+            for position in range(length - query_len, length):
+                first = 0 if window is None else max(0, position + 1 - window)
+                k = keys[first : position + 1].double().repeat_interleave(group, dim=1)
+                v = values[first : position + 1].double().repeat_interleave(group, dim=1)
+                weights = (torch.einsum("nh,cnh->nc", q_TNH[t].double(), k) * self.head_dim**-0.5).softmax(-1)
+                rows.append(torch.einsum("nc,cnh->nh", weights, v).flatten())
+                t += 1
+        return torch.stack(rows)

@@ -1,0 +1,140 @@
+"""Norms, activation, rotary embedding with its cache write, and block copies, against float64 truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends.cpu_build import load_kernels
+from backends.cpu_kernels import Kernels
+from backends.metadata import AttentionMetadata
+from backends.opset import OpSet
+from backends.reference.kv import cache_shape, keys_BKHP
+from torch import Tensor
+
+from tests.ops.conftest import NAN
+
+EPS = 1e-6
+SHAPES = [(1, 1), (3, 33), (5, 512), (300, 500), (0, 8)]
+
+
+def norm_truth(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def assert_near(actual: Tensor, truth: Tensor, atol: float = 2e-6) -> None:
+    torch.testing.assert_close(actual.double(), truth.double(), rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(ops: OpSet, shape: tuple[int, int]) -> None:
+    x, weight = torch.randn(shape), torch.randn(shape[1])
+    before = x.clone()
+    assert_near(ops.rms_norm(x, weight, EPS), norm_truth(x, weight))
+    assert torch.equal(x, before)
+
+
+def test_rms_norm_of_heads(ops: OpSet) -> None:
+    x, weight = torch.randn(5, 3, 40), torch.randn(40)
+    assert_near(ops.rms_norm(x, weight, EPS), norm_truth(x, weight))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_rms_norm(ops: OpSet, shape: tuple[int, int]) -> None:
+    x, residual, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[1])
+    total = x + residual
+    out = ops.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(residual, total)
+    assert_near(out, norm_truth(total, weight))
+
+
+def test_nan_reaches_its_own_row_only(ops: OpSet) -> None:
+    x = torch.randn(3, 64)
+    x[1, 5] = NAN
+    for out in (ops.rms_norm(x, torch.ones(64), EPS), ops.silu_mul(x.clone())):
+        assert out[1].isnan().any()
+        assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (7, 1536), (200, 300), (0, 8)], ids=str)
+def test_silu_mul(ops: OpSet, shape: tuple[int, int]) -> None:
+    x = torch.randn(shape[0], 2 * shape[1]) * 10
+    gate, up = x.double().chunk(2, -1)
+    assert_near(ops.silu_mul(x.clone()), gate / (1 + (-gate).exp()) * up, atol=1e-5)
+
+
+def test_silu_mul_of_extremes(ops: OpSet) -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e30] * 8)
+    out = ops.silu_mul(torch.cat((gate, torch.ones_like(gate)))[None])
+    assert_near(out, torch.nn.functional.silu(gate.double())[None])
+
+
+def test_exponential_is_exact_to_a_millionth() -> None:
+    library = load_kernels(None)
+    if library is None:
+        pytest.skip("no C compiler here")
+    x = torch.linspace(-86.9, 87.9, 16 * 4001)
+    truth = x.double().exp()
+    assert ((Kernels(library).exp(x).double() - truth) / truth).abs().max() < 1e-6
+
+
+def rope_case(num_tokens: int, N: int, K: int, H: int, P: int) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata]:
+    """qkv, positions, cos_sin and metadata; every third token has no slot."""
+    num_slots = (num_tokens // P + 2) * P
+    slots = torch.randperm(num_slots)[:num_tokens].int()
+    slots[::3] = -1
+    positions = torch.randint(0, 500, (num_tokens,), dtype=torch.int32)
+    angles = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(H // 2) / (H // 2))
+    unused = torch.zeros(2, dtype=torch.int32)
+    meta = AttentionMetadata(query_start_S1=unused, seq_lens_S=unused[:1], block_table_SM=unused[None], block_size=P,
+                             slot_mapping_T=slots, max_query_len=1, max_seq_len=1, num_tokens=num_tokens)  # fmt: skip
+    return torch.randn(num_tokens, (N + 2 * K) * H), positions, torch.cat((angles.cos(), angles.sin()), 1).float(), meta
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (7, 4, 2, 32), (5, 7, 1, 80), (90, 8, 2, 128), (3, 2, 2, 6)], ids=str)
+def test_qkv_rope_write(ops: OpSet, shape: tuple[int, int, int, int], block_size: int, normed: bool) -> None:
+    T, N, K, H = shape
+    qkv, positions, cos_sin, meta = rope_case(T, N, K, H, block_size)
+    heads = qkv.clone().view(T, N + 2 * K, H).double()
+    q_norm, k_norm = (torch.randn(H), torch.randn(H)) if normed else (None, None)
+    k_cache = torch.full(cache_shape(T // block_size + 2, block_size, K, H), NAN)
+    v_cache = torch.full_like(k_cache, NAN)
+
+    q_TNH = ops.qkv_rope_write(qkv, positions, cos_sin, k_cache, v_cache, meta, num_heads=N, num_kv_heads=K, head_dim=H,
+                               q_norm_H=q_norm, k_norm_H=k_norm, eps=EPS)  # fmt: skip
+
+    def turn(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x if weight is None else norm_truth(x, weight)
+        half = H // 2
+        cos, sin = cos_sin[positions.long()].double()[:, None].chunk(2, -1)
+        return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
+
+    assert_near(q_TNH, turn(heads[:, :N], q_norm))
+    keys, values = turn(heads[:, N : N + K], k_norm), heads[:, N + K :]
+    written = meta.slot_mapping_T >= 0
+    slots = meta.slot_mapping_T[written].long()
+    blocks, offsets = slots // block_size, slots % block_size
+    assert_near(keys_BKHP(k_cache)[blocks, :, :, offsets], keys[written])
+    assert_near(v_cache[blocks, :, offsets], values[written], atol=0)
+    assert k_cache.isfinite().sum() == v_cache.isfinite().sum() == written.sum() * K * H
+
+
+def test_bfloat16(ops: OpSet) -> None:
+    x, residual, weight = (torch.randn(s).bfloat16() for s in ((4, 32), (4, 32), (32,)))
+    for out in (ops.rms_norm(x, weight, EPS), ops.silu_mul(x), ops.add_rms_norm(x.clone(), residual, weight, EPS)):
+        assert out.dtype is torch.bfloat16
+        assert out.isfinite().all()
+    qkv, positions, cos_sin, meta = rope_case(5, 2, 1, 32, 16)
+    cache = torch.zeros(cache_shape(4, 16, 1, 32), dtype=torch.bfloat16)
+    q_TNH = ops.qkv_rope_write(qkv.bfloat16(), positions, cos_sin, cache, cache.clone(), meta, num_heads=2,
+                               num_kv_heads=1, head_dim=32)  # fmt: skip
+    assert q_TNH.dtype is torch.bfloat16
+
+
+def test_copy_blocks(ops: OpSet) -> None:
+    cache = torch.randn(cache_shape(6, 4, 2, 8))
+    before = cache.clone()
+    ops.copy_blocks(cache, torch.tensor([0, 0, 3]), torch.tensor([1, 5, 2]))
+    assert torch.equal(cache, before[[0, 0, 3, 3, 4, 0]])

@@ -1,0 +1,120 @@
+"""Argmax and sampling against a naive float64 sampler in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from backends.opset import OpSet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+def possible_tokens(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float,
+                    slack: float = 3e-6) -> set[int]:  # fmt: skip
+    """Tokens that the contract allows when sums may be off by `slack`: mostly one, two at a boundary."""
+    if temperature == 0:
+        return {logits.index(max(logits))}
+    scaled = [x / temperature for x in logits]
+    if 0 < top_k < len(scaled):
+        kth = sorted(scaled, reverse=True)[top_k - 1]
+        scaled = [x if x >= kth else -math.inf for x in scaled]
+    weights = [math.exp(x - max(scaled)) for x in scaled]
+    found = set()
+    for p_shift in (-slack, 0.0, slack):
+        for m_shift in (1 - slack, 1.0, 1 + slack):
+            kept = keep(weights, top_p + p_shift if top_p < 1 else 1.0, min_p * m_shift)
+            for u_shift in (-slack, 0.0, slack):
+                found.add(invert(kept, min(max(uniform + u_shift, 0.0), 1 - 1e-12)))
+    return found
+
+
+def keep(weights: list[float], top_p: float, min_p: float) -> list[float]:
+    kept = [w if w >= min_p * max(weights) else 0.0 for w in weights]
+    running, total = 0.0, math.fsum(weights)
+    for i in sorted(range(len(kept)), key=lambda i: (-kept[i], i)):
+        if running >= top_p * total and top_p < 1 and running > 0:
+            kept[i] = 0.0
+        running += kept[i]
+    return kept
+
+
+def invert(weights: list[float], uniform: float) -> int:
+    target, running = uniform * math.fsum(weights), 0.0
+    for i, w in enumerate(weights):
+        running += w
+        if running > target:
+            return i
+    return max(i for i, w in enumerate(weights) if w > 0)
+
+
+def draw(ops: OpSet, logits: Tensor, temperature: list[float], top_k: list[int], top_p: list[float], min_p: list[float],
+         uniform: list[float]) -> list[int]:  # fmt: skip
+    return ops.sample(logits.clone(), torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p),
+                      torch.tensor(min_p), torch.tensor(uniform)).tolist()  # fmt: skip
+
+
+settings_of_a_row = st.tuples(
+    st.sampled_from([0.0, 0.3, 1.0, 2.5]), st.sampled_from([0, 1, 2, 5, 40, 1000]),
+    st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 1.0]), st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    st.floats(0, 1, exclude_max=True, width=32),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(settings_of_a_row, min_size=1, max_size=4), vocab_size=st.sampled_from([1, 2, 17, 300]),
+       seed=st.integers(0, 10_000), coarse=st.booleans())  # fmt: skip
+def test_sample_follows_its_contract(
+    op_sets: dict[str, OpSet], rows: list[tuple], vocab_size: int, seed: int, coarse: bool
+) -> None:
+    logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = logits.round() if coarse else logits  # coarse: many ties
+    columns = [list(c) for c in zip(*rows)]
+    for name, ops in op_sets.items():
+        for s, token in enumerate(draw(ops, logits, *columns)):
+            assert token in possible_tokens(logits[s].tolist(), *rows[s]), (name, s)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32000])
+def test_argmax_takes_the_first_of_equals(ops: OpSet, vocab_size: int) -> None:
+    logits = torch.randn(5, vocab_size)
+    logits[:, vocab_size // 2] = logits[:, -1] = 99.0
+    assert ops.argmax(logits).tolist() == [vocab_size // 2] * 5
+
+
+def test_argmax_of_infinities(ops: OpSet) -> None:
+    lowest = torch.full((1, 40), float("-inf"))
+    assert 0 <= ops.argmax(lowest).item() < 40
+    lowest[0, 33] = -5.0
+    assert ops.argmax(lowest).item() == 33
+    assert 0 <= ops.argmax(torch.full((1, 40), float("nan"))).item() < 40
+
+
+def test_rows_are_independent(ops: OpSet) -> None:
+    logits = torch.randn(6, 5000) * 2
+    columns = [[1.0, 0.0, 0.7, 1.3, 1.0, 2.0], [0, 0, 50, 0, 7, 0], [0.9, 1.0, 0.95, 1.0, 1.0, 0.5],
+               [0.0, 0.0, 0.0, 0.1, 0.0, 0.0], [0.1, 0.5, 0.9, 0.3, 0.99, 0.7]]  # fmt: skip
+    together = draw(ops, logits, *columns)
+    alone = [draw(ops, logits[s : s + 1], *([c[s]] for c in columns))[0] for s in range(6)]
+    reverse = draw(ops, logits.flip(0), *(c[::-1] for c in columns))[::-1]
+    assert together == alone == reverse == draw(ops, logits, *columns)
+
+
+def test_masked_tokens_are_never_drawn(ops: OpSet) -> None:
+    logits = torch.full((3, 1000), float("-inf"))
+    logits[:, 700:705] = 0.0
+    tokens = draw(ops, logits, [1.0] * 3, [0, 500, 0], [1.0, 1.0, 0.9], [0.0] * 3, [0.0, 0.5, 0.99999994])
+    assert tokens[:2] == [700, 702]
+    assert 700 <= tokens[2] < 705
+
+
+def test_frequencies(ops: OpSet) -> None:
+    """Evenly spaced uniforms draw each token in proportion to its probability."""
+    num_draws, logits = 2000, torch.randn(12)
+    uniform = (torch.arange(num_draws) + 0.5) / num_draws
+    ones = torch.ones(num_draws)
+    tokens = ops.sample(logits.repeat(num_draws, 1), ones, torch.zeros(num_draws, dtype=torch.int64), ones, ones * 0, uniform)
+    frequency = tokens.bincount(minlength=12) / num_draws
+    torch.testing.assert_close(frequency, logits.softmax(0), rtol=0, atol=1.1 / num_draws)
