@@ -78,7 +78,9 @@ class PanelLinear:
 
     __slots__ = ("nbytes", "num_outputs", "packed", "reference", "tensors")
 
-    def __init__(self, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int, num_outputs: int):
+    def __init__(
+        self, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int, num_outputs: int
+    ):
         self.tensors = (weight, scale_Y, bias_Y)  # keep alive what the structure points to
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
@@ -115,7 +117,8 @@ class Kernels:
         weight, scale_Y = quantize_rows(weight_YX) if quantization else (weight_YX.detach().contiguous(), None)
         num_panels = -(-num_outputs // self.panel)
         panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
-        self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize, torch.get_num_threads())
+        self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize,
+                    torch.get_num_threads())  # fmt: skip
         return PanelLinear(panels, scale_Y, bias_Y, num_inputs, num_outputs)
 
     def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
@@ -123,7 +126,8 @@ class Kernels:
             return reference_linear(x_TX, packed)
         num_tokens = x_TX.shape[0]
         y_TY = x_TX.new_empty((num_tokens, packed.num_outputs))
-        self.linear_c(packed.packed, x_TX.data_ptr(), x_TX.stride(0), y_TY.data_ptr(), num_tokens, torch.get_num_threads())
+        self.linear_c(packed.packed, x_TX.data_ptr(), x_TX.stride(0), y_TY.data_ptr(), num_tokens,
+                      torch.get_num_threads())  # fmt: skip
         return y_TY
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -142,8 +146,8 @@ class Kernels:
         if x_TD.dtype is not FP32:
             return norm.add_rms_norm(x_TD, residual_TD, weight_D, eps)
         size = x_TD.shape[-1]
-        self.add_rms_norm_c(x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), x_TD.numel() // size, size, eps,
-                            torch.get_num_threads())  # fmt: skip
+        self.add_rms_norm_c(x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), x_TD.numel() // size, size,
+                            eps, torch.get_num_threads())  # fmt: skip
         return x_TD
 
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The CPU's linear layers: fp32 through oneDNN with weights brought into its blocked order once.
+"""The CPU's linear layers without compiled kernels: oneDNN, with fp32 weights brought into its blocked order once.
 
 `F.linear` repacks the weight inside every call; with packed weights a step pays only the product.
 Anything that oneDNN cannot do here (another dtype, a build of torch without it) takes the reference.
@@ -28,7 +28,7 @@ class OneDnnLinear:
 
 
 def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
@@ -39,7 +39,8 @@ def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization
 
 def linear(x_TX: Tensor, packed: Any) -> Tensor:
     if type(packed) is OneDnnLinear:
-        return _pointwise(x_TX, packed.weight, packed.bias_Y, "none", _NO_SCALARS, "")
+        y_TY: Tensor = _pointwise(x_TX, packed.weight, packed.bias_Y, "none", _NO_SCALARS, "")
+        return y_TY
     return reference.linear(x_TX, packed)
 
 

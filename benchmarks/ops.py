@@ -79,7 +79,8 @@ def attention_case(ops: OpSet, num_seqs: int, seq_len: int, query_len: int) -> d
     meta = AttentionMetadata(
         query_start_S1=torch.arange(num_seqs + 1, dtype=torch.int32) * query_len, max_query_len=query_len,
         seq_lens_S=torch.full((num_seqs,), seq_len, dtype=torch.int32), block_table_SM=table, max_seq_len=seq_len,
-        slot_mapping_T=torch.zeros(num_seqs * query_len, dtype=torch.int32), num_tokens=num_seqs * query_len, block_size=P,
+        slot_mapping_T=torch.zeros(num_seqs * query_len, dtype=torch.int32), num_tokens=num_seqs * query_len,
+        block_size=P,
     )  # fmt: skip
     q, k, v = torch.randn(num_seqs * query_len, N, H), torch.randn(shape), torch.randn(shape)
     planned = replace(meta, plan=ops.plan(meta, num_heads=N, num_kv_heads=K, head_dim=H))

@@ -195,10 +195,14 @@ class EngineClient:
         self._commands.send(protocol.encode(command))
 
     async def _receive(self) -> None:
-        while True:
-            frame = await self._reports.recv()
-            self._heard_s = time.monotonic()
-            self._handle(protocol.REPORTS.decode(frame))
+        try:
+            while True:
+                frame = await self._reports.recv()
+                self._heard_s = time.monotonic()
+                self._handle(protocol.REPORTS.decode(frame))
+        except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
+            logger.exception("reading the engine's reports failed")
+            self._die(f"its reports cannot be read: {type(error).__name__}")
 
     def _handle(self, report: protocol.Report) -> None:
         if isinstance(report, protocol.Outputs):

@@ -185,6 +185,7 @@ def _load_tokenizer(config: EngineConfig, model_path: Path):  # type: ignore[no-
 
 
 def _say(text: str, *, error: bool = False) -> None:
-    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 

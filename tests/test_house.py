@@ -21,7 +21,7 @@ ALLOWED = {
     "backends.cuda": ["backends", "cuda_ops"],
     "backends.npu": ["backends", "npu_ops"],
     "graph": ["graph", "backends"],
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
     "xllm.kv": [*BASE, "xllm.kv"],
     "xllm.scheduler": [*BASE, "xllm.kv", "xllm.scheduler"],
     "xllm.parallel": MODEL_FLOOR,

@@ -332,7 +332,7 @@ def render_conversation(exchanges: list[Exchange], system: str | None) -> str:
 def all_exchanges(files: list[SourceFile], rng: random.Random) -> list[Exchange]:
     """Make every question and answer."""
     exchanges = [exchange for file in files for exchange in file_exchanges(file, rng)]
-    return exchanges + [*c_docstring_exchanges(rng), *topic_exchanges(rng), *small_talk_exchanges()]
+    return [*exchanges, *c_docstring_exchanges(rng), *topic_exchanges(rng), *small_talk_exchanges()]
 
 
 def conversations(exchanges: list[Exchange], rng: random.Random) -> list[str]:
@@ -399,7 +399,7 @@ def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     end = tokenizer.token_to_id(END_OF_TEXT)
     stream: list[int] = [end]
     for encoding in tokenizer.encode_batch_fast(documents):
-        stream += encoding.ids + [end]
+        stream += [*encoding.ids, end]
     return np.array(stream, dtype=np.int64)
 
 

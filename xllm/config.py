@@ -29,7 +29,7 @@ class ModelSettings:
     tokenizer: str | None = option(None, "folder or Hub id of the tokenizer, if it is not the model's")
     dtype: str = option("auto", "compute type; auto: the device's best for this checkpoint", choices=DTYPES)
     quantization: str | None = option(None, "quantise weights while loading", choices=("int8",))
-    max_model_len: int | None = option(None, "longest sequence, prompt and output together; none: the model's own limit")
+    max_model_len: int | None = option(None, "longest sequence, prompt and output; none: the model's own limit")
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")
     revision: str | None = option(None, "branch, tag or commit on the Hub")
@@ -38,12 +38,14 @@ class ModelSettings:
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
     block_size: int | None = option(None, "tokens per KV block; none: the device's own (CPU 16)")
-    num_kv_blocks: int | None = option(None, "KV blocks, instead of a share of memory", aliases=("num_gpu_blocks_override",))
+    num_kv_blocks: int | None = option(None, "KV blocks, instead of a share of memory",
+                                       aliases=("num_gpu_blocks_override",))
     kv_cache_memory_bytes: int | None = option(None, "bytes for the KV cache, instead of a share of memory",
                                                aliases=("max_cache_size",))
-    gpu_memory_utilization: float = option(0.9, "share of free device memory for the KV cache (CPU: of half the free memory)",
+    gpu_memory_utilization: float = option(0.9, "share of free device memory for the KV cache (CPU: half of it)",
                                            aliases=("max_memory_utilization",))
-    enable_prefix_caching: bool = option(True, "reuse the KV blocks of shared prefixes", aliases=("enable_prefix_cache",))
+    enable_prefix_caching: bool = option(True, "reuse the KV blocks of shared prefixes",
+                                         aliases=("enable_prefix_cache",))
     watermark: float = option(0.02, "share of blocks that admission leaves free, against preemption")
 
 
@@ -60,7 +62,8 @@ class SchedulerSettings:
                                            aliases=("enable_online_preempt_offline",))
     async_scheduling: bool = option(True, "schedule the next step while the device runs this one",
                                     aliases=("enable_schedule_overlap",))
-    max_waiting_requests: int = option(100_000, "requests in the queue; more are refused", aliases=("request_queue_size",))
+    max_waiting_requests: int = option(100_000, "requests in the queue; more are refused",
+                                       aliases=("request_queue_size",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ def build_tree(tree: type, settings: dict[str, Any]) -> Any:
         if choices and value is not None and value not in choices:
             raise ConfigError(f"{given} must be one of {', '.join(choices)}; got {value!r}")
         groups.setdefault(group, {})[name] = value
-    factories = {g.name: g.default_factory for g in dataclasses.fields(tree)}
+    factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
     return tree(**{name: factories[name](**values) for name, values in groups.items()})
 
 

@@ -139,7 +139,8 @@ def _check_numbers(p: SamplingParams) -> None:
         _in_range(p, "max_tokens", 1, 2**31 - 1, whole=True)
     _in_range(p, "min_tokens", 0, 2**31 - 1, whole=True)
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
-        raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})", field="min_tokens")
+        raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})",
+                           field="min_tokens")
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(p, name) is not None:
             _in_range(p, name, 0, MAX_LOGPROBS, whole=True)
@@ -175,7 +176,8 @@ def _check_collections(p: SamplingParams) -> None:
         raise RequestError("allowed_token_ids must not be empty", field="allowed_token_ids")
     for token_id, bias in (p.logit_bias or {}).items():
         if not -100.0 <= bias <= 100.0:  # also refuses NaN
-            raise RequestError(f"logit_bias for token {token_id} must be in [-100, 100], got {bias}", field="logit_bias")
+            raise RequestError(f"logit_bias for token {token_id} must be in [-100, 100], got {bias}",
+                               field="logit_bias")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def qkv_rope_write(
     eps: float = 1e-6,
 ) -> Tensor:
     heads_TXH = qkv_TX.view(len(qkv_TX), num_heads + 2 * num_kv_heads, head_dim)
-    q_TNH, k_TKH, v_TKH = heads_TXH.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q_TNH, k_TKH, v_TKH = torch.split(heads_TXH, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm_H is not None:
         q_TNH = rms_norm(q_TNH, q_norm_H, eps)
     if k_norm_H is not None:

@@ -84,8 +84,8 @@ class Worker:
     def __init__(self, name: str, folder: Path, threads: int):
         report.note(f"starting {name} ...")
         began = time.perf_counter()
-        self._process = subprocess.Popen([sys.executable, "-m", "serving.bench.engines", name, str(folder), str(threads)],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "serving.bench.engines", name, str(folder), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
         self.start_s = time.perf_counter() - began
         self.peak_gib = 0.0
@@ -134,7 +134,8 @@ def summary(workers: dict[str, Worker], rates: dict[str, dict[str, list[float]]]
     ratios = {peer: {row: round(median(a / b for a, b in zip(by_name["xllm"], by_name[peer])), 3)
                      for row, by_name in rates.items()} for peer in workers if peer != "xllm"}
     return {
-        "tokens_per_s": {row: {name: round(median(r), 1) for name, r in by_name.items()} for row, by_name in rates.items()},
+        "tokens_per_s": {row: {name: round(median(r), 1) for name, r in by_name.items()}
+                         for row, by_name in rates.items()},
         "ratios": ratios,
         "goals_vs_transformers": GOALS,
         "start_s": {name: round(w.start_s, 2) for name, w in workers.items()},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from backends import cpu_build, get_backend
 from backends.backend import Backend, BackendError
 from backends.cpu_build import load_kernels

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference.kv import cache_shape, keys_BKHP
-from torch import Tensor
-
 from tests.ops.conftest import NAN
 
 EPS = 1e-6

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from backends.cpu_kernels import PanelLinear
 from backends.opset import OpSet
-from torch import Tensor
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 12, 13, 33, 70]
 SIZES = [(33, 7), (100, 64), (31, 530), (1, 1), (129, 1100)]

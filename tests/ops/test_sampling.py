@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from backends.opset import OpSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from backends.opset import OpSet
 
 
 def possible_tokens(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float,
@@ -32,7 +33,7 @@ def possible_tokens(logits: list[float], temperature: float, top_k: int, top_p: 
 
 
 def keep(weights: list[float], top_p: float, min_p: float) -> list[float]:
-    kept = [w if w >= min_p * max(weights) else 0.0 for w in weights]
+    kept = [w if w >= min(min_p, 1.0) * max(weights) else 0.0 for w in weights]
     running, total = 0.0, math.fsum(weights)
     for i in sorted(range(len(kept)), key=lambda i: (-kept[i], i)):
         if running >= top_p * total and top_p < 1 and running > 0:
@@ -115,6 +116,7 @@ def test_frequencies(ops: OpSet) -> None:
     num_draws, logits = 2000, torch.randn(12)
     uniform = (torch.arange(num_draws) + 0.5) / num_draws
     ones = torch.ones(num_draws)
-    tokens = ops.sample(logits.repeat(num_draws, 1), ones, torch.zeros(num_draws, dtype=torch.int64), ones, ones * 0, uniform)
+    unlimited = torch.zeros(num_draws, dtype=torch.int64)
+    tokens = ops.sample(logits.repeat(num_draws, 1), ones, unlimited, ones, ones * 0, uniform)
     frequency = tokens.bincount(minlength=12) / num_draws
     torch.testing.assert_close(frequency, logits.softmax(0), rtol=0, atol=1.1 / num_draws)

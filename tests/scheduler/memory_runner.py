@@ -81,7 +81,8 @@ class MemoryRunner(NullRunner):
         assert len(np.unique(every)) == len(every), "two rows write the same slot"
         for i, row in enumerate(plan.rows_S.tolist()):  # nobody wrote into what another row reads
             stop = self.computed[row] + int(plan.num_tokens_S[i])
-            np.testing.assert_array_equal(self.slots[slots_of[row][:stop]], prefix_digests(np.array(self.tokens[row]))[:stop])
+            digests = prefix_digests(np.array(self.tokens[row]))
+            np.testing.assert_array_equal(self.slots[slots_of[row][:stop]], digests[:stop])
 
     def _with_drafts(self, row: int, drafts: int) -> list[int]:
         """The known tokens, and drafts that are right as far as they will be accepted."""

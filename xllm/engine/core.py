@@ -116,7 +116,7 @@ class EngineCore:
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:
     ids = request.prompt_token_ids
-    if len(ids) and not (0 <= min(ids) and max(ids) < vocab_size):
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
 
 

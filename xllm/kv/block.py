@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import hashlib
 
+from typing import Protocol
+
 import numpy as np
 
 DIGEST_BYTES = 16
 TOKEN_DTYPE = np.dtype("<i4")
 
 
-def root_hasher(block_size: int, cache_salt: str = "") -> hashlib._Hash:
+class Hasher(Protocol):
+    """A running hash state of `hashlib`."""
+
+    def update(self, data: memoryview | bytes, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+    def copy(self) -> Hasher: ...
+
+
+def root_hasher(block_size: int, cache_salt: str = "") -> Hasher:
     """The hash state before the first token. Different salts or block sizes share no digest."""
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"xllm-kv-block")
     salt = cache_salt.encode("utf-8", "surrogatepass")
@@ -26,7 +38,7 @@ def root_hasher(block_size: int, cache_salt: str = "") -> hashlib._Hash:
 
 def token_bytes(token_ids: np.ndarray) -> memoryview:
     """The tokens as the bytes that are hashed: little-endian int32."""
-    return memoryview(np.ascontiguousarray(token_ids, dtype=TOKEN_DTYPE)).cast("B")
+    return np.ascontiguousarray(token_ids, dtype=TOKEN_DTYPE).data.cast("B")
 
 
 def block_digests(token_ids: np.ndarray, block_size: int, cache_salt: str = "") -> list[bytes]:

@@ -6,18 +6,13 @@ back when a row leaves. Letters: R rows, M blocks per row, P tokens per block, B
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from xllm.errors import IntegrityError
-from xllm.kv.block import root_hasher, token_bytes
+from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.eviction import LRU
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
-
-if TYPE_CHECKING:
-    import hashlib
 
 _NO_BLOCKS = np.zeros(0, dtype=np.int32)
 
@@ -35,7 +30,7 @@ class KVManager:
         self.block_table_RM = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int64)
         self.num_committed_R = np.zeros(num_rows, dtype=np.int64)  # full blocks already offered to the index
-        self._hashers: list[hashlib._Hash | None] = [None] * num_rows
+        self._hashers: list[Hasher | None] = [None] * num_rows
         self._parents = [NO_BLOCK] * num_rows  # the cached block that ends the row's committed prefix
         self._replaced: list[tuple[int, int, int]] = []  # (row, place in the table, block) not yet in a plan
 

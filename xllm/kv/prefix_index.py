@@ -5,15 +5,10 @@ Only the tree of cached blocks lives here; who may evict what is the pool's busi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from xllm.errors import IntegrityError
-from xllm.kv.block import root_hasher, token_bytes
-
-if TYPE_CHECKING:
-    import hashlib
+from xllm.kv.block import Hasher, root_hasher, token_bytes
 
 STRIDE_BLOCKS = 64  # how many blocks one look-up skips while everything matches
 NO_BLOCK = -1
@@ -25,7 +20,7 @@ class PrefixMatch:
 
     __slots__ = ("block_ids", "hasher", "tail")
 
-    def __init__(self, block_ids: np.ndarray, hasher: hashlib._Hash):
+    def __init__(self, block_ids: np.ndarray, hasher: Hasher):
         self.block_ids = block_ids
         self.hasher = hasher
         self.tail = NO_BLOCK
