@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
-from xllm.errors import IntegrityError, RequestError
+from xllm.errors import DeviceError, IntegrityError, RequestError
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
-from xllm.step import ScheduleOutput
+from xllm.step import ScheduleOutput, StepOutput
 
 if TYPE_CHECKING:
+    from backends.backend import Backend
     from xllm.models.config import ModelConfig
 
 Progress = Callable[[str, float], None]
@@ -76,12 +78,11 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
         report = progress or (lambda phase, share: None)
-        self.model_path, self.model_config, self.config, runner, num_blocks = _load(config, report)
-        self.runner = runner
-        self.num_blocks = num_blocks
-        scheduler = Scheduler(self.config, num_blocks=num_blocks)
-        overlap = self.config.scheduler.async_scheduling
-        self.loop = StepLoop(scheduler, ThreadExecutor(runner) if overlap else InlineExecutor(runner))
+        executor: Executor = ThreadExecutor() if config.scheduler.async_scheduling else InlineExecutor()
+        loaded = executor.start(lambda: _load(config, report))
+        self.model_path, self.model_config, self.config = loaded.path, loaded.model_config, loaded.config
+        self.num_blocks = loaded.num_blocks
+        self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks), executor)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -120,12 +121,22 @@ def _check_prompt_ids(request: Request, vocab_size: int) -> None:
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
 
 
-def _load(config: EngineConfig, report: Progress) -> tuple:
-    """Backend, checkpoint and runner: (path, model config, resolved config, runner, number of KV blocks)."""
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A runner with what loading found out."""
+
+    path: Path
+    model_config: ModelConfig
+    config: EngineConfig  # resolved
+    num_blocks: int
+    run: Callable[[ScheduleOutput], StepOutput]
+
+
+def _load(config: EngineConfig, report: Progress) -> _Loaded:
+    """Import torch, choose the backend, read the checkpoint, make the runner."""
     report("import", 0.0)
     import torch
 
-    from backends import get_backend
     from xllm.models.config import read_model_config
     from xllm.models.loader import load_model, resolve_model_path
     from xllm.runner.kv_cache import compute_dtype, plan_num_blocks
@@ -133,20 +144,29 @@ def _load(config: EngineConfig, report: Progress) -> tuple:
 
     if config.device.num_threads:
         torch.set_num_threads(config.device.num_threads)
-    backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
-    path: Path = resolve_model_path(config.model.model, config.model.revision)
-    model_config: ModelConfig = read_model_config(path)
+    backend = _open_backend(config)
+    path = resolve_model_path(config.model.model, config.model.revision)
+    model_config = read_model_config(path)
     resolved = config.resolve(model_max_len=model_config.max_model_len, default_block_size=backend.default_block_size)
     dtype = compute_dtype(resolved, backend, model_config)
+    num_blocks = plan_num_blocks(resolved, backend, model_config, dtype)
     report("weights", 0.0)
     model = load_model(path, backend=backend, dtype=dtype, quantization=resolved.model.quantization,
                        max_model_len=resolved.model.max_model_len,
                        progress=lambda done, total: report("weights", done / max(total, 1)))
-    num_blocks = plan_num_blocks(resolved, backend, model_config, dtype)
-    report("warm-up", 0.0)
     runner = ModelRunner(resolved, backend, model, num_blocks)
     report("ready", 1.0)
-    return path, model_config, resolved, runner, num_blocks
+    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, run=runner.run)
+
+
+def _open_backend(config: EngineConfig) -> Backend:
+    from backends import get_backend
+    from backends.backend import BackendError
+
+    try:
+        return get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
+    except BackendError as error:
+        raise DeviceError(str(error)) from error
 
 
 def collect_stats(loop: StepLoop) -> EngineStats:

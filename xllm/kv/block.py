@@ -9,7 +9,6 @@ the boundaries between which nothing differs can be skipped, which makes a long 
 from __future__ import annotations
 
 import hashlib
-
 from typing import Protocol
 
 import numpy as np
