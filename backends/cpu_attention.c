@@ -29,8 +29,13 @@ typedef struct {
 
 EXPORT int64_t xllm_unit_bytes(void) { return sizeof(Unit); }
 EXPORT int64_t xllm_partial_floats(int64_t K, int64_t H) { return K * FEW * (H + 2); }
-EXPORT int64_t xllm_max_units(int64_t T, int64_t S, int64_t max_seq_len, int64_t G) {
-    return S * (2 + max_seq_len / SPLIT) + T / MAX(1, ROWS / G);
+/* How many units xllm_plan makes at most. */
+EXPORT int64_t xllm_max_units(const Step *step) {
+    const int64_t tile = MAX(1, ROWS / (step->num_heads / step->num_kv_heads));
+    int64_t total = 0;
+    for (int64_t s = 0; s < step->num_seqs; s++)
+        total += 2 + step->seq_lens[s] / SPLIT + (step->query_start[s + 1] - step->query_start[s]) / tile;
+    return total;
 }
 
 static int dearer_first(const void *a, const void *b) {
@@ -45,7 +50,7 @@ EXPORT void xllm_plan(Step *step) {
     int64_t n = 0, partials = 0, total = 0;
     for (int32_t s = 0; s < step->num_seqs; s++) {
         const int32_t length = step->seq_lens[s], num_queries = step->query_start[s + 1] - step->query_start[s];
-        if (num_queries * G <= FEW && length > SPLIT) {
+        if (num_queries > 0 && num_queries * G <= FEW && length > SPLIT) {
             const int32_t num_parts = (length + SPLIT - 1) / SPLIT;
             for (int32_t p = 0; p < num_parts; p++)
                 step->units[n++] = (Unit){s, 0, num_queries, p, num_parts, (int32_t)partials++,

@@ -53,7 +53,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_qkv_rope_write": (None, [c_void_p] * 9 + [c_float] + [c_int64] * 5 + [c_int]),
     "xllm_unit_bytes": (c_int64, []),
     "xllm_partial_floats": (c_int64, [c_int64, c_int64]),
-    "xllm_max_units": (c_int64, [c_int64] * 4),
+    "xllm_max_units": (c_int64, [POINTER(Step)]),
     "xllm_plan": (None, [POINTER(Step)]),
     "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int]),
     "xllm_panel": (c_int64, []),
@@ -69,7 +69,6 @@ class StepPlan:
     """A step's work units for the kernel, and the tensors whose addresses it holds."""
 
     step: Step
-    reference: Any
     owned: tuple[Tensor, ...]
 
 
@@ -191,22 +190,21 @@ class Kernels:
         return q_TNH
 
     def plan(self, meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
-        group = num_heads // num_kv_heads
-        if group > MAX_GROUP:
+        if num_heads // num_kv_heads > MAX_GROUP:
             return None
         tables = (meta.query_start_S1, meta.seq_lens_S, meta.block_table_SM)
         assert all(t.dtype is torch.int32 for t in tables) and meta.block_table_SM.stride(1) == 1
         num_seqs = len(meta.seq_lens_S)
-        max_units = self.max_units_c(meta.num_tokens, num_seqs, meta.max_seq_len, group)
-        units = torch.empty(max_units * self.unit_bytes, dtype=torch.uint8)
         step = Step(
             *(t.data_ptr() for t in tables), meta.block_table_SM.stride(0), num_seqs, meta.block_size,
-            num_heads, num_kv_heads, head_dim, units.data_ptr(),
+            num_heads, num_kv_heads, head_dim,
         )  # fmt: skip
+        units = torch.empty(self.max_units_c(step) * self.unit_bytes, dtype=torch.uint8)
+        step.units = units.data_ptr()
         self.plan_c(step)
         partials = torch.empty(step.num_partials * self.partial_floats_c(num_kv_heads, head_dim), dtype=FP32)
         step.partials = partials.data_ptr()
-        return StepPlan(step, None, (*tables, units, partials))
+        return StepPlan(step, (*tables, units, partials))
 
     def attention(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -35,8 +36,13 @@ def ops(request: pytest.FixtureRequest, op_sets: dict[str, OpSet]) -> OpSet:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed_and_poison() -> Iterator[None]:
+    """A fixed seed, and NaN in all memory that `torch.empty` returns: an unwritten output shows."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # with this torch fills uninitialised memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(kw_only=True)
@@ -91,14 +97,14 @@ class Paged:
         return ops.attention(q_TNH, self.k_cache, self.v_cache, self.meta, scale=scale, sliding_window=window)
 
     def truth(self, q_TNH: Tensor, window: int | None = None) -> Tensor:
-        """The same in float64, one query at a time, from `keys` and `values`."""
+        """The same in float64, from `keys` and `values`."""
         rows, t, group = [], 0, self.num_heads // self.num_kv_heads
         for keys, values, length, query_len in zip(self.keys, self.values, self.seq_lens, self.query_lens):
-            for position in range(length - query_len, length):
-                first = 0 if window is None else max(0, position + 1 - window)
-                k = keys[first : position + 1].double().repeat_interleave(group, dim=1)
-                v = values[first : position + 1].double().repeat_interleave(group, dim=1)
-                weights = (torch.einsum("nh,cnh->nc", q_TNH[t].double(), k) * self.head_dim**-0.5).softmax(-1)
-                rows.append(torch.einsum("nc,cnh->nh", weights, v).flatten())
-                t += 1
-        return torch.stack(rows)
+            age = torch.arange(length - query_len, length)[:, None] - torch.arange(length)
+            seen = (age >= 0) & (age < (window or length))
+            q = q_TNH[t : t + query_len].double() * self.head_dim**-0.5
+            k, v = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
+            weights = torch.einsum("qnh,cnh->nqc", q, k).masked_fill(~seen, float("-inf")).softmax(-1)
+            rows.append(torch.einsum("nqc,cnh->qnh", weights, v).flatten(1))
+            t += query_len
+        return torch.cat(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 import stat
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def build(cache_dir: Path) -> bool:
 
 
 def test_concurrent_builds_publish_one_library(tmp_path: Path) -> None:
-    if not build(tmp_path / "probe"):
+    if not any(map(shutil.which, cpu_build.COMPILERS)):
         pytest.skip("no C compiler here")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(build, [tmp_path / "cache"] * 2) == [True, True]
@@ -107,7 +108,7 @@ def test_without_a_working_compiler(
 def test_a_failing_compilation_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not build(tmp_path / "probe"):
+    if not any(map(shutil.which, cpu_build.COMPILERS)):
         pytest.skip("no C compiler here")
     (tmp_path / "broken.c").write_text("int broken(void) { return nonsense; }\n")
     monkeypatch.setattr(cpu_build, "SOURCE_FOLDER", tmp_path)

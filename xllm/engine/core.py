@@ -16,11 +16,12 @@ from xllm.errors import DeviceError, IntegrityError, RequestError
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
-from xllm.step import ScheduleOutput, StepOutput
+from xllm.step import ScheduleOutput
 
 if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.models.config import ModelConfig
+    from xllm.runner.model_runner import ModelRunner
 
 Progress = Callable[[str, float], None]
 
@@ -79,7 +80,12 @@ class EngineCore:
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
         report = progress or (lambda phase, share: None)
         executor: Executor = ThreadExecutor() if config.scheduler.async_scheduling else InlineExecutor()
-        loaded = executor.start(lambda: _load(config, report))
+        try:
+            loaded = executor.call(lambda: _load(config, report))
+        except BaseException:
+            executor.shutdown()
+            raise
+        executor.runner = self.runner = loaded.runner
         self.model_path, self.model_config, self.config = loaded.path, loaded.model_config, loaded.config
         self.num_blocks = loaded.num_blocks
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks), executor)
@@ -129,7 +135,7 @@ class _Loaded:
     model_config: ModelConfig
     config: EngineConfig  # resolved
     num_blocks: int
-    run: Callable[[ScheduleOutput], StepOutput]
+    runner: ModelRunner
 
 
 def _load(config: EngineConfig, report: Progress) -> _Loaded:
@@ -156,7 +162,7 @@ def _load(config: EngineConfig, report: Progress) -> _Loaded:
                        progress=lambda done, total: report("weights", done / max(total, 1)))
     runner = ModelRunner(resolved, backend, model, num_blocks)
     report("ready", 1.0)
-    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, run=runner.run)
+    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, runner=runner)
 
 
 def _open_backend(config: EngineConfig) -> Backend:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from xllm.step import ScheduleOutput, StepOutput
 
 
-R = TypeVar("R", bound="Runner")
+R = TypeVar("R")
 
 
 class Runner(Protocol):
@@ -24,8 +24,10 @@ class Executor(Protocol):
 
     depth: int  # how many steps may be in flight while the next is scheduled
 
-    def start(self, make_runner: Callable[[], R]) -> R:
-        """Make the runner in the thread that will run the steps, and return it. Raises what that raises."""
+    runner: Runner | None  # set before the first step
+
+    def call(self, load: Callable[[], R]) -> R:
+        """Call something in the thread that will run the steps. Raises what it raises."""
         ...
 
     def submit(self, plan: ScheduleOutput) -> None: ...
@@ -43,16 +45,15 @@ class InlineExecutor:
     depth = 0
 
     def __init__(self) -> None:
-        self._runner: Runner | None = None
+        self.runner: Runner | None = None
         self._results: deque[StepOutput] = deque()
 
-    def start(self, make_runner: Callable[[], R]) -> R:
-        self._runner = runner = make_runner()
-        return runner
+    def call(self, load: Callable[[], R]) -> R:
+        return load()
 
     def submit(self, plan: ScheduleOutput) -> None:
-        assert self._runner is not None, "start() first"
-        self._results.append(self._runner.run(plan))
+        assert self.runner is not None
+        self._results.append(self.runner.run(plan))
 
     def result(self) -> StepOutput:
         return self._results.popleft()
@@ -64,7 +65,7 @@ class InlineExecutor:
 class ThreadExecutor:
     """One step ahead: the runner works in its own thread.
 
-    The model is loaded in that thread as well. OpenMP keeps a pool of workers for each thread that
+    The model is to be loaded in that thread as well (`call`). OpenMP keeps a pool of workers for each thread that
     ever computed, and with two pools on the same cores its workers stop spinning between operators:
     measured, a decode step then takes half as long again.
     """
@@ -72,21 +73,16 @@ class ThreadExecutor:
     depth = 1
 
     def __init__(self) -> None:
-        self._runner: Runner | None = None
+        self.runner: Runner | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-runner")
         self._futures: deque[Future[StepOutput]] = deque()
 
-    def start(self, make_runner: Callable[[], R]) -> R:
-        try:
-            self._runner = runner = self._pool.submit(make_runner).result()
-        except BaseException:
-            self.shutdown()
-            raise
-        return runner
+    def call(self, load: Callable[[], R]) -> R:
+        return self._pool.submit(load).result()
 
     def submit(self, plan: ScheduleOutput) -> None:
-        assert self._runner is not None, "start() first"
-        self._futures.append(self._pool.submit(self._runner.run, plan))
+        assert self.runner is not None
+        self._futures.append(self._pool.submit(self.runner.run, plan))
 
     def result(self) -> StepOutput:
         return self._futures.popleft().result()
