@@ -53,7 +53,7 @@ async def test_streams_equal_llm(engine, llm):
     for outputs in (cumulative, deltas, final):
         assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
     assert len(final) == 1
-    assert len(cumulative) > 3
+    assert len(cumulative) > 1  # a slow reader gets several tokens at once
     for before, after in itertools.pairwise(cumulative):
         assert after.outputs[0].text.startswith(before.outputs[0].text)
 

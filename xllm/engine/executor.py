@@ -9,7 +9,6 @@ from typing import Protocol, TypeVar
 
 from xllm.step import ScheduleOutput, StepOutput
 
-
 R = TypeVar("R")
 
 
