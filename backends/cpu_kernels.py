@@ -228,7 +228,7 @@ class Kernels:
     def argmax(self, logits_SV: Tensor) -> Tensor:
         if logits_SV.dtype is not FP32:
             return sampling.argmax(logits_SV)
-        num_rows, vocab_size = logits_SV.shape
+        logits_SV, num_rows, vocab_size = logits_SV.contiguous(), *logits_SV.shape
         ids_S = torch.empty(num_rows, dtype=torch.int64)
         self.argmax_c(logits_SV.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, torch.get_num_threads())
         return ids_S
@@ -237,7 +237,7 @@ class Kernels:
         self, logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor,
         uniform_S: Tensor,
     ) -> Tensor:  # fmt: skip
-        logits_SV, num_rows, vocab_size = logits_SV.float(), *logits_SV.shape
+        logits_SV, num_rows, vocab_size = logits_SV.float().contiguous(), *logits_SV.shape
         temperature_S, top_p_S, min_p_S = temperature_S.float(), top_p_S.float(), min_p_S.float()
         top_k_S, uniform_S = top_k_S.long(), uniform_S.double()
         ids_S = torch.empty(num_rows, dtype=torch.int64)

@@ -37,12 +37,15 @@ def ops(request: pytest.FixtureRequest, op_sets: dict[str, OpSet]) -> OpSet:
 
 @pytest.fixture(autouse=True)
 def seed_and_poison() -> Iterator[None]:
-    """A fixed seed, and NaN in all memory that `torch.empty` returns: an unwritten output shows."""
+    """A fixed seed, one thread, and NaN in all memory that `torch.empty` returns: an unwritten output shows."""
+    num_threads = torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # idle threads that spin between tiny operators would take most of the time
     torch.use_deterministic_algorithms(True)  # with this torch fills uninitialised memory
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(num_threads)
 
 
 @dataclass(kw_only=True)

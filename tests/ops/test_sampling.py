@@ -85,6 +85,15 @@ def test_argmax_takes_the_first_of_equals(ops: OpSet, vocab_size: int) -> None:
     assert ops.argmax(logits).tolist() == [vocab_size // 2] * 5
 
 
+def test_logits_may_be_a_view(ops: OpSet) -> None:
+    wide = torch.randn(7, 9000)
+    view, ones = wide[:, 11:8011], torch.ones(7)
+    no_limit = torch.zeros(7, dtype=torch.int64)
+    assert torch.equal(ops.argmax(view), ops.argmax(view.contiguous()))
+    drawn = ops.sample(view.clone(), ones, no_limit, ones, ones * 0, ones / 3)
+    assert torch.equal(ops.sample(view, ones, no_limit, ones, ones * 0, ones / 3), drawn)
+
+
 def test_argmax_of_infinities(ops: OpSet) -> None:
     lowest = torch.full((1, 40), float("-inf"))
     assert 0 <= ops.argmax(lowest).item() < 40
