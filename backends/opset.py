@@ -145,6 +145,10 @@ class Sample(Protocol):
         ...
 
 
+# Not in every step: a backend may well take these from the reference.
+COLD_OPS = frozenset({"pack_linear", "copy_blocks"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpSet:
     """The operators of one backend. Ops know no request and no layer."""

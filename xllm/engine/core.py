@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
-from xllm.errors import DeviceError, IntegrityError, RequestError
+from xllm.errors import ConfigError, DeviceError, IntegrityError, RequestError
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.models.config import ModelConfig
     from xllm.runner.model_runner import ModelRunner
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
@@ -170,9 +173,25 @@ def _open_backend(config: EngineConfig) -> Backend:
     from backends.backend import BackendError
 
     try:
-        return get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
+        backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
     except BackendError as error:
         raise DeviceError(str(error)) from error
+    _check_ops(backend, config.device.strict_ops)
+    return backend
+
+
+def _check_ops(backend: Backend, strict: bool | None) -> None:
+    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`)."""
+    from backends.opset import COLD_OPS
+    from backends.reference import REFERENCE
+
+    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
+    if not slow:
+        return
+    message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
+    if strict or (strict is None and backend.name != "cpu"):
+        raise ConfigError(f"{message}. --no-strict-ops allows it")
+    _log.warning(message)
 
 
 def collect_stats(loop: StepLoop) -> EngineStats:
