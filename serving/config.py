@@ -20,7 +20,7 @@ class HttpSettings:
     generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
                                     "generation_config.json), vllm (none), or a folder")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
-    health_timeout: float = option(10.0, "seconds without progress after which /health reports failure")
+    health_timeout: float = option(9.0, "seconds without progress after which /health reports failure")
     uvicorn_log_level: str = option("warning", "log level of the HTTP server; info: one line per request",
                                     choices=LOG_LEVELS)
 
