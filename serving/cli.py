@@ -109,9 +109,12 @@ def _bench(args: list[str]) -> int:
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
     try:
         return int(importlib.import_module(f"serving.bench.{args[0]}").main(args[1:]))
-    except XllmError as error:
+    except (XllmError, OSError) as error:
         print(f"xllm: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 _COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "doctor": _doctor}

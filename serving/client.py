@@ -119,8 +119,8 @@ class EngineClient:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         stream = Stream(self, requests)
         self._streams.update((request.request_id, stream) for request in requests)
-        self._send(protocol.Submit(list(requests)))
         try:
+            self._send(protocol.Submit(list(requests)))
             await stream.admitted()
         except BaseException:
             stream.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 SERVING_PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq", "prometheus-client")
+NOT_BUILT = "this version has no operators for it yet and runs on the CPU"
 CANN_FOLDERS = (Path("/usr/local/Ascend/ascend-toolkit"), Path("/usr/local/Ascend/cann"))
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
@@ -95,8 +96,7 @@ def _cuda() -> Iterator[Finding]:
     if not driver:
         yield Finding(HINT, "cuda", "no NVIDIA driver here; nothing to do unless this machine has such a GPU")
         return
-    yield Finding(OK, "cuda", "NVIDIA driver found")
-    yield _package("triton")
+    yield Finding(HINT, "cuda", f"NVIDIA driver found; {NOT_BUILT}")
 
 
 def _npu() -> Iterator[Finding]:
@@ -104,7 +104,7 @@ def _npu() -> Iterator[Finding]:
     if not card:
         yield Finding(HINT, "npu", "no Ascend device here; nothing to do unless this machine has one")
         return
-    yield Finding(OK, "npu", "Ascend device found")
+    yield Finding(HINT, "npu", f"Ascend device found; {NOT_BUILT}")
     cann = next((path for path in CANN_FOLDERS if path.exists()), None)
     yield (Finding(OK, "CANN", str(cann)) if cann else
            Finding(MISSING, "CANN", "install the CANN toolkit and source its set_env.sh"))

@@ -28,19 +28,33 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
         self.booleans: set[str] = set()
+        self._given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
-        parsed, rest = super().parse_known_args(self._normalise(given), namespace)
-        unknown = [word for word in rest if word.startswith("--")]
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            self.error(f"unknown flag {name}{nearest(name, known)}")
+        self._given = self._normalise(given)
+        parsed, rest = super().parse_known_args(self._given, namespace)
+        if any(word.startswith("--") for word in rest):
+            self.error("unknown flag")
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
+        """An unknown flag is said before what it led to, such as a required one that is missing."""
+        name = self._unknown_flag()
+        if name is not None:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            message = f"unknown flag {name}{nearest(name, known)}"
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _unknown_flag(self) -> str | None:
+        for word in self._given:
+            # After the command's name the flags are for its own parser.
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                return None
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                return name
+        return None
 
     def _normalise(self, args: Sequence[str]) -> list[str]:
         out: list[str] = []

@@ -16,7 +16,7 @@ from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Requests of one HTTP call; each is answered by `Accepted` or `Rejected`, in order."""
+    """Requests of one HTTP call; one `Admissions` answers for all of them."""
 
     requests: list[Request]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -22,6 +24,7 @@ from serving.state import ServerState, read_sampling_defaults
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
 
+logger = logging.getLogger("xllm.serve")
 POLL_S = 0.05
 ABORT_GRACE_S = 1.0
 
@@ -105,8 +108,10 @@ class _Server:
             self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config, path)
             if not self._engine_config.model.skip_tokenizer_init:
                 self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, self._engine_config, path)
-        except XllmError as error:
-            _say(f"error: {error}", error=True)
+        except Exception as error:  # whatever it was: a server that loads for ever would be worse
+            if not isinstance(error, XllmError):
+                logger.exception("loading failed")
+            _say(f"error: {str(error) or type(error).__name__}", error=True)
             self._code = 1
             self._stop.set()
             return
@@ -136,7 +141,8 @@ class _Server:
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
         path = "chat/completions" if "messages" in body else "completions"
-        _say(f"try it:\n  curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'")
+        _say(f"try it:\n  curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
+             f"-d {shlex.quote(body)}")
 
     def _example_prompt(self) -> dict[str, object]:
         tokenizer = self._state.tokenizer

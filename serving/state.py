@@ -97,6 +97,8 @@ def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a JSON object")
     defaults = {name: content[name] for name in SAMPLING_DEFAULTS if content.get(name) is not None}
     if content.get("max_new_tokens") is not None:
         defaults["max_tokens"] = content["max_new_tokens"]

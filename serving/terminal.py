@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.state import read_sampling_defaults
 from xllm.config import EngineConfig
-from xllm.errors import EngineDeadError, RequestError
+from xllm.errors import ConfigError, EngineDeadError, RequestError
 
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM
@@ -52,6 +53,8 @@ async def _generate_all(llm: AsyncLLM, prompts: list[str], sampling: SamplingPar
             num_tokens += len(output.outputs[0].token_ids)
             print(output.outputs[0].text, end="", flush=True)
             if output.finished:
+                if output.outputs[0].finish_reason == "error":
+                    raise RequestError(f"generation failed: {output.outputs[0].error or 'unknown reason'}")
                 break
         print()
     await asyncio.gather(*tasks)
@@ -100,11 +103,14 @@ def _converse(ask: Ask, system: str | None) -> int:
         elif line:
             messages.append({"role": "user", "content": line})
             answer = _print_answer(ask, messages)
-            messages.append({"role": "assistant", "content": answer})
+            if answer is None:
+                messages.pop()  # a message that was refused would be refused again with the next one
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
-def _print_answer(ask: Ask, messages: list[Message]) -> str:
-    """Print an answer as it comes; Ctrl-C ends it early. Returns its text."""
+def _print_answer(ask: Ask, messages: list[Message]) -> str | None:
+    """Print an answer as it comes; Ctrl-C ends it early. Returns its text, None if it failed."""
     pieces: list[str] = []
     answer = ask(messages)
     try:
@@ -114,7 +120,8 @@ def _print_answer(ask: Ask, messages: list[Message]) -> str:
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except RequestError as error:
-        print(f"[{error}]", end="")
+        print(f"[{error}]")
+        return None
     finally:
         answer.close()  # type: ignore[attr-defined]
     print()
@@ -127,13 +134,24 @@ def _local(llm: AsyncLLM, sampling: SamplingParams, loop: asyncio.AbstractEventL
             raise RequestError("chat needs a tokenizer")
         prompt_ids = llm.tokenizer.encode_chat(messages)
         outputs: Any = llm.generate(prompt_ids, sampling, output_kind="delta")
+        waiting: asyncio.Task[Any] | None = None
         try:
-            while (output := loop.run_until_complete(anext(outputs, None))) is not None:
+            while True:
+                waiting = loop.create_task(_next_or_none(outputs))
+                if (output := loop.run_until_complete(waiting)) is None:
+                    break
                 yield output.outputs[0].text
         finally:
+            if waiting is not None and not waiting.done():  # Ctrl-C left the loop in the middle of it
+                waiting.cancel()
+                loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
             loop.run_until_complete(outputs.aclose())
 
     return ask
+
+
+async def _next_or_none(outputs: AsyncIterator[RequestOutput]) -> RequestOutput | None:
+    return await anext(outputs, None)
 
 
 def _remote(flags: argparse.Namespace) -> Ask:
@@ -145,7 +163,10 @@ def _remote(flags: argparse.Namespace) -> Ask:
 
     def ask(messages: list[Message]) -> Iterator[str]:
         body = {"messages": messages, **{name: value for name, value in wishes.items() if value is not None}}
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        except ValueError as error:
+            raise ConfigError(f"url: {error}") from None
         try:
             with urllib.request.urlopen(request) as response:
                 yield from _read_events(response)
@@ -153,6 +174,8 @@ def _remote(flags: argparse.Namespace) -> Ask:
             raise RequestError(_message_of(error.read(), f"HTTP {error.code}")) from None
         except urllib.error.URLError as error:
             raise EngineDeadError(f"no answer from {url}: {error.reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineDeadError(f"{url} stopped answering: {error or type(error).__name__}") from None
 
     return ask
 

@@ -6,6 +6,7 @@ Everything that can be wrong with a request and is known without the queue is fo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ class InputProcessor:
         known_eos = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *known_eos)))
         self._serial = itertools.count()
+        # One list of bad words serves all prompts of a call, and often all calls of a client.
+        self._token_ids_of_words = functools.lru_cache(maxsize=8)(self._encode_words)
 
     def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "") -> ProcessedInput:
@@ -114,16 +117,17 @@ class InputProcessor:
                 raise RequestError("stop needs detokenize=True", field="stop")
         if not sampling.bad_words:
             return sampling
-        tokenizer = self._needs_tokenizer("bad_words", "a bad word")
-        found = dict.fromkeys(sampling.bad_words_token_ids)
-        for word in sampling.bad_words:
-            # At the beginning of a text and in the middle of it, where a blank often is part of the token.
-            for text in (word.lstrip(" "), " " + word.lstrip(" ")):
-                if ids := tokenizer.encode(text, add_special_tokens=False, field="bad_words"):
-                    found[tuple(ids)] = None
+        found = dict.fromkeys((*sampling.bad_words_token_ids, *self._token_ids_of_words(sampling.bad_words)))
         if len(found) > MAX_BAD_WORDS:
             raise RequestError(f"bad_words: more than {MAX_BAD_WORDS} token sequences", field="bad_words")
         return dataclasses.replace(sampling, bad_words_token_ids=tuple(found))
+
+    def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        tokenizer = self._needs_tokenizer("bad_words", "a bad word")
+        # At the beginning of a text and in the middle of it, where a blank often is part of the token.
+        texts = [text for word in words for text in (word.lstrip(" "), " " + word.lstrip(" "))]
+        encoded = (tuple(tokenizer.encode(text, add_special_tokens=False, field="bad_words")) for text in texts)
+        return tuple(ids for ids in encoded if ids)
 
     def _engine_ids(self, request_id: str, n: int) -> list[str]:
         """Ids that the engine never sees twice, even when a user's id is used again."""

@@ -40,6 +40,7 @@ class LLM:
         config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
+        self.model_config = self._core.model_config
         self._tokenizer = load_engine_tokenizer(self._core)
         self._inputs = input_processor(self._core, self._tokenizer)
         self._outputs = OutputProcessor(self._tokenizer)

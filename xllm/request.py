@@ -7,7 +7,6 @@ Nothing here knows text: tokenising happens before a `Request` is made, detokeni
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -152,8 +151,7 @@ def _in_range(p: SamplingParams, name: str, low: float, high: float, *,
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise RequestError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}", field=name)
-    ok = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
-    if not ok:
+    if not ((low < value if low_open else low <= value) and value <= high):  # refuses NaN and infinities as well
         raise RequestError(f"{name} must be in {'(' if low_open else '['}{low}, {high}], got {value}", field=name)
 
 

@@ -82,7 +82,8 @@ class StepOutput:
     token_ids_SR int32: those tokens, padded with -1. num_drafts_S int32: drafts proposed.
     logprobs / prompt_logprobs: by position in rows_S, for the rows that asked. prompt_logprobs come
     per chunk: one entry for each computed prompt token but the first, predicting the next one.
-    failed: positions whose logits were not finite, with the reason; their requests end in ERROR.
+    failed: positions where a place had no token to draw, with the reason: after the tokens before it, if none of
+    them ends the request, it ends in ERROR.
     """
 
     step: int

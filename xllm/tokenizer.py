@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_LONG_TEXT_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -55,6 +56,8 @@ class Tokenizer:
             RequestError: `text` holds a lone surrogate, which is no Unicode text.
         """
         try:
+            if len(text) > _LONG_TEXT_CHARS:  # unlike `encode` this lets other threads run meanwhile
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # all that the Rust side says of a string that is not Unicode
             raise RequestError(_why_no_text(text, field), field=field) from None
@@ -245,9 +248,9 @@ def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Template files win over the entry in tokenizer_config.json, which is one text or a list of named ones."""
     found: dict[str, str] = {}
     if (path / "chat_template.jinja").is_file():
-        found["default"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        found["default"] = _read_template(path / "chat_template.jinja")
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        found[file.stem] = _read_template(file)
     if found:
         return found
     entry = config.get("chat_template")
@@ -256,3 +259,10 @@ def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(entry, list):
         return {t["name"]: t["template"] for t in entry if isinstance(t, dict) and {"name", "template"} <= t.keys()}
     return {}
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not valid UTF-8: {error}") from None

@@ -19,6 +19,8 @@ from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody, parse
 from serving.state import ServerState
+from xllm.errors import ModelError
+from xllm.request import MAX_LOGPROBS
 
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
@@ -152,7 +154,10 @@ async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, message
                                      continue_final_message=body.continue_final_message, **extra)
         return tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
 
-    return await asyncio.to_thread(encode)
+    try:
+        return await asyncio.to_thread(encode)
+    except ModelError as error:  # no template, or none that compiles
+        raise invalid(str(error), "messages") from None
 
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
@@ -171,8 +176,8 @@ def _check(body: ChatBody) -> None:
         raise invalid("echo is not supported for chats", "echo")
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs", "top_logprobs")
-    if body.top_logprobs is not None and body.top_logprobs < 0:
-        raise invalid("top_logprobs must not be negative", "top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        raise invalid(f"top_logprobs must be in 0 to {MAX_LOGPROBS}", "top_logprobs")
     if body.stream_options and not body.stream:
         raise invalid("stream_options needs stream", "stream_options")
 
@@ -196,11 +201,11 @@ def router(state: ServerState) -> APIRouter:
         sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs)
         call = ChatCall(state, body, params.call_id(body, "chatcmpl", request.headers.get("x-request-id")), prompt_ids,
                         n, body.model or state.served_names[0])
-        requests = params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
+        requests = await params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests))
         if body.stream:
-            return EventStream(call.events(generation))
+            return EventStream(call.events(generation), generation.close)
         await until_disconnect(request.receive, generation.run())
         return json_response(call.response(generation))
 

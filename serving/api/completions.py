@@ -21,8 +21,6 @@ from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
 from xllm.request import SamplingParams, TokenLogprobs
 
-LONG_TEXT_CHARS = 4096  # tokenising more than this is worth a thread
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -166,7 +164,7 @@ async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Promp
     def encode() -> list[Prompt]:
         return [Prompt(tokenizer.encode(text, add_special_tokens=add_special), text) for text in texts]
 
-    long = sum(map(len, texts)) > LONG_TEXT_CHARS
+    long = sum(map(len, texts)) > params.LONG_TEXT_CHARS
     return await asyncio.to_thread(encode) if long else encode()
 
 
@@ -186,11 +184,12 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("stream_options needs stream", "stream_options")
         call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
                               n, body.model or state.served_names[0])
-        requests = params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], call.samplings())
+        requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts],
+                                                call.samplings())
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests))
         if body.stream:
-            return EventStream(call.events(generation))
+            return EventStream(call.events(generation), generation.close)
         await until_disconnect(request.receive, generation.run())
         choices = [call.choice_json(choice) for choice in generation.choices]
         return json_response({**call.envelope(choices), "usage": call.usage(generation)})

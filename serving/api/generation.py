@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from serving.api.errors import ApiError, unavailable
 from serving.state import ServerState
-from serving.stream import Stream
+from serving.stream import EngineBusyError, Stream
 from xllm.detokenizer import Detokenizer
 from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
 
@@ -90,21 +90,30 @@ class Generation:
                         for index, request in enumerate(requests)]
         self._by_id = {choice.request.request_id: choice for choice in self.choices}
         self._stream = stream
+        self._closed = False
 
     @classmethod
     async def start(cls, state: ServerState, requests: Sequence[Request]) -> Generation:
         """Submit the requests; the caller runs `pieces` or `close`. Raises RequestError or EngineDeadError."""
-        stream = await state.engine.submit(requests)
+        try:
+            stream = await state.engine.submit(requests)
+        except EngineBusyError:
+            state.metrics.admission_rejections += 1
+            raise
         state.num_open += 1
         return cls(state, requests, stream)
 
     def close(self) -> None:
-        """Abort what is still running. To be called exactly once."""
+        """Abort what is still running. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._stream.close()
         self.state.num_open -= 1
         for choice in self.choices:
             if choice.finish_reason in (None, "error"):  # the good ends are counted as they come
                 self.state.metrics.request_success[choice.finish_reason or "abort"] += 1
+        self.state.metrics.request_max_num_generation_tokens.observe(max(len(c.token_ids) for c in self.choices))
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """New pieces as they come, until every choice has its finish reason. Raises ApiError or EngineDeadError."""
@@ -151,6 +160,8 @@ class Generation:
         metrics.request_generation_tokens.observe(num_tokens)
         metrics.request_params_max_tokens.observe(request.sampling.max_tokens or 0)
         metrics.request_num_preemptions.observe(choice.num_preemptions)
+        if choice.first_token_s is not None:
+            metrics.request_decode_time_seconds.observe(now - choice.first_token_s)
         if num_tokens > 1 and choice.first_token_s is not None:
             metrics.request_time_per_output_token_seconds.observe((now - choice.first_token_s) / (num_tokens - 1))
 

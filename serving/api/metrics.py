@@ -60,18 +60,27 @@ class RequestMetrics:
         self.time_to_first_token_seconds = Histogram("Arrival to first token", LONG_S)
         self.inter_token_latency_seconds = Histogram("Between two tokens of a request", SHORT_S)
         self.request_time_per_output_token_seconds = Histogram("Mean time per output token of a request", SHORT_S)
+        self.request_decode_time_seconds = Histogram("First token to last token", LONG_S)
         self.e2e_request_latency_seconds = Histogram("Arrival to last token", LONG_S)
         self.request_prompt_tokens = Histogram("Prompt length", TOKENS)
         self.request_generation_tokens = Histogram("Output length", TOKENS)
+        self.request_max_num_generation_tokens = Histogram("Longest output of a call", TOKENS)
         self.request_params_max_tokens = Histogram("max_tokens as asked for", TOKENS)
         self.request_params_n = Histogram("n as asked for", COUNTS)
         self.request_num_preemptions = Histogram("Preemptions of a request", (0.0, *COUNTS))
+        self.admission_rejections = 0  # calls that found the queue full
         self.request_success: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
 
     def families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
         for name, value in vars(self).items():
             if isinstance(value, Histogram):
                 yield value.family(f"{prefix}:{name}", labels)
+        # Its older name, which dashboards still ask for.
+        yield self.inter_token_latency_seconds.family(f"{prefix}:time_per_output_token_seconds", labels)
+        rejections = CounterMetricFamily(f"{prefix}:admission_rejections", "Calls that were turned away",
+                                         labels=(*LABELS, "reason"))
+        rejections.add_metric((*labels, "queue_full"), self.admission_rejections)
+        yield rejections
         family = CounterMetricFamily(f"{prefix}:request_success", "Finished requests",
                                      labels=(*LABELS, "finished_reason"))
         for reason, count in self.request_success.items():
@@ -120,10 +129,23 @@ class ServerCollector:
             gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             gauge.add_metric(labels, value)
             yield gauge
+        waiting = GaugeMetricFamily(f"{prefix}:num_requests_waiting_by_reason", "Sequences in the queue, by why",
+                                    labels=(*LABELS, "reason"))
+        waiting.add_metric((*labels, "capacity"), s.num_waiting)
+        waiting.add_metric((*labels, "deferred"), 0)  # nothing here waits for anything but room
+        yield waiting
         for name, (value, text) in counters.items():
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             counter.add_metric(labels, value)
             yield counter
+        if (ready := self._state.engine.ready) is not None:
+            cache = ready.config.cache
+            facts = {"block_size": str(cache.block_size), "num_gpu_blocks": str(ready.num_blocks),
+                     "enable_prefix_caching": str(cache.enable_prefix_caching)}
+            info = GaugeMetricFamily(f"{prefix}:cache_config_info", "The KV cache's settings, as labels",
+                                     labels=(*LABELS, *facts))
+            info.add_metric((*labels, *facts.values()), 1)
+            yield info
 
 
 def router(state: ServerState) -> APIRouter:

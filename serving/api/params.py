@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from serving.state import ServerState
 from xllm.request import Request, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
+LONG_TEXT_CHARS = 4096  # tokenising more than this is worth a thread
 _PASSED_ON = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "min_tokens", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
@@ -80,9 +82,16 @@ def call_id(body: GenerationBody, prefix: str, header: str | None) -> str:
     return given if given.startswith(prefix + "-") else f"{prefix}-{given}"
 
 
-def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                    samplings: Sequence[SamplingParams]) -> list[Request]:
+async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
+                          samplings: Sequence[SamplingParams]) -> list[Request]:
     """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
+    if sum(map(len, body.bad_words or ())) > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(_engine_requests, state, body, call, prompts, samplings)
+    return _engine_requests(state, body, call, prompts, samplings)
+
+
+def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
+                     samplings: Sequence[SamplingParams]) -> list[Request]:
     if abs(body.priority) > MAX_PRIORITY:
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -53,15 +53,16 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Sends the events of a generator and closes it when the client leaves.
 
-    An exception of the generator becomes an error event; `[DONE]` always ends the stream.
+    An exception of the generator becomes an error event; `[DONE]` always ends the stream. on_end: called when all
+    is over; a generator that was never begun does not run its `finally`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -69,6 +70,7 @@ class EventStream(Response):
         except ClientGone:
             pass
         finally:
+            self._on_end()
             await self._events.aclose()
 
     async def _pump(self, send: Send) -> None:

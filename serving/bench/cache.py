@@ -14,32 +14,41 @@ import numpy as np
 from tqdm import tqdm
 
 from serving.bench import report
+from serving.flags import FlagParser, parse_int
+from xllm.errors import ConfigError
 from xllm.kv.manager import KVManager
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xllm bench cache", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench cache", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="JSON lines with hash_ids")
-    parser.add_argument("--capacities", default="1000,3000,10000,30000", help="cache sizes in blocks")
+    parser.add_argument("--capacities", type=_sizes, default="1000,3000,10000,30000", help="cache sizes in blocks")
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
     requests = read_trace(args.trace)
-    capacities = [int(c) for c in args.capacities.split(",")]
-    rates = {str(c): round(100 * hit_rate(requests, c), 2) for c in capacities}
+    rates = {str(c): round(100 * hit_rate(requests, c), 2) for c in args.capacities}
     report.write({"trace": args.trace.name, "requests": len(requests), "blocks": sum(map(len, requests)),
                   "hit_rate_pct": {"lru": rates}}, args.json)
     return 0
 
 
+def _sizes(text: str) -> list[int]:
+    sizes = [parse_int(word) for word in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError("a cache has at least one block")
+    return sizes
+
+
 def read_trace(path: Path) -> list[np.ndarray]:
-    """Each request's block ids, renumbered from 0: int32."""
+    """Each request's block ids, renumbered from 0: int32. Raises ConfigError that names the line."""
     numbers: dict[object, int] = {}
     requests = []
-    with path.open() as lines:
-        for line in lines:
-            ids = json.loads(line).get("hash_ids")
-            if ids is None:
-                raise SystemExit(f"{path.name}: a line has no hash_ids")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                ids = json.loads(line)["hash_ids"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{path.name}, line {number}: not a JSON object with hash_ids") from None
             requests.append(np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32))
     return requests
 

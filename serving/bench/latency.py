@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 
 from serving.bench import report
+from serving.flags import FlagParser
+from xllm.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -13,13 +14,16 @@ def main(argv: list[str]) -> int:
 
     from xllm import LLM, SamplingParams
 
-    parser = argparse.ArgumentParser(prog="xllm bench latency", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench latency", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="local folder or Hub id; none: the bundled model")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--num-requests", type=int, default=20)
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    for name in ("input_len", "output_len", "num_requests"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")
     rng, first_ms, between_ms = random.Random(0), [], []
     params = SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
     with LLM(args.model, max_num_seqs=1) as llm:

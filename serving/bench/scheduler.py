@@ -6,13 +6,13 @@ named), with the null runner's time left out. Medians over the repetitions; the 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 
 import numpy as np
 
 from serving.bench import report
+from serving.flags import FlagParser
 from xllm.config import EngineConfig
 from xllm.kv.manager import KVManager
 from xllm.request import Request, SamplingParams
@@ -24,7 +24,7 @@ PROMPT_TOKENS = 512
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xllm bench scheduler", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench scheduler", description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the result to this file as well")
     parser.add_argument("--sizes", default="1,32,256,1024", help="numbers of running requests")
     parser.add_argument("--steps", type=int, default=300, help="measured steps per size")

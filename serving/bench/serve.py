@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 
 from serving.bench import report
+from serving.flags import FlagParser
+from xllm.errors import XllmError
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Measured:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xllm bench serve", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench serve", description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
     parser.add_argument("--api-key", help="its key")
     parser.add_argument("--num-requests", type=int, default=64)
@@ -44,11 +46,13 @@ async def run(args: argparse.Namespace) -> dict:
 
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     rng = random.Random(0)
-    async with httpx.AsyncClient(base_url=args.url, headers=headers, timeout=None,
+    base_url = args.url.rstrip("/").removesuffix("/v1")
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None,
                                  limits=httpx.Limits(max_connections=None)) as client:
-        models = await client.get("/v1/models")
-        models.raise_for_status()
-        name = models.json()["data"][0]["id"]
+        try:
+            name = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+            raise XllmError(f"{base_url}/v1/models does not answer as it should: {error}") from None
         progress = tqdm(total=args.num_requests, desc="requests")
         began, tasks = time.perf_counter(), []
         for _ in range(args.num_requests):

@@ -22,6 +22,7 @@ from typing import Any
 from serving.bench import report
 from serving.bench.engines import ENGINES
 from serving.bench.model import SHAPE, write_checkpoint
+from serving.flags import FlagParser
 
 GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
 DECODE_TOKENS = 128
@@ -38,7 +39,7 @@ class Work:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="xllm bench throughput", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--vs", action="append", choices=sorted(set(ENGINES) - {"xllm"}), default=None,
                         help="an engine to compare with; may be given several times (default: none)")
     parser.add_argument("--rows", default="decode_b1,decode_b8,decode_b32,prefill_512,prefill_2048,mix")

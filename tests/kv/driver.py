@@ -18,6 +18,7 @@ class Driver:
         self.model = SlowModel(num_blocks, block_size)
         self.tokens: dict[int, tuple[int, ...]] = {}
         self.last_step: dict[int, int] = {}
+        self.num_written: dict[int, int] = {}  # tokens whose KV the planned steps write
         self.step = 0  # the newest planned
         self.num_hits = 0
 
@@ -43,7 +44,7 @@ class Driver:
             self.model.check_hit([*match.block_ids.tolist(), copy[0]], tokens)
             self.model.take_new(row, copy[1])
             self.model.blocks[copy[0]].fence = max(self.model.blocks[copy[0]].fence, self.step)
-        self.tokens[row], self.last_step[row] = tokens, -1
+        self.tokens[row], self.last_step[row], self.num_written[row] = tokens, -1, 0
         rows = np.array([row])
         self._take(row, self.kv.grow(rows, self.kv.blocks_needed(rows, np.array([len(tokens)])))[1])
         return self._done()
@@ -55,6 +56,7 @@ class Driver:
     def run(self, row: int) -> bool:
         """Plan a step that writes all of the row's KV."""
         self.last_step[row] = self.step
+        self.num_written[row] = len(self.tokens[row])
         for i, block in enumerate(self.kv.blocks_of(row).tolist()):
             end = (i + 1) * self.kv.block_size
             if end <= len(self.tokens[row]):
@@ -83,7 +85,7 @@ class Driver:
     def _commit(self, row: int) -> None:
         before = self.kv.blocks_of(row).tolist()
         tokens = self.tokens[row]
-        self.kv.commit(row, np.array(tokens, dtype=np.int32), len(tokens), self.last_step[row])
+        self.kv.commit(row, np.array(tokens, dtype=np.int32), self.num_written[row], self.last_step[row])
         for i, (old, new) in enumerate(zip(before, self.kv.blocks_of(row).tolist())):
             if old != new:
                 self.model.check_hit([self.kv.blocks_of(row).tolist()[j] for j in range(i + 1)], tokens)
@@ -94,7 +96,7 @@ class Driver:
         for block in self.kv.blocks_of(row).tolist():
             self.model.let_go(row, block, self.last_step[row])
         self.kv.leave(row, self.last_step[row])
-        del self.tokens[row], self.last_step[row]
+        del self.tokens[row], self.last_step[row], self.num_written[row]
         return self._done()
 
     def lease(self, row: int) -> bool:

@@ -62,7 +62,7 @@ class BlockLifetime(RuleBasedStateMachine):
 
 
 TestBlockLifetime = BlockLifetime.TestCase
-TestBlockLifetime.settings = settings(max_examples=150, stateful_step_count=40, deadline=None,
+TestBlockLifetime.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None,
                                       suppress_health_check=list(HealthCheck))
 
 # Every history of these up to DEPTH operations, on a pool of three blocks of one token and two rows.

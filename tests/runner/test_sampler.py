@@ -16,7 +16,7 @@ from xllm.request import SamplingParams
 from xllm.runner.batch import SampleSlots
 from xllm.runner.logit_edits import LogitEdits
 from xllm.runner.rows import RowState
-from xllm.runner.sampler import NO_TOKEN_LEFT, NOT_FINITE, Draws, Sampler
+from xllm.runner.sampler import EDITED_AWAY, NO_TOKEN_LEFT, NOT_FINITE, Draws, Sampler
 from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
 
@@ -168,6 +168,18 @@ def test_no_token_left_fails_its_row_only(backend: Backend) -> None:
     assert found.failed == {1: NO_TOKEN_LEFT}
     assert found.token_ids_Q[0] == bench.draw(logits_QV[:1], [0]).token_ids_Q[0]
     assert found.token_ids_Q[2] == int(logits_QV[2].argmax())
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 1e-50], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_overflows_fails_its_row_only(backend: Backend, penalty: float, temperature: float) -> None:
+    """Divided by that, fp32 logits are infinite: no token may come out as if it were meant."""
+    bench = Bench(backend, [SamplingParams(temperature=temperature),
+                            SamplingParams(temperature=temperature, repetition_penalty=penalty, logprobs=1)])
+    logits_QV = random_logits(2, seed=7).abs() + 1.0
+    found = bench.draw(logits_QV)
+    assert found.failed == {1: EDITED_AWAY}
+    assert found.token_ids_Q[0] == bench.draw(logits_QV[:1], [0]).token_ids_Q[0]
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 64])

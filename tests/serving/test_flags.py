@@ -78,6 +78,8 @@ def test_wrong_speculative_config(text: str) -> None:
 @pytest.mark.parametrize(("args", "says"), [
     (("serve", "--max-num-seq", "3"), "did you mean '--max-num-seqs'"),
     (("serve", "--prot", "3"), "did you mean '--port'"),
+    (("generate", "--promt", "x"), "did you mean '--prompt'"),
+    (("--verson",), "--verson"),
     (("serve", "--port", "many"), "many"),
     (("serve", "--dtype", "float8"), "float8"),
     (("serve", "--enable-prefix-caching=maybe"), "true or false"),

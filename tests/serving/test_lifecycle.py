@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -177,6 +178,15 @@ def test_wrong_settings_are_one_clear_line(flags: tuple[str, ...], says: str) ->
     assert "Traceback" not in result.stderr
 
 
+def test_a_tokenizer_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:
+    """The engine needs no chat template: what is wrong with it is found by the HTTP process."""
+    folder = Path(shutil.copytree(ROOT / "xllm" / "bundled", tmp_path / "model"))
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    result = _serve("--port", "0", str(folder))
+    assert result.returncode == 1
+    assert "chat_template.jinja is not valid UTF-8" in result.stderr.splitlines()[-1]
+
+
 def test_full_queue_then_second_signal(tmp_path: Path) -> None:
     """A call that does not fit into the queue is refused as a whole; a second signal does not wait for the drain."""
     with ServerProcess(tmp_path / "log.txt", "--max-num-seqs", "1", "--max-waiting-requests", "1") as server:
@@ -187,6 +197,7 @@ def test_full_queue_then_second_signal(tmp_path: Path) -> None:
         refused = server.http.post("/v1/completions", json={**LONG, "n": 3})
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5"), refused.text
         assert "queue is full" in refused.json()["error"]["message"]
+        assert server.gauge("xllm:admission_rejections_total") == 1
         wait_for(lambda: server.gauge("xllm:num_requests_waiting") == 0, what="an empty queue")
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: "draining" in server.log, what="the drain")

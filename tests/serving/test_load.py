@@ -88,3 +88,20 @@ def test_latencies_are_measured(server: ServerProcess) -> None:
     assert grown[:4] == [1, 4, 1, 5]
     assert grown[4] >= 5
     assert grown[:4] == grown[5:9], "the vllm: aliases say the same"
+
+
+def test_vllms_metric_names_are_there(server: ServerProcess) -> None:
+    server.http.post("/v1/completions", json={**LONG, "max_tokens": 2})
+    text = server.http.get("/metrics").text
+    gauges = ["num_requests_running", "num_requests_waiting", 'num_requests_waiting_by_reason{engine="0",model_name='
+              '"demo",reason="capacity"}', "kv_cache_usage_perc", "gpu_cache_usage_perc", "cache_config_info"]
+    counters = ["prompt_tokens", "prompt_tokens_cached", "generation_tokens", "request_success", "num_preemptions",
+                "prefix_cache_queries", "prefix_cache_hits", "admission_rejections"]
+    histograms = ["time_to_first_token_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds",
+                  "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+                  "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
+                  "request_max_num_generation_tokens", "request_params_n", "request_params_max_tokens",
+                  "request_num_preemptions"]
+    names = [*gauges, *(f"{name}_total" for name in counters), *(f"{name}_bucket" for name in histograms)]
+    wanted = [f"{prefix}:{name}" for prefix in ("xllm", "vllm") for name in names]
+    assert [name for name in wanted if f"\n{name}" not in text] == []

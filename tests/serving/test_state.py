@@ -40,3 +40,6 @@ def test_a_file_that_is_no_json_or_missing(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_sampling_defaults("auto", tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="JSON object"):
+        read_sampling_defaults("auto", tmp_path)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 
-from tests.serving.server_process import ROOT, ServerProcess
+import pytest
+
+from serving import terminal
+from tests.serving.server_process import ROOT, ServerProcess, wait_for
+from xllm import AsyncLLM, SamplingParams
 
 
 def run(*args: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +45,45 @@ def test_chat_in_this_process_equals_the_server(server: ServerProcess) -> None:
     remote = run("chat", "--url", server.url, *flags, text="Hello\nAnd now?\n/exit\n")
     assert local.returncode == 0, local.stderr
     assert local.stdout == remote.stdout
+
+
+def test_a_refused_message_does_not_stay_in_the_conversation(server: ServerProcess) -> None:
+    flags = ("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "6")
+    refused = run(*flags, text="word " * 2000 + "\nHello\n")
+    assert refused.returncode == 0, refused.stderr
+    error, answer = refused.stdout.split("\n", 1)
+    assert error.startswith("[messages")
+    assert answer == run(*flags, text="Hello\n").stdout
+
+
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on() -> None:
+    loop = asyncio.new_event_loop()
+    llm = AsyncLLM(device="cpu", num_kv_blocks=64, max_model_len=512, num_threads=1)
+    try:
+        ask = terminal._local(llm, SamplingParams(max_tokens=400, ignore_eos=True), loop)
+        answer = ask([{"role": "user", "content": "Hello"}])
+        loop.call_soon(loop.call_soon, _interrupt)  # when the answer has been asked for, before it is there
+        with pytest.raises(KeyboardInterrupt):
+            next(answer)
+        again = ask([{"role": "user", "content": "And now?"}])
+        assert isinstance(next(again), str)
+        wait_for(lambda: llm.stats().num_running <= 1, what="the end of the interrupted answer")
+        again.close()
+    finally:
+        llm.shutdown()
+        loop.close()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1:9"])
+def test_chat_with_a_wrong_url_is_one_clear_line(url: str) -> None:
+    result = run("chat", "--url", url, text="Hello\n")
+    assert result.returncode == 1
+    assert url in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_chat_without_a_server_is_one_clear_line() -> None:

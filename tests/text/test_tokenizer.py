@@ -188,3 +188,14 @@ def test_loading_does_not_import_transformers(folders):
 def _copy(source: Path, target: Path) -> None:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_long_texts_are_encoded_like_short_ones(tokenizer):
+    """They take another way through the tokenizers library."""
+    text = "\n".join(CORPUS) * (5000 // len("\n".join(CORPUS)) + 1)
+    assert len(text) > 4096
+    for special in (True, False):
+        assert tokenizer.encode(text, special) == tokenizer.backend.encode(text, add_special_tokens=special).ids
+    with pytest.raises(RequestError, match=f"lone surrogate at character {len(text)}") as caught:
+        tokenizer.encode(text + "\ud800", field="messages")
+    assert caught.value.field == "messages"

@@ -38,6 +38,7 @@ class StepLoop:
         self.num_steps = 0
         self.last_step_s = time.monotonic()
         self.step_time_s = 0.0
+        self._began_s = self.last_step_s  # when a step was last submitted to an idle device
         self._in_flight: deque[ScheduleOutput] = deque()
         self._check_integrity = env.check_integrity()
 
@@ -48,6 +49,8 @@ class StepLoop:
         """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
         plan = self.scheduler.schedule()
         if plan.num_rows:
+            if not self._in_flight:
+                self._began_s = time.monotonic()
             self.executor.submit(plan)
             self._in_flight.append(plan)
             if len(self._in_flight) <= self.executor.depth:
@@ -67,7 +70,8 @@ class StepLoop:
 
     def _count_step(self) -> None:
         now = time.monotonic()
-        self.step_time_s, self.last_step_s = now - self.last_step_s, now
+        # The device was idle before `_began_s`: that is no part of the step.
+        self.step_time_s, self.last_step_s = now - max(self.last_step_s, self._began_s), now
         self.num_steps += 1
         if self._check_integrity:
             self.scheduler.check_integrity()

@@ -138,8 +138,8 @@ class ModelRunner:
                 draws: Draws, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepOutput:
         """Accept drafts, move the rows on, and report.
 
-        A failed row reports no token but still takes one in: an overlapped scheduler has planned its
-        next step already, and that step needs something to compute.
+        A failed row reports the tokens before the place that failed but takes that one in too: an overlapped
+        scheduler has planned its next step already, and that step needs something to compute.
         """
         drawn_SR = np.full((plan.num_rows, drafts_SR.shape[1] + 1), -1, dtype=np.int32)
         drawn_SR[slots.steps, slots.offsets] = draws.token_ids_Q
@@ -149,9 +149,9 @@ class ModelRunner:
 
         failed: dict[int, str] = {}
         for q, reason in draws.failed.items():
-            if slots.offsets[q] < num_sampled_S[slots.steps[q]]:
-                failed.setdefault(int(slots.steps[q]), reason)
-        num_sampled_S[list(failed)] = 0
+            i, offset = int(slots.steps[q]), slots.offsets[q]
+            if offset < num_sampled_S[i]:
+                failed[i], num_sampled_S[i] = reason, offset
         drawn_SR[np.arange(drawn_SR.shape[1]) >= num_sampled_S[:, None]] = -1
         logprobs: dict[int, list[TokenLogprobs]] = {}
         for q, entry in draws.logprobs.items():

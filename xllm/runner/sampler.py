@@ -5,6 +5,7 @@ Letters: Q slots, V vocabulary. Rows that edit their logits are handled one by o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
 
 NOT_FINITE = "the model's logits are not finite"
+EDITED_AWAY = "repetition_penalty is so small that logits are not finite any more"
 NO_TOKEN_LEFT = "no token is left after allowed_token_ids, bad_words, logit_bias and min_tokens"
 
 
@@ -69,7 +71,7 @@ class Sampler:
         return Draws(token_ids_Q=token_ids_Q, logprobs=logprobs, failed=failed)
 
     def _edit(self, logits_QV: Tensor, slots: SampleSlots) -> dict[int, str]:
-        """Apply each row's `LogitEdits`; slots that end up without any token fail."""
+        """Apply each row's `LogitEdits`; slots that end up without any token, or with infinite logits, fail."""
         if not self._edits:
             return {}
         rows, failed = self._rows, {}
@@ -80,8 +82,9 @@ class Sampler:
             row = int(slots.rows[q])
             logits_V = logits_QV[q]
             self._edits[row].apply(logits_V, rows.token_ids[row, : num_history_Q[q]], int(rows.num_prompt_tokens[row]))
-            if logits_V.max().item() == float("-inf"):
-                failed[q] = NO_TOKEN_LEFT
+            largest = logits_V.max().item()  # NaN if there is one
+            if not math.isfinite(largest):
+                failed[q] = NO_TOKEN_LEFT if largest == -math.inf else EDITED_AWAY
                 logits_V.zero_()
         return failed
 

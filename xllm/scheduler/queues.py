@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from xllm.scheduler.policy import Key
 from xllm.sequence import SequenceState
 
+MAX_STALE = 64  # entries of removed sequences that are never worth a sweep
+
 
 class WaitingQueue:
-    """A heap with lazy removal: push and pop O(log n), remove O(1)."""
+    """A heap with lazy removal: push and pop O(log n), remove O(1) amortised."""
 
     def __init__(self, key: Callable[[SequenceState], Key]):
         self._key = key
@@ -50,4 +52,9 @@ class WaitingQueue:
         return seq
 
     def remove(self, seq: SequenceState) -> None:
+        """Its entry stays until it comes to the top, or until such entries are the majority."""
         del self._live[seq.request_id]
+        if len(self._heap) > 2 * len(self._live) + MAX_STALE:
+            heap = [entry for entry in self._heap if self._live.get(entry[1].request_id) is entry[1]]
+            heapq.heapify(heap)
+            self._heap = heap

@@ -40,6 +40,7 @@ class RowTable:
         self.in_flight = np.zeros(num_rows, dtype=np.int64)  # steps planned and not settled
         self.last_step = np.full(num_rows, -1, dtype=np.int64)  # the last of those
         self.stop_ids_RE = np.full((num_rows, 1), NO_TOKEN, dtype=np.int32)
+        self._num_stops = np.zeros(num_rows, dtype=np.int64)
         # Touched page by page as sequences grow: calloc gives the memory lazily.
         self.token_ids = np.zeros((num_rows, max_tokens_per_row), dtype=np.int32)
         self._free = list(range(num_rows))[::-1]
@@ -67,16 +68,25 @@ class RowTable:
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops.update(seq.request.eos_token_ids)
+        self._num_stops[row] = len(stops)
         width = self.stop_ids_RE.shape[1]
         if len(stops) > width:
             self.stop_ids_RE = np.pad(self.stop_ids_RE, ((0, 0), (0, len(stops) - width)), constant_values=NO_TOKEN)
         self.stop_ids_RE[row] = NO_TOKEN
         self.stop_ids_RE[row, : len(stops)] = sorted(stops)
 
+    def _drop_stop_ids(self, row: int) -> None:
+        """Every step looks at the whole table, so its width goes with the row that needed it."""
+        was_widest = self._num_stops[row] == self.stop_ids_RE.shape[1] > 1
+        self._num_stops[row] = 0
+        if was_widest:
+            self.stop_ids_RE = self.stop_ids_RE[:, : max(1, int(self._num_stops.max()))].copy()
+
     def leave(self, row: int) -> None:
         """Take the row back. No step in flight may know it."""
         assert self.in_flight[row] == 0
         self.seqs[row], self.request_ids[row], self.alive[row] = None, "", False
+        self._drop_stop_ids(row)
         self._free.append(row)
 
     def tokens_of(self, row: int) -> np.ndarray:

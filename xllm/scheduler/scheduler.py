@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -115,6 +116,8 @@ class Scheduler:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
         if len(self.waiting) >= self._max_waiting:
             raise RequestError(f"the queue is full ({self._max_waiting} requests)")
+        if request.deadline_s is not None and math.isnan(request.deadline_s):  # it has no place in an order
+            raise RequestError("deadline_s must be a number, got nan", field="deadline_s")
         seq = SequenceState(request, self._num_arrived)
         self._num_wanting_prompt_logprobs += seq.prompt_logprobs is not None
         self._num_arrived += 1
@@ -292,14 +295,15 @@ class Scheduler:
         else:
             self._requeue(row)
 
-    def _stop_running(self, seq: SequenceState) -> None:
-        """Off the service order, and its blocks given back."""
+    def _stop_running(self, seq: SequenceState, *, commit: bool = True) -> None:
+        """Off the service order, and its blocks given back. `commit`: those now full go to the prefix index."""
         at = bisect.bisect_left(self._running, (self._key(seq), seq.row))
         assert self._running[at][1] == seq.row
         del self._running[at]
         self._order = None
         self._blocked = None
-        self._commit_row(seq.row)
+        if commit:
+            self._commit_row(seq.row)
         self.kv.leave(seq.row, int(self.rows.last_step[seq.row]))
 
     def _requeue(self, row: int) -> None:
@@ -444,12 +448,12 @@ class Scheduler:
         table.in_flight[rows] -= 1
         self._settle_counters(plan, result, rows)
         outputs = self._append_tokens(plan, result, rows)
-        if self.kv.enable_prefix_caching:
-            self._commit_blocks(rows)
         for i, reason in result.failed.items():
             seq = table.seqs[rows[i]]
             if seq is not None and seq.status is not Status.FINISHED:
                 outputs.append(self._finish(seq, FinishReason.ERROR, error=reason))
+        if self.kv.enable_prefix_caching:
+            self._commit_blocks(rows)
         self._leave_settled(rows)
         return outputs + self.take_ready() if self._ready else outputs
 
@@ -481,9 +485,6 @@ class Scheduler:
             if ends.any():
                 stops[at[ends]] = True
                 kept[at[ends]] = column + 1
-        for i in result.failed:
-            kept[i] = 0
-            stops[i] = False
         self.counters.generation_tokens += int(kept.sum())
         return self._write_outputs(result, rows, kept, stops)
 
@@ -541,7 +542,8 @@ class Scheduler:
     def _finish(self, seq: SequenceState, reason: FinishReason, *, error: str | None = None) -> OutputDelta:
         """End a sequence; returns a terminal output for the caller that has none yet."""
         if seq.status is Status.RUNNING:
-            self._stop_running(seq)
+            # What a failed step computed may not be finite either: nobody else must find it.
+            self._stop_running(seq, commit=reason is not FinishReason.ERROR)
         elif seq.status is Status.PREEMPTED:
             self._preempting.remove(seq.row)
         seq.move(Status.FINISHED)
@@ -565,8 +567,10 @@ class Scheduler:
                 self._commit_row(row)
 
     def _commit_row(self, row: int) -> None:
+        """Where a stop token stands among accepted drafts, KV is computed behind the last known token: not offered."""
         if self.kv.enable_prefix_caching:
-            self.kv.commit(row, self.rows.token_ids[row], int(self.rows.computed[row]), int(self.rows.last_step[row]))
+            num_tokens = int(min(self.rows.computed[row], self.rows.known[row]))
+            self.kv.commit(row, self.rows.token_ids[row], num_tokens, int(self.rows.last_step[row]))
 
     def _leave_settled(self, rows: np.ndarray) -> None:
         """Rows whose owner is gone and that no step in flight knows are free again."""
