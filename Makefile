@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-nightly check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -24,9 +24,6 @@ chat: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
-
-test-nightly: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m nightly tests
 
 check: lint types house docs test
 

@@ -74,6 +74,11 @@ class ServerProcess:
         assert found, f"{name} is not in /metrics"
         return float(found[1])
 
+    def value(self, series: str) -> float:
+        """One value from /metrics, named with all its labels."""
+        return next(float(line.rpartition(" ")[2]) for line in self.http.get("/metrics").text.splitlines()
+                    if line.startswith(series + " "))
+
     def wait_idle(self, timeout_s: float = 20.0) -> None:
         """Until nothing runs or waits and no KV block is held."""
         wait_for(lambda: self.gauge("xllm:num_requests_running") == self.gauge("xllm:num_requests_waiting") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 
@@ -29,9 +28,9 @@ def test_answer_has_the_shape_that_clients_read(client: openai.OpenAI) -> None:
 
 
 def test_stream_arrives_piece_by_piece_and_equals_the_whole(client: openai.OpenAI) -> None:
-    wish = {**GREEDY, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    wish = {**GREEDY, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
     whole = client.chat.completions.create(**wish)
-    times, text, roles, reasons = [], "", [], []
+    times, text, roles, reasons = [time.monotonic()], "", [], []
     for chunk in client.chat.completions.create(**wish, stream=True):
         times.append(time.monotonic())
         choice = chunk.choices[0]
@@ -43,9 +42,8 @@ def test_stream_arrives_piece_by_piece_and_equals_the_whole(client: openai.OpenA
     assert set(roles[1:]) == {None}
     assert reasons[-1] == whole.choices[0].finish_reason
     assert set(reasons[:-1]) == {None}
-    assert len(times) > 10
-    gaps = [late - early for early, late in itertools.pairwise(times)]
-    assert sum(gap > 1e-4 for gap in gaps) >= 8, "the chunks came all at once"
+    assert len(roles) > 100
+    assert times[1] - times[0] < (times[-1] - times[0]) / 2, "the chunks came all at once, at the end"
 
 
 @pytest.mark.parametrize("usage", [False, True], ids=["no-usage", "usage"])

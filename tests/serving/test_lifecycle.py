@@ -23,6 +23,7 @@ import pytest
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 
 LONG = {"prompt": "def main():", "max_tokens": 450, "ignore_eos": True}
+CHOICES = 8  # of each call, so that it lasts for seconds on a fast machine too
 
 
 class Calls:
@@ -30,10 +31,11 @@ class Calls:
 
     def __init__(self, server: ServerProcess, number: int, *, already: int = 0, **body: Any):
         self.results: list[Any] = []
-        self._threads = [threading.Thread(target=self._call, args=(server, {**LONG, **body})) for _ in range(number)]
+        self._threads = [threading.Thread(target=self._call, args=(server, {**LONG, "n": CHOICES, **body}))
+                         for _ in range(number)]
         for thread in self._threads:
             thread.start()
-        running = number + already
+        running = CHOICES * (number + already)
         wait_for(lambda: server.gauge("xllm:num_requests_running") == running, what="running requests")
 
     def _call(self, server: ServerProcess, body: dict[str, Any]) -> None:
@@ -93,7 +95,7 @@ def test_drain_with_api_key(tmp_path: Path) -> None:
     """Keys guard all but the four open paths. SIGTERM: open calls finish, new ones get 503, the exit code is 0."""
     with ServerProcess(tmp_path / "log.txt", "--api-key", "first", "--api_key=second", key="second") as server:
         _check_keys(server)
-        calls = Calls(server, 3, max_tokens=200)
+        calls = Calls(server, 3)
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "draining" in server.log, what="the drain")
         refused = server.http.post("/v1/completions", json=LONG)
@@ -102,7 +104,7 @@ def test_drain_with_api_key(tmp_path: Path) -> None:
         assert server.http.get("/ready").status_code == 503
         for response in calls.join():
             assert response.status_code == 200
-            assert response.json()["usage"]["completion_tokens"] == 200
+            assert response.json()["usage"]["completion_tokens"] == CHOICES * LONG["max_tokens"]
         assert server.process.wait(10) == 0
         assert "Traceback" not in server.log
 
@@ -189,7 +191,8 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:
 
 def test_full_queue_then_second_signal(tmp_path: Path) -> None:
     """A call that does not fit into the queue is refused as a whole; a second signal does not wait for the drain."""
-    with ServerProcess(tmp_path / "log.txt", "--max-num-seqs", "1", "--max-waiting-requests", "1") as server:
+    with ServerProcess(tmp_path / "log.txt", "--max-num-seqs", "1", "--max-waiting-requests", "1",
+                       "--max-model-len", "2048") as server:
         engine = psutil.Process(server.engine_pid)
         thread = threading.Thread(target=_ignore_errors, args=(server,))
         thread.start()
@@ -209,6 +212,6 @@ def test_full_queue_then_second_signal(tmp_path: Path) -> None:
 
 def _ignore_errors(server: ServerProcess) -> None:
     try:
-        httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=30)
+        httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2000}, timeout=30)
     except httpx.HTTPError:
         return
