@@ -77,7 +77,8 @@ class SpeculativeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"), aliases=("backend",))
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"),
+                         aliases=("backend", "devices"))
     num_threads: int | None = option(None, "CPU threads; none: one per core")
     strict_ops: bool | None = option(None, "refuse to run an operator that the device inherits from the reference; "
                                      "none: yes on cuda and npu")
