@@ -12,7 +12,6 @@ table's arrays, and Python sees only the sequences whose state changes.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -25,41 +24,13 @@ from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.budget import Share, TokenBudget
+from xllm.scheduler.counters import Counters
+from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.policy import Key, Phase, phases, request_key
 from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.rows import RowTable
 from xllm.sequence import SequenceState, Status
 from xllm.step import NewRow, ScheduleOutput, StepOutput
-
-_NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Totals since the start, for metrics."""
-
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    finished: dict[str, int] = dataclasses.field(default_factory=lambda: {r.value: 0 for r in FinishReason})
-
-
-class _Plan:
-    """A step under construction."""
-
-    __slots__ = ("copies", "grown_ids", "grown_rows", "new_rows", "shares")
-
-    def __init__(self) -> None:
-        self.shares: list[Share] = []
-        self.new_rows: list[NewRow] = []
-        self.grown_rows: list[np.ndarray] = []
-        self.grown_ids: list[np.ndarray] = []
-        self.copies: list[tuple[int, int]] = []
 
 
 class Scheduler:
@@ -161,7 +132,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduleOutput:
         """Plan the next step. The plan may be empty: then the steps in flight must settle first."""
-        plan = _Plan()
+        plan = PlanBuilder()
         self._budget.reset()
         self._stalled = False
         if self._yielding is not None:
@@ -174,7 +145,7 @@ class Scheduler:
                 self._plan_running(plan, phase)
         return self._seal(plan)
 
-    def _plan_running(self, plan: _Plan, phase: Phase) -> None:
+    def _plan_running(self, plan: PlanBuilder, phase: Phase) -> None:
         rows, table = self._service_order(), self.rows
         room = table.limit[rows] - table.upper[rows]
         wanted = table.upper[rows] - table.cursor[rows]
@@ -203,13 +174,13 @@ class Scheduler:
             self._order = np.array([row for _, row in self._running], dtype=np.int64)
         return self._order
 
-    def _grow(self, plan: _Plan, rows: np.ndarray, need: np.ndarray) -> None:
+    def _grow(self, plan: PlanBuilder, rows: np.ndarray, need: np.ndarray) -> None:
         growing = need > 0
         grown_rows, grown_ids = self.kv.grow(rows[growing], need[growing])
         plan.grown_rows.append(grown_rows)
         plan.grown_ids.append(grown_ids)
 
-    def _commit_share(self, plan: _Plan, share: Share) -> None:
+    def _commit_share(self, plan: PlanBuilder, share: Share) -> None:
         """The share stands: move the rows' counters as if every draft were accepted."""
         table, rows = self.rows, share.rows
         self._budget.take(share)
@@ -220,23 +191,12 @@ class Scheduler:
         table.last_step[rows] = self._next_step
         plan.shares.append(share)
 
-    def _seal(self, plan: _Plan) -> ScheduleOutput:
+    def _seal(self, plan: PlanBuilder) -> ScheduleOutput:
         step, self._next_step = self._next_step, self._next_step + 1
-        released: tuple[int, ...] = ()
-        if plan.shares:  # an empty plan is never run
-            released, self._released_rows = tuple(self._released_rows), []
-        rows, tokens, drafts, wanted = (_join([getattr(s, name) for s in plan.shares])
-                                        for name in ("rows", "tokens", "drafts", "wanted"))
-        replaced = self.kv.take_replaced() if plan.shares else _NOTHING_REPLACED
-        copies = np.array(plan.copies, dtype=np.int32).reshape(-1, 2)
-        return ScheduleOutput(
-            step=step, rows_S=rows.astype(np.int32), num_tokens_S=tokens.astype(np.int32),
-            max_drafts_S=drafts.astype(np.int32), samples_S=tokens == wanted,
-            new_rows=tuple(plan.new_rows), released_rows=released,
-            append_rows_B=_join(plan.grown_rows).astype(np.int32), append_ids_B=_join(plan.grown_ids).astype(np.int32),
-            replace_rows_C=replaced[:, 0], replace_places_C=replaced[:, 1], replace_ids_C=replaced[:, 2],
-            copy_src=copies[:, 0], copy_dst=copies[:, 1],
-        )
+        if not plan.shares:  # an empty plan is never run: what it would carry waits for the next
+            return plan.build(step)
+        released, self._released_rows = tuple(self._released_rows), []
+        return plan.build(step, released, self.kv.take_replaced())
 
     # --- too few blocks
 
@@ -325,7 +285,7 @@ class Scheduler:
 
     # --- admission
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: PlanBuilder) -> None:
         """Admit from the head of the queue while tokens, rows and blocks last. Strictly in order, so that
         nobody starves behind smaller requests."""
         while self._budget.left > 0 and not self._stalled:
@@ -336,7 +296,7 @@ class Scheduler:
             if not progress:
                 return
 
-    def _try_admit(self, plan: _Plan, seq: SequenceState) -> bool:
+    def _try_admit(self, plan: PlanBuilder, seq: SequenceState) -> bool:
         """Whether the sequence got in, or something was freed so that another try is worth it."""
         pool = self.kv.pool
         unreserved = pool.num_available - self._reserved_blocks()
@@ -374,7 +334,7 @@ class Scheduler:
             return 0
         return int(self.kv.blocks_needed(rows, self.rows.known[rows]).sum())
 
-    def _enter(self, plan: _Plan, seq: SequenceState, match: PrefixMatch) -> None:
+    def _enter(self, plan: PlanBuilder, seq: SequenceState, match: PrefixMatch) -> None:
         self.waiting.pop()
         self._blocked = None
         seq.move(Status.RUNNING)
@@ -605,9 +565,3 @@ class Scheduler:
                 raise IntegrityError(f"row {row}: tokens planned beyond its blocks")
         if not self._sequences and self.kv.pool.num_held:
             raise IntegrityError("blocks are held though no request is left")
-
-
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
