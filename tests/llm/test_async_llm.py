@@ -221,4 +221,4 @@ def test_settings():
     with pytest.raises(ConfigError, match="not both"):
         AsyncLLM(EngineConfig(), device="cpu")
     with pytest.raises(ConfigError, match="unknown"):
-        AsyncLLM(devices="cpu")
+        AsyncLLM(devize="cpu")
