@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
+from backends.vmm import VmmDriver
 
 
 class BackendError(RuntimeError):
@@ -22,6 +23,7 @@ class Backend(Protocol):
     device: torch.device
     ops: OpSet
     default_block_size: int
+    vmm: VmmDriver | None  # None: the device has no virtual memory management
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The compute dtype for `--dtype auto`."""
@@ -37,6 +39,19 @@ class Backend(Protocol):
 
     def available_memory_bytes(self) -> int:
         """Bytes that a KV cache could take now, before any safety margin."""
+        ...
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        """Host memory that the device copies to and from at full speed (pinned where that matters): uint8 [num_bytes].
+        May be touched lazily; contents undefined."""
+        ...
+
+    def available_host_bytes(self) -> int:
+        """Bytes of host memory that `allocate_host` could take now."""
+        ...
+
+    def synchronize_copies(self) -> None:
+        """Wait for the copies between device and host memory that this thread has queued."""
         ...
 
     def synchronize(self) -> None:

@@ -13,9 +13,11 @@ from backends import cpu_linear
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes, lazy_zeros
+from backends.cpu_vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
+from backends.vmm import VmmDriver
 
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=cpu_linear.pack_linear, linear=cpu_linear.linear)
 
@@ -34,6 +36,8 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         plan=kernels.plan,
         attention=kernels.attention,
         silu_mul=kernels.silu_mul,
+        export_blocks=kernels.export_blocks,
+        import_blocks=kernels.import_blocks,
         argmax=kernels.argmax,
         sample=kernels.sample,
     )
@@ -47,6 +51,7 @@ class CpuBackend:
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")
+        self.vmm: VmmDriver | None = make_cpu_vmm()
         library = load_kernels(cache_dir) if compiled else None
         self.ops: OpSet = TORCH_OPS if library is None else compiled_ops(Kernels(library))
         self.kernels = "plain torch" if library is None else "compiled for this processor"
@@ -63,6 +68,15 @@ class CpuBackend:
 
     def available_memory_bytes(self) -> int:
         return available_bytes()
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        return lazy_zeros((num_bytes,), torch.uint8)
+
+    def available_host_bytes(self) -> int:
+        return available_bytes()
+
+    def synchronize_copies(self) -> None:
+        """Copies on a CPU are done when they return."""
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""

@@ -1,4 +1,4 @@
-/* Paged causal attention.
+/* Causal attention over KV blocks, which a table names or which follow each other from a base on.
  *
  * Work is cut into units: a tile of adjacent queries of one sequence, for one kv head, so that a key is read once for
  * all query heads and tokens of the tile. A tile of few rows with a long context (decode) is cut along the context too,
@@ -20,7 +20,7 @@ typedef struct {
 } Unit;
 
 typedef struct {
-    const int32_t *query_start, *seq_lens, *block_table;
+    const int32_t *query_start, *seq_lens, *block_table, *kv_base; /* kv_base: NULL, or instead of the table */
     int64_t table_stride, num_seqs, block_size, num_heads, num_kv_heads, head_dim;
     Unit *units;
     int64_t num_units, num_partials, cost;
@@ -178,8 +178,8 @@ static void pack_queries(const float *q, float *packed, const Step *step, int ro
     }
 }
 
-static void attend(const Step *step, const Unit *unit, int k, const float *q, const float *k_cache, const float *v_cache,
-                   float *out, float scale, int64_t window) {
+static void attend(const Step *step, const Unit *unit, int k, const float *q, const float *k_cache, int64_t k_stride,
+                   const float *v_cache, int64_t v_stride, float *out, float scale, int64_t window) {
     const int N = step->num_heads, K = step->num_kv_heads, G = N / K, H = step->head_dim, P = step->block_size;
     const int rows = unit->num_queries * G, fast = P % VL == 0 && H % 4 == 0;
     const int R = !fast || rows == 1 ? 1 : rows == 2 ? 2 : rows <= 4 ? 4 : 8;
@@ -187,7 +187,8 @@ static void attend(const Step *step, const Unit *unit, int k, const float *q, co
     const int per_chunk = MAX(1, CHUNK / P), chunk = per_chunk * P, stride = (chunk + VL - 1) / VL * VL;
     const int64_t row0 = step->query_start[unit->seq] + unit->first_query;
     const int64_t first = (int64_t)step->seq_lens[unit->seq] - (step->query_start[unit->seq + 1] - row0); /* position */
-    const int32_t *blocks = step->block_table + unit->seq * step->table_stride;
+    const int32_t *table = step->kv_base ? NULL : step->block_table + unit->seq * step->table_stride;
+    const int64_t base = step->kv_base ? step->kv_base[unit->seq] : 0;
     float *packed = scratch(0, (size_t)(ROWS + 8) * (2 * H + stride)), *o = packed + (ROWS + 8) * H;
     float *s = o + (ROWS + 8) * H;
     float m[ROWS + 8], l[ROWS + 8], decay[ROWS + 8];
@@ -204,11 +205,12 @@ static void attend(const Step *step, const Unit *unit, int k, const float *q, co
     for (int64_t c0 = begin / P * P; c0 < end; c0 += chunk) {
         const int n = (int)MIN(chunk, end - c0), num_blocks = (n + P - 1) / P;
         for (int b = 0; b < num_blocks; b++) {
-            const int64_t at = ((int64_t)blocks[c0 / P + b] * K + k) * H * P;
-            values[b] = v_cache + at;
+            const int64_t block = table ? table[c0 / P + b] : base + c0 / P + b, head = (int64_t)k * H * P;
+            const float *keys = k_cache + block * k_stride + head;
+            values[b] = v_cache + block * v_stride + head;
             for (int r = 0; r < padded; r += R)
-                if (fast) scores_fast(packed + r * H, k_cache + at, H, P, s + r * stride + b * P, stride, R);
-                else scores_any(packed + r * H, k_cache + at, H, P, s + r * stride + b * P);
+                if (fast) scores_fast(packed + r * H, keys, H, P, s + r * stride + b * P, stride, R);
+                else scores_any(packed + r * H, keys, H, P, s + r * stride + b * P);
         }
         for (int r = 0; r < rows; r++) {
             const int64_t last = first + r / G; /* the row's own position */
@@ -255,12 +257,13 @@ static void merge(const Step *step, const Unit *unit, int k, float *out) {
     }
 }
 
-EXPORT void xllm_attention(const Step *step, const float *q, const float *k_cache, const float *v_cache, float *out,
-                           float scale, int64_t window, int nt) {
+/* k_stride, v_stride: floats from one block of the cache to the next. */
+EXPORT void xllm_attention(const Step *step, const float *q, const float *k_cache, int64_t k_stride,
+                           const float *v_cache, int64_t v_stride, float *out, float scale, int64_t window, int nt) {
     const int64_t K = step->num_kv_heads, num_items = step->num_units * K;
 #pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (step->cost > TINY_WORK)
     for (int64_t i = 0; i < num_items; i++)
-        attend(step, step->units + i / K, i % K, q, k_cache, v_cache, out, scale, window);
+        attend(step, step->units + i / K, i % K, q, k_cache, k_stride, v_cache, v_stride, out, scale, window);
     if (step->num_partials == 0) return;
     for (int64_t i = 0; i < num_items; i++) {
         const Unit *unit = step->units + i / K;

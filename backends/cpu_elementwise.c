@@ -59,10 +59,11 @@ INLINE void rotate(const float *x, const float *cos, float *out, int64_t H) {
     }
 }
 
+/* k_stride, v_stride: floats from one block of the cache to the next. */
 EXPORT void xllm_qkv_rope_write(const float *qkv, const int32_t *positions, const float *cos_sin, float *k_cache,
-                                float *v_cache, const int32_t *slots, float *q_out, const float *q_norm,
-                                const float *k_norm, float eps, int64_t T, int64_t N, int64_t K, int64_t H, int64_t P,
-                                int nt) {
+                                int64_t k_stride, float *v_cache, int64_t v_stride, const int32_t *slots, float *q_out,
+                                const float *q_norm, const float *k_norm, float eps, int64_t T, int64_t N, int64_t K,
+                                int64_t H, int64_t P, int nt) {
 #pragma omp parallel for num_threads(nt) schedule(static) if (T * (N + 2 * K) * H > 32768)
     for (int64_t t = 0; t < T; t++) {
         const float *x = qkv + t * (N + 2 * K) * H, *angle = cos_sin + positions[t] * H;
@@ -76,9 +77,9 @@ EXPORT void xllm_qkv_rope_write(const float *qkv, const int32_t *positions, cons
         for (int64_t k = 0; k < K; k++, x += H) {
             if (k_norm) norm_row(x, k_norm, normed, H, eps);
             rotate(k_norm ? normed : x, angle, turned, H);
-            float *key = k_cache + (block * K + k) * H * P + offset;
+            float *key = k_cache + block * k_stride + k * H * P + offset;
             for (int64_t h = 0; h < H; h++) key[h * P] = turned[h];
         }
-        for (int64_t k = 0; k < K; k++, x += H) memcpy(v_cache + ((block * K + k) * P + offset) * H, x, H * 4);
+        for (int64_t k = 0; k < K; k++, x += H) memcpy(v_cache + block * v_stride + (k * P + offset) * H, x, H * 4);
     }
 }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.cpu_transfer import Transfer, transfers
 from backends.metadata import AttentionMetadata
 from backends.reference import activation, attention, norm, rotary, sampling
 from backends.reference.linear import check_quantization, quantize_rows
@@ -28,7 +29,7 @@ class Step(Structure):
     """`Step` of cpu_attention.c."""
 
     _fields_ = [
-        ("query_start", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p),
+        ("query_start", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p),
         ("table_stride", c_int64), ("num_seqs", c_int64), ("block_size", c_int64),
         ("num_heads", c_int64), ("num_kv_heads", c_int64), ("head_dim", c_int64),
         ("units", c_void_p), ("num_units", c_int64), ("num_partials", c_int64), ("cost", c_int64),
@@ -50,15 +51,19 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
     "xllm_add_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
     "xllm_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
-    "xllm_qkv_rope_write": (None, [c_void_p] * 9 + [c_float] + [c_int64] * 5 + [c_int]),
+    "xllm_qkv_rope_write": (None, [c_void_p] * 4 + [c_int64, c_void_p, c_int64] + [c_void_p] * 4 + [c_float]
+                            + [c_int64] * 5 + [c_int]),
     "xllm_unit_bytes": (c_int64, []),
     "xllm_partial_floats": (c_int64, [c_int64, c_int64]),
     "xllm_max_units": (c_int64, [POINTER(Step)]),
     "xllm_plan": (None, [POINTER(Step)]),
-    "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int]),
+    "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_int64,
+                              c_int]),
     "xllm_panel": (c_int64, []),
     "xllm_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int]),
     "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
+    "xllm_export_blocks": (None, [POINTER(Transfer)]),
+    "xllm_import_blocks": (None, [POINTER(Transfer)]),
     "xllm_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "xllm_sample": (None, [c_void_p] * 7 + [c_int64, c_int64, c_int]),
 }
@@ -182,8 +187,9 @@ class Kernels:
         num_tokens = qkv_TX.shape[0]
         q_TNH = qkv_TX.new_empty((num_tokens, num_heads, head_dim))
         self.qkv_rope_write_c(
-            qkv_TX.data_ptr(), positions_T.data_ptr(), cos_sin_LH.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-            meta.slot_mapping_T.data_ptr(), q_TNH.data_ptr(), None if q_norm_H is None else q_norm_H.data_ptr(),
+            qkv_TX.data_ptr(), positions_T.data_ptr(), cos_sin_LH.data_ptr(), k_cache.data_ptr(), k_cache.stride(0),
+            v_cache.data_ptr(), v_cache.stride(0), meta.slot_mapping_T.data_ptr(), q_TNH.data_ptr(),
+            None if q_norm_H is None else q_norm_H.data_ptr(),
             None if k_norm_H is None else k_norm_H.data_ptr(), eps, num_tokens, num_heads, num_kv_heads, head_dim,
             meta.block_size, torch.get_num_threads(),
         )  # fmt: skip
@@ -192,12 +198,13 @@ class Kernels:
     def plan(self, meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
         if num_heads // num_kv_heads > MAX_GROUP:
             return None
-        tables = (meta.query_start_S1, meta.seq_lens_S, meta.block_table_SM)
-        assert all(t.dtype is torch.int32 for t in tables) and meta.block_table_SM.stride(1) == 1
+        table_SM, base_S = meta.block_table_SM, meta.kv_base_S
+        tables = (meta.query_start_S1, meta.seq_lens_S, table_SM) + (() if base_S is None else (base_S,))
+        assert all(t.dtype is torch.int32 for t in tables) and (base_S is not None or table_SM.stride(1) == 1)
         num_seqs = len(meta.seq_lens_S)
         step = Step(
-            *(t.data_ptr() for t in tables), meta.block_table_SM.stride(0), num_seqs, meta.block_size,
-            num_heads, num_kv_heads, head_dim,
+            *(t.data_ptr() for t in tables[:3]), None if base_S is None else base_S.data_ptr(), table_SM.stride(0),
+            num_seqs, meta.block_size, num_heads, num_kv_heads, head_dim,
         )  # fmt: skip
         units = torch.empty(self.max_units_c(step) * self.unit_bytes, dtype=torch.uint8)
         step.units = units.data_ptr()
@@ -221,9 +228,20 @@ class Kernels:
         if plan is None or q_TNH.dtype is not FP32 or k_cache.dtype is not FP32:
             return attention.attention(q_TNH, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window)
         out_TX = q_TNH.new_empty((num_tokens, num_heads * head_dim))
-        self.attention_c(plan.step, q_TNH.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out_TX.data_ptr(), scale,
-                         sliding_window or 0, torch.get_num_threads())  # fmt: skip
+        self.attention_c(plan.step, q_TNH.data_ptr(), k_cache.data_ptr(), k_cache.stride(0), v_cache.data_ptr(),
+                         v_cache.stride(0), out_TX.data_ptr(), scale, sliding_window or 0,
+                         torch.get_num_threads())  # fmt: skip
         return out_TX
+
+    def export_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
+                      *, format: str) -> None:
+        for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
+            self.export_blocks_c(part)
+
+    def import_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
+                      *, format: str) -> None:
+        for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
+            self.import_blocks_c(part)
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         if logits_SV.dtype is not FP32:

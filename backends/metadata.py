@@ -21,6 +21,8 @@ class AttentionMetadata:
     query_start_S1: offsets into the T axis, with T at the end.
     seq_lens_S: KV length of each sequence *including* this step's tokens.
     block_table_SM: block ids; entries past a sequence's last block are undefined, never read.
+    kv_base_S: if not None, the sequences lie contiguously: block m of sequence s is block `kv_base_S[s] + m` of the
+    caches, and `block_table_SM` is empty, never read.
     slot_mapping_T: block_id * block_size + offset for each token; -1 means: do not write.
     plan: whatever `OpSet.plan` computed once for the step; private to the op set.
     """
@@ -33,4 +35,5 @@ class AttentionMetadata:
     max_seq_len: int
     num_tokens: int
     block_size: int
+    kv_base_S: Tensor | None = None
     plan: Any = None

@@ -6,6 +6,10 @@ docstring of its Protocol here; every implementation honours all of it.
 
 Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
 P tokens per block, B blocks. X and Y are any sizes. Tensors are contiguous unless said otherwise.
+
+K and V caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
+layout a block that nobody owns may have no memory behind it. An operator touches the blocks that the metadata or its
+arguments name and no others.
 """
 
 from __future__ import annotations
@@ -122,6 +126,38 @@ class CopyBlocks(Protocol):
         ...
 
 
+class StoredBytes(Protocol):
+    def __call__(self, k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
+        """Bytes of one block of one layer in the stored form of `export_blocks`."""
+        ...
+
+
+class ExportBlocks(Protocol):
+    def __call__(
+        self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
+    ) -> None:
+        """stored[slots] = the keys and values of blocks of one layer, as bytes.
+
+        stored_SX: uint8 [any, stored_bytes], in host memory; its rows may lie apart, and nothing between them is
+        touched. block_ids_B, slots_B: int64 in host memory, of equal length; slots_B without repeats.
+        format: "fp32", "bf16", "fp16" (the numbers, rounded to nearest even), "int8" or "fp8" (with scales). The order
+        of the bytes is the op set's own. A format that holds the cache's dtype is exact. What was imported into a
+        cache that holds it exactly is exported as the same bytes.
+        NaN stays NaN and inf stays inf, or becomes NaN together with its group of numbers; neither turns into a number.
+        The caches may be written meanwhile in other blocks. Called from several threads at once; on a device the copy
+        is queued and done after `Backend.synchronize_copies`.
+        """
+        ...
+
+
+class ImportBlocks(Protocol):
+    def __call__(
+        self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
+    ) -> None:
+        """The reverse of `export_blocks`: blocks of one layer = stored[slots]. block_ids_B without repeats."""
+        ...
+
+
 class Argmax(Protocol):
     def __call__(self, logits_SV: Tensor) -> Tensor:
         """Index of each row's largest value, the smallest index among equals: int64 [S]."""
@@ -146,7 +182,7 @@ class Sample(Protocol):
 
 
 # Not in every step: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "copy_blocks"})
+COLD_OPS = frozenset({"pack_linear", "copy_blocks", "stored_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +200,9 @@ class OpSet:
     attention: Attention
     silu_mul: SiluMul
     copy_blocks: CopyBlocks
+    stored_bytes: StoredBytes
+    export_blocks: ExportBlocks
+    import_blocks: ImportBlocks
     argmax: Argmax
     sample: Sample
 

@@ -12,7 +12,7 @@ from serving.flags import FlagParser, add_flags, apply_speculative_config, tree_
 from xllm.config import EngineConfig
 from xllm.errors import XllmError
 
-BENCHES = ("throughput", "latency", "serve", "scheduler", "cache")
+BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "kv-dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def _bench(args: list[str]) -> int:
         print(f"usage: xllm bench {{{','.join(BENCHES)}}} ...", file=sys.stderr)
         return 0 if args[:1] in (["-h"], ["--help"]) else 2
     try:
-        return int(importlib.import_module(f"serving.bench.{args[0]}").main(args[1:]))
+        return int(importlib.import_module(f"serving.bench.{args[0].replace('-', '_')}").main(args[1:]))
     except (XllmError, OSError) as error:
         print(f"xllm: error: {error}", file=sys.stderr)
         return 1

@@ -111,13 +111,21 @@ class EngineServer:
         """Apply all commands that have come; wait for the first one if `block`."""
         if block:
             self._heart.set_busy(False)
-            self._apply(self._commands.recv())
+            self._wait()
         while not self._stopping:
             try:
                 frame = self._commands.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._apply(frame)
+
+    def _wait(self) -> None:
+        """Until a command comes; meanwhile the KV tiers go on with theirs."""
+        while (idle_s := self._core.idle_s()) is not None:
+            if self._commands.poll(int(idle_s * 1000)):
+                return
+            self._core.tick()
+        self._commands.poll()
 
     def _apply(self, frame: bytes) -> None:
         command = protocol.COMMANDS.decode(frame)

@@ -54,6 +54,7 @@ class WireDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_preemptions: int = 0
     error: str | None = None
+    cached_by_tier: dict[str, int] | None = None
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -112,7 +113,8 @@ def encode(message: Command | Report) -> bytes:
 
 def wire_delta(delta: OutputDelta) -> WireDelta:
     return WireDelta(delta.request_id, delta.token_ids, delta.num_cached_tokens, delta.finish_reason,
-                     delta.stop_reason, delta.logprobs, delta.prompt_logprobs, delta.num_preemptions, delta.error)
+                     delta.stop_reason, delta.logprobs, delta.prompt_logprobs, delta.num_preemptions, delta.error,
+                     delta.cached_by_tier)
 
 
 def output_delta(wire: WireDelta) -> OutputDelta:
@@ -123,6 +125,8 @@ def output_delta(wire: WireDelta) -> OutputDelta:
         delta.logprobs = wire.logprobs
     if wire.prompt_logprobs is not None:
         delta.prompt_logprobs = wire.prompt_logprobs
+    if wire.cached_by_tier is not None:
+        delta.cached_by_tier = wire.cached_by_tier
     if wire.num_preemptions:
         delta.num_preemptions = wire.num_preemptions
     return delta

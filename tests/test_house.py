@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 OWN = ("cuda_ops", "npu_ops", "backends", "graph", "xllm", "serving", "tests", "benchmarks", "tools")
 
 # Which of our own modules may be imported from where; the longest matching prefix decides.
-BASE = ["xllm.config", "xllm.errors", "xllm.env", "xllm.request", "xllm.sequence", "xllm.step", "xllm.metrics"]
+BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.request", "xllm.sequence", "xllm.step",
+        "xllm.metrics"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "xllm.multimodal", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.disagg", "xllm.runner"]
 ALLOWED = {
@@ -32,6 +33,7 @@ ALLOWED = {
     "xllm": ["xllm", "backends", "graph"],
     "serving": ["serving", "xllm"],
     "serving.doctor": ["serving", "xllm", "backends"],  # it looks at devices
+    "serving.bench": ["serving", "xllm", "backends"],  # it measures parts
     "benchmarks": ["benchmarks", "serving", "xllm", "backends", "graph", "cuda_ops", "npu_ops"],
     "tools": ["tools", "serving", "xllm"],
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
+from xllm.sizes import is_zero, parse_amount
 
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
@@ -20,7 +21,11 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
 
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first")
+EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The first six, and what other engines call them.
+KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,29 @@ class CacheSettings:
                                            aliases=("max_memory_utilization",))
     enable_prefix_caching: bool = option(True, "reuse the KV blocks of shared prefixes",
                                          aliases=("enable_prefix_cache",))
+    kv_layout: str = option("paged", "where a sequence's blocks lie: anywhere, by a block table, or in one contiguous "
+                            "range of virtual memory", choices=("paged", "xtensor"))
+    xtensor_max_mappings: int | None = option(None, "live mappings of the xtensor layout; sequences beyond it run on "
+                                              "block tables; none: what the system allows")
     watermark: float = option(0.02, "share of blocks that admission leaves free, against preemption")
+    eviction_policy: str = option("duel", "which cached blocks go first; duel: LRU or LRU-K, whichever would have had "
+                                  "more hits lately", choices=EVICTION_POLICIES)
+    lru_k: int = option(2, "K of lru-k and the duel: what counts is the K-th last use")
+    eviction_history: float = option(10.0, "how many evicted blocks lru-k and the duel remember, over the tier's own")
+    l1_share: float = option(0.0, "share of the device's blocks (tier L1) protected for prefixes used at least twice")
+    host_cache_size: str = option("0", "host memory for KV blocks below the device (tier L3), such as 4GiB, or a share "
+                                  "of the available memory such as 25%")
+    host_blocks_factor: float = option(0.0, "the same as a multiple of the device's KV blocks")
+    disk_cache_size: str = option("0", "disk space for KV blocks below host memory (tier L4), such as 50GiB, or a "
+                                  "share of the free space such as 25%")
+    disk_cache_dir: str | None = option(None, "folder of the disk tier; survives restarts and crashes")
+    host_bytes_per_s: str = option("0", "limit for copies between device and host memory, each way; 0: none")
+    disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
+    preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
+                                  "where that is sooner than computing it again", choices=PREEMPTION_MODES)
+    kv_cache_dtype: str = option("auto", "number format of stored KV (host and disk tiers); auto: the device cache's, "
+                                 "which is always the compute dtype", choices=KV_CACHE_DTYPES)
+    kv_prefetch: bool = option(True, "with a host tier: bring a conversation's blocks back before its next turn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +91,8 @@ class SchedulerSettings:
                                     aliases=("enable_schedule_overlap",))
     max_waiting_requests: int = option(100_000, "requests in the queue; more are refused",
                                        aliases=("request_queue_size",))
+    max_concurrent_requests: int = option(0, "requests in the engine, running and waiting (every prompt and every one "
+                                          "of n counts); more are refused; 0: no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +168,12 @@ def check(config: EngineConfig) -> None:
     _at_least("max_num_seqs", s.max_num_seqs, 1)
     _at_least("max_num_batched_tokens", s.max_num_batched_tokens, 1)
     _at_least("max_waiting_requests", s.max_waiting_requests, 1)
+    _at_least("max_concurrent_requests", s.max_concurrent_requests, 0)
     _at_least("long_prefill_token_threshold", s.long_prefill_token_threshold, 0)
     _at_least("num_speculative_tokens", spec.num_speculative_tokens, 0)
     _at_least("prompt_lookup_min", spec.prompt_lookup_min, 1)
+    if c.xtensor_max_mappings is not None:
+        _at_least("xtensor_max_mappings", c.xtensor_max_mappings, 0)
     for name, value in (("num_kv_blocks", c.num_kv_blocks), ("kv_cache_memory_bytes", c.kv_cache_memory_bytes),
                         ("num_threads", config.device.num_threads)):
         if value is not None:
@@ -158,8 +190,33 @@ def check(config: EngineConfig) -> None:
     if s.max_num_batched_tokens < 1 + spec.num_speculative_tokens:
         raise ConfigError("max_num_batched_tokens must hold one token and its drafts "
                           f"({1 + spec.num_speculative_tokens})")
+    _check_tiers(c)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
+
+
+def _check_tiers(c: CacheSettings) -> None:
+    _at_least("lru_k", c.lru_k, 2)
+    if not 0.0 <= c.eviction_history <= 1000.0:
+        raise ConfigError(f"eviction_history must be in [0, 1000], got {c.eviction_history}")
+    if not 0.0 <= c.l1_share < 1.0:
+        raise ConfigError(f"l1_share must be in [0, 1), got {c.l1_share}")
+    has_host = c.host_blocks_factor > 0 or not is_zero("host_cache_size", c.host_cache_size)
+    has_disk = not is_zero("disk_cache_size", c.disk_cache_size)
+    parse_amount("host_bytes_per_s", c.host_bytes_per_s)
+    parse_amount("disk_bytes_per_s", c.disk_bytes_per_s)
+    if not 0.0 <= c.host_blocks_factor <= 1e6:
+        raise ConfigError(f"host_blocks_factor must be in [0, 1e6], got {c.host_blocks_factor}")
+    if c.host_blocks_factor > 0 and not is_zero("host_cache_size", c.host_cache_size):
+        raise ConfigError("host_cache_size and host_blocks_factor say the same thing: set one of them")
+    if has_host and not c.enable_prefix_caching:
+        raise ConfigError("host_cache_size needs enable_prefix_caching: blocks are found by their prefix")
+    if has_disk and not has_host:
+        raise ConfigError("disk_cache_size needs host_cache_size: blocks go to disk through host memory")
+    if has_disk != (c.disk_cache_dir is not None):
+        raise ConfigError("disk_cache_size and disk_cache_dir go together: set both or neither")
+    if c.preemption_mode == "swap" and not has_host:
+        raise ConfigError("preemption_mode swap needs host_cache_size")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

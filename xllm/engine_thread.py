@@ -75,8 +75,9 @@ class EngineThread:
         idle = not self._core.has_work()
         while True:
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle, timeout=self._core.idle_s() if idle else None)
             except queue.Empty:
+                self._core.tick()
                 return True
             if command is None:
                 return False

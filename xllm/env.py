@@ -26,3 +26,8 @@ def compiled_kernels_allowed() -> bool:
 def check_integrity() -> bool:
     """XLLM_CHECK=1: audit the KV pool and the scheduler after every step (slow)."""
     return os.environ.get("XLLM_CHECK", "") in ("1", "true")
+
+
+def failpoints() -> str:
+    """XLLM_FAILPOINTS: where this process shall die or fail, for tests (`xllm/kv/failpoints.py`)."""
+    return os.environ.get("XLLM_FAILPOINTS", "")

@@ -5,7 +5,8 @@
     ├── RequestError       a request is wrong: names the field, never harms another request
     ├── ModelError         a checkpoint is wrong: names the file or tensor, raised before serving
     ├── EngineDeadError    the engine stopped; every open request ends with this
-    └── DeviceError        a device, its driver or one of its libraries is missing or failed
+    ├── DeviceError        a device, its driver or one of its libraries is missing or failed
+    └── DiskError          the KV store's disk failed: serving goes on without that tier
 
 The first three are also `ValueError`s: they say that the caller must change something.
 Broken invariants of our own are `assert`s or `IntegrityError`, never one of these.
@@ -38,6 +39,10 @@ class EngineDeadError(XllmError):
 
 class DeviceError(XllmError):
     """A device or one of its libraries is not usable here."""
+
+
+class DiskError(XllmError, OSError):
+    """The disk below the KV store failed; `errno` and `filename` as in any OSError."""
 
 
 class IntegrityError(AssertionError):

@@ -10,6 +10,32 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """One tier of the KV cache, in blocks.
+
+    missed_total: blocks that should have been there and were not good (damaged on disk), by kind. unsaved_total:
+    blocks that left this tier before they were copied further down.
+    """
+
+    num_blocks: int = 0
+    num_used: int = 0
+    evicted_total: int = 0
+    unsaved_total: int = 0
+    missed_total: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStats:
+    """Moves between two tiers, one way. Seconds: `busy` while bytes moved, `wait` from the order to the end."""
+
+    queued: int = 0
+    jobs_total: int = 0
+    bytes_total: int = 0
+    busy_s_total: float = 0.0
+    wait_s_total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """One look at a running engine. Times are seconds; `last_step_s` is on the `time.monotonic()` clock."""
 
@@ -31,6 +57,12 @@ class EngineStats:
     spec_draft_tokens_total: int = 0
     spec_accepted_tokens_total: int = 0
     requests_finished_total: dict[str, int] = field(default_factory=dict)  # by finish reason
+    swaps_total: int = 0  # preemptions whose KV was copied to host memory
+    cached_tokens_by_tier_total: dict[str, int] = field(default_factory=dict)  # l1, l2: device, l3: host, l4: disk
+    kv_tiers: dict[str, TierStats] = field(default_factory=dict)  # by tier: device, host, disk
+    kv_lanes: dict[str, LaneStats] = field(default_factory=dict)  # by lane: save, load, write, read
+    prefetched_blocks_total: dict[str, int] = field(default_factory=dict)  # right: used in time; wrong: not
+    kv_disk_up: bool = False  # there is a disk tier and it has not failed
 
     @property
     def prefix_hit_rate(self) -> float:

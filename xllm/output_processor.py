@@ -101,6 +101,7 @@ class RequestState:
     metrics: RequestMetrics
     prompt_logprobs: list[LogprobsOfToken | None] | None = None
     num_cached_tokens: int = 0
+    cached_by_tier: dict[str, int] | None = None
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +124,7 @@ class RequestState:
             request_id=self.source.request_id, prompt=self.source.prompt,
             prompt_token_ids=self.source.prompt_token_ids, outputs=outputs, finished=self.finished,
             metrics=self.metrics, prompt_logprobs=self.prompt_logprobs, num_cached_tokens=self.num_cached_tokens,
+            cached_by_tier=self.cached_by_tier,
         )
 
 
@@ -183,6 +185,8 @@ class OutputProcessor:
             metrics.num_preemptions = delta.num_preemptions
         if delta.num_cached_tokens > state.num_cached_tokens:
             state.num_cached_tokens = delta.num_cached_tokens
+        if delta.cached_by_tier is not None:
+            state.cached_by_tier = delta.cached_by_tier
         if delta.prompt_logprobs is not None:
             state.prompt_logprobs = [None if p is None else logprobs_by_id(p, self._tokenizer)
                                      for p in delta.prompt_logprobs]

@@ -58,7 +58,8 @@ class RequestOutput:
     """A prompt and its completions, so far or in the end (`finished`).
 
     prompt: None when token ids were given. prompt_logprobs: one entry a prompt token, the first None.
-    num_cached_tokens: prompt tokens whose KV was reused.
+    num_cached_tokens: prompt tokens whose KV was reused. cached_by_tier: the same by where it was (l1, l2: device,
+    l3: host memory, l4: disk), with KV tiers only.
     """
 
     request_id: str
@@ -69,3 +70,4 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[LogprobsOfToken | None] | None = None
     num_cached_tokens: int = 0
+    cached_by_tier: dict[str, int] | None = None

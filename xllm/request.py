@@ -195,6 +195,7 @@ class Request:
     offline: bool = False
     deadline_s: float | None = None
     cache_salt: str = ""
+    session_id: str | None = None  # of the conversation that it is a turn of
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,7 @@ class OutputDelta:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_preemptions: int = 0
     error: str | None = None
+    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1, l2, l3, l4
 
     def __init__(self, request_id: str, token_ids: list[int], num_cached_tokens: int = 0):
         self.request_id = request_id

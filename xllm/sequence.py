@@ -14,17 +14,20 @@ from xllm.request import FinishReason, Request
 
 
 class Status(enum.Enum):
-    """WAITING: queued. RUNNING: owns a row. PREEMPTED: lost its blocks while a step that it takes
-    part in is still running; goes back to WAITING when that step settles. FINISHED: final."""
+    """WAITING: queued. WAITING_KV: its prefix is on its way up from host memory or disk. RUNNING: owns a row.
+    PREEMPTED: lost its blocks while a step that it takes part in is still running; goes back to WAITING when that
+    step settles. FINISHED: final."""
 
     WAITING = "waiting"
+    WAITING_KV = "waiting_kv"
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
 
 
 ALLOWED_MOVES: dict[Status, frozenset[Status]] = {
-    Status.WAITING: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.WAITING: frozenset({Status.RUNNING, Status.WAITING_KV, Status.FINISHED}),
+    Status.WAITING_KV: frozenset({Status.WAITING, Status.FINISHED}),
     Status.RUNNING: frozenset({Status.PREEMPTED, Status.WAITING, Status.FINISHED}),
     Status.PREEMPTED: frozenset({Status.WAITING, Status.FINISHED}),
     Status.FINISHED: frozenset(),
@@ -34,8 +37,8 @@ ALLOWED_MOVES: dict[Status, frozenset[Status]] = {
 class SequenceState:
     """One sequence from `Scheduler.add` to its terminal output. Written by the scheduler only."""
 
-    __slots__ = ("arrival_index", "finish_reason", "num_cached_tokens", "num_preemptions", "num_prompt_tokens",
-                 "prompt_logprobs", "request", "row", "status", "token_ids")
+    __slots__ = ("arrival_index", "finish_reason", "num_cached_tokens", "num_disk_tokens", "num_host_tokens",
+                 "num_preemptions", "num_prompt_tokens", "prompt_logprobs", "request", "row", "status", "token_ids")
 
     def __init__(self, request: Request, arrival_index: int):
         self.request = request
@@ -46,6 +49,8 @@ class SequenceState:
         self.token_ids = np.asarray(request.prompt_token_ids, dtype=np.int32)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_cached_tokens = 0  # prompt tokens found in the cache at first admission
+        self.num_host_tokens = 0  # of those, brought up from host memory for it
+        self.num_disk_tokens = 0  # and from disk
         self.num_preemptions = 0
         self.prompt_logprobs: list | None = None  # collected chunk by chunk; the first token has none
         self.restart_prompt_logprobs()

@@ -52,6 +52,8 @@ class ScheduleOutput:
     replace_rows_C, replace_places_C, replace_ids_C int32: block table entries to overwrite; the row's own
     block there had the same contents as one that was cached before it.
     copy_src, copy_dst int32: blocks to copy before the forward pass (copy-on-write).
+    tickets: loads from host memory that were open when the step was planned and that its rows or copies read: layer
+    l of the forward pass waits for layer l of each (`kv/lanes.py:TicketBoard`).
     """
 
     step: int
@@ -68,6 +70,7 @@ class ScheduleOutput:
     replace_ids_C: np.ndarray = field(default_factory=lambda: _NO_INTS)
     copy_src: np.ndarray = field(default_factory=lambda: _NO_INTS)
     copy_dst: np.ndarray = field(default_factory=lambda: _NO_INTS)
+    tickets: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:

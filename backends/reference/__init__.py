@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.opset import OpSet
-from backends.reference import activation, attention, kv, linear, norm, rotary, sampling
+from backends.reference import activation, attention, kv, linear, norm, rotary, sampling, stored_kv
 
 REFERENCE = OpSet(
     name="reference",
@@ -17,6 +17,9 @@ REFERENCE = OpSet(
     attention=attention.attention,
     silu_mul=activation.silu_mul,
     copy_blocks=kv.copy_blocks,
+    stored_bytes=stored_kv.stored_bytes,
+    export_blocks=stored_kv.export_blocks,
+    import_blocks=stored_kv.import_blocks,
     argmax=sampling.argmax,
     sample=sampling.sample,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
-from backends.reference.kv import gather_kv
+from backends.reference.kv import gather_kv, slice_kv
 
 
 def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
@@ -45,9 +45,13 @@ def attention(
 ) -> Tensor:
     out_TNH = torch.zeros_like(q_TNH)
     starts, seq_lens = meta.query_start_S1.tolist(), meta.seq_lens_S.tolist()
+    bases = None if meta.kv_base_S is None else meta.kv_base_S.tolist()
     for s, seq_len in enumerate(seq_lens):
         begin, end = starts[s], starts[s + 1]
-        keys, values = gather_kv(k_cache, v_cache, meta.block_table_SM[s], seq_len)
+        if bases is None:
+            keys, values = gather_kv(k_cache, v_cache, meta.block_table_SM[s], seq_len)
+        else:
+            keys, values = slice_kv(k_cache, v_cache, bases[s], seq_len)
         seen = visible(end - begin, seq_len, sliding_window, q_TNH.device)
         out_TNH[begin:end] = attend(q_TNH[begin:end], keys, values, scale, seen)
     return out_TNH.flatten(1)

@@ -39,12 +39,23 @@ def gather_kv(
     k_cache: Tensor, v_cache: Tensor, block_ids_M: Tensor, seq_len: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of one sequence in order: two tensors [K, seq_len, H]. Reads no further slot."""
-    num_kv_heads, block_size, head_dim = v_cache.shape[1:]
+    block_size = v_cache.shape[2]
     block_ids = block_ids_M[: -(-seq_len // block_size)].long()
-    keys = keys_BKHP(k_cache)[block_ids].permute(1, 0, 3, 2)
-    values = v_cache[block_ids].permute(1, 0, 2, 3)
-    shape = (num_kv_heads, -1, head_dim)
-    return keys.reshape(shape)[:, :seq_len], values.reshape(shape)[:, :seq_len]
+    return _in_order(keys_BKHP(k_cache)[block_ids], v_cache[block_ids], seq_len)
+
+
+def slice_kv(k_cache: Tensor, v_cache: Tensor, first_block: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """`gather_kv` of a sequence whose blocks follow each other from `first_block` on: views, nothing is looked up."""
+    blocks = slice(first_block, first_block - (-seq_len // v_cache.shape[2]))
+    return _in_order(keys_BKHP(k_cache)[blocks], v_cache[blocks], seq_len)
+
+
+def _in_order(keys_MKHP: Tensor, values_MKPH: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """The blocks of one sequence as [K, seq_len, H]."""
+    num_kv_heads, head_dim = keys_MKHP.shape[1:3]
+    keys = keys_MKHP.permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)
+    values = values_MKPH.permute(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)
+    return keys[:, :seq_len], values[:, :seq_len]
 
 
 def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:

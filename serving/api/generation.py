@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
     num_preemptions: int = 0
     first_token_s: float | None = None
     last_token_s: float = 0.0
@@ -78,6 +80,7 @@ class Choice:
         self.logprobs += piece.logprobs or ()
         self.prompt_logprobs += delta.prompt_logprobs or ()
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.cached_by_tier = delta.cached_by_tier or self.cached_by_tier
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
 
 
@@ -170,9 +173,15 @@ class Generation:
         prompts = self.choices[::n]
         num_prompt = sum(len(choice.request.prompt_token_ids) for choice in prompts)
         num_output = sum(max(0, len(choice.token_ids) - hidden_tokens) for choice in self.choices)
+        details: dict[str, object] = {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)}
+        by_tier = Counter[str]()
+        for choice in prompts:
+            by_tier.update(choice.cached_by_tier)
+        if by_tier:
+            details["cached_tokens_by_tier"] = dict(by_tier)
         return {
             "prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)},
+            "prompt_tokens_details": details,
         }
 
 

@@ -138,6 +138,7 @@ class ServerCollector:
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             counter.add_metric(labels, value)
             yield counter
+        yield from self._tier_families(prefix, labels)
         if (ready := self._state.engine.ready) is not None:
             cache = ready.config.cache
             facts = {"block_size": str(cache.block_size), "num_gpu_blocks": str(ready.num_blocks),
@@ -146,6 +147,48 @@ class ServerCollector:
                                      labels=(*LABELS, *facts))
             info.add_metric((*labels, *facts.values()), 1)
             yield info
+
+
+    def _tier_families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
+        """The KV tiers: device (l1, l2), host memory (l3), disk (l4), and the lanes between them."""
+        s = self._state.engine.stats
+        if not s.kv_tiers:
+            return
+
+        def family(kind: type, name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+            made = kind(f"{prefix}:{name}", text, labels=(*LABELS, label))
+            for key, value in values.items():
+                made.add_metric((*labels, key), value)
+            return made
+
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        tiers, lanes = s.kv_tiers, s.kv_lanes
+        yield family(gauge, "kv_tier_blocks", "Room for KV blocks", "tier", {k: t.num_blocks for k, t in tiers.items()})
+        yield family(gauge, "kv_tier_used_blocks", "KV blocks stored", "tier",
+                     {k: t.num_used for k, t in tiers.items()})
+        yield family(counter, "kv_tier_evicted_blocks", "KV blocks evicted", "tier",
+                     {k: t.evicted_total for k, t in tiers.items()})
+        yield family(counter, "kv_tier_unsaved_blocks", "KV blocks gone before they were copied further down", "tier",
+                     {k: t.unsaved_total for k, t in tiers.items()})
+        yield family(counter, "kv_tier_hit_tokens", "Prompt tokens whose KV was found, by where", "tier",
+                     dict(s.cached_tokens_by_tier_total))
+        if "disk" in tiers:
+            yield family(counter, "kv_disk_broken_blocks", "Blocks on disk that were not good", "kind",
+                         dict(tiers["disk"].missed_total))
+            yield family(gauge, "kv_disk_up", "1 while the disk tier works", "tier", {"disk": float(s.kv_disk_up)})
+        yield family(gauge, "kv_lane_queued_jobs", "Moves under way or waiting", "lane",
+                     {k: v.queued for k, v in lanes.items()})
+        yield family(counter, "kv_lane_bytes", "Bytes moved", "lane", {k: v.bytes_total for k, v in lanes.items()})
+        yield family(counter, "kv_lane_jobs", "Moves done", "lane", {k: v.jobs_total for k, v in lanes.items()})
+        yield family(counter, "kv_lane_busy_seconds", "Time in which bytes moved", "lane",
+                     {k: v.busy_s_total for k, v in lanes.items()})
+        yield family(counter, "kv_lane_wait_seconds", "Time from order to end, over all moves", "lane",
+                     {k: v.wait_s_total for k, v in lanes.items()})
+        yield family(counter, "kv_prefetched_blocks", "Blocks brought back before they were asked for", "outcome",
+                     dict(s.prefetched_blocks_total))
+        swaps = counter(f"{prefix}:num_swaps", "Preemptions whose KV was copied to host memory", labels=LABELS)
+        swaps.add_metric(labels, s.swaps_total)
+        yield swaps
 
 
 def router(state: ServerState) -> APIRouter:

@@ -96,11 +96,15 @@ def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompt
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
         raise invalid(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", "cache_salt")
+    for name in ("session_id", "prompt_cache_key"):
+        if len(getattr(body, name) or "") > MAX_SALT_CHARS:
+            raise invalid(f"{name} may have at most {MAX_SALT_CHARS} characters", name)
     deadline_s = _deadline_s(body.ttlt_slo_ms)
     requests: list[Request] = []
     for prompt, sampling in zip(prompts, samplings, strict=True):
         made = state.inputs.process(call, prompt, sampling, priority=body.priority, offline=body.offline,
-                                    deadline_s=deadline_s, cache_salt=_hash_salt(body.cache_salt)).requests
+                                    deadline_s=deadline_s, cache_salt=_hash_salt(body.cache_salt),
+                                    session_id=body.session_id or body.prompt_cache_key).requests
         # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
         requests += [replace(request, sampling=replace(request.sampling, prompt_logprobs=sampling.prompt_logprobs))
                      if request.sampling.prompt_logprobs != sampling.prompt_logprobs else request for request in made]

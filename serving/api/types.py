@@ -78,6 +78,8 @@ class GenerationBody(StrictBody):
     offline: bool = False
     ttlt_slo_ms: float | None = None  # upstream's name: when the last token should be there
     cache_salt: str | None = None
+    session_id: str | None = None
+    prompt_cache_key: str | None = None
     request_id: str | None = None
     add_special_tokens: bool | None = None
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from serving.bench import report
+from serving.bench.optimum import optimum
 from serving.flags import FlagParser, parse_int
+from xllm.config import EVICTION_POLICIES
 from xllm.errors import ConfigError
+from xllm.kv.eviction import EvictionPolicy, make_policy
 from xllm.kv.manager import KVManager
 
 
@@ -23,13 +28,58 @@ def main(argv: list[str]) -> int:
     parser = FlagParser(prog="xllm bench cache", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="JSON lines with hash_ids")
     parser.add_argument("--capacities", type=_sizes, default="1000,3000,10000,30000", help="cache sizes in blocks")
+    parser.add_argument("--policies", default=",".join(EVICTION_POLICIES), help="which ones, by name")
+    parser.add_argument("--lru-k", type=parse_int, default=2, help="K of lru-k and the duel")
+    parser.add_argument("--history", type=float, default=10.0, help="evicted blocks they remember, over the capacity")
+    parser.add_argument("--l1-share", type=float, default=0.0, help="share of the blocks protected as tier L1")
+    parser.add_argument("--no-optimum", action="store_true", help="leave out the best possible rate")
     parser.add_argument("--json", help="write the result to this file as well")
+    parser.add_argument("--plot", help="write a picture of it to this PNG file")
     args = parser.parse_args(argv)
+    policies = args.policies.split(",")
+    if unknown := set(policies) - set(EVICTION_POLICIES):
+        raise ConfigError(f"unknown policy {sorted(unknown)[0]!r}; known are {', '.join(EVICTION_POLICIES)}")
     requests = read_trace(args.trace)
-    rates = {str(c): round(100 * hit_rate(requests, c), 2) for c in args.capacities}
-    report.write({"trace": args.trace.name, "requests": len(requests), "blocks": sum(map(len, requests)),
-                  "hit_rate_pct": {"lru": rates}}, args.json)
+    rates: dict[str, dict[str, float]] = {}
+    for name in policies:
+        rates[name] = {}
+        for capacity in args.capacities:
+            policy = make_policy(name, capacity, lru_k=args.lru_k, history=args.history, l1_share=args.l1_share)
+            rates[name][str(capacity)] = round(100 * hit_rate(requests, capacity, policy), 2)
+        report.note(f"{name:8}" + "".join(f"{rate:8.2f}" for rate in rates[name].values()))
+    if not args.no_optimum:
+        rates["opt"] = {str(c): round(100 * optimum(requests, c), 2) for c in args.capacities}
+    result = {"trace": args.trace.name, "requests": len(requests), "blocks": sum(map(len, requests)),
+              "different_blocks": len(np.unique(np.concatenate(requests))), "hit_rate_pct": rates,
+              "lru_k": args.lru_k, "history": args.history, "l1_share": args.l1_share}
+    if {"duel", "lru", "lru-k"} <= rates.keys():
+        result["duel_behind_better_points"] = {
+            c: round(max(rates["lru"][c], rates["lru-k"][c]) - rates["duel"][c], 2) for c in rates["duel"]}
+    report.write(result, args.json)
+    if args.plot:
+        plot(args.trace.stem, rates, args.plot)
     return 0
+
+
+def plot(title: str, rates: dict[str, dict[str, float]], path: str) -> None:
+    """Hit rate over capacity, a line for each policy."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'xllm[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    for name, by_capacity in rates.items():
+        style = {"duel": ("-", 2.5), "opt": (":", 1.5)}.get(name, ("--", 1.2))
+        axes.plot([int(c) for c in by_capacity], list(by_capacity.values()), style[0], linewidth=style[1], marker="o",
+                  markersize=3, label=name)
+    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="block hit rate, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def _sizes(text: str) -> list[int]:
@@ -40,22 +90,40 @@ def _sizes(text: str) -> list[int]:
 
 
 def read_trace(path: Path) -> list[np.ndarray]:
-    """Each request's block ids, renumbered from 0: int32. Raises ConfigError that names the line."""
+    """Each request's block ids, renumbered from 0: int32. Raises ConfigError that names the line.
+
+    A line is a request with `hash_ids`, or a session with `requests` whose ids are its own (and may nest further).
+    """
     numbers: dict[object, int] = {}
     requests = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                ids = json.loads(line)["hash_ids"]
+                for ids in _requests_of(json.loads(line), number):
+                    requests.append(np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32))
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{path.name}, line {number}: not a JSON object with hash_ids") from None
-            requests.append(np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32))
     return requests
 
 
-def hit_rate(requests: list[np.ndarray], num_blocks: int) -> float:
+def _requests_of(entry: dict[str, Any], session: int) -> Iterator[list[object]]:
+    if "requests" not in entry:
+        yield list(entry["hash_ids"])
+        return
+    calls: list[tuple[float, list[object]]] = []
+    stack = [(0.0, request) for request in entry["requests"]]
+    while stack:
+        start_s, request = stack.pop()
+        start_s += request.get("t", 0.0)
+        if "hash_ids" in request:
+            calls.append((start_s, [(session, i) for i in request["hash_ids"]]))
+        stack += [(start_s, inner) for inner in request.get("requests", ())]
+    yield from (ids for _, ids in sorted(calls, key=lambda call: call[0]))
+
+
+def hit_rate(requests: list[np.ndarray], num_blocks: int, policy: EvictionPolicy) -> float:
     """Share of the blocks that were found. Requests longer than the cache are cut to it."""
-    kv = KVManager(num_blocks=num_blocks, block_size=1, num_rows=1, max_tokens_per_row=num_blocks)
+    kv = KVManager(num_blocks=num_blocks, block_size=1, num_rows=1, max_tokens_per_row=num_blocks, policy=policy)
     row, hits, total = np.array([0]), 0, 0
     for blocks in tqdm(requests, desc=f"{num_blocks} blocks", unit="request", leave=False):
         total += len(blocks)

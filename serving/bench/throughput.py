@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from serving.bench import report
-from serving.bench.engines import ENGINES
+from serving.bench.engines import CONVERTERS, ENGINES
 from serving.bench.model import SHAPE, write_checkpoint
 from serving.flags import FlagParser
 
@@ -50,15 +50,24 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch:
         folder = Path(args.model) if args.model else write_checkpoint(Path(scratch) / "model")
-        names = ["xllm", *(args.vs or [])]
-        workers = {name: Worker(name, folder, args.threads) for name in names}
+        workers: dict[str, Worker] = {}
         try:
+            for name in ["xllm", *(args.vs or [])]:
+                workers[name] = Worker(name, weights_for(name, folder, Path(scratch)), args.threads)
             rates = measure(workers, args.rows.split(","), args.rounds)
         finally:
             for worker in workers.values():
                 worker.close()
     report.write(summary(workers, rates, args), args.json)
     return 0
+
+
+def weights_for(name: str, checkpoint: Path, scratch: Path) -> Path:
+    """The path that an engine loads: the checkpoint, or the same weights in the engine's own format."""
+    if name not in CONVERTERS:
+        return checkpoint
+    report.note(f"converting the checkpoint for {name} ...")
+    return CONVERTERS[name](checkpoint, scratch / name)
 
 
 def make_work(name: str) -> Work:

@@ -1,6 +1,6 @@
-"""The feature matrix: every pair of features on, and all of them, gives the plain output.
+"""The feature matrix: every pair of features on, and all of them, gives the plain output on every KV layout.
 
-Plain output: the same weights and precision, one request at a time, every feature off. A feature that
+Plain output: the same weights and precision, block tables, one request at a time, every feature off. A feature that
 is on must also be seen to work (a hit, a preemption, an accepted draft): otherwise the pair proves nothing.
 """
 
@@ -19,6 +19,8 @@ NUM_TOKENS = 40
 FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
+LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
+           "xtensor-capped": {"kv_layout": "xtensor", "xtensor_max_mappings": 8}}
 PROMPTS = [
     SHARED + "    with open(path) as file:\n",
     SHARED + "    return [line for line in",
@@ -57,13 +59,14 @@ def sampling_for(features: frozenset[str]) -> list[SamplingParams]:
             for i, extra in enumerate(extras)]
 
 
-def run(features: frozenset[str]) -> tuple[list[list[int]], LLM]:
-    with LLM(**settings_for(features)) as llm:
+def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
+    with LLM(**settings_for(features), **LAYOUTS[layout]) as llm:
         first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)
         again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)  # with a warm cache
         stats = llm.stats()
         assert stats.num_running == stats.num_waiting == 0
         assert stats.num_free_blocks == stats.num_blocks
+        check_the_layout(llm, layout)
     check_that_it_worked(features, stats)
     first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
     assert first_ids == again_ids, "a second run with a warm cache differs"
@@ -74,6 +77,15 @@ def check_that_it_worked(features: frozenset[str], stats) -> None:
     assert (stats.prefix_hits_total > 0) == ("prefix" in features)
     assert (stats.preemptions_total > 0) == ("preemption" in features)
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
+
+
+def check_the_layout(llm: LLM, layout: str) -> None:
+    virtual = llm._core.runner.virtual_rows
+    assert (virtual is not None) == (layout != "paged")
+    if virtual is not None:
+        virtual.xtensor.check_integrity()
+        assert virtual.xtensor.counters.pages_mapped > 0
+        assert (virtual.xtensor.counters.fallbacks > 0) == (layout == "xtensor-capped")
 
 
 @functools.cache
@@ -88,6 +100,12 @@ TRIPLES_WORTH_IT = [frozenset(t) for t in (("overlap", "ngram", "preemption"), (
 ALL = [frozenset(FEATURES), frozenset(FEATURES) - {"int8"}, frozenset(FEATURES) - {"seeds", "int8"}]
 
 
+@pytest.mark.parametrize("layout", ["paged", "xtensor"])
 @pytest.mark.parametrize("features", PAIRS + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
-def test_outputs_equal_plain_ones(features):
-    assert run(features) == plain("int8" in features, "seeds" in features)
+def test_outputs_equal_plain_ones(features, layout):
+    assert run(features, layout) == plain("int8" in features, "seeds" in features)
+
+
+@pytest.mark.parametrize("features", ALL, ids=lambda f: "+".join(sorted(f)))
+def test_with_sequences_in_fallback(features):
+    assert run(features, "xtensor-capped") == plain("int8" in features, "seeds" in features)

@@ -48,11 +48,21 @@ def seed_and_poison() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+def spread_cache(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, gap: int = 0) -> Tensor:
+    """A cache of NaN whose blocks lie `gap` numbers apart, as those of several layers in one page do."""
+    shape = cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+    size = num_kv_heads * block_size * head_dim
+    memory = torch.full((num_blocks * (size + gap),), NAN)
+    return memory.as_strided(shape, (size + gap, *torch.empty(shape, device="meta").stride()[1:]))
+
+
 @dataclass(kw_only=True)
 class Paged:
     """A step over sequences whose keys and values are known; all else in the caches is NaN.
 
     keys, values: per sequence [seq_len, K, H], of which the last query_len belong to this step.
+    contiguous: each sequence's blocks follow each other, and stand between others that nobody owns (`kv_base_S`).
+    gap: numbers between one block of a cache and the next.
     """
 
     query_lens: list[int]
@@ -61,6 +71,8 @@ class Paged:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    contiguous: bool = False
+    gap: int = 0
     k_cache: Tensor = field(init=False)
     v_cache: Tensor = field(init=False)
     meta: AttentionMetadata = field(init=False)
@@ -68,14 +80,14 @@ class Paged:
     def __post_init__(self) -> None:
         P, K, H = self.block_size, self.num_kv_heads, self.head_dim
         num_used = [-(-n // P) for n in self.seq_lens]
-        num_blocks, most = sum(num_used) + 3, max(num_used)
+        num_blocks, most = sum(num_used) + 3 + len(num_used), max(num_used)
         shuffled = torch.randperm(num_blocks, dtype=torch.int32)
         table = torch.full((len(num_used), most + 2), 2**30, dtype=torch.int32)  # garbage past the end
-        self.k_cache = torch.full(cache_shape(num_blocks, P, K, H), NAN)
-        self.v_cache = torch.full_like(self.k_cache, NAN)
+        self.k_cache, self.v_cache = (spread_cache(num_blocks, P, K, H, self.gap) for _ in range(2))
         self.keys, self.values, slots, taken = [], [], [], 0
         for s, (count, length, query_len) in enumerate(zip(num_used, self.seq_lens, self.query_lens)):
-            table[s, :count] = shuffled[taken : taken + count]
+            in_order = torch.arange(taken + s + 1, taken + s + 1 + count, dtype=torch.int32)
+            table[s, :count] = in_order if self.contiguous else shuffled[taken : taken + count]
             taken += count
             positions = torch.arange(length)
             slot = table[s, positions // P].long() * P + positions % P
@@ -89,6 +101,15 @@ class Paged:
             block_table_SM=table, slot_mapping_T=torch.cat(slots).int(), max_query_len=max(self.query_lens),
             max_seq_len=max(self.seq_lens), num_tokens=sum(self.query_lens), block_size=P,
         )  # fmt: skip
+        if self.contiguous:
+            self.meta.kv_base_S, self.meta.block_table_SM = table[:, 0].clone(), table[:, :0].clone()
+
+    def by_table(self) -> None:
+        """Name the same blocks by a table instead of a base."""
+        base_S, self.meta.kv_base_S = self.meta.kv_base_S, None
+        assert base_S is not None
+        most = -(-max(self.seq_lens) // self.block_size)
+        self.meta.block_table_SM = base_S[:, None] + torch.arange(most, dtype=torch.int32)
 
     def queries(self) -> Tensor:
         return torch.randn(sum(self.query_lens), self.num_heads, self.head_dim)

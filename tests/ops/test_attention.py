@@ -1,4 +1,4 @@
-"""Paged attention against float64 truth: shapes, windows, poison, and independence of the batch."""
+"""Attention against float64 truth: both layouts, shapes, windows, poison, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ STEPS = {
 }
 
 
-def paged(step: str, heads: tuple[int, int] = (4, 2), head_dim: int = 64, block_size: int = P) -> Paged:
+def paged(step: str, heads: tuple[int, int] = (4, 2), head_dim: int = 64, block_size: int = P, *,
+          contiguous: bool = False, gap: int = 0) -> Paged:
     query_lens, seq_lens = STEPS[step]
     return Paged(query_lens=query_lens, seq_lens=seq_lens, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
-                 block_size=block_size)  # fmt: skip
+                 block_size=block_size, contiguous=contiguous, gap=gap)  # fmt: skip
 
 
 def check(ops: OpSet, case: Paged, window: int | None = None) -> None:
@@ -53,6 +54,25 @@ def test_block_sizes(ops: OpSet, step: str, block_size: int) -> None:
 @pytest.mark.parametrize("step", ["decode", "chunk", "mixed", "long"])
 def test_windows(ops: OpSet, step: str, window: int) -> None:
     check(ops, paged(step), window)
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (32, 3), (80, 16), (6, 8), (64, 128)])
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("step", STEPS)
+def test_contiguous_blocks_give_the_same_bits_as_a_table(ops: OpSet, step: str, window: int | None, head_dim: int,
+                                                         block_size: int) -> None:
+    case = paged(step, head_dim=head_dim, block_size=block_size, contiguous=True, gap=24)
+    q_TNH = case.queries()
+    by_base = case.attend(ops, q_TNH, window)
+    torch.testing.assert_close(by_base.double(), case.truth(q_TNH, window), rtol=0, atol=2e-6)
+    case.by_table()
+    assert torch.equal(case.attend(ops, q_TNH, window), by_base)
+
+
+@pytest.mark.parametrize("step", ["mixed", "long"])
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_blocks_that_lie_apart(ops: OpSet, step: str, block_size: int) -> None:
+    check(ops, paged(step, block_size=block_size, gap=40))
 
 
 @pytest.mark.parametrize("step", ["decode", "chunk", "mixed", "long"])
@@ -98,8 +118,9 @@ def test_without_a_plan(ops: OpSet) -> None:
     torch.testing.assert_close(out.double(), case.truth(q_TNH), rtol=0, atol=2e-6)
 
 
-def test_bfloat16(ops: OpSet) -> None:
-    case = paged("mixed")
+@pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
+def test_bfloat16(ops: OpSet, contiguous: bool) -> None:
+    case = paged("mixed", contiguous=contiguous)
     q_TNH = case.queries().bfloat16()
     case.k_cache, case.v_cache = case.k_cache.bfloat16(), case.v_cache.bfloat16()
     out = case.attend(ops, q_TNH)

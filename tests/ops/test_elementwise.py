@@ -11,7 +11,7 @@ from backends.cpu_kernels import Kernels
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference.kv import cache_shape, keys_BKHP
-from tests.ops.conftest import NAN
+from tests.ops.conftest import NAN, spread_cache
 
 EPS = 1e-6
 SHAPES = [(1, 1), (3, 33), (5, 512), (300, 500), (0, 8)]
@@ -99,8 +99,8 @@ def test_qkv_rope_write(ops: OpSet, shape: tuple[int, int, int, int], block_size
     qkv, positions, cos_sin, meta = rope_case(T, N, K, H, block_size)
     heads = qkv.clone().view(T, N + 2 * K, H).double()
     q_norm, k_norm = (torch.randn(H), torch.randn(H)) if normed else (None, None)
-    k_cache = torch.full(cache_shape(T // block_size + 2, block_size, K, H), NAN)
-    v_cache = torch.full_like(k_cache, NAN)
+    k_cache = spread_cache(T // block_size + 2, block_size, K, H, gap=11)
+    v_cache = spread_cache(T // block_size + 2, block_size, K, H, gap=5)
 
     q_TNH = ops.qkv_rope_write(qkv, positions, cos_sin, k_cache, v_cache, meta, num_heads=N, num_kv_heads=K, head_dim=H,
                                q_norm_H=q_norm, k_norm_H=k_norm, eps=EPS)  # fmt: skip
@@ -133,8 +133,9 @@ def test_bfloat16(ops: OpSet) -> None:
     assert q_TNH.dtype is torch.bfloat16
 
 
-def test_copy_blocks(ops: OpSet) -> None:
-    cache = torch.randn(cache_shape(6, 4, 2, 8))
+@pytest.mark.parametrize("gap", [0, 7])
+def test_copy_blocks(ops: OpSet, gap: int) -> None:
+    cache = spread_cache(6, 4, 2, 8, gap).normal_()
     before = cache.clone()
     ops.copy_blocks(cache, torch.tensor([0, 0, 3]), torch.tensor([1, 5, 2]))
     assert torch.equal(cache, before[[0, 0, 3, 3, 4, 0]])

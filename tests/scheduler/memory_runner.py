@@ -8,6 +8,7 @@ prefix. Steps run when `result` is asked for, long after they were planned, as o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class MemoryRunner(NullRunner):
         self.tables: dict[int, list[int]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
+        self.wait_for: Callable[[tuple[int, ...]], None] = lambda tickets: None  # until loads have arrived
 
     def run(self, plan: ScheduleOutput) -> StepOutput:
         for row in plan.released_rows:
@@ -49,6 +51,7 @@ class MemoryRunner(NullRunner):
         for row, place, block in zip(plan.replace_rows_C.tolist(), plan.replace_places_C.tolist(),
                                      plan.replace_ids_C.tolist()):
             self.tables[row][place] = block
+        self.wait_for(plan.tickets)
         for src, dst in zip(plan.copy_src.tolist(), plan.copy_dst.tolist()):
             self._block(dst)[:] = self._block(src)
         self._forward(plan)
@@ -102,14 +105,14 @@ class LateExecutor:
 
     def __init__(self, runner: NullRunner, depth: int):
         self.depth = depth
-        self._runner = runner
+        self.runner = runner
         self._plans: deque[ScheduleOutput] = deque()
 
     def submit(self, plan: ScheduleOutput) -> None:
         self._plans.append(plan)
 
     def result(self) -> StepOutput:
-        return self._runner.run(self._plans.popleft())
+        return self.runner.run(self._plans.popleft())
 
     def shutdown(self) -> None:
         pass

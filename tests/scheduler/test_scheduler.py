@@ -180,6 +180,31 @@ def test_add_refuses_what_can_never_run():
         simulation.add("c", [1])
 
 
+def test_a_limit_on_all_requests_counts_running_and_waiting_ones():
+    simulation = Simulation(max_concurrent_requests=3, max_num_seqs=2)
+    for name in "abc":
+        simulation.add(name, prompt_of(5))
+    simulation.step()
+    assert simulation.scheduler.num_running == 2
+    assert len(simulation.scheduler.waiting) == 1
+    with pytest.raises(RequestError, match=r"the engine is full \(3 requests\)") as refused:
+        simulation.add("d", prompt_of(5))
+    assert refused.value.field is None  # nothing is wrong with the request
+    simulation.scheduler.abort("c")
+    simulation.add("d", prompt_of(5))
+    simulation.run()
+    simulation.add("e", prompt_of(5))
+    simulation.run()
+    assert set(simulation.finished) == set("abcde")
+
+
+def test_no_limit_on_all_requests_unless_it_is_set():
+    simulation = Simulation()
+    for i in range(300):
+        simulation.add(f"r{i}", [1])
+    assert len(simulation.scheduler.waiting) == 300
+
+
 def test_length_ends_at_max_model_len():
     simulation = Simulation(max_model_len=24)
     simulation.add("r", prompt_of(20), max_tokens=None)

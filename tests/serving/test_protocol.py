@@ -29,11 +29,12 @@ def deltas(draw: st.DrawFn) -> OutputDelta:
     delta.logprobs = draw(st.none() | st.lists(LOGPROBS, max_size=3))
     delta.prompt_logprobs = draw(st.none() | st.lists(st.none() | LOGPROBS, max_size=3))
     delta.num_preemptions = draw(st.integers(0, 9))
+    delta.cached_by_tier = draw(st.none() | st.dictionaries(st.sampled_from(["l1", "l2", "l3", "l4"]), st.integers(0)))
     return delta
 
 
 FIELDS = ("request_id", "token_ids", "num_cached_tokens", "finish_reason", "stop_reason", "logprobs",
-          "prompt_logprobs", "num_preemptions", "error")
+          "prompt_logprobs", "num_preemptions", "error", "cached_by_tier")
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
@@ -58,7 +59,7 @@ def test_delta_fields_are_all_carried() -> None:
 ], ids=["defaults", "everything"])
 def test_requests(sampling: SamplingParams) -> None:
     request = Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=sampling, eos_token_ids=(7,), arrival_s=1.5,
-                      priority=-3, offline=True, deadline_s=math.pi, cache_salt="s")
+                      priority=-3, offline=True, deadline_s=math.pi, cache_salt="s", session_id="c")
     received = protocol.COMMANDS.decode(protocol.encode(protocol.Submit([request])))
     assert received == protocol.Submit([request])
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
+from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
 from xllm.errors import ConfigError, DeviceError, IntegrityError, RequestError
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
+MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
 
 
 class StepLoop:
@@ -60,11 +62,12 @@ class StepLoop:
         oldest = self._in_flight.popleft()
         outputs = self.scheduler.update(oldest, self.executor.result())
         self._count_step()
+        self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
         return outputs
 
     def _nothing_to_run(self) -> list[OutputDelta]:
         ready = self.scheduler.take_ready()
-        if not ready and self.scheduler.has_requests:
+        if not ready and self.scheduler.has_requests and not self.scheduler.wait_for_kv(MAX_IDLE_WAIT_S):
             raise IntegrityError("requests are open but no step can be planned and none is in flight")
         return ready
 
@@ -96,6 +99,13 @@ class EngineCore:
         self.model_path, self.model_config, self.config = loaded.path, loaded.model_config, loaded.config
         self.num_blocks = loaded.num_blocks
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks), executor)
+        try:
+            if has_tiers(self.config.cache):
+                attach_tiers(self.scheduler, self.config, loaded.runner, loaded.backend, loaded.path,
+                             loaded.model_config)
+        except BaseException:
+            executor.shutdown()
+            raise
 
     @property
     def scheduler(self) -> Scheduler:
@@ -123,9 +133,18 @@ class EngineCore:
         """A snapshot of counters and gauges. May be called from another thread."""
         return collect_stats(self.loop)
 
+    def idle_s(self) -> float | None:
+        """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
+        return self.scheduler.idle_s()
+
+    def tick(self) -> None:
+        """Carry on what goes on between the KV tiers while there is no work."""
+        self.scheduler.tick()
+
     def shutdown(self) -> None:
-        """Wait for the step in flight and stop the executor."""
+        """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the executor."""
         self.loop.executor.shutdown()
+        self.scheduler.close()
 
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:
@@ -143,6 +162,7 @@ class _Loaded:
     config: EngineConfig  # resolved
     num_blocks: int
     runner: ModelRunner
+    backend: Backend
 
 
 def _load(config: EngineConfig, report: Progress) -> _Loaded:
@@ -169,7 +189,8 @@ def _load(config: EngineConfig, report: Progress) -> _Loaded:
                        progress=lambda done, total: report("weights", done / max(total, 1)))
     runner = ModelRunner(resolved, backend, model, num_blocks)
     report("ready", 1.0)
-    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, runner=runner)
+    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, runner=runner,
+                   backend=backend)
 
 
 def _open_backend(config: EngineConfig) -> Backend:
@@ -210,5 +231,6 @@ def collect_stats(loop: StepLoop) -> EngineStats:
         generation_tokens_total=c.generation_tokens, preemptions_total=c.preemptions,
         prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
         spec_draft_tokens_total=c.draft_tokens, spec_accepted_tokens_total=c.accepted_tokens,
-        requests_finished_total=dict(c.finished),
+        requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
+        **tier_stats(scheduler.kv),
     )

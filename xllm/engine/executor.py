@@ -15,6 +15,10 @@ R = TypeVar("R")
 class Runner(Protocol):
     """`ModelRunner`, or anything that answers plans."""
 
+    def prepare(self, plan: ScheduleOutput) -> None:
+        """May do ahead what the plan needs, in the submitter's thread while an earlier step runs."""
+        ...
+
     def run(self, plan: ScheduleOutput) -> StepOutput: ...
 
 
@@ -81,6 +85,7 @@ class ThreadExecutor:
 
     def submit(self, plan: ScheduleOutput) -> None:
         assert self.runner is not None
+        self.runner.prepare(plan)
         self._futures.append(self._pool.submit(self.runner.run, plan))
 
     def result(self) -> StepOutput:

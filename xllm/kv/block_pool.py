@@ -10,12 +10,16 @@ The states of a block:
     FREE     holds nothing; on the free stack
     HELD     ref_count > 0
     PENDING  ref_count == 0, but a running step (fence) or a transfer (lease) may still touch it
-    CACHED   ref_count == 0, findable through the prefix index, evictable
+    CACHED   ref_count == 0, findable through the prefix index, evictable unless it is leased
+
+A transfer may lease a cached block to copy it. Where eviction meets such a block it is no longer
+findable, and PENDING until the lease ends.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,23 +48,31 @@ class BlockPool:
         self._entry = np.zeros(num_blocks, dtype=np.int64)  # the newest entry that lists the block
         self._next_entry = 1
         self._num_pending = 0
-        self._leases: dict[int, float] = {}  # block -> deadline
+        self._leases: dict[int, list[float]] = {}  # block -> deadlines
+        self._is_leased = np.zeros(num_blocks, dtype=bool)
+        self._num_leased_cached = 0
+        self._doomed: set[int] = set()  # not findable and leased: FREE when their leases end
 
     # --- capacity
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give now: free ones and evictable ones."""
-        return self._num_free + len(self._policy)
+        return self._num_free + len(self._policy) - self._num_leased_cached
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return self._num_free
 
     @property
     def num_pending(self) -> int:
         """Blocks that become available by themselves once the running steps and transfers are done."""
-        return self._num_pending
+        return self._num_pending + self._num_leased_cached
 
     @property
     def num_held(self) -> int:
-        return self.num_blocks - self.num_available - self._num_pending
+        return self.num_blocks - self.num_available - self.num_pending
 
     # --- taking and giving back
 
@@ -70,22 +82,32 @@ class BlockPool:
         if num_blocks > self._num_free:
             self._evict(num_blocks - self._num_free)
         self._num_free -= num_blocks
-        block_ids = self._free[self._num_free : self._num_free + num_blocks].copy()
+        # From the top down: the blocks of a row come back in its order, and the first ones taken are neighbours.
+        block_ids = self._free[self._num_free : self._num_free + num_blocks][::-1].copy()
         self._state[block_ids] = HELD
         self._ref_count[block_ids] = 1
         return block_ids
+
+    def admit(self, block_ids: np.ndarray, digests: Sequence[bytes], parents: np.ndarray) -> None:
+        """Tell the eviction policy what held blocks contain; see `EvictionPolicy.admit`."""
+        self._policy.admit(block_ids, digests, parents)
 
     def share(self, block_ids: np.ndarray) -> None:
         """One more holder for cached (or held) blocks, as a prefix hit does. No repeats."""
         assert not np.any(self._state[block_ids] == FREE)
         self._policy.revive(block_ids)
+        if self._num_leased_cached:
+            self._num_leased_cached -= self._count_leased_cached(block_ids)
         self._num_pending -= int(np.count_nonzero(self._state[block_ids] == PENDING))
         self._state[block_ids] = HELD
         self._ref_count[block_ids] += 1
 
     def num_idle(self, block_ids: np.ndarray) -> int:
         """How many of these count as available now and would not after `share`."""
-        return int(np.count_nonzero(self._state[block_ids] == CACHED))
+        return int(np.count_nonzero((self._state[block_ids] == CACHED) & ~self._is_leased[block_ids]))
+
+    def _count_leased_cached(self, block_ids: np.ndarray) -> int:
+        return int(np.count_nonzero((self._state[block_ids] == CACHED) & self._is_leased[block_ids]))
 
     def release(self, block_ids: np.ndarray, fence: int) -> None:
         """A holder lets go. `block_ids` from the root on, without repeats; `fence`: the last step that
@@ -117,8 +139,6 @@ class BlockPool:
             _, entry, block_ids = self._pending[0]
             # The others were shared meanwhile; released again, they stand in a later entry.
             block_ids = block_ids[(self._state[block_ids] == PENDING) & (self._entry[block_ids] == entry)]
-            if self._leases and any(block in self._leases for block in block_ids.tolist()):
-                return  # in order: what waits behind it may be its parent
             self._pending.popleft()
             self._retire(block_ids)
 
@@ -128,6 +148,11 @@ class BlockPool:
         keep, drop = block_ids[cached], block_ids[~cached]
         self._state[keep] = CACHED
         self._policy.retire(keep)
+        if self._leases:
+            self._num_leased_cached += int(np.count_nonzero(self._is_leased[keep]))
+            leased = self._is_leased[drop]
+            self._doom(drop[leased])
+            drop = drop[~leased]
         self._push_free(drop)
 
     def _push_free(self, block_ids: np.ndarray) -> None:
@@ -136,38 +161,70 @@ class BlockPool:
         self._num_free += len(block_ids)
 
     def _evict(self, num_blocks: int) -> None:
-        victims = self._policy.victims(num_blocks)
-        assert len(victims) == num_blocks
-        self._index.remove(victims)
-        self._push_free(victims)
-        self.num_evicted += num_blocks
+        """Free so many blocks; the caller has checked `num_available`."""
+        while num_blocks:
+            victims = self._policy.victims(num_blocks)
+            self._index.remove(victims)
+            if self._num_leased_cached and self._is_leased[victims].any():
+                leased = self._is_leased[victims]
+                self._num_leased_cached -= int(np.count_nonzero(leased))
+                self._doom(victims[leased])
+                victims = victims[~leased]
+            self._push_free(victims)
+            self.num_evicted += len(victims)
+            num_blocks -= len(victims)
+
+    def _doom(self, block_ids: np.ndarray) -> None:
+        self._state[block_ids] = PENDING
+        self._num_pending += len(block_ids)
+        self._doomed.update(block_ids.tolist())
 
     def drop_cached(self) -> int:
         """Forget every cached block that nobody uses; returns how many."""
-        count = len(self._policy)
+        count = len(self._policy) - self._num_leased_cached
         self._evict(count)
         return count
 
     # --- leases
 
     def lease(self, block_ids: np.ndarray, deadline_s: float) -> None:
-        """A transfer reads or writes these until `unlease` or the deadline (the caller's clock)."""
+        """A transfer reads or writes these until `unlease` or the deadline (the caller's clock). Leases add up."""
+        assert not np.any(self._state[block_ids] == FREE)
+        self._num_leased_cached += int(
+            np.count_nonzero((self._state[block_ids] == CACHED) & ~self._is_leased[block_ids]))
+        self._is_leased[block_ids] = True
         for block in block_ids.tolist():
-            assert self._state[block] != FREE
-            self._leases[block] = max(deadline_s, self._leases.get(block, deadline_s))
+            self._leases.setdefault(block, []).append(deadline_s)
 
     def unlease(self, block_ids: np.ndarray) -> None:
+        """End one lease of each."""
         for block in block_ids.tolist():
-            self._leases.pop(block, None)
+            deadlines = self._leases.get(block)
+            if deadlines:
+                deadlines.pop()
+                if not deadlines:
+                    self._end_leases(block)
         self._drain()
 
     def expire_leases(self, now_s: float) -> int:
-        """Break the leases whose deadline has passed; returns how many."""
-        expired = [block for block, deadline in self._leases.items() if deadline <= now_s]
-        for block in expired:
-            del self._leases[block]
+        """Break the leases whose deadline has passed; returns of how many blocks the last one."""
+        expired = 0
+        for block, deadlines in list(self._leases.items()):
+            deadlines[:] = [deadline for deadline in deadlines if deadline > now_s]
+            if not deadlines:
+                self._end_leases(block)
+                expired += 1
         self._drain()
-        return len(expired)
+        return expired
+
+    def _end_leases(self, block: int) -> None:
+        del self._leases[block]
+        self._is_leased[block] = False
+        self._num_leased_cached -= int(self._state[block] == CACHED)
+        if block in self._doomed:
+            self._doomed.remove(block)
+            self._num_pending -= 1
+            self._push_free(np.array([block], dtype=np.int32))
 
     # --- audit
 
@@ -178,7 +235,7 @@ class BlockPool:
     def check_integrity(self) -> None:
         """Raise IntegrityError if any count, state or list disagrees with another."""
         free = self._free[: self._num_free]
-        pending = {b for _, _, ids in self._pending for b in ids.tolist() if self._state[b] == PENDING}
+        pending = {b for _, _, ids in self._pending for b in ids.tolist() if self._state[b] == PENDING} | self._doomed
         _require(len(np.unique(free)) == self._num_free, "a block is on the free stack twice")
         _require(bool(np.all(self._state[free] == FREE)), "a block on the free stack is not FREE")
         _require(int(np.count_nonzero(self._state == FREE)) == self._num_free, "a FREE block is not on the stack")
@@ -186,12 +243,15 @@ class BlockPool:
         _require(int(np.count_nonzero(self._state == CACHED)) == len(self._policy), "CACHED and the policy disagree")
         _require(len(pending) == self._num_pending == int(np.count_nonzero(self._state == PENDING)),
                  "PENDING and the waiting list disagree")
+        _require(set(np.flatnonzero(self._is_leased).tolist()) == set(self._leases), "leases and their flags disagree")
+        leased_cached = np.count_nonzero((self._state == CACHED) & self._is_leased)
+        _require(int(leased_cached) == self._num_leased_cached, "the count of leased cached blocks is wrong")
+        _require(all(self._state[b] == PENDING and b in self._leases for b in self._doomed), "a doomed block is not")
         every_listed = self._index.contains(np.arange(self.num_blocks))
         for block in range(self.num_blocks):
             state, listed = self._state[block], every_listed[block]
             _require(not (state == FREE and listed), f"free block {block} is in the prefix index")
             _require(not (state == CACHED and not listed), f"cached block {block} is not in the prefix index")
-            _require(not (state == CACHED and block in self._leases), f"leased block {block} is evictable")
             _require(not (state == CACHED and self._fence[block] > self.settled_step),
                      f"block {block} is evictable before its fence")
         self._index.check_integrity()

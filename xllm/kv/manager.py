@@ -6,14 +6,22 @@ back when a row leaves. Letters: R rows, M blocks per row, P tokens per block, B
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from xllm.errors import IntegrityError
 from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
-from xllm.kv.eviction import LRU
+from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
 
+if TYPE_CHECKING:
+    from xllm.kv.tiers import TieredStore
+
+DEFAULT_POLICY = "duel"
+RECOGNISED_BLOCKS = 256
 _NO_BLOCKS = np.zeros(0, dtype=np.int32)
 
 
@@ -21,11 +29,14 @@ class KVManager:
     """Block tables over one `BlockPool`. Not thread-safe: the scheduler's thread owns it."""
 
     def __init__(self, *, num_blocks: int, block_size: int, num_rows: int, max_tokens_per_row: int,
-                 enable_prefix_caching: bool = True):
+                 enable_prefix_caching: bool = True, policy: EvictionPolicy | None = None):
+        """policy: who is evicted first; None: the default one."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._index = PrefixIndex(num_blocks, block_size)
-        self.pool = BlockPool(num_blocks, self._index, LRU(num_blocks))
+        self._policy = make_policy(DEFAULT_POLICY, num_blocks) if policy is None else policy
+        self.pool = BlockPool(num_blocks, self._index, self._policy)
+        self._admitted: tuple[list[int], list[bytes], list[int]] = ([], [], [])  # (blocks, digests, parents)
         max_blocks = -(-max_tokens_per_row // block_size)
         self.block_table_RM = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int64)
@@ -33,6 +44,18 @@ class KVManager:
         self._hashers: list[Hasher | None] = [None] * num_rows
         self._parents = [NO_BLOCK] * num_rows  # the cached block that ends the row's committed prefix
         self._replaced: list[tuple[int, int, int]] = []  # (row, place in the table, block) not yet in a plan
+        self._tiers: TieredStore | None = None
+        self._held_paths: dict[int, np.ndarray] = {}  # blocks that a waiting request keeps, by its key
+
+    def attach(self, make_tiers: Callable[[PrefixIndex, BlockPool], TieredStore]) -> TieredStore:
+        """Put host memory and disk below the device. Once, before the first request."""
+        assert self._tiers is None and self.enable_prefix_caching
+        self._tiers = make_tiers(self._index, self.pool)
+        return self._tiers
+
+    @property
+    def tiers(self) -> TieredStore | None:
+        return self._tiers
 
     def lookup(self, token_ids: np.ndarray, cache_salt: str) -> PrefixMatch:
         """The cached prefix of `token_ids`; empty with prefix caching off. Changes nothing.
@@ -49,6 +72,10 @@ class KVManager:
             ahead.update(token_bytes(token_ids[done:]))
             match.tail = self._index.find(ahead.digest())
         return match
+
+    def num_hot(self, match: PrefixMatch) -> int:
+        """How many of the hit's blocks are in the protected tier L1. To be asked before anybody takes them."""
+        return self._policy.num_hot(match.block_ids) if isinstance(self._policy, Protected) else 0
 
     def num_idle(self, match: PrefixMatch) -> int:
         """How many of the hit's blocks count as available until somebody takes them."""
@@ -81,6 +108,40 @@ class KVManager:
         self._hashers[row] = match.hasher
         self._parents[row] = int(match.block_ids[-1]) if len(match.block_ids) else NO_BLOCK
         return copy
+
+    def hold(self, key: int, path: np.ndarray) -> None:
+        """Keep a path of findable blocks, root first, for a request that has no row yet."""
+        assert key not in self._held_paths
+        self.pool.share(path)
+        self._held_paths[key] = path
+
+    def holds(self, key: int) -> bool:
+        return key in self._held_paths
+
+    @property
+    def held_keys(self) -> list[int]:
+        """The keys of all open `hold`s."""
+        return list(self._held_paths)
+
+    def let_go(self, key: int) -> None:
+        """End a `hold`."""
+        self.pool.release(self._held_paths.pop(key), fence=-1)
+
+    @property
+    def num_loading(self) -> int:
+        """Loads from host memory that are open: each holds blocks until it is complete."""
+        return 0 if self._tiers is None else self._tiers.loader.num_open
+
+    def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
+        """The loads from host memory that whoever reads these blocks still waits for."""
+        if not self.num_loading or not len(block_ids):
+            return ()
+        assert self._tiers is not None
+        return self._tiers.loader.open_tickets(block_ids)
+
+    def blocks_read(self, match: PrefixMatch) -> np.ndarray:
+        """The cached blocks that a hit reads, also the one that is only copied: int32."""
+        return match.block_ids if match.tail == NO_BLOCK else np.append(match.block_ids, np.int32(match.tail))
 
     def blocks_of(self, row: int) -> np.ndarray:
         """A copy of the row's block ids: int32 [B]."""
@@ -117,6 +178,7 @@ class KVManager:
         first, last = int(self.num_committed_R[row]), num_computed // size
         data, width = token_bytes(token_ids[first * size : last * size]), size * 4
         parent = self._parents[row]
+        new_blocks, new_digests = [], []
         for i in range(last - first):
             hasher.update(data[i * width : (i + 1) * width])
             digest = hasher.digest()
@@ -124,11 +186,25 @@ class KVManager:
             if block == NO_BLOCK:
                 block = int(self.block_table_RM[row, first + i])
                 index.insert(digest, block, parent)
+                new_blocks.append(block)
+                new_digests.append(digest)
+                self._admitted[2].append(parent)
             else:
                 self._replace(row, first + i, block, fence)
             parent = block
         self._parents[row] = parent
         self.num_committed_R[row] = last
+        self._admitted[0].extend(new_blocks)
+        self._admitted[1].extend(new_digests)
+        if self._tiers is not None and new_blocks:
+            self._tiers.committed(new_blocks, new_digests)
+
+    def _admit(self) -> None:
+        """Tell the policy what has been committed: in one go, before any of it can be evicted."""
+        blocks, digests, parents = self._admitted
+        if blocks:
+            self._policy.admit(np.array(blocks, dtype=np.int32), digests, np.array(parents, dtype=np.int32))
+            self._admitted = ([], [], [])
 
     def _replace(self, row: int, place: int, block: int, fence: int) -> None:
         self.pool.share(np.array([block], dtype=np.int32))
@@ -141,8 +217,35 @@ class KVManager:
         replaced, self._replaced = self._replaced, []
         return np.array(replaced, dtype=np.int32).reshape(-1, 3)
 
-    def leave(self, row: int, fence: int) -> None:
-        """Give back all that the row holds. `fence`: the last step planned with it, -1 for none."""
+    def turn_began(self, session_id: str | None, block_ids: np.ndarray, clock: Callable[[], float]) -> None:
+        """A request got in with this hit: for the prefetcher, if there is one."""
+        if self._tiers is not None and self._tiers.prefetcher is not None:
+            self._tiers.prefetcher.turn_began(session_id, self._tail_digests(block_ids), clock())
+
+    def turn_ended(self, session_id: str | None, row: int, clock: Callable[[], float]) -> None:
+        """A row's request has ended well and is about to leave: for the prefetcher, if there is one."""
+        if self._tiers is not None and self._tiers.prefetcher is not None and self.num_committed_R[row]:
+            path = self.block_table_RM[row, : self.num_committed_R[row]]
+            digests = self._tail_digests(path)
+            self._tiers.prefetcher.turn_ended(session_id, digests[-1], digests, clock())
+
+    def _tail_digests(self, path: np.ndarray) -> list[bytes]:
+        """Of the last blocks of a path: a turn adds few, so that the end of the one before is among them."""
+        return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
+
+    def leave(self, row: int, fence: int, *, used: bool = True, swap: bool = False) -> None:
+        """Give back all that the row holds. `fence`: the last step planned with it, -1 for none.
+
+        used: it counts as a use of its blocks; not if the row will be back. swap: it will, and what it has computed
+        is copied to host memory before its blocks are reused.
+        """
+        if self.enable_prefix_caching:
+            self._admit()
+            path = self.block_table_RM[row, : self.num_committed_R[row]].copy()
+            if used:
+                self._policy.use(path)
+            if self._tiers is not None:
+                self._tiers.released(path, swap=swap)
         self.pool.release(self.blocks_of(row), fence)
         self.num_blocks_R[row] = 0
         self.num_committed_R[row] = 0
@@ -162,5 +265,10 @@ class KVManager:
         held = np.zeros(self.pool.num_blocks, dtype=np.int64)
         for row, count in enumerate(self.num_blocks_R.tolist()):
             np.add.at(held, self.block_table_RM[row, :count], 1)
+        loading = self._tiers.loader.open_paths if self._tiers is not None else []
+        for path in (*self._held_paths.values(), *loading):
+            held[path] += 1
         if not np.array_equal(held, self.pool.ref_counts()):
-            raise IntegrityError("ref counts differ from what the rows hold")
+            raise IntegrityError("ref counts differ from what rows, waiting requests and loads hold")
+        if self._tiers is not None:
+            self._tiers.check_integrity()

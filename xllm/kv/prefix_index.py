@@ -5,6 +5,8 @@ Only the tree of cached blocks lives here; who may evict what is the pool's busi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from xllm.errors import IntegrityError
@@ -88,6 +90,33 @@ class PrefixIndex:
         self._digest_of[block_id] = digest
         self._flags[block_id] = 1
         self._parent_of[block_id] = parent
+
+    def insert_many(self, digests: Sequence[bytes], block_ids: np.ndarray, parents: np.ndarray) -> None:
+        """`insert` for a chain of blocks, root first."""
+        for digest, block, parent in zip(digests, block_ids.tolist(), parents.tolist()):
+            self.insert(digest, block, parent)
+
+    def digest_of(self, block_id: int) -> bytes:
+        """The digest of a cached block."""
+        digest = self._digest_of[block_id]
+        assert digest is not None and self._flags[block_id]
+        return digest
+
+    def is_cached(self, block_id: int) -> bool:
+        return bool(self._flags[block_id])
+
+    def path_to(self, block_id: int) -> np.ndarray:
+        """The cached blocks from the root to this one: int32."""
+        length, block = 0, block_id
+        while block != NO_BLOCK:
+            length, block = length + 1, self._parent_of[block]
+        return self._path(block_id, length)
+
+    def leaves(self) -> np.ndarray:
+        """The cached blocks that are no cached block's parent: int32."""
+        cached = np.flatnonzero(self._is_cached)
+        parents = np.array([self._parent_of[block] for block in cached.tolist()], dtype=np.int64)
+        return np.setdiff1d(cached, parents).astype(np.int32)
 
     def remove(self, block_ids: np.ndarray) -> None:
         """Forget evicted blocks."""

@@ -5,7 +5,7 @@ Letters: T tokens in the step, S rows that want logits, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from xllm.layers.mlp import GatedMLP
 from xllm.layers.norm import RMSNorm
 from xllm.models.config import ModelConfig
 
-KVCaches = Sequence[tuple[Tensor, Tensor]]  # (k_cache, v_cache) of each layer
+KVCaches = Iterable[tuple[Tensor, Tensor]]  # (k_cache, v_cache) of each layer, in order
 
 
 class CausalLM(Protocol):

@@ -53,8 +53,11 @@ class ForwardBatch:
 
 
 def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
-                samples_S: np.ndarray, device: torch.device) -> ForwardBatch:
-    """Gather one step. Drafts must stand in `rows.token_ids` behind the known tokens already."""
+                samples_S: np.ndarray, device: torch.device, kv_base_S: np.ndarray | None = None) -> ForwardBatch:
+    """Gather one step. Drafts must stand in `rows.token_ids` behind the known tokens already.
+
+    kv_base_S: int32, where the rows' blocks follow each other in the caches; None: they lie as their tables say.
+    """
     num_queries_S = num_tokens_S + num_drafts_S
     query_start_S1 = np.zeros(len(rows_S) + 1, dtype=np.int32)
     np.cumsum(num_queries_S, out=query_start_S1[1:])
@@ -67,10 +70,15 @@ def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, nu
     else:
         row_T = np.repeat(rows_S, num_queries_S)
         position_T = np.repeat(seq_lens_S - query_start_S1[1:], num_queries_S) + np.arange(num_tokens, dtype=np.int32)
-    block_T = rows.block_table[row_T, position_T // rows.block_size]
-    slot_T = block_T * np.int32(rows.block_size) + position_T % rows.block_size
     max_seq_len = int(seq_lens_S.max())
-    table_SM = rows.block_table[rows_S, : -(-max_seq_len // rows.block_size)]
+    if kv_base_S is None:
+        block_T = rows.block_table[row_T, position_T // rows.block_size]
+        table_SM = rows.block_table[rows_S, : -(-max_seq_len // rows.block_size)]
+    else:
+        base_T = kv_base_S if max_query_len == 1 else np.repeat(kv_base_S, num_queries_S)
+        block_T = base_T + position_T // rows.block_size
+        table_SM = np.zeros((len(rows_S), 0), dtype=np.int32)
+    slot_T = block_T * np.int32(rows.block_size) + position_T % rows.block_size
 
     meta = AttentionMetadata(
         query_start_S1=_to_device(query_start_S1, device),
@@ -81,6 +89,7 @@ def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, nu
         max_seq_len=max_seq_len,
         num_tokens=num_tokens,
         block_size=rows.block_size,
+        kv_base_S=None if kv_base_S is None else _to_device(kv_base_S, device),
     )
     return ForwardBatch(
         input_ids_T=_to_device(rows.token_ids[row_T, position_T], device),

@@ -15,6 +15,7 @@ from backends.backend import Backend
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
+from xllm.runner.arena import Arena, padded_bytes
 
 # A CPU's memory is also everybody else's.
 CPU_MEMORY_SHARE = 0.5
@@ -29,14 +30,23 @@ def compute_dtype(config: EngineConfig, backend: Backend, model_config: ModelCon
 
 
 class KVCache:
-    """One K and one V tensor a layer: `layers[i] = (k, v)`. The model writes them during forward."""
+    """One K and one V tensor a layer: `layers[i] = (k, v)`. The model writes them during forward.
+
+    Their first axis is the block. With an arena they are views of its pages: the first `num_blocks` are the blocks,
+    as without one, and no other may be touched unless the arena maps it.
+    """
 
     def __init__(self, backend: Backend, model_config: ModelConfig, *, num_blocks: int, block_size: int,
-                 dtype: torch.dtype):
+                 dtype: torch.dtype, arena: Arena | None = None):
         self._backend = backend
+        self._arena = arena  # not every device's tensors keep it alive
         self.num_blocks = num_blocks
         cache_shape = backend.kv_cache_shape(num_blocks, block_size, model_config.num_kv_heads, model_config.head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = [
+        self.layers: list[tuple[Tensor, Tensor]]
+        if arena is not None:
+            self.layers = arena.layers(model_config.num_layers, cache_shape[1:], dtype)
+            return
+        self.layers = [
             (backend.allocate_kv_cache(cache_shape, dtype), backend.allocate_kv_cache(cache_shape, dtype))
             for _ in range(model_config.num_layers)
         ]
@@ -58,6 +68,15 @@ def block_bytes(backend: Backend, model_config: ModelConfig, block_size: int, dt
     return 2 * model_config.num_layers * elements * dtype.itemsize
 
 
+def page_bytes(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that a block takes under a resolved config: with the xtensor layout, whole pages of the device."""
+    assert config.cache.block_size is not None, "resolve() first"
+    num_bytes = block_bytes(backend, model_config, config.cache.block_size, dtype)
+    if config.cache.kv_layout == "xtensor" and backend.vmm is not None:
+        return padded_bytes(num_bytes, backend.vmm)
+    return num_bytes
+
+
 def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
     """How many KV blocks to allocate under a resolved config.
 
@@ -71,7 +90,7 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelC
     assert cache.block_size is not None, "resolve() first"
     assert max_model_len is not None, "resolve() first"
     blocks_per_sequence = -(-max_model_len // cache.block_size)
-    bytes_per_block = block_bytes(backend, model_config, cache.block_size, dtype)
+    bytes_per_block = page_bytes(config, backend, model_config, dtype)
     if cache.num_kv_blocks is not None:
         num_blocks, origin = cache.num_kv_blocks, f"num_kv_blocks is {cache.num_kv_blocks}"
     elif cache.kv_cache_memory_bytes is not None:

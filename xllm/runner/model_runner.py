@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from backends.backend import Backend
 from xllm.config import EngineConfig
+from xllm.kv.lanes import TicketBoard
 from xllm.models.decoder import CausalLM
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import ForwardBatch, SampleSlots, build_batch
-from xllm.runner.kv_cache import KVCache, compute_dtype
+from xllm.runner.kv_cache import KVCache, compute_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
+from xllm.runner.mover import gated
 from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.sampler import Draws, Sampler
+from xllm.runner.virtual_rows import make_virtual_rows
 from xllm.speculative.proposer import make_proposer
 from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
@@ -39,22 +44,33 @@ class ModelRunner:
         self._model = model
         self.rows = RowState(max_num_seqs=config.scheduler.max_num_seqs, max_model_len=max_model_len,
                              block_size=block_size)
-        self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size,
-                                dtype=compute_dtype(config, backend, model.config))
+        dtype = compute_dtype(config, backend, model.config)
+        self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
+                                              page_bytes=page_bytes(config, backend, model.config, dtype),
+                                              pages_per_row=self.rows.block_table.shape[1])
+        self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
+                                arena=self.virtual_rows.arena if self.virtual_rows else None)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
+        self.board = TicketBoard()  # of loads from host memory; the KV tiers bring their own
+
+    def prepare(self, plan: ScheduleOutput) -> None:
+        """Called with each plan in order, by the submitter's thread, while the step before it may still run."""
+        if self.virtual_rows is not None:
+            self.virtual_rows.prepare(plan)
 
     @torch.inference_mode()
     def run(self, plan: ScheduleOutput) -> StepOutput:
         """Do one step. A step without rows only updates the row state."""
+        kv_base_S = None if self.virtual_rows is None else self.virtual_rows.take(plan)
         self._apply(plan)
         if not plan.num_rows:
             none = np.zeros(0, dtype=np.int32)
             return StepOutput(step=plan.step, num_sampled_S=none, token_ids_SR=none.reshape(0, 1), num_drafts_S=none)
         drafts_SR, num_drafts_S = self._propose(plan)
         batch = build_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S,
-                            self._backend.device)
-        hidden_TD = self._forward(batch)
+                            self._backend.device, kv_base_S)
+        hidden_TD = self._forward(batch, plan.tickets)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden_TD)
         draws = self._draw(batch.slots, hidden_TD)
         return self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
@@ -69,6 +85,9 @@ class ModelRunner:
             self._sampler.enter(new)
         self.rows.replace_blocks(plan.replace_rows_C, plan.replace_places_C, plan.replace_ids_C)
         self.rows.append_blocks(plan.append_rows_B, plan.append_ids_B)
+        if len(plan.copy_src):
+            for ticket in self.board.tickets(plan.tickets):
+                ticket.wait(ticket.num_layers - 1)
         self.kv_cache.copy_blocks(plan.copy_src, plan.copy_dst)
 
     def _propose(self, plan: ScheduleOutput) -> tuple[np.ndarray, np.ndarray]:
@@ -82,11 +101,14 @@ class ModelRunner:
                 return drafts_SR, num_drafts_S
         return np.zeros((plan.num_rows, 0), dtype=np.int32), np.zeros(plan.num_rows, dtype=np.int32)
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
+    def _forward(self, batch: ForwardBatch, tickets: tuple[int, ...]) -> Tensor:
         config, meta = self._model.config, batch.meta
         meta.plan = self._backend.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
                                            head_dim=config.head_dim)
-        return self._model.forward(batch.input_ids_T, batch.positions_T, self.kv_cache.layers, meta)
+        layers: Iterable[tuple[Tensor, Tensor]] = self.kv_cache.layers
+        if tickets:
+            layers = gated(self.kv_cache.layers, self.board.tickets(tickets))
+        return self._model.forward(batch.input_ids_T, batch.positions_T, layers, meta)
 
     def _draw(self, slots: SampleSlots, hidden_TD: Tensor) -> Draws:
         """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""

@@ -19,6 +19,9 @@ class NullRunner:
         self.num_tokens_R = np.zeros(num_rows, dtype=np.int64)
         self.seed_R = np.zeros(num_rows, dtype=np.uint64)
 
+    def prepare(self, plan: ScheduleOutput) -> None:
+        """Nothing to do ahead."""
+
     def run(self, plan: ScheduleOutput) -> StepOutput:
         for new in plan.new_rows:
             self.num_tokens_R[new.row] = len(new.token_ids)

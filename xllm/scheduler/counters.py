@@ -15,8 +15,30 @@ class Counters:
     cached_prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0  # preemptions whose KV was copied to host memory
     prefix_queries: int = 0
     prefix_hits: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    hits_by_tier: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(("l1", "l2", "l3", "l4"), 0))
     finished: dict[str, int] = dataclasses.field(default_factory=lambda: {r.value: 0 for r in FinishReason})
+
+
+RATE_WEIGHT = 0.1  # of the newest step in a running mean
+MIN_PREFILL_TOKENS = 64  # a step with fewer says nothing about how fast prompts are computed
+
+
+@dataclasses.dataclass(slots=True)
+class StepRates:
+    """Running means over the steps so far; 0 before the first."""
+
+    step_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens in that time."""
+        self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
+        if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0.0:
+            rate = num_tokens / seconds
+            self.prefill_tokens_per_s += (rate - self.prefill_tokens_per_s) * (
+                RATE_WEIGHT if self.prefill_tokens_per_s else 1.0)

@@ -13,7 +13,7 @@ NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)
 class PlanBuilder:
     """Filled by the scheduler while it decides; every list is in the order of deciding."""
 
-    __slots__ = ("copies", "grown_ids", "grown_rows", "new_rows", "shares")
+    __slots__ = ("copies", "grown_ids", "grown_rows", "new_rows", "shares", "tickets")
 
     def __init__(self) -> None:
         self.shares: list[Share] = []
@@ -21,6 +21,7 @@ class PlanBuilder:
         self.grown_rows: list[np.ndarray] = []
         self.grown_ids: list[np.ndarray] = []
         self.copies: list[tuple[int, int]] = []  # (src, dst)
+        self.tickets: set[int] = set()
 
     def build(self, step: int, released: tuple[int, ...] = (),
               replaced: np.ndarray = NOTHING_REPLACED) -> ScheduleOutput:
@@ -34,7 +35,7 @@ class PlanBuilder:
             new_rows=tuple(self.new_rows), released_rows=released,
             append_rows_B=_join(self.grown_rows).astype(np.int32), append_ids_B=_join(self.grown_ids).astype(np.int32),
             replace_rows_C=replaced[:, 0], replace_places_C=replaced[:, 1], replace_ids_C=replaced[:, 2],
-            copy_src=copies[:, 0], copy_dst=copies[:, 1],
+            copy_src=copies[:, 0], copy_dst=copies[:, 1], tickets=tuple(sorted(self.tickets)),
         )
 
 

@@ -20,17 +20,21 @@ import numpy as np
 
 from xllm.config import EngineConfig
 from xllm.errors import IntegrityError, RequestError
+from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.budget import Share, TokenBudget
-from xllm.scheduler.counters import Counters
+from xllm.scheduler.counters import Counters, StepRates
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.policy import Key, Phase, phases, request_key
+from xllm.scheduler.promotions import Promotions
 from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.rows import RowTable
 from xllm.sequence import SequenceState, Status
 from xllm.step import NewRow, ScheduleOutput, StepOutput
+
+FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
 
 
 class Scheduler:
@@ -46,14 +50,19 @@ class Scheduler:
         assert num_blocks * cache.block_size >= self.max_model_len, "the longest sequence must fit"
         self.kv = KVManager(num_blocks=num_blocks, block_size=cache.block_size, num_rows=s.max_num_seqs,
                             max_tokens_per_row=self.max_model_len,
-                            enable_prefix_caching=cache.enable_prefix_caching)
+                            enable_prefix_caching=cache.enable_prefix_caching,
+                            policy=make_policy(cache.eviction_policy, num_blocks, lru_k=cache.lru_k,
+                                               history=cache.eviction_history, l1_share=cache.l1_share))
         self.rows = RowTable(s.max_num_seqs, self.max_model_len)
         self.counters = Counters()
+        self.rates = StepRates()
+        self.promotions = Promotions(self.kv, self.rates, clock)
         self._clock = clock
         self._seed = config.model.seed
         self._watermark_blocks = int(cache.watermark * num_blocks)
-        self._max_waiting = s.max_waiting_requests
+        self._max_waiting, self._max_requests = s.max_waiting_requests, s.max_concurrent_requests
         self._preempt_offline = s.online_preempts_offline
+        self._preemption_mode = cache.preemption_mode
         self._phases = phases(s.scheduling_policy)
         self._key = request_key(s.scheduling_policy, offline_last=s.online_preempts_offline)
         self._budget = TokenBudget(max_tokens=s.max_num_batched_tokens, max_chunk=s.long_prefill_token_threshold,
@@ -87,6 +96,8 @@ class Scheduler:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
         if len(self.waiting) >= self._max_waiting:
             raise RequestError(f"the queue is full ({self._max_waiting} requests)")
+        if 0 < self._max_requests <= len(self._sequences):
+            raise RequestError(f"the engine is full ({self._max_requests} requests)")
         if request.deadline_s is not None and math.isnan(request.deadline_s):  # it has no place in an order
             raise RequestError("deadline_s must be a number, got nan", field="deadline_s")
         seq = SequenceState(request, self._num_arrived)
@@ -94,6 +105,7 @@ class Scheduler:
         self._num_arrived += 1
         self._sequences[request.request_id] = seq
         self.waiting.push(seq)
+        self.promotions.prefetch(seq)
         self.counters.prompt_tokens += num_tokens
 
     def abort(self, request_id: str) -> None:
@@ -104,6 +116,7 @@ class Scheduler:
             return
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
+        self.promotions.forget(seq)
         row = seq.row
         self._ready.append(self._finish(seq, FinishReason.ABORT))
         if row >= 0 and self.rows.in_flight[row] == 0:
@@ -135,6 +148,8 @@ class Scheduler:
         plan = PlanBuilder()
         self._budget.reset()
         self._stalled = False
+        if self.kv.tiers is not None:
+            self._take_promoted()
         if self._yielding is not None:
             self._preempt_yielding()
         for phase in self._phases:
@@ -144,6 +159,38 @@ class Scheduler:
             elif self._running:
                 self._plan_running(plan, phase)
         return self._seal(plan)
+
+    def _take_promoted(self) -> None:
+        """Back to the queue with those whose stored blocks have come."""
+        assert self.kv.tiers is not None
+        self.kv.tiers.poll(self._clock())
+        for seq in self.promotions.take_ready():
+            seq.move(Status.WAITING)
+            self.waiting.push(seq)
+            self._blocked = None
+
+    def wait_for_kv(self, timeout_s: float) -> bool:
+        """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
+        tiers = self.kv.tiers
+        if tiers is None or not (tiers.lanes.num_open or len(self.promotions)):
+            return False
+        tiers.lanes.wait(timeout_s)
+        return True
+
+    def idle_s(self) -> float | None:
+        """How soon `tick` should be called while there is nothing to schedule; None: never."""
+        tiers = self.kv.tiers
+        return None if tiers is None else tiers.idle_s(self._clock())
+
+    def tick(self) -> None:
+        """Carry on with what the KV tiers do in the background."""
+        if self.kv.tiers is not None:
+            self.kv.tiers.poll(self._clock())
+
+    def close(self) -> None:
+        """No step is running any more: store what the device still has, as far as there is a disk for it."""
+        if self.kv.tiers is not None:
+            self.kv.tiers.close(FLUSH_S)
 
     def _plan_running(self, plan: PlanBuilder, phase: Phase) -> None:
         rows, table = self._service_order(), self.rows
@@ -196,7 +243,9 @@ class Scheduler:
         if not plan.shares:  # an empty plan is never run: what it would carry waits for the next
             return plan.build(step)
         released, self._released_rows = tuple(self._released_rows), []
-        return plan.build(step, released, self.kv.take_replaced())
+        replaced = self.kv.take_replaced()
+        plan.tickets.update(self.kv.open_tickets(replaced[:, 2]))
+        return plan.build(step, released, replaced)
 
     # --- too few blocks
 
@@ -206,6 +255,7 @@ class Scheduler:
         Blocks freed here are often PENDING until the step in flight settles; a row that waits for
         them is left out of this step, and nobody else is preempted for it meanwhile.
         """
+        self.promotions.give_up_all()  # running rows come before requests that wait with blocks in their hands
         pool, table = self.kv.pool, self.rows
         kept = np.zeros(len(share.rows), dtype=bool)
         drafts, need = share.drafts.copy(), need.copy()
@@ -246,7 +296,7 @@ class Scheduler:
         """Take a row's blocks away; its sequence will compute its tokens anew later."""
         seq = self.rows.seqs[row]
         assert seq is not None
-        self._stop_running(seq)
+        self._stop_running(seq, used=False, swap=self._swap_beats_recompute(row))
         seq.num_preemptions += 1
         self.counters.preemptions += 1
         seq.move(Status.PREEMPTED)
@@ -255,8 +305,21 @@ class Scheduler:
         else:
             self._requeue(row)
 
-    def _stop_running(self, seq: SequenceState, *, commit: bool = True) -> None:
-        """Off the service order, and its blocks given back. `commit`: those now full go to the prefix index."""
+    def _swap_beats_recompute(self, row: int) -> bool:
+        """Whether a preempted row's KV is sooner copied to host memory and back than computed again."""
+        if self.kv.tiers is None or self._preemption_mode == "recompute":
+            return False
+        num_tokens, rate = int(self.rows.computed[row]), self.rates.prefill_tokens_per_s
+        swap_s = self.kv.tiers.swap_s(num_tokens // self.kv.block_size)
+        swap = self._preemption_mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
+        self.counters.swaps += swap
+        return swap
+
+    def _stop_running(self, seq: SequenceState, *, commit: bool = True, used: bool = True, swap: bool = False,
+                      ended_well: bool = False) -> None:
+        """Off the service order, and its blocks given back. `commit`: those now full go to the prefix index.
+        `used`: not if it will be back. `swap`: they are copied to host memory first. `ended_well`: there may be a
+        next turn."""
         at = bisect.bisect_left(self._running, (self._key(seq), seq.row))
         assert self._running[at][1] == seq.row
         del self._running[at]
@@ -264,7 +327,9 @@ class Scheduler:
         self._blocked = None
         if commit:
             self._commit_row(seq.row)
-        self.kv.leave(seq.row, int(self.rows.last_step[seq.row]))
+        if ended_well:
+            self.kv.turn_ended(seq.request.session_id, seq.row, self._clock)
+        self.kv.leave(seq.row, int(self.rows.last_step[seq.row]), used=used, swap=swap)
 
     def _requeue(self, row: int) -> None:
         seq = self.rows.seqs[row]
@@ -300,10 +365,12 @@ class Scheduler:
         """Whether the sequence got in, or something was freed so that another try is worth it."""
         pool = self.kv.pool
         unreserved = pool.num_available - self._reserved_blocks()
-        others = bool(self._running or pool.num_pending or self.rows.num_free < self.rows.num_rows)
+        others = bool(self._running or pool.num_pending or self.kv.num_loading
+                      or self.rows.num_free < self.rows.num_rows)
         if others and self._blocked is not None and self._blocked[0] is seq and unreserved <= self._blocked[1]:
             return self._yield_offline(seq)
-        match = self._find_prefix(seq)
+        tokens = self._reusable_tokens(seq)
+        match = self.kv.lookup(tokens, seq.request.cache_salt)
         num_tokens = len(seq.token_ids)
         # The whole prompt and its first output are reserved: a prompt half computed helps nobody.
         need = num_tokens // self.kv.block_size + 1 - len(match.block_ids)
@@ -312,20 +379,28 @@ class Scheduler:
             if others:
                 self._blocked = (seq, unreserved)
                 return self._yield_offline(seq)
+            if self.promotions.give_up_all(but=seq):
+                return True
+            self.promotions.give_up(seq)
             # Alone, a sequence may take all: it fits, since max_model_len does.
-            match = self.kv.lookup(seq.token_ids[:0], seq.request.cache_salt)
+            tokens = seq.token_ids[:0]
+            match = self.kv.lookup(tokens, seq.request.cache_salt)
+        if self.promotions.begin(seq, tokens, match):
+            self.waiting.pop()
+            seq.move(Status.WAITING_KV)
+            return True
         wanted = num_tokens - self.kv.num_cached_tokens(match)
         if not self._budget.allow_partial and wanted > self._budget.left:
             return False
         self._enter(plan, seq, match)
         return True
 
-    def _find_prefix(self, seq: SequenceState) -> PrefixMatch:
-        """The cached prefix; none for prompt_logprobs, which need every position computed."""
+    def _reusable_tokens(self, seq: SequenceState) -> np.ndarray:
+        """Its tokens, as far as their KV may come from a cache: prompt_logprobs need every position computed."""
         tokens = seq.token_ids
         if seq.request.sampling.prompt_logprobs is not None and len(tokens) == seq.num_prompt_tokens:
             tokens = tokens[:0]
-        return self.kv.lookup(tokens, seq.request.cache_salt)
+        return tokens
 
     def _reserved_blocks(self) -> int:
         """Blocks that admitted prompts will still take."""
@@ -339,7 +414,7 @@ class Scheduler:
         self._blocked = None
         seq.move(Status.RUNNING)
         num_tokens = len(seq.token_ids)
-        num_cached = self.kv.num_cached_tokens(match)
+        num_cached, num_hot = self.kv.num_cached_tokens(match), self.kv.num_hot(match)
         first_time = seq.num_preemptions == 0
         if first_time:
             seq.num_cached_tokens = num_cached
@@ -350,6 +425,11 @@ class Scheduler:
         copy = self.kv.enter(row, match, self._next_step)
         if copy is not None:
             plan.copies.append(copy)
+        plan.tickets.update(self.kv.open_tickets(self.kv.blocks_read(match)))
+        if first_time and self.kv.tiers is not None:
+            self._ready.append(self._tier_report(seq, num_hot))
+            self.kv.turn_began(seq.request.session_id, match.block_ids, self._clock)
+        self.promotions.forget(seq)
         bisect.insort(self._running, (self._key(seq), row))
         self._order = None
         plan.new_rows.append(self._new_row(seq, num_cached))
@@ -360,6 +440,18 @@ class Scheduler:
         if need[0]:
             self._grow(plan, rows, need)
         self._commit_share(plan, share)
+
+    def _tier_report(self, seq: SequenceState, num_hot: int) -> OutputDelta:
+        """A delta without tokens that says where the sequence's cached tokens were."""
+        delta = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
+        disk = min(seq.num_disk_tokens, seq.num_cached_tokens)
+        host = min(seq.num_host_tokens, seq.num_cached_tokens - disk)
+        device = seq.num_cached_tokens - disk - host
+        protected = min(device, num_hot * self.kv.block_size)
+        delta.cached_by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk}
+        for tier, num_tokens in delta.cached_by_tier.items():
+            self.counters.hits_by_tier[tier] += num_tokens
+        return delta
 
     def _length_limit(self, seq: SequenceState) -> int:
         max_tokens = seq.request.sampling.max_tokens
@@ -415,7 +507,7 @@ class Scheduler:
         if self.kv.enable_prefix_caching:
             self._commit_blocks(rows)
         self._leave_settled(rows)
-        return outputs + self.take_ready() if self._ready else outputs
+        return self.take_ready() + outputs if self._ready else outputs
 
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
         """Take back what was counted for drafts that were not accepted."""
@@ -503,7 +595,8 @@ class Scheduler:
         """End a sequence; returns a terminal output for the caller that has none yet."""
         if seq.status is Status.RUNNING:
             # What a failed step computed may not be finite either: nobody else must find it.
-            self._stop_running(seq, commit=reason is not FinishReason.ERROR)
+            self._stop_running(seq, commit=reason is not FinishReason.ERROR,
+                               ended_well=reason in (FinishReason.STOP, FinishReason.LENGTH))
         elif seq.status is Status.PREEMPTED:
             self._preempting.remove(seq.row)
         seq.move(Status.FINISHED)
@@ -563,5 +656,6 @@ class Scheduler:
                 raise IntegrityError(f"row {row}: cursor out of order")
             if self.kv.num_blocks_R[row] * self.kv.block_size < table.cursor[row]:
                 raise IntegrityError(f"row {row}: tokens planned beyond its blocks")
-        if not self._sequences and self.kv.pool.num_held:
+        loading = self.kv.tiers is not None and self.kv.tiers.loader.num_open
+        if not self._sequences and self.kv.pool.num_held and not loading:
             raise IntegrityError("blocks are held though no request is left")

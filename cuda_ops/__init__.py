@@ -1,0 +1,1 @@
+"""CUDA: tensors in, tensors out. Imports nothing of the other packages, and without a driver or toolkit."""

@@ -1,0 +1,255 @@
+"""KV blocks to the store's formats and back: exactness, error bounds against float64, NaN, strides, other threads' data."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from backends.reference.kv import keys_BKHP
+from tests.ops.conftest import NAN, spread_cache
+
+FORMATS = ["fp32", "bf16", "fp16", "int8", "fp8"]
+QUANTISED = ["int8", "fp8"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = [(2, 16, 64), (1, 1, 1), (3, 5, 7), (1, 33, 20), (2, 16, 130)]  # K, P, H
+INF = float("inf")
+
+
+def caches(shape: tuple[int, int, int], *, num_blocks: int = 6, gap: int = 3) -> tuple[Tensor, Tensor]:
+    """Random keys and values, of very different sizes from head to head and place to place; NaN between the blocks."""
+    K, P, H = shape
+    k_cache, v_cache = (spread_cache(num_blocks, P, K, H, gap) for _ in range(2))
+    for cache in (k_cache, v_cache):
+        cache.copy_(torch.randn(cache.shape) * torch.randn(*cache.shape[:2], P, 1).mul(3).exp())
+    return k_cache, v_cache
+
+
+class Store:
+    """Payloads of which a layer's part is the middle; what is around it is known."""
+
+    def __init__(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, format: str, num_slots: int = 5):
+        self.ops, self.format = ops, format
+        self.num_bytes = ops.stored_bytes(k_cache, v_cache, format=format)
+        self.payloads = torch.full((num_slots, self.num_bytes + 12), 0xA5, dtype=torch.uint8)
+        self.part = self.payloads[:, 5 : 5 + self.num_bytes]
+
+    def export(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> Tensor:
+        self.ops.export_blocks(k_cache, v_cache, torch.tensor(blocks, dtype=torch.int64), self.part,
+                               torch.tensor(slots, dtype=torch.int64), format=self.format)
+        return self.part[slots]
+
+    def bring_back(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> None:
+        self.ops.import_blocks(k_cache, v_cache, torch.tensor(blocks, dtype=torch.int64), self.part,
+                               torch.tensor(slots, dtype=torch.int64), format=self.format)
+
+
+def there_and_back(ops: OpSet, k_cache: Tensor, v_cache: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """All blocks through the store, into new caches."""
+    count = len(k_cache)
+    store = Store(ops, k_cache, v_cache, format, count)
+    store.export(k_cache, v_cache, list(range(count)), list(range(count)))
+    back = torch.full_like(k_cache, NAN), torch.full_like(v_cache, NAN)
+    store.bring_back(*back, list(range(count)), list(range(count)))
+    return back
+
+
+def one_group(numbers: list[float]) -> tuple[Tensor, Tensor]:
+    """Caches of one block with one head and one position, whose key and value are these numbers."""
+    k_cache = torch.tensor(numbers).view(1, 1, 1, -1)
+    return k_cache, k_cache.clone()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_equals_the_reference_bit_for_bit(ops: OpSet, shape: tuple[int, int, int], name: str,
+                                          dtype: torch.dtype) -> None:
+    k_cache, v_cache = (cache.clamp(-6e4, 6e4).to(dtype) for cache in caches(shape))
+    mine, truth = (Store(o, k_cache, v_cache, name) for o in (ops, REFERENCE))
+    blocks, slots = [5, 0, 3], [1, 4, 0]
+    assert torch.equal(mine.export(k_cache, v_cache, blocks, slots), truth.export(k_cache, v_cache, blocks, slots))
+    back, expected = ((torch.zeros_like(k_cache), torch.zeros_like(v_cache)) for _ in range(2))
+    mine.bring_back(*back, blocks, slots)
+    truth.bring_back(*expected, blocks, slots)
+    assert torch.equal(back[0], expected[0]) and torch.equal(back[1], expected[1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_touches_its_blocks_and_bytes_only(ops: OpSet, name: str) -> None:
+    k_cache, v_cache = caches((2, 5, 7))
+    store = Store(ops, k_cache, v_cache, name)
+    store.export(k_cache, v_cache, [4, 2], [3, 0])
+    assert (store.payloads[[1, 2, 4]] == 0xA5).all()
+    assert (store.payloads[:, :5] == 0xA5).all()
+    assert (store.payloads[:, 5 + store.num_bytes :] == 0xA5).all()
+    k_new, v_new = caches((2, 5, 7))
+    before = k_new.clone(), v_new.clone()
+    memory = [torch.as_strided(c, (len(c) - 1, c.stride(0)), (c.stride(0), 1)) for c in (k_new, v_new)]
+    store.bring_back(k_new, v_new, [1, 5], [0, 3])
+    for new, old in ((k_new, before[0]), (v_new, before[1])):
+        assert torch.equal(new[[0, 2, 3, 4]], old[[0, 2, 3, 4]])
+        assert not torch.equal(new[1], old[1])
+    assert all(m[:, 70:].isnan().all() for m in memory)  # between the blocks
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_blocks(ops: OpSet, name: str) -> None:
+    k_cache, v_cache = caches((1, 2, 3))
+    store = Store(ops, k_cache, v_cache, name)
+    before = k_cache.clone()
+    assert store.export(k_cache, v_cache, [], []).shape == (0, store.num_bytes)
+    store.bring_back(k_cache, v_cache, [], [])
+    assert torch.equal(k_cache, before) and (store.payloads == 0xA5).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_format_that_holds_the_numbers_is_exact(ops: OpSet, name: str) -> None:
+    k_cache, v_cache = (cache.clamp(-6e4, 6e4).to(DTYPES[name]) for cache in caches((2, 5, 7)))
+    wider = [name, "fp32"]
+    for format in wider:
+        k_back, v_back = there_and_back(ops, k_cache, v_cache, format)
+        assert torch.equal(k_back, k_cache) and torch.equal(v_back, v_cache)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_pattern(ops: OpSet, name: str, cache_dtype: torch.dtype) -> None:
+    """Reading all stored patterns, and rounding all between neighbours, as torch does; NaN stays NaN."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(DTYPES[name])
+    k_cache = torch.zeros(1, 1, 256, 256, dtype=cache_dtype)
+    v_cache = k_cache.clone()
+    store = Store(ops, k_cache, v_cache, name, 1)
+    store.part[0] = torch.cat((patterns, patterns)).view(torch.uint8)
+    store.bring_back(k_cache, v_cache, [0], [0])
+    expected = patterns.to(cache_dtype).view_as(v_cache)
+    assert torch.equal(v_cache.isnan(), expected.isnan())
+    assert torch.equal(v_cache.nan_to_num(0.25, INF, -INF), expected.nan_to_num(0.25, INF, -INF))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_rounds_to_nearest_even(ops: OpSet, name: str) -> None:
+    low = torch.arange(0, 0x7800, dtype=torch.int16).view(DTYPES[name]).double()
+    high = torch.arange(1, 0x7801, dtype=torch.int16).view(DTYPES[name]).double()
+    numbers = torch.cat([low + (high - low) * part for part in (0.25, 0.5, 0.5000001, 0.75)]).float()
+    k_cache = torch.cat((numbers, -numbers)).view(1, 1, 256, -1)
+    _, v_back = there_and_back(ops, k_cache, k_cache.clone(), name)
+    assert torch.equal(v_back, k_cache.to(DTYPES[name]).float())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_error_bounds(ops: OpSet, shape: tuple[int, int, int], name: str) -> None:
+    """int8: half a 127th of the group's largest, and the scale's rounding; fp8: 3 bits, or the last one of small ones."""
+    k_cache, v_cache = caches(shape)
+    k_back, v_back = there_and_back(ops, k_cache, v_cache, name)
+    for x, y, dim in ((keys_BKHP(k_cache), keys_BKHP(k_back), 2), (v_cache, v_back, 3)):
+        x, y = x.double(), y.double()
+        largest = x.abs().amax(dim, keepdim=True)
+        bound = largest / 254 if name == "int8" else torch.maximum(x.abs() / 16, largest / 232 * 2.0**-10)
+        assert ((y - x).abs() <= bound * (1 + 2.0**-14)).all()
+        assert ((y - x).abs() > bound / 4).any() or x.numel() < 64  # it is no copy
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_was_stored_is_stored_again_as_the_same_bytes(ops: OpSet, shape: tuple[int, int, int], name: str) -> None:
+    for scale in (1.0, 1e-20, 1e-33, 1e30):
+        k_cache, v_cache = (cache * scale for cache in caches(shape))
+        first, again = (Store(ops, k_cache, v_cache, name, 6) for _ in range(2))
+        everything = list(range(6))
+        first.export(k_cache, v_cache, everything, everything)
+        first.bring_back(k_cache, v_cache, everything, everything)
+        again.export(k_cache, v_cache, everything, everything)
+        assert torch.equal(again.payloads, first.payloads)
+
+
+@pytest.mark.parametrize("top", [1.8124999, 1.8125, 1.8125001, 1.9375, 1.9999999, 1.0])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_the_largest_number_of_a_group_is_kept(ops: OpSet, name: str, top: float) -> None:
+    """Around the point where fp8's exponent steps."""
+    k_cache, v_cache = one_group([top, -top / 3, top / 500, 0.0])
+    for cache in there_and_back(ops, k_cache, v_cache, name):
+        kept, sixth = cache.flatten()[0].item(), cache.flatten()[1].item()
+        assert kept == pytest.approx(top, rel=1e-4 if name == "int8" else 1 / 16)
+        assert sixth == pytest.approx(-top / 3, rel=2 / 127 if name == "int8" else 1 / 16)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_zeros_and_tiny_groups_become_zeros(ops: OpSet, name: str) -> None:
+    for numbers in ([0.0, -0.0, 0.0], [1e-40, -1e-42, 0.0], [2.0**-101, 0.0, 0.0]):
+        for cache in there_and_back(ops, *one_group(numbers), name):
+            assert (cache == 0).all()
+    for cache in there_and_back(ops, *one_group([2.0**-99, 0.0, 0.0]), name):
+        assert cache.flatten()[0].item() == pytest.approx(2.0**-99, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_group_without_a_finite_largest_is_nan(ops: OpSet, name: str, bad: float) -> None:
+    """One head's key or value of one position, all of it; no other."""
+    k_cache, v_cache = (cache.contiguous() for cache in caches((2, 5, 7)))
+    keys_BKHP(k_cache)[2, 1, 3, 4] = bad
+    v_cache[0, 1, 2, 6] = bad
+    k_back, v_back = there_and_back(ops, k_cache, v_cache, name)
+    keys = keys_BKHP(k_back)
+    assert keys[2, 1, :, 4].isnan().all() and v_back[0, 1, 2].isnan().all()
+    assert int(keys.isnan().sum()) == 7 and int(v_back.isnan().sum()) == 7
+    k_clean, v_clean = k_cache.nan_to_num(0, 0, 0), v_cache.nan_to_num(0, 0, 0)
+    k_expected, v_expected = there_and_back(ops, k_clean, v_clean, name)
+    assert torch.equal(keys[~keys.isnan()], keys_BKHP(k_expected)[~keys.isnan()])
+    assert torch.equal(v_back[~v_back.isnan()], v_expected[~v_back.isnan()])
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_plain_formats_keep_nan_and_inf_where_they_are(ops: OpSet, name: str) -> None:
+    quiet, loud = torch.tensor([0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32).tolist()
+    k_cache, v_cache = one_group([1.0, INF, quiet, -INF, loud, 2.0, 1e38, -1e38])
+    for cache in there_and_back(ops, k_cache, v_cache, name):
+        numbers = cache.flatten()
+        assert numbers[[0, 1, 3, 5]].tolist() == [1.0, INF, -INF, 2.0]
+        assert numbers[[2, 4]].isnan().all()
+        assert (numbers[6:].abs() >= 9e37).all()  # as it was, or inf: never a smaller number
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_numbers_at_the_end_of_the_range_do_not_turn_small(ops: OpSet, name: str) -> None:
+    for cache in there_and_back(ops, *one_group([3.4028235e38, 1e38, -1.0]), name):
+        assert cache.flatten()[0].item() > 3.2e38  # it may be inf
+        assert 9e37 < cache.flatten()[1].item() < 1.1e38
+
+
+def test_sizes(ops: OpSet) -> None:
+    """A block of 16 positions, 2 heads, 64 numbers each; one scale per position and head, for keys and values."""
+    k_cache, v_cache = caches((2, 16, 64))
+    sizes = {name: ops.stored_bytes(k_cache, v_cache, format=name) for name in FORMATS}
+    numbers, groups = 2 * 2 * 16 * 64, 2 * 2 * 16
+    assert sizes == {"fp32": 4 * numbers, "bf16": 2 * numbers, "fp16": 2 * numbers, "int8": numbers + 4 * groups,
+                     "fp8": numbers + groups}
+
+
+def test_several_threads_at_once(op_sets: dict[str, OpSet]) -> None:
+    """Each with its own blocks and slots, in one store: the workers of two directions."""
+    ops = op_sets.get("compiled", op_sets["torch"])
+    k_cache, v_cache = caches((2, 16, 64), num_blocks=64)
+    expected = Store(REFERENCE, k_cache, v_cache, "int8", 64)
+    expected.export(k_cache, v_cache, list(range(64)), list(range(64)))
+    store = Store(ops, k_cache, v_cache, "int8", 64)
+    back = torch.full_like(k_cache, NAN), torch.full_like(v_cache, NAN)
+
+    def work(part: list[int]) -> None:
+        for _ in range(20):
+            store.export(k_cache, v_cache, part, part)
+            store.bring_back(*back, part, part)
+
+    threads = [threading.Thread(target=work, args=(list(range(i, 64, 4)),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(store.payloads, expected.payloads)
+    assert not back[0].isnan().any() and not back[1].isnan().any()

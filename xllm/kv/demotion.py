@@ -1,0 +1,209 @@
+"""`Demoter`: copies paths of KV blocks into the next tier, root first, a chunk at a time.
+
+A path is the blocks of one sequence from the root on. It is written root first, so that the target tier is
+closed under prefixes at every moment, and what a crash or a full tier cuts off is always a tail. One path is
+written at a time; a more urgent one may overtake between two chunks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.lanes import Lanes
+from xllm.kv.tier_index import NO_SLOT, TierIndex
+
+CHUNK_BLOCKS = 32  # of one job: large enough to amortise its overhead, small enough to be overtaken
+MAX_QUEUED_PATHS = 1024
+URGENT, NORMAL = 0, 1  # priorities; lower goes first
+ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
+
+
+class Source(Protocol):
+    """The tier that a path comes from, as its `Demoter` sees it. Items are block ids or slots, int32."""
+
+    lane: str
+    item_bytes: int
+
+    def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
+        """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
+        ...
+
+    def give_back(self, items: np.ndarray) -> None:
+        """The copy is over."""
+        ...
+
+    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
+        """Copy items to slots of the target; in a worker thread. Raises OSError if the target fails."""
+        ...
+
+    def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
+        """These contents now lie in those slots as well."""
+        ...
+
+    def ended(self, path: Path) -> None:
+        """The path will be written no further."""
+        ...
+
+
+class Path:
+    """A path to write: `items` int32 and `digests` from the root on. The demoter writes the rest: `done` of the items
+    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted."""
+
+    __slots__ = ("cut", "digests", "done", "items", "overtaken", "priority", "slots", "submitted")
+
+    def __init__(self, items: np.ndarray, digests: Sequence[bytes], priority: int):
+        self.items = items
+        self.digests = digests
+        self.priority = priority
+        self.slots = np.full(len(items), NO_SLOT, dtype=np.int32)
+        self.done = 0
+        self.submitted = 0
+        self.cut = False
+        self.overtaken = False
+
+
+class Demoter:
+    """Writes paths from one tier into `target`. Owned by the KV manager's thread."""
+
+    def __init__(self, source: Source, target: TierIndex, lanes: Lanes,
+                 on_error: Callable[[BaseException], None]):
+        """on_error: called with what a copy raised."""
+        self._source, self._target, self._lanes, self._on_error = source, target, lanes, on_error
+        self._queue: list[tuple[int, int, Path]] = []
+        self._order = itertools.count()
+        self._active: Path | None = None
+        self._in_flight = 0
+        self.num_written = 0
+        self.num_cut = 0  # blocks of paths that were not written: evicted before, no room, or an error
+        self.disabled = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self._active is None and not self._queue
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue) + (self._active is not None)
+
+    def add(self, path: Path) -> bool:
+        """Queue a path; False if the queue is full or the tier has failed."""
+        if self.disabled or len(self._queue) >= MAX_QUEUED_PATHS:
+            self.num_cut += len(path.items)
+            self._source.ended(path)
+            return False
+        heapq.heappush(self._queue, (path.priority, next(self._order), path))
+        self.pump()
+        return True
+
+    def disable(self) -> None:
+        """The target has failed: nothing more is written."""
+        self.disabled = True
+        while self._queue:
+            self._source.ended(heapq.heappop(self._queue)[2])
+
+    def pump(self) -> None:
+        """Keep two jobs in flight, so that the lane never waits for the bookkeeping."""
+        while self._in_flight < 2:
+            path = self._active
+            if path is None:
+                if not self._queue:
+                    return
+                path = self._active = heapq.heappop(self._queue)[2]
+                self._begin(path)
+            if self._queue and self._queue[0][0] < path.priority:
+                path.cut = path.overtaken = True
+            if not path.cut and path.submitted < len(path.items):
+                self._submit(path)
+            elif self._in_flight:
+                return
+            else:
+                self._end(path)
+
+    def _begin(self, path: Path) -> None:
+        """Skip what the target has already, and hold it until the path ends."""
+        target, known = self._target, 0
+        while known < len(path.items):
+            slot = target.find(path.digests[known])
+            if slot == NO_SLOT:
+                break
+            path.slots[known] = slot
+            known += 1
+        if known:
+            target.hold(path.slots[:known])
+            self._source.written(path.items[:known], path.digests[:known], path.slots[:known])
+        path.done = path.submitted = known
+
+    def _submit(self, path: Path) -> None:
+        first = path.submitted
+        last = min(first + CHUNK_BLOCKS, len(path.items))
+        items, digests = path.items[first:last], path.digests[first:last]
+        num = self._source.take(items, digests)
+        slots = self._target.reserve(num)
+        if len(slots) < num:
+            self._source.give_back(items[len(slots) : num])
+        path.cut = len(slots) < last - first
+        if not len(slots):
+            return
+        last = first + len(slots)
+        path.slots[first:last] = slots
+        path.submitted = last
+        self._in_flight += 1
+        self._lanes.submit(_Chunk(self, path, first, last))
+
+    def copy(self, path: Path, first: int, last: int) -> None:
+        """In a worker thread."""
+        parents = [path.digests[i - 1] if i else ROOT for i in range(first, last)]
+        self._source.copy(path.items[first:last], path.slots[first:last], path.digests[first:last], parents)
+
+    def finish(self, path: Path, first: int, last: int, error: BaseException | None) -> None:
+        """A chunk has been written, or not."""
+        self._in_flight -= 1
+        items, slots, digests = path.items[first:last], path.slots[first:last], path.digests[first:last]
+        if error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent
+            self._target.abandon(slots)
+            path.cut = True
+        else:
+            slots = self._target.publish(slots, digests, int(path.slots[first - 1]) if first else NO_SLOT)
+            num = len(slots)
+            path.slots[first : first + num] = slots
+            self._source.written(items[:num], digests[:num], slots)
+            self.num_written += num
+            path.done = first + num
+            path.cut |= path.done < last
+        self._source.give_back(items)
+        if error is not None:
+            self._on_error(error)
+        self.pump()
+
+    def _end(self, path: Path) -> None:
+        self._active = None
+        self._target.let_go(path.slots[: path.done])
+        if path.overtaken and path.done == path.submitted < len(path.items):
+            again = Path(path.items, path.digests, path.priority)
+            heapq.heappush(self._queue, (again.priority, next(self._order), again))
+            return
+        self.num_cut += len(path.items) - path.done
+        self._target.use(path.slots[: path.done])
+        self._source.ended(path)
+
+
+class _Chunk:
+    """The job of writing items [first, last) of a path."""
+
+    def __init__(self, demoter: Demoter, path: Path, first: int, last: int):
+        self._demoter, self._path, self._first, self._last = demoter, path, first, last
+        self.lane = demoter._source.lane
+        self.priority = path.priority
+        self.num_bytes = (last - first) * demoter._source.item_bytes
+
+    def run(self) -> None:
+        self._demoter.copy(self._path, self._first, self._last)
+
+    def finish(self, error: BaseException | None) -> None:
+        self._demoter.finish(self._path, self._first, self._last, error)

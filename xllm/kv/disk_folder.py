@@ -1,0 +1,136 @@
+"""The folder of a disk store: one writer at a time, and which of its files are segments of the store."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import stat
+from pathlib import Path
+
+from xllm.errors import ConfigError
+from xllm.kv.disk_format import Geometry
+from xllm.kv.disk_segment import (
+    SUFFIX,
+    TEMPORARY_SUFFIX,
+    DiskSegment,
+    create_segment,
+    open_segment,
+    temporary_path,
+)
+
+PID_FILE = "writer.pid"
+SPARE_FILES = 512  # descriptors left for everything else in the process
+
+_log = logging.getLogger(__name__)
+
+
+class DiskFolder:
+    """Holds the folder's lock, and opens and creates its segments. Raises OSError unless it says otherwise.
+
+    The lock is a flock on the folder itself, so deleting a file in it lets nobody else in, and the kernel drops
+    it with the process. Raises ConfigError if another process (or store) has it.
+    """
+
+    def __init__(self, path: Path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path = path
+        self.num_ignored_files = 0
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise ConfigError(f"the KV folder {path} is in use by process {self._read_pid()}; "
+                              "it has one writer at a time") from None  # fmt: skip
+        with contextlib.suppress(OSError):  # it only serves the message above; the disk may be full
+            self._write_pid()
+
+    def close(self) -> None:
+        """Give the folder back; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def _write_pid(self) -> None:
+        fd = os.open(self.path / PID_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def _read_pid(self) -> str:
+        try:
+            return (self.path / PID_FILE).read_text().strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def open_segments(self, geometry: Geometry, num_slots: int) -> list[DiskSegment | None]:
+        """The segments that are there, by number, for a store of `num_slots`; None where there is none yet.
+
+        Segments beyond `num_slots` are deleted: the capacity was lowered, and nobody would ever use or free
+        them. So are files that a crash left under a temporary name. All else is left alone, and counted.
+        Raises ConfigError if they are more files than the process may open.
+        """
+        num_segments = -(-num_slots // geometry.slots_per_segment)
+        _allow_open_files(num_segments + SPARE_FILES)
+        segments: list[DiskSegment | None] = [None] * num_segments
+        try:
+            for path in sorted(self.path.iterdir()):
+                if path.name.endswith(SUFFIX + TEMPORARY_SUFFIX):
+                    _remove_leftover(path)
+                elif path.suffix == SUFFIX:
+                    self._adopt(path, geometry, num_slots, segments)
+        except BaseException:
+            for segment in filter(None, segments):
+                segment.close()
+            raise
+        return segments
+
+    def _adopt(self, path: Path, geometry: Geometry, num_slots: int, segments: list[DiskSegment | None]) -> None:
+        try:
+            found = open_segment(path, geometry, num_slots)
+        except OSError as error:
+            _log.warning("%s cannot be opened: %s", path, error)
+            found = None
+        if found is None or (found.number < len(segments) and segments[found.number] is not None):
+            self.num_ignored_files += 1
+            _log.warning("%s is damaged or not of this KV store; it is left alone", path)
+            if found is not None:
+                found.close()
+        elif found.number >= len(segments):
+            found.delete()
+        else:
+            segments[found.number] = found
+            found.shrink()
+
+    def create_segment(self, number: int, geometry: Geometry, num_slots: int) -> DiskSegment:
+        """A new file under the first free name, for segment `number` of a store of `num_slots`."""
+        candidate = number
+        while True:
+            path = self.path / f"{candidate:06d}{SUFFIX}"
+            if not os.path.lexists(path) and not os.path.lexists(temporary_path(path)):
+                return create_segment(path, number, geometry, num_slots)
+            candidate += 1
+
+
+def _remove_leftover(path: Path) -> None:
+    if stat.S_ISREG(path.lstat().st_mode):
+        path.unlink()
+
+
+def _allow_open_files(num_files: int) -> None:
+    """Every segment stays open; raise the process's soft limit where that takes it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or num_files <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and num_files > hard:
+        raise ConfigError(f"a KV disk of this capacity needs {num_files} open files, and the limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, hard))

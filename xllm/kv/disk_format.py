@@ -1,0 +1,162 @@
+"""The bytes of the disk tier: what a segment file holds, and how a damaged part of it is told from a good one.
+
+    segment    superblock | table of slot headers | payloads
+               4 KiB        128 bytes a slot        one slot each, its size rounded up to 4 KiB
+
+All numbers are little-endian. A header is 128 bytes on a multiple of 128, so it never straddles a sector.
+It is in one of three states:
+
+    blank      all zero: the slot holds nothing
+    writing    the magic WRITING, then zeros: a payload is on its way
+    complete   the magic COMPLETE, all fields, and a checksum over them
+
+A complete header names its own slot and the store's fingerprint, so that neither a header nor a file that
+was copied elsewhere is believed. Checksums are CRC-32 (zlib): it releases the GIL on payloads, finds every
+error burst of up to 32 bits, and passes 1 in 2^32 of all other damage.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from xllm.kv.block import DIGEST_BYTES
+
+VERSION = 1
+PAGE_BYTES = 4096
+HEADER_BYTES = 128
+FINGERPRINT_BYTES = 32
+SUPERBLOCK_MAGIC = b"xLLM-KVS"
+COMPLETE = b"xLLM-KVB"
+WRITING = b"xLLM-KVw"
+MAX_SEGMENT_SLOTS = 16384  # bounds the table, and with it the smallest capacity, where blocks are small
+
+# magic, version, segment number, fingerprint, payload bytes, slot bytes, slots per segment; then the checksum
+_SUPERBLOCK = struct.Struct("<8sII32sQQQ")
+_CHECKSUM = struct.Struct("<I")
+# magic, sequence number, digest, parent, fingerprint, payload bytes, slot, payload's checksum; padding; checksum
+_HEADER = struct.Struct("<8sq16s16s32sQII28xI")
+_CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
+HEADER_DTYPE = np.dtype([
+    ("magic", "<u8"), ("sequence", "<i8"), ("digest", "u1", DIGEST_BYTES), ("parent", "u1", DIGEST_BYTES),
+    ("fingerprint", "u1", FINGERPRINT_BYTES), ("payload_bytes", "<u8"), ("slot", "<u4"), ("payload_crc", "<u4"),
+    ("padding", "u1", 28), ("crc", "<u4"),
+])  # fmt: skip
+assert HEADER_DTYPE.itemsize == _HEADER.size == HEADER_BYTES
+
+# What a header is found to be. All but BLANK and GOOD are misses, and counted under these names.
+BLANK, GOOD, TORN, CORRUPT, FOREIGN = range(5)
+WRITING_HEADER = WRITING.ljust(HEADER_BYTES, b"\0")
+BLANK_HEADER = bytes(HEADER_BYTES)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that every segment of a store shares. They do not depend on the store's capacity, so that it may change."""
+
+    fingerprint: bytes
+    payload_bytes: int
+    slots_per_segment: int
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        return _round_up(self.payload_bytes)
+
+    @cached_property
+    def payload_start(self) -> int:
+        return PAGE_BYTES + _round_up(self.slots_per_segment * HEADER_BYTES)
+
+    def header_offset(self, index: int) -> int:
+        """Where the header of the segment's `index`-th slot begins."""
+        return PAGE_BYTES + index * HEADER_BYTES
+
+    def payload_offset(self, index: int) -> int:
+        return self.payload_start + index * self.slot_bytes
+
+    def slots_in(self, size_bytes: int) -> int:
+        """How many payloads lie wholly in a segment file of this size."""
+        return min(max(0, size_bytes - self.payload_start) // self.slot_bytes, self.slots_per_segment)
+
+    def slots_for(self, capacity_bytes: int) -> int:
+        """How many slots a store of this capacity has, superblocks and tables included."""
+        full, rest_bytes = divmod(capacity_bytes, self.payload_offset(self.slots_per_segment))
+        return full * self.slots_per_segment + self.slots_in(rest_bytes)
+
+
+def make_geometry(fingerprint: bytes, payload_bytes: int, segment_bytes: int) -> Geometry:
+    """Segments of about `segment_bytes`, at least one slot each."""
+    num_slots = segment_bytes // _round_up(payload_bytes)
+    return Geometry(fingerprint, payload_bytes, max(1, min(num_slots, MAX_SEGMENT_SLOTS)))
+
+
+def pack_superblock(geometry: Geometry, segment: int) -> bytes:
+    """The first page of segment number `segment`: bytes [PAGE_BYTES]."""
+    fields = _SUPERBLOCK.pack(SUPERBLOCK_MAGIC, VERSION, segment, geometry.fingerprint, geometry.payload_bytes,
+                              geometry.slot_bytes, geometry.slots_per_segment)  # fmt: skip
+    return (fields + _CHECKSUM.pack(zlib.crc32(fields))).ljust(PAGE_BYTES, b"\0")
+
+
+def unpack_superblock(page: bytes, geometry: Geometry) -> int | None:
+    """The segment's number, or None if this is not a superblock of this very geometry and fingerprint."""
+    if len(page) != PAGE_BYTES:
+        return None
+    segment = _SUPERBLOCK.unpack_from(page)[2]
+    used_bytes = _SUPERBLOCK.size + _CHECKSUM.size
+    return segment if page[:used_bytes] == pack_superblock(geometry, segment)[:used_bytes] else None
+
+
+def pack_header(geometry: Geometry, slot: int, sequence: int, digest: bytes, parent: bytes, payload_crc: int) -> bytes:
+    """A complete header: bytes [HEADER_BYTES]."""
+    packed = _HEADER.pack(COMPLETE, sequence, digest, parent, geometry.fingerprint, geometry.payload_bytes,
+                          slot, payload_crc, 0)  # fmt: skip
+    return packed[:_CHECKED_BYTES] + _CHECKSUM.pack(_header_crc(packed))
+
+
+def unpack_good_header(header: bytes, geometry: Geometry, slot: int) -> tuple[bytes, int] | None:
+    """(digest, payload's checksum) of a header that is GOOD for this slot, otherwise None."""
+    if len(header) != HEADER_BYTES:
+        return None
+    magic, _, digest, _, fingerprint, payload_bytes, own_slot, payload_crc, crc = _HEADER.unpack(header)
+    if magic != COMPLETE or crc != _header_crc(header):
+        return None
+    if (fingerprint, payload_bytes, own_slot) != (geometry.fingerprint, geometry.payload_bytes, slot):
+        return None
+    return digest, payload_crc
+
+
+def classify_headers(table: np.ndarray, geometry: Geometry, first_slot: int) -> np.ndarray:
+    """What each header of a table is (HEADER_DTYPE [N] -> int8 [N] of BLANK, GOOD, ...).
+
+    The i-th is expected to be that of slot `first_slot + i`. A header of which only the first part was
+    written has zeros where its checksum belongs: TORN, not CORRUPT.
+    """
+    kinds = np.full(len(table), CORRUPT, dtype=np.int8)
+    magic, crc = table["magic"], table["crc"]
+    unfinished = (magic == _as_int(WRITING)) | ((magic == _as_int(COMPLETE)) & (crc == 0))
+    kinds[unfinished] = TORN
+    kinds[~table.view(np.uint8).reshape(len(table), HEADER_BYTES).any(axis=1)] = BLANK
+    complete = np.flatnonzero((magic == _as_int(COMPLETE)) & (crc != 0))
+    raw = table.view(np.uint8).data
+    sums = [_header_crc(raw[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]) for i in complete.tolist()]
+    intact = complete[np.array(sums, dtype=np.uint32) == crc[complete]]
+    own = table["slot"][intact] == first_slot + intact
+    own &= table["payload_bytes"][intact] == geometry.payload_bytes
+    own &= (table["fingerprint"][intact] == np.frombuffer(geometry.fingerprint, np.uint8)).all(axis=1)
+    kinds[intact] = np.where(own, GOOD, FOREIGN)
+    return kinds
+
+
+def _header_crc(header: bytes | memoryview) -> int:
+    return zlib.crc32(header[:_CHECKED_BYTES]) or 1  # zero means: not written yet
+
+
+def _as_int(magic: bytes) -> int:
+    return int.from_bytes(magic, "little")
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

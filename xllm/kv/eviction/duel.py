@@ -1,0 +1,93 @@
+"""`Duel`: LRU or LRU-K, whichever would have hit more of late.
+
+LRU-K wins where a cache is small for its traffic and loses where it is large. Two shadows of the tier's size see every
+request and count what they would have hit; the real victims are chosen in the order of the shadow that leads. After
+set dueling: M. Qureshi et al., Adaptive insertion policies for high performance caching, ISCA 2007.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xllm.kv.eviction.lru_k import KOrder, PlaceUses
+from xllm.kv.eviction.ring import Ring, Stamps
+from xllm.kv.eviction.shadow import Order, Shadow
+
+WINDOW = 4.0  # blocks used, as a multiple of the capacity, after which a hit counts 1 / e
+NAMES = ("lru", "lru-k")
+
+
+class RecencyOrder(Ring):
+    """A ring under the interface of `KOrder`."""
+
+    def push(self, ids: np.ndarray, marks: np.ndarray, kth_uses: np.ndarray | None = None) -> None:
+        super().push(ids, marks)
+
+
+class Duel:
+    """Keeps both real orders up all the time, so that a change of the leader costs nothing."""
+
+    def __init__(self, num_places: int, k: int = 2, history: float = 10.0, window: float = WINDOW):
+        self._stamps = Stamps(num_places)
+        self._orders: tuple[Order, Order] = (RecencyOrder(num_places, self._stamps), KOrder(num_places, self._stamps))
+        self._uses = PlaceUses(num_places, k, history)
+        num_contents = self._uses.history.num_contents
+        of_contents = (Stamps(num_contents), Stamps(num_contents))
+        self._shadows = (Shadow(num_places, of_contents[0], RecencyOrder(num_places, of_contents[0])),
+                         Shadow(num_places, of_contents[1], KOrder(num_places, of_contents[1])))
+        self._decay_blocks = window * num_places
+        self._lead = 0.0  # of LRU-K: recent hits more than LRU
+        self.num_switches = 0
+        self._leader = 0
+
+    def __len__(self) -> int:
+        return self._stamps.count
+
+    @property
+    def leader(self) -> str:
+        """Whose order the victims are chosen in now."""
+        return NAMES[self._leader]
+
+    def admit(self, ids: Sequence[int] | np.ndarray, digests: Sequence[bytes],
+              parents: Sequence[int] | np.ndarray) -> None:
+        self._uses.admit(ids, digests)
+
+    def use(self, ids: np.ndarray) -> None:
+        if not len(ids):
+            return
+        self._settle()
+        path, new = self._uses.use(ids)
+        kth_uses = self._uses.history.kth_use(path)
+        hits = []
+        for shadow in self._shadows:
+            shadow.forget(new)
+            hits.append(shadow.use(path, kth_uses))
+        self._count(hits[1] - hits[0], len(ids))
+
+    def _count(self, lead: int, num_blocks: int) -> None:
+        self._lead = self._lead * float(np.exp(-num_blocks / self._decay_blocks)) + lead
+        leader = self._leader if self._lead == 0.0 else int(self._lead > 0.0)
+        self.num_switches += leader != self._leader
+        self._leader = leader
+
+    def retire(self, ids: np.ndarray) -> None:
+        self._settle()
+        stamps, kth_uses = self._stamps.issue(ids), self._uses.kth_use[ids]
+        for order in self._orders:
+            order.push(ids, stamps, kth_uses)
+
+    def revive(self, ids: np.ndarray) -> None:
+        self._stamps.clear(ids)
+
+    def victims(self, num_places: int) -> np.ndarray:
+        return self._orders[self._leader].pop(num_places)
+
+    def forget(self, ids: np.ndarray) -> None:
+        self._settle()
+        self._stamps.clear(ids)
+
+    def _settle(self) -> None:
+        if not self._uses.is_settled:
+            self._uses.settle()

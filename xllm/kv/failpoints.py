@@ -1,0 +1,119 @@
+"""Named places in which a test lets a process die or an operation fail.
+
+A site costs one attribute test while nothing is armed:
+
+    if failpoints.armed is not None:
+        failpoints.hit("disk.payload_written")
+
+Armed by tests through `arm` and `disarm`, and in a child process through XLLM_FAILPOINTS, a comma-separated
+list of `name=action[:n]`. An action is `kill` (SIGKILL to itself) or the name of an errno (`ENOSPC`): raised
+at the n-th pass (default: the first) and, as a full or broken disk does, at every pass after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from xllm.env import failpoints as failpoints_of_environment
+from xllm.errors import ConfigError
+
+NAMES = {
+    "disk.write": "before each pwrite of a block's header or payload, or of headers to be zeroed",
+    "disk.read": "before each pread",
+    "disk.allocate": "before a segment's space is allocated",
+    "disk.sync": "before each fdatasync",
+    "disk.header_invalidated": "the slot's header says that a write is under way; the payload is still the old one",
+    "disk.payload_half": "half of the payload is written",
+    "disk.payload_written": "the payload is written, the header is not",
+    "disk.header_half": "half of the header is written",
+    "disk.header_written": "the block is complete",
+    "disk.erased": "the slot's header is zeroed",
+    "disk.superblock_half": "a new segment has half of its superblock, under its temporary name",
+    "disk.segment_created": "a new segment is complete under its temporary name",
+    "disk.segment_renamed": "a new segment has its name",
+    "disk.headers_dropped": "the headers that a segment about to grow or shrink has no payloads for are zeroed",
+    "disk.segment_resized": "a segment has grown or shrunk to what the capacity says",
+    "disk.segment_deleted": "a segment beyond the capacity is deleted",
+}
+
+Action = Callable[[], None]
+
+
+class _Armed:
+    def __init__(self, action: Action, first_pass: int):
+        self.action = action
+        self.first_pass = first_pass
+        self.num_passes = 0
+
+
+armed: dict[str, _Armed] | None = None  # None: nothing is, and no site looks any further
+_lock = threading.Lock()
+
+
+def hit(name: str) -> None:
+    """Pass the point `name`: count it, and act if it is armed and its turn has come."""
+    assert name in NAMES, name
+    point = (armed or {}).get(name)
+    if point is None:
+        return
+    with _lock:
+        point.num_passes += 1
+        due = point.num_passes >= point.first_pass
+    if due:
+        point.action()
+
+
+def arm(name: str, action: str | Action, first_pass: int = 1) -> None:
+    """From the `first_pass`-th pass on, `name` does `action`: `kill`, an errno's name, or a callable.
+
+    Raises ConfigError for an unknown name or action. Passes are counted from here.
+    """
+    global armed
+    if name not in NAMES:
+        raise ConfigError(f"unknown failpoint {name!r}; there are {', '.join(NAMES)}")
+    if first_pass < 1:
+        raise ConfigError(f"failpoint {name}: passes are counted from 1, not from {first_pass}")
+    made = _action(action) if isinstance(action, str) else action
+    armed = {**(armed or {}), name: _Armed(made, first_pass)}
+
+
+def arm_all(spec: str) -> None:
+    """Arm a list as XLLM_FAILPOINTS holds it. Raises ConfigError where it cannot be read."""
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        name, equals, rest = item.partition("=")
+        action, _, count = rest.partition(":")
+        if not equals or (count and not count.isdecimal()):
+            raise ConfigError(f"a failpoint is written name=action[:n], not {item!r}")
+        arm(name, action, int(count or 1))
+
+
+def disarm(name: str | None = None) -> None:
+    """Disarm one point, or all of them."""
+    global armed
+    kept = {key: point for key, point in (armed or {}).items() if name is not None and key != name}
+    armed = kept or None
+
+
+def _action(word: str) -> Action:
+    if word == "kill":
+        return _kill
+    number = getattr(errno, word, None)
+    if not word.startswith("E") or not isinstance(number, int):
+        raise ConfigError(f"a failpoint's action is `kill` or the name of an errno, not {word!r}")
+    return lambda: _fail(number)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))
+
+
+arm_all(failpoints_of_environment())

@@ -1,0 +1,47 @@
+"""What a stored KV block was computed with, as 32 bytes: blocks of one model must never be read by another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL_READ_BYTES = 2 << 30  # weights up to this size are hashed whole
+SAMPLE_BYTES = 64 << 10
+CONFIG_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+                "model.safetensors.index.json")
+
+
+def fingerprint(folder: Path, **settings: object) -> bytes:
+    """BLAKE2b-256 of a checkpoint and of the settings that shape its KV (dtype, layout, block size, quantisation).
+
+    Larger checkpoints than `FULL_READ_BYTES` are sampled: every file's size, time of change, header, and pieces all
+    over it.
+    """
+    state = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32,
+                            person=b"xllm-kv-store")
+    for name in CONFIG_FILES:
+        path = folder / name
+        if path.exists():
+            state.update(name.encode())
+            state.update(hashlib.blake2b(path.read_bytes()).digest())
+    weights = sorted(folder.glob("*.safetensors"))
+    whole = sum(path.stat().st_size for path in weights) <= FULL_READ_BYTES
+    for path in weights:
+        status = path.stat()
+        state.update(f"{path.name}:{status.st_size}:{0 if whole else status.st_mtime_ns}".encode())
+        for piece in _pieces(path, status.st_size, whole):
+            state.update(piece)
+    return state.digest()
+
+
+def _pieces(path: Path, size: int, whole: bool) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if whole:
+            while piece := file.read(1 << 20):
+                yield piece
+            return
+        for part in range(256):
+            file.seek(part * size // 256)
+            yield file.read(SAMPLE_BYTES)

@@ -1,0 +1,57 @@
+"""`KVCodec`: how a KV block of all layers is laid out in the host and disk tiers, and in which number format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from backends.opset import OpSet
+
+# By `--kv-cache-dtype`, and by the dtype of a cache for "auto".
+FORMATS = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "bf16": "bf16", "bfloat16": "bf16",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16", "int8": "int8", "fp8": "fp8", "fp8_e4m3": "fp8",
+}  # fmt: skip
+DTYPE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+VERSION = 1  # of the formats' bytes
+
+
+class KVCodec:
+    """A stored block ("payload") is the stored parts of its layers, one after the other, without gaps.
+
+    payload_bytes: of one block, all layers. name: the format and its version, for a fingerprint.
+    Its methods mutate nothing here; several threads may call them.
+    """
+
+    def __init__(self, format: str, cache_dtype: torch.dtype, layer_bytes: Sequence[int]):
+        """format: one of `FORMATS`' values. layer_bytes: from `OpSet.stored_bytes`, by layer."""
+        self.format, self.cache_dtype = format, cache_dtype
+        self.name = f"{format}.{VERSION}"
+        ends = torch.tensor(layer_bytes, dtype=torch.int64).cumsum(0).tolist()
+        self._ranges = list(zip([0, *ends[:-1]], ends))
+        self.payload_bytes: int = ends[-1]
+
+    @classmethod
+    def for_cache(cls, kv_cache_dtype: str, layers: Sequence[tuple[Tensor, Tensor]], ops: OpSet) -> KVCodec:
+        """The codec that `--kv-cache-dtype` names, for a cache of these layers; "auto": as the cache itself."""
+        dtype = layers[0][0].dtype
+        format = DTYPE_FORMATS[dtype] if kv_cache_dtype == "auto" else FORMATS[kv_cache_dtype]
+        return cls(format, dtype, [ops.stored_bytes(k_cache, v_cache, format=format) for k_cache, v_cache in layers])
+
+    def layer_range(self, layer: int) -> tuple[int, int]:
+        """The first byte of a layer's part in the payload, and the one behind its last."""
+        return self._ranges[layer]
+
+    def export_layer(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, host_SX: Tensor,
+                     slots_B: Tensor, layer: int) -> None:
+        """One layer of device blocks into payloads. host_SX: uint8 [any, payload_bytes] in host memory; ids: int64."""
+        first, end = self._ranges[layer]
+        ops.export_blocks(k_cache, v_cache, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)
+
+    def import_layer(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, host_SX: Tensor,
+                     slots_B: Tensor, layer: int) -> None:
+        """One layer of payloads into device blocks; the reverse of `export_layer`."""
+        first, end = self._ranges[layer]
+        ops.import_blocks(k_cache, v_cache, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)

@@ -1,0 +1,58 @@
+"""`HostMover`: copies KV blocks between the device's cache tensors and host memory, in the stored format.
+
+A host slot holds one block of all layers as one run of bytes (`KVCodec`), so that it goes to disk as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.backend import Backend
+from xllm.kv.lanes import Ticket
+from xllm.runner.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from xllm.runner.kv_codec import KVCodec
+
+
+class HostMover:
+    """A `Mover` over a `KVCache`. `save` and `load_layer` may run at the same time, each in its own thread."""
+
+    def __init__(self, backend: Backend, kv_cache: KVCache, codec: KVCodec, num_host_slots: int):
+        self._ops, self._layers, self._codec = backend.ops, kv_cache.layers, codec
+        self.num_layers = len(kv_cache.layers)
+        self.num_host_slots = num_host_slots
+        self.payload_bytes = codec.payload_bytes
+        self._host = backend.allocate_host(num_host_slots * codec.payload_bytes).view(num_host_slots, -1)
+        self._host_bytes = self._host.numpy()
+        self._synchronize = backend.synchronize_copies
+
+    @torch.inference_mode()
+    def save(self, block_ids: np.ndarray, slots: np.ndarray) -> None:
+        blocks, places = torch.from_numpy(block_ids.astype(np.int64)), torch.from_numpy(slots.astype(np.int64))
+        for layer, (k_cache, v_cache) in enumerate(self._layers):
+            self._codec.export_layer(self._ops, k_cache, v_cache, blocks, self._host, places, layer)
+        self._synchronize()
+
+    @torch.inference_mode()
+    def load_layer(self, slots: np.ndarray, block_ids: np.ndarray, layer: int) -> None:
+        blocks, places = torch.from_numpy(block_ids.astype(np.int64)), torch.from_numpy(slots.astype(np.int64))
+        k_cache, v_cache = self._layers[layer]
+        self._codec.import_layer(self._ops, k_cache, v_cache, blocks, self._host, places, layer)
+        self._synchronize()
+
+    def payload(self, slot: int) -> memoryview:
+        return memoryview(self._host_bytes[slot])  # type: ignore[arg-type]
+
+
+def gated(layers: Sequence[tuple[Tensor, Tensor]], tickets: Sequence[Ticket]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The layers' caches in order, each as soon as every load has brought that layer."""
+    for layer, caches in enumerate(layers):
+        for ticket in tickets:
+            ticket.wait(layer)
+        yield caches

@@ -1,0 +1,107 @@
+"""`VirtualRows`: carries out on the device what `XTensor` decides, ahead of the step that needs it.
+
+A step's plan is submitted while the step before it still runs: that is when its pages are mapped (`prepare`, in the
+submitter's thread, which would only wait otherwise). What the running step may still read is changed when its turn is
+over (`take`, in the runner's thread): a page of a running row that is to show another block with the same contents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import numpy as np
+
+from backends.backend import Backend
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError
+from xllm.kv.xtensor import StepMaps, XTensor
+from xllm.runner.arena import Arena
+from xllm.step import ScheduleOutput
+
+_log = logging.getLogger(__name__)
+
+
+def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
+                      pages_per_row: int) -> VirtualRows | None:
+    """What `--kv-layout xtensor` needs, or None: block tables.
+
+    page_bytes: see `kv_cache.py:page_bytes`. Raises ConfigError if so many addresses cannot be had.
+    """
+    if not uses_xtensor(config, backend):
+        return None
+    cache, num_rows = config.cache, config.scheduler.max_num_seqs
+    assert backend.vmm is not None and cache.block_size is not None
+    num_pages = num_blocks + num_rows * pages_per_row
+    if num_pages * cache.block_size >= 2**31:
+        raise ConfigError(f"kv_layout xtensor: {num_pages} pages of {cache.block_size} tokens are more than slots can "
+                          "number; lower max_num_seqs or max_model_len")
+    try:
+        arena = Arena(backend.vmm, num_pages=num_pages, num_blocks=num_blocks, page_bytes=page_bytes)
+    except MemoryError as error:
+        raise ConfigError(f"kv_layout xtensor: {error}; lower max_num_seqs, max_model_len or the number of KV blocks, "
+                          "or take kv_layout paged") from error
+    limit = cache.xtensor_max_mappings
+    if limit is None and (system_limit := backend.vmm.max_mappings()) is not None:
+        limit = max(0, system_limit - 2 * num_rows)  # the gap behind each range is one as well
+    xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row, max_mappings=limit)
+    return VirtualRows(xtensor, arena)
+
+
+def uses_xtensor(config: EngineConfig, backend: Backend) -> bool:
+    """Whether the layout is asked for and the device has it; says so once if it has not."""
+    if config.cache.kv_layout != "xtensor":
+        return False
+    if backend.vmm is None:
+        _log.warning("%s has no virtual memory management: kv_layout xtensor runs on block tables", backend.name)
+        return False
+    return True
+
+
+class VirtualRows:
+    """An `XTensor` and its `Arena`. One thread submits (`prepare`), one runs (`take`)."""
+
+    def __init__(self, xtensor: XTensor, arena: Arena):
+        self.xtensor, self.arena = xtensor, arena
+        self._prepared: dict[int, StepMaps] = {}
+        self._done_step = -1
+        self._refused_G = np.zeros(xtensor.num_ranges, dtype=bool)
+        self._refused_pages: deque[np.ndarray] = deque()  # not yet known to `xtensor`
+        self._warned = False
+
+    def prepare(self, plan: ScheduleOutput) -> None:
+        """Map what the step needs, as far as no step in flight may read it. In the order of submission."""
+        while self._refused_pages:
+            self.xtensor.give_up(self._refused_pages.popleft())
+        maps = self.xtensor.prepare(plan, self._done_step)
+        if len(maps.unmap_B):
+            self._note_refused(self.arena.unmap(maps.unmap_B))
+        if len(maps.map_B):
+            self._note_refused(self.arena.map(maps.map_B, maps.blocks_B))
+        if maps.base_S is None and not self._warned:
+            self._warned = True
+            _log.warning("more than %s mappings: sequences fall back to block tables", self.xtensor.max_mappings)
+        self._prepared[plan.step] = maps
+
+    def take(self, plan: ScheduleOutput) -> np.ndarray | None:
+        """Finish the step's maps; the step before it is done. int32 [S]: the page of each row's first block, or None:
+        the step runs on block tables."""
+        if plan.step not in self._prepared:
+            self.prepare(plan)
+        maps = self._prepared.pop(plan.step)
+        if len(maps.late_B):
+            self._note_refused(self.arena.map(maps.late_B, maps.late_blocks_B))
+        self._done_step = plan.step
+        if maps.base_S is not None and self._refused_G[self._ranges(maps.base_S)].any():
+            return None
+        return maps.base_S
+
+    def _ranges(self, pages: np.ndarray) -> np.ndarray:
+        return (pages - self.xtensor.num_blocks) // self.xtensor.pages_per_row
+
+    def _note_refused(self, pages: np.ndarray) -> None:
+        """The system gave no mapping in spite of the cap: nobody may read these ranges from now on."""
+        if len(pages):
+            self._refused_G[self._ranges(pages)] = True
+            self._refused_pages.append(pages)
+            _log.warning("the system refused to map %d KV pages: their sequences fall back to block tables", len(pages))

@@ -1,0 +1,126 @@
+"""`Promotions`: requests whose prefix is on its way up from host memory or disk (status WAITING_KV).
+
+Such a request has left the queue and owns no row; nobody waits behind it. When its blocks are there, or so near that
+the step would not wait for them, it goes back to its place in the queue, and its blocks are kept until it gets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from xllm.kv.lanes import LOAD
+from xllm.kv.manager import KVManager
+from xllm.kv.prefix_index import PrefixMatch
+from xllm.kv.promotion import Stage
+from xllm.kv.tiers import Extension, TieredStore
+from xllm.scheduler.counters import StepRates
+from xllm.sequence import SequenceState
+
+MAX_WAIT_S = 10.0  # for disk; then the prompt is computed
+EARLY_SHARE = 0.5  # of a step's time that a load may still take when its request is admitted
+
+
+class Promotions:
+    """Decides whether a request waits for stored blocks, and when it goes on. Owned by the scheduler."""
+
+    def __init__(self, kv: KVManager, rates: StepRates, clock: Callable[[], float]):
+        self._kv, self._rates, self._clock = kv, rates, clock
+        self._staging: dict[SequenceState, tuple[Stage, float]] = {}  # and when to give up
+        self._loading: dict[SequenceState, tuple[tuple[int, ...], int]] = {}  # (tickets, blocks)
+        self._from_disk: dict[SequenceState, int] = {}  # blocks that came to host memory for it
+        self._tried: dict[SequenceState, int] = {}  # stages and loads begun for it since it was queued
+
+    def __len__(self) -> int:
+        return len(self._staging) + len(self._loading)
+
+    def prefetch(self, seq: SequenceState) -> None:
+        """The request has just arrived: begin to read what is on disk."""
+        tiers = self._kv.tiers
+        if tiers is None or tiers.disk is None or not len(tiers.disk):
+            return
+        match = self._kv.lookup(seq.token_ids, seq.request.cache_salt)
+        extension = tiers.extend(match, seq.token_ids)
+        if len(extension.disk_path):
+            tiers.stage(extension, _priority(seq))
+
+    def begin(self, seq: SequenceState, tokens: np.ndarray, match: PrefixMatch) -> bool:
+        """Whether the request at the head of the queue shall wait for stored blocks that follow its device hit.
+
+        tokens: those whose KV it may reuse. It has been found to fit, so the blocks to load to are available.
+        """
+        tiers = self._kv.tiers
+        if tiers is None or self._tried.get(seq, 0) >= 2:
+            return False
+        extension = tiers.extend(match, tokens)
+        if len(extension.disk_path) and self._tried.get(seq, 0) == 0:
+            self._tried[seq] = 1
+            stage = tiers.stage(extension, _priority(seq))
+            if not stage.is_done:
+                self._staging[seq] = (stage, self._clock() + MAX_WAIT_S)
+                return True
+            extension = tiers.extend(match, tokens)
+        num_blocks = extension.on_host(len(match.block_ids))
+        if not num_blocks:
+            return False
+        self._tried[seq] = 2
+        self._count(seq, num_blocks)
+        self._load(tiers, seq, match, extension)
+        return True
+
+    def _load(self, tiers: TieredStore, seq: SequenceState, match: PrefixMatch, extension: Extension) -> None:
+        self.give_up(seq)  # what it keeps already is part of the longer path
+        path = tiers.load(match.block_ids, extension, _priority(seq))
+        self._kv.hold(seq.arrival_index, path)
+        tickets = tiers.loader.open_tickets(path)
+        self._loading[seq] = (tickets, len(path) - len(match.block_ids))
+
+    def _count(self, seq: SequenceState, num_blocks: int) -> None:
+        """Where the blocks that are loaded for it came from."""
+        from_disk = min(num_blocks, self._from_disk.pop(seq, 0))
+        seq.num_disk_tokens = from_disk * self._kv.block_size
+        seq.num_host_tokens = (num_blocks - from_disk) * self._kv.block_size
+
+    def take_ready(self) -> list[SequenceState]:
+        """The requests that need not wait any longer."""
+        if not self._staging and not self._loading:
+            return []
+        now, tiers = self._clock(), self._kv.tiers
+        assert tiers is not None
+        ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
+        for seq in ready:
+            stage, _ = self._staging.pop(seq)
+            self._from_disk[seq] = stage.num_read
+        for seq, (tickets, num_blocks) in list(self._loading.items()):
+            share = max((1.0 - t.layers_done / t.num_layers for t in tiers.board.tickets(tickets)), default=0.0)
+            if tiers.move_s(LOAD, num_blocks) * share <= EARLY_SHARE * self._rates.step_s:
+                del self._loading[seq]
+                ready.append(seq)
+        return ready
+
+    def give_up(self, seq: SequenceState) -> None:
+        """The request got in, ended, or lost its claim: what it keeps is everybody's again."""
+        if self._kv.holds(seq.arrival_index):
+            self._kv.let_go(seq.arrival_index)
+
+    def forget(self, seq: SequenceState) -> None:
+        """The request got in or has ended. Loads that run go on; what they bring stays cached."""
+        if self._tried.pop(seq, 0):
+            self._staging.pop(seq, None)
+            self._loading.pop(seq, None)
+            self._from_disk.pop(seq, None)
+            self.give_up(seq)
+
+    def give_up_all(self, but: SequenceState | None = None) -> bool:
+        """Blocks are short: waiting requests (all, or all but one) lose their claim; whether there was any."""
+        spared = None if but is None else but.arrival_index
+        keys = [key for key in self._kv.held_keys if key != spared]
+        for key in keys:
+            self._kv.let_go(key)
+        return bool(keys)
+
+
+def _priority(seq: SequenceState) -> int:
+    """Of its moves: online before offline, then by the request's own priority."""
+    return (2**31 if seq.request.offline else 0) + seq.request.priority
