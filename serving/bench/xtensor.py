@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trace", type=Path, help="CSV with ContextTokens and GeneratedTokens (none: not measured)")
     parser.add_argument("--scale", type=float, default=8.0, help="divide the trace's lengths by this")
     parser.add_argument("--requests", type=int, default=1000, help="how many of the trace's requests")
-    parser.add_argument("--rows", default="decode_b1,decode_b8,decode_b32", help="decode rows; empty: not measured")
+    parser.add_argument("--rows", default="decode_b1,decode_b8", help="decode rows; empty: not measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="write the result to this file as well")

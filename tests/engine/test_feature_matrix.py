@@ -6,8 +6,11 @@ is on must also be seen to work (a hit, a preemption, an accepted draft): otherw
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import tempfile
+import time
 
 import pytest
 
@@ -16,7 +19,7 @@ from xllm import LLM, SamplingParams
 MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
-FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8")
+FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
 LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -39,13 +42,14 @@ def settings_for(features: frozenset[str]) -> dict:
         "async_scheduling": "overlap" in features,
         "enable_chunked_prefill": True,
         "max_num_batched_tokens": 23 if "chunked" in features else 2048,
-        "enable_prefix_caching": "prefix" in features,
+        "enable_prefix_caching": "prefix" in features or "tiers" in features,
         "speculative_method": "ngram" if "ngram" in features else None,
         "num_kv_blocks": 15 if "preemption" in features else 200,
         "watermark": 0.0,
         "max_num_seqs": 6 if batch else 1,
         "quantization": "int8" if "int8" in features else None,
         "num_threads": 1,
+        **({"host_cache_size": "16MiB", "disk_cache_size": "64MiB"} if "tiers" in features else {}),
     }
 
 
@@ -60,9 +64,17 @@ def sampling_for(features: frozenset[str]) -> list[SamplingParams]:
 
 
 def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
-    with LLM(**settings_for(features), **LAYOUTS[layout]) as llm:
+    with contextlib.ExitStack() as stack:
+        settings = settings_for(features) | LAYOUTS[layout]
+        if "tiers" in features:
+            settings["disk_cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
+        llm = stack.enter_context(LLM(**settings))
         first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)
+        if "tiers" in features:
+            leave_only_the_lower_tiers(llm, keep_host="overlap" not in features)
         again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)  # with a warm cache
+        if "tiers" in features:
+            settle(llm)
         stats = llm.stats()
         assert stats.num_running == stats.num_waiting == 0
         assert stats.num_free_blocks == stats.num_blocks
@@ -73,8 +85,29 @@ def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
     return first_ids
 
 
+def settle(llm: LLM) -> None:
+    """Let the moves between the tiers end."""
+    while llm._core.scheduler.kv.tiers.lanes.num_open:
+        time.sleep(0.001)
+        llm._core.tick()
+
+
+def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
+    """The next request finds nothing on the device: only in host memory, or only on disk."""
+    settle(llm)
+    kv = llm._core.scheduler.kv
+    kv.pool.drop_cached()
+    if not keep_host:
+        kv.tiers.host.clear()
+    kv.check_integrity()
+
+
 def check_that_it_worked(features: frozenset[str], stats) -> None:
-    assert (stats.prefix_hits_total > 0) == ("prefix" in features)
+    assert (stats.prefix_hits_total > 0) == ("prefix" in features or "tiers" in features)
+    if "tiers" in features:
+        below = stats.cached_tokens_by_tier_total
+        assert below["l4"] > 0 if "overlap" in features else below["l3"] > 0
+        assert stats.kv_disk_up
     assert (stats.preemptions_total > 0) == ("preemption" in features)
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
 

@@ -123,8 +123,8 @@ class TierIndex:
     def adopt(self, slots: Sequence[int], digests: Sequence[bytes], parents: Sequence[bytes]) -> int:
         """Take over what an earlier life left, oldest first; returns how many blocks. The index must be empty.
 
-        parents: digests, or anything that is no block's digest for a root. Of several slots with the same contents
-        the newest counts; a block without its parent, or on a cycle of parents, is not taken.
+        parents: digests, zeros for a root. Of several slots with the same contents the newest counts; a block without
+        its parent, or on a cycle of parents, is not taken.
         """
         newest = dict(zip(digests, slots))
         parent_of = dict(zip(digests, parents))
@@ -199,16 +199,17 @@ class TierIndex:
 
     def drop(self, slot: int) -> int:
         """The slot's bytes are not what they should be: forget it and all that follows it; returns how many."""
-        broken = np.zeros(self.num_slots, dtype=bool)
-        broken[slot] = True
         resident = self._state == RESIDENT
-        has_parent = self.parent_of != NO_SLOT
-        while True:
-            below = resident & has_parent & broken[self.parent_of] & ~broken
-            if not below.any():
+        nowhere = self.num_slots
+        ancestor = np.append(np.where(resident & (self.parent_of != NO_SLOT), self.parent_of, nowhere), nowhere)
+        broken = np.zeros(self.num_slots + 1, dtype=bool)
+        broken[slot] = True
+        while True:  # twice as far up each time, so that a long chain does not take long
+            broken |= broken[ancestor]
+            if np.all(ancestor == nowhere):
                 break
-            broken |= below
-        slots = np.flatnonzero(broken & resident).astype(np.int32)
+            ancestor = ancestor[ancestor]
+        slots = np.flatnonzero(broken[:-1] & resident).astype(np.int32)
         self._policy.revive(slots)
         self._policy.forget(slots)
         held = self._holders[slots] > 0
