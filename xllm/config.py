@@ -71,8 +71,8 @@ class CacheSettings:
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
                                   "where that is sooner than computing it again", choices=PREEMPTION_MODES)
-    kv_cache_dtype: str = option("auto", "number format of stored KV (host and disk tiers); auto: the device cache's, "
-                                 "which is always the compute dtype", choices=KV_CACHE_DTYPES)
+    kv_cache_dtype: str = option("auto", "number format of stored KV (host and disk tiers); auto: as on the device, "
+                                 "where KV always has the compute type", choices=KV_CACHE_DTYPES)
     kv_prefetch: bool = option(True, "with a host tier: bring a conversation's blocks back before its next turn")
 
 
@@ -215,6 +215,8 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError("disk_cache_size needs host_cache_size: blocks go to disk through host memory")
     if has_disk != (c.disk_cache_dir is not None):
         raise ConfigError("disk_cache_size and disk_cache_dir go together: set both or neither")
+    if c.kv_cache_dtype != "auto" and not has_host:
+        raise ConfigError(f"kv_cache_dtype {c.kv_cache_dtype} needs host_cache_size: it is the format of stored KV")
     if c.preemption_mode == "swap" and not has_host:
         raise ConfigError("preemption_mode swap needs host_cache_size")
 

@@ -64,6 +64,12 @@ class SequenceState:
     def request_id(self) -> str:
         return self.request.request_id
 
+    @property
+    def session_key(self) -> str | None:
+        """The conversation that it is a turn of; tenants (cache salts) may use the same session ids."""
+        salt, session_id = self.request.cache_salt, self.request.session_id
+        return None if session_id is None else f"{len(salt)}:{salt}:{session_id}"
+
     def move(self, status: Status) -> None:
         """Change status; a move that the table does not list is a bug."""
         assert status in ALLOWED_MOVES[self.status], f"{self.request_id}: {self.status} -> {status}"

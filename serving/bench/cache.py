@@ -1,12 +1,14 @@
 """`xllm bench cache`: prefix hit rates of a trace on the KV cache's own code.
 
 A trace line is a JSON object with `hash_ids`: the request's blocks, equal ids for equal prefixes. They
-are replayed as one-token blocks through `KVManager`, the very object that the engine uses.
+are replayed as one-token blocks through `KVManager`, the very object that the engine uses. Where a line is
+a whole session, sessions run side by side: all begin at once, and each keeps its own times.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,8 @@ def main(argv: list[str]) -> int:
     policies = args.policies.split(",")
     if unknown := set(policies) - set(EVICTION_POLICIES):
         raise ConfigError(f"unknown policy {sorted(unknown)[0]!r}; known are {', '.join(EVICTION_POLICIES)}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'xllm[bench]'")
     requests = read_trace(args.trace)
     rates: dict[str, dict[str, float]] = {}
     for name in policies:
@@ -63,14 +67,12 @@ def main(argv: list[str]) -> int:
 
 def plot(title: str, rates: dict[str, dict[str, float]], path: str) -> None:
     """Hit rate over capacity, a line for each policy."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'xllm[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    figure = Figure(figsize=(8, 5), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     for name, by_capacity in rates.items():
         style = {"duel": ("-", 2.5), "opt": (":", 1.5)}.get(name, ("--", 1.2))
         axes.plot([int(c) for c in by_capacity], list(by_capacity.values()), style[0], linewidth=style[1], marker="o",
@@ -79,7 +81,6 @@ def plot(title: str, rates: dict[str, dict[str, float]], path: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _sizes(text: str) -> list[int]:
@@ -90,35 +91,36 @@ def _sizes(text: str) -> list[int]:
 
 
 def read_trace(path: Path) -> list[np.ndarray]:
-    """Each request's block ids, renumbered from 0: int32. Raises ConfigError that names the line.
+    """Each request's block ids, renumbered from 0: int32, in the order of service. ConfigError names a wrong line.
 
     A line is a request with `hash_ids`, or a session with `requests` whose ids are its own (and may nest further).
     """
     numbers: dict[object, int] = {}
-    requests = []
+    requests: list[tuple[float, np.ndarray]] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                for ids in _requests_of(json.loads(line), number):
-                    requests.append(np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32))
+                for start_s, ids in _requests_of(json.loads(line), number):
+                    blocks = np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int32)
+                    requests.append((start_s, blocks))
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{path.name}, line {number}: not a JSON object with hash_ids") from None
-    return requests
+    requests.sort(key=lambda request: request[0])  # stable: requests without a session stay in the file's order
+    return [blocks for _, blocks in requests]
 
 
-def _requests_of(entry: dict[str, Any], session: int) -> Iterator[list[object]]:
+def _requests_of(entry: dict[str, Any], session: int) -> Iterator[tuple[float, list[object]]]:
+    """(seconds from the session's start, ids); 0 seconds for a request that is no session's."""
     if "requests" not in entry:
-        yield list(entry["hash_ids"])
+        yield 0.0, list(entry["hash_ids"])
         return
-    calls: list[tuple[float, list[object]]] = []
     stack = [(0.0, request) for request in entry["requests"]]
     while stack:
-        start_s, request = stack.pop()
+        start_s, request = stack.pop(0)
         start_s += request.get("t", 0.0)
         if "hash_ids" in request:
-            calls.append((start_s, [(session, i) for i in request["hash_ids"]]))
+            yield start_s, [(session, i) for i in request["hash_ids"]]
         stack += [(start_s, inner) for inner in request.get("requests", ())]
-    yield from (ids for _, ids in sorted(calls, key=lambda call: call[0]))
 
 
 def hit_rate(requests: list[np.ndarray], num_blocks: int, policy: EvictionPolicy) -> float:

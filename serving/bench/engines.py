@@ -118,8 +118,9 @@ class OpenvinoEngine:
         schedule.cache_size, schedule.max_num_seqs, schedule.enable_prefix_caching = 1, 32, False  # GiB
         schedule.max_num_batched_tokens = 2304
         properties = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        tokenizer = genai.Tokenizer(folder)  # an empty one: there are no files for it
         self._genai = genai
-        self._pipeline = genai.ContinuousBatchingPipeline(folder, genai.Tokenizer(folder), schedule, "CPU", **properties)
+        self._pipeline = genai.ContinuousBatchingPipeline(folder, tokenizer, schedule, "CPU", **properties)
 
     def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
         import numpy as np

@@ -49,7 +49,8 @@ class _Graph:
         visible = self._visible()
         for index in range(config["num_hidden_layers"]):
             name = f"model.layers.{index}"
-            x_BTD = op.add(x_BTD, self._attention(self._norm(x_BTD, f"{name}.input_layernorm"), index, cos, sin, visible))
+            normed = self._norm(x_BTD, f"{name}.input_layernorm")
+            x_BTD = op.add(x_BTD, self._attention(normed, index, cos, sin, visible))
             x_BTD = op.add(x_BTD, self._mlp(self._norm(x_BTD, f"{name}.post_attention_layernorm"), f"{name}.mlp"))
         logits = self._linear(self._norm(x_BTD, "model.norm"), "lm_head")
         logits.output(0).get_tensor().set_names({"logits"})
@@ -115,7 +116,8 @@ class _Graph:
         return self._linear(op.reshape(self._swap(out), self._ints([0, 0, N * H]), True), f"{name}.o_proj")
 
     def _heads(self, x_BTD: Any, name: str, num_heads: int) -> Any:
-        return self._op.reshape(self._linear(x_BTD, name), self._ints([0, 0, num_heads, self._config["head_dim"]]), True)
+        shape = self._ints([0, 0, num_heads, self._config["head_dim"]])
+        return self._op.reshape(self._linear(x_BTD, name), shape, True)
 
     def _swap(self, x: Any) -> Any:
         return self._op.transpose(x, self._ints([0, 2, 1, 3]))

@@ -131,11 +131,11 @@ def make_rows(virtual: VirtualRows, *, num_blocks: int, num_rows: int, pages_per
     """Another set of rows with real memory behind it, pages as large as the engine's."""
     from xllm.kv.xtensor import XTensor
     from xllm.runner.arena import Arena
-    from xllm.runner.virtual_rows import VirtualRows
+    from xllm.runner.virtual_rows import RANGES_PER_ROW, VirtualRows
 
     driver = virtual.arena.driver
     xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row,
-                      max_mappings=driver.max_mappings())
+                      max_mappings=driver.max_mappings(), num_ranges=RANGES_PER_ROW * num_rows)
     return VirtualRows(xtensor, Arena(driver, num_pages=xtensor.num_pages, num_blocks=num_blocks,
                                       page_bytes=virtual.arena.page_bytes))
 

@@ -15,6 +15,7 @@ class ManualLanes:
     def __init__(self, rng: random.Random, eagerness: float = 0.5):
         self.stats = {name: LaneStats() for name in LANES}
         self.closed = False
+        self.foreground = False
         self.eagerness = eagerness
         self._rng = rng
         self._order = itertools.count()

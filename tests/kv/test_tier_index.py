@@ -225,13 +225,53 @@ class TierMachine(RuleBasedStateMachine):
         assert not self.resident and not len(self.index)
 
 
-@pytest.mark.parametrize(("policy", "l1_share"), [(name, 0.0) for name in EVICTION_POLICIES] + [("lru", 0.4)])
+POLICIES = pytest.mark.parametrize(("policy", "l1_share"), [(name, 0.0) for name in EVICTION_POLICIES] + [("lru", 0.4)])
+
+
+@POLICIES
 def test_against_a_dictionary(policy, l1_share):
     machine = type("Machine", (TierMachine,), {"policy": policy, "l1_share": l1_share})
     case = machine.TestCase
-    case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, database=None, derandomize=True,
+    case.settings = settings(max_examples=15, stateful_step_count=30, deadline=None, database=None, derandomize=True,
                              suppress_health_check=list(HealthCheck))  # fmt: skip
     case().runTest()
+
+
+WEIGHTS = {"reserve": 8, "publish": 10, "abandon": 1, "hold": 4, "let_go": 5, "use_held": 1, "use": 2, "drop": 0.6,
+           "clear": 0.1, "restart": 0.1}  # fmt: skip
+NEEDS = {"publish": "writing", "abandon": "writing", "let_go": "held", "use_held": "held", "hold": "resident",
+         "use": "resident", "drop": "resident"}  # fmt: skip
+
+
+def arguments_of(name: str, rng: random.Random) -> dict:
+    if name == "reserve":
+        return {"num": rng.choice([0, 1, 1, 2, 3, 6])}
+    if name == "publish":
+        return {"choice": rng.randrange(1000), "behind": rng.randrange(1000), "turns": rng.choices([0, 1], k=6)}
+    if name == "restart":
+        return {"seed": rng.randrange(2**20)}
+    return {} if name == "clear" else {"choice": rng.randrange(1000)}
+
+
+def walk(machine: TierMachine, rng: random.Random, num_operations: int) -> None:
+    """The same machine driven evenly, so that it gets to where much is held, doomed and written at once."""
+    machine.begin(rng.randint(1, 12))
+    for _ in range(num_operations):
+        (name,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        if name not in NEEDS or getattr(machine, NEEDS[name]):
+            getattr(machine, name)(**arguments_of(name, rng))
+        machine.agrees_with_the_model()
+    machine.teardown()
+
+
+@POLICIES
+def test_walks_against_a_dictionary(policy, l1_share):
+    for seed in range(12):
+        machine = type("Machine", (TierMachine,), {"policy": policy, "l1_share": l1_share})()
+        try:
+            walk(machine, random.Random(seed), 100)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
 
 
 # --- what an earlier life left

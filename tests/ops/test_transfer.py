@@ -1,4 +1,4 @@
-"""KV blocks to the store's formats and back: exactness, error bounds against float64, NaN, strides, other threads' data."""
+"""KV blocks to the store's formats and back: exactness, error bounds against float64, NaN, strides, threads."""
 
 from __future__ import annotations
 
@@ -131,6 +131,19 @@ def test_every_16_bit_pattern(ops: OpSet, name: str, cache_dtype: torch.dtype) -
     assert torch.equal(v_cache.nan_to_num(0.25, INF, -INF), expected.nan_to_num(0.25, INF, -INF))
 
 
+def test_every_fp8_code_under_every_scale(ops: OpSet) -> None:
+    k_cache = torch.zeros(1, 1, 256, 256)  # a row of values for each scale
+    v_cache = k_cache.clone()
+    store = Store(ops, k_cache, v_cache, "fp8", 1)
+    codes, scales = torch.arange(256, dtype=torch.uint8), torch.arange(256, dtype=torch.uint8)
+    store.part[0] = torch.cat((codes.repeat(256), scales)).repeat(2)
+    store.bring_back(k_cache, v_cache, [0], [0])
+    scale = torch.tensor([0.0, *(2.0**e for e in range(-126, 128)), NAN])  # no group has the smallest: it means zeros
+    expected = codes.view(torch.float8_e4m3fn).float() * scale[:, None]
+    assert torch.equal(v_cache[0, 0].isnan(), expected.isnan())
+    assert torch.equal(v_cache[0, 0].nan_to_num(0.25, INF, -INF), expected.nan_to_num(0.25, INF, -INF))
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_rounds_to_nearest_even(ops: OpSet, name: str) -> None:
     low = torch.arange(0, 0x7800, dtype=torch.int16).view(DTYPES[name]).double()
@@ -144,7 +157,7 @@ def test_rounds_to_nearest_even(ops: OpSet, name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_error_bounds(ops: OpSet, shape: tuple[int, int, int], name: str) -> None:
-    """int8: half a 127th of the group's largest, and the scale's rounding; fp8: 3 bits, or the last one of small ones."""
+    """int8: half a 127th of the group's largest, and the scale's rounding; fp8: 3 bits, or the last of small ones."""
     k_cache, v_cache = caches(shape)
     k_back, v_back = there_and_back(ops, k_cache, v_cache, name)
     for x, y, dim in ((keys_BKHP(k_cache), keys_BKHP(k_back), 2), (v_cache, v_back, 3)):
@@ -195,6 +208,10 @@ def test_a_group_without_a_finite_largest_is_nan(ops: OpSet, name: str, bad: flo
     k_cache, v_cache = (cache.contiguous() for cache in caches((2, 5, 7)))
     keys_BKHP(k_cache)[2, 1, 3, 4] = bad
     v_cache[0, 1, 2, 6] = bad
+    everything = list(range(6))
+    mine, truth = (Store(o, k_cache, v_cache, name, 6).export(k_cache, v_cache, everything, everything)
+                   for o in (ops, REFERENCE))
+    assert torch.equal(mine, truth)
     k_back, v_back = there_and_back(ops, k_cache, v_cache, name)
     keys = keys_BKHP(k_back)
     assert keys[2, 1, :, 4].isnan().all() and v_back[0, 1, 2].isnan().all()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Backend
-from tests.runner.harness import Driver
+from tests.runner.harness import Driver, make_config
 from tests.runner.tiny_model import PROMPT, Truth
 from xllm.config import KV_CACHE_DTYPES, EngineConfig
 from xllm.errors import ConfigError
@@ -86,6 +86,9 @@ def test_the_setting() -> None:
     assert EngineConfig.from_flat(kv_cache_dtype="int8").cache.kv_cache_dtype == "int8"
     with pytest.raises(ConfigError, match="kv_cache_dtype must be one of auto, fp32"):
         EngineConfig.from_flat(kv_cache_dtype="int4")
+    with pytest.raises(ConfigError, match="kv_cache_dtype int8 needs host_cache_size"):
+        make_config(kv_cache_dtype="int8")
+    assert make_config(kv_cache_dtype="int8", host_cache_size="1GiB").cache.kv_cache_dtype == "int8"
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])

@@ -166,7 +166,7 @@ def test_blocks_are_padded_to_whole_pages(model: CausalLM, backend: Backend) -> 
 
 
 @pytest.mark.parametrize(("pages_per_row", "bytes_per_page", "words"), [
-    (2**26, 4096, "more than slots can number"), (2**20, 2**44, "lower max_num_seqs"),
+    (2**26, 4096, "more tokens than slots"), (2**20, 2**34, "lower max_num_seqs"),
 ], ids=["slots", "addresses"])
 def test_too_large(backend: Backend, pages_per_row: int, bytes_per_page: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

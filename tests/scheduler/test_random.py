@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.scheduler.harness import VOCAB, Simulation
-from xllm.config import POLICIES
+from xllm.config import EVICTION_POLICIES, POLICIES
 
 
 def random_settings(rng: random.Random) -> dict:
@@ -21,6 +21,8 @@ def random_settings(rng: random.Random) -> dict:
         "max_num_batched_tokens": rng.choice([4, 8, 17, 40]) if chunked else 96,
         "max_model_len": rng.choice([24, 40, 96]),
         "watermark": rng.choice([0.0, 0.1]),
+        "eviction_policy": rng.choice(EVICTION_POLICIES),
+        "l1_share": rng.choice([0.0, 0.0, 0.3]),
     }
     if chunked and rng.random() < 0.3:
         settings["long_prefill_token_threshold"] = 3

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from serving.bench.cache import plot, read_trace
+from serving.bench.optimum import optimum
 from serving.cli import main
 from tests.serving.server_process import ServerProcess
+from xllm.config import EVICTION_POLICIES
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1"], ids=["bare", "slash", "v1"])
@@ -43,8 +50,71 @@ def test_cache_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
     trace = tmp_path / "trace.jsonl"
     lines = [{"hash_ids": [1, 2, 3]}, {"hash_ids": [1, 2, 4]}, {"hash_ids": [9]}, {"hash_ids": [1, 2, 3]}]
     trace.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert main(["bench", "cache", "--trace", str(trace), "--capacities", "100"]) == 0
-    assert json.loads(capsys.readouterr().out)["hit_rate_pct"]["lru"] == {"100": 50.0}
+    assert main(["bench", "cache", "--trace", str(trace), "--capacities", "3,100"]) == 0
+    rates = json.loads(capsys.readouterr().out)["hit_rate_pct"]
+    assert set(rates) == {*EVICTION_POLICIES, "opt"}
+    assert rates["lru"] == {"3": 40.0, "100": 50.0}
+    assert all(rate["100"] == 50.0 for rate in rates.values())
+    assert rates["opt"]["3"] == 50.0
+
+
+def test_the_rates_can_be_plotted(tmp_path: Path) -> None:
+    file = tmp_path / "plot.png"
+    plot("trace", {"lru": {"10": 1.0, "100": 2.0}, "opt": {"10": 3.0, "100": 4.0}}, str(file))
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_matplotlib_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "cache", "--trace", "/no/such/trace", "--plot", "plot.png"]) == 1
+    assert "xllm[bench]" in capsys.readouterr().err
+
+
+def test_sessions_of_a_trace_run_side_by_side(tmp_path: Path) -> None:
+    """Ids are a session's own; a nested request begins so long after the one that it is part of."""
+    trace = tmp_path / "sessions.jsonl"
+    sessions = [{"requests": [{"t": 0, "hash_ids": [1]}, {"t": 5, "hash_ids": [1, 2]}]},
+                {"requests": [{"t": 1, "hash_ids": [1], "requests": [{"t": 9, "hash_ids": [3]}]}]}]
+    trace.write_text("".join(json.dumps(session) + "\n" for session in sessions), encoding="utf-8")
+    requests = [blocks.tolist() for blocks in read_trace(trace)]
+    first, second = requests[0][0], requests[1][0]
+    assert requests[:2] == [[first], [second]]
+    assert requests[2][0] == first
+    assert [len(blocks) for blocks in requests] == [1, 1, 2, 1]
+    assert len({block for blocks in requests for block in blocks}) == 4
+
+
+def best_by_search(requests: list[list[int]], num_blocks: int) -> int:
+    """Hits of the best choice among all: after each request, any set of blocks closed under prefixes."""
+    parent: dict[int, int] = {}
+    for blocks in requests:
+        parent.update(zip(blocks[1:], blocks))
+    best = {frozenset[int](): 0}
+    for blocks in requests:
+        reached: dict[frozenset[int], int] = {}
+        for resident, hits in best.items():
+            found = next((i for i, block in enumerate(blocks) if block not in resident), len(blocks))
+            everything = resident | set(blocks)
+            for size in range(min(num_blocks, len(everything)) + 1):
+                for kept in map(frozenset, itertools.combinations(everything, size)):
+                    if all(parent[block] in kept for block in kept if block in parent):
+                        reached[kept] = max(reached.get(kept, 0), hits + found)
+        best = reached
+    return max(best.values())
+
+
+def test_no_choice_of_victims_beats_the_optimum() -> None:
+    rng = random.Random(0)
+    for _ in range(40):
+        numbers: dict[tuple[int, ...], int] = {}
+        requests = []
+        for _ in range(8):
+            tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 4))]
+            requests.append([numbers.setdefault(tuple(tokens[: i + 1]), len(numbers)) for i in range(len(tokens))])
+        for num_blocks in (1, 2, 4):
+            rate = optimum([np.array(blocks) for blocks in requests], num_blocks)
+            assert round(rate * sum(map(len, requests))) == best_by_search(requests, num_blocks)
 
 
 @pytest.mark.parametrize(("args", "code", "says"), [
@@ -54,6 +124,7 @@ def test_cache_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (("cache", "--trace", __file__), 1, "line 1"),
     (("cache", "--trace", __file__, "--capacities", "ten"), 2, "ten"),
     (("cache", "--trace", __file__, "--capacities", "0"), 2, "at least one"),
+    (("cache", "--trace", __file__, "--policies", "clock"), 1, "clock"),
     (("cache", "--trase", "x"), 2, "did you mean '--trace'"),
     (("serve", "--num-request", "3"), 2, "did you mean '--num-requests'"),
 ])

@@ -14,13 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
+from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES
-from xllm.kv.lanes import Lanes
+from xllm.kv.lanes import URGENT, Lanes
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-CHUNK_BLOCKS = 32  # of one job: large enough to amortise its overhead, small enough to be overtaken
+MAX_CHUNK_BLOCKS = 32  # of one job: enough to amortise its overhead, few enough to be overtaken
+CHUNK_BYTES = 256 << 10  # and as many bytes, so that what computes on the same cores is never away for long
 MAX_QUEUED_PATHS = 1024
-URGENT, NORMAL = 0, 1  # priorities; lower goes first
+NORMAL = URGENT + 1  # priority of copies that nobody waits for
 ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
 
 
@@ -82,6 +84,7 @@ class Demoter:
         self.num_written = 0
         self.num_cut = 0  # blocks of paths that were not written: evicted before, no room, or an error
         self.disabled = False
+        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // source.item_bytes))
 
     @property
     def is_idle(self) -> bool:
@@ -141,7 +144,7 @@ class Demoter:
 
     def _submit(self, path: Path) -> None:
         first = path.submitted
-        last = min(first + CHUNK_BLOCKS, len(path.items))
+        last = min(first + self._chunk, len(path.items))
         items, digests = path.items[first:last], path.digests[first:last]
         num = self._source.take(items, digests)
         slots = self._target.reserve(num)
@@ -176,6 +179,8 @@ class Demoter:
             self.num_written += num
             path.done = first + num
             path.cut |= path.done < last
+            if failpoints.armed is not None:
+                failpoints.hit("tier.published")
         self._source.give_back(items)
         if error is not None:
             self._on_error(error)

@@ -39,6 +39,17 @@ NAMES = {
     "disk.headers_dropped": "the headers that a segment about to grow or shrink has no payloads for are zeroed",
     "disk.segment_resized": "a segment has grown or shrunk to what the capacity says",
     "disk.segment_deleted": "a segment beyond the capacity is deleted",
+    "tier.save_before": "before some of a path's blocks are copied from the device to host memory",
+    "tier.saved": "they are copied, and not yet findable there",
+    "tier.write_before": "before some of a path's blocks are written from host memory to disk",
+    "tier.written": "they are written, and not yet findable there",
+    "tier.published": "blocks copied down, to host memory or to disk, are findable there",
+    "tier.read": "one block is read from disk into host memory, and not yet findable there",
+    "tier.staged": "blocks read from disk are findable in host memory",
+    "tier.load_begun": "the device blocks of a load are findable, and their bytes have not come",
+    "tier.loaded_layer": "one layer of a load has come",
+    "tier.loaded": "a load is complete, and what it held is given back",
+    "tier.flush": "at shutdown, before one more path of the device is queued to be copied down",
 }
 
 Action = Callable[[], None]

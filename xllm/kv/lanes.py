@@ -18,6 +18,9 @@ from xllm.errors import DeviceError
 RATE_WEIGHT = 0.2  # of the newest job in a lane's running bandwidth
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
+PACED = (SAVE, WRITE)  # nobody waits for these
+URGENT = 0  # priority of moves that somebody does wait for; larger ones may be paced
+MAX_PAUSE_S = 0.1
 
 
 class Job(Protocol):
@@ -66,6 +69,7 @@ class Lanes(Protocol):
     """All lanes of one engine. Every method belongs to the owner's thread."""
 
     stats: dict[str, LaneStats]
+    foreground: bool  # steps are running: what nobody waits for goes slowly
 
     def submit(self, job: Job) -> None: ...
 
@@ -90,10 +94,14 @@ class Lanes(Protocol):
 class ThreadLanes:
     """One thread for each lane.
 
-    max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can.
+    max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. busy_share: how much of the time
+    a lane in `PACED` may work while steps run (`foreground`); 1: no limit. Where copies take the cores that compute,
+    a smaller share keeps them from stalling the steps.
     """
 
-    def __init__(self, max_bytes_per_s: dict[str, float] | None = None):
+    def __init__(self, max_bytes_per_s: dict[str, float] | None = None, busy_share: float = 1.0):
+        self.foreground = False
+        self._busy_share = busy_share
         self.stats = {name: LaneStats() for name in LANES}
         self._limits = max_bytes_per_s or {}
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
@@ -151,6 +159,14 @@ class ThreadLanes:
             thread.join()
         self._threads.clear()
 
+    def _pause_until(self, name: str, job: Job, began_s: float, ended_s: float) -> float:
+        """When the lane may begin its next job."""
+        limit = self._limits.get(name, 0.0)
+        free_at = began_s + job.num_bytes / limit if limit else 0.0
+        if self.foreground and name in PACED and job.priority > URGENT:
+            free_at = max(free_at, began_s + min(MAX_PAUSE_S, (ended_s - began_s) / self._busy_share))
+        return free_at
+
     def _work(self, name: str) -> None:
         free_at = 0.0  # when the bandwidth limit allows the next job
         while True:
@@ -164,8 +180,7 @@ class ThreadLanes:
             except BaseException as raised:  # the owner decides what it means
                 error = raised
             now = time.monotonic()
-            limit = self._limits.get(name, 0.0)
-            free_at = began + job.num_bytes / limit if limit else 0.0
+            free_at = self._pause_until(name, job, began, now)
             self._done.put((job, error, now - began, now - submitted_s))
 
 

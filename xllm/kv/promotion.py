@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from xllm.kv import failpoints
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.lanes import LOAD, READ, Lanes, Ticket, TicketBoard
 from xllm.kv.mover import Mover
@@ -66,6 +67,8 @@ class Loader:
         self.ticket_of[new] = ticket.ticket_id
         path = np.concatenate((resident, new)).astype(np.int32)
         self._open[ticket.ticket_id] = path
+        if failpoints.armed is not None:
+            failpoints.hit("tier.load_begun")
         self._lanes.submit(_LoadJob(self, ticket, path, new, slots, host_path, priority))
         return path
 
@@ -79,6 +82,8 @@ class Loader:
         self.num_loaded += len(job.new)
         self._host.let_go(job.host_path)
         self._pool.release(job.path, fence=-1)
+        if failpoints.armed is not None:
+            failpoints.hit("tier.loaded")
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
         """The loads that whoever reads these blocks must wait for."""
@@ -101,6 +106,8 @@ class _LoadJob:
             for layer in range(mover.num_layers):
                 mover.load_layer(self._slots, self.new, layer)
                 self.ticket.advance()
+                if failpoints.armed is not None:
+                    failpoints.hit("tier.loaded_layer")
         except BaseException as error:
             self.ticket.fail(error)
             raise
@@ -180,6 +187,8 @@ class Stager:
             place = first + i
             if not self._store.read(int(stage.disk_path[place]), stage.digests[place], self._mover.payload(slot)):
                 return i
+            if failpoints.armed is not None:
+                failpoints.hit("tier.read")
         return len(slots)
 
     def finish(self, stage: Stage, first: int, slots: np.ndarray, num_good: int, failed: bool) -> None:
@@ -196,6 +205,8 @@ class Stager:
         stage.done = first + num_good
         stage.num_read += num_good
         self.num_staged += num_good
+        if failpoints.armed is not None:
+            failpoints.hit("tier.staged")
         if failed:
             self._end(stage)
         else:
@@ -224,4 +235,6 @@ class _ReadJob:
         self._num_good = self._stager.read(self._stage, self._first, self._slots)
 
     def finish(self, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, OSError):
+            raise error  # a bug, not the disk
         self._stager.finish(self._stage, self._first, self._slots, self._num_good, error is not None)

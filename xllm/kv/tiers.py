@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xllm.errors import DiskError
+from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
-from xllm.kv.demotion import NORMAL, URGENT, Demoter, Path
+from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import EvictionPolicy
-from xllm.kv.lanes import LOAD, SAVE, WRITE, Lanes, TicketBoard
+from xllm.kv.lanes import LOAD, SAVE, URGENT, WRITE, Lanes, TicketBoard
 from xllm.kv.mover import Mover
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
@@ -220,6 +222,8 @@ class TieredStore:
     def flush(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> bool:
         """Copy every findable block of the device down, as far as there is time and room; whether all was done."""
         for path in self._device_paths():
+            if failpoints.armed is not None:
+                failpoints.hit("tier.flush")
             self.saver.add(path)
             while self.saver.num_queued > 8 and clock() < deadline_s:
                 self._wait_and_poll(deadline_s, clock)
@@ -244,11 +248,15 @@ class TieredStore:
 
     def close(self, flush_s: float = 0.0) -> None:
         """Stop the lanes; with a disk, first spend up to `flush_s` on storing what is not there yet."""
+        self.lanes.foreground = False
         if self.disk is not None and flush_s and not self.writer.disabled:
             self.flush(time.monotonic() + flush_s)
         self.lanes.close()
         if self.store is not None:
-            self.store.close()
+            try:
+                self.store.close()
+            except DiskError as error:
+                self._disk_failed(error)
 
     # --- links between the tiers
 
@@ -267,7 +275,10 @@ class TieredStore:
                 self.disk_of_slot[on_host] = NO_SLOT
 
     def _staged(self, host_slots: np.ndarray, disk_slots: np.ndarray) -> None:
-        self.disk_of_slot[host_slots] = disk_slots
+        assert self.disk is not None
+        for slot, disk_slot in zip(host_slots.tolist(), disk_slots.tolist()):
+            if self.disk.find(self.host.digest_of(slot)) == disk_slot:  # not if another stage found its path broken
+                self.disk_of_slot[slot] = disk_slot
 
     def _save_failed(self, error: BaseException) -> None:
         raise error  # host memory does not fail: a bug, or the device is lost
@@ -335,7 +346,11 @@ class DeviceSource:
         self._tiers._pool.unlease(items)
 
     def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
+        if failpoints.armed is not None:
+            failpoints.hit("tier.save_before")
         self._tiers._mover.save(items, slots)
+        if failpoints.armed is not None:
+            failpoints.hit("tier.saved")
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         index = self._tiers._index
@@ -368,8 +383,12 @@ class HostSource:
     def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
         store, mover = self._tiers.store, self._tiers._mover
         assert store is not None
+        if failpoints.armed is not None:
+            failpoints.hit("tier.write_before")
         for item, slot, digest, parent in zip(items.tolist(), slots.tolist(), digests, parents):
             store.write(slot, digest, parent, mover.payload(item))
+        if failpoints.armed is not None:
+            failpoints.hit("tier.written")
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         self._tiers.disk_of_slot[items] = slots

@@ -21,6 +21,10 @@ from xllm.step import ScheduleOutput
 
 _log = logging.getLogger(__name__)
 
+SLOTS = 2**31 - 1  # tokens that an int32 can number
+# Addresses cost nothing, and each range of an ended row may be the next turn of a conversation.
+RANGES_PER_ROW = 4
+
 
 def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
                       pages_per_row: int) -> VirtualRows | None:
@@ -32,10 +36,12 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
         return None
     cache, num_rows = config.cache, config.scheduler.max_num_seqs
     assert backend.vmm is not None and cache.block_size is not None
-    num_pages = num_blocks + num_rows * pages_per_row
-    if num_pages * cache.block_size >= 2**31:
-        raise ConfigError(f"kv_layout xtensor: {num_pages} pages of {cache.block_size} tokens are more than slots can "
-                          "number; lower max_num_seqs or max_model_len")
+    most_ranges = (SLOTS // cache.block_size - num_blocks) // pages_per_row
+    if most_ranges < num_rows:
+        raise ConfigError(f"kv_layout xtensor: {num_rows} sequences of {pages_per_row} blocks have more tokens than "
+                          "slots can number; lower max_num_seqs or max_model_len")
+    num_ranges = min(RANGES_PER_ROW * num_rows, most_ranges)
+    num_pages = num_blocks + num_ranges * pages_per_row
     try:
         arena = Arena(backend.vmm, num_pages=num_pages, num_blocks=num_blocks, page_bytes=page_bytes)
     except MemoryError as error:
@@ -43,8 +49,9 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
                           "or take kv_layout paged") from error
     limit = cache.xtensor_max_mappings
     if limit is None and (system_limit := backend.vmm.max_mappings()) is not None:
-        limit = max(0, system_limit - 2 * num_rows)  # the gap behind each range is one as well
-    xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row, max_mappings=limit)
+        limit = max(0, system_limit - num_ranges)  # the gap behind each range is one as well
+    xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row, max_mappings=limit,
+                      num_ranges=num_ranges)
     return VirtualRows(xtensor, arena)
 
 

@@ -29,7 +29,7 @@ class Promotions:
         self._kv, self._rates, self._clock = kv, rates, clock
         self._staging: dict[SequenceState, tuple[Stage, float]] = {}  # and when to give up
         self._loading: dict[SequenceState, tuple[tuple[int, ...], int]] = {}  # (tickets, blocks)
-        self._from_disk: dict[SequenceState, int] = {}  # blocks that came to host memory for it
+        self._stage_of: dict[SequenceState, Stage] = {}  # the last that was begun for it since it was queued
         self._tried: dict[SequenceState, int] = {}  # stages and loads begun for it since it was queued
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Promotions:
         match = self._kv.lookup(seq.token_ids, seq.request.cache_salt)
         extension = tiers.extend(match, seq.token_ids)
         if len(extension.disk_path):
-            tiers.stage(extension, _priority(seq))
+            self._stage_of[seq] = tiers.stage(extension, _priority(seq))
 
     def begin(self, seq: SequenceState, tokens: np.ndarray, match: PrefixMatch) -> bool:
         """Whether the request at the head of the queue shall wait for stored blocks that follow its device hit.
@@ -56,7 +56,7 @@ class Promotions:
         extension = tiers.extend(match, tokens)
         if len(extension.disk_path) and self._tried.get(seq, 0) == 0:
             self._tried[seq] = 1
-            stage = tiers.stage(extension, _priority(seq))
+            stage = self._stage_of[seq] = tiers.stage(extension, _priority(seq))
             if not stage.is_done:
                 self._staging[seq] = (stage, self._clock() + MAX_WAIT_S)
                 return True
@@ -78,7 +78,8 @@ class Promotions:
 
     def _count(self, seq: SequenceState, num_blocks: int) -> None:
         """Where the blocks that are loaded for it came from."""
-        from_disk = min(num_blocks, self._from_disk.pop(seq, 0))
+        stage = self._stage_of.get(seq)
+        from_disk = min(num_blocks, stage.num_read) if stage is not None else 0
         seq.num_disk_tokens = from_disk * self._kv.block_size
         seq.num_host_tokens = (num_blocks - from_disk) * self._kv.block_size
 
@@ -90,8 +91,7 @@ class Promotions:
         assert tiers is not None
         ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
         for seq in ready:
-            stage, _ = self._staging.pop(seq)
-            self._from_disk[seq] = stage.num_read
+            del self._staging[seq]
         for seq, (tickets, num_blocks) in list(self._loading.items()):
             share = max((1.0 - t.layers_done / t.num_layers for t in tiers.board.tickets(tickets)), default=0.0)
             if tiers.move_s(LOAD, num_blocks) * share <= EARLY_SHARE * self._rates.step_s:
@@ -106,10 +106,10 @@ class Promotions:
 
     def forget(self, seq: SequenceState) -> None:
         """The request got in or has ended. Loads that run go on; what they bring stays cached."""
+        self._stage_of.pop(seq, None)
         if self._tried.pop(seq, 0):
             self._staging.pop(seq, None)
             self._loading.pop(seq, None)
-            self._from_disk.pop(seq, None)
             self.give_up(seq)
 
     def give_up_all(self, but: SequenceState | None = None) -> bool:

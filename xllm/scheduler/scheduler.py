@@ -185,6 +185,7 @@ class Scheduler:
     def tick(self) -> None:
         """Carry on with what the KV tiers do in the background."""
         if self.kv.tiers is not None:
+            self.kv.tiers.lanes.foreground = False
             self.kv.tiers.poll(self._clock())
 
     def close(self) -> None:
@@ -240,6 +241,8 @@ class Scheduler:
 
     def _seal(self, plan: PlanBuilder) -> ScheduleOutput:
         step, self._next_step = self._next_step, self._next_step + 1
+        if self.kv.tiers is not None:
+            self.kv.tiers.lanes.foreground = bool(plan.shares)
         if not plan.shares:  # an empty plan is never run: what it would carry waits for the next
             return plan.build(step)
         released, self._released_rows = tuple(self._released_rows), []
@@ -328,7 +331,7 @@ class Scheduler:
         if commit:
             self._commit_row(seq.row)
         if ended_well:
-            self.kv.turn_ended(seq.request.session_id, seq.row, self._clock)
+            self.kv.turn_ended(seq.session_key, seq.row, self._clock)
         self.kv.leave(seq.row, int(self.rows.last_step[seq.row]), used=used, swap=swap)
 
     def _requeue(self, row: int) -> None:
@@ -428,7 +431,7 @@ class Scheduler:
         plan.tickets.update(self.kv.open_tickets(self.kv.blocks_read(match)))
         if first_time and self.kv.tiers is not None:
             self._ready.append(self._tier_report(seq, num_hot))
-            self.kv.turn_began(seq.request.session_id, match.block_ids, self._clock)
+            self.kv.turn_began(seq.session_key, match.block_ids, self._clock)
         self.promotions.forget(seq)
         bisect.insort(self._running, (self._key(seq), row))
         self._order = None
@@ -507,6 +510,8 @@ class Scheduler:
         if self.kv.enable_prefix_caching:
             self._commit_blocks(rows)
         self._leave_settled(rows)
+        if self.kv.tiers is not None and not self._running:
+            self.kv.tiers.lanes.foreground = False
         return self.take_ready() + outputs if self._ready else outputs
 
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from xllm.kv.eviction.lru_k import KOrder, PlaceUses
 from xllm.kv.eviction.ring import Ring, Stamps
 from xllm.kv.eviction.shadow import Order, Shadow
 
-WINDOW = 4.0  # blocks used, as a multiple of the capacity, after which a hit counts 1 / e
+WINDOW = 32.0  # blocks used, over the capacity, after which a hit counts 1 / e; a short one follows chance
 NAMES = ("lru", "lru-k")
 
 

@@ -88,8 +88,11 @@ class PlaceUses:
 
 
 class LRUK:
-    """LRU-K over places, K >= 2. history: of how many contents, as a multiple of the places, uses are remembered after
-    they were evicted."""
+    """LRU-K over places. K = 1 is LRU by the last use.
+
+    history: of how many evicted contents the uses are remembered, as a multiple of the places. They count again with
+    the first use after a content has come back.
+    """
 
     def __init__(self, num_places: int, k: int = 2, history: float = 10.0):
         self._stamps = Stamps(num_places)

@@ -18,17 +18,18 @@ class Stamps:
 
     def issue(self, ids: np.ndarray) -> np.ndarray:
         """New stamps for these, which outdates their old entries: int64, rising."""
-        n = len(ids)
+        n, at = len(ids), ids.astype(np.intp)  # numpy gathers and scatters by its own index type several times faster
         stamps = np.arange(self._next, self._next + n)
-        self.count += n - int(np.count_nonzero(self.of[ids]))
-        self.of[ids] = stamps
+        self.count += n - int(np.count_nonzero(self.of[at]))
+        self.of[at] = stamps
         self._next += n
         return stamps
 
     def clear(self, ids: np.ndarray) -> None:
         """Take these out of all orders; those not listed are ignored."""
-        self.count -= int(np.count_nonzero(self.of[ids]))
-        self.of[ids] = 0
+        at = ids.astype(np.intp)
+        self.count -= int(np.count_nonzero(self.of[at]))
+        self.of[at] = 0
 
 
 class Ring:
@@ -40,7 +41,7 @@ class Ring:
     def __init__(self, max_listed: int, stamps: Stamps):
         self._capacity = max(64, 2 * max_listed)
         self._stamps = stamps
-        self._ids = np.zeros(self._capacity, dtype=np.int32)
+        self._ids = np.zeros(self._capacity, dtype=np.intp)
         self._marks = np.zeros(self._capacity, dtype=np.int64)
         self._head = 0
         self._tail = 0
@@ -64,25 +65,25 @@ class Ring:
             span = slice(self._head, min(self._head + width, self._tail))
             ids = self._ids[span]
             live = self._stamps.of[ids] == self._marks[span]
-            chosen = ids.copy() if live.all() else ids[live]
+            chosen = ids if np.count_nonzero(live) == len(ids) else ids[live]
             self._head = span.stop
             if len(chosen) > wanted:
                 self._head = span.start + int(np.flatnonzero(live)[wanted - 1]) + 1
-                chosen = chosen[:wanted].copy()
+                chosen = chosen[:wanted]
             self.num_moved += self._head - span.start
             self._stamps.of[chosen] = 0
             self._stamps.count -= len(chosen)
             wanted -= len(chosen)
             width *= 2  # a long stretch of stale entries costs few rounds
-            found.append(chosen)
+            found.append(chosen.astype(np.int32))
         if len(found) == 1:
             return found[0]
-        return np.concatenate(found) if found else self._ids[:0].copy()
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
 
     def live(self) -> np.ndarray:
         """A copy of the live ids, oldest first: int32."""
         ids, marks = self._ids[self._head : self._tail], self._marks[self._head : self._tail]
-        return ids[self._stamps.of[ids] == marks]
+        return ids[self._stamps.of[ids] == marks].astype(np.int32)
 
     def _compact(self) -> None:
         ids, marks = self._ids[self._head : self._tail], self._marks[self._head : self._tail]

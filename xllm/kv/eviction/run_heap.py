@@ -21,7 +21,7 @@ class RunHeap:
     def __init__(self, max_listed: int, stamps: Stamps):
         self._capacity = max(64, 2 * max_listed)
         self._stamps = stamps
-        self._ids = np.zeros(self._capacity, dtype=np.int32)
+        self._ids = np.zeros(self._capacity, dtype=np.intp)
         self._marks = np.zeros(self._capacity, dtype=np.int64)
         self._keys = np.zeros(self._capacity, dtype=np.int64)
         self._base = slice(0, 0)
@@ -48,7 +48,7 @@ class RunHeap:
 
     def pop(self, num_ids: int) -> np.ndarray:
         """Take out the live ids with the smallest keys (int32; fewer if there are not as many), and their stamps."""
-        found = [self._ids[:0]]
+        found = [np.zeros(0, dtype=np.int32)]
         wanted = num_ids
         while wanted > 0 and (self._runs or self._base.start < self._base.stop):
             chosen = self._take(self._next_spans(wanted), wanted)
@@ -88,11 +88,11 @@ class RunHeap:
         self.num_moved += len(ids)
         self._stamps.of[chosen] = 0
         self._stamps.count -= len(chosen)
-        return chosen
+        return chosen.astype(np.int32)
 
     def live(self) -> np.ndarray:
         """A copy of the live ids, smallest keys first: int32."""
-        return self._ids[self._live_in_order()]
+        return self._ids[self._live_in_order()].astype(np.int32)
 
     def _live_in_order(self) -> np.ndarray:
         spans = [self._base, *(slice(start, stop) for _, start, stop in sorted(self._runs, key=lambda run: run[1]))]

@@ -1,0 +1,157 @@
+"""The audit of the store machine: contents, holders, leases and links, counted anew from what is under way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xllm.kv.demotion import Demoter
+from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
+from xllm.kv.prefetch import MAX_SHARE
+from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
+from xllm.kv.tiers import SwapPath
+
+if TYPE_CHECKING:
+    from tests.kv.store_machine import Life
+
+NO_PARENT = bytes(16)
+
+
+def check(life: Life) -> None:
+    """All that holds after every operation."""
+    life.kv.check_integrity()
+    _check_device(life)
+    _check_rows(life)
+    _check_tier(life, life.tiers.host)
+    _check_tier(life, life.tiers.disk)
+    _check_host_contents(life)
+    _check_holders(life)
+    _check_leases(life)
+    _check_counts(life)
+
+
+def _check_device(life: Life) -> None:
+    """A findable block that is not on its way holds what its digest says, and its parent is the right one."""
+    index, contents = life.kv._index, life.contents
+    findable = index.contains(np.arange(life.shape.num_blocks))
+    blocks = np.flatnonzero(findable)
+    digests = [index.digest_of(block) for block in blocks.tolist()]
+    for block, digest in zip(blocks.tolist(), digests):
+        parent = index._parent_of[block]
+        above = index.digest_of(parent) if parent >= 0 else NO_PARENT
+        assert above == contents.parent_of[digest], f"block {block} follows the wrong one"
+    ready = life.tiers.loader.ticket_of[blocks] == 0
+    wanted = b"".join(contents.bytes_of[d] for d, there in zip(digests, ready.tolist()) if there)
+    assert life.memory.device[blocks[ready]].tobytes() == wanted, "a findable block holds something else"
+
+
+def _check_rows(life: Life) -> None:
+    """Whoever runs finds what its settled steps have written, in its own block table."""
+    for row in life.rows.values():
+        blocks = life.kv.blocks_of(row.row)
+        values = life.memory.device.ravel()[life.memory.flat(blocks)[: row.settled]]
+        ready = np.repeat(life.tiers.loader.ticket_of[blocks] == 0, life.shape.block_size)[: row.settled]
+        wanted = np.array(row.history.values[: row.settled], dtype=np.uint64)
+        assert np.array_equal(values[ready], wanted[ready]), f"row {row.row} lost KV"
+
+
+def _check_tier(life: Life, tier: TierIndex) -> None:
+    """No block without its parent, and the parent is the one that the digest was computed behind."""
+    for digest, slot in tier._slot_of.items():
+        parent = int(tier.parent_of[slot])
+        above = NO_PARENT if parent == NO_SLOT else tier.digest_of(parent)
+        assert above == life.contents.parent_of[digest], f"slot {slot} follows the wrong one"
+
+
+def _check_host_contents(life: Life) -> None:
+    slots = life.tiers.host._slot_of
+    places = np.fromiter(slots.values(), dtype=np.int64, count=len(slots))
+    wanted = b"".join(life.contents.bytes_of[digest] for digest in slots)
+    assert life.memory.host[places].tobytes() == wanted, "a host slot holds something else"
+
+
+def check_disk_contents(life: Life) -> None:
+    """What disk gives is right; while nobody damaged it, it gives all that is resident."""
+    store, out = life.tiers.store, bytearray(life.memory.payload_bytes)
+    for digest, slot in life.tiers.disk._slot_of.items():
+        found = store.read(slot, digest, memoryview(out))
+        assert found or life.machine.damaged, f"disk slot {slot} lost its block"
+        assert not found or bytes(out) == life.contents.bytes_of[digest], f"disk slot {slot} gave something else"
+
+
+def _paths(demoter: Demoter) -> Iterable:
+    yield from (entry[2] for entry in demoter._queue)
+    if demoter._active is not None:
+        yield demoter._active
+
+
+def _jobs(life: Life, lane: str) -> list:
+    queued = [entry[2] for entry in life.lanes._queues[lane]]
+    return queued + [job for job, _ in life.lanes._done if job.lane == lane]
+
+
+def _check_holders(life: Life) -> None:
+    """Host slots and disk slots are held by exactly those who read or write them."""
+    tiers = life.tiers
+    host, disk = Counter(), Counter()
+    if tiers.saver._active is not None:
+        host.update(tiers.saver._active.slots[: tiers.saver._active.done].tolist())
+    for path in _paths(tiers.writer):
+        host.update(path.items.tolist())
+    if tiers.writer._active is not None:
+        disk.update(tiers.writer._active.slots[: tiers.writer._active.done].tolist())
+    for stage in tiers.stager._staging.values():
+        host.update(stage.host_slots[: stage.done].tolist())
+        disk.update(stage.disk_path.tolist())
+    for job in _jobs(life, LOAD):
+        host.update(job.host_path.tolist())
+    for tier, held in ((tiers.host, host), (tiers.disk, disk)):
+        counts = np.zeros(tier.num_slots, dtype=int)
+        for slot, count in held.items():
+            counts[slot] = count
+        assert np.array_equal(tier._holders, counts), "holders differ from what is under way"
+
+
+def _check_leases(life: Life) -> None:
+    """Leased are the blocks of copies under way, and those of swapped rows until they are copied."""
+    leases: Counter = Counter()
+    for job in _jobs(life, SAVE):
+        leases.update(job._path.items[job._first : job._last].tolist())
+    for path in _paths(life.tiers.saver):
+        if isinstance(path, SwapPath):
+            leases.update(path.items.tolist())
+    assert {block: len(deadlines) for block, deadlines in life.kv.pool._leases.items()} == dict(leases)
+
+
+def _check_counts(life: Life) -> None:
+    tiers, lanes = life.tiers, life.lanes
+    assert len(tiers.board._tickets) == tiers.loader.num_open == len(_jobs(life, LOAD))
+    for lane, demoter in ((SAVE, tiers.saver), (WRITE, tiers.writer)):
+        assert lanes.stats[lane].queued == len(_jobs(life, lane)) == demoter._in_flight <= 2
+    saved = [slot for job in _jobs(life, SAVE) for slot in job._path.slots[job._first : job._last].tolist()]
+    read = [slot for job in _jobs(life, READ) for slot in job._slots.tolist()]
+    written = [slot for job in _jobs(life, WRITE) for slot in job._path.slots[job._first : job._last].tolist()]
+    assert sorted(saved + read) == np.flatnonzero(tiers.host._state == WRITING).tolist()
+    assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
+    assert not np.any(tiers.host._state == DOOMED)
+    prefetcher = tiers.prefetcher
+    if prefetcher is not None:
+        unused = sum(talk.fetched_blocks for talk in prefetcher._by_tail.values())
+        assert unused == prefetcher._unused_blocks <= MAX_SHARE * life.shape.num_blocks
+        assert 0.0 <= prefetcher._accuracy <= 1.0
+
+
+def check_at_rest(life: Life) -> None:
+    """Nobody runs, waits or moves anything: all is free."""
+    tiers, pool = life.tiers, life.kv.pool
+    assert pool.num_available == pool.num_blocks and pool.num_held == pool.num_pending == 0
+    assert not pool._leases and not pool._doomed and not life.kv.held_keys
+    assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
+    assert tiers.saver.is_idle and tiers.writer.is_idle
+    assert tiers.loader.num_open == tiers.stager.num_open == life.lanes.num_open == 0
+    assert not len(tiers.board._tickets)
+    for tier in (tiers.host, tiers.disk):
+        assert np.all((tier._state == RESIDENT) | (tier._state == FREE))

@@ -1,0 +1,53 @@
+"""The whole store under random operations (`store_machine.py`), and a crash at every failpoint that it can reach."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kv.store_machine import StoreMachine, play
+from xllm.kv import failpoints
+
+ROOT = Path(__file__).parents[2]
+UNREACHED = {"disk.erased"}  # the tiers erase nothing: what is not good is not believed
+POINTS = sorted(set(failpoints.NAMES) - UNREACHED)
+
+
+@pytest.mark.parametrize("start", range(0, 24, 6))
+def test_random_operations(start, tmp_path):
+    for seed in range(start, start + 6):
+        play(seed, 250, tmp_path / str(seed))
+
+
+def test_they_reach_what_they_are_meant_to_reach(tmp_path):
+    """Otherwise the test above proves little."""
+    totals: Counter = Counter()
+    for seed in range(100, 110):
+        totals += play(seed, 400, tmp_path / str(seed))
+    needed = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
+              "evicted from the device", "evicted from host", "evicted from disk", "swaps", "waits", "stalls",
+              "aborted_waiters", "fetched", "damages", "misses", "disks lost")  # fmt: skip
+    assert not [name for name in needed if not totals[name]], totals
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_at_every_failpoint(point, tmp_path):
+    reached = 0
+    for seed in range(40):
+        machine = StoreMachine(seed, tmp_path / str(seed), damage=False, points=[point])
+        for _ in range(4):
+            machine.play(40)
+        machine.close()
+        reached += machine.counts[f"crash at {point}"]
+        if reached > 1:
+            return
+    raise AssertionError(f"{point} was reached {reached} times")
+
+
+def test_the_nightly_run_plays_the_same_episodes(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tests.kv.store_machine", "--operations", "300", "--seed", "3"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
+    assert "300 operations in 1 episodes" in done.stdout
+    assert f"saved {play(3, 300, tmp_path)['saved']}," in done.stdout
