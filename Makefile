@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test nightly check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ chat: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+# A million random operations on the KV store; SEED= another episode to begin with.
+nightly: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 
 check: lint types house docs test
 

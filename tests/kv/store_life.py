@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -302,7 +301,8 @@ class Life:
 
     def squeeze(self) -> None:
         """All that is idle in one tier goes."""
-        self.rng.choice([self.kv.pool.drop_cached, self.tiers.host.clear, self.tiers.host.clear])()
+        drop = self.kv.pool.drop_cached
+        self.rng.choice([drop, drop, drop, self.tiers.host.clear])()
 
     # --- the end
 

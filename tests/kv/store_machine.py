@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from tests.kv import store_audit
@@ -25,8 +26,8 @@ from xllm.kv import failpoints, promotion
 
 EPISODE_OPERATIONS = 1500
 WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run": 14, "finish": 6, "abort": 1.5,
-           "preempt": 2, "move": 14, "poll": 10, "fetch": 1.5, "squeeze": 0.2, "arm_crash": 0.3, "arm_error": 0.06,
-           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.05, "look_at_disk": 0.5, "rest": 0.1}  # fmt: skip
+           "preempt": 2, "move": 14, "poll": 10, "fetch": 3, "squeeze": 1.2, "arm_crash": 0.3, "arm_error": 0.12,
+           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.15, "look_at_disk": 0.5, "rest": 0.1}  # fmt: skip
 OF_LIFE = frozenset({"admit", "admit_waiter", "abort_waiter", "plan", "run", "finish", "abort", "preempt", "move",
                      "poll", "fetch", "squeeze"})  # fmt: skip
 ERRORS = [("disk.write", "ENOSPC"), ("disk.write", "EIO"), ("disk.read", "EIO"), ("disk.allocate", "ENOSPC"),
@@ -49,6 +50,9 @@ class StoreMachine:
         self.rng = random.Random(seed)
         self.folder = folder
         self.shape = random_shape(self.rng, EVICTION_POLICIES)
+        if points:  # room for every kind of move, and little of it on the device
+            self.shape = replace(self.shape, num_disk_slots=40, num_host_slots=16, num_talks=4, eagerness=0.1,
+                                 num_rows=5)
         self.contents = Contents(self.shape.block_size)
         self.counts: Counter = Counter()
         self.damaged = False
@@ -69,15 +73,20 @@ class StoreMachine:
         self._next_id += 1
         return self._next_id
 
+    @property
+    def num_done(self) -> int:
+        return sum(self.counts[name] for name in WEIGHTS)
+
     # --- driving
 
-    def play(self, num_operations: int) -> None:
+    def play(self, num_operations: int, *, rest: bool = True) -> None:
         """May be called again: the episode goes on."""
         promotion.CHUNK_BLOCKS, before = self.shape.chunk, promotion.CHUNK_BLOCKS
         try:
             for name in self.rng.choices(list(self._weights), list(self._weights.values()), k=num_operations):
                 self.operate(name)
-            self.operate("rest")
+            if rest:
+                self.operate("rest")
         finally:
             promotion.CHUNK_BLOCKS = before
             failpoints.disarm()
@@ -269,7 +278,7 @@ def play(seed: int, num_operations: int, folder: Path) -> Counter:
         machine.play(num_operations)
         machine.close()
     except Exception as error:
-        done = sum(machine.counts[name] for name in WEIGHTS) if machine else 0
+        done = machine.num_done if machine else 0
         raise AssertionError(f"episode of seed {seed}, operation {done} of {num_operations}: {error!r}") from error
     return machine.counts
 

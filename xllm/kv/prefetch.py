@@ -25,6 +25,7 @@ LEAD_SHARE = 0.25  # of the expected gap
 FRESH_GAPS = 4.0  # expected gaps after which a prefetch counts as wrong
 NUM_GAPS = 256  # the latest of all conversations, for those without a history
 RETRY_S = 0.02  # while a path is on its way from disk
+MAX_RETRIES = 500  # a disk that fails is not asked for ever
 
 
 class Fetcher(Protocol):
@@ -48,6 +49,7 @@ class Conversation:
     gap_s: float | None = None  # a running mean of its own gaps
     fetched_blocks: int = 0  # by a prefetch that nobody has used yet
     fresh_until_s: float = field(default=0.0)
+    num_retries: int = 0
 
 
 class Prefetcher:
@@ -86,7 +88,9 @@ class Prefetcher:
         if known is None:
             known = Conversation(session_id, tail, now_s)
         self._forget(known)
-        known.tail, known.ended_s = tail, now_s
+        if tail in self._by_tail:  # another one ended in the very same words: one prefetch serves both
+            self._forget(self._by_tail[tail])
+        known.tail, known.ended_s, known.num_retries = tail, now_s, 0
         self._by_tail[tail] = known
         if session_id is not None:
             known.session_id = session_id
@@ -152,7 +156,8 @@ class Prefetcher:
             expected_s = self._expected_gap_s(conversation) or 0.0
             conversation.fresh_until_s = now_s + FRESH_GAPS * max(expected_s, 1.0)
             heapq.heappush(self._due, (conversation.fresh_until_s, next(self._order), conversation))
-        elif again:
+        elif again and conversation.num_retries < MAX_RETRIES:
+            conversation.num_retries += 1
             heapq.heappush(self._due, (now_s + RETRY_S, next(self._order), conversation))
         elif room <= 0:
             self.num_refused += 1

@@ -7,6 +7,7 @@ set dueling: M. Qureshi et al., Adaptive insertion policies for high performance
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +16,9 @@ from xllm.kv.eviction.lru_k import KOrder, PlaceUses
 from xllm.kv.eviction.ring import Ring, Stamps
 from xllm.kv.eviction.shadow import Order, Shadow
 
-WINDOW = 32.0  # blocks used, over the capacity, after which a hit counts 1 / e; a short one follows chance
+WINDOW = 16.0  # blocks used, over the capacity, after which a hit counts 1 / e
 NAMES = ("lru", "lru-k")
+FIRST = 1  # LRU-K: what it keeps LRU can use as well, while what LRU has evicted is gone
 
 
 class RecencyOrder(Ring):
@@ -39,8 +41,9 @@ class Duel:
                          Shadow(num_places, of_contents[1], KOrder(num_places, of_contents[1])))
         self._decay_blocks = window * num_places
         self._lead = 0.0  # of LRU-K: recent hits more than LRU
+        self._spread = 0.0  # the sum of the squares of what `_lead` is the sum of
+        self._leader = FIRST
         self.num_switches = 0
-        self._leader = 0
 
     def __len__(self) -> int:
         return self._stamps.count
@@ -67,10 +70,15 @@ class Duel:
         self._count(hits[1] - hits[0], len(ids))
 
     def _count(self, lead: int, num_blocks: int) -> None:
-        self._lead = self._lead * float(np.exp(-num_blocks / self._decay_blocks)) + lead
-        leader = self._leader if self._lead == 0.0 else int(self._lead > 0.0)
-        self.num_switches += leader != self._leader
-        self._leader = leader
+        """Take in one request. A change needs a lead that is larger than what pure chance gives on average: were each
+        request's difference as likely to have the other sign, their sum would have this standard deviation."""
+        kept = math.exp(-num_blocks / self._decay_blocks)
+        self._lead = self._lead * kept + lead
+        self._spread = self._spread * kept + lead * lead
+        leader = int(self._lead > 0.0)
+        if leader != self._leader and self._lead * self._lead > self._spread:
+            self._leader = leader
+            self.num_switches += 1
 
     def retire(self, ids: np.ndarray) -> None:
         self._settle()
