@@ -21,7 +21,7 @@ import zmq
 from serving import protocol
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError, DeviceError, ModelError, RequestError
+from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, RequestError
 
 if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> int:
     try:
         _serve(config, context, sender, folder)
     except Exception as error:
-        user_error = isinstance(error, (ConfigError, ModelError, DeviceError))
+        user_error = isinstance(error, (ConfigError, ModelError, DeviceError, DiskError))
         if user_error:
             logger.error("%s", error)
         else:

@@ -65,6 +65,48 @@ def test_settings_that_cannot_work_are_named(settings, message):
         EngineCore(EngineConfig.from_flat(**{"max_model_len": 128, "num_kv_blocks": 64, **settings}))
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"host_cache_size": "many"}, "host_cache_size"),
+    ({"host_cache_size": "-1GiB"}, "host_cache_size"),
+    ({"host_cache_size": "16"}, "host_cache_size must hold at least one KV block"),
+    ({"host_cache_size": "900TiB"}, "host_cache_size 900TiB is more than"),
+    ({"host_cache_size": "1MiB", "host_blocks_factor": 2.0}, "host_cache_size and host_blocks_factor"),
+    ({"host_blocks_factor": -1.0}, "host_blocks_factor"),
+    ({"host_cache_size": "1MiB", "enable_prefix_caching": False}, "host_cache_size needs enable_prefix_caching"),
+    ({"host_cache_size": "1MiB", "host_bytes_per_s": "fast"}, "host_bytes_per_s"),
+    ({"host_cache_size": "1MiB", "disk_bytes_per_s": "fast"}, "disk_bytes_per_s"),
+    ({"disk_cache_size": "1MiB", "disk_cache_dir": "/nowhere"}, "disk_cache_size needs host_cache_size"),
+    ({"host_cache_size": "1MiB", "disk_cache_size": "1MiB"}, "disk_cache_dir"),
+    ({"host_cache_size": "1MiB", "disk_cache_dir": "/nowhere"}, "disk_cache_size and disk_cache_dir go together"),
+    ({"host_cache_size": "1MiB", "disk_cache_size": "lots", "disk_cache_dir": "/nowhere"}, "disk_cache_size"),
+    ({"host_cache_size": "1MiB", "disk_cache_size": "1MiB", "disk_cache_dir": "/dev/null/kv"}, "disk_cache_dir"),
+    ({"preemption_mode": "swap"}, "preemption_mode swap needs host_cache_size"),
+    ({"preemption_mode": "drop"}, "preemption_mode"),
+    ({"eviction_policy": "newest"}, "eviction_policy"),
+    ({"lru_k": 1}, "lru_k"),
+    ({"eviction_history": -1.0}, "eviction_history"),
+    ({"l1_share": 1.0}, "l1_share"),
+    ({"kv_cache_dtype": "int4"}, "kv_cache_dtype"),
+])
+def test_tier_settings_that_cannot_work_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_core(**settings)
+
+
+def test_a_disk_too_small_for_a_block_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="KV disk capacity of 4096 bytes"):
+        make_core(host_cache_size="1MiB", disk_cache_size="4KiB", disk_cache_dir=str(tmp_path))
+
+
+def test_a_folder_has_one_engine_at_a_time(tmp_path):
+    tiers = {"host_cache_size": "1MiB", "disk_cache_size": "4MiB", "disk_cache_dir": str(tmp_path)}
+    first = make_core(**tiers)
+    with pytest.raises(ConfigError, match="is in use by process"):
+        make_core(**tiers)
+    first.shutdown()
+    make_core(**tiers).shutdown()
+
+
 def test_unknown_settings_are_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="max_num_seqs"):
         EngineConfig.from_flat(max_num_sequence=3)

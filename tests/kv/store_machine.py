@@ -31,7 +31,7 @@ WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run":
 OF_LIFE = frozenset({"admit", "admit_waiter", "abort_waiter", "plan", "run", "finish", "abort", "preempt", "move",
                      "poll", "fetch", "squeeze"})  # fmt: skip
 ERRORS = [("disk.write", "ENOSPC"), ("disk.write", "EIO"), ("disk.read", "EIO"), ("disk.allocate", "ENOSPC"),
-          ("disk.sync", "EIO"), ("tier.write_before", "EIO"), ("tier.read", "EIO")]  # fmt: skip
+          ("disk.sync", "EIO"), ("tier.write_before", "EIO"), ("tier.written", "EIO")]  # fmt: skip
 
 
 class Crash(BaseException):

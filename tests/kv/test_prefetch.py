@@ -2,93 +2,17 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from tests.kv.manual_lanes import ManualLanes
-from tests.kv.store_life import open_store
-from tests.kv.store_world import History, Memory, random_shape
+from tests.kv.desk import Desk, later, open_disk, talk
+from tests.kv.store_world import History
 from tests.scheduler.tiered import TieredSimulation
 from xllm.kv import failpoints, prefetch
-from xllm.kv.eviction import make_policy
 from xllm.kv.lanes import LOAD, READ
-from xllm.kv.manager import KVManager
 from xllm.kv.prefetch import MAX_RETRIES, MAX_SHARE, MIN_ACCURACY, RETRY_S, Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK
-from xllm.kv.tiers import TieredStore
 from xllm.request import Request, SamplingParams
 from xllm.sequence import SequenceState
-
-BLOCK = 2
-
-
-class Desk:
-    """One request at a time, computed at once; `now` is the time. Moves run only when told to."""
-
-    def __init__(self, num_blocks=64, num_host_slots=64, disk=None):
-        self.memory = Memory(num_blocks, BLOCK, num_host_slots)
-        self.kv = KVManager(num_blocks=num_blocks, block_size=BLOCK, num_rows=1, max_tokens_per_row=num_blocks * BLOCK)
-        self.lanes = ManualLanes(random.Random(0), eagerness=0.0)
-        self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, self.memory, self.lanes, lambda n: make_policy("lru", n), disk))
-        self.prefetcher = self.tiers.prefetcher = Prefetcher(self.tiers)
-        self.now = 0.0
-        self.step = 0
-
-    def turn(self, history, session=None, *, ends_well=True) -> int:
-        """A whole turn; returns how many of its tokens were found on the device."""
-        tokens, row = history.array, np.array([0])
-        match = self.kv.lookup(tokens, history.salt)
-        found = self.kv.num_cached_tokens(match)
-        self.kv.enter(0, match, self.step)
-        self.kv.turn_began(session, match.block_ids, lambda: self.now)
-        self.kv.grow(row, self.kv.blocks_needed(row, np.array([len(tokens)])))
-        places = self.memory.flat(self.kv.blocks_of(0))[: len(tokens)]
-        self.lanes.run_lane(LOAD)
-        held = self.memory.device.ravel()[places[:found]]
-        assert held.tolist() == history.values[:found], "a prefetch brought something else"
-        self.memory.device.ravel()[places] = history.values
-        self.kv.pool.settle(self.step)
-        self.kv.commit(0, tokens, len(tokens), self.step)
-        if ends_well:
-            self.kv.turn_ended(session, 0, lambda: self.now)
-        self.kv.leave(0, self.step)
-        self.step += 1
-        self.lanes.drain()
-        self.kv.check_integrity()
-        return found
-
-    def forget_device(self) -> None:
-        self.kv.pool.drop_cached()
-        assert not len(self.kv._index)
-
-    def forget_host(self) -> None:
-        self.tiers.host.clear()
-        assert not len(self.tiers.host)
-
-    def advance_to(self, now: float) -> None:
-        """Time passes; jobs that poll begins are left waiting."""
-        self.now = now
-        self.tiers.poll(now)
-        self.kv.check_integrity()
-
-    def settle(self) -> None:
-        self.lanes.drain()
-        self.kv.check_integrity()
-
-    def num_fetched(self) -> int:
-        return self.tiers.loader.num_loaded + sum(map(len, self.tiers.loader.open_paths))
-
-
-def talk(number: int, length: int = 12, salt: str = "") -> History:
-    rng = random.Random(number)
-    return History(salt, [rng.randrange(1000) for _ in range(length)])
-
-
-def later(history: History, num_tokens: int = 4) -> History:
-    longer = history.prefix(len(history))
-    longer.extend(list(range(num_tokens)))
-    return longer
 
 
 def two_turns(desk: Desk, gap_s: float, session: str | None, number: int = 1) -> History:
@@ -124,6 +48,7 @@ def test_the_gap_is_the_mean_of_the_conversations_own():
     history = two_turns(desk, 40.0, "s")
     desk.now += 80.0
     desk.turn(later(history), "s")
+    desk.advance_to(desk.now)
     assert desk.prefetcher.next_s(desk.now) == pytest.approx(0.25 * 60.0)
 
 
@@ -168,8 +93,7 @@ def test_only_the_part_that_has_left_comes_back():
 
 @pytest.fixture
 def disk(tmp_path):
-    shape = random_shape(random.Random(0), ("lru",))
-    store = open_store(tmp_path, shape.__class__(**{**vars(shape), "block_size": BLOCK}), 64)
+    store = open_disk(tmp_path)
     yield store
     failpoints.disarm()
     store.abandon()
@@ -192,18 +116,31 @@ def test_from_disk_it_comes_by_way_of_host_memory(disk):
     assert desk.prefetcher.num_right == 8
 
 
-def test_a_disk_that_fails_is_not_asked_for_ever(disk):
+def test_a_disk_that_fails_is_asked_once(disk):
     desk = Desk(disk=disk)
     two_turns(desk, 40.0, "s")
     desk.forget_host()
     failpoints.arm("disk.read", "EIO")
     desk.now += 10.1
-    for _ in range(MAX_RETRIES + 10):
+    for _ in range(10):
         desk.advance_to(desk.now + RETRY_S * 1.01)
         desk.settle()
-    assert MAX_RETRIES <= disk.counters.num_errors <= MAX_RETRIES + 1
+    assert disk.counters.num_errors == 1
     assert desk.prefetcher.next_s(desk.now) is None
-    assert len(desk.tiers.host) == 0 and desk.num_fetched() == 0
+    assert len(desk.tiers.host) == len(desk.tiers.disk) == desk.num_fetched() == 0
+
+
+def test_what_does_not_come_from_disk_is_not_asked_for_for_ever(disk):
+    desk = Desk(disk=disk)
+    two_turns(desk, 40.0, "s")
+    desk.forget_host()
+    desk.advance_to(desk.now + 10.1)
+    for _ in range(MAX_RETRIES):
+        assert desk.prefetcher.next_s(desk.now) is not None
+        desk.advance_to(desk.now + RETRY_S * 1.01)
+    assert desk.prefetcher.next_s(desk.now) is None
+    assert desk.lanes.stats[READ].queued == 1
+    desk.settle()
 
 
 def test_unused_blocks_are_bounded_and_the_rest_is_refused():
@@ -288,11 +225,12 @@ def test_two_sessions_that_end_in_the_same_words_do_not_leak():
 def test_a_full_device_is_not_emptied_of_what_others_hold():
     desk = Desk(num_blocks=20, num_host_slots=64)
     two_turns(desk, 40.0, "s")
-    held = desk.kv.pool.allocate(13)
+    desk.kv._held_paths[0] = desk.kv.pool.allocate(13)
     desk.prefetcher._fetcher = Generous(desk.tiers)
     desk.advance_to(desk.now + 10)
     assert desk.num_fetched() == 0 and desk.lanes.num_open == 0
-    desk.kv.pool.release(held, fence=-1)
+    desk.kv.let_go(0)
+    desk.advance_to(desk.now)
 
 
 class Generous:

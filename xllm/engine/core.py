@@ -67,7 +67,7 @@ class StepLoop:
 
     def _nothing_to_run(self) -> list[OutputDelta]:
         ready = self.scheduler.take_ready()
-        if not ready and self.scheduler.has_requests and not self.scheduler.wait_for_kv(MAX_IDLE_WAIT_S):
+        if not ready and self.scheduler.has_requests and not self.scheduler.promotions.wait(MAX_IDLE_WAIT_S):
             raise IntegrityError("requests are open but no step can be planned and none is in flight")
         return ready
 
@@ -135,16 +135,16 @@ class EngineCore:
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
-        return self.scheduler.idle_s()
+        return self.scheduler.promotions.idle_s()
 
     def tick(self) -> None:
         """Carry on what goes on between the KV tiers while there is no work."""
-        self.scheduler.tick()
+        self.scheduler.promotions.tick()
 
     def shutdown(self) -> None:
         """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the executor."""
         self.loop.executor.shutdown()
-        self.scheduler.close()
+        self.scheduler.promotions.close()
 
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:

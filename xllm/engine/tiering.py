@@ -88,8 +88,12 @@ def _open_disk(config: EngineConfig, codec: KVCodec, path: Path, backend: Backen
     if cache.disk_cache_dir is None:
         return None
     folder = Path(cache.disk_cache_dir)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, shutil.disk_usage(folder).free)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
+    capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
     mark = fingerprint(path, backend=backend.name, stored=codec.name, block_size=cache.block_size,
                        quantization=config.model.quantization, dtype=str(codec.cache_dtype))
     return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity)

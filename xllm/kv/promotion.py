@@ -117,20 +117,18 @@ class _LoadJob:
 
 
 class Stage:
-    """One path on its way from disk to host memory. `on_done` is called once, from `Lanes.poll`."""
+    """One path on its way from disk to host memory: `done` blocks from the root on are there, `num_read` of them by
+    this stage. Written by the `Stager` only."""
 
-    __slots__ = ("digests", "disk_path", "done", "host_slots", "is_done", "num_read", "on_done", "priority",
-                 "submitted")
+    __slots__ = ("digests", "disk_path", "done", "host_slots", "is_done", "num_read", "priority")
 
-    def __init__(self, disk_path: np.ndarray, digests: list[bytes], known: np.ndarray, priority: int,
-                 on_done: Callable[[], None]):
+    def __init__(self, disk_path: np.ndarray, digests: list[bytes], known: np.ndarray, priority: int):
         self.disk_path = disk_path
         self.digests = digests
         self.host_slots = np.concatenate((known, np.full(len(disk_path) - len(known), NO_SLOT))).astype(np.int32)
-        self.done = self.submitted = len(known)  # are in host memory
+        self.done = len(known)
         self.num_read = 0
         self.priority = priority
-        self.on_done = on_done
         self.is_done = False
 
 
@@ -157,7 +155,7 @@ class Stager:
     def stage(self, disk_path: np.ndarray, known: np.ndarray, priority: int) -> Stage:
         """Begin. disk_path: the slots of the whole path on disk; known: the host slots that begin it."""
         digests = [self._disk.digest_of(slot) for slot in disk_path.tolist()]
-        stage = Stage(disk_path, digests, known, priority, lambda: None)
+        stage = Stage(disk_path, digests, known, priority)
         self._staging[digests[-1]] = stage
         self._disk.hold(disk_path)
         self._host.hold(known)
@@ -182,20 +180,24 @@ class Stager:
         self._lanes.submit(_ReadJob(self, stage, first, slots))
 
     def read(self, stage: Stage, first: int, slots: np.ndarray) -> int:
-        """In a worker thread: returns how many blocks from the start are good."""
+        """In a worker thread: returns how many blocks from the start are good. One that the disk cannot read is not."""
         for i, slot in enumerate(slots.tolist()):
             place = first + i
-            if not self._store.read(int(stage.disk_path[place]), stage.digests[place], self._mover.payload(slot)):
+            try:
+                good = self._store.read(int(stage.disk_path[place]), stage.digests[place], self._mover.payload(slot))
+            except OSError:  # the store has counted it
+                good = False
+            if not good:
                 return i
             if failpoints.armed is not None:
                 failpoints.hit("tier.read")
         return len(slots)
 
-    def finish(self, stage: Stage, first: int, slots: np.ndarray, num_good: int, failed: bool) -> None:
-        """A chunk has been read; `failed`: the disk raised an error."""
-        if num_good < len(slots) and not failed:
+    def finish(self, stage: Stage, first: int, slots: np.ndarray, num_good: int) -> None:
+        """A chunk has been read: the block behind the good ones, if there is one, is broken."""
+        broken = num_good < len(slots)
+        if broken:
             self.num_broken += self._disk.drop(int(stage.disk_path[first + num_good]))
-            failed = True
         self._host.abandon(slots[num_good:])
         digests = stage.digests[first : first + num_good]
         parent = int(stage.host_slots[first - 1]) if first else NO_SLOT
@@ -207,7 +209,7 @@ class Stager:
         self.num_staged += num_good
         if failpoints.armed is not None:
             failpoints.hit("tier.staged")
-        if failed:
+        if broken:
             self._end(stage)
         else:
             self._next(stage)
@@ -219,7 +221,6 @@ class Stager:
         self._host.let_go(path)
         self._host.use(path)
         self._disk.let_go(stage.disk_path)
-        stage.on_done()
 
 
 class _ReadJob:
@@ -235,6 +236,6 @@ class _ReadJob:
         self._num_good = self._stager.read(self._stage, self._first, self._slots)
 
     def finish(self, error: BaseException | None) -> None:
-        if error is not None and not isinstance(error, OSError):
-            raise error  # a bug, not the disk
-        self._stager.finish(self._stage, self._first, self._slots, self._num_good, error is not None)
+        if error is not None:
+            raise error  # a bug: what the disk does is not one
+        self._stager.finish(self._stage, self._first, self._slots, self._num_good)

@@ -19,14 +19,15 @@ from xllm.scheduler.counters import StepRates
 from xllm.sequence import SequenceState
 
 MAX_WAIT_S = 10.0  # for disk; then the prompt is computed
+FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
 EARLY_SHARE = 0.5  # of a step's time that a load may still take when its request is admitted
 
 
 class Promotions:
-    """Decides whether a request waits for stored blocks, and when it goes on. Owned by the scheduler."""
+    """Decides whether a request waits for stored blocks and when it goes on: the scheduler's side of the KV tiers."""
 
-    def __init__(self, kv: KVManager, rates: StepRates, clock: Callable[[], float]):
-        self._kv, self._rates, self._clock = kv, rates, clock
+    def __init__(self, kv: KVManager, rates: StepRates, clock: Callable[[], float], preemption_mode: str):
+        self._kv, self._rates, self._clock, self._mode = kv, rates, clock, preemption_mode
         self._staging: dict[SequenceState, tuple[Stage, float]] = {}  # and when to give up
         self._loading: dict[SequenceState, tuple[tuple[int, ...], int]] = {}  # (tickets, blocks)
         self._stage_of: dict[SequenceState, Stage] = {}  # the last that was begun for it since it was queued
@@ -84,11 +85,10 @@ class Promotions:
         seq.num_host_tokens = (num_blocks - from_disk) * self._kv.block_size
 
     def take_ready(self) -> list[SequenceState]:
-        """The requests that need not wait any longer."""
-        if not self._staging and not self._loading:
-            return []
+        """Take in what has moved; returns the requests that need not wait any longer."""
         now, tiers = self._clock(), self._kv.tiers
         assert tiers is not None
+        tiers.poll(now)
         ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
         for seq in ready:
             del self._staging[seq]
@@ -98,6 +98,43 @@ class Promotions:
                 del self._loading[seq]
                 ready.append(seq)
         return ready
+
+    def wait(self, timeout_s: float) -> bool:
+        """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
+        tiers = self._kv.tiers
+        if tiers is None or not (tiers.lanes.num_open or len(self)):
+            return False
+        tiers.lanes.wait(timeout_s)
+        return True
+
+    def idle_s(self) -> float | None:
+        """How soon `tick` should be called while there is nothing to schedule; None: never."""
+        tiers = self._kv.tiers
+        return None if tiers is None else tiers.idle_s(self._clock())
+
+    def tick(self) -> None:
+        """Carry on with what the KV tiers do in the background."""
+        if self._kv.tiers is not None:
+            self.set_foreground(False)
+            self._kv.tiers.poll(self._clock())
+
+    def set_foreground(self, steps_run: bool) -> None:
+        """While steps run, moves that nobody waits for go slowly."""
+        if self._kv.tiers is not None:
+            self._kv.tiers.lanes.foreground = steps_run
+
+    def close(self) -> None:
+        """No step is running any more: store what the device still has, as far as there is a disk for it."""
+        if self._kv.tiers is not None:
+            self._kv.tiers.close(FLUSH_S)
+
+    def swap_beats_recompute(self, num_tokens: int) -> bool:
+        """Whether a preempted row's KV is sooner copied to host memory and back than computed again."""
+        tiers, rate = self._kv.tiers, self._rates.prefill_tokens_per_s
+        if tiers is None or self._mode == "recompute":
+            return False
+        swap_s = tiers.swap_s(num_tokens // self._kv.block_size)
+        return self._mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
 
     def give_up(self, seq: SequenceState) -> None:
         """The request got in, ended, or lost its claim: what it keeps is everybody's again."""

@@ -26,6 +26,7 @@ from xllm.kv.prefix_index import PrefixMatch
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.budget import Share, TokenBudget
 from xllm.scheduler.counters import Counters, StepRates
+from xllm.scheduler.outputs import OutputWriter
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.policy import Key, Phase, phases, request_key
 from xllm.scheduler.promotions import Promotions
@@ -33,8 +34,6 @@ from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.rows import RowTable
 from xllm.sequence import SequenceState, Status
 from xllm.step import NewRow, ScheduleOutput, StepOutput
-
-FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
 
 
 class Scheduler:
@@ -55,14 +54,14 @@ class Scheduler:
                                                history=cache.eviction_history, l1_share=cache.l1_share))
         self.rows = RowTable(s.max_num_seqs, self.max_model_len)
         self.counters = Counters()
+        self._writer = OutputWriter(self.rows, self.counters)
         self.rates = StepRates()
-        self.promotions = Promotions(self.kv, self.rates, clock)
+        self.promotions = Promotions(self.kv, self.rates, clock, cache.preemption_mode)
         self._clock = clock
         self._seed = config.model.seed
         self._watermark_blocks = int(cache.watermark * num_blocks)
         self._max_waiting, self._max_requests = s.max_waiting_requests, s.max_concurrent_requests
         self._preempt_offline = s.online_preempts_offline
-        self._preemption_mode = cache.preemption_mode
         self._phases = phases(s.scheduling_policy)
         self._key = request_key(s.scheduling_policy, offline_last=s.online_preempts_offline)
         self._budget = TokenBudget(max_tokens=s.max_num_batched_tokens, max_chunk=s.long_prefill_token_threshold,
@@ -79,7 +78,6 @@ class Scheduler:
         self._blocked: tuple[SequenceState, int] | None = None  # head of the queue, blocks there were
         self._next_step = 0
         self._num_arrived = 0
-        self._num_wanting_prompt_logprobs = 0
         self._yielding: SequenceState | None = None  # the offline sequence to preempt before the next step
 
     # --- requests come and go
@@ -101,7 +99,7 @@ class Scheduler:
         if request.deadline_s is not None and math.isnan(request.deadline_s):  # it has no place in an order
             raise RequestError("deadline_s must be a number, got nan", field="deadline_s")
         seq = SequenceState(request, self._num_arrived)
-        self._num_wanting_prompt_logprobs += seq.prompt_logprobs is not None
+        self._writer.num_wanting_prompt_logprobs += seq.prompt_logprobs is not None
         self._num_arrived += 1
         self._sequences[request.request_id] = seq
         self.waiting.push(seq)
@@ -149,7 +147,10 @@ class Scheduler:
         self._budget.reset()
         self._stalled = False
         if self.kv.tiers is not None:
-            self._take_promoted()
+            for seq in self.promotions.take_ready():
+                seq.move(Status.WAITING)
+                self.waiting.push(seq)
+                self._blocked = None
         if self._yielding is not None:
             self._preempt_yielding()
         for phase in self._phases:
@@ -159,39 +160,6 @@ class Scheduler:
             elif self._running:
                 self._plan_running(plan, phase)
         return self._seal(plan)
-
-    def _take_promoted(self) -> None:
-        """Back to the queue with those whose stored blocks have come."""
-        assert self.kv.tiers is not None
-        self.kv.tiers.poll(self._clock())
-        for seq in self.promotions.take_ready():
-            seq.move(Status.WAITING)
-            self.waiting.push(seq)
-            self._blocked = None
-
-    def wait_for_kv(self, timeout_s: float) -> bool:
-        """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
-        tiers = self.kv.tiers
-        if tiers is None or not (tiers.lanes.num_open or len(self.promotions)):
-            return False
-        tiers.lanes.wait(timeout_s)
-        return True
-
-    def idle_s(self) -> float | None:
-        """How soon `tick` should be called while there is nothing to schedule; None: never."""
-        tiers = self.kv.tiers
-        return None if tiers is None else tiers.idle_s(self._clock())
-
-    def tick(self) -> None:
-        """Carry on with what the KV tiers do in the background."""
-        if self.kv.tiers is not None:
-            self.kv.tiers.lanes.foreground = False
-            self.kv.tiers.poll(self._clock())
-
-    def close(self) -> None:
-        """No step is running any more: store what the device still has, as far as there is a disk for it."""
-        if self.kv.tiers is not None:
-            self.kv.tiers.close(FLUSH_S)
 
     def _plan_running(self, plan: PlanBuilder, phase: Phase) -> None:
         rows, table = self._service_order(), self.rows
@@ -241,8 +209,7 @@ class Scheduler:
 
     def _seal(self, plan: PlanBuilder) -> ScheduleOutput:
         step, self._next_step = self._next_step, self._next_step + 1
-        if self.kv.tiers is not None:
-            self.kv.tiers.lanes.foreground = bool(plan.shares)
+        self.promotions.set_foreground(bool(plan.shares))
         if not plan.shares:  # an empty plan is never run: what it would carry waits for the next
             return plan.build(step)
         released, self._released_rows = tuple(self._released_rows), []
@@ -299,7 +266,9 @@ class Scheduler:
         """Take a row's blocks away; its sequence will compute its tokens anew later."""
         seq = self.rows.seqs[row]
         assert seq is not None
-        self._stop_running(seq, used=False, swap=self._swap_beats_recompute(row))
+        swap = self.promotions.swap_beats_recompute(int(self.rows.computed[row]))
+        self.counters.swaps += swap
+        self._stop_running(seq, used=False, swap=swap)
         seq.num_preemptions += 1
         self.counters.preemptions += 1
         seq.move(Status.PREEMPTED)
@@ -307,16 +276,6 @@ class Scheduler:
             self._preempting.append(row)
         else:
             self._requeue(row)
-
-    def _swap_beats_recompute(self, row: int) -> bool:
-        """Whether a preempted row's KV is sooner copied to host memory and back than computed again."""
-        if self.kv.tiers is None or self._preemption_mode == "recompute":
-            return False
-        num_tokens, rate = int(self.rows.computed[row]), self.rates.prefill_tokens_per_s
-        swap_s = self.kv.tiers.swap_s(num_tokens // self.kv.block_size)
-        swap = self._preemption_mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
-        self.counters.swaps += swap
-        return swap
 
     def _stop_running(self, seq: SequenceState, *, commit: bool = True, used: bool = True, swap: bool = False,
                       ended_well: bool = False) -> None:
@@ -502,7 +461,9 @@ class Scheduler:
         self.kv.pool.settle(plan.step)
         table.in_flight[rows] -= 1
         self._settle_counters(plan, result, rows)
-        outputs = self._append_tokens(plan, result, rows)
+        outputs, ended = self._writer.append(result, rows)
+        for row, output in ended:
+            self._finish_at(row, output)
         for i, reason in result.failed.items():
             seq = table.seqs[rows[i]]
             if seq is not None and seq.status is not Status.FINISHED:
@@ -510,8 +471,8 @@ class Scheduler:
         if self.kv.enable_prefix_caching:
             self._commit_blocks(rows)
         self._leave_settled(rows)
-        if self.kv.tiers is not None and not self._running:
-            self.kv.tiers.lanes.foreground = False
+        if not self._running:
+            self.promotions.set_foreground(False)
         return self.take_ready() + outputs if self._ready else outputs
 
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
@@ -525,63 +486,6 @@ class Scheduler:
             table.cursor[rows] -= unused
             self.counters.draft_tokens += int(result.num_drafts_S.sum())
             self.counters.accepted_tokens += int(accepted.sum())
-
-    def _append_tokens(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> list[OutputDelta]:
-        """Append the sampled tokens to their rows, find who stops, and write the outputs."""
-        table = self.rows
-        kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
-        stops = np.zeros(len(rows), dtype=bool)
-        for column in range(int(kept.max(initial=0))):
-            at = np.flatnonzero((kept > column) & ~stops)
-            these = rows[at]
-            tokens = result.token_ids_SR[at, column]
-            table.token_ids[these, table.known[these]] = tokens
-            known = table.known[these] = table.known[these] + 1
-            stopped = (tokens[:, None] == table.stop_ids_RE[these]).any(axis=1) & (known >= table.min_known[these])
-            ends = stopped | (known >= table.limit[these])
-            if ends.any():
-                stops[at[ends]] = True
-                kept[at[ends]] = column + 1
-        self.counters.generation_tokens += int(kept.sum())
-        return self._write_outputs(result, rows, kept, stops)
-
-    def _write_outputs(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray,
-                       stops: np.ndarray) -> list[OutputDelta]:
-        table = self.rows
-        at = np.flatnonzero(kept)
-        producing = rows[at]
-        if int(kept.max(initial=0)) <= 1:
-            tokens = result.token_ids_SR[at, :1].tolist()
-        else:
-            counts = kept[at].tolist()
-            tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
-        cached = table.num_cached[producing].tolist()
-        outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
-        for i, entries in result.prompt_logprobs.items():
-            self._collect_prompt_logprobs(int(rows[i]), entries)
-        if result.logprobs or self._num_wanting_prompt_logprobs:
-            self._attach_logprobs(result, at.tolist(), producing.tolist(), outputs)
-        if stops.any():
-            place_of = {int(i): place for place, i in enumerate(at)}
-            for i in np.flatnonzero(stops).tolist():
-                self._finish_at(int(rows[i]), outputs[place_of[i]])
-        return outputs
-
-    def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
-        seq = self.rows.seqs[row]
-        if seq is None or seq.prompt_logprobs is None or len(seq.token_ids) > seq.num_prompt_tokens:
-            return  # the last: preempted after they were delivered
-        seq.prompt_logprobs += entries
-
-    def _attach_logprobs(self, result: StepOutput, at: list[int], rows: list[int], outputs: list[OutputDelta]) -> None:
-        for output, i, row in zip(outputs, at, rows):
-            num_new = len(output.token_ids)
-            if i in result.logprobs:
-                output.logprobs = result.logprobs[i][:num_new]
-            seq = self.rows.seqs[row]
-            is_first = self.rows.known[row] - num_new == self.rows.num_prompt[row]
-            if seq is not None and is_first and seq.prompt_logprobs is not None:
-                output.prompt_logprobs = seq.prompt_logprobs
 
     def _finish_at(self, row: int, output: OutputDelta) -> None:
         """The row's last token, in `output`, ended it."""
@@ -609,7 +513,7 @@ class Scheduler:
         if seq.row >= 0:
             self.rows.alive[seq.row] = False
         del self._sequences[seq.request_id]
-        self._num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
+        self._writer.num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
         self.counters.finished[reason.value] += 1
         output = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
         output.finish_reason, output.error, output.num_preemptions = reason, error, seq.num_preemptions

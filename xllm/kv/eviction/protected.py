@@ -57,7 +57,6 @@ class Protected:
         hot = self._num_uses[ids] >= HOT_USES
         self._policy.retire(ids[~hot])
         hot_ids = ids[hot]
-        self._policy.revive(hot_ids)
         self._ring.push(hot_ids, self._stamps.issue(hot_ids))
         excess = self._stamps.count - self._max_l1
         if excess > 0:

@@ -1,0 +1,192 @@
+"""Orders of events between the tiers that chance seldom brings about."""
+
+import os
+
+import pytest
+
+from tests.kv.desk import BLOCK, Desk, open_disk, talk
+from tests.kv.store_life import SEGMENT_SLOTS
+from xllm.errors import IntegrityError
+from xllm.kv import failpoints, promotion
+from xllm.kv.disk_format import PAGE_BYTES
+from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
+from xllm.kv.tier_index import NO_SLOT
+
+
+@pytest.fixture
+def disk(tmp_path):
+    store = open_disk(tmp_path)
+    yield store
+    failpoints.disarm()
+    store.abandon()
+
+
+@pytest.fixture
+def desk(disk, monkeypatch):
+    """Moves go two blocks at a time."""
+    monkeypatch.setattr(promotion, "CHUNK_BLOCKS", 2)
+    made = Desk(disk=disk)
+    made.tiers.saver._chunk = made.tiers.writer._chunk = 2
+    return made
+
+
+def spoil(desk: Desk, slot: int) -> None:
+    """Flip a byte of this slot's payload on disk."""
+    number, index = divmod(slot, SEGMENT_SLOTS)
+    segment = desk.tiers.store._segments[number]
+    offset = PAGE_BYTES + PAGE_BYTES + index * PAGE_BYTES
+    byte = os.pread(segment._fd, 1, offset)
+    os.pwrite(segment._fd, bytes([byte[0] ^ 1]), offset)
+
+
+def extension_of(desk: Desk, history):
+    return desk.tiers.extend(desk.kv.lookup(history.array, history.salt), history.array)
+
+
+def only_on_disk(desk: Desk, num_blocks: int):
+    """A conversation that disk alone still has."""
+    history = talk(1, num_blocks * BLOCK + 1)
+    desk.turn(history)
+    desk.forget_device()
+    desk.forget_host()
+    assert len(desk.tiers.disk) == num_blocks
+    return history
+
+
+def run(desk: Desk, lane: str, num_jobs: int = 1) -> None:
+    for _ in range(num_jobs):
+        assert desk.lanes.run_one(lane)
+    desk.tiers.poll(desk.now)
+    desk.kv.check_integrity()
+
+
+def test_a_stage_that_goes_on_behind_a_block_that_another_found_broken(desk):
+    """What the second one reads is good, but its place on disk is not findable any more: no link may lead there."""
+    history = only_on_disk(desk, 10)
+    path = desk.tiers.disk.path(desk.tiers.disk._slot_of[extension_tail(desk, history)])
+    first = desk.tiers.stage(extension_of(desk, history.prefix(6 * BLOCK + 1)), 0)
+    run(desk, READ)
+    desk.turn(history.prefix(4 * BLOCK), drain=False)
+    while desk.lanes._queues[SAVE]:
+        run(desk, SAVE)
+    assert len(desk.tiers.host) == 4
+    second = desk.tiers.stage(extension_of(desk, history), 0)
+    spoil(desk, int(path[2]))
+    run(desk, READ)
+    assert len(desk.tiers.disk) == 2 and desk.tiers.stager.num_broken == 8 and first.is_done
+    run(desk, READ)
+    assert second.done == 6, "the blocks themselves were good"
+    desk.settle()
+    assert second.is_done and len(desk.tiers.host) == 10
+    linked = desk.tiers.disk_of_slot[desk.tiers.host.path(int(second.host_slots[-1]))]
+    assert (linked[:2] != NO_SLOT).all() and (linked[2:] == NO_SLOT).all()
+    assert desk.tiers.disk.num_held == 0
+    desk.turn(history)
+    assert len(desk.tiers.disk) == 10, "written again"
+    desk.forget_device()
+    desk.forget_host()
+    stage = desk.tiers.stage(extension_of(desk, history), 0)
+    desk.settle()
+    assert stage.num_read == 10
+
+
+def extension_tail(desk: Desk, history) -> bytes:
+    return desk.tiers.disk.digest_of(int(extension_of(desk, history).disk_path[-1]))
+
+
+def test_a_chunk_that_is_written_behind_one_that_failed_is_not_published(desk):
+    """The disk is full for one write only: the next chunk, under way already, has lost its parent."""
+    history = talk(1, 8 * BLOCK + 1)
+    desk.turn(history, drain=False)
+    while desk.lanes._queues[SAVE]:
+        run(desk, SAVE)
+    assert desk.lanes.stats[WRITE].queued == 2
+    failpoints.arm("tier.write_before", "ENOSPC")
+    assert desk.lanes.run_one(WRITE)
+    failpoints.disarm()
+    run(desk, WRITE)
+    desk.settle()
+    assert len(desk.tiers.disk) == 0 and desk.tiers.disk.num_held == desk.tiers.host.num_held == 0
+    assert desk.tiers.writer.disabled and len(desk.disk_errors) == 1
+    assert desk.tiers.writer.num_cut == 8
+    desk.turn(talk(2, 8 * BLOCK))
+    assert desk.lanes.stats[WRITE].num_jobs == 2, "nothing more is written"
+    desk.forget_device()
+    assert extension_of(desk, history).on_host(0) == 8, "host memory serves on"
+
+
+def test_a_bug_in_a_read_is_not_taken_for_a_broken_disk(desk, monkeypatch):
+    history = only_on_disk(desk, 4)
+    monkeypatch.setattr(desk.tiers.store, "read", lambda *arguments: 1 / 0)
+    desk.tiers.stage(extension_of(desk, history), 0)
+    assert desk.lanes.run_one(READ)
+    with pytest.raises(ZeroDivisionError):
+        desk.tiers.poll(0.0)
+
+
+def test_a_bug_in_a_write_is_not_taken_for_a_broken_disk(desk, monkeypatch):
+    monkeypatch.setattr(desk.tiers.store, "write", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        desk.turn(talk(1, 9))
+
+
+def test_a_block_that_the_disk_cannot_read_is_broken(desk):
+    """It is forgotten with all that follows it, and written anew when somebody has computed it."""
+    history = only_on_disk(desk, 6)
+    failpoints.arm("disk.read", "EIO", 6)  # two reads a block: the third block
+    stage = desk.tiers.stage(extension_of(desk, history), 0)
+    desk.settle()
+    assert stage.is_done and stage.num_read == 2
+    assert len(desk.tiers.host) == len(desk.tiers.disk) == 2
+    failpoints.disarm()
+    desk.turn(history)
+    assert len(desk.tiers.disk) == 6
+    desk.forget_device()
+    desk.forget_host()
+    again = desk.tiers.stage(extension_of(desk, history), 0)
+    desk.settle()
+    assert again.num_read == 6
+
+
+def test_a_sync_that_fails_at_the_end_is_told_and_does_not_raise(desk):
+    desk.turn(talk(1, 9))
+    failpoints.arm("disk.sync", "EIO")
+    desk.tiers.close(1.0)
+    assert len(desk.disk_errors) == 1 and desk.tiers.writer.disabled
+
+
+def test_a_swap_goes_before_what_is_being_saved(desk):
+    """Between two chunks; the path that was overtaken is written on afterwards."""
+    desk.turn(talk(1, 8 * BLOCK), drain=False)
+    other = talk(2, 6 * BLOCK)
+    row = desk.begin(other)
+    desk.kv.leave(row, desk.step - 1, used=False, swap=True)
+    saved = []
+    while desk.lanes._queues[SAVE]:
+        job = desk.lanes._queues[SAVE][0][2]
+        saved.append((job.priority, job._first))
+        run(desk, SAVE)
+    assert saved == [(1, 0), (1, 2), (0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
+    desk.settle()
+    assert len(desk.tiers.host) == 14 and not desk.kv.pool._leases
+
+
+def test_a_load_under_way_is_waited_for_not_repeated(desk):
+    history = talk(1, 6 * BLOCK + 1)
+    desk.turn(history)
+    desk.forget_device()
+    match = desk.kv.lookup(history.array, "")
+    path = desk.tiers.load(match.block_ids, extension_of(desk, history), 0)
+    assert len(desk.kv.lookup(history.array, "").block_ids) == 6, "findable at once"
+    assert len(desk.kv.open_tickets(path)) == 1
+    assert extension_of(desk, history) is not None and extension_of(desk, history).on_host(6) == 0
+    run(desk, LOAD)
+    assert desk.kv.open_tickets(path) == ()
+    assert desk.turn(history) == 6 * BLOCK
+
+
+def test_the_audit_finds_a_link_to_other_contents(desk):
+    desk.turn(talk(1, 9))
+    desk.tiers.disk_of_slot[:2] = desk.tiers.disk_of_slot[:2][::-1].copy()
+    with pytest.raises((AssertionError, IntegrityError)):
+        desk.tiers.check_integrity()

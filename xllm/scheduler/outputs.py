@@ -1,0 +1,75 @@
+"""`OutputWriter`: takes a step's sampled tokens in and writes what goes out to the requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm.request import OutputDelta
+from xllm.scheduler.counters import Counters
+from xllm.scheduler.rows import RowTable
+from xllm.step import StepOutput
+
+
+class OutputWriter:
+    """Works on the row table's arrays; Python sees one output a row. Owned by the scheduler."""
+
+    def __init__(self, rows: RowTable, counters: Counters):
+        self._rows, self._counters = rows, counters
+        self.num_wanting_prompt_logprobs = 0  # open requests
+
+    def append(self, result: StepOutput, rows: np.ndarray) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
+        """Append the sampled tokens to their rows (the result's, int64); returns the outputs of the rows that have new
+        tokens, and (row, its output) of those that end with them."""
+        table = self._rows
+        kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
+        stops = np.zeros(len(rows), dtype=bool)
+        for column in range(int(kept.max(initial=0))):
+            at = np.flatnonzero((kept > column) & ~stops)
+            these = rows[at]
+            tokens = result.token_ids_SR[at, column]
+            table.token_ids[these, table.known[these]] = tokens
+            known = table.known[these] = table.known[these] + 1
+            stopped = (tokens[:, None] == table.stop_ids_RE[these]).any(axis=1) & (known >= table.min_known[these])
+            ends = stopped | (known >= table.limit[these])
+            if ends.any():
+                stops[at[ends]] = True
+                kept[at[ends]] = column + 1
+        self._counters.generation_tokens += int(kept.sum())
+        return self._write(result, rows, kept, stops)
+
+    def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray,
+               stops: np.ndarray) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
+        table = self._rows
+        at = np.flatnonzero(kept)
+        producing = rows[at]
+        if int(kept.max(initial=0)) <= 1:
+            tokens = result.token_ids_SR[at, :1].tolist()
+        else:
+            counts = kept[at].tolist()
+            tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
+        cached = table.num_cached[producing].tolist()
+        outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
+        for i, entries in result.prompt_logprobs.items():
+            self._collect_prompt_logprobs(int(rows[i]), entries)
+        if result.logprobs or self.num_wanting_prompt_logprobs:
+            self._attach_logprobs(result, at.tolist(), producing.tolist(), outputs)
+        if not stops.any():
+            return outputs, []
+        place_of = {int(i): place for place, i in enumerate(at)}
+        return outputs, [(int(rows[i]), outputs[place_of[i]]) for i in np.flatnonzero(stops).tolist()]
+
+    def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
+        seq = self._rows.seqs[row]
+        if seq is None or seq.prompt_logprobs is None or len(seq.token_ids) > seq.num_prompt_tokens:
+            return  # the last: preempted after they were delivered
+        seq.prompt_logprobs += entries
+
+    def _attach_logprobs(self, result: StepOutput, at: list[int], rows: list[int], outputs: list[OutputDelta]) -> None:
+        for output, i, row in zip(outputs, at, rows):
+            num_new = len(output.token_ids)
+            if i in result.logprobs:
+                output.logprobs = result.logprobs[i][:num_new]
+            seq = self._rows.seqs[row]
+            is_first = self._rows.known[row] - num_new == self._rows.num_prompt[row]
+            if seq is not None and is_first and seq.prompt_logprobs is not None:
+                output.prompt_logprobs = seq.prompt_logprobs
