@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,64 @@ class BackendError(RuntimeError):
     """A backend is not known, not built, or its device or libraries are missing; the message says which."""
 
 
+class GraphMemory(Protocol):
+    """The tensors that a captured function reads and writes under fixed addresses (`graph/buffers.py`)."""
+
+    inputs: Mapping[str, Tensor]  # refilled before each replay
+    outputs: Mapping[str, Tensor]  # written by each replay
+
+
+class CapturedGraph(Protocol):
+    """Recorded work of the device. num_bytes: what the capture took from the pool. num_streams: what it holds."""
+
+    num_bytes: int
+    num_streams: int
+
+    def replay(self) -> None:
+        """Queue the work. Where kernels take lengths as arguments that were fixed by the capture, this also issues them
+        again from `AttentionMetadata.plan` as it is now: the runner plans anew before it calls (`plans_in_graph`)."""
+        ...
+
+    def release(self) -> None:
+        """Give back what the graph holds. It is not running, and never replayed again."""
+        ...
+
+
+class Capturer(Protocol):
+    """A device's graph mode. Used by the runner's thread alone.
+
+    plans_in_graph: `OpSet.plan` is part of the captured work (it runs on the device); else it is called before each
+    replay, and what it reads on the host is `AttentionMetadata.host`.
+    pad_slot: where padding tokens store their keys and values; -1: nowhere. pad_block: a block that padding rows may
+    read; its contents do not matter.
+    bucket_step: the distance of the buckets above 16. max_streams: how many streams all graphs together may hold; None:
+    graphs need none.
+    """
+
+    plans_in_graph: bool
+    pad_slot: int
+    pad_block: int
+    bucket_step: int
+    max_streams: int | None
+
+    def make_pool(self) -> Any:
+        """A memory pool for what captured functions allocate. Graphs of one pool overwrite each other's memory, so they
+        never run at the same time, and only `GraphMemory.outputs` outlive a replay."""
+        ...
+
+    def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> CapturedGraph:
+        """Record what `function` queues; whether it runs meanwhile is undefined, so running it twice must do no harm.
+
+        The inputs hold a valid step. Raises RuntimeError or MemoryError if it cannot be recorded; the device is then as
+        before.
+        """
+        ...
+
+    def fence(self) -> Callable[[], None]:
+        """A call that returns once all that this thread has queued until now is done."""
+        ...
+
+
 @runtime_checkable
 class Backend(Protocol):
     """A device: its operators, memory and layouts. See `backends/__init__.py:get_backend`."""
@@ -24,6 +83,7 @@ class Backend(Protocol):
     ops: OpSet
     default_block_size: int
     vmm: VmmDriver | None  # None: the device has no virtual memory management
+    capturer: Capturer | None  # None: the device has no graph mode, or needs none
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The compute dtype for `--dtype auto`."""

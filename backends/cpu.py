@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backends import cpu_linear
+from backends.backend import Capturer
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes, lazy_zeros
@@ -52,6 +53,7 @@ class CpuBackend:
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")
         self.vmm: VmmDriver | None = make_cpu_vmm()
+        self.capturer: Capturer | None = None  # calls are cheap here
         library = load_kernels(cache_dir) if compiled else None
         self.ops: OpSet = TORCH_OPS if library is None else compiled_ops(Kernels(library))
         self.kernels = "plain torch" if library is None else "compiled for this processor"

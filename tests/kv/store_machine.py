@@ -27,7 +27,7 @@ from xllm.kv import failpoints, promotion
 EPISODE_OPERATIONS = 1500
 WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run": 14, "finish": 6, "abort": 1.5,
            "preempt": 2, "move": 14, "poll": 10, "fetch": 3, "squeeze": 1.2, "arm_crash": 0.3, "arm_error": 0.12,
-           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.15, "look_at_disk": 0.5, "rest": 0.1}  # fmt: skip
+           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.3, "look_at_disk": 0.5, "rest": 0.1}  # fmt: skip
 OF_LIFE = frozenset({"admit", "admit_waiter", "abort_waiter", "plan", "run", "finish", "abort", "preempt", "move",
                      "poll", "fetch", "squeeze"})  # fmt: skip
 ERRORS = [("disk.write", "ENOSPC"), ("disk.write", "EIO"), ("disk.read", "EIO"), ("disk.allocate", "ENOSPC"),
@@ -270,11 +270,11 @@ def write_over(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def play(seed: int, num_operations: int, folder: Path) -> Counter:
+def play(seed: int, num_operations: int, folder: Path, *, damage: bool | None = None) -> Counter:
     """One episode; whatever goes wrong says where."""
     machine = None
     try:
-        machine = StoreMachine(seed, folder)
+        machine = StoreMachine(seed, folder, damage=damage)
         machine.play(num_operations)
         machine.close()
     except Exception as error:

@@ -21,15 +21,19 @@ def test_random_operations(start, tmp_path):
         play(seed, 250, tmp_path / str(seed))
 
 
+NEEDED = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
+          "evicted from the device", "evicted from host", "evicted from disk", "swaps", "waits", "stalls",
+          "aborted_waiters", "fetched", "damages", "misses", "broken", "disks lost")  # fmt: skip
+
+
 def test_they_reach_what_they_are_meant_to_reach(tmp_path):
     """Otherwise the test above proves little."""
     totals: Counter = Counter()
-    for seed in range(100, 108):
-        totals += play(seed, 400, tmp_path / str(seed))
-    needed = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
-              "evicted from the device", "evicted from host", "evicted from disk", "swaps", "waits", "stalls",
-              "aborted_waiters", "fetched", "damages", "misses", "disks lost")  # fmt: skip
-    assert not [name for name in needed if not totals[name]], totals
+    for seed in range(100, 160):
+        totals += play(seed, 500, tmp_path / str(seed), damage=True)
+        if all(totals[name] for name in NEEDED):
+            return
+    raise AssertionError([name for name in NEEDED if not totals[name]])
 
 
 @pytest.mark.parametrize("point", POINTS)

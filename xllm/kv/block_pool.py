@@ -84,8 +84,9 @@ class BlockPool:
         self._num_free -= num_blocks
         # From the top down: the blocks of a row come back in its order, and the first ones taken are neighbours.
         block_ids = self._free[self._num_free : self._num_free + num_blocks][::-1].copy()
-        self._state[block_ids] = HELD
-        self._ref_count[block_ids] = 1
+        at = block_ids.astype(np.intp)  # numpy scatters by this type several times faster
+        self._state[at] = HELD
+        self._ref_count[at] = 1
         return block_ids
 
     def admit(self, block_ids: np.ndarray, digests: Sequence[bytes], parents: np.ndarray) -> None:
@@ -163,7 +164,7 @@ class BlockPool:
     def _evict(self, num_blocks: int) -> None:
         """Free so many blocks; the caller has checked `num_available`."""
         while num_blocks:
-            victims = self._policy.victims(num_blocks)
+            victims = self._policy.victims(num_blocks).astype(np.intp)
             self._index.remove(victims)
             if self._num_leased_cached and self._is_leased[victims].any():
                 leased = self._is_leased[victims]

@@ -1,0 +1,76 @@
+"""Every kernel of this package starts here, with numbers from `configs.json`.
+
+The table has one entry per (operator, architecture, bucket of shapes), chosen offline: nothing is tuned while serving, so
+that the first step is as fast as the thousandth and a captured graph never holds a trial. `ahead_of_time` compiles what
+would be launched for a device that need not exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# True in a process that runs kernels as Python on CPU tensors (TRITON_INTERPRET=1). Its bfloat16 is raw bits, so that
+# kernels compute in fp32 there; compiled, they multiply what they loaded.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED_SMS = 2
+AMPERE, HOPPER = "sm80", "sm90"
+TABLE: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(Path(__file__).with_name("configs.json").read_text())
+
+_ahead: Compilation | None = None
+
+
+class Compilation:
+    """What `ahead_of_time` yields: each kernel that was asked for, compiled and not launched."""
+
+    def __init__(self, arch: str, num_sms: int):
+        self.arch, self.num_sms = arch, num_sms
+        self.compiled: list[tuple[str, Any]] = []
+
+
+@contextmanager
+def ahead_of_time(arch: str, num_sms: int) -> Iterator[Compilation]:
+    """Operators called inside compile their kernels for `arch` and leave their outputs as they are."""
+    global _ahead
+    _ahead = Compilation(arch, num_sms)
+    try:
+        yield _ahead
+    finally:
+        _ahead = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Queue it on the current stream; an empty grid is no launch."""
+    if _ahead is not None:
+        _ahead.compiled.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+    elif 0 not in grid:
+        kernel[grid](*arguments, **options)
+
+
+@lru_cache
+def _device_facts(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return HOPPER if properties.major >= 9 else AMPERE, properties.multi_processor_count
+
+
+def device_facts(device: torch.device) -> tuple[str, int]:
+    """(architecture whose entries apply, number of multiprocessors)."""
+    if _ahead is not None:
+        return _ahead.arch, _ahead.num_sms
+    if device.type == "cpu":
+        return HOPPER, INTERPRETED_SMS
+    return _device_facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def config(op: str, bucket: str, like: Tensor) -> dict[str, int]:
+    """The entry of `op` for the device of `like`; the bucket "any" stands for those without one of their own."""
+    buckets = TABLE[op][device_facts(like.device)[0]]
+    return buckets.get(bucket) or buckets["any"]
