@@ -104,16 +104,16 @@ class StepMemory:
         """The twin of an input, refilled in place."""
         return self._arrays[name]
 
-    def fill(self, name: str, values: np.ndarray, padding: float = 0) -> None:
-        """Write the first rows of an input's twin; the others become `padding`. Of two axes, only the first columns are
-        written: what lies behind them is never read."""
+    def fill(self, name: str, values: np.ndarray, padding: float = 0, *, width: int = 0) -> None:
+        """Write the first rows of an input's twin; the others become `padding`. Of two axes, only the columns of the
+        values, and at least `width`, are written: what lies behind them is never read."""
         array, rows = self._arrays[name], len(values)
         if array.ndim == 1:
             array[:rows], array[rows:] = values, padding
             return
-        self._widths[name] = width = max(1, values.shape[1])
-        array[:rows, : values.shape[1]] = values
-        array[rows:, :width] = padding
+        filled = values.shape[1]
+        self._widths[name] = width = max(filled, width)
+        array[:rows, :filled], array[:rows, filled:width], array[rows:, :width] = values, padding, padding
 
     def upload(self) -> None:
         """Queue the copy to the device."""

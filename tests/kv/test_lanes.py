@@ -15,6 +15,7 @@ from xllm.kv.lanes import (
     URGENT,
     WRITE,
     LaneStats,
+    Pace,
     ThreadLanes,
     Ticket,
     TicketBoard,
@@ -206,21 +207,34 @@ def test_a_lane_keeps_to_its_bandwidth_over_all_its_jobs():
     assert free[-1].began_s - free[0].began_s < LONG_S, "no limit on the other lane: a gigabyte takes no second each"
 
 
-def pause_of(lanes, lane, priority, took_s, num_bytes=0):
-    job = Job(lane, priority=priority, num_bytes=num_bytes)
-    return max(0.0, lanes._pause_until(lane, job, 100.0, 100.0 + took_s) - 100.0)
+def pause_of(took_s, *, num_bytes=0, is_polite=True, max_bytes_per_s=0.0):
+    pace = Pace(max_bytes_per_s, busy_share=0.25)
+    pace.ran(100.0, 100.0 + took_s, num_bytes)
+    return max(0.0, pace.next_s(is_polite) - 100.0)
 
 
-def test_while_steps_run_nobody_is_kept_from_the_cores_by_what_nobody_waits_for():
-    lanes = ThreadLanes({SAVE: 1e6}, busy_share=0.25)
-    assert pause_of(lanes, WRITE, URGENT + 1, 0.01) == 0.0, "no step runs"
-    lanes.foreground = True
-    assert pause_of(lanes, WRITE, URGENT + 1, 0.01) == pytest.approx(0.04)
-    assert pause_of(lanes, WRITE, URGENT + 1, 10.0) == pytest.approx(MAX_PAUSE_S)
-    assert pause_of(lanes, WRITE, URGENT, 0.01) == 0.0, "somebody waits for it"
-    assert pause_of(lanes, LOAD, URGENT + 1, 0.01) == 0.0
-    assert pause_of(lanes, SAVE, URGENT + 1, 0.01, num_bytes=80_000) == pytest.approx(0.08), "the limit holds as well"
+def test_a_polite_job_leaves_the_lane_idle_for_most_of_the_time():
+    assert pause_of(0.001) == pytest.approx(0.004)
+    assert pause_of(10.0) == pytest.approx(MAX_PAUSE_S)
+    assert pause_of(0.001, is_polite=False) == 0.0
+    assert pause_of(0.001, num_bytes=80_000, max_bytes_per_s=1e6) == pytest.approx(0.08), "the limit holds as well"
+    assert pause_of(0.001, num_bytes=80_000, max_bytes_per_s=1e6, is_polite=False) == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(("lane", "priority", "foreground", "is_paced"), [
+    (SAVE, URGENT + 1, True, True), (WRITE, URGENT + 1, True, True), (WRITE, URGENT + 1, False, False),
+    (WRITE, URGENT, True, False), (LOAD, URGENT + 1, True, False), (READ, URGENT + 1, True, False),
+])
+def test_only_what_nobody_waits_for_is_paced_and_only_while_steps_run(lane, priority, foreground, is_paced):
+    lanes = ThreadLanes(busy_share=1e-9)  # any pause is the longest one
+    lanes.foreground = foreground
+    jobs = [Job(lane, priority=priority) for _ in range(6)]
+    for job in jobs:
+        lanes.submit(job)
+    poll_all(lanes)
     lanes.close()
+    spread_s = jobs[-1].began_s - jobs[0].began_s
+    assert spread_s >= 5 * MAX_PAUSE_S * 0.99 if is_paced else spread_s < LONG_S
 
 
 # --- the end

@@ -20,7 +20,7 @@ SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, hos
 LANES = (SAVE, LOAD, WRITE, READ)
 PACED = (SAVE, WRITE)  # nobody waits for these
 URGENT = 0  # priority of moves that somebody does wait for; larger ones may be paced
-MAX_PAUSE_S = 0.1
+MAX_PAUSE_S = 0.02  # of a paced lane, so that it is soon back when steps end or something urgent comes
 
 
 class Job(Protocol):
@@ -91,6 +91,24 @@ class Lanes(Protocol):
         ...
 
 
+class Pace:
+    """When a lane may begin its next job."""
+
+    def __init__(self, max_bytes_per_s: float, busy_share: float):
+        """max_bytes_per_s: 0 for no limit. busy_share: of the time, for polite jobs."""
+        self._max_bytes_per_s, self._busy_share = max_bytes_per_s, busy_share
+        self._any_s = self._polite_s = 0.0
+
+    def ran(self, began_s: float, ended_s: float, num_bytes: int) -> None:
+        """A job ran."""
+        self._any_s = began_s + num_bytes / self._max_bytes_per_s if self._max_bytes_per_s else 0.0
+        self._polite_s = began_s + min(MAX_PAUSE_S, (ended_s - began_s) / self._busy_share)
+
+    def next_s(self, is_polite: bool) -> float:
+        """The earliest time for a job; polite: nobody waits for it, and steps run."""
+        return max(self._any_s, self._polite_s) if is_polite else self._any_s
+
+
 class ThreadLanes:
     """One thread for each lane.
 
@@ -159,28 +177,21 @@ class ThreadLanes:
             thread.join()
         self._threads.clear()
 
-    def _pause_until(self, name: str, job: Job, began_s: float, ended_s: float) -> float:
-        """When the lane may begin its next job."""
-        limit = self._limits.get(name, 0.0)
-        free_at = began_s + job.num_bytes / limit if limit else 0.0
-        if self.foreground and name in PACED and job.priority > URGENT:
-            free_at = max(free_at, began_s + min(MAX_PAUSE_S, (ended_s - began_s) / self._busy_share))
-        return free_at
-
     def _work(self, name: str) -> None:
-        free_at = 0.0  # when the bandwidth limit allows the next job
+        pace = Pace(self._limits.get(name, 0.0), self._busy_share)
         while True:
             _, _, submitted_s, job = self._queues[name].get()
             if job is None or self._stopping.is_set():
                 return
-            self._stopping.wait(max(0.0, free_at - time.monotonic()))
+            is_polite = self.foreground and name in PACED and job.priority > URGENT
+            self._stopping.wait(max(0.0, pace.next_s(is_polite) - time.monotonic()))
             began, error = time.monotonic(), None
             try:
                 job.run()
             except BaseException as raised:  # the owner decides what it means
                 error = raised
             now = time.monotonic()
-            free_at = self._pause_until(name, job, began, now)
+            pace.ran(began, now, job.num_bytes)
             self._done.put((job, error, now - began, now - submitted_s))
 
 

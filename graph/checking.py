@@ -1,0 +1,230 @@
+"""`CheckingCapturer`: graph mode without a device. A captured function is recorded, and replayed by calling it again, in
+memory that has been poisoned, with everything checked that a real graph would get wrong in silence.
+
+A real graph has the addresses, the launches and the host's numbers of its capture baked in. So this one raises
+`GraphCheckError` if
+
+- an input or output tensor lies elsewhere than when it was captured;
+- an operator reads memory that was neither there at the capture nor made in this call;
+- the operators are not those of the capture, in that order (the function looked at something on the host);
+- an operator reads a number back to the host;
+- an input holds what the last replay left: it was not filled, or not wholly;
+- a row of an output that is no padding was not written, or a padding row leaked into it.
+
+Between replays inputs, twins on the host, outputs and what the function allocated and somebody still holds are poisoned.
+During one, fresh memory is poisoned before an operator gets it, and the padding rows of whatever is looked up by an
+integer input (embeddings, rotations) become NaN, which then runs through all their activations: the outputs of other rows
+must not notice. Kernels called past torch's dispatcher are not seen themselves; what they read and write is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backends.backend import GraphMemory
+from graph.buffers import StepMemory
+
+# By itemsize: as floats they are NaNs that no arithmetic makes, as integers huge.
+POISON = {1: 0x65, 2: 0x7FDE, 4: 0x7FC0DEAD, 8: 0x7FF8DEADDEADDEAD}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNINITIALISED = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
+READS_BACK = {"aten::_local_scalar_dense", "aten::item"}
+TOKENS = "T"  # the axis whose padding rows are poisoned inside
+
+
+class GraphCheckError(AssertionError):
+    """A captured step that a real graph would replay wrongly."""
+
+
+def poison(tensor: Tensor) -> None:
+    """Overwrite a tensor with what nobody may read."""
+    if tensor.numel():
+        tensor.view(BITS[tensor.itemsize]).fill_(POISON[tensor.itemsize])
+
+
+def poisoned(tensor: Tensor) -> bool:
+    """Whether any number of a tensor is the poison."""
+    return bool((tensor.view(BITS[tensor.itemsize]) == POISON[tensor.itemsize]).any())
+
+
+class CheckedPool:
+    """Stands for the memory that graphs share: what one replay allocated is overwritten by the next."""
+
+    def __init__(self) -> None:
+        self._alive: list[weakref.ref[Tensor]] = []
+
+    def lend(self, tensors: list[weakref.ref[Tensor]]) -> None:
+        self._alive += tensors
+
+    def overwrite(self) -> None:
+        for reference in self._alive:
+            if (tensor := reference()) is not None:
+                poison(tensor)
+        self._alive = []
+
+
+class CheckingCapturer:
+    """A `Capturer`. num_replays counts over all its graphs.
+
+    plans_in_graph is False, as on Ascend: attention's parameters are made anew before each replay.
+    """
+
+    plans_in_graph = False
+    pad_slot = -1
+    pad_block = 0
+
+    def __init__(self, *, bucket_step: int = 16, max_streams: int | None = None):
+        self.bucket_step, self.max_streams = bucket_step, max_streams
+        self.num_replays = 0
+
+    def make_pool(self) -> CheckedPool:
+        return CheckedPool()
+
+    def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> CheckedGraph:
+        assert isinstance(memory, StepMemory)
+        return CheckedGraph(self, function, pool, memory)
+
+    def fence(self) -> Callable[[], None]:
+        return lambda: None
+
+
+class CheckedGraph:
+    """A `CapturedGraph`. num_bytes: all that one call allocates."""
+
+    num_streams = 1
+
+    def __init__(self, capturer: CheckingCapturer, function: Callable[[], None], pool: CheckedPool, memory: StepMemory):
+        self._capturer, self._function, self._pool, self._memory = capturer, function, pool, memory
+        self._addresses = _addresses(memory)
+        self._released = False
+        watch = self._run(None)
+        self._operators, self._constants = watch.operators, watch.outside
+        self.num_bytes = watch.num_bytes
+
+    def replay(self) -> None:
+        if self._released:
+            raise GraphCheckError("the graph was released")
+        for name, address in _addresses(self._memory).items():
+            if address != self._addresses.get(name):
+                raise GraphCheckError(f"{name} has moved since the capture")
+        self._capturer.num_replays += 1
+        self._pool.overwrite()
+        watch = self._run(self._constants)
+        self._compare(watch.operators)
+        for tensor in (*self._memory.inputs.values(), *self._memory.hosts.values()):
+            poison(tensor)
+
+    def release(self) -> None:
+        self._released = True
+
+    def _run(self, constants: set[int] | None) -> _Watch:
+        memory = self._memory
+        for name in memory.inputs:
+            if poisoned(memory.live_input(name)):
+                raise GraphCheckError(f"{name} was not filled since the last replay")
+        for output in memory.outputs.values():
+            poison(output)
+        with _Watch(memory, constants) as watch:
+            self._function()
+        self._pool.lend(watch.made)
+        for name in memory.outputs:
+            self._check_output(name, memory.live_output(name))
+        return watch
+
+    def _check_output(self, name: str, live: Tensor) -> None:
+        if poisoned(live):
+            raise GraphCheckError(f"{name}: a row was not written, or holds memory that never was")
+
+    def _compare(self, operators: list[Any]) -> None:
+        if operators == self._operators:
+            return
+        for place, (now, then) in enumerate(zip(operators, self._operators)):
+            if now is not then:
+                raise GraphCheckError(f"operator {place} is {now}, and was {then} at the capture")
+        raise GraphCheckError(f"{len(operators)} operators, and {len(self._operators)} at the capture")
+
+
+class _Watch(TorchDispatchMode):
+    """Sees each operator of one call.
+
+    constants: addresses of the storages that the function may read without having made them; None: all, noted in
+    `outside`. made: the tensors that it made.
+    """
+
+    def __init__(self, memory: StepMemory, constants: set[int] | None):
+        super().__init__()
+        self._constants = constants
+        self._lookups = {t.data_ptr() for t in memory.inputs.values() if t.ndim == 1 and not t.is_floating_point()}
+        self._num_tokens, self._num_live = memory.sizes[TOKENS], memory.num_live[TOKENS]
+        self.operators: list[Any] = []
+        self.outside: set[int] = set()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.num_bytes = 0
+        self._own: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split(".")[0]
+        if name in READS_BACK:
+            raise GraphCheckError(f"{name}: a graph cannot give a number to the host")
+        given = list(_tensors((args, kwargs or {})))
+        for tensor in given:
+            self._note_read(name, _storage(tensor))
+        out = func(*args, **(kwargs or {}))
+        self.operators.append(func)
+        for tensor in _tensors(out):
+            self._note_made(tensor)
+            if name in UNINITIALISED:
+                poison(tensor)
+            elif self._is_lookup(given, tensor):
+                poison(tensor[self._num_live:])
+        return out
+
+    def _note_read(self, name: str, address: int) -> None:
+        if not address or address in self._own:
+            return
+        if self._constants is None:
+            self.outside.add(address)
+        elif address not in self._constants:
+            raise GraphCheckError(f"{name} reads memory that was not there at the capture")
+
+    def _note_made(self, tensor: Tensor) -> None:
+        address = _storage(tensor)
+        known = self.outside if self._constants is None else self._constants
+        if address in known:
+            return
+        if address not in self._own:
+            self._own.add(address)
+            self.num_bytes += tensor.untyped_storage().nbytes()
+        self.made.append(weakref.ref(tensor))
+
+    def _is_lookup(self, given: list[Tensor], result: Tensor) -> bool:
+        """Whether rows of numbers were looked up for the step's tokens."""
+        return (result.is_floating_point() and result.ndim > 1 and len(result) == self._num_tokens > self._num_live
+                and any(tensor.data_ptr() in self._lookups for tensor in given))
+
+
+def _addresses(memory: StepMemory) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+    return {name: (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            for name, tensor in (*memory.inputs.items(), *memory.outputs.items())}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
