@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test nightly check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test aot nightly check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,11 @@ chat: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda -n $(WORKERS) --dist loadfile -q
+
+# Every CUDA kernel with every entry of cuda_ops/configs.json, compiled for sm_80 and sm_90a and examined; needs no GPU.
+aot: setup
+	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
 # A million random operations on the KV store; SEED= another episode to begin with.
 nightly: setup

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from backends.backend import Backend, BackendError
 
 NAMES = ("auto", "cpu", "cuda", "npu")
@@ -14,8 +16,10 @@ def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = Tr
 
     cache_dir: where compiled kernels are kept; None: built anew for this process.
     compiled: False runs plain torch only.
-    Raises BackendError for a name that is unknown or whose backend does not exist in this version.
+    Raises BackendError for a name that is unknown, or whose device or libraries are missing; the message says which.
     """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return _cuda()
     if name in ("auto", "cpu"):
         from backends.cpu import CpuBackend
 
@@ -23,3 +27,11 @@ def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = Tr
     if name in NAMES:
         raise BackendError(f"the {name} backend is not built yet in this version; use --device cpu")
     raise BackendError(f"unknown device {name!r}; known are {', '.join(NAMES)}")
+
+
+def _cuda() -> Backend:
+    try:
+        from backends.cuda import CudaBackend
+    except ImportError as error:
+        raise BackendError(f"the cuda backend needs triton, which cannot be imported: {error}") from error
+    return CudaBackend()

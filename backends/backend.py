@@ -19,8 +19,15 @@ class BackendError(RuntimeError):
 class GraphMemory(Protocol):
     """The tensors that a captured function reads and writes under fixed addresses (`graph/buffers.py`)."""
 
-    inputs: Mapping[str, Tensor]  # refilled before each replay
-    outputs: Mapping[str, Tensor]  # written by each replay
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Refilled before each replay."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, Tensor]:
+        """Written by each replay."""
+        ...
 
 
 class CapturedGraph(Protocol):
@@ -104,6 +111,10 @@ class Backend(Protocol):
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Host memory that the device copies to and from at full speed (pinned where that matters): uint8 [num_bytes].
         May be touched lazily; contents undefined."""
+        ...
+
+    def populate_host(self, memory: Tensor) -> None:
+        """Have the system give a piece of such memory now rather than at its first use. Changes no contents."""
         ...
 
     def available_host_bytes(self) -> int:

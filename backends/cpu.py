@@ -13,7 +13,7 @@ from backends import cpu_linear
 from backends.backend import Capturer
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
-from backends.cpu_memory import available_bytes, lazy_zeros
+from backends.cpu_memory import available_bytes, lazy_zeros, populate
 from backends.cpu_vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
@@ -73,6 +73,9 @@ class CpuBackend:
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         return lazy_zeros((num_bytes,), torch.uint8)
+
+    def populate_host(self, memory: Tensor) -> None:
+        populate(memory)
 
     def available_host_bytes(self) -> int:
         return available_bytes()

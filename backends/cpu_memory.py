@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MADV_POPULATE_WRITE = 23
 ALIGNMENT_BYTES = 64  # one cache line, and the widest vector
 
 
@@ -20,6 +24,16 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     raw = np.zeros(num_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT_BYTES
     return torch.from_numpy(raw[offset : offset + num_bytes]).view(dtype).view(shape)
+
+
+def populate(memory: Tensor) -> None:
+    """Have the kernel give every page of a contiguous tensor now, without changing its contents; others may use it
+    meanwhile. Where the kernel cannot (before Linux 5.14), nothing happens: pages come at the first write, as ever.
+    """
+    start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = memory.data_ptr() + memory.nbytes - start
+    if sys.platform == "linux" and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

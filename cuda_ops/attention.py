@@ -31,6 +31,11 @@ LOG2E = 1.4426950408889634
 DECODE_ROWS = 16  # queries times group up to which a sequence is decoded: the least rows of a tensor core's dot
 
 
+# What differs from step to step; a kernel that was compiled for its alignment or for the number one would be compiled
+# again in the middle of serving.
+VARYING = ["query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "table_stride", "window"]
+
+
 @dataclass(slots=True, kw_only=True)
 class Batch:
     """The step's metadata, as tensors on the device: see `backends/metadata.py`."""
@@ -47,7 +52,8 @@ class Batch:
 class Plan:
     """Where each sequence's work begins: running sums over sequences, int32 [S + 1], on the device.
 
-    tiles: of keys, of sequences that are decoded; times K is the work of a layer. blocks: of queries that are prefilled.
+    tiles: of keys, of sequences that are decoded; times K is the work of a layer. blocks: of queries, of those that are
+    prefilled.
     """
 
     tiles_S1: Tensor
@@ -55,7 +61,7 @@ class Plan:
     window: int | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start_ptr", "seq_lens_ptr", "S", "window"])
 def plan_kernel(
     query_start_ptr, seq_lens_ptr, tiles_ptr, blocks_ptr, S, window, decode_len, queries_per_block,
     WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -90,7 +96,9 @@ def _find(sums_ptr, S, at, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _block_ids(table_ptr, first_block, tile, end_tile, seq_len, P: tl.constexpr, TILE: tl.constexpr, BASE: tl.constexpr):
+def _block_ids(
+    table_ptr, first_block, tile, end_tile, seq_len, P: tl.constexpr, TILE: tl.constexpr, BASE: tl.constexpr
+):
     """The block id of a tile, or of each of its positions where it spans several blocks; past the end, any id."""
     if P % TILE == 0:
         index = tile * TILE // P
@@ -156,7 +164,7 @@ def _attend(
     return acc, most, total, block_ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, seq_lens_ptr,
     table_ptr, base_ptr, S, table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr,
@@ -216,7 +224,7 @@ def decode_kernel(
         at += stop - begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_start_ptr", "S"])
 def merge_kernel(
     out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, S, num_programs, K: tl.constexpr,
     G: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr,
@@ -252,7 +260,7 @@ def merge_kernel(
         tl.store(out_ptr + row_at[:, None] * H + column[None, :], acc / total[:, None], mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S, table_stride,
     k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
@@ -281,7 +289,7 @@ def prefill_kernel(
             q = q.to(tl.float32)
         past = seq_len - query_len
         limit = past + query
-        # Tiles [begin, clear) are seen in part by some rows, those up to `whole` by all, those up to `end` in part again.
+        # Some rows see tiles [begin, clear) in part, all rows see those up to `whole`, some those up to `end` in part.
         end = tl.cdiv(tl.minimum(past + first_query + queries, seq_len), TILE)
         begin, clear = 0, 0
         if WINDOW:
@@ -326,6 +334,11 @@ class Shape:
     head_dim: int
     block_size: int
 
+    @classmethod
+    def of(cls, q_TNH: Tensor, k_cache: Tensor) -> Shape:
+        _, num_heads, head_dim = q_TNH.shape
+        return cls(num_heads=num_heads, num_kv_heads=k_cache.shape[1], head_dim=head_dim, block_size=k_cache.shape[2])
+
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
@@ -350,20 +363,18 @@ def numbers_of(op: str, shape: Shape, like: Tensor) -> dict[str, int]:
 
 def plan(batch: Batch, shape: Shape, like: Tensor, window: int | None = None) -> Plan:
     """like: any tensor of the queries' dtype and device. Reads nothing back from the device."""
-    S = len(batch.seq_lens_S)
-    tiles_S1, blocks_S1 = torch.empty(2, S + 1, dtype=torch.int32, device=batch.seq_lens_S.device)
-    prefill = numbers_of("prefill", shape, like)
+    S, rows = len(batch.seq_lens_S), _prefill_numbers(shape, like)["ROWS"]
+    tiles_S1, blocks_S1 = (torch.empty(S + 1, dtype=torch.int32, device=like.device) for _ in range(2))
     launch(plan_kernel, (1,), batch.query_start_S1, batch.seq_lens_S, tiles_S1, blocks_S1, S, window or 0,
-           shape.decode_len, prefill["ROWS"] // shape.group, WINDOW=window is not None,
-           TILE=numbers_of("decode", shape, like)["TILE"], BLOCK=triton.next_power_of_2(S), num_warps=4)  # fmt: skip
+           shape.decode_len, rows // shape.group, WINDOW=window is not None,
+           TILE=numbers_of("decode", shape, like)["TILE"], BLOCK=_pad_seqs(S), num_warps=4)  # fmt: skip
     return Plan(tiles_S1=tiles_S1, blocks_S1=blocks_S1, window=window)
 
 
 def attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, plan: Plan, *, scale: float) -> Tensor:
     """[T, N, H], of which rows of no sequence stay undefined. The plan must be of the same batch, shape and window."""
     assert q_TNH.is_contiguous()
-    _, N, H = q_TNH.shape
-    shape = Shape(num_heads=N, num_kv_heads=k_cache.shape[1], head_dim=H, block_size=k_cache.shape[2])
+    shape = Shape.of(q_TNH, k_cache)
     out_TNH = torch.empty_like(q_TNH)
     decode(q_TNH, k_cache, v_cache, out_TNH, batch, plan, shape, scale)
     if batch.max_query_len > shape.decode_len:
@@ -378,7 +389,7 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, bat
     num_programs = numbers.pop("PER_SM") * device_facts(q_TNH.device)[1]
     S, rows, device = len(batch.seq_lens_S), shape.decode_rows, q_TNH.device
     part = torch.empty(2 * num_programs, rows, shape.pad_dim, dtype=torch.float32, device=device)
-    part_most, part_total = torch.empty(2, 2 * num_programs, rows, dtype=torch.float32, device=device)
+    part_most, part_total = (torch.empty(2 * num_programs, rows, dtype=torch.float32, device=device) for _ in range(2))
     launch(decode_kernel, (num_programs,), q_TNH, k_cache, v_cache, out_TNH, part, part_most, part_total, plan.tiles_S1,
            batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
            batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache), plan.window or 0,
@@ -391,20 +402,29 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, bat
 def prefill(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, batch: Batch, plan: Plan, shape: Shape,
             scale: float) -> None:
     """The sequences of more than `decode_len` queries."""
-    numbers = numbers_of("prefill", shape, q_TNH)
-    S = len(batch.seq_lens_S)
-    most_blocks = batch.num_tokens // (numbers["ROWS"] // shape.group) + min(
-        S, batch.num_tokens // (shape.decode_len + 1)
-    )
+    numbers, S = _prefill_numbers(shape, q_TNH), len(batch.seq_lens_S)
+    # Each sequence has one block at most that is not full of queries.
+    most_blocks = batch.num_tokens // (numbers["ROWS"] // shape.group)
+    most_blocks += min(S, batch.num_tokens // (shape.decode_len + 1))
     launch(prefill_kernel, (shape.num_kv_heads, most_blocks), q_TNH, k_cache, v_cache, out_TNH, plan.blocks_S1,
            batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
            batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache), plan.window or 0,
            scale * LOG2E, **_constants(batch, plan, shape), **numbers)  # fmt: skip
 
 
+def _prefill_numbers(shape: Shape, like: Tensor) -> dict[str, int]:
+    numbers = numbers_of("prefill", shape, like)
+    return {**numbers, "ROWS": max(numbers["ROWS"], triton.next_power_of_2(shape.group))}
+
+
+def _pad_seqs(num_seqs: int) -> int:
+    """Few sizes, since each is a kernel of its own."""
+    return max(64, triton.next_power_of_2(num_seqs))
+
+
 def _constants(batch: Batch, plan: Plan, shape: Shape) -> dict[str, int | bool]:
     return {
         "K": shape.num_kv_heads, "G": shape.group, "P": shape.block_size, "H": shape.head_dim, "PAD_H": shape.pad_dim,
-        "BLOCK_S": triton.next_power_of_2(len(batch.seq_lens_S)), "BASE": batch.kv_base_S is not None,
+        "BLOCK_S": _pad_seqs(len(batch.seq_lens_S)), "BASE": batch.kv_base_S is not None,
         "WINDOW": plan.window is not None, "UPCAST": INTERPRETED,
     }  # fmt: skip

@@ -33,7 +33,7 @@ def block_stride(cache: Tensor) -> int:
     return cache.stride(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["src_ptr", "dst_ptr"])
 def copy_blocks_kernel(cache_ptr, src_ptr, dst_ptr, stride, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     src, dst = tl.load(src_ptr + tl.program_id(0)), tl.load(dst_ptr + tl.program_id(0))
@@ -47,7 +47,7 @@ def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
     launch(copy_blocks_kernel, grid, cache, src_B, dst_B, block_stride(cache), size, **numbers)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_ptr"])
 def quantise_kernel(
     cache_ptr, ids_ptr, codes_ptr, scales_ptr, stride, num_rows, H,
     FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,8 +68,8 @@ def quantise_kernel(
         kept_scale = tl.where(finite, tl.where(empty, 0, exponent - 8), 255).to(tl.uint8)
     else:
         largest = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
-        scale = (tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)).to(tl.int32, bitcast=True) + 0xFF) & ~0xFF
-        scale = tl.where(empty, 0, scale)
+        scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)).to(tl.int32, bitcast=True)
+        scale = tl.where(empty, 0, (scale + 0xFF) & ~0xFF)  # up to 16 significant bits
         kept_scale = tl.where(finite, scale, 0x7FC00000).to(tl.float32, bitcast=True)
         scale = scale.to(tl.float32, bitcast=True)
     usable = finite & (empty == 0)
@@ -84,7 +84,7 @@ def quantise_kernel(
     tl.store(scales_ptr + number * num_rows + row, kept_scale, row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_ptr"])
 def dequantise_kernel(
     cache_ptr, ids_ptr, codes_ptr, scales_ptr, stride, num_rows, H,
     FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,8 +1,8 @@
 """Every kernel of this package starts here, with numbers from `configs.json`.
 
-The table has one entry per (operator, architecture, bucket of shapes), chosen offline: nothing is tuned while serving, so
-that the first step is as fast as the thousandth and a captured graph never holds a trial. `ahead_of_time` compiles what
-would be launched for a device that need not exist.
+The table has one entry per (operator, architecture, bucket of shapes), chosen offline: nothing is tuned while serving,
+so that the first step is as fast as the thousandth and a captured graph never holds a trial. `ahead_of_time` compiles
+what would be launched, for a device that need not exist.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 INTERPRETED_SMS = 2
 AMPERE, HOPPER = "sm80", "sm90"
-TABLE: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(Path(__file__).with_name("configs.json").read_text())
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]
+TABLE: Table = json.loads(Path(__file__).with_name("configs.json").read_text())
 
 _ahead: Compilation | None = None
 
 
 class Compilation:
-    """What `ahead_of_time` yields: each kernel that was asked for, compiled and not launched."""
+    """What `ahead_of_time` yields: each kernel that was asked for, compiled and not launched, and the entries used."""
 
     def __init__(self, arch: str, num_sms: int):
         self.arch, self.num_sms = arch, num_sms
         self.compiled: list[tuple[str, Any]] = []
+        self.entries: set[tuple[str, str, str]] = set()
 
 
 @contextmanager
@@ -72,5 +74,8 @@ def device_facts(device: torch.device) -> tuple[str, int]:
 
 def config(op: str, bucket: str, like: Tensor) -> dict[str, int]:
     """The entry of `op` for the device of `like`; the bucket "any" stands for those without one of their own."""
-    buckets = TABLE[op][device_facts(like.device)[0]]
-    return buckets.get(bucket) or buckets["any"]
+    arch = device_facts(like.device)[0]
+    bucket = bucket if bucket in TABLE[op][arch] else "any"
+    if _ahead is not None:
+        _ahead.entries.add((op, arch, bucket))
+    return TABLE[op][arch][bucket]

@@ -15,7 +15,7 @@ from cuda_ops.launch import INTERPRETED, config, launch
 FEW_ROWS = 64  # above it the weight is brought to x's dtype once for all rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_int8_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, T, Y, X, x_stride, BIAS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,

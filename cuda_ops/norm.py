@@ -31,8 +31,8 @@ def _norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> T
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     out, D = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(D)
-    launch(rms_norm_kernel, (x.numel() // D,), x, residual, weight_D, out, eps, D, ADD=residual is not None, BLOCK=block,
-           **config("norm", f"D{block}", x))  # fmt: skip
+    launch(rms_norm_kernel, (x.numel() // D,), x, residual, weight_D, out, eps, D, ADD=residual is not None,
+           BLOCK=block, **config("norm", f"D{block}", x))  # fmt: skip
     return out
 
 

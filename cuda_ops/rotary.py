@@ -11,7 +11,7 @@ from cuda_ops.kv import block_stride
 from cuda_ops.launch import config, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def qkv_rope_write_kernel(
     qkv_ptr, positions_ptr, cos_sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_cache_ptr, v_cache_ptr, eps,
     k_block, v_block, N, K, P, H: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cuda_ops.launch import config, launch
 
+COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "out_ptr"]  # may lie anywhere
 PIVOTS = 8
 CANDIDATES = tl.constexpr(4096)
 NOTHING = tl.constexpr(-2147483648)  # below the key of every number
@@ -40,14 +41,14 @@ def _number(key):
 
 
 @triton.jit
-def _largest(row_ptr, V, BLOCK: tl.constexpr):
+def _largest(row_ptr, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """(largest, its first id, smallest finite, how many are finite)."""
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.zeros([BLOCK], tl.int32)
     least = tl.full([BLOCK], float("inf"), tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, V, BLOCK):
+    for first in tl.range(0, V, BLOCK, num_stages=STAGES):
         x = _load(row_ptr, first + lane, V)
         best_id = tl.where(x > best, first + lane, best_id)
         best = tl.where(x > best, x, best)
@@ -60,10 +61,10 @@ def _largest(row_ptr, V, BLOCK: tl.constexpr):
     return most, tl.where(best_id < V, best_id, 0), tl.min(least, 0), tl.sum(count, 0)
 
 
-@triton.jit
-def argmax_kernel(logits_ptr, out_ptr, stride, V, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["out_ptr"])
+def argmax_kernel(logits_ptr, out_ptr, stride, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    _, best, _, _ = _largest(logits_ptr + row * stride, V, BLOCK)
+    _, best, _, _ = _largest(logits_ptr + row * stride, V, BLOCK, STAGES)
     tl.store(out_ptr + row, best.to(tl.int64))
 
 
@@ -80,7 +81,7 @@ def _amounts(x, key, most, temperature, floor, min_p, COUNT: tl.constexpr):
 @triton.jit
 def _threshold(
     row_ptr, scratch_ptr, V, most, least, target, temperature, floor, min_p,
-    COUNT: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PIVOTS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(the largest key at and above which the amounts reach `target`, their sum strictly above it).
 
@@ -100,7 +101,7 @@ def _threshold(
         pivots = tl.where(pivot == 0, low, tl.minimum(tl.maximum(pivots, low), high - 1))
         sums = tl.zeros([PIVOTS, BLOCK], tl.float32)
         counts = tl.zeros([PIVOTS, BLOCK], tl.int32)
-        for first in tl.range(0, V, BLOCK):
+        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             x = _load(row_ptr, first + lane, V)
             key = _key(x)
             amount = _amounts(x, key, most, temperature, floor, min_p, COUNT)
@@ -120,7 +121,7 @@ def _threshold(
 
     if high > low + 1:
         kept = 0
-        for first in tl.range(0, V, BLOCK):
+        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             x = _load(row_ptr, first + lane, V)
             key = _key(x)
             wanted = ((key >= low) & (key < high)).to(tl.int32)
@@ -145,17 +146,17 @@ def _threshold(
     return low, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COLUMNS)
 def sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, scratch_ptr, out_ptr, stride, V,
-    PIVOTS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     scratch_ptr += row * CANDIDATES
     lane = tl.arange(0, BLOCK)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    most, token, least, finite = _largest(row_ptr, V, BLOCK)
+    most, token, least, finite = _largest(row_ptr, V, BLOCK, STAGES)
     if (temperature > 0) & (finite > 0):
         top_k = tl.load(top_k_ptr + row).to(tl.int32)
         top_p = tl.load(top_p_ptr + row).to(tl.float32)
@@ -163,10 +164,10 @@ def sample_kernel(
         floor = _key(least)
         if (top_k > 0) & (top_k < finite):
             floor, _ = _threshold(row_ptr, scratch_ptr, V, most, least, top_k.to(tl.float32), temperature, floor, 0.0,
-                                  True, PIVOTS, SEARCH)  # fmt: skip
+                                  True, PIVOTS, SEARCH, STAGES)  # fmt: skip
         all_sums = tl.zeros([BLOCK], tl.float32)
         kept_sums = tl.zeros([BLOCK], tl.float32)
-        for first in tl.range(0, V, BLOCK):
+        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             x = _load(row_ptr, first + lane, V)
             weight = tl.where(_key(x) >= floor, tl.exp((x - most) / temperature), 0.0)
             all_sums += weight
@@ -176,7 +177,7 @@ def sample_kernel(
         edge, equals = floor, V
         if (top_p < 1) & (kept > target):
             edge, above = _threshold(row_ptr, scratch_ptr, V, most, least, target, temperature, floor, min_p,
-                                     False, PIVOTS, SEARCH)  # fmt: skip
+                                     False, PIVOTS, SEARCH, STAGES)  # fmt: skip
             edge_weight = tl.exp((_number(edge) - most) / temperature)
             equals = tl.maximum(tl.ceil((target - above) / edge_weight), 1.0).to(tl.int32)
             kept = above + equals.to(tl.float32) * edge_weight
@@ -197,8 +198,8 @@ def _invert(row_ptr, V, most, temperature, min_p, floor, edge, equals, target, B
         weight = tl.exp((x - most) / temperature)
         is_edge = ((key == edge) & (equals < V)).to(tl.int32)
         rank = met + tl.cumsum(is_edge) - is_edge
-        weight = tl.where((key >= edge) & (key >= floor) & (weight >= min_p) & ((is_edge == 0) | (rank < equals)), weight,
-                          0.0)  # fmt: skip
+        kept = (key >= edge) & (key >= floor) & (weight >= min_p) & ((is_edge == 0) | (rank < equals))
+        weight = tl.where(kept, weight, 0.0)
         met += tl.sum(is_edge)
         sums = running + tl.cumsum(weight)
         token = tl.min(tl.where((sums > target) & (weight > 0), ids, V))

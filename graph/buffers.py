@@ -1,8 +1,8 @@
 """`StaticBuffers`: one set of the tensors that captured graphs read and write under fixed addresses.
 
-The inputs of a set lie in one piece of memory with a twin on the host: a step is written into the twin with numpy and goes
-to the device in one copy. A graph of a smaller bucket uses the first rows of each field, so all graphs of a set share
-its memory; two sets let a step be filled while the one before it still runs.
+The inputs of a set lie in one piece of memory with a twin on the host: a step is written into the twin with numpy and
+goes to the device in one copy. A graph of a smaller bucket uses the first rows of each field, so all graphs of a set
+share its memory; two sets let a step be filled while the one before it still runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sizes = Mapping[str, int]  # axis letter -> length
 @dataclass(frozen=True, slots=True)
 class Field:
     """A static tensor. axes: a letter each, whose length a bucket gives; inner axes are always at full length, so that
-    the rows of a bucket lie together. shared: an output that the caller is done with before the next replay of any set."""
+    the rows of a bucket lie together. shared: an output whose reader is done before the next replay of any set."""
 
     name: str
     dtype: torch.dtype

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 # Reasons of the cache for an eager step; its callers have more.
 CAPTURE_FAILED, OVER_BUDGET, CACHE_FULL = "capture_failed", "over_budget", "cache_full"
-# In a full cache a key must be missed that often before another makes room for it: a capture costs as much as many steps.
+# In a full cache a key must be missed that often before another makes room: a capture costs as much as many steps.
 MISSES_BEFORE_EVICTION = 8
 
 
@@ -78,18 +78,11 @@ class GraphCache(Generic[P]):
         self._refused: dict[GraphKey, str] = {}
         self._misses: Counter[GraphKey] = Counter()
         self._turn = 0
+        self.num_bytes = self.num_streams = 0  # of all graphs
         self.counters = GraphCounters()
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.graph.num_bytes for entry in self._entries.values())
-
-    @property
-    def num_streams(self) -> int:
-        return sum(entry.graph.num_streams for entry in self._entries.values())
 
     def fall_back(self, reason: str) -> None:
         """Count a step that runs eagerly."""
@@ -111,13 +104,13 @@ class GraphCache(Generic[P]):
         fill(program)
         program.memory.upload()
         program.prepare()
-        if entry is None:
-            entry = self._capture(key, program)
-            if entry is None:
-                return None
-        self._entries.move_to_end(place)
-        entry.graph.replay()
+        entry = entry or self._capture(key, program)
+        if entry is not None:
+            entry.graph.replay()
+            self._entries.move_to_end(place)
         program.memory.buffers.wait = self._capturer.fence()
+        if entry is None:
+            return None
         self._turn = (self._turn + 1) % self._num_sets
         self.counters.replays[f"{key.kind}-{key.variant}" if key.variant else key.kind] += 1
         return program
@@ -152,12 +145,15 @@ class GraphCache(Generic[P]):
         try:
             graph = self._capturer.capture(program, pool=self._pool, memory=program.memory)
         except (RuntimeError, MemoryError) as error:
-            return self._refuse(key, CAPTURE_FAILED, str(error))
+            self._refuse(key, CAPTURE_FAILED, str(error))
+            return None
         self.counters.captures += 1
         if self._exceeds(1, graph.num_bytes, graph.num_streams):
             graph.release()
-            return self._refuse(key, OVER_BUDGET, f"{graph.num_bytes} bytes, {graph.num_streams} streams")
+            self._refuse(key, OVER_BUDGET, f"{graph.num_bytes} bytes, {graph.num_streams} streams")
+            return None
         entry = self._entries[key, self._turn] = _Entry(program, graph)
+        self.num_bytes, self.num_streams = self.num_bytes + graph.num_bytes, self.num_streams + graph.num_streams
         while self._exceeds(len(self), self.num_bytes, self.num_streams):
             self._evict()
         return entry
@@ -173,5 +169,7 @@ class GraphCache(Generic[P]):
 
     def _release_oldest(self) -> None:
         _, entry = self._entries.popitem(last=False)
+        self.num_bytes, self.num_streams = (self.num_bytes - entry.graph.num_bytes,
+                                            self.num_streams - entry.graph.num_streams)
         entry.program.memory.buffers.wait()
         entry.graph.release()

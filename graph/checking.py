@@ -1,20 +1,21 @@
-"""`CheckingCapturer`: graph mode without a device. A captured function is recorded, and replayed by calling it again, in
-memory that has been poisoned, with everything checked that a real graph would get wrong in silence.
+"""`CheckingCapturer`: graph mode without a device. A captured function is recorded, and replayed by calling it again,
+in memory that has been poisoned, with everything checked that a real graph would get wrong in silence.
 
 A real graph has the addresses, the launches and the host's numbers of its capture baked in. So this one raises
 `GraphCheckError` if
 
 - an input or output tensor lies elsewhere than when it was captured;
 - an operator reads memory that was neither there at the capture nor made in this call;
-- the operators are not those of the capture, in that order (the function looked at something on the host);
+- the operators but views are not those of the capture, in that order (the function looked at something on the host);
 - an operator reads a number back to the host;
 - an input holds what the last replay left: it was not filled, or not wholly;
-- a row of an output that is no padding was not written, or a padding row leaked into it.
+- a row of an output that is no padding was not written, or what stands in padding rows made a difference to it.
 
-Between replays inputs, twins on the host, outputs and what the function allocated and somebody still holds are poisoned.
-During one, fresh memory is poisoned before an operator gets it, and the padding rows of whatever is looked up by an
-integer input (embeddings, rotations) become NaN, which then runs through all their activations: the outputs of other rows
-must not notice. Kernels called past torch's dispatcher are not seen themselves; what they read and write is.
+Between replays inputs, their twins on the host, outputs and whatever the function allocated and somebody still holds
+are poisoned. During one, fresh memory is poisoned before an operator gets it. A step with padding runs twice, the first
+time with NaN in the padding rows of whatever is looked up by an integer input (embeddings, rotations), which then runs
+through all their activations: the outputs of other rows must not differ by a bit. Kernels called past torch's
+dispatcher are not seen themselves; what they read and write is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from graph.buffers import StepMemory
 POISON = {1: 0x65, 2: 0x7FDE, 4: 0x7FC0DEAD, 8: 0x7FF8DEADDEADDEAD}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNINITIALISED = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
+ARRANGES = {"aten::clone", "aten::_unsafe_view", "aten::_reshape_copy"}
+LITERAL = "aten::lift_fresh"  # of no axis: a number in the code
 READS_BACK = {"aten::_local_scalar_dense", "aten::item"}
 TOKENS = "T"  # the axis whose padding rows are poisoned inside
 
@@ -45,12 +48,16 @@ class GraphCheckError(AssertionError):
 def poison(tensor: Tensor) -> None:
     """Overwrite a tensor with what nobody may read."""
     if tensor.numel():
-        tensor.view(BITS[tensor.itemsize]).fill_(POISON[tensor.itemsize])
+        _bits(tensor).fill_(POISON[tensor.itemsize])
 
 
 def poisoned(tensor: Tensor) -> bool:
     """Whether any number of a tensor is the poison."""
-    return bool((tensor.view(BITS[tensor.itemsize]) == POISON[tensor.itemsize]).any())
+    return bool((_bits(tensor) == POISON[tensor.itemsize]).any())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(BITS[tensor.itemsize])
 
 
 class CheckedPool:
@@ -115,31 +122,41 @@ class CheckedGraph:
                 raise GraphCheckError(f"{name} has moved since the capture")
         self._capturer.num_replays += 1
         self._pool.overwrite()
-        watch = self._run(self._constants)
-        self._compare(watch.operators)
+        disturbed = self._disturbed_outputs()
+        self._compare(self._run(self._constants).operators)
+        for name, bits in disturbed.items():
+            if not torch.equal(bits, _bits(self._memory.live_output(name))):
+                raise GraphCheckError(f"{name}: padding leaked into it")
         for tensor in (*self._memory.inputs.values(), *self._memory.hosts.values()):
             poison(tensor)
 
     def release(self) -> None:
         self._released = True
 
-    def _run(self, constants: set[int] | None) -> _Watch:
+    def _disturbed_outputs(self) -> dict[str, Tensor]:
+        """The bits of the live outputs with NaN in the padding; nothing where there is none."""
+        memory = self._memory
+        if memory.num_live[TOKENS] == memory.sizes[TOKENS]:
+            return {}
+        self._compare(self._run(self._constants, poison_padding=True).operators)
+        return {name: _bits(memory.live_output(name)).clone() for name in memory.outputs}
+
+    def _run(self, constants: set[int] | None, *, poison_padding: bool = False) -> _Watch:
         memory = self._memory
         for name in memory.inputs:
             if poisoned(memory.live_input(name)):
                 raise GraphCheckError(f"{name} was not filled since the last replay")
         for output in memory.outputs.values():
             poison(output)
-        with _Watch(memory, constants) as watch:
+        with _Watch(memory, constants, poison_padding) as watch:
             self._function()
         self._pool.lend(watch.made)
+        if poison_padding:
+            return watch
         for name in memory.outputs:
-            self._check_output(name, memory.live_output(name))
+            if poisoned(memory.live_output(name)):
+                raise GraphCheckError(f"{name}: a row was not written, or holds memory that never was")
         return watch
-
-    def _check_output(self, name: str, live: Tensor) -> None:
-        if poisoned(live):
-            raise GraphCheckError(f"{name}: a row was not written, or holds memory that never was")
 
     def _compare(self, operators: list[Any]) -> None:
         if operators == self._operators:
@@ -157,9 +174,9 @@ class _Watch(TorchDispatchMode):
     `outside`. made: the tensors that it made.
     """
 
-    def __init__(self, memory: StepMemory, constants: set[int] | None):
+    def __init__(self, memory: StepMemory, constants: set[int] | None, poison_padding: bool):
         super().__init__()
-        self._constants = constants
+        self._constants, self._poison_padding = constants, poison_padding
         self._lookups = {t.data_ptr() for t in memory.inputs.values() if t.ndim == 1 and not t.is_floating_point()}
         self._num_tokens, self._num_live = memory.sizes[TOKENS], memory.num_live[TOKENS]
         self.operators: list[Any] = []
@@ -174,14 +191,16 @@ class _Watch(TorchDispatchMode):
             raise GraphCheckError(f"{name}: a graph cannot give a number to the host")
         given = list(_tensors((args, kwargs or {})))
         for tensor in given:
-            self._note_read(name, _storage(tensor))
+            if tensor.ndim or name != LITERAL:
+                self._note_read(name, _storage(tensor))
         out = func(*args, **(kwargs or {}))
-        self.operators.append(func)
+        if not _only_arranges(func, name):
+            self.operators.append(func)
         for tensor in _tensors(out):
             self._note_made(tensor)
             if name in UNINITIALISED:
                 poison(tensor)
-            elif self._is_lookup(given, tensor):
+            elif self._poison_padding and self._is_lookup(given, tensor):
                 poison(tensor[self._num_live:])
         return out
 
@@ -207,6 +226,12 @@ class _Watch(TorchDispatchMode):
         """Whether rows of numbers were looked up for the step's tokens."""
         return (result.is_floating_point() and result.ndim > 1 and len(result) == self._num_tokens > self._num_live
                 and any(tensor.data_ptr() in self._lookups for tensor in given))
+
+
+def _only_arranges(func: Any, name: str) -> bool:
+    """Views, which launch nothing, and the copies that stand in for one where numbers have to be moved."""
+    alias = func._schema.returns[0].alias_info if func._schema.returns else None
+    return name in ARRANGES or (alias is not None and not alias.is_write)
 
 
 def _addresses(memory: StepMemory) -> dict[str, tuple[int, torch.Size, torch.dtype]]:

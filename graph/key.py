@@ -1,8 +1,8 @@
 """`GraphKey` and the rules that find one: which shapes are captured, and how a step is padded to one of them.
 
 Letters: T tokens, S rows. A padded step has the bucket's T and S; every padding token belongs to a padding row, because
-some kernels want the last offset of `query_start_S1` to be T, and every padding row has at least one token, because some
-cannot have an empty one.
+some kernels want the last offset of `query_start_S1` to be T, and every padding row has at least one token, because
+some cannot have an empty one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def at_least(sizes: tuple[int, ...], size: int) -> int | None:
 class BucketRules:
     """Which keys exist.
 
-    max_seqs: rows of the longest step that is captured. draft_length: the most drafts a row can have (0: no speculation).
+    max_seqs: rows of the longest step that is captured. draft_length: the most drafts of a row (0: no speculation).
     max_mixed_tokens: steps with longer chunks are captured up to that many tokens (0: none). step: of the buckets.
     """
 
@@ -87,8 +87,8 @@ class BucketRules:
 
     def _fit(self, num_tokens: int, num_seqs: int, token_sizes: tuple[int, ...],
              most: int | None) -> tuple[int, int] | None:
-        """(T, S) with the smallest T, then the smallest S, whose padding rows can take the padding tokens: one to `most`
-        each (None: any number)."""
+        """(T, S) with the smallest T, then the smallest S, whose padding rows can take the padding tokens, one to
+        `most` each (None: any number)."""
         seq_sizes = self._ragged_seq_sizes()
         for size in token_sizes[bisect_left(token_sizes, num_tokens):]:
             padding = size - num_tokens

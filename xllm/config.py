@@ -23,6 +23,7 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
+GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # The first six, and what other engines call them.
 KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
@@ -111,6 +112,16 @@ class DeviceSettings:
     num_threads: int | None = option(None, "CPU threads; none: one per core")
     strict_ops: bool | None = option(None, "refuse to run an operator that the device inherits from the reference; "
                                      "none: yes on cuda and npu")
+    graph_mode: str = option("auto", "whether decode steps are captured once and replayed; auto: where the device can; "
+                             "checked: steps run in poisoned memory and are checked, for tests, slow",
+                             choices=GRAPH_MODES)
+    graph_max_seqs: int | None = option(None, "longest step that is captured, in sequences; none: max_num_seqs",
+                                        aliases=("acl_graph_decode_batch_size_limit",))
+    graph_max_prefill_tokens: int = option(0, "steps with chunks of prompts are captured up to that many tokens; "
+                                           "0: never")
+    graph_max_graphs: int = option(64, "captured graphs kept at once, the least recently used go first")
+    graph_memory: str = option("50%", "memory for captured graphs, such as 2GiB, or a share of what weights and KV "
+                               "cache leave")
     tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
 
 
@@ -191,6 +202,7 @@ def check(config: EngineConfig) -> None:
         raise ConfigError("max_num_batched_tokens must hold one token and its drafts "
                           f"({1 + spec.num_speculative_tokens})")
     _check_tiers(c)
+    _check_graphs(config.device)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
 
@@ -219,6 +231,14 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError(f"kv_cache_dtype {c.kv_cache_dtype} needs host_cache_size: it is the format of stored KV")
     if c.preemption_mode == "swap" and not has_host:
         raise ConfigError("preemption_mode swap needs host_cache_size")
+
+
+def _check_graphs(d: DeviceSettings) -> None:
+    _at_least("graph_max_graphs", d.graph_max_graphs, 1)
+    _at_least("graph_max_prefill_tokens", d.graph_max_prefill_tokens, 0)
+    parse_amount("graph_memory", d.graph_memory)
+    if d.graph_max_seqs is not None:
+        _at_least("graph_max_seqs", d.graph_max_seqs, 1)
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -36,6 +36,19 @@ class LaneStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStats:
+    """Captured graphs. replays: steps through one, by kind and variant. fallbacks: steps that ran eagerly although the
+    device has a graph mode, by reason."""
+
+    num_graphs: int = 0
+    num_bytes: int = 0
+    captures_total: int = 0
+    evictions_total: int = 0
+    replays_total: dict[str, int] = field(default_factory=dict)
+    fallbacks_total: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """One look at a running engine. Times are seconds; `last_step_s` is on the `time.monotonic()` clock."""
 
@@ -63,6 +76,7 @@ class EngineStats:
     kv_lanes: dict[str, LaneStats] = field(default_factory=dict)  # by lane: save, load, write, read
     prefetched_blocks_total: dict[str, int] = field(default_factory=dict)  # right: used in time; wrong: not
     kv_disk_up: bool = False  # there is a disk tier and it has not failed
+    graphs: GraphStats | None = None  # None: no graph mode
 
     @property
     def prefix_hit_rate(self) -> float:

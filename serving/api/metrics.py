@@ -139,6 +139,7 @@ class ServerCollector:
             counter.add_metric(labels, value)
             yield counter
         yield from self._tier_families(prefix, labels)
+        yield from self._graph_families(prefix, labels)
         if (ready := self._state.engine.ready) is not None:
             cache = ready.config.cache
             facts = {"block_size": str(cache.block_size), "num_gpu_blocks": str(ready.num_blocks),
@@ -189,6 +190,27 @@ class ServerCollector:
         swaps = counter(f"{prefix}:num_swaps", "Preemptions whose KV was copied to host memory", labels=LABELS)
         swaps.add_metric(labels, s.swaps_total)
         yield swaps
+
+
+    def _graph_families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
+        """Captured graphs, on devices with a graph mode."""
+        g = self._state.engine.stats.graphs
+        if g is None:
+            return
+        for name, text, value in (("graphs", "Captured graphs", g.num_graphs),
+                                  ("graph_memory_bytes", "Memory of captured graphs", g.num_bytes)):
+            gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
+            gauge.add_metric(labels, value)
+            yield gauge
+        for name, text, label, values in (
+                ("graph_replays", "Steps through a captured graph", "kind", g.replays_total),
+                ("graph_fallbacks", "Steps that ran eagerly in spite of graph mode", "reason", g.fallbacks_total),
+                ("graph_changes", "Graphs captured and evicted", "change",
+                 {"capture": g.captures_total, "eviction": g.evictions_total})):
+            counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=(*LABELS, label))
+            for key, value in values.items():
+                counter.add_metric((*labels, key), value)
+            yield counter
 
 
 def router(state: ServerState) -> APIRouter:

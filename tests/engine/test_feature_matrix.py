@@ -19,7 +19,7 @@ from xllm import LLM, SamplingParams
 MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
-FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers")
+FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers", "graph")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
 LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -49,6 +49,7 @@ def settings_for(features: frozenset[str]) -> dict:
         "max_num_seqs": 6 if batch else 1,
         "quantization": "int8" if "int8" in features else None,
         "num_threads": 1,
+        "graph_mode": "checked" if "graph" in features else "off",
         **({"host_cache_size": "16MiB", "disk_cache_size": "64MiB"} if "tiers" in features else {}),
     }
 
@@ -108,6 +109,10 @@ def check_that_it_worked(features: frozenset[str], stats) -> None:
         below = stats.cached_tokens_by_tier_total
         assert below["l4"] > 0 if "overlap" in features else below["l3"] > 0
         assert stats.kv_disk_up
+    assert (stats.graphs is not None) == ("graph" in features)
+    if stats.graphs is not None:
+        assert sum(stats.graphs.replays_total.values()) > sum(stats.graphs.fallbacks_total.values())
+        assert ("verify" in {kind.split("-")[0] for kind in stats.graphs.replays_total}) == ("ngram" in features)
     assert (stats.preemptions_total > 0) == ("preemption" in features)
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
 

@@ -9,13 +9,11 @@ from xllm.errors import DeviceError
 from xllm.kv.lanes import (
     LANES,
     LOAD,
-    MAX_PAUSE_S,
     READ,
     SAVE,
     URGENT,
     WRITE,
     LaneStats,
-    Pace,
     ThreadLanes,
     Ticket,
     TicketBoard,
@@ -207,34 +205,60 @@ def test_a_lane_keeps_to_its_bandwidth_over_all_its_jobs():
     assert free[-1].began_s - free[0].began_s < LONG_S, "no limit on the other lane: a gigabyte takes no second each"
 
 
-def pause_of(took_s, *, num_bytes=0, is_polite=True, max_bytes_per_s=0.0):
-    pace = Pace(max_bytes_per_s, busy_share=0.25)
-    pace.ran(100.0, 100.0 + took_s, num_bytes)
-    return max(0.0, pace.next_s(is_polite) - 100.0)
-
-
-def test_a_polite_job_leaves_the_lane_idle_for_most_of_the_time():
-    assert pause_of(0.001) == pytest.approx(0.004)
-    assert pause_of(10.0) == pytest.approx(MAX_PAUSE_S)
-    assert pause_of(0.001, is_polite=False) == 0.0
-    assert pause_of(0.001, num_bytes=80_000, max_bytes_per_s=1e6) == pytest.approx(0.08), "the limit holds as well"
-    assert pause_of(0.001, num_bytes=80_000, max_bytes_per_s=1e6, is_polite=False) == pytest.approx(0.08)
-
-
-@pytest.mark.parametrize(("lane", "priority", "foreground", "is_paced"), [
+@pytest.mark.parametrize(("lane", "priority", "foreground", "rides"), [
     (SAVE, URGENT + 1, True, True), (WRITE, URGENT + 1, True, True), (WRITE, URGENT + 1, False, False),
     (WRITE, URGENT, True, False), (LOAD, URGENT + 1, True, False), (READ, URGENT + 1, True, False),
 ])
-def test_only_what_nobody_waits_for_is_paced_and_only_while_steps_run(lane, priority, foreground, is_paced):
-    lanes = ThreadLanes(busy_share=1e-9)  # any pause is the longest one
+def test_only_what_nobody_waits_for_rides_and_only_while_steps_run(lane, priority, foreground, rides):
+    lanes, ran = ThreadLanes(rides=True), []
     lanes.foreground = foreground
-    jobs = [Job(lane, priority=priority) for _ in range(6)]
-    for job in jobs:
-        lanes.submit(job)
+    job = Job(lane, priority=priority, ran=ran)
+    lanes.submit(job)
+    assert lanes.num_riding == rides
+    if rides:
+        time.sleep(0.02)
+        assert not ran, "no lane's thread took it"
+        lanes.ride(0.0)
     poll_all(lanes)
     lanes.close()
-    spread_s = jobs[-1].began_s - jobs[0].began_s
-    assert spread_s >= 5 * MAX_PAUSE_S * 0.99 if is_paced else spread_s < LONG_S
+    assert len(ran) == 1
+
+
+def test_a_ride_is_one_job_at_least_and_ends_with_its_budget():
+    lanes, ran = ThreadLanes(rides=True), []
+    lanes.foreground = True
+    for number in range(4):
+        lanes.submit(Job(SAVE, priority=1, name=str(number), ran=ran))
+    lanes.ride(0.0)
+    assert ran == ["0"]
+    lanes.ride(LONG_S)
+    assert ran == ["0", "1", "2", "3"]
+    lanes.ride(LONG_S)
+    poll_all(lanes)
+    lanes.close()
+
+
+def test_a_ride_keeps_the_bandwidth():
+    lanes, ran = ThreadLanes({SAVE: 1.0}, rides=True), []
+    lanes.foreground = True
+    for number in range(2):
+        lanes.submit(Job(SAVE, priority=1, name=str(number), num_bytes=10**6, ran=ran))
+    lanes.ride(LONG_S)
+    lanes.ride(LONG_S)
+    assert ran == ["0"] and lanes.num_riding == 1
+    lanes.close()
+
+
+def test_when_the_steps_end_the_threads_take_over():
+    lanes, ran = ThreadLanes(rides=True), []
+    lanes.foreground = True
+    for number in range(3):
+        lanes.submit(Job(WRITE, priority=1, name=str(number), ran=ran))
+    assert not ran
+    lanes.foreground = False
+    poll_all(lanes)
+    lanes.close()
+    assert ran == ["0", "1", "2"]
 
 
 # --- the end

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.request import SamplingParams
-from xllm.runner.batch import build_batch
+from xllm.runner.batch import gather_batch
 from xllm.runner.rows import RowState
 from xllm.step import NewRow
 
@@ -55,7 +55,7 @@ def steps(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
 
 
 @given(steps())
-def test_build_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> None:
+def test_a_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> None:
     rows = make_rows([(tokens, computed, drafts) for tokens, computed, _, drafts in step])
     rows_S = np.arange(len(step), dtype=np.int32)[::-1].copy()
     chunks_S, drafts_S = (np.array([s[i] for s in step], dtype=np.int32) for i in (2, 3))
@@ -74,13 +74,14 @@ def test_build_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> Non
             hidden += [(row, i, j, len(ids) - 1 - drafts + j) for j in range(drafts + 1)]
     samples_S = np.array([tokens == computed + chunk for tokens, computed, chunk, _ in step])
     rows.write_drafts(rows_S, drafts_SR)
-    batch = build_batch(rows, rows_S, chunks_S, drafts_S, samples_S, torch.device("cpu"))
+    host = gather_batch(rows, rows_S, chunks_S, drafts_S, samples_S)
+    batch = host.to_device(torch.device("cpu"))
 
-    meta, s = batch.meta, batch.slots
+    meta, s = batch.meta, host.slots
     assert batch.input_ids_T.tolist() == ids
     assert batch.positions_T.tolist() == positions
     assert meta.slot_mapping_T.tolist() == slots
-    assert meta.query_start_S1.tolist() == starts == batch.query_start_S1.tolist()
+    assert meta.query_start_S1.tolist() == starts == host.query_start_S1.tolist()
     assert meta.seq_lens_S.tolist() == [c + n + d for _, c, n, d in step]
     assert list(zip(s.rows.tolist(), s.steps.tolist(), s.offsets.tolist(), s.hidden.tolist())) == hidden
     assert meta.max_query_len == max(n + d for _, _, n, d in step)
@@ -126,4 +127,4 @@ def test_a_plan_that_contradicts_the_rows_is_refused(change: dict[str, list], me
     plan = {"num_tokens_S": [3], "num_drafts_S": [0], "samples_S": [True], **change}
     arrays = {name: np.array(value, dtype=bool if name == "samples_S" else np.int32) for name, value in plan.items()}
     with pytest.raises(AssertionError, match=message):
-        build_batch(rows, np.zeros(1, np.int32), device=torch.device("cpu"), **arrays)
+        gather_batch(rows, np.zeros(1, np.int32), **arrays)

@@ -16,6 +16,7 @@ from backends.vmm import VmmDriver
 from tests.runner.harness import Driver, make_config
 from xllm.errors import ConfigError
 from xllm.models.decoder import CausalLM
+from xllm.runner.graphs import Forwarded
 from xllm.runner.kv_cache import block_bytes, page_bytes, plan_num_blocks
 from xllm.runner.model_runner import ModelRunner
 from xllm.runner.virtual_rows import make_virtual_rows
@@ -58,12 +59,17 @@ def test_tokens_are_those_of_block_tables(make_driver: Callable[..., Driver], dr
     assert (virtual.xtensor.counters.pages_mapped > 0) == (limit != 0)
 
 
+def keep(seen: list[torch.Tensor | None], done: Forwarded) -> Forwarded:
+    seen.append(done.hidden_TD)
+    return done
+
+
 def test_logits_are_the_same_bits(make_driver: Callable[..., Driver]) -> None:
-    hidden: dict[str, list[torch.Tensor]] = {"paged": [], "xtensor": []}
+    hidden: dict[str, list[torch.Tensor | None]] = {"paged": [], "xtensor": []}
     for layout, seen in hidden.items():
         driver = make_driver(kv_layout=layout)
         forward = driver.runner._forward
-        driver.runner._forward = lambda *args, f=forward, s=seen: s.append(f(*args)) or s[-1]  # type: ignore[method-assign]
+        driver.runner._forward = lambda *args, f=forward, s=seen: keep(s, f(*args))  # type: ignore[method-assign]
         run(driver)
     assert len(hidden["paged"]) == len(hidden["xtensor"]) > 20
     assert all(torch.equal(a, b) for a, b in zip(hidden["paged"], hidden["xtensor"]))

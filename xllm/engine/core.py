@@ -15,7 +15,7 @@ from xllm.config import EngineConfig
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
 from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
 from xllm.errors import ConfigError, DeviceError, IntegrityError, RequestError
-from xllm.metrics import EngineStats
+from xllm.metrics import EngineStats, GraphStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
 from xllm.step import ScheduleOutput
@@ -101,7 +101,7 @@ class EngineCore:
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks), executor)
         try:
             if has_tiers(self.config.cache):
-                attach_tiers(self.scheduler, self.config, loaded.runner, loaded.backend, loaded.path,
+                attach_tiers(self.scheduler, executor, self.config, loaded.runner, loaded.backend, loaded.path,
                              loaded.model_config)
         except BaseException:
             executor.shutdown()
@@ -131,7 +131,8 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges. May be called from another thread."""
-        return collect_stats(self.loop)
+        graphs = self.runner.graphs
+        return collect_stats(self.loop, None if graphs is None else graphs.stats())
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
@@ -219,7 +220,7 @@ def _check_ops(backend: Backend, strict: bool | None) -> None:
     _log.warning(message)
 
 
-def collect_stats(loop: StepLoop) -> EngineStats:
+def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineStats:
     """The loop's gauges and totals; reads only, so another thread may call it."""
     scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
     c = scheduler.counters
@@ -232,5 +233,5 @@ def collect_stats(loop: StepLoop) -> EngineStats:
         prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
         spec_draft_tokens_total=c.draft_tokens, spec_accepted_tokens_total=c.accepted_tokens,
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
-        **tier_stats(scheduler.kv),
+        graphs=graphs, **tier_stats(scheduler.kv),
     )

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from xllm.step import ScheduleOutput, StepOutput
 
 R = TypeVar("R")
+RIDE_S = 100e-6  # for riders after each step
 
 
 class Runner(Protocol):
@@ -22,12 +23,22 @@ class Runner(Protocol):
     def run(self, plan: ScheduleOutput) -> StepOutput: ...
 
 
+class Riders(Protocol):
+    """Small work that is better done in the thread that computes than beside it."""
+
+    @property
+    def num_riding(self) -> int: ...
+
+    def ride(self, budget_s: float) -> None: ...
+
+
 class Executor(Protocol):
     """Steps are run one after the other in the order of `submit`; `result` returns them in that order."""
 
     depth: int  # how many steps may be in flight while the next is scheduled
 
     runner: Runner | None  # set before the first step
+    riders: Riders | None  # what may run between two steps, in their thread
 
     def call(self, load: Callable[[], R]) -> R:
         """Call something in the thread that will run the steps. Raises what it raises."""
@@ -49,6 +60,7 @@ class InlineExecutor:
 
     def __init__(self) -> None:
         self.runner: Runner | None = None
+        self.riders: Riders | None = None
         self._results: deque[StepOutput] = deque()
 
     def call(self, load: Callable[[], R]) -> R:
@@ -57,6 +69,8 @@ class InlineExecutor:
     def submit(self, plan: ScheduleOutput) -> None:
         assert self.runner is not None
         self._results.append(self.runner.run(plan))
+        if self.riders is not None and self.riders.num_riding:
+            self.riders.ride(RIDE_S)
 
     def result(self) -> StepOutput:
         return self._results.popleft()
@@ -77,6 +91,7 @@ class ThreadExecutor:
 
     def __init__(self) -> None:
         self.runner: Runner | None = None
+        self.riders: Riders | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-runner")
         self._futures: deque[Future[StepOutput]] = deque()
 
@@ -87,6 +102,8 @@ class ThreadExecutor:
         assert self.runner is not None
         self.runner.prepare(plan)
         self._futures.append(self._pool.submit(self.runner.run, plan))
+        if self.riders is not None and self.riders.num_riding:
+            self._pool.submit(self.riders.ride, RIDE_S)
 
     def result(self) -> StepOutput:
         return self._futures.popleft().result()

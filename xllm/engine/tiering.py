@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm.config import CacheSettings, EngineConfig
+from xllm.engine.executor import Executor
 from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import make_policy
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
-CPU_BUSY_SHARE = 1 / 32  # of a lane's time while steps run: about 50 MB/s, more than two cores compute
 
 
 def has_tiers(cache: CacheSettings) -> bool:
@@ -35,15 +35,15 @@ def has_tiers(cache: CacheSettings) -> bool:
     return cache.host_blocks_factor > 0 or not is_zero("host_cache_size", cache.host_cache_size)
 
 
-def attach_tiers(scheduler: Scheduler, config: EngineConfig, runner: ModelRunner, backend: Backend, path: Path,
-                 model_config: ModelConfig) -> None:
+def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig, runner: ModelRunner,
+                 backend: Backend, path: Path, model_config: ModelConfig) -> None:
     """Put host memory, and disk if asked for, below the scheduler's KV manager.
 
     Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
     cannot be used.
     """
     from xllm.runner.kv_codec import KVCodec
-    from xllm.runner.mover import HostMover
+    from xllm.runner.mover import HostMover, Populator
 
     cache = config.cache
     codec = KVCodec.for_cache(cache.kv_cache_dtype, runner.kv_cache.layers, backend.ops)
@@ -53,13 +53,15 @@ def attach_tiers(scheduler: Scheduler, config: EngineConfig, runner: ModelRunner
     host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
     disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
     # On a CPU the cores that copy are the cores that compute.
-    busy_share = CPU_BUSY_SHARE if backend.device.type == "cpu" else 1.0
-    lanes = ThreadLanes({SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate}, busy_share)
+    lanes = ThreadLanes({SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
+                        rides=backend.device.type == "cpu")
+    executor.riders = lanes
     tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
         index, pool, mover, lanes,
         lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), store,
         _disk_lost))
     runner.board = tiers.board
+    tiers.on_close = Populator(mover, lambda: lanes.foreground).stop
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory (%s), %d on disk, %d of them found there",

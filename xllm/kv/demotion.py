@@ -20,7 +20,7 @@ from xllm.kv.lanes import URGENT, Lanes
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
 MAX_CHUNK_BLOCKS = 32  # of one job: enough to amortise its overhead, few enough to be overtaken
-CHUNK_BYTES = 256 << 10  # and as many bytes, so that what computes on the same cores is never away for long
+CHUNK_BYTES = 768 << 10  # and as many bytes, so that what computes on the same cores is never away for long
 MAX_QUEUED_PATHS = 1024
 NORMAL = URGENT + 1  # priority of copies that nobody waits for
 ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block

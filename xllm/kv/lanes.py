@@ -18,9 +18,8 @@ from xllm.errors import DeviceError
 RATE_WEIGHT = 0.2  # of the newest job in a lane's running bandwidth
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
-PACED = (SAVE, WRITE)  # nobody waits for these
-URGENT = 0  # priority of moves that somebody does wait for; larger ones may be paced
-MAX_PAUSE_S = 0.02  # of a paced lane, so that it is soon back when steps end or something urgent comes
+PATIENT = (SAVE, WRITE)  # nobody waits for these, unless their priority says so
+URGENT = 0  # priority of moves that somebody waits for; lower goes first
 
 
 class Job(Protocol):
@@ -63,6 +62,7 @@ class LaneStats:
 
 
 _Done = tuple[Job, BaseException | None, float, float]
+_Entry = tuple[int, int, float, Job]  # (priority, order of submission, when, what)
 
 
 class Lanes(Protocol):
@@ -91,37 +91,22 @@ class Lanes(Protocol):
         ...
 
 
-class Pace:
-    """When a lane may begin its next job."""
-
-    def __init__(self, max_bytes_per_s: float, busy_share: float):
-        """max_bytes_per_s: 0 for no limit. busy_share: of the time, for polite jobs."""
-        self._max_bytes_per_s, self._busy_share = max_bytes_per_s, busy_share
-        self._any_s = self._polite_s = 0.0
-
-    def ran(self, began_s: float, ended_s: float, num_bytes: int) -> None:
-        """A job ran."""
-        self._any_s = began_s + num_bytes / self._max_bytes_per_s if self._max_bytes_per_s else 0.0
-        self._polite_s = began_s + min(MAX_PAUSE_S, (ended_s - began_s) / self._busy_share)
-
-    def next_s(self, is_polite: bool) -> float:
-        """The earliest time for a job; polite: nobody waits for it, and steps run."""
-        return max(self._any_s, self._polite_s) if is_polite else self._any_s
-
-
 class ThreadLanes:
     """One thread for each lane.
 
-    max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. busy_share: how much of the time
-    a lane in `PACED` may work while steps run (`foreground`); 1: no limit. Where copies take the cores that compute,
-    a smaller share keeps them from stalling the steps.
+    max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. rides: while steps run
+    (`foreground`), moves in `PATIENT` that nobody waits for are not given to the lanes' threads but run by the thread
+    that computes, between two steps (`ride`). Where copies take the very cores that compute, a second thread costs
+    the steps far more than the copy does: all workers of an operator wait for the one that was interrupted.
     """
 
-    def __init__(self, max_bytes_per_s: dict[str, float] | None = None, busy_share: float = 1.0):
-        self.foreground = False
-        self._busy_share = busy_share
+    def __init__(self, max_bytes_per_s: dict[str, float] | None = None, *, rides: bool = False):
         self.stats = {name: LaneStats() for name in LANES}
+        self._rides = rides
+        self._foreground = False
+        self._riding: deque[_Entry] = deque()
         self._limits = max_bytes_per_s or {}
+        self._allowed_s = dict.fromkeys(LANES, 0.0)  # when a lane may begin its next job
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._ready: deque[_Done] = deque()  # taken from _done by `wait`
         self._queues: dict[str, queue.PriorityQueue] = {name: queue.PriorityQueue() for name in LANES}
@@ -140,12 +125,50 @@ class ThreadLanes:
     def num_open(self) -> int:
         return sum(stats.queued for stats in self.stats.values())
 
+    @property
+    def foreground(self) -> bool:
+        return self._foreground
+
+    @foreground.setter
+    def foreground(self, steps_run: bool) -> None:
+        self._foreground = steps_run
+        while not steps_run and self._riding:
+            try:
+                entry = self._riding.popleft()
+            except IndexError:  # the computing thread was faster
+                return
+            self._queues[entry[3].lane].put(entry)
+
     def submit(self, job: Job) -> None:
         assert not self._stopping.is_set(), "the lanes are closed"
         if not self._threads:
             self._start()
         self.stats[job.lane].queued += 1
-        self._queues[job.lane].put((job.priority, next(self._order), time.monotonic(), job))
+        entry = (job.priority, next(self._order), time.monotonic(), job)
+        if self._rides and self._foreground and job.lane in PATIENT and job.priority > URGENT:
+            self._riding.append(entry)
+        else:
+            self._queues[job.lane].put(entry)
+
+    @property
+    def num_riding(self) -> int:
+        """Moves that wait for `ride`."""
+        return len(self._riding)
+
+    def ride(self, budget_s: float) -> None:
+        """Run moves for about that long, at least one. Called by the thread that computes, between two steps."""
+        until_s = time.monotonic() + budget_s
+        while True:
+            try:
+                entry = self._riding.popleft()
+            except IndexError:
+                return
+            if time.monotonic() < self._allowed_s[entry[3].lane]:
+                self._riding.appendleft(entry)
+                return
+            self._run(entry)
+            if time.monotonic() >= until_s:
+                return
 
     def poll(self) -> int:
         count = 0
@@ -178,21 +201,23 @@ class ThreadLanes:
         self._threads.clear()
 
     def _work(self, name: str) -> None:
-        pace = Pace(self._limits.get(name, 0.0), self._busy_share)
         while True:
-            _, _, submitted_s, job = self._queues[name].get()
-            if job is None or self._stopping.is_set():
+            entry = self._queues[name].get()
+            if entry[3] is None or self._stopping.is_set():
                 return
-            is_polite = self.foreground and name in PACED and job.priority > URGENT
-            self._stopping.wait(max(0.0, pace.next_s(is_polite) - time.monotonic()))
-            began, error = time.monotonic(), None
-            try:
-                job.run()
-            except BaseException as raised:  # the owner decides what it means
-                error = raised
-            now = time.monotonic()
-            pace.ran(began, now, job.num_bytes)
-            self._done.put((job, error, now - began, now - submitted_s))
+            self._stopping.wait(max(0.0, self._allowed_s[name] - time.monotonic()))
+            self._run(entry)
+
+    def _run(self, entry: _Entry) -> None:
+        _, _, submitted_s, job = entry
+        began, error = time.monotonic(), None
+        try:
+            job.run()
+        except BaseException as raised:  # the owner decides what it means
+            error = raised
+        now, limit = time.monotonic(), self._limits.get(job.lane, 0.0)
+        self._allowed_s[job.lane] = began + job.num_bytes / limit if limit else 0.0
+        self._done.put((job, error, now - began, now - submitted_s))
 
 
 class Ticket:

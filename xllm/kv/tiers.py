@@ -69,6 +69,7 @@ class TieredStore:
         self._on_disk_error = on_disk_error
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
+        self.on_close: Callable[[], None] = lambda: None
         self.board = TicketBoard()
         self.slot_of_block = np.full(pool.num_blocks, NO_SLOT, dtype=np.int32)
         self.disk_of_slot = np.full(mover.num_host_slots, NO_SLOT, dtype=np.int32)
@@ -248,6 +249,7 @@ class TieredStore:
 
     def close(self, flush_s: float = 0.0) -> None:
         """Stop the lanes; with a disk, first spend up to `flush_s` on storing what is not there yet."""
+        self.on_close()
         self.lanes.foreground = False
         if self.disk is not None and flush_s and not self.writer.disabled:
             self.flush(time.monotonic() + flush_s)

@@ -1,4 +1,4 @@
-"""`ForwardBatch`: the model's inputs for one step, gathered fresh from row state.
+"""`HostBatch`, gathered fresh from row state each step, and `ForwardBatch`: the model's inputs made of it.
 
 Letters: T tokens of the step, S rows of the step, M blocks per row, Q positions to sample from.
 A row contributes `num_tokens` known tokens and behind them its drafts, adjacent and in order.
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.metadata import AttentionMetadata
+from backends.metadata import AttentionMetadata, HostLengths
 from xllm.runner.rows import RowState
 
 
@@ -40,20 +40,59 @@ class SampleSlots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """input_ids_T, positions_T int32 on the device; `meta` for the attention ops; the slots to sample.
-
-    query_start_S1 is the host's copy of the one in `meta`.
-    """
+    """input_ids_T, positions_T int32 on the device; `meta` for the attention ops."""
 
     input_ids_T: Tensor
     positions_T: Tensor
     meta: AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBatch:
+    """A step's inputs in host memory, all int32, and the slots to sample.
+
+    table_SM has as many columns as the longest row needs; kv_base_S: None, or instead of it (`AttentionMetadata`).
+    """
+
+    input_ids_T: np.ndarray
+    positions_T: np.ndarray
     query_start_S1: np.ndarray
+    seq_lens_S: np.ndarray
+    table_SM: np.ndarray
+    kv_base_S: np.ndarray | None
+    slot_mapping_T: np.ndarray
+    max_query_len: int
+    block_size: int
     slots: SampleSlots
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids_T)
 
-def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
-                samples_S: np.ndarray, device: torch.device, kv_base_S: np.ndarray | None = None) -> ForwardBatch:
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seq_lens_S)
+
+    def to_device(self, device: torch.device) -> ForwardBatch:
+        """Fresh tensors of it."""
+        meta = AttentionMetadata(
+            query_start_S1=_to_device(self.query_start_S1, device),
+            seq_lens_S=_to_device(self.seq_lens_S, device),
+            block_table_SM=_to_device(self.table_SM, device),
+            slot_mapping_T=_to_device(self.slot_mapping_T, device),
+            max_query_len=self.max_query_len,
+            max_seq_len=int(self.seq_lens_S.max()),
+            num_tokens=self.num_tokens,
+            block_size=self.block_size,
+            kv_base_S=None if self.kv_base_S is None else _to_device(self.kv_base_S, device),
+            host=HostLengths(self.query_start_S1, self.seq_lens_S),
+        )
+        return ForwardBatch(input_ids_T=_to_device(self.input_ids_T, device),
+                            positions_T=_to_device(self.positions_T, device), meta=meta)
+
+
+def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
+                 samples_S: np.ndarray, kv_base_S: np.ndarray | None = None) -> HostBatch:
     """Gather one step. Drafts must stand in `rows.token_ids` behind the known tokens already.
 
     kv_base_S: int32, where the rows' blocks follow each other in the caches; None: they lie as their tables say.
@@ -70,32 +109,23 @@ def build_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, nu
     else:
         row_T = np.repeat(rows_S, num_queries_S)
         position_T = np.repeat(seq_lens_S - query_start_S1[1:], num_queries_S) + np.arange(num_tokens, dtype=np.int32)
-    max_seq_len = int(seq_lens_S.max())
     if kv_base_S is None:
         block_T = rows.block_table[row_T, position_T // rows.block_size]
-        table_SM = rows.block_table[rows_S, : -(-max_seq_len // rows.block_size)]
+        table_SM = rows.block_table[rows_S, : -(-int(seq_lens_S.max()) // rows.block_size)]
     else:
         base_T = kv_base_S if max_query_len == 1 else np.repeat(kv_base_S, num_queries_S)
         block_T = base_T + position_T // rows.block_size
         table_SM = np.zeros((len(rows_S), 0), dtype=np.int32)
-    slot_T = block_T * np.int32(rows.block_size) + position_T % rows.block_size
-
-    meta = AttentionMetadata(
-        query_start_S1=_to_device(query_start_S1, device),
-        seq_lens_S=_to_device(seq_lens_S, device),
-        block_table_SM=_to_device(table_SM, device),
-        slot_mapping_T=_to_device(slot_T, device),
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-        num_tokens=num_tokens,
-        block_size=rows.block_size,
-        kv_base_S=None if kv_base_S is None else _to_device(kv_base_S, device),
-    )
-    return ForwardBatch(
-        input_ids_T=_to_device(rows.token_ids[row_T, position_T], device),
-        positions_T=_to_device(position_T, device),
-        meta=meta,
+    return HostBatch(
+        input_ids_T=rows.token_ids[row_T, position_T],
+        positions_T=position_T,
         query_start_S1=query_start_S1,
+        seq_lens_S=seq_lens_S,
+        table_SM=table_SM,
+        kv_base_S=kv_base_S,
+        slot_mapping_T=block_T * np.int32(rows.block_size) + position_T % rows.block_size,
+        max_query_len=max_query_len,
+        block_size=rows.block_size,
         slots=_sample_slots(rows_S, query_start_S1, num_drafts_S, samples_S),
     )
 

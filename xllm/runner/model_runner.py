@@ -13,7 +13,8 @@ from xllm.config import EngineConfig
 from xllm.kv.lanes import TicketBoard
 from xllm.models.decoder import CausalLM
 from xllm.request import TokenLogprobs
-from xllm.runner.batch import ForwardBatch, SampleSlots, build_batch
+from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
+from xllm.runner.graphs import Forwarded, make_graphs
 from xllm.runner.kv_cache import KVCache, compute_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.mover import gated
@@ -50,6 +51,7 @@ class ModelRunner:
                                               pages_per_row=self.rows.block_table.shape[1])
         self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
+        self.graphs = make_graphs(config, backend, model, self.rows, self.kv_cache.layers)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory; the KV tiers bring their own
@@ -68,11 +70,10 @@ class ModelRunner:
             none = np.zeros(0, dtype=np.int32)
             return StepOutput(step=plan.step, num_sampled_S=none, token_ids_SR=none.reshape(0, 1), num_drafts_S=none)
         drafts_SR, num_drafts_S = self._propose(plan)
-        batch = build_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S,
-                            self._backend.device, kv_base_S)
-        hidden_TD = self._forward(batch, plan.tickets)
-        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden_TD)
-        draws = self._draw(batch.slots, hidden_TD)
+        batch = gather_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S, kv_base_S)
+        done = self._forward(batch, plan)
+        prompt_logprobs = self._prompt_logprobs(plan, batch, done)
+        draws = done.draws or self._draw(batch.slots, done)
         return self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
 
     def _apply(self, plan: ScheduleOutput) -> None:
@@ -101,38 +102,37 @@ class ModelRunner:
                 return drafts_SR, num_drafts_S
         return np.zeros((plan.num_rows, 0), dtype=np.int32), np.zeros(plan.num_rows, dtype=np.int32)
 
-    def _forward(self, batch: ForwardBatch, tickets: tuple[int, ...]) -> Tensor:
-        config, meta = self._model.config, batch.meta
-        meta.plan = self._backend.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-                                           head_dim=config.head_dim)
+    def _forward(self, host: HostBatch, plan: ScheduleOutput) -> Forwarded:
+        """Through a captured graph where there is one for the step, else eagerly."""
+        if self.graphs is not None:
+            done = self.graphs.run(host, plan.rows_S, waits_for_loads=bool(plan.tickets))
+            if done is not None:
+                return done
+        config, batch = self._model.config, host.to_device(self._backend.device)
+        batch.meta.plan = self._backend.ops.plan(batch.meta, num_heads=config.num_heads,
+                                                 num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
         layers: Iterable[tuple[Tensor, Tensor]] = self.kv_cache.layers
-        if tickets:
-            layers = gated(self.kv_cache.layers, self.board.tickets(tickets))
-        return self._model.forward(batch.input_ids_T, batch.positions_T, layers, meta)
+        if plan.tickets:
+            layers = gated(self.kv_cache.layers, self.board.tickets(plan.tickets))
+        return Forwarded(hidden_TD=self._model.forward(batch.input_ids_T, batch.positions_T, layers, batch.meta))
 
-    def _draw(self, slots: SampleSlots, hidden_TD: Tensor) -> Draws:
+    def _draw(self, slots: SampleSlots, done: Forwarded) -> Draws:
         """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""
         token_ids, logprobs, failed = [], {}, {}
         for part in self._slices(len(slots), SAMPLE_LOGITS_BYTES):
-            draws = self._sampler.draw(self._logits(hidden_TD, slots.hidden[part]), slots[part])
+            draws = self._sampler.draw(done.logits(slots.hidden[part], self._model), slots[part])
             token_ids.append(draws.token_ids_Q)
             logprobs.update({part.start + q: entry for q, entry in draws.logprobs.items()})
             failed.update({part.start + q: reason for q, reason in draws.failed.items()})
         token_ids_Q = np.concatenate(token_ids) if token_ids else np.zeros(0, dtype=np.int64)
         return Draws(token_ids_Q=token_ids_Q, logprobs=logprobs, failed=failed)
 
-    def _logits(self, hidden_TD: Tensor, indices: np.ndarray) -> Tensor:
-        """Logits at some places of the T axis; all places in order need no copy."""
-        if len(indices) < len(hidden_TD):
-            hidden_TD = hidden_TD[torch.from_numpy(indices).to(self._backend.device)]
-        return self._model.compute_logits(hidden_TD)
-
     def _slices(self, num_slots: int, limit_bytes: int) -> list[slice]:
         width = max(1, limit_bytes // (4 * self._model.config.vocab_size))
         return [slice(start, min(start + width, num_slots)) for start in range(0, num_slots, width)]
 
-    def _prompt_logprobs(self, plan: ScheduleOutput, batch: ForwardBatch,
-                         hidden_TD: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, plan: ScheduleOutput, batch: HostBatch,
+                         done: Forwarded) -> dict[int, list[TokenLogprobs]]:
         """For each row that asked: every prompt token that this chunk's places predict."""
         rows, found = self.rows, {}
         asked_S = rows.num_prompt_logprobs[plan.rows_S] != NO_LOGPROBS
@@ -144,15 +144,15 @@ class ModelRunner:
                 continue
             indices = int(batch.query_start_S1[i]) + np.arange(end - first)
             token_ids = rows.token_ids[row, first:end]
-            found[i] = self._logprobs_at(hidden_TD, indices, token_ids, int(rows.num_prompt_logprobs[row]))
+            found[i] = self._logprobs_at(done, indices, token_ids, int(rows.num_prompt_logprobs[row]))
         return found
 
-    def _logprobs_at(self, hidden_TD: Tensor, indices: np.ndarray, token_ids: np.ndarray,
+    def _logprobs_at(self, done: Forwarded, indices: np.ndarray, token_ids: np.ndarray,
                      num_top: int) -> list[TokenLogprobs]:
         """Logprobs of given tokens at places of the T axis, in slices of bounded memory."""
         entries: list[TokenLogprobs] = []
         for part in self._slices(len(indices), PROMPT_LOGITS_BYTES):
-            logits_XV = self._logits(hidden_TD, indices[part])
+            logits_XV = done.logits(indices[part], self._model)
             entries += token_logprobs(logits_XV, token_ids[part], np.full(len(logits_XV), num_top))
         return entries
 

@@ -5,7 +5,8 @@ A host slot holds one block of all layers as one run of bytes (`KVCodec`), so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from xllm.runner.kv_codec import KVCodec
 
 
+POPULATED_BYTES = 1 << 20  # at a time
+
+
 class HostMover:
     """A `Mover` over a `KVCache`. `save` and `load_layer` may run at the same time, each in its own thread."""
 
@@ -31,6 +35,7 @@ class HostMover:
         self._host = backend.allocate_host(num_host_slots * codec.payload_bytes).view(num_host_slots, -1)
         self._host_bytes = self._host.numpy()
         self._synchronize = backend.synchronize_copies
+        self._populate = backend.populate_host
 
     @torch.inference_mode()
     def save(self, block_ids: np.ndarray, slots: np.ndarray) -> None:
@@ -48,6 +53,35 @@ class HostMover:
 
     def payload(self, slot: int) -> memoryview:
         return memoryview(self._host_bytes[slot])  # type: ignore[arg-type]
+
+
+    def populate(self, is_busy: Callable[[], bool], stopping: threading.Event) -> None:
+        """Have the system give the host memory piece by piece while the engine is not busy, so that copies need not
+        wait for it. Its first touch is ten times slower than a copy on some machines."""
+        flat = self._host.view(-1)
+        for start in range(0, len(flat), POPULATED_BYTES):
+            while is_busy() and not stopping.wait(0.05):
+                pass
+            if stopping.is_set():
+                return
+            self._populate(flat[start : start + POPULATED_BYTES])
+
+
+class Populator(threading.Thread):
+    """Runs `HostMover.populate` beside everything else until it is done or told to stop."""
+
+    def __init__(self, mover: HostMover, is_busy: Callable[[], bool]):
+        super().__init__(name="xllm-kv-populate", daemon=True)
+        self._mover, self._is_busy = mover, is_busy
+        self._stopping = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        self._mover.populate(self._is_busy, self._stopping)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
 
 
 def gated(layers: Sequence[tuple[Tensor, Tensor]], tickets: Sequence[Ticket]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,195 @@
+"""The CUDA backend: memory, streams, and the table of the operators that run as Triton kernels.
+
+All work of a step is queued on the device's default stream. Each thread that copies between device and host memory has
+a stream of its own, which waits for what the default stream had queued when the copy was asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from backends.backend import BackendError, Capturer
+from backends.cpu_memory import available_bytes, lazy_zeros
+from backends.cuda_graphs import CudaCapturer
+from backends.metadata import AttentionMetadata
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from backends.vmm import VmmDriver
+from cuda_ops import activation, kv, linear, norm, rotary, sampling
+from cuda_ops import attention as attention_kernels
+from cuda_ops.vmm import CudaVmm
+
+LEAST_CAPABILITY = (8, 0)
+
+
+def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
+    """Plans by sliding window, each made by the first layer that has it; part of the captured work in a graph."""
+    return {}
+
+
+def attention(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    batch = attention_kernels.Batch(
+        query_start_S1=meta.query_start_S1, seq_lens_S=meta.seq_lens_S, block_table_SM=meta.block_table_SM,
+        kv_base_S=meta.kv_base_S, num_tokens=meta.num_tokens, max_query_len=meta.max_query_len,
+    )  # fmt: skip
+    window = None if sliding_window is None or sliding_window >= meta.max_seq_len else sliding_window
+    plans = {} if meta.plan is None else meta.plan
+    if window not in plans:
+        shape = attention_kernels.Shape.of(q_TNH, k_cache)
+        plans[window] = attention_kernels.plan(batch, shape, q_TNH, window)
+    return attention_kernels.attention(q_TNH, k_cache, v_cache, batch, plans[window], scale=scale).flatten(1)
+
+
+def qkv_rope_write(
+    qkv_TX: Tensor,
+    positions_T: Tensor,
+    cos_sin_LH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    **options: Any,
+) -> Tensor:
+    return rotary.qkv_rope_write(qkv_TX, positions_T, cos_sin_LH, k_cache, v_cache, meta.slot_mapping_T, **options)
+
+
+# `pack_linear` is the reference's: cuBLAS and the int8 kernel take weights as they lie.
+OPS = replace(
+    REFERENCE,
+    name="cuda",
+    linear=linear.linear,
+    embedding=linear.embedding,
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    qkv_rope_write=qkv_rope_write,
+    plan=plan,
+    attention=attention,
+    silu_mul=activation.silu_mul,
+    copy_blocks=kv.copy_blocks,
+    stored_bytes=kv.stored_bytes,
+    export_blocks=kv.export_blocks,
+    import_blocks=kv.import_blocks,
+    argmax=sampling.argmax,
+    sample=sampling.sample,
+)
+
+
+class CopyStreams:
+    """A stream for each thread that copies."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._local = device, threading.local()
+
+    def current(self) -> torch.cuda.Stream:
+        """This thread's."""
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device)
+        stream: torch.cuda.Stream = self._local.stream
+        return stream
+
+    def queued(self, op: Callable[..., None]) -> Callable[..., None]:
+        """`op`, on this thread's stream instead of the current one."""
+
+        def run(*arguments: Any, **options: Any) -> None:
+            stream = self.current()
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+            with torch.cuda.stream(stream):
+                op(*arguments, **options)
+
+        return run
+
+
+class CudaBackend:
+    """A `Backend` over the current CUDA device. Raises BackendError, with the reason, where it cannot run."""
+
+    name = "cuda"
+    default_block_size = 128
+
+    def __init__(self) -> None:
+        check_device()
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.vmm: VmmDriver | None = make_vmm(self.device)
+        self.capturer: Capturer | None = CudaCapturer(self.device)
+        self._copies = CopyStreams(self.device)
+        self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
+                                  import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """bfloat16, or the checkpoint's where that is float16."""
+        return torch.float16 if checkpoint_dtype is torch.float16 else torch.bfloat16
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return kv.cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def available_memory_bytes(self) -> int:
+        """What the driver has free, and what torch keeps without using it."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        """Pinned until the process ends. Not from torch's own pool, which would round it up to a power of two."""
+        memory = lazy_zeros((num_bytes,), torch.uint8)
+        if num_bytes:
+            error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+            if error:
+                raise MemoryError(f"the CUDA driver cannot pin {num_bytes} bytes of host memory: error {error}")
+        return memory
+
+    def populate_host(self, memory: Tensor) -> None:
+        """Pinned memory is there from the start."""
+
+    def available_host_bytes(self) -> int:
+        return available_bytes()
+
+    def synchronize_copies(self) -> None:
+        self._copies.current().synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def describe(self) -> dict[str, str]:
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.multi_processor_count} "
+                      f"multiprocessors, {properties.total_memory / 2**30:.0f} GiB)",
+            "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+            "kernels": f"triton {triton.__version__}",
+            "virtual memory": "yes" if self.vmm is not None else "no (cuda-bindings missing or not supported)",
+            "inherited": ", ".join(self.ops.inherited_from(REFERENCE)) or "none",
+        }  # fmt: skip
+
+
+def check_device() -> None:
+    """Raise BackendError unless torch has a CUDA device that the kernels are made for."""
+    if torch.version.cuda is None:
+        raise BackendError(f"the cuda backend needs a CUDA build of torch; this is {torch.__version__}")
+    if not torch.cuda.is_available():
+        raise BackendError("the cuda backend needs a CUDA device and its driver, and torch sees none")
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        raise BackendError("the cuda backend needs compute capability 8.0 (Ampere) or newer; "
+                           f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}")  # fmt: skip
+
+
+def make_vmm(device: torch.device) -> VmmDriver | None:
+    try:
+        return CudaVmm(device.index)
+    except RuntimeError:
+        return None

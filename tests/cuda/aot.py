@@ -1,0 +1,257 @@
+"""`python -m tests.cuda.aot`: every kernel with every entry of the config table, compiled without a device.
+
+The operators themselves are called, with tensors on the CPU, so that what is compiled is what would be launched. Each
+(operator, architecture) has a process of its own, which a failed assertion in the compiler would end. Of every kernel:
+registers without spills, no local memory, shared memory within the device's; of those that promise it, more than one
+buffer for keys and values, copies of 16 bytes into them, and Hopper's warp-group instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Compute capability, multiprocessors, bytes of shared memory a program may have. Ampere's are those of its smaller
+# devices (8.6, 8.9), so that every table entry runs on all of them.
+DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+SECONDS = 600
+
+
+def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.norm import add_rms_norm, rms_norm
+
+    for D, dtype in ((1024, BF16), (2048, BF16), (4096, BF16), (5120, FP32), (8192, BF16)):
+        x, weight = torch.empty(4, D, dtype=dtype), torch.empty(D, dtype=dtype)
+        yield f"D{D} {dtype}", lambda x=x, weight=weight: (rms_norm(x, weight, 1e-6), add_rms_norm(x, x, weight, 1e-6))
+
+
+def silu_mul_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.activation import silu_mul
+
+    for dtype in (BF16, FP32):
+        yield str(dtype), lambda dtype=dtype: silu_mul(torch.empty(4, 2 * 14336, dtype=dtype))
+
+
+def qkv_rope_write_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.rotary import qkv_rope_write
+
+    for H, dtype, normed in ((64, BF16, False), (128, BF16, False), (128, BF16, True), (128, FP32, True),
+                             (256, BF16, False)):  # fmt: skip
+        cache, places = torch.empty(4, 8, 128, H, dtype=dtype), torch.zeros(16, dtype=torch.int32)
+        norms = dict.fromkeys(("q_norm_H", "k_norm_H"), torch.empty(H, dtype=dtype) if normed else None)
+        yield f"H{H} {dtype}{' normed' * normed}", partial(
+            qkv_rope_write, torch.empty(16, 48 * H, dtype=dtype), places, torch.empty(64, H), cache, cache, places,
+            num_heads=32, num_kv_heads=8, head_dim=H, **norms)  # fmt: skip
+
+
+def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops import attention as ops
+
+    heads = {64: (32, 8), 128: (32, 8), 256: (8, 4)}
+    shapes = [(H, BF16, 128, heads[H]) for H in heads] + [(64, FP32, 128, (32, 8)), (128, FP32, 128, (32, 8)),
+              (256, FP32, 128, (8, 4)), (128, FP16, 128, (32, 8)), (128, BF16, 16, (16, 8)), (128, BF16, 128, (7, 1)),
+              (80, BF16, 128, (32, 32))]  # fmt: skip
+    modes = [(False, None), (True, None), (False, 4096)]
+    for H, dtype, P, (N, K) in shapes:
+        for contiguous, window in modes if (H, dtype, P, N) == (128, BF16, 128, 32) else modes[:1]:
+            name = f"H{H} {dtype} P{P} N{N} K{K}{' base' * contiguous}{' window' * bool(window)}"
+            q, cache = torch.empty(64, N, H, dtype=dtype), torch.empty(3, K, P, H, dtype=dtype)
+            yield name, partial(_attend, ops, q, cache, contiguous, window)
+
+
+def _attend(ops: Any, q: torch.Tensor, cache: torch.Tensor, contiguous: bool, window: int | None) -> None:
+    ids = torch.zeros(64, dtype=torch.int32)
+    batch = ops.Batch(query_start_S1=torch.zeros(65, dtype=torch.int32), seq_lens_S=ids,
+                      block_table_SM=torch.zeros(64, 0 if contiguous else 48, dtype=torch.int32), num_tokens=64,
+                      kv_base_S=ids if contiguous else None, max_query_len=64)  # fmt: skip
+    plan = ops.plan(batch, ops.Shape.of(q, cache), q, window)
+    ops.attention(q, cache, cache, batch, plan, scale=0.1)
+
+
+def sampling_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.sampling import argmax, sample
+
+    logits, column = torch.empty(4, 151_936), torch.zeros(4)
+    yield "V151936", lambda: (argmax(logits),
+                              sample(logits, column, torch.zeros(4, dtype=torch.int32), column, column, column))
+
+
+def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.kv import copy_blocks, export_blocks, import_blocks, stored_bytes
+
+    ids = torch.zeros(4, dtype=torch.int64)
+    for dtype in (BF16, FP32):
+        cache = torch.zeros(4, 8, 128, 128, dtype=dtype)
+        yield f"copy {dtype}", lambda cache=cache: copy_blocks(cache, ids, ids)
+        for format in ("int8", "fp8"):
+            store = torch.zeros(4, stored_bytes(cache, cache, format=format), dtype=torch.uint8)
+            yield f"{format} {dtype}", lambda c=cache, s=store, f=format: (
+                export_blocks(c, c, ids, s, ids, format=f), import_blocks(c, c, ids, s, ids, format=f))  # fmt: skip
+
+
+def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.linear import linear_int8
+
+    weight = torch.zeros(4096, 4096, dtype=torch.int8)
+    for rows, dtype in ((16, BF16), (64, BF16), (64, FP16), (64, FP32)):
+        x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
+        yield f"T{rows} {dtype}", lambda x=x, scale=scale, bias=bias: linear_int8(x, weight, scale, bias)
+
+
+OPERATORS = {
+    "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
+    "attention": attention_cases, "sampling": sampling_cases, "kv": kv_cases, "linear": linear_cases,
+}  # fmt: skip
+
+
+class Device:
+    """A driver of nothing, from which the compiler learns what to compile for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Of one kernel: registers, and bytes of stack and local memory."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = RESOURCES.search(text)
+    assert found, text
+    return dict(zip(("registers", "stack", "static", "local"), map(int, found.groups())))
+
+
+def num_buffers(ttgir: str) -> int:
+    """The fewest buffers of what a pipelined loop loads; 0 without one. A buffer is the outer axis of an allocation."""
+    shapes = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<([\dx]+)x[a-z]", ttgir)
+    counts = [int(shape.split("x")[0]) for shape in shapes if shape.count("x") == 2]
+    return min(counts, default=0)
+
+
+def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
+    """One line of the report; `faults` is empty if all is as promised."""
+    used = resources(kernel.asm["cubin"])
+    shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
+    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel")
+    in_table = "P16" not in case and "H80" not in case  # entries of "any", or blocks that are smaller than tiles
+    faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
+    if shared > DEVICES[arch][2]:
+        faults.append(f"shared {shared} B of {DEVICES[arch][2]}")
+    if walks and half and in_table and buffers < 2:
+        faults.append(f"{buffers} buffers for keys and values")
+    copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
+    if walks and half and in_table and copies != {"10"}:
+        faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of 16")
+    wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
+    if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma:
+        faults.append("no wgmma")
+    return {"kernel": name, "case": case, "arch": arch, "registers": used["registers"], "shared": shared,
+            "buffers": buffers, "wgmma": wgmma, "faults": faults}  # fmt: skip
+
+
+def compile_all(operator: str, arch: str) -> None:
+    """In a child: a line of JSON for every kernel."""
+    import triton
+
+    from cuda_ops.launch import ahead_of_time
+
+    capability, num_sms, _ = DEVICES[arch]
+    triton.runtime.driver.set_active(Device(capability))
+    with tempfile.TemporaryDirectory() as cache_dir:
+        triton.knobs.cache.dir = cache_dir
+        seen, entries = set(), set()
+        for case, call in OPERATORS[operator]():
+            with ahead_of_time(arch, num_sms) as compilation:
+                call()
+            for name, kernel in compilation.compiled:
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    print(json.dumps(examine(kernel, name, case, arch)), flush=True)
+            entries |= compilation.entries
+    print(json.dumps({"entries": sorted(entries)}), flush=True)
+
+
+def in_child(operator: str, arch: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.cuda.aot", "--child", operator, arch]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
+        lines, error = done.stdout, done.stderr[-2000:] if done.returncode else ""
+    except subprocess.TimeoutExpired as expired:
+        lines, error = (expired.stdout or b"").decode(), f"more than {SECONDS} s"
+    rows = [json.loads(line) for line in lines.splitlines()]
+    if error or len(rows) < 2:
+        rows.append({"kernel": operator, "case": "", "arch": arch, "faults": [error or "no kernel"]})
+    return rows
+
+
+def table_entries() -> set[tuple[str, str, str]]:
+    table = json.loads((ROOT / "cuda_ops" / "configs.json").read_text())
+    return {(op, arch, bucket) for op, archs in table.items() for arch, buckets in archs.items() for bucket in buckets}
+
+
+def describe(row: dict[str, Any]) -> str:
+    facts = "  ".join(f"{key} {value}" for key, value in row.items() if key != "faults")
+    return facts + ("  FAILED: " + "; ".join(row["faults"]) if row["faults"] else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("operators", nargs="*", help=f"of {', '.join(OPERATORS)}; all without any")
+    parser.add_argument("--arch", choices=DEVICES, help="only this one")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write what was found there")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        compile_all(*options.child)
+        return 0
+    tasks = [(operator, arch) for operator in options.operators or OPERATORS
+             for arch in ([options.arch] if options.arch else DEVICES)]  # fmt: skip
+    found, used = [], set()
+    with ThreadPoolExecutor(options.workers) as pool:
+        for rows in pool.map(lambda task: in_child(*task), tasks):
+            used |= {tuple(entry) for row in rows for entry in row.get("entries", ())}
+            for row in (row for row in rows if "entries" not in row):
+                found.append(row)
+                print(describe(row), flush=True)
+    if not options.operators and not options.arch:
+        found += [{"kernel": op, "case": bucket, "arch": arch, "faults": ["no case has this entry of the table"]}
+                  for op, arch, bucket in sorted(table_entries() - used)]
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    failed = sum(bool(row["faults"]) for row in found)
+    print(f"{len(found) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Whole engines over the CUDA operators, interpreted: they generate what they generate over the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import backends
+from backends.cpu import CpuBackend
+from cuda_ops.kv import cache_shape
+from tests.runner.tiny_model import PROMPT, save_checkpoint
+from xllm import LLM, SamplingParams
+
+PROMPTS = [PROMPT[:25], [*PROMPT[:18], 3, 1, 4], [7, 8, 9] * 4]
+FEATURES = {
+    "chunked": {"max_num_batched_tokens": 11},
+    "prefix and tiers": {"max_num_seqs": 1, "enable_prefix_caching": True, "host_cache_size": "1MiB"},
+    "drafts": {"speculative_method": "ngram"},
+    "xtensor": {"kv_layout": "xtensor", "max_num_batched_tokens": 29},
+    "int8": {"quantization": "int8"},
+}  # fmt: skip
+
+
+class InterpretedBackend(CpuBackend):
+    """A CPU with the operators and the layout of CUDA."""
+
+    def __init__(self, ops: Any):
+        super().__init__(compiled=False)
+        self.ops = ops
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("qwen3"))
+
+
+def generate(checkpoint: Path, **settings: Any) -> list[list[int]]:
+    sampling = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+                SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=1, max_tokens=5, ignore_eos=True)]
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    with LLM(model=str(checkpoint), skip_tokenizer_init=True, dtype="float32", num_kv_blocks=64, max_model_len=64,
+             num_threads=1, **settings) as llm:  # fmt: skip
+        outputs = llm.generate(prompts, [sampling[i % 2] for i in range(len(prompts))], use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_same_tokens_as_on_the_cpu(checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch, feature: str) -> None:
+    expected = generate(checkpoint, **FEATURES[feature])
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
+    assert generate(checkpoint, **FEATURES[feature]) == expected

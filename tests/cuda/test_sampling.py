@@ -1,0 +1,111 @@
+"""Argmax and sampling kernels against the naive float64 sampler of `tests/ops/test_sampling.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from tests.ops.test_sampling import draw, possible_tokens
+
+# temperature, top_k, top_p, min_p
+ROWS = [
+    (0.0, 5, 0.5, 0.0), (0.3, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (2.5, 40, 0.9, 0.0), (1.0, 0, 0.5, 0.02),
+    (1.0, 1000, 0.999, 0.0), (2.5, 0, 0.05, 0.0), (1.0, 2, 0.0, 0.0), (1.0, 0, 1.0, 1.0), (2.5, 7, 1.0, 0.3),
+]  # fmt: skip
+
+
+def check(ops: OpSet, logits: torch.Tensor, rows: list[tuple[float, int, float, float]]) -> None:
+    uniform = torch.rand(len(rows)).tolist()
+    tokens = draw(ops, logits, *([*column] for column in zip(*rows)), uniform)
+    for s, token in enumerate(tokens):
+        possible = possible_tokens if logits.shape[1] < 1000 else possible_by_sorting
+        assert token in possible(logits[s].tolist(), *rows[s], uniform[s]), s
+
+
+def possible_by_sorting(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float,
+                        uniform: float, slack: float = 3e-6) -> set[int]:
+    """`possible_tokens` by the reference, which sorts whole rows in float64: for large vocabularies."""
+    off = torch.tensor([-slack, 0.0, slack], dtype=torch.float64)
+    p, m, u = (x.flatten() for x in torch.meshgrid(off, off, off, indexing="ij"))
+    row = torch.tensor(logits).expand(27, -1)
+    limits = torch.full((27,), temperature), torch.full((27,), top_k)
+    top_p_S = (top_p + p).clamp(max=1 - slack) if top_p < 1 else torch.ones(27)
+    tokens = REFERENCE.sample(row, *limits, top_p_S, min_p * (1 + m), (uniform + u).clamp(0, 1 - 1e-12))
+    return set(tokens.tolist())
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("vocab_size", [1, 2, 17, 300])
+def test_sample_follows_its_contract(ops: OpSet, vocab_size: int, coarse: bool) -> None:
+    logits = torch.randn(len(ROWS), vocab_size) * 3
+    check(ops, logits.round() if coarse else logits, ROWS)
+
+
+@pytest.mark.parametrize("shape", ["flat", "peaked", "ties", "equal", "apart", "zeros"])
+def test_vocabularies_larger_than_the_candidates(ops: OpSet, shape: str) -> None:
+    """Thresholds are narrowed over the whole row first; in each of these another way to do so fails."""
+    noise = torch.randn(4, 9001)
+    logits = {
+        "flat": noise * 1e-3, "peaked": noise * 3, "ties": noise.round(), "equal": torch.full_like(noise, -2.5),
+        "apart": torch.where(noise > 2.5, noise, -1e30 + noise),
+        "zeros": torch.where(noise.abs() > 2, noise, noise * 0.0),  # of either sign, and equal
+    }[shape]  # fmt: skip
+    check(ops, logits, [(1.0, 5000, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (0.7, 50, 0.9, 0.0), (1.5, 6000, 0.4, 0.01)])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 9000])
+def test_argmax_takes_the_first_of_equals(ops: OpSet, vocab_size: int) -> None:
+    logits = torch.randn(3, vocab_size)
+    logits[:, vocab_size // 2] = logits[:, -1] = 99.0
+    assert ops.argmax(logits).tolist() == [vocab_size // 2] * 3
+
+
+def test_argmax_of_infinities(ops: OpSet) -> None:
+    lowest = torch.full((1, 40), float("-inf"))
+    assert 0 <= ops.argmax(lowest).item() < 40
+    lowest[0, 33] = -5.0
+    assert ops.argmax(lowest).item() == 33
+    assert 0 <= ops.argmax(torch.full((1, 40), float("nan"))).item() < 40
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_a_row_that_is_not_finite_gives_some_token_and_disturbs_no_other(ops: OpSet, bad: str) -> None:
+    rows = ROWS[3:7]
+    logits = torch.randn(4, 6000)
+    columns = [[*column] for column in zip(*rows)]
+    clean = draw(ops, logits, *columns, [0.3] * 4)
+    for places in (slice(None), slice(17, 18)):
+        dirty = logits.clone()
+        dirty[2, places] = float(bad)
+        tokens = draw(ops, dirty, *columns, [0.3] * 4)
+        assert 0 <= tokens[2] < 6000
+        assert tokens[:2] + tokens[3:] == clean[:2] + clean[3:]
+
+
+def test_logits_may_be_a_view(ops: OpSet) -> None:
+    wide = torch.randn(3, 9000)
+    view, ones = wide[:, 11:8011], torch.ones(3)
+    no_limit = torch.zeros(3, dtype=torch.int64)
+    assert torch.equal(ops.argmax(view), ops.argmax(view.contiguous()))
+    drawn = ops.sample(view.clone(), ones, no_limit, ones, ones * 0, ones / 3)
+    assert torch.equal(ops.sample(view, ones, no_limit, ones, ones * 0, ones / 3), drawn)
+
+
+def test_masked_tokens_are_never_drawn(ops: OpSet) -> None:
+    logits = torch.full((3, 1000), float("-inf"))
+    logits[:, 700:705] = 0.0
+    tokens = draw(ops, logits, [1.0] * 3, [0, 500, 0], [1.0, 1.0, 0.9], [0.0] * 3, [0.0, 0.5, 0.99999994])
+    assert tokens[:2] == [700, 702]
+    assert 700 <= tokens[2] < 705
+
+
+def test_frequencies(ops: OpSet) -> None:
+    """Evenly spaced uniforms draw each token in proportion to its probability."""
+    num_draws, logits = 60, torch.randn(7)
+    uniform = (torch.arange(num_draws) + 0.5) / num_draws
+    ones, unlimited = torch.ones(num_draws), torch.zeros(num_draws, dtype=torch.int64)
+    tokens = ops.sample(logits.repeat(num_draws, 1), ones, unlimited, ones, ones * 0, uniform)
+    frequency = tokens.bincount(minlength=7) / num_draws
+    torch.testing.assert_close(frequency, logits.softmax(0), rtol=0, atol=1.1 / num_draws)
