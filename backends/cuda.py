@@ -22,7 +22,7 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.vmm import VmmDriver
-from cuda_ops import activation, kv, linear, norm, rotary, sampling
+from cuda_ops import activation, feed, kv, linear, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
@@ -73,6 +73,7 @@ OPS = replace(
     name="cuda",
     linear=linear.linear,
     embedding=linear.embedding,
+    feed_tokens=feed.feed_tokens,
     rms_norm=norm.rms_norm,
     add_rms_norm=norm.add_rms_norm,
     qkv_rope_write=qkv_rope_write,

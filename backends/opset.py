@@ -26,7 +26,8 @@ class PackLinear(Protocol):
     def __call__(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
         """Bring a weight into the form that `linear` wants; done once at load time.
 
-        quantization: None, or "int8" (weight-only, symmetric, one scale per output row).
+        quantization: None, or weight-only with one fp32 scale per output row: "int8" (symmetric, in [-127, 127]) or
+        "fp8" (float8_e4m3fn, its largest number 448).
         The result is opaque but has `.nbytes`. The caller drops its own copy of the weight.
         Raises ValueError for a quantization that this op set does not have.
         """
@@ -35,13 +36,26 @@ class PackLinear(Protocol):
 
 class Linear(Protocol):
     def __call__(self, x_TX: Tensor, packed: Any) -> Tensor:
-        """y_TY = x @ weight.T + bias, in x's dtype; x may be a view whose last axis is contiguous."""
+        """y_TY = x @ weight.T + bias, in x's dtype; x may be a view whose last axis is contiguous.
+
+        Where a device multiplies fp8 numbers, x of many rows may be brought to fp8 too, with a scale per row, if the
+        weight is fp8: an error of up to 2^-4 of each number.
+        """
         ...
 
 
 class Embedding(Protocol):
     def __call__(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         """Rows of the table: [T, D]. ids int32 or int64, all in [0, V)."""
+        ...
+
+
+class FeedTokens(Protocol):
+    def __call__(self, input_ids_T: Tensor, feed_T: Tensor, sampled_Q: Tensor) -> Tensor:
+        """sampled_Q[feed_T] where feed_T >= 0, else input_ids_T: int32 [T]. Negative entries of sampled_Q count as 0.
+
+        input_ids_T, feed_T int32; sampled_Q int64. A graph holds it, so that its shapes are all that may matter.
+        """
         ...
 
 
@@ -181,8 +195,8 @@ class Sample(Protocol):
         ...
 
 
-# Not in every step: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "copy_blocks", "stored_bytes"})
+# Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
+COLD_OPS = frozenset({"pack_linear", "feed_tokens", "copy_blocks", "stored_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +207,7 @@ class OpSet:
     pack_linear: PackLinear
     linear: Linear
     embedding: Embedding
+    feed_tokens: FeedTokens
     rms_norm: RMSNorm
     add_rms_norm: AddRMSNorm
     qkv_rope_write: QKVRopeWrite

@@ -39,11 +39,13 @@ class StaticBuffers:
     """One set. `wait` is the fence of the last step that was queued with it.
 
     capacity: the longest axis of any bucket. inputs: put the largest last, copies end behind the last one in use.
-    allocate_host: bytes that the device copies from at full speed (`Backend.allocate_host`).
+    allocate_host: bytes that the device copies from at full speed (`Backend.allocate_host`). given: outputs, of full
+    capacity, that belong to somebody else.
     """
 
     def __init__(self, inputs: Sequence[Field], outputs: Sequence[Field], capacity: Sizes, *, device: torch.device,
-                 allocate_host: Callable[[int], Tensor], shared: dict[str, Tensor] | None = None):
+                 allocate_host: Callable[[int], Tensor], shared: dict[str, Tensor] | None = None,
+                 given: Mapping[str, Tensor] | None = None):
         self.capacity = capacity
         self.inputs = {field.name: field for field in inputs}
         self.outputs = {field.name: field for field in outputs}
@@ -54,7 +56,7 @@ class StaticBuffers:
         self.device_bytes = torch.zeros(end, dtype=torch.uint8, device=device)
         self.host_bytes = allocate_host(end)
         self._device = device
-        self._results: dict[str, Tensor] = {}
+        self._results = dict(given or {})
         self._shared = {} if shared is None else shared
         self.wait: Callable[[], None] = _nothing
 

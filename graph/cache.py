@@ -77,7 +77,7 @@ class GraphCache(Generic[P]):
         self._entries: OrderedDict[tuple[GraphKey, int], _Entry[P]] = OrderedDict()  # least recently used first
         self._refused: dict[GraphKey, str] = {}
         self._misses: Counter[GraphKey] = Counter()
-        self._turn = 0
+        self.turn = 0  # the set that the next step uses; `run` moves it on, and its owner may
         self.num_bytes = self.num_streams = 0  # of all graphs
         self.counters = GraphCounters()
 
@@ -94,12 +94,12 @@ class GraphCache(Generic[P]):
         Returns the program, whose outputs are queued and stay until its set's next turn, or None: run the step
         eagerly; the reason is counted.
         """
-        place = (key, self._turn)
+        place = (key, self.turn)
         entry = self._entries.get(place)
         if entry is None and (reason := self._refusal(key)) is not None:
             self.fall_back(reason)
             return None
-        program = entry.program if entry else self._build(key, self._turn)
+        program = entry.program if entry else self._build(key, self.turn)
         program.memory.buffers.wait()
         fill(program)
         program.memory.upload()
@@ -111,7 +111,7 @@ class GraphCache(Generic[P]):
         program.memory.buffers.wait = self._capturer.fence()
         if entry is None:
             return None
-        self._turn = (self._turn + 1) % self._num_sets
+        self.turn = (self.turn + 1) % self._num_sets
         self.counters.replays[f"{key.kind}-{key.variant}" if key.variant else key.kind] += 1
         return program
 
@@ -152,7 +152,7 @@ class GraphCache(Generic[P]):
             graph.release()
             self._refuse(key, OVER_BUDGET, f"{graph.num_bytes} bytes, {graph.num_streams} streams")
             return None
-        entry = self._entries[key, self._turn] = _Entry(program, graph)
+        entry = self._entries[key, self.turn] = _Entry(program, graph)
         self.num_bytes, self.num_streams = self.num_bytes + graph.num_bytes, self.num_streams + graph.num_streams
         while self._exceeds(len(self), self.num_bytes, self.num_streams):
             self._evict()

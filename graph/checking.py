@@ -202,6 +202,8 @@ class _Watch(TorchDispatchMode):
                 poison(tensor)
             elif self._poison_padding and self._is_lookup(given, tensor):
                 poison(tensor[self._num_live:])
+            elif self._is_index(given, tensor):
+                self._lookups.add(tensor.data_ptr())
         return out
 
     def _note_read(self, name: str, address: int) -> None:
@@ -221,6 +223,11 @@ class _Watch(TorchDispatchMode):
             self._own.add(address)
             self.num_bytes += tensor.untyped_storage().nbytes()
         self.made.append(weakref.ref(tensor))
+
+    def _is_index(self, given: list[Tensor], result: Tensor) -> bool:
+        """Whether it stands for an integer input from here on."""
+        return (result.ndim == 1 and len(result) == self._num_tokens and not result.is_floating_point()
+                and any(tensor.data_ptr() in self._lookups for tensor in given))
 
     def _is_lookup(self, given: list[Tensor], result: Tensor) -> bool:
         """Whether rows of numbers were looked up for the step's tokens."""

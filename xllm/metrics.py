@@ -38,7 +38,7 @@ class LaneStats:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphStats:
     """Captured graphs. replays: steps through one, by kind and variant. fallbacks: steps that ran eagerly although the
-    device has a graph mode, by reason."""
+    device has a graph mode, by reason. fed_steps: those queued before the host knew the tokens of the one before."""
 
     num_graphs: int = 0
     num_bytes: int = 0
@@ -46,6 +46,7 @@ class GraphStats:
     evictions_total: int = 0
     replays_total: dict[str, int] = field(default_factory=dict)
     fallbacks_total: dict[str, int] = field(default_factory=dict)
+    fed_steps_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

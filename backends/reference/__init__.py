@@ -10,6 +10,7 @@ REFERENCE = OpSet(
     pack_linear=linear.pack_linear,
     linear=linear.linear,
     embedding=linear.embedding,
+    feed_tokens=linear.feed_tokens,
     rms_norm=norm.rms_norm,
     add_rms_norm=norm.add_rms_norm,
     qkv_rope_write=rotary.qkv_rope_write,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-INT8_MAX = 127.0
+# The dtype of the codes, and the largest of them.
+FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 class PackedLinear:
-    """A weight ready for `linear`. With `scale_Y` the weight is int8 and row y stands for weight[y] * scale[y]."""
+    """A weight ready for `linear`. With `scale_Y` the weight is codes, and row y stands for weight[y] * scale[y]."""
 
     __slots__ = ("bias_Y", "nbytes", "scale_Y", "weight_YX")
 
@@ -24,23 +25,25 @@ class PackedLinear:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raise ValueError unless it is None or "int8"."""
-    if quantization not in (None, "int8"):
-        raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
+    """Raise ValueError unless it is None or one of `FORMATS`."""
+    if quantization is not None and quantization not in FORMATS:
+        raise ValueError(f"quantization must be None or one of {', '.join(FORMATS)}, got {quantization!r}")
 
 
-def quantize_rows(weight_YX: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per row: (int8 [Y, X] in [-127, 127], fp32 scale [Y]), weight ~ int8 * scale."""
+def quantize_rows(weight_YX: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+    """(codes [Y, X], fp32 scale [Y]) with weight ~ codes * scale; each row's largest number has the largest code."""
+    dtype, largest = FORMATS[quantization]
     weight = weight_YX.float()
-    scale_Y = weight.abs().amax(dim=1).div_(INT8_MAX)
+    scale_Y = weight.abs().amax(dim=1).div_(largest)
     divisor_Y = torch.where(scale_Y > 0, scale_Y, 1.0)
-    return torch.round(weight / divisor_Y[:, None]).to(torch.int8), scale_Y
+    codes = weight / divisor_Y[:, None]
+    return (codes.round() if dtype is torch.int8 else codes).to(dtype), scale_Y
 
 
 def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> PackedLinear:
     check_quantization(quantization)
-    if quantization == "int8":
-        return PackedLinear(*quantize_rows(weight_YX), bias_Y)
+    if quantization is not None:
+        return PackedLinear(*quantize_rows(weight_YX, quantization), bias_Y)
     return PackedLinear(weight_YX.contiguous(), None, bias_Y)
 
 
@@ -49,6 +52,11 @@ def linear(x_TX: Tensor, packed: Any) -> Tensor:
     if packed.scale_Y is not None:
         weight_YX = (weight_YX.float() * packed.scale_Y[:, None]).to(x_TX.dtype)
     return F.linear(x_TX, weight_YX, packed.bias_Y)
+
+
+def feed_tokens(input_ids_T: Tensor, feed_T: Tensor, sampled_Q: Tensor) -> Tensor:
+    fed_T = sampled_Q[feed_T.clamp(min=0).long()].clamp(min=0)
+    return torch.where(feed_T >= 0, fed_T.to(torch.int32), input_ids_T)
 
 
 def embedding(ids_T: Tensor, weight_VD: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def check_that_it_worked(features: frozenset[str], stats) -> None:
     assert (stats.graphs is not None) == ("graph" in features)
     if stats.graphs is not None:
         assert sum(stats.graphs.replays_total.values()) > sum(stats.graphs.fallbacks_total.values())
+        if "overlap" not in features or "ngram" not in features:
+            assert (stats.graphs.fed_steps_total > 0) == ("overlap" in features)
         assert ("verify" in {kind.split("-")[0] for kind in stats.graphs.replays_total}) == ("ngram" in features)
     assert (stats.preemptions_total > 0) == ("preemption" in features)
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)

@@ -22,6 +22,18 @@ class Runner(Protocol):
 
     def run(self, plan: ScheduleOutput) -> StepOutput: ...
 
+    def start(self, plan: ScheduleOutput) -> StepOutput | QueuedStep:
+        """As `run`, but it need not wait for a device that works on its own."""
+        ...
+
+
+class QueuedStep(Protocol):
+    """A step that a device is still busy with. The next one may be started, but not the one after it."""
+
+    def finish(self) -> StepOutput:
+        """Wait for its results; in the thread that runs the steps."""
+        ...
+
 
 class Riders(Protocol):
     """Small work that is better done in the thread that computes than beside it."""
@@ -93,7 +105,7 @@ class ThreadExecutor:
         self.runner: Runner | None = None
         self.riders: Riders | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-runner")
-        self._futures: deque[Future[StepOutput]] = deque()
+        self._futures: deque[Future[StepOutput | QueuedStep]] = deque()
 
     def call(self, load: Callable[[], R]) -> R:
         return self._pool.submit(load).result()
@@ -101,12 +113,13 @@ class ThreadExecutor:
     def submit(self, plan: ScheduleOutput) -> None:
         assert self.runner is not None
         self.runner.prepare(plan)
-        self._futures.append(self._pool.submit(self.runner.run, plan))
+        self._futures.append(self._pool.submit(self.runner.start, plan))
         if self.riders is not None and self.riders.num_riding:
             self._pool.submit(self.riders.ride, RIDE_S)
 
     def result(self) -> StepOutput:
-        return self._futures.popleft().result()
+        started = self._futures.popleft().result()
+        return started if isinstance(started, StepOutput) else self._pool.submit(started.finish).result()
 
     def shutdown(self) -> None:
         self._pool.shutdown(wait=True)

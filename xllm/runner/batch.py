@@ -52,9 +52,12 @@ class HostBatch:
     """A step's inputs in host memory, all int32, and the slots to sample.
 
     table_SM has as many columns as the longest row needs; kv_base_S: None, or instead of it (`AttentionMetadata`).
+    feed_T: for tokens that the host does not have yet, their places among those of the step before, and -1 for all
+    others, whose ids are in input_ids_T (`OpSet.feed_tokens`); None: the host has all.
     """
 
     input_ids_T: np.ndarray
+    feed_T: np.ndarray | None
     positions_T: np.ndarray
     query_start_S1: np.ndarray
     seq_lens_S: np.ndarray
@@ -92,8 +95,10 @@ class HostBatch:
 
 
 def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
-                 samples_S: np.ndarray, kv_base_S: np.ndarray | None = None) -> HostBatch:
+                 samples_S: np.ndarray, kv_base_S: np.ndarray | None = None, *, fed: bool = False) -> HostBatch:
     """Gather one step. Drafts must stand in `rows.token_ids` behind the known tokens already.
+
+    fed: the tokens of the step before are still on the device (`RowState.fed_from`); there are no drafts then.
 
     kv_base_S: int32, where the rows' blocks follow each other in the caches; None: they lie as their tables say.
     """
@@ -118,6 +123,7 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
         table_SM = np.zeros((len(rows_S), 0), dtype=np.int32)
     return HostBatch(
         input_ids_T=rows.token_ids[row_T, position_T],
+        feed_T=_feed(rows.fed_from[rows_S], query_start_S1, samples_S) if fed else None,
         positions_T=position_T,
         query_start_S1=query_start_S1,
         seq_lens_S=seq_lens_S,
@@ -128,6 +134,13 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
         block_size=rows.block_size,
         slots=_sample_slots(rows_S, query_start_S1, num_drafts_S, samples_S),
     )
+
+
+def _feed(fed_from_S: np.ndarray, query_start_S1: np.ndarray, samples_S: np.ndarray) -> np.ndarray:
+    """The last token of a row that samples is its last known one."""
+    feed_T = np.full(query_start_S1[-1], -1, dtype=np.int32)
+    feed_T[query_start_S1[1:][samples_S] - 1] = fed_from_S[samples_S]
+    return feed_T
 
 
 def _sample_slots(rows_S: np.ndarray, query_start_S1: np.ndarray, num_drafts_S: np.ndarray,

@@ -1,4 +1,8 @@
-"""`ModelRunner`: one step on the device. A plan comes in, tokens come out."""
+"""`ModelRunner`: one step on the device. A plan comes in, tokens come out.
+
+Where the device works on its own, a step that samples plainly is queued and read later (`QueuedStep`): the next one is
+started meanwhile. Every other step waits for its results, and for those of the one before it if it needs them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,15 @@ from xllm.kv.lanes import TicketBoard
 from xllm.models.decoder import CausalLM
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
-from xllm.runner.graphs import Forwarded, make_graphs
+from xllm.runner.feed import (
+    QueuedTokens,
+    TokenFeed,
+    sample_into,
+    samples_plainly,
+    sampling_columns,
+    wants_prompt_logprobs,
+)
+from xllm.runner.graphs import Forwarded, GraphedForward, bucket_rules, make_capturer
 from xllm.runner.kv_cache import KVCache, compute_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.mover import gated
@@ -30,8 +42,36 @@ SAMPLE_LOGITS_BYTES = 256 * 2**20
 PROMPT_LOGITS_BYTES = 32 * 2**20
 
 
+class QueuedStep:
+    """A step that the device may still be busy with. All but the tokens is known; no drafts."""
+
+    def __init__(self, rows: RowState, plan: ScheduleOutput, slots: SampleSlots, tokens: QueuedTokens):
+        self._rows, self._plan, self._slots, self._tokens = rows, plan, slots, tokens
+        self._positions_Q = rows.num_tokens[slots.rows]
+        rows.advance_unread(plan.rows_S, plan.num_tokens_S, slots.rows, tokens.places_Q)
+        self._output: StepOutput | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self._output is not None
+
+    def finish(self) -> StepOutput:
+        """Wait for the tokens, once, and take them into the rows."""
+        if self._output is None:
+            draws, slots = self._tokens.read(), self._slots
+            self._rows.read(slots.rows, self._positions_Q, draws.token_ids_Q)
+            drawn_SR = np.full((self._plan.num_rows, 1), -1, dtype=np.int32)
+            drawn_SR[slots.steps, 0] = draws.token_ids_Q
+            failed = {int(slots.steps[q]): reason for q, reason in draws.failed.items()}
+            drawn_SR[list(failed)] = -1
+            self._output = StepOutput(
+                step=self._plan.step, num_sampled_S=(drawn_SR[:, 0] >= 0).astype(np.int32), token_ids_SR=drawn_SR,
+                num_drafts_S=np.zeros(self._plan.num_rows, dtype=np.int32), failed=failed)
+        return self._output
+
+
 class ModelRunner:
-    """Owns the rows, the KV tensors, the sampler and the proposer. `run` is all it does.
+    """Owns the rows, the KV tensors, the sampler and the proposer. `start` and `run` are all it does.
 
     One thread at a time may call it.
     """
@@ -51,7 +91,10 @@ class ModelRunner:
                                               pages_per_row=self.rows.block_table.shape[1])
         self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
-        self.graphs = make_graphs(config, backend, model, self.rows, self.kv_cache.layers)
+        self.feed: TokenFeed | None = None
+        self.graphs: GraphedForward | None = None
+        self._make_feed_and_graphs(config)
+        self._queued: QueuedStep | None = None  # the step started last, if it was
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory; the KV tiers bring their own
@@ -61,20 +104,51 @@ class ModelRunner:
         if self.virtual_rows is not None:
             self.virtual_rows.prepare(plan)
 
-    @torch.inference_mode()
+    def _make_feed_and_graphs(self, config: EngineConfig) -> None:
+        backend, capturer = self._backend, make_capturer(config, self._backend)
+        if capturer is None:
+            return
+        num_places = max(bucket_rules(config, capturer).max_num_tokens, config.scheduler.max_num_seqs)
+        self.feed = TokenFeed(backend, capturer, num_places)
+        if config.device.graph_mode != "off":
+            self.graphs = GraphedForward(config, backend, capturer, self._model, self.rows, self.kv_cache.layers,
+                                         self.feed)
+
     def run(self, plan: ScheduleOutput) -> StepOutput:
         """Do one step. A step without rows only updates the row state."""
-        kv_base_S = None if self.virtual_rows is None else self.virtual_rows.take(plan)
+        started = self.start(plan)
+        return started if isinstance(started, StepOutput) else started.finish()
+
+    @torch.inference_mode()
+    def start(self, plan: ScheduleOutput) -> StepOutput | QueuedStep:
+        """Do one step, or queue it. The step before the last one started is finished."""
+        kv_base_S = None if self.virtual_rows is None else self.virtual_rows.take(plan, self._finish_last)
         self._apply(plan)
         if not plan.num_rows:
             none = np.zeros(0, dtype=np.int32)
             return StepOutput(step=plan.step, num_sampled_S=none, token_ids_SR=none.reshape(0, 1), num_drafts_S=none)
+        if self.feed is not None:
+            self.feed.next_step()
         drafts_SR, num_drafts_S = self._propose(plan)
-        batch = gather_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S, kv_base_S)
+        fed = self._queued is not None and not self._queued.is_finished
+        batch = gather_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S, kv_base_S,
+                             fed=fed)
+        if self.feed is not None:
+            self.feed.num_fed += fed
         done = self._forward(batch, plan)
+        tokens = done.tokens or self._queue_sampling(plan, batch, done)
+        if tokens is not None and not num_drafts_S.any():
+            self._queued = QueuedStep(self.rows, plan, batch.slots, tokens)
+            return self._queued
+        self._finish_last()
         prompt_logprobs = self._prompt_logprobs(plan, batch, done)
-        draws = done.draws or self._draw(batch.slots, done)
+        draws = self._draw(batch.slots, done) if tokens is None else tokens.read()
         return self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
+
+    def _finish_last(self) -> None:
+        """What comes next needs the results of the step before."""
+        if self._queued is not None:
+            self._queued.finish()
 
     def _apply(self, plan: ScheduleOutput) -> None:
         """What a plan changes before the forward pass, in the order that `ScheduleOutput` states."""
@@ -94,6 +168,7 @@ class ModelRunner:
     def _propose(self, plan: ScheduleOutput) -> tuple[np.ndarray, np.ndarray]:
         """Drafts [S, R] (R may be 0) and their counts; they are laid behind the known tokens."""
         if self.proposer is not None and plan.max_drafts_S.any():
+            self._finish_last()
             room_S = self.rows.room_for_drafts(plan.rows_S)
             max_drafts_S = np.where(plan.samples_S, np.minimum(plan.max_drafts_S, room_S), 0)
             drafts_SR, num_drafts_S = self.proposer.propose(plan.rows_S, max_drafts_S, self.rows)
@@ -114,7 +189,25 @@ class ModelRunner:
         layers: Iterable[tuple[Tensor, Tensor]] = self.kv_cache.layers
         if plan.tickets:
             layers = gated(self.kv_cache.layers, self.board.tickets(plan.tickets))
-        return Forwarded(hidden_TD=self._model.forward(batch.input_ids_T, batch.positions_T, layers, batch.meta))
+        ids_T = batch.input_ids_T
+        if host.feed_T is not None and self.feed is not None:
+            ids_T = self._backend.ops.feed_tokens(ids_T, self._to_device(host.feed_T), self.feed.source)
+        return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+
+    def _queue_sampling(self, plan: ScheduleOutput, batch: HostBatch, done: Forwarded) -> QueuedTokens | None:
+        """Leave the tokens of an eager step on the device, if the device works on its own and nobody wants more."""
+        slots, feed = batch.slots, self.feed
+        if (feed is None or done.hidden_TD is None or self._slices(len(slots), SAMPLE_LOGITS_BYTES)[1:]
+                or wants_prompt_logprobs(self.rows, plan.rows_S) or not samples_plainly(self.rows, slots)):
+            return None
+        if len(slots):
+            columns = map(self._to_device, sampling_columns(self.rows, slots).values())
+            logits_QV = done.logits(slots.hidden, self._model)
+            sample_into(feed.sink[:len(slots)], self._backend.ops, logits_QV, columns)
+        return feed.queue_read(len(slots), np.arange(len(slots)))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._backend.device, non_blocking=True)
 
     def _draw(self, slots: SampleSlots, done: Forwarded) -> Draws:
         """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""

@@ -38,6 +38,9 @@ class NullRunner:
         return StepOutput(step=plan.step, num_sampled_S=num_sampled, token_ids_SR=token_ids,
                           num_drafts_S=plan.max_drafts_S)
 
+    def start(self, plan: ScheduleOutput) -> StepOutput:
+        return self.run(plan)
+
     def num_accepted(self, plan: ScheduleOutput) -> np.ndarray:
         """Drafts accepted per row: a fixed pattern over the row's length, from none to all."""
         return np.where(plan.samples_S, self.num_tokens_R[plan.rows_S] % (plan.max_drafts_S + 1), 0)

@@ -30,6 +30,8 @@ class RowState:
     min_output_tokens int32: end tokens are forbidden before that many output tokens.
     edits_logits bool: the row's logits are changed by more than temperature and truncation.
     sampling: the full parameters by row, None where the row is free.
+    fed_from int32: where the token buffer of the step queued last holds the row's last known token, which the host
+    does not have yet (`feed.py`); -1: the host has it. Means nothing once that step was read.
     """
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int):
@@ -52,6 +54,7 @@ class RowState:
         self.min_output_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.edits_logits = np.zeros(max_num_seqs, dtype=bool)
         self.sampling: list[SamplingParams | None] = [None] * max_num_seqs
+        self.fed_from = np.full(max_num_seqs, -1, dtype=np.int32)
 
     def enter(self, new: NewRow) -> None:
         """Take in a sequence, or one that comes back after a preemption."""
@@ -78,7 +81,7 @@ class RowState:
         self.num_prompt_logprobs[row] = NO_LOGPROBS if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         self.min_output_tokens[row] = sampling.min_tokens
         self.edits_logits[row] = (sampling.needs_history or bool(sampling.logit_bias)
-                                  or sampling.allowed_token_ids is not None)
+                                  or sampling.allowed_token_ids is not None or sampling.structured is not None)
 
     def release(self, row: int) -> None:
         """The sequence left: finished, aborted or preempted."""
@@ -118,6 +121,18 @@ class RowState:
         self._write_behind(rows_S, token_ids_SR)
         self.num_computed[rows_S] += num_computed_S
         self.num_tokens[rows_S] += num_sampled_S
+
+    def advance_unread(self, rows_S: np.ndarray, num_computed_S: np.ndarray, rows_Q: np.ndarray,
+                       places_Q: np.ndarray) -> None:
+        """As `advance` for a step whose tokens, one for each of rows_Q, are still on the device at places_Q."""
+        self.num_computed[rows_S] += num_computed_S
+        self.num_tokens[rows_Q] += 1
+        self.fed_from.fill(-1)
+        self.fed_from[rows_Q] = places_Q
+
+    def read(self, rows_Q: np.ndarray, positions_Q: np.ndarray, token_ids_Q: np.ndarray) -> None:
+        """The tokens of `advance_unread` have arrived."""
+        self.token_ids[rows_Q, positions_Q] = token_ids_Q
 
     def _write_behind(self, rows_S: np.ndarray, token_ids_SR: np.ndarray) -> None:
         """Write past `num_tokens`, dropping what would leave the matrix: only padding can."""

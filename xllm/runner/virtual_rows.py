@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -90,13 +91,14 @@ class VirtualRows:
             _log.warning("more than %s mappings: sequences fall back to block tables", self.xtensor.max_mappings)
         self._prepared[plan.step] = maps
 
-    def take(self, plan: ScheduleOutput) -> np.ndarray | None:
-        """Finish the step's maps; the step before it is done. int32 [S]: the page of each row's first block, or None:
-        the step runs on block tables."""
+    def take(self, plan: ScheduleOutput, finish_last: Callable[[], None] = lambda: None) -> np.ndarray | None:
+        """Finish the step's maps. int32 [S]: the page of each row's first block, or None: the step runs on block
+        tables. The step before it is done, or `finish_last` waits for it."""
         if plan.step not in self._prepared:
             self.prepare(plan)
         maps = self._prepared.pop(plan.step)
         if len(maps.late_B):
+            finish_last()
             self._note_refused(self.arena.map(maps.late_B, maps.late_blocks_B))
         self._done_step = plan.step
         if maps.base_S is not None and self._refused_G[self._ranges(maps.base_S)].any():
