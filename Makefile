@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test aot nightly check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu aot nightly check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -24,7 +24,15 @@ chat: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda -n $(WORKERS) --dist loadfile -q
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/cuda -n $(WORKERS) --dist loadfile -q
+
+# The Ascend backend on the real torch_npu and an emulated device. The wheel lies beside the environment, not in it:
+# installed, it would break `import torch` wherever CANN is missing.
+test-npu: setup .npu/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulated_npu run $(BIN)/python -m pytest tests/npu -n $(WORKERS) --dist loadfile -q
+
+.npu/.installed: requirements/npu.txt
+	$(BIN)/python -m tests.emulated_npu install
 
 # Every CUDA kernel with every entry of cuda_ops/configs.json, compiled for sm_80 and sm_90a and examined; needs no GPU.
 aot: setup

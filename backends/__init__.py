@@ -9,23 +9,27 @@ import torch
 from backends.backend import Backend, BackendError
 
 NAMES = ("auto", "cpu", "cuda", "npu")
+NPU_MANAGER = Path("/dev/davinci_manager")  # there with Ascend's driver
 
 
-def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = True) -> Backend:
+def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = True,
+                check_contracts: bool = False) -> Backend:
     """The backend called `name`; "auto" is the best one here.
 
     cache_dir: where compiled kernels are kept; None: built anew for this process.
-    compiled: False runs plain torch only.
+    compiled: False runs plain torch only. check_contracts: see `NpuBackend`.
     Raises BackendError for a name that is unknown, or whose device or libraries are missing; the message says which.
     """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return _cuda()
+    if name == "npu" or (name == "auto" and NPU_MANAGER.exists()):
+        from backends.npu import NpuBackend
+
+        return NpuBackend(check_contracts=check_contracts)
     if name in ("auto", "cpu"):
         from backends.cpu import CpuBackend
 
         return CpuBackend(cache_dir=cache_dir, compiled=compiled)
-    if name in NAMES:
-        raise BackendError(f"the {name} backend is not built yet in this version; use --device cpu")
     raise BackendError(f"unknown device {name!r}; known are {', '.join(NAMES)}")
 
 

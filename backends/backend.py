@@ -53,15 +53,18 @@ class Capturer(Protocol):
     replay, and what it reads on the host is `AttentionMetadata.host`.
     pad_slot: where padding tokens store their keys and values; -1: nowhere. pad_block: a block that padding rows may
     read; its contents do not matter.
-    bucket_step: the distance of the buckets above 16. max_streams: how many streams all graphs together may hold; None:
-    graphs need none.
+    bucket_step: the distance of the buckets above 16.
     """
 
     plans_in_graph: bool
     pad_slot: int
     pad_block: int
     bucket_step: int
-    max_streams: int | None
+
+    @property
+    def max_streams(self) -> int | None:
+        """How many streams all graphs together may hold, as things are now; None: graphs need none."""
+        ...
 
     def make_pool(self) -> Any:
         """A memory pool for what captured functions allocate. Graphs of one pool overwrite each other's memory, so they
@@ -89,6 +92,7 @@ class Backend(Protocol):
     device: torch.device
     ops: OpSet
     default_block_size: int
+    num_reserved_blocks: int  # the first ones of the KV cache, which hold no tokens: the device's own use
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none
 
@@ -127,6 +131,10 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all queued work of this process on the device."""
+        ...
+
+    def release_memory(self) -> None:
+        """Give memory of the device that no tensor uses any more back to it, for other processes."""
         ...
 
     def describe(self) -> dict[str, str]:

@@ -39,6 +39,8 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         silu_mul=kernels.silu_mul,
         export_blocks=kernels.export_blocks,
         import_blocks=kernels.import_blocks,
+        apply_token_bitmask=kernels.apply_token_bitmask,
+        penalise=kernels.penalise,
         argmax=kernels.argmax,
         sample=kernels.sample,
     )
@@ -49,6 +51,7 @@ class CpuBackend:
 
     name = "cpu"
     default_block_size = 16
+    num_reserved_blocks = 0
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")
@@ -85,6 +88,9 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
+
+    def release_memory(self) -> None:
+        """Large tensors have pages of their own, which went back with them."""
 
     def describe(self) -> dict[str, str]:
         return {

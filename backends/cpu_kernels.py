@@ -16,13 +16,15 @@ from torch import Tensor
 
 from backends.cpu_transfer import Transfer, transfers
 from backends.metadata import AttentionMetadata
-from backends.reference import activation, attention, norm, rotary, sampling
+from backends.reference import activation, attention, logits, norm, rotary, sampling
 from backends.reference.linear import check_quantization, quantize_rows
 from backends.reference.linear import linear as reference_linear
 from backends.reference.linear import pack_linear as reference_pack_linear
 
+KINDS = {torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # of the weights of cpu_linear.c
 MAX_GROUP = 64  # query heads per kv head that a tile of the attention kernel holds
 FP32 = torch.float32
+PENALISE_DTYPES = (torch.int64, torch.int32, torch.int32, torch.int32, torch.float32, torch.float64, torch.float64)
 
 
 class Step(Structure):
@@ -42,7 +44,7 @@ class Packed(Structure):
 
     _fields_ = [
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("X", c_int64), ("Y", c_int64),
-        ("is_int8", c_int32),
+        ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -64,6 +66,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "xllm_export_blocks": (None, [POINTER(Transfer)]),
     "xllm_import_blocks": (None, [POINTER(Transfer)]),
+    "xllm_apply_token_bitmask": (None, [c_void_p, c_int64, c_void_p, c_void_p] + [c_int64] * 3 + [c_int]),
+    "xllm_penalise": (None, [c_void_p, c_int64] + [c_void_p] * 7 + [c_int64, c_int64, c_int]),
     "xllm_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "xllm_sample": (None, [c_void_p] * 7 + [c_int64, c_int64, c_int]),
 }
@@ -89,7 +93,7 @@ class PanelLinear:
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
         address = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.packed = byref(Packed(*address, num_inputs, num_outputs, int(weight.dtype is torch.int8)))
+        self.packed = byref(Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype]))
 
 
 class Kernels:
@@ -118,7 +122,8 @@ class Kernels:
         if weight_YX.dtype is not FP32:
             return reference_pack_linear(weight_YX, bias_Y, quantization=quantization)
         num_outputs, num_inputs = weight_YX.shape
-        weight, scale_Y = quantize_rows(weight_YX) if quantization else (weight_YX.detach().contiguous(), None)
+        weight, scale_Y = (quantize_rows(weight_YX, quantization) if quantization
+                           else (weight_YX.detach().contiguous(), None))
         num_panels = -(-num_outputs // self.panel)
         panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
         self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize,
@@ -242,6 +247,25 @@ class Kernels:
                       *, format: str) -> None:
         for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
             self.import_blocks_c(part)
+
+    def apply_token_bitmask(self, logits_SV: Tensor, bitmask_XW: Tensor, rows_X: Tensor) -> None:
+        if logits_SV.dtype is not FP32 or logits_SV.stride(1) != 1:
+            return logits.apply_token_bitmask(logits_SV, bitmask_XW, rows_X)
+        assert bitmask_XW.dtype is torch.int32 and rows_X.dtype is torch.int64 and bitmask_XW.is_contiguous()
+        num_masks, num_words = bitmask_XW.shape
+        self.apply_token_bitmask_c(logits_SV.data_ptr(), logits_SV.stride(0), bitmask_XW.data_ptr(), rows_X.data_ptr(),
+                                   num_masks, logits_SV.shape[1], num_words, torch.get_num_threads())  # fmt: skip
+
+    def penalise(
+        self, logits_SV: Tensor, rows_X: Tensor, token_ids_T: Tensor, starts_X1: Tensor, output_starts_X: Tensor,
+        repetition_X: Tensor, frequency_X: Tensor, presence_X: Tensor,
+    ) -> None:  # fmt: skip
+        arguments = (rows_X, token_ids_T, starts_X1, output_starts_X, repetition_X, frequency_X, presence_X)
+        if logits_SV.dtype is not FP32 or logits_SV.stride(1) != 1:
+            return logits.penalise(logits_SV, *arguments)
+        assert tuple(t.dtype for t in arguments) == PENALISE_DTYPES and all(t.is_contiguous() for t in arguments)
+        self.penalise_c(logits_SV.data_ptr(), logits_SV.stride(0), *(t.data_ptr() for t in arguments), len(rows_X),
+                        logits_SV.shape[1], torch.get_num_threads())  # fmt: skip
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         if logits_SV.dtype is not FP32:

@@ -1,4 +1,4 @@
-/* Linear layers: y = x @ weight.T * scale + bias with fp32 or int8 weights, fp32 sums.
+/* Linear layers: y = x @ weight.T * scale + bias with fp32, int8 or fp8 (e4m3) weights, fp32 sums.
  *
  * Weights are packed once into panels [Y / PANEL][X][PANEL], so that a step of the inner loop reads one line of the
  * panel and multiplies it with R numbers of x, held in R * 2 vector registers (Goto and van de Geijn 2008). Each
@@ -6,22 +6,24 @@
  */
 #include "cpu_vectors.h"
 #if defined(__AVX2__)
-#include <immintrin.h> /* compilers widen int8 badly by themselves */
+#include <immintrin.h> /* compilers widen bytes badly by themselves */
 #endif
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
-#define MANY_ROWS 64 /* from here on an int8 panel is widened once for all rows */
+#define MANY_ROWS 64 /* from here on a panel of bytes is widened once for all rows */
+
+enum { IS_FP32, IS_INT8, IS_FP8 };
 
 typedef struct {
     const void *weight;
     const float *scale, *bias; /* or NULL */
     int64_t X, Y;
-    int32_t is_int8;
+    int32_t kind;
 } Packed;
 
 EXPORT int64_t xllm_panel(void) { return PANEL; }
 
-/* weight [Y, X] (fp32 or int8) into panels; columns past Y are zero. */
+/* weight [Y, X] (fp32 or bytes) into panels; columns past Y are zero. */
 EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, int64_t item_bytes, int nt) {
 #pragma omp parallel for num_threads(nt) schedule(static)
     for (int64_t panel = 0; panel < (Y + PANEL - 1) / PANEL; panel++) {
@@ -46,7 +48,23 @@ static void pack_rows(const float *x, int64_t stride, float *out, int64_t T, int
     }
 }
 
-INLINE vf widen(const int8_t *p) {
+/* Eight bits of e4m3 as they stand in half precision or fp32 have an exponent that is too small by the difference of the
+ * biases, subnormal numbers too; multiplying mends it exactly. NaN has no code here: it is in the scale. */
+INLINE vf widen_fp8(const int8_t *p) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80))) *
+           splat(256.0f);
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbf80))) * splat(256.0f);
+#else
+    const vi bits = (__builtin_convertvector(*(const vb *)p, vi) << 20) & (int32_t)0x87f00000;
+    return (vf)bits * splat(0x1p120f);
+#endif
+}
+
+INLINE vf widen_int8(const int8_t *p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
@@ -56,9 +74,11 @@ INLINE vf widen(const int8_t *p) {
 #endif
 }
 
+INLINE vf widen(const int8_t *p, const int kind) { return kind == IS_FP8 ? widen_fp8(p) : widen_int8(p); }
+
 /* acc[R, B * PANEL] += x[depth, R] (outer) panels[B][depth, PANEL], for B panels that are `panel_stride` items apart. */
 INLINE void product_tile(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
-                         const int R, const int B, const int is_int8) {
+                         const int R, const int B, const int kind) {
     vf acc[GEMM_ROWS * 2]; /* a fixed size: only such an array can live in registers */
     UNROLL for (int i = 0; i < R * 2 * B; i++) acc[i] = first ? (vf){0} : load(sums + i * VL);
     for (int64_t i = 0; i < depth; i++) {
@@ -66,7 +86,7 @@ INLINE void product_tile(const float *x, const void *weight, int64_t depth, int6
         UNROLL for (int b = 0; b < B; b++)
             UNROLL for (int j = 0; j < 2; j++) {
                 const int64_t at = b * panel_stride + i * PANEL + j * VL;
-                w[b * 2 + j] = is_int8 ? widen((const int8_t *)weight + at) : load((const float *)weight + at);
+                w[b * 2 + j] = kind ? widen((const int8_t *)weight + at, kind) : load((const float *)weight + at);
             }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < 2 * B; j++) acc[r * 2 * B + j] += splat(x[i * R + r]) * w[j];
@@ -74,12 +94,13 @@ INLINE void product_tile(const float *x, const void *weight, int64_t depth, int6
     UNROLL for (int i = 0; i < R * 2 * B; i++) store(sums + i * VL, acc[i]);
 }
 
-#define TILE(R, B)                                                                                  \
-    (is_int8 ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, 1)                   \
-             : product_tile(x, weight, depth, panel_stride, sums, first, R, B, 0))
+#define TILE(R, B)                                                                                    \
+    (kind == IS_INT8  ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_INT8)      \
+     : kind == IS_FP8 ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_FP8)       \
+                      : product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_FP32))
 
 static void product(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
-                    int R, int B, int is_int8) {
+                    int R, int B, int kind) {
     if (B == 2) TILE(1, 2);
     else if (R == 1) TILE(1, 1);
     else if (R == 2) TILE(2, 1);
@@ -116,27 +137,27 @@ static void finish(const Packed *p, const float *sums, float *y, int64_t row0, i
 /* All rows times one panel (two panels if T is 1). rows: x packed by pack_rows, tile after tile. */
 static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t T, int64_t panel, int B) {
     const int64_t X = p->X, panel_stride = X * PANEL;
-    const char *weight = (const char *)p->weight + panel * panel_stride * (p->is_int8 ? 1 : 4);
+    const char *weight = (const char *)p->weight + panel * panel_stride * (p->kind ? 1 : 4);
     float sums_few[GEMM_ROWS * PANEL * 2];
     if (T <= GEMM_ROWS) {
         const int R = tile_rows(T);
-        product(rows, weight, X, panel_stride, sums_few, 1, R, B, p->is_int8);
+        product(rows, weight, X, panel_stride, sums_few, 1, R, B, p->kind);
         finish(p, sums_few, y, 0, T, panel * PANEL, R, B * PANEL);
         return;
     }
-    const int widened = p->is_int8 && T >= MANY_ROWS;
+    const int widened = p->kind && T >= MANY_ROWS;
     const int64_t num_tiles = (T + GEMM_ROWS - 1) / GEMM_ROWS;
     float *sums = scratch(0, num_tiles * GEMM_ROWS * PANEL + DEPTH * PANEL), *wide = sums + num_tiles * GEMM_ROWS * PANEL;
     for (int64_t d = 0; d < X; d += DEPTH) {
         const int64_t depth = MIN(DEPTH, X - d);
-        const void *part = weight + d * PANEL * (p->is_int8 ? 1 : 4);
+        const void *part = weight + d * PANEL * (p->kind ? 1 : 4);
         if (widened) {
-            for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, widen((const int8_t *)part + i));
+            for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, widen((const int8_t *)part + i, p->kind));
             part = wide;
         }
         for (int64_t row0 = 0; row0 < T;) {
             const int R = tile_rows(T - row0);
-            product(rows + row0 * X + d * R, part, depth, 0, sums + row0 * PANEL, d == 0, R, 1, p->is_int8 && !widened);
+            product(rows + row0 * X + d * R, part, depth, 0, sums + row0 * PANEL, d == 0, R, 1, widened ? IS_FP32 : p->kind);
             if (d + depth == X) finish(p, sums + row0 * PANEL, y, row0, T, panel * PANEL, R, PANEL);
             row0 += R;
         }

@@ -1,4 +1,4 @@
-/* Argmax and sampling: one row at a time, no sorting. See `Sample` in opset.py for the order of work. */
+/* Edits of logits, argmax and sampling: one row at a time, no sorting. See opset.py for the order of work. */
 #include "cpu_vectors.h"
 
 #define STRETCH 256 /* tokens per partial sum of the CDF */
@@ -155,4 +155,48 @@ EXPORT void xllm_sample(const float *logits, const float *temperature, const int
 #pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (S * V > 16384)
     for (int64_t s = 0; s < S; s++)
         out[s] = sample_row(logits + s * V, V, temperature[s], top_k[s], top_p[s], min_p[s], uniform[s]);
+}
+
+/* -inf where a mask has a zero; bits past the vocabulary are not looked at, tokens past the mask are forbidden. */
+EXPORT void xllm_apply_token_bitmask(float *logits, int64_t stride, const int32_t *masks, const int64_t *rows,
+                                     int64_t X, int64_t V, int64_t W, int nt) {
+#pragma omp parallel for num_threads(nt) schedule(static) if (X * V > 65536)
+    for (int64_t x = 0; x < X; x++) {
+        float *row = logits + rows[x] * stride;
+        const uint32_t *mask = (const uint32_t *)masks + x * W;
+        for (int64_t w = 0; w * 32 < V; w++) {
+            const uint32_t word = w < W ? mask[w] : 0;
+            if (word == UINT32_MAX) continue;
+            for (int64_t t = w * 32; t < MIN(V, w * 32 + 32); t++)
+                if (!(word >> (t - w * 32) & 1)) row[t] = -INFINITY;
+        }
+    }
+}
+
+/* volatile: a sum must not be fused with the product before it, nor a product with the sum behind it. */
+static void penalise_token(float *logit, int32_t count, float repetition, double frequency, double presence) {
+    const volatile float repeated = *logit > 0 ? *logit / repetition : *logit * repetition;
+    const float value = repetition != 1.0f ? repeated : *logit;
+    const volatile double often = frequency * count;
+    *logit = count ? value - (float)(often + presence) : value;
+}
+
+/* counts: of each token of the history, how often it was generated; set and used through the history alone. */
+static void penalise_row(float *row, const int32_t *ids, int64_t start, int64_t middle, int64_t end, int32_t *counts,
+                         float repetition, double frequency, double presence) {
+    for (int64_t i = start; i < end; i++) counts[ids[i]] = 0;
+    for (int64_t i = middle; i < end; i++) counts[ids[i]]++;
+    for (int64_t i = start; i < end; i++) {
+        if (counts[ids[i]] >= 0) penalise_token(row + ids[i], counts[ids[i]], repetition, frequency, presence);
+        counts[ids[i]] = -1;
+    }
+}
+
+EXPORT void xllm_penalise(float *logits, int64_t stride, const int64_t *rows, const int32_t *ids,
+                          const int32_t *starts, const int32_t *output_starts, const float *repetition,
+                          const double *frequency, const double *presence, int64_t X, int64_t V, int nt) {
+#pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (X > 1 && starts[X] - starts[0] > 16384)
+    for (int64_t x = 0; x < X; x++)
+        penalise_row(logits + rows[x] * stride, ids, starts[x], output_starts[x], starts[x + 1],
+                     (int32_t *)scratch(2, V), repetition[x], frequency[x], presence[x]);
 }

@@ -22,7 +22,7 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.vmm import VmmDriver
-from cuda_ops import activation, feed, kv, linear, norm, rotary, sampling
+from cuda_ops import activation, feed, kv, linear, logits, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
@@ -84,6 +84,8 @@ OPS = replace(
     stored_bytes=kv.stored_bytes,
     export_blocks=kv.export_blocks,
     import_blocks=kv.import_blocks,
+    apply_token_bitmask=logits.apply_token_bitmask,
+    penalise=logits.penalise,
     argmax=sampling.argmax,
     sample=sampling.sample,
 )
@@ -119,6 +121,7 @@ class CudaBackend:
 
     name = "cuda"
     default_block_size = 128
+    num_reserved_blocks = 0
 
     def __init__(self) -> None:
         check_device()
@@ -164,6 +167,10 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(self.device)

@@ -172,6 +172,32 @@ class ImportBlocks(Protocol):
         ...
 
 
+class ApplyTokenBitmask(Protocol):
+    def __call__(self, logits_SV: Tensor, bitmask_XW: Tensor, rows_X: Tensor) -> None:
+        """logits[rows[x], t] = -inf for every token t that mask x forbids, in place; rows without a mask stay.
+
+        bitmask_XW: int32, token t in bit t % 32 of word t // 32, 1: allowed. Tokens past the last word are forbidden,
+        bits past the vocabulary have no meaning. rows_X: int64, without repeats. logits fp32; rows may lie apart.
+        """
+        ...
+
+
+class Penalise(Protocol):
+    def __call__(
+        self, logits_SV: Tensor, rows_X: Tensor, token_ids_T: Tensor, starts_X1: Tensor, output_starts_X: Tensor,
+        repetition_X: Tensor, frequency_X: Tensor, presence_X: Tensor,
+    ) -> None:
+        """Repetition (Keskar et al. 2019), frequency and presence penalties of rows[x], by its history, in place.
+
+        The history is token_ids_T[starts[x]:starts[x + 1]]; what was generated of it begins at output_starts[x]. A
+        token that is in the history has its logit divided by `repetition`, or multiplied where it is not positive; one
+        that was generated n > 0 times then loses frequency * n + presence, which is computed in float64 and rounded.
+        token_ids, starts and output_starts int32; rows_X int64, without repeats; repetition fp32, frequency and
+        presence float64. logits fp32; rows may lie apart. All implementations give the same bits.
+        """
+        ...
+
+
 class Argmax(Protocol):
     def __call__(self, logits_SV: Tensor) -> Tensor:
         """Index of each row's largest value, the smallest index among equals: int64 [S]."""
@@ -218,6 +244,8 @@ class OpSet:
     stored_bytes: StoredBytes
     export_blocks: ExportBlocks
     import_blocks: ImportBlocks
+    apply_token_bitmask: ApplyTokenBitmask
+    penalise: Penalise
     argmax: Argmax
     sample: Sample
 

@@ -76,7 +76,7 @@ def quantise_kernel(
     divisor = tl.where(usable, scale, 1.0)
     y = tl.where(usable[:, None] & inside, tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)), 0.0)
     if FP8:
-        codes = _to_e4m3(y)
+        codes = to_e4m3(y)
     else:
         # Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
         codes = ((y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.uint8)
@@ -107,7 +107,7 @@ def dequantise_kernel(
 
 
 @triton.jit
-def _to_e4m3(y):
+def to_e4m3(y):
     """float8_e4m3fn codes of |y| <= 464, rounded to nearest even; in integers, since not every device converts."""
     bits = y.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF

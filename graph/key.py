@@ -85,6 +85,13 @@ class BucketRules:
             return None
         return GraphKey(kind=kind, num_tokens=found[0], num_seqs=found[1], draft_length=draft_length, variant=variant)
 
+    def decode_keys(self, num_seqs: int, variant: str = "") -> list[GraphKey]:
+        """The keys of decode steps of up to so many rows, the smallest first."""
+        sizes = self._seq_sizes()
+        end = at_least(sizes, min(num_seqs, self.max_seqs)) if num_seqs else 0
+        return [GraphKey(kind=DECODE, num_tokens=size, num_seqs=size, variant=variant)
+                for size in sizes if end is not None and size <= end]
+
     def _fit(self, num_tokens: int, num_seqs: int, token_sizes: tuple[int, ...],
              most: int | None) -> tuple[int, int] | None:
         """(T, S) with the smallest T, then the smallest S, whose padding rows can take the padding tokens, one to

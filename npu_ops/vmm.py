@@ -8,11 +8,14 @@ tensors come from torch_npu. The calls are tested against a library that stands 
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import POINTER, Structure, byref, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from npu_ops.recording import CAPTURE_LOCK
 
 LIBRARY = "libascendcl.so"
 HBM_HUGE_PAGES = 4  # ACL_HBM_MEM_HUGE
@@ -35,6 +38,7 @@ class PhysicalMemProp(Structure):
 
 
 SIGNATURES: dict[str, list[Any]] = {
+    "aclrtSetDevice": [c_int32],
     "aclrtMemGetAllocationGranularity": [POINTER(PhysicalMemProp), c_int, POINTER(c_size_t)],
     "aclrtReserveMemAddress": [POINTER(c_void_p), c_size_t, c_size_t, c_void_p, c_uint64],
     "aclrtReleaseMemAddress": [c_void_p],
@@ -54,9 +58,10 @@ class Pool:
 
 
 class AclVmm:
-    """One device's driver; its context must be current. Raises RuntimeError without the library or its calls.
+    """One device's driver. Raises RuntimeError without the library or its calls.
 
-    Nothing on the device may use addresses while they are mapped or unmapped: synchronise before.
+    Nothing on the device may use addresses while they are mapped or unmapped: synchronise before. Calls wait while a
+    graph is captured, which they would break.
     """
 
     def __init__(self, device: int = 0, library: str = LIBRARY):
@@ -67,7 +72,7 @@ class AclVmm:
                 function.restype, function.argtypes = c_int, arguments
         except (OSError, AttributeError) as error:
             raise RuntimeError(f"virtual memory management on an NPU needs {library} of CANN: {error}") from error
-        self._device = device
+        self._device, self._local = device, threading.local()
         self._property = PhysicalMemProp(memAttr=HBM_HUGE_PAGES, location=Location(id=device, type=ON_DEVICE))
         granularity = c_size_t()
         self._call("aclrtMemGetAllocationGranularity", byref(self._property), RECOMMENDED, byref(granularity))
@@ -146,7 +151,11 @@ class AclVmm:
         return made
 
     def _call(self, name: str, *arguments: Any) -> None:
-        """One call of the runtime. Raises MemoryError or RuntimeError, naming the call."""
-        code = getattr(self._acl, name)(*arguments)
+        """One call; the runtime knows a device by thread. Raises MemoryError or RuntimeError, naming the call."""
+        if not hasattr(self._local, "entered"):
+            self._local.entered = True
+            self._call("aclrtSetDevice", self._device)
+        with CAPTURE_LOCK.using():
+            code = getattr(self._acl, name)(*arguments)
         if code:
             raise (MemoryError if code in OUT_OF_MEMORY else RuntimeError)(f"{name} failed with error {code}")

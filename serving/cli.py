@@ -49,6 +49,8 @@ def build_parser() -> FlagParser:
     chat.add_argument("--url", help="use this running server instead of loading a model here")
     chat.add_argument("--api-key", help="the server's key, with --url")
     chat.add_argument("--system", metavar="TEXT", help="system message")
+    top = commands.add_parser("top", help="watch a running server in the terminal")
+    _add_top_flags(top)
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
     commands.add_parser("doctor", help="say what this machine can run, and what is missing")
     return parser
@@ -66,6 +68,13 @@ def _add_sampling_flags(parser: FlagParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="INT")
     parser.add_argument("--temperature", type=float, default=None, metavar="FLOAT")
     parser.add_argument("--top-p", type=float, default=None, metavar="FLOAT")
+
+
+def _add_top_flags(parser: FlagParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
+    parser.add_argument("--api-key", help="the server's key")
+    parser.add_argument("--interval", type=float, default=0.5, metavar="SECONDS", help="between two looks")
+    parser.add_argument("--once", action="store_true", help="print one look and end")
 
 
 def engine_config(namespace: argparse.Namespace) -> EngineConfig:
@@ -97,6 +106,12 @@ def _chat(namespace: argparse.Namespace) -> int:
     return terminal.chat(None if namespace.url else engine_config(namespace), namespace)
 
 
+def _top(namespace: argparse.Namespace) -> int:
+    from serving import top
+
+    return top.run(namespace)
+
+
 def _doctor(namespace: argparse.Namespace) -> int:
     from serving import doctor
 
@@ -117,7 +132,7 @@ def _bench(args: list[str]) -> int:
         return 130
 
 
-_COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "doctor": _doctor}
+_COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "top": _top, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ import zmq.asyncio
 
 from serving import protocol
 from serving.engine_process import COMMAND_SOCKET, REPORT_SOCKET
+from serving.security.caller import CALLER, num_prompt_tokens, sign
+from serving.security.waiting_tokens import WaitingTokens
+from serving.step_log import StepReport
 from serving.stream import EngineBusyError, Stream
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, EngineDeadError, RequestError
@@ -48,9 +52,14 @@ class EngineClient:
         self.dead_by_user_error = False
         self.phase = "start"
         self.stats = EngineStats()
+        self.steps = StepReport()
+        self.on_steps: Callable[[StepReport], None] = lambda steps: None  # each heartbeat's
         self._step_age_s: float | None = None
         self._heard_s = self._started_s = time.monotonic()
         self._streams: dict[str, Stream] = {}
+        self._numbers = itertools.count()
+        self._answers: dict[int, asyncio.Future[protocol.Controlled]] = {}
+        self.waiting = WaitingTokens()
         self._ready_event = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -117,15 +126,36 @@ class EngineClient:
         for request in requests:
             if request.request_id in self._streams:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+        caller = CALLER.get()
+        requests = sign(requests, caller)
+        self.waiting.enter(requests)
         stream = Stream(self, requests)
+        stream.on_tokens = caller.quota.charge_tokens
         self._streams.update((request.request_id, stream) for request in requests)
         try:
-            self._send(protocol.Submit(list(requests)))
+            self._send(protocol.Submit(requests))
             await stream.admitted()
         except BaseException:
             stream.close()
             raise
+        caller.quota.charge_tokens(num_prompt_tokens(requests))
         return stream
+
+    async def control(self, action: str, *, mode: str = "keep", level: int = 1) -> protocol.Controlled:
+        """Do something to the engine as a whole (`protocol.Control`); returns what came of it.
+
+        Raises:
+            EngineDeadError: no engine, or it ended meanwhile.
+        """
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(protocol.Control(number, action, mode, level))
+            return await answer
+        finally:
+            del self._answers[number]
 
     async def generate(self, request: Request) -> AsyncIterator[OutputDelta]:
         """The deltas of one request; leaving the loop early aborts it. Raises as `submit` does."""
@@ -139,6 +169,7 @@ class EngineClient:
 
     def drop(self, stream: Stream, request_ids: Sequence[str]) -> None:
         """Abort requests and forget them."""
+        self.waiting.leave_all(request_ids)
         for request_id in request_ids:
             stream.open_ids.discard(request_id)
             self._streams.pop(request_id, None)
@@ -149,6 +180,16 @@ class EngineClient:
         """Abort a request; its reader gets its terminal delta from the engine. Unknown ids are ignored."""
         if request_id in self._streams and self.dead_reason is None:
             self._send(protocol.Abort([request_id]))
+
+    def abort_calls(self, call_ids: Sequence[str] | None) -> int:
+        """Abort all requests of these calls, or of all (None), and return how many that is; each reader gets its
+        terminal delta."""
+        wanted = None if call_ids is None else set(call_ids)
+        found = [request_id for request_id in self._streams
+                 if wanted is None or request_id in wanted or request_id.partition("/")[0] in wanted]
+        if found and self.dead_reason is None:
+            self._send(protocol.Abort(found))
+        return len(found)
 
     def abort_all(self) -> None:
         if self._streams and self.dead_reason is None:
@@ -206,10 +247,18 @@ class EngineClient:
 
     def _handle(self, report: protocol.Report) -> None:
         if isinstance(report, protocol.Outputs):
+            for request_id, at_s in report.admitted:
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.scheduled_s[request_id] = at_s
             for wire in report.deltas:
                 self._deliver(protocol.output_delta(wire))
         elif isinstance(report, protocol.Heartbeat):
             self.stats, self._step_age_s = report.stats, report.step_age_s
+            self.steps = report.steps
+            self.on_steps(report.steps)
+        elif isinstance(report, protocol.Controlled):
+            if (answer := self._answers.get(report.number)) is not None and not answer.done():
+                answer.set_result(report)
         elif isinstance(report, protocol.Admissions):
             self._admit(report)
         elif isinstance(report, protocol.Phase):
@@ -222,6 +271,7 @@ class EngineClient:
             self._die(report.reason, user_error=report.user_error)
 
     def _deliver(self, delta: OutputDelta) -> None:
+        self.waiting.leave(delta.request_id)
         stream = self._streams.get(delta.request_id)
         if stream is None:
             return  # dropped by its reader while this was on its way
@@ -235,6 +285,7 @@ class EngineClient:
                 stream.num_unanswered -= 1
                 stream.wake()
         for rejection in report.rejected:
+            self.waiting.leave(rejection.request_id)
             if (stream := self._streams.pop(rejection.request_id, None)) is not None:
                 stream.open_ids.discard(rejection.request_id)
                 stream.num_unanswered -= 1
@@ -258,5 +309,9 @@ class EngineClient:
             logger.error("%d open requests end: %s", len(self._streams), reason)
         for stream in set(self._streams.values()):
             stream.wake()
+        self.waiting.leave_all(list(self._streams))
         self._streams.clear()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
         self._ready_event.set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.limits import LimitSettings
+from serving.parsers.registry import check_names
 from xllm.config import option
 from xllm.errors import ConfigError
 
@@ -15,10 +17,27 @@ class HttpSettings:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one")
     api_key: tuple[str, ...] = option((), "require one of these keys as bearer token; may be given several times")
+    admin_api_key: tuple[str, ...] = option((), "keys for the routes that change the server, which are closed without; "
+                                            "may be given several times")
+    api_key_file: str | None = option(None, "file of keys with names, weights and quotas, one a line; see "
+                                      "docs/security.md")
+    insecure: bool = option(False, "serve other machines without a key")
+    allowed_host: tuple[str, ...] = option((), "without keys: Host names to answer to, beside localhost and addresses; "
+                                           "may be given several times")
+    cors_origin: tuple[str, ...] = option((), "web sites whose pages may call this server (CORS); may be given several "
+                                          "times; none: no page may")
+    ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain (PEM)")
+    ssl_keyfile: str | None = option(None, "the certificate's private key (PEM), if it is not in ssl_certfile")
+    ssl_ca_certs: str | None = option(None, "let in only clients with a certificate of these authorities (PEM)")
     served_model_name: tuple[str, ...] = option((), "names that requests may use for the model; the first is shown",
                                                 aliases=("model_id",))
     generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
                                     "generation_config.json), vllm (none), or a folder")
+    pooling_type: str = option("auto", "embedding of a text: its last token's hidden state, or the mean over all; auto: "
+                               "as the checkpoint says (1_Pooling/config.json), else last",
+                               choices=("auto", "last", "mean"))
+    otlp_traces_endpoint: str | None = option(None, "send traces of requests there over OTLP/HTTP, such as "
+                                              "http://127.0.0.1:4318/v1/traces; needs the extra 'otel'")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
     health_timeout: float = option(9.0, "seconds without progress after which /health reports failure")
     uvicorn_log_level: str = option("warning", "log level of the HTTP server; info: one line per request",
@@ -26,10 +45,12 @@ class HttpSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LimitSettings:
-    max_body_bytes: int = option(8 * 2**20, "largest request body")
-    max_json_depth: int = option(64, "deepest nesting in a request body")
-    max_sequences_per_request: int = option(1024, "prompts times n, at most")
+class ChatSettings:
+    tool_call_parser: str = option("auto", "format of the model's tool calls, see docs/tools.md; auto: from its chat "
+                                   "template; none: tools are refused")
+    reasoning_parser: str = option("auto", "format of the model's reasoning, see docs/tools.md; auto: from its chat "
+                                   "template; none: reasoning stays in the content")
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat_template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +59,20 @@ class ServerConfig:
 
     http: HttpSettings = field(default_factory=HttpSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
     def __post_init__(self) -> None:
-        h, limits = self.http, self.limits
+        h = self.http
         if not 0 <= h.port <= 65535:
             raise ConfigError(f"port must be in 0 to 65535, got {h.port}")
-        if any(not key.strip() for key in h.api_key):
-            raise ConfigError("api_key must not be empty")
+        for name, keys in (("api_key", h.api_key), ("admin_api_key", h.admin_api_key)):
+            if any(not key.strip() for key in keys):
+                raise ConfigError(f"{name} must not be empty")
+        if "*" in h.cors_origin:
+            raise ConfigError("cors_origin must name web sites, such as https://example.com; '*' would be all of them")
+        check_names(self.chat.tool_call_parser, self.chat.reasoning_parser)
         if any(not name for name in h.served_model_name):
             raise ConfigError("served_model_name must not be empty")
         for name, value in (("drain_timeout", h.drain_timeout), ("health_timeout", h.health_timeout)):
             if not 0 <= value < 1e6:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")
-        for name, number in (("max_body_bytes", limits.max_body_bytes), ("max_json_depth", limits.max_json_depth),
-                             ("max_sequences_per_request", limits.max_sequences_per_request)):
-            if number < 1:
-                raise ConfigError(f"{name} must be at least 1, got {number}")

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import zmq
 
 from serving import protocol
+from serving.step_log import StepLog
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, RequestError
+from xllm.engine.control import PauseMode
+from xllm.errors import ConfigError, DeviceError, DiskError, EngineStateError, ModelError, RequestError, XllmError
 
 if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
@@ -50,9 +52,9 @@ class ReportSender:
 class Heart(threading.Thread):
     """Reports stats and progress from outside the step loop, so that a step that hangs is seen to hang."""
 
-    def __init__(self, core: EngineCore, context: zmq.Context, folder: Path):
+    def __init__(self, core: EngineCore, steps: StepLog, context: zmq.Context, folder: Path):
         super().__init__(name="heartbeat", daemon=True)
-        self._core, self._context, self._folder = core, context, folder
+        self._core, self._steps, self._context, self._folder = core, steps, context, folder
         self._wake = threading.Event()
         self._stopped = False
         self._busy_since: float | None = None
@@ -80,16 +82,16 @@ class Heart(threading.Thread):
     def _beat(self) -> protocol.Heartbeat:
         busy_since = self._busy_since
         stats = self._core.stats()
-        if busy_since is None:
-            return protocol.Heartbeat(None, stats)
-        return protocol.Heartbeat(time.monotonic() - max(busy_since, stats.last_step_s), stats)
+        age_s = None if busy_since is None else time.monotonic() - max(busy_since, stats.last_step_s)
+        return protocol.Heartbeat(age_s, stats, self._steps.take())
 
 
 class EngineServer:
     """Serves one `EngineCore` until told to stop: take commands, step, report."""
 
-    def __init__(self, core: EngineCore, commands: zmq.Socket, sender: ReportSender, heart: Heart):
-        self._core, self._commands, self._sender, self._heart = core, commands, sender, heart
+    def __init__(self, core: EngineCore, steps: StepLog, commands: zmq.Socket, sender: ReportSender, heart: Heart):
+        self._core, self._steps, self._commands, self._sender, self._heart = core, steps, commands, sender, heart
+        core.scheduler.take_admissions()  # from now on they are kept
         self._stopping = False
 
     def run(self) -> None:
@@ -103,9 +105,13 @@ class EngineServer:
                 self._step()
 
     def _step(self) -> None:
+        loop, num_before = self._core.loop, self._core.loop.num_steps
         deltas = self._core.step()
-        if deltas:
-            self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas]))
+        if loop.num_steps != num_before:
+            self._steps.note(loop.last_step_s, loop.step_time_s, self._core.scheduler.rates.last_num_tokens)
+        admitted = self._core.scheduler.take_admissions()
+        if deltas or admitted:
+            self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas], admitted))
 
     def _take_commands(self, *, block: bool) -> None:
         """Apply all commands that have come; wait for the first one if `block`."""
@@ -134,8 +140,30 @@ class EngineServer:
         elif isinstance(command, protocol.Abort):
             for request_id in command.request_ids:
                 self._core.abort(request_id)
+        elif isinstance(command, protocol.Control):
+            self._sender.send(self._control(command))
         else:
             self._stopping = True
+
+    def _control(self, command: protocol.Control) -> protocol.Controlled:
+        control, error, num_blocks = self._core.control, None, 0
+        try:
+            if command.action == "pause":
+                control.pause(PauseMode(command.mode))
+            elif command.action == "resume":
+                control.resume()
+            elif command.action == "sleep":
+                control.sleep(command.level)
+            elif command.action == "wakeup":
+                control.wake_up()
+            elif command.action == "reset_prefix_cache":
+                num_blocks = control.reset_prefix_cache()
+        except XllmError as failure:
+            error = failure
+        state = protocol.EngineState(control.mode.value if control.mode else None, control.sleep_level,
+                                     self._core.num_open)
+        return protocol.Controlled(command.number, state, num_blocks, None if error is None else str(error),
+                                   isinstance(error, EngineStateError))
 
     def _submit(self, command: protocol.Submit) -> None:
         accepted: list[str] = []
@@ -182,10 +210,11 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     commands.connect(f"ipc://{folder / COMMAND_SOCKET}")
     sender.send(protocol.Ready(core.config, str(core.model_path), core.model_config.vocab_size,
                                tuple(core.model_config.eos_token_ids), core.num_blocks))
-    heart = Heart(core, context, folder)
+    steps = StepLog()
+    heart = Heart(core, steps, context, folder)
     heart.start()
     try:
-        EngineServer(core, commands, sender, heart).run()
+        EngineServer(core, steps, commands, sender, heart).run()
         core.shutdown()
     finally:
         heart.stop()

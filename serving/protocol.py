@@ -1,6 +1,6 @@
 """What the HTTP process and the engine process say to each other: msgpack over one private socket each way.
 
-Down go `Submit`, `Abort`, `Shutdown`; up come all the others. Every message is one tagged struct, so a
+Down go `Submit`, `Abort`, `Control`, `Shutdown`; up come all the others. Every message is one tagged struct, so a
 decoder knows the type of what it may read and nothing else is ever constructed.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from serving.step_log import StepReport
 from xllm.config import EngineConfig
 from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
@@ -25,8 +26,28 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     request_ids: list[str]
 
 
+class Control(msgspec.Struct, tag=True, frozen=True):
+    """Do something to the engine as a whole; one `Controlled` with the same number answers.
+
+    action: "pause" (mode keep, abort or wait), "resume", "sleep" (level 1 or 2), "wakeup", "reset_prefix_cache".
+    """
+
+    number: int
+    action: str
+    mode: str = "keep"
+    level: int = 1
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Stop now; open requests are dropped."""
+
+
+class EngineState(msgspec.Struct, frozen=True):
+    """paused: the mode, or None. sleep_level: 0 is awake. num_open: requests that have not ended."""
+
+    paused: str | None = None
+    sleep_level: int = 0
+    num_open: int = 0
 
 
 class Rejection(msgspec.Struct, array_like=True, frozen=True):
@@ -42,6 +63,17 @@ class Admissions(msgspec.Struct, tag=True, frozen=True):
     rejected: list[Rejection]
 
 
+class Controlled(msgspec.Struct, tag=True, frozen=True):
+    """What came of a `Control`. error: why nothing was done; is_state: because of the state that the engine is in,
+    rather than what was asked."""
+
+    number: int
+    state: EngineState
+    num_blocks: int = 0  # forgotten
+    error: str | None = None
+    is_state: bool = False
+
+
 class WireDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     """`OutputDelta` as an array; the fields that most steps leave alone stand last and stay off the wire."""
 
@@ -55,12 +87,14 @@ class WireDelta(msgspec.Struct, array_like=True, omit_defaults=True):
     num_preemptions: int = 0
     error: str | None = None
     cached_by_tier: dict[str, int] | None = None
+    embedding: list[float] | None = None
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
-    """All that one engine step produced."""
+    """All that one engine step produced. `admitted`: (request id, `time.monotonic()`) of those that left the queue."""
 
     deltas: list[WireDelta]
+    admitted: list[tuple[str, float]] = []
 
 
 class Phase(msgspec.Struct, tag=True, frozen=True):
@@ -90,6 +124,7 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
     step_age_s: float | None
     stats: EngineStats
+    steps: StepReport = msgspec.field(default_factory=StepReport)
 
 
 class Fatal(msgspec.Struct, tag=True, frozen=True):
@@ -99,8 +134,8 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
     user_error: bool  # a setting or a checkpoint is wrong, rather than the engine
 
 
-Command = Submit | Abort | Shutdown
-Report = Admissions | Outputs | Phase | Ready | Heartbeat | Fatal
+Command = Submit | Abort | Control | Shutdown
+Report = Admissions | Controlled | Outputs | Phase | Ready | Heartbeat | Fatal
 
 _ENCODER = msgspec.msgpack.Encoder()
 COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
@@ -114,7 +149,7 @@ def encode(message: Command | Report) -> bytes:
 def wire_delta(delta: OutputDelta) -> WireDelta:
     return WireDelta(delta.request_id, delta.token_ids, delta.num_cached_tokens, delta.finish_reason,
                      delta.stop_reason, delta.logprobs, delta.prompt_logprobs, delta.num_preemptions, delta.error,
-                     delta.cached_by_tier)
+                     delta.cached_by_tier, delta.embedding)
 
 
 def output_delta(wire: WireDelta) -> OutputDelta:
@@ -127,6 +162,8 @@ def output_delta(wire: WireDelta) -> OutputDelta:
         delta.prompt_logprobs = wire.prompt_logprobs
     if wire.cached_by_tier is not None:
         delta.cached_by_tier = wire.cached_by_tier
+    if wire.embedding is not None:
+        delta.embedding = wire.embedding
     if wire.num_preemptions:
         delta.num_preemptions = wire.num_preemptions
     return delta

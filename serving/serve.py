@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,7 +21,11 @@ import uvicorn
 from serving.api.app import create_app
 from serving.client import EngineClient
 from serving.config import ServerConfig
+from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
+from serving.security.keys import KeyRing
+from serving.startup import StartupView
 from serving.state import ServerState, read_sampling_defaults
+from serving.tracing import Tracer
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
 
@@ -33,11 +38,22 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
     if server_config.http.generation_config not in ("auto", "vllm"):
         read_sampling_defaults(server_config.http.generation_config, Path())  # a wrong folder is said now, not later
+    keys = key_ring(server_config.http)
+    tls_options(server_config.http)
+    tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
     listener = bind(server_config.http.host, server_config.http.port)
     try:
-        return asyncio.run(_Server(engine_config, server_config, listener).run())
+        check_exposure(listener, server_config.http, keys)
+        if not is_local(listener) and not server_config.http.ssl_certfile:
+            logger.warning("keys and texts cross the network in the clear: --ssl-certfile makes it HTTPS")
+        return asyncio.run(_Server(engine_config, _without_keys(server_config), listener, keys, tracer).run())
     finally:
         listener.close()
+
+
+def _without_keys(config: ServerConfig) -> ServerConfig:
+    """From here on only the digests are held."""
+    return dataclasses.replace(config, http=dataclasses.replace(config.http, api_key=(), admin_api_key=()))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -68,28 +84,37 @@ class _QuietServer(uvicorn.Server):
 class _Server:
     """The life of one server: start the engine behind an open port, serve, drain, stop."""
 
-    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket):
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket, keys: KeyRing,
+                 tracer: Tracer | None):
         self._config = config
         self._engine_config = engine_config
         self._listener = listener
+        self._keys = keys
+        self._tracer = tracer
         self._stop = asyncio.Event()
         self._code = 0
-        self._phase = ""
+        self._view = StartupView(sys.stdout)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         self._engine = EngineClient(self._engine_config, on_phase=self._show_phase)
-        self._state = ServerState(self._engine, self._config, model_name=self._engine_config.model.model or "demo")
+        self._engine.waiting.limit = self._config.limits.max_queue_tokens
+        self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
+                                  model_name=self._engine_config.model.model or "demo")
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal, signum)
         http = self._config.http
         self._http = _QuietServer(uvicorn.Config(
             create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
-            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off"))
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
+            # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
+            http="h11", ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
+            proxy_headers=False, **tls_options(http)))
         self._engine.launch()
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         loading = asyncio.create_task(self._load())
         stopping = asyncio.create_task(self._stop.wait())
+        sampling = asyncio.create_task(self._state.history.run(self._engine))
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
@@ -97,8 +122,11 @@ class _Server:
             self._http.should_exit = True
             loading.cancel()
             stopping.cancel()
-            await asyncio.gather(serving, loading, stopping, return_exceptions=True)
+            sampling.cancel()
+            await asyncio.gather(serving, loading, stopping, sampling, return_exceptions=True)
             await self._engine.shutdown()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.shutdown)
         return self._code
 
     async def _load(self) -> None:
@@ -107,15 +135,20 @@ class _Server:
             path = Path(ready.model_path)
             self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config, path)
             if not self._engine_config.model.skip_tokenizer_init:
+                self._view.phase("tokenizer", 0.0)
                 self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, self._engine_config, path)
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             if not isinstance(error, XllmError):
                 logger.exception("loading failed")
+            self._view.interrupt()
             _say(f"error: {str(error) or type(error).__name__}", error=True)
             self._code = 1
             self._stop.set()
             return
         self._state.loaded = True
+        if self._tracer is not None:
+            self._tracer.model = self._state.served_names[0]
+        self._view.ready()
         self._announce()
         await self._watch_engine()
 
@@ -127,21 +160,22 @@ class _Server:
             _say(f"error: the engine stopped: {self._engine.dead_reason}; /health says so until a restart", error=True)
 
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
-        if name != self._phase:
-            self._phase = name
-            _say(f"[{seconds:6.2f} s] {name}")
+        if name != "ready":  # the engine is; the tokenizer may not be
+            self._view.phase(name, share)
 
     def _announce(self) -> None:
         ready, http = self._state.ready, self._config.http
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        _say(f"xLLM serves {self._state.served_names[0]} on http://{host}:{port} (longest sequence "
+        scheme = "https" if http.ssl_certfile else "http"
+        _say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
              f"{ready.max_model_len} tokens, {ready.num_blocks} KV blocks of {ready.config.cache.block_size})")
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if http.api_key else ""
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
         path = "chat/completions" if "messages" in body else "completions"
-        _say(f"try it:\n  curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
+        _say(f"console: {scheme}://{host}:{port}/")
+        _say(f"try it:\n  curl {scheme}://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
              f"-d {shlex.quote(body)}")
 
     def _example_prompt(self) -> dict[str, object]:

@@ -13,7 +13,13 @@ from serving.api.errors import ApiError, unavailable
 from serving.api.metrics import RequestMetrics
 from serving.client import EngineClient
 from serving.config import ServerConfig
+from serving.history import EngineHistory
+from serving.parsers.output import Parsers
 from serving.protocol import Ready
+from serving.request_log import RequestLog
+from serving.security.keys import KeyRing
+from serving.security.paths import hide_paths
+from serving.tracing import Tracer
 from xllm.errors import ConfigError, RequestError
 from xllm.request import SamplingParams
 
@@ -30,6 +36,7 @@ class ServerState:
 
     engine: EngineClient
     config: ServerConfig
+    keys: KeyRing = field(default_factory=KeyRing)
     tokenizer: Tokenizer | None = None
     model_name: str | None = None  # as it was given on the command line
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +45,9 @@ class ServerState:
     num_open: int = 0  # HTTP calls that are generating
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    requests: RequestLog = field(default_factory=RequestLog)
+    history: EngineHistory = field(default_factory=EngineHistory)
+    tracer: Tracer | None = None
 
     @cached_property
     def inputs(self) -> InputProcessor:
@@ -46,6 +56,12 @@ class ServerState:
 
         return InputProcessor(self.tokenizer, vocab_size=self.ready.vocab_size, max_model_len=self.ready.max_model_len,
                               eos_token_ids=self.ready.eos_token_ids)
+
+    @cached_property
+    def parsers(self) -> Parsers:
+        """How this model's output is taken apart; only after loading."""
+        templates = "" if self.tokenizer is None else "\n".join(self.tokenizer.chat_template_sources)
+        return Parsers.chosen(self.config.chat.tool_call_parser, self.config.chat.reasoning_parser, templates)
 
     @property
     def ready(self) -> Ready:
@@ -56,12 +72,24 @@ class ServerState:
     def served_names(self) -> tuple[str, ...]:
         if self.config.http.served_model_name:
             return self.config.http.served_model_name
-        return (self.model_name or Path(self.ready.model_path).name,)
+        given = self.model_name or Path(self.ready.model_path).name
+        return (given if hide_paths(given) == given else Path(given).resolve().name,)
+
+    @cached_property
+    def _accepted_names(self) -> frozenset[str]:
+        """A local model's path is a name for those who know it, but it is not shown."""
+        given = () if self.config.http.served_model_name else (self.model_name,)
+        return frozenset(name for name in (*self.served_names, *given) if name is not None)
+
+    @cached_property
+    def pooling_type(self) -> str:
+        """What `--pooling-type` comes to for this checkpoint."""
+        return read_pooling_type(self.config.http.pooling_type, Path(self.ready.model_path))
 
     def check_accepting(self) -> None:
         """Raise ApiError 503 unless new requests can be taken."""
         if self.engine.dead_reason is not None:
-            raise ApiError(503, f"the engine stopped: {self.engine.dead_reason}")
+            raise ApiError(503, hide_paths(f"the engine stopped: {self.engine.dead_reason}"))
         if self.draining:
             raise unavailable("the server is shutting down")
         if not self.loaded:
@@ -74,7 +102,7 @@ class ServerState:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
-        if name is not None and name not in self.served_names:
+        if name is not None and name not in self._accepted_names:
             raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {', '.join(self.served_names)}",
                            param="model")
 
@@ -82,6 +110,17 @@ class ServerState:
         if self.tokenizer is None:
             raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
         return self.tokenizer
+
+
+def read_pooling_type(setting: str, model_path: Path) -> str:
+    """"last" or "mean"; "auto" looks where sentence-transformers says it. Raises ConfigError."""
+    file = model_path / "1_Pooling" / "config.json"
+    if setting != "auto" or not file.is_file():
+        return "last" if setting == "auto" else setting
+    try:
+        return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "last"
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file.name} of the checkpoint's 1_Pooling cannot be read: {error}") from None
 
 
 def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:

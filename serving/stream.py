@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from xllm.errors import EngineDeadError, RequestError
@@ -30,7 +30,9 @@ class Stream:
         self._client = client
         self.open_ids = {request.request_id for request in requests}
         self.num_unanswered = len(requests)
+        self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.rejection: RequestError | None = None
+        self.on_tokens: Callable[[int], None] = lambda num_tokens: None
         self._deltas: list[OutputDelta] = []
         self._news = asyncio.Event()
 
@@ -74,6 +76,7 @@ class Stream:
     def push(self, delta: OutputDelta) -> None:
         if delta.finish_reason is not None:
             self.open_ids.discard(delta.request_id)
+        self.on_tokens(len(delta.token_ids))
         self._deltas.append(delta)
         self._news.set()
 

@@ -12,9 +12,10 @@ OWN = ("cuda_ops", "npu_ops", "backends", "graph", "xllm", "serving", "tests", "
 
 # Which of our own modules may be imported from where; the longest matching prefix decides.
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.request", "xllm.sequence", "xllm.step",
-        "xllm.metrics"]
+        "xllm.metrics", "xllm.pooling", "xllm.structured.spec"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "xllm.multimodal", "backends"]
-RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.disagg", "xllm.runner"]
+RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.disagg", "xllm.structured",
+             "xllm.runner"]
 ALLOWED = {
     "cuda_ops": ["cuda_ops"],
     "npu_ops": ["npu_ops"],
@@ -29,6 +30,7 @@ ALLOWED = {
     "xllm.layers": MODEL_FLOOR,
     "xllm.models": MODEL_FLOOR,
     "xllm.speculative": [*RUN_FLOOR],
+    "xllm.structured": [*BASE, "xllm.structured"],
     "xllm.runner": RUN_FLOOR,
     "xllm": ["xllm", "backends", "graph"],
     "serving": ["serving", "xllm"],

@@ -10,22 +10,29 @@ if TYPE_CHECKING:
     from xllm.config import EngineConfig as EngineConfig
     from xllm.llm import LLM as LLM
     from xllm.outputs import CompletionOutput as CompletionOutput
+    from xllm.outputs import EmbeddingOutput as EmbeddingOutput
     from xllm.outputs import RequestOutput as RequestOutput
+    from xllm.pooling import PoolingParams as PoolingParams
     from xllm.request import SamplingParams as SamplingParams
+    from xllm.structured.spec import StructuredOutput as StructuredOutput
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncLLM": "xllm.async_llm",
     "CompletionOutput": "xllm.outputs",
+    "EmbeddingOutput": "xllm.outputs",
     "EngineConfig": "xllm.config",
     "LLM": "xllm.llm",
+    "PoolingParams": "xllm.pooling",
     "RequestOutput": "xllm.outputs",
     "SamplingParams": "xllm.request",
+    "StructuredOutput": "xllm.structured.spec",
 }
 
 __all__ = [
-    "AsyncLLM", "CompletionOutput", "EngineConfig", "LLM", "RequestOutput", "SamplingParams", "__version__",
+    "AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "PoolingParams", "RequestOutput",
+    "SamplingParams", "StructuredOutput", "__version__",
 ]
 
 

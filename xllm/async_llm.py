@@ -101,6 +101,7 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Stop after the step in progress; open iterators raise EngineDeadError. May be called again."""
+        self.inputs.close()
         self._engine.stop()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -114,7 +115,8 @@ class AsyncLLM:
     async def _process(self, prompt: Prompt, sampling: SamplingParams, request_id: str,
                        **options: Any) -> ProcessedInput:
         text = prompt.get("prompt") if isinstance(prompt, dict) and "prompt_token_ids" not in prompt else prompt
-        if isinstance(text, str) and len(text) > _LONG_PROMPT_CHARS:
+        is_long = isinstance(text, str) and len(text) > _LONG_PROMPT_CHARS
+        if is_long or sampling.structured is not None:
             return await asyncio.to_thread(self.inputs.process, request_id, prompt, sampling, **options)
         return self.inputs.process(request_id, prompt, sampling, **options)
 

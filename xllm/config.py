@@ -20,11 +20,12 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
     return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
 
 
-POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first")
+POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 # The first six, and what other engines call them.
 KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
 
@@ -34,11 +35,13 @@ class ModelSettings:
     model: str | None = option(None, "local folder or Hub id; none: the bundled demo model")
     tokenizer: str | None = option(None, "folder or Hub id of the tokenizer, if it is not the model's")
     dtype: str = option("auto", "compute type; auto: the device's best for this checkpoint", choices=DTYPES)
-    quantization: str | None = option(None, "quantise weights while loading", choices=("int8",))
+    quantization: str | None = option(None, "quantise weights while loading", choices=("int8", "fp8"))
     max_model_len: int | None = option(None, "longest sequence, prompt and output; none: the model's own limit")
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")
     revision: str | None = option(None, "branch, tag or commit on the Hub")
+    load_format: str = option("auto", "where weights come from; dummy: random ones, made on the device: only config.json "
+                              "is needed; for measurements", choices=LOAD_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,8 @@ class DeviceSettings:
     graph_max_prefill_tokens: int = option(0, "steps with chunks of prompts are captured up to that many tokens; "
                                            "0: never")
     graph_max_graphs: int = option(64, "captured graphs kept at once, the least recently used go first")
+    graph_warmup_seqs: int | None = option(None, "decode steps of up to that many sequences are captured, and kernels "
+                                           "compiled, before the first request; 0: none; none: 16 on an accelerator")
     graph_memory: str = option("50%", "memory for captured graphs, such as 2GiB, or a share of what weights and KV "
                                "cache leave")
     tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
@@ -201,6 +206,8 @@ def check(config: EngineConfig) -> None:
     if s.max_num_batched_tokens < 1 + spec.num_speculative_tokens:
         raise ConfigError("max_num_batched_tokens must hold one token and its drafts "
                           f"({1 + spec.num_speculative_tokens})")
+    if config.model.load_format == "dummy" and c.disk_cache_dir is not None:
+        raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
     _check_graphs(config.device)
     if config.device.tensor_parallel_size != 1:
@@ -237,6 +244,8 @@ def _check_graphs(d: DeviceSettings) -> None:
     _at_least("graph_max_graphs", d.graph_max_graphs, 1)
     _at_least("graph_max_prefill_tokens", d.graph_max_prefill_tokens, 0)
     parse_amount("graph_memory", d.graph_memory)
+    if d.graph_warmup_seqs is not None:
+        _at_least("graph_warmup_seqs", d.graph_warmup_seqs, 0)
     if d.graph_max_seqs is not None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
 

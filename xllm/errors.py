@@ -4,6 +4,7 @@
     ├── ConfigError        a setting, flag or pair of features is wrong: raised before anything starts
     ├── RequestError       a request is wrong: names the field, never harms another request
     ├── ModelError         a checkpoint is wrong: names the file or tensor, raised before serving
+    ├── EngineStateError   the engine cannot do that now: it sleeps, or has open requests
     ├── EngineDeadError    the engine stopped; every open request ends with this
     ├── DeviceError        a device, its driver or one of its libraries is missing or failed
     └── DiskError          the KV store's disk failed: serving goes on without that tier
@@ -31,6 +32,10 @@ class RequestError(XllmError, ValueError):
 
 class ModelError(XllmError, ValueError):
     """A checkpoint, its config or its tokenizer cannot be used."""
+
+
+class EngineStateError(XllmError):
+    """What was asked of the engine does not go with the state that it is in."""
 
 
 class EngineDeadError(XllmError):

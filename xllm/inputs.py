@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from xllm.errors import RequestError
+from xllm.pooling import PoolingParams
 from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
+from xllm.structured.checker import GrammarChecker
+from xllm.structured.spec import StructuredOutput
+from xllm.structured.vocabulary import VocabularySource, vocabulary_source
 from xllm.tokenizer import Tokenizer
 
 # Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
@@ -45,13 +49,14 @@ class InputProcessor:
         self.max_model_len = max_model_len
         known_eos = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *known_eos)))
+        self.grammars = GrammarChecker(self._vocabulary_source)
         self._serial = itertools.count()
         # One list of bad words serves all prompts of a call, and often all calls of a client.
         self._token_ids_of_words = functools.lru_cache(maxsize=8)(self._encode_words)
 
     def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
-                session_id: str | None = None) -> ProcessedInput:
+                session_id: str | None = None, pooling: PoolingParams | None = None) -> ProcessedInput:
         """Everything the engine needs to run `prompt`; `sampling.n` becomes that many requests.
 
         Raises:
@@ -65,7 +70,7 @@ class InputProcessor:
         requests = tuple(
             Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
                     arrival_s=arrival_s, priority=priority, offline=offline, deadline_s=deadline_s,
-                    cache_salt=cache_salt, session_id=session_id)
+                    cache_salt=cache_salt, session_id=session_id, pooling=pooling)
             for child_id, choice in zip(self._engine_ids(request_id, sampling.n), _choices(sampling))
         )
         return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,
@@ -116,12 +121,31 @@ class InputProcessor:
             self._needs_tokenizer("stop", "a stop string")
             if not sampling.detokenize:
                 raise RequestError("stop needs detokenize=True", field="stop")
+        if sampling.structured is not None:
+            self.check_structured(sampling.structured)
         if not sampling.bad_words:
             return sampling
         found = dict.fromkeys((*sampling.bad_words_token_ids, *self._token_ids_of_words(sampling.bad_words)))
         if len(found) > MAX_BAD_WORDS:
             raise RequestError(f"bad_words: more than {MAX_BAD_WORDS} token sequences", field="bad_words")
         return dataclasses.replace(sampling, bad_words_token_ids=tuple(found))
+
+    def check_structured(self, spec: StructuredOutput) -> None:
+        """Compile it, in another process, unless that was done lately; waits for it, seconds perhaps.
+
+        Raises:
+            RequestError: it cannot be honoured.
+        """
+        self._needs_tokenizer("structured", "a structured output")
+        self.grammars.check(spec)
+
+    def _vocabulary_source(self) -> VocabularySource:
+        tokenizer = self._needs_tokenizer("structured", "a structured output")
+        return vocabulary_source(tokenizer, self.vocab_size, self.eos_token_ids)
+
+    def close(self) -> None:
+        """End the processes beside this one."""
+        self.grammars.close()
 
     def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         tokenizer = self._needs_tokenizer("bad_words", "a bad word")

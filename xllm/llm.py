@@ -15,12 +15,14 @@ from xllm.errors import EngineDeadError, RequestError, XllmError
 from xllm.inputs import InputProcessor, ProcessedInput, Prompt
 from xllm.metrics import EngineStats
 from xllm.output_processor import OutputProcessor, RequestState
-from xllm.outputs import RequestOutput
+from xllm.outputs import EmbeddingOutput, RequestOutput
+from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
 from xllm.tokenizer import Tokenizer, load_tokenizer
 
 Progress = Callable[[str, float], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
+EMBEDDING_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 
 
 class LLM:
@@ -94,6 +96,7 @@ class LLM:
         with self._lock:
             if self._dead is None:
                 self._dead = "it was shut down"
+                self._inputs.close()
                 self._core.shutdown()
 
     def __enter__(self) -> LLM:
@@ -103,13 +106,28 @@ class LLM:
                  trace: TracebackType | None) -> None:
         self.shutdown()
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: PoolingParams | None = None, *,
+              use_tqdm: bool = False) -> list[EmbeddingOutput]:
+        """A vector for each prompt, in order. pooling: the last token's by default.
+
+        Raises:
+            RequestError: a prompt is wrong, or `dimensions` is more than the model has; nothing ran.
+            EngineDeadError: the engine failed, now or before.
+        """
+        states = self._run_states(_as_batch(prompts), EMBEDDING_SAMPLING, None, use_tqdm, pooling or PoolingParams())
+        return [embedding_output(state) for state in states]
+
     def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
              use_tqdm: bool) -> list[RequestOutput]:
+        return [state.output() for state in self._run_states(prompts, params, priority, use_tqdm)]
+
+    def _run_states(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
+                    use_tqdm: bool, pooling: PoolingParams | None = None) -> list[RequestState]:
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError(f"the engine is gone: {self._dead}")
             sources = self._process_all(prompts, _one_each(params, SamplingParams(), len(prompts), "sampling_params"),
-                                        _one_each(priority, 0, len(prompts), "priority"))
+                                        _one_each(priority, 0, len(prompts), "priority"), pooling)
             states = [self._outputs.add(source) for source in sources]
             try:
                 self._add_all(sources)
@@ -117,14 +135,15 @@ class LLM:
                     self._step_until_done(states, use_tqdm, check_interrupt)
             finally:
                 self._abandon(states)
-            return [state.output() for state in states]
+            return states
 
     def _process_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams],
-                     priorities: Sequence[int]) -> list[ProcessedInput]:
+                     priorities: Sequence[int], pooling: PoolingParams | None) -> list[ProcessedInput]:
         sources = []
         for index, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities)):
             with _at("prompts", index, len(prompts)):
-                source = self._inputs.process(str(self._num_requests), prompt, sampling, priority=priority)
+                source = self._inputs.process(str(self._num_requests), prompt, sampling, priority=priority,
+                                              pooling=pooling)
             self._num_requests += 1
             sources.append(source)
         return sources
@@ -159,6 +178,14 @@ class LLM:
                 self._core.abort(engine_id)
         while self._dead is None and self._core.has_work():
             self._step()
+
+
+def embedding_output(state: RequestState) -> EmbeddingOutput:
+    """Of a request with `pooling` that has ended. Raises EngineDeadError if it did not end well."""
+    if state.embedding is None:
+        raise EngineDeadError(f"no embedding came: {state.completions[0].error or state.completions[0].finish_reason}")
+    return EmbeddingOutput(request_id=state.source.request_id, prompt_token_ids=state.source.prompt_token_ids,
+                           embedding=state.embedding, num_cached_tokens=state.num_cached_tokens)
 
 
 def load_engine_tokenizer(core: EngineCore) -> Tokenizer | None:

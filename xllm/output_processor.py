@@ -102,6 +102,7 @@ class RequestState:
     prompt_logprobs: list[LogprobsOfToken | None] | None = None
     num_cached_tokens: int = 0
     cached_by_tier: dict[str, int] | None = None
+    embedding: list[float] | None = None
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -187,6 +188,8 @@ class OutputProcessor:
             state.num_cached_tokens = delta.num_cached_tokens
         if delta.cached_by_tier is not None:
             state.cached_by_tier = delta.cached_by_tier
+        if delta.embedding is not None:
+            state.embedding = delta.embedding
         if delta.prompt_logprobs is not None:
             state.prompt_logprobs = [None if p is None else logprobs_by_id(p, self._tokenizer)
                                      for p in delta.prompt_logprobs]

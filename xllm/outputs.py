@@ -54,6 +54,16 @@ class RequestMetrics:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt and the vector that stands for it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    embedding: list[float]
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """A prompt and its completions, so far or in the end (`finished`).
 

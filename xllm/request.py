@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xllm.errors import RequestError
+from xllm.pooling import PoolingParams
+from xllm.structured.spec import KINDS, StructuredOutput
 
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 64
@@ -60,6 +62,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    structured: StructuredOutput | None = None  # the form that the output must have
     skip_special_tokens: bool = True
     detokenize: bool = True
 
@@ -99,6 +102,8 @@ class SamplingParams:
 
 def _freeze_sequences(p: SamplingParams) -> None:
     """Turn lists (and a lone stop string) into tuples, so that the dataclass is immutable."""
+    if isinstance(p.structured, Mapping):
+        object.__setattr__(p, "structured", _structured(p.structured))
     for name in ("stop", "bad_words"):
         value = getattr(p, name)
         if value is None:
@@ -114,6 +119,13 @@ def _freeze_sequences(p: SamplingParams) -> None:
         object.__setattr__(p, "logit_bias", _int_keys(p.logit_bias))
     if p.top_k == -1:
         object.__setattr__(p, "top_k", 0)
+
+
+def _structured(fields: Mapping[str, Any]) -> StructuredOutput:
+    if unknown := fields.keys() - set(KINDS):
+        raise RequestError(f"structured: unknown key {min(unknown)!r}; known are {', '.join(KINDS)}",
+                           field="structured")
+    return StructuredOutput(**fields)
 
 
 def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
@@ -166,6 +178,12 @@ def _check_collections(p: SamplingParams) -> None:
             if not isinstance(text, str) or not text or len(text) > MAX_STOP_STRING_CHARS:
                 raise RequestError(f"{name} must be non-empty strings of at most {MAX_STOP_STRING_CHARS} "
                                    "characters", field=name)
+    if p.structured is not None:
+        if not isinstance(p.structured, StructuredOutput):
+            raise RequestError("structured must be a StructuredOutput", field="structured")
+        if p.ignore_eos:
+            raise RequestError("ignore_eos does not go with a structured output, which ends where its form is complete",
+                               field="ignore_eos")
     for name in ("stop_token_ids", "allowed_token_ids"):
         for token_id in getattr(p, name) or ():
             if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -189,6 +207,7 @@ class Request:
     request_id: str
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    pooling: PoolingParams | None = None  # an embedding beside the one token that the request then is for
     eos_token_ids: tuple[int, ...] = ()
     arrival_s: float = 0.0
     priority: int = 0
@@ -196,6 +215,8 @@ class Request:
     deadline_s: float | None = None
     cache_salt: str = ""
     session_id: str | None = None  # of the conversation that it is a turn of
+    tenant: str = ""  # whose it is, for fair shares between them
+    tenant_weight: float = 1.0  # of two tenants that both wait, the one with twice the weight gets twice the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +243,7 @@ class OutputDelta:
     num_preemptions: int = 0
     error: str | None = None
     cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1, l2, l3, l4
+    embedding: list[float] | None = None  # for a request with `pooling`
 
     def __init__(self, request_id: str, token_ids: list[int], num_cached_tokens: int = 0):
         self.request_id = request_id

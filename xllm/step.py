@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
 
 _NO_INTS = np.zeros(0, dtype=np.int32)
@@ -37,6 +38,7 @@ class NewRow:
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
     seed: int
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ class StepOutput:
     token_ids_SR int32: those tokens, padded with -1. num_drafts_S int32: drafts proposed.
     logprobs / prompt_logprobs: by position in rows_S, for the rows that asked. prompt_logprobs come
     per chunk: one entry for each computed prompt token but the first, predicting the next one.
+    pooled: fp32 vectors of the rows that asked for one and whose prompt ends in this step, by position.
     failed: positions where a place had no token to draw, with the reason: after the tokens before it, if none of
     them ends the request, it ends in ERROR.
     """
@@ -96,3 +99,4 @@ class StepOutput:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    pooled: dict[int, np.ndarray] = field(default_factory=dict)

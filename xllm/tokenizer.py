@@ -90,6 +90,16 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **kwargs), add_special_tokens=False, field="messages")
 
     @property
+    def chat_template_sources(self) -> tuple[str, ...]:
+        """The Jinja texts of all of its chat templates."""
+        return tuple(self._template_sources.values())
+
+    @property
+    def special_token_texts(self) -> frozenset[str]:
+        """What `skip_special_tokens` hides."""
+        return frozenset(self.backend.id_to_token(token_id) or "" for token_id in self.special_token_ids)
+
+    @property
     def has_chat_template(self) -> bool:
         return "default" in self._template_sources
 
@@ -109,6 +119,10 @@ class Tokenizer:
         if "\u2581" in token and token_id not in self.special_token_ids:
             return token.replace("\u2581", " ").encode()
         return self.token_text(token_id).encode()
+
+    def all_token_bytes(self) -> list[bytes]:
+        """`token_bytes` of every token, by id."""
+        return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
 
     @functools.cached_property
     def is_byte_level(self) -> bool:

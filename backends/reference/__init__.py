@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.opset import OpSet
-from backends.reference import activation, attention, kv, linear, norm, rotary, sampling, stored_kv
+from backends.reference import activation, attention, kv, linear, logits, norm, rotary, sampling, stored_kv
 
 REFERENCE = OpSet(
     name="reference",
@@ -21,6 +21,8 @@ REFERENCE = OpSet(
     stored_bytes=stored_kv.stored_bytes,
     export_blocks=stored_kv.export_blocks,
     import_blocks=stored_kv.import_blocks,
+    apply_token_bitmask=logits.apply_token_bitmask,
+    penalise=logits.penalise,
     argmax=sampling.argmax,
     sample=sampling.sample,
 )

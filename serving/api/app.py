@@ -6,23 +6,31 @@ import logging
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 
-from serving.api import chat, completions, health, metrics, models, tokenize
-from serving.api.auth import ApiKeyGuard
+from serving.api import admin, chat, completions, console, embeddings, health, metrics, models, stats, tokenize
+from serving.api.auth import Gate, check_declared, declared_paths
 from serving.api.errors import install_handlers
 from serving.api.limits import BodyLimit
 from serving.api.sse import ClientGone
+from serving.security.exposure import host_rule
 from serving.state import ServerState
+from serving.tracing import TraceContext
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 logger = logging.getLogger("xllm.api")
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """All routes. No documentation pages: they would load scripts from elsewhere."""
+    """All routes. No documentation pages: they would load scripts from elsewhere.
+
+    Raises ConfigError if a route has no access level (`serving/api/auth.py:ROUTES`).
+    """
     app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for module in (chat, completions, models, tokenize, health, metrics):
-        app.include_router(module.router(state))
+    for module in (chat, completions, embeddings, admin, models, tokenize, health, metrics, stats, console):
+        router = module.router(state)
+        check_declared(declared_paths(router.routes))
+        app.include_router(router)
     install_handlers(app)
 
     @app.exception_handler(ClientGone)
@@ -30,7 +38,13 @@ def create_app(state: ServerState) -> FastAPI:
         logger.debug("%s: the client left", request.url.path)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    app.add_middleware(BodyLimit, max_bytes=state.config.limits.max_body_bytes)
-    if state.config.http.api_key:
-        app.add_middleware(ApiKeyGuard, keys=state.config.http.api_key)
+    http, limits = state.config.http, state.config.limits
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits)
+    if state.tracer is not None:
+        state.requests.on_end = state.tracer.record
+        app.add_middleware(TraceContext)
+    if http.cors_origin:  # outermost: a preflight carries no key, and a refusal must be readable too
+        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_methods=["GET", "POST"],
+                           allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"])
     return app

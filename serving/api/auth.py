@@ -1,36 +1,194 @@
-"""API keys: everything needs one, once one is set, but for the few paths that say how the server is."""
+"""Who may call which route: every route's level in one table, and the gate that holds requests against it.
+
+A path that is not in `ROUTES` does not exist, whatever is mounted behind it; `create_app` refuses to start when the
+two disagree. The path is looked at as it came over the wire and as the router will read it; both must name a declared
+route, and the stricter level counts. No URL is ever rebuilt from headers.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
+import enum
+import re
+from collections.abc import Iterable
+from typing import Any
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.errors import ApiError
+from serving.api.limits import check_head
+from serving.config import LimitSettings
+from serving.security.caller import CALLER
+from serving.security.hosts import HostRule
+from serving.security.keys import NOBODY, Caller, KeyRing
+from xllm.errors import ConfigError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version"})
+
+class Access(enum.IntEnum):
+    """Who may call a route. USER: everybody on a server without API keys, else their owners. ADMIN: owners of an
+    admin key only; without one the route is closed."""
+
+    PUBLIC = 0
+    USER = 1
+    ADMIN = 2
 
 
-class ApiKeyGuard:
-    """ASGI middleware. Looks at the raw path that routing uses, never at a URL rebuilt from headers."""
+# One line a route, as it is written at its `@routes.get(...)`. PUBLIC is for what a load balancer asks.
+ROUTES: dict[str, Access] = {
+    "/health": Access.PUBLIC,
+    "/ready": Access.PUBLIC,
+    "/ping": Access.PUBLIC,
+    "/version": Access.PUBLIC,
+    "/": Access.PUBLIC,
+    "/web/{name}": Access.PUBLIC,
+    "/load": Access.USER,
+    "/v1/stats": Access.USER,
+    "/v1/stats/stream": Access.USER,
+    "/metrics": Access.USER,
+    "/v1/models": Access.USER,
+    "/v1/models/{name:path}": Access.USER,
+    "/v1/completions": Access.USER,
+    "/v1/chat/completions": Access.USER,
+    "/v1/embeddings": Access.USER,
+    "/score": Access.USER,
+    "/v1/score": Access.USER,
+    "/rerank": Access.USER,
+    "/v1/rerank": Access.USER,
+    "/v2/rerank": Access.USER,
+    "/pause": Access.ADMIN,
+    "/resume": Access.ADMIN,
+    "/sleep": Access.ADMIN,
+    "/wakeup": Access.ADMIN,
+    "/wake_up": Access.ADMIN,
+    "/is_sleeping": Access.ADMIN,
+    "/reset_prefix_cache": Access.ADMIN,
+    "/flush_cache": Access.ADMIN,
+    "/abort": Access.ADMIN,
+    "/abort_request": Access.ADMIN,
+    "/abort_requests": Access.ADMIN,
+    "/server_info": Access.ADMIN,
+    "/get_server_info": Access.ADMIN,
+    "/tokenize": Access.USER,
+    "/detokenize": Access.USER,
+}
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+_PARAMETER = re.compile(r"\{\w+(:path)?\}")
+
+
+class RouteTable:
+    """Path -> access level. Raises ConfigError for a level that is not one."""
+
+    def __init__(self, routes: dict[str, Access]):
+        for path, level in routes.items():
+            if not isinstance(level, Access):
+                raise ConfigError(f"route {path}: {level!r} is not an access level")
+        self._fixed = {path: level for path, level in routes.items() if "{" not in path}
+        self._templates = [(_pattern(path), level) for path, level in routes.items() if "{" in path]
+
+    def level(self, raw_path: str, path: str) -> Access | None:
+        """raw_path: as it came; path: as routing reads it (percent-decoded). None: no such route."""
+        levels = self._levels(raw_path)
+        return max([*levels, *self._levels(path)]) if levels else None
+
+    def _levels(self, path: str) -> list[Access]:
+        fixed = self._fixed.get(path)
+        found = [level for pattern, level in self._templates if pattern.fullmatch(path)]
+        return found if fixed is None else [fixed, *found]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """Parameters match one segment, `:path` ones any; as in the router."""
+    pieces, at = [], 0
+    for match in _PARAMETER.finditer(template):
+        pieces += [re.escape(template[at:match.start()]), "(?s:.+)" if match[1] else "[^/]+"]
+        at = match.end()
+    return re.compile("".join(pieces) + re.escape(template[at:]))
+
+
+def declared_paths(routes: Iterable[Any]) -> set[str]:
+    """The paths of routes. Raises ConfigError for something mounted that does not say its path."""
+    paths = set()
+    for route in routes:
+        if not isinstance(route, Route):  # a mount or a nested router would bring paths that nobody sees here
+            raise ConfigError(f"{route!r} is not a plain route: its access level cannot be declared")
+        paths.add(route.path)
+    return paths
+
+
+def check_declared(paths: set[str], table: dict[str, Access] = ROUTES) -> None:
+    """Raise ConfigError for routes without an access level."""
+    levels = RouteTable(table)
+    if missing := sorted(path for path in paths - table.keys() if "{" in path or levels.level(path, path) is None):
+        raise ConfigError(f"no access level is declared for {', '.join(missing)}: add a line to ROUTES in "
+                          "serving/api/auth.py")
+
+
+class Gate:
+    """ASGI middleware, the outermost but for CORS: what it does not let through reaches nothing.
+
+    In this order: a head within its limits, a sane Host, a declared path, a key for its level, the key's quota. It
+    leaves the caller in `CALLER` and the limits in the scope (`xllm.limits`).
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, hosts: HostRule, limits: LimitSettings,
+                 routes: dict[str, Access] = ROUTES):
         self.app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys, self._hosts, self._limits, self._table = keys, hosts, limits, RouteTable(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._allows(scope):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        error = ApiError(401, "a valid API key is needed: Authorization: Bearer <key>",
-                         headers={"WWW-Authenticate": "Bearer"})
-        await error.response()(scope, receive, send)
+        if scope["type"] != "http":  # no route speaks anything else
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            caller = self._admit(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        scope["xllm.limits"] = self._limits
+        CALLER.set(caller)
+        await self.app(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        kind, _, key = given.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early exit
-        return kind.lower() == b"bearer" and any(matches)
+    def _admit(self, scope: Scope) -> Caller:
+        check_head(scope, self._limits)
+        if complaint := self._hosts.complaint(scope["headers"]):
+            raise complaint
+        level = self._table.level(scope["raw_path"].decode("latin-1"), scope["path"])
+        caller = NOBODY if level is Access.PUBLIC else self._identify(scope["headers"], level)
+        if level is None:
+            raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
+        if level is not Access.PUBLIC and scope["method"] == "POST" and (refused := caller.quota.enter()):
+            what, wait_s = refused
+            raise ApiError(429, f"this key may use {what}; come back in {wait_s} s",
+                           headers={"Retry-After": str(wait_s)})
+        return caller
+
+    def _identify(self, headers: list[tuple[bytes, bytes]], level: Access | None) -> Caller:
+        """The owner of the key. Raises ApiError 401 or 403. An unknown path asks for a key first, like any other."""
+        key = presented_key(headers)
+        caller = None if key is None else self._keys.find(key)
+        if level is Access.ADMIN:
+            if not self._keys.has_admin_keys:
+                raise ApiError(403, "this route is closed: the server was started without --admin-api-key")
+            if caller is not None and not caller.is_admin:
+                raise ApiError(403, "this route needs an admin key")
+        elif caller is None and not self._keys.has_user_keys:
+            return NOBODY
+        if caller is None:
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer <key>",
+                           headers={"WWW-Authenticate": "Bearer"})
+        return caller
+
+
+def presented_key(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+    """The key of a request, from `Authorization: Bearer` or `X-Api-Key`; None if there is none or they disagree."""
+    found = set()
+    for name, value in headers:
+        if name == b"authorization":
+            kind, _, key = value.partition(b" ")
+            found.add(key.strip() if kind.lower() == b"bearer" else b"")
+        elif name == b"x-api-key":
+            found.add(value.strip())
+    return found.pop() or None if len(found) == 1 else None

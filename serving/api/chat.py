@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -12,19 +11,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.chat_prompt import ChatPrompt, chat_prompt
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Choice, Generation, Piece
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
-from serving.api.types import ChatBody, ChatMessage, TokenizeBody, parse
+from serving.api.structured import read_structured
+from serving.api.tools import ToolWish, read_tools
+from serving.api.types import ChatBody, parse
+from serving.parsers.events import Answer, CallArguments, CallStart, Content, Event, Reasoning
+from serving.parsers.output import OutputParser
 from serving.state import ServerState
-from xllm.errors import ModelError
+from xllm.errors import RequestError
 from xllm.request import MAX_LOGPROBS
-
-# What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
-RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
-                             "continue_final_message", "documents", "field", "self"})
+from xllm.structured.spec import StructuredOutput
 
 
 @dataclass
@@ -34,13 +35,44 @@ class ChatCall:
     state: ServerState
     body: ChatBody
     id: str
-    prompt_ids: list[int]
+    prompt: ChatPrompt
+    tools: ToolWish
     n: int
     model: str
 
     def __post_init__(self) -> None:
+        self.structured = self._structured()
+        self.parsers = [self._parser() for _ in range(self.n)]
         self.created = int(time.time())
         self.writer = LogprobsWriter(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
+
+    def _structured(self) -> StructuredOutput | None:
+        """The form of the output, for the response's format or for forced calls. Raises ApiError."""
+        asked, schema = read_structured(self.body), self.tools.schema()
+        if schema is None:
+            return asked
+        if asked is not None:
+            raise invalid("tool_choice forces a call; response_format and structured_outputs have no place beside it",
+                          "tool_choice")
+        try:
+            return StructuredOutput(json=schema)
+        except RequestError as error:
+            raise invalid(f"tools: {error}", "tools") from None
+
+    def _parser(self) -> OutputParser:
+        """A fresh one for a choice. What has a prescribed form has no room for reasoning."""
+        parsers = self.state.parsers
+        reasoning = parsers.reasoning if self.structured is None else None
+        return OutputParser(None if reasoning is None else reasoning(self.prompt.tail),
+                            self.tools.answer_parser(parsers.tools))
+
+    def sampling_overrides(self) -> dict[str, Any]:
+        """Sampling parameters that the parsers ask for: markers that are special tokens must stay visible."""
+        overrides: dict[str, Any] = {"structured": self.structured}
+        markers = {marker for parser in self.parsers[:1] for marker in parser.markers}
+        if self.state.tokenizer is not None and markers & self.state.tokenizer.special_token_texts:
+            overrides["skip_special_tokens"] = False
+        return overrides
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
@@ -51,18 +83,47 @@ class ChatCall:
         if self.body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
         if self.body.return_token_ids:
-            answer["prompt_token_ids"] = self.prompt_ids
+            answer["prompt_token_ids"] = self.prompt.token_ids
         return answer
 
     def _choice_json(self, choice: Choice) -> dict[str, Any]:
         shown: dict[str, Any] = {
-            "index": choice.index, "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
             "logprobs": self.writer.chat(choice.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None,
-            "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason,
+            "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
         if self.body.return_token_ids:
             shown["token_ids"] = choice.token_ids
         return shown
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning and self.body.include_reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in (answer.calls if self.tools.parallel else answer.calls[:1])]
+        return message
+
+    def _finish_reason(self, index: int, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self.parsers[index].has_calls else reason
+
+    def _delta(self, event: Event) -> dict[str, Any] | None:
+        """An event as a client wants it: a call's id and name once, then pieces of its arguments."""
+        if isinstance(event, Content):
+            return {"content": event.text}
+        if isinstance(event, Reasoning):
+            return {"reasoning_content": event.text} if self.body.include_reasoning else None
+        if event.index and not self.tools.parallel:
+            return None
+        if isinstance(event, CallStart):
+            function = {"name": event.name, "arguments": ""}
+            return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+        if isinstance(event, CallArguments):
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        return None
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -74,22 +135,41 @@ class ChatCall:
         if piece.is_first:
             chunks.append(self._chunk(piece.index, {"role": "assistant", "content": ""}))
             if self.body.return_token_ids and piece.index == 0:
-                chunks[0]["prompt_token_ids"] = self.prompt_ids
+                chunks[0]["prompt_token_ids"] = self.prompt.token_ids
             if self.body.prompt_logprobs is not None and piece.index == 0:
                 chunks[0]["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
-        has_tokens = piece.token_ids and (self.body.logprobs or self.body.return_token_ids)
-        if piece.text or has_tokens:
-            chunk = self._chunk(piece.index, {"content": piece.text})
-            if self.body.logprobs:
-                chunk["choices"][0]["logprobs"] = self.writer.chat(piece.logprobs or (), self.body.top_logprobs or 0)
-            if self.body.return_token_ids:
-                chunk["choices"][0]["token_ids"] = piece.token_ids
-            chunks.append(chunk)
+        found = self.parsers[piece.index].feed(piece.text, last=piece.finish_reason is not None)
+        deltas = [delta for event in found if (delta := self._delta(event)) is not None]
+        if not deltas and piece.token_ids and (self.body.logprobs or self.body.return_token_ids):
+            deltas = [{"content": ""}]
+        text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
+        if text_chunks:
+            self._add_token_details(text_chunks[0]["choices"][0], piece)
+        chunks += text_chunks
         if piece.finish_reason is not None:
             chunk = self._chunk(piece.index, {})
-            chunk["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+            reason = self._finish_reason(piece.index, piece.finish_reason)
+            chunk["choices"][0].update(finish_reason=reason, stop_reason=piece.stop_reason)
             chunks.append(chunk)
         return chunks
+
+    def _add_token_details(self, choice: dict[str, Any], piece: Piece) -> None:
+        if self.body.logprobs:
+            choice["logprobs"] = self.writer.chat(piece.logprobs or (), self.body.top_logprobs or 0)
+        if self.body.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+
+    async def run(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer. Its text is read as it comes, so that a long one never stops the event loop."""
+        pieces = generation.pieces()
+        try:
+            async for found in pieces:
+                for piece in found:
+                    self.parsers[piece.index].feed(piece.text, last=piece.finish_reason is not None)
+        finally:
+            await pieces.aclose()
+            generation.close()
+        return self.response(generation)
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         options = self.body.stream_options
@@ -107,57 +187,6 @@ class ChatCall:
         finally:
             await pieces.aclose()
             generation.close()
-
-
-def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as templates want them: text parts joined into one string. Raises ApiError for what is not built."""
-    if not messages:
-        raise invalid("messages must not be empty", "messages")
-    plain = []
-    for index, message in enumerate(messages):
-        extra = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
-        for name in ("tool_calls", "function_call", "audio"):
-            if extra.get(name):
-                raise invalid(f"messages.{index}.{name} is not supported", "messages")
-        content = message.content
-        if isinstance(content, list):
-            content = _join_parts(content, index)
-        plain.append({**extra, "role": message.role, "content": content if content is not None else ""})
-    return plain
-
-
-def _join_parts(parts: list[dict[str, Any]], index: int) -> str:
-    texts = []
-    for part in parts:
-        kind = part.get("type")
-        if kind != "text":
-            raise invalid(f"messages.{index}.content: parts of type {str(kind)[:64]!r} are not supported; only text",
-                          "messages")
-        if not isinstance(part.get("text"), str):
-            raise invalid(f"messages.{index}.content: a text part needs a string 'text'", "messages")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
-                      **encode_kwargs: Any) -> list[int]:
-    """Prompt token ids. Rendering runs in a thread: a template is foreign code and may be slow."""
-    tokenizer = state.need_tokenizer("messages")
-    extra = body.chat_template_kwargs or {}
-    for name in extra:
-        if name in RESERVED_KWARGS or not name.isidentifier():
-            raise invalid(f"chat_template_kwargs may not set {name[:64]!r}", "chat_template_kwargs")
-    plain = plain_messages(messages)
-
-    def encode() -> list[int]:
-        text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt,
-                                     continue_final_message=body.continue_final_message, **extra)
-        return tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
-
-    try:
-        return await asyncio.to_thread(encode)
-    except ModelError as error:  # no template, or none that compiles
-        raise invalid(str(error), "messages") from None
 
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
@@ -193,20 +222,22 @@ def router(state: ServerState) -> APIRouter:
         _check(body)
         n = params.check_fan_out(state, body, 1)
         asked, asked_field = _read_max_tokens(body)
-        prompt_ids = await encode_chat(state, body, body.messages)
+        tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+        prompt = await chat_prompt(state, body, body.messages, tools.tools)
+        prompt_ids = prompt.token_ids
         max_tokens = params.choose_max_tokens(
             state, asked, len(prompt_ids), default=state.sampling_defaults.get("max_tokens"), prompt_field="messages",
             asked_field=asked_field)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs)
-        call = ChatCall(state, body, params.call_id(body, "chatcmpl", request.headers.get("x-request-id")), prompt_ids,
-                        n, body.model or state.served_names[0])
+        call = ChatCall(state, body, params.call_id(body, "chatcmpl", request.headers.get("x-request-id")), prompt,
+                        tools, n, body.model or state.served_names[0])
+        sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs,
+                                          **call.sampling_overrides())
         requests = await params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests))
         if body.stream:
             return EventStream(call.events(generation), generation.close)
-        await until_disconnect(request.receive, generation.run())
-        return json_response(call.response(generation))
+        return json_response(await until_disconnect(request.receive, call.run(generation)))
 
     return routes

@@ -131,24 +131,24 @@ class CompletionCall:
             generation.close()
 
 
-def read_prompts(value: Any, limit: int) -> list[str] | list[list[int]]:
-    """Sort out the four shapes of `prompt`. Raises ApiError."""
+def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | list[list[int]]:
+    """Sort out the four shapes of a prompt. Raises ApiError naming the field."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise invalid("prompt must be a string, a list of strings, a list of token ids or a list of such lists",
-                      "prompt")
+        raise invalid(f"{field} must be a string, a list of strings, a list of token ids or a list of such lists",
+                      field)
     if not value:
-        raise invalid("prompt must not be empty", "prompt")
+        raise invalid(f"{field} must not be empty", field)
     if all(type(item) is int for item in value):
         return [value]
     if len(value) > limit:
-        raise invalid(f"prompt holds {len(value)} prompts, more than {limit}", "prompt")
+        raise invalid(f"{field} holds {len(value)} prompts, more than {limit}", field)
     if all(isinstance(item, str) for item in value):
         return value
     if all(isinstance(item, list) and all(type(token_id) is int for token_id in item) for item in value):
         return value
-    raise invalid("prompt mixes strings, token ids and lists, or holds something else", "prompt")
+    raise invalid(f"{field} mixes strings, token ids and lists, or holds something else", field)
 
 
 async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Prompt]:

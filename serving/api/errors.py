@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from serving.security.paths import hide_paths
 from serving.stream import EngineBusyError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
@@ -53,17 +54,20 @@ def unavailable(message: str) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The answer to an exception. What is not ours to explain becomes a bare 500, with its traceback in the log."""
+    """The answer to an exception. What is not ours to explain becomes a bare 500, with its traceback in the log.
+
+    Messages from below the API may name files of this machine: their folders are taken out.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineBusyError):
-        return unavailable(str(error))
+        return unavailable(hide_paths(str(error)))
     if isinstance(error, RequestError):
-        return invalid(str(error), error.field)
+        return invalid(hide_paths(str(error)), error.field)
     if isinstance(error, EngineDeadError):
-        return ApiError(503, f"the engine stopped: {error}")
+        return ApiError(503, hide_paths(f"the engine stopped: {error}"))
     if isinstance(error, ModelError):
-        return invalid(str(error))
+        return invalid(hide_paths(str(error)))
     if isinstance(error, HTTPException):
         message = error.detail or HTTPStatus(error.status_code).phrase
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))

@@ -43,6 +43,7 @@ class Choice:
     num_cached_tokens: int = 0
     cached_by_tier: dict[str, int] = field(default_factory=dict)
     num_preemptions: int = 0
+    embedding: list[float] | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
 
@@ -81,6 +82,7 @@ class Choice:
         self.prompt_logprobs += delta.prompt_logprobs or ()
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.cached_by_tier = delta.cached_by_tier or self.cached_by_tier
+        self.embedding = delta.embedding or self.embedding
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
 
 
@@ -94,6 +96,8 @@ class Generation:
         self._by_id = {choice.request.request_id: choice for choice in self.choices}
         self._stream = stream
         self._closed = False
+        for choice in self.choices:
+            state.requests.begin(choice, stream.scheduled_s)
 
     @classmethod
     async def start(cls, state: ServerState, requests: Sequence[Request]) -> Generation:
@@ -116,6 +120,7 @@ class Generation:
         for choice in self.choices:
             if choice.finish_reason in (None, "error"):  # the good ends are counted as they come
                 self.state.metrics.request_success[choice.finish_reason or "abort"] += 1
+            self.state.requests.end(choice, choice.finish_reason or "abort")
         self.state.metrics.request_max_num_generation_tokens.observe(max(len(c.token_ids) for c in self.choices))
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
@@ -163,6 +168,8 @@ class Generation:
         metrics.request_generation_tokens.observe(num_tokens)
         metrics.request_params_max_tokens.observe(request.sampling.max_tokens or 0)
         metrics.request_num_preemptions.observe(choice.num_preemptions)
+        if (record := self.state.requests.end(choice, piece.finish_reason)) is not None:
+            metrics.observe_phases(record, choice.cached_by_tier)
         if choice.first_token_s is not None:
             metrics.request_decode_time_seconds.observe(now - choice.first_token_s)
         if num_tokens > 1 and choice.first_token_s is not None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from serving.api.errors import RETRY_AFTER_S, json_response
+from serving.security.paths import hide_paths
 from serving.state import ServerState
 
 
@@ -16,7 +17,7 @@ def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
     """HTTP status and body. 200 means: the engine answers, and if it has work, that work moves on."""
     engine = state.engine
     if engine.dead_reason is not None:
-        return 503, {"status": "dead", "reason": engine.dead_reason}
+        return 503, {"status": "dead", "reason": hide_paths(engine.dead_reason)}
     if engine.ready is None or not state.loaded:
         return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
     silent_s = engine.silent_for_s()

@@ -1,9 +1,10 @@
-"""Bounds on what a request body may be, checked before anything is built from it."""
+"""Bounds on a request's head and body, checked before anything is built from it. The table is `serving/limits.py`."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -11,8 +12,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import ApiError, invalid
 from serving.api.sse import ClientGone
+from serving.limits import FIELD_LIMITS, LimitSettings
 
 DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
+# Matches from any quote to the string's end or the body's, so that no input makes it scan anything twice.
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+
+
+def check_head(scope: Scope, limits: LimitSettings) -> None:
+    """Raise ApiError 414 or 431 for a head that is too large. h11's own bound stops a head that never ends."""
+    if len(scope["raw_path"]) + len(scope["query_string"]) > limits.max_url_bytes:
+        raise ApiError(414, f"path and query are longer than {limits.max_url_bytes} bytes")
+    headers = scope["headers"]
+    if len(headers) > limits.max_headers:
+        raise ApiError(431, f"more than {limits.max_headers} headers")
+    if sum(len(name) + len(value) for name, value in headers) > limits.max_header_bytes:
+        raise ApiError(431, f"the headers are larger than {limits.max_header_bytes} bytes")
 
 
 class BodyLimit:
@@ -67,6 +82,8 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
         body = await request.body()
     except ClientDisconnect:
         raise ClientGone from None
+    limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
+    _check_size(body, limits)
     try:
         content = json.loads(body)
     except RecursionError:
@@ -78,7 +95,33 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     if body.count(b"[") + body.count(b"{") > max_depth:  # only then can it be deeper
         _check_depth(content, max_depth)
     _check_strings(content, escapes=b"\\u" in body)
+    _check_fields(content, limits)
     return content
+
+
+def _check_size(body: bytes, limits: LimitSettings) -> None:
+    """Refuse a body of too many values: every `[]` of its three bytes takes twenty times that once it is built."""
+    text = body
+    num_containers = text.count(b"[") + text.count(b"{")
+    num_nodes = 1 + text.count(b",") + num_containers
+    if num_nodes > limits.max_json_nodes or num_containers > limits.max_json_containers:
+        text = _JSON_STRING.sub(b"", body)  # what stands in strings does not count
+        num_containers = text.count(b"[") + text.count(b"{")
+        num_nodes = 1 + text.count(b",") + num_containers
+    if num_containers > limits.max_json_containers:
+        raise invalid(f"the JSON body holds more than {limits.max_json_containers} lists and objects")
+    if num_nodes > limits.max_json_nodes:
+        raise invalid(f"the JSON body holds more than {limits.max_json_nodes} values")
+
+
+def _check_fields(content: dict[str, Any], limits: LimitSettings) -> None:
+    """The bounds on single fields: the value of a number, the length of anything else."""
+    for name, limit in FIELD_LIMITS.items():
+        value, most = content.get(name), getattr(limits, limit)
+        if type(value) is int and value > most:
+            raise invalid(f"{name} must be at most {most}", name)
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise invalid(f"{name} may have at most {most} entries", name)
 
 
 def _check_depth(content: dict[str, Any], max_depth: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,15 +11,16 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from serving.step_log import STEP_TIME_S, STEP_TOKENS, Buckets
+
 if TYPE_CHECKING:
+    from serving.request_log import RequestRecord
     from serving.state import ServerState
 
 PREFIXES = ("xllm", "vllm")
 LABELS = ("model_name", "engine")
 
-# Fine below 10 ms, where a fast device's time per token lies.
-SHORT_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
-           0.75, 1.0, 2.5, 5.0, 10.0)
+SHORT_S = STEP_TIME_S
 LONG_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
           1280.0)
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
@@ -32,25 +32,28 @@ class Histogram:
 
     def __init__(self, help: str, bounds: tuple[float, ...]):
         self.help, self.bounds = help, bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self._buckets = Buckets([0] * (len(bounds) + 1))
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self.bounds, value)] += 1
-        self._sum += value
+        self._buckets.observe(value, self.bounds)
 
     @property
     def count(self) -> int:
-        return sum(self._counts)
+        return sum(self._buckets.counts)
 
     def family(self, name: str, labels: tuple[str, ...]) -> HistogramMetricFamily:
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family = HistogramMetricFamily(name, self.help, labels=LABELS)
-        family.add_metric(labels, buckets, self._sum)
-        return family
+        return histogram_family(name, self.help, self._buckets, self.bounds, labels)
+
+
+def histogram_family(name: str, help: str, buckets: Buckets, bounds: tuple[float, ...],
+                     labels: tuple[str, ...]) -> HistogramMetricFamily:
+    total, cumulated = 0, []
+    for bound, count in zip((*map(str, bounds), "+Inf"), buckets.counts, strict=True):
+        total += count
+        cumulated.append((bound, total))
+    family = HistogramMetricFamily(name, help, labels=LABELS)
+    family.add_metric(labels, cumulated, buckets.sum)
+    return family
 
 
 class RequestMetrics:
@@ -60,7 +63,11 @@ class RequestMetrics:
         self.time_to_first_token_seconds = Histogram("Arrival to first token", LONG_S)
         self.inter_token_latency_seconds = Histogram("Between two tokens of a request", SHORT_S)
         self.request_time_per_output_token_seconds = Histogram("Mean time per output token of a request", SHORT_S)
+        self.request_queue_time_seconds = Histogram("Arrival to the first step that it takes part in", LONG_S)
+        self.request_prefill_time_seconds = Histogram("First step to first token", LONG_S)
         self.request_decode_time_seconds = Histogram("First token to last token", LONG_S)
+        self.request_inference_time_seconds = Histogram("First step to last token", LONG_S)
+        self.request_prefill_kv_computed_tokens = Histogram("Prompt tokens that no cache had", TOKENS)
         self.e2e_request_latency_seconds = Histogram("Arrival to last token", LONG_S)
         self.request_prompt_tokens = Histogram("Prompt length", TOKENS)
         self.request_generation_tokens = Histogram("Output length", TOKENS)
@@ -70,6 +77,22 @@ class RequestMetrics:
         self.request_num_preemptions = Histogram("Preemptions of a request", (0.0, *COUNTS))
         self.admission_rejections = 0  # calls that found the queue full
         self.request_success: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.prompt_tokens_by_source: dict[str, int] = {"local_compute": 0, "local_cache_hit": 0,
+                                                        "external_kv_transfer": 0}
+
+    def observe_phases(self, record: RequestRecord, cached_by_tier: dict[str, int]) -> None:
+        """Take in a request that ended well."""
+        for histogram, value in ((self.request_queue_time_seconds, record.queue_s),
+                                 (self.request_prefill_time_seconds, record.prefill_s),
+                                 (self.request_inference_time_seconds, record.inference_s)):
+            if value is not None:
+                histogram.observe(value)
+        computed = max(0, record.num_prompt_tokens - record.num_cached_tokens)
+        self.request_prefill_kv_computed_tokens.observe(computed)
+        transferred = cached_by_tier.get("l3", 0) + cached_by_tier.get("l4", 0)
+        self.prompt_tokens_by_source["local_compute"] += computed
+        self.prompt_tokens_by_source["external_kv_transfer"] += transferred
+        self.prompt_tokens_by_source["local_cache_hit"] += max(0, record.num_cached_tokens - transferred)
 
     def families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
         for name, value in vars(self).items():
@@ -86,6 +109,12 @@ class RequestMetrics:
         for reason, count in self.request_success.items():
             family.add_metric((*labels, reason), count)
         yield family
+        sources = CounterMetricFamily(f"{prefix}:prompt_tokens_by_source",
+                                      "Prompt tokens of requests that ended well, by where their KV came from",
+                                      labels=(*LABELS, "source"))
+        for source, count in self.prompt_tokens_by_source.items():
+            sources.add_metric((*labels, source), count)
+        yield sources
 
 
 class ServerCollector:
@@ -138,6 +167,11 @@ class ServerCollector:
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             counter.add_metric(labels, value)
             yield counter
+        steps = self._state.engine.steps
+        for name, text, buckets, bounds in (
+                ("iteration_tokens_total", "Tokens computed in a step", steps.tokens, STEP_TOKENS),
+                ("engine_step_duration_seconds", "Duration of a step", steps.time_s, STEP_TIME_S)):
+            yield histogram_family(f"{prefix}:{name}", text, buckets, bounds, labels)
         yield from self._tier_families(prefix, labels)
         yield from self._graph_families(prefix, labels)
         if (ready := self._state.engine.ready) is not None:

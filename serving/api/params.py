@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from serving.api.errors import invalid
-from serving.api.types import GenerationBody
+from serving.api.structured import check_structured, read_structured
+from serving.api.types import GenerationBody, PoolingBody
 from serving.state import ServerState
+from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
@@ -34,7 +36,8 @@ def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int
     """The body's wishes over the model's defaults. Raises RequestError naming the field."""
     given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
-    settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
+    settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs,
+                                "structured": read_structured(body), **overrides}
     if state.tokenizer is None:
         for name in ("stop", "bad_words"):
             if settings.get(name):
@@ -72,7 +75,7 @@ def check_fan_out(state: ServerState, body: GenerationBody, num_prompts: int) ->
     return n
 
 
-def call_id(body: GenerationBody, prefix: str, header: str | None) -> str:
+def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None) -> str:
     """The id of this call: the caller's own if it brings one. Raises ApiError if that is malformed."""
     given = body.request_id if body.request_id is not None else header
     if given is None:
@@ -82,9 +85,18 @@ def call_id(body: GenerationBody, prefix: str, header: str | None) -> str:
     return given if given.startswith(prefix + "-") else f"{prefix}-{given}"
 
 
+def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
+                     sampling: SamplingParams, pooling: PoolingParams) -> list[Request]:
+    """One `Request` per text. Raises RequestError or ApiError."""
+    options = _request_options(body)
+    return [request for prompt in prompts
+            for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
+
+
 async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
                           samplings: Sequence[SamplingParams]) -> list[Request]:
     """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
+    await check_structured(state, body, samplings)
     if sum(map(len, body.bad_words or ())) > LONG_TEXT_CHARS:
         return await asyncio.to_thread(_engine_requests, state, body, call, prompts, samplings)
     return _engine_requests(state, body, call, prompts, samplings)
@@ -92,6 +104,18 @@ async def engine_requests(state: ServerState, body: GenerationBody, call: str, p
 
 def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
                      samplings: Sequence[SamplingParams]) -> list[Request]:
+    options = _request_options(body)
+    requests: list[Request] = []
+    for prompt, sampling in zip(prompts, samplings, strict=True):
+        made = state.inputs.process(call, prompt, sampling, **options).requests
+        # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
+        requests += [replace(request, sampling=replace(request.sampling, prompt_logprobs=sampling.prompt_logprobs))
+                     if request.sampling.prompt_logprobs != sampling.prompt_logprobs else request for request in made]
+    return requests
+
+
+def _request_options(body: GenerationBody | PoolingBody) -> dict[str, Any]:
+    """What a body says about its requests beside prompt and sampling. Raises ApiError."""
     if abs(body.priority) > MAX_PRIORITY:
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
@@ -99,16 +123,8 @@ def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompt
     for name in ("session_id", "prompt_cache_key"):
         if len(getattr(body, name) or "") > MAX_SALT_CHARS:
             raise invalid(f"{name} may have at most {MAX_SALT_CHARS} characters", name)
-    deadline_s = _deadline_s(body.ttlt_slo_ms)
-    requests: list[Request] = []
-    for prompt, sampling in zip(prompts, samplings, strict=True):
-        made = state.inputs.process(call, prompt, sampling, priority=body.priority, offline=body.offline,
-                                    deadline_s=deadline_s, cache_salt=_hash_salt(body.cache_salt),
-                                    session_id=body.session_id or body.prompt_cache_key).requests
-        # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
-        requests += [replace(request, sampling=replace(request.sampling, prompt_logprobs=sampling.prompt_logprobs))
-                     if request.sampling.prompt_logprobs != sampling.prompt_logprobs else request for request in made]
-    return requests
+    return {"priority": body.priority, "offline": body.offline, "deadline_s": _deadline_s(body.ttlt_slo_ms),
+            "cache_salt": _hash_salt(body.cache_salt), "session_id": body.session_id or body.prompt_cache_key}
 
 
 def _deadline_s(wish_ms: float | None) -> float | None:

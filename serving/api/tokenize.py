@@ -7,9 +7,10 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving.api.chat import encode_chat
+from serving.api.chat_prompt import encode_chat
 from serving.api.errors import invalid, json_response
 from serving.api.limits import read_json
+from serving.api.tools import read_tools
 from serving.api.types import DetokenizeBody, TokenizeBody, parse
 from serving.state import ServerState
 
@@ -49,7 +50,7 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        return await encode_chat(state, body, body.messages)
+        return await encode_chat(state, body, body.messages, read_tools(body.tools, None, None).tools)
     assert body.prompt is not None
     tokenizer = state.need_tokenizer("prompt")
     return await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)

@@ -5,7 +5,7 @@ A field that is neither known, harmless nor refused is an error: nothing is igno
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +24,7 @@ HARMLESS = frozenset({
 # Name -> the values that ask for nothing. Any other value asks for something that is not built.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "structured_outputs": ({},), "guided_json": (), "guided_regex": (),
+    "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "prediction": (),
     "use_beam_search": (False,), "length_penalty": (1.0, 1), "beam_width": (0, 1), "num_return_sequences": (1,),
     "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "web_search_options": (),
@@ -72,6 +72,8 @@ class GenerationBody(StrictBody):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
     priority: int = 0
@@ -108,7 +110,62 @@ class ChatBody(GenerationBody):
     echo: bool | None = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
+
+
+class PoolingBody(StrictBody):
+    """What requests for embeddings and scores share."""
+
+    model: str | None = None
+    pooling: str | None = None  # none: the server's --pooling-type
+    normalize: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    priority: int = 0
+    offline: bool = False
+    ttlt_slo_ms: float | None = None
+    cache_salt: str | None = None
+    session_id: str | None = None
+    prompt_cache_key: str | None = None
+    request_id: str | None = None
+
+
+class EmbeddingBody(PoolingBody):
+    input: Any  # as `CompletionBody.prompt`
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class ScoreBody(PoolingBody):
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+
+class RerankBody(PoolingBody):
+    query: str
+    documents: list[str | dict[str, Any]]
+    top_n: int | None = None
+    return_documents: bool = True
+
+
+class PauseBody(StrictBody):
+    mode: str = "abort"
+
+
+class SleepBody(StrictBody):
+    level: int = 1
+
+
+class AbortBody(StrictBody):
+    request_ids: list[str] | None = None
+    request_id: str | None = None
+    rid: str | None = None
+    abort_all: bool = False
 
 
 class TokenizeBody(StrictBody):
@@ -118,7 +175,9 @@ class TokenizeBody(StrictBody):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = False
 
 

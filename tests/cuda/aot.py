@@ -90,6 +90,15 @@ def sampling_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                               sample(logits, column, torch.zeros(4, dtype=torch.int32), column, column, column))
 
 
+def logits_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.logits import apply_token_bitmask, penalise
+
+    logits, rows, starts = torch.empty(4, 151_936), torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    factors = torch.ones(4), *(torch.zeros(4, dtype=torch.float64) for _ in range(2))
+    yield "V151936", lambda: (penalise(logits, rows, torch.zeros(99, dtype=torch.int32), starts, starts, *factors),
+                              apply_token_bitmask(logits, torch.zeros(4, 4748, dtype=torch.int32), rows))
+
+
 def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from cuda_ops.kv import copy_blocks, export_blocks, import_blocks, stored_bytes
 
@@ -104,17 +113,20 @@ def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.linear import linear_int8
+    from cuda_ops.linear import linear_bytes, quantise_rows
 
-    weight = torch.zeros(4096, 4096, dtype=torch.int8)
-    for rows, dtype in ((16, BF16), (64, BF16), (64, FP16), (64, FP32)):
-        x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
-        yield f"T{rows} {dtype}", lambda x=x, scale=scale, bias=bias: linear_int8(x, weight, scale, bias)
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        weight = torch.zeros(4096, 4096, dtype=torch.int8).view(codes)
+        for rows, dtype in ((16, BF16), (64, BF16), (64, FP16), (64, FP32)):
+            x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
+            yield f"{codes} T{rows} {dtype}", partial(linear_bytes, x, weight, scale, bias)
+    yield str(BF16), lambda: quantise_rows(torch.empty(4, 4096, dtype=BF16))
 
 
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
-    "attention": attention_cases, "sampling": sampling_cases, "kv": kv_cases, "linear": linear_cases,
+    "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
+    "linear": linear_cases,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ FEATURES = {
     "drafts": {"speculative_method": "ngram"},
     "xtensor": {"kv_layout": "xtensor", "max_num_batched_tokens": 29},
     "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
 }  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generate(checkpoint: Path, **settings: Any) -> list[list[int]]:
     sampling = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
-                SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=1, max_tokens=5, ignore_eos=True)]
+                SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=1, max_tokens=5, ignore_eos=True,
+                               repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=-0.1,
+                               logit_bias={3: 2.0}, allowed_token_ids=tuple(range(2, 90)))]
     prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
     with LLM(model=str(checkpoint), skip_tokenizer_init=True, dtype="float32", num_kv_blocks=64, max_model_len=64,
              num_threads=1, **settings) as llm:  # fmt: skip

@@ -14,12 +14,13 @@ import time
 
 import pytest
 
-from xllm import LLM, SamplingParams
+from xllm import LLM, SamplingParams, StructuredOutput
 
 MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
-FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers", "graph")
+FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers", "graph",
+            "grammar")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
 LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -31,6 +32,17 @@ PROMPTS = [
     "x = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2",
     SHARED,
     "def f(a, b):\n    return a + b\n\ndef f(a, b):\n    return a + b\n\ndef f(a, b):\n    return",
+]
+# One a prompt, none of which is complete before NUM_TOKENS tokens.
+_ITEM = {"type": "object", "required": ["id", "name"], "additionalProperties": False,
+         "properties": {"id": {"type": "integer", "minimum": 0, "maximum": 99}, "name": {"enum": ["ab", "cd"]}}}
+GRAMMARS = [
+    StructuredOutput(json={"type": "array", "items": _ITEM, "minItems": 20}),
+    StructuredOutput(regex=r"(return [a-c]\n){60}"),
+    StructuredOutput(grammar='start: line{50,60}\nline: "push(" /[a-z]{1,3}/ ")\\n"'),
+    StructuredOutput(json={"type": "array", "items": {"enum": [1, 2, 3, 4]}, "minItems": 60}),
+    None,
+    StructuredOutput(choice=["def g():\n" * 30, "def h():\n" * 30]),
 ]
 
 
@@ -55,13 +67,17 @@ def settings_for(features: frozenset[str]) -> dict:
 
 
 def sampling_for(features: frozenset[str]) -> list[SamplingParams]:
-    """Greedy throughout, or a mix of seeded samplers with what makes logits depend on history."""
-    if "seeds" not in features:
-        return [SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)] * len(PROMPTS)
+    """Greedy throughout, or a mix of seeded samplers with what makes logits depend on history; with a form or not."""
     extras = [{}, {"top_k": 8}, {"top_p": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.2},
               {"presence_penalty": 0.5, "frequency_penalty": 0.3}]
-    return [SamplingParams(temperature=0.7, seed=i, max_tokens=NUM_TOKENS, ignore_eos=True, **extra)
-            for i, extra in enumerate(extras)]
+    seeded = "seeds" in features
+    return [SamplingParams(temperature=0.7 if seeded else 0, seed=i, max_tokens=NUM_TOKENS, structured=grammar,
+                           ignore_eos=grammar is None, **(extra if seeded else {}))
+            for i, (extra, grammar) in enumerate(zip(extras, grammars_for(features)))]
+
+
+def grammars_for(features: frozenset[str]) -> list[StructuredOutput | None]:
+    return GRAMMARS if "grammar" in features else [None] * len(PROMPTS)
 
 
 def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
@@ -80,8 +96,9 @@ def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
         assert stats.num_running == stats.num_waiting == 0
         assert stats.num_free_blocks == stats.num_blocks
         check_the_layout(llm, layout)
+        first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
+        check_the_form(llm, grammars_for(features), first_ids)
     check_that_it_worked(features, stats)
-    first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
     assert first_ids == again_ids, "a second run with a warm cache differs"
     return first_ids
 
@@ -119,6 +136,13 @@ def check_that_it_worked(features: frozenset[str], stats) -> None:
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
 
 
+def check_the_form(llm: LLM, grammars: list[StructuredOutput | None], outputs: list[list[int]]) -> None:
+    for grammar, token_ids in zip(grammars, outputs):
+        assert len(token_ids) == NUM_TOKENS
+        if grammar is not None:
+            assert llm._core.grammars.store.matcher(grammar).validate_tokens(token_ids) == NUM_TOKENS
+
+
 def check_the_layout(llm: LLM, layout: str) -> None:
     virtual = llm._core.runner.virtual_rows
     assert (virtual is not None) == (layout != "paged")
@@ -129,23 +153,29 @@ def check_the_layout(llm: LLM, layout: str) -> None:
 
 
 @functools.cache
-def plain(quantised: bool, seeded: bool) -> list[list[int]]:
-    """One request at a time, every feature off."""
-    return run(frozenset(({"int8"} if quantised else set()) | ({"seeds"} if seeded else set())))
+def plain(what_changes_the_output: frozenset[str]) -> list[list[int]]:
+    """One request at a time, every other feature off."""
+    return run(what_changes_the_output)
+
+
+def plain_for(features: frozenset[str]) -> list[list[int]]:
+    return plain(features & {"int8", "seeds", "grammar"})
 
 
 PAIRS = [frozenset(pair) for pair in itertools.combinations(FEATURES, 2)]
 TRIPLES_WORTH_IT = [frozenset(t) for t in (("overlap", "ngram", "preemption"), ("chunked", "prefix", "preemption"),
-                                           ("overlap", "prefix", "preemption"))]
-ALL = [frozenset(FEATURES), frozenset(FEATURES) - {"int8"}, frozenset(FEATURES) - {"seeds", "int8"}]
+                                           ("overlap", "prefix", "preemption"),
+                                           ("overlap", "ngram", "grammar"), ("grammar", "ngram", "preemption"))]
+ALL = [frozenset(FEATURES), frozenset(FEATURES) - {"int8"}, frozenset(FEATURES) - {"seeds", "int8"},
+       frozenset(FEATURES) - {"grammar"}]
 
 
 @pytest.mark.parametrize("layout", ["paged", "xtensor"])
 @pytest.mark.parametrize("features", PAIRS + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
 def test_outputs_equal_plain_ones(features, layout):
-    assert run(features, layout) == plain("int8" in features, "seeds" in features)
+    assert run(features, layout) == plain_for(features)
 
 
 @pytest.mark.parametrize("features", ALL, ids=lambda f: "+".join(sorted(f)))
 def test_with_sequences_in_fallback(features):
-    assert run(features, "xtensor-capped") == plain("int8" in features, "seeds" in features)
+    assert run(features, "xtensor-capped") == plain_for(features)

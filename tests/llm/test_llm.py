@@ -174,6 +174,16 @@ def test_wrong_settings_and_folders(tmp_path):
         LLM(str(tmp_path), **SETTINGS)
 
 
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15)])
+def test_quantised_weights_judge_a_text_nearly_alike(llm, quantization, most):
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    with LLM(**SETTINGS, quantization=quantization) as quantised:
+        results = [[next(iter(p.values())).logprob for output in run(engine, PROMPTS, params)
+                    for p in output.prompt_logprobs[1:]] for engine in (llm, quantised)]
+    error = sum(abs(a - b) for a, b in zip(*results)) / len(results[0])
+    assert most / 100 < error < most
+
+
 def test_without_tokenizer_and_after_shutdown(llm):
     prompt = llm.get_tokenizer().encode(PROMPTS[0])
     (expected,) = run(llm, prompt)

@@ -10,7 +10,8 @@ import pytest
 
 import xllm
 
-PUBLIC = ["AsyncLLM", "CompletionOutput", "EngineConfig", "LLM", "RequestOutput", "SamplingParams", "__version__"]
+PUBLIC = ["AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "RequestOutput", "SamplingParams",
+          "StructuredOutput", "__version__"]
 
 
 def test_public_names_are_frozen():

@@ -1,9 +1,19 @@
-"""Every op set present, and builders of paged caches with poison wherever nothing may be read."""
+"""The op sets present, and builders of paged caches with poison wherever nothing may be read.
+
+Every test of an operator runs on each of `NAMES`, which is the one list of them: the reference, the CPU's without and
+with compiled kernels, and those of the devices that are there. With TRITON_INTERPRET=1 it is CUDA's alone, interpreted
+on CPU tensors: Triton decides when a kernel is defined whether it is, so that they need a process of their own
+(`make test` has one). Interpreted programs are slow, and get fewer sizes (`sizes`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,26 +23,91 @@ from backends import get_backend
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
-from backends.reference.kv import cache_shape, write_kv
+from backends.reference import kv as cpu_kv
+from tests.ops.on_device import on_device
 
 NAN = float("nan")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+DEVICES = [name for name, found in (("cuda", torch.cuda.is_available()),) if found]
+NAMES = ["cuda-interpreted"] if INTERPRETED else ["reference", "torch", "compiled", *DEVICES]
+OF_THE_CPU = {"test_backend.py", "test_on_device.py", "test_threads.py", "test_vmm.py"}
+collect_ignore = sorted(OF_THE_CPU) if INTERPRETED else []
+
+T = TypeVar("T")
+
+
+def sizes(full: list[T], interpreted: list[T]) -> list[T]:
+    """What a test is parametrised with, in this process."""
+    return interpreted if INTERPRETED else full
+
+
+def load_ops(name: str, cache_dir: Path) -> OpSet | None:
+    """None: it cannot be had here."""
+    if name == "reference":
+        return REFERENCE
+    if name == "cuda-interpreted":
+        from backends.cuda import OPS
+
+        return OPS
+    if name in DEVICES:
+        backend = get_backend(name)
+
+        def synchronize() -> None:
+            backend.synchronize_copies()
+            backend.synchronize()
+
+        return on_device(backend.ops, backend.device, synchronize)
+    backend = get_backend("cpu", cache_dir=cache_dir, compiled=name == "compiled")
+    return None if name == "compiled" and backend.describe()["kernels"] == "plain torch" else backend.ops
 
 
 @pytest.fixture(scope="session")
 def op_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpSet]:
     cache_dir = tmp_path_factory.mktemp("kernels")
-    compiled = get_backend("cpu", cache_dir=cache_dir)
-    sets = {"reference": REFERENCE, "torch": get_backend("cpu", compiled=False).ops}
-    if compiled.describe()["kernels"] != "plain torch":
-        sets["compiled"] = compiled.ops
-    return sets
+    loaded = {name: load_ops(name, cache_dir) for name in NAMES}
+    return {name: ops for name, ops in loaded.items() if ops is not None}
 
 
-@pytest.fixture(params=["reference", "torch", "compiled"])
+@pytest.fixture(params=NAMES)
 def ops(request: pytest.FixtureRequest, op_sets: dict[str, OpSet]) -> OpSet:
     if request.param not in op_sets:
         pytest.skip("no C compiler here")
     return op_sets[request.param]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a device makes an inf or a NaN and says nothing, NumPy warns."""
+    for item in items:
+        if INTERPRETED and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where an op set's caches have their numbers.
+
+    shape: of (num_blocks, block_size, num_kv_heads, head_dim). keys, values: views of a cache as [B, K, P, H].
+    """
+
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
+    keys: Callable[[Tensor], Tensor]
+    values: Callable[[Tensor], Tensor]
+
+
+def _as_it_lies(cache: Tensor) -> Tensor:
+    return cache
+
+
+TRANSPOSED_KEYS = Layout(shape=cpu_kv.cache_shape, keys=lambda cache: cpu_kv.keys_BKHP(cache).transpose(2, 3),
+                         values=_as_it_lies)
+ROWS = Layout(shape=cpu_kv.cache_shape, keys=_as_it_lies, values=_as_it_lies)
+POSITIONS = Layout(shape=lambda B, P, K, H: (B, P, K, H), keys=lambda cache: cache.transpose(1, 2),
+                   values=lambda cache: cache.transpose(1, 2))
+LAYOUTS = {"reference": TRANSPOSED_KEYS, "cpu": TRANSPOSED_KEYS, "cuda": ROWS, "npu": POSITIONS}
+
+
+def layout_of(ops: OpSet) -> Layout:
+    return LAYOUTS[ops.name]
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +123,10 @@ def seed_and_poison() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def spread_cache(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, gap: int = 0) -> Tensor:
+def spread_cache(ops: OpSet, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+                 gap: int = 0) -> Tensor:
     """A cache of NaN whose blocks lie `gap` numbers apart, as those of several layers in one page do."""
-    shape = cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+    shape = layout_of(ops).shape(num_blocks, block_size, num_kv_heads, head_dim)
     size = num_kv_heads * block_size * head_dim
     memory = torch.full((num_blocks * (size + gap),), NAN)
     return memory.as_strided(shape, (size + gap, *torch.empty(shape, device="meta").stride()[1:]))
@@ -65,6 +141,7 @@ class Paged:
     gap: numbers between one block of a cache and the next.
     """
 
+    ops: OpSet = REFERENCE  # whose layout the caches have
     query_lens: list[int]
     seq_lens: list[int]
     num_heads: int
@@ -83,7 +160,7 @@ class Paged:
         num_blocks, most = sum(num_used) + 3 + len(num_used), max(num_used)
         shuffled = torch.randperm(num_blocks, dtype=torch.int32)
         table = torch.full((len(num_used), most + 2), 2**30, dtype=torch.int32)  # garbage past the end
-        self.k_cache, self.v_cache = (spread_cache(num_blocks, P, K, H, self.gap) for _ in range(2))
+        self.k_cache, self.v_cache = (spread_cache(self.ops, num_blocks, P, K, H, self.gap) for _ in range(2))
         self.keys, self.values, slots, taken = [], [], [], 0
         for s, (count, length, query_len) in enumerate(zip(num_used, self.seq_lens, self.query_lens)):
             in_order = torch.arange(taken + s + 1, taken + s + 1 + count, dtype=torch.int32)
@@ -93,7 +170,9 @@ class Paged:
             slot = table[s, positions // P].long() * P + positions % P
             self.keys.append(torch.randn(length, K, H))
             self.values.append(torch.randn(length, K, H))
-            write_kv(self.keys[-1], self.values[-1], self.k_cache, self.v_cache, slot)
+            layout = layout_of(self.ops)
+            layout.keys(self.k_cache)[slot // P, :, slot % P] = self.keys[-1]
+            layout.values(self.v_cache)[slot // P, :, slot % P] = self.values[-1]
             slots.append(slot[length - query_len :])
         starts = torch.tensor([0, *self.query_lens]).cumsum(0)
         self.meta = AttentionMetadata(
@@ -110,6 +189,11 @@ class Paged:
         assert base_S is not None
         most = -(-max(self.seq_lens) // self.block_size)
         self.meta.block_table_SM = base_S[:, None] + torch.arange(most, dtype=torch.int32)
+
+    def to(self, dtype: torch.dtype) -> Paged:
+        """The caches in another dtype."""
+        self.k_cache, self.v_cache = self.k_cache.to(dtype), self.v_cache.to(dtype)
+        return self
 
     def queries(self) -> Tensor:
         return torch.randn(sum(self.query_lens), self.num_heads, self.head_dim)

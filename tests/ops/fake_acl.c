@@ -9,6 +9,7 @@
 #define GRANULE (2ul << 20)
 #define BAD_PARAM 107000
 #define NO_MEMORY 207001
+#define NO_CONTEXT 107002
 #define MOST 65536
 
 typedef struct {
@@ -42,12 +43,21 @@ static int mapping_at(const char *at) {
     return -1;
 }
 
+static __thread int entered; /* as a thread's current device is */
+
+int aclrtSetDevice(int32_t device) {
+    entered = device == 0;
+    return entered ? 0 : BAD_PARAM;
+}
+
 int aclrtMemGetAllocationGranularity(const Property *property, int option, size_t *granularity) {
+    if (!entered) return NO_CONTEXT;
     if (!valid(property) || option < 0 || option > 1) return BAD_PARAM;
     *granularity = GRANULE;
     return 0;
 }
 int aclrtReserveMemAddress(void **address, size_t size, size_t alignment, void *expected, uint64_t flags) {
+    if (!entered) return NO_CONTEXT;
     if (size == 0 || size % GRANULE || alignment || expected || flags) return BAD_PARAM;
     char *got = mmap(NULL, size + GRANULE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) return NO_MEMORY;
@@ -61,6 +71,7 @@ int aclrtReserveMemAddress(void **address, size_t size, size_t alignment, void *
     return NO_MEMORY;
 }
 int aclrtReleaseMemAddress(void *address) {
+    if (!entered) return NO_CONTEXT;
     for (int i = 0; i < 64; i++)
         if (ranges[i].start == (char *)address && address) {
             for (int m = 0; m < MOST; m++)
@@ -72,6 +83,7 @@ int aclrtReleaseMemAddress(void *address) {
     return BAD_PARAM;
 }
 int aclrtMallocPhysical(void **handle, size_t size, const Property *property, uint64_t flags) {
+    if (!entered) return NO_CONTEXT;
     if (size == 0 || size % GRANULE || !valid(property) || flags) return BAD_PARAM;
     Physical *made = calloc(1, sizeof *made);
     made->file = memfd_create("fake-npu", 0), made->size = size;
@@ -80,6 +92,7 @@ int aclrtMallocPhysical(void **handle, size_t size, const Property *property, ui
     return 0;
 }
 int aclrtFreePhysical(void *handle) {
+    if (!entered) return NO_CONTEXT;
     Physical *physical = handle;
     if (!physical || physical->num_mapped) return BAD_PARAM;
     close(physical->file);
@@ -87,6 +100,7 @@ int aclrtFreePhysical(void *handle) {
     return 0;
 }
 int aclrtMapMem(void *address, size_t size, size_t offset, void *handle, uint64_t flags) {
+    if (!entered) return NO_CONTEXT;
     Physical *physical = handle;
     if (offset || flags || !physical || size != physical->size || (uintptr_t)address % GRANULE) return BAD_PARAM;
     if (range_of(address, size) < 0) return BAD_PARAM;
@@ -101,6 +115,7 @@ int aclrtMapMem(void *address, size_t size, size_t offset, void *handle, uint64_
     return NO_MEMORY;
 }
 int aclrtUnmapMem(void *address) {
+    if (!entered) return NO_CONTEXT;
     const int i = mapping_at(address);
     if (i < 0 || mapped[i].at != (char *)address) return BAD_PARAM;
     mmap(address, mapped[i].physical->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -109,6 +124,7 @@ int aclrtUnmapMem(void *address) {
     return 0;
 }
 int aclrtMemset(void *address, size_t most, int32_t value, size_t count) {
+    if (!entered) return NO_CONTEXT;
     if (count > most || mapping_at(address) < 0 || mapping_at((char *)address + count - 1) < 0) return BAD_PARAM;
     for (size_t i = 0; i < count; i++) ((char *)address)[i] = (char)value;
     return 0;

@@ -6,25 +6,37 @@ import pytest
 import torch
 
 from backends.opset import OpSet
-from tests.ops.conftest import NAN, Paged
+from tests.ops.conftest import NAN, Paged, sizes
 
-HEADS = [(1, 1), (4, 2), (8, 2), (7, 1), (6, 6)]
 P = 16
 STEPS = {
     "decode": ([1, 1, 1, 1, 1], [1, P - 1, P, P + 1, 83]),
-    "prefill": ([1, P - 1, P, P + 1, 83], [1, P - 1, P, P + 1, 83]),
-    "chunk": ([5, 33, 64], [70, 40, 150]),
+    "drafts": ([3, 1, 4], [40, 33, 4]),
+    "prefill": sizes([([1, P - 1, P, P + 1, 83], [1, P - 1, P, P + 1, 83])],
+                     [([P - 1, P + 1, 83], [P - 1, P + 1, 83])])[0],
+    "chunk": sizes([([5, 33, 64], [70, 40, 150])], [([33, 64], [40, 150])])[0],
     "mixed": ([1, 40, 1, 7], [17, 40, 200, 31]),
     "long": ([1, 2, 3], [513, 1030, 530]),
-    "idle": ([0, 1], [3, 5]),
+    "idle": ([0, 1, 0], [3, 5, 9]),
 }
+SHORT_STEPS = sizes([*STEPS], ["decode", "drafts", "chunk", "mixed"])
+# Query heads, kv heads; each step with each, or those that differ in how a kernel shares its work.
+HEADS = [(1, 1), (2, 2), (4, 2), (8, 2), (8, 1), (7, 1), (17, 1), (6, 6)]
+STEPS_AND_HEADS = sizes([(step, heads) for step in STEPS for heads in HEADS], [
+    ("decode", (2, 2)), ("decode", (8, 2)), ("decode", (8, 1)), ("decode", (7, 1)), ("decode", (17, 1)),
+    ("drafts", (1, 1)), ("drafts", (4, 1)), ("prefill", (2, 2)), ("prefill", (8, 1)), ("chunk", (4, 2)),
+    ("chunk", (7, 1)), ("mixed", (4, 2)), ("long", (4, 2)), ("idle", (4, 2))])  # fmt: skip
+HEAD_DIM = sizes([64], [16])[0]
+# Head dim, tokens a block.
+SHAPES = sizes([(H, B) for H in (6, 16, 32, 80, 128) for B in (1, 3, 8, 16, 32, 128)],
+               [(64, 128), (128, 16), (80, 32), (6, 8), (16, 3), (32, 1)])
 
 
-def paged(step: str, heads: tuple[int, int] = (4, 2), head_dim: int = 64, block_size: int = P, *,
+def paged(ops: OpSet, step: str, heads: tuple[int, int] = (4, 2), head_dim: int = HEAD_DIM, block_size: int = P, *,
           contiguous: bool = False, gap: int = 0) -> Paged:
     query_lens, seq_lens = STEPS[step]
-    return Paged(query_lens=query_lens, seq_lens=seq_lens, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
-                 block_size=block_size, contiguous=contiguous, gap=gap)  # fmt: skip
+    return Paged(ops=ops, query_lens=query_lens, seq_lens=seq_lens, num_heads=heads[0], num_kv_heads=heads[1],
+                 head_dim=head_dim, block_size=block_size, contiguous=contiguous, gap=gap)  # fmt: skip
 
 
 def check(ops: OpSet, case: Paged, window: int | None = None) -> None:
@@ -32,36 +44,30 @@ def check(ops: OpSet, case: Paged, window: int | None = None) -> None:
     torch.testing.assert_close(case.attend(ops, q_TNH, window).double(), case.truth(q_TNH, window), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"N{h[0]}-K{h[1]}")
+@pytest.mark.parametrize(("step", "heads"), STEPS_AND_HEADS, ids=str)
 def test_heads(ops: OpSet, step: str, heads: tuple[int, int]) -> None:
-    check(ops, paged(step, heads))
+    check(ops, paged(ops, step, heads))
 
 
-@pytest.mark.parametrize("head_dim", [32, 80, 128, 6])
-@pytest.mark.parametrize("step", ["mixed", "long"])
-def test_head_dims(ops: OpSet, step: str, head_dim: int) -> None:
-    check(ops, paged(step, head_dim=head_dim))
+@pytest.mark.parametrize(("head_dim", "block_size"), SHAPES)
+@pytest.mark.parametrize("step", sizes(["decode", "mixed", "long"], ["decode", "mixed"]))
+def test_shapes(ops: OpSet, step: str, head_dim: int, block_size: int) -> None:
+    check(ops, paged(ops, step, head_dim=head_dim, block_size=block_size, gap=40))
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 8, 32, 128])
-@pytest.mark.parametrize("step", ["mixed", "long"])
-def test_block_sizes(ops: OpSet, step: str, block_size: int) -> None:
-    check(ops, paged(step, block_size=block_size))
-
-
-@pytest.mark.parametrize("window", [1, 15, 16, 17, 600, 5000])
-@pytest.mark.parametrize("step", ["decode", "chunk", "mixed", "long"])
+@pytest.mark.parametrize("window", sizes([1, 15, 16, 17, 80, 600, 5000], [1, 15, 17, 80]))
+@pytest.mark.parametrize("step", SHORT_STEPS)
 def test_windows(ops: OpSet, step: str, window: int) -> None:
-    check(ops, paged(step), window)
+    check(ops, paged(ops, step), window)
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (32, 3), (80, 16), (6, 8), (64, 128)])
-@pytest.mark.parametrize("window", [None, 17])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("head_dim", "block_size"), sizes([(64, 16), (32, 3), (80, 16), (6, 8), (64, 128)],
+                                                           [(16, 16), (16, 3)]))
+@pytest.mark.parametrize(("step", "window"), sizes([(step, window) for step in STEPS for window in (None, 17)],
+                                                   [("decode", None), ("decode", 17), ("mixed", None), ("chunk", 17)]))
 def test_contiguous_blocks_give_the_same_bits_as_a_table(ops: OpSet, step: str, window: int | None, head_dim: int,
                                                          block_size: int) -> None:
-    case = paged(step, head_dim=head_dim, block_size=block_size, contiguous=True, gap=24)
+    case = paged(ops, step, head_dim=head_dim, block_size=block_size, contiguous=True, gap=24)
     q_TNH = case.queries()
     by_base = case.attend(ops, q_TNH, window)
     torch.testing.assert_close(by_base.double(), case.truth(q_TNH, window), rtol=0, atol=2e-6)
@@ -69,15 +75,9 @@ def test_contiguous_blocks_give_the_same_bits_as_a_table(ops: OpSet, step: str, 
     assert torch.equal(case.attend(ops, q_TNH, window), by_base)
 
 
-@pytest.mark.parametrize("step", ["mixed", "long"])
-@pytest.mark.parametrize("block_size", [3, 16])
-def test_blocks_that_lie_apart(ops: OpSet, step: str, block_size: int) -> None:
-    check(ops, paged(step, block_size=block_size, gap=40))
-
-
-@pytest.mark.parametrize("step", ["decode", "chunk", "mixed", "long"])
+@pytest.mark.parametrize("step", sizes(["decode", "chunk", "mixed", "long"], ["decode", "mixed"]))
 def test_a_sequence_does_not_see_its_neighbours(ops: OpSet, step: str) -> None:
-    case = paged(step)
+    case = paged(ops, step)
     q_TNH = case.queries()
     together = case.attend(ops, q_TNH)
     meta, begin = case.meta, 0
@@ -95,34 +95,37 @@ def test_a_sequence_does_not_see_its_neighbours(ops: OpSet, step: str) -> None:
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-5)
 
 
-def test_nan_stays_in_its_sequence(ops: OpSet) -> None:
-    case = paged("mixed")
+@pytest.mark.parametrize("step", sizes(["decode", "mixed", "long"], ["decode", "mixed"]))
+def test_nan_stays_in_its_sequence(ops: OpSet, step: str) -> None:
+    case = paged(ops, step)
     q_TNH = case.queries()
     clean = case.attend(ops, q_TNH)
     q_TNH[0] = NAN
     dirty = case.attend(ops, q_TNH)
     assert dirty[0].isnan().all()
-    assert torch.equal(dirty[1:], clean[1:])
+    assert torch.equal(dirty[case.query_lens[0] :], clean[case.query_lens[0] :])
 
 
-def test_large_scores_do_not_overflow(ops: OpSet) -> None:
-    case = paged("chunk")
+@pytest.mark.parametrize("step", ["decode", "chunk"])
+def test_large_scores_do_not_overflow(ops: OpSet, step: str) -> None:
+    case = paged(ops, step)
     q_TNH = case.queries() * 1000
     torch.testing.assert_close(case.attend(ops, q_TNH).double(), case.truth(q_TNH), rtol=0, atol=2e-3)
 
 
 def test_without_a_plan(ops: OpSet) -> None:
-    case = paged("mixed")
+    case = paged(ops, "mixed")
     q_TNH = case.queries()
     out = ops.attention(q_TNH, case.k_cache, case.v_cache, case.meta, scale=case.head_dim**-0.5)
     torch.testing.assert_close(out.double(), case.truth(q_TNH), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
-def test_bfloat16(ops: OpSet, contiguous: bool) -> None:
-    case = paged("mixed", contiguous=contiguous)
-    q_TNH = case.queries().bfloat16()
-    case.k_cache, case.v_cache = case.k_cache.bfloat16(), case.v_cache.bfloat16()
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 4e-3), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_half_precision(ops: OpSet, step: str, dtype: torch.dtype, atol: float, contiguous: bool) -> None:
+    case = paged(ops, step, head_dim=64, contiguous=contiguous).to(dtype)
+    q_TNH = case.queries().to(dtype)
     out = case.attend(ops, q_TNH)
-    assert out.dtype is torch.bfloat16
-    torch.testing.assert_close(out.double(), case.truth(q_TNH), rtol=0, atol=5e-2)
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.double(), case.truth(q_TNH), rtol=0, atol=atol)

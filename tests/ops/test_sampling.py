@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backends.opset import OpSet
+from backends.reference import REFERENCE
+from tests.ops.conftest import sizes
 
 
 def possible_tokens(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float,
@@ -64,7 +66,53 @@ settings_of_a_row = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+# temperature, top_k, top_p, min_p
+ROWS = [
+    (0.0, 5, 0.5, 0.0), (0.3, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (2.5, 40, 0.9, 0.0), (1.0, 0, 0.5, 0.02),
+    (1.0, 1000, 0.999, 0.0), (2.5, 0, 0.05, 0.0), (1.0, 2, 0.0, 0.0), (1.0, 0, 1.0, 1.0), (2.5, 7, 1.0, 0.3),
+]  # fmt: skip
+
+
+def check(ops: OpSet, logits: Tensor, rows: list[tuple[float, int, float, float]]) -> None:
+    uniform = torch.rand(len(rows)).tolist()
+    tokens = draw(ops, logits, *([*column] for column in zip(*rows)), uniform)
+    for s, token in enumerate(tokens):
+        possible = possible_tokens if logits.shape[1] < 1000 else possible_by_sorting
+        assert token in possible(logits[s].tolist(), *rows[s], uniform[s]), s
+
+
+def possible_by_sorting(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float,
+                        uniform: float, slack: float = 3e-6) -> set[int]:
+    """`possible_tokens` by the reference, which sorts whole rows in float64: for large vocabularies."""
+    off = torch.tensor([-slack, 0.0, slack], dtype=torch.float64)
+    p, m, u = (x.flatten() for x in torch.meshgrid(off, off, off, indexing="ij"))
+    row = torch.tensor(logits).expand(27, -1)
+    limits = torch.full((27,), temperature), torch.full((27,), top_k)
+    top_p_S = (top_p + p).clamp(max=1 - slack) if top_p < 1 else torch.ones(27)
+    tokens = REFERENCE.sample(row, *limits, top_p_S, min_p * (1 + m), (uniform + u).clamp(0, 1 - 1e-12))
+    return set(tokens.tolist())
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("vocab_size", [1, 2, 17, 300])
+def test_every_kind_of_row(ops: OpSet, vocab_size: int, coarse: bool) -> None:
+    logits = torch.randn(len(ROWS), vocab_size) * 3
+    check(ops, logits.round() if coarse else logits, ROWS)
+
+
+@pytest.mark.parametrize("shape", ["flat", "peaked", "ties", "equal", "apart", "zeros"])
+def test_large_vocabularies(ops: OpSet, shape: str) -> None:
+    """Where thresholds are narrowed over the whole row first, another way to do so fails in each of these."""
+    noise = torch.randn(4, 9001)
+    logits = {
+        "flat": noise * 1e-3, "peaked": noise * 3, "ties": noise.round(), "equal": torch.full_like(noise, -2.5),
+        "apart": torch.where(noise > 2.5, noise, -1e30 + noise),
+        "zeros": torch.where(noise.abs() > 2, noise, noise * 0.0),  # of either sign, and equal
+    }[shape]  # fmt: skip
+    check(ops, logits, [(1.0, 5000, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (0.7, 50, 0.9, 0.0), (1.5, 6000, 0.4, 0.01)])
+
+
+@settings(max_examples=sizes([60], [6])[0], deadline=None)
 @given(rows=st.lists(settings_of_a_row, min_size=1, max_size=4), vocab_size=st.sampled_from([1, 2, 17, 300]),
        seed=st.integers(0, 10_000), coarse=st.booleans())  # fmt: skip
 def test_sample_follows_its_contract(
@@ -78,7 +126,7 @@ def test_sample_follows_its_contract(
             assert token in possible_tokens(logits[s].tolist(), *rows[s]), (name, s)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 31, 32000])
+@pytest.mark.parametrize("vocab_size", [1, 31, 9000, 32000])
 def test_argmax_takes_the_first_of_equals(ops: OpSet, vocab_size: int) -> None:
     logits = torch.randn(5, vocab_size)
     logits[:, vocab_size // 2] = logits[:, -1] = 99.0
@@ -102,6 +150,20 @@ def test_argmax_of_infinities(ops: OpSet) -> None:
     assert 0 <= ops.argmax(torch.full((1, 40), float("nan"))).item() < 40
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_a_row_that_is_not_finite_gives_some_token_and_disturbs_no_other(ops: OpSet, bad: str) -> None:
+    rows = ROWS[3:7]
+    logits = torch.randn(4, 6000)
+    columns = [[*column] for column in zip(*rows)]
+    clean = draw(ops, logits, *columns, [0.3] * 4)
+    for places in (slice(None), slice(17, 18)):
+        dirty = logits.clone()
+        dirty[2, places] = float(bad)
+        tokens = draw(ops, dirty, *columns, [0.3] * 4)
+        assert 0 <= tokens[2] < 6000
+        assert tokens[:2] + tokens[3:] == clean[:2] + clean[3:]
+
+
 def test_rows_are_independent(ops: OpSet) -> None:
     logits = torch.randn(6, 5000) * 2
     columns = [[1.0, 0.0, 0.7, 1.3, 1.0, 2.0], [0, 0, 50, 0, 7, 0], [0.9, 1.0, 0.95, 1.0, 1.0, 0.5],
@@ -122,7 +184,7 @@ def test_masked_tokens_are_never_drawn(ops: OpSet) -> None:
 
 def test_frequencies(ops: OpSet) -> None:
     """Evenly spaced uniforms draw each token in proportion to its probability."""
-    num_draws, logits = 2000, torch.randn(12)
+    num_draws, logits = sizes([2000], [60])[0], torch.randn(12)
     uniform = (torch.arange(num_draws) + 0.5) / num_draws
     ones = torch.ones(num_draws)
     unlimited = torch.zeros(num_draws, dtype=torch.int64)

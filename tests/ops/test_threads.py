@@ -1,7 +1,9 @@
-"""The number of threads changes nothing: work that is large enough to be shared gives the same bits."""
+"""The number of threads changes nothing: work that is large enough to be shared gives the same bits; and copies from
+several threads."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
-from tests.ops.conftest import Paged
+from backends.reference import REFERENCE
+from tests.ops.conftest import NAN, Paged
+from tests.ops.test_transfer import Store, caches
 
 
 def linear(ops: OpSet) -> Tensor:
@@ -22,9 +26,14 @@ def int8_linear(ops: OpSet) -> Tensor:
     return torch.cat([ops.linear(torch.randn(rows, 200), packed) for rows in (1, 9, 100)])
 
 
+def fp8_linear(ops: OpSet) -> Tensor:
+    packed = ops.pack_linear(torch.randn(300, 200), quantization="fp8")
+    return torch.cat([ops.linear(torch.randn(rows, 200), packed) for rows in (1, 9, 100)])
+
+
 def attention(ops: OpSet) -> Tensor:
-    case = Paged(query_lens=[1, 90, 1, 1], seq_lens=[700, 200, 33, 600], num_heads=6, num_kv_heads=2, head_dim=32,
-                 block_size=16)  # fmt: skip
+    case = Paged(ops=ops, query_lens=[1, 90, 1, 1], seq_lens=[700, 200, 33, 600], num_heads=6, num_kv_heads=2,
+                 head_dim=32, block_size=16)  # fmt: skip
     return torch.cat((case.attend(ops, case.queries()), case.attend(ops, case.queries(), window=100)))
 
 
@@ -43,7 +52,7 @@ def sampling(ops: OpSet) -> Tensor:
     return torch.stack((ops.argmax(logits), drawn))
 
 
-@pytest.mark.parametrize("work", [linear, int8_linear, attention, norms, silu, sampling])
+@pytest.mark.parametrize("work", [linear, int8_linear, fp8_linear, attention, norms, silu, sampling])
 def test_threads(op_sets: dict[str, OpSet], work: Callable[[OpSet], Tensor]) -> None:
     if "compiled" not in op_sets:
         pytest.skip("no C compiler here")
@@ -54,3 +63,26 @@ def test_threads(op_sets: dict[str, OpSet], work: Callable[[OpSet], Tensor]) -> 
         results.append(work(op_sets["compiled"]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_several_copying_threads_at_once(op_sets: dict[str, OpSet]) -> None:
+    """Each with its own blocks and slots, in one store: the workers of two directions."""
+    ops = op_sets.get("compiled", op_sets["torch"])
+    k_cache, v_cache = caches(ops, (2, 16, 64), num_blocks=64)
+    expected = Store(REFERENCE, k_cache, v_cache, "int8", 64)
+    expected.export(k_cache, v_cache, list(range(64)), list(range(64)))
+    store = Store(ops, k_cache, v_cache, "int8", 64)
+    back = torch.full_like(k_cache, NAN), torch.full_like(v_cache, NAN)
+
+    def work(part: list[int]) -> None:
+        for _ in range(20):
+            store.export(k_cache, v_cache, part, part)
+            store.bring_back(*back, part, part)
+
+    threads = [threading.Thread(target=work, args=(list(range(i, 64, 4)),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(store.payloads, expected.payloads)
+    assert not back[0].isnan().any() and not back[1].isnan().any()

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_it_is_the_backend_s() -> None:
     driver = get_backend("cpu", compiled=False).vmm
     assert isinstance(driver, CpuVmm) and isinstance(driver, VmmDriver)
     assert driver.granularity_bytes == os.sysconf("SC_PAGE_SIZE")
+
+
+def test_any_thread_may_map(driver: VmmDriver) -> None:
+    """The submitter's thread maps what the loader's made; a device is a thread's own."""
+    size = driver.granularity_bytes
+    pool, address = driver.create(1, size), driver.reserve(2 * size)
+    thread = threading.Thread(target=lambda: driver.map(address + size, pool, 0, 1))
+    thread.start()
+    thread.join()
+    page = driver.tensor(address + size, size, torch.uint8, None)
+    assert page.fill_(7).sum() == 7 * size
+    driver.release(address, 2 * size)
+    driver.destroy(pool)
 
 
 def test_drivers_of_devices_that_are_not_here() -> None:

@@ -252,3 +252,29 @@ def test_without_graph_mode(backend: Backend, model: CausalLM) -> None:
 def test_settings_that_cannot_work(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=setting):
         EngineConfig.from_flat(**{setting: value}).resolve(model_max_len=64, default_block_size=16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_layout": "xtensor"}], ids=["paged", "xtensor"])
+def test_warming_up_captures_ahead_and_changes_nothing(make_driver: MakeDriver, settings: dict) -> None:
+    cold = make_driver(**CHECKED, **settings)
+    warm = make_driver(**CHECKED, **settings, graph_warmup_seqs=3)
+    blocks = [tensor[:64] for layer in warm.runner.kv_cache.layers for tensor in layer]  # behind them lie mapped pages
+    before = [tensor.clone() for tensor in blocks]
+    warm.runner.warm_up()
+    cache = warm.runner.graphs.cache
+    assert sorted(k.num_seqs for k, _ in cache._entries) == [1, 1, 2, 2, 4, 4]
+    assert all(map(torch.equal, before, blocks))
+    for driver in (cold, warm):
+        for i in range(3):
+            driver.add(NAMES[i], prompt_of(i), plain(i), seed=i)
+        for _ in range(6):
+            driver.step()
+    assert cache.counters.captures == 6, "what was captured ahead is what steps ask for"
+    assert [seq.output for seq in warm.seqs.values()] == [seq.output for seq in cold.seqs.values()]
+
+
+def test_nothing_is_warmed_up_on_a_cpu_unless_asked(make_driver: MakeDriver) -> None:
+    driver = make_driver(**CHECKED)
+    driver.runner.warm_up()
+    assert not len(driver.runner.graphs.cache)
+    make_driver().runner.warm_up()

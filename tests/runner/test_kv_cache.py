@@ -25,10 +25,10 @@ def shape(model: CausalLM) -> ModelConfig:
     return model.config
 
 
-def device(backend: Backend, *, kind: str = "cpu", memory_bytes: int = 10**9) -> Any:
+def device(backend: Backend, *, kind: str = "cpu", memory_bytes: int = 10**9, num_reserved: int = 0) -> Any:
     """The backend, with another amount of memory."""
     return SimpleNamespace(device=torch.device(kind), available_memory_bytes=lambda: memory_bytes,
-                           kv_cache_shape=backend.kv_cache_shape)
+                           kv_cache_shape=backend.kv_cache_shape, num_reserved_blocks=num_reserved)
 
 
 def test_bytes_of_a_block(backend: Backend, shape: ModelConfig) -> None:
@@ -49,6 +49,24 @@ def test_bytes_of_a_block(backend: Backend, shape: ModelConfig) -> None:
 def test_how_many(backend: Backend, shape: ModelConfig, settings: dict[str, Any], kind: str, num_blocks: int) -> None:
     machine = device(backend, kind=kind, memory_bytes=100 * BLOCK_BYTES + 5)
     assert plan_num_blocks(make_config(**settings), machine, shape, torch.float32) == num_blocks
+
+
+@pytest.mark.parametrize(("settings", "num_blocks"), [
+    ({"num_kv_blocks": 21}, 23),  # that many to use
+    ({"num_kv_blocks": None, "kv_cache_memory_bytes": 20 * BLOCK_BYTES}, 20),  # all within the limit
+    ({"num_kv_blocks": None, "max_num_seqs": 1}, 19),
+], ids=str)
+def test_the_device_s_own_blocks_come_on_top(backend: Backend, shape: ModelConfig, settings: dict[str, Any],
+                                             num_blocks: int) -> None:
+    machine = device(backend, memory_bytes=100 * BLOCK_BYTES, num_reserved=2)
+    assert plan_num_blocks(make_config(**settings), machine, shape, torch.float32) == num_blocks
+
+
+def test_the_device_s_own_blocks_hold_no_sequence(backend: Backend, shape: ModelConfig) -> None:
+    tight = make_config(num_kv_blocks=None, kv_cache_memory_bytes=16 * BLOCK_BYTES)
+    assert plan_num_blocks(tight, device(backend), shape, torch.float32) == 16
+    with pytest.raises(ConfigError, match=r"is 14 blocks; max_model_len 112 would fit"):
+        plan_num_blocks(tight, device(backend, num_reserved=2), shape, torch.float32)
 
 
 @pytest.mark.parametrize(("settings", "words"), [

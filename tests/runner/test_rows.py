@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.request import SamplingParams
-from xllm.runner.batch import gather_batch
+from xllm.runner.batch import as_tensor, gather_batch
 from xllm.runner.rows import RowState
 from xllm.step import NewRow
 
@@ -75,7 +75,7 @@ def test_a_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> None:
     samples_S = np.array([tokens == computed + chunk for tokens, computed, chunk, _ in step])
     rows.write_drafts(rows_S, drafts_SR)
     host = gather_batch(rows, rows_S, chunks_S, drafts_S, samples_S)
-    batch = host.to_device(torch.device("cpu"))
+    batch = host.to_device(as_tensor)
 
     meta, s = batch.meta, host.slots
     assert batch.input_ids_T.tolist() == ids

@@ -14,7 +14,7 @@ from backends.backend import Backend
 from tests.runner.naive_sampling import edited_logits, invert, kept_probabilities
 from xllm.request import SamplingParams
 from xllm.runner.batch import SampleSlots
-from xllm.runner.logit_edits import LogitEdits
+from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
 from xllm.runner.rows import RowState
 from xllm.runner.sampler import EDITED_AWAY, NO_TOKEN_LEFT, NOT_FINITE, Draws, Sampler
 from xllm.runner.uniform import uniforms
@@ -84,13 +84,17 @@ def random_logits(num: int, *, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2.0
 
 
+def edit(backend: Backend, logits_V: torch.Tensor, sampling: SamplingParams, history: list[int]) -> None:
+    edits = LogitEdits(sampling, EOS, VOCAB, backend.device)
+    edit_logits(backend.ops, logits_V[None], [SlotEdits(0, edits, np.array(history, dtype=np.int32), len(PROMPT))])
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_equal_their_definition(backend: Backend, name: str) -> None:
     sampling = SamplingParams(**EDITS[name])
     logits_V = random_logits(1)[0]
     expected = edited_logits(logits_V.double().tolist(), sampling, PROMPT, OUTPUT, EOS)
-    edits = LogitEdits(sampling, EOS, VOCAB, backend.device)
-    edits.apply(logits_V, np.array(PROMPT + OUTPUT, dtype=np.int32), len(PROMPT))
+    edit(backend, logits_V, sampling, PROMPT + OUTPUT)
     np.testing.assert_allclose(logits_V.numpy(), expected, rtol=1e-5, atol=1e-5)
     assert LogitEdits.needed(sampling)
 
@@ -100,7 +104,7 @@ def test_edits_before_any_output(backend: Backend, name: str) -> None:
     sampling = SamplingParams(**EDITS[name])
     logits_V = random_logits(1)[0]
     expected = edited_logits(logits_V.double().tolist(), sampling, PROMPT, [], EOS)
-    LogitEdits(sampling, EOS, VOCAB, backend.device).apply(logits_V, np.array(PROMPT, dtype=np.int32), len(PROMPT))
+    edit(backend, logits_V, sampling, PROMPT)
     np.testing.assert_allclose(logits_V.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ from xllm.scheduler.scheduler import Scheduler
 
 VOCAB = 50
 EOS = 7
+REQUEST_FIELDS = ("priority", "offline", "deadline_s", "cache_salt", "tenant", "tenant_weight")
 
 
 def make_config(*, max_model_len: int = 96, block_size: int = 4, **settings) -> EngineConfig:
@@ -24,9 +25,10 @@ def make_config(*, max_model_len: int = 96, block_size: int = 4, **settings) -> 
 class Simulation:
     """One engine over null hardware. `step()` audits everything after each step."""
 
-    def __init__(self, num_blocks: int = 64, **settings):
+    def __init__(self, num_blocks: int = 64, *, num_reserved_blocks: int = 0, **settings):
         self.config = make_config(**settings)
-        self.scheduler = Scheduler(self.config, num_blocks=num_blocks, clock=lambda: 0.0)
+        self.scheduler = Scheduler(self.config, num_blocks=num_blocks, num_reserved_blocks=num_reserved_blocks,
+                                   clock=lambda: 0.0)
         runner = MemoryRunner(self.config.scheduler.max_num_seqs, num_blocks, self.config.cache.block_size, VOCAB)
         depth = 1 if self.config.scheduler.async_scheduling else 0
         self.loop = StepLoop(self.scheduler, LateExecutor(runner, depth))
@@ -35,7 +37,7 @@ class Simulation:
         self.requests: dict[str, Request] = {}
 
     def add(self, name: str, prompt: list[int], *, eos: bool = False, **fields) -> None:
-        request_fields = {k: fields.pop(k) for k in ("priority", "offline", "deadline_s", "cache_salt") if k in fields}
+        request_fields = {k: fields.pop(k) for k in REQUEST_FIELDS if k in fields}
         sampling = SamplingParams(**{"max_tokens": 8, "seed": len(self.requests), **fields})
         request = Request(request_id=name, prompt_token_ids=prompt, sampling=sampling,
                           eos_token_ids=(EOS,) if eos else (), **request_fields)
@@ -73,7 +75,8 @@ class Simulation:
         """Nothing is left behind."""
         assert not self.loop.has_work()
         assert self.scheduler.num_running == 0 and len(self.scheduler.waiting) == 0
-        assert self.scheduler.kv.pool.num_available == self.scheduler.kv.pool.num_blocks
+        pool = self.scheduler.kv.pool
+        assert pool.num_available == pool.num_blocks - pool.num_reserved
         assert self.scheduler.rows.num_free == self.scheduler.rows.num_rows
 
 

@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 90.0
-ADDRESS = re.compile(r"on (http://127\.0\.0\.1:\d+)")
+ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "the condition") -> float:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
+from xllm.engine.control import EngineControl
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
+from xllm.engine.grammars import GrammarGate
+from xllm.engine.loading import LoadedModel, Progress
 from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
-from xllm.errors import ConfigError, DeviceError, IntegrityError, RequestError
+from xllm.errors import IntegrityError, RequestError
 from xllm.metrics import EngineStats, GraphStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
 from xllm.step import ScheduleOutput
 
 if TYPE_CHECKING:
-    from backends.backend import Backend
-    from xllm.models.config import ModelConfig
     from xllm.runner.model_runner import ModelRunner
 
-_log = logging.getLogger(__name__)
-
-Progress = Callable[[str, float], None]
 MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
 
 
@@ -41,14 +35,17 @@ class StepLoop:
         self.last_step_s = time.monotonic()
         self.step_time_s = 0.0
         self._began_s = self.last_step_s  # when a step was last submitted to an idle device
+        self.frozen = False  # requests stay as they are; only what is in flight is finished
         self._in_flight: deque[ScheduleOutput] = deque()
         self._check_integrity = env.check_integrity()
 
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self.scheduler.has_requests
+        return bool(self._in_flight) or (self.scheduler.has_ready if self.frozen else self.scheduler.has_requests)
 
     def step(self) -> list[OutputDelta]:
         """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
+        if self.frozen:
+            return self._settle_oldest() if self._in_flight else self.scheduler.take_ready()
         plan = self.scheduler.schedule()
         if plan.num_rows:
             if not self._in_flight:
@@ -57,8 +54,9 @@ class StepLoop:
             self._in_flight.append(plan)
             if len(self._in_flight) <= self.executor.depth:
                 return self.scheduler.take_ready()
-        if not self._in_flight:
-            return self._nothing_to_run()
+        return self._settle_oldest() if self._in_flight else self._nothing_to_run()
+
+    def _settle_oldest(self) -> list[OutputDelta]:
         oldest = self._in_flight.popleft()
         outputs = self.scheduler.update(oldest, self.executor.result())
         self._count_step()
@@ -88,20 +86,24 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
-        report = progress or (lambda phase, share: None)
         executor: Executor = ThreadExecutor() if config.scheduler.async_scheduling else InlineExecutor()
         try:
-            loaded = executor.call(lambda: _load(config, report))
+            self._loaded = executor.call(lambda: LoadedModel(config, progress or (lambda phase, share: None)))
+            self.runner: ModelRunner = executor.call(self._loaded.make_runner)
         except BaseException:
             executor.shutdown()
             raise
-        executor.runner = self.runner = loaded.runner
+        loaded = self._loaded
         self.model_path, self.model_config, self.config = loaded.path, loaded.model_config, loaded.config
         self.num_blocks = loaded.num_blocks
-        self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks), executor)
+        self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks,
+                                       num_reserved_blocks=loaded.backend.num_reserved_blocks), executor)
+        self.grammars = GrammarGate(self.config, self.model_path, self.model_config)
+        self.control = EngineControl(self)
+        executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
         try:
             if has_tiers(self.config.cache):
-                attach_tiers(self.scheduler, executor, self.config, loaded.runner, loaded.backend, loaded.path,
+                attach_tiers(self.scheduler, executor, self.config, self.runner, loaded.backend, loaded.path,
                              loaded.model_config)
         except BaseException:
             executor.shutdown()
@@ -115,23 +117,51 @@ class EngineCore:
         """Queue a request. Raises RequestError; nothing is queued then."""
         request.sampling.check_vocabulary(self.model_config.vocab_size)
         _check_prompt_ids(request, self.model_config.vocab_size)
-        self.scheduler.add(request)
+        if request.pooling is not None:
+            request.pooling.check_width(self.model_config.hidden_size)
+            if request.sampling.max_tokens != 1:
+                raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
+        if not self.control.hold(request):
+            self.admit(request)
+
+    def admit(self, request: Request) -> None:
+        """Queue a request that was checked and is not held any more. Raises RequestError."""
+        if not self.grammars.hold(request):
+            self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its terminal output comes from the next `step`. Unknown ids are ignored."""
-        self.scheduler.abort(request_id)
+        if not self.control.abort(request_id) and not self.grammars.abort(request_id):
+            self.scheduler.abort(request_id)
+
+    def abort_all(self) -> None:
+        """End every open request."""
+        for request_id in (*self.control.request_ids, *self.grammars.request_ids, *self.scheduler.request_ids):
+            self.abort(request_id)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended, wherever they wait."""
+        return (self.control.num_held + len(self.grammars.request_ids) + len(self.scheduler.request_ids))
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return self.loop.has_work()
+        return self.loop.has_work() or self.grammars.has_work or self.control.has_ended
 
     def step(self) -> list[OutputDelta]:
         """One step of the loop: what changed, for all requests."""
-        return self.loop.step()
+        if self.control.has_ended:
+            return self.control.take_ended()
+        if not self.grammars.has_work:
+            return self.loop.step()
+        if not self.loop.has_work():
+            self.grammars.wait()
+        self.grammars.admit(self.scheduler.add)
+        return self.grammars.take_ended() + self.loop.step()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges. May be called from another thread."""
-        graphs = self.runner.graphs
+        graphs = None if self.control.sleep_level else self.runner.graphs
         return collect_stats(self.loop, None if graphs is None else graphs.stats())
 
     def idle_s(self) -> float | None:
@@ -142,9 +172,24 @@ class EngineCore:
         """Carry on what goes on between the KV tiers while there is no work."""
         self.scheduler.promotions.tick()
 
+    def unload(self, *, keep_weights: bool) -> None:
+        """Free what the runner holds on the device; no request is open. See `EngineControl.sleep`."""
+        self.runner.matchers.close()
+        self.loop.executor.runner = None
+        del self.runner
+        self.loop.executor.call(lambda: self._loaded.free(keep_weights=keep_weights))
+
+    def reload(self) -> None:
+        """Undo `unload`. Raises as loading does; the engine then still sleeps."""
+        self.runner = self.loop.executor.call(self._loaded.make_runner)
+        self.loop.executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
+
     def shutdown(self) -> None:
         """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the executor."""
         self.loop.executor.shutdown()
+        self.grammars.store.close()
+        if not self.control.sleep_level:
+            self.runner.matchers.close()
         self.scheduler.promotions.close()
 
 
@@ -152,72 +197,6 @@ def _check_prompt_ids(request: Request, vocab_size: int) -> None:
     ids = request.prompt_token_ids
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """A runner with what loading found out."""
-
-    path: Path
-    model_config: ModelConfig
-    config: EngineConfig  # resolved
-    num_blocks: int
-    runner: ModelRunner
-    backend: Backend
-
-
-def _load(config: EngineConfig, report: Progress) -> _Loaded:
-    """Import torch, choose the backend, read the checkpoint, make the runner."""
-    report("import", 0.0)
-    import torch
-
-    from xllm.models.config import read_model_config
-    from xllm.models.loader import load_model, resolve_model_path
-    from xllm.runner.kv_cache import compute_dtype, plan_num_blocks
-    from xllm.runner.model_runner import ModelRunner
-
-    if config.device.num_threads:
-        torch.set_num_threads(config.device.num_threads)
-    backend = _open_backend(config)
-    path = resolve_model_path(config.model.model, config.model.revision)
-    model_config = read_model_config(path)
-    resolved = config.resolve(model_max_len=model_config.max_model_len, default_block_size=backend.default_block_size)
-    dtype = compute_dtype(resolved, backend, model_config)
-    num_blocks = plan_num_blocks(resolved, backend, model_config, dtype)
-    report("weights", 0.0)
-    model = load_model(path, backend=backend, dtype=dtype, quantization=resolved.model.quantization,
-                       max_model_len=resolved.model.max_model_len,
-                       progress=lambda done, total: report("weights", done / max(total, 1)))
-    runner = ModelRunner(resolved, backend, model, num_blocks)
-    report("ready", 1.0)
-    return _Loaded(path=path, model_config=model_config, config=resolved, num_blocks=num_blocks, runner=runner,
-                   backend=backend)
-
-
-def _open_backend(config: EngineConfig) -> Backend:
-    from backends import get_backend
-    from backends.backend import BackendError
-
-    try:
-        backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed())
-    except BackendError as error:
-        raise DeviceError(str(error)) from error
-    _check_ops(backend, config.device.strict_ops)
-    return backend
-
-
-def _check_ops(backend: Backend, strict: bool | None) -> None:
-    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`)."""
-    from backends.opset import COLD_OPS
-    from backends.reference import REFERENCE
-
-    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
-    if not slow:
-        return
-    message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
-    if strict or (strict is None and backend.name != "cpu"):
-        raise ConfigError(f"{message}. --no-strict-ops allows it")
-    _log.warning(message)
 
 
 def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineStats:

@@ -31,10 +31,13 @@ FREE, HELD, PENDING, CACHED = range(4)
 
 
 class BlockPool:
-    """Blocks 0 .. num_blocks - 1. Not thread-safe: the scheduler's thread owns it."""
+    """Blocks 0 .. num_blocks - 1, of which the first `num_reserved` are HELD for good: the device's own use.
 
-    def __init__(self, num_blocks: int, index: PrefixIndex, policy: EvictionPolicy):
-        self.num_blocks = num_blocks
+    Not thread-safe: the scheduler's thread owns it."""
+
+    def __init__(self, num_blocks: int, index: PrefixIndex, policy: EvictionPolicy, *, num_reserved: int = 0):
+        assert num_reserved < num_blocks
+        self.num_blocks, self.num_reserved = num_blocks, num_reserved
         self.settled_step = -1
         self.num_evicted = 0
         self._index = index
@@ -42,8 +45,9 @@ class BlockPool:
         self._state = np.full(num_blocks, FREE, dtype=np.int8)
         self._ref_count = np.zeros(num_blocks, dtype=np.int32)
         self._fence = np.full(num_blocks, -1, dtype=np.int64)
+        self._state[:num_reserved], self._ref_count[:num_reserved] = HELD, 1
         self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack; its top is at _num_free
-        self._num_free = num_blocks
+        self._num_free = num_blocks - num_reserved
         self._pending: deque[tuple[int, int, np.ndarray]] = deque()  # (step to wait for, entry, blocks)
         self._entry = np.zeros(num_blocks, dtype=np.int64)  # the newest entry that lists the block
         self._next_entry = 1
@@ -72,7 +76,8 @@ class BlockPool:
 
     @property
     def num_held(self) -> int:
-        return self.num_blocks - self.num_available - self.num_pending
+        """Blocks with a holder, but for the reserved ones."""
+        return self.num_blocks - self.num_reserved - self.num_available - self.num_pending
 
     # --- taking and giving back
 

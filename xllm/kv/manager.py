@@ -29,13 +29,15 @@ class KVManager:
     """Block tables over one `BlockPool`. Not thread-safe: the scheduler's thread owns it."""
 
     def __init__(self, *, num_blocks: int, block_size: int, num_rows: int, max_tokens_per_row: int,
-                 enable_prefix_caching: bool = True, policy: EvictionPolicy | None = None):
-        """policy: who is evicted first; None: the default one."""
+                 num_reserved_blocks: int = 0, enable_prefix_caching: bool = True,
+                 policy: EvictionPolicy | None = None):
+        """policy: who is evicted first; None: the default one. num_reserved_blocks: the first ones of `num_blocks`
+        belong to no row."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._index = PrefixIndex(num_blocks, block_size)
         self._policy = make_policy(DEFAULT_POLICY, num_blocks) if policy is None else policy
-        self.pool = BlockPool(num_blocks, self._index, self._policy)
+        self.pool = BlockPool(num_blocks, self._index, self._policy, num_reserved=num_reserved_blocks)
         self._admitted: tuple[list[int], list[bytes], list[int]] = ([], [], [])  # (blocks, digests, parents)
         max_blocks = -(-max_tokens_per_row // block_size)
         self.block_table_RM = np.zeros((num_rows, max_blocks), dtype=np.int32)
@@ -257,12 +259,13 @@ class KVManager:
     @property
     def usage(self) -> float:
         """Share of the blocks that somebody holds or that are still in flight."""
-        return 1.0 - self.pool.num_available / self.pool.num_blocks
+        return 1.0 - self.pool.num_available / (self.pool.num_blocks - self.pool.num_reserved)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if pool, index and block tables disagree."""
         self.pool.check_integrity()
         held = np.zeros(self.pool.num_blocks, dtype=np.int64)
+        held[: self.pool.num_reserved] = 1
         for row, count in enumerate(self.num_blocks_R.tolist()):
             np.add.at(held, self.block_table_RM[row, :count], 1)
         loading = self._tiers.loader.open_paths if self._tiers is not None else []

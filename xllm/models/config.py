@@ -139,7 +139,7 @@ def _check_supported(raw: RawConfig) -> None:
             kind = raw.values[key]
             method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
             raise raw.error(f"the checkpoint is quantised ({key}: {method}), which cannot be read; use the "
-                            "unquantised checkpoint, with --quantization int8 if memory is short")
+                            "unquantised checkpoint, with --quantization fp8 or int8 if memory is short")
     activation = raw.values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise raw.error(f"hidden_act {activation!r} is not supported; only 'silu' is")

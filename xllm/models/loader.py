@@ -9,10 +9,11 @@ import torch
 
 from backends.backend import Backend
 from xllm.errors import ConfigError, ModelError
-from xllm.layers.context import LayerContext
+from xllm.layers.context import LayerContext, Weights
 from xllm.layers.rotary import rope_table
 from xllm.models.config import ModelConfig, read_model_config
 from xllm.models.decoder import CausalLM, Decoder
+from xllm.models.dummy_weights import DummyWeights
 from xllm.models.weights import Progress, WeightSource
 from xllm.parallel.context import ParallelContext
 
@@ -28,11 +29,13 @@ def load_model(
     dtype: torch.dtype,
     quantization: str | None = None,
     max_model_len: int | None = None,
+    load_format: str = "auto",
     progress: Progress | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 
     quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
+    load_format: "dummy" reads config.json alone and takes random weights.
     max_model_len: positions that the rotary table covers; None: the checkpoint's own limit.
     Raises:
         ModelError: the checkpoint cannot be used.
@@ -40,10 +43,15 @@ def load_model(
     """
     config = read_model_config(path)
     num_positions = _num_positions(config, max_model_len)
-    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
+
+    def build(weights: Weights) -> CausalLM:
         context = LayerContext(ops=backend.ops, parallel=ParallelContext(), weights=weights, quantization=quantization)
-        cos_sin_LH = rope_table(config.rope, config.head_dim, num_positions, backend.device)
-        model = Decoder(context, config, cos_sin_LH)
+        return Decoder(context, config, rope_table(config.rope, config.head_dim, num_positions, backend.device))
+
+    if load_format == "dummy":
+        return build(DummyWeights(dtype=dtype, device=backend.device))
+    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
+        model = build(weights)
         weights.check_all_taken(ignored=("lm_head.weight",) if config.tie_word_embeddings else ())
     return model
 

@@ -6,6 +6,7 @@ A row contributes `num_tokens` known tokens and behind them its drafts, adjacent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,15 @@ class HostBatch:
     block_size: int
     slots: SampleSlots
 
+    @classmethod
+    def empty(cls, block_size: int, *, has_table: bool) -> HostBatch:
+        """A step of no rows: in a graph, of padding alone."""
+        none, indices = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+        return cls(input_ids_T=none, feed_T=None, positions_T=none, query_start_S1=np.zeros(1, dtype=np.int32),
+                   seq_lens_S=none, table_SM=np.zeros((0, 0), dtype=np.int32), kv_base_S=None if has_table else none,
+                   slot_mapping_T=none, max_query_len=1, block_size=block_size,
+                   slots=SampleSlots(rows=none, steps=indices, offsets=indices, hidden=indices))
+
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids_T)
@@ -76,22 +86,21 @@ class HostBatch:
     def num_seqs(self) -> int:
         return len(self.seq_lens_S)
 
-    def to_device(self, device: torch.device) -> ForwardBatch:
-        """Fresh tensors of it."""
+    def to_device(self, put: Callable[[np.ndarray], Tensor]) -> ForwardBatch:
+        """Fresh tensors of it, each made by `put`."""
         meta = AttentionMetadata(
-            query_start_S1=_to_device(self.query_start_S1, device),
-            seq_lens_S=_to_device(self.seq_lens_S, device),
-            block_table_SM=_to_device(self.table_SM, device),
-            slot_mapping_T=_to_device(self.slot_mapping_T, device),
+            query_start_S1=put(self.query_start_S1),
+            seq_lens_S=put(self.seq_lens_S),
+            block_table_SM=put(self.table_SM),
+            slot_mapping_T=put(self.slot_mapping_T),
             max_query_len=self.max_query_len,
             max_seq_len=int(self.seq_lens_S.max()),
             num_tokens=self.num_tokens,
             block_size=self.block_size,
-            kv_base_S=None if self.kv_base_S is None else _to_device(self.kv_base_S, device),
+            kv_base_S=None if self.kv_base_S is None else put(self.kv_base_S),
             host=HostLengths(self.query_start_S1, self.seq_lens_S),
         )
-        return ForwardBatch(input_ids_T=_to_device(self.input_ids_T, device),
-                            positions_T=_to_device(self.positions_T, device), meta=meta)
+        return ForwardBatch(input_ids_T=put(self.input_ids_T), positions_T=put(self.positions_T), meta=meta)
 
 
 def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,
@@ -165,6 +174,6 @@ def _check(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, seq_len
     assert ((reached_S == known_S) == samples_S).all(), "the plan samples in the wrong rows"
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+def as_tensor(array: np.ndarray) -> Tensor:
+    """In host memory, without a copy if it can be."""
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -36,7 +36,7 @@ class TokenFeed:
         """num_places: the most tokens that a step samples, padding included."""
         self.buffers = [torch.zeros(num_places, dtype=torch.int64, device=backend.device) for _ in range(NUM_BUFFERS)]
         self._hosts = [backend.allocate_host(8 * num_places).view(torch.int64) for _ in range(NUM_BUFFERS)]
-        self._fence = capturer.fence
+        self.capturer = capturer
         self.turn = 0
         self.num_fed = 0  # steps that were queued before the host knew the tokens of the one before
 
@@ -58,7 +58,7 @@ class TokenFeed:
         """Queue the copy of the sink's first places to the host; places_Q: where the slots' tokens stand."""
         host = self._hosts[self.turn][:num_places]
         host.copy_(self.sink[:num_places], non_blocking=True)
-        return QueuedTokens(host.numpy(), places_Q, self._fence())
+        return QueuedTokens(host.numpy(), places_Q, self.capturer.fence())
 
 
 class QueuedTokens:
@@ -90,9 +90,9 @@ def sampling_columns(rows: RowState, slots: SampleSlots) -> dict[str, np.ndarray
             "uniform": uniforms(rows.seed[slots.rows], rows.num_tokens[slots.rows] + slots.offsets)}
 
 
-def wants_prompt_logprobs(rows: RowState, rows_S: np.ndarray) -> bool:
-    """Whether the step computes places whose logprobs a row of it asked for."""
-    asks_S = rows.num_prompt_logprobs[rows_S] != NO_LOGPROBS
+def wants_hidden_states(rows: RowState, rows_S: np.ndarray) -> bool:
+    """Whether the step computes places of a prompt for which a row asked logprobs or an embedding."""
+    asks_S = (rows.num_prompt_logprobs[rows_S] != NO_LOGPROBS) | rows.pools[rows_S]
     return bool((asks_S & (rows.num_computed[rows_S] < rows.num_prompt_tokens[rows_S])).any())
 
 

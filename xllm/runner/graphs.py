@@ -34,7 +34,7 @@ from xllm.runner.feed import (
     sample_into,
     samples_plainly,
     sampling_columns,
-    wants_prompt_logprobs,
+    wants_hidden_states,
 )
 from xllm.runner.rows import RowState
 from xllm.sizes import parse_amount
@@ -83,6 +83,11 @@ def bucket_rules(config: EngineConfig, capturer: Capturer) -> BucketRules:
     return BucketRules(max_seqs=min(device.graph_max_seqs or max_num_seqs, max_num_seqs),
                        draft_length=config.speculative.num_speculative_tokens,
                        max_mixed_tokens=device.graph_max_prefill_tokens, step=capturer.bucket_step)
+
+
+def most_samples(config: EngineConfig, capturer: Capturer) -> int:
+    """Tokens that a step samples at most, padding included."""
+    return max(bucket_rules(config, capturer).max_num_tokens, config.scheduler.max_num_seqs)
 
 
 class StepProgram:
@@ -168,17 +173,24 @@ class GraphedForward:
         if key is None:
             self.cache.fall_back(NO_BUCKET)
             return None
-        layout = "table" if batch.kv_base_S is None else "base"
-        key = replace(key, variant=f"{layout}-{self._ends_with(batch, rows_S, key.num_tokens)}")
+        key = replace(key, variant=f"{_layout(batch)}-{self._ends_with(batch, rows_S, key.num_tokens)}")
         self.cache.turn = self.feed.turn
         program = self.cache.run(key, lambda program: self._fill(program, key, batch))
         return None if program is None else self._results(program, batch)
+
+    def capture_ahead(self, num_seqs: int, *, has_table: bool) -> None:
+        """Capture plain decode steps of up to `num_seqs` rows, over both sets, before a request waits for one."""
+        empty = HostBatch.empty(self.rows.block_size, has_table=has_table)
+        for key in self._rules.decode_keys(num_seqs, f"{_layout(empty)}-{TOKENS}"):
+            for index in range(NUM_SETS):
+                self.cache.turn = index
+                self.cache.run(key, lambda program, key=key: self._fill(program, key, empty))  # type: ignore[misc]
 
     def _ends_with(self, batch: HostBatch, rows_S: np.ndarray, num_tokens: int) -> str:
         """How far the graph of a step with a bucket of that many tokens goes."""
         if 2 * len(batch.slots) < batch.num_tokens or num_tokens > self._max_logits:
             return HIDDEN
-        if wants_prompt_logprobs(self.rows, rows_S):
+        if wants_hidden_states(self.rows, rows_S):
             return HIDDEN
         return TOKENS if samples_plainly(self.rows, batch.slots) else LOGITS
 
@@ -221,6 +233,10 @@ class GraphedForward:
         if LOGITS in memory.outputs:
             return Forwarded(logits_TV=memory.live_output(LOGITS))
         return Forwarded(tokens=self.feed.queue_read(batch.num_tokens, batch.slots.hidden))
+
+
+def _layout(batch: HostBatch) -> str:
+    return "table" if batch.kv_base_S is None else "base"
 
 
 def _inputs() -> list[Field]:

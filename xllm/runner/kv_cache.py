@@ -81,30 +81,33 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelC
     """How many KV blocks to allocate under a resolved config.
 
     The first that is set counts: num_kv_blocks, kv_cache_memory_bytes, a share of available memory. The
-    share is capped at what max_num_seqs sequences of max_model_len can hold at once (and one block).
+    share is capped at what max_num_seqs sequences of max_model_len can hold at once (and one block). The device's own
+    blocks (`Backend.num_reserved_blocks`) are among them, beside those of num_kv_blocks.
 
     Raises:
         ConfigError: not even one sequence of max_model_len fits.
     """
-    cache, max_model_len = config.cache, config.model.max_model_len
+    cache, max_model_len, num_reserved = config.cache, config.model.max_model_len, backend.num_reserved_blocks
     assert cache.block_size is not None, "resolve() first"
     assert max_model_len is not None, "resolve() first"
     blocks_per_sequence = -(-max_model_len // cache.block_size)
     bytes_per_block = page_bytes(config, backend, model_config, dtype)
     if cache.num_kv_blocks is not None:
-        num_blocks, origin = cache.num_kv_blocks, f"num_kv_blocks is {cache.num_kv_blocks}"
+        num_blocks, origin = cache.num_kv_blocks + num_reserved, f"num_kv_blocks is {cache.num_kv_blocks}"
     elif cache.kv_cache_memory_bytes is not None:
         num_blocks = cache.kv_cache_memory_bytes // bytes_per_block
         origin = f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes}"
     else:
         usable = _memory_share_bytes(cache.gpu_memory_utilization, backend)
-        num_blocks = min(usable // bytes_per_block, config.scheduler.max_num_seqs * blocks_per_sequence + 1)
+        most = config.scheduler.max_num_seqs * blocks_per_sequence + 1 + num_reserved
+        num_blocks = min(usable // bytes_per_block, most)
         origin = f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves {usable} bytes"
-    if num_blocks < blocks_per_sequence:
+    num_usable = max(0, num_blocks - num_reserved)
+    if num_usable < blocks_per_sequence:
         raise ConfigError(
             f"one sequence of max_model_len {max_model_len} needs {blocks_per_sequence} KV blocks "
-            f"({blocks_per_sequence * bytes_per_block} bytes), but {origin}, which is {num_blocks} blocks; "
-            f"max_model_len {num_blocks * cache.block_size} would fit"
+            f"({blocks_per_sequence * bytes_per_block} bytes), but {origin}, which is {num_usable} blocks; "
+            f"max_model_len {num_usable * cache.block_size} would fit"
         )
     return num_blocks
 

@@ -3,39 +3,47 @@
 Order and meaning are vLLM's: allowed_token_ids, bad words, min_tokens, logit_bias, repetition
 penalty, frequency penalty, presence penalty. The repetition penalty counts prompt and output, the
 other two and bad words the output alone. Rows that need none of this have no `LogitEdits`.
+
+`edit_logits` does it for all slots of a step at once: the host packs what each has to add (-inf forbids
+a token) and the histories of those with penalties, and one copy brings it to the device.
+
+Letters: X slots with edits, A additions, T tokens of histories, V vocabulary, W words of 32 tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from backends.opset import OpSet
 from xllm.request import SamplingParams
 
 _FORBIDDEN = float("-inf")
+_ALIGNMENT_BYTES = 16
 
 
 class LogitEdits:
-    """Made when a row enters; holds what can be prepared once."""
+    """Made when a row enters; holds what can be prepared once.
+
+    allowed_W: int32 on the device, as `ApplyTokenBitmask` wants it; None: all tokens.
+    """
 
     def __init__(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int, device: torch.device):
-        self._sampling = sampling
-        self._device = device
+        self.sampling = sampling
         words = sampling.bad_words_token_ids
-        self._bad_tokens = self._ids(word[0] for word in words if len(word) == 1)
         self._bad_words = [word for word in words if len(word) > 1]
-        end_ids = {*eos_token_ids, *sampling.stop_token_ids}
-        self._end_ids = self._ids(sorted(t for t in end_ids if 0 <= t < vocab_size))
         bias = sampling.logit_bias or {}
-        self._bias_ids = self._ids(bias)
-        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
-        self._not_allowed_V: Tensor | None = None
+        self._always = _joined([_forbidden(word[0] for word in words if len(word) == 1),
+                                (_ids(bias), np.array(list(bias.values()), np.float32))])
+        end_ids = {*eos_token_ids, *sampling.stop_token_ids}
+        self._ends = _forbidden(sorted(t for t in end_ids if 0 <= t < vocab_size))
+        self.allowed_W: Tensor | None = None
         if sampling.allowed_token_ids is not None:
-            self._not_allowed_V = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            self._not_allowed_V[self._ids(sampling.allowed_token_ids)] = False
+            self.allowed_W = torch.from_numpy(_words(_ids(sampling.allowed_token_ids), vocab_size)).to(device)
 
     @staticmethod
     def needed(sampling: SamplingParams) -> bool:
@@ -43,40 +51,109 @@ class LogitEdits:
         return (sampling.needs_history or bool(sampling.logit_bias) or sampling.allowed_token_ids is not None
                 or sampling.min_tokens > 0)
 
-    def apply(self, logits_V: Tensor, history: np.ndarray, num_prompt_tokens: int) -> None:
-        """Edit fp32 logits in place. history int32: prompt and output that precede the token to draw."""
-        output = history[num_prompt_tokens:]
-        if self._not_allowed_V is not None:
-            logits_V.masked_fill_(self._not_allowed_V, _FORBIDDEN)
-        self._forbid_bad_words(logits_V, output)
-        if len(output) < self._sampling.min_tokens:
-            logits_V[self._end_ids] = _FORBIDDEN
-        if len(self._bias_ids):
-            logits_V[self._bias_ids] += self._bias
-        self._penalise(logits_V, history, output)
+    def additions(self, output: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What is added after that output: pairs of int64 token ids and fp32 values."""
+        found = [self._always]
+        if len(output) < self.sampling.min_tokens:
+            found.append(self._ends)
+        if self._bad_words:
+            found.append(_forbidden(self._completed(output)))
+        return [pair for pair in found if len(pair[0])]
 
-    def _forbid_bad_words(self, logits_V: Tensor, output: np.ndarray) -> None:
-        """The last token of a bad word is forbidden where the output ends with the others."""
-        if len(self._bad_tokens):
-            logits_V[self._bad_tokens] = _FORBIDDEN
-        if not self._bad_words:
-            return
+    def _completed(self, output: np.ndarray) -> list[int]:
+        """The last token of each bad word whose others the output ends with."""
         tail = tuple(output[-max(map(len, self._bad_words)):].tolist())
-        last_ids = [word[-1] for word in self._bad_words if tail[len(tail) - len(word) + 1:] == word[:-1]]
-        if last_ids:
-            logits_V[self._ids(last_ids)] = _FORBIDDEN
+        return [word[-1] for word in self._bad_words if tail[len(tail) - len(word) + 1:] == word[:-1]]
 
-    def _penalise(self, logits_V: Tensor, history: np.ndarray, output: np.ndarray) -> None:
-        p = self._sampling
+    def counted(self, num_history: int, num_prompt: int) -> int | None:
+        """Where the part of the history begins that penalties look at; None: they change nothing."""
+        p = self.sampling
         if p.repetition_penalty != 1.0:
-            seen = self._ids(np.unique(history))
-            values = logits_V[seen]
-            logits_V[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-        if (p.frequency_penalty or p.presence_penalty) and len(output):
-            ids, counts = np.unique(output, return_counts=True)
-            penalty = (p.frequency_penalty * counts + p.presence_penalty).astype(np.float32)
-            logits_V[self._ids(ids)] -= torch.from_numpy(penalty).to(self._device)
+            return 0
+        return num_prompt if (p.frequency_penalty or p.presence_penalty) and num_history > num_prompt else None
 
-    def _ids(self, token_ids: Iterable[int] | np.ndarray) -> Tensor:
-        ids = token_ids.astype(np.int64) if isinstance(token_ids, np.ndarray) else np.array(list(token_ids), np.int64)
-        return torch.from_numpy(ids).to(self._device)
+
+class SlotEdits(NamedTuple):
+    """history int32: prompt and output that precede the token to draw."""
+
+    slot: int
+    edits: LogitEdits
+    history: np.ndarray
+    num_prompt: int
+
+
+def edit_logits(ops: OpSet, logits_QV: Tensor, todo: Sequence[SlotEdits]) -> None:
+    """Edit fp32 logits in place; no slot occurs twice."""
+    if not todo:
+        return
+    masks = [(s.slot, s.edits.allowed_W) for s in todo if s.edits.allowed_W is not None]
+    slots_M = np.array([slot for slot, _ in masks], dtype=np.int64)
+    masked, slots_A, ids_A, values_A, *penalties = to_device([slots_M, *_additions(todo), *_penalties(todo)],
+                                                             logits_QV.device)
+    if masks:
+        ops.apply_token_bitmask(logits_QV, torch.stack([mask_W for _, mask_W in masks]), masked)
+    if len(slots_A):
+        logits_QV.index_put_((slots_A, ids_A), values_A, accumulate=True)
+    if len(penalties[0]):
+        ops.penalise(logits_QV, *penalties)
+
+
+def _additions(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
+    """Slot, token and value of each, [A]."""
+    found = [(s.slot, ids, values) for s in todo for ids, values in s.edits.additions(s.history[s.num_prompt:])]
+    slots = np.array([slot for slot, _, _ in found], dtype=np.int64)
+    ids_A, values_A = _joined([(ids, values) for _, ids, values in found])
+    return [np.repeat(slots, [len(ids) for _, ids, _ in found]), ids_A, values_A]
+
+
+def _penalties(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
+    """What `Penalise` takes behind the logits."""
+    found = [(s, begin) for s in todo if (begin := s.edits.counted(len(s.history), s.num_prompt)) is not None]
+    sampling = [s.edits.sampling for s, _ in found]
+    lengths = np.array([0, *(len(s.history) - begin for s, begin in found)])
+    starts_X1 = np.cumsum(lengths, dtype=np.int32)
+    num_prompt_X = np.array([s.num_prompt - begin for s, begin in found], dtype=np.int32)
+    return [
+        np.array([s.slot for s, _ in found], dtype=np.int64),
+        np.concatenate([np.zeros(0, np.int32), *(s.history[begin:] for s, begin in found)]),
+        starts_X1,
+        starts_X1[:-1] + num_prompt_X,
+        np.array([p.repetition_penalty for p in sampling], dtype=np.float32),
+        np.array([p.frequency_penalty for p in sampling], dtype=np.float64),
+        np.array([p.presence_penalty for p in sampling], dtype=np.float64),
+    ]
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors, by one copy of all."""
+    ends = np.cumsum([-(-a.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for a in arrays]).tolist()
+    host = np.zeros(ends[-1], dtype=np.uint8)
+    parts = [slice(start, start + a.nbytes) for start, a in zip([0, *ends], arrays)]
+    for part, array in zip(parts, arrays, strict=True):
+        host[part] = array.view(np.uint8)
+    together = torch.from_numpy(host).to(device, non_blocking=True)
+    return [together[part].view(_DTYPES[array.dtype]) for part, array in zip(parts, arrays, strict=True)]
+
+
+_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32,
+           np.dtype(np.float64): torch.float64}
+
+
+def _words(allowed: np.ndarray, vocab_size: int) -> np.ndarray:
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
+    bits[allowed] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def _forbidden(token_ids: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    ids = _ids(token_ids)
+    return ids, np.full(len(ids), _FORBIDDEN, dtype=np.float32)
+
+
+def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return (np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in pairs)]),
+            np.concatenate([np.zeros(0, np.float32), *(values for _, values in pairs)]))
+
+
+def _ids(token_ids: Iterable[int]) -> np.ndarray:
+    return np.array(list(token_ids), dtype=np.int64)

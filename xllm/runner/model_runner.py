@@ -7,6 +7,7 @@ started meanwhile. Every other step waits for its results, and for those of the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,28 +19,26 @@ from xllm.kv.lanes import TicketBoard
 from xllm.models.decoder import CausalLM
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
-from xllm.runner.feed import (
-    QueuedTokens,
-    TokenFeed,
-    sample_into,
-    samples_plainly,
-    sampling_columns,
-    wants_prompt_logprobs,
-)
-from xllm.runner.graphs import Forwarded, GraphedForward, bucket_rules, make_capturer
+from xllm.runner.eager import EagerForward, padding_batch
+from xllm.runner.feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
+from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
 from xllm.runner.kv_cache import KVCache, compute_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.mover import gated
+from xllm.runner.pooler import Pooler
 from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.sampler import Draws, Sampler
+from xllm.runner.staging import Staging, step_bytes
 from xllm.runner.virtual_rows import make_virtual_rows
 from xllm.speculative.proposer import make_proposer
 from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
+from xllm.structured.matchers import RowMatchers
 
 # Logits of that many bytes at most exist at a time; with more slots they are made in slices.
 SAMPLE_LOGITS_BYTES = 256 * 2**20
 PROMPT_LOGITS_BYTES = 32 * 2**20
+WARM_UP_TOKENS, WARM_UP_SEQS = 512, 16
 
 
 class QueuedStep:
@@ -93,26 +92,49 @@ class ModelRunner:
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
         self.feed: TokenFeed | None = None
         self.graphs: GraphedForward | None = None
-        self._make_feed_and_graphs(config)
+        staging: Staging | None = None
+        if (capturer := make_capturer(config, backend)) is not None:
+            self.feed = TokenFeed(backend, capturer, most_samples(config, capturer))
+            staging = Staging(backend, capturer, step_bytes(config, self.rows))
+            if config.device.graph_mode != "off":
+                self.graphs = GraphedForward(config, backend, capturer, model, self.rows, self.kv_cache.layers,
+                                             self.feed)
+        num_seqs = config.device.graph_warmup_seqs
+        if num_seqs is None:
+            num_seqs = 0 if backend.device.type == "cpu" else WARM_UP_SEQS
+        longest = config.scheduler.max_num_batched_tokens or max_model_len
+        self._warm_up = min(WARM_UP_TOKENS, longest, max_model_len), num_seqs
+        self._eager = EagerForward(backend, model, self.feed, staging)
         self._queued: QueuedStep | None = None  # the step started last, if it was
+        self._pooler = Pooler(self.rows)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory; the KV tiers bring their own
+
+    @property
+    def matchers(self) -> RowMatchers:
+        """The grammars of the rows that have one."""
+        return self._sampler.matchers
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture ahead what the first requests need: a prefill, and decode graphs of up to
+        `graph_warmup_seqs` rows. Rows and KV cache stay as they are. Does nothing on a device without graphs."""
+        num_tokens, num_seqs = self._warm_up
+        has_table = self.virtual_rows is None
+        if self.feed is not None and num_seqs:
+            host = padding_batch(self.feed.capturer, num_tokens, self.rows.block_size, has_table=has_table)
+            hidden_TD = self._eager.run(host, self.kv_cache.layers).hidden_TD
+            assert hidden_TD is not None
+            self._eager.sample(self.rows, host.slots, hidden_TD)
+        if self.graphs is not None:
+            self.graphs.capture_ahead(num_seqs, has_table=has_table)
+        self._backend.synchronize()
 
     def prepare(self, plan: ScheduleOutput) -> None:
         """Called with each plan in order, by the submitter's thread, while the step before it may still run."""
         if self.virtual_rows is not None:
             self.virtual_rows.prepare(plan)
-
-    def _make_feed_and_graphs(self, config: EngineConfig) -> None:
-        backend, capturer = self._backend, make_capturer(config, self._backend)
-        if capturer is None:
-            return
-        num_places = max(bucket_rules(config, capturer).max_num_tokens, config.scheduler.max_num_seqs)
-        self.feed = TokenFeed(backend, capturer, num_places)
-        if config.device.graph_mode != "off":
-            self.graphs = GraphedForward(config, backend, capturer, self._model, self.rows, self.kv_cache.layers,
-                                         self.feed)
 
     def run(self, plan: ScheduleOutput) -> StepOutput:
         """Do one step. A step without rows only updates the row state."""
@@ -133,6 +155,8 @@ class ModelRunner:
         fed = self._queued is not None and not self._queued.is_finished
         batch = gather_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S, kv_base_S,
                              fed=fed)
+        if not fed:
+            self._sampler.begin(batch.slots)
         if self.feed is not None:
             self.feed.num_fed += fed
         done = self._forward(batch, plan)
@@ -143,7 +167,9 @@ class ModelRunner:
         self._finish_last()
         prompt_logprobs = self._prompt_logprobs(plan, batch, done)
         draws = self._draw(batch.slots, done) if tokens is None else tokens.read()
-        return self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
+        pooled = {} if done.hidden_TD is None else self._pooler.pool(plan, batch, done.hidden_TD)
+        output = self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
+        return replace(output, pooled=pooled) if pooled else output
 
     def _finish_last(self) -> None:
         """What comes next needs the results of the step before."""
@@ -158,6 +184,7 @@ class ModelRunner:
         for new in plan.new_rows:
             self.rows.enter(new)
             self._sampler.enter(new)
+            self._pooler.enter(new)
         self.rows.replace_blocks(plan.replace_rows_C, plan.replace_places_C, plan.replace_ids_C)
         self.rows.append_blocks(plan.append_rows_B, plan.append_ids_B)
         if len(plan.copy_src):
@@ -183,31 +210,18 @@ class ModelRunner:
             done = self.graphs.run(host, plan.rows_S, waits_for_loads=bool(plan.tickets))
             if done is not None:
                 return done
-        config, batch = self._model.config, host.to_device(self._backend.device)
-        batch.meta.plan = self._backend.ops.plan(batch.meta, num_heads=config.num_heads,
-                                                 num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
         layers: Iterable[tuple[Tensor, Tensor]] = self.kv_cache.layers
         if plan.tickets:
             layers = gated(self.kv_cache.layers, self.board.tickets(plan.tickets))
-        ids_T = batch.input_ids_T
-        if host.feed_T is not None and self.feed is not None:
-            ids_T = self._backend.ops.feed_tokens(ids_T, self._to_device(host.feed_T), self.feed.source)
-        return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+        return self._eager.run(host, layers)
 
     def _queue_sampling(self, plan: ScheduleOutput, batch: HostBatch, done: Forwarded) -> QueuedTokens | None:
         """Leave the tokens of an eager step on the device, if the device works on its own and nobody wants more."""
-        slots, feed = batch.slots, self.feed
-        if (feed is None or done.hidden_TD is None or self._slices(len(slots), SAMPLE_LOGITS_BYTES)[1:]
-                or wants_prompt_logprobs(self.rows, plan.rows_S) or not samples_plainly(self.rows, slots)):
+        slots = batch.slots
+        if (self.feed is None or done.hidden_TD is None or self._slices(len(slots), SAMPLE_LOGITS_BYTES)[1:]
+                or wants_hidden_states(self.rows, plan.rows_S) or not samples_plainly(self.rows, slots)):
             return None
-        if len(slots):
-            columns = map(self._to_device, sampling_columns(self.rows, slots).values())
-            logits_QV = done.logits(slots.hidden, self._model)
-            sample_into(feed.sink[:len(slots)], self._backend.ops, logits_QV, columns)
-        return feed.queue_read(len(slots), np.arange(len(slots)))
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._backend.device, non_blocking=True)
+        return self._eager.sample(self.rows, slots, done.hidden_TD)
 
     def _draw(self, slots: SampleSlots, done: Forwarded) -> Draws:
         """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
 from xllm.step import NewRow
 
@@ -30,6 +31,7 @@ class RowState:
     min_output_tokens int32: end tokens are forbidden before that many output tokens.
     edits_logits bool: the row's logits are changed by more than temperature and truncation.
     sampling: the full parameters by row, None where the row is free.
+    pooling, pools bool: what embedding the row asked for, and whether it did.
     fed_from int32: where the token buffer of the step queued last holds the row's last known token, which the host
     does not have yet (`feed.py`); -1: the host has it. Means nothing once that step was read.
     """
@@ -54,6 +56,8 @@ class RowState:
         self.min_output_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.edits_logits = np.zeros(max_num_seqs, dtype=bool)
         self.sampling: list[SamplingParams | None] = [None] * max_num_seqs
+        self.pooling: list[PoolingParams | None] = [None] * max_num_seqs
+        self.pools = np.zeros(max_num_seqs, dtype=bool)
         self.fed_from = np.full(max_num_seqs, -1, dtype=np.int32)
 
     def enter(self, new: NewRow) -> None:
@@ -69,6 +73,7 @@ class RowState:
         self.block_table[row, :num_blocks] = new.block_ids
         self.num_blocks[row] = num_blocks
         self._set_sampling(row, new.sampling, new.seed)
+        self.pooling[row], self.pools[row] = new.pooling, new.pooling is not None
 
     def _set_sampling(self, row: int, sampling: SamplingParams, seed: int) -> None:
         self.sampling[row] = sampling

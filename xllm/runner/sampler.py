@@ -1,6 +1,6 @@
 """`Sampler`: from logits to tokens, for all slots of a step at once.
 
-Letters: Q slots, V vocabulary. Rows that edit their logits are handled one by one; they are rare.
+Letters: Q slots, X those with edits or masks, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor
 from backends.opset import OpSet
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import SampleSlots
-from xllm.runner.logit_edits import LogitEdits
+from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
+from xllm.structured.matchers import RowMatchers, SlotMasks
 
 NOT_FINITE = "the model's logits are not finite"
 EDITED_AWAY = "repetition_penalty is so small that logits are not finite any more"
-NO_TOKEN_LEFT = "no token is left after allowed_token_ids, bad_words, logit_bias and min_tokens"
+NO_TOKEN_LEFT = "no token is left after structured output, allowed_token_ids, bad_words, logit_bias and min_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +45,27 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._edits: dict[int, LogitEdits] = {}
+        self._eos_ids: dict[int, tuple[int, ...]] = {}  # of the rows with a grammar
+        self.matchers = RowMatchers(rows, vocab_size)
 
     def enter(self, new: NewRow) -> None:
         """Prepare for a row; goes with `RowState.enter`."""
         if LogitEdits.needed(new.sampling):
             self._edits[new.row] = LogitEdits(new.sampling, new.eos_token_ids, self._vocab_size, self._device)
+        if new.sampling.structured is not None:
+            self.matchers.enter(new)
+            self._eos_ids[new.row] = new.eos_token_ids
 
     def release(self, row: int) -> None:
         """Goes with `RowState.release`."""
         self._edits.pop(row, None)
+        self._eos_ids.pop(row, None)
+        self.matchers.release(row)
+
+    def begin(self, slots: SampleSlots) -> None:
+        """Prepare beside the forward pass what `draw` needs for these slots. Only where all known tokens are known to
+        the host, drafts behind them."""
+        self.matchers.begin(slots)
 
     def draw(self, logits_QV: Tensor, slots: SampleSlots) -> Draws:
         """Draw one token a slot. `logits_QV` fp32 is overwritten.
@@ -72,21 +85,47 @@ class Sampler:
 
     def _edit(self, logits_QV: Tensor, slots: SampleSlots) -> dict[int, str]:
         """Apply each row's `LogitEdits`; slots that end up without any token, or with infinite logits, fail."""
-        if not self._edits:
+        masks = self.matchers.masks(slots)
+        if masks is not None:
+            self._apply_masks(logits_QV, masks)
+        if not self._edits and masks is None:
             return {}
-        rows, failed = self._rows, {}
+        rows, failed = self._rows, {} if masks is None else masks.failed
         num_history_Q = rows.num_tokens[slots.rows] + slots.offsets
         num_output_Q = num_history_Q - rows.num_prompt_tokens[slots.rows]
         edited_Q = rows.edits_logits[slots.rows] | (num_output_Q < rows.min_output_tokens[slots.rows])
-        for q in np.flatnonzero(edited_Q).tolist():
+        slots_X = np.flatnonzero(edited_Q)
+        if not len(slots_X):
+            return failed
+        places = zip(slots_X.tolist(), slots.rows[slots_X].tolist(), num_history_Q[slots_X].tolist())
+        edit_logits(self._ops, logits_QV, [
+            SlotEdits(q, self._edits[row], rows.token_ids[row, :num_history], int(rows.num_prompt_tokens[row]))
+            for q, row, num_history in places if row in self._edits])
+        largest_X = self._largest(logits_QV, slots_X)
+        for i in np.flatnonzero(~np.isfinite(largest_X)).tolist():
+            q, largest = int(slots_X[i]), float(largest_X[i])
             row = int(slots.rows[q])
-            logits_V = logits_QV[q]
-            self._edits[row].apply(logits_V, rows.token_ids[row, : num_history_Q[q]], int(rows.num_prompt_tokens[row]))
-            largest = logits_V.max().item()  # NaN if there is one
-            if not math.isfinite(largest):
+            if largest == -math.inf and self._may_end(row, q, masks):
+                logits_QV[q, self._eos_ids[row][0]] = 0.0
+            else:
                 failed[q] = NO_TOKEN_LEFT if largest == -math.inf else EDITED_AWAY
-                logits_V.zero_()
+                logits_QV[q].zero_()
         return failed
+
+    def _largest(self, logits_QV: Tensor, slots_X: np.ndarray) -> np.ndarray:
+        """The largest logit of some slots, NaN if one of theirs is."""
+        if len(slots_X) < len(logits_QV):
+            logits_QV = logits_QV[torch.from_numpy(slots_X).to(self._device)]
+        return logits_QV.amax(dim=1).cpu().numpy()
+
+    def _apply_masks(self, logits_QV: Tensor, masks: SlotMasks) -> None:
+        mask_XW, slots_X = (torch.from_numpy(array).to(self._device) for array in (masks.mask_XW, masks.slots_X))
+        self._ops.apply_token_bitmask(logits_QV, mask_XW, slots_X)
+
+    def _may_end(self, row: int, slot: int, masks: SlotMasks | None) -> bool:
+        """Whether the row's grammar is complete there: then it ends, whatever else its logits were edited by."""
+        return (masks is not None and row in self._eos_ids and slot not in masks.failed
+                and masks.allows(slot, self._eos_ids[row][0]))
 
     def _choose(self, logits_QV: Tensor, slots: SampleSlots) -> np.ndarray:
         """Greedy slots by argmax, the others by inverting the CDF at their own uniform number."""

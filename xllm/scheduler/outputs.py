@@ -53,6 +53,9 @@ class OutputWriter:
             self._collect_prompt_logprobs(int(rows[i]), entries)
         if result.logprobs or self.num_wanting_prompt_logprobs:
             self._attach_logprobs(result, at.tolist(), producing.tolist(), outputs)
+        for i, vector in result.pooled.items():
+            if kept[i]:
+                outputs[int(np.searchsorted(at, i))].embedding = vector.tolist()
         if not stops.any():
             return outputs, []
         place_of = {int(i): place for place, i in enumerate(at)}

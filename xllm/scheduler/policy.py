@@ -49,6 +49,7 @@ _KEYS: dict[str, Callable[[SequenceState], Key]] = {
     "prefill-first": _fcfs,
     "decode-first": _fcfs,
     "online-first": _fcfs,
+    "fair": _fcfs,  # once they run; who gets in is up to `fair.py`
 }
 
 _PHASES: dict[str, tuple[Phase, ...]] = {
@@ -66,6 +67,11 @@ def request_key(policy: str, *, offline_last: bool) -> Callable[[SequenceState],
         return (offline, *key(seq), seq.arrival_index)
 
     return full_key
+
+
+def tenant_key(seq: SequenceState) -> Key:
+    """The order of one tenant's own requests where tenants share fairly: priority is no means against the others."""
+    return (float(seq.request.offline), seq.request.priority, seq.arrival_index)
 
 
 def phases(policy: str) -> tuple[Phase, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from xllm.scheduler.policy import Key
 from xllm.sequence import SequenceState
 
@@ -50,6 +52,12 @@ class WaitingQueue:
         heapq.heappop(self._heap)
         del self._live[seq.request_id]
         return seq
+
+    def note_admission(self, seq: SequenceState, row: int, num_computed: int) -> None:
+        """For queues whose order depends on what has been served: `seq` got into `row`."""
+
+    def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
+        """For the same: a step gave these rows so many tokens."""
 
     def remove(self, seq: SequenceState) -> None:
         """Its entry stays until it comes to the top, or until such entries are the majority."""

@@ -26,11 +26,11 @@ from xllm.kv.prefix_index import PrefixMatch
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.budget import Share, TokenBudget
 from xllm.scheduler.counters import Counters, StepRates
+from xllm.scheduler.fair import make_queue
 from xllm.scheduler.outputs import OutputWriter
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.policy import Key, Phase, phases, request_key
 from xllm.scheduler.promotions import Promotions
-from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.rows import RowTable
 from xllm.sequence import SequenceState, Status
 from xllm.step import NewRow, ScheduleOutput, StepOutput
@@ -39,16 +39,19 @@ from xllm.step import NewRow, ScheduleOutput, StepOutput
 class Scheduler:
     """Owns the queue, the row table and the KV manager. Single-threaded.
 
-    config: resolved. num_blocks: KV blocks; one sequence of max_model_len tokens must fit.
+    config: resolved. num_blocks: KV blocks; one sequence of max_model_len tokens must fit, beside the first
+    `num_reserved_blocks`, which the device keeps to itself.
     """
 
-    def __init__(self, config: EngineConfig, *, num_blocks: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, config: EngineConfig, *, num_blocks: int, num_reserved_blocks: int = 0,
+                 clock: Callable[[], float] = time.monotonic):
         s, cache, spec = config.scheduler, config.cache, config.speculative
         assert config.model.max_model_len and cache.block_size and s.max_num_batched_tokens
         self.max_model_len = config.model.max_model_len
-        assert num_blocks * cache.block_size >= self.max_model_len, "the longest sequence must fit"
+        num_usable = num_blocks - num_reserved_blocks
+        assert num_usable * cache.block_size >= self.max_model_len, "the longest sequence must fit"
         self.kv = KVManager(num_blocks=num_blocks, block_size=cache.block_size, num_rows=s.max_num_seqs,
-                            max_tokens_per_row=self.max_model_len,
+                            max_tokens_per_row=self.max_model_len, num_reserved_blocks=num_reserved_blocks,
                             enable_prefix_caching=cache.enable_prefix_caching,
                             policy=make_policy(cache.eviction_policy, num_blocks, lru_k=cache.lru_k,
                                                history=cache.eviction_history, l1_share=cache.l1_share))
@@ -67,13 +70,14 @@ class Scheduler:
         self._budget = TokenBudget(max_tokens=s.max_num_batched_tokens, max_chunk=s.long_prefill_token_threshold,
                                    allow_partial=s.enable_chunked_prefill,
                                    max_drafts=spec.num_speculative_tokens if spec.speculative_method else 0)
-        self.waiting = WaitingQueue(self._key)
+        self.waiting = make_queue(s.scheduling_policy, self._key, s.max_num_seqs)
         self._sequences: dict[str, SequenceState] = {}
         self._running: list[tuple[Key, int]] = []  # (key, row), sorted: the order of service
         self._order: np.ndarray | None = None  # the rows of _running as an array; None: make it anew
         self._preempting: list[int] = []  # rows whose sequence goes back to the queue when they settle
         self._released_rows: list[int] = []
         self._ready: list[OutputDelta] = []  # terminal outputs that no step produced
+        self._admissions: list[tuple[str, float]] | None = None  # see `take_admissions`; None: nobody wants them
         self._stalled = False  # a running row found no block in this step
         self._blocked: tuple[SequenceState, int] | None = None  # head of the queue, blocks there were
         self._next_step = 0
@@ -92,10 +96,7 @@ class Scheduler:
                                f"have at most {self.max_model_len - 1}", field="prompt")
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
-        if len(self.waiting) >= self._max_waiting:
-            raise RequestError(f"the queue is full ({self._max_waiting} requests)")
-        if 0 < self._max_requests <= len(self._sequences):
-            raise RequestError(f"the engine is full ({self._max_requests} requests)")
+        self.check_room()
         if request.deadline_s is not None and math.isnan(request.deadline_s):  # it has no place in an order
             raise RequestError("deadline_s must be a number, got nan", field="deadline_s")
         seq = SequenceState(request, self._num_arrived)
@@ -105,6 +106,13 @@ class Scheduler:
         self.waiting.push(seq)
         self.promotions.prefetch(seq)
         self.counters.prompt_tokens += num_tokens
+
+    def check_room(self, num_held: int = 0) -> None:
+        """Raise RequestError if no more requests are taken. num_held: those that are still to come."""
+        if len(self.waiting) + num_held >= self._max_waiting:
+            raise RequestError(f"the queue is full ({self._max_waiting} requests)")
+        if 0 < self._max_requests <= len(self._sequences) + num_held:
+            raise RequestError(f"the engine is full ({self._max_requests} requests)")
 
     def abort(self, request_id: str) -> None:
         """End a request early; unknown ids are ignored. Its terminal output comes with the next `update`
@@ -125,6 +133,12 @@ class Scheduler:
         ready, self._ready = self._ready, []
         return ready
 
+    def take_admissions(self) -> list[tuple[str, float]]:
+        """(request id, time by the scheduler's clock) of requests that left the queue for the first time since the last
+        call. Kept from the first call on."""
+        taken, self._admissions = self._admissions or [], []
+        return taken
+
     @property
     def num_running(self) -> int:
         return len(self._running)
@@ -133,6 +147,22 @@ class Scheduler:
         """How long the head of the queue has waited, by the scheduler's clock; 0 if nobody waits."""
         head = self.waiting.head
         return max(0.0, self._clock() - head.request.arrival_s) if head is not None else 0.0
+
+    def forget_runner(self) -> None:
+        """No request is open, and the next plan goes to a runner that knows nothing yet."""
+        assert not self._sequences and not self._running
+        self._released_rows.clear()
+        self.kv.pool.drop_cached()
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of all that have not ended."""
+        return tuple(self._sequences)
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether `take_ready` has anything to give."""
+        return bool(self._ready)
 
     @property
     def has_requests(self) -> bool:
@@ -358,9 +388,12 @@ class Scheduler:
         return True
 
     def _reusable_tokens(self, seq: SequenceState) -> np.ndarray:
-        """Its tokens, as far as their KV may come from a cache: prompt_logprobs need every position computed."""
+        """Its tokens, as far as their KV may come from a cache: prompt_logprobs and some embeddings need every position
+        computed."""
         tokens = seq.token_ids
-        if seq.request.sampling.prompt_logprobs is not None and len(tokens) == seq.num_prompt_tokens:
+        pooling = seq.request.pooling
+        needs_all = seq.request.sampling.prompt_logprobs is not None or (pooling and pooling.needs_every_token)
+        if needs_all and len(tokens) == seq.num_prompt_tokens:
             tokens = tokens[:0]
         return tokens
 
@@ -381,9 +414,12 @@ class Scheduler:
         if first_time:
             seq.num_cached_tokens = num_cached
             self.counters.cached_prompt_tokens += num_cached
+            if self._admissions is not None:
+                self._admissions.append((seq.request_id, self._clock()))
         self.counters.prefix_queries += num_tokens
         self.counters.prefix_hits += num_cached
         row = seq.row = self.rows.enter(seq, num_cached, self._length_limit(seq))
+        self.waiting.note_admission(seq, row, num_cached)
         copy = self.kv.enter(row, match, self._next_step)
         if copy is not None:
             plan.copies.append(copy)
@@ -426,7 +462,7 @@ class Scheduler:
         return NewRow(row=seq.row, request_id=seq.request_id, token_ids=seq.token_ids,
                       num_prompt_tokens=seq.num_prompt_tokens, num_computed_tokens=num_cached,
                       block_ids=self.kv.blocks_of(seq.row), sampling=params,
-                      eos_token_ids=seq.request.eos_token_ids, seed=seed)
+                      eos_token_ids=seq.request.eos_token_ids, seed=seed, pooling=seq.request.pooling)
 
     def _yield_offline(self, seq: SequenceState) -> bool:
         """An online request cannot get in: preempt one offline row for it, unless one is on its way out.
@@ -480,6 +516,7 @@ class Scheduler:
         table = self.rows
         accepted = np.maximum(result.num_sampled_S - 1, 0)
         table.computed[rows] += plan.num_tokens_S + accepted
+        self.waiting.note_outputs(rows, result.num_sampled_S)
         if self._budget.max_drafts:
             unused = np.where(plan.samples_S, plan.max_drafts_S - accepted, 0)
             table.upper[rows] -= unused

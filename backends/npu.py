@@ -1,0 +1,293 @@
+"""The Ascend backend: memory, streams, and the table of the operators that run through torch_npu.
+
+All work of a step is queued on the device's default stream. Each thread that copies between device and host memory has
+a stream of its own, which waits for what the default stream had queued when the copy was asked for. No thread touches
+the device while another captures a graph (`npu_ops/recording.py:CAPTURE_LOCK`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.backend import BackendError, Capturer
+from backends.cpu_memory import available_bytes
+from backends.metadata import AttentionMetadata
+from backends.npu_graphs import NpuCapturer
+from backends.opset import OpSet
+from backends.reference import REFERENCE
+from backends.reference.linear import quantize_rows
+from backends.vmm import VmmDriver
+from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
+from npu_ops import attention as attention_ops
+from npu_ops.attention import Lengths, causal_mask
+from npu_ops.contract import set_checking
+from npu_ops.kv import Dense
+from npu_ops.recording import CAPTURE_LOCK, current_recorder
+from npu_ops.vmm import AclVmm
+
+MAX_TOKENS = 65536
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The lengths of a step on the host, and tensors that its layers share; in a capture those are the recorder's."""
+
+    lengths: Lengths
+    derived: dict[Any, Any] = field(default_factory=dict)
+
+
+def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> StepPlan:
+    """Reads the lengths from the host's copies; without them it waits for the device."""
+    if meta.host is None:
+        return StepPlan(Lengths(meta.query_start_S1[1:].tolist(), meta.seq_lens_S.tolist()))
+    return StepPlan(Lengths(meta.host.query_start_S1[1:].tolist(), meta.host.seq_lens_S.tolist()))
+
+
+def derived(meta: AttentionMetadata, key: Any, make: Callable[[], Any]) -> Any:
+    """Tensors that depend on the step alone, made by the first layer that asks."""
+    recorder = current_recorder()
+    if recorder is not None:
+        found = recorder.derived
+    elif meta.plan is not None:
+        found = meta.plan.derived
+    else:
+        return make()
+    if key not in found:
+        found[key] = make()
+    return found[key]
+
+
+def attention(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    if meta.plan is None:
+        meta.plan = plan(meta, num_heads=0, num_kv_heads=0, head_dim=0)
+    key, value = Dense.of(k_cache), Dense.of(v_cache)
+    table_SM = derived(meta, ("blocks", key.every), lambda: key.blocks(block_table(meta)))
+    window = None if sliding_window is None or sliding_window >= meta.max_seq_len else sliding_window
+    return attention_ops.paged_attention(
+        query_TNH=q_TNH, key_BPX=key.rows_BPX, value_BPX=value.rows_BPX, block_table_SM=table_SM,
+        lengths=lambda: meta.plan.lengths, num_kv_heads=k_cache.shape[2], scale=scale, sliding_window=window,
+    ).flatten(1)  # fmt: skip
+
+
+def block_table(meta: AttentionMetadata) -> Tensor:
+    """int32 [S, M]; for sequences that lie contiguously, with as many blocks as the longest may have."""
+    if meta.kv_base_S is None:
+        return meta.block_table_SM.contiguous()
+    num_blocks = -(-meta.max_seq_len // meta.block_size)
+    places_M = torch.arange(num_blocks, dtype=torch.int32, device=meta.kv_base_S.device)
+    return meta.kv_base_S[:, None] + places_M
+
+
+def qkv_rope_write(
+    qkv_TX: Tensor,
+    positions_T: Tensor,
+    cos_sin_LH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm_H: Tensor | None = None,
+    k_norm_H: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    heads_TXH = qkv_TX.view(len(qkv_TX), num_heads + 2 * num_kv_heads, head_dim)
+    parts = torch.split(heads_TXH, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q_TNH, k_TKH, v_TKH = (part.contiguous() for part in parts)
+    if q_norm_H is not None:
+        q_TNH = norm.rms_norm(x=q_TNH, gamma=q_norm_H, epsilon=eps)
+    if k_norm_H is not None:
+        k_TKH = norm.rms_norm(x=k_TKH, gamma=k_norm_H, epsilon=eps)
+    cos, sin = angles(meta, cos_sin_LH, positions_T, q_TNH.dtype)
+    key, value = Dense.of(k_cache), Dense.of(v_cache)
+    # What is not to be written goes to block 0.
+    slots_T = derived(meta, ("slots", key.every), lambda: key.slots(meta.slot_mapping_T.clamp(min=0)))
+    kv.write_kv(key_TKH=rotary.rotary_mul(x_TNH=k_TKH, cos=cos, sin=sin), value_TKH=v_TKH, key=key, value=value,
+                slots_T=slots_T)
+    return rotary.rotary_mul(x_TNH=q_TNH, cos=cos, sin=sin)
+
+
+def angles(meta: AttentionMetadata, cos_sin_LH: Tensor, positions_T: Tensor,
+           dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the step's tokens; layers with another table have others."""
+    cos, sin = derived(meta, ("angles", cos_sin_LH.data_ptr(), dtype),
+                       lambda: rotary.angles(cos_sin_LH, positions_T, dtype))
+    return cos, sin
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return norm.rms_norm(x=x_TD.contiguous(), gamma=weight_D, epsilon=eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return norm.add_rms_norm(x=x_TD.contiguous(), residual=residual_TD, gamma=weight_D, epsilon=eps)
+
+
+def silu_mul(gate_up_TF2: Tensor) -> Tensor:
+    return activation.swiglu(gate_up=gate_up_TF2)
+
+
+def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *,
+                quantization: str | None = None) -> linear.PackedWeight:
+    if quantization is None:
+        return linear.PackedWeight(weight_YX.contiguous(), bias_Y)
+    if quantization != "int8":
+        raise ValueError(f"products on an NPU take weights as they are or in int8, not in {quantization}")
+    codes_YX, scale_Y = quantize_rows(weight_YX, "int8")
+    return linear.pack_int8(codes_YX=codes_YX, scale_Y=scale_Y, bias_Y=bias_Y, dtype=weight_YX.dtype)
+
+
+# `feed_tokens` is the reference's: three calls of torch.
+OPS = replace(
+    REFERENCE,
+    name="npu",
+    pack_linear=pack_linear,
+    linear=linear.linear,
+    embedding=linear.embedding,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    qkv_rope_write=qkv_rope_write,
+    plan=plan,
+    attention=attention,
+    silu_mul=silu_mul,
+    copy_blocks=kv.copy_blocks,
+    stored_bytes=kv.stored_bytes,
+    export_blocks=kv.export_blocks,
+    import_blocks=kv.import_blocks,
+    apply_token_bitmask=logits.apply_token_bitmask,
+    penalise=logits.penalise,
+    argmax=sampling.argmax,
+    sample=sampling.sample,
+)
+
+
+class CopyStreams:
+    """A stream for each thread that copies."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._local = device, threading.local()
+
+    def current(self) -> torch.npu.Stream:
+        """This thread's. The first use makes the device the thread's own."""
+        if not hasattr(self._local, "stream"):
+            torch.npu.set_device(self._device)
+            self._local.stream = torch.npu.Stream(self._device)
+        stream: torch.npu.Stream = self._local.stream
+        return stream
+
+    def queued(self, op: Callable[..., None]) -> Callable[..., None]:
+        """`op`, on this thread's stream instead of the current one."""
+
+        def run(*arguments: Any, **options: Any) -> None:
+            with CAPTURE_LOCK.using():
+                stream = self.current()
+                stream.wait_stream(torch.npu.default_stream(self._device))
+                with torch.npu.stream(stream):
+                    op(*arguments, **options)
+
+        return run
+
+
+class NpuBackend:
+    """A `Backend` over the current NPU. Raises BackendError, with the reason, where it cannot run.
+
+    check_contracts: check the arguments of every operator against its documentation (slow: it waits for the device).
+    """
+
+    name = "npu"
+    default_block_size = 128
+    num_reserved_blocks = 1  # block 0, where padding is written
+
+    def __init__(self, *, check_contracts: bool = False) -> None:
+        open_torch_npu()
+        set_checking(check_contracts)
+        self.device = torch.device("npu", torch.npu.current_device())
+        causal_mask(self.device)
+        self.vmm: VmmDriver | None = make_vmm(self.device)
+        self.capturer: Capturer | None = NpuCapturer(self.device)
+        self._copies = CopyStreams(self.device)
+        self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
+                                  import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
+
+    def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """bfloat16, or the checkpoint's where that is float16: attention takes no others."""
+        return torch.float16 if checkpoint_dtype is torch.float16 else torch.bfloat16
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return kv.cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def available_memory_bytes(self) -> int:
+        """What the driver has free, and what torch keeps without using it."""
+        free, _ = torch.npu.mem_get_info(self.device)
+        return int(free + torch.npu.memory_reserved(self.device) - torch.npu.memory_allocated(self.device))
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        with CAPTURE_LOCK.using():
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def populate_host(self, memory: Tensor) -> None:
+        """Pinned memory is there from the start."""
+
+    def available_host_bytes(self) -> int:
+        return available_bytes()
+
+    def synchronize_copies(self) -> None:
+        with CAPTURE_LOCK.using():
+            self._copies.current().synchronize()
+
+    def synchronize(self) -> None:
+        with CAPTURE_LOCK.using():
+            torch.npu.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        torch.npu.synchronize(self.device)
+        torch.npu.empty_cache()
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "device": f"{torch.npu.get_device_name(self.device)} "
+                      f"({torch.npu.mem_get_info(self.device)[1] / 2**30:.0f} GiB)",
+            "torch": f"{torch.__version__}, torch_npu {compat.installed_version()}",
+            "kernels": "CANN, through torch_npu",
+            "virtual memory": "yes" if self.vmm is not None else "no (the runtime lacks the calls)",
+            "inherited": ", ".join(self.ops.inherited_from(REFERENCE)) or "none",
+        }  # fmt: skip
+
+
+def open_torch_npu() -> None:
+    """Import torch_npu and look for a device. Raises BackendError with the reason."""
+    try:
+        compat.load()
+    except compat.NpuMissing as error:
+        raise BackendError(f"the npu backend: {error}") from error
+    if not torch.npu.is_available():
+        raise BackendError("the npu backend needs an Ascend NPU and its driver, and torch_npu sees none "
+                           "(npu-smi info; in a container: /dev/davinci0 and the driver's lib64)")
+    torch.npu.set_compile_mode(jit_compile=False)
+    torch.npu.config.allow_internal_format = True
+
+
+def make_vmm(device: torch.device) -> VmmDriver | None:
+    try:
+        return AclVmm(device.index)
+    except RuntimeError:
+        return None

@@ -1,0 +1,137 @@
+"""Graph mode on Ascend: `Capturer` by `torch.npu.NPUGraph`. Attention's lengths are numbers that a capture bakes in, so
+each replay issues attention anew, as tasks, while the graph waits in front of each."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from backends.backend import GraphMemory
+from npu_ops.recording import CAPTURE_LOCK, TaskRecorder, recording
+
+RUNTIME = "libascendcl.so"
+# Streams that the engine, its copies and collective communication may yet want.
+RESERVED_STREAMS = 128
+
+
+class NpuGraph:
+    """A `CapturedGraph`, replayed on the current stream, its tasks updated on another."""
+
+    def __init__(self, capturer: NpuCapturer, graph: Any, recorder: TaskRecorder, *, num_bytes: int,
+                 num_streams: int):
+        self._capturer, self._graph, self._recorder = capturer, graph, recorder
+        self.num_bytes, self.num_streams = num_bytes, num_streams
+
+    def replay(self) -> None:
+        """The update may not reach the device before earlier replays are done with the tasks and their memory, and must
+        be queued behind the replay, which waits for it: so its stream waits for what the replay's had queued before."""
+        updates = self._capturer.update_stream
+        updates.wait_stream(torch.npu.current_stream())
+        self._graph.replay()
+        self._recorder.update(updates)
+
+    def release(self) -> None:
+        with CAPTURE_LOCK.using():
+            self._graph.reset()
+        self._recorder = TaskRecorder()
+        self._capturer.num_streams -= self.num_streams
+
+
+class NpuCapturer:
+    """A `Capturer`. num_streams: what its graphs hold."""
+
+    plans_in_graph = False
+    pad_slot = 0
+    pad_block = 0
+    bucket_step = 16
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.npu.Stream(device)
+        self.update_stream = torch.npu.Stream(device)
+        self._count_streams = stream_counter()
+        self.num_streams = 0
+
+    @property
+    def max_streams(self) -> int | None:
+        """What the graphs hold and what the device has left, but for a reserve; None: the runtime cannot tell."""
+        if self._count_streams is None:
+            return None
+        return max(0, self.num_streams + self._count_streams() - RESERVED_STREAMS)
+
+    def make_pool(self) -> Any:
+        return torch.npu.graph_pool_handle()
+
+    def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> NpuGraph:
+        """Streams are the runtime's count, bytes what the driver has less."""
+        with CAPTURE_LOCK.using():
+            self._run_once(function)
+        with CAPTURE_LOCK.capturing():
+            torch.npu.synchronize(self._device)
+            torch.npu.empty_cache()
+            streams, free = self._available_streams(), torch.npu.mem_get_info(self._device)[0]
+            graph, recorder = self._record(function, pool)
+            taken = max(0, streams - self._available_streams())
+            num_bytes = max(0, free - torch.npu.mem_get_info(self._device)[0])
+        self.num_streams += taken
+        return NpuGraph(self, graph, recorder, num_bytes=num_bytes, num_streams=taken)
+
+    def _run_once(self, function: Callable[[], None]) -> None:
+        """Operators that are loaded, or make their workspaces, for the first time may not do so during a capture."""
+        current = torch.npu.current_stream()
+        self._stream.wait_stream(current)
+        with torch.npu.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+
+    def _record(self, function: Callable[[], None], pool: Any) -> tuple[Any, TaskRecorder]:
+        """The capture itself. However it ends, the stream captures no more."""
+        graph, recorder = torch.npu.NPUGraph(), TaskRecorder()
+        with torch.npu.stream(self._stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                with recording(recorder):
+                    function()
+            except BaseException:
+                self._give_up(graph)
+                raise
+            graph.capture_end()
+        recorder.derived.clear()
+        return graph, recorder
+
+    def _give_up(self, graph: Any) -> None:
+        for call in (graph.capture_end, graph.reset):
+            with suppress(RuntimeError):  # a capture that was broken off says so again
+                call()
+
+    def _available_streams(self) -> int:
+        return 0 if self._count_streams is None else self._count_streams()
+
+    def fence(self) -> Callable[[], None]:
+        event = torch.npu.Event()
+        event.record(torch.npu.current_stream())
+        return event.synchronize
+
+
+def stream_counter() -> Callable[[], int] | None:
+    """A call that returns how many streams the current device could still make; None: the runtime has no such call."""
+    try:
+        call = ctypes.CDLL(RUNTIME).aclrtGetStreamAvailableNum
+    except (OSError, AttributeError):
+        return None
+    call.restype, call.argtypes = ctypes.c_int, [ctypes.POINTER(ctypes.c_uint32)]
+    count = ctypes.c_uint32()
+    if call(ctypes.byref(count)):
+        return None
+
+    def available() -> int:
+        code = call(ctypes.byref(count))
+        if code:
+            raise RuntimeError(f"aclrtGetStreamAvailableNum failed with error {code}")
+        return count.value
+
+    return available

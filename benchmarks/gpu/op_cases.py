@@ -1,0 +1,193 @@
+"""Random cases of every operator of an `OpSet`, each with its truth in float64.
+
+Here those of dense layers; `op_cases_kv.py` and `op_cases_sampling.py` have the rest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.device import Device
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """run: calls the operator on inputs made anew, so that it can be called twice; truth: the same, from float64, of as
+    many outputs as are known. tolerance: of the relative error by norms; 0: equal. absent: why there is nothing to run.
+    """
+
+    name: str
+    run: Callable[[], Sequence[Tensor]] = lambda: ()
+    truth: Callable[[], Sequence[Tensor]] = lambda: ()
+    tolerance: float = 0.0
+    absent: str = ""
+
+
+class World:
+    """Where the cases live: a device, its operators, and two sources of chance. cases: how many of each operator.
+    longest: context of the longest sequence."""
+
+    def __init__(self, device: Device, *, seed: int, cases: int, longest: int,
+                 dtypes: tuple[torch.dtype, ...] | None = None):
+        self.device, self.backend, self.ops = device, device.backend, device.backend.ops
+        self.cases, self.longest = cases, longest
+        self.rng, self.generator = random.Random(seed), device.generator(seed)
+        # The CPU's kernels know one dtype.
+        usual = (torch.bfloat16, torch.float16, torch.float32) if device.is_cuda else (torch.float32,)
+        self.dtypes = dtypes or usual
+
+    def dtype(self, i: int) -> torch.dtype:
+        """Mostly what models are served in; each of the others as well."""
+        return self.dtypes[i % 5 % len(self.dtypes) if i % 5 < 3 else 0]
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device.torch).to(dtype)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device.torch)
+
+    def randint(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device.torch, dtype=dtype)
+
+    def tensor(self, values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device.torch)
+
+
+Cases = Callable[[World], Iterator[Check]]
+
+QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+LINEAR_ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 200, 256)
+LINEAR_SIZES = ((256, 128), (1024, 512), (100, 64), (4096, 1024), (33, 48), (512, 2048))
+
+
+def linear_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases * 3):
+        quantization = (None, *QUANTIZATIONS)[i % 3]
+        rows, (outputs, inputs) = world.rng.choice(LINEAR_ROWS), world.rng.choice(LINEAR_SIZES)
+        yield linear_check(world, quantization, rows, outputs, inputs, world.dtype(i // 3), with_bias=i % 2 == 0)
+
+
+def linear_check(world: World, quantization: str | None, rows: int, outputs: int, inputs: int, dtype: torch.dtype, *,
+                 with_bias: bool) -> Check:
+    name = f"{quantization or 'plain'}/{rows}x{outputs}x{inputs}{'/bias' * with_bias}/{short(dtype)}"
+    weight, bias = world.randn(outputs, inputs, dtype=dtype), world.randn(outputs, dtype=dtype) if with_bias else None
+    x = world.randn(rows, inputs + 16, dtype=dtype)[:, :inputs]  # rows that lie apart
+    try:
+        packed = world.ops.pack_linear(weight.clone(), bias, quantization=quantization)
+    except ValueError as error:
+        return Check(name=name, absent=str(error))
+
+    def truth() -> Sequence[Tensor]:
+        exact = weight.double() if quantization is None else rounded(weight, quantization)
+        return (x.double() @ exact.T + (0.0 if bias is None else bias.double()),)
+
+    # Rows of x may be brought to fp8 as well.
+    tolerance = 6e-2 if quantization == "fp8" and rows > 64 else TOLERANCE[dtype]
+    return Check(name=name, run=lambda: (world.ops.linear(x, packed),), truth=truth, tolerance=tolerance)
+
+
+def rounded(weight_YX: Tensor, quantization: str) -> Tensor:
+    """The numbers that a weight's codes stand for, in float64."""
+    dtype, largest = QUANTIZATIONS[quantization]
+    scale = weight_YX.float().abs().amax(1, keepdim=True) / largest
+    codes = weight_YX.float() / scale
+    return (codes.round() if dtype is torch.int8 else codes).to(dtype).double() * scale.double()
+
+
+def pack_linear_cases(world: World) -> Iterator[Check]:
+    """That codes are packed as the rounding says, by multiplying with the unit matrix."""
+    for quantization in (None, *QUANTIZATIONS):
+        weight = world.randn(96, 64)
+        unit = torch.eye(64, device=world.device.torch)
+        try:
+            packed = world.ops.pack_linear(weight.clone(), quantization=quantization)
+        except ValueError as error:
+            yield Check(name=str(quantization), absent=str(error))
+            continue
+        exact = weight.double() if quantization is None else rounded(weight, quantization)
+        yield Check(name=str(quantization), run=lambda p=packed, x=unit: (world.ops.linear(x, p),),
+                    truth=lambda e=exact: (e.T,), tolerance=1e-6)  # fmt: skip
+
+
+def embedding_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        vocab, hidden = world.rng.choice(((1000, 64), (151_936 if world.device.is_cuda else 5000, 128), (7, 100)))
+        table = world.randn(vocab, hidden, dtype=world.dtype(i))
+        ids = world.randint(vocab, world.rng.choice((1, 3, 64, 257)), dtype=(torch.int32, torch.int64)[i % 2])
+        yield Check(name=f"{vocab}x{hidden}/{len(ids)}", run=lambda t=table, n=ids: (world.ops.embedding(n, t),),
+                    truth=lambda t=table, n=ids: (t[n.long()],))  # fmt: skip
+
+
+def feed_tokens_cases(world: World) -> Iterator[Check]:
+    for _ in range(world.cases):
+        rows, sampled = world.rng.choice((1, 5, 64, 300)), world.rng.choice((1, 17, 256))
+        ids, feed = world.randint(1000, rows, dtype=torch.int32), world.randint(2 * sampled, rows, dtype=torch.int32)
+        feed, tokens = feed - sampled, world.randint(900, sampled) - 100
+
+        def truth(ids: Tensor = ids, feed: Tensor = feed, tokens: Tensor = tokens) -> Sequence[Tensor]:
+            kept = [max(int(tokens[f]), 0) if f >= 0 else i for i, f in zip(ids.tolist(), feed.tolist())]
+            return (world.tensor(kept, torch.int32),)
+
+        yield Check(name=f"{rows}from{sampled}", truth=truth,
+                    run=lambda i=ids, f=feed, t=tokens: (world.ops.feed_tokens(i, f, t),))  # fmt: skip
+
+
+def norm_truth(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def rms_norm_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        dtype, rows, hidden = world.dtype(i), world.rng.choice((1, 3, 64, 259)), world.rng.choice(HIDDEN)
+        x, weight = world.randn(rows, hidden, dtype=dtype), world.randn(hidden, dtype=dtype)
+        yield Check(name=f"{rows}x{hidden}/{short(dtype)}", tolerance=TOLERANCE[dtype],
+                    run=lambda x=x, w=weight: (world.ops.rms_norm(x, w, 1e-6),),
+                    truth=lambda x=x, w=weight: (norm_truth(x, w, 1e-6),))  # fmt: skip
+
+
+def add_rms_norm_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        dtype, rows, hidden = world.dtype(i), world.rng.choice((1, 3, 64, 259)), world.rng.choice(HIDDEN)
+        x, residual = world.randn(rows, hidden, dtype=dtype), world.randn(rows, hidden, dtype=dtype)
+        weight = world.randn(hidden, dtype=dtype)
+
+        def run(x: Tensor = x, residual: Tensor = residual, weight: Tensor = weight) -> Sequence[Tensor]:
+            added = residual.clone()
+            return world.ops.add_rms_norm(x.clone(), added, weight, 1e-6), added
+
+        def truth(x: Tensor = x, residual: Tensor = residual, weight: Tensor = weight) -> Sequence[Tensor]:
+            added = x.double() + residual.double()
+            return norm_truth(added, weight, 1e-6), added
+
+        yield Check(name=f"{rows}x{hidden}/{short(dtype)}", run=run, truth=truth, tolerance=TOLERANCE[dtype])
+
+
+def silu_mul_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        dtype, rows, ffn = world.dtype(i), world.rng.choice((1, 5, 64, 130)), world.rng.choice((96, 3072, 14_336))
+        x = world.randn(rows, 2 * ffn, dtype=dtype) * 3
+        yield Check(name=f"{rows}x{ffn}/{short(dtype)}", tolerance=TOLERANCE[dtype],
+                    run=lambda x=x: (world.ops.silu_mul(x),),
+                    truth=lambda x=x, f=ffn: (torch.nn.functional.silu(x[:, :f].double()) * x[:, f:].double(),))
+
+
+HIDDEN = (64, 100, 1024, 2048, 4096, 5120)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+OPERATORS: dict[str, Cases] = {
+    "pack_linear": pack_linear_cases, "linear": linear_cases, "embedding": embedding_cases,
+    "feed_tokens": feed_tokens_cases, "rms_norm": rms_norm_cases, "add_rms_norm": add_rms_norm_cases,
+    "silu_mul": silu_mul_cases,
+}  # fmt: skip

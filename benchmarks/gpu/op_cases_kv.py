@@ -1,0 +1,178 @@
+"""Cases of the operators over the KV cache; see `op_cases.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.op_cases import TOLERANCE, Cases, Check, World, norm_truth, short
+from benchmarks.gpu.paged import PagedStep, keys_BKPH
+
+GROUPS, HEAD_DIMS = (1, 2, 4, 5, 7, 8, 16), (64, 128, 192, 256, 80)
+LONGEST_CHUNK = 300
+# Relative errors of the stored forms, where they do not hold the cache's numbers exactly.
+STORED = {"fp32": 0.0, "bf16": 5e-3, "fp16": 1e-3, "int8": 1.5e-2, "fp8": 5e-2}
+
+
+def lengths(world: World, kind: str, block_size: int) -> tuple[list[int], list[int]]:
+    """Query and sequence lengths: ends of blocks, one long sequence among short ones, whatever chance brings."""
+    rng, P, longest = world.rng, block_size, world.longest
+    ends = [1, P - 1, P, P + 1, 2 * P, 3 * P + 1]
+    if kind == "decode":
+        seq_lens = [*rng.sample(ends, 3), *(rng.randint(1, min(longest, 3000)) for _ in range(rng.randint(0, 6)))]
+        return [1] * len(seq_lens), [max(1, n) for n in seq_lens]
+    if kind == "long":
+        seq_lens = [1, longest, 2, longest - 1, 1, 1]
+        return [1] * len(seq_lens), seq_lens
+    query_lens = [1, *(rng.randint(1, min(longest, LONGEST_CHUNK)) for _ in range(3))]
+    if kind == "prefill":
+        return query_lens, list(query_lens)
+    if kind == "idle":
+        query_lens[1] = 0
+    return query_lens, [n + rng.choice((0, 1, P, rng.randint(0, min(longest, 2000)))) or 1 for n in query_lens]
+
+
+def random_step(world: World, i: int) -> tuple[PagedStep, int, str]:
+    """A step, its number of query heads, and what it is called."""
+    rng, kind, dtype = world.rng, ("decode", "chunk", "long", "prefill", "idle")[i % 5], world.dtype(i // 2)
+    group, head_dim, K = GROUPS[i % len(GROUPS)], HEAD_DIMS[i % len(HEAD_DIMS)], rng.choice((1, 2, 4))
+    query_lens, seq_lens = lengths(world, kind, world.backend.default_block_size)
+    step = PagedStep(world.backend, query_lens, seq_lens, num_kv_heads=K, head_dim=head_dim, dtype=dtype,
+                     generator=world.generator)  # fmt: skip
+    return step, K * group, f"{kind}/S{len(seq_lens)}/g{group}/hd{head_dim}/{short(dtype)}"
+
+
+def attention_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        step, num_heads, name = random_step(world, i)
+        q, caches = step.random(sum(step.query_lens), num_heads, step.H), step.filled_caches()
+        for window in (None, world.rng.choice((1, 17, 200))) if i % 3 == 0 else (None,):
+            yield Check(name=f"{name}{f'/window{window}' if window else ''}", tolerance=2 * TOLERANCE[step.dtype],
+                        run=lambda s=step, q=q, c=caches, w=window: (s.attend(world.ops, q, c, w),),
+                        truth=lambda s=step, q=q, w=window: (s.truth(q, w),))  # fmt: skip
+
+
+def plan_cases(world: World) -> Iterator[Check]:
+    """One plan for two layers, the second with a window."""
+    for i in range(max(2, world.cases // 4)):
+        step, num_heads, name = random_step(world, i)
+        q1, q2 = (step.random(sum(step.query_lens), num_heads, step.H) for _ in range(2))
+        caches = step.filled_caches()
+
+        def run(s: PagedStep = step, q1: Tensor = q1, q2: Tensor = q2, c: Any = caches) -> Sequence[Tensor]:
+            plan = s.plan(world.ops, q1.shape[1])
+            return s.attend(world.ops, q1, c, plan=plan), s.attend(world.ops, q2, c, 17, plan=plan)
+
+        yield Check(name=name, run=run, tolerance=2 * TOLERANCE[step.dtype],
+                    truth=lambda s=step, q1=q1, q2=q2: (s.truth(q1), s.truth(q2, 17)))  # fmt: skip
+
+
+def qkv_rope_write_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        step, num_heads, name = random_step(world, i)
+        yield _rope_check(world, step, num_heads, f"{name}{'/normed' * (i % 2)}", normed=i % 2 == 1)
+
+
+def _rope_check(world: World, step: PagedStep, num_heads: int, name: str, *, normed: bool) -> Check:
+    T, K, H = sum(step.query_lens), step.K, step.H
+    qkv, positions = step.random(T, (num_heads + 2 * K) * H), world.randint(500, T, dtype=torch.int32)
+    angles = world.rand(500, H // 2) * 6.3
+    table = torch.cat((angles.cos(), angles.sin()), 1)
+    norms = {"q_norm_H": step.random(H), "k_norm_H": step.random(H)} if normed else {}
+    step.meta.slot_mapping_T[:: max(2, T // 3)] = -1  # padding, which is not stored
+
+    def run() -> Sequence[Tensor]:
+        k_cache, v_cache = step.empty_caches()
+        q = world.ops.qkv_rope_write(qkv.clone(), positions, table, k_cache, v_cache, step.meta, num_heads=num_heads,
+                                     num_kv_heads=K, head_dim=H, **norms)  # fmt: skip
+        return q, keys_BKPH(world.backend, k_cache), v_cache
+
+    def truth() -> Sequence[Tensor]:
+        q, k, v = qkv.view(T, -1, H).double().split([num_heads, K, K], dim=1)
+        if normed:
+            q, k = norm_truth(q, norms["q_norm_H"], 1e-6), norm_truth(k, norms["k_norm_H"], 1e-6)
+        caches = tuple(cache.double() for cache in step.empty_caches())
+        kept = step.meta.slot_mapping_T >= 0
+        slots = step.meta.slot_mapping_T[kept].long()
+        step.write(*caches, _rotate(k, table[positions.long()])[kept], v[kept], slots)
+        return _rotate(q, table[positions.long()]), keys_BKPH(world.backend, caches[0]), caches[1]
+
+    return Check(name=name, run=run, truth=truth, tolerance=TOLERANCE[step.dtype])
+
+
+def _rotate(x_TXH: Tensor, cos_sin_TH: Tensor) -> Tensor:
+    (first, second), (cos, sin) = x_TXH.chunk(2, -1), cos_sin_TH.double()[:, None].chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def copy_blocks_cases(world: World) -> Iterator[Check]:
+    for i in range(world.cases):
+        cache = world.randn(*world.backend.kv_cache_shape(23, world.backend.default_block_size, 2, 64),
+                            dtype=world.dtype(i))  # fmt: skip
+        order = torch.randperm(23, generator=world.generator, device=world.device.torch)
+        src, dst = order[: 1 + i % 9], order[10 : 11 + i % 9]
+
+        def run(cache: Tensor = cache, src: Tensor = src, dst: Tensor = dst) -> Sequence[Tensor]:
+            changed = cache.clone()
+            world.ops.copy_blocks(changed, src, dst)
+            return (changed,)
+
+        def truth(cache: Tensor = cache, src: Tensor = src, dst: Tensor = dst) -> Sequence[Tensor]:
+            changed = cache.clone()
+            for s, d in zip(src.tolist(), dst.tolist()):
+                changed[d] = cache[s]
+            return (changed,)
+
+        yield Check(name=f"{len(src)}of23/{short(cache.dtype)}", run=run, truth=truth)
+
+
+def stored_bytes_cases(world: World) -> Iterator[Check]:
+    k_cache, P = PagedStep(world.backend, [1], [5], num_kv_heads=2, head_dim=64, dtype=world.dtypes[0],
+                           generator=world.generator).empty_caches()[0], world.backend.default_block_size  # fmt: skip
+    sizes = {"fp32": 4 * 64, "bf16": 2 * 64, "fp16": 2 * 64, "int8": 64 + 4, "fp8": 64 + 1}  # of a position of a head
+    for format, size in sizes.items():
+        yield Check(name=format, truth=lambda n=size: (torch.tensor([2 * 2 * P * n]),),
+                    run=lambda f=format: (torch.tensor([world.ops.stored_bytes(k_cache, k_cache, format=f)]),))
+
+
+def export_cases(world: World) -> Iterator[Check]:
+    """Out to host memory and back into other caches: what was exported must be there, and nothing else."""
+    for i in range(max(world.cases, len(STORED))):
+        yield _transfer_check(world, list(STORED)[i % len(STORED)], world.dtype(i // len(STORED)))
+
+
+def _transfer_check(world: World, format: str, dtype: torch.dtype) -> Check:
+    step = PagedStep(world.backend, [1] * 3, [world.backend.default_block_size * n for n in (2, 1, 4)], num_kv_heads=2,
+                     head_dim=64, dtype=dtype, generator=world.generator)  # fmt: skip
+    caches, num_bytes = step.filled_caches(), world.ops.stored_bytes(*step.empty_caches(), format=format)
+    blocks = torch.tensor(step.meta.block_table_SM[2, :4].tolist())
+    slots = torch.tensor([5, 0, 7, 2])
+    store = world.backend.allocate_host(9 * num_bytes).view(9, num_bytes)
+
+    def run() -> Sequence[Tensor]:
+        store.fill_(0xAB)
+        arrived = step.empty_caches()
+        world.ops.export_blocks(*caches, blocks, store, slots, format=format)
+        world.backend.synchronize_copies()
+        world.ops.import_blocks(*arrived, blocks, store, slots, format=format)
+        world.backend.synchronize_copies()
+        return keys_BKPH(world.backend, arrived[0]), arrived[1], store.clone()
+
+    def truth() -> Sequence[Tensor]:
+        kept = step.empty_caches()
+        for cache, source in zip(kept, caches):
+            cache[blocks.to(cache.device)] = source[blocks.to(cache.device)]
+        return keys_BKPH(world.backend, kept[0]), kept[1]
+
+    exact = format == "fp32" or {"bf16": torch.bfloat16, "fp16": torch.float16}.get(format) is dtype
+    return Check(name=f"{format}/{short(dtype)}", run=run, truth=truth, tolerance=0.0 if exact else STORED[format])
+
+
+OPERATORS: dict[str, Cases] = {
+    "attention": attention_cases, "plan": plan_cases, "qkv_rope_write": qkv_rope_write_cases,
+    "copy_blocks": copy_blocks_cases, "stored_bytes": stored_bytes_cases, "export_blocks": export_cases,
+    "import_blocks": export_cases,
+}  # fmt: skip

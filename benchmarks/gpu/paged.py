@@ -1,0 +1,107 @@
+"""`PagedStep`: sequences whose keys and values are known, in a paged cache that is NaN wherever nothing may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.backend import Backend
+from backends.metadata import AttentionMetadata
+from backends.opset import OpSet
+from backends.reference.kv import keys_BKHP
+
+NAN = float("nan")
+GARBAGE_ID = 2**30  # in a block table behind a sequence's last block
+
+
+def keys_BKPH(backend: Backend, k_cache: Tensor) -> Tensor:
+    """A K cache of the backend as [B, K, P, H], whatever its own order; shares its memory."""
+    return keys_BKHP(k_cache).transpose(2, 3) if backend.name == "cpu" else k_cache
+
+
+class PagedStep:
+    """A step of sequences with the last `query_lens` of their `seq_lens` tokens in it.
+
+    Letters: S sequences, C tokens of all of them, K kv heads, H head dim, P tokens a block. Blocks are scattered.
+    """
+
+    def __init__(self, backend: Backend, query_lens: Sequence[int], seq_lens: Sequence[int], *, num_kv_heads: int,
+                 head_dim: int, dtype: torch.dtype, generator: torch.Generator, block_size: int | None = None):
+        self.backend, self.query_lens, self.seq_lens = backend, list(query_lens), list(seq_lens)
+        self.dtype, self._generator = dtype, generator
+        self.P, self.K, self.H = block_size or backend.default_block_size, num_kv_heads, head_dim
+        device = backend.device
+        num_used = [-(-n // self.P) for n in seq_lens]
+        order = torch.randperm(sum(num_used) + 3, generator=generator, device=device, dtype=torch.int32)
+        table = torch.full((len(num_used), max(num_used) + 2), GARBAGE_ID, dtype=torch.int32, device=device)
+        slots, taken = [], 0
+        for s, count in enumerate(num_used):
+            table[s, :count] = order[taken : taken + count]
+            taken += count
+            position = torch.arange(seq_lens[s], device=device)
+            slots.append(table[s, position // self.P].long() * self.P + position % self.P)
+        self.slots_C = torch.cat(slots)
+        self.keys_CKH, self.values_CKH = (self.random(sum(seq_lens), self.K, self.H) for _ in range(2))
+        self.shape = backend.kv_cache_shape(len(order), self.P, self.K, self.H)
+        self.meta = self._metadata(table, [s[n - q :] for s, n, q in zip(slots, seq_lens, query_lens)])
+
+    def _metadata(self, table: Tensor, written: list[Tensor]) -> AttentionMetadata:
+        device = table.device
+        starts = torch.tensor([0, *self.query_lens]).cumsum(0).int().to(device)
+        return AttentionMetadata(
+            query_start_S1=starts, seq_lens_S=torch.tensor(self.seq_lens, dtype=torch.int32, device=device),
+            block_table_SM=table, slot_mapping_T=torch.cat(written).int(), max_query_len=max(self.query_lens),
+            max_seq_len=max(self.seq_lens), num_tokens=sum(self.query_lens), block_size=self.P,
+        )  # fmt: skip
+
+    def random(self, *shape: int) -> Tensor:
+        device = self.backend.device
+        return torch.randn(shape, generator=self._generator, device=device).to(self.dtype)
+
+    def empty_caches(self) -> tuple[Tensor, Tensor]:
+        """All NaN."""
+        k_cache, v_cache = (torch.full(self.shape, NAN, dtype=self.dtype, device=self.backend.device) for _ in "kv")
+        return k_cache, v_cache
+
+    def filled_caches(self) -> tuple[Tensor, Tensor]:
+        """With every sequence's keys and values."""
+        k_cache, v_cache = self.empty_caches()
+        self.write(k_cache, v_cache, self.keys_CKH, self.values_CKH, self.slots_C)
+        return k_cache, v_cache
+
+    def write(self, k_cache: Tensor, v_cache: Tensor, k_XKH: Tensor, v_XKH: Tensor, slots_X: Tensor) -> None:
+        blocks, offsets = slots_X // self.P, slots_X % self.P
+        keys_BKPH(self.backend, k_cache)[blocks, :, offsets] = k_XKH.to(k_cache.dtype)
+        v_cache[blocks, :, offsets] = v_XKH.to(v_cache.dtype)
+
+    def attend(self, ops: OpSet, q_TNH: Tensor, caches: tuple[Tensor, Tensor], window: int | None = None,
+               plan: Any = None) -> Tensor:
+        self.meta.plan = plan if plan is not None else self.plan(ops, q_TNH.shape[1])
+        return ops.attention(q_TNH, *caches, self.meta, scale=self.H**-0.5, sliding_window=window)
+
+    def plan(self, ops: OpSet, num_heads: int) -> Any:
+        return ops.plan(self.meta, num_heads=num_heads, num_kv_heads=self.K, head_dim=self.H)
+
+    def truth(self, q_TNH: Tensor, window: int | None = None) -> Tensor:
+        """Attention in float64: [T, N * H]."""
+        rows, t, c = [], 0, 0
+        for query_len, seq_len in zip(self.query_lens, self.seq_lens):
+            rows.append(self._attend_one(q_TNH[t : t + query_len], slice(c, c + seq_len), window))
+            t, c = t + query_len, c + seq_len
+        return torch.cat(rows).flatten(1)
+
+    def _attend_one(self, q_QNH: Tensor, tokens: slice, window: int | None) -> Tensor:
+        query_len, num_heads = q_QNH.shape[:2]
+        seq_len, group = tokens.stop - tokens.start, num_heads // self.K
+        last = torch.arange(seq_len - query_len, seq_len, device=q_QNH.device)[:, None]
+        age = last - torch.arange(seq_len, device=q_QNH.device)
+        unseen = (age < 0) | (age >= (window or seq_len))
+        heads = []
+        for k in range(self.K):
+            q = q_QNH[:, k * group : (k + 1) * group].double() * self.H**-0.5
+            scores = torch.einsum("qgh,ch->gqc", q, self.keys_CKH[tokens, k].double()).masked_fill(unseen, -torch.inf)
+            heads.append(torch.einsum("gqc,ch->qgh", scores.softmax(-1), self.values_CKH[tokens, k].double()))
+        return torch.cat(heads, dim=1)

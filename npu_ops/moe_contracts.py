@@ -1,0 +1,111 @@
+"""The contracts of the operators of mixtures of experts: gating, routing, grouped products, and the way back."""
+
+from __future__ import annotations
+
+import torch
+
+from npu_ops.contract import FLOATS, Contract, Rule, contiguous, dtypes, on_one_device, one_of, ranks, same_dtype
+
+DOC = "torch_npu operator docs"
+INNER_LIMIT = 65536
+INT8_OUTPUTS = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16))  # of scale and result
+
+GATING_SOFTMAX = (
+    dtypes(DOC, FLOATS, "x"),
+    ranks(DOC, 2, 3, "x"),
+    contiguous("house rule: strided inputs are copied", "x"),
+    Rule("k must lie in [1, experts], at most 1024", DOC, lambda a: 1 <= a.k <= min(1024, a.x.shape[-1])),
+)
+
+GATING = (
+    dtypes(DOC, FLOATS, "x", "bias"),
+    same_dtype(DOC, "x", "bias"),
+    ranks(DOC, 2, 2, "x"),
+    Rule("there may be at most 2048 experts", DOC, lambda a: a.x.shape[1] <= 2048),
+    Rule("bias must be [experts]", DOC, lambda a: a.bias is None or a.bias.shape == a.x.shape[1:]),
+    Rule("group_count must divide the experts into groups of more than 2", DOC,
+         lambda a: a.group_count > 0 and a.x.shape[1] % a.group_count == 0 and a.x.shape[1] // a.group_count > 2),
+    Rule("the groups, each padded to 32, must hold at most 2048 experts", DOC,
+         lambda a: -(-(a.x.shape[1] // a.group_count) // 32) * 32 * a.group_count <= 2048),
+    Rule("k_group must lie in [1, group_count]", DOC, lambda a: 1 <= a.k_group <= a.group_count),
+    Rule("k must be positive and fit into the groups that are kept", DOC,
+         lambda a: 1 <= a.k <= a.x.shape[1] // a.group_count * a.k_group),
+    one_of(DOC, "group_select_mode", (0, 1)),
+    one_of(DOC, "norm_type", (0, 1)),
+    one_of(f"{DOC}: 'only 0 is supported'", "renorm", (0,)),
+)  # fmt: skip
+
+INIT_ROUTING = (
+    on_one_device("x", "expert_idx"),
+    dtypes(DOC, (*FLOATS, torch.int8), "x"),
+    dtypes(DOC, (torch.int32,), "expert_idx"),
+    ranks(DOC, 2, 2, "x", "expert_idx"),
+    contiguous("house rule: strided inputs are copied", "x", "expert_idx"),
+    Rule("x and expert_idx must have as many rows", DOC, lambda a: len(a.x) == len(a.expert_idx)),
+    Rule("expert_num must lie in [1, 10240]", DOC, lambda a: 1 <= a.expert_num <= 10240),
+    Rule("active_num must be at least -1", DOC, lambda a: a.active_num >= -1),
+    one_of(f"{DOC}: 'only 0'", "drop_pad_mode", (0,)),
+    one_of(DOC, "expert_tokens_num_type", (1, 2)),
+    one_of(f"{DOC}: 'only True'", "expert_tokens_num_flag", (True,)),
+    one_of(DOC, "quant_mode", (-1, 1)),
+    Rule("int8 input may not be quantised again", DOC, lambda a: a.x.dtype is not torch.int8 or a.quant_mode == -1),
+    Rule("active_expert_range must be [start, end) within the experts", DOC,
+         lambda a: len(a.active_expert_range) == 2
+         and 0 <= a.active_expert_range[0] < a.active_expert_range[1] <= a.expert_num),
+    one_of(DOC, "row_idx_type", (0, 1)),
+    Rule("experts must exist", DOC,
+         lambda a: bool(((a.expert_idx >= 0) & (a.expert_idx < a.expert_num)).all()), reads_values=True),
+)  # fmt: skip
+
+UNPERMUTE = (
+    ranks(DOC, 2, 2, "permuted_tokens"),
+    dtypes(DOC, FLOATS, "permuted_tokens"),
+    dtypes(DOC, (torch.int32,), "sorted_indices"),
+    ranks(DOC, 1, 1, "sorted_indices"),
+    contiguous("house rule: strided inputs are copied", "permuted_tokens", "sorted_indices", "probs"),
+    dtypes(DOC, FLOATS, "probs"),
+    Rule("probs must be [tokens, experts per token], one for each index", DOC,
+         lambda a: a.probs is None or (a.probs.ndim == 2 and a.probs.numel() == len(a.sorted_indices))),
+    Rule("there may be at most 512 experts a token", f"{DOC}: A2, A3",
+         lambda a: a.probs is None or a.probs.shape[1] <= 512),
+    Rule("indices must name a row", DOC,
+         lambda a: bool((a.sorted_indices < len(a.permuted_tokens)).all()), reads_values=True),
+)  # fmt: skip
+
+GROUPED_MATMUL = (
+    on_one_device("x", "weight", "group_list"),
+    one_of("house rule: one tensor in, one out", "split_item", (2,)),
+    one_of(f"{DOC}: groups of rows", "group_type", (0,)),
+    one_of(DOC, "group_list_type", (0, 1)),
+    ranks(DOC, 2, 2, "x"),
+    ranks(DOC, 3, 3, "weight"),
+    contiguous(f"{DOC}: 'x may not be transposed'", "x", "group_list"),
+    dtypes(DOC, (torch.int64,), "group_list"),
+    dtypes(DOC, (*FLOATS, torch.int8), "x", "weight"),
+    same_dtype(DOC, "x", "weight"),
+    Rule("x must be [M, K] and weight [groups, K, N]", DOC, lambda a: a.x.shape[1] == a.weight.shape[1]),
+    Rule("the last axes must be below 65536", DOC,
+         lambda a: a.x.shape[1] < INNER_LIMIT and a.weight.shape[2] < INNER_LIMIT),
+    Rule("group_list must have an entry a group, of at most 1024", DOC,
+         lambda a: a.group_list.shape == a.weight.shape[:1] and len(a.group_list) <= 1024),
+    Rule("a list of counts must have more than one entry", DOC,
+         lambda a: a.group_list_type == 0 or len(a.group_list) > 1),
+    Rule("int8 needs scale [groups, N] of bfloat16 or float32, per_token_scale [M] of float32 and an output dtype",
+         f"{DOC}: per-token quantisation",
+         lambda a: a.x.dtype is not torch.int8 or (
+             a.scale is not None and a.scale.shape == (len(a.weight), a.weight.shape[2])
+             and a.per_token_scale is not None and a.per_token_scale.shape == a.x.shape[:1]
+             and a.per_token_scale.dtype is torch.float32
+             and (a.scale.dtype, a.output_dtype) in INT8_OUTPUTS)),
+    Rule("the groups must cover all rows", DOC,
+         lambda a: int(a.group_list[-1] if a.group_list_type == 0 else a.group_list.sum()) == len(a.x),
+         reads_values=True),
+)  # fmt: skip
+
+MOE_CONTRACTS = (
+    Contract("npu_moe_gating_top_k_softmax", GATING_SOFTMAX),
+    Contract("npu_moe_gating_top_k", GATING),
+    Contract("npu_moe_init_routing_v2", INIT_ROUTING),
+    Contract("npu_moe_token_unpermute", UNPERMUTE),
+    Contract("npu_grouped_matmul", GROUPED_MATMUL),
+)

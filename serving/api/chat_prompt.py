@@ -1,0 +1,131 @@
+"""From the messages of a request to the prompt's tokens, through the model's chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.api.errors import invalid
+from serving.api.types import ChatBody, ChatMessage, TokenizeBody
+from serving.state import ServerState
+from xllm.errors import ModelError
+
+# What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
+RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
+                             "continue_final_message", "documents", "field", "self"})
+MAX_KWARGS = 32
+MAX_KWARGS_CHARS = 16 * 2**10
+MAX_TEMPLATE_CHARS = 256 * 2**10
+TAIL_CHARS = 64
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    token_ids: list[int]
+    tail: str  # the end of the text, which may open or close the model's thinking
+
+
+async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
+                      tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+    """The prompt. Rendering runs in a thread: a template is foreign code and may be slow.
+
+    Raises:
+        ApiError, RequestError: what is wrong with the messages, the variables or the template.
+    """
+    tokenizer = state.need_tokenizer("messages")
+    variables = checked_variables(body.chat_template_kwargs)
+    template = checked_template(state, getattr(body, "chat_template", None))
+    plain = plain_messages(messages)
+
+    def encode() -> ChatPrompt:
+        text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
+                                     continue_final_message=body.continue_final_message, chat_template=template,
+                                     **variables)
+        token_ids = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
+        return ChatPrompt(token_ids, text[-TAIL_CHARS:])
+
+    try:
+        return await asyncio.to_thread(encode)
+    except ModelError as error:  # no template, or none that compiles
+        raise invalid(str(error), "messages" if template is None else "chat_template") from None
+
+
+async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
+                      tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    """The prompt's token ids; see `chat_prompt`."""
+    return (await chat_prompt(state, body, messages, tools)).token_ids
+
+
+def checked_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
+    """`chat_template_kwargs`, within bounds. Raises ApiError."""
+    if not variables:
+        return {}
+    for name in variables:
+        if name in RESERVED_KWARGS or not name.isidentifier():
+            raise invalid(f"chat_template_kwargs may not set {name[:64]!r}", "chat_template_kwargs")
+    if len(variables) > MAX_KWARGS or len(json.dumps(variables)) > MAX_KWARGS_CHARS:
+        raise invalid(f"chat_template_kwargs may hold at most {MAX_KWARGS} names and {MAX_KWARGS_CHARS} characters "
+                      "of JSON", "chat_template_kwargs")
+    return variables
+
+
+def checked_template(state: ServerState, template: str | None) -> str | None:
+    """The request's own template, where that is allowed. Raises ApiError."""
+    if template is None:
+        return None
+    if not state.config.chat.trust_request_chat_template:
+        raise invalid("chat_template is refused: this server was started without --trust-request-chat-template",
+                      "chat_template")
+    if not 0 < len(template) <= MAX_TEMPLATE_CHARS:
+        raise invalid(f"chat_template must have 1 to {MAX_TEMPLATE_CHARS} characters", "chat_template")
+    return template
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as data for templates. Raises ApiError for what is malformed or not built."""
+    if not messages:
+        raise invalid("messages must not be empty", "messages")
+    return [_plain_message(index, message) for index, message in enumerate(messages)]
+
+
+def _plain_message(index: int, message: ChatMessage) -> dict[str, Any]:
+    extra = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
+    for name in ("function_call", "audio"):
+        if extra.get(name):
+            raise invalid(f"messages.{index}.{name} is not supported", "messages")
+    calls = extra.pop("tool_calls", None)
+    if calls:
+        extra["tool_calls"] = _checked_calls(index, message.role, calls)
+    content = message.content
+    if isinstance(content, list):
+        for part in content:
+            _check_part(part, index)
+    return {**extra, "role": message.role, "content": content if content is not None else ""}
+
+
+def _checked_calls(index: int, role: str, calls: Any) -> list[dict[str, Any]]:
+    """An earlier answer's calls. `arguments` may be JSON text, as the API has it, or an object."""
+    where = f"messages.{index}.tool_calls"
+    if role != "assistant":
+        raise invalid(f"{where}: only assistant messages have tool calls", "messages")
+    if not isinstance(calls, list):
+        raise invalid(f"{where} must be a list", "messages")
+    for number, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise invalid(f"{where}.{number} must be {{id, type, function: {{name, arguments}}}}", "messages")
+        if not isinstance(function.get("arguments", ""), (str, dict)):
+            raise invalid(f"{where}.{number}.function.arguments must be a string of JSON or an object", "messages")
+    return calls
+
+
+def _check_part(part: dict[str, Any], index: int) -> None:
+    kind = part.get("type")
+    if kind != "text":
+        raise invalid(f"messages.{index}.content: parts of type {str(kind)[:64]!r} are not supported; only text",
+                      "messages")
+    if not isinstance(part.get("text"), str):
+        raise invalid(f"messages.{index}.content: a text part needs a string 'text'", "messages")

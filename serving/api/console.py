@@ -1,0 +1,70 @@
+"""`/`: the web console. A fixed table of files, read once; nothing is looked up by a path that a client sends."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api.errors import ApiError
+
+if TYPE_CHECKING:
+    from serving.state import ServerState
+
+FOLDER = Path(__file__).resolve().parents[1] / "web"
+MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
+               ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
+
+# Scripts and styles from here only, none inline; no frames, no plugins, no form that leaves; requests to here only.
+CONTENT_SECURITY_POLICY = "; ".join((
+    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",
+    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+    "trusted-types 'none'"))
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-cache",  # ask each time, get 304 while nothing changed
+}
+
+
+class Asset:
+    """A file of the console, in memory, with the headers that it goes out with."""
+
+    def __init__(self, path: Path):
+        self.content = path.read_bytes()
+        self.tag = f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
+        self.headers = {**HEADERS, "Content-Type": MEDIA_TYPES[path.suffix], "ETag": self.tag}
+
+    def answer(self, request: Request) -> Response:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if self.tag in known:
+            return Response(status_code=304, headers=self.headers)
+        return Response(self.content, headers=self.headers)
+
+
+def read_assets() -> dict[str, Asset]:
+    return {path.name: Asset(path) for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+    assets = read_assets()
+
+    @routes.api_route("/", methods=["GET", "HEAD"])
+    async def page(request: Request) -> Response:
+        return assets["index.html"].answer(request)
+
+    @routes.api_route("/web/{name}", methods=["GET", "HEAD"])
+    async def asset(request: Request, name: str) -> Response:
+        if name not in assets:
+            raise ApiError(404, f"Not Found: {request.method} /web/{name[:64]}")
+        return assets[name].answer(request)
+
+    return routes

@@ -1,0 +1,173 @@
+"""`POST /v1/embeddings`, `/score` and `/rerank`: texts as vectors, and how near they are to each other.
+
+A score is the cosine of two embeddings, which is what models made for embedding are trained for; whatever model is
+served, it is what `/v1/embeddings` gives that is compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api import params
+from serving.api.completions import read_prompts
+from serving.api.errors import invalid, json_response
+from serving.api.generation import Generation
+from serving.api.limits import read_json
+from serving.api.sse import until_disconnect
+from serving.api.types import EmbeddingBody, PoolingBody, RerankBody, ScoreBody, parse
+from serving.state import ServerState
+from xllm.pooling import PoolingParams
+from xllm.request import SamplingParams
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+TEXT_PARAM = "text_1 or text_2"
+
+
+class Embedded:
+    """Vectors of texts, fp32, in their order. num_tokens: of all texts."""
+
+    def __init__(self, vectors: list[np.ndarray], num_tokens: int):
+        self.vectors, self.num_tokens = vectors, num_tokens
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}
+
+
+async def embed(state: ServerState, request: Request, body: PoolingBody, inputs: Sequence[str] | Sequence[list[int]],
+                call: str, field: str, dimensions: int | None = None) -> Embedded:
+    """Raises ApiError naming the field."""
+    pooling = PoolingParams(kind=body.pooling or state.pooling_type, dimensions=dimensions,
+                            normalize=body.normalize is not False)
+    token_ids = await _encode(state, body, inputs, field)
+    for ids in token_ids:
+        params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field=field)
+    requests = params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling)
+    generation = await until_disconnect(request.receive, Generation.start(state, requests))
+    await until_disconnect(request.receive, generation.run())
+    vectors = [np.array(choice.embedding, dtype=np.float32) for choice in generation.choices]
+    return Embedded(vectors, sum(map(len, token_ids)))
+
+
+async def _encode(state: ServerState, body: PoolingBody, inputs: Sequence[str] | Sequence[list[int]],
+                  field: str) -> list[list[int]]:
+    limit = state.config.limits.max_sequences_per_request
+    if len(inputs) > limit:
+        raise invalid(f"{field} holds {len(inputs)} texts, more than {limit}", field)
+    if any(not item for item in inputs):
+        raise invalid(f"{field} must not be empty", field)
+    texts = [item for item in inputs if isinstance(item, str)]
+    if not texts:
+        return [_cut(body, list(item), field, state) for item in inputs if not isinstance(item, str)]
+    tokenizer = state.need_tokenizer(field)
+    special = True if body.add_special_tokens is None else body.add_special_tokens
+
+    def encode() -> list[list[int]]:
+        return [_cut(body, tokenizer.encode(text, add_special_tokens=special), field, state) for text in texts]
+
+    return await asyncio.to_thread(encode) if sum(map(len, texts)) > params.LONG_TEXT_CHARS else encode()
+
+
+def _cut(body: PoolingBody, token_ids: list[int], field: str, state: ServerState) -> list[int]:
+    """The first tokens, where the caller allows that a text is cut (-1: to what the model takes)."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return token_ids
+    if keep != -1 and not 1 <= keep < state.ready.max_model_len:
+        raise invalid(f"truncate_prompt_tokens must be -1 or in 1 to {state.ready.max_model_len - 1}",
+                      "truncate_prompt_tokens")
+    return token_ids[:state.ready.max_model_len - 1 if keep == -1 else keep]
+
+
+def encoded(vector: np.ndarray, form: Literal["float", "base64"]) -> Any:
+    """As OpenAI writes it: numbers, or the base64 of little-endian fp32."""
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+def cosine(a_D: np.ndarray, b_D: np.ndarray) -> float:
+    """0 where a vector is 0."""
+    norms = float(np.linalg.norm(a_D)) * float(np.linalg.norm(b_D))
+    return float(a_D @ b_D) / norms if norms else 0.0
+
+
+def score_pairs(texts_1: list[str], texts_2: list[str]) -> list[tuple[int, int]]:
+    """Which text is held against which: one against all, or each against its own. Raises ApiError."""
+    if len(texts_1) == 1:
+        return [(0, index) for index in range(len(texts_2))]
+    if len(texts_1) != len(texts_2):
+        raise invalid(f"text_1 holds {len(texts_1)} texts and text_2 {len(texts_2)}: give one and many, or as many",
+                      "text_2")
+    return [(index, index) for index in range(len(texts_1))]
+
+
+def as_texts(value: str | list[str], field: str) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not texts:
+        raise invalid(f"{field} must not be empty", field)
+    return texts
+
+
+def document_text(document: str | dict[str, Any], index: int) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise invalid(f"documents[{index}] must be a text or {{'text': ...}}", "documents")
+    return text
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    async def begin(request: Request, kind: type[Any], prefix: str) -> tuple[Any, str, str]:
+        state.check_accepting()
+        body = parse(await read_json(request, state.config.limits.max_json_depth), kind)
+        state.check_model(body.model)
+        call = params.call_id(body, prefix, request.headers.get("x-request-id"))
+        return body, call, body.model or state.served_names[0]
+
+    @routes.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        body, call, model = await begin(request, EmbeddingBody, "embd")
+        inputs = read_prompts(body.input, state.config.limits.max_sequences_per_request, field="input")
+        found = await embed(state, request, body, inputs, call, "input", body.dimensions)
+        data = [{"object": "embedding", "index": index, "embedding": encoded(vector, body.encoding_format)}
+                for index, vector in enumerate(found.vectors)]
+        return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
+
+    @routes.post("/v1/score")
+    @routes.post("/score")
+    async def create_score(request: Request) -> Response:
+        body, call, model = await begin(request, ScoreBody, "score")
+        texts_1, texts_2 = as_texts(body.text_1, "text_1"), as_texts(body.text_2, "text_2")
+        pairs = score_pairs(texts_1, texts_2)
+        found = await embed(state, request, body, [*texts_1, *texts_2], call, TEXT_PARAM)
+        firsts, seconds = found.vectors[:len(texts_1)], found.vectors[len(texts_1):]
+        data = [{"object": "score", "index": index, "score": cosine(firsts[i], seconds[j])}
+                for index, (i, j) in enumerate(pairs)]
+        return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
+
+    @routes.post("/v2/rerank")
+    @routes.post("/v1/rerank")
+    @routes.post("/rerank")
+    async def create_rerank(request: Request) -> Response:
+        body, call, model = await begin(request, RerankBody, "rerank")
+        texts = [document_text(document, index) for index, document in enumerate(body.documents)]
+        if body.top_n is not None and body.top_n < 0:
+            raise invalid("top_n must not be negative", "top_n")
+        found = await embed(state, request, body, [body.query, *texts], call, "documents")
+        query, *vectors = found.vectors
+        scores = [cosine(query, vector) for vector in vectors]
+        order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n or None]
+        results = [{"index": index, "relevance_score": scores[index],
+                    **({"document": {"text": texts[index]}} if body.return_documents else {})} for index in order]
+        return json_response({"id": call, "model": model, "results": results, "usage": found.usage})
+
+    return routes

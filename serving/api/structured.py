@@ -1,0 +1,96 @@
+"""The fields that say which form an output must have: OpenAI's `response_format`, vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from serving.api.errors import ApiError, invalid, unavailable
+from serving.api.types import GenerationBody
+from serving.state import ServerState
+from xllm.errors import RequestError
+from xllm.request import SamplingParams
+from xllm.structured.checker import GrammarBusyError
+from xllm.structured.spec import KINDS, StructuredOutput
+
+# vLLM's switches and the values of them that ask for nothing.
+_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "disable_any_whitespace": (False, None), "disable_fallback": (True, False, None), "whitespace_pattern": (None,),
+    "disable_additional_properties": (False, None), "json_object": (False, None, True),
+}
+_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+
+
+def read_structured(body: GenerationBody) -> StructuredOutput | None:
+    """What the body asks for. Raises ApiError that names the field."""
+    by_format = None if body.response_format is None else _read_format(body.response_format)
+    wishes = {k: v for k, v in (body.structured_outputs or {}).items() if v is not None}
+    if not wishes:
+        return by_format
+    if by_format is not None:
+        raise invalid("response_format and structured_outputs both say which form the output must have; send one",
+                      "structured_outputs")
+    return _read_wishes(wishes)
+
+
+def _read_format(wish: dict[str, Any]) -> StructuredOutput | None:
+    kind = wish.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutput(json="object")
+    if kind == "structural_tag":
+        return _make("response_format", {"structural_tag": {k: v for k, v in wish.items() if k != "type"}})
+    if kind != "json_schema":
+        raise invalid(f"response_format.type must be one of {', '.join(_FORMATS)}; got {str(kind)[:64]!r}",
+                      "response_format")
+    found = wish.get("json_schema")
+    if not isinstance(found, dict):
+        raise invalid("response_format.json_schema must be an object", "response_format")
+    if unknown := found.keys() - {"name", "schema", "strict", "description"}:
+        raise invalid(f"response_format.json_schema: unknown key {min(unknown)[:64]!r}", "response_format")
+    schema = found.get("schema")
+    return StructuredOutput(json="object") if schema is None else _make("response_format", {"json": schema})
+
+
+def _read_wishes(wishes: dict[str, Any]) -> StructuredOutput | None:
+    for name, value in wishes.items():
+        if name in _SWITCHES:
+            if value not in _SWITCHES[name]:
+                raise invalid(f"structured_outputs.{name} is not supported", "structured_outputs")
+        elif name not in KINDS:
+            raise invalid(f"structured_outputs: unknown key {name[:64]!r}; known are {', '.join(KINDS)}",
+                          "structured_outputs")
+    given = {name: value for name, value in wishes.items() if name in KINDS}
+    if wishes.get("json_object"):
+        given.setdefault("json", "object")
+    return _make("structured_outputs", given) if given else None
+
+
+def _make(field: str, given: dict[str, Any]) -> StructuredOutput:
+    try:
+        return StructuredOutput(**given)
+    except RequestError as error:
+        raise invalid(f"{field}: {error}", field) from None
+
+
+def field_of(body: GenerationBody) -> str:
+    """The field that a structured output of this body comes from; if from neither, it was made for `tools`."""
+    if body.structured_outputs:
+        return "structured_outputs"
+    wish = body.response_format
+    return "tools" if wish is None or wish.get("type") == "text" else "response_format"
+
+
+async def check_structured(state: ServerState, body: GenerationBody, samplings: Sequence[SamplingParams]) -> None:
+    """Have it compiled in another process. Raises ApiError that names the field, or 503 if too many ask."""
+    for spec in {sampling.structured for sampling in samplings} - {None}:
+        assert spec is not None
+        state.need_tokenizer(field_of(body))
+        try:
+            await asyncio.wrap_future(state.inputs.grammars.submit(spec))
+        except GrammarBusyError as error:
+            raise unavailable(str(error)) from None
+        except RequestError as error:
+            raise ApiError(400, f"{field_of(body)}: {error}", param=field_of(body)) from None

@@ -1,0 +1,140 @@
+"""What a chat request says about tools: checked, then a parser of the output, or the form that it must have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.api.errors import invalid
+from serving.parsers.output import AnswerParser
+from serving.parsers.tool_set import ToolSet
+from serving.parsers.tools.base import ToolParser
+from serving.parsers.tools.forced import NamedParser, RequiredParser
+
+MAX_TOOLS = 512
+_NAME = re.compile(r"[\w.\-:/]{1,128}")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class ToolWish:
+    """The tools of one request.
+
+    tools: as the client sent them, for the template; empty with `tool_choice` "none", which hides them.
+    choice: "none", "auto", "required", or "named" with `name`.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: str = "none"
+    name: str | None = None
+    parallel: bool = True
+
+    @property
+    def is_forced(self) -> bool:
+        return self.choice in ("required", "named")
+
+    @property
+    def functions(self) -> list[Mapping[str, Any]]:
+        return [tool["function"] for tool in self.tools]
+
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema of an output that is the forced calls and nothing else; None if nothing is forced."""
+        if self.choice == "named":
+            return _parameters(next(f for f in self.functions if f["name"] == self.name))
+        if self.choice != "required":
+            return None
+        calls = [_call_schema(function, f"#/items/anyOf/{index}/properties/parameters")
+                 for index, function in enumerate(self.functions)]
+        schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+        return schema if self.parallel else {**schema, "maxItems": 1}
+
+    def answer_parser(self, model_parser: type[ToolParser] | None) -> AnswerParser | None:
+        """A fresh parser for one choice. Raises ApiError if the server cannot read this model's calls."""
+        tools = ToolSet(self.functions)
+        if self.choice == "named":
+            assert self.name is not None
+            return NamedParser(tools, self.name)
+        if self.choice == "required":
+            return RequiredParser(tools)
+        if self.choice == "none":
+            return None
+        if model_parser is None:
+            raise invalid("tools: this server does not know the format of the model's tool calls; it needs "
+                          '--tool-call-parser, or a request with tool_choice "required" or "none"', "tools")
+        return model_parser(tools)
+
+
+def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None,
+               parallel: bool | None) -> ToolWish:
+    """The checked wish. Raises ApiError naming the field."""
+    if tools and len(tools) > MAX_TOOLS:
+        raise invalid(f"tools may have at most {MAX_TOOLS} entries", "tools")
+    names = [_checked_name(index, tool) for index, tool in enumerate(tools or ())]
+    if len(set(names)) < len(names):
+        raise invalid("tools: two functions have the same name", "tools")
+    kind, name = _read_choice(choice, has_tools=bool(names))
+    if kind in ("required", "named") and not names:
+        raise invalid("tool_choice needs tools", "tool_choice")
+    if name is not None and name not in names:
+        raise invalid(f"tool_choice: there is no tool {name[:64]!r}", "tool_choice")
+    return ToolWish(tools or () if kind != "none" else (), kind if names else "none", name, parallel is not False)
+
+
+def _read_choice(choice: str | dict[str, Any] | None, *, has_tools: bool) -> tuple[str, str | None]:
+    if choice is None:
+        return ("auto" if has_tools else "none"), None
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise invalid(f'tool_choice must be "none", "auto", "required" or a named function, got {choice[:64]!r}',
+                          "tool_choice")
+        return choice, None
+    function = choice.get("function")
+    if choice.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid('tool_choice must be a string or {"type": "function", "function": {"name": ...}}', "tool_choice")
+    return "named", function["name"]
+
+
+def _checked_name(index: int, tool: dict[str, Any]) -> str:
+    where = f"tools.{index}"
+    if tool.get("type", "function") != "function":
+        raise invalid(f"{where}: tools of type {str(tool['type'])[:64]!r} are not supported; only function", "tools")
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise invalid(f"{where}.function must be an object", "tools")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise invalid(f"{where}.function.name must be 1 to 128 letters, digits, '_', '-', '.', ':' or '/'", "tools")
+    if not isinstance(function.get("parameters") or {}, dict):
+        raise invalid(f"{where}.function.parameters must be a JSON schema object", "tools")
+    if not isinstance(function.get("description") or "", str):
+        raise invalid(f"{where}.function.description must be a string", "tools")
+    return name
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object whatever else they are."""
+    schema: dict[str, Any] = function.get("parameters") or _NO_PARAMETERS
+    return schema if "type" in schema else {"type": "object", **schema}
+
+
+def _call_schema(function: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "required": ["name", "parameters"],
+            "properties": {"name": {"type": "string", "enum": [function["name"]]},
+                           "parameters": _moved(_parameters(function), pointer, 0)}}
+
+
+def _moved(schema: Any, pointer: str, depth: int) -> Any:
+    """The schema with its local references (`#/...`) pointing to where it will stand in a larger one."""
+    if depth > 64:
+        raise invalid("tools: parameters are nested too deep", "tools")
+    if isinstance(schema, list):
+        return [_moved(item, pointer, depth + 1) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, pointer, depth + 1) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = pointer + reference[1:]
+    return moved

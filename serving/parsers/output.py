@@ -1,0 +1,83 @@
+"""`OutputParser`: one choice's text to events, reasoning first, then tool calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from serving.parsers import registry
+from serving.parsers.events import Answer, CallStart, Content, Event, assemble, merged
+from serving.parsers.reasoning.base import ThinkParser
+from serving.parsers.tools.base import ToolParser
+
+
+class AnswerParser(Protocol):
+    """What reads the text of the answer: a `ToolParser`, or `PlainParser`. `markers`: texts that it looks for."""
+
+    @property
+    def markers(self) -> tuple[str, ...]: ...
+
+    def feed(self, text: str) -> list[Event]: ...
+
+    def finish(self) -> list[Event]: ...
+
+
+class PlainParser:
+    """All text is content."""
+
+    markers: tuple[str, ...] = ()
+
+    def feed(self, text: str) -> list[Event]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        return []
+
+
+class OutputParser:
+    """Feed it with text as it comes; the events together do not depend on how the text was cut."""
+
+    def __init__(self, thinking: ThinkParser | None, answer: AnswerParser | None):
+        self._thinking = thinking
+        self._answer = answer or PlainParser()
+        self.has_calls = False
+        self._events: list[Event] = []
+        self.markers = (*(thinking.markers if thinking else ()), *self._answer.markers)
+
+    def feed(self, text: str, *, last: bool = False) -> list[Event]:
+        """Read more text; `last`: there is no more after it."""
+        events: list[Event] = []
+        if self._thinking is not None:
+            events, text = self._thinking.feed(text)
+            if last:
+                more, rest = self._thinking.finish()
+                events, text = events + more, text + rest
+        events += self._answer.feed(text)
+        if last:
+            events += self._answer.finish()
+        events = merged(events)
+        self.has_calls = self.has_calls or any(isinstance(event, CallStart) for event in events)
+        self._events += events
+        return events
+
+    def answer(self) -> Answer:
+        """All that has been found so far."""
+        return assemble(self._events)
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """The formats of one model; None where it has none, or none is known."""
+
+    tools: type[ToolParser] | None
+    reasoning: type[ThinkParser] | None
+
+    @classmethod
+    def chosen(cls, tools: str, reasoning: str, templates: str) -> Parsers:
+        """By name; "auto" looks into the model's chat templates. Raises ConfigError for an unknown name."""
+        if tools == registry.AUTO:
+            tools = registry.guess_tool_parser(templates) or registry.NONE
+        if reasoning == registry.AUTO:
+            reasoning = registry.guess_reasoning_parser(templates) or registry.NONE
+        return cls(None if tools == registry.NONE else registry.tool_parser(tools),
+                   None if reasoning == registry.NONE else registry.reasoning_parser(reasoning))

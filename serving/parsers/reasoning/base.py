@@ -1,0 +1,86 @@
+"""`ThinkParser`: splits what a model thinks from what it answers, where tags say so."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from serving.parsers.events import Event, Reasoning, merged
+from serving.parsers.source import Markers, Source, Steps
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class ThinkParser:
+    """Text in; (what it thinks, the text of the answer) out. The answer may still hold tool calls.
+
+    The line breaks that the templates put beside the tags belong to the markup.
+
+    prompt: the end of the rendered prompt; a template may have opened or closed the tag there.
+    """
+
+    markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
+    thinks_at_once: ClassVar[bool] = False  # without an opening tag in prompt or output
+    also_ends: ClassVar[tuple[str, ...]] = ()  # begins the answer even when the closing tag is missing
+
+    def __init__(self, prompt: str = ""):
+        prompt = prompt.rstrip()
+        self._inside = prompt.endswith(OPEN)
+        self._over = prompt.endswith(CLOSE)
+        self._closing = Markers("\n" + CLOSE, CLOSE, *self.also_ends)
+        self._source = Source()
+        self._events: list[Event] = []
+        self._answer: list[str] = []
+        self._steps = self._read()
+        self._ended = False
+        self._advance()
+
+    @property
+    def num_handled(self) -> int:
+        return self._source.num_handled
+
+    def feed(self, text: str) -> tuple[list[Event], str]:
+        if self._ended:
+            return [], text
+        self._source.push(text)
+        return self._advance()
+
+    def finish(self) -> tuple[list[Event], str]:
+        """The text is over; what was held back comes out."""
+        self._source.close()
+        return self._advance()
+
+    def _advance(self) -> tuple[list[Event], str]:
+        try:
+            if not self._ended:
+                next(self._steps)
+        except StopIteration:
+            self._ended = True
+            self._answer.append(self._source.rest())
+        events, answer = merged(self._events), "".join(self._answer)
+        self._events, self._answer = [], []
+        return events, answer
+
+    def _think(self, text: str) -> None:
+        self._events.append(Reasoning(text))
+
+    def _read(self) -> Steps[None]:
+        source = self._source
+        if self._over:
+            return
+        source.hold()
+        yield from source.space()
+        opened = yield from source.expect(OPEN)
+        if not (opened or self._inside or self.thinks_at_once):
+            self._answer.append(source.release())
+            return
+        if opened:
+            source.commit()
+            yield from source.expect("\n")
+        elif text := source.release():
+            self._think(text)
+        end = yield from source.until(self._closing, self._think)
+        if end is None or end in self.also_ends:
+            return
+        yield from source.require(end)
+        yield from source.expect("\n")
+        yield from source.expect("\n")

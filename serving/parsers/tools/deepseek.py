@@ -1,0 +1,60 @@
+"""DeepSeek V3.1: calls between markers, the name and bare JSON."""
+
+from __future__ import annotations
+
+from serving.parsers.source import Markers, Steps
+from serving.parsers.tools.base import ToolParser
+
+SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+SEPARATOR = "<｜tool▁sep｜>"
+
+
+class DeepSeekV31Parser(ToolParser):
+    opening = Markers(SECTION)
+    markers = (SECTION, SECTION_END, CALL, CALL_END, SEPARATOR)
+    _next = Markers(CALL, SECTION_END)
+    _end = Markers(CALL_END)
+    _closing = Markers(CALL_END, CALL, SECTION_END)
+
+    def read_calls(self, marker: str) -> Steps[None]:
+        while True:
+            yield from self.source.space()
+            if not (yield from self.source.expect(CALL)):
+                break
+            yield from self.read_call()
+            yield from self.after_call(self._closing)
+            self.source.hold()
+        if self.num_calls and (yield from self.source.expect(SECTION_END)):
+            self.source.commit()
+
+    def read_call(self) -> Steps[None]:
+        name = yield from self.source.name()
+        yield from self.source.require(SEPARATOR)
+        self.begin_call(name)
+        yield from self.source.space()
+        if (yield from self.source.peek()) in ("", "<"):
+            self.arguments("{}")
+        else:
+            yield from self.stream_arguments(self._end)
+
+
+class DeepSeekV3Parser(DeepSeekV31Parser):
+    """DeepSeek V3 and R1-0528: the kind of tool before the name, the JSON in a fenced block."""
+
+    _fence_end = Markers("\n```" + CALL_END, "```" + CALL_END, CALL_END)
+
+    def read_call(self) -> Steps[None]:
+        source = self.source
+        yield from source.require("function")
+        yield from source.require(SEPARATOR)
+        name = yield from source.name()
+        yield from source.space()
+        yield from source.require("```json")
+        self.begin_call(name)
+        yield from source.space()
+        yield from self.stream_arguments(self._fence_end)
+        source.hold()
+        yield from source.space()
+        if (yield from source.expect("```")):
+            source.commit()

@@ -1,0 +1,23 @@
+"""Hermes 2 Pro, Qwen 2.5, Qwen 3 and QwQ: `<tool_call>{"name": "f", "arguments": {...}}</tool_call>`."""
+
+from __future__ import annotations
+
+from serving.parsers.source import Markers, Steps, UnreadableError
+from serving.parsers.tools.base import ToolParser
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class HermesParser(ToolParser):
+    opening = Markers(OPEN)
+    _closing = Markers(CLOSE, OPEN)
+    _end = Markers(CLOSE)
+
+    def read_calls(self, marker: str) -> Steps[None]:
+        yield from self.source.space()
+        try:
+            yield from self.call_object(self._end)
+        except UnreadableError:
+            if not self.in_call:
+                raise
+        yield from self.after_call(self._closing)

@@ -1,0 +1,30 @@
+"""Whom the running task works for, and what that means for the requests that it makes.
+
+The gate sets `CALLER` for each HTTP call; whatever the call awaits or hands to a thread sees it. It is applied where
+all requests pass on their way to the engine, so that no endpoint can forget it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextvars import ContextVar
+
+from serving.security.keys import NOBODY, Caller
+from xllm.request import Request
+
+CALLER: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
+
+
+def sign(requests: Sequence[Request], caller: Caller) -> list[Request]:
+    """The requests as the caller's: their cached KV is its own, and the scheduler knows whose turn it is."""
+    if caller is NOBODY:
+        return list(requests)
+    return [dataclasses.replace(request, tenant=caller.name, tenant_weight=caller.weight,
+                                cache_salt=caller.cache_salt(request.cache_salt or None))
+            for request in requests]
+
+
+def num_prompt_tokens(requests: Sequence[Request]) -> int:
+    """Of a call; the choices of one prompt share it."""
+    return sum({id(request.prompt_token_ids): len(request.prompt_token_ids) for request in requests}.values())

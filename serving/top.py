@@ -1,0 +1,219 @@
+"""`xllm top`: what a running server does, live in a terminal. It follows `/v1/stats/stream`."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from xllm.errors import ConfigError, EngineDeadError
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+SPARK_CHARS = 40
+RATE_WINDOW_S = 2.0
+MAX_SAMPLES = 240
+MAX_STEPS = 4096
+BAR_CHARS = 24
+LANE_CHARS = 32
+CONNECT_TIMEOUT_S = 10.0
+Row = list[float]
+
+
+class View:
+    """Takes snapshots of `/v1/stats` in, in their order, and makes what is shown."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._rows: deque[Row] = deque(maxlen=MAX_SAMPLES)
+        self._steps: deque[Row] = deque(maxlen=MAX_STEPS)
+        self._stats: dict[str, Any] = {}
+        self._place: dict[str, int] = {}
+
+    def take(self, stats: dict[str, Any]) -> None:
+        self._stats = stats
+        self._place = {name: index for index, name in enumerate(stats["history"]["columns"])}
+        self._rows.extend(stats["history"]["rows"])
+        self._steps.extend(stats["steps"]["rows"])
+
+    def rates(self, name: str) -> list[float]:
+        """Change per second of a total, at each sample, over the last `RATE_WINDOW_S`."""
+        rows, column, found, start = list(self._rows), self._place[name], [], 0
+        for end in range(1, len(rows)):
+            while rows[end][0] - rows[start][0] > RATE_WINDOW_S and start < end - 1:
+                start += 1
+            seconds = max(rows[end][0] - rows[start][0], 1e-3)
+            found.append(max(0.0, (rows[end][column] - rows[start][column]) / seconds))
+        return found
+
+    def gauge(self, name: str) -> list[float]:
+        return [row[self._place[name]] for row in self._rows]
+
+    def render(self, num_requests: int = 12) -> Group:
+        """The whole screen. After the first `take`."""
+        return Group(self._head(), self._gauges(), self._tiers(), self._requests(num_requests))
+
+    def _head(self) -> Text:
+        server = self._stats["server"]
+        style = "green" if server["ok"] else "red"
+        head = Text.assemble(("xLLM ", "bold"), f"{server.get('model') or '-'}  ", (server["status"], style),
+                             f"  {self._url}", overflow="ellipsis", no_wrap=True)
+        if server["reason"]:
+            head.append(f"  {server['reason']}", style)
+        return head
+
+    def _gauges(self) -> Table:
+        engine, server = self._stats["engine"], self._stats["server"]
+        queries = engine["prefix_cache_queries"]
+        hit = 100 * engine["prefix_cache_hits"] / queries if queries else 0.0
+        table = Table.grid(padding=(0, 2))
+        for justify in ("left", "right", "left", "left"):
+            table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        generated, prompt = self.rates("generation_tokens"), self.rates("prompt_tokens")
+        waited = f"oldest {engine['oldest_waiting_seconds']:.1f} s" if engine["num_requests_waiting"] else ""
+        rows = (
+            ("generated", _figure(generated[-1] if generated else 0.0), "tokens/s", sparkline(generated)),
+            ("prompt", _figure(prompt[-1] if prompt else 0.0), "tokens/s", sparkline(prompt)),
+            ("running", str(engine["num_requests_running"]), f"of {server.get('max_num_seqs', '-')}",
+             sparkline(self.gauge("num_requests_running"))),
+            ("waiting", str(engine["num_requests_waiting"]), waited, sparkline(self.gauge("num_requests_waiting"))),
+            ("prefix hits", f"{hit:.1f}", "% of prompt", ""),
+            ("step", *self._step_figures()),
+        )
+        for name, value, unit, spark in rows:
+            table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"), Text(spark, "blue"))
+        return table
+
+    def _step_figures(self) -> tuple[str, str, str]:
+        recent = [step for step in self._steps if step[0] > self._stats["now_s"] - 30.0]
+        if not recent:
+            return "-", "ms", ""
+        times_ms = sorted(1000 * step[1] for step in recent)
+        p99 = times_ms[min(len(times_ms) - 1, int(0.99 * len(times_ms)))]
+        last = [1000 * step[1] for step in recent[-SPARK_CHARS:]]
+        return _figure(times_ms[len(times_ms) // 2]), f"ms median, p99 {_figure(p99)}", sparkline(last)
+
+    def _tiers(self) -> Table:
+        engine = self._stats["engine"]
+        table = Table.grid(padding=(0, 2))
+        tiers = {name: (tier["num_used"], tier["num_blocks"]) for name, tier in engine["kv_tiers"].items()}
+        blocks = engine["num_kv_blocks"]
+        tiers = tiers or {"device": (round(engine["kv_cache_usage_perc"] * blocks), blocks)}
+        for name, (used, total) in tiers.items():
+            share = used / total if total else 0.0
+            table.add_row(Text(f"KV {name}", "dim"), Text(bar(share), "blue"), f"{share:6.1%}",
+                          Text(f"{used:,} of {total:,} blocks", "dim"))
+        if (graphs := engine["graphs"]) is not None:
+            replays, eager = sum(graphs["replays_total"].values()), sum(graphs["fallbacks_total"].values())
+            table.add_row(Text("graphs", "dim"), f"{graphs['num_graphs']}", "",
+                          Text(f"{replays:,} replays, {eager:,} eager, {graphs['num_bytes'] / 2**20:.1f} MiB", "dim"))
+        return table
+
+    def _requests(self, limit: int) -> Panel:
+        table = Table(box=None, padding=(0, 1))
+        for name, width in (("#", 5), ("kind", 10), ("prompt", 6), ("cached", 6), ("output", 6), ("time", LANE_CHARS),
+                            ("ms", 7), ("tok/s", 6), ("end", 8)):
+            numeric, is_lane = name not in ("kind", "time", "end"), name == "time"
+            table.add_column(name, justify="right" if numeric else "left", no_wrap=True, header_style="dim",
+                             min_width=4 if is_lane else width, overflow="crop" if is_lane else "ellipsis")
+        now, shown = self._stats["now_s"], self._stats["requests"][:limit]
+        longest = max([(r["end_s"] or now) - r["arrival_s"] for r in shown], default=1.0)
+        for request in shown:
+            phases = phases_of(request, now)
+            total = sum(phases)
+            speed = (request["num_generation_tokens"] - 1) / phases[2] if phases[2] > 0 else 0.0
+            state = request["finish_reason"] or ("decode" if request["first_token_s"] is not None else
+                                                 "prefill" if request["scheduled_s"] is not None else "queued")
+            table.add_row(str(request["number"]), request["kind"], str(request["num_prompt_tokens"]),
+                          str(request["num_cached_tokens"]), str(request["num_generation_tokens"]),
+                          lane(phases, longest), f"{1000 * total:,.0f}", _figure(speed) if speed > 0 else "",
+                          Text(state, "" if request["finish_reason"] else "green"))
+        title = Text.assemble("requests  ", ("█ ", "dim"), "queued ", ("█ ", "yellow"), "prefill ", ("█ ", "blue"),
+                              "decode")
+        return Panel(table if shown else Text("none yet", "dim"), title=title, title_align="left", border_style="dim")
+
+
+def phases_of(request: dict[str, Any], now_s: float) -> tuple[float, float, float]:
+    """Seconds in the queue, until the first token, and after it; 0 for what it has not reached."""
+    end = request["end_s"] if request["end_s"] is not None else now_s
+    scheduled = request["scheduled_s"] if request["scheduled_s"] is not None else end
+    first = request["first_token_s"] if request["first_token_s"] is not None else end
+    return max(0.0, scheduled - request["arrival_s"]), max(0.0, first - scheduled), max(0.0, end - first)
+
+
+def lane(phases: tuple[float, float, float], longest_s: float) -> Text:
+    text, done, drawn = Text(), 0.0, 0
+    for seconds, style in zip(phases, ("dim", "yellow", "blue"), strict=True):
+        done += seconds
+        upto = round(LANE_CHARS * done / longest_s) if longest_s > 0 else 0
+        text.append("█" * (upto - drawn), style)
+        drawn = upto
+    return text
+
+
+def sparkline(values: list[float]) -> str:
+    """The last `SPARK_CHARS` values, the highest of them as a full block."""
+    last = values[-SPARK_CHARS:]
+    highest = max(last, default=0.0)
+    if highest <= 0:
+        return BLOCKS[1] * len(last)
+    return "".join(BLOCKS[max(1, round(8 * value / highest))] for value in last)
+
+
+def bar(share: float) -> str:
+    full = round(BAR_CHARS * min(1.0, max(0.0, share)))
+    return "█" * full + "░" * (BAR_CHARS - full)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def follow(url: str, key: str | None, interval_ms: int) -> Iterator[dict[str, Any]]:
+    """Snapshots as they come. Raises ConfigError for a server that refuses, EngineDeadError for none."""
+    address = f"{url}/v1/stats/stream?interval_ms={interval_ms}"
+    try:
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
+    except ValueError as error:
+        raise ConfigError(f"url: {error}") from None
+    except urllib.error.HTTPError as error:
+        hint = "; --api-key gives one" if error.code == 401 else ""
+        raise ConfigError(f"{url} answered {error.code} {error.reason}{hint}") from None
+    except urllib.error.URLError as error:
+        raise EngineDeadError(f"no answer from {url}: {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise EngineDeadError(f"{url} stopped answering: {error or type(error).__name__}") from None
+
+
+def run(flags: argparse.Namespace, console: Console | None = None) -> int:
+    """Show until Ctrl-C, the end of the server, or with `--once` once. Returns the exit code."""
+    if not 0.1 <= flags.interval <= 60:
+        raise ConfigError(f"interval must be in 0.1 to 60 seconds, got {flags.interval}")
+    console = console or Console()
+    url = flags.url.rstrip("/").removesuffix("/v1")
+    view, snapshots = View(url), follow(url, flags.api_key, round(1000 * flags.interval))
+    if flags.once:
+        view.take(next(snapshots))
+        console.print(view.render())
+        return 0
+    with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        for stats in snapshots:
+            view.take(stats)
+            live.update(view.render(max(3, console.height - 16)), refresh=True)
+    console.print(f"{url} ended the stream at {time.strftime('%H:%M:%S')}")
+    return 0

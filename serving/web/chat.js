@@ -1,0 +1,380 @@
+// The chat view: one conversation, streamed.
+
+import {ApiError, call, events} from "./api.js";
+import {byId, make, setText} from "./dom.js";
+import {render} from "./markdown.js";
+
+const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const SETTINGS = "xllm.settings";
+const BOTTOM_SLACK_PX = 48;
+
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+/** Turns a stream's chunks into one assistant message, with what it cost. */
+class Answer {
+  constructor(startedMs) {
+    this.startedMs = startedMs;
+    this.firstMs = null;
+    this.lastMs = null;
+    this.content = "";
+    this.reasoning = "";
+    this.calls = [];
+    this.usage = null;
+    this.finish = null;
+    this.failure = "";
+  }
+
+  take(chunk) {
+    if (chunk.usage) this.usage = chunk.usage;
+    const choice = chunk.choices?.[0];
+    if (!choice) return;
+    const delta = choice.delta ?? {};
+    const reasoning = delta.reasoning_content ?? delta.reasoning ?? "";
+    if (delta.content || reasoning || delta.tool_calls?.length) {
+      this.lastMs = performance.now();
+      this.firstMs ??= this.lastMs;
+    }
+    this.content += delta.content ?? "";
+    this.reasoning += reasoning;
+    for (const part of delta.tool_calls ?? []) this.takeCall(part);
+    this.finish = choice.finish_reason ?? this.finish;
+  }
+
+  takeCall(part) {
+    const index = part.index ?? this.calls.length;
+    const found = (this.calls[index] ??= {id: "", type: "function", function: {name: "", arguments: ""}});
+    found.id ||= part.id ?? `call_${index}`;
+    found.function.name += part.function?.name ?? "";
+    found.function.arguments += part.function?.arguments ?? "";
+  }
+
+  message() {
+    const message = {role: "assistant", content: this.content};
+    const calls = this.calls.filter(Boolean);
+    if (calls.length) message.tool_calls = calls;
+    return message;
+  }
+
+  /** One line of figures. While it streams, tokens are those of the running usage. */
+  facts() {
+    const facts = [];
+    const tokens = this.usage?.completion_tokens;
+    if (tokens !== undefined) facts.push(plural(tokens, "token"));
+    if (tokens > 1 && this.lastMs > this.firstMs) facts.push(`${((tokens - 1) / (this.lastMs - this.firstMs) * 1000).toFixed(1)} tokens/s`);
+    if (this.firstMs !== null) facts.push(`first after ${Math.round(this.firstMs - this.startedMs)} ms`);
+    if (this.usage) {
+      const cached = this.usage.prompt_tokens_details?.cached_tokens ?? 0;
+      facts.push(`prompt ${this.usage.prompt_tokens}${cached ? ` (${cached} cached)` : ""}`);
+    }
+    if (this.finish === "length") facts.push("cut at max tokens");
+    return facts;
+  }
+}
+
+/** The list item of an assistant message; draws at most once a frame. */
+class AnswerView {
+  constructor(answer, chat) {
+    this.answer = answer;
+    this.chat = chat;
+    this.reasoningText = make("div", {class: "text"});
+    this.reasoning = make("details", {class: "reasoning", open: true, hidden: true}, make("summary", {}, "Reasoning"), this.reasoningText);
+    this.body = make("div", {class: "body"});
+    this.calls = make("div", {class: "calls"});
+    this.facts = make("span", {class: "figures"});
+    this.actions = make("span", {class: "actions"});
+    this.meta = make("p", {class: "meta"}, this.facts, this.actions);
+    this.element = make("li", {class: "message assistant streaming"}, make("span", {class: "who"}, "Assistant:"),
+      this.reasoning, this.body, this.calls, this.meta);
+    this.pending = false;
+  }
+
+  update() {
+    if (this.pending) return;
+    this.pending = true;
+    requestAnimationFrame(() => {
+      this.pending = false;
+      this.draw();
+    });
+  }
+
+  draw() {
+    const {answer} = this;
+    const follow = this.chat.isAtEnd();
+    this.reasoning.hidden = !answer.reasoning;
+    this.reasoningText.textContent = answer.reasoning;
+    render(this.body, answer.content);
+    this.drawCalls();
+    this.facts.textContent = answer.facts().join(" · ");
+    if (follow) this.chat.scrollToEnd();
+  }
+
+  drawCalls() {
+    this.answer.calls.filter(Boolean).forEach((called, index) => {
+      if (!this.calls.children[index]) {
+        this.calls.append(make("div", {class: "call"}, make("p", {class: "head"}, "calls ", make("b")), make("pre", {tabindex: "0"})));
+      }
+      const card = this.calls.children[index];
+      card.querySelector("b").textContent = called.function.name;
+      card.querySelector("pre").textContent = pretty(called.function.arguments);
+    });
+  }
+
+  finish() {
+    this.element.classList.remove("streaming");
+    this.draw();
+    if (this.answer.failure) this.facts.replaceChildren(make("span", {class: "failure"}, this.answer.failure));
+    const copy = make("button", {type: "button", class: "ghost small", "data-copy": true}, "Copy");
+    copy.xllmText = this.answer.content;
+    const retry = make("button", {type: "button", class: "ghost small"}, "Retry");
+    retry.addEventListener("click", () => this.chat.retry(this));
+    this.actions.append(...(this.answer.content ? [copy] : []), retry);
+  }
+}
+
+function pretty(json) {
+  try {
+    return JSON.stringify(JSON.parse(json), null, 2);
+  } catch {
+    return json;
+  }
+}
+
+export class Chat {
+  constructor({notice, askKey}) {
+    this.notice = notice;
+    this.askKey = askKey;
+    this.model = null;
+    this.turns = []; // {message, element}
+    this.running = null; // AbortController of the answer under way
+    this.prompt = byId("prompt");
+    this.form = byId("settings-form");
+    this.loadSettings();
+    this.listen();
+  }
+
+  listen() {
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (this.running) this.stop();
+      else this.send();
+    });
+    this.prompt.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        if (!this.running) this.send();
+      }
+    });
+    this.prompt.addEventListener("input", () => this.fitPrompt());
+    document.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+      if (byId("settings").classList.contains("open")) this.showSettings(false);
+      else if (this.running) this.stop();
+    });
+    byId("clear-button").addEventListener("click", () => this.clear());
+    byId("settings-button").addEventListener("click", () => this.showSettings(!byId("settings").classList.contains("open")));
+    byId("settings-close").addEventListener("click", () => this.showSettings(false));
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.form.addEventListener("input", () => this.saveSettings());
+    this.form.addEventListener("reset", () => setTimeout(() => this.saveSettings()));
+  }
+
+  setModel(model) {
+    this.model = model.id;
+    setText("empty-model", model.id);
+    setText("empty-text", `Up to ${model.max_model_len.toLocaleString("en")} tokens, question and answer together.`);
+  }
+
+  focus() {
+    if (matchMedia("(hover: hover)").matches) this.prompt.focus({preventScroll: true});
+  }
+
+  fitPrompt() {
+    this.prompt.style.height = "auto";
+    this.prompt.style.height = `${this.prompt.scrollHeight + 2}px`;
+  }
+
+  // Settings
+  showSettings(open) {
+    byId("settings").classList.toggle("open", open);
+    byId("settings-button").setAttribute("aria-expanded", String(open));
+    (open ? this.form.elements.temperature : byId("settings-button")).focus();
+  }
+
+  loadSettings() {
+    let stored = {};
+    try {
+      stored = JSON.parse(sessionStorage.getItem(SETTINGS) ?? "{}");
+    } catch { /* whatever it was, it was not ours */ }
+    for (const name of [...NUMBERS, "system", "tools"]) {
+      if (typeof stored[name] === "string") this.form.elements[name].value = stored[name];
+    }
+  }
+
+  saveSettings() {
+    const values = {};
+    for (const name of [...NUMBERS, "system", "tools"]) values[name] = this.form.elements[name].value;
+    sessionStorage.setItem(SETTINGS, JSON.stringify(values));
+    this.readTools();
+  }
+
+  readTools() {
+    const text = this.form.elements.tools.value.trim();
+    setText("tools-error", "");
+    if (!text) return [];
+    try {
+      const tools = JSON.parse(text);
+      if (!Array.isArray(tools)) throw new Error("a list of tools is wanted");
+      return tools;
+    } catch (error) {
+      setText("tools-error", `Tools: ${error.message}`);
+      return null;
+    }
+  }
+
+  /** The request's body, or null if a setting is wrong. Empty fields are left to the server. */
+  body() {
+    const tools = this.readTools();
+    if (tools === null || !this.form.checkValidity()) {
+      if (matchMedia("(max-width: 60rem)").matches) this.showSettings(true);
+      this.form.reportValidity();
+      return null;
+    }
+    const system = this.form.elements.system.value.trim();
+    const messages = this.turns.map((turn) => turn.message);
+    const body = {model: this.model ?? undefined, stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
+      messages: system ? [{role: "system", content: system}, ...messages] : messages};
+    for (const name of NUMBERS) {
+      if (this.form.elements[name].value !== "") body[name] = Number(this.form.elements[name].value);
+    }
+    if (tools.length) body.tools = tools;
+    return body;
+  }
+
+  // The conversation
+  isAtEnd() {
+    const box = byId("scroller");
+    return box.scrollHeight - box.scrollTop - box.clientHeight < BOTTOM_SLACK_PX;
+  }
+
+  scrollToEnd() {
+    byId("scroller").scrollTop = byId("scroller").scrollHeight;
+  }
+
+  append(message, element) {
+    byId("empty").hidden = true;
+    this.turns.push({message, element});
+    byId("log").append(element);
+    this.scrollToEnd();
+  }
+
+  send() {
+    const text = this.prompt.value.trim();
+    if (!text) return;
+    this.append({role: "user", content: text},
+      make("li", {class: "message user"}, make("span", {class: "who"}, "You: "), text));
+    const answering = this.answer();
+    if (!answering) return this.turns.pop().element.remove();
+    this.prompt.value = "";
+    this.fitPrompt();
+  }
+
+  /** Ask for an answer to what is there. Returns false if a setting is wrong. */
+  answer() {
+    const body = this.body();
+    if (!body) return false;
+    const answer = new Answer(performance.now());
+    const view = new AnswerView(answer, this);
+    byId("empty").hidden = true;
+    byId("log").append(view.element);
+    this.scrollToEnd();
+    this.setRunning(new AbortController());
+    setText("announce", "The model is answering.");
+    this.stream(body, answer, view).finally(() => {
+      this.setRunning(null);
+      this.settle(answer, view);
+    });
+    return true;
+  }
+
+  async stream(body, answer, view) {
+    try {
+      const response = await call("v1/chat/completions", {body, signal: this.running.signal});
+      for await (const chunk of events(response)) {
+        answer.take(chunk);
+        view.update();
+      }
+    } catch (error) {
+      if (error.name === "AbortError") {
+        answer.finish = "stopped";
+        return;
+      }
+      answer.failure = error instanceof ApiError ? error.message : "The connection was lost.";
+      if (error.status === 401) this.askKey();
+    }
+  }
+
+  settle(answer, view) {
+    if (!view.element.isConnected) return; // the chat was cleared meanwhile
+    const message = answer.message();
+    view.finish();
+    const {content, tool_calls: calls} = message;
+    if (content || calls) this.turns.push({message, element: view.element});
+    if (calls && !answer.failure && answer.finish !== "stopped") this.askResults(calls, view);
+    const end = answer.failure || (answer.finish === "stopped" ? "Stopped." : `Answer complete, ${answer.facts()[0] ?? ""}.`);
+    if (answer.finish === "stopped") view.facts.textContent = ["stopped", ...answer.facts()].join(" · ");
+    setText("announce", end);
+  }
+
+  /** A field per call for its result; when all are there, they go back to the model. */
+  askResults(calls, view) {
+    const results = new Map();
+    calls.forEach((called, index) => {
+      const input = make("input", {"aria-label": `Result of ${called.function.name}`, placeholder: "Result for the model"});
+      const form = make("form", {}, input, make("button", {type: "submit", class: "ghost"}, "Return"));
+      form.addEventListener("submit", (event) => {
+        event.preventDefault();
+        input.disabled = true;
+        form.querySelector("button").disabled = true;
+        results.set(index, {role: "tool", tool_call_id: called.id, content: input.value});
+        if (results.size === calls.length && !this.running) {
+          calls.forEach((_, place) => this.turns.push({message: results.get(place), element: null}));
+          this.answer();
+        }
+      });
+      view.calls.children[index].append(form);
+    });
+  }
+
+  retry(view) {
+    if (this.running) return;
+    const at = this.turns.findIndex((turn) => turn.element === view.element);
+    if (at >= 0) {
+      for (const turn of this.turns.splice(at)) turn.element?.remove();
+    }
+    const later = [...byId("log").children];
+    for (const element of later.slice(later.indexOf(view.element))) element.remove();
+    this.answer();
+    this.focus();
+  }
+
+  clear() {
+    this.stop();
+    this.turns = [];
+    byId("log").replaceChildren();
+    byId("empty").hidden = false;
+    setText("announce", "New chat.");
+    this.focus();
+  }
+
+  stop() {
+    this.running?.abort();
+  }
+
+  setRunning(controller) {
+    this.running = controller;
+    const button = byId("send-button");
+    button.textContent = controller ? "Stop" : "Send";
+    button.classList.toggle("stop", Boolean(controller));
+    byId("log").setAttribute("aria-busy", String(Boolean(controller)));
+  }
+}

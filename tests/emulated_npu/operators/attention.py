@@ -1,0 +1,388 @@
+"""Fused attention (FIA v1 and v2) and the decode attention of ATB, in plain torch.
+
+N query heads, K key-value heads, D head size, V value head size, Q query tokens, S keys of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulated_npu.operators.registry import emulates, refuse
+
+MASK_SIZE = 2048
+_checked_masks: set[int] = set()
+
+
+@dataclass
+class Call:
+    """One call, with the names of v1."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    q_lens: Sequence[int] | None
+    kv_lens: Sequence[int] | None
+    block_table: Tensor | None
+    query_rope: Tensor | None
+    key_rope: Tensor | None
+    sink: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    pre_tokens: int
+    next_tokens: int
+    layout: str
+    sparse_mode: int
+    block_size: int
+    wants_lse: bool
+
+    def __post_init__(self) -> None:
+        self.num_kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % self.num_kv_heads or self.num_heads // self.num_kv_heads > 64:
+            raise RuntimeError(f"{self.num_heads} heads over {self.num_kv_heads}")
+        if len({self.query.dtype, self.key.dtype, self.value.dtype}) > 1:
+            raise RuntimeError(f"query, key and value are {self.query.dtype}, {self.key.dtype}, {self.value.dtype}")
+        if self.sparse_mode in (2, 3, 4):
+            _check_causal_mask(self.mask)
+        elif self.sparse_mode not in (0, 1):
+            raise NotImplementedError(f"sparse_mode {self.sparse_mode} is not emulated")
+        paged = self.block_table is not None
+        if paged and (self.block_table.dtype is not torch.int32 or self.block_table.dim() != 2):  # type: ignore[union-attr]
+            raise RuntimeError("block_table is not int32 of two dimensions")
+        if paged and (self.kv_lens is None or not self.block_size):
+            raise RuntimeError("a block_table needs actual_seq_lengths_kv and block_size")
+        if self.layout.startswith(("TND", "NTD")) and self.sparse_mode == 0 and paged and self.mask is None and self.query_rope is None:
+            raise RuntimeError("TND over pages with sparse_mode 0 and no mask: devices have returned a plain mean")
+
+
+def _check_causal_mask(mask: Tensor | None) -> None:
+    """sparse_mode 2, 3 and 4 need the fixed triangle, whatever the lengths are."""
+    if mask is None or mask.shape[-2:] != (MASK_SIZE, MASK_SIZE) or mask.numel() != MASK_SIZE**2:
+        raise RuntimeError(f"sparse_mode 2, 3 and 4 need a mask of {MASK_SIZE} x {MASK_SIZE}, got {None if mask is None else tuple(mask.shape)}")
+    if mask.dtype not in (torch.bool, torch.int8, torch.uint8):
+        raise RuntimeError(f"a mask of {mask.dtype}")
+    flat = mask.view(MASK_SIZE, MASK_SIZE)
+    corner = flat[:2, :2].tolist()
+    if corner != [[0, 1], [0, 0]]:
+        raise RuntimeError("the mask is not ones above the diagonal")
+    if mask.data_ptr() not in _checked_masks:
+        if not torch.equal(flat.bool(), torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool).triu(1)):
+            raise RuntimeError("the mask is not ones above the diagonal")
+        _checked_masks.add(mask.data_ptr())
+
+
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    source, _, target = call.layout.partition("_")
+    target = target or source
+    if source in ("TND", "NTD"):
+        return _packed(call, source, target)
+    return _batched(call, source, target)
+
+
+def _packed(call: Call, source: str, target: str) -> tuple[Tensor, Tensor]:
+    query = _with_rope(call.query, call.query_rope)
+    if source == "NTD":
+        query = query.transpose(0, 1)
+    ends = list(call.q_lens or ())
+    if not ends or ends[-1] != query.shape[0]:
+        raise RuntimeError(f"queryT({query.shape[0]}) must be equal to the last element of actual_seq_lengths {ends}")
+    if any(b < a for a, b in zip([0, *ends], ends, strict=False)):
+        raise RuntimeError(f"actual_seq_lengths {ends} do not ascend")
+    if call.block_table is not None and call.block_table.shape[0] != len(ends):
+        raise RuntimeError(f"{len(ends)} sequences, {call.block_table.shape[0]} rows of the block_table")
+    out = query.new_zeros(query.shape[0], call.num_heads, _value_dim(call))
+    lse = torch.full((query.shape[0], call.num_heads, 1), float("inf"))
+    start = 0
+    for row, end in enumerate(ends):
+        key, value = _packed_keys(call, row, len(ends), source)
+        if end > start:
+            out[start:end], lse[start:end, :, 0] = _attend(call, query[start:end], key, value, row)
+        start = end
+    return (out.transpose(0, 1).contiguous() if target == "NTD" else out), (lse if call.wants_lse else torch.empty(0))
+
+
+def _packed_keys(call: Call, row: int, num_rows: int, source: str) -> tuple[Tensor, Tensor]:
+    lens = list(call.kv_lens or ())
+    if len(lens) != num_rows:
+        raise RuntimeError(f"{num_rows} sequences, actual_seq_lengths_kv {lens}")
+    if call.block_table is not None:
+        return _paged(call, row, lens[row])
+    key, value = _with_rope(call.key, call.key_rope), call.value
+    if source == "NTD":
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+    if lens[-1] != key.shape[0]:
+        raise RuntimeError(f"keyT({key.shape[0]}) must be equal to the last element of actual_seq_lengths_kv {lens}")
+    start = lens[row - 1] if row else 0
+    return key[start : lens[row]], value[start : lens[row]]
+
+
+def _batched(call: Call, source: str, target: str) -> tuple[Tensor, Tensor]:
+    query = _bsnd(_with_rope(call.query, call.query_rope), source, call.num_heads)
+    batch, length = query.shape[:2]
+    if source == "BSH" and call.query_rope is not None:
+        raise NotImplementedError("query_rope in layout BSH is not emulated")
+    paged = call.block_table is not None
+    key = None if paged else _bsnd(_with_rope(call.key, call.key_rope), source, call.num_kv_heads)
+    value = None if paged else _bsnd(call.value, source, call.num_kv_heads)
+    out = query.new_zeros(batch, length, call.num_heads, _value_dim(call))
+    lse = torch.full((batch, call.num_heads, length, 1), float("inf"))
+    for row in range(batch):
+        num_q = _at(call.q_lens, row, length)
+        if paged:
+            k, v = _paged(call, row, _at(call.kv_lens, row, 0))
+        else:
+            assert key is not None and value is not None
+            num_kv = _at(call.kv_lens, row, key.shape[1])
+            k, v = key[row, :num_kv], value[row, :num_kv]
+        if num_q:
+            out[row, :num_q], rows = _attend(call, query[row, :num_q], k, v, row)
+            lse[row, :, :num_q, 0] = rows.T
+    return _laid_out(out, target), (lse if call.wants_lse else torch.empty(0))
+
+
+def _at(lens: Sequence[int] | None, row: int, otherwise: int) -> int:
+    if not lens:
+        return otherwise
+    return int(lens[row] if len(lens) > 1 else lens[0])
+
+
+def _bsnd(x: Tensor, layout: str, num_heads: int) -> Tensor:
+    if layout == "BSH":
+        return x.reshape(x.shape[0], x.shape[1], num_heads, -1)
+    if layout == "BNSD":
+        return x.transpose(1, 2)
+    if layout != "BSND":
+        raise RuntimeError(f"Layout {layout} is not supported!")
+    return x
+
+
+def _laid_out(out: Tensor, layout: str) -> Tensor:
+    if layout == "BSH":
+        return out.flatten(2)
+    order = {"BSND": (0, 1, 2, 3), "BNSD": (0, 2, 1, 3), "NBSD": (2, 0, 1, 3)}[layout]
+    return out.permute(order).contiguous()
+
+
+def _with_rope(x: Tensor, rope: Tensor | None) -> Tensor:
+    return x if rope is None else torch.cat((x, rope), -1)
+
+
+def _value_dim(call: Call) -> int:
+    """V, out of any layout of the values."""
+    value = call.value
+    if value.dim() == 3 and (call.block_table is not None or call.layout.startswith("BSH")):
+        return value.shape[-1] // call.num_kv_heads
+    return value.shape[-1] if value.dim() < 5 else value.shape[2] * value.shape[4]
+
+
+def _paged(call: Call, row: int, length: int) -> tuple[Tensor, Tensor]:
+    """The first `length` keys and values of a sequence: (S, K, D) and (S, K, V)."""
+    assert call.block_table is not None
+    num_blocks = -(-length // call.block_size)
+    if num_blocks > call.block_table.shape[1]:
+        raise RuntimeError(f"{length} keys need {num_blocks} blocks, the block_table has {call.block_table.shape[1]}")
+    blocks = call.block_table[row, :num_blocks].long()
+    if num_blocks and (int(blocks.min()) < 0 or int(blocks.max()) >= call.key.shape[0]):
+        raise RuntimeError(f"blocks {blocks.tolist()} are not all in [0, {call.key.shape[0]})")
+    keys = [_unpaged(call, cache, blocks) for cache in (call.key, call.key_rope) if cache is not None]
+    return torch.cat(keys, -1)[:length], _unpaged(call, call.value, blocks)[:length]
+
+
+def _unpaged(call: Call, cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks of a cache (blocks, size, K*D), (blocks, K, size, D) or NZ (blocks, K, D/16, size, 16) as (S, K, D)."""
+    pages = cache[blocks]
+    if cache.dim() == 3:
+        pages = pages.view(*pages.shape[:2], call.num_kv_heads, -1)
+    elif cache.dim() == 4:
+        pages = pages.transpose(1, 2)
+    else:
+        pages = pages.permute(0, 3, 1, 2, 4).flatten(3)
+    if pages.shape[1] != call.block_size or pages.shape[2] != call.num_kv_heads:
+        raise RuntimeError(f"a cache {tuple(cache.shape)} with block_size {call.block_size} and {call.num_kv_heads} heads")
+    return pages.flatten(0, 1)
+
+
+def _attend(call: Call, query: Tensor, key: Tensor, value: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """query (Q, N, D), key (S, K, D), value (S, K, V) to out (Q, N, V) and lse (Q, N)."""
+    num_q, num_heads, _ = query.shape
+    num_keys, num_kv_heads, _ = key.shape
+    ratio = num_heads // num_kv_heads
+    wide = query.float().view(num_q, num_kv_heads, ratio, -1).permute(1, 2, 0, 3)  # K, ratio, Q, D
+    scores = torch.matmul(wide.flatten(1, 2), key.float().permute(1, 2, 0)) * call.scale  # K, ratio * Q, S
+    scores = scores.view(num_heads, num_q, num_keys)
+    hidden = _hidden(call, num_q, num_keys, row)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if call.sink is not None:
+        sink = call.sink.float()[:, None, None].expand(num_heads, num_q, 1)
+        lse = torch.cat((scores, sink), -1).logsumexp(-1)
+    else:
+        lse = scores.logsumexp(-1) if num_keys else torch.full((num_heads, num_q), float("-inf"))
+    nothing = lse == float("-inf")
+    weights = torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None]).view(num_kv_heads, ratio * num_q, num_keys)
+    out = torch.matmul(weights, value.float().transpose(0, 1)).view(num_heads, num_q, -1)
+    return out.transpose(0, 1).to(query.dtype), lse.masked_fill(nothing, float("inf")).T
+
+
+def _hidden(call: Call, num_q: int, num_keys: int, row: int) -> Tensor | None:
+    """True where a key must not be seen, (Q, S); None: everything is seen."""
+    mode = call.sparse_mode
+    if mode in (0, 1):
+        return None if call.mask is None else _given_mask(call.mask, num_q, num_keys, row)
+    if mode == 3 and num_q == 1:
+        return None
+    distance = torch.arange(num_keys)[None, :] - torch.arange(num_q)[:, None]  # to the right of the left-up diagonal
+    if mode == 2:
+        return distance > 0
+    distance = distance - (num_keys - num_q)
+    return distance > 0 if mode == 3 else (distance > call.next_tokens) | (distance < -call.pre_tokens)
+
+
+def _given_mask(mask: Tensor, num_q: int, num_keys: int, row: int) -> Tensor:
+    while mask.dim() > 2:
+        mask = mask[min(row, mask.shape[0] - 1)] if mask.shape[0] > 1 else mask[0]
+    if mask.shape[0] < num_q or mask.shape[1] < num_keys:
+        raise RuntimeError(f"a mask of {tuple(mask.shape)} for {num_q} queries and {num_keys} keys")
+    return mask[:num_q, :num_keys].bool()
+
+
+# The operators
+
+NEUTRAL = (None, 0, False)
+
+
+def _v1(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Call:
+    taken = {name: given.pop(name, default) for name, default in _V1.items()}
+    refuse("npu_fused_infer_attention_score", {k: v for k, v in given.items() if k != "inner_precise"}, NEUTRAL)
+    return Call(query, key, value, *taken.values())
+
+
+_V1: dict[str, Any] = {
+    "atten_mask": None, "actual_seq_lengths": None, "actual_seq_lengths_kv": None, "block_table": None,
+    "query_rope": None, "key_rope": None, "": None, "num_heads": 1, "num_key_value_heads": 0, "scale": 1.0,
+    "pre_tokens": 2**31 - 1, "next_tokens": 2**31 - 1, "input_layout": "BSH", "sparse_mode": 0, "block_size": 0,
+    "softmax_lse_flag": False,
+}  # fmt: skip
+_V2 = dict(
+    zip(
+        ("atten_mask", "actual_seq_qlen", "actual_seq_kvlen", "block_table", "query_rope", "key_rope", "learnable_sink",
+         "num_query_heads", "num_key_value_heads", "softmax_scale", "pre_tokens", "next_tokens", "input_layout",
+         "sparse_mode", "block_size", "return_softmax_lse"),
+        _V1.values(), strict=True,
+    )
+)  # fmt: skip
+
+
+def _v2(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Call:
+    taken = {name: given.pop(name, default) for name, default in _V2.items()}
+    refuse("npu_fused_infer_attention_score_v2", {k: v for k, v in given.items() if k != "inner_precise"}, NEUTRAL)
+    return Call(query, key, value, *taken.values())
+
+
+@emulates("npu::npu_fused_infer_attention_score")
+def fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    return _run(_v1(query, key, value, **given))
+
+
+@emulates("npu::npu_fused_infer_attention_score_v2")
+def fused_v2(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    return _run(_v2(query, key, value, **given))
+
+
+def _into(result: tuple[Tensor, Tensor], out: Sequence[Tensor], workspace: Tensor | None) -> tuple[Tensor, Tensor]:
+    if workspace is not None and workspace.numel() == 0:
+        raise RuntimeError("a workspace of no bytes")
+    for given, made in zip(out, result, strict=True):
+        if made.numel():
+            if given.shape != made.shape or given.dtype != made.dtype:
+                raise RuntimeError(f"out is {given.dtype} {tuple(given.shape)}, the result {made.dtype} {tuple(made.shape)}")
+            given.copy_(made)
+    return out[0], out[1]
+
+
+@emulates("npu::npu_fused_infer_attention_score.out")
+def fused_out(
+    query: Tensor, key: Tensor, value: Tensor, *, workspace: Tensor | None = None, out: Sequence[Tensor], **given: Any
+) -> tuple[Tensor, Tensor]:
+    return _into(_run(_v1(query, key, value, **given)), out, workspace)
+
+
+@emulates("npu::npu_fused_infer_attention_score_v2.out")
+def fused_v2_out(
+    query: Tensor, key: Tensor, value: Tensor, *, workspace: Tensor | None = None, out: Sequence[Tensor], **given: Any
+) -> tuple[Tensor, Tensor]:
+    return _into(_run(_v2(query, key, value, **given)), out, workspace)
+
+
+@emulates("npu::_npu_fused_infer_attention_score_get_max_workspace", host_only=True)
+def fused_workspace(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    _v1(query, key, value, **given)
+    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
+
+
+@emulates("npu::_npu_fused_infer_attention_score_v2_get_max_workspace", host_only=True)
+def fused_v2_workspace(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    _v2(query, key, value, **given)
+    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
+
+
+@emulates("atb::_npu_paged_attention")
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    scale_value: float,
+    block_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """Decode only: query (T, N, D), cache (blocks, size, K, D); `context_lens` is int32 on the host, as the work is cut there."""
+    block_size = key_cache.shape[1]
+    if block_size % 16 or block_size > 128 or query.shape[-1] > 256:
+        raise RuntimeError(f"_npu_paged_attention: block_size {block_size}, head_size {query.shape[-1]}")
+    if context_lens.dtype is not torch.int32 or out.shape != (*query.shape[:2], value_cache.shape[-1]):
+        raise RuntimeError(f"_npu_paged_attention: context_lens {context_lens.dtype}, out {tuple(out.shape)}")
+    call = Call(
+        query, key_cache.flatten(2), value_cache.flatten(2), None, None, context_lens.tolist(), block_table, None, None, None,
+        num_heads, num_kv_heads, scale_value, 0, 0, "BSND", 0, block_size, False,
+    )  # fmt: skip
+    for row in range(query.shape[0]):
+        key, value = _paged(call, row, int(context_lens[row]))
+        out[row] = _attend(call, query[row : row + 1], key, value, row)[0][0]
+
+
+@emulates("atb::_npu_paged_attention_get_workspace", host_only=True)
+def paged_attention_workspace(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    scale_value: float,
+    block_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> Tensor:
+    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
+
+
+@emulates("npu::npu_attention_update")
+def attention_update(lse: Sequence[Tensor], local_out: Sequence[Tensor], update_type: int) -> tuple[Tensor, Tensor]:
+    """Partial results over parts of the keys, put together: lse (rows), local_out (rows, D)."""
+    if update_type not in (0, 1) or any(each.dtype is not torch.float32 or each.dim() != 1 for each in lse):
+        raise RuntimeError("npu_attention_update: lse is float32 of one dimension, update_type 0 or 1")
+    parts = torch.stack(list(lse))
+    total = parts.logsumexp(0)
+    weights = torch.exp(parts - total)[..., None]
+    out = (torch.stack([each.float() for each in local_out]) * weights).sum(0).to(local_out[0].dtype)
+    return out, total  # of update_type 0 the document says that it is not valid, yet it has this shape

@@ -1,0 +1,202 @@
+"""Quantisation and the matrix products on quantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tests.emulated_npu.operators.registry import emulates, refuse
+
+# torch_npu takes a type as the number that torch has for it.
+TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+
+
+def type_of(number: int | None, otherwise: torch.dtype) -> torch.dtype:
+    if number is None:
+        return otherwise
+    if number not in TYPES:
+        raise NotImplementedError(f"type {number} is not emulated")
+    return TYPES[number]
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 and the scale of each row, rowmax / 127; a row of zeros has scale 0 and values 0."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / 127
+    return (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-128, 127).to(torch.int8), scale
+
+
+@emulates("npu::npu_dynamic_quant")
+def dynamic_quant(
+    input: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    refuse("npu_dynamic_quant", {"group_index": group_index, "dst_type_max": dst_type_max}, (None, 0.0))
+    refuse("npu_dynamic_quant", {"quant_mode": quant_mode}, ("pertoken",))
+    if input.dtype not in (torch.float16, torch.bfloat16) or input.dim() < 2 or type_of(dst_type, torch.int8) is not torch.int8:
+        raise RuntimeError(f"npu_dynamic_quant: {input.dtype} of {input.dim()} dimensions to {dst_type}")
+    if smooth_scales is not None and (smooth_scales.dtype != input.dtype or smooth_scales.shape != input.shape[-1:]):
+        raise RuntimeError(f"npu_dynamic_quant: smooth_scales {smooth_scales.dtype} {tuple(smooth_scales.shape)}")
+    return quantised(input if smooth_scales is None else input.float() * smooth_scales.float())
+
+
+def _product(x1: Tensor, x2: Tensor) -> Tensor:
+    """Exact: sums of products of int8 fit a double."""
+    return torch.matmul(x1.double(), x2.double())
+
+
+@emulates("npu::npu_quant_matmul")
+def quant_matmul(
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    *,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    output_dtype: int | None = None,
+    x1_dtype: int | None = None,
+    x2_dtype: int | None = None,
+    pertoken_scale_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    group_sizes: Sequence[int] | None = None,
+    y_scale: Tensor | None = None,
+) -> Tensor:
+    """x1 (m, k) and x2 (k, n) int8, scale (1) or (n), pertoken_scale (m). Without output_dtype the result is int8."""
+    name = "npu_quant_matmul"
+    refuse(name, {"x1_dtype": x1_dtype, "x2_dtype": x2_dtype, "scale_dtype": scale_dtype, "y_scale": y_scale})
+    refuse(name, {"pertoken_scale_dtype": pertoken_scale_dtype, "group_sizes": group_sizes}, (None, []))
+    if x1.dtype is not torch.int8 or x2.dtype is not torch.int8 or x1.shape[-1] != x2.shape[-2]:
+        raise RuntimeError(f"{name}: {x1.dtype} {tuple(x1.shape)} by {x2.dtype} {tuple(x2.shape)}")
+    if max(x1.shape[-1], x2.shape[-1]) > 65535:
+        raise RuntimeError(f"{name}: a last dimension above 65535")
+    if scale.dtype not in (torch.float32, torch.bfloat16) or scale.dim() != 1 or scale.shape[0] not in (1, x2.shape[-1]):
+        raise RuntimeError(f"{name}: scale {scale.dtype} {tuple(scale.shape)}")
+    if pertoken_scale is not None and (pertoken_scale.dtype is not torch.float32 or pertoken_scale.shape != x1.shape[-2:-1]):
+        raise RuntimeError(f"{name}: pertoken_scale {pertoken_scale.dtype} {tuple(pertoken_scale.shape)}")
+    total = _product(x1, x2)
+    if bias is not None and bias.dtype is torch.int32:
+        total = total + bias
+    result = total.float() * scale.float()
+    if pertoken_scale is not None:
+        result = result * pertoken_scale[..., None]
+    if bias is not None and bias.dtype is not torch.int32:
+        result = result + bias.float()
+    target = type_of(output_dtype, torch.int8)
+    if target is torch.int8:
+        result = (result + (offset if offset is not None else 0.0)).round().clamp(-128, 127)
+    return result.to(target)
+
+
+@emulates("npu::npu_weight_quant_batchmatmul")
+def weight_quant_batchmatmul(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:
+    """x (m, k) by int8 (k, n); scale and offset (1), (n), (1, n) or, by groups along k, (ceil(k / group), n)."""
+    name = "npu_weight_quant_batchmatmul"
+    refuse(name, {"quant_scale": quant_scale, "quant_offset": quant_offset, "weight_dtype": weight_dtype})
+    if weight.dtype is not torch.int8 or x.dtype not in (torch.float16, torch.bfloat16) or antiquant_scale.dtype != x.dtype:
+        raise RuntimeError(f"{name}: {x.dtype} by {weight.dtype}, scale {antiquant_scale.dtype}")
+    if antiquant_group_size and (antiquant_group_size % 32 or antiquant_group_size < 32):
+        raise RuntimeError(f"{name}: groups of {antiquant_group_size}")
+
+    def spread(part: Tensor) -> Tensor:
+        wide = part.float()
+        return wide.repeat_interleave(antiquant_group_size, 0)[: weight.shape[0]] if antiquant_group_size else wide
+
+    full = weight.float()
+    if antiquant_offset is not None:
+        full = full + spread(antiquant_offset)
+    result = torch.matmul(x.float(), full * spread(antiquant_scale))
+    return (result + bias.float() if bias is not None else result).to(x.dtype)
+
+
+@emulates("npu::npu_grouped_matmul")
+def grouped_matmul(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    bias: Sequence[Tensor] | None = None,
+    scale: Sequence[Tensor] | None = None,
+    offset: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
+    per_token_scale: Sequence[Tensor] | None = None,
+    group_list: Tensor | None = None,
+    activation_input: Sequence[Tensor] | None = None,
+    activation_quant_scale: Sequence[Tensor] | None = None,
+    activation_quant_offset: Sequence[Tensor] | None = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    tuning_config: Sequence[int] | None = None,
+    output_dtype: int | None = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    per_token_scale_dtype: int | None = None,
+) -> list[Tensor]:
+    """Rows of one x (M, K), group by group, by one weight (E, K, N): split_item 2 or 3 and group_type 0, as MoE wants it."""
+    name = "npu_grouped_matmul"
+    unknown = {
+        "offset": offset, "antiquant_scale": antiquant_scale, "antiquant_offset": antiquant_offset,
+        "activation_input": activation_input, "activation_quant_scale": activation_quant_scale,
+        "activation_quant_offset": activation_quant_offset, "x_dtype": x_dtype, "weight_dtype": weight_dtype,
+        "scale_dtype": scale_dtype, "per_token_scale_dtype": per_token_scale_dtype, "act_type": act_type,
+    }  # fmt: skip
+    refuse(name, unknown, (None, 0, []))
+    if group_type != 0 or split_item not in (2, 3) or len(x) != 1 or len(weight) != 1 or weight[0].dim() != 3:
+        raise NotImplementedError(f"{name}: only split_item 2 or 3 with group_type 0, one x and one weight are emulated")
+    rows, experts = x[0], weight[0]
+    if rows.shape[-1] != experts.shape[1] or rows.dtype != experts.dtype or experts.shape[0] > 1024:
+        raise RuntimeError(f"{name}: {rows.dtype} {tuple(rows.shape)} by {experts.dtype} {tuple(experts.shape)}")
+    if group_list is None or group_list.dtype is not torch.int64:
+        raise RuntimeError(f"{name}: group_list must be int64, not {None if group_list is None else group_list.dtype}")
+    is_int8 = rows.dtype is torch.int8
+    if is_int8 != bool(scale):
+        raise RuntimeError(f"{name}: {rows.dtype} {'without' if is_int8 else 'with'} scale")
+    out = torch.full((rows.shape[0], experts.shape[2]), float("nan"))
+    start = 0
+    for expert, count in _groups(name, group_list, int(group_list_type or 0), experts.shape[0]):
+        part = slice(start, start + count)
+        product = _product(rows[part], experts[expert]).float() if is_int8 else rows[part].float() @ experts[expert].float()
+        if scale:
+            product = product * scale[0][expert].float()
+        if per_token_scale:
+            product = product * per_token_scale[0][part, None]
+        out[part] = product + bias[0][expert].float() if bias else product
+        start += count
+    if start != rows.shape[0]:
+        raise RuntimeError(f"{name}: groups of {start} rows, x has {rows.shape[0]}")
+    return [out.to(type_of(output_dtype, torch.float16 if is_int8 else rows.dtype))]
+
+
+def _groups(name: str, group_list: Tensor, kind: int, num_experts: int) -> list[tuple[int, int]]:
+    """(expert, rows), in order. Kinds: 0 cumulated, 1 counted, 2 pairs that end with a count of 0."""
+    if kind == 2:
+        pairs = [(int(expert), int(count)) for expert, count in group_list.tolist()]
+        return pairs[: next((i for i, (_, count) in enumerate(pairs) if not count), len(pairs))]
+    if group_list.shape != (num_experts,) or kind not in (0, 1):
+        raise RuntimeError(f"{name}: group_list {tuple(group_list.shape)} of kind {kind} for {num_experts} experts")
+    values = group_list.tolist()
+    counts = values if kind == 1 else [b - a for a, b in zip([0, *values], values, strict=False)]
+    if min(counts) < 0:
+        raise RuntimeError(f"{name}: group_list {values}")
+    return list(enumerate(counts))

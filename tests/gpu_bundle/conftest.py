@@ -1,0 +1,47 @@
+"""The whole bundle, once, dry: on a CPU, by a Python that has little installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu_bundle.bare import make_python
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `all` left: its exit status, its output, and the file's contents."""
+
+    folder: Path
+    status: int
+    output: str
+    data: dict[str, Any]
+
+    def rows(self, section: str) -> list[dict[str, Any]]:
+        return [row for row in self.data["rows"] if row["section"] == section]
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_python(tmp_path_factory.mktemp("bare") / "venv")
+
+
+def bundle(python: Path | str, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TRITON"))}
+    return subprocess.run([str(python), "-m", "benchmarks.gpu", *arguments], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=timeout)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def dry_run(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+    folder = tmp_path_factory.mktemp("dry")
+    done = bundle(bare_python, "all", "--out", str(folder), "--device", "cpu", "--profile", "tiny")
+    return DryRun(folder, done.returncode, done.stdout + done.stderr, json.loads((folder / "gpu.json").read_text()))

@@ -1,0 +1,182 @@
+"""Where a server listens, and TLS with a real certificate and real clients."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from serving.config import HttpSettings
+from serving.security.exposure import check_exposure, is_local, tls_options
+from serving.security.keys import KeyRing, build_key_ring
+from serving.serve import bind
+from tests.serving.server_process import ROOT, ServerProcess
+from xllm.errors import ConfigError
+
+KEYS = build_key_ring(api_keys=["a"])
+
+
+@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("localhost", True), ("127.8.9.1", True),
+                                             ("0.0.0.0", False)])
+def test_beyond_this_machine_only_with_a_key(host: str, local: bool) -> None:
+    listener = bind(host, 0)
+    try:
+        assert is_local(listener) == local
+        http = HttpSettings(host=host)
+        check_exposure(listener, http, KEYS)
+        check_exposure(listener, HttpSettings(host=host, insecure=True), KeyRing())
+        if local:
+            check_exposure(listener, http, KeyRing())
+            return
+        for keys in (KeyRing(), build_key_ring(admin_keys=["only-admin"])):
+            with pytest.raises(ConfigError, match=r"--api-key.*--insecure"):
+                check_exposure(listener, http, keys)
+    finally:
+        listener.close()
+
+
+def test_the_command_refuses(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--host", "0.0.0.0"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "can be reached from other machines: set --api-key, or say --insecure" in result.stderr.splitlines()[-1]
+
+
+def test_only_the_configured_address_listens(open_server: ServerProcess) -> None:
+    """All that the two processes listen on is one TCP port of 127.0.0.1; the rest are unix sockets."""
+    pids = (open_server.process.pid, open_server.engine_pid)
+    inodes = {os.readlink(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for table in ("tcp", "tcp6", "udp", "udp6")
+            for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]]
+    own = [row for row in rows if f"socket:[{row[9]}]" in inodes and row[3] in ("0A", "07")]  # listening, unconnected
+    port = int(open_server.url.rpartition(":")[2])
+    assert [row[1] for row in own] == [f"0100007F:{port:04X}"]
+
+
+# --- TLS
+
+
+def openssl(*args: str, folder: Path) -> None:
+    subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and certificates of it for a server at 127.0.0.1 and for a client."""
+    folder = tmp_path_factory.mktemp("tls")
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj",
+            "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign", folder=folder)
+    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")):
+        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}", folder=folder)
+        (folder / "extension").write_text(extension)
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days",
+                "2", "-extfile", "extension", "-out", f"{name}.pem", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tls_server(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """HTTPS, and only for clients with a certificate of the authority."""
+    files = {name: str(certificates / name) for name in ("server.pem", "server.key", "ca.pem")}
+    with ServerProcess(tmp_path_factory.mktemp("log") / "log.txt", "--ssl-certfile", files["server.pem"],
+                       "--ssl-keyfile", files["server.key"], "--ssl-ca-certs", files["ca.pem"],
+                       "--api-key", "tls-key") as running:
+        yield running
+
+
+def trusting(certificates: Path, *, identified: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    if identified:
+        context.load_cert_chain(certificates / "client.pem", certificates / "client.key")
+    return context
+
+
+def test_the_real_client_over_tls(tls_server: ServerProcess, certificates: Path) -> None:
+    assert tls_server.url.startswith("https://127.0.0.1:")
+    with httpx.Client(verify=trusting(certificates, identified=True)) as http, openai.OpenAI(
+            base_url=f"{tls_server.url}/v1", api_key="tls-key", max_retries=0, http_client=http) as client:
+        answer = client.completions.create(model="demo", prompt="hi", max_tokens=3, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in answer if chunk.choices)
+        assert http.get(f"{tls_server.url}/v1/models").status_code == 401, "a certificate is not a key"
+
+
+def test_without_a_client_certificate_nothing_answers(tls_server: ServerProcess, certificates: Path) -> None:
+    context = trusting(certificates, identified=False)
+    with pytest.raises((httpx.TransportError, ssl.SSLError)), httpx.Client(verify=context) as http:
+        http.get(f"{tls_server.url}/health")
+
+
+def test_the_servers_certificate_is_checked_and_plain_http_is_not_spoken(tls_server: ServerProcess) -> None:
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{tls_server.url}/health")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{tls_server.url}/health".replace("https", "http"))
+
+
+def test_old_protocols_are_not_spoken(tls_server: ServerProcess, certificates: Path) -> None:
+    context = trusting(certificates, identified=True)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
+    port = int(tls_server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as plain, context.wrap_socket(
+            plain, server_hostname="127.0.0.1") as spoken:
+        assert spoken.version() == "TLSv1.2"
+    answer = _hello_of_tls_1_0(port)
+    assert answer[:1] == b"\x15" or answer == b"", "an alert, or nothing"
+
+
+def _hello_of_tls_1_0(port: int) -> bytes:
+    """A TLS 1.0 ClientHello by hand: client libraries no longer make one."""
+    body = b"\x03\x01" + bytes(32) + b"\x00" + b"\x00\x04\xc0\x14\x00\x2f" + b"\x01\x00"
+    hello = b"\x01" + len(body).to_bytes(3, "big") + body
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"\x16\x03\x01" + len(hello).to_bytes(2, "big") + hello)
+        return connection.recv(100)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"ssl_keyfile": "x"}, "need ssl_certfile"), ({"ssl_ca_certs": "x"}, "need ssl_certfile"),
+    ({"ssl_certfile": "none.pem"}, "there is no file none.pem"), ({"ssl_certfile": "ca.key"}, "cannot be used"),
+    ({"ssl_certfile": "server.pem", "ssl_keyfile": "client.key"}, "cannot be used"),
+    ({"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certs": "client.key"}, "cannot be used"),
+])
+def test_files_that_cannot_be_used_are_said_at_once(certificates: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    settings: dict[str, str], says: str) -> None:
+    monkeypatch.chdir(certificates)
+    with pytest.raises(ConfigError, match=says):
+        tls_options(HttpSettings(**settings))
+    assert tls_options(HttpSettings()) == {}
+
+
+# --- CORS
+
+
+def test_a_named_site_may_call(tmp_path: Path) -> None:
+    site = "https://chat.example"
+    with ServerProcess(tmp_path / "log.txt", "--api-key", "k", "--cors-origin", site, key="k") as server:
+        asked = {"Origin": site, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization,content-type"}
+        preflight = httpx.options(f"{server.url}/v1/completions", headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == site
+        refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": site})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, site)
+        other = httpx.options(f"{server.url}/v1/completions", headers={**asked, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        assert "access-control-allow-credentials" not in preflight.headers
+
+
+def test_every_site_is_no_site() -> None:
+    from serving.config import ServerConfig
+
+    with pytest.raises(ConfigError, match="cors_origin"):
+        ServerConfig(http=HttpSettings(cors_origin=("*",)))

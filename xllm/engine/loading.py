@@ -1,0 +1,104 @@
+"""`LoadedModel`: backend, checkpoint and settings of an engine, and the runners that are made of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from xllm import env
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError, DeviceError
+
+if TYPE_CHECKING:
+    from backends.backend import Backend
+    from xllm.models.decoder import CausalLM
+    from xllm.runner.model_runner import ModelRunner
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]  # phase, share of it that is done
+
+
+class LoadedModel:
+    """path, model_config, config (resolved), num_blocks, backend: what loading found out. All methods are called in the
+    thread that runs the steps."""
+
+    def __init__(self, config: EngineConfig, report: Progress):
+        """Import torch, choose the backend, read the checkpoint.
+
+        Raises:
+            ConfigError, ModelError, DeviceError: what is wrong with setting, checkpoint or device.
+        """
+        report("import", 0.0)
+        import torch
+
+        from xllm.models.config import read_model_config
+        from xllm.models.loader import resolve_model_path
+        from xllm.runner.kv_cache import compute_dtype, plan_num_blocks
+
+        if config.device.num_threads:
+            torch.set_num_threads(config.device.num_threads)
+        self._report = report
+        self.backend = _open_backend(config)
+        self.path = resolve_model_path(config.model.model, config.model.revision)
+        self.model_config = read_model_config(self.path)
+        self.config = config.resolve(model_max_len=self.model_config.max_model_len,
+                                     default_block_size=self.backend.default_block_size)
+        self._dtype = compute_dtype(self.config, self.backend, self.model_config)
+        self.num_blocks = plan_num_blocks(self.config, self.backend, self.model_config, self._dtype)
+        self._model: CausalLM | None = self._read()
+
+    def make_runner(self) -> ModelRunner:
+        """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""
+        from xllm.runner.model_runner import ModelRunner
+
+        if self._model is None:
+            self._model = self._read()
+        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks)
+        self._report("warm-up", 0.0)
+        runner.warm_up()
+        self._report("ready", 1.0)
+        return runner
+
+    def free(self, *, keep_weights: bool) -> None:
+        """Give back what no runner uses any more."""
+        if not keep_weights:
+            self._model = None
+        self.backend.release_memory()
+
+    def _read(self) -> CausalLM:
+        from xllm.models.loader import load_model
+
+        model = self.config.model
+        self._report("weights", 0.0)
+        return load_model(self.path, backend=self.backend, dtype=self._dtype, quantization=model.quantization,
+                          max_model_len=model.max_model_len, load_format=model.load_format,
+                          progress=lambda done, total: self._report("weights", done / max(total, 1)))
+
+
+def _open_backend(config: EngineConfig) -> Backend:
+    from backends import get_backend
+    from backends.backend import BackendError
+
+    try:
+        backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed(),
+                              check_contracts=env.check_contracts())
+    except BackendError as error:
+        raise DeviceError(str(error)) from error
+    _check_ops(backend, config.device.strict_ops)
+    return backend
+
+
+def _check_ops(backend: Backend, strict: bool | None) -> None:
+    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`)."""
+    from backends.opset import COLD_OPS
+    from backends.reference import REFERENCE
+
+    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
+    if not slow:
+        return
+    message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
+    if strict or (strict is None and backend.name != "cpu"):
+        raise ConfigError(f"{message}. --no-strict-ops allows it")
+    _log.warning(message)

@@ -1,0 +1,27 @@
+"""`DummyWeights`: random tensors instead of a checkpoint's, made on the device; for measurements."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+class DummyWeights:
+    """A `Weights` that has every tensor. The same name, shape, dtype and device give the same numbers each time."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return dummy_weight(name, shape, dtype=self._dtype, device=self._device)
+
+
+def dummy_weight(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Scaled so that activations keep their size from layer to layer: norms near one, biases small, matrices by the
+    square root of their inputs."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+    generator = torch.Generator(device).manual_seed(seed)
+    mean, deviation = (1.0, 0.1) if len(shape) == 1 and "norm" in name else (0.0, shape[-1] ** -0.5)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(mean, deviation, generator=generator)

@@ -1,0 +1,64 @@
+"""`EagerForward`: a step's forward pass and plain sampling, operator by operator. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from backends.backend import Backend, Capturer
+from xllm.models.decoder import CausalLM
+from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
+from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, sampling_columns
+from xllm.runner.graphs import Forwarded
+from xllm.runner.rows import RowState
+from xllm.runner.staging import Staging
+
+
+class EagerForward:
+    """feed, staging: None where what is queued on the device is done at once."""
+
+    def __init__(self, backend: Backend, model: CausalLM, feed: TokenFeed | None, staging: Staging | None):
+        self._ops, self._model, self._feed, self._staging = backend.ops, model, feed, staging
+
+    def run(self, host: HostBatch, layers: Iterable[tuple[Tensor, Tensor]]) -> Forwarded:
+        """The hidden states of all places. layers: the KV caches, each asked for when its turn comes."""
+        if self._staging is not None:
+            self._staging.next_step()
+        config, batch = self._model.config, host.to_device(self._put)
+        batch.meta.plan = self._ops.plan(batch.meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+                                         head_dim=config.head_dim)
+        ids_T = batch.input_ids_T
+        if host.feed_T is not None and self._feed is not None:
+            ids_T = self._ops.feed_tokens(ids_T, self._put(host.feed_T), self._feed.source)
+        return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+
+    def sample(self, rows: RowState, slots: SampleSlots, hidden_TD: Tensor) -> QueuedTokens:
+        """Draw a token for each slot, none of which wants more; they stay on the device."""
+        assert self._feed is not None
+        num_slots = len(slots)
+        if num_slots:
+            hidden_QD = hidden_TD if num_slots == len(hidden_TD) else hidden_TD[self._put(slots.hidden)]
+            columns = map(self._put, sampling_columns(rows, slots).values())
+            sample_into(self._feed.sink[:num_slots], self._ops, self._model.compute_logits(hidden_QD), columns)
+        return self._feed.queue_read(num_slots, np.arange(num_slots))
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        """An array of the step, on the device."""
+        return as_tensor(array) if self._staging is None else self._staging.put(array)
+
+
+def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_table: bool) -> HostBatch:
+    """One row of so many tokens that stores nothing, for a first step; its last token is to be sampled."""
+    def int32(*values: int) -> np.ndarray:
+        return np.array(values, dtype=np.int32)
+
+    places, zero = np.arange(num_tokens, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    num_blocks = -(-num_tokens // block_size) if has_table else 0
+    return HostBatch(
+        input_ids_T=np.zeros_like(places), feed_T=None, positions_T=places, query_start_S1=int32(0, num_tokens),
+        seq_lens_S=int32(num_tokens), table_SM=np.full((1, num_blocks), capturer.pad_block, dtype=np.int32),
+        kv_base_S=None if has_table else int32(capturer.pad_block),
+        slot_mapping_T=np.full_like(places, capturer.pad_slot), max_query_len=num_tokens, block_size=block_size,
+        slots=SampleSlots(rows=int32(0), steps=zero, offsets=zero, hidden=zero + num_tokens - 1))

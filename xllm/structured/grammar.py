@@ -1,0 +1,126 @@
+"""From a `StructuredOutput` to llguidance's matcher of it.
+
+All that llguidance may spend is bounded here; what it spends in spite of that is found out by `probe`, in a process
+that may be killed for it (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xllm.structured.spec import StructuredOutput
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# A blank, or a line's end and the next one's indentation: as JSON is usually written. With the standard's unbounded
+# blanks, a model that likes them never comes back.
+JSON_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
+FREE_TEXT = r"(.|\n)*"
+MAX_STEP_CPU_S = 0.1
+NUM_WALKS, WALK_TOKENS = 2, 24
+_MAX_REASON_CHARS = 400
+
+
+class GrammarError(ValueError):
+    """What is asked for cannot be compiled, allows no text at all, or costs too much."""
+
+
+def grammar_text(spec: StructuredOutput) -> str:
+    """The specification as llguidance takes it. Checks hardly anything. Raises GrammarError."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    source = spec.source
+    if spec.kind == "json":
+        return LLMatcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": JSON_WHITESPACE})
+    if spec.kind == "regex":
+        return LLMatcher.grammar_from_regex(source)
+    if spec.kind == "choice":
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(source))))
+    if spec.kind == "structural_tag":
+        return _tags_to_lark(json.loads(source))
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(source))
+    except RecursionError:
+        raise GrammarError("it is nested too deep") from None
+    except Exception as error:  # the converter from GBNF raises whatever its hand-written parser meets
+        raise GrammarError(str(error)) from None
+
+
+def _tags_to_lark(tag: dict[str, Any]) -> str:
+    """vLLM's and SGLang's structural tag; its form is checked here since nobody else would name what is wrong."""
+    from llguidance import LLMatcher, StructTag
+
+    structures, triggers = tag.get("structures"), tag.get("triggers")
+    if not isinstance(structures, list) or not structures or not all(isinstance(s, dict) for s in structures):
+        raise GrammarError("'structures' must be a list of objects")
+    if not isinstance(triggers, list) or not triggers or not all(isinstance(t, str) and t for t in triggers):
+        raise GrammarError("'triggers' must be a list of texts")
+    tags = []
+    for structure in structures:
+        begin, end, schema = structure.get("begin"), structure.get("end", ""), structure.get("schema", {})
+        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
+            raise GrammarError("a structure needs the texts 'begin' and 'end' and the object 'schema'")
+        trigger = next((t for t in triggers if begin.startswith(t)), None)
+        if trigger is None:
+            raise GrammarError(f"no trigger begins {begin!r}")
+        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **schema}
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
+    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False, text_regex=FREE_TEXT))
+
+
+def build_matcher(vocabulary: LLTokenizer, text: str) -> LLMatcher:
+    """A matcher at its beginning, its first mask computed. Lets other Python threads run. Raises GrammarError."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    # A step is a mask: the first two bound what it costs to some 10 ms, nearly always. The others bound memory.
+    limits = LLParserLimits(step_lexer_fuel=50_000, step_max_items=30_000, initial_lexer_fuel=1_000_000,
+                            max_lexer_states=50_000, max_grammar_size=300_000, verbose_errors=False)
+    matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    check_matcher(matcher)
+    return matcher
+
+
+def check_matcher(matcher: LLMatcher) -> None:
+    """Raise GrammarError if it met a limit or a contradiction."""
+    if matcher.is_error():
+        raise GrammarError(_short(matcher.get_error()))
+
+
+def _short(reason: str) -> str:
+    """llguidance's reason, without the state of its parser and without what the user said, repeated at length."""
+    reason = reason.partition("\n<non-verbose/>")[0].partition("\n<state>")[0].strip()
+    if reason.startswith("NoExtension"):
+        return "no text is of this form"
+    return reason if len(reason) <= _MAX_REASON_CHARS else reason[:_MAX_REASON_CHARS] + "..."
+
+
+def probe(matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
+    """Write a few random texts of the grammar to see what its masks cost.
+
+    Raises GrammarError if one takes more than MAX_STEP_CPU_S, or ends where a limit is met.
+    """
+    chooser = random.Random(0)
+    for _ in range(NUM_WALKS):
+        _walk(matcher.deep_copy(), vocabulary, chooser)
+
+
+def _walk(matcher: LLMatcher, vocabulary: LLTokenizer, chooser: random.Random) -> None:
+    for _ in range(WALK_TOKENS):
+        began_s = time.thread_time()
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        token_id = int(allowed[chooser.randrange(len(allowed))]) if len(allowed) else vocabulary.eos_token
+        ended = token_id in vocabulary.eos_tokens or not matcher.consume_token(token_id)
+        if (spent_s := time.thread_time() - began_s) > MAX_STEP_CPU_S:
+            raise GrammarError(f"it is too complex: {spent_s:.1f} s for one token")
+        check_matcher(matcher)
+        if ended or matcher.is_stopped():
+            return

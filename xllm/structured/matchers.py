@@ -1,0 +1,232 @@
+"""`RowMatchers`: where each running row stands in its grammar, and the masks that follow from that.
+
+A matcher takes tokens in when its next mask is wanted, from the row's own tokens: so a row that comes back after a
+preemption, a draft that was not accepted and a step planned ahead need no word to it.
+
+Letters: Q slots of a step, X those of rows with a grammar, K slots of one row (1 + its drafts), W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from xllm.structured.grammar import GrammarError, check_matcher
+from xllm.structured.store import GrammarStore
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from xllm.step import NewRow
+
+ALL = -1  # a word whose 32 tokens may all be drawn
+
+
+class RowTokens(Protocol):
+    """What is read of the rows: known tokens, and behind them the drafts of the running step."""
+
+    token_ids: np.ndarray
+    num_tokens: np.ndarray
+    num_prompt_tokens: np.ndarray
+
+
+class Slots(Protocol):
+    """As `SampleSlots`: all [Q], a row's slots adjacent and in order."""
+
+    @property
+    def rows(self) -> np.ndarray: ...
+
+    @property
+    def offsets(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotMasks:
+    """slots_X: indices into the slots asked about. mask_XW int32. failed: by slot, of rows whose grammar gave up; their
+    mask allows all."""
+
+    slots_X: np.ndarray
+    mask_XW: np.ndarray
+    failed: dict[int, str]
+
+    def allows(self, slot: int, token_id: int) -> bool:
+        """Whether the mask of a slot (one of slots_X) lets a token through."""
+        word = int(self.mask_XW[np.searchsorted(self.slots_X, slot), token_id >> 5])
+        return bool(word >> (token_id & 31) & 1)
+
+
+class RowMatchers:
+    """One thread at a time may call it; masks are computed in a thread of its own where `begin` was called."""
+
+    def __init__(self, rows: RowTokens, vocab_size: int):
+        self.store: GrammarStore | None = None  # whoever loads the engine provides it
+        self._rows = rows
+        self._num_words = -(-vocab_size // 32)
+        self._matchers: dict[int, _RowMatcher] = {}
+        self._masked = np.zeros(len(rows.num_tokens), dtype=bool)
+        self._begun: dict[int, _Filling] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        return len(self._matchers)
+
+    def enter(self, new: NewRow) -> None:
+        """Goes with `RowState.enter`."""
+        if new.sampling.structured is None:
+            return
+        assert self.store is not None, "a structured output without a store of grammars"
+        self._matchers[new.row] = _RowMatcher(self.store.prepare(new.sampling.structured), new.num_prompt_tokens,
+                                              new.eos_token_ids)
+        self._masked[new.row] = True
+
+    def release(self, row: int) -> None:
+        """Goes with `RowState.release`."""
+        if self._masked[row]:
+            self._wait_for(row)
+            del self._matchers[row]
+            self._masked[row] = False
+
+    def begin(self, slots: Slots) -> None:
+        """Start computing the masks of these slots; the rows' known tokens are known, and drafts lie behind them."""
+        if not self._matchers or not self._masked[slots.rows].any():
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-masks")
+        for row, _, end in self._groups(slots):
+            self._wait_for(row)
+            filling = self._filling(row, int(slots.offsets[end - 1]) + 1)
+            filling.done = self._pool.submit(filling.run)
+            self._begun[row] = filling
+
+    def masks(self, slots: Slots) -> SlotMasks | None:
+        """The masks of these slots, computed now where `begin` has not; None: no slot has one."""
+        if not self._matchers:
+            return None
+        slots_X = np.flatnonzero(self._masked[slots.rows])
+        if not len(slots_X):
+            return None
+        parts, failed = [], {}
+        for row, first, end in self._groups(slots):
+            offset = int(slots.offsets[first])
+            filling = self._filled(row, offset + end - first)
+            parts.append(filling.mask_KW[offset:offset + end - first])
+            if filling.reason is not None:
+                failed.update(dict.fromkeys(range(first, end), filling.reason))
+        return SlotMasks(slots_X=slots_X, mask_XW=np.concatenate(parts), failed=failed)
+
+    def _groups(self, slots: Slots) -> Iterator[tuple[int, int, int]]:
+        """(row, its first slot, the end of its slots) of each row with a grammar."""
+        rows = slots.rows
+        starts = np.flatnonzero(np.concatenate(([True], rows[1:] != rows[:-1])))
+        for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
+            if self._masked[rows[first]]:
+                yield int(rows[first]), first, end
+
+    def _filled(self, row: int, num_slots: int) -> _Filling:
+        filling = self._wait_for(row)
+        if filling is None or filling.position != self._rows.num_tokens[row] or len(filling.mask_KW) < num_slots:
+            filling = self._filling(row, num_slots)
+            filling.run()
+        self._begun[row] = filling  # another slice of the step may ask for more of its slots
+        return filling
+
+    def _filling(self, row: int, num_slots: int) -> _Filling:
+        matcher, tokens, num = self._matchers[row], self._rows.token_ids[row], int(self._rows.num_tokens[row])
+        return _Filling(matcher, num, tokens[matcher.num_taken:num].tolist(), tokens[num:num + num_slots - 1].tolist(),
+                        np.full((num_slots, self._num_words), ALL, dtype=np.int32))
+
+    def _wait_for(self, row: int) -> _Filling | None:
+        filling = self._begun.pop(row, None)
+        if filling is not None and filling.done is not None:
+            filling.done.result()
+        return filling
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+
+class _RowMatcher:
+    """The matcher of one row, which has taken in the row's first `num_taken` tokens."""
+
+    def __init__(self, built: Future[LLMatcher], num_taken: int, eos_token_ids: tuple[int, ...]):
+        self.num_taken = num_taken
+        self._built = built
+        self._matcher: LLMatcher | None = None
+        self._eos_token_ids = eos_token_ids
+        self._has_ended = False
+
+    def take(self, token_ids: list[int]) -> None:
+        """Move on. Raises GrammarError or RequestError."""
+        if self._matcher is None:
+            self._matcher = self._built.result().deep_copy()
+        self.num_taken += len(token_ids)
+        if self._has_ended:
+            return
+        for index, token_id in enumerate(token_ids):
+            if token_id in self._eos_token_ids:
+                self._has_ended = True
+                token_ids = token_ids[:index]
+                break
+        if token_ids and not self._matcher.consume_tokens(token_ids):
+            check_matcher(self._matcher)
+        self._has_ended |= self._matcher.is_stopped()
+
+    def fill(self, mask_KW: np.ndarray, drafts: list[int]) -> None:
+        """The masks here and behind each draft, as far as the drafts are of the grammar. Raises GrammarError."""
+        matcher = self._matcher
+        assert matcher is not None, "take() first"
+        if self._has_ended:
+            self._only_the_end(mask_KW)
+            return
+        taken = 0
+        for place, mask_W in enumerate(mask_KW):
+            matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+            check_matcher(matcher)
+            if place == len(drafts) or not _in_mask(mask_W, drafts[place]):
+                break
+            if drafts[place] in self._eos_token_ids:
+                self._only_the_end(mask_KW[place + 1:])
+                break
+            matcher.consume_token(drafts[place])
+            taken += 1
+        if taken:
+            matcher.rollback(taken)
+            check_matcher(matcher)
+
+    def _only_the_end(self, mask_KW: np.ndarray) -> None:
+        mask_KW.fill(0)
+        for token_id in self._eos_token_ids:
+            if token_id >> 5 < mask_KW.shape[1]:
+                mask_KW.view(np.uint32)[:, token_id >> 5] |= np.uint32(1 << (token_id & 31))
+
+
+def _in_mask(mask_W: np.ndarray, token_id: int) -> bool:
+    return bool(int(mask_W[token_id >> 5]) >> (token_id & 31) & 1)
+
+
+class _Filling:
+    """The masks of a row that stands at `position`: computed by `run`, in whichever thread."""
+
+    def __init__(self, matcher: _RowMatcher, position: int, new_tokens: list[int], drafts: list[int],
+                 mask_KW: np.ndarray):
+        self.position, self.mask_KW = position, mask_KW
+        self.reason: str | None = None
+        self.done: Future[None] | None = None
+        self._matcher, self._new_tokens, self._drafts = matcher, new_tokens, drafts
+
+    def run(self) -> None:
+        try:
+            self._matcher.take(self._new_tokens)
+            self._matcher.fill(self.mask_KW, self._drafts)
+        except GrammarError as error:
+            self.reason = f"the structured output cannot go on: {error}"
+        except ValueError as error:
+            self.reason = str(error)
+        if self.reason is not None:
+            self.mask_KW.fill(ALL)

@@ -1,0 +1,55 @@
+"""`GrammarStore`: compiled grammars of the engine. What comes here has passed a `GrammarChecker`."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from xllm.structured.grammar import build_matcher, grammar_text
+from xllm.structured.spec import StructuredOutput
+from xllm.structured.vocabulary import VocabularySource, need_llguidance
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_GRAMMARS = 128
+
+
+class GrammarStore:
+    """Builds matchers in a thread of its own and keeps the last MAX_GRAMMARS. Usable from several threads."""
+
+    def __init__(self, source: Callable[[], VocabularySource]):
+        """source: asked once, in that thread, when the first grammar comes."""
+        self._source = source
+        self._vocabulary: LLTokenizer | None = None
+        self._built: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-grammar")
+
+    def prepare(self, spec: StructuredOutput) -> Future[LLMatcher]:
+        """Begin to build it, if that has not begun. The future's matcher must not be used, only copied."""
+        with self._lock:
+            built = self._built.get(spec)
+            if built is None:
+                built = self._built[spec] = self._pool.submit(self._build, spec)
+                if len(self._built) > MAX_GRAMMARS:
+                    self._built.popitem(last=False)
+            self._built.move_to_end(spec)
+            return built
+
+    def matcher(self, spec: StructuredOutput) -> LLMatcher:
+        """A matcher at its beginning, for the caller alone. Waits for it. Raises GrammarError or RequestError."""
+        return self.prepare(spec).result().deep_copy()
+
+    def _build(self, spec: StructuredOutput) -> LLMatcher:
+        need_llguidance()
+        if self._vocabulary is None:
+            self._vocabulary = self._source().build()
+        return build_matcher(self._vocabulary, grammar_text(spec))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
