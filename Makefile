@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-npu aot nightly check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,17 @@ test-npu: setup .npu/.installed
 
 .npu/.installed: requirements/npu.txt
 	$(BIN)/python -m tests.emulated_npu install
+
+# The web console in a real headless Chromium. `make test` runs it as well, where there is a Chromium.
+test-web: setup browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/web -q -rs
+
+# A Chromium for the tests: what the machine has, else from its packages (Debian, Ubuntu; needs root), else playwright's.
+browser: setup
+	$(BIN)/python tools/get_browser.py
+
+screenshots: setup browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.web.screenshots docs/images
 
 # Every CUDA kernel with every entry of cuda_ops/configs.json, compiled for sm_80 and sm_90a and examined; needs no GPU.
 aot: setup
@@ -62,6 +73,8 @@ size:
 
 docs: setup
 	$(BIN)/python tools/gen_settings.py --check
+	$(BIN)/python tools/gen_grafana.py --check
+	$(BIN)/python tools/gen_limits.py --check
 
 demo-model: setup
 	$(BIN)/python tools/train_demo.py

@@ -92,6 +92,7 @@ class Backend(Protocol):
     device: torch.device
     ops: OpSet
     default_block_size: int
+    dtypes: tuple[torch.dtype, ...]  # that weights, activations and KV may have
     num_reserved_blocks: int  # the first ones of the KV cache, which hold no tokens: the device's own use
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none

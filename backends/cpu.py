@@ -18,18 +18,24 @@ from backends.cpu_vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
+from backends.reference.lora import LoraOps
 from backends.vmm import VmmDriver
 
-TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=cpu_linear.pack_linear, linear=cpu_linear.linear)
+TORCH_LORA = LoraOps(cpu_linear.pack_linear, cpu_linear.linear)
+TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=cpu_linear.pack_linear, linear=cpu_linear.linear,
+                    pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add)
 
 
 def compiled_ops(kernels: Kernels) -> OpSet:
     """What the CPU implements itself; `copy_blocks` is one indexed copy in torch already."""
+    lora = LoraOps(kernels.pack_linear, kernels.linear)
     return replace(
         REFERENCE,
         name="cpu",
         pack_linear=kernels.pack_linear,
         linear=kernels.linear,
+        pack_lora=lora.pack_lora,
+        lora_add=lora.lora_add,
         embedding=kernels.embedding,
         rms_norm=kernels.rms_norm,
         add_rms_norm=kernels.add_rms_norm,
@@ -52,6 +58,7 @@ class CpuBackend:
     name = "cpu"
     default_block_size = 16
     num_reserved_blocks = 0
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")

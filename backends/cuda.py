@@ -22,7 +22,7 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.vmm import VmmDriver
-from cuda_ops import activation, feed, kv, linear, logits, norm, rotary, sampling
+from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
@@ -72,6 +72,8 @@ OPS = replace(
     REFERENCE,
     name="cuda",
     linear=linear.linear,
+    pack_lora=lora.pack_lora,
+    lora_add=lora.lora_add,
     embedding=linear.embedding,
     feed_tokens=feed.feed_tokens,
     rms_norm=norm.rms_norm,
@@ -122,6 +124,7 @@ class CudaBackend:
     name = "cuda"
     default_block_size = 128
     num_reserved_blocks = 0
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
         check_device()

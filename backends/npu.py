@@ -22,6 +22,7 @@ from backends.npu_graphs import NpuCapturer
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
+from backends.reference.lora import LoraOps
 from backends.vmm import VmmDriver
 from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
 from npu_ops import attention as attention_ops
@@ -153,12 +154,15 @@ def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *,
     return linear.pack_int8(codes_YX=codes_YX, scale_Y=scale_Y, bias_Y=bias_Y, dtype=weight_YX.dtype)
 
 
+LORA = LoraOps(pack_linear, linear.linear)
 # `feed_tokens` is the reference's: three calls of torch.
 OPS = replace(
     REFERENCE,
     name="npu",
     pack_linear=pack_linear,
     linear=linear.linear,
+    pack_lora=LORA.pack_lora,
+    lora_add=LORA.lora_add,
     embedding=linear.embedding,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
@@ -212,6 +216,7 @@ class NpuBackend:
 
     name = "npu"
     default_block_size = 128
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # attention takes no others
     num_reserved_blocks = 1  # block 0, where padding is written
 
     def __init__(self, *, check_contracts: bool = False) -> None:
@@ -226,7 +231,7 @@ class NpuBackend:
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """bfloat16, or the checkpoint's where that is float16: attention takes no others."""
+        """bfloat16, or the checkpoint's where that is float16."""
         return torch.float16 if checkpoint_dtype is torch.float16 else torch.bfloat16
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,27 @@ RUNTIME = "libascendcl.so"
 RESERVED_STREAMS = 128
 
 
+@dataclass(slots=True)
+class Pool:
+    """Memory that graphs share. A handle is dead once its last graph is gone: then the next graph has another."""
+
+    handle: Any = None
+    num_graphs: int = 0
+
+
 class NpuGraph:
     """A `CapturedGraph`, replayed on the current stream, its tasks updated on another."""
 
-    def __init__(self, capturer: NpuCapturer, graph: Any, recorder: TaskRecorder, *, num_bytes: int,
+    def __init__(self, capturer: NpuCapturer, pool: Pool, graph: Any, recorder: TaskRecorder, *, num_bytes: int,
                  num_streams: int):
-        self._capturer, self._graph, self._recorder = capturer, graph, recorder
+        self._capturer, self._pool, self._graph = capturer, pool, graph
+        self._recorder: TaskRecorder | None = recorder
         self.num_bytes, self.num_streams = num_bytes, num_streams
 
     def replay(self) -> None:
         """The update may not reach the device before earlier replays are done with the tasks and their memory, and must
         be queued behind the replay, which waits for it: so its stream waits for what the replay's had queued before."""
+        assert self._recorder is not None, "the graph was released"
         updates = self._capturer.update_stream
         updates.wait_stream(torch.npu.current_stream())
         self._graph.replay()
@@ -37,7 +48,8 @@ class NpuGraph:
     def release(self) -> None:
         with CAPTURE_LOCK.using():
             self._graph.reset()
-        self._recorder = TaskRecorder()
+        self._recorder = None
+        self._pool.num_graphs -= 1
         self._capturer.num_streams -= self.num_streams
 
 
@@ -63,8 +75,8 @@ class NpuCapturer:
             return None
         return max(0, self.num_streams + self._count_streams() - RESERVED_STREAMS)
 
-    def make_pool(self) -> Any:
-        return torch.npu.graph_pool_handle()
+    def make_pool(self) -> Pool:
+        return Pool()
 
     def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> NpuGraph:
         """Streams are the runtime's count, bytes what the driver has less."""
@@ -78,7 +90,8 @@ class NpuCapturer:
             taken = max(0, streams - self._available_streams())
             num_bytes = max(0, free - torch.npu.mem_get_info(self._device)[0])
         self.num_streams += taken
-        return NpuGraph(self, graph, recorder, num_bytes=num_bytes, num_streams=taken)
+        pool.num_graphs += 1
+        return NpuGraph(self, pool, graph, recorder, num_bytes=num_bytes, num_streams=taken)
 
     def _run_once(self, function: Callable[[], None]) -> None:
         """Operators that are loaded, or make their workspaces, for the first time may not do so during a capture."""
@@ -88,25 +101,25 @@ class NpuCapturer:
             function()
         current.wait_stream(self._stream)
 
-    def _record(self, function: Callable[[], None], pool: Any) -> tuple[Any, TaskRecorder]:
+    def _record(self, function: Callable[[], None], pool: Pool) -> tuple[Any, TaskRecorder]:
         """The capture itself. However it ends, the stream captures no more."""
-        graph, recorder = torch.npu.NPUGraph(), TaskRecorder()
+        graph, recorder = torch.npu.NPUGraph(), TaskRecorder(self._device)
+        if not pool.num_graphs:
+            pool.handle = torch.npu.graph_pool_handle()
         with torch.npu.stream(self._stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
                 with recording(recorder):
                     function()
+                graph.capture_end()
             except BaseException:
-                self._give_up(graph)
+                recorder.give_up()
+                for call in (graph.capture_end, graph.reset):
+                    with suppress(RuntimeError):  # a capture that was broken off says so again
+                        call()
                 raise
-            graph.capture_end()
         recorder.derived.clear()
         return graph, recorder
-
-    def _give_up(self, graph: Any) -> None:
-        for call in (graph.capture_end, graph.reset):
-            with suppress(RuntimeError):  # a capture that was broken off says so again
-                call()
 
     def _available_streams(self) -> int:
         return 0 if self._count_streams is None else self._count_streams()

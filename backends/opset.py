@@ -14,6 +14,7 @@ arguments name and no others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -40,6 +41,27 @@ class Linear(Protocol):
 
         Where a device multiplies fp8 numbers, x of many rows may be brought to fp8 too, with a scale per row, if the
         weight is fp8: an error of up to 2^-4 of each number.
+        """
+        ...
+
+
+class PackLora(Protocol):
+    def __call__(self, a_LRX: Tensor, b_LYR: Tensor, parts: tuple[int, ...]) -> Any:
+        """Bring the adapters of a linear layer into the form that `lora_add` wants; done when one comes or goes.
+
+        The layer's Y outputs are stacked parts of these widths. a_LRX: [L, parts * r, X], the parts' matrices one below
+        the other; b_LYR: [L, Y, r]. Slot l of `lora_add` is entry l - 1.
+        """
+        ...
+
+
+class LoraAdd(Protocol):
+    def __call__(self, y_TY: Tensor, x_TX: Tensor, packed: Any, slots_T: Tensor,
+                 present: Sequence[int] | None = None) -> None:
+        """y += b[slot] @ (a[slot] @ x), in place, each output by its own part of the inner product; tokens of slot 0
+        stay as they are. slots_T: int32 in [0, L]. Sums in fp32.
+
+        present: the slots other than 0 that occur, where the host knows them; None in a captured graph.
         """
         ...
 
@@ -222,7 +244,7 @@ class Sample(Protocol):
 
 
 # Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "feed_tokens", "copy_blocks", "stored_bytes"})
+COLD_OPS = frozenset({"pack_linear", "pack_lora", "feed_tokens", "copy_blocks", "stored_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +254,8 @@ class OpSet:
     name: str
     pack_linear: PackLinear
     linear: Linear
+    pack_lora: PackLora
+    lora_add: LoraAdd
     embedding: Embedding
     feed_tokens: FeedTokens
     rms_norm: RMSNorm

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_ops.launch import config, launch
+from cuda_ops.launch import config, launch, wait_for_previous
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < F
     row = tl.program_id(0).to(tl.int64)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cuda_ops.kv import block_stride
-from cuda_ops.launch import INTERPRETED, config, device_facts, launch
+from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_previous
 
 LOG2E = 1.4426950408889634
 DECODE_ROWS = 16  # queries times group up to which a sequence is decoded: the least rows of a tensor core's dot
@@ -169,9 +169,10 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, seq_lens_ptr,
     table_ptr, base_ptr, S, table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr,
     P: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_S: tl.constexpr, BASE: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, BASE: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One equal part of the batch's tiles. Rows of the dot: query i, head g of the group at i * G + g."""
+    wait_for_previous(PDL)
     program = tl.program_id(0)
     work = tl.load(tiles_ptr + S) * K
     share = tl.maximum(tl.cdiv(work, tl.num_programs(0)), LEAST)
@@ -227,9 +228,10 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["query_start_ptr", "S"])
 def merge_kernel(
     out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, S, num_programs, K: tl.constexpr,
-    G: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Joins the parts of one (sequence, head) pair that more than one program of `decode_kernel` had."""
+    wait_for_previous(PDL)
     s, head = tl.program_id(0), tl.program_id(1)
     work = tl.load(tiles_ptr + S) * K
     share = tl.maximum(tl.cdiv(work, num_programs), LEAST)
@@ -265,9 +267,10 @@ def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S, table_stride,
     k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
     PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr, BASE: tl.constexpr,
-    WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS // G queries of one kv head's group. The last queries of a batch have the longest way and go first."""
+    wait_for_previous(PDL)
     num_blocks = tl.load(blocks_ptr + S)
     number = num_blocks - 1 - tl.program_id(1)
     head = tl.program_id(0)
@@ -396,7 +399,7 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, bat
            scale * LOG2E, ROWS=rows, **_constants(batch, plan, shape), **numbers)  # fmt: skip
     launch(merge_kernel, (S, shape.num_kv_heads), out_TNH, part, part_most, part_total, plan.tiles_S1,
            batch.query_start_S1, S, num_programs, K=shape.num_kv_heads, G=shape.group, H=shape.head_dim,
-           PAD_H=shape.pad_dim, ROWS=rows, LEAST=numbers["LEAST"], num_warps=4)  # fmt: skip
+           PAD_H=shape.pad_dim, ROWS=rows, LEAST=numbers["LEAST"], PDL=numbers["PDL"], num_warps=4)  # fmt: skip
 
 
 def prefill(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, batch: Batch, plan: Plan, shape: Shape,

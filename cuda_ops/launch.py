@@ -2,7 +2,11 @@
 
 The table has one entry per (operator, architecture, bucket of shapes), chosen offline: nothing is tuned while serving,
 so that the first step is as fast as the thousandth and a captured graph never holds a trial. `ahead_of_time` compiles
-what would be launched, for a device that need not exist.
+what would be launched, for a device that need not exist. `overridden` tries other numbers than the table's.
+
+The number PDL, where an operator has it: 1 starts its kernels while the one before still runs, up to their first line,
+which waits for it (programmatic dependent launch, CUDA programming guide; Hopper and later). A kernel so started touches
+no memory before `wait_for_previous`, so that it may follow any other.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # True in a process that runs kernels as Python on CPU tensors (TRITON_INTERPRET=1). Its bfloat16 is raw bits, so that
@@ -27,6 +32,7 @@ Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 TABLE: Table = json.loads(Path(__file__).with_name("configs.json").read_text())
 
 _ahead: Compilation | None = None
+_instead: dict[str, int] = {}
 
 
 class Compilation:
@@ -49,8 +55,31 @@ def ahead_of_time(arch: str, num_sms: int) -> Iterator[Compilation]:
         _ahead = None
 
 
+@contextmanager
+def overridden(**numbers: int) -> Iterator[None]:
+    """Inside, table entries that have these numbers have these values: to measure and to compile alternatives."""
+    global _instead
+    before, _instead = _instead, {**_instead, **numbers}
+    try:
+        yield
+    finally:
+        _instead = before
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """The first line of a kernel that may be started early; from then on the next one may be, as far as this line."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Queue it on the current stream; an empty grid is no launch."""
+    if "PDL" in options:
+        options["PDL"] = bool(options["PDL"]) and not INTERPRETED
+        if options["PDL"]:
+            options["launch_pdl"] = True
     if _ahead is not None:
         _ahead.compiled.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
     elif 0 not in grid:
@@ -78,4 +107,5 @@ def config(op: str, bucket: str, like: Tensor) -> dict[str, int]:
     bucket = bucket if bucket in TABLE[op][arch] else "any"
     if _ahead is not None:
         _ahead.entries.add((op, arch, bucket))
-    return TABLE[op][arch][bucket]
+    entry = TABLE[op][arch][bucket]
+    return {name: _instead.get(name, number) for name, number in entry.items()} if _instead else entry

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cuda_ops.kv import to_e4m3
-from cuda_ops.launch import INTERPRETED, config, launch
+from cuda_ops.launch import INTERPRETED, config, launch, wait_for_previous
 
 FEW_ROWS = 64
 FP8 = torch.float8_e4m3fn
@@ -43,9 +43,10 @@ def widen_e4m3(codes, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def linear_bytes_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, T, Y, X, x_stride, FP8: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = (x @ weight.T) * scale + bias. A code is exact in every dtype of x, so that only the sum needs the scale."""
+    wait_for_previous(PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     y = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)

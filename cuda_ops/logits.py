@@ -20,8 +20,9 @@ def penalise_kernel(
 ):  # fmt: skip
     """Rows program, program + num_programs, ...
 
-    Compiled without fused multiply-adds, for the reference's bits. counts: a row of V numbers for the program, of which it reads what it has set: those of the history's tokens. Of
-    equal tokens the one that takes the count out does the work.
+    Compiled without fused multiply-adds, for the reference's bits. counts: a row of V numbers for the program, of which
+    it reads what it has set: those of the history's tokens. Of equal tokens the one that takes the count out does the
+    work.
     """
     lane = tl.arange(0, BLOCK)
     counts_ptr += tl.program_id(0).to(tl.int64) * V

@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_ops.launch import config, launch
+from cuda_ops.launch import config, launch, wait_for_previous
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, D, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, D, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(PDL)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < D
     at = tl.program_id(0).to(tl.int64) * D + offsets

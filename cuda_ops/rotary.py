@@ -8,16 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from cuda_ops.kv import block_stride
-from cuda_ops.launch import config, launch
+from cuda_ops.launch import config, launch, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def qkv_rope_write_kernel(
     qkv_ptr, positions_ptr, cos_sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_cache_ptr, v_cache_ptr, eps,
     k_block, v_block, N, K, P, H: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, `HEADS` of its N + 2K heads: both halves of each at once, since they turn together."""
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]

@@ -81,14 +81,28 @@ class Task:
     issue: Callable[[], None]
 
 
+_events: dict[torch.device, list[Any]] = {}
+
+
+def task_event(device: torch.device, number: int) -> Any:
+    """The event that the graphs' tasks of that number wait for: one for all graphs, since an update is queued only when
+    all earlier replays are done (and the memory behind an `ExternalEvent` never goes back)."""
+    events = _events.setdefault(device, [])
+    while len(events) <= number:
+        events.append(torch.npu.ExternalEvent())
+    return events[number]
+
+
 class TaskRecorder:
     """The tasks of one capture, in order. derived: tensors that several launches of the capture share; gone at its end.
 
     Used by the capturing thread, on the capture stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.tasks: list[Task] = []
+        self._num_waits = 0
         self.derived: dict[Any, Any] = {}
         self._workspaces: dict[Any, Tensor] = {}
 
@@ -100,12 +114,17 @@ class TaskRecorder:
 
     def add(self, issue: Callable[[], None]) -> None:
         """Queue a launch as a task. `issue` may keep no tensor of the pool alive (`weak`)."""
-        stream, event = torch.npu.current_stream(), torch.npu.ExternalEvent()
+        stream, event = torch.npu.current_stream(), task_event(self._device, self._num_waits)
+        self._num_waits += 1
         event.wait(stream)
         event.reset(stream)
         torch.npu.graph_task_group_begin(stream)
         issue()
         self.tasks.append(Task(torch.npu.graph_task_group_end(stream), event, issue))
+
+    def give_up(self) -> None:
+        """The capture was broken off. What waits for its events will never come: no graph uses them again."""
+        del _events.setdefault(self._device, [])[: self._num_waits]
 
     def update(self, stream: Any) -> None:
         """Issue all tasks anew, on another stream than the replay's. Whatever happens, the replay is let go on."""

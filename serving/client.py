@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -57,6 +58,7 @@ class EngineClient:
         self._step_age_s: float | None = None
         self._heard_s = self._started_s = time.monotonic()
         self._streams: dict[str, Stream] = {}
+        self.adapters: tuple[str, ...] = ()  # names that requests may give as their model
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[protocol.Controlled]] = {}
         self.waiting = WaitingTokens()
@@ -141,7 +143,7 @@ class EngineClient:
         caller.quota.charge_tokens(num_prompt_tokens(requests))
         return stream
 
-    async def control(self, action: str, *, mode: str = "keep", level: int = 1) -> protocol.Controlled:
+    async def control(self, action: str, **options: Any) -> protocol.Controlled:
         """Do something to the engine as a whole (`protocol.Control`); returns what came of it.
 
         Raises:
@@ -152,8 +154,10 @@ class EngineClient:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            self._send(protocol.Control(number, action, mode, level))
-            return await answer
+            self._send(protocol.Control(number, action, **options))
+            done = await answer
+            self.adapters = done.state.adapters
+            return done
         finally:
             del self._answers[number]
 
@@ -265,7 +269,7 @@ class EngineClient:
             self.phase = report.name
             self._on_phase(report.name, report.share, time.monotonic() - self._started_s)
         elif isinstance(report, protocol.Ready):
-            self.ready, self.phase = report, "ready"
+            self.ready, self.phase, self.adapters = report, "ready", report.adapters
             self._ready_event.set()
         else:
             self._die(report.reason, user_error=report.user_error)

@@ -33,6 +33,8 @@ class HttpSettings:
                                                 aliases=("model_id",))
     generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
                                     "generation_config.json), vllm (none), or a folder")
+    lora_folder: str | None = option(None, "folder below which /v1/load_lora_adapter finds adapters; none: the route is "
+                                     "closed")
     pooling_type: str = option("auto", "embedding of a text: its last token's hidden state, or the mean over all; auto: "
                                "as the checkpoint says (1_Pooling/config.json), else last",
                                choices=("auto", "last", "mean"))
@@ -50,6 +52,7 @@ class ChatSettings:
                                    "template; none: tools are refused")
     reasoning_parser: str = option("auto", "format of the model's reasoning, see docs/tools.md; auto: from its chat "
                                    "template; none: reasoning stays in the content")
+    chat_template_timeout: float = option(10.0, "seconds that rendering a chat template may take")
     trust_request_chat_template: bool = option(False, "let requests bring their own chat_template")
 
 
@@ -73,6 +76,9 @@ class ServerConfig:
         check_names(self.chat.tool_call_parser, self.chat.reasoning_parser)
         if any(not name for name in h.served_model_name):
             raise ConfigError("served_model_name must not be empty")
+        if not 0 < self.chat.chat_template_timeout < 1e6:
+            raise ConfigError(f"chat_template_timeout must be a positive number of seconds, got "
+                              f"{self.chat.chat_template_timeout}")
         for name, value in (("drain_timeout", h.drain_timeout), ("health_timeout", h.health_timeout)):
             if not 0 <= value < 1e6:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")

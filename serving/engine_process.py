@@ -158,12 +158,16 @@ class EngineServer:
                 control.wake_up()
             elif command.action == "reset_prefix_cache":
                 num_blocks = control.reset_prefix_cache()
+            elif command.action == "load_adapter":
+                self._core.adapters.load(command.name, Path(command.folder))
+            elif command.action == "unload_adapter":
+                self._core.adapters.unload(command.name)
         except XllmError as failure:
             error = failure
         state = protocol.EngineState(control.mode.value if control.mode else None, control.sleep_level,
-                                     self._core.num_open)
+                                     self._core.num_open, self._core.adapters.names)
         return protocol.Controlled(command.number, state, num_blocks, None if error is None else str(error),
-                                   isinstance(error, EngineStateError))
+                                   getattr(error, "field", None), isinstance(error, EngineStateError))
 
     def _submit(self, command: protocol.Submit) -> None:
         accepted: list[str] = []
@@ -209,7 +213,7 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     commands.set_hwm(0)
     commands.connect(f"ipc://{folder / COMMAND_SOCKET}")
     sender.send(protocol.Ready(core.config, str(core.model_path), core.model_config.vocab_size,
-                               tuple(core.model_config.eos_token_ids), core.num_blocks))
+                               tuple(core.model_config.eos_token_ids), core.num_blocks, core.adapters.names))
     steps = StepLog()
     heart = Heart(core, steps, context, folder)
     heart.start()

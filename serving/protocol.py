@@ -29,13 +29,16 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 class Control(msgspec.Struct, tag=True, frozen=True):
     """Do something to the engine as a whole; one `Controlled` with the same number answers.
 
-    action: "pause" (mode keep, abort or wait), "resume", "sleep" (level 1 or 2), "wakeup", "reset_prefix_cache".
+    action: "pause" (mode keep, abort or wait), "resume", "sleep" (level 1 or 2), "wakeup", "reset_prefix_cache",
+    "load_adapter" (name, folder), "unload_adapter" (name), "state".
     """
 
     number: int
     action: str
     mode: str = "keep"
     level: int = 1
+    name: str = ""
+    folder: str = ""
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
@@ -48,6 +51,7 @@ class EngineState(msgspec.Struct, frozen=True):
     paused: str | None = None
     sleep_level: int = 0
     num_open: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 class Rejection(msgspec.Struct, array_like=True, frozen=True):
@@ -71,6 +75,7 @@ class Controlled(msgspec.Struct, tag=True, frozen=True):
     state: EngineState
     num_blocks: int = 0  # forgotten
     error: str | None = None
+    field: str | None = None
     is_state: bool = False
 
 
@@ -112,6 +117,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     num_blocks: int
+    adapters: tuple[str, ...] = ()
 
     @property
     def max_model_len(self) -> int:

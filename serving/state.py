@@ -102,9 +102,13 @@ class ServerState:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
-        if name is not None and name not in self._accepted_names:
-            raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {', '.join(self.served_names)}",
-                           param="model")
+        if name is not None and name not in self._accepted_names and name not in self.engine.adapters:
+            served = ", ".join((*self.served_names, *self.engine.adapters))
+            raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {served}", param="model")
+
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a request's model names; "" for the model itself, whose names come first."""
+        return model if model in self.engine.adapters and model not in self._accepted_names else ""
 
     def need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:

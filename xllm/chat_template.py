@@ -23,7 +23,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from xllm.errors import ModelError, RequestError
-from xllm.template_limits import MAX_TEXT_CHARS, LimitedEnvironment, TemplateLimitError
+from xllm.template_limits import MAX_SECONDS, MAX_TEXT_CHARS, LimitedEnvironment, TemplateLimitError
 
 Message = Mapping[str, Any]
 
@@ -56,6 +56,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        max_seconds: float = MAX_SECONDS,
         **variables: Any,
     ) -> str:
         """The prompt text. `variables` are handed to the template and win over special tokens.
@@ -75,14 +76,14 @@ class ChatTemplate:
         scope = {**self._special_tokens, "documents": None, **_plain(variables), "messages": chat,
                  "tools": _plain(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._generate(scope)
+            text = self._generate(scope, max_seconds)
         except Exception as error:  # a template can raise anything that Python code can
             raise RequestError(f"the chat template refused the messages: {error}", field="messages") from error
         return _cut_at_mark(text) if continue_final_message else text
 
-    def _generate(self, scope: dict[str, Any]) -> str:
+    def _generate(self, scope: dict[str, Any], max_seconds: float) -> str:
         pieces, num_chars = [], 0
-        with self._environment.limited():
+        with self._environment.limited(max_seconds):
             for piece in self._template.generate(scope):
                 self._environment.tick()
                 pieces.append(piece)
@@ -103,6 +104,10 @@ def _environment() -> LimitedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def check_name(name: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
+
     class Namespace(jinja2.utils.Namespace):  # type: ignore[misc]
         """Jinja's namespace without underscore names, which would reach into CPython."""
 
@@ -110,16 +115,11 @@ def _environment() -> LimitedEnvironment:
             own, args = args[0], args[1:]
             attributes = dict(*args, **kwargs)
             for name in attributes:
-                own._check(name)
+                check_name(name)
             jinja2.utils.Namespace.__init__(own, attributes)
 
-        @staticmethod
-        def _check(name: Any) -> None:
-            if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
-
         def __setitem__(self, name: str, value: Any) -> None:
-            self._check(name)
+            check_name(name)
             super().__setitem__(name, value)
 
     class Dict:

@@ -131,6 +131,19 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    enable_lora: bool = option(False, "take adapters; also set by --lora-modules")
+    lora_modules: tuple[str, ...] = option((), "NAME=FOLDER of an adapter (PEFT format) that requests may name as their "
+                                           "model; may be given several times")
+    max_loras: int = option(4, "adapters that are loaded at once")
+    max_lora_rank: int = option(64, "largest rank of an adapter")
+
+    @property
+    def is_on(self) -> bool:
+        return self.enable_lora or bool(self.lora_modules)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """All settings of one engine. Make it with `from_flat`, complete it with `resolve`."""
 
@@ -139,6 +152,7 @@ class EngineConfig:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
     device: DeviceSettings = field(default_factory=DeviceSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     @classmethod
     def from_flat(cls, **settings: Any) -> EngineConfig:
@@ -210,6 +224,7 @@ def check(config: EngineConfig) -> None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
     _check_graphs(config.device)
+    _check_lora(config.lora)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
 
@@ -248,6 +263,19 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_warmup_seqs", d.graph_warmup_seqs, 0)
     if d.graph_max_seqs is not None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
+
+
+def _check_lora(lora: LoraSettings) -> None:
+    _at_least("max_loras", lora.max_loras, 1)
+    _at_least("max_lora_rank", lora.max_lora_rank, 1)
+    names = [module.partition("=")[0] for module in lora.lora_modules]
+    for module, name in zip(lora.lora_modules, names):
+        if not name or not module.partition("=")[2]:
+            raise ConfigError(f"lora_modules: {module!r} is not NAME=FOLDER")
+    if len(set(names)) < len(names):
+        raise ConfigError("lora_modules: two adapters have the same name")
+    if len(names) > lora.max_loras:
+        raise ConfigError(f"lora_modules: {len(names)} adapters, and max_loras is {lora.max_loras}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -56,7 +56,8 @@ class InputProcessor:
 
     def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
-                session_id: str | None = None, pooling: PoolingParams | None = None) -> ProcessedInput:
+                session_id: str | None = None, pooling: PoolingParams | None = None,
+                lora: str = "") -> ProcessedInput:
         """Everything the engine needs to run `prompt`; `sampling.n` becomes that many requests.
 
         Raises:
@@ -70,7 +71,7 @@ class InputProcessor:
         requests = tuple(
             Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
                     arrival_s=arrival_s, priority=priority, offline=offline, deadline_s=deadline_s,
-                    cache_salt=cache_salt, session_id=session_id, pooling=pooling)
+                    cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora)
             for child_id, choice in zip(self._engine_ids(request_id, sampling.n), _choices(sampling))
         )
         return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,

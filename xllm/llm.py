@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -51,17 +52,19 @@ class LLM:
         self._dead: str | None = None
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *,
-                 use_tqdm: bool = True, priority: int | Sequence[int] | None = None) -> list[RequestOutput]:
+                 use_tqdm: bool = True, priority: int | Sequence[int] | None = None,
+                 lora: str | Sequence[str] = "") -> list[RequestOutput]:
         """Complete prompts; the results are in their order.
 
         prompts: one or a list of: text, token ids, {'prompt': text}, {'prompt_token_ids': ids}.
-        sampling_params: one for all, or one each; None: the defaults. priority: smaller runs first.
+        sampling_params: one for all, or one each; None: the defaults. priority: smaller runs first. lora: the adapter
+        to compute with, one for all or one each; "": none.
 
         Raises:
             RequestError: a prompt or a parameter is wrong; names its index. Nothing was run then.
             EngineDeadError: the engine failed.
         """
-        return self._run(_as_batch(prompts), sampling_params, priority, use_tqdm)
+        return self._run(_as_batch(prompts), sampling_params, priority, use_tqdm, lora)
 
     def chat(self, messages: Sequence[Any], sampling_params: Params = None, *, use_tqdm: bool = True,
              add_generation_prompt: bool = True, continue_final_message: bool = False,
@@ -117,17 +120,34 @@ class LLM:
         states = self._run_states(_as_batch(prompts), EMBEDDING_SAMPLING, None, use_tqdm, pooling or PoolingParams())
         return [embedding_output(state) for state in states]
 
+    def load_adapter(self, name: str, folder: Path | str) -> None:
+        """Load an adapter (PEFT format) for `generate`. Needs `enable_lora`.
+
+        Raises:
+            RequestError: the name is taken. ModelError: the files cannot be used. EngineStateError: no slot is free.
+        """
+        with self._lock:
+            self._core.adapters.load(name, Path(folder))
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises RequestError if there is no such adapter."""
+        with self._lock:
+            self._core.adapters.unload(name)
+
     def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
-             use_tqdm: bool) -> list[RequestOutput]:
-        return [state.output() for state in self._run_states(prompts, params, priority, use_tqdm)]
+             use_tqdm: bool, lora: str | Sequence[str] = "") -> list[RequestOutput]:
+        return [state.output() for state in self._run_states(prompts, params, priority, use_tqdm, lora=lora)]
 
     def _run_states(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
-                    use_tqdm: bool, pooling: PoolingParams | None = None) -> list[RequestState]:
+                    use_tqdm: bool, pooling: PoolingParams | None = None,
+                    lora: str | Sequence[str] = "") -> list[RequestState]:
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError(f"the engine is gone: {self._dead}")
             sources = self._process_all(prompts, _one_each(params, SamplingParams(), len(prompts), "sampling_params"),
-                                        _one_each(priority, 0, len(prompts), "priority"), pooling)
+                                        _one_each(priority, 0, len(prompts), "priority"),
+                                        [lora] * len(prompts) if isinstance(lora, str)
+                                        else _one_each(lora, "", len(prompts), "lora"), pooling)
             states = [self._outputs.add(source) for source in sources]
             try:
                 self._add_all(sources)
@@ -138,12 +158,13 @@ class LLM:
             return states
 
     def _process_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams],
-                     priorities: Sequence[int], pooling: PoolingParams | None) -> list[ProcessedInput]:
+                     priorities: Sequence[int], adapters: Sequence[str],
+                     pooling: PoolingParams | None) -> list[ProcessedInput]:
         sources = []
-        for index, (prompt, sampling, priority) in enumerate(zip(prompts, params, priorities)):
+        for index, (prompt, sampling, priority, lora) in enumerate(zip(prompts, params, priorities, adapters)):
             with _at("prompts", index, len(prompts)):
                 source = self._inputs.process(str(self._num_requests), prompt, sampling, priority=priority,
-                                              pooling=pooling)
+                                              pooling=pooling, lora=lora)
             self._num_requests += 1
             sources.append(source)
         return sources

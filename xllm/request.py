@@ -122,8 +122,9 @@ def _freeze_sequences(p: SamplingParams) -> None:
 
 
 def _structured(fields: Mapping[str, Any]) -> StructuredOutput:
-    if unknown := fields.keys() - set(KINDS):
-        raise RequestError(f"structured: unknown key {min(unknown)!r}; known are {', '.join(KINDS)}",
+    known = (*KINDS, "after")
+    if unknown := fields.keys() - set(known):
+        raise RequestError(f"structured: unknown key {min(unknown)!r}; known are {', '.join(known)}",
                            field="structured")
     return StructuredOutput(**fields)
 
@@ -215,6 +216,8 @@ class Request:
     deadline_s: float | None = None
     cache_salt: str = ""
     session_id: str | None = None  # of the conversation that it is a turn of
+    lora: str = ""  # the adapter to compute with; none: the model as it is
+    lora_slot: int = 0  # where the engine keeps it; filled in by the engine
     tenant: str = ""  # whose it is, for fair shares between them
     tenant_weight: float = 1.0  # of two tenants that both wait, the one with twice the weight gets twice the tokens
 

@@ -39,6 +39,7 @@ class NewRow:
     eos_token_ids: tuple[int, ...]
     seed: int
     pooling: PoolingParams | None = None
+    lora_slot: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

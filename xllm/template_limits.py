@@ -48,7 +48,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update({_EACH: self._each, _SHOWN: self._finalised, _SIZED: _sized})
 
     @contextmanager
-    def limited(self, seconds: float = MAX_SECONDS) -> Iterator[None]:
+    def limited(self, seconds: float) -> Iterator[None]:
         """Raises TemplateLimitError within, once `seconds` are over."""
         self._running.clock = _Clock(seconds)
         try:
@@ -88,6 +88,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             _check_method(owner, getattr(__obj, "__name__", ""), args)
         return _sized(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_method(value.__self__, "format", (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return checked
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _check_operands(operator, left, right)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from backends.opset import OpSet
 from backends.reference import activation, attention, kv, linear, logits, norm, rotary, sampling, stored_kv
+from backends.reference.lora import REFERENCE_LORA
 
 REFERENCE = OpSet(
     name="reference",
     pack_linear=linear.pack_linear,
     linear=linear.linear,
+    pack_lora=REFERENCE_LORA.pack_lora,
+    lora_add=REFERENCE_LORA.lora_add,
     embedding=linear.embedding,
     feed_tokens=linear.feed_tokens,
     rms_norm=norm.rms_norm,

@@ -29,7 +29,8 @@ class Goal:
         """None: not measured."""
         if value is None:
             return None
-        return value >= self.limit if self.at_least else value <= self.limit
+        slack = 1e-9 * self.limit  # of a conversion of units
+        return value >= self.limit - slack if self.at_least else value <= self.limit + slack
 
 
 def _decode(name: str, batch: int, limit: float) -> Goal:

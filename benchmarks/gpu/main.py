@@ -73,7 +73,7 @@ def supervise(args: argparse.Namespace) -> int:
         results.sections.pop(name, None)
     results.write()
     left, resumed = [name for name in args.sections if name != "report"], ""
-    while left:
+    while left := _in_time(results.path.parent, args, left, until):
         code = _run_child(args, left, resumed, until)
         left, resumed = _account(args.out, left, code)
     if "report" in args.sections:
@@ -82,6 +82,20 @@ def supervise(args: argparse.Namespace) -> int:
     for fault in found:
         print(f"FAULT {fault}", file=sys.stderr)
     return 1 if found else 0
+
+
+def _in_time(out: Path, args: argparse.Namespace, left: list[str], until: float) -> list[str]:
+    """Those that fit the time that is left, if nothing runs before them; the others are skipped."""
+    late = [name for name in left if until - time.time() < PROFILES[args.profile].section_s[name]]
+    if late:
+        results = ResultFile(out)
+        for name in late:
+            skip(results, name, PROFILES[args.profile].section_s[name], until - time.time())
+    return [name for name in left if name not in late]
+
+
+def skip(results: ResultFile, name: str, thought_s: float, left_s: float) -> None:
+    results.end(name, SKIPPED, error=f"thought to take {thought_s:.0f} s, {max(left_s, 0):.0f} s are left")
 
 
 def _run_child(args: argparse.Namespace, sections: list[str], resumed: str, until: float) -> int:
@@ -132,8 +146,7 @@ def work(args: argparse.Namespace) -> int:
                       out=args.out)  # fmt: skip
         for name in args.sections:
             if bench.left_s < profile.section_s[name]:
-                results.end(name, SKIPPED, error=f"thought to take {profile.section_s[name]:.0f} s, "
-                            f"{max(bench.left_s, 0):.0f} s are left")  # fmt: skip
+                skip(results, name, profile.section_s[name], bench.left_s)
                 continue
             try:
                 _run_section(bench, name, resumed=name == args.resumed)

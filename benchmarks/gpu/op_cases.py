@@ -179,6 +179,42 @@ def silu_mul_cases(world: World) -> Iterator[Check]:
                     truth=lambda x=x, f=ffn: (torch.nn.functional.silu(x[:, :f].double()) * x[:, f:].double(),))
 
 
+def lora_cases(world: World) -> Iterator[Check]:
+    """Tokens of several adapters, and of none, mixed in a step; a layer of several parts."""
+    for i in range(world.cases):
+        dtype, rank, rng = world.dtype(i), world.rng.choice((8, 16, 64)), world.rng
+        slots, rows, inputs = rng.choice((1, 2, 5)), rng.choice((1, 5, 64, 130)), rng.choice((64, 256, 1024))
+        parts = rng.choice(((256,), (128, 64, 64), (96, 96)))
+        a, b = world.randn(slots, len(parts) * rank, inputs), world.randn(slots, sum(parts), rank)
+        a, b = (a / inputs**0.5).to(dtype), (b / rank**0.5).to(dtype)
+        y, x = world.randn(rows, sum(parts), dtype=dtype), world.randn(rows, inputs, dtype=dtype)
+        slots_T = world.randint(slots + 1, rows, dtype=torch.int32)
+        present = sorted(set(slots_T.tolist()) - {0}) if i % 2 else None
+        packed = world.ops.pack_lora(a, b, parts)
+
+        def run(y: Tensor = y, x: Tensor = x, packed: object = packed, slots_T: Tensor = slots_T,
+                present: list[int] | None = present) -> Sequence[Tensor]:
+            added = y.clone()
+            world.ops.lora_add(added, x, packed, slots_T, present)
+            return (added,)
+
+        yield Check(name=f"{rows}x{sum(parts)}x{inputs}/r{rank}/L{slots}/{short(dtype)}", run=run,
+                    truth=lambda y=y, x=x, a=a, b=b, at=slots_T, parts=parts: (lora_truth(y, x, a, b, at, parts),),
+                    tolerance=2 * TOLERANCE[dtype])  # fmt: skip
+
+
+def lora_truth(y_TY: Tensor, x_TX: Tensor, a_LRX: Tensor, b_LYR: Tensor, slots_T: Tensor,
+               parts: tuple[int, ...]) -> Tensor:
+    rank, rows = b_LYR.shape[2], []
+    for y, x, slot in zip(y_TY.double(), x_TX.double(), slots_T.tolist()):
+        if slot:
+            inner = (a_LRX[slot - 1].double() @ x).split(rank)
+            outer = b_LYR[slot - 1].double().split(parts)
+            y = y + torch.cat([b @ h for b, h in zip(outer, inner)])
+        rows.append(y)
+    return torch.stack(rows)
+
+
 HIDDEN = (64, 100, 1024, 2048, 4096, 5120)
 
 
@@ -189,5 +225,5 @@ def short(dtype: torch.dtype) -> str:
 OPERATORS: dict[str, Cases] = {
     "pack_linear": pack_linear_cases, "linear": linear_cases, "embedding": embedding_cases,
     "feed_tokens": feed_tokens_cases, "rms_norm": rms_norm_cases, "add_rms_norm": add_rms_norm_cases,
-    "silu_mul": silu_mul_cases,
+    "silu_mul": silu_mul_cases, "pack_lora": lora_cases, "lora_add": lora_cases,
 }  # fmt: skip

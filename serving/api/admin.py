@@ -6,6 +6,7 @@ All of them need an admin key (`serving/api/auth.py`).
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,9 +16,10 @@ from serving import protocol
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.health import package_version
 from serving.api.limits import read_json
-from serving.api.types import AbortBody, PauseBody, SleepBody, parse
-from serving.security.paths import hide_paths
+from serving.api.types import AbortBody, LoadAdapterBody, PauseBody, SleepBody, UnloadAdapterBody, parse
+from serving.security.paths import contained, hide_paths
 from serving.state import ServerState
+from xllm.errors import RequestError
 
 PAUSE_MODES = ("keep", "abort", "wait")
 SLEEP_LEVELS = (1, 2)  # without the KV cache; without the weights too
@@ -36,7 +38,7 @@ def router(state: ServerState) -> APIRouter:
         state.check_loaded()
         done = await state.engine.control(action, **options)
         if done.error is not None:
-            raise ApiError(409 if done.is_state else 400, hide_paths(done.error))
+            raise ApiError(409 if done.is_state else 400, hide_paths(done.error), param=done.field)
         return done
 
     @routes.post("/pause")
@@ -71,6 +73,19 @@ def router(state: ServerState) -> APIRouter:
     async def is_sleeping() -> Response:
         return json_response(_shown((await control("state")).state))
 
+    @routes.post("/v1/load_lora_adapter")
+    async def load_adapter(request: Request) -> Response:
+        body = await body_of(request, LoadAdapterBody)
+        folder = adapter_folder(state.config.http.lora_folder, body.lora_path)
+        done = await control("load_adapter", name=body.lora_name, folder=str(folder))
+        return json_response({"adapters": done.state.adapters})
+
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload_adapter(request: Request) -> Response:
+        body = await body_of(request, UnloadAdapterBody)
+        done = await control("unload_adapter", name=body.lora_name)
+        return json_response({"adapters": done.state.adapters})
+
     @routes.post("/flush_cache")
     @routes.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
@@ -98,6 +113,19 @@ def router(state: ServerState) -> APIRouter:
                               "vocab_size": state.ready.vocab_size, "stats": protocol.as_builtins(state.engine.stats)})
 
     return routes
+
+
+def adapter_folder(root: str | None, wish: str) -> Path:
+    """An adapter's folder below `--lora-folder`. Raises ApiError."""
+    if root is None:
+        raise ApiError(403, "adapters are loaded at run time only from --lora-folder, which was not given")
+    try:
+        folder = contained(Path(root), wish)
+    except RequestError:
+        folder = Path(root)
+    if folder == Path(root) or not folder.is_dir():
+        raise invalid("lora_path must be a folder below the server's --lora-folder", "lora_path")
+    return folder
 
 
 def _number(value: str) -> str | int | bool:

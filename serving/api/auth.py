@@ -61,6 +61,8 @@ ROUTES: dict[str, Access] = {
     "/wakeup": Access.ADMIN,
     "/wake_up": Access.ADMIN,
     "/is_sleeping": Access.ADMIN,
+    "/v1/load_lora_adapter": Access.ADMIN,
+    "/v1/unload_lora_adapter": Access.ADMIN,
     "/reset_prefix_cache": Access.ADMIN,
     "/flush_cache": Access.ADMIN,
     "/abort": Access.ADMIN,

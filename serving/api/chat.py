@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +22,7 @@ from serving.api.tools import ToolWish, read_tools
 from serving.api.types import ChatBody, parse
 from serving.parsers.events import Answer, CallArguments, CallStart, Content, Event, Reasoning
 from serving.parsers.output import OutputParser
+from serving.parsers.reasoning.base import CLOSE, ThinkParser
 from serving.state import ServerState
 from xllm.errors import RequestError
 from xllm.request import MAX_LOGPROBS
@@ -48,38 +49,54 @@ class ChatCall:
 
     def _structured(self) -> StructuredOutput | None:
         """The form of the output, for the response's format or for forced calls. Raises ApiError."""
-        asked, schema = read_structured(self.body), self.tools.schema()
-        if schema is None:
-            return asked
-        if asked is not None:
+        asked, form = read_structured(self.body), self.tools.form(self.state.parsers.tools, self._hidden)
+        if asked is not None and self.tools.is_forced:
             raise invalid("tool_choice forces a call; response_format and structured_outputs have no place beside it",
                           "tool_choice")
-        try:
-            return StructuredOutput(json=schema)
-        except RequestError as error:
-            raise invalid(f"tools: {error}", "tools") from None
+        if asked is None and form is not None:
+            try:
+                asked = StructuredOutput(**form)
+            except RequestError as error:
+                raise invalid(f"tools: {error}", "tools") from None
+        thinking = self._thinking()
+        if asked is None or asked.after is not None or thinking is None or not thinking.opens_for_sure:
+            return asked
+        return asked if CLOSE in self._hidden else replace(asked, after=CLOSE)
+
+    @property
+    def _hidden(self) -> frozenset[str]:
+        """Texts that are special tokens: no prescribed form can hold them."""
+        return frozenset() if self.state.tokenizer is None else self.state.tokenizer.special_token_texts
+
+    def _thinking(self) -> ThinkParser | None:
+        kind = self.state.parsers.reasoning
+        return None if kind is None else kind(self.prompt.tail)
 
     def _parser(self) -> OutputParser:
-        """A fresh one for a choice. What has a prescribed form has no room for reasoning."""
-        parsers = self.state.parsers
-        reasoning = parsers.reasoning if self.structured is None else None
-        return OutputParser(None if reasoning is None else reasoning(self.prompt.tail),
-                            self.tools.answer_parser(parsers.tools))
+        """A fresh one for a choice. A prescribed form leaves no room for reasoning unless it begins behind it."""
+        form = self.structured
+        has_room = form is None or form.after is not None or form.structural_tag is not None
+        return OutputParser(self._thinking() if has_room else None, self.tools.answer_parser(self.state.parsers.tools))
 
     def sampling_overrides(self) -> dict[str, Any]:
         """Sampling parameters that the parsers ask for: markers that are special tokens must stay visible."""
         overrides: dict[str, Any] = {"structured": self.structured}
-        markers = {marker for parser in self.parsers[:1] for marker in parser.markers}
-        if self.state.tokenizer is not None and markers & self.state.tokenizer.special_token_texts:
+        if self._hidden.intersection(self.parsers[0].markers):
             overrides["skip_special_tokens"] = False
         return overrides
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
+    def usage(self, generation: Generation) -> dict[str, object]:
+        usage = generation.usage(self.n)
+        if num_tokens := sum(parser.num_reasoning_tokens for parser in self.parsers):
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_tokens}
+        return usage
+
     def response(self, generation: Generation) -> dict[str, Any]:
         choices = [self._choice_json(choice) for choice in generation.choices]
-        answer = {**self.envelope("chat.completion", choices), "usage": generation.usage(self.n)}
+        answer = {**self.envelope("chat.completion", choices), "usage": self.usage(generation)}
         if self.body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
         if self.body.return_token_ids:
@@ -138,8 +155,7 @@ class ChatCall:
                 chunks[0]["prompt_token_ids"] = self.prompt.token_ids
             if self.body.prompt_logprobs is not None and piece.index == 0:
                 chunks[0]["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
-        found = self.parsers[piece.index].feed(piece.text, last=piece.finish_reason is not None)
-        deltas = [delta for event in found if (delta := self._delta(event)) is not None]
+        deltas = [delta for event in self._read(piece) if (delta := self._delta(event)) is not None]
         if not deltas and piece.token_ids and (self.body.logprobs or self.body.return_token_ids):
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
@@ -159,13 +175,17 @@ class ChatCall:
         if self.body.return_token_ids:
             choice["token_ids"] = piece.token_ids
 
+    def _read(self, piece: Piece) -> list[Event]:
+        return self.parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids),
+                                              last=piece.finish_reason is not None)
+
     async def run(self, generation: Generation) -> dict[str, Any]:
         """The whole answer. Its text is read as it comes, so that a long one never stops the event loop."""
         pieces = generation.pieces()
         try:
             async for found in pieces:
                 for piece in found:
-                    self.parsers[piece.index].feed(piece.text, last=piece.finish_reason is not None)
+                    self._read(piece)
         finally:
             await pieces.aclose()
             generation.close()
@@ -179,11 +199,10 @@ class ChatCall:
                 for piece in found:
                     for chunk in self.piece_chunks(generation, piece):
                         if options and options.continuous_usage_stats:
-                            chunk["usage"] = generation.usage(self.n)
+                            chunk["usage"] = self.usage(generation)
                         yield event(chunk)
             if options and options.include_usage:
-                usage = generation.usage(self.n)
-                yield event({**self.envelope("chat.completion.chunk", []), "usage": usage})
+                yield event({**self.envelope("chat.completion.chunk", []), "usage": self.usage(generation)})
         finally:
             await pieces.aclose()
             generation.close()

@@ -15,7 +15,8 @@ from xllm.errors import ModelError
 
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
-                             "continue_final_message", "documents", "field", "self"})
+                             "continue_final_message", "documents", "field", "self",
+                             "max_seconds"})
 MAX_KWARGS = 32
 MAX_KWARGS_CHARS = 16 * 2**10
 MAX_TEMPLATE_CHARS = 256 * 2**10
@@ -43,7 +44,7 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     def encode() -> ChatPrompt:
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
-                                     **variables)
+                                     max_seconds=state.config.chat.chat_template_timeout, **variables)
         token_ids = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
         return ChatPrompt(token_ids, text[-TAIL_CHARS:])
 

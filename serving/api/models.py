@@ -13,13 +13,15 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
     def card(name: str) -> dict[str, Any]:
+        adapter = state.adapter_of(name)
         return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm",
-                "root": state.served_names[0], "parent": None, "max_model_len": state.ready.max_model_len}
+                "root": adapter or state.served_names[0], "parent": state.served_names[0] if adapter else None,
+                "max_model_len": state.ready.max_model_len}
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         state.check_loaded()
-        return {"object": "list", "data": [card(name) for name in state.served_names]}
+        return {"object": "list", "data": [card(name) for name in (*state.served_names, *state.engine.adapters)]}
 
     @routes.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:

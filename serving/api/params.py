@@ -88,7 +88,7 @@ def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None)
 def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                      sampling: SamplingParams, pooling: PoolingParams) -> list[Request]:
     """One `Request` per text. Raises RequestError or ApiError."""
-    options = _request_options(body)
+    options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
 
@@ -104,7 +104,7 @@ async def engine_requests(state: ServerState, body: GenerationBody, call: str, p
 
 def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
                      samplings: Sequence[SamplingParams]) -> list[Request]:
-    options = _request_options(body)
+    options = _request_options(state, body)
     requests: list[Request] = []
     for prompt, sampling in zip(prompts, samplings, strict=True):
         made = state.inputs.process(call, prompt, sampling, **options).requests
@@ -114,7 +114,7 @@ def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompt
     return requests
 
 
-def _request_options(body: GenerationBody | PoolingBody) -> dict[str, Any]:
+def _request_options(state: ServerState, body: GenerationBody | PoolingBody) -> dict[str, Any]:
     """What a body says about its requests beside prompt and sampling. Raises ApiError."""
     if abs(body.priority) > MAX_PRIORITY:
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
@@ -124,7 +124,8 @@ def _request_options(body: GenerationBody | PoolingBody) -> dict[str, Any]:
         if len(getattr(body, name) or "") > MAX_SALT_CHARS:
             raise invalid(f"{name} may have at most {MAX_SALT_CHARS} characters", name)
     return {"priority": body.priority, "offline": body.offline, "deadline_s": _deadline_s(body.ttlt_slo_ms),
-            "cache_salt": _hash_salt(body.cache_salt), "session_id": body.session_id or body.prompt_cache_key}
+            "cache_salt": _hash_salt(body.cache_salt), "session_id": body.session_id or body.prompt_cache_key,
+            "lora": state.adapter_of(body.model)}
 
 
 def _deadline_s(wish_ms: float | None) -> float | None:

@@ -39,12 +39,28 @@ class ToolWish:
     def functions(self) -> list[Mapping[str, Any]]:
         return [tool["function"] for tool in self.tools]
 
-    def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of an output that is the forced calls and nothing else; None if nothing is forced."""
+    def form(self, model_parser: type[ToolParser] | None, hidden: frozenset[str]) -> dict[str, Any] | None:
+        """What the output must be like, as the fields of a `StructuredOutput`; None: free.
+
+        Forced calls are JSON and nothing else. Of calls that the model may make, those to `strict` functions follow
+        their schemas, where the format can say so. hidden: texts that are special tokens, which no form can hold.
+        """
         if self.choice == "named":
-            return _parameters(next(f for f in self.functions if f["name"] == self.name))
-        if self.choice != "required":
+            return {"json": _parameters(next(f for f in self.functions if f["name"] == self.name))}
+        if self.choice == "required":
+            return {"json": self._list_schema()}
+        if model_parser is None or model_parser.trigger is None or hidden.intersection(model_parser.markers):
             return None
+        if self.choice == "none" or not any(function.get("strict") for function in self.functions):
+            return None
+        structures = []
+        for function in self.functions:
+            begin, end = model_parser.frame(function["name"])
+            schema = _parameters(function) if function.get("strict") else {"type": "object"}
+            structures.append({"begin": begin, "schema": schema, "end": end})
+        return {"structural_tag": {"structures": structures, "triggers": [model_parser.trigger]}}
+
+    def _list_schema(self) -> dict[str, Any]:
         calls = [_call_schema(function, f"#/items/anyOf/{index}/properties/parameters")
                  for index, function in enumerate(self.functions)]
         schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
@@ -108,6 +124,8 @@ def _checked_name(index: int, tool: dict[str, Any]) -> str:
         raise invalid(f"{where}.function.name must be 1 to 128 letters, digits, '_', '-', '.', ':' or '/'", "tools")
     if not isinstance(function.get("parameters") or {}, dict):
         raise invalid(f"{where}.function.parameters must be a JSON schema object", "tools")
+    if not isinstance(function.get("strict") or False, bool):
+        raise invalid(f"{where}.function.strict must be true or false", "tools")
     if not isinstance(function.get("description") or "", str):
         raise invalid(f"{where}.function.description must be a string", "tools")
     return name

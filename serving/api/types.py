@@ -161,6 +161,15 @@ class SleepBody(StrictBody):
     level: int = 1
 
 
+class LoadAdapterBody(StrictBody):
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterBody(StrictBody):
+    lora_name: str
+
+
 class AbortBody(StrictBody):
     request_ids: list[str] | None = None
     request_id: str | None = None

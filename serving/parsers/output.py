@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serving.parsers import registry
-from serving.parsers.events import Answer, CallStart, Content, Event, assemble, merged
+from serving.parsers.events import Answer, CallStart, Content, Event, Reasoning, assemble, merged
 from serving.parsers.reasoning.base import ThinkParser
 from serving.parsers.tools.base import ToolParser
 
@@ -42,11 +42,14 @@ class OutputParser:
         self._answer = answer or PlainParser()
         self.has_calls = False
         self._events: list[Event] = []
+        self.num_reasoning_tokens = 0
         self.markers = (*(thinking.markers if thinking else ()), *self._answer.markers)
 
-    def feed(self, text: str, *, last: bool = False) -> list[Event]:
-        """Read more text; `last`: there is no more after it."""
+    def feed(self, text: str, *, num_tokens: int = 0, last: bool = False) -> list[Event]:
+        """Read more text, of `num_tokens` tokens; `last`: there is no more after it."""
         events: list[Event] = []
+        if self._thinking is not None and self._thinking.is_thinking:
+            self.num_reasoning_tokens += num_tokens
         if self._thinking is not None:
             events, text = self._thinking.feed(text)
             if last:
@@ -58,7 +61,13 @@ class OutputParser:
         events = merged(events)
         self.has_calls = self.has_calls or any(isinstance(event, CallStart) for event in events)
         self._events += events
+        if self._thinking is not None and not (self._thinking.is_thinking or self._has_thought):
+            self.num_reasoning_tokens = 0  # it might have thought, and did not
         return events
+
+    @property
+    def _has_thought(self) -> bool:
+        return any(isinstance(event, Reasoning) for event in self._events[:1])
 
     def answer(self) -> Answer:
         """All that has been found so far."""

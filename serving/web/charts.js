@@ -66,7 +66,7 @@ function axes(width, height, low, high, y, span) {
   const parts = [svg("text", {x: LEFT, y: height - 2}, `${span} s ago`), svg("text", {x: width - 2, y: height - 2, "text-anchor": "end"}, "now")];
   for (const tick of DECADES.filter((value) => value >= low && value <= high)) {
     parts.push(svg("line", {class: "grid", x1: LEFT, x2: width, y1: y(tick), y2: y(tick)}),
-      svg("text", {x: LEFT - 6, y: Number(y(tick)) + 4, "text-anchor": "end"}, `${tick} ms`));
+      svg("text", {x: LEFT - 6, y: Number(y(tick)) + 4, "text-anchor": "end"}, tick < 1000 ? `${tick} ms` : `${tick / 1000} s`));
   }
   return parts;
 }

@@ -16,6 +16,7 @@ class Answer {
     this.startedMs = startedMs;
     this.firstMs = null;
     this.lastMs = null;
+    this.firstTokens = 0;
     this.content = "";
     this.reasoning = "";
     this.calls = [];
@@ -32,7 +33,10 @@ class Answer {
     const reasoning = delta.reasoning_content ?? delta.reasoning ?? "";
     if (delta.content || reasoning || delta.tool_calls?.length) {
       this.lastMs = performance.now();
-      this.firstMs ??= this.lastMs;
+      if (this.firstMs === null) {
+        this.firstMs = this.lastMs;
+        this.firstTokens = this.usage?.completion_tokens ?? 1; // a parser may have held back the first ones
+      }
     }
     this.content += delta.content ?? "";
     this.reasoning += reasoning;
@@ -57,10 +61,11 @@ class Answer {
 
   /** One line of figures. While it streams, tokens are those of the running usage. */
   facts() {
-    const facts = [];
+    const facts = this.finish === "stopped" ? ["stopped"] : [];
     const tokens = this.usage?.completion_tokens;
     if (tokens !== undefined) facts.push(plural(tokens, "token"));
-    if (tokens > 1 && this.lastMs > this.firstMs) facts.push(`${((tokens - 1) / (this.lastMs - this.firstMs) * 1000).toFixed(1)} tokens/s`);
+    const later = tokens - this.firstTokens;
+    if (later > 0 && this.lastMs > this.firstMs) facts.push(`${(later / (this.lastMs - this.firstMs) * 1000).toFixed(1)} tokens/s`);
     if (this.firstMs !== null) facts.push(`first after ${Math.round(this.firstMs - this.startedMs)} ms`);
     if (this.usage) {
       const cached = this.usage.prompt_tokens_details?.cached_tokens ?? 0;
@@ -104,7 +109,7 @@ class AnswerView {
     this.reasoningText.textContent = answer.reasoning;
     render(this.body, answer.content);
     this.drawCalls();
-    this.facts.textContent = answer.facts().join(" · ");
+    this.facts.replaceChildren(answer.failure ? make("span", {class: "failure"}, answer.failure) : answer.facts().join(" · "));
     if (follow) this.chat.scrollToEnd();
   }
 
@@ -122,7 +127,6 @@ class AnswerView {
   finish() {
     this.element.classList.remove("streaming");
     this.draw();
-    if (this.answer.failure) this.facts.replaceChildren(make("span", {class: "failure"}, this.answer.failure));
     const copy = make("button", {type: "button", class: "ghost small", "data-copy": true}, "Copy");
     copy.xllmText = this.answer.content;
     const retry = make("button", {type: "button", class: "ghost small"}, "Retry");
@@ -321,7 +325,6 @@ export class Chat {
     if (content || calls) this.turns.push({message, element: view.element});
     if (calls && !answer.failure && answer.finish !== "stopped") this.askResults(calls, view);
     const end = answer.failure || (answer.finish === "stopped" ? "Stopped." : `Answer complete, ${answer.facts()[0] ?? ""}.`);
-    if (answer.finish === "stopped") view.facts.textContent = ["stopped", ...answer.facts()].join(" · ");
     setText("announce", end);
   }
 

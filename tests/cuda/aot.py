@@ -3,7 +3,9 @@
 The operators themselves are called, with tensors on the CPU, so that what is compiled is what would be launched. Each
 (operator, architecture) has a process of its own, which a failed assertion in the compiler would end. Of every kernel:
 registers without spills, no local memory, shared memory within the device's; of those that promise it, more than one
-buffer for keys and values, copies of 16 bytes into them, and Hopper's warp-group instructions.
+buffer for keys and values, copies of 16 bytes into them, and Hopper's warp-group instructions; of those that may start
+early, that they touch no memory before they have waited. What the table has no number for today (`ALTERNATIVES`) is
+compiled as well, so that a measurement on a device can choose it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Compute capability, multiprocessors, bytes of shared memory a program may have. Ampere's are those of its smaller
 # devices (8.6, 8.9), so that every table entry runs on all of them.
 DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
+ALTERNATIVES: dict[str, list[dict[str, int]]] = {"sm80": [{}], "sm90": [{}, {"PDL": 1}]}
+MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.(?!param|shared)|cp\.async|\bcp\.reduce")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SECONDS = 600
 
@@ -186,6 +190,9 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
     if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
+    waits, touches = kernel.asm["ptx"].find("griddepcontrol.wait"), MEMORY.search(kernel.asm["ptx"])
+    if "PDL" in case and not (touches and 0 <= waits < touches.start()):
+        faults.append("touches memory before it has waited")
     return {"kernel": name, "case": case, "arch": arch, "registers": used["registers"], "shared": shared,
             "buffers": buffers, "wgmma": wgmma, "faults": faults}  # fmt: skip
 
@@ -194,21 +201,22 @@ def compile_all(operator: str, arch: str) -> None:
     """In a child: a line of JSON for every kernel."""
     import triton
 
-    from cuda_ops.launch import ahead_of_time
+    from cuda_ops.launch import ahead_of_time, overridden
 
     capability, num_sms, _ = DEVICES[arch]
     triton.runtime.driver.set_active(Device(capability))
     with tempfile.TemporaryDirectory() as cache_dir:
         triton.knobs.cache.dir = cache_dir
         seen, entries = set(), set()
-        for case, call in OPERATORS[operator]():
-            with ahead_of_time(arch, num_sms) as compilation:
-                call()
-            for name, kernel in compilation.compiled:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    print(json.dumps(examine(kernel, name, case, arch)), flush=True)
-            entries |= compilation.entries
+        for numbers in ALTERNATIVES[arch]:
+            for case, call in OPERATORS[operator]():
+                with ahead_of_time(arch, num_sms) as compilation, overridden(**numbers):
+                    call()
+                for name, kernel in compilation.compiled:
+                    if kernel.hash not in seen:
+                        seen.add(kernel.hash)
+                        print(json.dumps(examine(kernel, name, " ".join([case, *numbers]), arch)), flush=True)
+                entries |= compilation.entries
     print(json.dumps({"entries": sorted(entries)}), flush=True)
 
 

@@ -23,7 +23,9 @@ NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "at
 LINKED = ("lib/libtorch_npu.so", "lib/libtensorpipe.so", "lib/libop_plugin_atb.so", "lib/libnpu_profiler.so")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
 
-CANN = re.compile(r"acl[A-Za-z]|Hccl|Msprof|rt[A-Z]|(snprintf|vsnprintf|strcpy)_s$|_ZN?K?N?K?(2ge|3atb)|_ZNK?(2ge|3atb)")
+CANN = re.compile(
+    r"acl[A-Za-z]|Hccl|Msprof|rt[A-Z]|(snprintf|vsnprintf|strcpy)_s$|_ZN?K?N?K?(2ge|3atb)|_ZNK?(2ge|3atb)"
+)
 
 MISSING = """#include <stdio.h>
 #include <stdlib.h>
@@ -59,14 +61,18 @@ def _build(folder: Path) -> None:
     have = set(_symbols("--defined-only", ours))
     wanted = {name for file in _linked() for name in _symbols("--undefined-only", file) if CANN.match(name)}
     stubs = folder / "missing.c"
-    lines = [f'__attribute__((visibility("default"))) void {name}(void) {{ missing("{name}"); }}' for name in sorted(wanted - have)]
+    lines = [
+        f'__attribute__((visibility("default"))) void {name}(void) {{ missing("{name}"); }}'
+        for name in sorted(wanted - have)
+    ]
     stubs.write_text(MISSING + "\n".join(lines) + "\n")
-    _run("gcc", *FLAGS, f"-I{include}", *sources, str(stubs), "-o", str(ours), "-Wl,-soname,libascendcl.so", "-lpthread")
+    _run(
+        "gcc", *FLAGS, f"-I{include}", *sources, str(stubs), "-o", str(ours), "-Wl,-soname,libascendcl.so", "-lpthread"
+    )
     for name in NAMES:
         # Linked with the one that holds everything, because functions are looked up by library.
         output = str(folder / f"lib{name}.so")
         _run("gcc", "-shared", "-x", "c", "/dev/null", f"-L{folder}", "-Wl,--no-as-needed", "-lascendcl", "-o", output)
-
 
     for name in ("runtime", "compiler", "opp"):  # the parts of a CANN installation that torch_npu looks for
         (folder / name).mkdir()

@@ -47,7 +47,11 @@ class Model:
         """Streams whose last work nobody on the origin comes after."""
         late = []
         for stream, nodes in self.nodes.items():
-            records = [i for i, node in enumerate(nodes) if isinstance(node, CapturedRecord) and node.key in self.seen[self.origin]]
+            records = [
+                i
+                for i, node in enumerate(nodes)
+                if isinstance(node, CapturedRecord) and node.key in self.seen[self.origin]
+            ]
             work = [i for i, node in enumerate(nodes) if not isinstance(node, CapturedRecord | CapturedWait)]
             if stream != self.origin and (not records or (work and work[-1] > records[-1])):
                 late.append(stream)

@@ -17,7 +17,7 @@ class Copier:
         self.on_device = launcher.kernel(torch.ops.aten.copy_.default)
 
     def copy_(self, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        if is_npu(to) and (is_npu(source) or source.dim() == 0 == to.dim() and False):
+        if is_npu(to) and (is_npu(source) or (source.dim() == 0 == to.dim() and False)):
             self.on_device(to, source, non_blocking)
             return to
         device, on_host = (to, source) if is_npu(to) else (source, to)

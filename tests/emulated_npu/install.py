@@ -16,14 +16,16 @@ def install() -> None:
     if kept:
         return
     from tests.emulated_npu.copies import replace_copy
+    from tests.emulated_npu.empties import replace_empty
     from tests.emulated_npu.kernels import Launcher, replace_aten
     from tests.emulated_npu.machine import Machine
     from tests.emulated_npu.operators import replace_npu
+    from tests.emulated_npu.requests import Requests
 
     machine = Machine()
     launcher = Launcher(machine)
-    kept.extend((machine, launcher, replace_aten(launcher), replace_copy(launcher), *replace_npu(launcher)))
-    runtime.set_hook(machine.answer)
+    kept.extend((machine, launcher, replace_aten(launcher), replace_copy(launcher), replace_empty(launcher), *replace_npu(launcher)))
+    runtime.set_hook(Requests(machine).answer)
 
 
 def machine() -> Machine:

@@ -16,17 +16,20 @@ from torch import Tensor
 from tests.emulated_npu import runtime
 from tests.emulated_npu.machine import Machine
 from tests.emulated_npu.tasks import Kernel
-from tests.emulated_npu.tensors import Range, as_meta, device_like, host, is_npu, poison, range_of
+from tests.emulated_npu.tensors import Range, as_meta, device_like, host, poison, range_of
 
 NATIVE = frozenset(
-    "_to_copy view view_as as_strided _reshape_alias t transpose unsqueeze squeeze expand permute slice select detach alias lift "
-    "unfold diagonal split split_with_sizes unbind chunk narrow _local_scalar_dense _has_compatible_shallow_copy_type "
-    "storage_offset record_stream is_pinned _pin_memory pin_memory set_ resize_ resize_as_ empty empty_strided empty_like "
-    "empty_quantized new_empty new_empty_strided _copy_from _copy_from_and_resize real imag view_as_real view_as_complex "
-    "_unsafe_view _nested_tensor_from_mask lift_fresh is_set_to equal".split()
-) - {"equal"}
+    """
+    _to_copy _has_compatible_shallow_copy_type _local_scalar_dense record_stream is_set_to storage_offset
+    empty empty_like empty_quantized empty_strided new_empty new_empty_strided set_ resize_ resize_as_
+    is_pinned pin_memory _pin_memory _copy_from _copy_from_and_resize
+    _reshape_alias _unsafe_view alias as_strided chunk detach diagonal expand imag lift lift_fresh narrow permute real
+    select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as view_as_complex
+    view_as_real
+    """.split()  # noqa: SIM905
+)
 # Operators that take tensors of the host: the lengths of a kernel whose work is cut on the host, and indices.
-TAKES_HOST_TENSORS = frozenset({"npu::_npu_paged_attention", "npu::_npu_paged_attention_get_workspace"})
+TAKES_HOST_TENSORS = frozenset({"atb::_npu_paged_attention", "atb::_npu_paged_attention_get_workspace"})
 COPIES_HOST_TENSORS = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
 
 
@@ -63,12 +66,15 @@ class Arguments:
             if tensor.dim() == 0:
                 return tensor.clone()  # a scalar argument, part of the command
             self.on_host.append(tensor)
+            return tensor.clone() if self.name in TAKES_HOST_TENSORS else tensor  # taken when the kernel is launched
         return tensor
 
     def check_devices(self) -> None:
         if self.on_host and self.tensors and self.name not in TAKES_HOST_TENSORS | COPIES_HOST_TENSORS:
             shapes = [tuple(each.shape) for each in self.on_host]
-            raise RuntimeError(f"{self.name}: Expected all tensors to be on the same device, but {shapes} are on the cpu")
+            raise RuntimeError(
+                f"{self.name}: Expected all tensors to be on the same device, but {shapes} are on the cpu"
+            )
 
     def ranges(self) -> list[Range]:
         return [range_of(tensor) for tensor in self.tensors]
@@ -110,12 +116,20 @@ class Launcher:
     def __init__(self, machine: Machine):
         self.machine = machine
 
-    def kernel(self, op: Any, shapes: Callable[..., Any] | None = None, *, host_only: bool = False) -> Callable[..., Any]:
+    def kernel(
+        self, op: Any, shapes: Callable[..., Any] | None = None, *, host_only: bool = False
+    ) -> Callable[..., Any]:
         """`shapes`: the outputs on the meta device, where `op` itself has no meta kernel. `host_only`: never queued."""
         schema, name = op._schema, op._schema.name
-        written = [(i, arg.name) for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write]
-        out_kwarg = next((arg.name for arg in schema.arguments if arg.name == "out"), None)
-        returns_written = bool(written) and len(schema.returns) == len(written)
+        written = [
+            (i, arg.name)
+            for i, arg in enumerate(schema.arguments)
+            if arg.alias_info is not None and arg.alias_info.is_write
+        ]
+        into_list = any(
+            arg.name == "out" and arg.kwarg_only and not arg.alias_info for arg in schema.arguments
+        )  # FIA's .out
+        returns_written = bool(written) and all(each.alias_info is not None for each in schema.returns)
         is_void = not schema.returns
 
         def originals(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -126,7 +140,7 @@ class Launcher:
                 return found[0] if len(found) == 1 else tuple(found)
             return tuple(kwargs["out"])
 
-        makes_outputs = not (is_void or returns_written or out_kwarg)
+        makes_outputs = not (is_void or returns_written or into_list)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call = Arguments(name, args, kwargs)
@@ -230,6 +244,3 @@ def replace_aten(launcher: Launcher) -> torch.library.Library:
                 continue  # a kernel for which torch has no schema
             library.impl(name, launcher.kernel(op), "PrivateUse1", allow_override=True)
     return library
-
-
-__all__ = ["Arguments", "Launcher", "current_stream", "is_npu", "replace_aten"]

@@ -7,7 +7,6 @@ out wrong.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import sys
@@ -17,11 +16,10 @@ import traceback
 from collections.abc import Callable
 
 from tests.emulated_npu import runtime
+from tests.emulated_npu.audit import freed_by_allocator
 from tests.emulated_npu.capture import Model
-from tests.emulated_npu.tasks import Event, Group, Join, Kernel, Lane, Record, Run, Task, Update, ValueWait, ValueWrite, Wait
+from tests.emulated_npu.tasks import Event, Group, Join, Kernel, Lane, Record, Run, Task, Update, Wait
 from tests.emulated_npu.tensors import Range
-
-HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Machine:
@@ -37,9 +35,10 @@ class Machine:
         self.failure: str | None = None
         self.set_order(os.environ.get("EMULATED_NPU_ORDER"))
         self.patience_s = float(os.environ.get("EMULATED_NPU_DEADLOCK_S", "10"))
+        self.audits = os.environ.get("EMULATED_NPU_AUDIT") == "1"
 
     def set_order(self, seed: str | None) -> None:
-        """None or '': at once. Otherwise the seed of a random order. Takes effect for what is queued from now on."""
+        """Nothing: at once. Otherwise the seed of a random order. Takes effect for what is queued from now on."""
         self.random = random.Random(seed) if seed else None
 
     def is_plain(self, stream: int) -> bool:
@@ -59,9 +58,9 @@ class Machine:
             elif stream in self.captures:
                 self.captures[stream].add(stream, task)
             else:
-                self._queue(stream, task)
+                self.queue(stream, task)
 
-    def _queue(self, stream: int, task: Task) -> int:
+    def queue(self, stream: int, task: Task) -> int:
         self.streams.setdefault(stream, Lane(f"stream {stream:#x}")).tasks.append(task)
         if self.random is None:
             self.pump()
@@ -109,7 +108,9 @@ class Machine:
     def _stuck(self, timeout_s: float | None) -> int:
         if timeout_s is not None and timeout_s < self.patience_s:
             return runtime.SYNC_TIMEOUT
-        heads = [f"{lane.name}: {lane.tasks[0].label}" for lane in (*self.streams.values(), *self.replays) if lane.tasks]
+        heads = [
+            f"{lane.name}: {lane.tasks[0].label}" for lane in (*self.streams.values(), *self.replays) if lane.tasks
+        ]
         print("emulated NPU: deadlock, blocked are " + "; ".join(heads), file=sys.stderr, flush=True)
         return runtime.INTERNAL_ERROR
 
@@ -143,7 +144,20 @@ class Machine:
         number = found.submitted
         return self.wait_until(lambda: found.done >= number, None, None)
 
+    def is_busy(self, stream: int) -> bool:
+        lane = self.streams.get(stream)
+        return lane is not None and bool(lane.tasks)
+
+    def forget_stream(self, stream: int) -> int:
+        code = self.sync_stream(stream)
+        self.streams.pop(stream, None)
+        return code
+
     # Events
+
+    def has_passed(self, handle: int) -> bool:
+        event = self.event(handle)
+        return event.done >= event.submitted
 
     def event(self, handle: int) -> Event:
         return self.events.setdefault(handle, Event())
@@ -155,7 +169,7 @@ class Machine:
             return runtime.SUCCESS
         event = self.event(handle)
         event.submitted += 1
-        return self._queue(stream, Record(event, event.submitted))
+        return self.queue(stream, Record(event, event.submitted))
 
     def wait(self, stream: int, handle: int) -> int:
         model = self.captures.get(stream)
@@ -163,7 +177,7 @@ class Machine:
             model.wait(stream, handle)
             return runtime.SUCCESS
         event = self.event(handle)
-        return self._queue(stream, Wait(event, max(1, event.submitted)))
+        return self.queue(stream, Wait(event, max(1, event.submitted)))
 
     # Captured models
 
@@ -193,10 +207,18 @@ class Machine:
         model = self.models[handle]
         dead = model.dead_range()
         if dead is not None:
-            print(f"emulated NPU: the model uses {dead[1]} bytes at {dead[0]:#x}, which were freed", file=sys.stderr, flush=True)
+            print(
+                f"emulated NPU: the model uses {dead[1]} bytes at {dead[0]:#x}, which were freed",
+                file=sys.stderr,
+                flush=True,
+            )
+            return runtime.AICORE_EXCEPTION
+        if self.audits and (freed := freed_by_allocator(model.ranges())):
+            print(f"emulated NPU: the model uses {freed[1]} bytes at {freed[0]:#x}, which torch's allocator holds free "
+                  "outside any graph's pool", file=sys.stderr, flush=True)
             return runtime.AICORE_EXCEPTION
         model.running += 1
-        return self._queue(stream, Kernel("replay begins", lambda: self._start(stream, model), model.ranges()))
+        return self.queue(stream, Kernel("replay begins", lambda: self._start(stream, model), model.ranges()))
 
     def _start(self, stream: int, model: Model) -> None:
         run = Run(model)
@@ -227,94 +249,19 @@ class Machine:
         if before != after:
             print(f"emulated NPU: a task update of {before} with {after}", file=sys.stderr, flush=True)
             return runtime.UPDATE_FAILED
-        return self._queue(stream, Update(group, new))
+        return self.queue(stream, Update(group, new))
 
     def memory_gone(self, address: int, size: int) -> int:
         """Memory is unmapped or freed: queued work that would still use it faults on a device."""
         for lane in (*self.streams.values(), *self.replays):
             for task in lane.tasks:
                 if any(_overlap(each, (address, size)) for each in task.ranges):
-                    print(f"emulated NPU: {task.label} on {lane.name} is queued and uses memory that is unmapped now", file=sys.stderr)
+                    print(
+                        f"emulated NPU: {task.label} on {lane.name} is queued and uses memory that is unmapped now",
+                        file=sys.stderr,
+                    )
                     return runtime.AICORE_EXCEPTION
         return runtime.SUCCESS
-
-    # What the C library asks for
-
-    def answer(self, request: int, handle: int | None, a: int, b: int, c: int) -> int:
-        try:
-            with self.changed:
-                return self._requests[request](self, handle or 0, a, b, c)
-        except Exception:
-            traceback.print_exc()
-            return runtime.DRIVER_ERROR
-
-    def _query_stream(self, stream: int) -> int:
-        lane = self.streams.get(stream)
-        return runtime.NOT_READY if lane is not None and lane.tasks else runtime.SUCCESS
-
-    def _query_event(self, handle: int) -> int:
-        event = self.event(handle)
-        return runtime.NOT_READY if event.done < event.submitted else runtime.SUCCESS
-
-    def _copy(self, stream: int, to: int, source: int, size: int) -> int:
-        self.submit(stream, Kernel("copy", lambda: ctypes.memmove(to, source, size), ((to, size), (source, size))))
-        return runtime.SUCCESS
-
-    def _fill(self, stream: int, to: int, value: int, size: int) -> int:
-        self.submit(stream, Kernel("memset", lambda: ctypes.memset(to, value, size), ((to, size),)))
-        return runtime.SUCCESS
-
-    def _value(self, stream: int, task: Task) -> int:
-        self.submit(stream, task)
-        return runtime.SUCCESS
-
-    def _host_function(self, stream: int, function: int, argument: int) -> int:
-        self.submit(stream, Kernel("host function", lambda: HOST_FUNCTION(function)(argument)))
-        return runtime.SUCCESS
-
-    def _begin_group(self, stream: int) -> int:
-        self.captures[stream].group = Group()
-        return runtime.SUCCESS
-
-    def _begin_update(self, stream: int) -> int:
-        self.updates[stream] = []
-        return runtime.SUCCESS
-
-    def _forget_stream(self, stream: int) -> int:
-        code = self.sync_stream(stream)
-        self.streams.pop(stream, None)
-        return code
-
-    def _forget_event(self, handle: int) -> int:
-        self.events.pop(handle, None)
-        return runtime.SUCCESS
-
-    _requests: dict[int, Callable[[Machine, int, int, int, int], int]] = {
-        1: lambda self, h, a, b, c: self.sync_stream(h, ctypes.c_int64(a).value),
-        2: lambda self, h, a, b, c: self.sync_device(ctypes.c_int64(a).value),
-        3: lambda self, h, a, b, c: self.sync_event(h),
-        4: lambda self, h, a, b, c: self._query_stream(h),
-        5: lambda self, h, a, b, c: self._query_event(h),
-        6: lambda self, h, a, b, c: self.record(h, a),
-        7: lambda self, h, a, b, c: self.wait(h, a),
-        8: lambda self, h, a, b, c: self._value(h, ValueWait(a, b, c)),
-        9: lambda self, h, a, b, c: self._value(h, ValueWrite(a, b)),
-        10: lambda self, h, a, b, c: self._copy(h, a, b, c),
-        11: lambda self, h, a, b, c: self._fill(h, a, b, c),
-        12: lambda self, h, a, b, c: self._host_function(h, a, b),
-        13: lambda self, h, a, b, c: self.begin_capture(h, a),
-        14: lambda self, h, a, b, c: self.join_capture(h, a),
-        15: lambda self, h, a, b, c: self.end_capture(h, a, bool(b)),
-        16: lambda self, h, a, b, c: self.execute(h, a),
-        17: lambda self, h, a, b, c: self.destroy_model(h),
-        18: lambda self, h, a, b, c: self._begin_group(h),
-        19: lambda self, h, a, b, c: self.end_group(h, a),
-        20: lambda self, h, a, b, c: self._begin_update(h),
-        21: lambda self, h, a, b, c: self.end_update(h, a),
-        22: lambda self, h, a, b, c: self._forget_stream(h),
-        23: lambda self, h, a, b, c: self._forget_event(h),
-        24: lambda self, h, a, b, c: self.memory_gone(h, a),
-    }
 
 
 def _overlap(a: Range, b: Range) -> bool:

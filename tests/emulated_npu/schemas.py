@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 FILE = Path(__file__).with_name("schemas.json")
-SCHEMA = re.compile(rb"(?:(?:npu|atb)::)?(_?[a-z][a-z0-9_]*(?:\.[A-Za-z_]+)?)\([^()\0]*(?:\([a-z]!?\)[^()\0]*)*\) -> [ -~]+")
+SCHEMA = re.compile(
+    rb"(?:(?:npu|atb)::)?(_?[a-z][a-z0-9_]*(?:\.[A-Za-z_]+)?)\([^()\0]*(?:\([a-z]!?\)[^()\0]*)*\) -> [ -~]+"
+)
 
 
 def known() -> dict[str, dict[str, str | None]]:

@@ -26,7 +26,9 @@ def host(tensor: Tensor) -> Tensor:
     if num_bytes == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     alias = torch.empty(0, dtype=tensor.dtype)
-    return alias.set_(_storage_at(storage.data_ptr(), num_bytes), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return alias.set_(
+        _storage_at(storage.data_ptr(), num_bytes), tensor.storage_offset(), tensor.size(), tensor.stride()
+    )
 
 
 def _storage_at(address: int, num_bytes: int) -> torch.UntypedStorage:

@@ -48,6 +48,15 @@ def install() -> None:
     """Put the wheel into `SITE`, without what it depends on. Raises CalledProcessError if pip cannot."""
     HOME.mkdir(exist_ok=True)
     shutil.rmtree(SITE, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
     subprocess.run([*pip, "--target", str(SITE), "-r", str(REQUIREMENT)], check=True)
     (HOME / ".installed").touch()

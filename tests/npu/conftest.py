@@ -25,7 +25,9 @@ def pytest_report_header() -> str:
         return "npu: the machine's own"
     if HAS_NPU:
         return "npu: the real torch_npu on an emulated ACL runtime"
-    return f"npu: tests/npu NOT RUN: {emulated_npu.reason() or 'this is no emulated process; `make test-npu` starts one'}"
+    return (
+        f"npu: tests/npu NOT RUN: {emulated_npu.reason() or 'this is no emulated process; `make test-npu` starts one'}"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,24 @@ PROMPTS = [
     SHARED + [9],
     [100, 50],
 ]
-# On a device whose sums run in another order a token may be another where two are as likely.
-EXACT = os.environ.get("XLLM_NPU_REAL") != "1"
+IS_REAL = os.environ.get("XLLM_NPU_REAL") == "1"
+# Two tokens whose logprobs differ by less are as likely as each other: sums in float16 run in another order elsewhere.
+TIE = 0.1 if IS_REAL else 0.02
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a request generates. margins: by how much each token is more likely than the next best; greedy only."""
+
+    tokens: list[int]
+    margins: list[float]
 
 
 @functools.cache
 def folder(model: str) -> str:
-    """Where a model lies: the bundled one's name, or a tiny random checkpoint that is made here."""
+    """Where a model lies: nothing for the bundled one, or a tiny random checkpoint that is made here."""
     if model == BUNDLED:
-        return "xllm/demo"
+        return ""
     return str(save_checkpoint(BY_ID[model], Path(tempfile.mkdtemp())))
 
 
@@ -45,7 +55,7 @@ def sampling(number: int, seeded: bool) -> SamplingParams:
 def start(model: str, device: str, **settings: Any) -> LLM:
     options = {"dtype": "float16", "max_model_len": 192, "num_kv_blocks": 24, "block_size": 128, "num_threads": 1,
                "max_num_seqs": 8, "skip_tokenizer_init": True, "watermark": 0.0, **settings}
-    return LLM(model=folder(model), device=device, **options)
+    return LLM(model=folder(model) or None, device=device, **options)
 
 
 def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS, *, seeded: bool = False) -> list[list[int]]:
@@ -56,16 +66,25 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS, *, seeded: bool = False
 
 
 @functools.cache
-def plain(model: str, *, seeded: bool = False, quantization: str | None = None) -> list[list[int]]:
-    """The CPU's tokens, every feature off."""
+def plain(model: str, quantization: str | None = None) -> list[Truth]:
+    """Greedy tokens of the CPU, every feature off."""
+    wanted = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
     with start(model, "cpu", async_scheduling=False, enable_prefix_caching=False, quantization=quantization) as llm:
-        return tokens(llm, seeded=seeded)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], wanted, use_tqdm=False)
+    return [Truth(list(o.outputs[0].token_ids), [_margin(entry) for entry in o.outputs[0].logprobs]) for o in outputs]
 
 
-def assert_same(found: list[list[int]], expected: list[list[int]]) -> None:
-    """Equal, or on real hardware nearly: most sequences, and the others at their beginning."""
-    if EXACT:
-        assert found == expected
-        return
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
-    assert same >= 0.6 * len(expected) and all(a[:1] == b[:1] for a, b in zip(found, expected))
+def _margin(entry: dict[int, Any]) -> float:
+    best, second = sorted((found.logprob for found in entry.values()), reverse=True)[:2]
+    return best - second
+
+
+def assert_same(found: list[list[int]], expected: list[Truth], tie: float = TIE) -> None:
+    """Equal, but that a sequence may go its own way where two tokens were as likely; few do so, and late."""
+    compared = 0
+    for mine, truth in zip(found, expected, strict=True):
+        assert len(mine) == len(truth.tokens)
+        differs = next((i for i, (a, b) in enumerate(zip(mine, truth.tokens)) if a != b), None)
+        assert differs is None or truth.margins[differs] <= tie, (differs, mine, truth)
+        compared += len(mine) if differs is None else differs
+    assert compared >= 0.7 * sum(map(len, found)), (found, expected)

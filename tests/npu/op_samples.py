@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def int8(*shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=INT8)
 
 
+@functools.cache
 def triangle() -> Tensor:
     return torch.ones(2048, 2048, dtype=INT8).triu(1)
 
@@ -76,7 +78,11 @@ def v2(sample: Sample, **more: Any) -> Sample:
 
 def into(sample: Sample) -> Sample:
     args, kwargs = sample
-    return args, {**kwargs, "workspace": torch.zeros(64, dtype=INT8), "out": [torch.zeros_like(args[0]), torch.zeros(0)]}
+    return args, {
+        **kwargs,
+        "workspace": torch.zeros(64, dtype=INT8),
+        "out": [torch.zeros_like(args[0]), torch.zeros(0)],
+    }
 
 
 def scatter(name: str = "npu", **more: Any) -> Sample:
@@ -120,10 +126,15 @@ def samples() -> dict[str, dict[str, Sample]]:
     space, space2 = (f"npu::_{name[5:]}_get_max_workspace" for name in (fia, fia2))
     layouts: dict[str, Sample] = {name: dense(name) for name in ("BSH", "BSND", "BNSD", "BNSD_BSND")}
     layouts |= {name: packed(name) for name in ("TND", "NTD_TND")}
-    layouts |= {"paged": paged(), "paged_lse": paged(softmax_lse_flag=True), "lse": dense("BNSD", softmax_lse_flag=True)}
+    layouts |= {
+        "paged": paged(),
+        "paged_lse": paged(softmax_lse_flag=True),
+        "lse": dense("BNSD", softmax_lse_flag=True),
+    }
     gather_out = rand(9, K, D, dtype=BF16)
     cache = rand(BLOCKS, BLOCK, K, D, dtype=BF16)
-    scores, routed = rand(4, 64), rand(8, 32, dtype=BF16)
+    scores = rand(4, 64)
+    unpermuted = ((rand(8, 32, dtype=BF16), ints(0, 5, 6, 4, 7, 3, 1, 2), torch.rand(4, 2).to(BF16)), {})
     return {
         "npu::npu_rms_norm": {"2d": ((x, gamma, 1e-5), {}), "3d": ((rand(2, 3, 64), rand(64)), {})},
         "npu::npu_add_rms_norm": {"2d": ((x, x.clone(), gamma, 1e-5), {})},
@@ -192,7 +203,6 @@ def samples() -> dict[str, dict[str, Sample]]:
             "int8": routing(quant_mode=1),
         },
         "npu::npu_moe_token_permute": {"": ((rand(4, 32, dtype=BF16), ints(0, 4, 4, 3, 4, 2, 1, 1).view(4, 2)), {})},
-        "npu::npu_moe_token_unpermute": {
-            "": ((routed, ints(0, 5, 6, 4, 7, 3, 1, 2), torch.rand(4, 2).to(BF16)), {}),
-        },
+        "npu::npu_moe_token_unpermute": {"": unpermuted},
+        "npu::_npu_moe_token_unpermute": {"": unpermuted},
     }  # fmt: skip

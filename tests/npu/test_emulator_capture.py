@@ -348,7 +348,8 @@ def test_resetting_a_graph_that_runs() -> None:
 def test_the_wheel_s_own_updates() -> None:
     given = attention_inputs()
     graph, (out, _) = captured(
-        lambda: torch_npu.npu_fused_infer_attention_score(**given, actual_seq_lengths_kv=[1, 1]), auto_dispatch_capture=True
+        lambda: torch_npu.npu_fused_infer_attention_score(**given, actual_seq_lengths_kv=[1, 1]),
+        auto_dispatch_capture=True,
     )
     for lens in ([5, 200], [130, 1]):
         graph.replay()

@@ -57,22 +57,34 @@ class Pages:
 
     def __init__(self) -> None:
         self.start, self.handles = Pointer(), [Pointer(), Pointer()]
-        assert call("aclrtReserveMemAddress", ctypes.byref(self.start), size(4 * PAGE), size(0), None, ctypes.c_uint64(0)) == 0
+        assert (
+            call("aclrtReserveMemAddress", ctypes.byref(self.start), size(4 * PAGE), size(0), None, ctypes.c_uint64(0))
+            == 0
+        )
         for handle in self.handles:
             assert self.create(handle) == 0
         self.mapped: set[int] = set()
 
     def create(self, handle: Pointer, num_bytes: int = PAGE, given: Property | None = None, flags: int = 0) -> int:
         prop = given or device_property()
-        return call("aclrtMallocPhysical", ctypes.byref(handle), size(num_bytes), ctypes.byref(prop), ctypes.c_uint64(flags))
+        return call(
+            "aclrtMallocPhysical", ctypes.byref(handle), size(num_bytes), ctypes.byref(prop), ctypes.c_uint64(flags)
+        )
 
     def at(self, page: int) -> int:
         assert self.start.value is not None
         return self.start.value + page * PAGE
 
-    def map(self, page: int, handle: int, *, num_bytes: int = PAGE, offset: int = 0, flags: int = 0, shift: int = 0) -> int:
+    def map(
+        self, page: int, handle: int, *, num_bytes: int = PAGE, offset: int = 0, flags: int = 0, shift: int = 0
+    ) -> int:
         code = call(
-            "aclrtMapMem", Pointer(self.at(page) + shift), size(num_bytes), size(offset), self.handles[handle], ctypes.c_uint64(flags)
+            "aclrtMapMem",
+            Pointer(self.at(page) + shift),
+            size(num_bytes),
+            size(offset),
+            self.handles[handle],
+            ctypes.c_uint64(flags),
         )
         self.mapped |= set() if code else {page}
         return code
@@ -137,7 +149,9 @@ def test_one_page_at_two_addresses(pages: Pages) -> None:
         pytest.param(lambda p: p.create(Pointer(), given=device_property(attribute=1)), id="not_huge"),
         pytest.param(lambda p: p.create(Pointer(), given=device_property(attribute=10)), id="not_a_gigabyte"),
         pytest.param(lambda p: p.create(Pointer(), given=device_property(location=Location(0, 0))), id="host_memory"),
-        pytest.param(lambda p: p.create(Pointer(), given=device_property(location=Location(5, 1))), id="no_such_device"),
+        pytest.param(
+            lambda p: p.create(Pointer(), given=device_property(location=Location(5, 1))), id="no_such_device"
+        ),
         pytest.param(lambda p: p.create(Pointer(), given=device_property(reserve=1)), id="reserved_field"),
         pytest.param(lambda p: reserve(0, 0), id="reserve_nothing"),
         pytest.param(lambda p: reserve(PAGE, 4096), id="reserve_alignment"),
@@ -148,7 +162,9 @@ def test_mistakes_with_virtual_memory(pages: Pages, mistake: Callable[[Pages], i
 
 
 def reserve(num_bytes: int, alignment: int) -> int:
-    return call("aclrtReserveMemAddress", ctypes.byref(Pointer()), size(num_bytes), size(alignment), None, ctypes.c_uint64(0))
+    return call(
+        "aclrtReserveMemAddress", ctypes.byref(Pointer()), size(num_bytes), size(alignment), None, ctypes.c_uint64(0)
+    )
 
 
 def test_unmapping_under_queued_work(pages: Pages) -> None:

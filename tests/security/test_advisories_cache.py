@@ -114,15 +114,15 @@ def test_a_flood_does_not_evict_what_others_use(advisory_id: str) -> None:
 
 @advisory("KV-cache-flood")
 def test_a_flood_of_requests_does_not_hold_the_queue(keyed: ServerProcess, advisory_id: str) -> None:
-    """Hundreds of waiting requests of one caller: another's is served long before them (policy `fair`)."""
+    """Two hundred waiting requests of one caller: another's is served long before them (policy `fair`)."""
     flood = httpx.Client(base_url=keyed.url, headers=bearer(BOB), timeout=60)
-    body = {"prompt": [f"def f{i}(x):" for i in range(600)], "max_tokens": 16, "ignore_eos": True, "stream": True}
+    body = {"prompt": [f"def f{i}(x):" for i in range(200)], "max_tokens": 60, "ignore_eos": True, "stream": True}
     with flood, flood.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200
-        wait_for(lambda: keyed.gauge("xllm:num_requests_waiting") > 200, what="a queue")
+        wait_for(lambda: keyed.gauge("xllm:num_requests_waiting") > 100, what="a queue")
         mine = keyed.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
         assert mine.status_code == 200
-        assert keyed.gauge("xllm:num_requests_waiting") > 100, "the flood still waits"
+        assert keyed.gauge("xllm:num_requests_waiting") > 50, "the flood still waits"
     keyed.wait_idle()
 
 

@@ -131,4 +131,5 @@ def test_tokens_on_a_real_server(tmp_path_factory: pytest.TempPathFactory) -> No
             assert answer.status_code == 200
             assert answer.read().endswith(b"[DONE]\n\n")
         again = httpx.post(f"{server.url}/v1/completions", json=body, headers=erin)
-        assert (again.status_code, again.headers["retry-after"]) == (429, refused.headers["retry-after"])
+        assert again.status_code == 429
+        assert 20 <= int(again.headers["retry-after"]) <= 31

@@ -1,5 +1,7 @@
 """What the scripted model says, and the template and tools that go with it."""
 
+# ruff: noqa: E501 - outputs are easier to read unbroken
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,6 +12,9 @@ SCRIPTS = {
     "thinks": "<think>\nHm … \n</tool_call> 机器, let me see.\n</think>\n\nThe answer is 42.",
     "thinks-then-calls": '<think>\nI need the weather.\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": '
                          '{"city": "Bern"}}\n</tool_call>',
+    "wrong": 'I ask.\n<tool_call>\n{"name": "get_weather", "arguments": {"town": [1], "city": false, "days": 99, "x": {}}}'
+             "\n</tool_call>",
+    "opened": "Let me think {of} it.\n</think>\n\nJust this.",
     "text": "Just <b>text</b>, no <tool.",
 }
 TOOLS: list[dict[str, Any]] = [
@@ -31,5 +36,5 @@ TEMPLATE = (
     "{%- else %}{{- message.content }}{% for call in message.tool_calls or [] %}"
     "{{- '<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
     "{{- call.function.arguments | tojson }}{{- '}</tool_call>' }}{% endfor %}{% endif %}"
-    "{%- endfor %}{#- <think></think> <|im_start|> -#}"
+    "{%- endfor %}{%- if think %}{{- '<think>\\n' }}{%- endif %}{#- </think> <|im_start|> -#}"
 )

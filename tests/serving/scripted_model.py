@@ -7,6 +7,7 @@ answered with the script of that name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -91,12 +92,13 @@ def _token_id(tokenizer: Tokenizer, piece: bytes | str) -> int:
 def _write_model(folder: Path, vocab_size: int, chains: list[list[int]], eos: int) -> None:
     generator = torch.Generator().manual_seed(7)
     embeddings = torch.nn.functional.normalize(torch.randn(vocab_size, HIDDEN, generator=generator), dim=1)
+    embeddings[:, 0] = 1  # of every token: what the second choices look at
     head = torch.zeros(vocab_size, HIDDEN)
     for chain in chains:
-        for token, following in zip(chain, chain[1:], strict=False):
-            head[following] += 8 * embeddings[token]
+        for token, following in itertools.pairwise(chain):
+            head[following, 1:] += 8 * embeddings[token, 1:]
     for byte, weight in SECOND_CHOICES.items():
-        head[byte] += weight * embeddings.sum(0)
+        head[byte, 0] += weight
     layer = "model.layers.0."
     weights = {"model.embed_tokens.weight": embeddings, "lm_head.weight": head, "model.norm.weight": torch.ones(HIDDEN)}
     for name, shape in {"q_proj": (64, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -27,7 +28,8 @@ CASES = {
     "r1-prompt-closed": ("deepseek_r1", CLOSED, "Hi <think>!", "", "Hi <think>!", 0),
     "qwen-opens": ("qwen3", NEITHER, "<think>\nHm\n\nhm.\n</think>\n\nHi 😀", "Hm\n\nhm.", "Hi 😀", 0),
     "qwen-prompt-opens": ("qwen3", OPEN, "Hm.\n</think>\n\nHi", "Hm.", "Hi", 0),
-    "qwen-does-not-think": ("qwen3", NEITHER, "  Hi </think> <think>x</think>", "", "  Hi </think> <think>x</think>", 0),
+    "qwen-does-not-think": ("qwen3", NEITHER, "  Hi </think> <think>x</think>", "", "  Hi </think> <think>x</think>",
+                            0),
     "qwen-thinks-nothing": ("qwen3", NEITHER, "<think>\n\n</think>\n\nHi", "", "Hi", 0),
     "qwen-thinks-of-calls": ("qwen3", NEITHER, f"<think>I'd {CALL}</think>\n{CALL}", f"I'd {CALL}", "", 1),
     "qwen-text-and-call": ("qwen3", OPEN, f"Hm\n</think>\n\nI ask.\n{CALL}", "Hm", "I ask.\n", 1),
@@ -63,7 +65,8 @@ def test_reasoning_streams() -> None:
         assert parser.feed(word) == [Reasoning(word)]
 
 
-FRAGMENTS = ["<think>", "</think>", "\n", " ", "<thi", "</th", "a", "é机", "<tool_call>", CALL, KIMI_CALL, "<|tool_calls"]
+FRAGMENTS = ["<think>", "</think>", "\n", " ", "<thi", "</th", "a", "é机", "<tool_call>", CALL, KIMI_CALL,
+             "<|tool_calls"]
 
 
 @pytest.mark.parametrize("name", REASONING_PARSERS)
@@ -76,7 +79,7 @@ def test_hostile(name: str, prompt: str, parts: list[str], seed: int) -> None:
     parser = reasoning_parser(name)(prompt)
     rng = random.Random(seed)
     cuts = [0, *sorted(rng.randrange(len(text) + 1) for _ in range(3)), len(text)]
-    found = [parser.feed(text[a:b]) for a, b in zip(cuts, cuts[1:])] + [parser.finish()]
+    found = [parser.feed(text[a:b]) for a, b in itertools.pairwise(cuts)] + [parser.finish()]
     whole = reasoning_parser(name)(prompt)
     at_once = [whole.feed(text), whole.finish()]
     thought, answered = (["".join("".join(e.text for e in events) for events, _ in run) for run in (found, at_once)],

@@ -200,6 +200,43 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> None:
         assert arguments == {}
 
 
+def test_strict_functions_bind_the_model(scripted: ServerProcess) -> None:
+    """Left to itself it writes arguments that its function does not have."""
+    free = ask(scripted, "wrong", tools=TOOLS).choices[0].message
+    assert json.loads(free.tool_calls[0].function.arguments) == {"town": [1], "city": False, "days": 99, "x": {}}
+    tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    bound = ask(scripted, "wrong", tools=tools, max_tokens=300).choices[0].message
+    assert bound.content == free.content == "I ask.\n"
+    arguments = json.loads(bound.tool_calls[0].function.arguments)
+    assert set(arguments) <= {"city", "days"}
+    assert isinstance(arguments["city"], str)
+    assert ask(scripted, "text", tools=tools).choices[0].message.content == EXPECTED["text"][0]
+
+
+def test_what_the_prompt_opens_is_thought_through_before_a_form(scripted: ServerProcess) -> None:
+    think = {"chat_template_kwargs": {"think": True}}
+    free = ask(scripted, "opened", extra_body=think)
+    assert free.choices[0].message.reasoning_content == "Let me think {of} it."
+    assert free.choices[0].message.content == "Just this."
+    for wish in ({"tools": TOOLS, "tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
+        answer = ask(scripted, "opened", extra_body=think, max_tokens=300, **wish)
+        message = answer.choices[0].message
+        assert message.reasoning_content == "Let me think {of} it."
+        if "tools" in wish:
+            assert message.tool_calls
+            assert message.content is None
+        else:
+            assert isinstance(json.loads(message.content), dict)
+
+
+def test_reasoning_tokens_are_counted(scripted: ServerProcess) -> None:
+    usage = ask(scripted, "thinks").usage
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    assert ask(scripted, "text").usage.completion_tokens_details is None
+    chunks = stream(scripted, "thinks", stream_options={"include_usage": True})
+    assert chunks[-1].usage.completion_tokens_details == usage.completion_tokens_details
+
+
 @pytest.mark.parametrize(("wish", "param", "says"), [
     ({"tools": [{"type": "web_search"}]}, "tools", "only function"),
     ({"tools": [{"type": "function"}]}, "tools", "function must be"),
@@ -258,7 +295,7 @@ def test_special_markers_named_parser_and_own_template(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", scripts, "{{ messages[-1].content }}",
                               special=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"))
     with ServerProcess(tmp_path / "log.txt", "--model", str(folder), "--served-model-name", "scripted",
-                       "--tool-call-parser", "mistral", "--trust-request-chat-template") as server:
+                       "--tool-call-parser", "mistral", "--trust-request-chat-template", "--chat-template-timeout", "0.5") as server:
         message = ask(server, "v13", tools=TOOLS).choices[0].message
         assert [(c.id, c.function.name, c.function.arguments) for c in message.tool_calls] == [
             ("abcdefghi", "ping", '{"x": "y"}')]

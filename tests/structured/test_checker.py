@@ -11,11 +11,10 @@ import pytest
 from xllm import StructuredOutput
 from xllm.errors import RequestError
 from xllm.structured import checker as module
-from xllm.structured.checker import GrammarBusyError, GrammarChecker
-from xllm.structured.worker import COMPILE_CPU_S
+from xllm.structured.checker import WALL_TIMEOUT_S, GrammarBusyError, GrammarChecker
 
 S = StructuredOutput
-PATIENCE_S = 3 * COMPILE_CPU_S + 4  # tests share their cores
+PATIENCE_S = WALL_TIMEOUT_S + 5  # the limit on CPU time comes late where others use the cores
 
 
 def chain(length: int) -> str:
@@ -52,6 +51,7 @@ HOSTILE = {
     "patterns": S(json={"patternProperties": {"^.*(a.*){20}$": {"type": "string"}, "^.*(b.*){20}$": {}}}),
     "wrong-type": S(json={"type": "strin"}),
     "no-structures": S(structural_tag={"structures": [], "triggers": ["<"]}),
+    "bad-behind": S(regex="(a", after="</think>"),
     "no-trigger": S(structural_tag={"structures": [{"begin": "<a>", "schema": {}}], "triggers": ["<b"]}),
 }
 
@@ -78,6 +78,7 @@ WIDE = {
     "tree": S(json={"$defs": {"node": {"type": "object", "properties": {
         "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}}, "$ref": "#/$defs/node"}),
     "ambiguous": S(regex="(a|a)*(a+)+b"),
+    "behind": S(json="object", after="</think>"),
     "gbnf": S(grammar='root ::= "yes" | "no" [0-9]+'),
     "lark": S(grammar='start: "a" start "b" | NAME\nNAME: /[a-z]+/'),
     "tag": S(structural_tag={"structures": [{"begin": "<f=a>", "schema": {"type": "object"}, "end": "</f>"}],

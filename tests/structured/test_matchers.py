@@ -167,6 +167,18 @@ def test_what_is_not_of_the_grammar_fails_and_says_so(store, vocabulary):
     assert (masks.mask_XW == ALL).all()
 
 
+def test_one_that_turns_out_slow_fails_and_says_so(store, vocabulary, monkeypatch):
+    bench = Bench(store, vocabulary, 0)
+    bench.enter(0, SPECS[0], [])
+    assert not bench.matchers.masks(slots_of([0], [1])).failed
+    bench.rows.token_ids[0, bench.rows.num_tokens[0]] = vocabulary.tokenize_str("[")[0]
+    bench.rows.num_tokens[0] += 1
+    monkeypatch.setattr("xllm.structured.matchers.MAX_MASK_CPU_S", 0.0)
+    masks = bench.matchers.masks(slots_of([0], [1]))
+    assert "too complex" in masks.failed[0]
+    assert (masks.mask_XW == ALL).all()
+
+
 def test_slices_of_a_step_see_their_own_slots(store, vocabulary):
     bench = Bench(store, vocabulary, 0)
     bench.enter(0, SPECS[1], [])

@@ -113,6 +113,27 @@ def test_structural_tag_binds_what_follows_its_trigger(llm):
     assert bound.count("self.") == bound.count("self.17;") > 0
 
 
+@pytest.mark.parametrize("form", [{"json": PERSON}, {"regex": "[0-9]{3}"}, {"choice": ["yes", "no"]},
+                                  {"grammar": 'start: "(" ("x" | "y") ")"'}], ids=lambda form: next(iter(form)))
+def test_free_text_comes_first_where_that_is_asked(llm, form):
+    ended = 0
+    for seed in range(4):
+        output = run(llm, StructuredOutput(after="return", **form), ["class A:\n    def f("], temperature=0.3,
+                     seed=seed, max_tokens=100)[0].outputs[0]
+        head, found, body = output.text.partition("return")
+        if output.finish_reason == "length":
+            assert not found
+            continue
+        ended += 1
+        assert head
+        body = body.removeprefix("\n").removeprefix("\n")
+        if "json" in form:
+            jsonschema.validate(json.loads(body), PERSON)
+        else:
+            assert re.fullmatch(r"[0-9]{3}|yes|no|\([xy]\)", body)
+    assert ended
+
+
 def random_schema(chooser: random.Random, depth: int = 0) -> dict:
     """Small enough that a few dozen tokens write one."""
     kind = chooser.choice(["integer", "string", "boolean", "null", "enum", "array", "object", "anyOf"][: 5 if depth > 1

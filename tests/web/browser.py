@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect, sync_playwright
 
 SIZE = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
+
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+
+
+@contextlib.contextmanager
+def launched(executable: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield opened
+        opened.close()
 
 
 class Watcher:
@@ -17,6 +31,7 @@ class Watcher:
     def __init__(self, page: Page, origin: str):
         self.origin = origin
         self.complaints: list[str] = []
+        self.tolerated: str | None = None  # no complaint if this is in it
         self.requests: list[str] = []
         page.on("console", lambda message: self._logged(message.type, message.text))
         page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
@@ -25,7 +40,7 @@ class Watcher:
         page.on("request", self._requested)
 
     def _logged(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning"):
+        if kind in ("error", "warning") and (self.tolerated is None or self.tolerated not in text):
             self.complaints.append(f"console {kind}: {text}")
 
     def _requested(self, request: Request) -> None:
@@ -58,7 +73,7 @@ class Tab:
         for context in self._contexts:
             context.close()
         complaints = [complaint for watcher in self.watchers for complaint in watcher.complaints]
-        assert complaints == []
+        assert not complaints, complaints
 
 
 def ask(page: Page, text: str, *, max_tokens: int | None = None) -> None:
@@ -69,12 +84,23 @@ def ask(page: Page, text: str, *, max_tokens: int | None = None) -> None:
     page.locator("#prompt").press("Enter")
 
 
-def never_ending(page: Page) -> None:
-    """Let the page's chats run to max_tokens: the little model would end them soon."""
-    def lengthen(route: Route) -> None:
-        route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
+def change_chats(page: Page, **wishes: Any) -> None:
+    """Add to what the page asks the server for, from now on."""
+    def change(route: Route) -> None:
+        route.continue_(post_data={**route.request.post_data_json, **wishes})
 
-    page.route("**/v1/chat/completions", lengthen)
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", change)
+
+
+def never_ending(page: Page) -> None:
+    """Let answers run to max_tokens: the little model would end them soon."""
+    change_chats(page, ignore_eos=True)
+
+
+def will_say(page: Page, text: str) -> None:
+    """Let the model write just this: the only choice of a structured output."""
+    change_chats(page, structured_outputs={"choice": [text]})
 
 
 def answered(page: Page, number: int = 1) -> None:

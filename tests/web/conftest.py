@@ -1,27 +1,24 @@
 """A real Chromium, headless, in front of a real server.
 
-The browser is the machine's own (`make browser` installs one); where there is none these tests are skipped and say so.
+`make browser` finds or installs one; where there is none these tests are skipped and say so.
 The console's Content-Security-Policy forbids eval, so nothing here waits with a string of JavaScript.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 from tests.serving.scripted_model import write_checkpoint
 from tests.serving.server_process import ServerProcess
-from tests.web.browser import Tab
+from tests.web.browser import Tab, launched
 from tests.web.scripts import SCRIPTS, TEMPLATE
+from tools.get_browser import find_chromium
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+CHROMIUM = find_chromium()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,11 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[playwright_api.Browser]:
-    with playwright_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    with launched(CHROMIUM) as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="session")
@@ -53,13 +49,13 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess
     """A server whose model says what `tests/web/scripts.py` wants, when it is asked by `go(name)`."""
     folder = write_checkpoint(tmp_path_factory.mktemp("scripted"), SCRIPTS, TEMPLATE)
     with ServerProcess(folder / "log.txt", "--model", str(folder), "--served-model-name", "scripted",
-                       "--max-model-len", "4096", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3") as running:
+                       "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3") as running:
         yield running
         running.wait_idle()
 
 
 @pytest.fixture
-def open_tab(browser: playwright_api.Browser, server: ServerProcess) -> Iterator[Tab]:
+def open_tab(browser: Browser, server: ServerProcess) -> Iterator[Tab]:
     """`open_tab(path, **context options)` gives a page; after the test all of them must have been well-behaved."""
     opener = Tab(browser, server.url)
     yield opener

@@ -1,7 +1,8 @@
-"""What the scripted model says to the page."""
+"""What the models of these tests say to the page."""
 
 from __future__ import annotations
 
+# The bundled model says these when a choice of one text is all that it has.
 ATTACKS = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
@@ -15,18 +16,19 @@ ATTACKS = [
     "# <style>@import 'https://evil.example'</style>\n> <base href=https://evil.example>\n- <meta http-equiv=refresh>",
     "| <img src=x onerror=alert(1)> | b |\n| --- | --- |\n| [x](vbscript:alert) | c |",
 ]
+EVERYTHING = ("# Head\n\nText, `code` and a [link](https://example.com).\n\n> quoted\n\n```py\nx = 1\n```\n\n"
+              "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n1. one\n2. two\n   - inner\n\nend")
+WIDE = ("word" * 60 + "\n\n```\n" + "x" * 300 + "\n```\n\n| " + "cell " * 60 + "|\n| --- |\n| b |\n\nend")
 EVIL = "<img src=x onerror=alert(1)>"
-SCRIPTS = {f"attack{index}": text for index, text in enumerate(ATTACKS)} | {
-    "evil-call": f'<think>\n{EVIL}\n</think>\n<tool_call>\n{{"name": "weather", "arguments": {{"city": "{EVIL}"}}}}\n'
-                 "</tool_call>",
+
+# The scripted model says these, with reasoning and tool calls as Qwen's models write them.
+SCRIPTS = {
+    "evil": f'<think>\n{EVIL}\n</think>\n<tool_call>\n{{"name": "weather", "arguments": {{"city": "{EVIL}"}}}}\n'
+            "</tool_call>",
     "agent": "<think>\nI should look it up.\n</think>\n\nOne moment.\n"
              '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
              '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>',
     "after": "It rains.",
-    "everything": "<think>\nThinking.\n</think>\n\n# Head\n\nText, `code` and a [link](https://example.com).\n\n> quoted\n\n"
-                  "```py\nx = 1\n```\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n1. one\n2. two\n   - inner\n\n"
-                  '<tool_call>\n{"name": "time", "arguments": {"zone": "here"}}\n</tool_call>',
-    "wide": "word" * 60 + "\n\n```\n" + "x" * 300 + "\n```\n\n| " + "cell " * 60 + "|\n| --- |\n| b |\n\nend",
 }
 TOOLS = """[
   {"type": "function", "function": {"name": "weather", "parameters": {"type": "object",

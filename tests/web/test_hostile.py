@@ -7,17 +7,17 @@ from playwright.sync_api import expect
 
 from tests.serving.scripted_model import go
 from tests.serving.server_process import ServerProcess
-from tests.web.browser import Tab, answered, ask
+from tests.web.browser import Tab, answered, ask, will_say
 from tests.web.scripts import ATTACKS, EVIL, TOOLS
 
 FORBIDDEN = "script, img, iframe, object, embed, svg, style, base, meta, link, [onclick], [onerror], [onload], [srcdoc]"
 
 
-def test_output_is_inert(open_tab: Tab, scripted: ServerProcess) -> None:
-    page = open_tab(url=scripted.url)
-    page.locator("[name=temperature]").fill("0")
-    for index, attack in enumerate(ATTACKS):
-        ask(page, go(f"attack{index}"))
+def test_output_is_inert(open_tab: Tab) -> None:
+    page = open_tab()
+    for attack in ATTACKS:
+        will_say(page, attack)
+        ask(page, "Hello")
         answered(page)
         body = page.locator(".message.assistant .body")
         assert body.inner_text().strip(), attack
@@ -45,7 +45,7 @@ def test_reasoning_and_arguments_of_tools_are_inert(open_tab: Tab, scripted: Ser
     page = open_tab(url=scripted.url)
     page.locator("[name=temperature]").fill("0")
     page.locator("[name=tools]").fill(TOOLS)
-    ask(page, go("evil-call"))
+    ask(page, go("evil"))
     answered(page)
     expect(page.locator(".call b")).to_have_text("weather")
     assert page.locator(".message.assistant").locator("img, script").count() == 0

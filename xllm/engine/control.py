@@ -45,6 +45,10 @@ class EngineControl:
         return tuple(self._held)
 
     @property
+    def requests(self) -> tuple[Request, ...]:
+        return tuple(self._held.values())
+
+    @property
     def num_held(self) -> int:
         return len(self._held)
 

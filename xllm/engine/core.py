@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
+from xllm.engine.adapters import AdapterNames
 from xllm.engine.control import EngineControl
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
 from xllm.engine.grammars import GrammarGate
@@ -102,6 +103,9 @@ class EngineCore:
         self.control = EngineControl(self)
         executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
         try:
+            self.adapters = AdapterNames(
+                self.config.lora, loaded, is_used=self._uses_adapter,
+                put=lambda slot, adapter: executor.call(lambda: self.runner.put_adapter(slot, adapter)))
             if has_tiers(self.config.cache):
                 attach_tiers(self.scheduler, executor, self.config, self.runner, loaded.backend, loaded.path,
                              loaded.model_config)
@@ -121,6 +125,7 @@ class EngineCore:
             request.pooling.check_width(self.model_config.hidden_size)
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
+        request = self.adapters.bind(request)
         if not self.control.hold(request):
             self.admit(request)
 
@@ -133,6 +138,10 @@ class EngineCore:
         """End a request; its terminal output comes from the next `step`. Unknown ids are ignored."""
         if not self.control.abort(request_id) and not self.grammars.abort(request_id):
             self.scheduler.abort(request_id)
+
+    def _uses_adapter(self, name: str) -> bool:
+        held = (*self.control.requests, *self.grammars.requests, *self.scheduler.requests)
+        return any(request.lora == name for request in held)
 
     def abort_all(self) -> None:
         """End every open request."""

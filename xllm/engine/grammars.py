@@ -36,6 +36,10 @@ class GrammarGate:
         """Of those that wait here."""
         return tuple(self._held)
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return tuple(request for request, _ in self._held.values())
+
     def hold(self, request: Request) -> bool:
         """Whether the request has to wait; `admit` will add it then. Raises RequestError."""
         spec = request.sampling.structured

@@ -12,6 +12,7 @@ from xllm.errors import ConfigError, DeviceError
 
 if TYPE_CHECKING:
     from backends.backend import Backend
+    from xllm.layers.adapters import AdapterSlots
     from xllm.models.decoder import CausalLM
     from xllm.runner.model_runner import ModelRunner
 
@@ -47,6 +48,12 @@ class LoadedModel:
                                      default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         self.num_blocks = plan_num_blocks(self.config, self.backend, self.model_config, self._dtype)
+        self.adapters: AdapterSlots | None = None
+        if self.config.lora.is_on:
+            from xllm.layers.adapters import AdapterSlots
+
+            self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
+                                         device=self.backend.device)
         self._model: CausalLM | None = self._read()
 
     def make_runner(self) -> ModelRunner:
@@ -55,7 +62,7 @@ class LoadedModel:
 
         if self._model is None:
             self._model = self._read()
-        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks)
+        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters)
         self._report("warm-up", 0.0)
         runner.warm_up()
         self._report("ready", 1.0)
@@ -65,6 +72,8 @@ class LoadedModel:
         """Give back what no runner uses any more."""
         if not keep_weights:
             self._model = None
+            if self.adapters is not None:
+                self.adapters.forget_layers()
         self.backend.release_memory()
 
     def _read(self) -> CausalLM:
@@ -72,9 +81,12 @@ class LoadedModel:
 
         model = self.config.model
         self._report("weights", 0.0)
-        return load_model(self.path, backend=self.backend, dtype=self._dtype, quantization=model.quantization,
-                          max_model_len=model.max_model_len, load_format=model.load_format,
-                          progress=lambda done, total: self._report("weights", done / max(total, 1)))
+        loaded = load_model(self.path, backend=self.backend, dtype=self._dtype, quantization=model.quantization,
+                            max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
+                            progress=lambda done, total: self._report("weights", done / max(total, 1)))
+        if self.adapters is not None:
+            self.adapters.apply()
+        return loaded
 
 
 def _open_backend(config: EngineConfig) -> Backend:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from backends.opset import OpSet
+from xllm.layers.adapters import AdapterSlots
 from xllm.parallel.context import ParallelContext
 
 
@@ -31,3 +32,4 @@ class LayerContext:
     parallel: ParallelContext
     weights: Weights
     quantization: str | None = None
+    adapters: AdapterSlots | None = None  # None: no adapter can be loaded

@@ -9,6 +9,7 @@ import torch
 
 from backends.backend import Backend
 from xllm.errors import ConfigError, ModelError
+from xllm.layers.adapters import AdapterSlots
 from xllm.layers.context import LayerContext, Weights
 from xllm.layers.rotary import rope_table
 from xllm.models.config import ModelConfig, read_model_config
@@ -30,12 +31,14 @@ def load_model(
     quantization: str | None = None,
     max_model_len: int | None = None,
     load_format: str = "auto",
+    adapters: AdapterSlots | None = None,
     progress: Progress | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 
     quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
     load_format: "dummy" reads config.json alone and takes random weights.
+    adapters: told of every layer that adapters may change; None: there will be none.
     max_model_len: positions that the rotary table covers; None: the checkpoint's own limit.
     Raises:
         ModelError: the checkpoint cannot be used.
@@ -45,7 +48,8 @@ def load_model(
     num_positions = _num_positions(config, max_model_len)
 
     def build(weights: Weights) -> CausalLM:
-        context = LayerContext(ops=backend.ops, parallel=ParallelContext(), weights=weights, quantization=quantization)
+        context = LayerContext(ops=backend.ops, parallel=ParallelContext(), weights=weights, quantization=quantization,
+                               adapters=adapters)
         return Decoder(context, config, rope_table(config.rope, config.head_dim, num_positions, backend.device))
 
     if load_format == "dummy":

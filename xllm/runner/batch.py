@@ -54,11 +54,13 @@ class HostBatch:
 
     table_SM has as many columns as the longest row needs; kv_base_S: None, or instead of it (`AttentionMetadata`).
     feed_T: for tokens that the host does not have yet, their places among those of the step before, and -1 for all
-    others, whose ids are in input_ids_T (`OpSet.feed_tokens`); None: the host has all.
+    others, whose ids are in input_ids_T (`OpSet.feed_tokens`); None: the host has all. lora_T: each token's adapter, 0
+    for none; None: no token has one.
     """
 
     input_ids_T: np.ndarray
     feed_T: np.ndarray | None
+    lora_T: np.ndarray | None
     positions_T: np.ndarray
     query_start_S1: np.ndarray
     seq_lens_S: np.ndarray
@@ -73,8 +75,9 @@ class HostBatch:
     def empty(cls, block_size: int, *, has_table: bool) -> HostBatch:
         """A step of no rows: in a graph, of padding alone."""
         none, indices = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
-        return cls(input_ids_T=none, feed_T=None, positions_T=none, query_start_S1=np.zeros(1, dtype=np.int32),
-                   seq_lens_S=none, table_SM=np.zeros((0, 0), dtype=np.int32), kv_base_S=None if has_table else none,
+        return cls(input_ids_T=none, feed_T=None, lora_T=None, positions_T=none,
+                   query_start_S1=np.zeros(1, dtype=np.int32), seq_lens_S=none,
+                   table_SM=np.zeros((0, 0), dtype=np.int32), kv_base_S=None if has_table else none,
                    slot_mapping_T=none, max_query_len=1, block_size=block_size,
                    slots=SampleSlots(rows=none, steps=indices, offsets=indices, hidden=indices))
 
@@ -133,6 +136,7 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
     return HostBatch(
         input_ids_T=rows.token_ids[row_T, position_T],
         feed_T=_feed(rows.fed_from[rows_S], query_start_S1, samples_S) if fed else None,
+        lora_T=_spread(rows.lora_slot[rows_S], num_queries_S),
         positions_T=position_T,
         query_start_S1=query_start_S1,
         seq_lens_S=seq_lens_S,
@@ -150,6 +154,11 @@ def _feed(fed_from_S: np.ndarray, query_start_S1: np.ndarray, samples_S: np.ndar
     feed_T = np.full(query_start_S1[-1], -1, dtype=np.int32)
     feed_T[query_start_S1[1:][samples_S] - 1] = fed_from_S[samples_S]
     return feed_T
+
+
+def _spread(lora_S: np.ndarray, num_queries_S: np.ndarray) -> np.ndarray | None:
+    """A row's adapter for each of its tokens; None if no row has one."""
+    return np.repeat(lora_S, num_queries_S) if lora_S.any() else None
 
 
 def _sample_slots(rows_S: np.ndarray, query_start_S1: np.ndarray, num_drafts_S: np.ndarray,

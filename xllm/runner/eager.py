@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from backends.backend import Backend, Capturer
+from xllm.layers.adapters import AdapterSlots
 from xllm.models.decoder import CausalLM
 from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
 from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, sampling_columns
@@ -19,8 +20,10 @@ from xllm.runner.staging import Staging
 class EagerForward:
     """feed, staging: None where what is queued on the device is done at once."""
 
-    def __init__(self, backend: Backend, model: CausalLM, feed: TokenFeed | None, staging: Staging | None):
+    def __init__(self, backend: Backend, model: CausalLM, feed: TokenFeed | None, staging: Staging | None,
+                 adapters: AdapterSlots | None = None):
         self._ops, self._model, self._feed, self._staging = backend.ops, model, feed, staging
+        self._adapters = adapters
 
     def run(self, host: HostBatch, layers: Iterable[tuple[Tensor, Tensor]]) -> Forwarded:
         """The hidden states of all places. layers: the KV caches, each asked for when its turn comes."""
@@ -32,7 +35,11 @@ class EagerForward:
         ids_T = batch.input_ids_T
         if host.feed_T is not None and self._feed is not None:
             ids_T = self._ops.feed_tokens(ids_T, self._put(host.feed_T), self._feed.source)
-        return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+        if host.lora_T is None or self._adapters is None:
+            return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+        present = [slot for slot in np.unique(host.lora_T).tolist() if slot]
+        with self._adapters.used(self._put(host.lora_T), present):
+            return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
 
     def sample(self, rows: RowState, slots: SampleSlots, hidden_TD: Tensor) -> QueuedTokens:
         """Draw a token for each slot, none of which wants more; they stay on the device."""
@@ -57,8 +64,9 @@ def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_t
     places, zero = np.arange(num_tokens, dtype=np.int32), np.zeros(1, dtype=np.int64)
     num_blocks = -(-num_tokens // block_size) if has_table else 0
     return HostBatch(
-        input_ids_T=np.zeros_like(places), feed_T=None, positions_T=places, query_start_S1=int32(0, num_tokens),
-        seq_lens_S=int32(num_tokens), table_SM=np.full((1, num_blocks), capturer.pad_block, dtype=np.int32),
+        input_ids_T=np.zeros_like(places), feed_T=None, lora_T=None, positions_T=places,
+        query_start_S1=int32(0, num_tokens), seq_lens_S=int32(num_tokens),
+        table_SM=np.full((1, num_blocks), capturer.pad_block, dtype=np.int32),
         kv_base_S=None if has_table else int32(capturer.pad_block),
         slot_mapping_T=np.full_like(places, capturer.pad_slot), max_query_len=num_tokens, block_size=block_size,
         slots=SampleSlots(rows=int32(0), steps=zero, offsets=zero, hidden=zero + num_tokens - 1))

@@ -24,6 +24,7 @@ from graph.cache import GraphBudget, GraphCache
 from graph.checking import CheckingCapturer
 from graph.key import BucketRules, GraphKey, padding_lengths
 from xllm.config import EngineConfig
+from xllm.layers.adapters import AdapterSlots
 from xllm.metrics import GraphStats
 from xllm.models.decoder import CausalLM
 from xllm.runner.batch import HostBatch
@@ -44,6 +45,7 @@ _log = logging.getLogger(__name__)
 NUM_SETS = 2  # as `feed.py:NUM_BUFFERS`
 LOGITS_BYTES = 256 * 2**20  # static memory for logits; longer steps end with the hidden states
 HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"
+LORA = "lora"  # each token's adapter
 _NOTHING = np.zeros(0, dtype=np.int32)
 # Reasons for an eager step, beside those of `graph/cache.py`.
 KV_LOADS, NO_BUCKET = "kv_loads", "no_bucket"
@@ -110,6 +112,14 @@ class StepProgram:
             self.meta.plan = self._owner.plan(self.meta)
 
     def __call__(self) -> None:
+        if LORA not in self.memory.inputs:
+            self._run()
+            return
+        assert self._owner.adapters is not None
+        with self._owner.adapters.used(self.memory.inputs[LORA]):
+            self._run()
+
+    def _run(self) -> None:
         owner, inputs, outputs = self._owner, self.memory.inputs, self.memory.outputs
         if owner.capturer.plans_in_graph:
             self.meta.plan = owner.plan(self.meta)
@@ -131,11 +141,11 @@ class GraphedForward:
     """Finds the key of a step, fills a buffer set, replays, and takes the results out of the padding."""
 
     def __init__(self, config: EngineConfig, backend: Backend, capturer: Capturer, model: CausalLM, rows: RowState,
-                 layers: Sequence[tuple[Tensor, Tensor]], feed: TokenFeed):
+                 layers: Sequence[tuple[Tensor, Tensor]], feed: TokenFeed, adapters: AdapterSlots | None = None):
         """config: resolved. layers: the KV caches, which never move."""
         device = config.device
         self.capturer, self.ops, self.model, self.rows, self.layers = capturer, backend.ops, model, rows, layers
-        self.feed = feed
+        self.feed, self.adapters = feed, adapters
         self.no_table = torch.zeros((0, 0), dtype=torch.int32, device=backend.device)
         self._rules = bucket_rules(config, capturer)
         self._max_logits = min(self._rules.max_num_tokens, LOGITS_BYTES // (4 * model.config.vocab_size))
@@ -173,7 +183,8 @@ class GraphedForward:
         if key is None:
             self.cache.fall_back(NO_BUCKET)
             return None
-        key = replace(key, variant=f"{_layout(batch)}-{self._ends_with(batch, rows_S, key.num_tokens)}")
+        key = replace(key, variant=f"{_layout(batch)}-{self._ends_with(batch, rows_S, key.num_tokens)}"
+                      f"{'' if batch.lora_T is None else '-' + LORA}")
         self.cache.turn = self.feed.turn
         program = self.cache.run(key, lambda program: self._fill(program, key, batch))
         return None if program is None else self._results(program, batch)
@@ -195,8 +206,8 @@ class GraphedForward:
         return TOKENS if samples_plainly(self.rows, batch.slots) else LOGITS
 
     def _build(self, key: GraphKey, index: int) -> StepProgram:
-        layout, ends_with = key.variant.split("-")
-        names = [*STEP_INPUTS, "kv_base" if layout == "base" else "block_table",
+        layout, ends_with, *lora = key.variant.split("-")
+        names = [*STEP_INPUTS, "kv_base" if layout == "base" else "block_table", *lora,
                  *(SAMPLING_INPUTS if ends_with == TOKENS else ())]
         sizes = {"T": key.num_tokens, "L": key.num_tokens, "Q": key.num_tokens, "S": key.num_seqs,
                  "S1": key.num_seqs + 1}
@@ -211,6 +222,8 @@ class GraphedForward:
         places_T = np.arange(num_padding, dtype=np.int32) - np.repeat(ends_P - padding_P, padding_P)
         memory.fill("input_ids", batch.input_ids_T)
         memory.fill("feed", _NOTHING if batch.feed_T is None else batch.feed_T, -1)
+        if batch.lora_T is not None:
+            memory.fill(LORA, batch.lora_T)
         memory.fill("positions", np.concatenate((batch.positions_T, places_T)))
         memory.fill("slot_mapping", batch.slot_mapping_T, self.capturer.pad_slot)
         memory.fill("query_start", np.concatenate((batch.query_start_S1, batch.num_tokens + ends_P)))
@@ -243,7 +256,7 @@ def _inputs() -> list[Field]:
     """Static inputs, the largest last. The table has a column more than a row can need: kernels that fetch the next
     block's id ahead may read the one behind the last."""
     int32, float32 = torch.int32, torch.float32
-    by_token = ("input_ids", "feed", "positions", "slot_mapping")
+    by_token = ("input_ids", "feed", LORA, "positions", "slot_mapping")
     return [*(Field(name, int32, ("T",)) for name in by_token), Field("query_start", int32, ("S1",)),
             Field("seq_lens", int32, ("S",)), Field("kv_base", int32, ("S",)), Field("temperature", float32, ("T",)),
             Field("top_k", int32, ("T",)), Field("top_p", float32, ("T",)), Field("min_p", float32, ("T",)),

@@ -22,10 +22,16 @@ CPU_MEMORY_SHARE = 0.5
 
 
 def compute_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> torch.dtype:
-    """The dtype of weights, activations and KV: the one that is set, or the device's best for the checkpoint."""
+    """The dtype of weights, activations and KV: the one that is set, or the device's best for the checkpoint.
+
+    Raises ConfigError if the device does not have it.
+    """
     if config.model.dtype == "auto":
         return backend.default_dtype(getattr(torch, model_config.checkpoint_dtype))
     dtype: torch.dtype = getattr(torch, config.model.dtype)
+    if dtype not in backend.dtypes:
+        known = " or ".join(str(each).removeprefix("torch.") for each in backend.dtypes)
+        raise ConfigError(f"dtype {config.model.dtype}: {backend.name} runs in {known}")
     return dtype
 
 
@@ -85,13 +91,16 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelC
     blocks (`Backend.num_reserved_blocks`) are among them, beside those of num_kv_blocks.
 
     Raises:
-        ConfigError: not even one sequence of max_model_len fits.
+        ConfigError: not even one sequence of max_model_len fits, or the device has no such cache.
     """
     cache, max_model_len, num_reserved = config.cache, config.model.max_model_len, backend.num_reserved_blocks
     assert cache.block_size is not None, "resolve() first"
     assert max_model_len is not None, "resolve() first"
     blocks_per_sequence = -(-max_model_len // cache.block_size)
-    bytes_per_block = page_bytes(config, backend, model_config, dtype)
+    try:
+        bytes_per_block = page_bytes(config, backend, model_config, dtype)
+    except ValueError as error:
+        raise ConfigError(f"block_size {cache.block_size}: {error}") from None
     if cache.num_kv_blocks is not None:
         num_blocks, origin = cache.num_kv_blocks + num_reserved, f"num_kv_blocks is {cache.num_kv_blocks}"
     elif cache.kv_cache_memory_bytes is not None:

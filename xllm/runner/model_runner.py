@@ -16,6 +16,7 @@ from torch import Tensor
 from backends.backend import Backend
 from xllm.config import EngineConfig
 from xllm.kv.lanes import TicketBoard
+from xllm.layers.adapters import Adapter, AdapterSlots
 from xllm.models.decoder import CausalLM
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
@@ -75,8 +76,9 @@ class ModelRunner:
     One thread at a time may call it.
     """
 
-    def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int):
-        """config: resolved. num_blocks: from `plan_num_blocks`."""
+    def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int,
+                 adapters: AdapterSlots | None = None):
+        """config: resolved. num_blocks: from `plan_num_blocks`. adapters: the model's, if it takes any."""
         max_model_len, block_size = config.model.max_model_len, config.cache.block_size
         assert max_model_len is not None, "resolve() first"
         assert block_size is not None, "resolve() first"
@@ -98,13 +100,14 @@ class ModelRunner:
             staging = Staging(backend, capturer, step_bytes(config, self.rows))
             if config.device.graph_mode != "off":
                 self.graphs = GraphedForward(config, backend, capturer, model, self.rows, self.kv_cache.layers,
-                                             self.feed)
+                                             self.feed, adapters)
         num_seqs = config.device.graph_warmup_seqs
         if num_seqs is None:
             num_seqs = 0 if backend.device.type == "cpu" else WARM_UP_SEQS
         longest = config.scheduler.max_num_batched_tokens or max_model_len
         self._warm_up = min(WARM_UP_TOKENS, longest, max_model_len), num_seqs
-        self._eager = EagerForward(backend, model, self.feed, staging)
+        self._eager = EagerForward(backend, model, self.feed, staging, adapters)
+        self._adapters = adapters
         self._queued: QueuedStep | None = None  # the step started last, if it was
         self._pooler = Pooler(self.rows)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
@@ -130,6 +133,14 @@ class ModelRunner:
         if self.graphs is not None:
             self.graphs.capture_ahead(num_seqs, has_table=has_table)
         self._backend.synchronize()
+
+    def put_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Fill a slot, or empty it; no open request uses it. Captured graphs hold the old matrices, so they go."""
+        assert self._adapters is not None
+        self._finish_last()
+        self._adapters.put(slot, adapter)
+        if self.graphs is not None:
+            self.graphs.cache.clear()
 
     def prepare(self, plan: ScheduleOutput) -> None:
         """Called with each plan in order, by the submitter's thread, while the step before it may still run."""

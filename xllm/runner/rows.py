@@ -32,6 +32,7 @@ class RowState:
     edits_logits bool: the row's logits are changed by more than temperature and truncation.
     sampling: the full parameters by row, None where the row is free.
     pooling, pools bool: what embedding the row asked for, and whether it did.
+    lora_slot int32: the adapter that the row is computed with; 0: none.
     fed_from int32: where the token buffer of the step queued last holds the row's last known token, which the host
     does not have yet (`feed.py`); -1: the host has it. Means nothing once that step was read.
     """
@@ -58,6 +59,7 @@ class RowState:
         self.sampling: list[SamplingParams | None] = [None] * max_num_seqs
         self.pooling: list[PoolingParams | None] = [None] * max_num_seqs
         self.pools = np.zeros(max_num_seqs, dtype=bool)
+        self.lora_slot = np.zeros(max_num_seqs, dtype=np.int32)
         self.fed_from = np.full(max_num_seqs, -1, dtype=np.int32)
 
     def enter(self, new: NewRow) -> None:
@@ -73,6 +75,7 @@ class RowState:
         self.block_table[row, :num_blocks] = new.block_ids
         self.num_blocks[row] = num_blocks
         self._set_sampling(row, new.sampling, new.seed)
+        self.lora_slot[row] = new.lora_slot
         self.pooling[row], self.pools[row] = new.pooling, new.pooling is not None
 
     def _set_sampling(self, row: int, sampling: SamplingParams, seed: int) -> None:

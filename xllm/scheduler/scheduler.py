@@ -160,6 +160,11 @@ class Scheduler:
         return tuple(self._sequences)
 
     @property
+    def requests(self) -> tuple[Request, ...]:
+        """Those that have not ended."""
+        return tuple(seq.request for seq in self._sequences.values())
+
+    @property
     def has_ready(self) -> bool:
         """Whether `take_ready` has anything to give."""
         return bool(self._ready)
@@ -462,7 +467,8 @@ class Scheduler:
         return NewRow(row=seq.row, request_id=seq.request_id, token_ids=seq.token_ids,
                       num_prompt_tokens=seq.num_prompt_tokens, num_computed_tokens=num_cached,
                       block_ids=self.kv.blocks_of(seq.row), sampling=params,
-                      eos_token_ids=seq.request.eos_token_ids, seed=seed, pooling=seq.request.pooling)
+                      eos_token_ids=seq.request.eos_token_ids, seed=seed, pooling=seq.request.pooling,
+                      lora_slot=seq.request.lora_slot)
 
     def _yield_offline(self, seq: SequenceState) -> bool:
         """An online request cannot get in: preempt one offline row for it, unless one is on its way out.

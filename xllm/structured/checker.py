@@ -55,7 +55,7 @@ class GrammarChecker:
     def submit(self, spec: StructuredOutput) -> Future[None]:
         """A future that holds nothing, or `check`'s error. Raises GrammarBusyError."""
         done: Future[None] = Future()
-        key = hashlib.blake2b(f"{spec.kind}\0{spec.source}".encode(), digest_size=16).digest()
+        key = hashlib.blake2b(f"{spec.kind}\0{spec.after or ''}\0{spec.source}".encode(), digest_size=16).digest()
         with self._lock:
             if key in self._verdicts:
                 self._verdicts.move_to_end(key)
@@ -143,7 +143,7 @@ class _Worker:
 
     def ask(self, spec: StructuredOutput) -> str | None:
         """Why it cannot be honoured; None: it can."""
-        self._send(json.dumps({spec.kind: json.loads(spec.source) if spec.kind == "choice" else spec.source}))
+        self._send(json.dumps({spec.kind: getattr(spec, spec.kind), "after": spec.after}))
         answer = self._read(WALL_TIMEOUT_S)
         if answer is not None:
             return json.loads(answer)["error"]

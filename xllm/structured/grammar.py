@@ -33,6 +33,17 @@ class GrammarError(ValueError):
 
 def grammar_text(spec: StructuredOutput) -> str:
     """The specification as llguidance takes it. Checks hardly anything. Raises GrammarError."""
+    return _form(spec) if spec.after is None else _behind(spec.after, _form(spec))
+
+
+def _behind(after: str, form: str) -> str:
+    """Free text that ends with the first `after`, then the form. A form is Lark, or JSON with a list of grammars."""
+    first, *others = json.loads(form)["grammars"] if form.startswith("{") else [{"lark_grammar": form}]
+    head = f"start: head /\\n{{0,2}}/ @form\nhead[lazy]: /{FREE_TEXT}/ {json.dumps(after)}"
+    return json.dumps({"grammars": [{"name": "all", "lark_grammar": head}, {**first, "name": "form"}, *others]})
+
+
+def _form(spec: StructuredOutput) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 

@@ -8,6 +8,7 @@ Letters: Q slots of a step, X those of rows with a grammar, K slots of one row (
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from xllm.step import NewRow
 
 ALL = -1  # a word whose 32 tokens may all be drawn
+# A grammar that turns out to be as slow as that holds up everybody's steps: its request ends.
+MAX_MASK_CPU_S = 0.5
 
 
 class RowTokens(Protocol):
@@ -96,11 +99,14 @@ class RowMatchers:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-masks")
+        fillings = []
         for row, _, end in self._groups(slots):
             self._wait_for(row)
-            filling = self._filling(row, int(slots.offsets[end - 1]) + 1)
-            filling.done = self._pool.submit(filling.run)
-            self._begun[row] = filling
+            self._begun[row] = filling = self._filling(row, int(slots.offsets[end - 1]) + 1)
+            fillings.append(filling)
+        done = self._pool.submit(_run_all, fillings)
+        for filling in fillings:
+            filling.done = done
 
     def masks(self, slots: Slots) -> SlotMasks | None:
         """The masks of these slots, computed now where `begin` has not; None: no slot has one."""
@@ -184,10 +190,12 @@ class _RowMatcher:
         if self._has_ended:
             self._only_the_end(mask_KW)
             return
-        taken = 0
+        taken, began_s = 0, time.thread_time()
         for place, mask_W in enumerate(mask_KW):
             matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
             check_matcher(matcher)
+            if (spent_s := time.thread_time() - began_s) > MAX_MASK_CPU_S:
+                raise GrammarError(f"it is too complex: {spent_s:.1f} s for one step")
             if place == len(drafts) or not _in_mask(mask_W, drafts[place]):
                 break
             if drafts[place] in self._eos_token_ids:
@@ -230,3 +238,8 @@ class _Filling:
             self.reason = str(error)
         if self.reason is not None:
             self.mask_KW.fill(ALL)
+
+
+def _run_all(fillings: list[_Filling]) -> None:
+    for filling in fillings:
+        filling.run()

@@ -18,7 +18,7 @@ ANY_OBJECT = '{"type":"object"}'
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
-    """Exactly one of the fields is set. Checked for shape and size when made; `xllm.structured.compiler` does the rest.
+    """Exactly one of the first five fields is set. Checked for shape and size when made; `checker.py` does the rest.
 
     json: a JSON schema, as a mapping or as text; "object" for any JSON object. Afterwards its text without blanks.
     regex: what the whole output must match, in the syntax of Rust's `regex` crate.
@@ -26,6 +26,8 @@ class StructuredOutput:
     grammar: context-free, in llguidance's variant of Lark, or in GBNF (`root ::= ...`).
     structural_tag: `{"structures": [{"begin", "schema", "end"}], "triggers": [text]}`: free text, but what follows a
     trigger must be one of the structures that begin with it. Afterwards its text.
+    after: the form begins behind the first occurrence of this text (and two line breaks at most); what comes before
+    it is free. For models whose prompt ends inside their reasoning.
 
     Raises:
         RequestError: `.field` is the field of these that is wrong; None where not exactly one is set.
@@ -36,12 +38,15 @@ class StructuredOutput:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     structural_tag: str | Mapping[str, Any] | None = None
+    after: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise RequestError(f"exactly one of {', '.join(KINDS)} must be set, got "
                                f"{' and '.join(given) if given else 'none'}")
+        if self.after is not None:
+            _check_text("after", self.after)
         name = given[0]
         value = getattr(self, name)
         if name in ("json", "structural_tag"):
@@ -58,7 +63,7 @@ class StructuredOutput:
 
     @property
     def source(self) -> str:
-        """The set field as text: two specifications with equal `kind` and `source` mean the same."""
+        """The set field as text."""
         value = getattr(self, self.kind)
         return json.dumps(value) if self.kind == "choice" else value
 

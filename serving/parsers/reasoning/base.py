@@ -35,6 +35,16 @@ class ThinkParser:
         self._advance()
 
     @property
+    def is_thinking(self) -> bool:
+        """Whether more text would be thought, as far as is known: true at the beginning as long as it may open."""
+        return not self._ended
+
+    @property
+    def opens_for_sure(self) -> bool:
+        """Whether the model thinks before anything else, without a tag of its own to open it."""
+        return self._inside or (self.thinks_at_once and not self._over)
+
+    @property
     def num_handled(self) -> int:
         return self._source.num_handled
 

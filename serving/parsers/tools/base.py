@@ -27,6 +27,7 @@ class ToolParser:
     """Text in, events out. A subclass says which markers open a call and reads what follows them."""
 
     opening: ClassVar[Markers]
+    trigger: ClassVar[str | None] = None  # what `frame` begins with, if the format can be put as a frame around JSON
     markers: ClassVar[tuple[str, ...]] = ()  # all of the format's texts that a tokenizer may hide as special tokens
 
     def __init__(self, tools: ToolSet | None = None):
@@ -39,6 +40,11 @@ class ToolParser:
         self._steps = self.read()
         self._ended = False
         self._advance()
+
+    @classmethod
+    def frame(cls, name: str) -> tuple[str, str]:
+        """What stands before and behind the JSON of the arguments in a call of the function; only with `trigger`."""
+        raise NotImplementedError
 
     def feed(self, text: str) -> list[Event]:
         """Read more text."""

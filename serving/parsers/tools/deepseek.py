@@ -13,9 +13,14 @@ SEPARATOR = "<｜tool▁sep｜>"
 class DeepSeekV31Parser(ToolParser):
     opening = Markers(SECTION)
     markers = (SECTION, SECTION_END, CALL, CALL_END, SEPARATOR)
+    trigger = CALL
     _next = Markers(CALL, SECTION_END)
     _end = Markers(CALL_END)
     _closing = Markers(CALL_END, CALL, SECTION_END)
+
+    @classmethod
+    def frame(cls, name: str) -> tuple[str, str]:
+        return f"{CALL}{name}{SEPARATOR}", CALL_END
 
     def read_calls(self, marker: str) -> Steps[None]:
         while True:
@@ -43,6 +48,10 @@ class DeepSeekV3Parser(DeepSeekV31Parser):
     """DeepSeek V3 and R1-0528: the kind of tool before the name, the JSON in a fenced block."""
 
     _fence_end = Markers("\n```" + CALL_END, "```" + CALL_END, CALL_END)
+
+    @classmethod
+    def frame(cls, name: str) -> tuple[str, str]:
+        return f"{CALL}function{SEPARATOR}{name}\n```json\n", "\n```" + CALL_END
 
     def read_call(self) -> Steps[None]:
         source = self.source

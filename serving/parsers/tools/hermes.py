@@ -10,8 +10,13 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 class HermesParser(ToolParser):
     opening = Markers(OPEN)
+    trigger = OPEN
     _closing = Markers(CLOSE, OPEN)
     _end = Markers(CLOSE)
+
+    @classmethod
+    def frame(cls, name: str) -> tuple[str, str]:
+        return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
 
     def read_calls(self, marker: str) -> Steps[None]:
         yield from self.source.space()

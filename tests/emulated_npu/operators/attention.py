@@ -57,14 +57,22 @@ class Call:
             raise RuntimeError("block_table is not int32 of two dimensions")
         if paged and (self.kv_lens is None or not self.block_size):
             raise RuntimeError("a block_table needs actual_seq_lengths_kv and block_size")
-        if self.layout.startswith(("TND", "NTD")) and self.sparse_mode == 0 and paged and self.mask is None and self.query_rope is None:
+        if (
+            self.layout.startswith(("TND", "NTD"))
+            and self.sparse_mode == 0
+            and paged
+            and self.mask is None
+            and self.query_rope is None
+        ):
             raise RuntimeError("TND over pages with sparse_mode 0 and no mask: devices have returned a plain mean")
 
 
 def _check_causal_mask(mask: Tensor | None) -> None:
     """sparse_mode 2, 3 and 4 need the fixed triangle, whatever the lengths are."""
     if mask is None or mask.shape[-2:] != (MASK_SIZE, MASK_SIZE) or mask.numel() != MASK_SIZE**2:
-        raise RuntimeError(f"sparse_mode 2, 3 and 4 need a mask of {MASK_SIZE} x {MASK_SIZE}, got {None if mask is None else tuple(mask.shape)}")
+        raise RuntimeError(
+            f"sparse_mode 2, 3 and 4 need a mask of {MASK_SIZE} x {MASK_SIZE}, got {None if mask is None else tuple(mask.shape)}"
+        )
     if mask.dtype not in (torch.bool, torch.int8, torch.uint8):
         raise RuntimeError(f"a mask of {mask.dtype}")
     flat = mask.view(MASK_SIZE, MASK_SIZE)
@@ -204,7 +212,9 @@ def _unpaged(call: Call, cache: Tensor, blocks: Tensor) -> Tensor:
     else:
         pages = pages.permute(0, 3, 1, 2, 4).flatten(3)
     if pages.shape[1] != call.block_size or pages.shape[2] != call.num_kv_heads:
-        raise RuntimeError(f"a cache {tuple(cache.shape)} with block_size {call.block_size} and {call.num_kv_heads} heads")
+        raise RuntimeError(
+            f"a cache {tuple(cache.shape)} with block_size {call.block_size} and {call.num_kv_heads} heads"
+        )
     return pages.flatten(0, 1)
 
 
@@ -301,7 +311,9 @@ def _into(result: tuple[Tensor, Tensor], out: Sequence[Tensor], workspace: Tenso
     for given, made in zip(out, result, strict=True):
         if made.numel():
             if given.shape != made.shape or given.dtype != made.dtype:
-                raise RuntimeError(f"out is {given.dtype} {tuple(given.shape)}, the result {made.dtype} {tuple(made.shape)}")
+                raise RuntimeError(
+                    f"out is {given.dtype} {tuple(given.shape)}, the result {made.dtype} {tuple(made.shape)}"
+                )
             given.copy_(made)
     return out[0], out[1]
 

@@ -90,14 +90,18 @@ def scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> Tenso
     """`indices[..., :k]` name a place in the first k dimensions of `input`."""
     depth = indices.shape[-1]
     if indices.dtype not in (torch.int32, torch.int64) or updates.dtype != input.dtype:
-        raise RuntimeError(f"npu_scatter_nd_update_: indices {indices.dtype}, updates {updates.dtype} into {input.dtype}")
+        raise RuntimeError(
+            f"npu_scatter_nd_update_: indices {indices.dtype}, updates {updates.dtype} into {input.dtype}"
+        )
     if updates.shape != indices.shape[:-1] + input.shape[depth:]:
         raise RuntimeError(f"npu_scatter_nd_update_: updates {tuple(updates.shape)}, indices {tuple(indices.shape)}")
     flat = indices.reshape(-1, depth).long()
     for axis in range(depth):
         part = flat[:, axis]
         if part.numel() and (int(part.min()) < 0 or int(part.max()) >= input.shape[axis]):
-            raise RuntimeError(f"npu_scatter_nd_update_: indices {part.tolist()} are not all in [0, {input.shape[axis]})")
+            raise RuntimeError(
+                f"npu_scatter_nd_update_: indices {part.tolist()} are not all in [0, {input.shape[axis]})"
+            )
     input[tuple(flat.unbind(1))] = updates.reshape(flat.shape[0], *input.shape[depth:])
     return input
 

@@ -87,7 +87,12 @@ def init_routing_v2(
     total = expert_idx.numel()
     if expert_idx.dtype is not torch.int32 or active_num not in (-1, 0, total):
         raise RuntimeError(f"{name}: expert_idx {expert_idx.dtype}, active_num {active_num} of {total}")
-    if not expert_tokens_num_flag or expert_tokens_num_type not in (1, 2) or quant_mode not in (-1, 1) or row_idx_type not in (0, 1):
+    if (
+        not expert_tokens_num_flag
+        or expert_tokens_num_type not in (1, 2)
+        or quant_mode not in (-1, 1)
+        or row_idx_type not in (0, 1)
+    ):
         raise RuntimeError(f"{name}: needs expert_tokens_num_flag, expert_tokens_num_type 1 or 2, quant_mode -1 or 1")
     first, last = active_expert_range or (0, expert_num)
     flat = expert_idx.flatten().long()
@@ -96,7 +101,11 @@ def init_routing_v2(
     active = (flat >= first) & (flat < last)
     order = torch.where(active, flat, expert_num).sort(dim=0, stable=True).indices[: int(active.sum())]
     came_from = order // expert_idx.shape[1]
-    expanded = torch.full((total, x.shape[1]), float("nan")).to(x.dtype) if quant_mode == -1 else torch.zeros(total, x.shape[1], dtype=torch.int8)
+    expanded = (
+        torch.full((total, x.shape[1]), float("nan")).to(x.dtype)
+        if quant_mode == -1
+        else torch.zeros(total, x.shape[1], dtype=torch.int8)
+    )
     scales = torch.full((total,), float("nan"))
     rows = x[came_from]
     if quant_mode == 1:
@@ -116,7 +125,7 @@ def init_routing_v2(
 
 def _token_counts(counts: Tensor, first: int, last: int, kind: int) -> Tensor:
     if kind == 1:
-        return counts[first:last]
+        return counts[first:last].clone()
     pairs = torch.zeros(counts.numel(), 2, dtype=torch.int64)
     used = counts.nonzero().flatten()
     pairs[: used.numel()] = torch.stack((used, counts[used]), 1)
@@ -154,3 +163,15 @@ def token_unpermute(
     rows = permuted_tokens[where].float().view(-1, top_k, permuted_tokens.shape[1])
     weighted = rows if probs is None else rows * probs.float()[..., None]
     return weighted.sum(1).to(permuted_tokens.dtype)
+
+
+@emulates("npu::_npu_moe_token_unpermute")  # what the wheel's autograd kernel of the one above calls
+def token_unpermute_for_autograd(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    result = token_unpermute(permuted_tokens, sorted_indices, probs, padded_mode, restore_shape)
+    return result, permuted_tokens

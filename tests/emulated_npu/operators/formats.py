@@ -11,18 +11,19 @@ from torch import Tensor
 from tests.emulated_npu.operators.registry import refuse
 
 ND, FRACTAL_NZ = 2, 29
-NUMBERS = {"ND": ND, "NCHW": 0, "FRACTAL_NZ": FRACTAL_NZ, "UNDEFINED": -1}
 
 
 def format_cast(input: Tensor, acl_format: int, **given: Any) -> Tensor:
     refuse("npu_format_cast", given)
     if acl_format not in (ND, FRACTAL_NZ):
         raise NotImplementedError(f"npu_format_cast: format {acl_format} is not emulated")
-    if NUMBERS.get(torch_npu.get_npu_format(input)) == acl_format:
+    if int(torch_npu.get_npu_format(input)) == acl_format:
         return input
     lane = 32 // input.element_size()
     if acl_format == FRACTAL_NZ and (input.dim() < 2 or input.shape[-1] % lane or input.shape[-2] % 16):
-        raise RuntimeError(f"npu_format_cast: {tuple(input.shape)} of {input.dtype} does not fill fractals of 16 x {lane}")
+        raise RuntimeError(
+            f"npu_format_cast: {tuple(input.shape)} of {input.dtype} does not fill fractals of 16 x {lane}"
+        )
     made = torch_npu.empty_with_format(input.shape, dtype=input.dtype, device=input.device, acl_format=acl_format)
     return made.copy_(input)
 

@@ -25,7 +25,9 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 and the scale of each row, rowmax / 127; a row of zeros has scale 0 and values 0."""
     wide = x.float()
     scale = wide.abs().amax(-1) / 127
-    return (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-128, 127).to(torch.int8), scale
+    return (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-128, 127).to(
+        torch.int8
+    ), scale
 
 
 @emulates("npu::npu_dynamic_quant")
@@ -40,7 +42,11 @@ def dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     refuse("npu_dynamic_quant", {"group_index": group_index, "dst_type_max": dst_type_max}, (None, 0.0))
     refuse("npu_dynamic_quant", {"quant_mode": quant_mode}, ("pertoken",))
-    if input.dtype not in (torch.float16, torch.bfloat16) or input.dim() < 2 or type_of(dst_type, torch.int8) is not torch.int8:
+    if (
+        input.dtype not in (torch.float16, torch.bfloat16)
+        or input.dim() < 2
+        or type_of(dst_type, torch.int8) is not torch.int8
+    ):
         raise RuntimeError(f"npu_dynamic_quant: {input.dtype} of {input.dim()} dimensions to {dst_type}")
     if smooth_scales is not None and (smooth_scales.dtype != input.dtype or smooth_scales.shape != input.shape[-1:]):
         raise RuntimeError(f"npu_dynamic_quant: smooth_scales {smooth_scales.dtype} {tuple(smooth_scales.shape)}")
@@ -77,9 +83,15 @@ def quant_matmul(
         raise RuntimeError(f"{name}: {x1.dtype} {tuple(x1.shape)} by {x2.dtype} {tuple(x2.shape)}")
     if max(x1.shape[-1], x2.shape[-1]) > 65535:
         raise RuntimeError(f"{name}: a last dimension above 65535")
-    if scale.dtype not in (torch.float32, torch.bfloat16) or scale.dim() != 1 or scale.shape[0] not in (1, x2.shape[-1]):
+    if (
+        scale.dtype not in (torch.float32, torch.bfloat16)
+        or scale.dim() != 1
+        or scale.shape[0] not in (1, x2.shape[-1])
+    ):
         raise RuntimeError(f"{name}: scale {scale.dtype} {tuple(scale.shape)}")
-    if pertoken_scale is not None and (pertoken_scale.dtype is not torch.float32 or pertoken_scale.shape != x1.shape[-2:-1]):
+    if pertoken_scale is not None and (
+        pertoken_scale.dtype is not torch.float32 or pertoken_scale.shape != x1.shape[-2:-1]
+    ):
         raise RuntimeError(f"{name}: pertoken_scale {pertoken_scale.dtype} {tuple(pertoken_scale.shape)}")
     total = _product(x1, x2)
     if bias is not None and bias.dtype is torch.int32:
@@ -111,7 +123,11 @@ def weight_quant_batchmatmul(
     """x (m, k) by int8 (k, n); scale and offset (1), (n), (1, n) or, by groups along k, (ceil(k / group), n)."""
     name = "npu_weight_quant_batchmatmul"
     refuse(name, {"quant_scale": quant_scale, "quant_offset": quant_offset, "weight_dtype": weight_dtype})
-    if weight.dtype is not torch.int8 or x.dtype not in (torch.float16, torch.bfloat16) or antiquant_scale.dtype != x.dtype:
+    if (
+        weight.dtype is not torch.int8
+        or x.dtype not in (torch.float16, torch.bfloat16)
+        or antiquant_scale.dtype != x.dtype
+    ):
         raise RuntimeError(f"{name}: {x.dtype} by {weight.dtype}, scale {antiquant_scale.dtype}")
     if antiquant_group_size and (antiquant_group_size % 32 or antiquant_group_size < 32):
         raise RuntimeError(f"{name}: groups of {antiquant_group_size}")
@@ -163,7 +179,9 @@ def grouped_matmul(
     }  # fmt: skip
     refuse(name, unknown, (None, 0, []))
     if group_type != 0 or split_item not in (2, 3) or len(x) != 1 or len(weight) != 1 or weight[0].dim() != 3:
-        raise NotImplementedError(f"{name}: only split_item 2 or 3 with group_type 0, one x and one weight are emulated")
+        raise NotImplementedError(
+            f"{name}: only split_item 2 or 3 with group_type 0, one x and one weight are emulated"
+        )
     rows, experts = x[0], weight[0]
     if rows.shape[-1] != experts.shape[1] or rows.dtype != experts.dtype or experts.shape[0] > 1024:
         raise RuntimeError(f"{name}: {rows.dtype} {tuple(rows.shape)} by {experts.dtype} {tuple(experts.shape)}")
@@ -176,7 +194,9 @@ def grouped_matmul(
     start = 0
     for expert, count in _groups(name, group_list, int(group_list_type or 0), experts.shape[0]):
         part = slice(start, start + count)
-        product = _product(rows[part], experts[expert]).float() if is_int8 else rows[part].float() @ experts[expert].float()
+        product = (
+            _product(rows[part], experts[expert]).float() if is_int8 else rows[part].float() @ experts[expert].float()
+        )
         if scale:
             product = product * scale[0][expert].float()
         if per_token_scale:

@@ -20,7 +20,9 @@ def _rotated(x: Tensor, mode: str) -> Tensor:
 
 
 @emulates("npu::npu_rotary_mul")
-def rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None) -> Tensor:
+def rotary_mul(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
     """`r1` is the cosine, `r2` the sine, of 4 dimensions like `input`, broadcast where they are 1."""
     refuse("npu_rotary_mul", {"rotate": rotate})
     if input.dim() != 4 or r1.shape != r2.shape or r1.dim() != 4 or r1.shape[-1] != input.shape[-1]:
@@ -71,7 +73,9 @@ def mrope(
     cos, sin = cos_sin.chunk(2, -1)
     if any(sections):
         if positions.dim() != 2 or sum(sections) != rotary_dim // 2:
-            raise RuntimeError(f"npu_mrope: sections {sections} for rotary_dim {rotary_dim}, positions of {positions.dim()} dimensions")
+            raise RuntimeError(
+                f"npu_mrope: sections {sections} for rotary_dim {rotary_dim}, positions of {positions.dim()} dimensions"
+            )
         cos, sin = (torch.cat([part[i] for i, part in enumerate(each.split(sections, -1))], -1) for each in (cos, sin))
     elif positions.dim() != 1:
         raise RuntimeError("npu_mrope: positions of three rows without mrope_section")

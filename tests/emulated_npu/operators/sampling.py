@@ -8,7 +8,11 @@ from torch import Tensor
 from tests.emulated_npu.operators.registry import emulates
 
 
-@emulates("npu::npu_top_k_top_p")
+def _like_logits(logits: Tensor, p: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@emulates("npu::npu_top_k_top_p", shapes=_like_logits)  # the wheel's meta kernel fails without k
 def top_k_top_p(logits: Tensor, p: Tensor | None = None, k: Tensor | None = None) -> Tensor:
     """The documented steps: sort upwards, drop below the k-th, then the smallest with a sum of at most 1 - p."""
     if logits.dim() != 2 or (p is None and k is None):

@@ -1,5 +1,7 @@
 """Outputs in the grammar of each model family, and what they mean. `calls` are (name, arguments as data)."""
 
+# ruff: noqa: E501 - outputs are easier to read unbroken
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

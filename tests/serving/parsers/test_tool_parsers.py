@@ -128,8 +128,9 @@ def _in_envelope(source: str, sentinel: str) -> bool:
 
 @pytest.mark.parametrize("opening", [
     "", "<tool_call>", '<tool_call>{"name": "', '<tool_call>{"name": "ping", "arguments": {"x": "', "[TOOL_CALLS][",
-    '<tool_call>{"name": "ping", "arguments": ', '<tool_call>{"arguments": ', "<function=ping><parameter=x>", "[ping(x=",
-    "<tool_call>ping\n<arg_key>x</arg_key><arg_value>", "<|tool_calls_section_begin|><|tool_call_begin|>", "[ping(x='",
+    '<tool_call>{"name": "ping", "arguments": ', '<tool_call>{"arguments": ', "<function=ping><parameter=x>",
+    "[ping(x=", "<tool_call>ping\n<arg_key>x</arg_key><arg_value>", "<|tool_calls_section_begin|><|tool_call_begin|>",
+    "[ping(x='",
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>ping<｜tool▁sep｜>", '<|python_tag|>{"x": ', "[",
 ])
 @pytest.mark.parametrize("filler", ["a", " ", "<", "<tool_call>", "[[", '{"a":', '\\"', "\\", "<｜tool▁", "</parameter",

@@ -1,0 +1,108 @@
+"""Adapters over HTTP: a model's name chooses one; an admin loads and unloads them below one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.serving.server_process import ServerProcess
+
+ADMIN = "an-admin-key-of-some-length"
+BODY = {"prompt": "def add(a, b):\n", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """For the bundled model."""
+    weights = load_file(Path(__file__).parents[2] / "xllm" / "bundled" / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            stem = "base_model.model." + name.removesuffix(".weight")
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+    root = tmp_path_factory.mktemp("lora")
+    for seed, name in enumerate(("first", "more/second", "more/third")):
+        write_adapter(root / name, seed)
+    with ServerProcess(root / "log.txt", "--lora-modules", f"first={root / 'first'}", "--lora-folder", str(root / "more"),
+                       "--max-loras", "2", "--admin-api-key", ADMIN) as server:
+        yield server, root
+        server.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def admin(adapted: tuple[ServerProcess, Path]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=adapted[0].url, timeout=60, headers={"Authorization": f"Bearer {ADMIN}"}) as client:
+        yield client
+
+
+def text(server: ServerProcess, model: str | None) -> str:
+    answer = server.http.post("/v1/completions", json={**BODY, "model": model})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def test_a_models_name_chooses_the_adapter(adapted: tuple[ServerProcess, Path]) -> None:
+    server, _ = adapted
+    with server.client() as client:
+        models = {model.id: model for model in client.models.list().data}
+        assert models["first"].parent in models and len(models) == 2
+        chat = client.chat.completions.create(model="first", max_tokens=4, messages=[{"role": "user", "content": "x"}])
+        assert chat.model == "first"
+    assert text(server, "first") != text(server, None)
+    assert server.http.post("/v1/completions", json={**BODY, "model": "second"}).status_code == 404
+    vectors = [server.http.post("/v1/embeddings", json={"input": "x", "model": name}).json()["data"][0]["embedding"]
+               for name in (None, "first")]
+    assert vectors[0] != vectors[1]
+
+
+def test_loaded_and_unloaded_while_serving(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    server, _ = adapted
+    plain, first = text(server, None), text(server, "first")
+    assert admin.post("/v1/load_lora_adapter", json={"lora_name": "s", "lora_path": "second"}).json() == {
+        "adapters": ["first", "s"]}
+    second = text(server, "s")
+    assert len({plain, first, second}) == 3
+    full = admin.post("/v1/load_lora_adapter", json={"lora_name": "t", "lora_path": "third"})
+    assert full.status_code == 409 and "max_loras" in full.text
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "s"}).json() == {"adapters": ["first"]}
+    assert server.http.post("/v1/completions", json={**BODY, "model": "s"}).status_code == 404
+    assert (text(server, None), text(server, "first")) == (plain, first)
+    admin.post("/v1/load_lora_adapter", json={"lora_name": "s", "lora_path": "third"})
+    assert text(server, "s") != second, "nothing of the old adapter is left in the cache"
+    admin.post("/v1/unload_lora_adapter", json={"lora_name": "s"})
+
+
+@pytest.mark.parametrize("path", ["..", "../first", ".", "", "/etc", "second/../../first", "nowhere", "second/adapter_config.json"])
+def test_nothing_outside_the_folder_is_read(adapted: tuple[ServerProcess, Path], admin: httpx.Client, path: str) -> None:
+    answer = admin.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_path"
+    assert str(adapted[1]) not in answer.text
+
+
+def test_links_are_followed_before_they_are_believed(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    link = adapted[1] / "more" / "link"
+    link.symlink_to(adapted[1] / "first")
+    assert admin.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "link"}).status_code == 400
+
+
+def test_who_may_and_what_is_wrong(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    body = {"lora_name": "x", "lora_path": "second"}
+    assert adapted[0].http.post("/v1/load_lora_adapter", json=body).status_code == 401
+    for wrong in ({"lora_name": "", "lora_path": "second"}, {"lora_name": "first", "lora_path": "second"}):
+        answer = admin.post("/v1/load_lora_adapter", json=wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name"
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 400

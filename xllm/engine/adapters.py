@@ -1,0 +1,90 @@
+"""`AdapterNames`: which adapters are loaded, under which names, and what that means for a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm.config import LoraSettings
+from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError
+from xllm.request import Request
+
+if TYPE_CHECKING:
+    from xllm.engine.loading import LoadedModel
+
+MAX_NAME_CHARS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """digest: of its files. folder: where it was read from."""
+
+    slot: int
+    digest: str
+    folder: Path
+
+
+class AdapterNames:
+    """`put(slot, adapter)` fills or empties a slot, `is_used(name)` tells whether an open request computes with one."""
+
+    def __init__(self, settings: LoraSettings, loaded: LoadedModel, *, put: Callable[[int, Any], None],
+                 is_used: Callable[[str], bool]):
+        """Loads what the settings name. Raises ConfigError."""
+        self._settings, self._loaded, self._put, self._is_used = settings, loaded, put, is_used
+        self._adapters: dict[str, LoadedAdapter] = {}
+        for module in settings.lora_modules:
+            name, _, folder = module.partition("=")
+            try:
+                self.load(name, Path(folder).expanduser())
+            except ModelError as error:
+                raise ConfigError(f"lora_modules: {name}: {error}") from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order in which they were loaded."""
+        return tuple(self._adapters)
+
+    def bind(self, request: Request) -> Request:
+        """The request with its adapter's slot, and with a cache of its own: keys and values depend on the adapter.
+
+        Raises RequestError if there is no such adapter.
+        """
+        if not request.lora:
+            return request
+        found = self._adapters.get(request.lora)
+        if found is None:
+            raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="model")
+        return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
+
+    def load(self, name: str, folder: Path) -> None:
+        """Read an adapter and give it a slot.
+
+        Raises:
+            RequestError: the name is taken or unusable. ModelError: the files are. EngineStateError: there is no slot.
+        """
+        from xllm.models.adapter import adapter_digest, read_adapter
+
+        slots = self._loaded.adapters
+        if slots is None:
+            raise EngineStateError("this engine takes no adapters; start it with --enable-lora")
+        if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            raise RequestError(f"lora_name must have 1 to {MAX_NAME_CHARS} printable characters", field="lora_name")
+        if name in self._adapters:
+            raise RequestError(f"an adapter called {name!r} is loaded already", field="lora_name")
+        free = sorted(set(range(1, self._settings.max_loras + 1)) - {a.slot for a in self._adapters.values()})
+        if not free:
+            raise EngineStateError(f"all {self._settings.max_loras} slots (max_loras) are taken: unload an adapter "
+                                   "first")
+        adapter = read_adapter(folder, slots.shapes(), self._settings.max_lora_rank)
+        self._put(free[0], adapter)
+        self._adapters[name] = LoadedAdapter(slot=free[0], digest=adapter_digest(folder), folder=folder)
+
+    def unload(self, name: str) -> None:
+        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        if name not in self._adapters:
+            raise RequestError(f"no adapter is called {name[:MAX_NAME_CHARS]!r}", field="lora_name")
+        if self._is_used(name):
+            raise EngineStateError(f"requests with adapter {name!r} are open")
+        self._put(self._adapters.pop(name).slot, None)
