@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from backends.backend import GraphMemory
-from npu_ops.recording import CAPTURE_LOCK, TaskRecorder, recording
+from npu_ops.recording import CAPTURE_LOCK, REPLAY_LOCK, TaskRecorder, recording
 
 RUNTIME = "libascendcl.so"
 # Streams that the engine, its copies and collective communication may yet want.
@@ -24,15 +25,14 @@ class Pool:
     """Memory that graphs share. A handle is dead once its last graph is gone: then the next graph has another."""
 
     handle: Any = None
-    num_graphs: int = 0
+    graphs: WeakSet[NpuGraph] = field(default_factory=WeakSet)
 
 
 class NpuGraph:
     """A `CapturedGraph`, replayed on the current stream, its tasks updated on another."""
 
-    def __init__(self, capturer: NpuCapturer, pool: Pool, graph: Any, recorder: TaskRecorder, *, num_bytes: int,
-                 num_streams: int):
-        self._capturer, self._pool, self._graph = capturer, pool, graph
+    def __init__(self, update_stream: Any, graph: Any, recorder: TaskRecorder, *, num_bytes: int, num_streams: int):
+        self._update_stream, self._graph = update_stream, graph
         self._recorder: TaskRecorder | None = recorder
         self.num_bytes, self.num_streams = num_bytes, num_streams
 
@@ -40,21 +40,24 @@ class NpuGraph:
         """The update may not reach the device before earlier replays are done with the tasks and their memory, and must
         be queued behind the replay, which waits for it: so its stream waits for what the replay's had queued before."""
         assert self._recorder is not None, "the graph was released"
-        updates = self._capturer.update_stream
-        updates.wait_stream(torch.npu.current_stream())
-        self._graph.replay()
-        self._recorder.update(updates)
+        with REPLAY_LOCK:
+            self._update_stream.wait_stream(torch.npu.current_stream())
+            self._graph.replay()
+            self._recorder.update(self._update_stream)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._recorder is not None
 
     def release(self) -> None:
+        assert self._recorder is not None
         with CAPTURE_LOCK.using():
             self._graph.reset()
         self._recorder = None
-        self._pool.num_graphs -= 1
-        self._capturer.num_streams -= self.num_streams
 
 
 class NpuCapturer:
-    """A `Capturer`. num_streams: what its graphs hold."""
+    """A `Capturer`."""
 
     plans_in_graph = False
     pad_slot = 0
@@ -64,9 +67,14 @@ class NpuCapturer:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.npu.Stream(device)
-        self.update_stream = torch.npu.Stream(device)
+        self._update_stream = torch.npu.Stream(device)
         self._count_streams = stream_counter()
-        self.num_streams = 0
+        self._graphs: WeakSet[NpuGraph] = WeakSet()
+
+    @property
+    def num_streams(self) -> int:
+        """What its graphs hold."""
+        return sum(graph.num_streams for graph in self._graphs if graph.is_alive)
 
     @property
     def max_streams(self) -> int | None:
@@ -86,12 +94,13 @@ class NpuCapturer:
             torch.npu.synchronize(self._device)
             torch.npu.empty_cache()
             streams, free = self._available_streams(), torch.npu.mem_get_info(self._device)[0]
-            graph, recorder = self._record(function, pool)
+            recorded, recorder = self._record(function, pool)
             taken = max(0, streams - self._available_streams())
             num_bytes = max(0, free - torch.npu.mem_get_info(self._device)[0])
-        self.num_streams += taken
-        pool.num_graphs += 1
-        return NpuGraph(self, pool, graph, recorder, num_bytes=num_bytes, num_streams=taken)
+        graph = NpuGraph(self._update_stream, recorded, recorder, num_bytes=num_bytes, num_streams=taken)
+        self._graphs.add(graph)
+        pool.graphs.add(graph)
+        return graph
 
     def _run_once(self, function: Callable[[], None]) -> None:
         """Operators that are loaded, or make their workspaces, for the first time may not do so during a capture."""
@@ -103,8 +112,8 @@ class NpuCapturer:
 
     def _record(self, function: Callable[[], None], pool: Pool) -> tuple[Any, TaskRecorder]:
         """The capture itself. However it ends, the stream captures no more."""
-        graph, recorder = torch.npu.NPUGraph(), TaskRecorder(self._device)
-        if not pool.num_graphs:
+        graph, recorder = torch.npu.NPUGraph(), TaskRecorder()
+        if not any(graph.is_alive for graph in pool.graphs):
             pool.handle = torch.npu.graph_pool_handle()
         with torch.npu.stream(self._stream):
             try:
@@ -113,7 +122,6 @@ class NpuCapturer:
                     function()
                 graph.capture_end()
             except BaseException:
-                recorder.give_up()
                 for call in (graph.capture_end, graph.reset):
                     with suppress(RuntimeError):  # a capture that was broken off says so again
                         call()

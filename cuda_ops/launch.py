@@ -5,8 +5,8 @@ so that the first step is as fast as the thousandth and a captured graph never h
 what would be launched, for a device that need not exist. `overridden` tries other numbers than the table's.
 
 The number PDL, where an operator has it: 1 starts its kernels while the one before still runs, up to their first line,
-which waits for it (programmatic dependent launch, CUDA programming guide; Hopper and later). A kernel so started touches
-no memory before `wait_for_previous`, so that it may follow any other.
+which waits for it (programmatic dependent launch, CUDA programming guide; Hopper and later). A kernel so started
+touches no memory before `wait_for_previous`, so that it may follow any other.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _norm(*added: str) -> tuple[Rule, ...]:
         same_dtype(DOC, *added, "gamma"),
         ranks(f"{DOC}: 2 to 8 axes", 2, 8, added[0]),
         contiguous("house rule: strided inputs are copied", *added, "gamma"),
-        same_shape(DOC, *added),
+        *([same_shape(DOC, *added)] if len(added) > 1 else []),
         Rule("gamma must have the last axes of the input", DOC,
              lambda a: getattr(a, added[0]).shape[getattr(a, added[0]).ndim - a.gamma.ndim:] == a.gamma.shape),
         Rule("epsilon must be positive", DOC, lambda a: a.epsilon > 0),

@@ -183,8 +183,8 @@ def _from_e4m3(codes: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:
-    """bits >> count for numbers of which at most 24 bits are left. By a mask and a product of floats, which are exact on
-    any device; shifts and divisions of integers are not documented for all."""
+    """bits >> count for numbers of which at most 24 bits are left. By a mask and a product of floats, which are exact
+    on any device; shifts and divisions of integers are not documented for all."""
     return ((bits & -(1 << count)).float() * 2.0**-count).int()
 
 

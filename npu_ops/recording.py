@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,47 +29,70 @@ class CaptureLock:
         self._condition = threading.Condition()
         self._num_users = 0
         self._num_waiting = 0
-        self._capturing: int | None = None  # the thread
+        self._is_capturing = False
         self._local = threading.local()
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """Hold captures off. A thread that has the device already, either way, just goes on."""
-        me = threading.get_ident()
-        depth = getattr(self._local, "depth", 0)
-        if self._capturing != me and not depth:
-            with self._condition:
-                self._condition.wait_for(lambda: self._capturing is None and not self._num_waiting)
-                self._num_users += 1
-            self._local.entered = True
-        self._local.depth = depth + 1
+        """Hold captures off. A thread that is inside already, either way, just goes on."""
+        if getattr(self._local, "inside", False):
+            yield
+            return
+        with self._condition:
+            self._condition.wait_for(lambda: not self._is_capturing and not self._num_waiting)
+            self._num_users += 1
+        self._local.inside = True
         try:
             yield
         finally:
-            self._local.depth = depth
-            if not depth and getattr(self._local, "entered", False):
-                self._local.entered = False
-                with self._condition:
-                    self._num_users -= 1
-                    self._condition.notify_all()
+            self._local.inside = False
+            with self._condition:
+                self._num_users -= 1
+                self._condition.notify_all()
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Wait until nobody uses the device and keep everybody out."""
+        """Wait until nobody uses the device and keep everybody out. Not inside `using`."""
+        assert not getattr(self._local, "inside", False)
         with self._condition:
             self._num_waiting += 1
-            self._condition.wait_for(lambda: self._capturing is None and not self._num_users)
+            self._condition.wait_for(lambda: not self._is_capturing and not self._num_users)
             self._num_waiting -= 1
-            self._capturing = threading.get_ident()
+            self._is_capturing = True
+        self._local.inside = True
         try:
             yield
         finally:
+            self._local.inside = False
             with self._condition:
-                self._capturing = None
+                self._is_capturing = False
                 self._condition.notify_all()
 
 
 CAPTURE_LOCK = CaptureLock()
+# Between the first and the last call of a replay and its update nobody else's may come.
+REPLAY_LOCK = threading.Lock()
+
+
+class Events:
+    """The events that graphs wait for in front of their tasks. Used again, since the memory behind an `ExternalEvent`
+    never goes back.
+
+    The runtime wants a record behind each wait, so an event whose wait was captured is given to no other graph until
+    its first update. From then on graphs may share it: an update is queued only when all earlier replays are done.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Any] = []
+
+    def take(self) -> Any:
+        return self._free.pop() if self._free else torch.npu.ExternalEvent()
+
+    def put_back(self, events: list[Any]) -> None:
+        self._free += events
+
+
+EVENTS = Events()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +104,17 @@ class Task:
     issue: Callable[[], None]
 
 
-_events: dict[torch.device, list[Any]] = {}
-
-
-def task_event(device: torch.device, number: int) -> Any:
-    """The event that the graphs' tasks of that number wait for: one for all graphs, since an update is queued only when
-    all earlier replays are done (and the memory behind an `ExternalEvent` never goes back)."""
-    events = _events.setdefault(device, [])
-    while len(events) <= number:
-        events.append(torch.npu.ExternalEvent())
-    return events[number]
-
-
 class TaskRecorder:
     """The tasks of one capture, in order. derived: tensors that several launches of the capture share; gone at its end.
 
     Used by the capturing thread, on the capture stream.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.tasks: list[Task] = []
-        self._num_waits = 0
         self.derived: dict[Any, Any] = {}
         self._workspaces: dict[Any, Tensor] = {}
+        self._waiting: list[Any] = []  # events, until the first update
 
     def workspace(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """Memory for launches with this key, which run one after the other; kept as long as the graph."""
@@ -114,54 +124,61 @@ class TaskRecorder:
 
     def add(self, issue: Callable[[], None]) -> None:
         """Queue a launch as a task. `issue` may keep no tensor of the pool alive (`weak`)."""
-        stream, event = torch.npu.current_stream(), task_event(self._device, self._num_waits)
-        self._num_waits += 1
+        stream, event = torch.npu.current_stream(), EVENTS.take()
+        self._waiting.append(event)
         event.wait(stream)
         event.reset(stream)
         torch.npu.graph_task_group_begin(stream)
         issue()
         self.tasks.append(Task(torch.npu.graph_task_group_end(stream), event, issue))
 
-    def give_up(self) -> None:
-        """The capture was broken off. What waits for its events will never come: no graph uses them again."""
-        del _events.setdefault(self._device, [])[: self._num_waits]
-
     def update(self, stream: Any) -> None:
         """Issue all tasks anew, on another stream than the replay's. Whatever happens, the replay is let go on."""
-        issued = 0
+        num_recorded = 0
         try:
-            with torch.npu.stream(stream), recording(None, capturing=True):
+            with torch.npu.stream(stream), recording(None):
                 for task in self.tasks:
-                    torch.npu.graph_task_update_begin(stream, task.handle)
-                    task.issue()
-                    torch.npu.graph_task_update_end(stream)
+                    _issue_again(task, stream)
                     task.event.record(stream)
-                    issued += 1
+                    num_recorded += 1
         finally:
-            for task in self.tasks[issued:]:
+            for task in self.tasks[num_recorded:]:
                 task.event.record(stream)
+            EVENTS.put_back(self._waiting)
+            self._waiting = []
 
 
-_local = threading.local()
+def _issue_again(task: Task, stream: Any) -> None:
+    torch.npu.graph_task_update_begin(stream, task.handle)
+    try:
+        task.issue()
+    except BaseException:
+        with suppress(RuntimeError):  # it has no launch to update with
+            torch.npu.graph_task_update_end(stream)
+        raise
+    torch.npu.graph_task_update_end(stream)
+
+
+_thread = threading.local()
 
 
 def current_recorder() -> TaskRecorder | None:
-    """Of the capture that this thread is in; None: its launches run."""
-    recorder: TaskRecorder | None = getattr(_local, "recorder", None)
+    """Of the capture that this thread is in; None: its launches run, or update."""
+    recorder: TaskRecorder | None = getattr(_thread, "recorder", None)
     return recorder
 
 
 @contextmanager
-def recording(recorder: TaskRecorder | None, *, capturing: bool = True) -> Iterator[None]:
-    """Within, this thread's launches go into a capture (or an update): nothing may be read back from the device."""
-    before = current_recorder(), not CHECKING.reads_values()
-    _local.recorder = recorder
-    CHECKING.set_capturing(capturing)
+def recording(recorder: TaskRecorder | None) -> Iterator[None]:
+    """Within, this thread's launches go into a capture, or an update of one (None): nothing may be read back."""
+    before, reads_values = current_recorder(), CHECKING.reads_values()
+    _thread.recorder = recorder
+    CHECKING.set_capturing(True)
     try:
         yield
     finally:
-        _local.recorder = before[0]
-        CHECKING.set_capturing(before[1])
+        _thread.recorder = before
+        CHECKING.set_capturing(not reads_values)
 
 
 def weak(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from serving.config import ServerConfig
 from serving.flags import FlagParser, add_flags, apply_speculative_config, tree_from
 from xllm.config import EngineConfig
-from xllm.errors import XllmError
+from xllm.errors import ConfigError, XllmError
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype")
 
@@ -49,6 +49,8 @@ def build_parser() -> FlagParser:
     chat.add_argument("--url", help="use this running server instead of loading a model here")
     chat.add_argument("--api-key", help="the server's key, with --url")
     chat.add_argument("--system", metavar="TEXT", help="system message")
+    batch = commands.add_parser("run-batch", help="answer a file of requests (OpenAI's batch format)")
+    _add_batch_flags(batch)
     top = commands.add_parser("top", help="watch a running server in the terminal")
     _add_top_flags(top)
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
@@ -68,6 +70,19 @@ def _add_sampling_flags(parser: FlagParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="INT")
     parser.add_argument("--temperature", type=float, default=None, metavar="FLOAT")
     parser.add_argument("--top-p", type=float, default=None, metavar="FLOAT")
+
+
+def _add_batch_flags(parser: FlagParser) -> None:
+    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="requests, one JSON object a line")
+    parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, one JSON object a line")
+    parser.add_argument("--url", help="ask this running server instead of starting one")
+    parser.add_argument("--api-key", help="the server's key, with --url")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="INT",
+                        help="open requests (default %(default)s)")
+    parser.add_argument("--no-resume", dest="resume", action="store_false",
+                        help="begin anew instead of going on where the output file ends")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="-- FLAGS",
+                        help="MODEL and flags of `xllm serve` for the server that is started")
 
 
 def _add_top_flags(parser: FlagParser) -> None:
@@ -106,6 +121,15 @@ def _chat(namespace: argparse.Namespace) -> int:
     return terminal.chat(None if namespace.url else engine_config(namespace), namespace)
 
 
+def _run_batch(namespace: argparse.Namespace) -> int:
+    from serving import run_batch
+
+    flags = namespace.flags[1:] if namespace.flags[:1] == ["--"] else namespace.flags
+    if namespace.url and flags:
+        raise ConfigError("--url names a server that runs already: it takes no flags of `xllm serve`")
+    return run_batch.run(namespace, flags)
+
+
 def _top(namespace: argparse.Namespace) -> int:
     from serving import top
 
@@ -132,7 +156,8 @@ def _bench(args: list[str]) -> int:
         return 130
 
 
-_COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "top": _top, "doctor": _doctor}
+_COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "run-batch": _run_batch, "top": _top,
+             "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

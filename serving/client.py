@@ -26,9 +26,9 @@ import zmq.asyncio
 from serving import protocol
 from serving.engine_process import COMMAND_SOCKET, REPORT_SOCKET
 from serving.security.caller import CALLER, num_prompt_tokens, sign
-from serving.security.waiting_tokens import WaitingTokens
 from serving.step_log import StepReport
 from serving.stream import EngineBusyError, Stream
+from serving.waiting import WaitingTokens
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.metrics import EngineStats
@@ -51,6 +51,7 @@ class EngineClient:
         self.ready: protocol.Ready | None = None
         self.dead_reason: str | None = None
         self.dead_by_user_error = False
+        self.restarting_after: str | None = None  # why the last process died, while another one starts
         self.phase = "start"
         self.stats = EngineStats()
         self.steps = StepReport()
@@ -59,12 +60,18 @@ class EngineClient:
         self._heard_s = self._started_s = time.monotonic()
         self._streams: dict[str, Stream] = {}
         self.adapters: tuple[str, ...] = ()  # names that requests may give as their model
+        self._adapter_folders: dict[str, str] = {}  # of those that were loaded at run time
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[protocol.Controlled]] = {}
-        self.waiting = WaitingTokens()
+        self.waiting = WaitingTokens(shed=self._shed)
         self._ready_event = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._receiver: asyncio.Task[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests are taken."""
+        return self.dead_reason is None and self._ready_event.is_set()
 
     @property
     def pid(self) -> int | None:
@@ -112,6 +119,33 @@ class EngineClient:
         assert self.ready is not None
         return self.ready
 
+    async def restart(self, reason: str, pause_s: float = 0.0) -> protocol.Ready:
+        """Start another process in place of one that died because of `reason`, after a pause. Until it is ready `ready`
+        stays as it was, and requests are refused.
+
+        Raises:
+            ConfigError or EngineDeadError: the new one died while it started.
+        """
+        await self._bury()
+        self.dead_reason, self.dead_by_user_error, self.restarting_after = None, False, reason
+        self._ready_event.clear()
+        await asyncio.sleep(pause_s)
+        self.launch()
+        await self._ready_event.wait()
+        self.restarting_after = None
+        if self.dead_reason is not None:
+            raise (ConfigError if self.dead_by_user_error else EngineDeadError)(self.dead_reason)
+        for name, folder in self._adapter_folders.items():
+            await self.control("load_adapter", name=name, folder=folder)
+        assert self.ready is not None
+        return self.ready
+
+    def end_process(self, reason: str) -> None:
+        """End a process that does not move any more; open requests end with this reason."""
+        if self._process is not None:
+            self._process.kill()
+        self._die(reason)
+
     def silent_for_s(self) -> float:
         """How long there has been no sign of progress; 0 while the engine idles and answers."""
         unheard = time.monotonic() - self._heard_s
@@ -123,8 +157,7 @@ class EngineClient:
         Raises:
             RequestError: one was refused; none of them runs. EngineDeadError: no engine.
         """
-        if self.dead_reason is not None:
-            raise EngineDeadError(self.dead_reason)
+        self._check_up()
         for request in requests:
             if request.request_id in self._streams:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
@@ -149,17 +182,26 @@ class EngineClient:
         Raises:
             EngineDeadError: no engine, or it ended meanwhile.
         """
-        if self.dead_reason is not None:
-            raise EngineDeadError(self.dead_reason)
+        self._check_up()
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(protocol.Control(number, action, **options))
             done = await answer
             self.adapters = done.state.adapters
+            if action == "load_adapter" and done.error is None:
+                self._adapter_folders[options["name"]] = options["folder"]
+            elif action == "unload_adapter" and done.error is None:
+                self._adapter_folders.pop(options["name"], None)
             return done
         finally:
             del self._answers[number]
+
+    def _check_up(self) -> None:
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+        if not self._ready_event.is_set():
+            raise EngineDeadError(f"it is starting again after: {self.restarting_after or self.phase}")
 
     async def generate(self, request: Request) -> AsyncIterator[OutputDelta]:
         """The deltas of one request; leaving the loop early aborts it. Raises as `submit` does."""
@@ -179,6 +221,13 @@ class EngineClient:
             self._streams.pop(request_id, None)
         if self.dead_reason is None:
             self._send(protocol.Abort(list(request_ids)))
+
+    def _shed(self, request_ids: Sequence[str]) -> None:
+        """End requests that wait, to make room for better ones; their calls fail whole."""
+        for request_id in request_ids:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.fail(EngineBusyError("the server is overloaded: this request gave its place in the queue to one "
+                                            "that cannot wait"))
 
     def abort(self, request_id: str) -> None:
         """Abort a request; its reader gets its terminal delta from the engine. Unknown ids are ignored."""
@@ -201,12 +250,17 @@ class EngineClient:
 
     async def shutdown(self) -> None:
         """Stop the process, by force if it does not answer, and remove the sockets. Idempotent."""
+        if self._process is not None and self.dead_reason is None:
+            self._send(protocol.Shutdown())
+            await self._exited(self._process, SHUTDOWN_TIMEOUT_S if self._ready_event.is_set() else 0.0)
+        await self._bury()
+
+    async def _bury(self) -> None:
+        """End the process by force if it has not ended, and remove the sockets."""
         process, self._process = self._process, None
         if process is None:
             return
-        if self.dead_reason is None:
-            self._send(protocol.Shutdown())
-        if not await self._exited(process, SHUTDOWN_TIMEOUT_S if self.ready else 0.0):
+        if process.poll() is None:
             process.kill()
             await self._exited(process, SHUTDOWN_TIMEOUT_S)
         self._die("the engine was shut down")
@@ -302,7 +356,12 @@ class EngineClient:
         code = process.wait()
         reason = f"the engine process was killed by signal {-code}" if code < 0 else f"it exited with code {code}"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            loop.call_soon_threadsafe(lambda: loop.call_later(0.2, self._die, reason))  # its own last words come first
+            # Its own last words come first.
+            loop.call_soon_threadsafe(lambda: loop.call_later(0.2, self._note_end, process, reason))
+
+    def _note_end(self, process: subprocess.Popen[bytes], reason: str) -> None:
+        if process is self._process:
+            self._die(reason)
 
     def _die(self, reason: str, *, user_error: bool = False) -> None:
         """The first reason stands. Wakes every reader; each raises EngineDeadError."""

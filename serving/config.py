@@ -33,10 +33,10 @@ class HttpSettings:
                                                 aliases=("model_id",))
     generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
                                     "generation_config.json), vllm (none), or a folder")
-    lora_folder: str | None = option(None, "folder below which /v1/load_lora_adapter finds adapters; none: the route is "
-                                     "closed")
-    pooling_type: str = option("auto", "embedding of a text: its last token's hidden state, or the mean over all; auto: "
-                               "as the checkpoint says (1_Pooling/config.json), else last",
+    lora_folder: str | None = option(None, "folder below which /v1/load_lora_adapter finds adapters; none: the route "
+                                     "is closed")
+    pooling_type: str = option("auto", "embedding of a text: its last token's hidden state, or the mean over all; "
+                               "auto: as the checkpoint says (1_Pooling/config.json), else last",
                                choices=("auto", "last", "mean"))
     otlp_traces_endpoint: str | None = option(None, "send traces of requests there over OTLP/HTTP, such as "
                                               "http://127.0.0.1:4318/v1/traces; needs the extra 'otel'")
@@ -57,12 +57,37 @@ class ChatSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConnectionSettings:
+    head_timeout: float = option(20.0, "seconds in which a request's head must arrive; 0: any")
+    body_timeout: float = option(120.0, "seconds in which its body must follow; 0: any")
+    write_timeout: float = option(30.0, "seconds that a reader may leave an answer unread before the connection is "
+                                  "ended; 0: any")
+    max_connections: int = option(4096, "connections at a time; further ones are ended at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResilienceSettings:
+    engine_restarts: int = option(5, "times that an engine that died is started again within engine_restart_window; 0: "
+                                  "never")
+    engine_restart_window: float = option(600.0, "seconds")
+    request_timeout: float = option(0.0, "seconds after which a request that is not done fails; requests may ask for "
+                                    "less (timeout_s); 0: any")
+    low_priority_watermark: float = option(0.8, "share of max_queue_tokens from which requests of low priority (above "
+                                           "0) are refused")
+    offline_watermark: float = option(0.5, "share of max_queue_tokens from which offline requests are refused")
+    step_timeout: float = option(300.0, "seconds without progress after which the engine is taken for stuck and ended; "
+                                 "0: never")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """All settings of one server. Raises ConfigError for values that cannot work."""
 
     http: HttpSettings = field(default_factory=HttpSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
+    resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
+    connections: ConnectionSettings = field(default_factory=ConnectionSettings)
 
     def __post_init__(self) -> None:
         h = self.http
@@ -79,6 +104,19 @@ class ServerConfig:
         if not 0 < self.chat.chat_template_timeout < 1e6:
             raise ConfigError(f"chat_template_timeout must be a positive number of seconds, got "
                               f"{self.chat.chat_template_timeout}")
-        for name, value in (("drain_timeout", h.drain_timeout), ("health_timeout", h.health_timeout)):
+        r = self.resilience
+        if r.engine_restarts < 0:
+            raise ConfigError(f"engine_restarts must be at least 0, got {r.engine_restarts}")
+        for name, share in (("low_priority_watermark", r.low_priority_watermark),
+                            ("offline_watermark", r.offline_watermark)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name} must be in [0, 1], got {share}")
+        c = self.connections
+        if c.max_connections < 1:
+            raise ConfigError(f"max_connections must be at least 1, got {c.max_connections}")
+        for name, value in (("drain_timeout", h.drain_timeout), ("health_timeout", h.health_timeout),
+                            ("engine_restart_window", r.engine_restart_window), ("step_timeout", r.step_timeout), ("request_timeout", r.request_timeout),
+                            ("head_timeout", c.head_timeout), ("body_timeout", c.body_timeout),
+                            ("write_timeout", c.write_timeout)):
             if not 0 <= value < 1e6:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +19,10 @@ CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 SERVING_PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq", "prometheus-client")
 NOT_BUILT = "this version has no operators for it yet and runs on the CPU"
 CANN_FOLDERS = (Path("/usr/local/Ascend/ascend-toolkit"), Path("/usr/local/Ascend/cann"))
+CANN_VERSION_FILES = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "*/version.info")
+# Which CANN a line of torch_npu is made for, as vllm-ascend's releases pair them; later ones are not known.
+CANN_OF = {"2.10": ("9.0", "9.1"), "2.9": ("8.5",)}
+PROBE_TIMEOUT_S = 120
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
 
@@ -100,15 +107,70 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _npu() -> Iterator[Finding]:
-    card = Path("/dev/davinci0").exists() or shutil.which("npu-smi") is not None
-    if not card:
+    has_card = Path("/dev/davinci0").exists() or shutil.which("npu-smi") is not None
+    package = _package("torch-npu")
+    if not has_card and package.state != OK:
         yield Finding(HINT, "npu", "no Ascend device here; nothing to do unless this machine has one")
         return
-    yield Finding(HINT, "npu", f"Ascend device found; {NOT_BUILT}")
-    cann = next((path for path in CANN_FOLDERS if path.exists()), None)
-    yield (Finding(OK, "CANN", str(cann)) if cann else
-           Finding(MISSING, "CANN", "install the CANN toolkit and source its set_env.sh"))
-    yield _package("torch-npu")
+    yield package
+    if package.state != OK:
+        return
+    yield from cann_findings(package.detail, CANN_FOLDERS)
+    yield _npu_backend()
+
+
+def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding]:
+    """Whether CANN is there, its environment set, and its version the one that torch_npu is made for.
+
+    folders: where it is usually installed.
+    """
+    from xllm import env
+
+    home, installed = env.ascend_home(), next((path for path in folders if path.exists()), None)
+    if home is None:
+        advice = (f"installed in {installed}, but its environment is not set: source {installed}/set_env.sh" if installed
+                  else "install the CANN toolkit, or run in its container image, and source its set_env.sh")
+        yield Finding(MISSING, "CANN", advice)
+        return
+    if not home.exists():
+        yield Finding(MISSING, "CANN", f"ASCEND_HOME_PATH is {home}, which does not exist: source set_env.sh anew")
+        return
+    version, wanted = cann_version(home), CANN_OF.get(".".join(torch_npu.split(".")[:2]))
+    if version is None or wanted is None:
+        pair = f"torch-npu {torch_npu} has no known pairing" if version else "its version is not to be found there"
+        yield Finding(HINT, "CANN", f"{version or ''} {home}; {pair}; docs/ascend.md names what is proven".strip())
+    elif not version.startswith(wanted):
+        yield Finding(MISSING, "CANN", f"{version} in {home}, but torch-npu {torch_npu} is made for {wanted[-1]}: errors "
+                                       "561002 and 161002 are what comes of that")
+    else:
+        yield Finding(OK, "CANN", f"{version} {home}")
+
+
+def cann_version(home: Path) -> str | None:
+    """As its files state it."""
+    for pattern in CANN_VERSION_FILES:
+        for path in sorted(home.glob(pattern)):
+            found = re.search(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.]*)", path.read_text(errors="replace"))
+            if found:
+                return found[1]
+    return None
+
+
+def _npu_backend() -> Finding:
+    """What becomes of `--device npu`, tried in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "backends.npu_probe"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return Finding(MISSING, "npu backend", f"opening the device takes more than {PROBE_TIMEOUT_S} s: see npu-smi info")
+    found = re.search(r"\{.*\}", done.stdout)
+    if found is None:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        return Finding(MISSING, "npu backend", f"opening the device ended the process ({done.returncode}): {last}")
+    answer = json.loads(found[0])
+    if "problem" in answer:
+        return Finding(MISSING, "npu backend", answer["problem"])
+    return Finding(OK, "npu backend", ", ".join(f"{name}: {value}" for name, value in answer["facts"].items()))
 
 
 def _memory() -> Finding:

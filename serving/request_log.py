@@ -6,8 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
+from serving.security.caller import CALLER
 from serving.tracing import TRACE_HEADERS
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class RequestRecord:
     num_preemptions: int = 0
     finish_reason: str | None = None
     trace_headers: dict[str, str] | None = None  # the caller's trace context
+    caller: str = ""  # whose it is, on a server with keys
 
     @property
     def kind(self) -> str:
@@ -73,7 +76,7 @@ class RequestLog:
         request = choice.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                num_prompt_tokens=len(request.prompt_token_ids), max_tokens=request.sampling.max_tokens,
-                               trace_headers=TRACE_HEADERS.get())
+                               trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name)
         self._open[request.request_id] = (record, choice, scheduled_s)
 
     def end(self, choice: Choice, reason: str) -> RequestRecord | None:
@@ -87,10 +90,10 @@ class RequestLog:
         self.on_end(record, choice)
         return record
 
-    def latest(self, limit: int) -> list[RequestRecord]:
-        """Open ones and then the last that ended, newest first."""
+    def latest(self, limit: int, wanted: Callable[[RequestRecord], bool] = lambda record: True) -> list[RequestRecord]:
+        """Open ones and then the last that ended, newest first; of those that are wanted."""
         records = [self._refresh(*found) for found in self._open.values()][::-1]
-        return (records + list(reversed(self._finished)))[:limit]
+        return list(islice(filter(wanted, chain(records, reversed(self._finished))), limit))
 
     @staticmethod
     def _refresh(record: RequestRecord, choice: Choice, scheduled_s: dict[str, float]) -> RequestRecord:

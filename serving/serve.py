@@ -21,10 +21,12 @@ import uvicorn
 from serving.api.app import create_app
 from serving.client import EngineClient
 from serving.config import ServerConfig
+from serving.connection import connection_class
 from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
 from serving.state import ServerState, read_sampling_defaults
+from serving.supervisor import Supervisor
 from serving.tracing import Tracer
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
@@ -98,7 +100,9 @@ class _Server:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         self._engine = EngineClient(self._engine_config, on_phase=self._show_phase)
-        self._engine.waiting.limit = self._config.limits.max_queue_tokens
+        waiting, resilience = self._engine.waiting, self._config.resilience
+        waiting.limit = self._config.limits.max_queue_tokens
+        waiting.shares = (1.0, resilience.low_priority_watermark, resilience.offline_watermark)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -108,7 +112,8 @@ class _Server:
             create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
             # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
-            http="h11", ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
+            http=connection_class(self._config.connections, self._state.closed_connections),  # type: ignore[arg-type]
+            ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
             proxy_headers=False, **tls_options(http)))
         self._engine.launch()
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
@@ -117,6 +122,7 @@ class _Server:
         sampling = asyncio.create_task(self._state.history.run(self._engine))
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+            loading.cancel()  # whoever dies from now on stays dead
             await self._drain()
         finally:
             self._http.should_exit = True
@@ -150,18 +156,15 @@ class _Server:
             self._tracer.model = self._state.served_names[0]
         self._view.ready()
         self._announce()
-        await self._watch_engine()
-
-    async def _watch_engine(self) -> None:
-        """Say it once when the engine dies. The server stays, so that /health can tell."""
-        while self._engine.dead_reason is None:
-            await asyncio.sleep(0.5)
-        if not self._state.draining:
-            _say(f"error: the engine stopped: {self._engine.dead_reason}; /health says so until a restart", error=True)
+        self._state.supervisor = Supervisor(self._engine, self._config.resilience,
+                                            say=lambda text: _say(text, error=True))
+        await self._state.supervisor.run()
 
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
         if name != "ready":  # the engine is; the tokenizer may not be
             self._view.phase(name, share)
+        elif self._state.loaded:  # the engine was started again
+            self._view.ready()
 
     def _announce(self) -> None:
         ready, http = self._state.ready, self._config.http

@@ -23,13 +23,16 @@ class StartupView:
         self._out, self._clock = out, clock
         self._is_terminal = out.isatty()
         self._name = ""
-        self._began_s = self._drawn_s = self._start_s = clock()
+        self._began_s = self._drawn_s = clock()
+        self._start_s: float | None = self._began_s
         self._times: list[tuple[str, float]] = []
         self._is_drawn = False  # there is a line that the next one replaces
 
     def phase(self, name: str, share: float) -> None:
         """`share` of the phase is done, 0 to 1. Another name ends the one before."""
         now = self._clock()
+        if self._start_s is None:
+            self._start_s = now
         if name != self._name:
             self._end(now)
             self._name, self._began_s, self._drawn_s = name, now, now
@@ -45,11 +48,14 @@ class StartupView:
                 self._write(f"[{now - self._start_s:6.2f} s] {name} {share:.0%}\n")
 
     def ready(self) -> None:
-        """All is done: one line with every phase's time."""
+        """All is done: one line with every phase's time. The next phase begins another start."""
         now = self._clock()
+        if self._start_s is None:
+            return
         self._end(now)
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._times)
         self._write(f"ready after {now - self._start_s:.2f} s ({phases})\n")
+        self._times, self._start_s = [], None
 
     def interrupt(self) -> None:
         """Leave the line that is being drawn, before somebody else writes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from xllm.errors import ConfigError, RequestError
 from xllm.request import SamplingParams
 
 if TYPE_CHECKING:
+    from serving.supervisor import Supervisor
     from xllm.inputs import InputProcessor
     from xllm.tokenizer import Tokenizer
 
@@ -48,6 +50,8 @@ class ServerState:
     requests: RequestLog = field(default_factory=RequestLog)
     history: EngineHistory = field(default_factory=EngineHistory)
     tracer: Tracer | None = None
+    closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
+    supervisor: Supervisor | None = None  # once the model is loaded
 
     @cached_property
     def inputs(self) -> InputProcessor:
@@ -90,6 +94,8 @@ class ServerState:
         """Raise ApiError 503 unless new requests can be taken."""
         if self.engine.dead_reason is not None:
             raise ApiError(503, hide_paths(f"the engine stopped: {self.engine.dead_reason}"))
+        if self.engine.restarting_after is not None:
+            raise unavailable(hide_paths(f"the engine is starting again after: {self.engine.restarting_after}"))
         if self.draining:
             raise unavailable("the server is shutting down")
         if not self.loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,6 +24,10 @@ class EngineBusyError(RequestError):
     """The engine has no room in its queue; the same request may succeed later."""
 
 
+class RequestTimeoutError(RequestError):
+    """A request was not done in the time that it was given."""
+
+
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted."""
 
@@ -32,6 +37,7 @@ class Stream:
         self.num_unanswered = len(requests)
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.rejection: RequestError | None = None
+        self.expires_s: float | None = None  # on the `time.monotonic()` clock
         self.on_tokens: Callable[[int], None] = lambda num_tokens: None
         self._deltas: list[OutputDelta] = []
         self._news = asyncio.Event()
@@ -50,17 +56,36 @@ class Stream:
         """The deltas that have come since the last call, at least one; empty once every request has ended.
 
         Raises:
-            EngineDeadError: the engine is gone while requests are open.
+            EngineDeadError: the engine is gone while requests are open. EngineBusyError: they had to make room.
+            RequestTimeoutError: their time is over.
         """
         while not self._deltas:
+            if self.rejection is not None:
+                raise self.rejection
             if not self.open_ids:
                 return []
             if self._client.dead_reason is not None:
                 raise EngineDeadError(self._client.dead_reason)
             self._news.clear()
-            await self._news.wait()
+            await self._wait()
         taken, self._deltas = self._deltas, []
         return taken
+
+    async def _wait(self) -> None:
+        if self.expires_s is None:
+            await self._news.wait()
+            return
+        try:
+            await asyncio.wait_for(self._news.wait(), self.expires_s - time.monotonic())
+        except asyncio.TimeoutError:
+            raise RequestTimeoutError("the time that this request was given is over") from None
+
+    def fail(self, error: RequestError) -> None:
+        """End what is still open; the reader gets the error."""
+        self.close()
+        self.open_ids.clear()
+        self.rejection = error
+        self._news.set()
 
     def abort(self, request_id: str) -> None:
         """End one request now; no more deltas of it will come."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xllm.env import leave_torch_backends_asleep
+
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM as AsyncLLM
     from xllm.config import EngineConfig as EngineConfig
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from xllm.request import SamplingParams as SamplingParams
     from xllm.structured.spec import StructuredOutput as StructuredOutput
 
+leave_torch_backends_asleep()
 __version__ = "0.1.0"
 
 _HOMES = {

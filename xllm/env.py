@@ -33,6 +33,18 @@ def check_contracts() -> bool:
     return os.environ.get("XLLM_NPU_CHECK", "") in ("1", "true")
 
 
+def ascend_home() -> Path | None:
+    """ASCEND_HOME_PATH: where the CANN toolkit is, once its set_env.sh was sourced."""
+    found = os.environ.get("ASCEND_HOME_PATH")
+    return Path(found) if found else None
+
+
+def leave_torch_backends_asleep() -> None:
+    """TORCH_DEVICE_BACKEND_AUTOLOAD=0 for this process and its children, unless it is set: with torch_npu installed and
+    no CANN, `import torch` fails otherwise. Backends are imported when they are asked for."""
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
 def failpoints() -> str:
     """XLLM_FAILPOINTS: where this process shall die or fail, for tests (`xllm/kv/failpoints.py`)."""
     return os.environ.get("XLLM_FAILPOINTS", "")
@@ -46,6 +58,11 @@ def api_keys() -> tuple[str, ...]:
 def admin_api_keys() -> tuple[str, ...]:
     """XLLM_ADMIN_API_KEY: the same for --admin-api-key."""
     return _keys("XLLM_ADMIN_API_KEY")
+
+
+def with_api_key(key: str) -> dict[str, str]:
+    """This process's environment, for a server that takes this key alone."""
+    return {name: value for name, value in os.environ.items() if name != "XLLM_ADMIN_API_KEY"} | {"XLLM_API_KEY": key}
 
 
 def _keys(name: str) -> tuple[str, ...]:

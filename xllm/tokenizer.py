@@ -62,6 +62,15 @@ class Tokenizer:
         except TypeError:  # all that the Rust side says of a string that is not Unicode
             raise RequestError(_why_no_text(text, field), field=field) from None
 
+    def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
+        were added. Raises RequestError as `encode` does."""
+        try:
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
+        return found.ids, found.offsets
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`; ids that it does not know add nothing."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -24,18 +24,18 @@ class DeviceLost(Exception):
 
 
 class Bench:
-    """deadline_s: on the `time.time()` clock, which processes share. scratch: a folder that goes away. out: one that is
-    kept, for few and small files."""
+    """until_s: when this section shall be done, on the `time.time()` clock, which processes share. scratch: a folder
+    that goes away. out: one that is kept, for few and small files."""
 
-    def __init__(self, device: Device, profile: Profile, results: ResultFile, *, deadline_s: float, scratch: Path,
+    def __init__(self, device: Device, profile: Profile, results: ResultFile, *, until_s: float, scratch: Path,
                  out: Path):
         self.device, self.profile, self.results = device, profile, results
-        self.deadline_s, self.scratch, self.out = deadline_s, scratch, out
+        self.until_s, self.scratch, self.out = until_s, scratch, out
         self.section = ""
 
     @property
     def left_s(self) -> float:
-        return self.deadline_s - time.time()
+        return self.until_s - time.time()
 
     @property
     def ceilings(self) -> Ceilings | None:

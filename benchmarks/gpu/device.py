@@ -105,7 +105,7 @@ class Device:
             call()
         alone_us = self.once(lambda: [call() for call in calls]) / len(calls)
         rounds = max(1, min(64, int(1000 / max(alone_us * len(calls), 1e-3))))  # a millisecond each sample
-        replay = self._graph([*calls] * rounds) if self.is_cuda else lambda: [c() for c in calls * rounds]
+        replay = self._graph([*calls] * rounds) if self.is_cuda else lambda: [call() for call in [*calls] * rounds]
         num_samples = int(seconds * 1e6 / max(alone_us * len(calls) * rounds, 1e-3))
         num_samples = max(LEAST_SAMPLES, min(1000, num_samples))
         samples = self._samples(replay, num_samples)

@@ -104,6 +104,8 @@ def _profile(bench: Bench, driver: Driver, id: str, *, keep_trace: bool) -> None
         samples, tokens = step_times(driver, steps)
         bench.device.synchronize()
     spans, calls = device_spans(found.events()), cuda_calls(found.events())
+    if not spans:
+        return bench.absent(f"{id}/device", "the profiler saw nothing of the device")
     waiting = {name: calls[name][0] / steps for name in WAITING_CALLS if name in calls}
     queueing = {name: calls[name][1] / steps for name in QUEUEING_CALLS if name in calls}
     bench.row(f"{id}/device", pct_idle=idle_percent(spans), busy_us=busy_us(spans) / steps, kernels=len(spans) / steps,

@@ -129,7 +129,8 @@ def _account(out: Path, left: list[str], code: int) -> tuple[list[str], str]:
 
 
 def work(args: argparse.Namespace) -> int:
-    """Run sections in this process; each ends with a status in the file."""
+    """Run sections in this process; each ends with a status in the file. None may take the time that later ones are
+    thought to need."""
     from backends.backend import BackendError
     from benchmarks.gpu.bench import Bench, DeviceLost
     from benchmarks.gpu.device import Device
@@ -142,12 +143,14 @@ def work(args: argparse.Namespace) -> int:
             results.end(name, FAILED, error=str(error))
         return 1
     with TemporaryDirectory(prefix="xllm-gpu-") as scratch:
-        bench = Bench(device, profile, results, deadline_s=args.worker_until, scratch=Path(scratch),
-                      out=args.out)  # fmt: skip
-        for name in args.sections:
-            if bench.left_s < profile.section_s[name]:
-                skip(results, name, profile.section_s[name], bench.left_s)
+        bench = Bench(device, profile, results, until_s=args.worker_until, scratch=Path(scratch), out=args.out)
+        for i, name in enumerate(args.sections):
+            left_s = args.worker_until - time.time()
+            if left_s < profile.section_s[name]:
+                skip(results, name, profile.section_s[name], left_s)
                 continue
+            later_s = sum(profile.section_s[later] for later in args.sections[i + 1 :])
+            bench.until_s = time.time() + max(profile.section_s[name], left_s - later_s)
             try:
                 _run_section(bench, name, resumed=name == args.resumed)
             except DeviceLost as error:
@@ -170,4 +173,4 @@ def _run_section(bench: Bench, name: str, *, resumed: bool) -> None:
         status = FAILED
         facts = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-8000:]}
     bench.results.end(name, status, seconds=round(time.time() - began, 2), **facts)
-    print(f"{name}: {status}, {time.time() - began:.1f} s, {bench.left_s:.0f} s left", flush=True)
+    print(f"{name}: {status}, {time.time() - began:.1f} s", flush=True)

@@ -16,8 +16,6 @@ from benchmarks.gpu.profile import Profile
 from benchmarks.gpu.roofline import Work
 from benchmarks.gpu.shapes import SHAPES, ModelShape
 
-PREFILL_BYTES = 8 << 30  # of keys and values, at most, for one case
-
 
 @dataclass(frozen=True, kw_only=True)
 class MicroCase:
@@ -94,8 +92,6 @@ def decode_attention(bank: Bank, shape: ModelShape, profile: Profile, *, once: b
     for context in profile.micro_contexts[:1] if once else profile.micro_contexts:
         for batch in profile.batches[:1] if once else profile.batches:
             kv_bytes = batch * context * shape.kv_heads * shape.head_dim * 2 * bank.itemsize
-            if kv_bytes > PREFILL_BYTES:
-                continue
             q_bytes = 2 * batch * shape.heads * shape.head_dim * bank.itemsize
             yield MicroCase(
                 id=f"attention.decode/{shape.name}/B{batch}/ctx{context}", num_bytes=kv_bytes,
@@ -152,17 +148,27 @@ def rowwise(bank: Bank, shape: ModelShape, tokens: int) -> Iterator[MicroCase]:
         x = bank.randn(tokens, 2 * FFN)
         return lambda: bank.ops.silu_mul(x)
 
-    table = bank.randn(shape.vocab, D)
+    def each(one: Callable[[], Call]) -> Callable[[int], list[Call]]:
+        return lambda count: [one() for _ in range(count)]
 
-    def embed() -> Call:
+    for name, calls, moved in (
+        ("add_rms_norm", each(add_norm), 4 * tokens * D), ("silu_mul", each(silu), 3 * tokens * FFN),
+        ("qkv_rope_write", each(lambda: rope_call(bank, shape, tokens)), 2 * tokens * heads * H),
+        ("embedding", lambda count: embedding_calls(bank, shape, count, tokens), 2 * tokens * D),
+    ):  # fmt: skip
+        yield MicroCase(id=f"{name}/{shape.name}/T{tokens}", work=Work(float(moved * item), 0.0), cfg={"T": tokens},
+                        num_bytes=moved * item, calls=calls)  # fmt: skip
+
+
+def embedding_calls(bank: Bank, shape: ModelShape, count: int, tokens: int) -> list[Call]:
+    """Other rows of one table each time."""
+    table = bank.randn(shape.vocab, shape.hidden)
+
+    def one() -> Call:
         ids = torch.randint(shape.vocab, (tokens,), generator=bank.generator, device=table.device, dtype=torch.int32)
         return lambda: bank.ops.embedding(ids, table)
 
-    for name, one, moved in (("add_rms_norm", add_norm, 4 * tokens * D), ("silu_mul", silu, 3 * tokens * FFN),
-                             ("qkv_rope_write", lambda: rope_call(bank, shape, tokens), 2 * tokens * heads * H),
-                             ("embedding", embed, 2 * tokens * D)):  # fmt: skip
-        yield MicroCase(id=f"{name}/{shape.name}/T{tokens}", work=Work(float(moved * item), 0.0), cfg={"T": tokens},
-                        num_bytes=moved * item, calls=lambda n, one=one: [one() for _ in range(n)])  # fmt: skip
+    return [one() for _ in range(count)]
 
 
 def rope_call(bank: Bank, shape: ModelShape, tokens: int) -> Call:

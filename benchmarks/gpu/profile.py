@@ -42,23 +42,23 @@ class Profile:
 FULL = Profile(
     name="full",
     section_s={"env": 45, "ceilings": 15, "ops": 60, "e2e": 50, "micro": 60, "engine": 150, "host": 30,
-               "baselines": 100},
+               "baselines": 130},
     models=("qwen3-0.6b", "qwen3-8b"), row_s=0.1, copy_bytes=8 << 30, gemm=8192, cases=24, longest=32_768,
     e2e_families=("Llama", "Qwen2", "Qwen3"), batches=(1, 8, 64, 256), contexts=(1024, 4096),
     prefills=(512, 2048, 8192), micro_tokens=(1, 8, 64, 256, 2048), micro_contexts=(1024, 4096, 32_768),
     decode_steps=64, prefill_repeats=7, workload=(256, 1024, 100), online_s=15.0, online_shares=(0.5, 0.8, 0.95),
-    host_steps=200, baseline_model="qwen3-0.6b", baseline_s=45.0, generate_tokens=128,
+    host_steps=200, baseline_model="qwen3-0.6b", baseline_s=60.0, generate_tokens=128,
 )  # fmt: skip
 
 QUICK = Profile(
     name="quick",
     section_s={"env": 45, "ceilings": 10, "ops": 40, "e2e": 35, "micro": 35, "engine": 125, "host": 25,
-               "baselines": 80},
+               "baselines": 105},
     models=("qwen3-0.6b", "qwen3-8b"), row_s=0.04, copy_bytes=8 << 30, gemm=8192, cases=20, longest=32_768,
     e2e_families=("Llama", "Qwen3"), batches=(1, 8, 64, 256), contexts=(1024, 4096), prefills=(512, 2048, 8192),
     micro_tokens=(1, 64, 256), micro_contexts=(1024, 4096), decode_steps=32, prefill_repeats=5,
     workload=(256, 1024, 100), online_s=8.0, online_shares=(0.5, 0.8), host_steps=100, baseline_model="qwen3-0.6b",
-    baseline_s=35.0, generate_tokens=64,
+    baseline_s=45.0, generate_tokens=64,
 )  # fmt: skip
 
 TINY = Profile(

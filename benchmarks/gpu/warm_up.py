@@ -19,8 +19,6 @@ def main(kind: str, profile_name: str, index: int, count: int) -> None:
     with torch.inference_mode():
         for case in list(all_cases(device, profile, once=True))[index::count]:
             case.calls(1)[0]()
-            device.synchronize()
-            device.release_memory()
         for name in sorted(OPERATORS)[index::count]:
             for check in OPERATORS[name](World(device, seed=0, cases=profile.cases // 2, longest=1024)):
                 check.run()

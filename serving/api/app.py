@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.api import admin, chat, completions, console, embeddings, health, metrics, models, stats, tokenize
+from serving.api import admin, chat, completions, console, embeddings, health, metrics, models, sample, stats, tokenize
 from serving.api.auth import Gate, check_declared, declared_paths
 from serving.api.errors import install_handlers
 from serving.api.limits import BodyLimit
@@ -27,7 +27,7 @@ def create_app(state: ServerState) -> FastAPI:
     Raises ConfigError if a route has no access level (`serving/api/auth.py:ROUTES`).
     """
     app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for module in (chat, completions, embeddings, admin, models, tokenize, health, metrics, stats, console):
+    for module in (chat, completions, embeddings, sample, admin, models, tokenize, health, metrics, stats, console):
         router = module.router(state)
         check_declared(declared_paths(router.routes))
         app.include_router(router)

@@ -50,6 +50,7 @@ ROUTES: dict[str, Access] = {
     "/v1/completions": Access.USER,
     "/v1/chat/completions": Access.USER,
     "/v1/embeddings": Access.USER,
+    "/v1/sample": Access.USER,
     "/score": Access.USER,
     "/v1/score": Access.USER,
     "/rerank": Access.USER,

@@ -254,7 +254,7 @@ def router(state: ServerState) -> APIRouter:
                                           **call.sampling_overrides())
         requests = await params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
         state.metrics.request_params_n.observe(n)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests))
+        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         if body.stream:
             return EventStream(call.events(generation), generation.close)
         return json_response(await until_disconnect(request.receive, call.run(generation)))

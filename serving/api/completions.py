@@ -187,7 +187,7 @@ def router(state: ServerState) -> APIRouter:
         requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts],
                                                 call.samplings())
         state.metrics.request_params_n.observe(n)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests))
+        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         if body.stream:
             return EventStream(call.events(generation), generation.close)
         await until_disconnect(request.receive, generation.run())

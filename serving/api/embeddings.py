@@ -50,7 +50,7 @@ async def embed(state: ServerState, request: Request, body: PoolingBody, inputs:
     for ids in token_ids:
         params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field=field)
     requests = params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling)
-    generation = await until_disconnect(request.receive, Generation.start(state, requests))
+    generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
     await until_disconnect(request.receive, generation.run())
     vectors = [np.array(choice.embedding, dtype=np.float32) for choice in generation.choices]
     return Embedded(vectors, sum(map(len, token_ids)))

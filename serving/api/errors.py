@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from serving.security.paths import hide_paths
-from serving.stream import EngineBusyError
+from serving.stream import EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")
@@ -21,7 +21,7 @@ RETRY_AFTER_S = 5
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     413: "invalid_request_error", 415: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error",
-    503: "service_unavailable_error",
+    503: "service_unavailable_error", 504: "timeout_error",
 }
 
 
@@ -60,6 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestTimeoutError):
+        return ApiError(504, str(error))
     if isinstance(error, EngineBusyError):
         return unavailable(hide_paths(str(error)))
     if isinstance(error, RequestError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from serving.api.errors import ApiError, unavailable
+from serving.api.errors import ApiError, invalid, unavailable
 from serving.state import ServerState
 from serving.stream import EngineBusyError, Stream
 from xllm.detokenizer import Detokenizer
@@ -100,13 +101,16 @@ class Generation:
             state.requests.begin(choice, stream.scheduled_s)
 
     @classmethod
-    async def start(cls, state: ServerState, requests: Sequence[Request]) -> Generation:
-        """Submit the requests; the caller runs `pieces` or `close`. Raises RequestError or EngineDeadError."""
+    async def start(cls, state: ServerState, requests: Sequence[Request], timeout_s: float | None = None) -> Generation:
+        """Submit the requests; the caller runs `pieces` or `close`. timeout_s: in which they must be done; None: the
+        server's own limit. Raises RequestError or EngineDeadError."""
+        expires_s = expiry_s(timeout_s, state.config.resilience.request_timeout)
         try:
             stream = await state.engine.submit(requests)
         except EngineBusyError:
             state.metrics.admission_rejections += 1
             raise
+        stream.expires_s = expires_s
         state.num_open += 1
         return cls(state, requests, stream)
 
@@ -190,6 +194,14 @@ class Generation:
             "prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": details,
         }
+
+
+def expiry_s(wish_s: float | None, limit_s: float) -> float | None:
+    """On the `time.monotonic()` clock. Raises ApiError for a wish that is no duration."""
+    if wish_s is not None and not 0 < wish_s < math.inf:
+        raise invalid("timeout_s must be a positive number", "timeout_s")
+    given = [seconds for seconds in (wish_s, limit_s or None) if seconds is not None]
+    return time.monotonic() + min(given) if given else None
 
 
 def make_detokenizer(state: ServerState, request: Request) -> Detokenizer | None:

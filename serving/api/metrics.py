@@ -221,6 +221,20 @@ class ServerCollector:
                      {k: v.wait_s_total for k, v in lanes.items()})
         yield family(counter, "kv_prefetched_blocks", "Blocks brought back before they were asked for", "outcome",
                      dict(s.prefetched_blocks_total))
+        hits = s.cached_tokens_by_tier_total
+        for name, text, value in (
+                ("external_prefix_cache_queries", "Tokens that the device did not have, looked up below it",
+                 s.prefix_queries_total - hits.get("l1", 0) - hits.get("l2", 0)),
+                ("external_prefix_cache_hits", "Of these, found in host memory or on disk",
+                 hits.get("l3", 0) + hits.get("l4", 0))):
+            external = counter(f"{prefix}:{name}", text, labels=LABELS)
+            external.add_metric(labels, value)
+            yield external
+        if (host := tiers.get("host")) is not None:
+            usage = gauge(f"{prefix}:cpu_cache_usage_perc", "Share of host memory's KV blocks in use, 0 to 1",
+                          labels=LABELS)
+            usage.add_metric(labels, host.num_used / host.num_blocks if host.num_blocks else 0.0)
+            yield usage
         swaps = counter(f"{prefix}:num_swaps", "Preemptions whose KV was copied to host memory", labels=LABELS)
         swaps.add_metric(labels, s.swaps_total)
         yield swaps

@@ -87,10 +87,18 @@ def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None)
 
 def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                      sampling: SamplingParams, pooling: PoolingParams) -> list[Request]:
-    """One `Request` per text. Raises RequestError or ApiError."""
+    """One `Request` per text, for its embedding. Raises RequestError or ApiError."""
     options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
+
+
+def plain_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
+                   sampling: SamplingParams) -> list[Request]:
+    """One `Request` per text, all sampled alike. Raises RequestError or ApiError."""
+    options = _request_options(state, body)
+    return [request for prompt in prompts
+            for request in state.inputs.process(call, prompt, sampling, **options).requests]
 
 
 async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],

@@ -19,6 +19,8 @@ from serving.api.health import health_of, package_version
 from serving.api.sse import EventStream, event
 from serving.history import HISTORY_COLUMNS
 from serving.protocol import as_builtins
+from serving.security.caller import CALLER
+from serving.security.keys import NOBODY
 
 if TYPE_CHECKING:
     from serving.request_log import RequestRecord
@@ -70,6 +72,12 @@ def request_json(record: RequestRecord) -> dict[str, Any]:
     }
 
 
+def _may_see(record: RequestRecord) -> bool:
+    """A caller sees its own requests; on a server without keys, and as an administrator, all."""
+    caller = CALLER.get()
+    return caller is NOBODY or caller.is_admin or record.caller == caller.name
+
+
 def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """Everything, but of history and steps only what came after `cursor`."""
     rows, steps = state.history.since(cursor)
@@ -77,7 +85,7 @@ def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, 
         "object": "stats", "now_s": time.monotonic(), "server": server_json(state), "engine": engine_json(state),
         "history": {"columns": HISTORY_COLUMNS, "rows": rows},
         "steps": {"columns": ("end_s", "seconds", "num_tokens"), "rows": steps},
-        "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS)],
+        "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],
     }
 
 

@@ -79,6 +79,7 @@ class GenerationBody(StrictBody):
     priority: int = 0
     offline: bool = False
     ttlt_slo_ms: float | None = None  # upstream's name: when the last token should be there
+    timeout_s: float | None = None  # when the call fails if it is not done
     cache_salt: str | None = None
     session_id: str | None = None
     prompt_cache_key: str | None = None
@@ -129,6 +130,7 @@ class PoolingBody(StrictBody):
     priority: int = 0
     offline: bool = False
     ttlt_slo_ms: float | None = None
+    timeout_s: float | None = None
     cache_salt: str | None = None
     session_id: str | None = None
     prompt_cache_key: str | None = None
@@ -151,6 +153,17 @@ class RerankBody(PoolingBody):
     documents: list[str | dict[str, Any]]
     top_n: int | None = None
     return_documents: bool = True
+
+
+class Selector(StrictBody):
+    type: Literal["literal"] = "literal"
+    value: str
+
+
+class SampleBody(PoolingBody):
+    prompt: str
+    selector: Selector
+    logprobs: int = 5
 
 
 class PauseBody(StrictBody):

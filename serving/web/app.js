@@ -60,6 +60,7 @@ async function showModel() {
     try {
       const models = await (await call("v1/models")).json();
       model = models.data[0];
+      chat.setModels(models.data);
       notice("");
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
@@ -68,7 +69,6 @@ async function showModel() {
       showState("busy", "Waiting for an API key");
       return;
     }
-    chat.setModel(model);
   }
   showState("ok", model.id);
 }

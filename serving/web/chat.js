@@ -147,7 +147,6 @@ export class Chat {
   constructor({notice, askKey}) {
     this.notice = notice;
     this.askKey = askKey;
-    this.model = null;
     this.turns = []; // {message, element}
     this.running = null; // AbortController of the answer under way
     this.prompt = byId("prompt");
@@ -182,10 +181,13 @@ export class Chat {
     this.form.addEventListener("reset", () => setTimeout(() => this.saveSettings()));
   }
 
-  setModel(model) {
-    this.model = model.id;
-    setText("empty-model", model.id);
-    setText("empty-text", `Up to ${model.max_model_len.toLocaleString("en")} tokens, question and answer together.`);
+  /** What is served: a base model, maybe under several names, and adapters. */
+  setModels(models) {
+    const chosen = this.form.elements.model.value;
+    this.form.elements.model.replaceChildren(...models.map(({id}) => make("option", {value: id, selected: id === chosen}, id)));
+    byId("model-field").hidden = models.length < 2;
+    setText("empty-model", models[0].id);
+    setText("empty-text", `Up to ${models[0].max_model_len.toLocaleString("en")} tokens, question and answer together.`);
   }
 
   focus() {
@@ -245,7 +247,7 @@ export class Chat {
     }
     const system = this.form.elements.system.value.trim();
     const messages = this.turns.map((turn) => turn.message);
-    const body = {model: this.model ?? undefined, stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
+    const body = {model: this.form.elements.model.value || undefined, stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
       messages: system ? [{role: "system", content: system}, ...messages] : messages};
     for (const name of NUMBERS) {
       if (this.form.elements[name].value !== "") body[name] = Number(this.form.elements[name].value);

@@ -10,36 +10,40 @@ from torch import Tensor
 
 from tests.emulated_npu.kernels import Launcher, current_stream
 from tests.emulated_npu.tasks import Kernel
-from tests.emulated_npu.tensors import host, poison, range_of
+from tests.emulated_npu.tensors import as_meta, device_like, host, poison, range_of
 
 MOST_BYTES = 4 << 20  # more is left as it is, for the sake of the host's memory
 
 
-def replace_empty(launcher: Launcher) -> torch.library.Library:
-    """`torch.empty`, and with it whatever makes its result by it. `empty_strided` stays the wheel's own."""
-    machine = launcher.machine
+class Emptier:
+    """`torch.empty` and `empty_like`, and with them whatever makes its result by them. `empty_strided` stays native."""
 
-    def empty(
-        size: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        layout: torch.layout | None = None,
-        device: torch.device | None = None,
-        pin_memory: bool | None = None,
-        memory_format: torch.memory_format | None = None,
-    ) -> Tensor:
-        given: dict[str, Any] = {"memory_format": memory_format} if memory_format is not None else {}
-        planned = torch.empty(size, dtype=dtype, layout=layout, device="meta", **given)
-        made = torch.empty_strided(size, planned.stride(), dtype=planned.dtype, device=device)
-        if not 0 < made.numel() * made.element_size() <= MOST_BYTES:
+    def __init__(self, launcher: Launcher):
+        self.machine = launcher.machine
+
+    def empty(self, size: Sequence[int], *, device: torch.device | None = None, **given: Any) -> Tensor:
+        given.pop("pin_memory", None)
+        return self._poisoned(torch.empty(size, device="meta", **given), device)
+
+    def empty_like(self, like: Tensor, *, device: torch.device | None = None, **given: Any) -> Tensor:
+        given.pop("pin_memory", None)
+        return self._poisoned(torch.empty_like(as_meta(like), **given), device or like.device)
+
+    def _poisoned(self, planned: Tensor, device: torch.device | None) -> Tensor:
+        made = device_like(planned, device or torch.device("npu"))
+        if made.device.type != "npu" or not 0 < made.numel() * made.element_size() <= MOST_BYTES:
             return made
         alias, stream = host(made), current_stream(made.device)
-        if machine.is_plain(stream) or stream in machine.captures:
+        if self.machine.is_plain(stream) or stream in self.machine.captures:
             poison(alias)
-        elif stream not in machine.updates:
-            machine.submit(stream, Kernel("poison", lambda: poison(alias), [range_of(made)]))
+        elif stream not in self.machine.updates:
+            self.machine.submit(stream, Kernel("poison", lambda: poison(alias), [range_of(made)]))
         return made
 
+
+def replace_empty(launcher: Launcher) -> torch.library.Library:
+    emptier = Emptier(launcher)
     library = torch.library.Library("aten", "IMPL")
-    library.impl("empty.memory_format", empty, "PrivateUse1", allow_override=True)
+    library.impl("empty.memory_format", emptier.empty, "PrivateUse1", allow_override=True)
+    library.impl("empty_like", emptier.empty_like, "PrivateUse1", allow_override=True)
     return library

@@ -24,7 +24,16 @@ def install() -> None:
 
     machine = Machine()
     launcher = Launcher(machine)
-    kept.extend((machine, launcher, replace_aten(launcher), replace_copy(launcher), replace_empty(launcher), *replace_npu(launcher)))
+    kept.extend(
+        (
+            machine,
+            launcher,
+            replace_aten(launcher),
+            replace_copy(launcher),
+            replace_empty(launcher),
+            *replace_npu(launcher),
+        )
+    )
     runtime.set_hook(Requests(machine).answer)
 
 

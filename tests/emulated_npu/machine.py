@@ -214,8 +214,12 @@ class Machine:
             )
             return runtime.AICORE_EXCEPTION
         if self.audits and (freed := freed_by_allocator(model.ranges())):
-            print(f"emulated NPU: the model uses {freed[1]} bytes at {freed[0]:#x}, which torch's allocator holds free "
-                  "outside any graph's pool", file=sys.stderr, flush=True)
+            print(
+                f"emulated NPU: the model uses {freed[1]} bytes at {freed[0]:#x}, which torch's allocator holds free "
+                "outside any graph's pool",
+                file=sys.stderr,
+                flush=True,
+            )
             return runtime.AICORE_EXCEPTION
         model.running += 1
         return self.queue(stream, Kernel("replay begins", lambda: self._start(stream, model), model.ranges()))

@@ -1,8 +1,7 @@
 """Schemas of the emulated operators in two versions of torch_npu, kept in schemas.json.
 
 Of the installed wheel they come from the dispatcher, of an older one from the strings in its libraries, which need not
-be loaded: `python -m tests.emulated_npu run python -m tests.emulated_npu.schemas 2.10.0.post4 FOLDER/torch_npu/lib/*.so`
-writes both.
+be loaded. In an emulated process `python -m tests.emulated_npu.schemas 2.10.0.post4 FOLDER/lib/*.so` writes both.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def is_npu(value: Any) -> bool:
 
 
 def host(tensor: Tensor) -> Tensor:
-    """The device's memory as a CPU tensor. It keeps nothing alive: an address, as in a command that a device was given."""
+    """The device's memory as a CPU tensor. It keeps nothing alive: it is an address, as in a command to a device."""
     storage = tensor.untyped_storage()
     num_bytes = storage.nbytes()
     if num_bytes == 0:

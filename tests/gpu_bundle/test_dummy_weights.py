@@ -1,4 +1,4 @@
-"""Random weights in place of a checkpoint's, and how time is taken."""
+"""Random weights in place of a checkpoint's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.device import Device
-from benchmarks.gpu.host import busy_us, idle_percent
-from benchmarks.gpu.online import arrivals
 from benchmarks.gpu.shapes import SHAPES
 from xllm import LLM, SamplingParams
 from xllm.errors import ConfigError, ModelError
@@ -58,23 +55,3 @@ def test_transformers_has_the_same_weights(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([[5, 3, 8, *tokens]])).logits[0, 2:-1]
     assert logits.argmax(-1).tolist() == tokens
-
-
-def test_measured_times_are_those_of_the_work() -> None:
-    device, x = Device("cpu"), torch.randn(200_000)
-    quick, slow = (device.measure([lambda n=n: x[:n].sort()], seconds=0.02) for n in (500, 200_000))
-    assert slow.us > 20 * quick.us
-    assert quick.us > 0.5
-
-
-def test_the_device_is_busy_while_any_kernel_runs() -> None:
-    spans = [(0.0, 10.0), (5.0, 20.0), (6.0, 7.0), (40.0, 50.0)]
-    assert busy_us(spans) == 30.0
-    assert idle_percent(spans) == pytest.approx(40.0)
-    assert idle_percent(spans[:3]) == 0.0
-
-
-def test_requests_arrive_at_the_rate_that_is_asked_for() -> None:
-    times = arrivals(rate=50.0, seconds=200.0)
-    assert len(times) == pytest.approx(10_000, rel=0.03)
-    assert times == sorted(times) and times[-1] < 200.0

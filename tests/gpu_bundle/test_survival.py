@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.gpu import main as command
@@ -24,7 +24,7 @@ DRY = ("--device", "cpu", "--profile", "tiny")
 
 
 def make_bench(folder: Path, *, seconds: float = 100.0) -> Bench:
-    bench = Bench(Device("cpu"), TINY, ResultFile(folder), deadline_s=time.time() + seconds, scratch=folder, out=folder)
+    bench = Bench(Device("cpu"), TINY, ResultFile(folder), until_s=time.time() + seconds, scratch=folder, out=folder)
     bench.section = "micro"
     return bench
 
@@ -38,8 +38,8 @@ def test_a_kill_in_the_middle_of_a_section_loses_nothing(tmp_path: Path) -> None
     while not seen and time.monotonic() < until:
         if (tmp_path / "gpu.json").exists():
             seen = load(tmp_path)["rows"]  # whole at any moment
-    [worker] = [int(pid) for pid in (Path(f"/proc/{process.pid}/task/{process.pid}/children")).read_text().split()]
-    os.kill(worker, signal.SIGKILL)
+    [worker] = psutil.Process(process.pid).children()
+    worker.kill()
     assert process.wait(timeout=30) == 1
     data = load(tmp_path)
     assert seen and data["rows"][: len(seen)] == seen
@@ -125,6 +125,29 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert {facts["status"] for facts in load(tmp_path)["sections"].values()} == {FAILED}
     assert "FAULT section ops" in done.stderr and "cuda" in load(tmp_path)["sections"]["ops"]["error"].lower()
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path)
+    results.add({"section": "ops", "id": "a", "status": OK})
+    with pytest.raises(TypeError):
+        results.add({"section": "ops", "id": "b", "status": OK, "cfg": object()})
+    assert [row["id"] for row in load(tmp_path)["rows"]] == ["a"]
+
+
+def test_a_section_leaves_the_later_ones_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: dict[str, float] = {}
+
+    def note(bench: Bench, name: str, *, resumed: bool) -> None:
+        left[name] = bench.left_s
+
+    monkeypatch.setattr(command, "_run_section", note)
+    args = command.parse(["ops", "e2e", "micro", "--out", str(tmp_path), *DRY])
+    args.worker_until = time.time() + 40.0
+    command.work(args)
+    after = {"ops": ("e2e", "micro"), "e2e": ("micro",), "micro": ()}
+    for name, later in after.items():
+        assert left[name] == pytest.approx(40.0 - sum(TINY.section_s[n] for n in later), abs=1.0)
 
 
 def test_a_section_that_begins_again_loses_its_own_rows_alone(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows
 NUM_TOKENS = 14
 SHARED = [(7 * i * i + 3 * i + 11) % VOCAB_SIZE for i in range(130)]  # more than a block
 PROMPTS = [
-    SHARED + [5, 6, 7],
+    [*SHARED, 5, 6, 7],
     [(17 * i * i + 5 * i + 3) % VOCAB_SIZE for i in range(37)],
     SHARED[:120],  # its 8th new token is the first of a block
     [3, 1, 4, 1, 5] * 6,
-    SHARED + [9],
+    [*SHARED, 9],
     [100, 50],
 ]
 IS_REAL = os.environ.get("XLLM_NPU_REAL") == "1"

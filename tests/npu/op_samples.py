@@ -34,9 +34,9 @@ def paged(lens: tuple[int, ...] = (1, 3), kv_lens: tuple[int, ...] = (130, 7), *
     """Attention over pages in layout TND, as the engine calls it."""
     query, cache = rand(lens[-1], N, D, dtype=BF16), rand(BLOCKS, BLOCK, K * D, dtype=BF16)
     given: dict[str, Any] = {
-        "atten_mask": triangle(), "block_table": ints(1, 2, 3, 4).view(2, 2), "input_layout": "TND", "block_size": BLOCK,
-        "actual_seq_lengths": list(lens), "actual_seq_lengths_kv": list(kv_lens), "num_heads": N, "num_key_value_heads": K,
-        "scale": D**-0.5, "sparse_mode": 3,
+        "atten_mask": triangle(), "block_table": ints(1, 2, 3, 4).view(2, 2), "block_size": BLOCK,
+        "actual_seq_lengths": list(lens), "actual_seq_lengths_kv": list(kv_lens), "num_heads": N,
+        "num_key_value_heads": K, "scale": D**-0.5, "sparse_mode": 3, "input_layout": "TND",
     }  # fmt: skip
     return (query, cache, cache.clone()), given | more
 
@@ -66,8 +66,8 @@ def packed(layout: str, **more: Any) -> Sample:
 
 
 V2_NAMES = {
-    "actual_seq_lengths": "actual_seq_qlen", "actual_seq_lengths_kv": "actual_seq_kvlen", "num_heads": "num_query_heads",
-    "scale": "softmax_scale", "softmax_lse_flag": "return_softmax_lse",
+    "actual_seq_lengths": "actual_seq_qlen", "actual_seq_lengths_kv": "actual_seq_kvlen", "scale": "softmax_scale",
+    "num_heads": "num_query_heads", "softmax_lse_flag": "return_softmax_lse",
 }  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def samples() -> dict[str, dict[str, Sample]]:
     torch.manual_seed(0)
     x, gamma = rand(3, 64, dtype=BF16), rand(64, dtype=BF16)
     cos, sin = rand(1, 3, 1, D, dtype=BF16), rand(1, 3, 1, D, dtype=BF16)
+    flat = (rand(3, N * D), rand(3, K * D))
     heads = rand(1, 3, N, D, dtype=BF16)
     logits = rand(3, 40)
     fia, fia2 = "npu::npu_fused_infer_attention_score", "npu::npu_fused_infer_attention_score_v2"
@@ -145,11 +146,9 @@ def samples() -> dict[str, dict[str, Sample]]:
             "tnd": ((heads[0], rand(3, K, D, dtype=BF16), cos[0], sin[0], "TND"), {}),
         },
         "npu::npu_mrope": {
-            "rope": ((ints(0, 5, 9), rand(3, N * D), rand(3, K * D), rand(16, D), D), {"mrope_section": [0, 0, 0]}),
-            "partial": ((ints(0, 5, 9), rand(3, N * D), rand(3, K * D), rand(16, 32), D), {"rotary_mode": "interleave"}),
-            "mrope": (
-                (ints(*range(9)).view(3, 3), rand(3, N * D), rand(3, K * D), rand(16, D), D), {"mrope_section": [8, 12, 12]},
-            ),
+            "rope": ((ints(0, 5, 9), *flat, rand(16, D), D), {"mrope_section": [0, 0, 0]}),
+            "partial": ((ints(0, 5, 9), *flat, rand(16, 32), D), {"rotary_mode": "interleave"}),
+            "mrope": ((ints(*range(9)).view(3, 3), *flat, rand(16, D), D), {"mrope_section": [8, 12, 12]}),
         },
         "npu::npu_scatter_pa_kv_cache": {"norm": scatter(cache_mode="Norm"), "nz": scatter()},
         "atb::_npu_reshape_and_cache": {"": scatter()},
@@ -180,7 +179,9 @@ def samples() -> dict[str, dict[str, Sample]]:
         },
         "npu::npu_dynamic_quant": {"": ((x,), {}), "smooth": ((x,), {"smooth_scales": gamma})},
         "npu::npu_quant_matmul": {
-            "bf16": ((int8(3, 32), int8(32, 48), torch.rand(48)), {"pertoken_scale": torch.rand(3), "output_dtype": BF16}),
+            "bf16": (
+                (int8(3, 32), int8(32, 48), torch.rand(48)), {"pertoken_scale": torch.rand(3), "output_dtype": BF16},
+            ),
             "int8": ((int8(3, 32), int8(32, 48), torch.full((1,), 1e-3)), {}),
             "bias": ((int8(3, 32), int8(32, 48), torch.rand(48)), {"bias": ints(*range(48)), "output_dtype": HALF}),
         },
@@ -194,8 +195,8 @@ def samples() -> dict[str, dict[str, Sample]]:
             "softmax": ((scores, 6), {}),
             "sigmoid": (
                 (scores, 6),
-                {"bias": rand(64), "k_group": 2, "group_count": 4, "group_select_mode": 1, "norm_type": 1, "out_flag": True,
-                 "routed_scaling_factor": 2.5},
+                {"bias": rand(64), "k_group": 2, "group_count": 4, "group_select_mode": 1, "norm_type": 1,
+                 "out_flag": True, "routed_scaling_factor": 2.5},
             ),
         },
         "npu::npu_moe_init_routing_v2": {

@@ -68,10 +68,10 @@ def test_a_replay_reads_addresses() -> None:
 
 def test_a_capture_keeps_nothing_alive() -> None:
     """An input that is freed makes place for others, and the replay reads those."""
-    x = ones(1000)
-    address = x.data_ptr()
-    graph, y = captured(lambda: x + 1)
-    del x
+    inputs = [ones(1000)]
+    address = inputs[0].data_ptr()
+    graph, y = captured(lambda: inputs[0] + 1)
+    inputs.clear()
     other = torch.full((1000,), 41.0, device=DEVICE)
     assert other.data_ptr() == address
     graph.replay()
@@ -79,9 +79,9 @@ def test_a_capture_keeps_nothing_alive() -> None:
 
 
 def test_memory_that_is_gone_at_a_replay() -> None:
-    x = ones(5 << 20)
-    graph, _ = captured(lambda: x.sum())
-    del x
+    inputs = [ones(5 << 20)]
+    graph, _ = captured(lambda: inputs[0].sum())
+    inputs.clear()
     gc.collect()
     torch.npu.empty_cache()
     with pytest.raises(RuntimeError, match="507015"):
@@ -215,8 +215,9 @@ def attention_inputs() -> dict[str, Any]:
     torch.manual_seed(0)
     query, cache = torch.randn(2, N, D).npu(), torch.randn(BLOCKS, BLOCK, K * D).npu()
     return {
-        "query": query, "key": cache, "value": cache, "block_table": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32).npu(),
-        "atten_mask": torch.ones(2048, 2048, dtype=torch.int8).triu(1).npu(), "input_layout": "TND", "block_size": BLOCK,
+        "query": query, "key": cache, "value": cache, "block_size": BLOCK, "input_layout": "TND",
+        "block_table": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32).npu(),
+        "atten_mask": torch.ones(2048, 2048, dtype=torch.int8).triu(1).npu(),
         "actual_seq_lengths": [1, 2], "num_heads": N, "num_key_value_heads": K, "scale": D**-0.5, "sparse_mode": 3,
     }  # fmt: skip
 
@@ -340,8 +341,8 @@ def test_resetting_a_graph_that_runs() -> None:
     graph = Updatable()
     graph.graph.replay()
     graph.graph.reset()  # warns, no more
+    machine().drop_all(failure=False)
     with pytest.raises(RuntimeError, match="507015"):
-        machine().drop_all(failure=False)
         torch.npu.synchronize()
 
 

@@ -1,4 +1,4 @@
-"""Work that is ordered by luck only comes out wrong: the device runs as late as it may, its streams in any legal order."""
+"""Work that is ordered by luck only comes out wrong: the device runs late, and its streams in any legal order."""
 
 from __future__ import annotations
 

@@ -37,7 +37,6 @@ def test_sampled_tokens() -> None:
     expected, eager, graphs = found
     assert eager == graphs
     assert sum(a == b for a, b in zip(eager, expected)) >= 4
-    assert all(a[:2] == b[:2] for a, b in zip(eager, expected))
 
 
 FEATURES: dict[str, dict[str, Any]] = {

@@ -112,6 +112,19 @@ def test_large_vocabularies(ops: OpSet, shape: str) -> None:
     check(ops, logits, [(1.0, 5000, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (0.7, 50, 0.9, 0.0), (1.5, 6000, 0.4, 0.01)])
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+def test_tokens_anywhere_in_a_large_vocabulary(ops: OpSet, min_p: float) -> None:
+    """Those beyond the last that may be drawn take up more than one stretch of the row."""
+    logits = torch.randn(5, 27_001)
+    logits[:, 18_000:] = -math.inf
+    logits[4, :17_990] = -math.inf
+    rows, uniform = [(1.0, 0, 1.0, min_p)] * 5, [0.0, 0.45, 0.9, 0.99999994, 0.99999994]
+    tokens = draw(ops, logits, *([*column] for column in zip(*rows)), uniform)
+    for s, token in enumerate(tokens):
+        assert token in possible_by_sorting(logits[s].tolist(), *rows[s], uniform[s]), s
+    assert tokens[0] < 100 and tokens[1] > 4000 and 10_000 < tokens[2] <= tokens[3] < 18_000 <= tokens[4] + 10
+
+
 @settings(max_examples=sizes([60], [6])[0], deadline=None)
 @given(rows=st.lists(settings_of_a_row, min_size=1, max_size=4), vocab_size=st.sampled_from([1, 2, 17, 300]),
        seed=st.integers(0, 10_000), coarse=st.booleans())  # fmt: skip

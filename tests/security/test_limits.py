@@ -14,7 +14,7 @@ import pytest
 from serving.api.limits import _JSON_STRING
 from serving.config import LimitSettings, ServerConfig
 from serving.limits import BY_NAME, HARD_MAXIMA, MEDIA, TABLE
-from serving.security.waiting_tokens import WaitingTokens
+from serving.waiting import WaitingTokens
 from serving.stream import EngineBusyError
 from tests.security.wire import request, send
 from tests.serving.server_process import ROOT, ServerProcess

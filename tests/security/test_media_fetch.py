@@ -161,6 +161,16 @@ def test_a_wrong_entry_stops_the_start(domain: str) -> None:
 # --- fetching
 
 
+async def test_a_domain_that_is_not_listed_is_not_even_looked_up() -> None:
+    async with Site({"/": ok(b"x")}) as site:
+        names = Names(other_example=["127.0.0.1"])
+        listed = (f"http://cdn.example:{site.port}", "https://other.example", "http://other.example:1")
+        for host in ("other.example", "127.0.0.1", "x.cdn.example", "[::ffff:127.0.0.1]"):
+            with pytest.raises(MediaError, match="not on this server's list"):
+                await fetcher(*listed, names=names).fetch(f"http://{host}:{site.port}/")
+        assert (names.asked, site.num_connections) == ([], 0)
+
+
 async def test_off_by_default() -> None:
     async with Site({"/": ok(b"x")}) as site:
         with pytest.raises(MediaError, match="does not fetch media"):

@@ -14,7 +14,7 @@ SCRIPTS = {
                          '{"city": "Bern"}}\n</tool_call>',
     "wrong": 'I ask.\n<tool_call>\n{"name": "get_weather", "arguments": {"town": [1], "city": false, "days": 99, "x": {}}}'
              "\n</tool_call>",
-    "opened": "Let me think {of} it.\n</think>\n\nJust this.",
+    "opened<think>": "Let me think {of} it.\n</think>\n\nJust this.",
     "text": "Just <b>text</b>, no <tool.",
 }
 TOOLS: list[dict[str, Any]] = [
@@ -36,5 +36,5 @@ TEMPLATE = (
     "{%- else %}{{- message.content }}{% for call in message.tool_calls or [] %}"
     "{{- '<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
     "{{- call.function.arguments | tojson }}{{- '}</tool_call>' }}{% endfor %}{% endif %}"
-    "{%- endfor %}{%- if think %}{{- '<think>\\n' }}{%- endif %}{#- </think> <|im_start|> -#}"
+    "{%- endfor %}{#- </think> <|im_start|> -#}"
 )

@@ -29,7 +29,8 @@ _CHAR_OF = {byte: char for char, byte in _ALPHABET.items()}
 
 
 def go(name: str) -> str:
-    return f"<|go:{name}|>"
+    """The token that a script follows on; for one called "...<think>" the prompt ends as if its template opened it."""
+    return f"<|go:{name.removesuffix('<think>')}|>" + ("<think>" if name.endswith("<think>") else "")
 
 
 def write_checkpoint(folder: Path, scripts: Mapping[str, str], template: str, special: tuple[str, ...] = ()) -> Path:

@@ -97,7 +97,8 @@ def test_vllm_dashboards_find_the_same_under_its_names(series: dict[str, tuple[s
         assert series[f"vllm:{name}_bucket"][0] == "histogram"
     for name in ("prompt_tokens", "prompt_tokens_cached", "prompt_tokens_by_source", "generation_tokens",
                  "request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits",
-                 "admission_rejections", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"):
+                 "admission_rejections", "external_prefix_cache_queries", "external_prefix_cache_hits",
+                 "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"):
         assert series[f"vllm:{name}_total"][0] == "counter"
 
 

@@ -37,8 +37,8 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPr
     root = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(("first", "more/second", "more/third")):
         write_adapter(root / name, seed)
-    with ServerProcess(root / "log.txt", "--lora-modules", f"first={root / 'first'}", "--lora-folder", str(root / "more"),
-                       "--max-loras", "2", "--admin-api-key", ADMIN) as server:
+    flags = ("--lora-modules", f"first={root / 'first'}", "--lora-folder", str(root / "more"), "--max-loras", "2")
+    with ServerProcess(root / "log.txt", *flags, "--admin-api-key", ADMIN) as server:
         yield server, root
         server.wait_idle()
 
@@ -86,8 +86,10 @@ def test_loaded_and_unloaded_while_serving(adapted: tuple[ServerProcess, Path], 
     admin.post("/v1/unload_lora_adapter", json={"lora_name": "s"})
 
 
-@pytest.mark.parametrize("path", ["..", "../first", ".", "", "/etc", "second/../../first", "nowhere", "second/adapter_config.json"])
-def test_nothing_outside_the_folder_is_read(adapted: tuple[ServerProcess, Path], admin: httpx.Client, path: str) -> None:
+@pytest.mark.parametrize("path", ["..", "../first", ".", "", "/etc", "second/../../first", "nowhere",
+                                  "second/adapter_config.json"])
+def test_nothing_outside_the_folder_is_read(adapted: tuple[ServerProcess, Path], admin: httpx.Client,
+                                            path: str) -> None:
     answer = admin.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_path"
     assert str(adapted[1]) not in answer.text

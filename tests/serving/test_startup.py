@@ -82,3 +82,19 @@ def test_an_error_starts_on_a_line_of_its_own() -> None:
     view.interrupt()
     view.interrupt()
     assert out.getvalue().endswith("s\n") and out.getvalue().count("\n") == 1
+
+
+def test_another_start_is_counted_from_its_own_beginning() -> None:
+    now = 0.0
+    out = io.StringIO()
+    view = StartupView(out, clock=lambda: now)
+    view.phase("import", 0.0)
+    now = 2.0
+    view.ready()
+    view.ready()
+    now = 100.0
+    view.phase("import", 0.0)
+    now = 101.0
+    view.ready()
+    assert out.getvalue().splitlines() == ["[  0.00 s] import", "ready after 2.00 s (import 2.00 s)",
+                                           "[  0.00 s] import", "ready after 1.00 s (import 1.00 s)"]

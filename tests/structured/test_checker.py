@@ -45,6 +45,7 @@ HOSTILE = {
     "product": S(json={"allOf": [{"anyOf": [{"properties": {f"k{i}_{j}": {"type": "string"}}} for j in range(3)]}
                                  for i in range(12)]}),
     "big-multiple": S(json={"type": "integer", "multipleOf": 9_999_991}),
+    "heavy-multiple": S(json={"type": "integer", "multipleOf": 99_991}),
     "contradiction": S(json={"type": "string", "minLength": 5, "maxLength": 2}),
     "impossible": S(json={"type": "object", "properties": {"a": False}, "required": ["a"]}),
     "not": S(json={"not": {"type": "string"}}),
@@ -65,6 +66,12 @@ def test_hostile_ones_end_with_a_reason(checker, spec):
     assert caught.value.field == spec.kind
     assert len(str(caught.value)) < 600
     checker.check(S(choice=["still", "there"]))
+
+
+@pytest.mark.parametrize("name", ["heavy-multiple", "ring"])
+def test_memory_is_the_reason_where_it_is(checker, name):
+    with pytest.raises(RequestError, match="memory"):
+        checker.check(HOSTILE[name])
 
 
 WIDE = {
@@ -119,13 +126,25 @@ def test_more_than_so_many_at_a_time_are_turned_away(source, monkeypatch):
     checker.close()
 
 
-def test_one_that_takes_too_long_holds_up_nobody_else(source):
+def test_one_that_takes_too_long_holds_up_nobody_else(source, monkeypatch):
+    monkeypatch.setattr(module, "WALL_TIMEOUT_S", 250.0)  # it is the limit on CPU time that ends it
     checker = GrammarChecker(lambda: source)
-    slow = checker.submit(S(json={"type": "integer", "multipleOf": 9_999_991}))
+    slow = checker.submit(S(json={"type": "integer", "multipleOf": 99_999_989}))
     checker.check(S(regex="[0-9]+"))
     assert not slow.done()
     with pytest.raises(RequestError, match="to compile"):
-        slow.result()
+        slow.result(timeout=60)
+    checker.close()
+
+
+def test_where_the_limit_on_cpu_time_does_not_come_the_clock_does(source, monkeypatch):
+    checker = GrammarChecker(lambda: source)
+    checker.check(S(regex="a"))
+    monkeypatch.setattr(module, "WALL_TIMEOUT_S", 0.2)
+    with pytest.raises(RequestError, match="to compile"):
+        checker.check(S(json={"type": "integer", "multipleOf": 99_999_989}))
+    monkeypatch.undo()
+    checker.check(S(regex="b"))
     checker.close()
 
 

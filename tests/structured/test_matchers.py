@@ -10,6 +10,7 @@ from llguidance import LLMatcher
 
 from xllm import SamplingParams, StructuredOutput
 from xllm.step import NewRow
+from xllm.structured import matchers as module
 from xllm.structured.grammar import build_matcher, grammar_text
 from xllm.structured.matchers import ALL, RowMatchers
 from xllm.structured.store import GrammarStore
@@ -84,7 +85,9 @@ def slots_of(rows: list[int], counts: list[int]) -> SimpleNamespace:
 
 @pytest.mark.parametrize("begin", [True, False], ids=["beside", "now"])
 @pytest.mark.parametrize("seed", range(4))
-def test_masks_are_those_of_a_replay(store, vocabulary, seed, begin):
+def test_masks_are_those_of_a_replay(store, vocabulary, seed, begin, monkeypatch):
+    monkeypatch.setattr(module, "NUM_THREADS", 1 + seed)
+    monkeypatch.setattr(module, "MIN_SHARE", 1)
     bench = Bench(store, vocabulary, seed)
     for row, spec in enumerate([*SPECS[seed % 2: seed % 2 + 3], None]):
         bench.enter(row, spec, [])
@@ -173,7 +176,7 @@ def test_one_that_turns_out_slow_fails_and_says_so(store, vocabulary, monkeypatc
     assert not bench.matchers.masks(slots_of([0], [1])).failed
     bench.rows.token_ids[0, bench.rows.num_tokens[0]] = vocabulary.tokenize_str("[")[0]
     bench.rows.num_tokens[0] += 1
-    monkeypatch.setattr("xllm.structured.matchers.MAX_MASK_CPU_S", 0.0)
+    monkeypatch.setattr(module, "MAX_MASK_CPU_S", 0.0)
     masks = bench.matchers.masks(slots_of([0], [1]))
     assert "too complex" in masks.failed[0]
     assert (masks.mask_XW == ALL).all()

@@ -126,6 +126,17 @@ def test_random_texts_of_a_form_are_of_it(loaded, vocabularies, kind):
     assert ended > 10
 
 
+def test_tokens_that_the_model_does_not_have_are_never_let_through(loaded):
+    tokenizer = loaded["byte_level_bos"]
+    added = {i: t.content for i, t in tokenizer.backend.get_added_tokens_decoder().items()}
+    last, text = max(added.items())
+    vocabulary = vocabulary_source(tokenizer, last, ()).build()
+    assert vocabulary.vocab_size == last == tokenizer.vocab_size - 1
+    token_ids = write(vocabulary, StructuredOutput(choice=["a" + text]), random.Random(0), 40)
+    assert b"".join(map(tokenizer.token_bytes, token_ids[:-1])).decode() == "a" + text
+    assert max(token_ids) < last
+
+
 def test_padding_and_special_tokens_are_never_let_through(loaded, vocabularies):
     vocabulary, tokenizer = vocabularies["bundled"], loaded["bundled"]
     mask = np.frombuffer(build_matcher(vocabulary, grammar_text(StructuredOutput(regex=r"(.|\n)*"))).compute_bitmask(),
@@ -152,6 +163,8 @@ def test_special_tokens_have_names_in_grammars(loaded, vocabularies, kind):
 def test_what_cannot_be_read_is_refused(loaded):
     with pytest.raises(RequestError, match="tokenizer"):
         vocabulary_source(loaded["wordpiece"], 300, ())
+    with pytest.raises(RequestError, match="end token"):
+        vocabulary_source(loaded["bundled"], 2, ())
     without_end = Tokenizer(tokenizers.Tokenizer.from_str(loaded["bundled"].backend.to_str()), {}, {})
     with pytest.raises(RequestError, match="end token"):
         vocabulary_source(without_end, 4096, ())

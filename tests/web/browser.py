@@ -70,8 +70,8 @@ class Tab:
         return page
 
     def close(self) -> None:
-        for context in self._contexts:
-            context.close()
+        while self._contexts:
+            self._contexts.pop().close()
         complaints = [complaint for watcher in self.watchers for complaint in watcher.complaints]
         assert not complaints, complaints
 

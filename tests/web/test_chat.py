@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from playwright.sync_api import expect
 
@@ -130,3 +131,16 @@ def test_wrong_tools_are_said_before_anything_is_sent(open_tab: Tab) -> None:
     expect(page.locator("#tools-error")).to_contain_text("Tools: ")
     expect(page.locator(".message")).to_have_count(0)
     expect(page.locator("#prompt")).to_have_value("Hello")
+
+
+def test_one_of_several_models_can_be_chosen(tmp_path: Path, open_tab: Tab) -> None:
+    with ServerProcess(tmp_path / "log.txt", "--served-model-name", "first", "--served-model-name", "second") as server:
+        page = open_tab(url=server.url)
+        bodies = []
+        page.on("request", lambda request: bodies.append(request.post_data_json) if request.post_data else None)
+        expect(page.get_by_label("Model")).to_have_value("first")
+        page.get_by_label("Model").select_option("second")
+        ask(page, "Hello", max_tokens=2)
+        answered(page)
+        assert bodies[-1]["model"] == "second"
+        open_tab.close()

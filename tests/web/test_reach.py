@@ -38,7 +38,11 @@ TOO_FAINT = """() => {
   }
   return found;
 }"""
-OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+# How far the page, or a part that scrolls as a whole, is wider than it shows.
+OVERFLOW = """() => Math.max(...[':root', '#scroller', '#view-engine', '#settings', '#composer'].map((name) => {
+  const part = document.querySelector(name);
+  return part.scrollWidth - part.clientWidth;
+}))"""
 
 
 def focused(page: Page) -> str:
@@ -173,7 +177,7 @@ def test_less_motion(open_tab: Tab) -> None:
     answered(page)
 
 
-def test_a_server_with_keys(open_tab: Tab, keyed_server: ServerProcess) -> None:
+def test_a_server_with_keys(keyed_server: ServerProcess, open_tab: Tab) -> None:
     page = open_tab(url=keyed_server.url, ready=False)
     watcher = open_tab.watchers[-1]
     watcher.tolerated = "401"  # Chromium logs each of them

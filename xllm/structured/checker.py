@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import select
 import signal
 import subprocess
@@ -19,13 +20,14 @@ from dataclasses import asdict
 from xllm.errors import RequestError
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, need_llguidance
-from xllm.structured.worker import COMPILE_CPU_S
+from xllm.structured.worker import COMPILE_CPU_S, TOO_MUCH_MEMORY
 
 WALL_TIMEOUT_S = 15.0  # when the machine is so busy that the limit on CPU time does not come
 START_TIMEOUT_S = 60.0
 MAX_WORKERS = 2
 MAX_WAITING = 32
 MAX_REMEMBERED = 1024
+_log = logging.getLogger(__name__)
 TOO_SLOW = f"it takes more than {COMPILE_CPU_S} s to compile"
 
 
@@ -134,6 +136,8 @@ class _Worker:
         self._send(json.dumps(asdict(source)))
         if self._read(START_TIMEOUT_S) is None:
             self.stop()
+            _log.error("the process that compiles grammars does not start; `%s -m xllm.structured.worker` says why",
+                       sys.executable)
             raise RequestError("structured outputs cannot be compiled: the process for it does not start",
                                field="structured")
 
@@ -150,7 +154,7 @@ class _Worker:
         ended_by_itself = self._process.poll() is not None
         self.stop()
         code = self._process.returncode
-        return TOO_SLOW if not ended_by_itself or code == -signal.SIGXCPU else "it needs too much memory or stack"
+        return TOO_SLOW if not ended_by_itself or code == -signal.SIGXCPU else TOO_MUCH_MEMORY
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -8,6 +8,7 @@ Letters: Q slots of a step, X those of rows with a grammar, K slots of one row (
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from xllm.step import NewRow
 
+# llguidance lets other Python threads run. The more cores, the fewer of them the forward pass misses.
+NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
+MIN_SHARE = 8  # rows worth a thread
 ALL = -1  # a word whose 32 tokens may all be drawn
 # A grammar that turns out to be as slow as that holds up everybody's steps: its request ends.
 MAX_MASK_CPU_S = 0.5
@@ -63,7 +67,7 @@ class SlotMasks:
 
 
 class RowMatchers:
-    """One thread at a time may call it; masks are computed in a thread of its own where `begin` was called."""
+    """One thread at a time may call it; masks are computed in threads of its own where `begin` was called."""
 
     def __init__(self, rows: RowTokens, vocab_size: int):
         self.store: GrammarStore | None = None  # whoever loads the engine provides it
@@ -98,15 +102,18 @@ class RowMatchers:
         if not self._matchers or not self._masked[slots.rows].any():
             return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-masks")
+            self._pool = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="xllm-masks")
         fillings = []
         for row, _, end in self._groups(slots):
             self._wait_for(row)
             self._begun[row] = filling = self._filling(row, int(slots.offsets[end - 1]) + 1)
             fillings.append(filling)
-        done = self._pool.submit(_run_all, fillings)
-        for filling in fillings:
-            filling.done = done
+        share = max(MIN_SHARE, -(-len(fillings) // NUM_THREADS))
+        for first in range(0, len(fillings), share):
+            part = fillings[first:first + share]
+            done = self._pool.submit(_run_all, part)
+            for filling in part:
+                filling.done = done
 
     def masks(self, slots: Slots) -> SlotMasks | None:
         """The masks of these slots, computed now where `begin` has not; None: no slot has one."""
@@ -152,7 +159,7 @@ class RowMatchers:
         return filling
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 

@@ -15,7 +15,7 @@ from xllm.structured.vocabulary import VocabularySource, need_llguidance
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_GRAMMARS = 128
+MAX_GRAMMARS = 64  # of GRAMMAR_BYTES (`worker.py`) at most, though most have far less than a tenth of it
 
 
 class GrammarStore:

@@ -21,8 +21,8 @@ _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 class VocabularySource:
     """What a vocabulary is made of, as JSON may hold it, so that another process can be given it.
 
-    tokenizer_json: a `tokenizers.Tokenizer` serialised. token_bytes: of every token, in hexadecimal; more of them than
-    the tokenizer knows if the model's logits are padded. eos_token_ids: all that end an output.
+    tokenizer_json: a `tokenizers.Tokenizer` serialised. token_bytes: in hexadecimal, one a logit: none where the model
+    knows a token that the tokenizer does not know, or must never be drawn. eos_token_ids: all that end an output.
     """
 
     tokenizer_json: str
@@ -58,17 +58,17 @@ def vocabulary_source(tokenizer: TextTokenizer, vocab_size: int, eos_token_ids: 
     Raises:
         RequestError: there is no end token, or this kind of tokenizer cannot be used.
     """
-    eos = tuple(dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids)))
+    eos = tuple(i for i in dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids)) if i < vocab_size)
     if not eos:
         raise RequestError("structured outputs need a model with an end token", field="structured")
     decoder = type(tokenizer.backend.decoder).__name__
     if decoder not in DECODERS:
         raise RequestError(f"structured outputs do not work with this model's tokenizer ({decoder})",
                            field="structured")
-    known = [b"" if token.startswith(_RESERVED) else token for token in tokenizer.all_token_bytes()]
-    return VocabularySource(tokenizer_json=tokenizer.backend.to_str(), eos_token_ids=eos,
-                            special_token_ids=sorted({*tokenizer.special_token_ids, *eos}),
-                            token_bytes=[token.hex() for token in known] + [""] * (vocab_size - len(known)))
+    known = ["" if token.startswith(_RESERVED) else token.hex() for token in tokenizer.all_token_bytes()[:vocab_size]]
+    special = sorted(i for i in {*tokenizer.special_token_ids, *eos} if i < vocab_size)
+    return VocabularySource(tokenizer_json=tokenizer.backend.to_str(), eos_token_ids=eos, special_token_ids=special,
+                            token_bytes=known + [""] * (vocab_size - len(known)))
 
 
 class _Wrapped:
@@ -82,6 +82,7 @@ class _Wrapped:
         import tokenizers
 
         content = _without_first_blank(json.loads(source.tokenizer_json))
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < len(source.token_bytes)]
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True  # special tokens in a text are text
         self.tokens = [bytes.fromhex(token) for token in source.token_bytes]

@@ -1,27 +1,32 @@
 """Compiles foreign grammars in a process of its own: `python -m xllm.structured.worker`, started by `checker.py`.
 
 JSON lines on stdin and stdout. The first line in is a `VocabularySource`; each one after it a `StructuredOutput`, to
-which the answer is `{"error": null or a reason}`. What takes too long or too much memory ends the process: the kernel's
-limits on CPU time and address space are set for that, and how it ended says why.
+which the answer is `{"error": null or a reason}`. What takes too long or far too much memory ends the process: the
+kernel's limits on CPU time and address space are set for that, and how it ended says why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import resource
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xllm.errors import RequestError
-from xllm.structured.grammar import GrammarError, build_matcher, grammar_text, probe
+from xllm.structured.grammar import build_matcher, grammar_text, probe
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource
 
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
 COMPILE_CPU_S = 2
 COMPILE_MEMORY_BYTES = 2**30
+GRAMMAR_BYTES = 32 * 2**20  # what may stay of one, for as long as the engine keeps it
+TOO_MUCH_MEMORY = "it needs too much memory"
 NICENESS = 5
 
 
@@ -33,14 +38,20 @@ def main() -> None:
     _answer({})
     for line in sys.stdin:
         _limit_cpu_time()
-        try:
-            matcher = build_matcher(vocabulary, grammar_text(StructuredOutput(**json.loads(line))))
-            probe(matcher, vocabulary)
-            _answer({"error": None})
-        except (GrammarError, RequestError, ValueError) as error:
-            _answer({"error": str(error) or type(error).__name__})
-        except MemoryError:
-            _answer({"error": "it needs too much memory"})
+        _answer({"error": _judge(vocabulary, line)})
+
+
+def _judge(vocabulary: LLTokenizer, line: str) -> str | None:
+    """Why a specification cannot be honoured; None: it can."""
+    before_bytes = _allocated_bytes()
+    try:
+        matcher = build_matcher(vocabulary, grammar_text(StructuredOutput(**json.loads(line))))
+        probe(matcher, vocabulary)
+    except MemoryError:
+        return TOO_MUCH_MEMORY
+    except ValueError as error:  # GrammarError and RequestError among them
+        return str(error) or type(error).__name__
+    return TOO_MUCH_MEMORY if _allocated_bytes() - before_bytes > GRAMMAR_BYTES else None
 
 
 def _answer(content: dict[str, Any]) -> None:
@@ -59,6 +70,23 @@ def _limit_cpu_time() -> None:
     """COMPILE_CPU_S from here on (whole seconds are all that the kernel takes); then SIGXCPU ends the process."""
     soft_s = math.ceil(time.process_time() + COMPILE_CPU_S)
     resource.setrlimit(resource.RLIMIT_CPU, (soft_s, resource.RLIM_INFINITY))
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def _allocated_bytes() -> int:
+    """What is allocated on the heap now; 0 where the C library does not say."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,5 @@ class DeepSeekV3Parser(DeepSeekV31Parser):
         self.begin_call(name)
         yield from source.space()
         yield from self.stream_arguments(self._fence_end)
-        source.hold()
         yield from source.space()
-        if (yield from source.expect("```")):
-            source.commit()
+        yield from source.expect("```")

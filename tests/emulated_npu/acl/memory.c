@@ -60,11 +60,11 @@ static bool lies_in(const char *pointer, size_t size, bool device) {
         for (int i = 0; i < num_blocks; i++) {
             const struct Block *b = &blocks[i];
             const bool fits = device ? b->place == DEVICE || b->place == MAPPED : b->place == PINNED;
-            if (fits && at >= b->start && at < b->start + b->size) {
-                at = b->start + b->size;
-                moved = true;
-                break;
-            }
+            if (!fits || at < b->start || at >= b->start + b->size) continue;
+            if (b->place != MAPPED && end > b->start + b->size) continue; /* over the end of an allocation */
+            at = b->start + b->size;
+            moved = true;
+            break;
         }
     }
     pthread_mutex_unlock(&lock);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tests.emulated_npu.kernels import Launcher
-from tests.emulated_npu.operators import attention, caches, experts, norms, quantised, ropes, sampling  # noqa: F401
+from tests.emulated_npu.operators import caches, experts, fused, norms, quantised, ropes, sampling  # noqa: F401
 from tests.emulated_npu.operators.formats import replace_format_cast
 from tests.emulated_npu.operators.registry import BY_DESCRIPTION, REFERENCES, overload
 

@@ -1,4 +1,4 @@
-"""Fused attention (FIA v1 and v2) and the decode attention of ATB, in plain torch.
+"""Attention over packed, dense and paged sequences, with the checks that devices make (fused.py has the operators).
 
 N query heads, K key-value heads, D head size, V value head size, Q query tokens, S keys of one sequence.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from tests.emulated_npu.operators.registry import emulates, refuse
 
 MASK_SIZE = 2048
 _checked_masks: set[int] = set()
@@ -70,9 +67,8 @@ class Call:
 def _check_causal_mask(mask: Tensor | None) -> None:
     """sparse_mode 2, 3 and 4 need the fixed triangle, whatever the lengths are."""
     if mask is None or mask.shape[-2:] != (MASK_SIZE, MASK_SIZE) or mask.numel() != MASK_SIZE**2:
-        raise RuntimeError(
-            f"sparse_mode 2, 3 and 4 need a mask of {MASK_SIZE} x {MASK_SIZE}, got {None if mask is None else tuple(mask.shape)}"
-        )
+        given = None if mask is None else tuple(mask.shape)
+        raise RuntimeError(f"sparse_mode 2, 3 and 4 need a mask of {MASK_SIZE} x {MASK_SIZE}, got {given}")
     if mask.dtype not in (torch.bool, torch.int8, torch.uint8):
         raise RuntimeError(f"a mask of {mask.dtype}")
     flat = mask.view(MASK_SIZE, MASK_SIZE)
@@ -85,7 +81,7 @@ def _check_causal_mask(mask: Tensor | None) -> None:
         _checked_masks.add(mask.data_ptr())
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
+def attend(call: Call) -> tuple[Tensor, Tensor]:
     source, _, target = call.layout.partition("_")
     target = target or source
     if source in ("TND", "NTD"):
@@ -110,7 +106,7 @@ def _packed(call: Call, source: str, target: str) -> tuple[Tensor, Tensor]:
     for row, end in enumerate(ends):
         key, value = _packed_keys(call, row, len(ends), source)
         if end > start:
-            out[start:end], lse[start:end, :, 0] = _attend(call, query[start:end], key, value, row)
+            out[start:end], lse[start:end, :, 0] = attend_one(call, query[start:end], key, value, row)
         start = end
     return (out.transpose(0, 1).contiguous() if target == "NTD" else out), (lse if call.wants_lse else torch.empty(0))
 
@@ -120,7 +116,7 @@ def _packed_keys(call: Call, row: int, num_rows: int, source: str) -> tuple[Tens
     if len(lens) != num_rows:
         raise RuntimeError(f"{num_rows} sequences, actual_seq_lengths_kv {lens}")
     if call.block_table is not None:
-        return _paged(call, row, lens[row])
+        return paged_keys(call, row, lens[row])
     key, value = _with_rope(call.key, call.key_rope), call.value
     if source == "NTD":
         key, value = key.transpose(0, 1), value.transpose(0, 1)
@@ -143,13 +139,13 @@ def _batched(call: Call, source: str, target: str) -> tuple[Tensor, Tensor]:
     for row in range(batch):
         num_q = _at(call.q_lens, row, length)
         if paged:
-            k, v = _paged(call, row, _at(call.kv_lens, row, 0))
+            k, v = paged_keys(call, row, _at(call.kv_lens, row, 0))
         else:
             assert key is not None and value is not None
             num_kv = _at(call.kv_lens, row, key.shape[1])
             k, v = key[row, :num_kv], value[row, :num_kv]
         if num_q:
-            out[row, :num_q], rows = _attend(call, query[row, :num_q], k, v, row)
+            out[row, :num_q], rows = attend_one(call, query[row, :num_q], k, v, row)
             lse[row, :, :num_q, 0] = rows.T
     return _laid_out(out, target), (lse if call.wants_lse else torch.empty(0))
 
@@ -189,7 +185,7 @@ def _value_dim(call: Call) -> int:
     return value.shape[-1] if value.dim() < 5 else value.shape[2] * value.shape[4]
 
 
-def _paged(call: Call, row: int, length: int) -> tuple[Tensor, Tensor]:
+def paged_keys(call: Call, row: int, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` keys and values of a sequence: (S, K, D) and (S, K, V)."""
     assert call.block_table is not None
     num_blocks = -(-length // call.block_size)
@@ -206,7 +202,7 @@ def _unpaged(call: Call, cache: Tensor, blocks: Tensor) -> Tensor:
     """Blocks of a cache (blocks, size, K*D), (blocks, K, size, D) or NZ (blocks, K, D/16, size, 16) as (S, K, D)."""
     pages = cache[blocks]
     if cache.dim() == 3:
-        pages = pages.view(*pages.shape[:2], call.num_kv_heads, -1)
+        pages = pages.view(*pages.shape[:2], call.num_kv_heads, cache.shape[2] // call.num_kv_heads)
     elif cache.dim() == 4:
         pages = pages.transpose(1, 2)
     else:
@@ -218,7 +214,7 @@ def _unpaged(call: Call, cache: Tensor, blocks: Tensor) -> Tensor:
     return pages.flatten(0, 1)
 
 
-def _attend(call: Call, query: Tensor, key: Tensor, value: Tensor, row: int) -> tuple[Tensor, Tensor]:
+def attend_one(call: Call, query: Tensor, key: Tensor, value: Tensor, row: int) -> tuple[Tensor, Tensor]:
     """query (Q, N, D), key (S, K, D), value (S, K, V) to out (Q, N, V) and lse (Q, N)."""
     num_q, num_heads, _ = query.shape
     num_keys, num_kv_heads, _ = key.shape
@@ -260,141 +256,3 @@ def _given_mask(mask: Tensor, num_q: int, num_keys: int, row: int) -> Tensor:
     if mask.shape[0] < num_q or mask.shape[1] < num_keys:
         raise RuntimeError(f"a mask of {tuple(mask.shape)} for {num_q} queries and {num_keys} keys")
     return mask[:num_q, :num_keys].bool()
-
-
-# The operators
-
-NEUTRAL = (None, 0, False)
-
-
-def _v1(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Call:
-    taken = {name: given.pop(name, default) for name, default in _V1.items()}
-    refuse("npu_fused_infer_attention_score", {k: v for k, v in given.items() if k != "inner_precise"}, NEUTRAL)
-    return Call(query, key, value, *taken.values())
-
-
-_V1: dict[str, Any] = {
-    "atten_mask": None, "actual_seq_lengths": None, "actual_seq_lengths_kv": None, "block_table": None,
-    "query_rope": None, "key_rope": None, "": None, "num_heads": 1, "num_key_value_heads": 0, "scale": 1.0,
-    "pre_tokens": 2**31 - 1, "next_tokens": 2**31 - 1, "input_layout": "BSH", "sparse_mode": 0, "block_size": 0,
-    "softmax_lse_flag": False,
-}  # fmt: skip
-_V2 = dict(
-    zip(
-        ("atten_mask", "actual_seq_qlen", "actual_seq_kvlen", "block_table", "query_rope", "key_rope", "learnable_sink",
-         "num_query_heads", "num_key_value_heads", "softmax_scale", "pre_tokens", "next_tokens", "input_layout",
-         "sparse_mode", "block_size", "return_softmax_lse"),
-        _V1.values(), strict=True,
-    )
-)  # fmt: skip
-
-
-def _v2(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Call:
-    taken = {name: given.pop(name, default) for name, default in _V2.items()}
-    refuse("npu_fused_infer_attention_score_v2", {k: v for k, v in given.items() if k != "inner_precise"}, NEUTRAL)
-    return Call(query, key, value, *taken.values())
-
-
-@emulates("npu::npu_fused_infer_attention_score")
-def fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    return _run(_v1(query, key, value, **given))
-
-
-@emulates("npu::npu_fused_infer_attention_score_v2")
-def fused_v2(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    return _run(_v2(query, key, value, **given))
-
-
-def _into(result: tuple[Tensor, Tensor], out: Sequence[Tensor], workspace: Tensor | None) -> tuple[Tensor, Tensor]:
-    if workspace is not None and workspace.numel() == 0:
-        raise RuntimeError("a workspace of no bytes")
-    for given, made in zip(out, result, strict=True):
-        if made.numel():
-            if given.shape != made.shape or given.dtype != made.dtype:
-                raise RuntimeError(
-                    f"out is {given.dtype} {tuple(given.shape)}, the result {made.dtype} {tuple(made.shape)}"
-                )
-            given.copy_(made)
-    return out[0], out[1]
-
-
-@emulates("npu::npu_fused_infer_attention_score.out")
-def fused_out(
-    query: Tensor, key: Tensor, value: Tensor, *, workspace: Tensor | None = None, out: Sequence[Tensor], **given: Any
-) -> tuple[Tensor, Tensor]:
-    return _into(_run(_v1(query, key, value, **given)), out, workspace)
-
-
-@emulates("npu::npu_fused_infer_attention_score_v2.out")
-def fused_v2_out(
-    query: Tensor, key: Tensor, value: Tensor, *, workspace: Tensor | None = None, out: Sequence[Tensor], **given: Any
-) -> tuple[Tensor, Tensor]:
-    return _into(_run(_v2(query, key, value, **given)), out, workspace)
-
-
-@emulates("npu::_npu_fused_infer_attention_score_get_max_workspace", host_only=True)
-def fused_workspace(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-    _v1(query, key, value, **given)
-    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
-
-
-@emulates("npu::_npu_fused_infer_attention_score_v2_get_max_workspace", host_only=True)
-def fused_v2_workspace(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-    _v2(query, key, value, **given)
-    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
-
-
-@emulates("atb::_npu_paged_attention")
-def paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    num_kv_heads: int,
-    num_heads: int,
-    scale_value: float,
-    block_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    *,
-    workspace: Tensor | None = None,
-) -> None:
-    """Decode only: query (T, N, D), cache (blocks, size, K, D); `context_lens` is int32 on the host, as the work is cut there."""
-    block_size = key_cache.shape[1]
-    if block_size % 16 or block_size > 128 or query.shape[-1] > 256:
-        raise RuntimeError(f"_npu_paged_attention: block_size {block_size}, head_size {query.shape[-1]}")
-    if context_lens.dtype is not torch.int32 or out.shape != (*query.shape[:2], value_cache.shape[-1]):
-        raise RuntimeError(f"_npu_paged_attention: context_lens {context_lens.dtype}, out {tuple(out.shape)}")
-    call = Call(
-        query, key_cache.flatten(2), value_cache.flatten(2), None, None, context_lens.tolist(), block_table, None, None, None,
-        num_heads, num_kv_heads, scale_value, 0, 0, "BSND", 0, block_size, False,
-    )  # fmt: skip
-    for row in range(query.shape[0]):
-        key, value = _paged(call, row, int(context_lens[row]))
-        out[row] = _attend(call, query[row : row + 1], key, value, row)[0][0]
-
-
-@emulates("atb::_npu_paged_attention_get_workspace", host_only=True)
-def paged_attention_workspace(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    num_kv_heads: int,
-    num_heads: int,
-    scale_value: float,
-    block_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-) -> Tensor:
-    return torch.zeros(1024 * query.shape[0], dtype=torch.int8)
-
-
-@emulates("npu::npu_attention_update")
-def attention_update(lse: Sequence[Tensor], local_out: Sequence[Tensor], update_type: int) -> tuple[Tensor, Tensor]:
-    """Partial results over parts of the keys, put together: lse (rows), local_out (rows, D)."""
-    if update_type not in (0, 1) or any(each.dtype is not torch.float32 or each.dim() != 1 for each in lse):
-        raise RuntimeError("npu_attention_update: lse is float32 of one dimension, update_type 0 or 1")
-    parts = torch.stack(list(lse))
-    total = parts.logsumexp(0)
-    weights = torch.exp(parts - total)[..., None]
-    out = (torch.stack([each.float() for each in local_out]) * weights).sum(0).to(local_out[0].dtype)
-    return out, total  # of update_type 0 the document says that it is not valid, yet it has this shape

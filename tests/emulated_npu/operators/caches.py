@@ -118,7 +118,7 @@ def gather_pa_kv_cache(
     seq_offset: Tensor | None = None,
     is_seq_lens_cumsum: bool = False,
 ) -> None:
-    """cache (blocks, block_size, heads, dim), all sequences one after the other into key and value (tokens, heads, dim)."""
+    """cache (blocks, block_size, heads, dim): all sequences one after the other into key, value (tokens, heads, D)."""
     if block_tables.dtype is not torch.int32 or seq_lens.dtype is not torch.int32:
         raise RuntimeError(f"npu_gather_pa_kv_cache: tables {block_tables.dtype}, lengths {seq_lens.dtype}")
     lengths = seq_lens.diff().tolist() if is_seq_lens_cumsum else seq_lens.tolist()

@@ -169,7 +169,7 @@ def grouped_matmul(
     scale_dtype: int | None = None,
     per_token_scale_dtype: int | None = None,
 ) -> list[Tensor]:
-    """Rows of one x (M, K), group by group, by one weight (E, K, N): split_item 2 or 3 and group_type 0, as MoE wants it."""
+    """Rows of one x (M, K), group by group, by one weight (E, K, N): split_item 2 or 3 and group_type 0, for MoE."""
     name = "npu_grouped_matmul"
     unknown = {
         "offset": offset, "antiquant_scale": antiquant_scale, "antiquant_offset": antiquant_offset,

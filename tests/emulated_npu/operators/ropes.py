@@ -63,7 +63,7 @@ def mrope(
     rotary_mode: str | None = "half",
     cache_mode: str | None = "default",
 ) -> tuple[Tensor, Tensor]:
-    """positions (T) or (3, T); query and key (T, heads * head_size); cache (positions, rotary_dim): cosines, then sines."""
+    """positions (T) or (3, T); query and key (T, heads * head_size); cache (positions, rotary_dim): cosines, sines."""
     refuse("npu_mrope", {"cache_mode": cache_mode}, ("default", None))
     rotary_dim = cos_sin_cache.shape[-1]
     if rotary_dim % (16 if query.dtype is torch.float32 else 32):

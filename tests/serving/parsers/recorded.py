@@ -105,6 +105,7 @@ PYTHONIC = {
                                         "lines": [1, -2.5, [True, None], {"a": [], "b": {"c": 0.5}}, 1000.0, 4],
                                         "force": False})]),
     "llama4": Recorded("pythonic", "<|python_start|>[ping()]<|python_end|>", [("ping", {})]),
+    "unknown-name": Recorded("pythonic", "<|python_start|>[other(x=1)]<|python_end|>", [("other", {"x": 1})]),
     "a-list": Recorded("pythonic", "[1, 2, 3] are numbers", [], "[1, 2, 3] are numbers"),
     "a-link": Recorded("pythonic", "[ping](http://x) is a link", [], "[ping](http://x) is a link"),
     "an-expression": Recorded("pythonic", "[ping(x=1+1)]", [], "[ping(x=1+1)]"),
@@ -159,6 +160,8 @@ GLM = {
     "hard-text": Recorded("glm45", "<tool_call>write_file\n<arg_key>text</arg_key>\n<arg_value>" + HARD
                           + "</arg_key></arg_value>\n<arg_key>lines</arg_key>\n<arg_value>[1, \"a\"]</arg_value>\n"
                           "</tool_call>", [("write_file", {"text": HARD + "</arg_key>", "lines": [1, "a"]})]),
+    "not-quite-json": Recorded("glm45", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>NaN</arg_value>\n<arg_key>b</arg_key>"
+                               "\n<arg_value> {\"x\": 1} </arg_value>\n</tool_call>", [("f", {"a": "NaN", "b": {"x": 1}})]),
     "prose": Recorded("glm45", "<tool_call>hello there</tool_call>", [], "<tool_call>hello there</tool_call>"),
     "key-without-value": Recorded("glm45", "<tool_call>ping\n<arg_key>a</arg_key>no</tool_call>", [("ping", {})],
                                   "<arg_key>a</arg_key>no"),

@@ -302,6 +302,8 @@ GENERATION = (
     "{% set d = dict(a=1) %}{{ d | tojson }}{% for n in range(9) %}{% if n == 2 %}{% continue %}{% endif %}"
     "{% if n > 3 %}{% break %}{% endif %}{{ loop.index ~ loop.last ~ loop.length }}{% endfor %}")
 
+ENDLESS = "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}"
+
 # Which form of a call's arguments the family's template reads: as JSON text, as an object, or either.
 ALL = {"qwen3": (QWEN3, "text"), "hermes": (HERMES_TOJSON, "object"), "qwen3_coder": (QWEN3_CODER, "object"),
        "llama31": (LLAMA31, "object"), "mistral": (MISTRAL, "object"), "deepseek_v3": (DEEPSEEK_V3, "text"),

@@ -1,0 +1,90 @@
+"""`POST /v1/sample`: what the model would put at marked places of a text.
+
+A selector names a literal that stands in the prompt once or several times, such as a label. For each place the answer
+has a choice: the likeliest tokens where the literal begins, given all that precedes it. One pass over the prompt
+scores every place, nothing is generated.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api import params
+from serving.api.errors import invalid, json_response
+from serving.api.generation import Choice, Generation
+from serving.api.limits import read_json
+from serving.api.logprobs import LogprobsWriter
+from serving.api.sse import until_disconnect
+from serving.api.types import SampleBody, parse
+from serving.state import ServerState
+from xllm.request import SamplingParams, TokenLogprobs
+from xllm.tokenizer import Tokenizer
+
+SELECTOR_MATCH, EMPTY_LOGPROBS = "selector_match", "empty_logprobs"
+MAX_LOGPROBS, MAX_MATCHES = 5, 1024
+
+
+def find_places(tokenizer: Tokenizer, prompt: str, literal: str, *,
+                add_special_tokens: bool) -> tuple[list[int], list[int]]:
+    """(token ids of the prompt, for each match the index of the token in which it begins). Matches do not overlap.
+
+    Raises ApiError if there are none, or too many.
+    """
+    token_ids, spans = tokenizer.encode_with_spans(prompt, add_special_tokens=add_special_tokens)
+    places, start = [], prompt.find(literal)
+    while start >= 0:
+        places.append(next(index for index, (_, end) in enumerate(spans) if end > start))
+        if len(places) > MAX_MATCHES:
+            raise invalid(f"selector: more than {MAX_MATCHES} matches in the prompt", "selector")
+        start = prompt.find(literal, start + len(literal))
+    if not places:
+        raise invalid(f"selector: the prompt does not hold {literal[:64]!r}", "selector")
+    return token_ids, places
+
+
+def choice_json(writer: LogprobsWriter, index: int, place: int, entry: TokenLogprobs | None) -> dict[str, Any]:
+    """The first token of a prompt has nothing before it, and so no distribution."""
+    if entry is None:
+        return {"index": index, "text": "", "token_index": place, "logprobs": None, "finish_reason": EMPTY_LOGPROBS}
+    top = sorted(zip(entry.top_ids, entry.top_logprobs), key=lambda pair: -pair[1])
+    likeliest = TokenLogprobs(top[0][0], top[0][1], 1, entry.top_ids, entry.top_logprobs)
+    return {"index": index, "text": writer.text(likeliest.token_id), "token_index": place,
+            "logprobs": writer.chat([likeliest], len(top)), "finish_reason": SELECTOR_MATCH}
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/sample")
+    async def create_sample(request: Request) -> Response:
+        state.check_accepting()
+        body = parse(await read_json(request, state.config.limits.max_json_depth), SampleBody)
+        state.check_model(body.model)
+        if not 1 <= body.logprobs <= MAX_LOGPROBS:
+            raise invalid(f"logprobs must be in 1 to {MAX_LOGPROBS}", "logprobs")
+        if not body.selector.value:
+            raise invalid("selector.value must not be empty", "selector")
+        tokenizer = state.need_tokenizer("prompt")
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        token_ids, places = find_places(tokenizer, body.prompt, body.selector.value, add_special_tokens=special)
+        params.choose_max_tokens(state, 1, len(token_ids), default=1, prompt_field="prompt")
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False,
+                                  prompt_logprobs=body.logprobs)
+        call = params.call_id(body, "sample", request.headers.get("x-request-id"))
+        requests = params.plain_requests(state, body, call, [token_ids], sampling)
+        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+        await until_disconnect(request.receive, generation.run())
+        choice: Choice = generation.choices[0]
+        writer = LogprobsWriter(tokenizer, as_ids=False)
+        # As delivered, the first entry is the prompt's first token's, which has none.
+        choices = [choice_json(writer, index, place, choice.prompt_logprobs[place])
+                   for index, place in enumerate(places)]
+        return json_response({"id": call, "object": "sample_completion", "created": int(time.time()),
+                              "model": body.model or state.served_names[0], "choices": choices,
+                              "usage": generation.usage(1, hidden_tokens=1)})
+
+    return routes

@@ -1,0 +1,223 @@
+"""`xllm run-batch`: a file of requests in OpenAI's batch format to a file of answers.
+
+Each line is a request, {"custom_id", "method": "POST", "url", "body"}; each answer is written as soon as it is there,
+in the order of arrival, so that a run that was interrupted goes on where it stopped: what the output file holds already
+is not asked again. The requests go through a real server, started here or running elsewhere (`--url`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from xllm import env
+from xllm.errors import ConfigError
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
+ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
+RETRIES, RETRY_S = 8, 0.25
+BUSY = (429, 503)
+START_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request. error: why it cannot even be sent; custom_id is then the best name that it has."""
+
+    custom_id: str
+    url: str = ""
+    body: Any = None
+    error: str | None = None
+
+
+def read_lines(file: IO[str]) -> Iterator[Line]:
+    """The requests of a batch file; empty lines are none."""
+    for number, text in enumerate(file, start=1):
+        if text.strip():
+            yield _read_line(text, number)
+
+
+def _read_line(text: str, number: int) -> Line:
+    name = f"line-{number}"
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        return Line(name, error=f"line {number} is not JSON: {error}")
+    if not isinstance(entry, dict):
+        return Line(name, error=f"line {number} is not a JSON object")
+    custom_id = entry.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        return Line(name, error=f"line {number}: custom_id must be a text")
+    if entry.get("method", "POST") != "POST":
+        return Line(custom_id, error=f"method {entry['method']!r}: only POST is there")
+    if entry.get("url") not in URLS:
+        return Line(custom_id, error=f"url {entry.get('url')!r}: only {', '.join(URLS)} are there")
+    if not isinstance(entry.get("body"), dict):
+        return Line(custom_id, error="body must be a JSON object")
+    if entry["body"].get("stream"):
+        return Line(custom_id, error="body.stream: a batch has no streams")
+    return Line(custom_id, entry["url"], entry["body"])
+
+
+def read_done(output: Path) -> set[str]:
+    """The ids that an output file has answers for. A last line that was cut off is taken away from it."""
+    if not output.exists():
+        return set()
+    content = output.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    try:
+        done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
+        if not done and content and not content.startswith(b"{"):
+            raise ValueError("no JSON object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{output} exists and is no output of run-batch ({error}); --no-resume overwrites "
+                          "it") from None
+    if len(whole) < len(content):
+        with output.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+def answer(line: Line, response: httpx.Response | None, error: str | None = None) -> dict[str, Any]:
+    """A line of the output file."""
+    shown = None
+    if response is not None:
+        try:
+            body = response.json()
+        except ValueError:
+            body = {"error": {"message": response.text[:1000]}}
+        shown = {"status_code": response.status_code, "request_id": body.get("id", ""), "body": body}
+    failed = error is not None or response is None or response.status_code >= 400
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": shown,
+            "error": {"code": "invalid_request" if response is None else str(response.status_code),
+                      "message": error or "the server refused the request"} if failed else None}
+
+
+class Batch:
+    """Sends lines, so many at a time, and writes what comes back."""
+
+    def __init__(self, client: httpx.AsyncClient, output: IO[str], *, concurrency: int, advance: Any):
+        self._client, self._output, self._advance = client, output, advance
+        self._places = asyncio.Semaphore(concurrency)
+        self.num_done = self.num_failed = 0
+
+    async def run(self, lines: Iterator[Line]) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            for line in lines:
+                await self._places.acquire()
+                task = asyncio.create_task(self._one(line))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                if task.done():
+                    task.result()
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, line: Line) -> None:
+        try:
+            self._write(answer(line, None, line.error) if line.error else await self._send(line))
+        finally:
+            self._places.release()
+
+    async def _send(self, line: Line) -> dict[str, Any]:
+        error = ""
+        for attempt in range(RETRIES + 1):
+            if attempt:
+                await asyncio.sleep(RETRY_S * 2**(attempt - 1))
+            try:
+                response = await self._client.post(line.url, json=line.body)
+            except httpx.TransportError as failure:
+                error = f"the server cannot be reached: {failure or type(failure).__name__}"
+                continue
+            if response.status_code not in BUSY or attempt == RETRIES:
+                return answer(line, response)
+        raise ConfigError(error)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._output.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._output.flush()
+        self.num_done += 1
+        self.num_failed += entry["error"] is not None
+        self._advance()
+
+
+@contextlib.contextmanager
+def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
+    """(URL, key) of a server with these flags on a free port, as long as it is needed. Raises ConfigError."""
+    key = secrets.token_urlsafe(24)
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        process = subprocess.Popen([sys.executable, "-m", "serving.cli", "serve", "--port", "0", *flags], stdout=log,
+                                   stderr=subprocess.STDOUT, env=env.with_api_key(key))
+        try:
+            yield _address(process, Path(log.name)), key
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    while process.poll() is None:
+        if found := ADDRESS.search(log.read_text(encoding="utf-8", errors="replace")):
+            return found[1]
+        time.sleep(START_POLL_S)
+    raise ConfigError("the server did not start:\n" + log.read_text(encoding="utf-8", errors="replace").strip())
+
+
+def run(namespace: argparse.Namespace, flags: list[str]) -> int:
+    """flags: for the server that is started unless `--url` names one. 0: every request was answered well, 1: not."""
+    source, output = Path(namespace.input_file), Path(namespace.output_file)
+    if not source.is_file():
+        raise ConfigError(f"there is no file {source}")
+    if namespace.concurrency < 1:
+        raise ConfigError("concurrency must be at least 1")
+    done = read_done(output) if namespace.resume else set()
+    with source.open(encoding="utf-8") as file:
+        lines = [line for line in read_lines(file) if line.custom_id not in done]
+    _check_unique(lines)
+    with contextlib.ExitStack() as stack:
+        url, key = namespace.url, namespace.api_key
+        if url is None:
+            url, key = stack.enter_context(own_server(flags))
+        target = stack.enter_context(output.open("a" if namespace.resume else "w", encoding="utf-8"))
+        batch = asyncio.run(_run(url, key, target, lines, namespace.concurrency, len(done)))
+    print(f"{batch.num_done} requests answered, {batch.num_failed} of them with an error"
+          + (f"; {len(done)} were there already" if done else ""))
+    return 1 if batch.num_failed else 0
+
+
+def _check_unique(lines: list[Line]) -> None:
+    seen: set[str] = set()
+    for line in lines:
+        if line.custom_id in seen:
+            raise ConfigError(f"custom_id {line.custom_id!r} stands in the batch twice")
+        seen.add(line.custom_id)
+
+
+async def _run(url: str, key: str | None, output: IO[str], lines: list[Line], concurrency: int, num_done: int) -> Batch:
+    from tqdm import tqdm
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits) as client:
+        with tqdm(total=len(lines) + num_done, initial=num_done, desc="requests", dynamic_ncols=True) as bar:
+            batch = Batch(client, output, concurrency=concurrency, advance=bar.update)
+            await batch.run(iter(lines))
+    return batch

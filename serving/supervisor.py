@@ -1,0 +1,65 @@
+"""`Supervisor`: an engine that died or hangs is started again, so that a fault costs the requests that it had and no more.
+
+A step that takes for ever is ended by force, with its number as the reason. Restarts are bounded within a window: a
+fault that comes back at once would otherwise be repeated for ever, model load included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from serving.client import EngineClient
+from serving.config import ResilienceSettings
+from xllm.errors import XllmError
+
+LOOK_S = 0.1
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
+logger = logging.getLogger("xllm.supervisor")
+
+
+class Supervisor:
+    """say(text): for the operator. `run` returns when the engine is dead for good; cancel it to end it."""
+
+    def __init__(self, engine: EngineClient, settings: ResilienceSettings, *, say: Callable[[str], None]):
+        self._engine, self._settings, self._say = engine, settings, say
+        self._restarts_s: deque[float] = deque()  # when, within the window
+        self.num_restarts = 0
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._engine.dead_reason is None:
+                self._end_if_stuck()
+            elif not await self._restart(self._engine.dead_reason):
+                return
+
+    def _end_if_stuck(self) -> None:
+        limit_s, silent_s = self._settings.step_timeout, self._engine.silent_for_s()
+        if limit_s and self._engine.is_up and silent_s > limit_s:
+            self._engine.end_process(f"no progress for {silent_s:.1f} s since step {self._engine.stats.num_steps} "
+                                     f"(step_timeout {limit_s:g} s)")
+
+    async def _restart(self, reason: str) -> bool:
+        now = time.monotonic()
+        while self._restarts_s and now - self._restarts_s[0] > self._settings.engine_restart_window:
+            self._restarts_s.popleft()
+        limit = self._settings.engine_restarts
+        if len(self._restarts_s) >= limit:
+            again = f" {limit} times within {self._settings.engine_restart_window:g} s" if limit else ""
+            self._say(f"error: the engine stopped{again}: {reason}; /health says so until a restart")
+            return False
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4**len(self._restarts_s))
+        self._restarts_s.append(now)
+        self.num_restarts += 1
+        self._say(f"the engine stopped: {reason}; it is started again (restart {len(self._restarts_s)} of at most {limit} "
+                  f"within {self._settings.engine_restart_window:g} s)")
+        try:
+            await self._engine.restart(reason, pause_s)
+            self._say(f"the engine is back after {time.monotonic() - now:.1f} s")
+        except XllmError as error:
+            logger.error("the engine did not come back: %s", error)
+        return True

@@ -1,0 +1,131 @@
+"""Clients that are slow on purpose: they lose their connection, and nobody else notices."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving.server_process import ServerProcess, wait_for
+
+BODY = b'{"prompt": "x", "max_tokens": 2}'
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("slow") / "log.txt"
+    with ServerProcess(log, "--head-timeout", "1", "--body-timeout", "1.5", "--write-timeout", "1",
+                       "--max-connections", "40") as server:
+        yield server
+        server.wait_idle()
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    peer = socket.create_connection((host, int(port)), timeout=10)
+    return peer
+
+
+def seconds_until_closed(peer: socket.socket, say: bytes = b"", every_s: float = 0.2) -> float:
+    """Says one byte after the other while it waits."""
+    started_s, index = time.monotonic(), 0
+    peer.settimeout(every_s)
+    while time.monotonic() - started_s < 15:
+        try:
+            if not peer.recv(4096):
+                break
+        except TimeoutError:
+            try:
+                peer.sendall(say[index:index + 1])
+                index += 1
+            except OSError:
+                break
+        except OSError:
+            break
+    return time.monotonic() - started_s
+
+
+@pytest.mark.parametrize("say", [b"", b"GET /health HTTP/1.1\r\nX-Slow: " + b"a" * 200], ids=["silent", "dripping"])
+def test_a_head_that_does_not_come(strict: ServerProcess, say: bytes) -> None:
+    with connect(strict) as peer:
+        assert 0.5 < seconds_until_closed(peer, say) < 6
+
+
+def test_a_head_that_stops_on_a_connection_that_was_used(strict: ServerProcess) -> None:
+    with connect(strict) as peer:
+        peer.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in peer.recv(4096)
+        assert 0.5 < seconds_until_closed(peer, b"GET /version HTTP/1.1\r\nX: " + b"a" * 200) < 6
+
+
+def test_a_body_that_does_not_come(strict: ServerProcess) -> None:
+    with connect(strict) as peer:
+        peer.sendall(HEAD + b"Content-Length: 500\r\n\r\n{")
+        assert 1 < seconds_until_closed(peer, b" " * 100) < 7
+
+
+def test_a_body_that_takes_its_time_within_the_limit(strict: ServerProcess) -> None:
+    with connect(strict) as peer:
+        peer.sendall(HEAD + f"Content-Length: {len(BODY)}\r\nConnection: close\r\n\r\n".encode())
+        for byte in range(0, len(BODY), 8):
+            time.sleep(0.1)
+            peer.sendall(BODY[byte:byte + 8])
+        answer = b""
+        while piece := peer.recv(4096):
+            answer += piece
+    assert b"200 OK" in answer and b'"choices"' in answer
+
+
+def test_a_reader_that_does_not_read(strict: ServerProcess) -> None:
+    """Its stream is far larger than what sockets hold; it ends, its KV is free, and others are served meanwhile."""
+    body = (b'{"prompt": "x", "max_tokens": 480, "n": 32, "stream": true, "ignore_eos": true, "logprobs": 5,'
+            b' "return_token_ids": true}')
+    with connect(strict) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        peer.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: strict.gauge("xllm:num_requests_running") > 0, what="the stream")
+        assert strict.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        wait_for(lambda: strict.gauge("xllm:num_requests_running") == 0, 60.0, "the end of the stream")
+        strict.wait_idle()
+        wait_for(lambda: strict.http.get("/load").json()["server_load"] == 0, 10.0, "the end of the call")
+
+
+def test_a_crowd_of_silent_peers_keeps_nobody_out_for_long(strict: ServerProcess) -> None:
+    peers = [connect(strict) for _ in range(60)]
+    try:
+        wait_for(lambda: _is_served(strict), 10.0, "a place")
+    finally:
+        for peer in peers:
+            peer.close()
+    assert strict.http.get("/health").status_code == 200
+
+
+def _is_served(server: ServerProcess) -> bool:
+    try:
+        with connect(server) as peer:
+            peer.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return b"200 OK" in peer.recv(4096)
+    except OSError:
+        return False
+
+
+def test_what_is_no_http_is_answered_as_json(strict: ServerProcess) -> None:
+    with connect(strict) as peer:
+        peer.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = b"".join(iter(lambda: peer.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400") and b'"error"' in answer and b"application/json" in answer
+
+
+def test_many_pipelined_requests_are_all_answered(strict: ServerProcess) -> None:
+    with connect(strict) as peer:
+        peer.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
+        found, lock = b"", threading.Lock()
+        while found.count(b"200 OK") < 20:
+            piece = peer.recv(65536)
+            assert piece, "closed early"
+            with lock:
+                found += piece
