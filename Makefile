@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,10 @@ aot: setup
 # A million random operations on the KV store; SEED= another episode to begin with.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
+
+# Every kind of value in every field of every request.
+fuzz: setup
+	FUZZ_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py --timeout 3600
 
 check: lint types house docs test
 

@@ -28,12 +28,14 @@ from cuda_ops.kv import block_stride
 from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_previous
 
 LOG2E = 1.4426950408889634
+RANKED = tl.constexpr(8)  # sequences that all others are compared with at once
 DECODE_ROWS = 16  # queries times group up to which a sequence is decoded: the least rows of a tensor core's dot
 
 
 # What differs from step to step; a kernel that was compiled for its alignment or for the number one would be compiled
 # again in the middle of serving.
-VARYING = ["query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "table_stride", "window"]
+VARYING = ["order_ptr", "query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "table_stride",
+           "window"]  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,17 +55,18 @@ class Plan:
     """Where each sequence's work begins: running sums over sequences, int32 [S + 1], on the device.
 
     tiles: of keys, of sequences that are decoded; times K is the work of a layer. blocks: of queries, of those that are
-    prefilled.
+    prefilled, which are taken in the order `order`: the longest first, so that no long one begins when all others end.
     """
 
     tiles_S1: Tensor
     blocks_S1: Tensor
+    order_S: Tensor
     window: int | None
 
 
-@triton.jit(do_not_specialize=["query_start_ptr", "seq_lens_ptr", "S", "window"])
+@triton.jit(do_not_specialize=["query_start_ptr", "seq_lens_ptr", "order_ptr", "S", "window"])
 def plan_kernel(
-    query_start_ptr, seq_lens_ptr, tiles_ptr, blocks_ptr, S, window, decode_len, queries_per_block,
+    query_start_ptr, seq_lens_ptr, tiles_ptr, blocks_ptr, order_ptr, S, window, decode_len, queries_per_block,
     WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.arange(0, BLOCK)
@@ -73,9 +76,32 @@ def plan_kernel(
     tiles = tl.where((query_len > 0) & (query_len <= decode_len), tiles, 0)
     blocks = tl.where(query_len > decode_len, tl.cdiv(query_len, queries_per_block), 0)
     tl.store(tiles_ptr + s + 1, tl.cumsum(tiles), s < S)
-    tl.store(blocks_ptr + s + 1, tl.cumsum(blocks), s < S)
     tl.store(tiles_ptr + s, 0, s == 0)
+    rank = s
+    if tl.sum(blocks) > 0:
+        rank = _rank(query_start_ptr, seq_lens_ptr, tl.where(blocks > 0, seq_len, 0), S, decode_len, BLOCK)
+    tl.store(order_ptr + rank, s, s < S)
+    tl.store(blocks_ptr + rank + 1, blocks, s < S)
+    tl.debug_barrier()
+    blocks = tl.load(blocks_ptr + s + 1, s < S, 0)
+    tl.debug_barrier()
+    tl.store(blocks_ptr + s + 1, tl.cumsum(blocks), s < S)
     tl.store(blocks_ptr + s, 0, s == 0)
+
+
+@triton.jit
+def _rank(query_start_ptr, seq_lens_ptr, length, S, decode_len, BLOCK: tl.constexpr):
+    """How many sequences are longer, or as long and earlier; one that is decoded has length 0 here."""
+    s = tl.arange(0, BLOCK)
+    rank = s * 0
+    for first in tl.range(0, S, RANKED):
+        other = first + tl.arange(0, RANKED)
+        query_len = tl.load(query_start_ptr + other + 1, other < S, 0) - tl.load(query_start_ptr + other, other < S, 0)
+        other_length = tl.load(seq_lens_ptr + other, (other < S) & (query_len > decode_len), 0)[None, :]
+        before = (other_length == length[:, None]) & (other[None, :] < s[:, None])
+        before = (other_length > length[:, None]) | before
+        rank += tl.sum((before & (other < S)[None, :]).to(tl.int32), 1)
+    return rank
 
 
 @triton.jit
@@ -164,7 +190,7 @@ def _attend(
     return acc, most, total, block_ids
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING[1:])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, seq_lens_ptr,
     table_ptr, base_ptr, S, table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr,
@@ -264,23 +290,24 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S, table_stride,
-    k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, order_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S,
+    table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
     PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr, BASE: tl.constexpr,
     WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS // G queries of one kv head's group. The last queries of a batch have the longest way and go first."""
+    """ROWS // G queries of one kv head's group. Of a sequence the last go first, since they have the longest way."""
     wait_for_previous(PDL)
     num_blocks = tl.load(blocks_ptr + S)
-    number = num_blocks - 1 - tl.program_id(1)
+    number = tl.program_id(1)
     head = tl.program_id(0)
     queries: tl.constexpr = ROWS // G
-    if number >= 0:
-        s = _find(blocks_ptr, S, number, BLOCK_S)
+    if number < num_blocks:
+        place = _find(blocks_ptr, S, number, BLOCK_S)
+        s = tl.load(order_ptr + place)
         start = tl.load(query_start_ptr + s)
         query_len = tl.load(query_start_ptr + s + 1) - start
         seq_len = tl.load(seq_lens_ptr + s)
-        first_query = (number - tl.load(blocks_ptr + s)) * queries
+        first_query = (tl.load(blocks_ptr + place + 1) - 1 - number) * queries
         row = tl.arange(0, ROWS)
         column = tl.arange(0, PAD_H)
         query = first_query + row // G
@@ -367,11 +394,11 @@ def numbers_of(op: str, shape: Shape, like: Tensor) -> dict[str, int]:
 def plan(batch: Batch, shape: Shape, like: Tensor, window: int | None = None) -> Plan:
     """like: any tensor of the queries' dtype and device. Reads nothing back from the device."""
     S, rows = len(batch.seq_lens_S), _prefill_numbers(shape, like)["ROWS"]
-    tiles_S1, blocks_S1 = (torch.empty(S + 1, dtype=torch.int32, device=like.device) for _ in range(2))
-    launch(plan_kernel, (1,), batch.query_start_S1, batch.seq_lens_S, tiles_S1, blocks_S1, S, window or 0,
+    tiles_S1, blocks_S1, order_S1 = (torch.empty(S + 1, dtype=torch.int32, device=like.device) for _ in range(3))
+    launch(plan_kernel, (1,), batch.query_start_S1, batch.seq_lens_S, tiles_S1, blocks_S1, order_S1, S, window or 0,
            shape.decode_len, rows // shape.group, WINDOW=window is not None,
            TILE=numbers_of("decode", shape, like)["TILE"], BLOCK=_pad_seqs(S), num_warps=4)  # fmt: skip
-    return Plan(tiles_S1=tiles_S1, blocks_S1=blocks_S1, window=window)
+    return Plan(tiles_S1=tiles_S1, blocks_S1=blocks_S1, order_S=order_S1[:-1], window=window)
 
 
 def attention(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, plan: Plan, *, scale: float) -> Tensor:
@@ -410,7 +437,7 @@ def prefill(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, ba
     most_blocks = batch.num_tokens // (numbers["ROWS"] // shape.group)
     most_blocks += min(S, batch.num_tokens // (shape.decode_len + 1))
     launch(prefill_kernel, (shape.num_kv_heads, most_blocks), q_TNH, k_cache, v_cache, out_TNH, plan.blocks_S1,
-           batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
+           plan.order_S, batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
            batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache), plan.window or 0,
            scale * LOG2E, **_constants(batch, plan, shape), **numbers)  # fmt: skip
 

@@ -22,6 +22,7 @@ CANN_FOLDERS = (Path("/usr/local/Ascend/ascend-toolkit"), Path("/usr/local/Ascen
 CANN_VERSION_FILES = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "*/version.info")
 # Which CANN a line of torch_npu is made for, as vllm-ascend's releases pair them; later ones are not known.
 CANN_OF = {"2.10": ("9.0", "9.1"), "2.9": ("8.5",)}
+CANN_VERSION = re.compile(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.]*)")
 PROBE_TIMEOUT_S = 120
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
@@ -128,8 +129,9 @@ def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding
 
     home, installed = env.ascend_home(), next((path for path in folders if path.exists()), None)
     if home is None:
-        advice = (f"installed in {installed}, but its environment is not set: source {installed}/set_env.sh" if installed
-                  else "install the CANN toolkit, or run in its container image, and source its set_env.sh")
+        advice = (f"installed in {installed}, but its environment is not set: source {installed}/set_env.sh"
+                  if installed else
+                  "install the CANN toolkit, or run in its container image, and source its set_env.sh")
         yield Finding(MISSING, "CANN", advice)
         return
     if not home.exists():
@@ -140,8 +142,8 @@ def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding
         pair = f"torch-npu {torch_npu} has no known pairing" if version else "its version is not to be found there"
         yield Finding(HINT, "CANN", f"{version or ''} {home}; {pair}; docs/ascend.md names what is proven".strip())
     elif not version.startswith(wanted):
-        yield Finding(MISSING, "CANN", f"{version} in {home}, but torch-npu {torch_npu} is made for {wanted[-1]}: errors "
-                                       "561002 and 161002 are what comes of that")
+        yield Finding(MISSING, "CANN", f"{version} in {home}, but torch-npu {torch_npu} is made for {wanted[-1]}: "
+                                       "errors 561002 and 161002 are what comes of that")
     else:
         yield Finding(OK, "CANN", f"{version} {home}")
 
@@ -150,7 +152,7 @@ def cann_version(home: Path) -> str | None:
     """As its files state it."""
     for pattern in CANN_VERSION_FILES:
         for path in sorted(home.glob(pattern)):
-            found = re.search(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.]*)", path.read_text(errors="replace"))
+            found = CANN_VERSION.search(path.read_text(errors="replace"))
             if found:
                 return found[1]
     return None
@@ -162,7 +164,7 @@ def _npu_backend() -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return Finding(MISSING, "npu backend", f"opening the device takes more than {PROBE_TIMEOUT_S} s: see npu-smi info")
+        return Finding(MISSING, "npu backend", f"the device does not open within {PROBE_TIMEOUT_S} s: see npu-smi info")
     found = re.search(r"\{.*\}", done.stdout)
     if found is None:
         last = (done.stderr.strip() or "no message").splitlines()[-1]

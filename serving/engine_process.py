@@ -105,11 +105,13 @@ class EngineServer:
                 self._step()
 
     def _step(self) -> None:
-        loop, num_before = self._core.loop, self._core.loop.num_steps
+        loop, scheduler = self._core.loop, self._core.scheduler
+        num_before, num_seqs = loop.num_steps, scheduler.num_running
         deltas = self._core.step()
-        if loop.num_steps != num_before:
-            self._steps.note(loop.last_step_s, loop.step_time_s, self._core.scheduler.rates.last_num_tokens)
-        admitted = self._core.scheduler.take_admissions()
+        if loop.num_steps != num_before:  # sequences come and go around a step; it had at most so many
+            self._steps.note(loop.last_step_s, loop.step_time_s, scheduler.rates.last_num_tokens,
+                             max(num_seqs, scheduler.num_running))
+        admitted = scheduler.take_admissions()
         if deltas or admitted:
             self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas], admitted))
 

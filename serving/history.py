@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from serving.step_log import StepReport
+from serving.step_log import Step, StepReport
 
 if TYPE_CHECKING:
     from serving.client import EngineClient
@@ -24,11 +24,12 @@ class EngineHistory:
 
     def __init__(self) -> None:
         self._rows: deque[tuple[float, ...]] = deque(maxlen=MAX_SAMPLES)
-        self._steps: deque[tuple[float, float, int]] = deque(maxlen=MAX_STEPS)
+        self._steps: deque[Step] = deque(maxlen=MAX_STEPS)
         self.cursor = (0, 0)  # rows and steps so far
 
     def take_steps(self, report: StepReport) -> None:
-        self._steps.extend((round(end_s, 4), round(time_s, 6), num) for end_s, time_s, num in report.recent)
+        self._steps.extend((round(end_s, 4), round(time_s, 6), num_tokens, num_seqs)
+                           for end_s, time_s, num_tokens, num_seqs in report.recent)
         self.cursor = (self.cursor[0], self.cursor[1] + len(report.recent))
 
     def sample(self, engine: EngineClient) -> None:
@@ -44,8 +45,8 @@ class EngineHistory:
             self.sample(engine)
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
-    def since(self, cursor: tuple[int, int]) -> tuple[list[tuple[float, ...]], list[tuple[float, float, int]]]:
-        """Rows (as `HISTORY_COLUMNS`) and steps (end, seconds, tokens) that came after an earlier `cursor`, as far as
+    def since(self, cursor: tuple[int, int]) -> tuple[list[tuple[float, ...]], list[Step]]:
+        """Rows (as `HISTORY_COLUMNS`) and steps (as `STEP_COLUMNS`) that came after an earlier `cursor`, as far as
         they are still here."""
         num_rows, num_steps = (now - then for now, then in zip(self.cursor, cursor, strict=True))
         rows, steps = list(self._rows), list(self._steps)

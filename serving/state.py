@@ -18,6 +18,7 @@ from serving.history import EngineHistory
 from serving.parsers.output import Parsers
 from serving.protocol import Ready
 from serving.request_log import RequestLog
+from serving.responses_store import ResponseStore
 from serving.security.keys import KeyRing
 from serving.security.paths import hide_paths
 from serving.tracing import Tracer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from xllm.inputs import InputProcessor
     from xllm.tokenizer import Tokenizer
 
+MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20  # that /v1/responses keeps for later calls
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -51,6 +53,7 @@ class ServerState:
     history: EngineHistory = field(default_factory=EngineHistory)
     tracer: Tracer | None = None
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
+    responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
     supervisor: Supervisor | None = None  # once the model is loaded
 
     @cached_property

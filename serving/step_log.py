@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 MAX_STEPS_A_BEAT = 256
+Step = tuple[float, float, int, int]  # end on the `time.monotonic()` clock, seconds, tokens computed, sequences
+STEP_COLUMNS = ("end_s", "seconds", "num_tokens", "num_seqs")
 
 # Bounds of the buckets. Fine below 10 ms, where a fast device's step lies.
 STEP_TIME_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
@@ -32,12 +34,11 @@ def _empty(bounds: tuple[float, ...]) -> Buckets:
 
 @dataclass(slots=True)
 class StepReport:
-    """Totals since the start, and each step since the last report: (its end on the `time.monotonic()` clock, seconds,
-    tokens computed), the newest `MAX_STEPS_A_BEAT` of them."""
+    """Totals since the start, and each step since the last report, the newest `MAX_STEPS_A_BEAT` of them."""
 
     time_s: Buckets = field(default_factory=lambda: _empty(STEP_TIME_S))
     tokens: Buckets = field(default_factory=lambda: _empty(STEP_TOKENS))
-    recent: list[tuple[float, float, int]] = field(default_factory=list)
+    recent: list[Step] = field(default_factory=list)
 
 
 class StepLog:
@@ -48,12 +49,12 @@ class StepLog:
 
     def __init__(self) -> None:
         self._time_s, self._tokens = _empty(STEP_TIME_S), _empty(STEP_TOKENS)
-        self._recent: deque[tuple[float, float, int]] = deque(maxlen=MAX_STEPS_A_BEAT)
+        self._recent: deque[Step] = deque(maxlen=MAX_STEPS_A_BEAT)
 
-    def note(self, end_s: float, time_s: float, num_tokens: int) -> None:
+    def note(self, end_s: float, time_s: float, num_tokens: int, num_seqs: int) -> None:
         self._time_s.observe(time_s, STEP_TIME_S)
         self._tokens.observe(num_tokens, STEP_TOKENS)
-        self._recent.append((end_s, time_s, num_tokens))
+        self._recent.append((end_s, time_s, num_tokens, num_seqs))
 
     def take(self) -> StepReport:
         """The totals, and the steps since the last call."""

@@ -40,8 +40,8 @@ class ModelSettings:
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")
     revision: str | None = option(None, "branch, tag or commit on the Hub")
-    load_format: str = option("auto", "where weights come from; dummy: random ones, made on the device: only config.json "
-                              "is needed; for measurements", choices=LOAD_FORMATS)
+    load_format: str = option("auto", "where weights come from; dummy: random ones, made on the device, for "
+                              "measurements: only config.json is needed", choices=LOAD_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from xllm.errors import RequestError
 
 KINDS = ("last", "mean")
+MAX_DIMENSIONS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,10 @@ class PoolingParams:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(f"pooling must be one of {', '.join(KINDS)}, got {self.kind!r}", field="pooling")
-        if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
-            raise RequestError(f"dimensions must be a positive integer, got {self.dimensions!r}", field="dimensions")
+        if self.dimensions is not None and (type(self.dimensions) is not int
+                                            or not 1 <= self.dimensions <= MAX_DIMENSIONS):
+            raise RequestError(f"dimensions must be an integer in 1 to {MAX_DIMENSIONS}, got {self.dimensions!r}",
+                               field="dimensions")
 
     def check_width(self, hidden_size: int) -> None:
         """Raise RequestError if the model's vectors have fewer numbers."""

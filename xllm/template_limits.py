@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_SECONDS = 10.0
 MAX_TEXT_CHARS = 2**25
 MAX_NUMBER = 10**6  # as an argument: a width, an indent, a count
-MAX_VALUES = 2**21  # in what is printed at once
+MAX_VALUES = 2**19  # in what is printed at once
 MAX_INTEGER_BITS = 4096
 _TICKS_PER_LOOK = 64
 _EACH, _SHOWN, _SIZED = "xllm_each", "xllm_shown", "xllm_sized"

@@ -103,7 +103,7 @@ class Tokenizer:
         """The Jinja texts of all of its chat templates."""
         return tuple(self._template_sources.values())
 
-    @property
+    @functools.cached_property
     def special_token_texts(self) -> frozenset[str]:
         """What `skip_special_tokens` hides."""
         return frozenset(self.backend.id_to_token(token_id) or "" for token_id in self.special_token_ids)

@@ -51,15 +51,16 @@ def _run_settings(bench: Bench, shape: ModelShape, id: str, graphs: str, overlap
         for batch in batches:
             start_decoding(driver, batch, context, shape.vocab)
             step_times(driver, SETTLE_STEPS)
-            _time_phases(bench, driver, f"{id}/B{batch}", batch, context)
+            step_us = _time_phases(bench, driver, f"{id}/B{batch}", batch, context)
             if best and bench.device.is_cuda:
-                _profile(bench, driver, f"{id}/B{batch}", keep_trace=batch == batches[-1])
+                _profile(bench, driver, f"{id}/B{batch}", step_us, keep_trace=batch == batches[-1])
             elif best:
                 bench.absent(f"{id}/B{batch}/device", "not on this device: idle time and waiting calls are a GPU's")
             driver.abort_all()
 
 
-def _time_phases(bench: Bench, driver: Driver, id: str, batch: int, context: int) -> None:
+def _time_phases(bench: Bench, driver: Driver, id: str, batch: int, context: int) -> float:
+    """The median time of a step in microseconds, which is also in the row."""
     with stopwatches(driver) as spent:
         samples, _ = step_times(driver, bench.profile.host_steps)
     phases = {name: median(times) for name, times in spent.items() if times}
@@ -67,6 +68,7 @@ def _time_phases(bench: Bench, driver: Driver, id: str, batch: int, context: int
     timing = Timing.of(samples)
     bench.row(id, timing=timing, cfg={"B": batch, "context": context}, host_us=host_us, phases_us=phases,
               pct_host=100 * host_us / timing.us, graphs=graph_facts(driver.core.stats()))  # fmt: skip
+    return timing.us
 
 
 @contextmanager
@@ -95,8 +97,9 @@ def _timed(call: Any, times: list[float]) -> Any:
     return run
 
 
-def _profile(bench: Bench, driver: Driver, id: str, *, keep_trace: bool) -> None:
-    """Idle time and CUDA calls over many steps; a trace of a few is kept as a file."""
+def _profile(bench: Bench, driver: Driver, id: str, plain_us: float, *, keep_trace: bool) -> None:
+    """Idle time and CUDA calls over many steps; a trace of a few is kept as a file. plain_us: of a step without the
+    profiler, which slows the host: `pct_idle_plain` is what of that time the device was not busy for."""
     from torch.profiler import ProfilerActivity, profile
 
     steps, activities = bench.profile.host_steps, [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -108,8 +111,10 @@ def _profile(bench: Bench, driver: Driver, id: str, *, keep_trace: bool) -> None
         return bench.absent(f"{id}/device", "the profiler saw nothing of the device")
     waiting = {name: calls[name][0] / steps for name in WAITING_CALLS if name in calls}
     queueing = {name: calls[name][1] / steps for name in QUEUEING_CALLS if name in calls}
-    bench.row(f"{id}/device", pct_idle=idle_percent(spans), busy_us=busy_us(spans) / steps, kernels=len(spans) / steps,
-              step_us=median(samples), waits_per_step=waiting, queueing_us=queueing, steps=steps, tokens=tokens)
+    busy = busy_us(spans) / steps
+    bench.row(f"{id}/device", pct_idle=idle_percent(spans), pct_idle_plain=100 * (1 - busy / plain_us), busy_us=busy,
+              kernels=len(spans) / steps, step_us=median(samples), plain_step_us=plain_us, waits_per_step=waiting,
+              queueing_us=queueing, steps=steps, tokens=tokens)  # fmt: skip
     if keep_trace:
         with profile(activities=activities) as traced:
             step_times(driver, TRACED_STEPS)

@@ -67,7 +67,7 @@ TINY = Profile(
     models=("tiny",), row_s=0.004, copy_bytes=8 << 20, gemm=256, cases=10, longest=90, e2e_families=("Qwen3",),
     batches=(1, 4), contexts=(32,), prefills=(48,), micro_tokens=(1, 4), micro_contexts=(32,), decode_steps=6,
     prefill_repeats=2, workload=(6, 24, 8), online_s=0.5, online_shares=(0.5,), host_steps=12, baseline_model="tiny",
-    baseline_s=20.0, generate_tokens=6, warm_processes=1,
+    baseline_s=90.0, generate_tokens=6, warm_processes=1,
 )  # fmt: skip
 
 PROFILES = {profile.name: profile for profile in (TINY, QUICK, FULL)}

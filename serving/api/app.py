@@ -8,7 +8,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.api import admin, chat, completions, console, embeddings, health, metrics, models, sample, stats, tokenize
+from serving.api import (
+    admin,
+    anthropic,
+    chat,
+    completions,
+    console,
+    embeddings,
+    health,
+    metrics,
+    models,
+    openapi,
+    responses,
+    sample,
+    stats,
+    tokenize,
+)
 from serving.api.auth import Gate, check_declared, declared_paths
 from serving.api.errors import install_handlers
 from serving.api.limits import BodyLimit
@@ -17,6 +32,8 @@ from serving.security.exposure import host_rule
 from serving.state import ServerState
 from serving.tracing import TraceContext
 
+MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin,
+           models, tokenize, health, metrics, stats, console, openapi)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 logger = logging.getLogger("xllm.api")
 
@@ -27,7 +44,7 @@ def create_app(state: ServerState) -> FastAPI:
     Raises ConfigError if a route has no access level (`serving/api/auth.py:ROUTES`).
     """
     app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for module in (chat, completions, embeddings, sample, admin, models, tokenize, health, metrics, stats, console):
+    for module in MODULES:
         router = module.router(state)
         check_declared(declared_paths(router.routes))
         app.include_router(router)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.errors import ApiError
 from serving.api.limits import check_head
-from serving.config import LimitSettings
+from serving.limits import LimitSettings
 from serving.security.caller import CALLER
 from serving.security.hosts import HostRule
 from serving.security.keys import NOBODY, Caller, KeyRing
@@ -45,10 +45,15 @@ ROUTES: dict[str, Access] = {
     "/v1/stats": Access.USER,
     "/v1/stats/stream": Access.USER,
     "/metrics": Access.USER,
+    "/openapi.json": Access.USER,
     "/v1/models": Access.USER,
     "/v1/models/{name:path}": Access.USER,
     "/v1/completions": Access.USER,
     "/v1/chat/completions": Access.USER,
+    "/v1/responses": Access.USER,
+    "/v1/responses/{name}": Access.USER,
+    "/v1/messages": Access.USER,
+    "/v1/messages/count_tokens": Access.USER,
     "/v1/embeddings": Access.USER,
     "/v1/sample": Access.USER,
     "/score": Access.USER,

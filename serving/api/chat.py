@@ -155,7 +155,7 @@ class ChatCall:
                 chunks[0]["prompt_token_ids"] = self.prompt.token_ids
             if self.body.prompt_logprobs is not None and piece.index == 0:
                 chunks[0]["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
-        deltas = [delta for event in self._read(piece) if (delta := self._delta(event)) is not None]
+        deltas = [delta for event in self.read(piece) if (delta := self._delta(event)) is not None]
         if not deltas and piece.token_ids and (self.body.logprobs or self.body.return_token_ids):
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
@@ -175,7 +175,8 @@ class ChatCall:
         if self.body.return_token_ids:
             choice["token_ids"] = piece.token_ids
 
-    def _read(self, piece: Piece) -> list[Event]:
+    def read(self, piece: Piece) -> list[Event]:
+        """What a piece's text says; each piece once, in order."""
         return self.parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids),
                                               last=piece.finish_reason is not None)
 
@@ -185,7 +186,7 @@ class ChatCall:
         try:
             async for found in pieces:
                 for piece in found:
-                    self._read(piece)
+                    self.read(piece)
         finally:
             await pieces.aclose()
             generation.close()
@@ -230,6 +231,32 @@ def _check(body: ChatBody) -> None:
         raise invalid("stream_options needs stream", "stream_options")
 
 
+async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, ChatPrompt]:
+    """Its tools and its prompt. Raises ApiError or RequestError."""
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    return tools, await chat_prompt(state, body, body.messages, tools.tools)
+
+
+async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str) -> tuple[ChatCall, Generation]:
+    """Check a chat and submit it. Raises ApiError, RequestError, EngineDeadError or ClientGone."""
+    state.check_model(body.model)
+    _check(body)
+    n = params.check_fan_out(state, body, 1)
+    asked, asked_field = _read_max_tokens(body)
+    tools, prompt = await prepare_chat(state, body)
+    max_tokens = params.choose_max_tokens(
+        state, asked, len(prompt.token_ids), default=state.sampling_defaults.get("max_tokens"), prompt_field="messages",
+        asked_field=asked_field)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
+                    body.model or state.served_names[0])
+    sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs,
+                                      **call.sampling_overrides())
+    requests = await params.engine_requests(state, body, call.id, [prompt.token_ids], [sampling])
+    state.metrics.request_params_n.observe(n)
+    return call, await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+
+
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
@@ -237,24 +264,7 @@ def router(state: ServerState) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         state.check_accepting()
         body = parse(await read_json(request, state.config.limits.max_json_depth), ChatBody)
-        state.check_model(body.model)
-        _check(body)
-        n = params.check_fan_out(state, body, 1)
-        asked, asked_field = _read_max_tokens(body)
-        tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-        prompt = await chat_prompt(state, body, body.messages, tools.tools)
-        prompt_ids = prompt.token_ids
-        max_tokens = params.choose_max_tokens(
-            state, asked, len(prompt_ids), default=state.sampling_defaults.get("max_tokens"), prompt_field="messages",
-            asked_field=asked_field)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        call = ChatCall(state, body, params.call_id(body, "chatcmpl", request.headers.get("x-request-id")), prompt,
-                        tools, n, body.model or state.served_names[0])
-        sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs,
-                                          **call.sampling_overrides())
-        requests = await params.engine_requests(state, body, call.id, [prompt_ids], [sampling])
-        state.metrics.request_params_n.observe(n)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+        call, generation = await begin_chat(state, request, body, "chatcmpl")
         if body.stream:
             return EventStream(call.events(generation), generation.close)
         return json_response(await until_disconnect(request.receive, call.run(generation)))

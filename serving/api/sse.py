@@ -53,16 +53,18 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Sends the events of a generator and closes it when the client leaves.
 
-    An exception of the generator becomes an error event; `[DONE]` always ends the stream. on_end: called when all
-    is over; a generator that was never begun does not run its `finally`.
+    An exception of the generator becomes an error event (`show_error`); `done` always ends the stream. on_end: called
+    when all is over; a generator that was never begun does not run its `finally`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None], *, done: bytes = DONE,
+                 show_error: Callable[[Exception], bytes] | None = None):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._on_end = events, on_end
+        self._events, self._on_end, self._done = events, on_end, done
+        self._show_error = show_error or (lambda error: event(as_api_error(error).body()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -79,5 +81,5 @@ class EventStream(Response):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # the status line is out: the error travels as an event
-            await send({"type": "http.response.body", "body": event(as_api_error(error).body()), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._show_error(error), "more_body": True})
+        await send({"type": "http.response.body", "body": self._done, "more_body": False})

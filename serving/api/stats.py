@@ -21,6 +21,7 @@ from serving.history import HISTORY_COLUMNS
 from serving.protocol import as_builtins
 from serving.security.caller import CALLER
 from serving.security.keys import NOBODY
+from serving.step_log import STEP_COLUMNS
 
 if TYPE_CHECKING:
     from serving.request_log import RequestRecord
@@ -57,7 +58,8 @@ def server_json(state: ServerState) -> dict[str, Any]:
                              "started": state.started_unix_s, "server_load": state.num_open}
     if (ready := state.engine.ready) is not None:
         facts.update(model=state.served_names[0], max_model_len=ready.max_model_len,
-                     block_size=ready.config.cache.block_size, max_num_seqs=ready.config.scheduler.max_num_seqs)
+                     block_size=ready.config.cache.block_size, max_num_seqs=ready.config.scheduler.max_num_seqs,
+                     num_speculative_tokens=ready.config.speculative.num_speculative_tokens)
     return facts
 
 
@@ -84,7 +86,7 @@ def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, 
     return {
         "object": "stats", "now_s": time.monotonic(), "server": server_json(state), "engine": engine_json(state),
         "history": {"columns": HISTORY_COLUMNS, "rows": rows},
-        "steps": {"columns": ("end_s", "seconds", "num_tokens"), "rows": steps},
+        "steps": {"columns": STEP_COLUMNS, "rows": steps},
         "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],
     }
 

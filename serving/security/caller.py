@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 
 from serving.security.keys import NOBODY, Caller
+from xllm.errors import RequestError
 from xllm.request import Request
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 
 
 def sign(requests: Sequence[Request], caller: Caller) -> list[Request]:
-    """The requests as the caller's: their cached KV is its own, and the scheduler knows whose turn it is."""
+    """The requests as the caller's: their cached KV is its own, and the scheduler knows whose turn it is.
+
+    Raises RequestError for a priority that would put others behind, unless the caller may.
+    """
     if caller is NOBODY:
         return list(requests)
+    if not caller.is_urgent and any(request.priority < 0 for request in requests):
+        raise RequestError("priority must be 0 or more: this key may not go before others", field="priority")
     return [dataclasses.replace(request, tenant=caller.name, tenant_weight=caller.weight,
                                 cache_salt=caller.cache_salt(request.cache_salt or None))
             for request in requests]

@@ -51,8 +51,9 @@ def tls_options(http: HttpSettings) -> dict[str, object]:
         file = getattr(http, name)
         if file and not Path(file).is_file():
             raise ConfigError(f"{name}: there is no file {file}")
-    options = {"ssl_certfile": http.ssl_certfile, "ssl_keyfile": http.ssl_keyfile, "ssl_ca_certs": http.ssl_ca_certs,
-               "ssl_cert_reqs": ssl.CERT_REQUIRED if http.ssl_ca_certs else ssl.CERT_NONE}
+    options: dict[str, object] = {
+        "ssl_certfile": http.ssl_certfile, "ssl_keyfile": http.ssl_keyfile, "ssl_ca_certs": http.ssl_ca_certs,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if http.ssl_ca_certs else ssl.CERT_NONE}
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(http.ssl_certfile, http.ssl_keyfile, password=lambda: "")

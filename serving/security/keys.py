@@ -27,6 +27,7 @@ class Caller:
 
     name: str = ""  # "": nobody in particular, on a server without keys
     is_admin: bool = False
+    is_urgent: bool = True  # may send a negative priority, which goes before everybody's
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota, compare=False)
 
@@ -99,7 +100,8 @@ def _usable(name: str, key: str) -> str:
 
 
 def read_key_file(file: Path) -> list[tuple[bytes, Caller]]:
-    """One key a line: `NAME KEY [admin] [weight=X] [requests_per_minute=N] [tokens_per_minute=N]`, or `KEY` alone.
+    """One key a line: `NAME KEY`, then of `admin`, `urgent`, `weight=X`, `requests_per_minute=N` and
+    `tokens_per_minute=N` what applies; or `KEY` alone.
 
     KEY may be `sha256:` and the digest in hex, so that the file holds no secret. `#` begins a comment. Lines of one
     name are one caller, and say the same about it or nothing. Raises ConfigError, naming the line and never a key.
@@ -131,7 +133,7 @@ def _read_line(words: list[str]) -> tuple[bytes, Caller]:
     name, key, options = (words[0], words[1], words[2:]) if len(words) > 1 else ("", words[0], [])
     if words[1:] and not _NAME.fullmatch(name):
         raise ValueError("a name has 1 to 64 letters, digits, '_', '.' or '-'")
-    if key == "admin" or key.partition("=")[0] in ("weight", *_QUOTAS):
+    if key in ("admin", "urgent") or key.partition("=")[0] in ("weight", *_QUOTAS):
         raise ValueError("the key is missing: NAME KEY, then the options")
     hashed = _HASHED.fullmatch(key)
     known = bytes.fromhex(hashed[1]) if hashed else digest(_usable("the key", key))
@@ -139,11 +141,11 @@ def _read_line(words: list[str]) -> tuple[bytes, Caller]:
 
 
 def _read_options(name: str, options: list[str]) -> Caller:
-    is_admin, weight, limits = False, 1.0, dict[str, int]()
+    flags, weight, limits = dict.fromkeys(("admin", "urgent"), False), 1.0, dict[str, int]()
     for option in options:
         what, equals, value = option.partition("=")
-        if option == "admin":
-            is_admin = True
+        if option in flags:
+            flags[option] = True
         elif what == "weight" and equals:
             weight = float(value)
             if not 0.001 <= weight <= 1000.0:
@@ -151,6 +153,7 @@ def _read_options(name: str, options: list[str]) -> Caller:
         elif what in _QUOTAS and value.isdecimal() and int(value) > 0:
             limits[what] = int(value)
         else:
-            raise ValueError(f"unknown or malformed option {what[:64]!r}; known are admin, weight=, "
+            raise ValueError(f"unknown or malformed option {what[:64]!r}; known are admin, urgent, weight=, "
                              f"{'=, '.join(_QUOTAS)}=")
-    return Caller(name, is_admin, weight, Quota(**limits))
+    return Caller(name, flags["admin"], flags["admin"] or flags["urgent"], weight,
+                  Quota(limits.get("requests_per_minute"), limits.get("tokens_per_minute")))

@@ -38,8 +38,9 @@ export class StepChart {
     root.append(this.plot);
   }
 
-  /** steps: [end_s, seconds, num_tokens]; a step of more than `decodeTokens` tokens computed prompts. */
-  draw(steps, now, span, decodeTokens) {
+  /** steps: [end_s, seconds, num_tokens, num_seqs]. Whoever decodes wants at most `perSeq` tokens; a step with more
+   *  computed prompts. */
+  draw(steps, now, span, perSeq) {
     const width = Math.max(200, this.root.clientWidth);
     const height = Math.max(80, this.root.clientHeight);
     this.plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -50,7 +51,7 @@ export class StepChart {
     const y = (ms) => ((height - BOTTOM - 4) * (1 - Math.log(Math.max(ms, low) / low) / Math.log(high / low)) + 4).toFixed(1);
     const x = (time) => LEFT + (width - LEFT - 4) * (1 - (now - time) / span);
     const parts = axes(width, height, low, high, y, span);
-    for (const [moment, kind, values] of bins(shown, span / (width - LEFT) * BIN_PX, decodeTokens)) {
+    for (const [moment, kind, values] of bins(shown, span / (width - LEFT) * BIN_PX, perSeq)) {
       const at = x(moment).toFixed(1);
       parts.push(svg("line", {class: `range ${kind}`, x1: at, x2: at, y1: y(Math.min(...values)), y2: y(Math.max(...values))}),
         svg("circle", {class: `point ${kind}`, cx: at, cy: y(quantile(values, 0.5)), r: 1.75}));
@@ -72,10 +73,10 @@ function axes(width, height, low, high, y, span) {
 }
 
 /** [moment, kind, milliseconds of the steps of that moment and kind], oldest first. */
-function bins(steps, seconds, decodeTokens) {
+function bins(steps, seconds, perSeq) {
   const found = new Map();
-  for (const [end, time, tokens] of steps) {
-    const kind = tokens > decodeTokens ? "prefill" : "decode";
+  for (const [end, time, tokens, seqs] of steps) {
+    const kind = tokens > seqs * perSeq ? "prefill" : "decode";
     const moment = (Math.floor(end / seconds) + 0.5) * seconds;
     const key = `${moment} ${kind}`;
     if (!found.has(key)) found.set(key, [moment, kind, []]);

@@ -132,7 +132,7 @@ export class EngineView {
   }
 
   showSteps({engine, now_s: now, server}) {
-    const facts = this.stepChart.draw(this.steps, now, SPAN_S, server.max_num_seqs ?? 64);
+    const facts = this.stepChart.draw(this.steps, now, SPAN_S, 1 + (server.num_speculative_tokens ?? 0));
     setText("f-steps", facts.count ? `median ${format(facts.p50)} ms · p99 ${format(facts.p99)} ms · ${engine.engine_steps.toLocaleString("en")} steps` : "no steps in the last minute");
   }
 

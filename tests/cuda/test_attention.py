@@ -45,3 +45,18 @@ def test_a_plan_serves_all_layers_of_its_step(ops: OpSet) -> None:
     case.meta.plan = None
     out = ops.attention(second, case.k_cache, case.v_cache, case.meta, scale=0.25, sliding_window=10**6)
     torch.testing.assert_close(out.double(), case.truth(second), rtol=0, atol=2e-6)
+
+
+def test_the_longest_prompt_is_prefilled_first(ops: OpSet) -> None:
+    """As wide as several comparisons at once, with equals, and with sequences that are decoded in between."""
+    query_lens = [20, 1, 40, 17, 17, 1, 30, 18, 19, 33, 20]
+    seq_lens = [50, 400, 90, 17, 17, 3, 90, 300, 19, 33, 20]
+    case = Paged(ops=ops, query_lens=query_lens, seq_lens=seq_lens, num_heads=4, num_kv_heads=2, head_dim=16,
+                 block_size=32)  # fmt: skip
+    check(ops, case)
+    plan = case.meta.plan[None]
+    prefilled = sorted((-n, s) for s, (n, q) in enumerate(zip(seq_lens, query_lens)) if q > 1)
+    order = plan.order_S.tolist()
+    assert order[: len(prefilled)] == [s for _, s in prefilled] and sorted(order) == [*range(len(order))]
+    counts = plan.blocks_S1.diff().tolist()
+    assert all(counts[: len(prefilled)]) and not any(counts[len(prefilled) :])

@@ -23,7 +23,8 @@ NATIVE = frozenset(
     _to_copy _has_compatible_shallow_copy_type _local_scalar_dense record_stream is_set_to storage_offset
     empty empty_like empty_quantized empty_strided new_empty new_empty_strided set_ resize_ resize_as_
     is_pinned pin_memory _pin_memory _copy_from _copy_from_and_resize
-    _reshape_alias _unsafe_view alias as_strided chunk detach diagonal expand imag lift lift_fresh narrow permute real
+    _reshape_alias _unsafe_view alias as_strided as_strided_
+    chunk detach diagonal expand imag lift lift_fresh narrow permute real
     select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as view_as_complex
     view_as_real
     """.split()  # noqa: SIM905
@@ -150,7 +151,7 @@ class Launcher:
                 if self.machine.is_recording(stream) and name in COPIES_HOST_TENSORS:
                     self.forbidden()
             if host_only or self.machine.is_plain(stream):
-                result = op(*call.args, **call.kwargs)
+                result = op(*call.args, **call.kwargs) if makes_outputs else _bound(op, call)()
                 return self._on_device(result, call.device) if makes_outputs else originals(args, kwargs)
             if not makes_outputs:
                 self.machine.submit(stream, Kernel(str(op), _bound(op, call), call.ranges()))
@@ -223,7 +224,19 @@ class Launcher:
 def _bound(op: Any, call: Arguments) -> Callable[[], Any]:
     """The call on aliases; the device tensors themselves must not be kept."""
     args, kwargs = call.args, call.kwargs
-    return lambda: op(*args, **kwargs)
+    outs = [kwargs[arg.name] for arg in op._schema.arguments if arg.kwarg_only and arg.is_write and arg.name in kwargs]
+    if not outs:
+        return lambda: op(*args, **kwargs)
+    shapes = [each.shape for each in _flat(outs)]
+
+    def into_outs() -> Any:
+        result = op(*args, **kwargs)
+        for each, shape in zip(_flat(outs), shapes, strict=True):
+            if each.shape != shape:
+                raise NotImplementedError(f"{op}: out= of shape {tuple(shape)} for a result of {tuple(each.shape)}")
+        return result
+
+    return into_outs
 
 
 def _flat(result: Any) -> list[Tensor]:

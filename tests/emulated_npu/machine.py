@@ -15,6 +15,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+import torch
+
 from tests.emulated_npu import runtime
 from tests.emulated_npu.audit import freed_by_allocator
 from tests.emulated_npu.capture import Model
@@ -82,7 +84,8 @@ class Machine:
         assert lane is not None
         task = lane.tasks.popleft()
         try:
-            task.run(lane.scope)
+            with torch.inference_mode():  # whichever thread it is: the tensors may be of that kind
+                task.run(lane.scope)
         except Exception:
             self.failure = f"{task.label} failed on {lane.name}:\n{traceback.format_exc()}"
             print(f"emulated NPU: {self.failure}", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 POISON_INT = -0x5A5A5A5B  # truncated to the type: an index that is far out of any range
 Range = tuple[int, int]  # address, bytes
 
-_storages: dict[Range, torch.UntypedStorage] = {}
-MOST_STORAGES = 8192
+_aliases: dict[tuple[Any, ...], Tensor] = {}
+MOST_ALIASES = 16384
 
 
 def is_npu(value: Any) -> bool:
@@ -20,26 +20,26 @@ def is_npu(value: Any) -> bool:
 
 
 def host(tensor: Tensor) -> Tensor:
-    """The device's memory as a CPU tensor. It keeps nothing alive: it is an address, as in a command to a device."""
-    storage = tensor.untyped_storage()
-    num_bytes = storage.nbytes()
-    if num_bytes == 0:
+    """The device's memory as a CPU tensor. It keeps nothing alive: it is an address, as in a command to a device.
+
+    Callers must not change its shape or strides: there is one for each address, shape and type.
+    """
+    address = tensor.data_ptr()
+    key = (address, tensor.dtype, tensor.size(), tensor.stride())
+    found = _aliases.get(key)
+    if found is None and tensor.numel() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    alias = torch.empty(0, dtype=tensor.dtype)
-    return alias.set_(
-        _storage_at(storage.data_ptr(), num_bytes), tensor.storage_offset(), tensor.size(), tensor.stride()
-    )
-
-
-def _storage_at(address: int, num_bytes: int) -> torch.UntypedStorage:
-    key = (address, num_bytes)
-    found = _storages.get(key)
     if found is None:
-        if len(_storages) >= MOST_STORAGES:
-            _storages.clear()
-        memory = (ctypes.c_char * num_bytes).from_address(address)
-        found = _storages[key] = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        if len(_aliases) >= MOST_ALIASES:
+            _aliases.clear()
+        found = _aliases[key] = _alias(tensor, address)
     return found
+
+
+def _alias(tensor: Tensor, address: int) -> Tensor:
+    memory = torch.frombuffer((ctypes.c_char * range_of(tensor)[1]).from_address(address), dtype=torch.uint8)
+    alias = torch.empty(0, dtype=tensor.dtype)
+    return alias.set_(memory.untyped_storage(), 0, tensor.size(), tensor.stride())
 
 
 def range_of(tensor: Tensor) -> Range:

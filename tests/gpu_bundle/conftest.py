@@ -34,7 +34,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
-def bundle(python: Path | str, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def bundle(python: Path | str, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TRITON"))}
     return subprocess.run([str(python), "-m", "benchmarks.gpu", *arguments], cwd=ROOT, env=environment, text=True,
                           capture_output=True, timeout=timeout)  # fmt: skip

@@ -19,6 +19,7 @@ from backends.metadata import AttentionMetadata
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.op_cases import World
 from benchmarks.gpu.ops import OPERATORS, examine, operators
+from benchmarks.gpu.paged import PagedStep
 from tests.gpu_bundle.conftest import ROOT
 
 calls = count()
@@ -89,6 +90,13 @@ def test_reading_a_slot_that_nobody_owns(device: Device) -> None:
             *(one_more(a) if isinstance(a, AttentionMetadata) else a for a in args), **options)
 
     assert complaints(device, "attention", attention=longer("attention"), plan=longer("plan"))
+
+
+def test_what_nobody_owns_is_nan(device: Device) -> None:
+    step = PagedStep(device.backend, [1, 3], [17, 40], num_kv_heads=2, head_dim=8, dtype=torch.float32,
+                     generator=device.generator(0))  # fmt: skip
+    for cache in step.filled_caches():
+        assert int((~cache.isnan()).sum()) == (17 + 40) * 2 * 8
 
 
 def test_writing_where_nothing_is_to_be_written(device: Device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.roofline import H200, Ceilings, Work, decode_s, make_workload, prefill_s, workload_s
+from benchmarks.gpu.roofline import H200, Ceilings, Work, decode_parts, decode_s, make_workload, prefill_s, workload_s
 from benchmarks.gpu.shapes import SHAPES
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -49,6 +49,15 @@ def test_the_workload_is_the_one_that_others_measure() -> None:
 def test_the_workloads_floor(name: str, rate: float) -> None:
     work = make_workload()
     assert work.num_output_tokens / workload_s(SHAPES[name], work) == pytest.approx(rate, rel=0.03)
+
+
+def test_the_parts_of_a_decode_step() -> None:
+    """The tiny shape by hand: 2 layers, 64 hidden, 4 and 2 heads of 16, ffn 128, vocabulary 512."""
+    params = 2 * 64 * (2 * 64 + 2 * 32 + 3 * 128) + 512 * 64
+    products, attention, logits = decode_parts(SHAPES["tiny"], [10, 20, 30])
+    assert (products.bytes, products.flops) == (2 * params, 2 * 3 * params)
+    assert (attention.bytes, attention.flops) == (63 * 2 * 2 * 16 * 2 * 2, 4 * 60 * 4 * 16 * 2)
+    assert (logits.bytes, logits.flops) == (2 * 3 * 512, 0)
 
 
 def test_the_larger_of_bytes_and_operations_counts() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backends.npu import OPS, NpuBackend
 from backends.opset import OpSet
+from npu_ops.contract import set_checking
 from tests.ops.conftest import Paged
 from tests.ops.on_device import on_device
 
@@ -18,9 +19,14 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 
 
 @cache
+def _npu() -> NpuBackend:
+    return NpuBackend(check_contracts=True)
+
+
 def npu() -> NpuBackend:
     """The backend of this process, with contracts on."""
-    return NpuBackend(check_contracts=True)
+    set_checking(True)
+    return _npu()
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any
 from tests.models.checkpoints import BY_ID, VOCAB_SIZE, save_checkpoint
 from xllm import LLM, SamplingParams
 
+os.environ["XLLM_NPU_CHECK"] = "1"
 BUNDLED = "bundled"
 TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows"]
 NUM_TOKENS = 14

@@ -45,8 +45,9 @@ OPEN = "from backends import get_backend; get_backend('npu')"
 
 def test_the_wheel_without_cann() -> None:
     assert "Failed to load the backend extension: torch_npu" in run("import torch", without_cann()).stderr
-    assert run("import xllm, torch; print(torch.ones(2).sum())", without_cann()).stdout.strip() == "tensor(2.)"
-    failed = run("import xllm; " + OPEN, without_cann()).stderr.strip().splitlines()[-1]
+    done = run("import xllm, torch; print(torch.ones(2).sum()); " + OPEN, without_cann())
+    assert done.stdout.strip() == "tensor(2.)"
+    failed = done.stderr.strip().splitlines()[-1]
     assert failed.startswith("backends.backend.BackendError: the npu backend: torch_npu cannot be loaded: the CANN "
                              "toolkit is not installed, or its set_env.sh was not sourced in this shell (libhccl.so")
     report = doctor(without_cann())
@@ -63,7 +64,7 @@ def test_a_version_that_does_not_go_with_torch(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 2.10.0.post4\n")
     failed = run("import xllm; " + OPEN, without_cann(tmp_path)).stderr
     assert "torch_npu 2.10.0.post4 is made for torch 2.10, and this is torch 2.13" in failed
-    assert "pip install torch==2.10.*" in line_of(doctor(without_cann(tmp_path)), "npu backend")
+    assert "pip install torch==2.10.*" in failed
 
 
 @pytest.mark.parametrize("version", ["2.7.1.post11", "2.15.0"])

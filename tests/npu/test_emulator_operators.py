@@ -152,6 +152,19 @@ def test_a_tensor_of_the_host_among_the_device_s() -> None:
         torch_npu.npu_rms_norm(x, torch.ones(2))
 
 
+def test_in_place_views_change_the_tensor() -> None:
+    x = torch.arange(6.0, device="npu").view(2, 3)
+    assert x.t_().shape == (3, 2) and x.cpu().tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert x.unsqueeze_(0).shape == (1, 3, 2) and (x + 1).shape == (1, 3, 2)
+
+
+def test_results_into_given_tensors() -> None:
+    x, out = torch.arange(3.0, device="npu"), torch.empty(3, device="npu")
+    assert torch.add(x, 1, out=out) is out and out.tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(NotImplementedError, match=r"out= of shape \(0,\)"):
+        torch.add(x, 1, out=torch.empty(0, device="npu"))
+
+
 def test_format_casts_change_the_description() -> None:
     weight = torch.randn(32, 64).bfloat16().npu()
     cast = torch_npu.npu_format_cast(weight, 29)

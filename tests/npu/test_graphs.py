@@ -16,7 +16,9 @@ from backends.metadata import AttentionMetadata, HostLengths
 from backends.npu import OPS, plan
 from backends.npu_graphs import NpuCapturer, NpuGraph
 from npu_ops.recording import CAPTURE_LOCK, CaptureLock
+from tests.emulated_npu.install import machine
 from tests.npu.device import assert_near, npu
+from tests.npu.engines import IS_REAL
 from tests.ops.conftest import Paged
 
 MEMORY: Any = SimpleNamespace(inputs={}, outputs={})  # the capturer needs none of it
@@ -95,8 +97,14 @@ def test_each_replay_has_the_lengths_of_its_step(capturer: NpuCapturer, window: 
     assert not torch.equal(found[0], program.out[1].cpu())
 
 
-def test_two_sets_in_flight(capturer: NpuCapturer) -> None:
-    """Step n + 1 is prepared and queued while n still runs; nothing waits but for a set's own fence."""
+@pytest.mark.parametrize("order", [None, "1", "2", "3"])
+def test_two_sets_in_flight(capturer: NpuCapturer, order: str | None) -> None:
+    """Step n + 1 is prepared and queued while n still runs; nothing waits but for a set's own fence. Also where the
+    device runs everything as late as it may, its streams in any legal order."""
+    if order is not None:
+        if IS_REAL:
+            pytest.skip("orders of the emulator")
+        machine().set_order(order)
     pool, programs = capturer.make_pool(), [Decode(), Decode()]
     graphs, waits = [], [lambda: None, lambda: None]
     for program in programs:

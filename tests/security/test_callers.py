@@ -11,7 +11,7 @@ import pytest
 from serving.security.caller import CALLER, num_prompt_tokens, sign
 from serving.security.keys import NOBODY, Caller
 from serving.security.quotas import Bucket, Quota
-from tests.security.wire import ALICE, CAROL, bearer
+from tests.security.wire import ALICE, CAROL, ROOT_KEY, bearer
 from tests.serving.server_process import ServerProcess
 from xllm.request import Request
 
@@ -95,6 +95,18 @@ def test_signed_requests() -> None:
     assert [(request.tenant, request.tenant_weight) for request in signed] == [("a", 2.0)] * 3
     assert len({request.cache_salt for request in signed}) == 2
     assert num_prompt_tokens(signed) == 6, "two choices of one prompt pay for it once"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_nobody_goes_before_others_unasked(keyed: ServerProcess, path: str) -> None:
+    """A negative priority would overtake, and in an overload displace, what other callers have sent."""
+    body = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    for key, priority, status in ((ALICE, -1, 400), (ALICE, 0, 200), (ALICE, 5, 200), (ROOT_KEY, -1, 200)):
+        answer = httpx.post(f"{keyed.url}{path}", json={**body, "max_tokens": 1, "priority": priority},
+                            headers=bearer(key), timeout=30)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert answer.json()["error"]["param"] == "priority"
 
 
 def test_a_quota_on_a_real_server(keyed: ServerProcess) -> None:

@@ -28,6 +28,7 @@ def test_a_key_file(tmp_path: Path) -> None:
         bob   sha256:{hashed} tokens_per_minute=1000
         lonely-key-without-a-name
         root  boss admin
+        oncall pager urgent
     """))
     alice = ring.find(b"first")
     assert alice is ring.find(b"second")
@@ -38,6 +39,9 @@ def test_a_key_file(tmp_path: Path) -> None:
     assert lonely is not None and lonely.name.startswith("key-")
     root = ring.find(b"boss")
     assert root is not None and root.is_admin
+    oncall = ring.find(b"pager")
+    assert oncall is not None
+    assert [caller.is_urgent for caller in (alice, bob, lonely, root, oncall)] == [False, False, False, True, True]
     assert [ring.find(key) for key in (b"", b"alice", b"fourth", hashed.encode(), f"sha256:{hashed}".encode())] == [
         None] * 5
     assert "first" not in repr(vars(ring))
@@ -45,6 +49,7 @@ def test_a_key_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "says"), [
     ("a b c", "unknown or malformed option 'c'"), ("a admin", "the key is missing"),
+    ("a urgent", "the key is missing"),
     ("a weight=2", "the key is missing"), ("a k weight=0", "weight must be"), ("a k weight=nan", "weight must be"),
     ("a k weight=x", "could not convert"), ("a k requests_per_minute=0", "malformed"),
     ("a k requests_per_minute=-1", "malformed"), ("a k tokens_per_minute=1.5", "malformed"),

@@ -14,8 +14,8 @@ import pytest
 from serving.api.limits import _JSON_STRING
 from serving.config import LimitSettings, ServerConfig
 from serving.limits import BY_NAME, HARD_MAXIMA, MEDIA, TABLE
-from serving.waiting import WaitingTokens
 from serving.stream import EngineBusyError
+from serving.waiting import WaitingTokens
 from tests.security.wire import request, send
 from tests.serving.server_process import ROOT, ServerProcess
 from xllm.errors import ConfigError

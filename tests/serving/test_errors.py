@@ -189,7 +189,7 @@ def test_unknown_model(server: ServerProcess, client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(("method", "path", "status"), [
     ("GET", "/web", 404), ("GET", "/v1/nothing", 404), ("POST", "/v1/nothing", 404), ("GET", "/docs", 404),
-    ("GET", "/openapi.json", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405),
+    ("GET", "/redoc", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405),
     ("GET", "/v1/completions/", 404), ("GET", "/..%2f..%2fetc/passwd", 404),
 ])
 def test_wrong_routes(server: ServerProcess, method: str, path: str, status: int) -> None:

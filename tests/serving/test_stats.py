@@ -57,7 +57,7 @@ def test_numbers_agree_with_metrics(server: ServerProcess) -> None:
 
 def test_the_stream_follows_a_load(server: ServerProcess) -> None:
     load = threading.Thread(target=server.http.post, args=("/v1/completions",), kwargs={"json": {
-        "prompt": ["a", "b", "c"], "max_tokens": 300, "ignore_eos": True}})
+        "prompt": [f"def number_{i}(x):" for i in range(3)], "max_tokens": 300, "ignore_eos": True}})
     steps, running, rows, states = [], [], [], set()
     for index, stats in enumerate(snapshots(server, interval_ms=100)):
         if index == 0:
@@ -75,7 +75,9 @@ def test_the_stream_follows_a_load(server: ServerProcess) -> None:
     assert (False, False, True) in states  # seen while it decoded
     times = [row[0] for row in rows]
     assert times == sorted(set(times))  # each row once
-    assert all(0 < seconds < 60 and tokens > 0 for _, seconds, tokens in steps)
+    assert all(0 < seconds < 60 and tokens > 0 for _, seconds, tokens, _ in steps)
+    decoding = [tokens for _, _, tokens, num_seqs in steps if tokens <= num_seqs]
+    assert 250 <= len(decoding) < len(steps)  # all but those that computed the prompts
     ends = [step[0] for step in steps]
     assert ends == sorted(ends)
 
@@ -124,9 +126,9 @@ def test_a_server_with_keys_shows_its_page_and_nothing_else(tmp_path: Path) -> N
 def test_step_log() -> None:
     log = StepLog()
     for step in range(MAX_STEPS_A_BEAT + 10):
-        log.note(float(step), 0.004, 7)
+        log.note(float(step), 0.004, 7, 3)
     report = log.take()
-    assert len(report.recent) == MAX_STEPS_A_BEAT and report.recent[-1] == (MAX_STEPS_A_BEAT + 9.0, 0.004, 7)
+    assert len(report.recent) == MAX_STEPS_A_BEAT and report.recent[-1] == (MAX_STEPS_A_BEAT + 9.0, 0.004, 7, 3)
     assert sum(report.time_s.counts) == sum(report.tokens.counts) == MAX_STEPS_A_BEAT + 10
     assert report.time_s.counts[STEP_TIME_S.index(0.005)] == MAX_STEPS_A_BEAT + 10
     assert report.tokens.sum == 7 * (MAX_STEPS_A_BEAT + 10)
@@ -135,12 +137,12 @@ def test_step_log() -> None:
 
 def test_history_gives_each_step_once_and_forgets_the_oldest() -> None:
     history = EngineHistory()
-    history.take_steps(StepReport(recent=[(1.0, 0.1, 1), (2.0, 0.1, 1)]))
+    history.take_steps(StepReport(recent=[(1.0, 0.1, 1, 1), (2.0, 0.1, 1, 1)]))
     _, first = history.since((0, 0))
     cursor = history.cursor
     assert [step[0] for step in first] == [1.0, 2.0] and history.since(cursor) == ([], [])
-    history.take_steps(StepReport(recent=[(1.5, 0.1, 1)]))  # reported late: news all the same
+    history.take_steps(StepReport(recent=[(1.5, 0.1, 1, 1)]))  # reported late: news all the same
     assert [step[0] for step in history.since(cursor)[1]] == [1.5]
-    history.take_steps(StepReport(recent=[(float(at), 0.1, 1) for at in range(3 * MAX_STEPS)]))
+    history.take_steps(StepReport(recent=[(float(at), 0.1, 1, 1) for at in range(3 * MAX_STEPS)]))
     kept = history.since(cursor)[1]
     assert len(kept) == MAX_STEPS and kept[-1][0] == 3 * MAX_STEPS - 1

@@ -56,9 +56,15 @@ def tools(browser: Browser, server: ServerProcess, path: Path) -> None:
 
 
 def engine(browser: Browser, server: ServerProcess, paths: dict[str, Path]) -> None:
+    done = threading.Event()
+
     def load(count: int, max_tokens: int) -> None:
         prompts = [f"def number_{i}(x):\n    " * (4 + 6 * i) for i in range(count)]
-        server.http.post("/v1/completions", json={"prompt": prompts, "max_tokens": max_tokens, "ignore_eos": True})
+        with server.http.stream("POST", "/v1/completions", json={
+                "prompt": prompts, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}) as response:
+            for _ in response.iter_lines():
+                if done.is_set():
+                    return
 
     tabs = []
     for scheme in paths:
@@ -75,6 +81,7 @@ def engine(browser: Browser, server: ServerProcess, paths: dict[str, Path]) -> N
         expect(page.locator("#m-running")).not_to_have_text("0")
         save(page, path)
         tab.close()
+    done.set()
     for thread in threads:
         thread.join()
 

@@ -22,13 +22,14 @@ WATCH_SHIFTS = """
 def test_streams_an_answer_with_its_figures(open_tab: Tab) -> None:
     page = open_tab()
     assert open_tab.watchers[0].requests[0].endswith("/")
-    ask(page, "Write a function that reads a file.", max_tokens=120)
+    never_ending(page)
+    ask(page, "Write a function that reads a file.", max_tokens=500)
     expect(page.locator(".message.streaming .figures")).to_contain_text("token")  # live, before it is complete
     answered(page)
     figures = page.locator(".figures").inner_text()
     assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first after \d+ ms · prompt \d+", figures), figures
     assert page.locator(".body").inner_text().strip()
-    assert page.locator(".codeblock code").count() == 1
+    assert page.locator(".codeblock code").count() >= 1
     assert page.locator("#announce").inner_text().startswith("Answer complete, ")
 
 
@@ -42,8 +43,8 @@ def test_the_same_seed_gives_the_same_answer_and_settings_are_sent(open_tab: Tab
     ask(page, "Hello")
     answered(page)
     first = page.locator(".body").inner_text()
-    page.get_by_role("button", name="Retry").click()
-    expect(page.locator("#log")).to_have_attribute("aria-busy", "true")
+    with page.expect_request("**/v1/chat/completions"):
+        page.get_by_role("button", name="Retry").click()
     answered(page)
     assert page.locator(".body").inner_text() == first
     body = bodies[-1]

@@ -213,7 +213,7 @@ def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineSta
     scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
     c = scheduler.counters
     return EngineStats(
-        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=pool.num_blocks,
+        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=pool.num_usable,
         num_free_blocks=pool.num_available, kv_usage=scheduler.kv.usage, num_steps=loop.num_steps,
         last_step_s=loop.last_step_s, step_time_s=loop.step_time_s, oldest_waiting_s=scheduler.oldest_waiting_s(),
         prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,

@@ -110,7 +110,7 @@ def tier_stats(kv: KVManager) -> dict[str, Any]:
     tiers, pool = kv.tiers, kv.pool
     if tiers is None:
         return {}
-    device = TierStats(num_blocks=pool.num_blocks, num_used=pool.num_blocks - pool.num_free,
+    device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
                        unsaved_total=tiers.saver.num_cut, evicted_total=pool.num_evicted)
     found = {"device": device, "host": _tier(tiers.host, tiers.writer.num_cut if tiers.disk else 0, {})}
     if tiers.disk is not None and tiers.store is not None:

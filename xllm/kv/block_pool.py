@@ -60,6 +60,11 @@ class BlockPool:
     # --- capacity
 
     @property
+    def num_usable(self) -> int:
+        """Blocks that rows can have: all but the reserved ones."""
+        return self.num_blocks - self.num_reserved
+
+    @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give now: free ones and evictable ones."""
         return self._num_free + len(self._policy) - self._num_leased_cached
@@ -77,7 +82,7 @@ class BlockPool:
     @property
     def num_held(self) -> int:
         """Blocks with a holder, but for the reserved ones."""
-        return self.num_blocks - self.num_reserved - self.num_available - self.num_pending
+        return self.num_usable - self.num_available - self.num_pending
 
     # --- taking and giving back
 

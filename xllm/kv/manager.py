@@ -259,7 +259,7 @@ class KVManager:
     @property
     def usage(self) -> float:
         """Share of the blocks that somebody holds or that are still in flight."""
-        return 1.0 - self.pool.num_available / (self.pool.num_blocks - self.pool.num_reserved)
+        return 1.0 - self.pool.num_available / self.pool.num_usable
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if pool, index and block tables disagree."""

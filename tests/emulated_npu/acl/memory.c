@@ -73,10 +73,11 @@ static bool lies_in(const char *pointer, size_t size, bool device) {
 bool is_device(const void *pointer, size_t size) { return lies_in(pointer, size, true); }
 bool is_pinned(const void *pointer, size_t size) { return lies_in(pointer, size, false); }
 
-/* The first of `count` ranges that is not device memory (any more); -1: all are. */
+/* The first of `count` ranges that is not device memory (any more); -1: all are. Of a reserved range not every page need
+ * be mapped: a kernel reads those that it is told, and others end the process. */
 API int emulated_npu_first_dead(const uint64_t *starts, const uint64_t *sizes, int count) {
     for (int i = 0; i < count; i++)
-        if (!is_device((const void *)starts[i], sizes[i])) return i;
+        if (!is_device((const void *)starts[i], sizes[i]) && !is_reserved((const void *)starts[i], sizes[i])) return i;
     return -1;
 }
 API int emulated_npu_is_pinned(const void *pointer, size_t size) { return is_pinned(pointer, size); }

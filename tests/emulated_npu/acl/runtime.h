@@ -78,6 +78,7 @@ Model *forbidding_capture(void);       /* a capture that forbids this thread wha
 int unsafe_in_capture(const char *function); /* 0, or the code that a capture makes of this call; it ends the capture */
 bool is_pinned(const void *pointer, size_t size);
 bool is_device(const void *pointer, size_t size);
+bool is_reserved(const void *pointer, size_t size);
 size_t hbm_bytes(void);
 int take_hbm(size_t size);
 void give_hbm(size_t size);

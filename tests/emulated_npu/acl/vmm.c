@@ -25,6 +25,7 @@ static int range_of(const char *at, size_t size) {
         if (ranges[i].start && at >= ranges[i].start && at + size <= ranges[i].start + ranges[i].size) return i;
     return -1;
 }
+bool is_reserved(const void *pointer, size_t size) { return range_of(pointer, size) >= 0; }
 /* The mapping that shares a byte with [at, at + size), or -1. */
 static int mapping_in(const char *at, size_t size) {
     for (int i = 0; i < num_mappings; i++)

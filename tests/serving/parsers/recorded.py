@@ -161,7 +161,7 @@ GLM = {
                           + "</arg_key></arg_value>\n<arg_key>lines</arg_key>\n<arg_value>[1, \"a\"]</arg_value>\n"
                           "</tool_call>", [("write_file", {"text": HARD + "</arg_key>", "lines": [1, "a"]})]),
     "not-quite-json": Recorded("glm45", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>NaN</arg_value>\n<arg_key>b</arg_key>"
-                               "\n<arg_value> {\"x\": 1} </arg_value>\n</tool_call>", [("f", {"a": "NaN", "b": {"x": 1}})]),
+                               "\n<arg_value> [1, 2] </arg_value>\n</tool_call>", [("f", {"a": "NaN", "b": [1, 2]})]),
     "prose": Recorded("glm45", "<tool_call>hello there</tool_call>", [], "<tool_call>hello there</tool_call>"),
     "key-without-value": Recorded("glm45", "<tool_call>ping\n<arg_key>a</arg_key>no</tool_call>", [("ping", {})],
                                   "<arg_key>a</arg_key>no"),

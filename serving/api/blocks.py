@@ -1,0 +1,95 @@
+"""`Blocks`: a model's answer as a row of blocks - thinking, text, tool calls - that open, grow and close one after the
+other. Both the Responses API and the Messages API stream that way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from serving.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+
+Kind = Literal["reasoning", "text", "call"]
+
+
+@dataclass
+class Block:
+    """text: what it holds so far; of a call its arguments. call_id, name: of a call."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class Grew:
+    block: Block
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    block: Block
+
+
+Change = Opened | Grew | Closed
+
+
+class Blocks:
+    """parallel: whether calls behind the first count. Thinking that nobody may see is left out (`shows_reasoning`)."""
+
+    def __init__(self, *, parallel: bool = True, shows_reasoning: bool = True):
+        self.all: list[Block] = []
+        self._parallel, self._shows_reasoning = parallel, shows_reasoning
+        self._open: Block | None = None
+
+    @property
+    def has_calls(self) -> bool:
+        return any(block.kind == "call" for block in self.all)
+
+    def feed(self, events: Iterable[Event]) -> list[Change]:
+        """What the parser's events change. Every block is closed before the next one opens."""
+        changes: list[Change] = []
+        for event in events:
+            if isinstance(event, Reasoning):
+                if self._shows_reasoning:
+                    changes += self._grow("reasoning", event.text)
+            elif isinstance(event, Content):
+                changes += self._grow("text", event.text)
+            elif isinstance(event, CallStart) and (self._parallel or not event.index):
+                changes += self._switch(Block(len(self.all), "call", call_id=event.id, name=event.name))
+            elif isinstance(event, CallArguments) and (self._parallel or not event.index):
+                changes += self._add(event.text)
+        return changes
+
+    def end(self) -> list[Change]:
+        """The answer is complete."""
+        closed, self._open = self._open, None
+        return [] if closed is None else [Closed(closed)]
+
+    def _grow(self, kind: Kind, text: str) -> list[Change]:
+        changes: list[Change] = []
+        if self._open is None or self._open.kind != kind:
+            if kind == "text" and not text.strip() and self.all:
+                return []  # blanks between thinking and calls are no text
+            changes = self._switch(Block(len(self.all), kind))
+        return changes + self._add(text)
+
+    def _add(self, text: str) -> list[Change]:
+        if not text or self._open is None:
+            return []
+        self._open.text += text
+        return [Grew(self._open, text)]
+
+    def _switch(self, block: Block) -> list[Change]:
+        changes = self.end()
+        self._open = block
+        self.all.append(block)
+        return [*changes, Opened(block)]

@@ -1,0 +1,166 @@
+"""The Responses API through the real client: whole, streamed in the order that the client's types demand, continued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import openai
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+
+from serving.responses_store import ResponseStore
+from tests.serving.recorded_tools import SCRIPTS, TEMPLATE, TOOLS
+from tests.serving.scripted_model import go, write_checkpoint
+from tests.serving.server_process import ServerProcess
+
+FLAT_TOOLS = [{"type": "function", "strict": None, **tool["function"]} for tool in TOOLS]
+KINDS = {kind.model_fields["type"].annotation.__args__[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])}
+KEYS = ("first-key-of-some-length", "second-key-of-some-length")
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("scripted"), SCRIPTS, TEMPLATE)
+    with ServerProcess(folder / "log.txt", str(folder), "--served-model-name", "scripted", "--max-model-len", "2048",
+                       "--api-key", KEYS[0], "--api-key", KEYS[1], key=KEYS[0]) as server:
+        yield server
+        server.wait_idle()
+
+
+@pytest.fixture
+def client(scripted: ServerProcess) -> Iterator[openai.OpenAI]:
+    with scripted.client() as opened:
+        yield opened
+
+
+def ask(client: openai.OpenAI, script: str, **wish: Any) -> Response:
+    return client.responses.create(**{"model": "scripted", "input": go(script), "temperature": 0, **wish})
+
+
+def kinds(response: Response) -> list[str]:
+    return [item.type for item in response.output]
+
+
+def test_text(client: openai.OpenAI) -> None:
+    response = ask(client, "text")
+    assert response.output_text == SCRIPTS["text"]
+    assert response.status == "completed" and kinds(response) == ["message"]
+    usage = response.usage
+    assert usage is not None and usage.total_tokens == usage.input_tokens + usage.output_tokens > 5
+
+
+def test_thinking_and_calls_are_items_of_their_own(client: openai.OpenAI) -> None:
+    thought = ask(client, "thinks")
+    assert kinds(thought) == ["reasoning", "message"] and thought.output_text == "The answer is 42."
+    assert "let me see" in thought.output[0].content[0].text
+    assert thought.usage.output_tokens_details.reasoning_tokens > 0
+    calls = ask(client, "calls", tools=FLAT_TOOLS)
+    assert kinds(calls) == ["message", "function_call", "function_call"]
+    assert json.loads(calls.output[1].arguments) == {"city": "Zürich 😀", "days": 3}
+    assert calls.output[1].call_id != calls.output[2].call_id and calls.output[2].name == "ping"
+    assert kinds(ask(client, "calls", tools=FLAT_TOOLS, parallel_tool_calls=False)) == ["message", "function_call"]
+
+
+@pytest.mark.parametrize("script", ["text", "thinks", "calls", "thinks-then-calls"])
+def test_a_stream_tells_what_the_whole_says(client: openai.OpenAI, scripted: ServerProcess, script: str) -> None:
+    whole = ask(client, script, tools=FLAT_TOOLS)
+    events = list(ask(client, script, tools=FLAT_TOOLS, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type == "response.completed"
+    final = events[-1].response
+    assert [item.type for item in final.output] == kinds(whole) and final.output_text == whole.output_text
+    texts: dict[int, str] = {}
+    open_items: set[int] = set()
+    for event in events[2:-1]:
+        if event.type == "response.output_item.added":
+            assert not open_items
+            open_items.add(event.output_index)
+        elif event.type == "response.output_item.done":
+            open_items.remove(event.output_index)
+        else:
+            assert event.output_index in open_items
+        if event.type.endswith(".delta"):
+            texts[event.output_index] = texts.get(event.output_index, "") + event.delta
+    for index, item in enumerate(final.output):
+        said = item.arguments if item.type == "function_call" else item.content[0].text
+        assert texts.get(index, "") == said
+    raw = scripted.http.post("/v1/responses", json={"model": "scripted", "input": go(script), "stream": True}).text
+    for line in raw.splitlines():
+        if line.startswith("data: "):
+            KINDS[json.loads(line[6:])["type"]].model_validate_json(line[6:])
+    with client.responses.stream(model="scripted", input=go(script)) as helper:
+        assert helper.get_final_response().output_text is not None
+
+
+def test_a_conversation_goes_on(client: openai.OpenAI, scripted: ServerProcess) -> None:
+    first = ask(client, "calls", tools=FLAT_TOOLS)
+    call = next(item for item in first.output if item.type == "function_call")
+    outputs = [{"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+               for item in first.output if item.type == "function_call"]
+    asked = [*outputs, {"role": "user", "content": [{"type": "input_text", "text": go("text")}]}]
+    second = client.responses.create(model="scripted", previous_response_id=first.id, input=asked, temperature=0,
+                                     tools=FLAT_TOOLS)
+    assert second.output_text == SCRIPTS["text"] and second.previous_response_id == first.id
+    assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+    by_hand = [{"role": "user", "content": go("calls")}, *(item.model_dump(exclude_none=True) for item in first.output),
+               *asked]
+    again = client.responses.create(model="scripted", input=by_hand, temperature=0, tools=FLAT_TOOLS)
+    assert again.usage.input_tokens == second.usage.input_tokens
+    assert call.name == "get_weather"
+
+
+def test_kept_shown_and_deleted(client: openai.OpenAI, scripted: ServerProcess) -> None:
+    response = ask(client, "text", metadata={"a": "b"})
+    assert client.responses.retrieve(response.id).output_text == response.output_text
+    assert client.responses.retrieve(response.id).metadata == {"a": "b"}
+    with openai.OpenAI(base_url=f"{scripted.url}/v1", api_key=KEYS[1], max_retries=0) as other:
+        with pytest.raises(openai.NotFoundError):
+            other.responses.retrieve(response.id)
+        with pytest.raises(openai.NotFoundError):
+            other.responses.create(model="scripted", previous_response_id=response.id, input="x")
+    client.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response.id)
+    unstored = ask(client, "text", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unstored.id)
+
+
+def test_cut_by_length(client: openai.OpenAI) -> None:
+    response = ask(client, "thinks", max_output_tokens=4)
+    assert response.status == "incomplete" and response.incomplete_details.reason == "max_output_tokens"
+    assert list(ask(client, "text", max_output_tokens=2, stream=True))[-1].type == "response.incomplete"
+
+
+def test_a_prescribed_form(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    response = ask(client, "text", text={"format": {"type": "json_schema", "name": "x", "schema": schema}})
+    assert json.loads(response.output_text)["a"] in (1, 2)
+
+
+@pytest.mark.parametrize(("wish", "field"), [
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"), ({"input": [{"role": "tool", "content": "x"}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"), ({"background": True}, "background"),
+    ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "messages"),
+    ({"unknown": 1}, "unknown"),
+])
+def test_what_is_not_built_is_named(scripted: ServerProcess, wish: dict, field: str) -> None:
+    answer = scripted.http.post("/v1/responses", json={"input": "x", **wish})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+def test_the_store_is_bounded() -> None:
+    store = ResponseStore(max_entries=3, max_chars=400)
+    for i in range(5):
+        store.put({"id": str(i), "text": "x" * 20}, [], "me")
+    assert len(store) == 3 and store.get("1", "me") is None and store.get("2", "me") is not None
+    assert store.get("2", "you") is None and not store.delete("2", "you")
+    store.put({"id": "large", "text": "x" * 300}, [], "me")
+    assert store.num_chars <= 400 and store.get("large", "me") is not None
+    store.put({"id": "huge", "text": "x" * 500}, [], "me")
+    assert store.get("huge", "me") is None and store.get("large", "me") is not None
+    assert store.delete("large", "me") and store.num_chars >= 0
