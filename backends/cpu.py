@@ -58,6 +58,7 @@ class CpuBackend:
     name = "cpu"
     default_block_size = 16
     num_reserved_blocks = 0
+    dense_kv = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):

@@ -124,6 +124,7 @@ class CudaBackend:
     name = "cuda"
     default_block_size = 128
     num_reserved_blocks = 0
+    dense_kv = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:

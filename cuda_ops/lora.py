@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cuda_ops.launch import launch
 
-SHRINK_BLOCK, EXPAND_BLOCK = 256, 128
+SHRINK_ROWS, SHRINK_BLOCK, EXPAND_BLOCK = 8, 256, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,15 @@ class PackedLora:
 
 
 @triton.jit(do_not_specialize=["X"])
-def lora_shrink_kernel(x_ptr, a_ptr, slots_ptr, h_ptr, X, x_stride, R: tl.constexpr, R_PADDED: tl.constexpr,
+def lora_shrink_kernel(x_ptr, a_ptr, slots_ptr, h_ptr, X, x_stride, R: tl.constexpr, ROWS: tl.constexpr,
                        BLOCK: tl.constexpr):
-    """h[t] = A[slot] @ x[t], in fp32; nothing for tokens without an adapter."""
+    """ROWS of h[t] = A[slot] @ x[t], in fp32; nothing for tokens without an adapter."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t)
     if slot > 0:
-        r = tl.arange(0, R_PADDED)
+        r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
-        acc = tl.zeros([R_PADDED], tl.float32)
+        acc = tl.zeros([ROWS], tl.float32)
         rows_ptr = a_ptr + ((slot - 1).to(tl.int64) * R + r[:, None]) * X
         for first in tl.range(0, X, BLOCK):
             inside = first + column < X
@@ -75,7 +75,7 @@ def lora_add(y_TY: Tensor, x_TX: Tensor, packed: PackedLora, slots_T: Tensor,
     assert x_TX.stride(1) == 1 and y_TY.stride(1) == 1
     (T, Y), R, rank = y_TY.shape, packed.a_LRX.shape[1], packed.b_LYR.shape[2]
     h_TR = torch.empty(T, R, dtype=torch.float32, device=x_TX.device)
-    launch(lora_shrink_kernel, (T,), x_TX, packed.a_LRX, slots_T, h_TR, x_TX.shape[1], x_TX.stride(0), R=R,
-           R_PADDED=triton.next_power_of_2(R), BLOCK=SHRINK_BLOCK, num_warps=4)
+    launch(lora_shrink_kernel, (T, triton.cdiv(R, SHRINK_ROWS)), x_TX, packed.a_LRX, slots_T, h_TR, x_TX.shape[1],
+           x_TX.stride(0), R=R, ROWS=SHRINK_ROWS, BLOCK=SHRINK_BLOCK, num_warps=4)
     launch(lora_expand_kernel, (T, triton.cdiv(Y, EXPAND_BLOCK)), y_TY, packed.b_LYR, packed.part_Y, slots_T, h_TR, Y,
            y_TY.stride(0), R=R, RANK=rank, RANK_PADDED=triton.next_power_of_2(rank), BLOCK=EXPAND_BLOCK, num_warps=4)

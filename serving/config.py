@@ -56,6 +56,9 @@ class ChatSettings:
     trust_request_chat_template: bool = option(False, "let requests bring their own chat_template")
 
 
+END_REASONS = ("head_timeout", "body_timeout", "write_timeout", "max_connections")  # of connections, by the server
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
     head_timeout: float = option(20.0, "seconds in which a request's head must arrive; 0: any")

@@ -15,9 +15,9 @@ import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.api.errors import invalid
-from serving.config import ConnectionSettings
+from serving.config import END_REASONS, ConnectionSettings
 
-HEAD, BODY, WRITE, FULL = "head_timeout", "body_timeout", "write_timeout", "max_connections"
+HEAD, BODY, WRITE, FULL = END_REASONS
 
 
 class Connection(H11Protocol):

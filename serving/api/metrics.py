@@ -11,7 +11,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from serving.config import END_REASONS
 from serving.step_log import STEP_TIME_S, STEP_TOKENS, Buckets
+from serving.waiting import CLASS_NAMES
 
 if TYPE_CHECKING:
     from serving.request_log import RequestRecord
@@ -141,7 +143,8 @@ class ServerCollector:
             "step_time_seconds": (s.step_time_s, "Duration of the last step"),
             "oldest_waiting_seconds": (s.oldest_waiting_s, "Age of the oldest request in the queue"),
             "engine_silent_seconds": (self._state.engine.silent_for_s(), "Since the last sign of progress"),
-            "engine_up": (float(self._state.engine.dead_reason is None), "1 while the engine lives"),
+            "engine_up": (float(self._state.engine.is_up), "1 while the engine takes requests"),
+            "queue_tokens": (self._state.engine.waiting.num_tokens, "Prompt tokens that wait for their first output"),
         }
         counters = {
             "engine_steps": (s.num_steps, "Steps"),
@@ -154,6 +157,11 @@ class ServerCollector:
             "spec_decode_num_draft_tokens": (s.spec_draft_tokens_total, "Draft tokens"),
             "spec_decode_num_accepted_tokens": (s.spec_accepted_tokens_total, "Draft tokens accepted"),
         }
+        if (supervisor := self._state.supervisor) is not None:
+            counters["engine_restarts"] = (supervisor.num_restarts, "Times that the engine was started again")
+        if s.graphs is not None:
+            counters["graph_fed_steps"] = (s.graphs.fed_steps_total,
+                                           "Steps queued before the tokens of the one before were read")
         for name, (value, text) in gauges.items():
             gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             gauge.add_metric(labels, value)
@@ -172,6 +180,7 @@ class ServerCollector:
                 ("iteration_tokens_total", "Tokens computed in a step", steps.tokens, STEP_TOKENS),
                 ("engine_step_duration_seconds", "Duration of a step", steps.time_s, STEP_TIME_S)):
             yield histogram_family(f"{prefix}:{name}", text, buckets, bounds, labels)
+        yield from self._overload_families(prefix, labels)
         yield from self._tier_families(prefix, labels)
         yield from self._graph_families(prefix, labels)
         if (ready := self._state.engine.ready) is not None:
@@ -183,6 +192,20 @@ class ServerCollector:
             info.add_metric((*labels, *facts.values()), 1)
             yield info
 
+    def _overload_families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
+        """What was turned away."""
+        waiting = self._state.engine.waiting
+        for name, text, label, values in (
+                ("requests_refused", "Requests that found the queue too full", "kind",
+                 dict(zip(CLASS_NAMES, waiting.num_refused))),
+                ("requests_shed", "Waiting requests that made room for better ones", "kind",
+                 dict(zip(CLASS_NAMES, waiting.num_shed))),
+                ("connections_closed", "Connections that the server ended", "reason",
+                 {reason: self._state.closed_connections[reason] for reason in END_REASONS})):
+            counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=(*LABELS, label))
+            for key, value in values.items():
+                counter.add_metric((*labels, key), value)
+            yield counter
 
     def _tier_families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
         """The KV tiers: device (l1, l2), host memory (l3), disk (l4), and the lanes between them."""
@@ -238,7 +261,6 @@ class ServerCollector:
         swaps = counter(f"{prefix}:num_swaps", "Preemptions whose KV was copied to host memory", labels=LABELS)
         swaps.add_metric(labels, s.swaps_total)
         yield swaps
-
 
     def _graph_families(self, prefix: str, labels: tuple[str, ...]) -> Iterator[Metric]:
         """Captured graphs, on devices with a graph mode."""

@@ -127,10 +127,28 @@ def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield str(BF16), lambda: quantise_rows(torch.empty(4, 4096, dtype=BF16))
 
 
+def feed_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.feed import feed_tokens
+
+    ids = torch.zeros(64, dtype=torch.int32)
+    yield "T64", lambda: feed_tokens(ids, ids, torch.zeros(64, dtype=torch.int64))
+
+
+def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.lora import lora_add, pack_lora
+
+    slots = torch.zeros(4, dtype=torch.int32)
+    for rank, parts, dtype in ((16, (4096, 1024, 1024), BF16), (64, (12288, 12288), BF16), (8, (4096,), FP32)):
+        a = torch.empty(2, len(parts) * rank, 4096, dtype=dtype)
+        packed = pack_lora(a, torch.empty(2, sum(parts), rank, dtype=dtype), parts)
+        x, y = torch.empty(4, 4096, dtype=dtype), torch.empty(4, sum(parts), dtype=dtype)
+        yield f"R{rank} {len(parts)} parts {dtype}", partial(lora_add, y, x, packed, slots)
+
+
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
     "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
-    "linear": linear_cases,
+    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
 }  # fmt: skip
 
 

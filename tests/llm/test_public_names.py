@@ -10,7 +10,8 @@ import pytest
 
 import xllm
 
-PUBLIC = ["AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "RequestOutput", "SamplingParams",
+PUBLIC = ["AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "PoolingParams",
+          "RequestOutput", "SamplingParams",
           "StructuredOutput", "__version__"]
 
 

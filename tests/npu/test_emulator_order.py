@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.emulated_npu.install import machine
+from tests.emulated_npu.tasks import AND, EQ, GEQ, NOR, ValueWait
 from tests.emulated_npu.tensors import host
 from tests.npu.test_emulator_capture import DEVICE, Updatable, captured
 
@@ -174,3 +176,15 @@ def test_replays_and_eager_work_together() -> None:
         return [total.cpu()[0].item() for total in totals] == [1.0, 3.0, 5.0]
 
     assert outcomes(function) == {True}
+
+
+@pytest.mark.parametrize(
+    ("flag", "passing", "blocking"),
+    [(GEQ, (5, 6, 5 + 2**62), (4, 0)), (EQ, (5,), (4, 6)), (AND, (1, 4, 7), (2, 8)), (NOR, (1, 0), (2**64 - 1, ~5))],
+)
+def test_what_a_value_is_waited_for(flag: int, passing: tuple[int, ...], blocking: tuple[int, ...]) -> None:
+    word = ctypes.c_uint64()
+    wait = ValueWait(ctypes.addressof(word), 5, flag)
+    for value in (*passing, *blocking):
+        word.value = value
+        assert wait.ready(None) == (value in passing)

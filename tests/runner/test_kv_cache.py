@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.runner.harness import make_config
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
 from xllm.models.decoder import CausalLM
-from xllm.runner.kv_cache import KVCache, block_bytes, compute_dtype, plan_num_blocks
+from xllm.runner.kv_cache import KVCache, block_bytes, compute_dtype, page_bytes, plan_num_blocks
 
 # 2 layers, keys and values, 2 heads, 16 numbers a head, 8 tokens a block, 4 bytes each
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4
@@ -60,6 +61,19 @@ def test_the_device_s_own_blocks_come_on_top(backend: Backend, shape: ModelConfi
                                              num_blocks: int) -> None:
     machine = device(backend, memory_bytes=100 * BLOCK_BYTES, num_reserved=2)
     assert plan_num_blocks(make_config(**settings), machine, shape, torch.float32) == num_blocks
+
+
+@pytest.mark.parametrize(("granularity", "dense", "num_bytes"), [
+    (4096, False, 12288), (4096, True, 12288), (5120, False, 15360), (5120, True, 15360), (8192, False, 16384),
+    (8192, True, 24576),
+])
+def test_pages_hold_whole_blocks_of_each_layer_where_they_must(shape: ModelConfig, granularity: int,
+                                                               dense: bool, num_bytes: int) -> None:
+    """3 KiB of keys, and of values, of each of two layers."""
+    machine: Any = SimpleNamespace(vmm=SimpleNamespace(granularity_bytes=granularity), dense_kv=dense,
+                                   kv_cache_shape=lambda *sizes: (1, 768))
+    two_layers = dataclasses.replace(shape, num_layers=2)
+    assert page_bytes(make_config(kv_layout="xtensor"), machine, two_layers, torch.float32) == num_bytes
 
 
 def test_the_device_s_own_blocks_hold_no_sequence(backend: Backend, shape: ModelConfig) -> None:

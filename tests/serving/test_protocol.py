@@ -31,11 +31,12 @@ def deltas(draw: st.DrawFn) -> OutputDelta:
     delta.num_preemptions = draw(st.integers(0, 9))
     tiers = st.sampled_from(["l1", "l2", "l3", "l4"])
     delta.cached_by_tier = draw(st.none() | st.dictionaries(tiers, st.integers(0, 10**6)))
+    delta.embedding = draw(st.none() | st.lists(st.floats(allow_nan=False, width=32), max_size=3))
     return delta
 
 
 FIELDS = ("request_id", "token_ids", "num_cached_tokens", "finish_reason", "stop_reason", "logprobs",
-          "prompt_logprobs", "num_preemptions", "error", "cached_by_tier")
+          "prompt_logprobs", "num_preemptions", "error", "cached_by_tier", "embedding")
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])

@@ -47,7 +47,10 @@ class LoadedModel:
         self.config = config.resolve(model_max_len=self.model_config.max_model_len,
                                      default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
-        self.num_blocks = plan_num_blocks(self.config, self.backend, self.model_config, self._dtype)
+        def plan() -> int:
+            return plan_num_blocks(self.config, self.backend, self.model_config, self._dtype)
+
+        plan()  # what cannot fit even without the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapters import AdapterSlots
@@ -55,6 +58,7 @@ class LoadedModel:
             self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
+        self.num_blocks = plan()
 
     def make_runner(self) -> ModelRunner:
         """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""

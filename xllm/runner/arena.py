@@ -19,9 +19,10 @@ from torch import Tensor
 from backends.vmm import VmmDriver
 
 
-def padded_bytes(num_bytes: int, driver: VmmDriver) -> int:
-    """The size of a page that holds `num_bytes`."""
-    return -(-num_bytes // driver.granularity_bytes) * driver.granularity_bytes
+def padded_bytes(num_bytes: int, driver: VmmDriver, unit: int = 1) -> int:
+    """The size of a page that holds `num_bytes`, a multiple of `unit` bytes as well."""
+    step = math.lcm(driver.granularity_bytes, unit)
+    return -(-num_bytes // step) * step
 
 
 class Arena:

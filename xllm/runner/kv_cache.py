@@ -79,7 +79,8 @@ def page_bytes(config: EngineConfig, backend: Backend, model_config: ModelConfig
     assert config.cache.block_size is not None, "resolve() first"
     num_bytes = block_bytes(backend, model_config, config.cache.block_size, dtype)
     if config.cache.kv_layout == "xtensor" and backend.vmm is not None:
-        return padded_bytes(num_bytes, backend.vmm)
+        unit = num_bytes // (2 * model_config.num_layers) if backend.dense_kv else 1
+        return padded_bytes(num_bytes, backend.vmm, unit)
     return num_bytes
 
 
