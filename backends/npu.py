@@ -32,8 +32,6 @@ from npu_ops.kv import Dense
 from npu_ops.recording import CAPTURE_LOCK, current_recorder
 from npu_ops.vmm import AclVmm
 
-MAX_TOKENS = 65536
-
 
 @dataclass(slots=True)
 class StepPlan:

@@ -37,9 +37,10 @@ def host(tensor: Tensor) -> Tensor:
 
 
 def _alias(tensor: Tensor, address: int) -> Tensor:
-    memory = torch.frombuffer((ctypes.c_char * range_of(tensor)[1]).from_address(address), dtype=torch.uint8)
-    alias = torch.empty(0, dtype=tensor.dtype)
-    return alias.set_(memory.untyped_storage(), 0, tensor.size(), tensor.stride())
+    with torch.inference_mode(False):  # kept for later callers, who may be outside of it
+        memory = torch.frombuffer((ctypes.c_char * range_of(tensor)[1]).from_address(address), dtype=torch.uint8)
+        alias = torch.empty(0, dtype=tensor.dtype)
+        return alias.set_(memory.untyped_storage(), 0, tensor.size(), tensor.stride())
 
 
 def range_of(tensor: Tensor) -> Range:

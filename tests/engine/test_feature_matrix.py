@@ -6,21 +6,26 @@ is on must also be seen to work (a hit, a preemption, an accepted draft): otherw
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.adapters import write_adapter
 from xllm import LLM, SamplingParams, StructuredOutput
 
+_FOLDERS = contextlib.ExitStack()
+atexit.register(_FOLDERS.close)
 MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
 FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers", "graph",
-            "grammar")
+            "grammar", "lora")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
 LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -44,6 +49,7 @@ GRAMMARS = [
     None,
     StructuredOutput(choice=["def g():\n" * 30, "def h():\n" * 30]),
 ]
+ADAPTERS = ["a", "", "b", "a", "", "b"]  # one a prompt
 
 
 def settings_for(features: frozenset[str]) -> dict:
@@ -83,13 +89,16 @@ def grammars_for(features: frozenset[str]) -> list[StructuredOutput | None]:
 def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
     with contextlib.ExitStack() as stack:
         settings = settings_for(features) | LAYOUTS[layout]
+        if "lora" in features:
+            settings["lora_modules"] = adapters()
         if "tiers" in features:
             settings["disk_cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
         llm = stack.enter_context(LLM(**settings))
-        first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)
+        names = ADAPTERS if "lora" in features else [""] * len(PROMPTS)
+        first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
         if "tiers" in features:
             leave_only_the_lower_tiers(llm, keep_host="overlap" not in features)
-        again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False)  # with a warm cache
+        again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)  # with a warm cache
         if "tiers" in features:
             settle(llm)
         stats = llm.stats()
@@ -132,6 +141,7 @@ def check_that_it_worked(features: frozenset[str], stats) -> None:
         if "overlap" not in features or "ngram" not in features:
             assert (stats.graphs.fed_steps_total > 0) == ("overlap" in features)
         assert ("verify" in {kind.split("-")[0] for kind in stats.graphs.replays_total}) == ("ngram" in features)
+        assert any("lora" in kind for kind in stats.graphs.replays_total) == ("lora" in features)
     assert (stats.preemptions_total > 0) == ("preemption" in features)
     assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
 
@@ -159,7 +169,16 @@ def plain(what_changes_the_output: frozenset[str]) -> list[list[int]]:
 
 
 def plain_for(features: frozenset[str]) -> list[list[int]]:
-    return plain(features & {"int8", "seeds", "grammar"})
+    return plain(features & {"int8", "seeds", "grammar", "lora"})
+
+
+@functools.cache
+def adapters() -> tuple[str, ...]:
+    """Written once; removed when the process ends."""
+    folder = Path(_FOLDERS.enter_context(tempfile.TemporaryDirectory()))
+    for seed, name in enumerate("ab"):
+        write_adapter(folder / name, seed)
+    return tuple(f"{name}={folder / name}" for name in "ab")
 
 
 PAIRS = [frozenset(pair) for pair in itertools.combinations(FEATURES, 2)]

@@ -158,6 +158,18 @@ def test_in_place_views_change_the_tensor() -> None:
     assert x.unsqueeze_(0).shape == (1, 3, 2) and (x + 1).shape == (1, 3, 2)
 
 
+def test_inference_mode_ends_with_its_block() -> None:
+    """What is at an address in inference mode does not make a tensor of inference mode out of what is there later."""
+    with torch.inference_mode():
+        inside = torch.empty(77, device="npu").fill_(1)
+    address = inside.data_ptr()
+    del inside
+    outside = torch.empty(77, device="npu")
+    assert outside.data_ptr() == address and outside.add_(1).isnan().all()
+    with torch.inference_mode():
+        assert outside.fill_(2).sum().item() == 154.0
+
+
 def test_results_into_given_tensors() -> None:
     x, out = torch.arange(3.0, device="npu"), torch.empty(3, device="npu")
     assert torch.add(x, 1, out=out) is out and out.tolist() == [1.0, 2.0, 3.0]

@@ -222,3 +222,20 @@ def test_feed_tokens() -> None:
     own, feed, sampled = torch.tensor([5, 6, 7]).int(), torch.tensor([-1, 1, 0]).int(), torch.tensor([11, -3])
     found = npu().ops.feed_tokens(*(x.to(npu().device) for x in (own, feed, sampled)))
     assert found.tolist() == [5, 0, 11] and found.dtype is torch.int32
+
+
+@pytest.mark.parametrize("present", [None, (1, 2)])
+def test_lora_add(present: tuple[int, ...] | None) -> None:
+    """Two adapters of rank 4 beside a layer of two stacked outputs; tokens of slot 0 have none."""
+    parts, slots = (16, 32), torch.tensor([0, 2, 1, 2], dtype=torch.int32)
+    x, y, a, b = (randn(*shape, dtype=torch.float16) for shape in ((4, 24), (4, 48), (2, 8, 24), (2, 48, 4)))
+    before = y.cpu().double()
+    npu().ops.lora_add(y, x, npu().ops.pack_lora(a, b, parts), slots.to(npu().device), present)
+    truth = before.clone()
+    for t, slot in enumerate(slots.tolist()):
+        if slot:
+            inner = a[slot - 1].cpu().double() @ x[t].cpu().double()
+            b_YR = b[slot - 1].cpu().double()
+            truth[t] += torch.cat((b_YR[:16] @ inner[:4], b_YR[16:] @ inner[4:]))
+    assert torch.equal(y[0].cpu().double(), before[0])
+    assert_near(y, truth, roundings=8)

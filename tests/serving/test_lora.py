@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+from tests.adapters import write_adapter
 from tests.serving.server_process import ServerProcess
 
 ADMIN = "an-admin-key-of-some-length"
 BODY = {"prompt": "def add(a, b):\n", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-
-
-def write_adapter(folder: Path, seed: int) -> None:
-    """For the bundled model."""
-    weights = load_file(Path(__file__).parents[2] / "xllm" / "bundled" / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, weight in weights.items():
-        if name.endswith(("q_proj.weight", "down_proj.weight")):
-            stem = "base_model.model." + name.removesuffix(".weight")
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
 
 
 @pytest.fixture(scope="module")

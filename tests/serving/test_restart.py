@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.adapters import write_adapter
 from tests.serving.server_process import ServerProcess, wait_for
 from tests.serving.test_lifecycle import LONG, Calls
-from tests.serving.test_lora import write_adapter
 
 SHORT = {"prompt": "def f(", "max_tokens": 8, "temperature": 0}
 ADMIN = "an-admin-key-of-some-length"
