@@ -118,7 +118,8 @@ class ServerConfig:
         if c.max_connections < 1:
             raise ConfigError(f"max_connections must be at least 1, got {c.max_connections}")
         for name, value in (("drain_timeout", h.drain_timeout), ("health_timeout", h.health_timeout),
-                            ("engine_restart_window", r.engine_restart_window), ("step_timeout", r.step_timeout), ("request_timeout", r.request_timeout),
+                            ("engine_restart_window", r.engine_restart_window), ("step_timeout", r.step_timeout),
+                            ("request_timeout", r.request_timeout),
                             ("head_timeout", c.head_timeout), ("body_timeout", c.body_timeout),
                             ("write_timeout", c.write_timeout)):
             if not 0 <= value < 1e6:

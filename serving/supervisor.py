@@ -1,4 +1,4 @@
-"""`Supervisor`: an engine that died or hangs is started again, so that a fault costs the requests that it had and no more.
+"""`Supervisor`: an engine that died or hangs is started again: a fault costs the requests that it had, and no more.
 
 A step that takes for ever is ended by force, with its number as the reason. Restarts are bounded within a window: a
 fault that comes back at once would otherwise be repeated for ever, model load included.
@@ -55,8 +55,8 @@ class Supervisor:
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4**len(self._restarts_s))
         self._restarts_s.append(now)
         self.num_restarts += 1
-        self._say(f"the engine stopped: {reason}; it is started again (restart {len(self._restarts_s)} of at most {limit} "
-                  f"within {self._settings.engine_restart_window:g} s)")
+        self._say(f"the engine stopped: {reason}; it is started again (restart {len(self._restarts_s)} of at most "
+                  f"{limit} within {self._settings.engine_restart_window:g} s)")
         try:
             await self._engine.restart(reason, pause_s)
             self._say(f"the engine is back after {time.monotonic() - now:.1f} s")

@@ -47,8 +47,8 @@ class WaitingTokens:
             excess = self.num_tokens + total - most
             if excess > 0 and not self._make_room(excess, min(map(rank_of, requests)), most):
                 self.num_refused[worst] += len(requests)
-                raise EngineBusyError(f"the queue is full: {self.num_tokens} prompt tokens wait, and {total} more would "
-                                      f"be over the {most} for {CLASS_NAMES[worst]} requests")
+                raise EngineBusyError(f"the queue is full: {self.num_tokens} prompt tokens wait, and {total} more "
+                                      f"would be over the {most} for {CLASS_NAMES[worst]} requests")
         for request in requests:
             self._num_entered += 1
             self._by_id[request.request_id] = _Waiting(len(request.prompt_token_ids), rank_of(request),

@@ -133,8 +133,8 @@ class DeviceSettings:
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
     enable_lora: bool = option(False, "take adapters; also set by --lora-modules")
-    lora_modules: tuple[str, ...] = option((), "NAME=FOLDER of an adapter (PEFT format) that requests may name as their "
-                                           "model; may be given several times")
+    lora_modules: tuple[str, ...] = option((), "NAME=FOLDER of an adapter (PEFT format) that requests may name as "
+                                           "their model; may be given several times")
     max_loras: int = option(4, "adapters that are loaded at once")
     max_lora_rank: int = option(64, "largest rank of an adapter")
 

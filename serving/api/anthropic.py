@@ -69,8 +69,12 @@ def _messages(index: int, role: str, content: str | list[dict[str, Any]]) -> lis
         else:
             raise invalid(f"messages.{index}: content of type {str(kind)[:64]!r} is not supported here", "messages")
     if role == "assistant":
-        extra = ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": "".join(reasoning)} if reasoning else {})
-        return [{"role": role, "content": "".join(texts), **extra}]
+        message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+        if calls:
+            message["tool_calls"] = calls
+        if reasoning:
+            message["reasoning_content"] = "".join(reasoning)
+        return [message]
     return [*results, *([{"role": role, "content": "".join(texts)}] if texts or not results else [])]
 
 
@@ -88,7 +92,8 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         return None
     for index, tool in enumerate(tools):
         if tool.get("type", "custom") != "custom" or not isinstance(tool.get("input_schema", {}), dict):
-            raise invalid(f"tools.{index}: only tools of the client's own, with an input_schema, are supported", "tools")
+            raise invalid(f"tools.{index}: only tools of the client's own, with an input_schema, are supported",
+                          "tools")
     return [{"type": "function", "function": {"name": tool.get("name"), "description": tool.get("description") or "",
                                               "parameters": tool.get("input_schema") or {}}} for tool in tools]
 

@@ -48,7 +48,8 @@ def document(models: Sequence[str] = (), vocab_size: int = 2**31) -> dict[str, A
     for kind in schemas["$defs"].values():
         if models and "model" in kind.get("properties", {}):
             kind["properties"]["model"] = {"enum": [*models, None]}
-    paths = {path.replace(":path", ""): _operations(path, level) for path, level in ROUTES.items() if not path.startswith(HIDDEN)}
+    paths = {path.replace(":path", ""): _operations(path, level)
+             for path, level in ROUTES.items() if not path.startswith(HIDDEN)}
     return {
         "openapi": "3.1.0", "info": {"title": "xLLM", "version": package_version()},
         "paths": paths,
@@ -61,11 +62,13 @@ def _prompt_schema(vocab_size: int) -> dict[str, Any]:
     """A text, several, token ids, or several lists of those."""
     text, token_ids = {"type": "string", "minLength": 1}, {
         "type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}}
-    return {"anyOf": [text, token_ids, *({"type": "array", "minItems": 1, "items": kind} for kind in (text, token_ids))]}
+    several = [{"type": "array", "minItems": 1, "items": kind} for kind in (text, token_ids)]
+    return {"anyOf": [text, token_ids, *several]}
 
 
 def _operations(path: str, level: Access) -> dict[str, Any]:
-    failed = {"description": "error", "content": {"application/json": {"schema": {"$ref": PREFIX.format(model="Error")}}}}
+    shape = {"schema": {"$ref": PREFIX.format(model="Error")}}
+    failed = {"description": "error", "content": {"application/json": shape}}
     operation: dict[str, Any] = {
         "operationId": path.strip("/").replace("/", "_") or "console", "tags": [level.name.lower()],
         "responses": {"200": {"description": "done"}, **{str(status): failed for status in ERROR_STATUSES}},

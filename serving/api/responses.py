@@ -22,6 +22,9 @@ from serving.security.caller import CALLER
 from serving.state import ServerState
 
 TEXT_PARTS = ("input_text", "output_text", "text")
+# Called alike here and in a chat. The second line is not OpenAI's, but load tools send it.
+SAMPLING = ("temperature", "top_p", "top_k", "seed",
+            "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
 
 
 def conversation(body: ResponsesBody, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,7 +75,7 @@ def chat_body(body: ResponsesBody, messages: list[dict[str, Any]]) -> ChatBody:
         messages = [{"role": "system", "content": body.instructions}, *messages]
     fields = {
         "model": body.model, "messages": messages, "stream": body.stream, "max_tokens": body.max_output_tokens,
-        "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "seed": body.seed,
+        **{name: getattr(body, name) for name in SAMPLING},
         "tools": _tools(body.tools), "tool_choice": _tool_choice(body.tool_choice) if body.tools else None,
         "parallel_tool_calls": body.parallel_tool_calls, "response_format": _response_format(body.text),
         "chat_template_kwargs": body.chat_template_kwargs, "priority": body.priority, "cache_salt": body.cache_salt,
@@ -87,8 +90,8 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         return None
     for index, tool in enumerate(tools):
         if tool.get("type") != "function":
-            raise invalid(f"tools.{index}: tools of type {str(tool.get('type'))[:64]!r} are not supported; only function",
-                          "tools")
+            raise invalid(f"tools.{index}: tools of type {str(tool.get('type'))[:64]!r} are not supported; only "
+                          "function", "tools")
     return [{"type": "function", "function": {name: value for name, value in tool.items()
                                               if name != "type" and value is not None}} for tool in tools]
 

@@ -198,6 +198,12 @@ class ResponsesBody(StrictBody):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
     seed: int | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None

@@ -16,8 +16,8 @@ from xllm import LLM, SamplingParams
 from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError
 
 RANKS = {"a": 4, "b": 7, "c": 1}
-TARGETS = {"a": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "b": ("q_proj", "v_proj"),
-           "c": ("down_proj", "up_proj")}
+TARGETS = {"a": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+           "b": ("q_proj", "v_proj"), "c": ("down_proj", "up_proj")}
 SAMPLING = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=2, logprobs=2)
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {}, "chunked": {"max_num_batched_tokens": 11}, "graph": {"graph_mode": "checked"}, "xtensor": {
@@ -30,8 +30,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 def write_adapter(folder: Path, name: str, shapes: dict[str, torch.Size], **config: Any) -> dict[str, torch.Tensor]:
     """An adapter of random numbers; returns what is to be added to each weight."""
     generator, rank = torch.Generator().manual_seed(ord(name[0])), RANKS[name[0]]
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(TARGETS[name[0]]), "bias": "none",
-                **config}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(TARGETS[name[0]]),
+                "bias": "none", **config}
     scale = 6 / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     tensors, changes = {}, {}
     for layer, shape in shapes.items():
@@ -83,7 +83,8 @@ def merged(folders: dict[str, Path]) -> dict[str, Any]:
     for name in ("", *RANKS):
         with engine(folders[f"merged-{name}" if name else "base"]) as llm:
             found[name] = llm.generate([{"prompt_token_ids": PROMPT[:25]}], SAMPLING, use_tqdm=False)[0]
-    assert len({tuple(output.outputs[0].token_ids) for output in found.values()}) == 4, "the adapters make no difference"
+    outputs = {tuple(output.outputs[0].token_ids) for output in found.values()}
+    assert len(outputs) == 4, "the adapters make no difference"
     return found
 
 
@@ -146,7 +147,8 @@ def test_a_sleeping_engine_keeps_its_adapters(folders: dict[str, Path], merged: 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias"), ({"lora_alpha": "x"}, "lora_alpha"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias"),
+    ({"lora_alpha": "x"}, "lora_alpha"),
 ])
 def test_what_is_not_built_is_named(folders: dict[str, Path], tmp_path: Path, change: dict, message: str) -> None:
     shapes = {key: value.shape for key, value in load_file(folders["base"] / "model.safetensors").items()}

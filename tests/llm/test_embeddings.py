@@ -15,7 +15,8 @@ TEXTS = ["def add(a, b):\n    return a + b\n", "x", "import os\nimport sys\n\n\n
 SETTINGS = {
     "plain": {}, "chunked": {"max_num_batched_tokens": 7}, "prefix": {"enable_prefix_caching": True},
     "xtensor": {"kv_layout": "xtensor"}, "ngram": {"speculative_method": "ngram"},
-    "graph": {"graph_mode": "checked", "graph_max_prefill_tokens": 64}, "small": {"num_kv_blocks": 15, "watermark": 0.0},
+    "graph": {"graph_mode": "checked", "graph_max_prefill_tokens": 64},
+    "small": {"num_kv_blocks": 15, "watermark": 0.0},
 }
 
 

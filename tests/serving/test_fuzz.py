@@ -72,8 +72,8 @@ BASES: dict[str, dict] = {
     "/v1/score": {"text_1": "x", "text_2": ["y"]}, "/rerank": {"query": "x", "documents": ["y"]},
     "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [1]},
 }
-NASTY = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**70), 1e308, 0.5, "", "x", "\x00", "\ud800", "é" * 3000, [], [None],
-         [[]], [2**40], ["x"] * 5, {}, {"x": 1}, {"": {"": [{}]}}, [{"role": "tool"}], {"type": "json_object"},
+NASTY = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**70), 1e308, 0.5, "", "x", "\x00", "\ud800", "é" * 3000, [],
+         [None], [[]], [2**40], ["x"] * 5, {}, {"x": 1}, {"": {"": [{}]}}, [{"role": "tool"}], {"type": "json_object"},
          {"type": "function", "function": {"name": "\x00"}}]
 
 

@@ -142,8 +142,10 @@ def test_a_prescribed_form(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(("wish", "field"), [
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"), ({"input": [{"role": "tool", "content": "x"}]}, "input"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"), ({"background": True}, "background"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+    ({"input": [{"role": "tool", "content": "x"}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+    ({"background": True}, "background"),
     ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "messages"),
     ({"unknown": 1}, "unknown"),
 ])
