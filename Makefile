@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -22,8 +22,10 @@ serve: setup
 chat: setup
 	$(BIN)/xllm chat $(MODEL)
 
+# The browser's driver keeps an event loop running, and Triton decides once for a process whether kernels are interpreted.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/web -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/web -n $(WORKERS) --dist loadfile -q -rs
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/cuda -n $(WORKERS) --dist loadfile -q
 
 # The Ascend backend on the real torch_npu and an emulated device. The wheel lies beside the environment, not in it:
@@ -56,6 +58,10 @@ nightly: setup
 # Every kind of value in every field of every request.
 fuzz: setup
 	FUZZ_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py --timeout 3600
+
+# Mixed traffic on a real server, and whether it leaves anything behind; REQUESTS= and SEED= for another run.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --requests $(or $(REQUESTS),100000) --seed $(or $(SEED),0) --json benchmarks/results/soak.json
 
 check: lint types house docs test
 

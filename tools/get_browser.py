@@ -11,7 +11,7 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 APT = (("apt-get", "update", "-q"), ("apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"))
-TIMEOUT_S = 300
+TIMEOUT_S = 120
 
 
 def find_chromium() -> str | None:

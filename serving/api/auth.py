@@ -55,6 +55,7 @@ ROUTES: dict[str, Access] = {
     "/v1/messages": Access.USER,
     "/v1/messages/count_tokens": Access.USER,
     "/v1/embeddings": Access.USER,
+    "/pooling": Access.USER,
     "/v1/sample": Access.USER,
     "/score": Access.USER,
     "/v1/score": Access.USER,

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`, `/score` and `/rerank`: texts as vectors, and how near they are to each other.
+"""`POST /v1/embeddings` (vLLM: `/pooling`), `/score` and `/rerank`: texts as vectors, how near they are to each other.
 
 A score is the cosine of two embeddings, which is what models made for embedding are trained for; whatever model is
 served, it is what `/v1/embeddings` gives that is compared.
@@ -133,14 +133,22 @@ def router(state: ServerState) -> APIRouter:
         call = params.call_id(body, prefix, request.headers.get("x-request-id"))
         return body, call, body.model or state.served_names[0]
 
-    @routes.post("/v1/embeddings")
-    async def create_embeddings(request: Request) -> Response:
-        body, call, model = await begin(request, EmbeddingBody, "embd")
+    async def pooled(request: Request, prefix: str, kind: str, key: str) -> Response:
+        """kind: what a vector calls itself; key: its member that holds the numbers."""
+        body, call, model = await begin(request, EmbeddingBody, prefix)
         inputs = read_prompts(body.input, state.config.limits.max_sequences_per_request, field="input")
         found = await embed(state, request, body, inputs, call, "input", body.dimensions)
-        data = [{"object": "embedding", "index": index, "embedding": encoded(vector, body.encoding_format)}
+        data = [{"object": kind, "index": index, key: encoded(vector, body.encoding_format)}
                 for index, vector in enumerate(found.vectors)]
         return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
+
+    @routes.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        return await pooled(request, "embd", "embedding", "embedding")
+
+    @routes.post("/pooling")
+    async def create_pooling(request: Request) -> Response:
+        return await pooled(request, "pool", "pooling", "data")
 
     @routes.post("/v1/score")
     @routes.post("/score")

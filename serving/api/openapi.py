@@ -18,7 +18,7 @@ BODIES: dict[str, type[types.StrictBody]] = {
     "/v1/completions": types.CompletionBody, "/v1/chat/completions": types.ChatBody,
     "/v1/responses": types.ResponsesBody,
     "/v1/messages": types.MessagesBody, "/v1/messages/count_tokens": types.CountTokensBody,
-    "/v1/embeddings": types.EmbeddingBody, "/v1/sample": types.SampleBody,
+    "/v1/embeddings": types.EmbeddingBody, "/pooling": types.EmbeddingBody, "/v1/sample": types.SampleBody,
     "/v1/score": types.ScoreBody, "/score": types.ScoreBody,
     "/rerank": types.RerankBody, "/v1/rerank": types.RerankBody, "/v2/rerank": types.RerankBody,
     "/tokenize": types.TokenizeBody, "/detokenize": types.DetokenizeBody,

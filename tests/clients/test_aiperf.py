@@ -37,3 +37,15 @@ def test_the_probe_is_answered_without_a_body(server: ServerProcess) -> None:
     """It asks HEAD first and takes 405 for: there, ask with GET."""
     answer = REQUESTS["metrics_probe"].send(server)
     assert answer.status_code in (200, 405) and answer.content == b""
+
+
+def test_responses(server: ServerProcess) -> None:
+    events = REQUESTS["responses"].events(server)
+    assert sum(event["type"] == "response.output_text.delta" for event in events) > 3
+    assert events[-1]["response"]["usage"]["output_tokens"] == 12
+
+
+def test_embeddings(server: ServerProcess) -> None:
+    answer = REQUESTS["embeddings"].json(server)
+    assert [item["object"] for item in answer["data"]] == ["embedding"]
+    assert len(answer["data"][0]["embedding"]) == 256

@@ -38,3 +38,15 @@ def test_what_was_sent_before_comes_from_the_cache(server: ServerProcess) -> Non
     cached = [request.events(server, prompt=prompt)[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
               for _ in range(2)]
     assert cached[0] < 16 <= cached[1]
+
+
+def test_responses(server: ServerProcess) -> None:
+    events = REQUESTS["responses"].events(server)
+    assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    usage = events[-1]["response"]["usage"]
+    assert 1 <= usage["output_tokens"] <= 12 and usage["input_tokens"] > 10
+
+
+def test_embeddings(server: ServerProcess) -> None:
+    answer = REQUESTS["embeddings"].json(server)
+    assert len(answer["data"][0]["embedding"]) == 256 and answer["usage"]["prompt_tokens"] > 10

@@ -58,7 +58,7 @@ def test_disconnect_aborts(server: ServerProcess, stream: bool) -> None:
     body = json.dumps({**LONG, "stream": stream, "n": 32}).encode()  # that many last for seconds
     with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as connection:
         before = server.value(aborted)
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: server.gauge("xllm:num_requests_running") == 32, what="the start")
     wait_for(lambda: server.value(aborted) == before + 32, what="the aborts")

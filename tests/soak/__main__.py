@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from serving.bench import report
 from tests.soak.run import run
 
 
@@ -20,15 +20,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=math.inf, help="send no new request after so long")
-    parser.add_argument("--json", type=Path, help="write the result to this file as well")
+    parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tqdm(total=args.requests, desc="requests", mininterval=1.0) as bar:
         log = Path(folder) / "log.txt"
         result = run(args.requests, args.seed, args.concurrency, log, bar.update, args.seconds)
-    found = json.dumps(result, indent=1) + "\n"
-    if args.json:
-        args.json.write_text(found, encoding="utf-8")
-    print(found, end="")
+    report.write(result, args.json)
     return 1 if result["problems"] else 0
 
 

@@ -27,9 +27,9 @@ NUM_SAMPLES = 200
 NUM_ERRORS_SHOWN = 20
 
 # Allowances. Memory: an allocator's arenas creep; a leak of 1 KiB a request is 50 MiB over the half of 10^5.
-# Threads: the event loop's pool starts them as it needs them, up to six on two cores.
+# Threads: the event loop's pool starts them as it needs them, up to so many.
 RSS_GROWTH_BYTES = 24 * 2**20
-COUNT_GROWTH = {"threads": (os.cpu_count() or 1) + 4, "files": 4, "sockets": 4}
+COUNT_GROWTH = {"threads": min(32, (os.cpu_count() or 1) + 4), "files": 4, "sockets": 4}
 
 
 class Soak:

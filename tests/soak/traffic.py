@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from random import Random
 from typing import Any
@@ -40,7 +40,7 @@ class Caller:
             raise Wrong(f"{path}: {answer.status_code} instead of {status}: {answer.text[:300]}")
         return answer.json()
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a stream. Raises Wrong for a status other than 200 or a stream that just stops."""
         async with self.http.stream("POST", path, json={**body, "stream": True}) as answer:
             if answer.status_code != 200:
@@ -120,7 +120,7 @@ async def logprobs(caller: Caller, rng: Random) -> str:
 async def _stream(caller: Caller, path: str, body: dict[str, Any]) -> str:
     options = {"include_usage": True}
     ends, usage = [], None
-    async with aclosing(caller.events(path, {**body, "stream_options": options})) as events:  # type: ignore[type-var]
+    async with aclosing(caller.events(path, {**body, "stream_options": options})) as events:
         async for event in events:
             if "error" in event:
                 raise Wrong(f"{path}: an error in the stream: {event['error']}")
@@ -233,7 +233,7 @@ async def leave_unanswered(caller: Caller, rng: Random) -> str:
 async def leave_stream(caller: Caller, rng: Random) -> str:
     num_seen, most = 0, rng.randint(1, 6)
     body = chat_body(rng, max_tokens=300, ignore_eos=True)
-    async with aclosing(caller.events("/v1/chat/completions", body)) as events:  # type: ignore[type-var]
+    async with aclosing(caller.events("/v1/chat/completions", body)) as events:
         async for _ in events:
             num_seen += 1
             if num_seen >= most:
@@ -246,7 +246,7 @@ async def abort(caller: Caller, rng: Random) -> str:
     name = f"soak-{rng.randrange(2**60)}"
     body = completion_body(rng, request_id=name, max_tokens=300, ignore_eos=True)
     error, num_seen = None, 0
-    async with aclosing(caller.events("/v1/completions", body)) as events:  # type: ignore[type-var]
+    async with aclosing(caller.events("/v1/completions", body)) as events:
         async for event in events:
             error, num_seen = event.get("error") or error, num_seen + 1
             if num_seen == 1:
