@@ -44,7 +44,7 @@ class Gauges:
     def cpu_s(self) -> float:
         """Processor seconds of both, so far."""
         times = [process.cpu_times() for process in self._processes.values()]
-        return sum(found.user + found.system for found in times)
+        return float(sum(found.user + found.system for found in times))
 
     def at_rest(self) -> dict[str, float]:
         """What an idle server says of itself: all of it should be 0."""
