@@ -56,7 +56,7 @@ class StoreMachine:
         self.contents = Contents(self.shape.block_size)
         self.counts: Counter = Counter()
         self.damaged = False
-        self._points = points or sorted(failpoints.NAMES)
+        self._points = points or sorted(name for name in failpoints.NAMES if not name.startswith("engine."))
         self._weights = {**WEIGHTS, **({"arm_crash": 4.0, "shut_down": 1.5} if points else {})}
         self._trouble = 0.5 if points else 0.1  # how likely a start-up meets a failpoint, or another capacity
         self._may_damage = self.rng.random() < 0.4 if damage is None else damage

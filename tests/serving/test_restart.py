@@ -89,6 +89,25 @@ def test_an_engine_that_cannot_come_back_is_given_up(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize(("point", "reason"), [
+    ("engine.add=kill:4", "signal 9"), ("engine.step=kill:30", "signal 9"), ("engine.settled=EIO:30", "OSError"),
+])
+def test_faults_inside_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, reason: str) -> None:
+    """Every process of the engine meets the fault anew; between two of them requests are answered."""
+    monkeypatch.setenv("XLLM_FAILPOINTS", point)
+    with ServerProcess(tmp_path / "log.txt", "--engine-restarts", "50") as server:
+        statuses = []
+        for _ in range(8):
+            response = server.http.post("/v1/completions", json=SHORT)
+            statuses.append(response.status_code)
+            if response.status_code == 503:
+                assert reason in response.text
+                wait_for(lambda: server.health().status_code == 200, 60.0, "a restart")
+        assert statuses.count(503) == 2 and set(statuses) == {200, 503}
+        assert server.gauge("xllm:engine_restarts_total") == 2
+        server.wait_idle()
+
+
 @pytest.mark.parametrize("flag", ["--engine-restarts", "--step-timeout", "--engine-restart-window"])
 def test_negative_numbers_are_refused(tmp_path: Path, flag: str) -> None:
     with pytest.raises(AssertionError, match=flag.strip("-").replace("-", "_")):

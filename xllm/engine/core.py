@@ -15,6 +15,7 @@ from xllm.engine.grammars import GrammarGate
 from xllm.engine.loading import LoadedModel, Progress
 from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
 from xllm.errors import IntegrityError, RequestError
+from xllm.kv import failpoints
 from xllm.metrics import EngineStats, GraphStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
@@ -45,6 +46,8 @@ class StepLoop:
 
     def step(self) -> list[OutputDelta]:
         """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
+        if failpoints.armed is not None:
+            failpoints.hit("engine.step")
         if self.frozen:
             return self._settle_oldest() if self._in_flight else self.scheduler.take_ready()
         plan = self.scheduler.schedule()
@@ -61,6 +64,8 @@ class StepLoop:
         oldest = self._in_flight.popleft()
         outputs = self.scheduler.update(oldest, self.executor.result())
         self._count_step()
+        if failpoints.armed is not None:
+            failpoints.hit("engine.settled")
         self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
         return outputs
 
@@ -126,6 +131,8 @@ class EngineCore:
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
         request = self.adapters.bind(request)
+        if failpoints.armed is not None:
+            failpoints.hit("engine.add")
         if not self.control.hold(request):
             self.admit(request)
 

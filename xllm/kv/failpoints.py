@@ -23,6 +23,9 @@ from xllm.env import failpoints as failpoints_of_environment
 from xllm.errors import ConfigError
 
 NAMES = {
+    "engine.add": "before a request that was checked is queued",
+    "engine.step": "before a step is planned",
+    "engine.settled": "a step's results are taken in, and nobody has heard of them",
     "disk.write": "before each pwrite of a block's header or payload, or of headers to be zeroed",
     "disk.read": "before each pread",
     "disk.allocate": "before a segment's space is allocated",
