@@ -68,6 +68,7 @@ class EngineStats:
     preemptions_total: int = 0
     prefix_queries_total: int = 0  # tokens looked up
     prefix_hits_total: int = 0  # tokens found
+    spec_drafts_total: int = 0
     spec_draft_tokens_total: int = 0
     spec_accepted_tokens_total: int = 0
     requests_finished_total: dict[str, int] = field(default_factory=dict)  # by finish reason

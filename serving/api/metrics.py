@@ -154,6 +154,7 @@ class ServerCollector:
             "num_preemptions": (s.preemptions_total, "Preemptions"),
             "prefix_cache_queries": (s.prefix_queries_total, "Tokens looked up in the prefix cache"),
             "prefix_cache_hits": (s.prefix_hits_total, "Tokens found in the prefix cache"),
+            "spec_decode_num_drafts": (s.spec_drafts_total, "Drafts, of any number of tokens"),
             "spec_decode_num_draft_tokens": (s.spec_draft_tokens_total, "Draft tokens"),
             "spec_decode_num_accepted_tokens": (s.spec_accepted_tokens_total, "Draft tokens accepted"),
         }

@@ -226,7 +226,8 @@ def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineSta
         prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,
         generation_tokens_total=c.generation_tokens, preemptions_total=c.preemptions,
         prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
-        spec_draft_tokens_total=c.draft_tokens, spec_accepted_tokens_total=c.accepted_tokens,
+        spec_drafts_total=c.drafts, spec_draft_tokens_total=c.draft_tokens,
+        spec_accepted_tokens_total=c.accepted_tokens,
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
         graphs=graphs, **tier_stats(scheduler.kv),
     )

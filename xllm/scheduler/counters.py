@@ -18,6 +18,7 @@ class Counters:
     swaps: int = 0  # preemptions whose KV was copied to host memory
     prefix_queries: int = 0
     prefix_hits: int = 0
+    drafts: int = 0  # rows that were given drafts, over all steps
     draft_tokens: int = 0
     accepted_tokens: int = 0
     hits_by_tier: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(("l1", "l2", "l3", "l4"), 0))

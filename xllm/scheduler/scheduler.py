@@ -527,6 +527,7 @@ class Scheduler:
             unused = np.where(plan.samples_S, plan.max_drafts_S - accepted, 0)
             table.upper[rows] -= unused
             table.cursor[rows] -= unused
+            self.counters.drafts += int(np.count_nonzero(result.num_drafts_S))
             self.counters.draft_tokens += int(result.num_drafts_S.sum())
             self.counters.accepted_tokens += int(accepted.sum())
 
