@@ -68,6 +68,9 @@ def test_the_document_names_every_route() -> None:
 BASES: dict[str, dict] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
     "/v1/embeddings": {"input": "x"}, "/v1/sample": {"prompt": "x y", "selector": {"value": "y"}},
     "/v1/score": {"text_1": "x", "text_2": ["y"]}, "/rerank": {"query": "x", "documents": ["y"]},
     "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [1]},
