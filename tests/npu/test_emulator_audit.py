@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.emulated_npu.install import machine
-from tests.npu.test_emulator_capture import DEVICE, captured, ones
+from tests.npu.test_emulator_capture import DEVICE, captured, ones, side_stream
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_graph_whose_input_has_died(audits: None, capfd: pytest.CaptureFixture
 
 def test_memory_allocated_in_a_capture_but_not_for_it(audits: None, capfd: pytest.CaptureFixture[str]) -> None:
     """On another stream than the captured one: it is not the graph's, and with its last name it is anyone's."""
-    side = torch.npu.Stream()
+    side = side_stream()
 
     def function() -> torch.Tensor:
         with torch.npu.stream(side):
