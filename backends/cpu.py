@@ -18,6 +18,7 @@ from backends.cpu_vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
+from backends.reference.kv_codes import QUANTISED
 from backends.reference.lora import LoraOps
 from backends.vmm import VmmDriver
 
@@ -60,6 +61,7 @@ class CpuBackend:
     num_reserved_blocks = 0
     dense_kv = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backends.cpu_transfer import Transfer, transfers
 from backends.metadata import AttentionMetadata
-from backends.reference import activation, attention, logits, norm, rotary, sampling
+from backends.reference import activation, attention, logits, norm, rotary, sampling, stored_kv
+from backends.reference.kv_codes import QUANTISED
 from backends.reference.linear import check_quantization, quantize_rows
 from backends.reference.linear import linear as reference_linear
 from backends.reference.linear import pack_linear as reference_pack_linear
@@ -240,11 +241,15 @@ class Kernels:
 
     def export_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
                       *, format: str) -> None:
+        if k_cache.dtype in QUANTISED:
+            return stored_kv.export_blocks(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format=format)
         for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
             self.export_blocks_c(part)
 
     def import_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
                       *, format: str) -> None:
+        if k_cache.dtype in QUANTISED:
+            return stored_kv.import_blocks(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format=format)
         for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
             self.import_blocks_c(part)
 

@@ -21,6 +21,7 @@ from backends.cuda_graphs import CudaCapturer
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
+from backends.reference.kv_codes import QUANTISED
 from backends.vmm import VmmDriver
 from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
@@ -126,6 +127,7 @@ class CudaBackend:
     num_reserved_blocks = 0
     dense_kv = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
 
     def __init__(self) -> None:
         check_device()

@@ -215,6 +215,7 @@ class NpuBackend:
     name = "npu"
     default_block_size = 128
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # attention takes no others
+    kv_dtypes: tuple[torch.dtype, ...] = ()
     dense_kv = True
     num_reserved_blocks = 1  # block 0, where padding is written
 

@@ -27,7 +27,8 @@ GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 # The first six, and what other engines call them.
-KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
+KV_STORE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,10 @@ class CacheSettings:
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
                                   "where that is sooner than computing it again", choices=PREEMPTION_MODES)
-    kv_cache_dtype: str = option("auto", "number format of stored KV (host and disk tiers); auto: as on the device, "
-                                 "where KV always has the compute type", choices=KV_CACHE_DTYPES)
+    kv_cache_dtype: str = option("auto", "number format of KV on the device; auto: the compute type; int8, fp8: one "
+                                 "byte a number, with a scale per head and position", choices=KV_CACHE_DTYPES)
+    kv_store_dtype: str = option("auto", "number format of KV in the host and disk tiers; auto: as on the device",
+                                 choices=KV_STORE_DTYPES)
     kv_prefetch: bool = option(True, "with a host tier: bring a conversation's blocks back before its next turn")
 
 
@@ -249,8 +252,11 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError("disk_cache_size needs host_cache_size: blocks go to disk through host memory")
     if has_disk != (c.disk_cache_dir is not None):
         raise ConfigError("disk_cache_size and disk_cache_dir go together: set both or neither")
-    if c.kv_cache_dtype != "auto" and not has_host:
-        raise ConfigError(f"kv_cache_dtype {c.kv_cache_dtype} needs host_cache_size: it is the format of stored KV")
+    if c.kv_store_dtype != "auto" and not has_host:
+        raise ConfigError(f"kv_store_dtype {c.kv_store_dtype} needs host_cache_size: it is the format of stored KV")
+    if c.kv_cache_dtype != "auto" and c.kv_store_dtype not in ("auto", c.kv_cache_dtype):
+        raise ConfigError(f"kv_store_dtype {c.kv_store_dtype}: KV that is {c.kv_cache_dtype} on the device is stored as "
+                          "it is")
     if c.preemption_mode == "swap" and not has_host:
         raise ConfigError("preemption_mode swap needs host_cache_size")
 

@@ -7,12 +7,15 @@ The layout, for the reference and the cpu set alike; nothing else states or assu
     V  [B, K, P, H]   a value's H numbers are adjacent: the weighted sum runs over whole vectors.
 
 Both are allocated as [B, K, P, H] (`Backend.kv_cache_shape` has one shape for both) and
-`keys_BKHP` views the K cache in its true order.
+`keys_BKHP` views the K cache in its true order. A quantised cache (`kv_codes.py`) has its codes in these orders.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from backends.reference.kv_codes import QUANTISED, dequantise, quantise, split_tiles
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -31,32 +34,62 @@ def write_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     written = slot_mapping_T >= 0
     slots = slot_mapping_T[written].long()
     blocks, offsets = slots // block_size, slots % block_size
-    keys_BKHP(k_cache)[blocks, :, :, offsets] = k_TKH[written].to(k_cache.dtype)
-    v_cache[blocks, :, offsets, :] = v_TKH[written].to(v_cache.dtype)
+    k_TKH, v_TKH = k_TKH[written], v_TKH[written]
+    if v_cache.dtype in QUANTISED:
+        _write_codes(k_TKH, v_TKH, k_cache, v_cache, blocks, offsets)
+        return
+    keys_BKHP(k_cache)[blocks, :, :, offsets] = k_TKH.to(k_cache.dtype)
+    v_cache[blocks, :, offsets, :] = v_TKH.to(v_cache.dtype)
+
+
+def _write_codes(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, blocks_T: Tensor,
+                 offsets_T: Tensor) -> None:
+    num_kv_heads, head_dim = k_TKH.shape[1:]
+    for x_TKH, cache, keys in ((k_TKH, k_cache, True), (v_TKH, v_cache, False)):
+        codes, scales_BKP = split_tiles(cache)
+        codes_TKH, scales_TK1 = quantise(x_TKH, QUANTISED[cache.dtype], dim=2)
+        order = (head_dim, -1) if keys else (-1, head_dim)
+        codes = codes.view(len(cache), num_kv_heads, *order)
+        (codes if keys else codes.transpose(2, 3))[blocks_T, :, :, offsets_T] = codes_TKH.view(torch.uint8)
+        scales_BKP[blocks_T, :, offsets_T] = scales_TK1[..., 0]
 
 
 def gather_kv(
     k_cache: Tensor, v_cache: Tensor, block_ids_M: Tensor, seq_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence in order: two tensors [K, seq_len, H]. Reads no further slot."""
+    """Keys and values of one sequence in order: two tensors [K, seq_len, H], fp32 from a quantised cache. Reads no
+    further block."""
     block_size = v_cache.shape[2]
-    block_ids = block_ids_M[: -(-seq_len // block_size)].long()
-    return _in_order(keys_BKHP(k_cache)[block_ids], v_cache[block_ids], seq_len)
+    return _in_order(k_cache, v_cache, block_ids_M[: -(-seq_len // block_size)].long(), seq_len)
 
 
 def slice_kv(k_cache: Tensor, v_cache: Tensor, first_block: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """`gather_kv` of a sequence whose blocks follow each other from `first_block` on: views, nothing is looked up."""
-    blocks = slice(first_block, first_block - (-seq_len // v_cache.shape[2]))
-    return _in_order(keys_BKHP(k_cache)[blocks], v_cache[blocks], seq_len)
+    return _in_order(k_cache, v_cache, slice(first_block, first_block - (-seq_len // v_cache.shape[2])), seq_len)
 
 
-def _in_order(keys_MKHP: Tensor, values_MKPH: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """The blocks of one sequence as [K, seq_len, H]."""
+def _in_order(k_cache: Tensor, v_cache: Tensor, blocks: Tensor | slice, seq_len: int) -> tuple[Tensor, Tensor]:
+    """These blocks of one sequence as [K, seq_len, H]."""
+    if v_cache.dtype in QUANTISED:
+        keys_MKHP, values_MKPH = _decoded(k_cache, blocks, True), _decoded(v_cache, blocks, False)
+    else:
+        keys_MKHP, values_MKPH = keys_BKHP(k_cache)[blocks], v_cache[blocks]
     num_kv_heads, head_dim = keys_MKHP.shape[1:3]
     keys = keys_MKHP.permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)
     values = values_MKPH.permute(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)
     return keys[:, :seq_len], values[:, :seq_len]
 
 
+def _decoded(cache: Tensor, blocks: Tensor | slice, keys: bool) -> Tensor:
+    """Blocks of a quantised cache in fp32: [M, K, H, P] of keys, [M, K, P, H] of values."""
+    codes, scales_MKP = (part[blocks] for part in split_tiles(cache))
+    num_blocks, num_kv_heads, block_size = scales_MKP.shape
+    shape = (num_blocks, num_kv_heads, -1, block_size) if keys else (num_blocks, num_kv_heads, block_size, -1)
+    codes = codes.contiguous().view(cache.dtype).view(shape)
+    return dequantise(codes, scales_MKP.unsqueeze(2 if keys else 3), QUANTISED[cache.dtype])
+
+
 def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
+    if cache.dtype in QUANTISED:
+        cache = cache.view(torch.uint8)  # not every op knows fp8
     cache[dst_B] = cache[src_B]

@@ -12,7 +12,7 @@ from torch import Tensor
 from backends.backend import Backend
 from tests.runner.harness import Driver, make_config
 from tests.runner.tiny_model import PROMPT, Truth
-from xllm.config import KV_CACHE_DTYPES, EngineConfig
+from xllm.config import KV_STORE_DTYPES, EngineConfig
 from xllm.errors import ConfigError
 from xllm.runner.kv_codec import KVCodec
 
@@ -75,20 +75,22 @@ def test_auto_is_the_caches_dtype(backend: Backend, layers: Layers, dtype: torch
 
 def test_names_tell_formats_apart(backend: Backend, layers: Layers) -> None:
     """They go into the disk's fingerprint; another spelling of a format is the same format."""
-    names = {choice: KVCodec.for_cache(choice, layers, backend.ops).name for choice in KV_CACHE_DTYPES}
+    names = {choice: KVCodec.for_cache(choice, layers, backend.ops).name for choice in KV_STORE_DTYPES}
     assert len(set(names.values())) == 5
     assert names["auto"] == names["fp32"] == names["float32"]
     assert (names["bfloat16"], names["float16"], names["fp8_e4m3"]) == (names["bf16"], names["fp16"], names["fp8"])
 
 
 def test_the_setting() -> None:
-    assert EngineConfig().cache.kv_cache_dtype == "auto"
-    assert EngineConfig.from_flat(kv_cache_dtype="int8").cache.kv_cache_dtype == "int8"
-    with pytest.raises(ConfigError, match="kv_cache_dtype must be one of auto, fp32"):
-        EngineConfig.from_flat(kv_cache_dtype="int4")
-    with pytest.raises(ConfigError, match="kv_cache_dtype int8 needs host_cache_size"):
-        make_config(kv_cache_dtype="int8")
-    assert make_config(kv_cache_dtype="int8", host_cache_size="1GiB").cache.kv_cache_dtype == "int8"
+    assert EngineConfig().cache.kv_store_dtype == "auto"
+    assert EngineConfig.from_flat(kv_store_dtype="int8").cache.kv_store_dtype == "int8"
+    with pytest.raises(ConfigError, match="kv_store_dtype must be one of auto, fp32"):
+        EngineConfig.from_flat(kv_store_dtype="int4")
+    with pytest.raises(ConfigError, match="kv_store_dtype int8 needs host_cache_size"):
+        make_config(kv_store_dtype="int8")
+    assert make_config(kv_store_dtype="int8", host_cache_size="1GiB").cache.kv_store_dtype == "int8"
+    with pytest.raises(ConfigError, match="kv_store_dtype bf16: KV that is int8 on the device is stored as it is"):
+        make_config(kv_cache_dtype="int8", kv_store_dtype="bf16", host_cache_size="1GiB")
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])

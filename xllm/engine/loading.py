@@ -36,7 +36,7 @@ class LoadedModel:
 
         from xllm.models.config import read_model_config
         from xllm.models.loader import resolve_model_path
-        from xllm.runner.kv_cache import compute_dtype, plan_num_blocks
+        from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 
         if config.device.num_threads:
             torch.set_num_threads(config.device.num_threads)
@@ -47,8 +47,10 @@ class LoadedModel:
         self.config = config.resolve(model_max_len=self.model_config.max_model_len,
                                      default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
+        kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
+
         def plan() -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config, self._dtype)
+            return plan_num_blocks(self.config, self.backend, self.model_config, kv_dtype)
 
         plan()  # what cannot fit even without the weights is said before they are read
         self.adapters: AdapterSlots | None = None

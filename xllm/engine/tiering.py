@@ -46,7 +46,7 @@ def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig,
     from xllm.runner.mover import HostMover, Populator
 
     cache = config.cache
-    codec = KVCodec.for_cache(cache.kv_cache_dtype, runner.kv_cache.layers, backend.ops)
+    codec = KVCodec.for_cache(cache.kv_store_dtype, runner.kv_cache.layers, backend.ops)
     num_slots = _num_host_slots(cache, backend, codec.payload_bytes, runner.kv_cache.num_blocks)
     mover = HostMover(backend, runner.kv_cache, codec, num_slots)
     store = _open_disk(config, codec, path, backend, model_config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Backend
+from backends.reference.kv_codes import QUANTISED, row_width
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
@@ -35,6 +36,20 @@ def compute_dtype(config: EngineConfig, backend: Backend, model_config: ModelCon
     return dtype
 
 
+def cache_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> torch.dtype:
+    """The dtype of the KV cache: `compute_dtype`, or the one of one byte that `kv_cache_dtype` names.
+
+    Raises ConfigError if the device's attention does not read it.
+    """
+    name = config.cache.kv_cache_dtype
+    if name == "auto":
+        return compute_dtype(config, backend, model_config)
+    dtype = next(dtype for dtype, format in QUANTISED.items() if format == name.removesuffix("_e4m3"))
+    if dtype not in backend.kv_dtypes:
+        raise ConfigError(f"kv_cache_dtype {name}: on {backend.name} KV has the compute type")
+    return dtype
+
+
 class KVCache:
     """One K and one V tensor a layer: `layers[i] = (k, v)`. The model writes them during forward.
 
@@ -47,7 +62,8 @@ class KVCache:
         self._backend = backend
         self._arena = arena  # not every device's tensors keep it alive
         self.num_blocks = num_blocks
-        cache_shape = backend.kv_cache_shape(num_blocks, block_size, model_config.num_kv_heads, model_config.head_dim)
+        cache_shape = backend.kv_cache_shape(num_blocks, block_size, model_config.num_kv_heads,
+                                             row_width(model_config.head_dim, dtype))
         self.layers: list[tuple[Tensor, Tensor]]
         if arena is not None:
             self.layers = arena.layers(model_config.num_layers, cache_shape[1:], dtype)
@@ -69,8 +85,9 @@ class KVCache:
 
 
 def block_bytes(backend: Backend, model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    elements = math.prod(backend.kv_cache_shape(1, block_size, model_config.num_kv_heads, model_config.head_dim))
+    """Bytes of one block: keys and values of all layers, with the scales of a quantised cache."""
+    width = row_width(model_config.head_dim, dtype)
+    elements = math.prod(backend.kv_cache_shape(1, block_size, model_config.num_kv_heads, width))
     return 2 * model_config.num_layers * elements * dtype.itemsize
 
 
@@ -85,7 +102,7 @@ def page_bytes(config: EngineConfig, backend: Backend, model_config: ModelConfig
 
 
 def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
-    """How many KV blocks to allocate under a resolved config.
+    """How many KV blocks of this dtype to allocate under a resolved config.
 
     The first that is set counts: num_kv_blocks, kv_cache_memory_bytes, a share of available memory. The
     share is capped at what max_num_seqs sequences of max_model_len can hold at once (and one block). The device's own

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
+from backends.reference.kv_codes import QUANTISED
 
-# By `--kv-cache-dtype`, and by the dtype of a cache for "auto".
+# By `--kv-store-dtype`, and by the dtype of a cache for "auto".
 FORMATS = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "bf16": "bf16", "bfloat16": "bf16",
     "fp16": "fp16", "float16": "fp16", "half": "fp16", "int8": "int8", "fp8": "fp8", "fp8_e4m3": "fp8",
 }  # fmt: skip
-DTYPE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", **QUANTISED}
 VERSION = 1  # of the formats' bytes
 
 
@@ -34,10 +35,10 @@ class KVCodec:
         self.payload_bytes: int = ends[-1]
 
     @classmethod
-    def for_cache(cls, kv_cache_dtype: str, layers: Sequence[tuple[Tensor, Tensor]], ops: OpSet) -> KVCodec:
-        """The codec that `--kv-cache-dtype` names, for a cache of these layers; "auto": as the cache itself."""
+    def for_cache(cls, kv_store_dtype: str, layers: Sequence[tuple[Tensor, Tensor]], ops: OpSet) -> KVCodec:
+        """The codec that `--kv-store-dtype` names, for a cache of these layers; "auto": as the cache itself."""
         dtype = layers[0][0].dtype
-        format = DTYPE_FORMATS[dtype] if kv_cache_dtype == "auto" else FORMATS[kv_cache_dtype]
+        format = DTYPE_FORMATS[dtype] if kv_store_dtype == "auto" else FORMATS[kv_store_dtype]
         return cls(format, dtype, [ops.stored_bytes(k_cache, v_cache, format=format) for k_cache, v_cache in layers])
 
     def layer_range(self, layer: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
 from xllm.runner.feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
 from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
-from xllm.runner.kv_cache import KVCache, compute_dtype, page_bytes
+from xllm.runner.kv_cache import KVCache, cache_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.mover import gated
 from xllm.runner.pooler import Pooler
@@ -86,7 +86,7 @@ class ModelRunner:
         self._model = model
         self.rows = RowState(max_num_seqs=config.scheduler.max_num_seqs, max_model_len=max_model_len,
                              block_size=block_size)
-        dtype = compute_dtype(config, backend, model.config)
+        dtype = cache_dtype(config, backend, model.config)
         self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
                                               page_bytes=page_bytes(config, backend, model.config, dtype),
                                               pages_per_row=self.rows.block_table.shape[1])
