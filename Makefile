@@ -87,7 +87,7 @@ docs: setup
 	$(BIN)/python tools/gen_limits.py --check
 
 demo-model: setup
-	$(BIN)/python tools/train_demo.py
+	$(BIN)/python -m tools.train_demo
 
 clean:
 	rm -rf $(VENV) *.egg-info

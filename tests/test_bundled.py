@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tools.train_demo.chat import SPECIAL_TOKENS  # noqa: E402  (it needs what is looked for above)
+from tools.train_demo.corpus import SourceFile, is_held_out  # noqa: E402
+from tools.train_demo.evaluation import compare_with_gzip  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "xllm" / "bundled"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import train_demo  # noqa: E402  (tools/ is no package)
-
 HELD_OUT = ["stat.py", "idlelib/textview.py"]
 ODD_TEXTS = [
     "def f(x):\n    return x\n",
@@ -72,7 +71,7 @@ def test_configuration():
 
 
 def test_special_tokens(tokenizer, model):
-    ids = tokenizer.convert_tokens_to_ids(train_demo.SPECIAL_TOKENS)
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     assert ids == [0, 1, 2]
     assert model.generation_config.eos_token_id == [ids[2], ids[0]]
     assert len(tokenizer) == model.config.vocab_size
@@ -107,9 +106,9 @@ def test_chat_template(tokenizer):
 
 def test_beats_gzip_on_held_out_files(model, tokenizer):
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = [train_demo.SourceFile(path, (library / path).read_text(encoding="utf-8")) for path in HELD_OUT]
-    assert all(train_demo.is_held_out(path) for path in HELD_OUT)
-    figures = train_demo.compare_with_gzip(model, tokenizer.backend_tokenizer, files, 1024)
+    files = [SourceFile(path, (library / path).read_text(encoding="utf-8")) for path in HELD_OUT]
+    assert all(is_held_out(path) for path in HELD_OUT)
+    figures = compare_with_gzip(model, tokenizer.backend_tokenizer, files, 1024)
     assert figures["model"] < 0.85 * figures["gzip_separate"]
 
 

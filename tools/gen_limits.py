@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serving.limits import BODY, FIXED, GENERATION, HARD_MAXIMA, HEAD, MEDIA, SAME_AS, Limit  # noqa: E402
+from serving.limits import BODY, CHATS, FIXED, GENERATION, HARD_MAXIMA, HEAD, MEDIA, SAME_AS, Limit  # noqa: E402
 
 TARGET = ROOT / "docs" / "limits.md"
 TOP = """# Limits
@@ -22,6 +22,8 @@ SECTIONS: tuple[tuple[str, str, tuple[Limit, ...]], ...] = (
     ("Heads", "Checked before the path and the key are looked at.", HEAD),
     ("Bodies", "The body is counted while it streams in, its values before it is parsed.", BODY),
     ("Generation", "Checked before tokenising. A flag with a largest value can only be made stricter.", GENERATION),
+    ("Chats", "Besides them, rendering may take `--chat-template-timeout` seconds (10; status 400), and what a\n"
+     "template makes on its way is bounded by what a machine can bear (`xllm/template_limits.py`).", CHATS),
     ("Fixed", "What the engine was built for.", FIXED),
     ("Media", "For `serving/security/media_fetch.py`. No route takes media yet; the flags come with the first.", MEDIA),
 )

@@ -1,8 +1,9 @@
-"""`xllm bench kv-dtype`: what storing KV in fewer bits costs, in bits per byte of held-out text.
+"""`xllm bench kv-dtype`: what KV in fewer bits costs, in bits per byte of held-out text.
 
 A window of text is a prefix and its continuation. The prefix is computed, its KV blocks go to the store's format and
-back, as if they had been in host memory or on disk, and the continuation is scored over them. The texts are files of
-Python's standard library that the bundled model was not trained on.
+back, as if they had been in host memory or on disk, and the continuation is scored over them. Or all KV is of that
+format on the device, from the first token on ("device int8", "device fp8"). The texts are files of Python's standard
+library that the bundled model was not trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from serving.flags import FlagParser
 from xllm.errors import ConfigError
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "fp8")
-# Which files the bundled model was trained on: tools/train_demo.py.
+ON_DEVICE = ("int8", "fp8")
+ROWS = (*FORMATS, *(f"device {name}" for name in ON_DEVICE))
+# Which files the bundled model was trained on: tools/train_demo/corpus.py.
 HELD_OUT_MODULUS = 32
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__",
                    "lib-dynload"}
@@ -95,6 +98,7 @@ class Scorer:
         import torch
 
         from backends import get_backend
+        from backends.reference.kv_codes import QUANTISED
         from xllm import env
         from xllm.models.loader import load_model
         from xllm.runner.kv_cache import KVCache
@@ -107,8 +111,10 @@ class Scorer:
         length = prefix + continuation
         self._model = load_model(path, backend=self._backend, dtype=torch.float32, max_model_len=length)
         num_blocks = -(-length // block_size)
-        self._cache = KVCache(self._backend, self._model.config, num_blocks=num_blocks, block_size=block_size,
-                              dtype=torch.float32)
+        self._cache, *quantised = (
+            KVCache(self._backend, self._model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+            for dtype in (torch.float32, *QUANTISED))
+        self._on_device = dict(zip(QUANTISED.values(), quantised))
         self._prefix, self._block_size = prefix, block_size
         self._blocks = torch.arange(prefix // block_size)
         self.codecs = {name: KVCodec.for_cache(name, self._cache.layers, self._backend.ops) for name in FORMATS}
@@ -116,20 +122,28 @@ class Scorer:
                         for name, codec in self.codecs.items()}
 
     def nats(self, token_ids: list[int]) -> list[float]:
-        """The cost of the tokens behind the prefix, by format."""
+        """The cost of the tokens behind the prefix, by row of the table (`ROWS`)."""
         import torch
 
         with torch.inference_mode():
-            hidden_TD = self._forward(token_ids, 0, self._prefix)
+            hidden_TD = self._forward(token_ids, 0, self._prefix, self._cache)
             first = self._nats(hidden_TD[-1:], token_ids[self._prefix : self._prefix + 1])
             self._store("fp32")
-            return [first + self._continue(token_ids, name) for name in FORMATS]
+            found = [first + self._continue(token_ids, name) for name in FORMATS]
+            return found + [self._all_on_device(token_ids, name) for name in ON_DEVICE]
+
+    def _all_on_device(self, token_ids: list[int], name: str) -> float:
+        cache = self._on_device[name]
+        before_TD = self._forward(token_ids, 0, self._prefix, cache)
+        behind_TD = self._forward(token_ids, self._prefix, len(token_ids), cache)
+        first = self._nats(before_TD[-1:], token_ids[self._prefix : self._prefix + 1])
+        return first + self._nats(behind_TD[:-1], token_ids[self._prefix + 1 :])
 
     def _continue(self, token_ids: list[int], name: str) -> float:
         self._load("fp32")  # as it was computed
         self._store(name)
         self._load(name)
-        hidden_TD = self._forward(token_ids, self._prefix, len(token_ids))
+        hidden_TD = self._forward(token_ids, self._prefix, len(token_ids), self._cache)
         return self._nats(hidden_TD[:-1], token_ids[self._prefix + 1 :])
 
     def _store(self, name: str) -> None:
@@ -142,7 +156,7 @@ class Scorer:
             self.codecs[name].import_layer(self._backend.ops, k_cache, v_cache, self._blocks, self._stored[name],
                                            self._blocks, layer)
 
-    def _forward(self, token_ids: list[int], start: int, stop: int) -> Any:
+    def _forward(self, token_ids: list[int], start: int, stop: int, cache: Any) -> Any:
         """Hidden states of the tokens from `start` to `stop`; position p lies in slot p."""
         import torch
 
@@ -158,7 +172,7 @@ class Scorer:
         meta.plan = self._backend.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
                                            head_dim=config.head_dim)
         ids_T = torch.tensor(token_ids[start:stop], dtype=torch.int32)
-        return self._model.forward(ids_T, positions_T, self._cache.layers, meta)
+        return self._model.forward(ids_T, positions_T, cache.layers, meta)
 
     def _nats(self, hidden_TD: Any, targets: list[int]) -> float:
         import torch
@@ -171,7 +185,7 @@ def summary(found: list[Window], nats_WF: np.ndarray, scorer: Scorer, prefix: in
     """Bits per byte and perplexity per token by format, and their differences to fp32."""
     num_bytes = sum(window.num_bytes for window in found)
     num_tokens = sum(len(window.token_ids) for window in found) - prefix * len(found)
-    total = dict(zip(FORMATS, nats_WF.sum(axis=0).tolist()))
+    total = dict(zip(ROWS, nats_WF.sum(axis=0).tolist()))
     perplexity = {name: math.exp(nats / num_tokens) for name, nats in total.items()}
     return {
         "bits_per_byte": {name: nats / math.log(2) / num_bytes for name, nats in total.items()},

@@ -1,7 +1,7 @@
 """The feature matrix: every pair of features on, and all of them, gives the plain output on every KV layout.
 
-Plain output: the same weights and precision, block tables, one request at a time, every feature off. A feature that
-is on must also be seen to work (a hit, a preemption, an accepted draft): otherwise the pair proves nothing.
+Plain output: the same weights, KV format and precision, block tables, one request at a time, every feature off. A
+feature that is on must also be seen to work (a hit, a preemption, an accepted draft): else the pair proves nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
 FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "tiers", "graph",
-            "grammar", "lora")
+            "grammar", "lora", "kv8")
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
 LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -68,6 +68,7 @@ def settings_for(features: frozenset[str]) -> dict:
         "quantization": "int8" if "int8" in features else None,
         "num_threads": 1,
         "graph_mode": "checked" if "graph" in features else "off",
+        "kv_cache_dtype": "int8" if "kv8" in features else "auto",
         **({"host_cache_size": "16MiB", "disk_cache_size": "64MiB"} if "tiers" in features else {}),
     }
 
@@ -105,11 +106,21 @@ def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
         assert stats.num_running == stats.num_waiting == 0
         assert stats.num_free_blocks == stats.num_blocks
         check_the_layout(llm, layout)
+        check_the_cache(llm, "kv8" in features)
         first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
         check_the_form(llm, grammars_for(features), first_ids)
     check_that_it_worked(features, stats)
-    assert first_ids == again_ids, "a second run with a warm cache differs"
+    assert_same(features, again_ids, first_ids)  # a warm cache changes nothing
     return first_ids
+
+
+def assert_same(features: frozenset[str], found: list[list[int]], expected: list[list[int]]) -> None:
+    """Token for token. With quantised KV a prompt or two may differ: sums in another order are other in the last bit,
+    which now and then rounds a number to the next code, 2^-8 away."""
+    if "kv8" not in features:
+        assert found == expected
+        return
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 2, (found, expected)
 
 
 def settle(llm: LLM) -> None:
@@ -162,6 +173,10 @@ def check_the_layout(llm: LLM, layout: str) -> None:
         assert (virtual.xtensor.counters.fallbacks > 0) == (layout == "xtensor-capped")
 
 
+def check_the_cache(llm: LLM, quantised: bool) -> None:
+    assert {cache.itemsize for pair in llm._core.runner.kv_cache.layers for cache in pair} == {1 if quantised else 4}
+
+
 @functools.cache
 def plain(what_changes_the_output: frozenset[str]) -> list[list[int]]:
     """One request at a time, every other feature off."""
@@ -169,7 +184,7 @@ def plain(what_changes_the_output: frozenset[str]) -> list[list[int]]:
 
 
 def plain_for(features: frozenset[str]) -> list[list[int]]:
-    return plain(features & {"int8", "seeds", "grammar", "lora"})
+    return plain(features & {"int8", "seeds", "grammar", "lora", "kv8"})
 
 
 @functools.cache
@@ -185,16 +200,16 @@ PAIRS = [frozenset(pair) for pair in itertools.combinations(FEATURES, 2)]
 TRIPLES_WORTH_IT = [frozenset(t) for t in (("overlap", "ngram", "preemption"), ("chunked", "prefix", "preemption"),
                                            ("overlap", "prefix", "preemption"),
                                            ("overlap", "ngram", "grammar"), ("grammar", "ngram", "preemption"))]
-ALL = [frozenset(FEATURES), frozenset(FEATURES) - {"int8"}, frozenset(FEATURES) - {"seeds", "int8"},
-       frozenset(FEATURES) - {"grammar"}]
+EXACT = frozenset(FEATURES) - {"kv8"}
+ALL = [frozenset(FEATURES), EXACT, EXACT - {"int8"}, EXACT - {"seeds", "int8"}, EXACT - {"grammar"}]
 
 
 @pytest.mark.parametrize("layout", ["paged", "xtensor"])
 @pytest.mark.parametrize("features", PAIRS + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
 def test_outputs_equal_plain_ones(features, layout):
-    assert run(features, layout) == plain_for(features)
+    assert_same(features, run(features, layout), plain_for(features))
 
 
 @pytest.mark.parametrize("features", ALL, ids=lambda f: "+".join(sorted(f)))
 def test_with_sequences_in_fallback(features):
-    assert run(features, "xtensor-capped") == plain_for(features)
+    assert_same(features, run(features, "xtensor-capped"), plain_for(features))

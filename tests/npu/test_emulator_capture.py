@@ -40,7 +40,7 @@ def capture_fails(function: Callable[[], Any], **options: Any) -> str:
 
 
 def side_stream() -> torch.npu.Stream:
-    """Another stream than the one that captures. The wheel hands out a ring of them: a new object may be an old stream."""
+    """Another stream than the one that captures: the wheel hands out a ring, a new object may be an old stream."""
     side = torch.npu.Stream()
     return torch.npu.Stream() if side == torch.npu.graph.default_capture_stream else side
 

@@ -141,7 +141,7 @@ def test_equal_prompts_at_once_end_up_in_the_same_blocks():
         simulation.add(f"r{i}", prompt_of(32), max_tokens=30)
     for _ in range(12):
         simulation.step()
-    tables = [simulation.scheduler.kv.block_table_RM[row, :8] for _, row in simulation.scheduler._running]
+    tables = [simulation.scheduler.kv.block_table_RM[row, :8] for row in simulation.scheduler.running.rows()]
     assert len(tables) == 3
     assert all(np.array_equal(tables[0], other) for other in tables[1:])
     simulation.run()

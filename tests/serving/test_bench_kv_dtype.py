@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from serving.bench import kv_dtype
 from serving.cli import main
+from tools.train_demo import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +41,7 @@ def test_every_token_behind_the_prefix_is_scored_once() -> None:
 
 
 def test_the_same_files_as_the_training_script() -> None:
-    script = runpy.run_path(str(ROOT / "tools" / "train_demo.py"))
-    _, held_out = script["split_files"](script["stdlib_files"]())
+    _, held_out = corpus.split_files(corpus.stdlib_files())
     assert [file.text for file in held_out] == list(kv_dtype.held_out_texts())
 
 

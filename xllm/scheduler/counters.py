@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from xllm.request import FinishReason
 
 
@@ -21,8 +23,17 @@ class Counters:
     drafts: int = 0  # rows that were given drafts, over all steps
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_by_position: list[int] = dataclasses.field(default_factory=list)  # in the draft; sized by the scheduler
     hits_by_tier: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(("l1", "l2", "l3", "l4"), 0))
     finished: dict[str, int] = dataclasses.field(default_factory=lambda: {r.value: 0 for r in FinishReason})
+
+    def note_drafts(self, num_drafts_S: np.ndarray, num_accepted_S: np.ndarray) -> None:
+        """What became of a step's drafts, row by row; the accepted ones of a row are its first."""
+        self.drafts += int(np.count_nonzero(num_drafts_S))
+        self.draft_tokens += int(num_drafts_S.sum())
+        self.accepted_tokens += int(num_accepted_S.sum())
+        for position in range(int(num_accepted_S.max(initial=0))):
+            self.accepted_by_position[position] += int(np.count_nonzero(num_accepted_S > position))
 
 
 RATE_WEIGHT = 0.1  # of the newest step in a running mean

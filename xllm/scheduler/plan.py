@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from xllm.scheduler.budget import Share
+from xllm.kv.manager import KVManager
+from xllm.scheduler.budget import Share, TokenBudget
+from xllm.scheduler.rows import RowTable
 from xllm.step import NewRow, ScheduleOutput
 
 NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)
 
 
 class PlanBuilder:
-    """Filled by the scheduler while it decides; every list is in the order of deciding."""
+    """Filled while the scheduler decides; every list is in the order of deciding. What is planned is taken at once: the
+    row table's counters, the budget and the blocks stand as after the step."""
 
-    __slots__ = ("copies", "grown_ids", "grown_rows", "new_rows", "shares", "tickets")
+    __slots__ = ("_kv", "_table", "budget", "copies", "grown_ids", "grown_rows", "new_rows", "shares", "stalled",
+                 "step", "tickets")
 
-    def __init__(self) -> None:
+    def __init__(self, step: int, table: RowTable, kv: KVManager, budget: TokenBudget) -> None:
+        self.step, self.budget = step, budget
+        self._table, self._kv = table, kv
+        self.stalled = False  # a running row found no block
         self.shares: list[Share] = []
         self.new_rows: list[NewRow] = []
         self.grown_rows: list[np.ndarray] = []
@@ -23,14 +30,35 @@ class PlanBuilder:
         self.copies: list[tuple[int, int]] = []  # (src, dst)
         self.tickets: set[int] = set()
 
-    def build(self, step: int, released: tuple[int, ...] = (),
-              replaced: np.ndarray = NOTHING_REPLACED) -> ScheduleOutput:
+    def has(self, row: int) -> bool:
+        """Whether the row is part of the step already."""
+        return bool(self._table.last_step[row] == self.step)
+
+    def grow(self, rows: np.ndarray, need: np.ndarray) -> None:
+        """Give each row so many more blocks; they must be available."""
+        growing = need > 0
+        grown_rows, grown_ids = self._kv.grow(rows[growing], need[growing])
+        self.grown_rows.append(grown_rows)
+        self.grown_ids.append(grown_ids)
+
+    def commit(self, share: Share) -> None:
+        """The share stands: move the rows' counters as if every draft were accepted."""
+        table, rows = self._table, share.rows
+        self.budget.take(share)
+        samples = share.tokens == share.wanted
+        table.upper[rows] += np.where(samples, 1 + share.drafts, 0)
+        table.cursor[rows] += share.tokens + share.drafts
+        table.in_flight[rows] += 1
+        table.last_step[rows] = self.step
+        self.shares.append(share)
+
+    def build(self, released: tuple[int, ...] = (), replaced: np.ndarray = NOTHING_REPLACED) -> ScheduleOutput:
         """The finished plan. replaced: int32 [C, 3] of (row, place, block), see `KVManager.take_replaced`."""
         rows, tokens, drafts, wanted = (_join([getattr(s, name) for s in self.shares])
                                         for name in ("rows", "tokens", "drafts", "wanted"))
         copies = np.array(self.copies, dtype=np.int32).reshape(-1, 2)
         return ScheduleOutput(
-            step=step, rows_S=rows.astype(np.int32), num_tokens_S=tokens.astype(np.int32),
+            step=self.step, rows_S=rows.astype(np.int32), num_tokens_S=tokens.astype(np.int32),
             max_drafts_S=drafts.astype(np.int32), samples_S=tokens == wanted,
             new_rows=tuple(self.new_rows), released_rows=released,
             append_rows_B=_join(self.grown_rows).astype(np.int32), append_ids_B=_join(self.grown_ids).astype(np.int32),

@@ -1,0 +1,149 @@
+"""`Preemption`: whose blocks are taken away when there are too few, and how those sequences come back.
+
+The scheduler asks two things. `make_fit`: which part of a share can have its blocks. `yield_for`: can an online request
+get in where an offline one runs. What is preempted goes back to the queue, at once or when the last step planned with
+it has settled; its KV is computed anew, or copied to host memory and back if that is sooner.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm.kv.manager import KVManager
+from xllm.scheduler.budget import Share
+from xllm.scheduler.counters import Counters
+from xllm.scheduler.plan import PlanBuilder
+from xllm.scheduler.promotions import Promotions
+from xllm.scheduler.queues import WaitingQueue
+from xllm.scheduler.rows import RowTable
+from xllm.scheduler.running import Running
+from xllm.sequence import SequenceState, Status
+
+
+class Preemption:
+    """Chooses victims, stops them, and queues them again. Owned by the scheduler.
+
+    offline_yields: whether an online request that cannot get in preempts an offline one.
+    """
+
+    def __init__(self, kv: KVManager, rows: RowTable, running: Running, waiting: WaitingQueue, promotions: Promotions,
+                 counters: Counters, *, offline_yields: bool):
+        self._kv, self._rows, self._running, self._waiting = kv, rows, running, waiting
+        self._promotions, self._counters = promotions, counters
+        self._offline_yields = offline_yields
+        self._leaving: list[int] = []  # rows whose sequence goes back to the queue when they settle
+        self._yielding: SequenceState | None = None  # the offline sequence to preempt before the next step
+
+    # --- too few blocks for the rows that run
+
+    def make_fit(self, plan: PlanBuilder, share: Share, need: np.ndarray) -> tuple[Share, np.ndarray]:
+        """Row by row: give up drafts, preempt rows that are served later, or leave the row out (`plan.stalled`).
+
+        need: blocks per row of the share. Returns what is left of both.
+        Blocks freed here are often PENDING until the step in flight settles; a row that waits for
+        them is left out of this step, and nobody else is preempted for it meanwhile.
+        """
+        self._promotions.give_up_all()  # running rows come before requests that wait with blocks in their hands
+        pool, cursor = self._kv.pool, self._rows.cursor
+        kept = np.zeros(len(share.rows), dtype=bool)
+        drafts, need = share.drafts.copy(), need.copy()
+        taken = 0
+        gone: set[int] = set()
+        for i, row in enumerate(share.rows.tolist()):
+            if row in gone:
+                continue
+            if need[i] > pool.num_available - taken and drafts[i]:
+                drafts[i] = 0
+                need[i] = self._kv.blocks_needed(np.array([row]), np.array([cursor[row] + share.tokens[i]]))[0]
+            if not self._make_room(plan, row, int(need[i]) + taken, gone):
+                plan.stalled = True
+                continue
+            kept[i] = True
+            taken += int(need[i])
+        return Share(share.rows, share.tokens, drafts, share.wanted).only(kept), need[kept]
+
+    def _make_room(self, plan: PlanBuilder, row: int, num_blocks: int, gone: set[int]) -> bool:
+        """Preempt rows that are served after `row`, into `gone`, until so many blocks are available or on their way.
+        Whether they are available."""
+        pool = self._kv.pool
+        while num_blocks > pool.num_available + pool.num_pending:
+            victim = self._victim(plan, after=row)
+            if victim is None:
+                break
+            gone.add(victim)
+            self._preempt(victim)
+        return num_blocks <= pool.num_available
+
+    def _victim(self, plan: PlanBuilder, after: int) -> int | None:
+        """The running row that is served last, if that is after row `after` and not planned in this step."""
+        for row in self._running.last_first():
+            if row == after:
+                return None
+            if not plan.has(row):
+                return row
+        return None
+
+    # --- an online request that cannot get in
+
+    def yield_for(self, plan: PlanBuilder, seq: SequenceState) -> bool:
+        """Preempt one offline row for an online request, unless one is on its way out.
+        Whether that freed anything at once; otherwise it does when the step in flight settles."""
+        if seq.request.offline or not self._offline_yields or self._leaving or self._kv.pool.num_pending:
+            return False
+        for row in self._running.last_first():
+            owner = self._rows.seqs[row]
+            if owner is None or not owner.request.offline:
+                continue
+            if plan.has(row):  # goes before the next step
+                self._yielding = owner
+                return False
+            at_once = not self._rows.in_flight[row]
+            self._preempt(row)
+            return at_once
+        return False
+
+    def begin_step(self) -> None:
+        """Preempt the offline sequence that was found too late for the last step, if it is still needed."""
+        owner, self._yielding = self._yielding, None
+        if owner is None or owner.status is not Status.RUNNING:
+            return
+        head = self._waiting.peek()
+        if head is not None and not head.request.offline:
+            self._preempt(owner.row)
+
+    # --- away and back
+
+    def _preempt(self, row: int) -> None:
+        """Take a row's blocks away; its sequence will compute its tokens anew later."""
+        seq = self._rows.seqs[row]
+        assert seq is not None
+        swap = self._promotions.swap_beats_recompute(int(self._rows.computed[row]))
+        self._counters.swaps += swap
+        self._running.leave(seq, used=False, swap=swap)
+        seq.num_preemptions += 1
+        self._counters.preemptions += 1
+        seq.move(Status.PREEMPTED)
+        if self._rows.in_flight[row]:
+            self._leaving.append(row)
+        else:
+            self._requeue(row)
+
+    def _requeue(self, row: int) -> None:
+        seq = self._rows.seqs[row]
+        assert seq is not None
+        seq.token_ids = self._rows.tokens_of(row)
+        if len(seq.token_ids) == seq.num_prompt_tokens:
+            seq.restart_prompt_logprobs()  # not delivered yet: they will be computed anew
+        seq.move(Status.WAITING)
+        self._running.release(row)
+        self._waiting.push(seq)
+
+    def settle(self) -> None:
+        """A step has settled: sequences whose row no step in flight knows any longer go back to the queue."""
+        for row in [r for r in self._leaving if self._rows.in_flight[r] == 0]:
+            self._leaving.remove(row)
+            self._requeue(row)
+
+    def forget(self, seq: SequenceState) -> None:
+        """A preempted sequence ends before it came back."""
+        self._leaving.remove(seq.row)

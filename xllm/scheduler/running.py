@@ -1,0 +1,101 @@
+"""`Running`: the sequences that own a row and compute, in the order in which they are served."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from xllm.errors import IntegrityError
+from xllm.kv.manager import KVManager
+from xllm.scheduler.policy import Key
+from xllm.scheduler.rows import RowTable
+from xllm.sequence import SequenceState, Status
+
+
+class Running:
+    """The order of service, and the giving back of what a sequence holds while it is in it. Owned by the scheduler.
+
+    A sequence goes in two steps: `leave` gives its blocks back at once, `release` its row when no step in flight knows
+    the row any longer.
+    """
+
+    def __init__(self, key: Callable[[SequenceState], Key], rows: RowTable, kv: KVManager, clock: Callable[[], float]):
+        self._key, self._table, self._kv, self._clock = key, rows, kv, clock
+        self._entries: list[tuple[Key, int]] = []  # (key, row), sorted
+        self._rows: np.ndarray | None = None  # those rows; None: make it anew
+        self._released: list[int] = []
+        self.num_changes = 0  # sequences that entered or left since the start
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def rows(self) -> np.ndarray:
+        """The rows in order: int64, valid until a sequence enters or leaves, not to be written to."""
+        if self._rows is None:
+            self._rows = np.array([row for _, row in self._entries], dtype=np.int64)
+        return self._rows
+
+    def last_first(self) -> Iterator[int]:
+        """The rows, from the one that is served last. Ends with the first `enter` or `leave`."""
+        return (row for _, row in reversed(self._entries))
+
+    def enter(self, seq: SequenceState) -> None:
+        """It has its row."""
+        bisect.insort(self._entries, (self._key(seq), seq.row))
+        self._changed()
+
+    def leave(self, seq: SequenceState, *, commit: bool = True, used: bool = True, swap: bool = False,
+              ended_well: bool = False) -> None:
+        """Off the order, and its blocks given back. `commit`: those now full go to the prefix index. `used`: not if it
+        will be back. `swap`: they are copied to host memory first. `ended_well`: there may be a next turn."""
+        at = bisect.bisect_left(self._entries, (self._key(seq), seq.row))
+        assert self._entries[at][1] == seq.row
+        del self._entries[at]
+        self._changed()
+        if commit:
+            self.commit(seq.row)
+        if ended_well:
+            self._kv.turn_ended(seq.session_key, seq.row, self._clock)
+        self._kv.leave(seq.row, int(self._table.last_step[seq.row]), used=used, swap=swap)
+
+    def _changed(self) -> None:
+        self._rows = None
+        self.num_changes += 1
+
+    def commit(self, row: int) -> None:
+        """Offer the row's full blocks to the prefix index. Where a stop token stands among accepted drafts, KV is
+        computed behind the last known token: not offered."""
+        if self._kv.enable_prefix_caching:
+            num_tokens = int(min(self._table.computed[row], self._table.known[row]))
+            self._kv.commit(row, self._table.token_ids[row], num_tokens, int(self._table.last_step[row]))
+
+    def release(self, row: int) -> None:
+        """The row is free again. Its owner has left, and no step in flight knows it."""
+        seq = self._table.seqs[row]
+        assert seq is not None
+        seq.row = -1
+        self._table.leave(row)
+        self._released.append(row)
+
+    def take_released(self) -> tuple[int, ...]:
+        """The rows released since the last call."""
+        released, self._released = tuple(self._released), []
+        return released
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the order, the rows and their owners disagree."""
+        table = self._table
+        if self._entries != sorted(self._entries):
+            raise IntegrityError("the service order is not sorted")
+        for _, row in self._entries:
+            seq = table.seqs[row]
+            if seq is None or seq.status is not Status.RUNNING or seq.row != row:
+                raise IntegrityError(f"row {row} is served but its owner does not run")
+            if not table.computed[row] < table.known[row] <= table.upper[row] <= table.limit[row]:
+                raise IntegrityError(f"row {row}: counters out of order")
+            if not table.computed[row] <= table.cursor[row] < table.upper[row]:
+                raise IntegrityError(f"row {row}: cursor out of order")
+            if self._kv.num_blocks_R[row] * self._kv.block_size < table.cursor[row]:
+                raise IntegrityError(f"row {row}: tokens planned beyond its blocks")
