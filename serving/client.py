@@ -59,6 +59,7 @@ class EngineClient:
         self._step_age_s: float | None = None
         self._heard_s = self._started_s = time.monotonic()
         self._streams: dict[str, Stream] = {}
+        self.sleep_level = 0  # 0: awake
         self.adapters: tuple[str, ...] = ()  # names that requests may give as their model
         self._adapter_folders: dict[str, str] = {}  # of those that were loaded at run time
         self._numbers = itertools.count()
@@ -188,7 +189,7 @@ class EngineClient:
         try:
             self._send(protocol.Control(number, action, **options))
             done = await answer
-            self.adapters = done.state.adapters
+            self.adapters, self.sleep_level = done.state.adapters, done.state.sleep_level
             if action == "load_adapter" and done.error is None:
                 self._adapter_folders[options["name"]] = options["folder"]
             elif action == "unload_adapter" and done.error is None:
@@ -323,7 +324,7 @@ class EngineClient:
             self.phase = report.name
             self._on_phase(report.name, report.share, time.monotonic() - self._started_s)
         elif isinstance(report, protocol.Ready):
-            self.ready, self.phase, self.adapters = report, "ready", report.adapters
+            self.ready, self.phase, self.adapters, self.sleep_level = report, "ready", report.adapters, 0
             self._ready_event.set()
         else:
             self._die(report.reason, user_error=report.user_error)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from serving import protocol
+from serving.adapter_reader import AdapterReader
 from serving.step_log import StepLog
 from xllm import env
 from xllm.config import EngineConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
 LINGER_MS = 2000
+ADAPTER_POLL_MS = 20
 BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
 logger = logging.getLogger("xllm.engine")
 
@@ -91,12 +93,14 @@ class EngineServer:
 
     def __init__(self, core: EngineCore, steps: StepLog, commands: zmq.Socket, sender: ReportSender, heart: Heart):
         self._core, self._steps, self._commands, self._sender, self._heart = core, steps, commands, sender, heart
+        self._reader = AdapterReader(core.adapters)
         core.scheduler.take_admissions()  # from now on they are kept
         self._stopping = False
 
     def run(self) -> None:
         while True:
             self._take_commands(block=not self._core.has_work())
+            self._enter_adapters()
             if self._stopping:
                 return
             busy = self._core.has_work()
@@ -128,12 +132,14 @@ class EngineServer:
             self._apply(frame)
 
     def _wait(self) -> None:
-        """Until a command comes; meanwhile the KV tiers go on with theirs."""
+        """Until a command comes; meanwhile the KV tiers go on with theirs. Not for long while an adapter is read."""
         while (idle_s := self._core.idle_s()) is not None:
             if self._commands.poll(int(idle_s * 1000)):
                 return
             self._core.tick()
-        self._commands.poll()
+            if self._reader.is_busy:
+                return
+        self._commands.poll(ADAPTER_POLL_MS if self._reader.is_busy else None)
 
     def _apply(self, frame: bytes) -> None:
         command = protocol.COMMANDS.decode(frame)
@@ -143,12 +149,12 @@ class EngineServer:
             for request_id in command.request_ids:
                 self._core.abort(request_id)
         elif isinstance(command, protocol.Control):
-            self._sender.send(self._control(command))
+            self._control(command)
         else:
             self._stopping = True
 
-    def _control(self, command: protocol.Control) -> protocol.Controlled:
-        control, error, num_blocks = self._core.control, None, 0
+    def _control(self, command: protocol.Control) -> None:
+        control, num_blocks = self._core.control, 0
         try:
             if command.action == "pause":
                 control.pause(PauseMode(command.mode))
@@ -161,15 +167,32 @@ class EngineServer:
             elif command.action == "reset_prefix_cache":
                 num_blocks = control.reset_prefix_cache()
             elif command.action == "load_adapter":
-                self._core.adapters.load(command.name, Path(command.folder))
+                self._reader.begin(command)
+                return  # answered when it has been read
             elif command.action == "unload_adapter":
                 self._core.adapters.unload(command.name)
-        except XllmError as failure:
-            error = failure
+        except XllmError as error:
+            self._answer(command, error)
+        else:
+            self._answer(command, num_blocks=num_blocks)
+
+    def _enter_adapters(self) -> None:
+        while (done := self._reader.take_done()) is not None:
+            command, read = done
+            try:
+                self._core.adapters.enter(command.name, read.result())
+            except XllmError as error:
+                self._answer(command, error)
+            else:
+                self._answer(command)
+
+    def _answer(self, command: protocol.Control, error: XllmError | None = None, num_blocks: int = 0) -> None:
+        control = self._core.control
         state = protocol.EngineState(control.mode.value if control.mode else None, control.sleep_level,
                                      self._core.num_open, self._core.adapters.names)
-        return protocol.Controlled(command.number, state, num_blocks, None if error is None else str(error),
-                                   getattr(error, "field", None), isinstance(error, EngineStateError))
+        self._sender.send(protocol.Controlled(
+            command.number, state, num_blocks, None if error is None else str(error), getattr(error, "field", None),
+            isinstance(error, EngineStateError)))
 
     def _submit(self, command: protocol.Submit) -> None:
         accepted: list[str] = []

@@ -51,6 +51,15 @@ GENERATION = (
     Limit("max_queue_tokens", 2**24, "prompt tokens that wait for their first output, over all calls; beyond it calls "
           "are turned away with Retry-After", 503),
 )
+CHATS = (
+    Limit("max_tools", 512, "tools of a call", field="tools"),
+    Limit("max_template_variables", 32, "variables for the chat template", field="chat_template_kwargs"),
+    Limit("max_template_variable_chars", 2**14, "characters of these as JSON (`chat_template_kwargs`)"),
+    Limit("max_template_chars", 2**18, "characters of a request's own template (`chat_template`), where it may have "
+          "one"),
+    Limit("max_rendered_chars", request.MAX_RENDERED_CHARS, "characters that a template makes of a conversation, "
+          "counted before tokenising"),
+)
 FIXED = (
     Limit("MAX_CHOICES", request.MAX_CHOICES, "n: choices of a prompt", flag=False, field="n"),
     Limit("MAX_STOP_STRING_CHARS", request.MAX_STOP_STRING_CHARS, "characters of a stop string or bad word",
@@ -65,7 +74,7 @@ MEDIA = (
     Limit("MAX_MEDIA_SECONDS", 10, "seconds for fetching a medium, redirects included", flag=False),
     Limit("MAX_MEDIA_URL_CHARS", 2048, "characters of a medium's http(s) address", flag=False),
 )
-TABLE = (*HEAD, *BODY, *GENERATION, *FIXED, *MEDIA)
+TABLE = (*HEAD, *BODY, *GENERATION, *CHATS, *FIXED, *MEDIA)
 BY_NAME = {limit.name: limit for limit in TABLE}
 
 # Besides its own field a bound holds for these.
@@ -76,7 +85,7 @@ def _check_settings(settings: Any) -> None:
     for limit in TABLE:
         if limit.flag and getattr(settings, limit.name) < limit.at_least:
             raise ConfigError(f"{limit.name} must be at least {limit.at_least}, got {getattr(settings, limit.name)}")
-    for limit in GENERATION:
+    for limit in (*GENERATION, *CHATS):
         hard = HARD_MAXIMA.get(limit.name)
         if hard is not None and getattr(settings, limit.name) > hard:
             raise ConfigError(f"{limit.name} must be at most {hard}, got {getattr(settings, limit.name)}")
@@ -84,7 +93,8 @@ def _check_settings(settings: Any) -> None:
 
 # What the engine itself was built for; a setting may only be stricter.
 HARD_MAXIMA = {"max_stop_strings": request.MAX_STOP_STRINGS, "max_bad_words": request.MAX_BAD_WORDS,
-               "max_logit_bias": request.MAX_LOGIT_BIAS, "max_logprobs": request.MAX_LOGPROBS}
+               "max_logit_bias": request.MAX_LOGIT_BIAS, "max_logprobs": request.MAX_LOGPROBS,
+               "max_rendered_chars": request.MAX_RENDERED_CHARS}
 
 
 def _settings(limits: Iterable[Limit]) -> Any:

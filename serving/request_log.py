@@ -40,6 +40,7 @@ class RequestRecord:
     finish_reason: str | None = None
     trace_headers: dict[str, str] | None = None  # the caller's trace context
     caller: str = ""  # whose it is, on a server with keys
+    adapter: str = ""  # its name; "": the model itself
 
     @property
     def kind(self) -> str:
@@ -76,7 +77,7 @@ class RequestLog:
         request = choice.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                num_prompt_tokens=len(request.prompt_token_ids), max_tokens=request.sampling.max_tokens,
-                               trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name)
+                               trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora)
         self._open[request.request_id] = (record, choice, scheduled_s)
 
     def end(self, choice: Choice, reason: str) -> RequestRecord | None:
@@ -90,10 +91,13 @@ class RequestLog:
         self.on_end(record, choice)
         return record
 
+    def open_records(self) -> list[RequestRecord]:
+        """Those that have not ended, oldest first."""
+        return [self._refresh(*found) for found in self._open.values()]
+
     def latest(self, limit: int, wanted: Callable[[RequestRecord], bool] = lambda record: True) -> list[RequestRecord]:
         """Open ones and then the last that ended, newest first; of those that are wanted."""
-        records = [self._refresh(*found) for found in self._open.values()][::-1]
-        return list(islice(filter(wanted, chain(records, reversed(self._finished))), limit))
+        return list(islice(filter(wanted, chain(self.open_records()[::-1], reversed(self._finished))), limit))
 
     @staticmethod
     def _refresh(record: RequestRecord, choice: Choice, scheduled_s: dict[str, float]) -> RequestRecord:

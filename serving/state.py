@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.api.errors import ApiError, unavailable
-from serving.api.metrics import RequestMetrics
 from serving.client import EngineClient
 from serving.config import ServerConfig
 from serving.history import EngineHistory
+from serving.metrics.refusals import UNAVAILABLE, Refusals
+from serving.metrics.requests import RequestMetrics
 from serving.parsers.output import Parsers
 from serving.protocol import Ready
 from serving.request_log import RequestLog
@@ -49,6 +50,7 @@ class ServerState:
     num_open: int = 0  # HTTP calls that are generating
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    refusals: Refusals = field(default_factory=Refusals)
     requests: RequestLog = field(default_factory=RequestLog)
     history: EngineHistory = field(default_factory=EngineHistory)
     tracer: Tracer | None = None
@@ -95,6 +97,13 @@ class ServerState:
 
     def check_accepting(self) -> None:
         """Raise ApiError 503 unless new requests can be taken."""
+        try:
+            self._check_available()
+        except ApiError:
+            self.refusals.note(UNAVAILABLE)
+            raise
+
+    def _check_available(self) -> None:
         if self.engine.dead_reason is not None:
             raise ApiError(503, hide_paths(f"the engine stopped: {self.engine.dead_reason}"))
         if self.engine.restarting_after is not None:

@@ -36,7 +36,7 @@ class ModelSettings:
     model: str | None = option(None, "local folder or Hub id; none: the bundled demo model")
     tokenizer: str | None = option(None, "folder or Hub id of the tokenizer, if it is not the model's")
     dtype: str = option("auto", "compute type; auto: the device's best for this checkpoint", choices=DTYPES)
-    quantization: str | None = option(None, "quantise weights while loading", choices=("int8", "fp8"))
+    quantization: str | None = option(None, "quantise weights while loading", choices=("int8", "fp8", "w8a8"))
     max_model_len: int | None = option(None, "longest sequence, prompt and output; none: the model's own limit")
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")

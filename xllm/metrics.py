@@ -71,6 +71,7 @@ class EngineStats:
     spec_drafts_total: int = 0
     spec_draft_tokens_total: int = 0
     spec_accepted_tokens_total: int = 0
+    spec_accepted_tokens_by_position_total: list[int] = field(default_factory=list)  # in the draft; empty: no drafts
     requests_finished_total: dict[str, int] = field(default_factory=dict)  # by finish reason
     swaps_total: int = 0  # preemptions whose KV was copied to host memory
     cached_tokens_by_tier_total: dict[str, int] = field(default_factory=dict)  # l1, l2: device, l3: host, l4: disk

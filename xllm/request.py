@@ -22,6 +22,7 @@ MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_CHOICES = 128
 MAX_STOP_STRING_CHARS = 4096
+MAX_RENDERED_CHARS = 2**25  # that a chat template may make
 
 
 class FinishReason(str, enum.Enum):

@@ -18,8 +18,10 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from xllm.request import MAX_RENDERED_CHARS
+
 MAX_SECONDS = 10.0
-MAX_TEXT_CHARS = 2**25
+MAX_TEXT_CHARS = MAX_RENDERED_CHARS
 MAX_NUMBER = 10**6  # as an argument: a width, an indent, a count
 MAX_VALUES = 2**19  # in what is printed at once
 MAX_INTEGER_BITS = 4096

@@ -52,9 +52,9 @@ class Bench:
         return ceilings
 
     def row(self, id: str, *, timing: Timing | None = None, work: Work | None = None, status: str = OK,
-            cfg: dict[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
-        """Add a row. pct_bw, pct_tf: the work's bytes and operations over the time, in percent of the measured
-        ceilings; err: a check's error."""
+            cfg: dict[str, Any] | None = None, ceilings: Ceilings | None = None, **facts: Any) -> dict[str, Any]:
+        """Add a row. pct_bw, pct_tf: the work's bytes and operations over the time, in percent of these ceilings, or
+        the measured ones; err: a check's error."""
         row: dict[str, Any] = {"section": self.section, "id": id, "status": status,
                                "commit": self.results.data.get("commit"), "cfg": cfg or {}}  # fmt: skip
         if timing is not None:
@@ -62,8 +62,9 @@ class Bench:
                     "samples": timing.samples}  # fmt: skip
         if work is not None:
             row |= {"bytes": work.bytes, "flops": work.flops}
-            if timing is not None and self.ceilings is not None:
-                row |= self._shares(work, timing, self.ceilings)
+            ceilings = ceilings or self.ceilings
+            if timing is not None and ceilings is not None:
+                row |= self._shares(work, timing, ceilings)
         row |= {key: finite(value) for key, value in facts.items()}
         self.results.add(row)
         return row

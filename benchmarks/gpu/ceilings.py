@@ -80,6 +80,22 @@ def gemm_fp8(bench: Bench, id: str) -> None:
     _product(bench, id, make, "rate_fp8", 1)
 
 
+def gemm_int8(bench: Bench, id: str) -> None:
+    """As "w8a8" multiplies: torch has no public name for it."""
+    if not bench.device.is_cuda:
+        return bench.absent(id, "not on this device: its products of int8 are no matrix unit's")
+
+    def make(size: int) -> Callable[[], Any]:
+        x, weight = (torch.randint(-127, 128, (size, size), device=bench.device.torch, dtype=torch.int8)
+                     for _ in range(2))  # fmt: skip
+        return lambda: torch._int_mm(x, weight.t())
+
+    try:
+        _product(bench, id, make, "rate_int8", 1)
+    except RuntimeError as error:  # no fault of ours
+        bench.absent(id, f"torch does not multiply int8 here: {error}"[:300])
+
+
 def graph_node(bench: Bench, id: str) -> None:
     """A kernel that does nearly nothing, after another one like it: the least that one more kernel costs in a graph."""
     if not bench.device.is_cuda:
@@ -117,5 +133,6 @@ def _waited_for(bench: Bench, call: Callable[[], Any]) -> Timing:
 
 
 PARTS: dict[str, Callable[[Bench, str], None]] = {
-    "copy": copy, "read": read, "gemm": gemm, "gemm_fp8": gemm_fp8, "graph_node": graph_node, "transfers": transfers,
+    "copy": copy, "read": read, "gemm": gemm, "gemm_fp8": gemm_fp8, "gemm_int8": gemm_int8,
+    "graph_node": graph_node, "transfers": transfers,
 }  # fmt: skip

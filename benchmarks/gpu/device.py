@@ -111,6 +111,19 @@ class Device:
         samples = self._samples(replay, num_samples)
         return Timing.of([sample / (len(calls) * rounds) for sample in samples])
 
+    def measure_waited(self, calls: Sequence[Call], *, seconds: float) -> Timing:
+        """Likewise of calls that no graph may hold: by the host's clock, each waited for, copies as well."""
+        def one(call: Call) -> None:
+            call()
+            self.backend.synchronize_copies()
+
+        for call in calls:
+            self.once(lambda call=call: one(call))
+        samples, until = list[float](), time.perf_counter() + seconds
+        while len(samples) < LEAST_SAMPLES or (time.perf_counter() < until and len(samples) < 1000):
+            samples += [self.once(lambda call=call: one(call)) for call in calls]
+        return Timing.of(samples)
+
     def _samples(self, call: Call, count: int) -> list[float]:
         call()  # the first replay also uploads the graph
         if not self.is_cuda:
@@ -145,13 +158,14 @@ def poisoned() -> Iterator[None]:
 
     mode = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms would import torch's compiler: seconds, for a flag that is not of interest.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:

@@ -21,17 +21,20 @@ class Driver:
     """Token ids in, token ids out. What a request was asked for it always gets: end tokens do not count."""
 
     def __init__(self, folder: Path, **settings: Any):
-        self.core = EngineCore(EngineConfig.from_flat(model=str(folder), skip_tokenizer_init=True, **settings))
+        options = {"skip_tokenizer_init": True, **settings}
+        self.core = EngineCore(EngineConfig.from_flat(model=str(folder), **options))
         self._num_requests = 0
         self.open: set[str] = set()
 
-    def add(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> str:
-        """Queue a request (greedy unless told otherwise); returns its id."""
+    def add(self, prompt: Sequence[int], max_tokens: int, *, lora: str = "", end: tuple[int, ...] = (),
+            **sampling: Any) -> str:
+        """Queue a request (greedy unless told otherwise), for an adapter if one is named; returns its id. end: its end
+        tokens, if these are not ignored."""
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling})
         request_id = str(self._num_requests)
         self._num_requests += 1
         self.core.add(Request(request_id=request_id, prompt_token_ids=list(prompt), sampling=params,
-                              arrival_s=time.monotonic()))
+                              arrival_s=time.monotonic(), lora=lora, eos_token_ids=end))
         self.open.add(request_id)
         return request_id
 
@@ -69,6 +72,7 @@ def measured_engine(bench: Bench, shape: ModelShape, tokens: int, **settings: An
     Prefixes are not cached: repetitions would measure the cache.
     """
     device, block_size = bench.device, bench.device.backend.default_block_size
+    device.release_memory()  # what the engine before left in cycles
     room = int((device.free_bytes() - 2 * shape.read_params * 2) * MEMORY_SHARE)
     itemsize = 2 if device.is_cuda else 4
     wanted = min(tokens // block_size, room // (shape.kv_bytes * itemsize // 2 * block_size))

@@ -1,5 +1,5 @@
 """Section `engine`: the whole engine on random weights of real shapes: decode steps, prefills, the offline workload,
-and requests that arrive by chance."""
+and requests that arrive by chance; then, of the largest, decode steps with numbers of one byte."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device import Timing
 from benchmarks.gpu.driver import Driver, measured_engine, shapes
 from benchmarks.gpu.online import serve
-from benchmarks.gpu.roofline import Workload, make_workload
+from benchmarks.gpu.roofline import KV8, W8_KV8, Stored, Workload, make_workload
 from benchmarks.gpu.shapes import ModelShape
+from xllm.errors import ConfigError
 
 SETTLE_STEPS = 4  # after the last prompt: the first step of a bucket captures its graph
 SMALL_TOKENS = 10_000  # prompts are drawn from the first ids
+# What an id begins with, the engine's settings, and what the roofline counts.
+BYTE_FORMS: dict[str, tuple[dict[str, Any], Stored]] = {
+    "decode.w8kv8": ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, W8_KV8),
+    "decode.kv8": ({"kv_cache_dtype": "fp8"}, KV8),
+}
 
 
 def run(bench: Bench) -> None:
     predict(bench)
     for shape in shapes(bench):
         bench.attempt(f"engine/{shape.name}", 5.0 if bench.device.is_cuda else 0.0, _run_model, bench, shape)
+    largest = shapes(bench)[-1]
+    for form in BYTE_FORMS:
+        id = f"engine/{largest.name}/{form}"
+        bench.attempt(id, 5.0 if bench.device.is_cuda else 0.0, _run_form, bench, largest, id, form)
 
 
 def predict(bench: Bench) -> None:
@@ -34,6 +44,10 @@ def predict(bench: Bench) -> None:
         for tokens in profile.prefills:
             found[f"prefill/{shape.name}/T{tokens}"] = predictions.prefill(shape, tokens, ceilings)
         found[f"workload/{shape.name}"] = predictions.workload(shape, offline(bench, shape), ceilings)
+    largest = shapes(bench)[-1]
+    for form, (_, stored) in BYTE_FORMS.items():
+        for id, batch, context in form_rows(bench, largest, form):
+            found[id] = predictions.decode(largest, batch, context, ceilings, stored)
     bench.results.put("predictions", found)
 
 
@@ -41,6 +55,12 @@ def decode_rows(bench: Bench, shape: ModelShape) -> list[tuple[str, int, int]]:
     """(id, sequences, tokens of context)."""
     return [(f"decode/{shape.name}/B{batch}/ctx{context}", batch, context) for context in bench.profile.contexts
             for batch in bench.profile.batches]  # fmt: skip
+
+
+def form_rows(bench: Bench, shape: ModelShape, form: str) -> list[tuple[str, int, int]]:
+    """Likewise, with the first context alone."""
+    context = bench.profile.contexts[0]
+    return [(f"{form}/{shape.name}/B{batch}/ctx{context}", batch, context) for batch in bench.profile.batches]
 
 
 def offline(bench: Bench, shape: ModelShape) -> Workload:
@@ -64,6 +84,19 @@ def _run_model(bench: Bench, shape: ModelShape) -> None:
         for share in profile.online_shares:
             id = f"online/{shape.name}/{share}"
             bench.attempt(id, 1.5 * profile.online_s, online, bench, driver, shape, id, work, share)
+
+
+def _run_form(bench: Bench, shape: ModelShape, id: str, form: str) -> None:
+    rows, (settings, _) = form_rows(bench, shape, form), BYTE_FORMS[form]
+    margin = bench.profile.decode_steps + SETTLE_STEPS + 2 + 2 * bench.device.backend.default_block_size
+    tokens = int(max(batch * (context + margin) for _, batch, context in rows) * 1.1)
+    try:
+        with measured_engine(bench, shape, tokens, **settings) as driver:
+            for row, batch, context in rows:
+                bench.attempt(row, 2 * _decode_cost_s(bench, row, shape, batch, context), decode, bench, driver, shape,
+                              row, batch, context)  # fmt: skip
+    except ConfigError as refusal:
+        bench.absent(id, f"refused: {refusal}"[:500])
 
 
 def online(bench: Bench, driver: Driver, shape: ModelShape, id: str, work: Workload, share: float) -> None:

@@ -14,9 +14,10 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "cuda-bindings")
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total,power.draw,"
-              "clocks_throttle_reasons.active", "--format=csv,noheader")  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "cuda-bindings", "llguidance")
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,"
+              "memory.used,power.draw,power.limit,temperature.gpu,pstate,clocks_throttle_reasons.active",
+              "--format=csv")  # fmt: skip
 
 
 def run(bench: Bench) -> None:
@@ -27,9 +28,13 @@ def run(bench: Bench) -> None:
 def facts(bench: Bench) -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count()),
              "threads": str(torch.get_num_threads())}  # fmt: skip
+    found["host memory"] = f"{bench.device.backend.available_host_bytes() / 2**30:.0f} GiB free"
+    found["load"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     found |= {name: _version(name) for name in PACKAGES}
     if bench.device.is_cuda:
         found["nvidia-smi"] = _nvidia_smi()
+        found["free memory"] = f"{bench.device.free_bytes() / 2**30:.1f} GiB"
+        found["L2"] = f"{bench.device.l2_bytes / 2**20:.0f} MiB"
     return found | bench.device.backend.describe()
 
 
@@ -57,7 +62,7 @@ def warm_up(bench: Bench) -> None:
     root = Path(__file__).parents[2]
     children = [subprocess.Popen([*command, str(index), str(count)], cwd=root, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True) for index in range(count)]  # fmt: skip
-    limit = time.time() + bench.profile.section_s["env"]
+    limit = time.time() + min(bench.profile.section_s["env"], bench.left_s)
     for index, child in enumerate(children):
         try:
             error = child.communicate(timeout=max(1.0, limit - time.time()))[1]
@@ -65,5 +70,5 @@ def warm_up(bench: Bench) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            bench.absent(f"warm_up/{index}", f"it had not ended after {bench.profile.section_s['env']:.0f} s")
+            bench.absent(f"warm_up/{index}", f"it had not ended after {time.time() - began:.0f} s")
     bench.row("warm_up", seconds=round(time.time() - began, 1), processes=count)

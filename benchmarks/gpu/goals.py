@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.roofline import decode_s, make_workload, prefill_s, workload_s
+from benchmarks.gpu.roofline import W8_KV8, decode_s, make_workload, prefill_s, workload_s
 from benchmarks.gpu.shapes import SHAPES
 
 Rows = dict[str, dict[str, Any]]
@@ -37,6 +37,13 @@ def _decode(name: str, batch: int, limit: float) -> Goal:
     return Goal(what=f"decode B{batch} {name} ctx 1k", limit=limit, unit="ms",
                 roofline=lambda: decode_s(SHAPES[name], batch, 1024) * 1e3,
                 measured=lambda rows: value(rows, f"decode/{name}/B{batch}/ctx1024", "us", 1e-3))
+
+
+def _decode_in_bytes(name: str, batch: int, limit: float) -> Goal:
+    """The second stage: weights and KV in fp8."""
+    return Goal(what=f"decode B{batch} {name} fp8 ctx 1k", limit=limit, unit="ms",
+                roofline=lambda: decode_s(SHAPES[name], batch, 1024, stored=W8_KV8) * 1e3,
+                measured=lambda rows: value(rows, f"decode.w8kv8/{name}/B{batch}/ctx1024", "us", 1e-3))
 
 
 def _workload(name: str, limit: float) -> Goal:
@@ -81,6 +88,7 @@ GOALS: Sequence[Goal] = (
          measured=lambda rows: _host(rows, "", "host_us")),
     Goal(what="GPU idle, 256 sequences", limit=3.0, unit="%", roofline=lambda: 0.0,
          measured=lambda rows: _host(rows, "/device", "pct_idle")),
+    _decode_in_bytes("qwen3-8b", 1, 2.6), _decode_in_bytes("qwen3-8b", 64, 4.1), _decode_in_bytes("qwen3-8b", 256, 9.5),
 )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 UNUSABLE = 77  # exit status of a child whose device no longer works
 GRACE_S = 5.0  # past the deadline, before a child is ended
+OVERRUN_S = 25.0  # past a section's own time: its last row may begin just before that, and a kernel may hang
+WATCH_S = 2.0  # between two looks at how far a child is
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -99,19 +101,41 @@ def skip(results: ResultFile, name: str, thought_s: float, left_s: float) -> Non
 
 
 def _run_child(args: argparse.Namespace, sections: list[str], resumed: str, until: float) -> int:
-    """Its exit status. It is ended a little after the deadline, with all that it started."""
+    """Its exit status. It is ended a little after the deadline, or when one of its sections takes the others' time,
+    with all that it started."""
     command = [sys.executable, "-m", "benchmarks.gpu", *sections, "--out", str(args.out), "--device", args.device,
                "--profile", args.profile, "--worker-until", str(until), "--resumed", resumed]  # fmt: skip
     # A dry run shares its processor: threads that wait for each other would take most of the time.
     environment = os.environ | QUIET | ({"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {})
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
     try:
-        return child.wait(timeout=max(1.0, until + GRACE_S - time.time()))
+        return _watch(child, args.out, until)
     except BaseException as reason:
         os.killpg(child.pid, signal.SIGKILL)
         if not isinstance(reason, subprocess.TimeoutExpired):
             raise
         return child.wait()
+
+
+def _watch(child: subprocess.Popen[bytes], out: Path, until: float) -> int:
+    """Wait for it. Raises TimeoutExpired when it is to be ended."""
+    while True:
+        left_s = min(until + GRACE_S, _section_end(out)) - time.time()
+        try:
+            return child.wait(timeout=min(WATCH_S, max(1.0, left_s)))
+        except subprocess.TimeoutExpired:
+            if left_s <= 0:
+                raise
+
+
+def _section_end(out: Path) -> float:
+    """When the section that runs now must have ended at the latest."""
+    try:
+        sections = load(out)["sections"]
+    except (OSError, ValueError):
+        return float("inf")
+    ends = [facts["until"] for facts in sections.values() if facts["status"] == RUNNING]
+    return min(ends, default=float("inf")) + OVERRUN_S
 
 
 def _account(out: Path, left: list[str], code: int) -> tuple[list[str], str]:
@@ -124,7 +148,8 @@ def _account(out: Path, left: list[str], code: int) -> tuple[list[str], str]:
     if broken and code == UNUSABLE:
         return [broken, *(name for name in rest if name != broken)], broken
     if broken:
-        results.end(broken, FAILED, error=f"its process ended: exit status {code}")
+        late = time.time() > results.sections.get(broken, {}).get("until", float("inf"))
+        results.end(broken, FAILED, error=f"its process ended: exit status {code}{', out of time' if late else ''}")
     return [name for name in rest if name != broken], ""
 
 
@@ -163,7 +188,7 @@ def _run_section(bench: Bench, name: str, *, resumed: bool) -> None:
     from benchmarks.gpu.bench import DeviceLost
 
     began, bench.section = time.time(), name
-    bench.results.begin(name, keep_rows=resumed)
+    bench.results.begin(name, keep_rows=resumed, until=bench.until_s)
     status, facts = OK, dict[str, Any]()
     try:
         importlib.import_module(f"benchmarks.gpu.{name}").run(bench)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.gpu.bank import MicroCase
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.ceilings import LARGE_BYTES
 from benchmarks.gpu.device import Timing
-from benchmarks.gpu.micro_cases import MicroCase, all_cases
+from benchmarks.gpu.micro_cases import all_cases
+from benchmarks.gpu.ops import REFUSALS
+from benchmarks.gpu.roofline import Ceilings
 
 ROOM = 12  # of the free memory: inputs are made in float32, and then copied to where they are read
 
@@ -21,12 +25,32 @@ def run(bench: Bench) -> None:
 
 
 def _measure(bench: Bench, case: MicroCase) -> None:
+    if case.absent:
+        return bench.absent(case.id, case.absent)
     if case.num_bytes > bench.device.free_bytes() // ROOM:
         return bench.absent(case.id, f"does not fit: {case.num_bytes} bytes")
     count = bench.device.num_rotated(case.num_bytes)
-    timing = bench.device.measure(case.calls(count), seconds=bench.profile.row_s)
+    measure = bench.device.measure_waited if case.waited else bench.device.measure
+    try:
+        timing = measure(case.calls(count), seconds=bench.profile.row_s)
+    except REFUSALS as refusal:
+        if not case.may_refuse:
+            raise
+        return bench.absent(case.id, f"refused: {refusal}"[:500])
     facts = {} if case.reference is None else _reference(bench, case, count, timing)
-    bench.row(case.id, timing=timing, work=case.work, cfg=case.cfg | {"rotated": count}, **facts)
+    facts |= {} if case.link is None else {"link": case.link, "bytes_per_s": case.work.bytes / timing.us * 1e6}
+    bench.row(case.id, timing=timing, work=case.work, cfg=case.cfg | {"rotated": count},
+              ceilings=_ceilings(bench, case), **facts)  # fmt: skip
+
+
+def _ceilings(bench: Bench, case: MicroCase) -> Ceilings | None:
+    """The measured ones of what the case uses; None: they were not measured."""
+    found, usual = bench.results.data["ceilings"], bench.ceilings
+    if usual is None:
+        return None
+    copy_us = found.get(f"{case.link}_64MiB_us")
+    return Ceilings(usual.bandwidth if copy_us is None else LARGE_BYTES / copy_us * 1e6,
+                    found.get(case.rate, usual.rate))  # fmt: skip
 
 
 def _reference(bench: Bench, case: MicroCase, count: int, timing: Timing) -> dict[str, object]:

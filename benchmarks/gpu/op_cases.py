@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backends.reference.linear import quantise_tokens
 from benchmarks.gpu.device import Device
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -21,6 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 class Check:
     """run: calls the operator on inputs made anew, so that it can be called twice; truth: the same, from float64, of as
     many outputs as are known. tolerance: of the relative error by norms; 0: equal. absent: why there is nothing to run.
+    may_refuse: a ValueError or NotImplementedError of `run` says that as well.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Check:
     truth: Callable[[], Sequence[Tensor]] = lambda: ()
     tolerance: float = 0.0
     absent: str = ""
+    may_refuse: bool = False
 
 
 class World:
@@ -39,6 +42,7 @@ class World:
         self.device, self.backend, self.ops = device, device.backend, device.backend.ops
         self.cases, self.longest = cases, longest
         self.rng, self.generator = random.Random(seed), device.generator(seed)
+        self._host = torch.empty(0, dtype=torch.uint8)
         # The CPU's kernels know one dtype.
         usual = (torch.bfloat16, torch.float16, torch.float32) if device.is_cuda else (torch.float32,)
         self.dtypes = dtypes or usual
@@ -56,22 +60,31 @@ class World:
     def randint(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device.torch, dtype=dtype)
 
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """The same each time, as far as that is enough: what a backend gives may stay pinned until the process ends."""
+        if len(self._host) < num_bytes:
+            self._host = self.backend.allocate_host(num_bytes)
+        return self._host[:num_bytes]
+
     def tensor(self, values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device.torch)
 
 
 Cases = Callable[[World], Iterator[Check]]
 
-QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+# Codes of the weight and the largest of them; with w8a8 x becomes such codes as well.
+QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "w8a8": (torch.int8, 127.0)}
+NEXT_CODE = 2e-3  # of a sum in which a number of x may have the next code
 LINEAR_ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 200, 256)
-LINEAR_SIZES = ((256, 128), (1024, 512), (100, 64), (4096, 1024), (33, 48), (512, 2048))
+LINEAR_SIZES = ((4096, 1024), (256, 128), (1024, 512), (100, 64), (33, 48), (512, 2048))
 
 
 def linear_cases(world: World) -> Iterator[Check]:
-    for i in range(world.cases * 3):
-        quantization = (None, *QUANTIZATIONS)[i % 3]
-        rows, (outputs, inputs) = world.rng.choice(LINEAR_ROWS), world.rng.choice(LINEAR_SIZES)
-        yield linear_check(world, quantization, rows, outputs, inputs, world.dtype(i // 3), with_bias=i % 2 == 0)
+    for i in range(world.cases * 4):
+        quantization = (None, *QUANTIZATIONS)[i % 4]
+        sizes = LINEAR_SIZES if world.device.is_cuda else LINEAR_SIZES[1:]
+        rows, (outputs, inputs) = world.rng.choice(LINEAR_ROWS), world.rng.choice(sizes)
+        yield linear_check(world, quantization, rows, outputs, inputs, world.dtype(i // 4), with_bias=i // 4 % 2 == 0)
 
 
 def linear_check(world: World, quantization: str | None, rows: int, outputs: int, inputs: int, dtype: torch.dtype, *,
@@ -86,11 +99,19 @@ def linear_check(world: World, quantization: str | None, rows: int, outputs: int
 
     def truth() -> Sequence[Tensor]:
         exact = weight.double() if quantization is None else rounded(weight, quantization)
-        return (x.double() @ exact.T + (0.0 if bias is None else bias.double()),)
+        exact_x = in_codes(x) if quantization == "w8a8" else x.double()
+        return (exact_x @ exact.T + (0.0 if bias is None else bias.double()),)
 
     # Rows of x may be brought to fp8 as well.
     tolerance = 6e-2 if quantization == "fp8" and rows > 64 else TOLERANCE[dtype]
+    tolerance = max(tolerance, NEXT_CODE if quantization == "w8a8" else 0.0)
     return Check(name=name, run=lambda: (world.ops.linear(x, packed),), truth=truth, tolerance=tolerance)
+
+
+def in_codes(x_TX: Tensor) -> Tensor:
+    """The numbers that "w8a8" makes of x, in float64."""
+    codes_TX, scale_T = quantise_tokens(x_TX)
+    return codes_TX.double() * scale_T.double()[:, None]
 
 
 def rounded(weight_YX: Tensor, quantization: str) -> Tensor:

@@ -26,7 +26,7 @@ def argmax_cases(world: World) -> Iterator[Check]:
             logits = logits.round()  # equals, of which the first counts
         yield Check(name=f"{'x'.join(map(str, logits.shape))}{'/ties' * (i % 2)}",
                     run=lambda x=logits: (world.ops.argmax(x),),
-                    truth=lambda x=logits: (_first_largest(x),))  # fmt: skip
+                    truth=lambda x=logits: (first_largest(x),))  # fmt: skip
 
 
 def _logits(world: World, i: int) -> Tensor:
@@ -34,7 +34,7 @@ def _logits(world: World, i: int) -> Tensor:
     return world.randn(world.rng.choice((1, 3, len(LIMITS))), vocab) * world.rng.choice((1.0, 3.0))
 
 
-def _first_largest(logits_SV: Tensor) -> Tensor:
+def first_largest(logits_SV: Tensor) -> Tensor:
     ids = torch.arange(logits_SV.shape[1], device=logits_SV.device)
     return torch.where(logits_SV == logits_SV.amax(1, keepdim=True), ids, logits_SV.shape[1]).amin(1)
 
@@ -45,19 +45,22 @@ def sample_cases(world: World) -> Iterator[Check]:
         if i % 3 == 0:
             logits = logits.round()
         rows = world.rng.sample(LIMITS, len(logits))
-        yield _sample_check(world, logits, rows, world.rand(len(rows)), f"{'x'.join(map(str, logits.shape))}/{i}")
+        yield sample_check(world, logits, rows, world.rand(len(rows)), f"{'x'.join(map(str, logits.shape))}/{i}")
 
 
-def _sample_check(world: World, logits: Tensor, rows: list[tuple[float, int, float, float]], uniform: Tensor,
-                  name: str) -> Check:
-    """A token is right if it is one that float64 draws for thresholds within rounding of the row's: out = 1 then."""
+def sample_check(world: World, logits: Tensor, rows: list[tuple[float, int, float, float]], uniform: Tensor,
+                 name: str, judge: torch.device | None = None) -> Check:
+    """A token is right if it is one that float64 draws for thresholds within rounding of the row's: out = 1 then.
+    judge: where float64 is computed, if not on the device itself."""
     columns = [*zip(*rows)]
     temperature, top_p, min_p = (world.tensor(columns[c], torch.float32) for c in (0, 2, 3))
     top_k = world.tensor(columns[1], torch.int32)
 
     def run() -> Sequence[Tensor]:
         tokens = world.ops.sample(logits.clone(), temperature, top_k, top_p, min_p, uniform)
-        allowed = [int(t) in possible_tokens(logits[s], *rows[s], float(uniform[s])) for s, t in enumerate(tokens)]
+        known = logits.to(tokens.device if judge is None else judge)
+        allowed = [token in possible_tokens(known[s], *rows[s], float(uniform[s]))
+                   for s, token in enumerate(tokens.tolist())]  # fmt: skip
         return torch.tensor(allowed), tokens
 
     return Check(name=name, run=run, truth=lambda: (torch.ones(len(rows), dtype=torch.bool),))
@@ -85,12 +88,13 @@ def penalise_cases(world: World) -> Iterator[Check]:
         counts = [rng.choice((0, 1, 50, 700)) for _ in rows]
         starts = [sum(counts[:x]) for x in range(len(counts) + 1)]
         output_starts = [start + rng.randint(0, count) for start, count in zip(starts, counts)]
-        yield _penalise_check(world, wide, rows, world.randint(vocab, starts[-1], dtype=torch.int32), starts,
+        yield penalise_check(world, wide, rows, world.randint(vocab, starts[-1], dtype=torch.int32), starts,
                               output_starts, f"{len(rows)}of{len(wide)}x{vocab}/{i}")  # fmt: skip
 
 
-def _penalise_check(world: World, logits: Tensor, rows: Tensor, tokens: Tensor, starts: list[int],
-                    output_starts: list[int], name: str) -> Check:
+def penalise_check(world: World, logits: Tensor, rows: Tensor, tokens: Tensor, starts: list[int],
+                   output_starts: list[int], name: str, judge: torch.device | None = None) -> Check:
+    """judge: as of `sample_check`."""
     repetition = world.rand(len(rows)) + 0.6
     frequency, presence = (world.rand(len(rows)).double() * 2 - 1 for _ in range(2))
     at = [world.tensor(values, torch.int32) for values in (starts, output_starts)]
@@ -101,13 +105,14 @@ def _penalise_check(world: World, logits: Tensor, rows: Tensor, tokens: Tensor, 
         return (changed,)
 
     def truth() -> Sequence[Tensor]:
-        changed = logits.double()
+        changed = logits.to(judge or logits.device).double()
+        ids_T, by = tokens.to(changed.device).long(), [x.to(changed.device) for x in (repetition, frequency, presence)]
         for x, row in enumerate(rows.tolist()):
-            seen = tokens[starts[x] : starts[x + 1]].long().unique()
+            seen = ids_T[starts[x] : starts[x + 1]].unique()
             old = changed[row, seen]
-            changed[row, seen] = torch.where(old > 0, old / repetition[x].double(), old * repetition[x].double())
-            ids, times = tokens[output_starts[x] : starts[x + 1]].long().unique(return_counts=True)
-            changed[row, ids] -= frequency[x] * times + presence[x]
+            changed[row, seen] = torch.where(old > 0, old / by[0][x].double(), old * by[0][x].double())
+            ids, times = ids_T[output_starts[x] : starts[x + 1]].unique(return_counts=True)
+            changed[row, ids] -= by[1][x] * times + by[2][x]
         return (changed,)
 
     return Check(name=name, run=run, truth=truth, tolerance=1e-6)
@@ -117,25 +122,30 @@ def bitmask_cases(world: World) -> Iterator[Check]:
     """With masks that are shorter than the vocabulary, too."""
     for i in range(world.cases):
         logits = _logits(world, i)
-        rows = torch.randperm(len(logits), generator=world.generator, device=world.device.torch)[: 1 + len(logits) // 2]
-        words = max(1, -(-logits.shape[1] // 32) - i % 2)
-        allowed = world.rand(len(rows), words * 32) < 0.6
-        bits = (allowed.view(len(rows), words, 32).long() << torch.arange(32, device=rows.device)).sum(-1)
-        mask = torch.where(bits >= 2**31, bits - 2**32, bits).int()
+        yield bitmask_check(world, logits, max(1, -(-logits.shape[1] // 32) - i % 2))
 
-        def run(logits: Tensor = logits, mask: Tensor = mask, rows: Tensor = rows) -> Sequence[Tensor]:
-            changed = logits.clone()
-            world.ops.apply_token_bitmask(changed, mask, rows)
-            return (changed,)
 
-        def truth(logits: Tensor = logits, allowed: Tensor = allowed, rows: Tensor = rows) -> Sequence[Tensor]:
-            changed, vocab = logits.clone(), logits.shape[1]
-            kept = torch.nn.functional.pad(allowed, (0, max(0, vocab - allowed.shape[1])))[:, :vocab]
-            for x, row in enumerate(rows.tolist()):
-                changed[row, ~kept[x]] = -torch.inf
-            return (changed,)
+def bitmask_check(world: World, logits: Tensor, words: int, judge: torch.device | None = None) -> Check:
+    """judge: as of `sample_check`."""
+    rows = torch.randperm(len(logits), generator=world.generator, device=world.device.torch)[: 1 + len(logits) // 2]
+    allowed = world.rand(len(rows), words * 32) < 0.6
+    bits = (allowed.view(len(rows), words, 32).long() << torch.arange(32, device=rows.device)).sum(-1)
+    mask = torch.where(bits >= 2**31, bits - 2**32, bits).int()
 
-        yield Check(name=f"{len(rows)}of{'x'.join(map(str, logits.shape))}", run=run, truth=truth)
+    def run() -> Sequence[Tensor]:
+        changed = logits.clone()
+        world.ops.apply_token_bitmask(changed, mask, rows)
+        return (changed,)
+
+    def truth() -> Sequence[Tensor]:
+        at, vocab = judge or logits.device, logits.shape[1]
+        changed = logits.to(at, copy=True)
+        kept = torch.nn.functional.pad(allowed.to(at), (0, max(0, vocab - allowed.shape[1])))[:, :vocab]
+        for x, row in enumerate(rows.tolist()):
+            changed[row, ~kept[x]] = -torch.inf
+        return (changed,)
+
+    return Check(name=f"{len(rows)}of{'x'.join(map(str, logits.shape))}", run=run, truth=truth)
 
 
 OPERATORS: dict[str, Cases] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.roofline import Ceilings, Workload, decode_s, prefill_s, workload_s
+from benchmarks.gpu.roofline import SIXTEEN_BITS, Ceilings, Stored, Workload, decode_s, prefill_s, workload_s
 from benchmarks.gpu.shapes import ModelShape
 
 # Of the roofline's bandwidth or rate. A kernel in a captured graph costs NODE_US besides; a layer has NODES of them.
@@ -12,9 +12,10 @@ DECODE_SHARE, PREFILL_SHARE, WORKLOAD_SHARE = 0.88, 0.82, 0.78
 NODE_US, NODES = 1.2, 10
 
 
-def decode(shape: ModelShape, batch: int, context: int, ceilings: Ceilings) -> dict[str, Any]:
+def decode(shape: ModelShape, batch: int, context: int, ceilings: Ceilings,
+           stored: Stored = SIXTEEN_BITS) -> dict[str, Any]:
     """Memory-bound kernels near their ceiling, and a gap for each of them."""
-    floor_us = decode_s(shape, batch, context, ceilings) * 1e6
+    floor_us = decode_s(shape, batch, context, ceilings, stored) * 1e6
     return _us(floor_us, floor_us / DECODE_SHARE + shape.layers * NODES * NODE_US,
                f"floor / {DECODE_SHARE} + {shape.layers} x {NODES} kernels x {NODE_US} us")
 

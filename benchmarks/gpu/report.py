@@ -1,4 +1,4 @@
-"""Section `report`: a table that fits a screen: what failed, the worst ratios to the roofline, the goals."""
+"""Section `report`: a table of what failed, the worst ratios to the roofline, the goals."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import goals
-from benchmarks.gpu.results import OK, ResultFile, faults
+from benchmarks.gpu.results import ABSENT, OK, SKIPPED, ResultFile, faults
 
-NUM_WORST, NUM_FAULTS, NUM_ENGINE = 10, 6, 12
+NUM_FAULTS, NUM_ABSENCES, NUM_ENGINE = 6, 6, 20
 
 
 def write(out: Path) -> None:
@@ -24,7 +24,7 @@ def write(out: Path) -> None:
 
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
-    """About forty."""
+    """About eighty, so that they fit what is kept of a long output."""
     env = data["env"]
     yield f"commit {data.get('commit')} source {data.get('source')} profile {data.get('profile')}"
     yield f"{env.get('device', 'unknown device')}; torch {env.get('torch')}; triton {env.get('triton')}"
@@ -34,6 +34,7 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
     counts = Counter(row["status"] for row in data["rows"])
     yield "rows: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     yield from _faults(data)
+    yield from _absences(data["rows"])
     yield from _worst(data["rows"])
     yield from _engine(data["rows"])
     yield from _goals(data.get("goals", []))
@@ -55,13 +56,31 @@ def _faults(data: dict[str, Any]) -> Iterator[str]:
         yield f"FAULT and {len(found) - NUM_FAULTS} more"
 
 
+def _absences(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """By reason, the most frequent first."""
+    reasons = Counter(row.get("why", "")[:100] for row in rows if row["status"] in (ABSENT, SKIPPED))
+    for why, count in reasons.most_common(NUM_ABSENCES):
+        first = next(row for row in rows if row.get("why", "")[:100] == why)
+        yield f"{first['status']} {count} x, such as {first['id']}: {why}"
+
+
 def _worst(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"{'operators, furthest from their floor':<52}{'us':>10}{'floor':>8}{'bytes':>8}{'flops':>8}{'other':>8}"
+    """Of each kind of operator the row that is furthest from its floor."""
+    titles = "".join(f"{title:>8}" for title in ("floor", "bytes", "flops", "other"))
+    yield f"{'of each operator what is furthest from its floor':<52}{'us':>10}{titles}"
+    worst: dict[str, dict[str, Any]] = {}
     timed = [row for row in rows if row["section"] == "micro" and "floor_us" in row]
-    for row in sorted(timed, key=lambda row: row["floor_us"] / row["us"])[:NUM_WORST]:
+    for row in sorted(timed, key=lambda row: row["floor_us"] / row["us"]):
+        worst.setdefault(kind(row), row)
+    for row in worst.values():
         other = f"{row['pct_ref']:.0f} %" if "pct_ref" in row else ""
         yield (f"  {row['id']:<50}{row['us']:>10.1f}{_percent(row['floor_us'] / row['us']):>8}"
                f"{_percent(row['pct_bw'] / 100):>8}{_percent(row['pct_tf'] / 100):>8}{other:>8}")  # fmt: skip
+
+
+def kind(row: dict[str, Any]) -> str:
+    """The operator, and of a product its quantisation."""
+    return row["id"].split("/")[0] + f" {row['cfg'].get('quantization') or ''}"
 
 
 def _engine(rows: list[dict[str, Any]]) -> Iterator[str]:

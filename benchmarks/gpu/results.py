@@ -30,6 +30,7 @@ class ResultFile:
         if self.path.exists():
             self.data.update(json.loads(self.path.read_text()))
         self.data.update(header)
+        self._encoded: dict[int, tuple[dict[str, Any], str]] = {}  # by id; the row is kept, so that it stays its own
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -46,12 +47,22 @@ class ResultFile:
         self.write()
 
     def add(self, *rows: dict[str, Any]) -> None:
+        """They stay as they are from now on. Raises TypeError or ValueError, and adds none, if JSON cannot say it."""
+        self._encoded |= {id(row): (row, _encode(row)) for row in rows}
         self.rows.extend(rows)
         self.write()
 
     def end(self, section: str, status: str, **facts: Any) -> None:
         self.sections.setdefault(section, {}).update(status=status, **facts)
         self.write()
+
+    def _text(self) -> str:
+        """A line a row. Each is encoded once: hundreds of rows are written hundreds of times, beside measurements."""
+        lines = [f"{json.dumps(key)}: {_encode(value)}" for key, value in self.data.items() if key != "rows"]
+        encoded = {id(row): self._encoded.get(id(row)) or (row, _encode(row)) for row in self.rows}
+        self._encoded = encoded
+        rows = ",\n".join(line for _, line in encoded.values())
+        return "{\n" + ",\n".join([*lines, f'"rows": [\n{rows}\n]']) + "\n}\n"
 
     def put(self, key: str, value: Any) -> None:
         """Set one entry of the top level."""
@@ -62,7 +73,7 @@ class ResultFile:
         """Into a new file that then takes the old one's place: a reader sees either, whole."""
         draft = self.path.with_suffix(".tmp")
         with draft.open("w") as file:
-            json.dump(self.data, file, indent=1, allow_nan=False)
+            file.write(self._text())
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self.path)
@@ -71,6 +82,10 @@ class ResultFile:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _encode(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
 
 
 def load(path: Path) -> dict[str, Any]:

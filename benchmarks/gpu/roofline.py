@@ -1,7 +1,7 @@
 """The least time that a step can take: bytes over bandwidth, operations over rate, whichever is larger.
 
 Matrix products and attention run one after the other, so their maxima add. Operations count a multiply-add as two;
-bytes are in 16 bits.
+numbers have 16 bits unless `Stored` says otherwise.
 """
 
 from __future__ import annotations
@@ -35,12 +35,30 @@ class Work:
         return max(self.bytes / ceilings.bandwidth, self.flops / ceilings.rate)
 
 
-def decode_parts(shape: ModelShape, contexts: Sequence[int]) -> list[Work]:
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of a weight, and of a number in the KV cache without its part of a scale; scale: bytes of that."""
+
+    weight: int = 2
+    kv: int = 2
+    scale: int = 0
+
+    def kv_bytes(self, shape: ModelShape) -> float:
+        """Of one token."""
+        return shape.kv_bytes * (self.kv * shape.head_dim + self.scale) / (2 * shape.head_dim)
+
+
+SIXTEEN_BITS, KV8, W8_KV8 = Stored(), Stored(kv=1, scale=1), Stored(weight=1, kv=1, scale=1)
+FEW_ROWS, FASTER = 64, 2  # more rows are multiplied in the weights' 8 bits, at so many times the rate
+
+
+def decode_parts(shape: ModelShape, contexts: Sequence[int], stored: Stored = SIXTEEN_BITS) -> list[Work]:
     """One token for each sequence: matrix products, attention, the logits' way out."""
     batch, seen = len(contexts), sum(contexts) + len(contexts)
     attention = 4.0 * sum(contexts) * shape.heads * shape.head_dim * shape.layers
-    return [Work(2.0 * shape.read_params, 2.0 * batch * shape.read_params),
-            Work(float(seen) * shape.kv_bytes, attention), Work(2.0 * batch * shape.vocab, 0.0)]  # fmt: skip
+    products = 2.0 * batch * shape.read_params / (FASTER if stored.weight == 1 and batch > FEW_ROWS else 1)
+    return [Work(float(stored.weight * shape.read_params), products),
+            Work(seen * stored.kv_bytes(shape), attention), Work(2.0 * batch * shape.vocab, 0.0)]  # fmt: skip
 
 
 def prefill_parts(shape: ModelShape, lengths: Sequence[int]) -> list[Work]:
@@ -58,8 +76,9 @@ def seconds(parts: list[Work], ceilings: Ceilings) -> float:
     return sum(part.seconds(ceilings) for part in parts)
 
 
-def decode_s(shape: ModelShape, batch: int, context: int, ceilings: Ceilings = H200) -> float:
-    return seconds(decode_parts(shape, [context] * batch), ceilings)
+def decode_s(shape: ModelShape, batch: int, context: int, ceilings: Ceilings = H200,
+             stored: Stored = SIXTEEN_BITS) -> float:
+    return seconds(decode_parts(shape, [context] * batch, stored), ceilings)
 
 
 def prefill_s(shape: ModelShape, length: int, ceilings: Ceilings = H200) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Route
 
 from serving.api import (
+    adapters,
     admin,
     anthropic,
     chat,
@@ -32,7 +35,7 @@ from serving.security.exposure import host_rule
 from serving.state import ServerState
 from serving.tracing import TraceContext
 
-MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin,
+MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin, adapters,
            models, tokenize, health, metrics, stats, console, openapi)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 logger = logging.getLogger("xllm.api")
@@ -47,6 +50,7 @@ def create_app(state: ServerState) -> FastAPI:
     for module in MODULES:
         router = module.router(state)
         check_declared(declared_paths(router.routes))
+        answer_head(router.routes)
         app.include_router(router)
     install_handlers(app)
 
@@ -57,11 +61,19 @@ def create_app(state: ServerState) -> FastAPI:
 
     http, limits = state.config.http, state.config.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits)
+    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits,
+                       refusals=state.refusals)
     if state.tracer is not None:
         state.requests.on_end = state.tracer.record
         app.add_middleware(TraceContext)
     if http.cors_origin:  # outermost: a preflight carries no key, and a refusal must be readable too
-        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_methods=["GET", "POST"],
+        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_methods=["GET", "HEAD", "POST"],
                            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"])
     return app
+
+
+def answer_head(routes: Iterable[BaseRoute]) -> None:
+    """Let HEAD have what GET would answer, without its body, which the HTTP server leaves out (RFC 9110, 9.3.2)."""
+    for route in routes:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")

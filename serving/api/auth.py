@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.api.errors import ApiError
 from serving.api.limits import check_head
 from serving.limits import LimitSettings
+from serving.metrics.refusals import QUOTA, Refusals
 from serving.security.caller import CALLER
 from serving.security.hosts import HostRule
 from serving.security.keys import NOBODY, Caller, KeyRing
@@ -79,6 +80,7 @@ ROUTES: dict[str, Access] = {
     "/get_server_info": Access.ADMIN,
     "/tokenize": Access.USER,
     "/detokenize": Access.USER,
+    "/tokenizer_info": Access.USER,
 }
 
 _PARAMETER = re.compile(r"\{\w+(:path)?\}")
@@ -140,9 +142,10 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, hosts: HostRule, limits: LimitSettings,
-                 routes: dict[str, Access] = ROUTES):
+                 routes: dict[str, Access] = ROUTES, refusals: Refusals | None = None):
         self.app = app
         self._keys, self._hosts, self._limits, self._table = keys, hosts, limits, RouteTable(routes)
+        self._refusals = refusals or Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -170,6 +173,7 @@ class Gate:
             raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
         if level is not Access.PUBLIC and scope["method"] == "POST" and (refused := caller.quota.enter()):
             what, wait_s = refused
+            self._refusals.note(QUOTA, caller)
             raise ApiError(429, f"this key may use {what}; come back in {wait_s} s",
                            headers={"Retry-After": str(wait_s)})
         return caller

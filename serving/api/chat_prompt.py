@@ -17,9 +17,6 @@ from xllm.errors import ModelError
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
                              "continue_final_message", "documents", "field", "self",
                              "max_seconds"})
-MAX_KWARGS = 32
-MAX_KWARGS_CHARS = 16 * 2**10
-MAX_TEMPLATE_CHARS = 256 * 2**10
 TAIL_CHARS = 64
 
 
@@ -37,7 +34,8 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
         ApiError, RequestError: what is wrong with the messages, the variables or the template.
     """
     tokenizer = state.need_tokenizer("messages")
-    variables = checked_variables(body.chat_template_kwargs)
+    limits = state.config.limits
+    variables = checked_variables(body.chat_template_kwargs, limits.max_template_variable_chars)
     template = checked_template(state, getattr(body, "chat_template", None))
     plain = plain_messages(messages)
 
@@ -45,6 +43,9 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
                                      max_seconds=state.config.chat.chat_template_timeout, **variables)
+        if len(text) > limits.max_rendered_chars:
+            raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
+                          "messages")
         token_ids = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
         return ChatPrompt(token_ids, text[-TAIL_CHARS:])
 
@@ -60,16 +61,15 @@ async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, message
     return (await chat_prompt(state, body, messages, tools)).token_ids
 
 
-def checked_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
+def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[str, Any]:
     """`chat_template_kwargs`, within bounds. Raises ApiError."""
     if not variables:
         return {}
     for name in variables:
         if name in RESERVED_KWARGS or not name.isidentifier():
             raise invalid(f"chat_template_kwargs may not set {name[:64]!r}", "chat_template_kwargs")
-    if len(variables) > MAX_KWARGS or len(json.dumps(variables)) > MAX_KWARGS_CHARS:
-        raise invalid(f"chat_template_kwargs may hold at most {MAX_KWARGS} names and {MAX_KWARGS_CHARS} characters "
-                      "of JSON", "chat_template_kwargs")
+    if len(json.dumps(variables)) > max_chars:
+        raise invalid(f"chat_template_kwargs may hold at most {max_chars} characters of JSON", "chat_template_kwargs")
     return variables
 
 
@@ -80,8 +80,9 @@ def checked_template(state: ServerState, template: str | None) -> str | None:
     if not state.config.chat.trust_request_chat_template:
         raise invalid("chat_template is refused: this server was started without --trust-request-chat-template",
                       "chat_template")
-    if not 0 < len(template) <= MAX_TEMPLATE_CHARS:
-        raise invalid(f"chat_template must have 1 to {MAX_TEMPLATE_CHARS} characters", "chat_template")
+    most = state.config.limits.max_template_chars
+    if not 0 < len(template) <= most:
+        raise invalid(f"chat_template must have 1 to {most} characters", "chat_template")
     return template
 
 

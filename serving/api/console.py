@@ -57,11 +57,11 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
     assets = read_assets()
 
-    @routes.api_route("/", methods=["GET", "HEAD"])
+    @routes.get("/")
     async def page(request: Request) -> Response:
         return assets["index.html"].answer(request)
 
-    @routes.api_route("/web/{name}", methods=["GET", "HEAD"])
+    @routes.get("/web/{name}")
     async def asset(request: Request, name: str) -> Response:
         if name not in assets:
             raise ApiError(404, f"Not Found: {request.method} /web/{name[:64]}")

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from serving.api.errors import ApiError, invalid, unavailable
+from serving.metrics.refusals import OVERLOAD, QUEUE_FULL, UNAVAILABLE
 from serving.state import ServerState
 from serving.stream import EngineBusyError, Stream
 from xllm.detokenizer import Detokenizer
@@ -108,7 +109,7 @@ class Generation:
         try:
             stream = await state.engine.submit(requests)
         except EngineBusyError:
-            state.metrics.admission_rejections += 1
+            state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
             raise
         stream.expires_s = expires_s
         state.num_open += 1
@@ -129,7 +130,7 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """New pieces as they come, until every choice has its finish reason. Raises ApiError or EngineDeadError."""
-        while deltas := await self._stream.next():
+        while deltas := await self._next():
             now = time.monotonic()
             found = []
             for delta in deltas:
@@ -144,6 +145,13 @@ class Generation:
                     found.append(piece)
             if found:
                 yield found
+
+    async def _next(self) -> list[OutputDelta]:
+        try:
+            return await self._stream.next()
+        except EngineBusyError:
+            self.state.refusals.note(OVERLOAD)
+            raise
 
     async def run(self) -> None:
         """Run to the end without looking at the pieces, then close."""

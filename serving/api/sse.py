@@ -15,6 +15,7 @@ from serving.api.errors import as_api_error
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class ClientGone(Exception):
@@ -61,7 +62,7 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None], *, done: bytes = DONE,
                  show_error: Callable[[Exception], bytes] | None = None):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers=EVENT_HEADERS)
         del self.headers["content-length"]
         self._events, self._on_end, self._done = events, on_end, done
         self._show_error = show_error or (lambda error: event(as_api_error(error).body()))

@@ -16,8 +16,9 @@ from fastapi.responses import Response
 
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.health import health_of, package_version
-from serving.api.sse import EventStream, event
+from serving.api.sse import EVENT_HEADERS, EventStream, event
 from serving.history import HISTORY_COLUMNS
+from serving.metrics.refusals import OVERLOAD
 from serving.protocol import as_builtins
 from serving.security.caller import CALLER
 from serving.security.keys import NOBODY
@@ -110,7 +111,10 @@ def router(state: ServerState) -> APIRouter:
     async def stream(request: Request) -> Response:
         nonlocal num_viewers
         interval_s = _interval_s(request)
+        if request.method == "HEAD":  # the head alone: nobody would read the stream
+            return Response(media_type="text/event-stream", headers=EVENT_HEADERS)
         if num_viewers >= MAX_VIEWERS:
+            state.refusals.note(OVERLOAD)
             raise ApiError(429, f"{MAX_VIEWERS} streams are open already", headers={"Retry-After": "10"})
         num_viewers += 1
 

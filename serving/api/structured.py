@@ -8,6 +8,7 @@ from typing import Any
 
 from serving.api.errors import ApiError, invalid, unavailable
 from serving.api.types import GenerationBody
+from serving.metrics.refusals import OVERLOAD
 from serving.state import ServerState
 from xllm.errors import RequestError
 from xllm.request import SamplingParams
@@ -91,6 +92,7 @@ async def check_structured(state: ServerState, body: GenerationBody, samplings: 
         try:
             await asyncio.wrap_future(state.inputs.grammars.submit(spec))
         except GrammarBusyError as error:
+            state.refusals.note(OVERLOAD)
             raise unavailable(str(error)) from None
         except RequestError as error:
             raise ApiError(400, f"{field_of(body)}: {error}", param=field_of(body)) from None

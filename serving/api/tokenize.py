@@ -1,18 +1,20 @@
-"""`POST /tokenize` and `/detokenize`: the server's tokenizer, for clients that count tokens."""
+"""`POST /tokenize` and `/detokenize`, `GET /tokenizer_info`: the server's tokenizer, for clients that count tokens."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api.chat_prompt import encode_chat
-from serving.api.errors import invalid, json_response
+from serving.api.errors import ApiError, invalid, json_response
 from serving.api.limits import read_json
 from serving.api.tools import read_tools
 from serving.api.types import DetokenizeBody, TokenizeBody, parse
 from serving.state import ServerState
+from xllm.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
 
 
 def router(state: ServerState) -> APIRouter:
@@ -43,7 +45,29 @@ def router(state: ServerState) -> APIRouter:
         tokenizer = state.need_tokenizer("tokens")
         return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        state.check_loaded()
+        if state.tokenizer is None:
+            raise ApiError(404, "this server runs without a tokenizer")
+        return json_response(info_json(state.tokenizer, state.ready.max_model_len))
+
     return routes
+
+
+def info_json(tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
+    """As vLLM has it, under transformers' names: what token ids mean. The chat template, which may hold an operator's
+    own words, and files of this machine are left out."""
+    framed = tokenizer.encode("")  # what the tokenizer adds to every text
+    named = {name: text for name, text in tokenizer.special_tokens.items() if name in NAMED_SPECIAL_TOKENS}
+    ids = {name: tokenizer.backend.token_to_id(text) for name, text in named.items()}
+    added = {str(token_id): {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                             "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special}
+             for token_id, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    return {"tokenizer_class": "PreTrainedTokenizerFast",  # transformers' for a tokenizer.json
+            "model_max_length": max_model_len, "vocab_size": tokenizer.vocab_size,
+            "add_bos_token": ids.get("bos_token") in framed, "add_eos_token": ids.get("eos_token") in framed,
+            **named, "added_tokens_decoder": added}
 
 
 async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:

@@ -13,7 +13,6 @@ from serving.parsers.tool_set import ToolSet
 from serving.parsers.tools.base import ToolParser
 from serving.parsers.tools.forced import NamedParser, RequiredParser
 
-MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.\-:/]{1,128}")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -85,8 +84,6 @@ class ToolWish:
 def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None,
                parallel: bool | None) -> ToolWish:
     """The checked wish. Raises ApiError naming the field."""
-    if tools and len(tools) > MAX_TOOLS:
-        raise invalid(f"tools may have at most {MAX_TOOLS} entries", "tools")
     names = [_checked_name(index, tool) for index, tool in enumerate(tools or ())]
     if len(set(names)) < len(names):
         raise invalid("tools: two functions have the same name", "tools")

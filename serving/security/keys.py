@@ -31,6 +31,11 @@ class Caller:
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota, compare=False)
 
+    @property
+    def kind(self) -> str:
+        """The class of its key, which says nothing about whose it is: none, user or admin."""
+        return "none" if not self.name else "admin" if self.is_admin else "user"
+
     def cache_salt(self, wish: str | None) -> str:
         """What is mixed into the digests of this caller's KV blocks: nobody else can find them, whatever they send.
 
@@ -66,6 +71,12 @@ class KeyRing:
     @property
     def has_admin_keys(self) -> bool:
         return any(caller.is_admin for _, caller in self._entries)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Classes of the callers that there can be; see `Caller.kind`."""
+        found = {caller.kind for _, caller in self._entries}
+        return tuple(sorted(found if self.has_user_keys else found | {NOBODY.kind}))
 
     def find(self, key: bytes) -> Caller | None:
         """The owner of a key, or None. Takes as long whether and wherever it matches: all are compared."""

@@ -101,6 +101,14 @@ def test_a_woken_engine_answers_as_before(core: EngineCore, plain: list[int], le
     assert outputs["a"][0].num_cached_tokens == 0
 
 
+def test_stats_are_told_while_it_falls_asleep(core: EngineCore) -> None:
+    """Another thread asks for them, at any moment."""
+    core.scheduler.forget_runner()
+    core.unload(keep_weights=True)
+    assert core.stats().num_running == 0
+    core.reload()
+
+
 def test_what_was_cached_is_forgotten(core: EngineCore) -> None:
     long = Request(request_id="c", prompt_token_ids=list(range(64)), sampling=SamplingParams(max_tokens=1))
     core.add(long)

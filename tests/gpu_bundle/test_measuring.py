@@ -66,4 +66,13 @@ def test_a_requests_waits() -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_what_compiles_kernels_ahead_runs(index: int) -> None:
-    warm_up.main("cpu", "tiny", index, 2)
+    assert warm_up.main("cpu", "tiny", index, 2) == 0
+
+
+def test_what_breaks_while_kernels_are_compiled_stops_nothing(monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[int] = []
+    jobs = [("first", lambda: done.append(0)), ("broken", lambda: 1 / 0), ("last", lambda: done.append(2))]
+    monkeypatch.setattr(warm_up, "jobs", lambda *_: iter(jobs))
+    assert warm_up.main("cpu", "tiny", 0, 1) == 1
+    assert done == [0, 2] and "broken: Traceback" in capsys.readouterr().err

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
+from backends.reference.kv_codes import split_tiles
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.op_cases import World
 from benchmarks.gpu.ops import OPERATORS, examine, operators
 from benchmarks.gpu.paged import PagedStep
+from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.spot import SPOTS, on_host
 from tests.gpu_bundle.conftest import ROOT
 
 calls = count()
@@ -124,6 +127,30 @@ def test_blocks_that_come_back_changed(device: Device) -> None:
     assert complaints(device, "import_blocks", import_blocks=rounded)
 
 
+def test_codes_that_stand_for_other_numbers(device: Device) -> None:
+    """Of caches of one byte a number alone: a hundredth more is in no other check."""
+    def larger(qkv: Tensor, positions: Tensor, table: Tensor, k_cache: Tensor, *rest: Any, **options: Any) -> Tensor:
+        q = good(device, "qkv_rope_write")(qkv, positions, table, k_cache, *rest, **options)
+        if k_cache.dtype is torch.int8:
+            split_tiles(k_cache)[1].mul_(1.01)
+        return q
+
+    wrong = complaints(device, "qkv_rope_write", qkv_rope_write=larger)
+    assert wrong and all("relative error 0.00" in why or "relative error 0.01" in why for why in wrong)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "linear", "attention", "embedding"])
+def test_what_is_wrong_is_found_at_real_sizes_too(device: Device, name: str) -> None:
+    def faults(op: Any) -> list[str]:
+        world = World(device, seed=1, cases=1, longest=60)
+        world.ops = replace(world.ops, **{name: op})
+        with torch.inference_mode():
+            return [why for check in SPOTS[name](world, SHAPES["tiny"]) if (why := examine(on_host(check))[1])]
+
+    assert faults(good(device, name)) == []
+    assert faults(slightly_off(good(device, name)))
+
+
 INTERPRETED = """
 import sys, torch
 from backends.cpu import CpuBackend
@@ -150,7 +177,8 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 def test_the_cuda_operators_pass_interpreted(tmp_path: Path) -> None:
     """With the cache's layout on CUDA and in half precision: what a GPU will be asked."""
-    names = ["attention", "copy_blocks", "export_blocks", "argmax", "feed_tokens", "penalise", "apply_token_bitmask"]
+    names = ["attention", "qkv_rope_write", "copy_blocks", "export_blocks", "argmax", "feed_tokens", "penalise",
+             "apply_token_bitmask"]
     script = tmp_path / "interpreted.py"
     script.write_text(INTERPRETED)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

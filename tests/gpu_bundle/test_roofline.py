@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.roofline import H200, Ceilings, Work, decode_parts, decode_s, make_workload, prefill_s, workload_s
+from benchmarks.gpu.roofline import (
+    H200,
+    KV8,
+    SIXTEEN_BITS,
+    W8_KV8,
+    Ceilings,
+    Work,
+    decode_parts,
+    decode_s,
+    make_workload,
+    prefill_s,
+    workload_s,
+)
 from benchmarks.gpu.shapes import SHAPES
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -66,3 +78,22 @@ def test_the_larger_of_bytes_and_operations_counts() -> None:
     assert Work(20.0, 900.0).seconds(ceilings) == 9.0
     assert decode_s(SHAPES["qwen3-8b"], 1, 1024, Ceilings(H200.bandwidth / 2, H200.rate)) == pytest.approx(
         2 * decode_s(SHAPES["qwen3-8b"], 1, 1024), rel=1e-3)  # fmt: skip
+
+
+def test_numbers_of_one_byte() -> None:
+    """As above, with a byte a weight, and 16 codes and a scale a key."""
+    parts, params = decode_parts(SHAPES["tiny"], [10, 20, 30], W8_KV8), 2 * 64 * (2 * 64 + 2 * 32 + 3 * 128) + 512 * 64
+    assert (parts[0].bytes, parts[0].flops) == (params, 2 * 3 * params)
+    assert parts[1].bytes == 63 * 2 * 2 * 2 * (16 + 1)
+    many = decode_parts(SHAPES["tiny"], [10] * 65, W8_KV8)
+    assert many[0].flops == 65 * params and decode_parts(SHAPES["tiny"], [10] * 65)[0].flops == 2 * 65 * params
+
+
+@pytest.mark.parametrize(("batch", "ms"), [(1, 1.78), (64, 2.90), (256, 7.0)])
+def test_the_second_stage(batch: int, ms: float) -> None:
+    assert decode_s(SHAPES["qwen3-8b"], batch, 1024, stored=W8_KV8) * 1e3 == pytest.approx(ms, rel=0.01)
+
+
+def test_the_fewer_bytes_the_sooner() -> None:
+    both, kv, none = (decode_s(SHAPES["qwen3-8b"], 64, 4096, stored=stored) for stored in (W8_KV8, KV8, SIXTEEN_BITS))
+    assert both < kv < none == decode_s(SHAPES["qwen3-8b"], 64, 4096)

@@ -68,6 +68,20 @@ def test_a_child_that_hangs_is_ended_at_the_deadline(tmp_path: Path, monkeypatch
     assert time.monotonic() - began < 20
 
 
+def test_a_section_that_hangs_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the deadline."""
+    ResultFile(tmp_path).begin("ops", until=time.time() - command.OVERRUN_S)
+    script = tmp_path / "hang"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    args, began = command.parse(["ops", "micro", "--out", str(tmp_path), *DRY]), time.monotonic()
+    assert command._run_child(args, ["ops", "micro"], "", time.time() + 500) == -signal.SIGKILL
+    assert time.monotonic() - began < 20
+    assert command._account(tmp_path, ["ops", "micro"], -9) == (["micro"], "")
+    assert "out of time" in load(tmp_path)["sections"]["ops"]["error"]
+
+
 def test_rows_that_do_not_fit_the_deadline_are_skipped(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, seconds=5.0)
     bench.attempt("long", 50.0, pytest.fail)

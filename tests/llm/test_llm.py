@@ -174,7 +174,7 @@ def test_wrong_settings_and_folders(tmp_path):
         LLM(str(tmp_path), **SETTINGS)
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15)])
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.03), ("fp8", 0.15), ("w8a8", 0.06)])
 def test_quantised_weights_judge_a_text_nearly_alike(llm, quantization, most):
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     with LLM(**SETTINGS, quantization=quantization) as quantised:

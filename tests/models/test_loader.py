@@ -213,7 +213,7 @@ def test_unknown_quantization(make_checkpoint: MakeCheckpoint, load: Callable[..
         load(make_checkpoint("llama-gqa"), quantization="int3")
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.05), ("fp8", 0.2)])
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.05), ("fp8", 0.2), ("w8a8", 0.1)])
 def test_quantised_is_close_and_smaller(make_checkpoint: MakeCheckpoint, load: Callable[..., CausalLM],
                                         backend: Backend, quantization: str, most: float) -> None:
     folder = make_checkpoint("llama-gqa")

@@ -23,14 +23,17 @@ from xllm.request import Request
 
 SMALL = {"max_header_bytes": 2000, "max_headers": 20, "max_url_bytes": 300, "max_body_bytes": 5000, "max_json_depth": 5,
          "max_json_nodes": 200, "max_json_containers": 40, "max_sequences_per_request": 6, "max_messages": 4,
-         "max_stop_strings": 3, "max_bad_words": 2, "max_logit_bias": 3, "max_logprobs": 2, "max_queue_tokens": 100}
+         "max_stop_strings": 3, "max_bad_words": 2, "max_logit_bias": 3, "max_logprobs": 2, "max_queue_tokens": 100,
+         "max_tools": 2, "max_template_variables": 3, "max_template_variable_chars": 200, "max_template_chars": 80,
+         "max_rendered_chars": 300}
 Answer = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = [word for name, value in SMALL.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    with ServerProcess(tmp_path_factory.mktemp("small") / "log.txt", *flags) as running:
+    log = tmp_path_factory.mktemp("small") / "log.txt"
+    with ServerProcess(log, *flags, "--trust-request-chat-template") as running:
         yield running
 
 
@@ -92,6 +95,16 @@ def containers(number: int) -> Callable[[ServerProcess], Answer]:
     return chat(chat_template_kwargs={"x": [[] for _ in range(number - 5)]})  # five: body, messages, one, kwargs, x
 
 
+def tools(number: int) -> Callable[[ServerProcess], Answer]:
+    listed = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(number)]
+    return chat(tools=listed, tool_choice="none")
+
+
+def rendered(num_chars: int) -> Callable[[ServerProcess], Answer]:
+    """Ten characters a token, so that the queue is not what is full."""
+    return chat(chat_template=f"{{{{ '<|im_end|>' * {num_chars // 10} }}}}" + "x" * (num_chars % 10))
+
+
 CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "max_header_bytes": lambda n: lambda server: head(server, num_bytes=n),
     "max_headers": lambda n: lambda server: head(server, num_headers=n),
@@ -107,6 +120,11 @@ CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "max_logit_bias": lambda n: complete(logit_bias={str(i): 1 for i in range(n)}),
     "max_logprobs": lambda n: complete(logprobs=n),
     "max_queue_tokens": lambda n: complete(prompt=[5] * n),
+    "max_tools": tools,
+    "max_template_variables": lambda n: chat(chat_template_kwargs={f"x{i}": 1 for i in range(n)}),
+    "max_template_variable_chars": lambda n: chat(chat_template_kwargs={"x": "y" * (n - len('{"x": ""}'))}),
+    "max_template_chars": lambda n: chat(chat_template="hi".ljust(n)),
+    "max_rendered_chars": rendered,
 }
 FIXED: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "MAX_CHOICES": lambda n: complete(n=n),

@@ -19,7 +19,7 @@ SELECTOR = re.compile(r"\b((?:xllm|vllm):\w+)(?:\{([^}]*)\})?(\[[^\]]*\])?")
 LABEL = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"[^"]*"')
 GROUPING = re.compile(r"\bby \(([^)]*)\)")
 LEGEND = re.compile(r"\{\{(\w+)\}\}")
-FUNCTIONS = {"sum", "max", "min", "rate", "histogram_quantile", "by"}
+FUNCTIONS = {"sum", "max", "min", "rate", "histogram_quantile", "by", "bool"}
 
 
 def queries() -> Iterator[tuple[str, dict]]:
@@ -35,8 +35,9 @@ QUERIES = dict(queries())
 def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, set[str]]]:
     """Sample name -> (type of its family, labels), of a server that has everything switched on and has worked."""
     folder = tmp_path_factory.mktemp("grafana")
-    with ServerProcess(folder / "log.txt", "--graph-mode", "checked", "--host-cache-size", "8MiB", "--disk-cache-size",
-                       "64MiB", "--disk-cache-dir", str(folder / "kv")) as server:
+    flags = ("--graph-mode", "checked", "--host-cache-size", "8MiB", "--disk-cache-size", "64MiB", "--disk-cache-dir",
+             str(folder / "kv"), "--speculative-method", "ngram", "--enable-lora")
+    with ServerProcess(folder / "log.txt", *flags) as server:
         server.http.post("/v1/completions", json={"prompt": "def f():" * 20, "max_tokens": 12, "ignore_eos": True})
         server.wait_idle()
         found: dict[str, tuple[str, set[str]]] = {}
@@ -98,8 +99,12 @@ def test_vllm_dashboards_find_the_same_under_its_names(series: dict[str, tuple[s
     for name in ("prompt_tokens", "prompt_tokens_cached", "prompt_tokens_by_source", "generation_tokens",
                  "request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits",
                  "admission_rejections", "external_prefix_cache_queries", "external_prefix_cache_hits",
-                 "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"):
+                 "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+                 "spec_decode_num_accepted_tokens_per_pos"):
         assert series[f"vllm:{name}_total"][0] == "counter"
+    for name, labels in (("lora_requests_info", {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}),
+                         ("engine_sleep_state", {"sleep_state"}), ("cache_config_info", {"block_size"})):
+        assert series[f"vllm:{name}"][0] == "gauge" and labels <= series[f"vllm:{name}"][1]
 
 
 def test_the_file_is_what_the_tool_writes() -> None:

@@ -200,7 +200,8 @@ def test_full_queue_then_second_signal(tmp_path: Path) -> None:
         refused = server.http.post("/v1/completions", json={**LONG, "n": 3})
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5"), refused.text
         assert "queue is full" in refused.json()["error"]["message"]
-        assert server.gauge("xllm:admission_rejections_total") == 1
+        assert server.value('xllm:admission_rejections_total{engine="0",key_class="none",model_name="demo",'
+                            'reason="queue_full"}') == 1
         wait_for(lambda: server.gauge("xllm:num_requests_waiting") == 0, what="an empty queue")
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: "draining" in server.log, what="the drain")

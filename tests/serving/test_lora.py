@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -91,3 +94,72 @@ def test_who_may_and_what_is_wrong(adapted: tuple[ServerProcess, Path], admin: h
         answer = admin.post("/v1/load_lora_adapter", json=wrong)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name"
     assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 400
+
+
+def write_slow_adapter(folder: Path, seed: int) -> None:
+    """An adapter whose settings come through a pipe: whoever reads it waits."""
+    write_adapter(folder, seed)
+    (folder / "adapter_config.json").rename(folder / "settings")
+    os.mkfifo(folder / "adapter_config.json")
+
+
+@contextmanager
+def while_reading(folder: Path, settings: str | None = None) -> Iterator[None]:
+    """Within, somebody waits for the settings; behind it they are given, and from then on they are in a file."""
+    file = folder / "adapter_config.json"
+    with file.open("w") as pipe:  # opens as soon as it is read
+        yield
+        (folder / "settings").replace(file)
+        pipe.write(settings or file.read_text())
+
+
+def load_in_background(admin: httpx.Client, name: str) -> tuple[threading.Thread, list[httpx.Response]]:
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(
+        admin.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name})))
+    thread.start()
+    return thread, answers
+
+
+def test_reading_an_adapter_holds_up_nobody(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    """Streams go on while an adapter is read, other commands are answered, and it is entered when it is there."""
+    server, root = adapted
+    folder = root / "more" / "slow"
+    write_slow_adapter(folder, 7)
+    thread, answers = load_in_background(admin, "slow")
+    with while_reading(folder):
+        with server.client() as client:
+            stream = client.completions.create(model="first", prompt="x", max_tokens=200, stream=True,
+                                               extra_body={"ignore_eos": True})
+            assert sum(1 for _ in stream) > 100
+        assert server.http.post("/v1/completions", json={**BODY, "model": "slow"}).status_code == 404
+        assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "slow"}).status_code == 400
+        assert not answers
+    thread.join(30)
+    assert answers[0].json() == {"adapters": ["first", "slow"]}
+    assert text(server, "slow") not in (text(server, "first"), text(server, None))
+    admin.post("/v1/unload_lora_adapter", json={"lora_name": "slow"})
+
+
+def test_what_is_wrong_is_said_when_it_has_been_read(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    server, root = adapted
+    write_slow_adapter(root / "more" / "wrong", 8)
+    thread, answers = load_in_background(admin, "wrong")
+    with while_reading(root / "more" / "wrong", '{"peft_type": "OFT"}'):
+        assert server.http.get("/health").json()["status"] == "ok"
+    thread.join(30)
+    assert answers[0].status_code == 400 and "only LORA is built" in answers[0].text
+    assert str(root) not in answers[0].text
+
+
+def test_two_of_one_name_at_once(adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    """Whichever was read first has the name."""
+    write_slow_adapter(adapted[1] / "more" / "twice", 9)
+    (first, answers), (second, others) = (load_in_background(admin, "twice") for _ in range(2))
+    with while_reading(adapted[1] / "more" / "twice"):
+        pass
+    first.join(30)
+    second.join(30)
+    found = {answer.status_code: answer.text for answer in answers + others}
+    assert found.keys() == {200, 400} and "is loaded already" in found[400]
+    admin.post("/v1/unload_lora_adapter", json={"lora_name": "twice"})

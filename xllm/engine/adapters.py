@@ -13,8 +13,18 @@ from xllm.request import Request
 
 if TYPE_CHECKING:
     from xllm.engine.loading import LoadedModel
+    from xllm.layers.adapters import Adapter
 
 MAX_NAME_CHARS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAdapter:
+    """An adapter's files, read and found good. digest: of both."""
+
+    weights: Adapter
+    digest: str
+    folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +69,39 @@ class AdapterNames:
         return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
 
     def load(self, name: str, folder: Path) -> None:
-        """Read an adapter and give it a slot.
+        """Read an adapter and give it a slot; `check`, `read` and `enter` in one.
 
         Raises:
             RequestError: the name is taken or unusable. ModelError: the files are. EngineStateError: there is no slot.
         """
+        self.check(name)
+        self.enter(name, self.read(folder))
+
+    def read(self, folder: Path) -> ReadAdapter:
+        """Read the files, which may take long; any thread may. Raises ModelError if they cannot be used."""
         from xllm.models.adapter import adapter_digest, read_adapter
 
         slots = self._loaded.adapters
-        if slots is None:
+        assert slots is not None, "check comes first"
+        try:
+            weights = read_adapter(folder, slots.shapes(), self._settings.max_lora_rank)
+            return ReadAdapter(weights=weights, digest=adapter_digest(folder), folder=folder)
+        except OSError as error:
+            raise ModelError(f"{folder} cannot be read: {error.strerror}") from None
+
+    def enter(self, name: str, adapter: ReadAdapter) -> None:
+        """Give an adapter that was read a slot. Raises as `check` does."""
+        slot = self.check(name)
+        self._put(slot, adapter.weights)
+        self._adapters[name] = LoadedAdapter(slot=slot, digest=adapter.digest, folder=adapter.folder)
+
+    def check(self, name: str) -> int:
+        """The slot that an adapter of this name would get now.
+
+        Raises:
+            RequestError: the name is taken or unusable. EngineStateError: there is no slot.
+        """
+        if self._loaded.adapters is None:
             raise EngineStateError("this engine takes no adapters; start it with --enable-lora")
         if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
             raise RequestError(f"lora_name must have 1 to {MAX_NAME_CHARS} printable characters", field="lora_name")
@@ -77,9 +111,7 @@ class AdapterNames:
         if not free:
             raise EngineStateError(f"all {self._settings.max_loras} slots (max_loras) are taken: unload an adapter "
                                    "first")
-        adapter = read_adapter(folder, slots.shapes(), self._settings.max_lora_rank)
-        self._put(free[0], adapter)
-        self._adapters[name] = LoadedAdapter(slot=free[0], digest=adapter_digest(folder), folder=folder)
+        return free[0]
 
     def unload(self, name: str) -> None:
         """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""

@@ -177,7 +177,8 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges. May be called from another thread."""
-        graphs = None if self.control.sleep_level else self.runner.graphs
+        runner = getattr(self, "runner", None)  # falling asleep takes it away meanwhile
+        graphs = None if runner is None else runner.graphs
         return collect_stats(self.loop, None if graphs is None else graphs.stats())
 
     def idle_s(self) -> float | None:
@@ -228,6 +229,7 @@ def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineSta
         prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
         spec_drafts_total=c.drafts, spec_draft_tokens_total=c.draft_tokens,
         spec_accepted_tokens_total=c.accepted_tokens,
+        spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
         graphs=graphs, **tier_stats(scheduler.kv),
     )

@@ -124,8 +124,8 @@ class Sampler:
 
     def _may_end(self, row: int, slot: int, masks: SlotMasks | None) -> bool:
         """Whether the row's grammar is complete there: then it ends, whatever else its logits were edited by."""
-        return (masks is not None and row in self._eos_ids and slot not in masks.failed
-                and masks.allows(slot, self._eos_ids[row][0]))
+        eos_ids = self._eos_ids.get(row)
+        return bool(masks is not None and eos_ids and slot not in masks.failed and masks.allows(slot, eos_ids[0]))
 
     def _choose(self, logits_QV: Tensor, slots: SampleSlots) -> np.ndarray:
         """Greedy slots by argmax, the others by inverting the CDF at their own uniform number."""

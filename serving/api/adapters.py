@@ -1,0 +1,50 @@
+"""`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the server runs.
+
+Both need an admin key (`serving/api/auth.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api.control import body_of, control
+from serving.api.errors import ApiError, invalid, json_response
+from serving.api.types import LoadAdapterBody, UnloadAdapterBody
+from serving.security.paths import contained
+from serving.state import ServerState
+from xllm.errors import RequestError
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/load_lora_adapter")
+    async def load_adapter(request: Request) -> Response:
+        body = await body_of(state, request, LoadAdapterBody)
+        folder = adapter_folder(state.config.http.lora_folder, body.lora_path)
+        done = await control(state, "load_adapter", name=body.lora_name, folder=str(folder))
+        return json_response({"adapters": done.state.adapters})
+
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload_adapter(request: Request) -> Response:
+        body = await body_of(state, request, UnloadAdapterBody)
+        done = await control(state, "unload_adapter", name=body.lora_name)
+        return json_response({"adapters": done.state.adapters})
+
+    return routes
+
+
+def adapter_folder(root: str | None, wish: str) -> Path:
+    """An adapter's folder below `--lora-folder`. Raises ApiError."""
+    if root is None:
+        raise ApiError(403, "adapters are loaded at run time only from --lora-folder, which was not given")
+    try:
+        folder = contained(Path(root), wish)
+    except RequestError:
+        folder = Path(root)
+    if folder == Path(root) or not folder.is_dir():
+        raise invalid("lora_path must be a folder below the server's --lora-folder", "lora_path")
+    return folder
