@@ -15,8 +15,8 @@ from pathlib import Path
 logger = logging.getLogger("xllm.backends.cpu")
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("cpu_elementwise.c", "cpu_attention.c", "cpu_linear.c", "cpu_sampling.c", "cpu_transfer.c")
-HEADERS = ("cpu_vectors.h",)
+SOURCES = ("cpu_elementwise.c", "cpu_attention.c", "cpu_linear.c", "cpu_w8a8.c", "cpu_sampling.c", "cpu_transfer.c")
+HEADERS = ("cpu_vectors.h", "cpu_kv_codes.h")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_LIMIT_S = 120.0
 

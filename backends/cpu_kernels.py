@@ -1,7 +1,8 @@
 """The CPU's compiled operators as Python callables: argument types, and one thin wrapper for each.
 
-fp32 only; another dtype takes the reference. A wrapper costs a few microseconds: functions are bound
-once, addresses are passed as ints, and what a step needs in common rides in its `StepPlan`.
+fp32 only, but for the KV cache, which may be quantised; another dtype takes the reference. A wrapper costs a few
+microseconds: functions are bound once, addresses are passed as ints, and what a step needs in common rides in its
+`StepPlan`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.cpu_transfer import Transfer, transfers
+from backends.cpu_transfer import DTYPES, Transfer, transfers
 from backends.metadata import AttentionMetadata
-from backends.reference import activation, attention, logits, norm, rotary, sampling, stored_kv
+from backends.reference import activation, attention, logits, norm, rotary, sampling
 from backends.reference.kv_codes import QUANTISED
-from backends.reference.linear import check_quantization, quantize_rows
+from backends.reference.linear import check_inputs, check_quantization, quantize_rows
 from backends.reference.linear import linear as reference_linear
 from backends.reference.linear import pack_linear as reference_pack_linear
 
 KINDS = {torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # of the weights of cpu_linear.c
 MAX_GROUP = 64  # query heads per kv head that a tile of the attention kernel holds
 FP32 = torch.float32
+KV_DTYPES = frozenset({FP32, *QUANTISED})  # of the caches that the kernels read and write
 PENALISE_DTYPES = (torch.int64, torch.int32, torch.int32, torch.int32, torch.float32, torch.float64, torch.float64)
 
 
@@ -54,17 +56,19 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
     "xllm_add_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
     "xllm_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
-    "xllm_qkv_rope_write": (None, [c_void_p] * 4 + [c_int64, c_void_p, c_int64] + [c_void_p] * 4 + [c_float]
+    "xllm_qkv_rope_write": (None, [c_void_p] * 4 + [c_int64, c_void_p, c_int64, c_int] + [c_void_p] * 4 + [c_float]
                             + [c_int64] * 5 + [c_int]),
     "xllm_unit_bytes": (c_int64, []),
     "xllm_partial_floats": (c_int64, [c_int64, c_int64]),
     "xllm_max_units": (c_int64, [POINTER(Step)]),
     "xllm_plan": (None, [POINTER(Step)]),
-    "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_int64,
-                              c_int]),
+    "xllm_attention": (None, [POINTER(Step), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_float,
+                              c_int64, c_int]),
     "xllm_panel": (c_int64, []),
     "xllm_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int]),
     "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
+    "xllm_pack_w8a8": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "xllm_linear_w8a8": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "xllm_export_blocks": (None, [POINTER(Transfer)]),
     "xllm_import_blocks": (None, [POINTER(Transfer)]),
     "xllm_apply_token_bitmask": (None, [c_void_p, c_int64, c_void_p, c_void_p] + [c_int64] * 3 + [c_int]),
@@ -83,13 +87,13 @@ class StepPlan:
 
 
 class PanelLinear:
-    """A weight in the panels of cpu_linear.c; the original may be dropped."""
+    """A weight in the panels of cpu_linear.c or cpu_w8a8.c; the original may be dropped. multiply: the C function."""
 
-    __slots__ = ("nbytes", "num_outputs", "packed", "reference", "tensors")
+    __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "tensors")
 
-    def __init__(
-        self, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int, num_outputs: int
-    ):
+    def __init__(self, multiply: Any, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int,
+                 num_outputs: int):  # fmt: skip
+        self.multiply = multiply
         self.tensors = (weight, scale_Y, bias_Y)  # keep alive what the structure points to
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
@@ -120,6 +124,8 @@ class Kernels:
 
     def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
         check_quantization(quantization)
+        if quantization == "w8a8":
+            return self.pack_w8a8(weight_YX, bias_Y)
         if weight_YX.dtype is not FP32:
             return reference_pack_linear(weight_YX, bias_Y, quantization=quantization)
         num_outputs, num_inputs = weight_YX.shape
@@ -129,16 +135,26 @@ class Kernels:
         panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
         self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize,
                     torch.get_num_threads())  # fmt: skip
-        return PanelLinear(panels, scale_Y, bias_Y, num_inputs, num_outputs)
+        return PanelLinear(self.linear_c, panels, scale_Y, bias_Y, num_inputs, num_outputs)
+
+    def pack_w8a8(self, weight_YX: Tensor, bias_Y: Tensor | None) -> PanelLinear:
+        """Of any dtype: what is multiplied are codes."""
+        num_outputs, num_inputs = weight_YX.shape
+        check_inputs(num_inputs)
+        codes, scale_Y = quantize_rows(weight_YX, "w8a8")
+        panels = torch.empty(-(-num_outputs // self.panel) * self.panel * -(-num_inputs // 4) * 4, dtype=torch.int8)
+        self.pack_w8a8_c(codes.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, torch.get_num_threads())
+        bias = None if bias_Y is None else bias_Y.float()
+        return PanelLinear(self.linear_w8a8_c, panels, scale_Y, bias, num_inputs, num_outputs)
 
     def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
         if type(packed) is not PanelLinear:
             return reference_linear(x_TX, packed)
-        num_tokens = x_TX.shape[0]
-        y_TY = x_TX.new_empty((num_tokens, packed.num_outputs))
-        self.linear_c(packed.packed, x_TX.data_ptr(), x_TX.stride(0), y_TY.data_ptr(), num_tokens,
-                      torch.get_num_threads())  # fmt: skip
-        return y_TY
+        x = x_TX if x_TX.dtype is FP32 else x_TX.float()
+        num_tokens = x.shape[0]
+        y_TY = x.new_empty((num_tokens, packed.num_outputs))
+        packed.multiply(packed.packed, x.data_ptr(), x.stride(0), y_TY.data_ptr(), num_tokens, torch.get_num_threads())
+        return y_TY if x_TX.dtype is FP32 else y_TY.to(x_TX.dtype)
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         return torch.embedding(weight_VD, ids_T)
@@ -184,7 +200,7 @@ class Kernels:
         k_norm_H: Tensor | None = None,
         eps: float = 1e-6,
     ) -> Tensor:
-        if qkv_TX.dtype is not FP32 or k_cache.dtype is not FP32:
+        if qkv_TX.dtype is not FP32 or k_cache.dtype not in KV_DTYPES:
             return rotary.qkv_rope_write(
                 qkv_TX, positions_T, cos_sin_LH, k_cache, v_cache, meta, num_heads=num_heads, num_kv_heads=num_kv_heads,
                 head_dim=head_dim, q_norm_H=q_norm_H, k_norm_H=k_norm_H, eps=eps,
@@ -194,8 +210,8 @@ class Kernels:
         q_TNH = qkv_TX.new_empty((num_tokens, num_heads, head_dim))
         self.qkv_rope_write_c(
             qkv_TX.data_ptr(), positions_T.data_ptr(), cos_sin_LH.data_ptr(), k_cache.data_ptr(), k_cache.stride(0),
-            v_cache.data_ptr(), v_cache.stride(0), meta.slot_mapping_T.data_ptr(), q_TNH.data_ptr(),
-            None if q_norm_H is None else q_norm_H.data_ptr(),
+            v_cache.data_ptr(), v_cache.stride(0), DTYPES[k_cache.dtype], meta.slot_mapping_T.data_ptr(),
+            q_TNH.data_ptr(), None if q_norm_H is None else q_norm_H.data_ptr(),
             None if k_norm_H is None else k_norm_H.data_ptr(), eps, num_tokens, num_heads, num_kv_heads, head_dim,
             meta.block_size, torch.get_num_threads(),
         )  # fmt: skip
@@ -231,25 +247,21 @@ class Kernels:
     ) -> Tensor:
         num_tokens, num_heads, head_dim = q_TNH.shape
         plan = meta.plan or self.plan(meta, num_heads=num_heads, num_kv_heads=k_cache.shape[1], head_dim=head_dim)
-        if plan is None or q_TNH.dtype is not FP32 or k_cache.dtype is not FP32:
+        if plan is None or q_TNH.dtype is not FP32 or k_cache.dtype not in KV_DTYPES:
             return attention.attention(q_TNH, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window)
         out_TX = q_TNH.new_empty((num_tokens, num_heads * head_dim))
         self.attention_c(plan.step, q_TNH.data_ptr(), k_cache.data_ptr(), k_cache.stride(0), v_cache.data_ptr(),
-                         v_cache.stride(0), out_TX.data_ptr(), scale, sliding_window or 0,
+                         v_cache.stride(0), DTYPES[k_cache.dtype], out_TX.data_ptr(), scale, sliding_window or 0,
                          torch.get_num_threads())  # fmt: skip
         return out_TX
 
     def export_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
                       *, format: str) -> None:
-        if k_cache.dtype in QUANTISED:
-            return stored_kv.export_blocks(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format=format)
         for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
             self.export_blocks_c(part)
 
     def import_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
                       *, format: str) -> None:
-        if k_cache.dtype in QUANTISED:
-            return stored_kv.import_blocks(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format=format)
         for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
             self.import_blocks_c(part)
 

@@ -5,9 +5,6 @@
  * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
  */
 #include "cpu_vectors.h"
-#if defined(__AVX2__)
-#include <immintrin.h> /* compilers widen bytes badly by themselves */
-#endif
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
 #define MANY_ROWS 64 /* from here on a panel of bytes is widened once for all rows */
@@ -46,32 +43,6 @@ static void pack_rows(const float *x, int64_t stride, float *out, int64_t T, int
         else
             for (int64_t i = 0; i < X; i++) out[i * R + r] = 0.0f;
     }
-}
-
-/* Eight bits of e4m3 as they stand in half precision or fp32 have an exponent that is too small by the difference of the
- * biases, subnormal numbers too; multiplying mends it exactly. NaN has no code here: it is in the scale. */
-INLINE vf widen_fp8(const int8_t *p) {
-#if defined(__AVX512F__)
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-    return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80))) *
-           splat(256.0f);
-#elif defined(__AVX2__) && defined(__F16C__)
-    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
-    return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbf80))) * splat(256.0f);
-#else
-    const vi bits = (__builtin_convertvector(*(const vb *)p, vi) << 20) & (int32_t)0x87f00000;
-    return (vf)bits * splat(0x1p120f);
-#endif
-}
-
-INLINE vf widen_int8(const int8_t *p) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#elif defined(__AVX2__)
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(*(const vb *)p, vi), vf);
-#endif
 }
 
 INLINE vf widen(const int8_t *p, const int kind) { return kind == IS_FP8 ? widen_fp8(p) : widen_int8(p); }

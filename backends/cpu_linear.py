@@ -6,6 +6,7 @@ Anything that oneDNN cannot do here (another dtype, a build of torch without it)
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,10 +38,27 @@ def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization
     return reference.pack_linear(weight_YX, bias_Y, quantization=quantization)
 
 
+def int8_product(codes_TX: Tensor, codes_YX: Tensor) -> Tensor:
+    """The reference's `exact_product`, by integers where torch multiplies them exactly."""
+    if has_exact_int8():
+        return torch._int_mm(codes_TX, codes_YX.t())
+    return reference.exact_product(codes_TX, codes_YX)
+
+
+@lru_cache
+def has_exact_int8() -> bool:
+    """Whether `torch._int_mm` is exact here: x86 before VNNI adds products in pairs, in 16 bits that may saturate."""
+    ones, signs = torch.ones(32, 64, dtype=torch.int8), torch.ones(64, 64, dtype=torch.int8)
+    signs[::2] = -1
+    return torch.equal(torch._int_mm(127 * ones, (127 * signs).t()), 64 * 127**2 * signs[:, 0].int().expand(32, -1))
+
+
 def linear(x_TX: Tensor, packed: Any) -> Tensor:
     if type(packed) is OneDnnLinear:
         y_TY: Tensor = _pointwise(x_TX, packed.weight, packed.bias_Y, "none", _NO_SCALARS, "")
         return y_TY
+    if packed.dynamic:
+        return reference.linear_w8a8(x_TX, packed, int8_product)
     return reference.linear(x_TX, packed)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.reference.stored_kv import FORMATS, part_bytes
+from backends.reference.kv_codes import FP8, QUANTISED
+from backends.reference.stored_kv import FORMATS, check_format, part_bytes
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, FP8: 4}  # numbers of `FORMATS`
 
 
 class Transfer(Structure):
@@ -26,7 +27,12 @@ class Transfer(Structure):
 
 def transfers(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
               format: str) -> Iterator[Any]:
-    """The keys, then the values. No torch operator runs here: a worker thread's would start a pool of its own."""
+    """The keys, then the values. No torch operator runs here: a worker thread's would start a pool of its own.
+
+    Raises ValueError for a quantised cache and a format that is not its own.
+    """
+    if k_cache.dtype in QUANTISED:
+        check_format(k_cache, format)
     assert block_ids_B.dtype is slots_B.dtype is torch.int64 and len(block_ids_B) == len(slots_B)
     assert block_ids_B.is_contiguous() and slots_B.is_contiguous() and stored_SX.dtype is torch.uint8
     address, width = stored_SX.data_ptr(), stored_SX.shape[1]

@@ -14,6 +14,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h> /* compilers widen bytes badly by themselves */
+#endif
 
 #if defined(__AVX512F__)
 #define VL 16
@@ -87,6 +90,37 @@ INLINE vf exp_v(vf x) {
     vf y = exp2_v(r * splat(1.44269504f));
     y = (vf)((vi)y + (((vi)shifted - (vi)splat(magic)) << 23));
     return blend(x < splat(-87.0f), splat(0.0f), y);
+}
+
+/* Eight bits of e4m3 as they stand in half precision or fp32 have an exponent that is too small by the difference of the
+ * biases, subnormal numbers too; multiplying with FP8_UNIT mends it exactly. NaN has no code here: it is in the scale. */
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+#define FP8_UNIT 256.0f
+#else
+#define FP8_UNIT 1.0f
+#endif
+INLINE vf widen_fp8_raw(const int8_t *p) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbf80)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbf80)));
+#else
+    const vi bits = (__builtin_convertvector(*(const vb *)p, vi) << 20) & (int32_t)0x87f00000;
+    return (vf)bits * splat(0x1p120f);
+#endif
+}
+INLINE vf widen_fp8(const int8_t *p) { return widen_fp8_raw(p) * splat(FP8_UNIT); }
+
+INLINE vf widen_int8(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const vb *)p, vi), vf);
+#endif
 }
 
 /* Memory that belongs to the calling thread and only grows. */

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from backends.backend import GraphMemory
+from backends.streams import own_stream
 
 
 class CudaGraph:
@@ -53,7 +54,7 @@ class CudaCapturer:
     def _run_once(self, function: Callable[[], None]) -> None:
         """Kernels that are compiled or loaded for the first time, and libraries that make their handles, may not do so
         during a capture."""
-        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream = self._stream or own_stream(torch.cuda, self._device)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

@@ -7,7 +7,6 @@ the device while another captures a graph (`npu_ops/recording.py:CAPTURE_LOCK`).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
 from backends.reference.lora import LoraOps
+from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
 from npu_ops import attention as attention_ops
@@ -143,13 +143,14 @@ def silu_mul(gate_up_TF2: Tensor) -> Tensor:
 
 
 def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *,
-                quantization: str | None = None) -> linear.PackedWeight:
+                quantization: str | None = None) -> linear.PackedWeight | linear.W8A8Weight:
     if quantization is None:
         return linear.PackedWeight(weight_YX.contiguous(), bias_Y)
-    if quantization != "int8":
+    if quantization not in ("int8", "w8a8"):
         raise ValueError(f"products on an NPU take weights as they are or in int8, not in {quantization}")
-    codes_YX, scale_Y = quantize_rows(weight_YX, "int8")
-    return linear.pack_int8(codes_YX=codes_YX, scale_Y=scale_Y, bias_Y=bias_Y, dtype=weight_YX.dtype)
+    codes_YX, scale_Y = quantize_rows(weight_YX, quantization)
+    pack = linear.pack_w8a8 if quantization == "w8a8" else linear.pack_int8
+    return pack(codes_YX=codes_YX, scale_Y=scale_Y, bias_Y=bias_Y, dtype=weight_YX.dtype)
 
 
 LORA = LoraOps(pack_linear, linear.linear)
@@ -179,33 +180,6 @@ OPS = replace(
 )
 
 
-class CopyStreams:
-    """A stream for each thread that copies."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._local = device, threading.local()
-
-    def current(self) -> torch.npu.Stream:
-        """This thread's. The first use makes the device the thread's own."""
-        if not hasattr(self._local, "stream"):
-            torch.npu.set_device(self._device)
-            self._local.stream = torch.npu.Stream(self._device)
-        stream: torch.npu.Stream = self._local.stream
-        return stream
-
-    def queued(self, op: Callable[..., None]) -> Callable[..., None]:
-        """`op`, on this thread's stream instead of the current one."""
-
-        def run(*arguments: Any, **options: Any) -> None:
-            with CAPTURE_LOCK.using():
-                stream = self.current()
-                stream.wait_stream(torch.npu.default_stream(self._device))
-                with torch.npu.stream(stream):
-                    op(*arguments, **options)
-
-        return run
-
-
 class NpuBackend:
     """A `Backend` over the current NPU. Raises BackendError, with the reason, where it cannot run.
 
@@ -217,6 +191,7 @@ class NpuBackend:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # attention takes no others
     kv_dtypes: tuple[torch.dtype, ...] = ()
     dense_kv = True
+    collectives = "hccl"
     num_reserved_blocks = 1  # block 0, where padding is written
 
     def __init__(self, *, check_contracts: bool = False) -> None:
@@ -226,7 +201,7 @@ class NpuBackend:
         causal_mask(self.device)
         self.vmm: VmmDriver | None = make_vmm(self.device)
         self.capturer: Capturer | None = NpuCapturer(self.device)
-        self._copies = CopyStreams(self.device)
+        self._copies = CopyStreams(torch.npu, self.device, using=CAPTURE_LOCK.using)
         self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
@@ -256,8 +231,7 @@ class NpuBackend:
         return available_bytes()
 
     def synchronize_copies(self) -> None:
-        with CAPTURE_LOCK.using():
-            self._copies.current().synchronize()
+        self._copies.synchronize()
 
     def synchronize(self) -> None:
         with CAPTURE_LOCK.using():

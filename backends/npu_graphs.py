@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 
 from backends.backend import GraphMemory
+from backends.streams import own_stream
 from npu_ops.recording import CAPTURE_LOCK, REPLAY_LOCK, TaskRecorder, recording
 
 RUNTIME = "libascendcl.so"
@@ -66,8 +67,8 @@ class NpuCapturer:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.npu.Stream(device)
-        self._update_stream = torch.npu.Stream(device)
+        self._stream = own_stream(torch.npu, device)
+        self._update_stream = own_stream(torch.npu, device)
         self._count_streams = stream_counter()
         self._graphs: WeakSet[NpuGraph] = WeakSet()
 

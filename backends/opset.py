@@ -27,10 +27,12 @@ class PackLinear(Protocol):
     def __call__(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
         """Bring a weight into the form that `linear` wants; done once at load time.
 
-        quantization: None, or weight-only with one fp32 scale per output row: "int8" (symmetric, in [-127, 127]) or
-        "fp8" (float8_e4m3fn, its largest number 448).
+        quantization: None, or one fp32 scale per output row and codes: "int8" (symmetric, in [-127, 127]) or "fp8"
+        (float8_e4m3fn, its largest number 448), which are for the weight alone, or "w8a8": the weight as with "int8",
+        and `linear` brings x to int8 as well.
         The result is opaque but has `.nbytes`. The caller drops its own copy of the weight.
-        Raises ValueError for a quantization that this op set does not have.
+        Raises ValueError for a quantization that this op set does not have, and for "w8a8" with more inputs than its
+        sums have room for: 133144, whose sum of products of 127 still fits int32, or what the device takes at most.
         """
         ...
 
@@ -41,6 +43,13 @@ class Linear(Protocol):
 
         Where a device multiplies fp8 numbers, x of many rows may be brought to fp8 too, with a scale per row, if the
         weight is fp8: an error of up to 2^-4 of each number.
+
+        With "w8a8" each row of x becomes int8 codes with a scale of its own, whatever rows stand beside it: with m the
+        row's largest absolute number, codes = round(x * (127 / m)), ties to even, and scale = m * (1 / 127), in fp32.
+        A row with m below 2^-100 counts as zeros; one that is not finite gives NaN. The codes' products are summed in
+        int32, exactly, so that no order and no batch shows: y = sum * scale of the row * scale of the output + bias, in
+        fp32 from left to right, then rounded to x's dtype. A device with an instruction for the codes may round them as
+        that does.
         """
         ...
 

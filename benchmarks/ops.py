@@ -54,9 +54,9 @@ def linear_case(ops: OpSet, rows: int, outputs: int, inputs: int) -> dict[str, f
     x = torch.randn(rows, inputs)
     weights = [torch.randn(outputs, inputs) for _ in range(max(1, min(10, CYCLED_BYTES // (outputs * inputs * 4))))]
     raw, packed = cycle(weights), cycle([ops.pack_linear(w) for w in weights])
-    int8 = cycle([ops.pack_linear(w, quantization="int8") for w in weights])
+    int8, w8a8 = (cycle([ops.pack_linear(w, quantization=name) for w in weights]) for name in ("int8", "w8a8"))
     rivals = {"torch": lambda: F.linear(x, next(raw)), "cpu": lambda: ops.linear(x, next(packed)),
-              "int8": lambda: ops.linear(x, next(int8))}  # fmt: skip
+              "int8": lambda: ops.linear(x, next(int8)), "w8a8": lambda: ops.linear(x, next(w8a8))}  # fmt: skip
     if has_onednn():
         onednn = cycle([onednn_pack(w) for w in weights])
         rivals["onednn"] = lambda: onednn_linear(x, next(onednn))

@@ -255,8 +255,8 @@ def _check_tiers(c: CacheSettings) -> None:
     if c.kv_store_dtype != "auto" and not has_host:
         raise ConfigError(f"kv_store_dtype {c.kv_store_dtype} needs host_cache_size: it is the format of stored KV")
     if c.kv_cache_dtype != "auto" and c.kv_store_dtype not in ("auto", c.kv_cache_dtype):
-        raise ConfigError(f"kv_store_dtype {c.kv_store_dtype}: KV that is {c.kv_cache_dtype} on the device is stored as "
-                          "it is")
+        raise ConfigError(f"kv_store_dtype {c.kv_store_dtype}: KV that is {c.kv_cache_dtype} on the device is stored "
+                          "as it is")
     if c.preemption_mode == "swap" and not has_host:
         raise ConfigError("preemption_mode swap needs host_cache_size")
 

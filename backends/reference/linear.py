@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,18 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # The dtype of the codes, and the largest of them.
-FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "w8a8": (torch.int8, 127.0)}
+MOST_INPUTS = (2**31 - 1) // 127**2  # of a product whose int32 sums cannot overflow
+LEAST_NUMBER = 2.0**-100  # a row whose largest number is smaller is zeros: 127 / it might not be finite
 
 
 class PackedLinear:
-    """A weight ready for `linear`. With `scale_Y` the weight is codes, and row y stands for weight[y] * scale[y]."""
+    """A weight ready for `linear`. With `scale_Y` the weight is codes, and row y stands for weight[y] * scale[y].
 
-    __slots__ = ("bias_Y", "nbytes", "scale_Y", "weight_YX")
+    dynamic: x is brought to int8 as well.
+    """
 
-    def __init__(self, weight_YX: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None):
+    __slots__ = ("bias_Y", "dynamic", "nbytes", "scale_Y", "weight_YX")
+
+    def __init__(self, weight_YX: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, *, dynamic: bool = False):
         self.weight_YX = weight_YX
         self.scale_Y = scale_Y
         self.bias_Y = bias_Y
+        self.dynamic = dynamic
         self.nbytes = sum(t.nbytes for t in (weight_YX, scale_Y, bias_Y) if t is not None)
 
 
@@ -40,14 +47,49 @@ def quantize_rows(weight_YX: Tensor, quantization: str) -> tuple[Tensor, Tensor]
     return (codes.round() if dtype is torch.int8 else codes).to(dtype), scale_Y
 
 
+def check_inputs(num_inputs: int) -> None:
+    """Raise ValueError if a product of int8 numbers has more inputs than its int32 sums have room for."""
+    if num_inputs > MOST_INPUTS:
+        raise ValueError(f"products of int8 numbers take up to {MOST_INPUTS} inputs, not {num_inputs}")
+
+
+def quantise_tokens(x_TX: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 codes [T, X], fp32 scale [T]) of the rows of x, as `Linear` says for "w8a8"."""
+    x = x_TX.float()
+    largest_T = x.abs().amax(dim=1)
+    finite_T = largest_T.isfinite()
+    # Not 127.0 / largest, which torch takes for a reciprocal and a product.
+    factor_T = torch.where(finite_T & (largest_T >= LEAST_NUMBER), torch.full_like(largest_T, 127.0) / largest_T, 0.0)
+    codes = torch.where(finite_T[:, None], (x * factor_T[:, None]).round(), 0.0).to(torch.int8)
+    return codes, torch.where(finite_T, largest_T * (1 / 127), float("nan"))
+
+
+def exact_product(codes_TX: Tensor, codes_YX: Tensor) -> Tensor:
+    """codes @ codes.T; in float64, where every such sum is exact in any order on any device."""
+    return codes_TX.double() @ codes_YX.double().t()
+
+
 def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> PackedLinear:
     check_quantization(quantization)
-    if quantization is not None:
-        return PackedLinear(*quantize_rows(weight_YX, quantization), bias_Y)
-    return PackedLinear(weight_YX.contiguous(), None, bias_Y)
+    if quantization is None:
+        return PackedLinear(weight_YX.contiguous(), None, bias_Y)
+    if quantization == "w8a8":
+        check_inputs(weight_YX.shape[1])
+    return PackedLinear(*quantize_rows(weight_YX, quantization), bias_Y, dynamic=quantization == "w8a8")
+
+
+def linear_w8a8(x_TX: Tensor, packed: PackedLinear,
+                product: Callable[[Tensor, Tensor], Tensor] = exact_product) -> Tensor:
+    """product: of int8 codes [T, X] and [Y, X], exact, in any dtype."""
+    assert packed.scale_Y is not None
+    codes_TX, scale_T = quantise_tokens(x_TX)
+    y_TY = product(codes_TX, packed.weight_YX).float() * scale_T[:, None] * packed.scale_Y
+    return (y_TY if packed.bias_Y is None else y_TY + packed.bias_Y.float()).to(x_TX.dtype)
 
 
 def linear(x_TX: Tensor, packed: Any) -> Tensor:
+    if packed.dynamic:
+        return linear_w8a8(x_TX, packed)
     weight_YX = packed.weight_YX
     if packed.scale_Y is not None:
         weight_YX = (weight_YX.float() * packed.scale_Y[:, None]).to(x_TX.dtype)

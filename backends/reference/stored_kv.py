@@ -37,9 +37,10 @@ def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_
 
 def import_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
-    parts = stored_SX[slots_B].to(k_cache.device).split([part_bytes(k_cache, format), part_bytes(v_cache, format)], 1)
     if k_cache.dtype in QUANTISED:
         check_format(k_cache, format)
+    parts = stored_SX[slots_B].to(k_cache.device).split([part_bytes(k_cache, format), part_bytes(v_cache, format)], 1)
+    if k_cache.dtype in QUANTISED:
         for cache, part_BX in zip((k_cache, v_cache), parts, strict=True):
             cache.view(torch.uint8)[block_ids_B] = part_BX.view(len(block_ids_B), *cache.shape[1:])
         return

@@ -23,6 +23,8 @@ NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "at
 LINKED = ("lib/libtorch_npu.so", "lib/libtensorpipe.so", "lib/libop_plugin_atb.so", "lib/libnpu_profiler.so")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
 
+LINKER = ("-Wl,-soname,libascendcl.so", "-lpthread", "-lm")
+
 CANN = re.compile(
     r"acl[A-Za-z]|Hccl|Msprof|rt[A-Z]|(snprintf|vsnprintf|strcpy)_s$|_ZN?K?N?K?(2ge|3atb)|_ZNK?(2ge|3atb)"
 )
@@ -55,9 +57,9 @@ def runtime() -> Path:
 
 def _build(folder: Path) -> None:
     ours = folder / "libascendcl.so"
-    include = SITE / "torch_npu" / "include"
+    include = [f"-I{_in_c(folder)}", f"-I{SITE / 'torch_npu' / 'include'}"]
     sources = [str(file) for file in sorted(SOURCES.glob("*.c"))]
-    _run("gcc", *FLAGS, f"-I{include}", *sources, "-o", str(ours), "-Wl,-soname,libascendcl.so", "-lpthread")
+    _run("gcc", *FLAGS, *include, *sources, "-o", str(ours), *LINKER)
     have = set(_symbols("--defined-only", ours))
     wanted = {name for file in _linked() for name in _symbols("--undefined-only", file) if CANN.match(name)}
     stubs = folder / "missing.c"
@@ -66,9 +68,7 @@ def _build(folder: Path) -> None:
         for name in sorted(wanted - have)
     ]
     stubs.write_text(MISSING + "\n".join(lines) + "\n")
-    _run(
-        "gcc", *FLAGS, f"-I{include}", *sources, str(stubs), "-o", str(ours), "-Wl,-soname,libascendcl.so", "-lpthread"
-    )
+    _run("gcc", *FLAGS, *include, *sources, str(stubs), "-o", str(ours), *LINKER)
     for name in NAMES:
         # Linked with the one that holds everything, because functions are looked up by library.
         output = str(folder / f"lib{name}.so")
@@ -76,6 +76,16 @@ def _build(folder: Path) -> None:
 
     for name in ("runtime", "compiler", "opp"):  # the parts of a CANN installation that torch_npu looks for
         (folder / name).mkdir()
+
+
+def _in_c(folder: Path) -> Path:
+    """A folder of headers before the wheel's: that of HCCL's types has C++ constants, which C has no arrays of."""
+    name = Path("third_party/hccl/inc/hccl/hccl_types.h")
+    text = (SITE / "torch_npu" / "include" / name).read_text()
+    header = folder / "include" / name
+    header.parent.mkdir(parents=True)
+    header.write_text(re.sub(r"^const u?int\d+_t (\w+) = +(\w+);", r"#define \1 \2", text, flags=re.MULTILINE))
+    return folder / "include"
 
 
 def _linked() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING
 
 from tests.emulated_npu import runtime
@@ -35,6 +36,7 @@ def install() -> None:
         )
     )
     runtime.set_hook(Requests(machine).answer)
+    atexit.register(runtime.library().emulated_npu_close)
 
 
 def machine() -> Machine:

@@ -20,6 +20,7 @@ import torch
 from tests.emulated_npu import runtime
 from tests.emulated_npu.audit import freed_by_allocator
 from tests.emulated_npu.capture import Model
+from tests.emulated_npu.collectives import POLL_S, Communicators, End
 from tests.emulated_npu.tasks import Event, Group, Join, Kernel, Lane, Record, Run, Task, Update, Wait
 from tests.emulated_npu.tensors import Range
 
@@ -35,6 +36,9 @@ class Machine:
         self.groups: dict[int, Group] = {}
         self.updates: dict[int, list[Task]] = {}  # by stream
         self.failure: str | None = None
+        self.failure_code = runtime.AICORE_EXCEPTION
+        self.num_waiting = 0  # threads
+        self.communicators = Communicators(self)
         self.set_order(os.environ.get("EMULATED_NPU_ORDER"))
         self.patience_s = float(os.environ.get("EMULATED_NPU_DEADLOCK_S", "10"))
         self.audits = os.environ.get("EMULATED_NPU_AUDIT") == "1"
@@ -48,7 +52,7 @@ class Machine:
         if self.random is not None or stream in self.captures or stream in self.updates:
             return False
         lane = self.streams.get(stream)
-        return lane is None or not lane.tasks
+        return lane is None or lane.is_idle()
 
     def is_recording(self, stream: int) -> bool:
         return stream in self.captures or stream in self.updates
@@ -72,10 +76,13 @@ class Machine:
     # Running
 
     def pump(self) -> None:
-        while self._step(None):
+        while self.step():
             pass
 
-    def _step(self, favourite: Lane | None) -> bool:
+    def has_work(self) -> bool:
+        return any(lane.tasks for lane in (*self.streams.values(), *self.replays))
+
+    def step(self, favourite: Lane | None = None) -> bool:
         """Run one task; False: all queues are empty or blocked."""
         lanes = [lane for lane in (*self.streams.values(), *self.replays) if lane.ready()]
         if not lanes:
@@ -83,30 +90,61 @@ class Machine:
         lane = favourite if favourite in lanes else self.random.choice(lanes) if self.random is not None else lanes[0]
         assert lane is not None
         task = lane.tasks.popleft()
+        lane.running = task
         try:
             with torch.inference_mode():  # whichever thread it is: the tensors may be of that kind
                 task.run(lane.scope)
-        except Exception:
+        except Exception as error:
+            self.failure_code = runtime.AICORE_EXCEPTION
             self.failure = f"{task.label} failed on {lane.name}:\n{traceback.format_exc()}"
             print(f"emulated NPU: {self.failure}", file=sys.stderr, flush=True)
             lane.tasks.clear()
-        if lane.scope is not None and not lane.tasks:
+            if isinstance(error, runtime.DeviceFault):
+                self._abort(error.code)
+        lane.running = None
+        if lane in self.replays and not lane.tasks:
             self.replays.remove(lane)
         return True
+
+    def _abort(self, code: int) -> None:
+        """An exchange with other devices has failed: all that is queued is given up, and nobody waits for it."""
+        self.failure_code, failure = code, self.failure
+        self.drop_all()
+        self.failure = failure
+        for event in self.events.values():
+            event.done = event.submitted
 
     def wait_until(self, done: Callable[[], bool], favourite: Lane | None, timeout_s: float | None) -> int:
         """Run until `done`. What stays blocked while nobody queues anything is a deadlock."""
         with self.changed:
             if self.random is not None and self.random.random() < 0.5:
                 favourite = None
-            patience_s = self.patience_s if timeout_s is None else min(timeout_s, self.patience_s)
-            end = time.monotonic() + patience_s
-            while not done():
-                if self._step(favourite):
-                    end = time.monotonic() + patience_s
-                elif not self.changed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
-                    return self._stuck(timeout_s)
-            return self.report()
+            self.num_waiting += 1
+            try:
+                return self._wait_until(done, favourite, timeout_s)
+            finally:
+                self.num_waiting -= 1
+
+    def _wait_until(self, done: Callable[[], bool], favourite: Lane | None, timeout_s: float | None) -> int:
+        patience_s = self.patience_s if timeout_s is None else min(timeout_s, self.patience_s)
+        began = time.monotonic()
+        end = began + patience_s
+        while not done():
+            now = time.monotonic()
+            if self.step(favourite):
+                end = now + patience_s
+            elif self._awaits_others():  # which have a time limit of their own
+                if timeout_s is not None and now >= began + timeout_s:
+                    return runtime.SYNC_TIMEOUT
+                end = now + patience_s
+                self.changed.wait(POLL_S)
+            elif not self.changed.wait(max(0.0, end - now)) and time.monotonic() >= end:
+                return self._stuck(timeout_s)
+        return self.report()
+
+    def _awaits_others(self) -> bool:
+        """Whether something is blocked on other processes."""
+        return any(lane.tasks and isinstance(lane.tasks[0], End) for lane in (*self.streams.values(), *self.replays))
 
     def _stuck(self, timeout_s: float | None) -> int:
         if timeout_s is not None and timeout_s < self.patience_s:
@@ -120,7 +158,7 @@ class Machine:
     def report(self) -> int:
         """An error of the device is told once, to the first who waits."""
         failed, self.failure = self.failure, None
-        return runtime.SUCCESS if failed is None else runtime.AICORE_EXCEPTION
+        return runtime.SUCCESS if failed is None else self.failure_code
 
     def drop_all(self, *, failure: bool = True) -> None:
         """Forget all that is queued: for tests that leave the device blocked on purpose."""
@@ -128,13 +166,14 @@ class Machine:
             for lane in self.streams.values():
                 lane.tasks.clear()
             self.replays.clear()
+            self.communicators.drop_all()
             self.failure = None if failure else self.failure
             for model in self.models.values():
                 model.running = 0
 
     def sync_stream(self, stream: int, timeout_ms: int = -1) -> int:
         lane = self.streams.get(stream)
-        if lane is None or not lane.tasks:
+        if lane is None or lane.is_idle():
             return self.report()
         return self.wait_until(lambda: not lane.tasks, lane, None if timeout_ms < 0 else timeout_ms / 1e3)
 
@@ -149,7 +188,7 @@ class Machine:
 
     def is_busy(self, stream: int) -> bool:
         lane = self.streams.get(stream)
-        return lane is not None and bool(lane.tasks)
+        return lane is not None and not lane.is_idle()
 
     def forget_stream(self, stream: int) -> int:
         code = self.sync_stream(stream)
@@ -236,7 +275,7 @@ class Machine:
         model = self.models.get(handle)
         if model is not None and model.running:
             # The wheel makes no more than a warning of it and frees the graph's memory, so the device fails next.
-            self.failure = "a captured model was destroyed while it ran"
+            self.failure, self.failure_code = "a captured model was destroyed while it ran", runtime.AICORE_EXCEPTION
             return runtime.MODEL_RUNNING
         self.models.pop(handle, None)
         return runtime.SUCCESS

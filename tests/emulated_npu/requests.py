@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from tests.emulated_npu import runtime
+from tests.emulated_npu.collectives import Operation
 from tests.emulated_npu.machine import Machine
 from tests.emulated_npu.tasks import Group, Kernel, Task, ValueWait, ValueWrite
 
@@ -44,6 +45,9 @@ class Requests:
             22: lambda stream, _a, _b, _c: do.forget_stream(stream),
             23: self._forget_event,
             24: lambda address, size, _b, _c: do.memory_gone(address, size),
+            25: lambda stream, address, sent, taken: do.communicators.queue(stream, Operation(address, sent, taken)),
+            26: lambda comm, _a, _b, _c: do.communicators.open(comm),
+            27: lambda comm, _a, _b, _c: do.communicators.close(comm),
         }
 
     def answer(self, request: int, handle: int | None, a: int, b: int, c: int) -> int:

@@ -29,6 +29,10 @@ def library() -> ctypes.CDLL:
     found.emulated_npu_used_bytes.restype = ctypes.c_size_t
     found.emulated_npu_release_capture.argtypes = [ctypes.c_void_p]
     found.emulated_npu_set_hook.argtypes = [HOOK]
+    found.emulated_npu_device_fault.restype = ctypes.c_char_p
+    found.emulated_npu_comm_close.argtypes = found.emulated_npu_comm_drop.argtypes = [ctypes.c_void_p]
+    found.emulated_npu_operation_bytes.restype = ctypes.c_size_t
+    found.emulated_npu_operation_buffer.restype = ctypes.c_size_t
     found.aclGetRecentErrMsg.restype = ctypes.c_char_p
     found.aclmdlRICaptureGetInfo.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return found
@@ -43,10 +47,18 @@ def set_hook(function: Callable[[int, int | None, int, int, int], int]) -> None:
     library().emulated_npu_set_hook(hook)
 
 
+class DeviceFault(Exception):
+    """A task that ends with an error of its own: `code` is what the next call that waits will return."""
+
+    def __init__(self, code: int):
+        super().__init__(f"{code}: {library().emulated_npu_device_fault().decode(errors='replace')}")
+        self.code = code
+
+
 class AclError(RuntimeError):
     """As torch_npu words them: the code, and what the runtime says of it."""
 
     def __init__(self, code: int):
-        text = library().aclGetRecentErrMsg().decode(errors="replace")
+        text = (library().aclGetRecentErrMsg() or library().emulated_npu_device_fault()).decode(errors="replace")
         super().__init__(f"NPU function error: error code is {code}. {text}")
         self.code = code

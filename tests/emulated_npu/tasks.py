@@ -158,6 +158,10 @@ class Lane:
     def __init__(self, name: str, scope: Run | None = None):
         self.name, self.scope = name, scope
         self.tasks: deque[Task] = deque()
+        self.running: Task | None = None
+
+    def is_idle(self) -> bool:
+        return not self.tasks and self.running is None
 
     def ready(self) -> bool:
         return bool(self.tasks) and self.tasks[0].ready(self.scope)

@@ -13,7 +13,7 @@ from npu_ops import activation, contracts, format, linear, moe, norm, rotary, sa
 from npu_ops.attention import causal_mask
 from npu_ops.contract import CHECKING, ContractError, set_checking
 from npu_ops.contracts import CONTRACTS
-from npu_ops.linear import Int8Part, W8A8Weight
+from npu_ops.linear import Int8Part, W8A8Part
 from npu_ops.recording import recording
 from tests.npu.device import npu
 
@@ -316,7 +316,7 @@ def wrong_calls() -> dict[str, Callable[[], object]]:
             x_MX=bad, part=Int8Part(t(I8, 4, 16), bad[0], None)),
         "npu_dynamic_quant": lambda: linear.dynamic_quant(x=bad),
         "npu_quant_matmul": lambda: linear.quant_matmul(
-            codes_MX=bad, scale_M=bad[:, 0], weight=W8A8Weight(t(I8, 16, 4), bad[0], None, BF16)),
+            codes_MX=bad, scale_M=bad[:, 0], part=W8A8Part(t(I8, 16, 4), bad[0], None), dtype=BF16),
         "npu_moe_gating_top_k_softmax": lambda: moe.gating_softmax(logits_TE=bad, k=2),
         "npu_moe_gating_top_k": lambda: moe.gating(logits_TE=bad, k=2),
         "npu_moe_init_routing_v2": lambda: moe.init_routing(x_TD=bad, ids_TK=t(I32, 4, 2), num_experts=4),

@@ -82,21 +82,22 @@ def test_the_runtime_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("source", "right", "wrong"),
     [
-        ("aclrtGetDevice(int32_t *device)", "aclrtGetDevice(int64_t *device)"),
-        ("API aclError aclInit", "API void *aclInit"),
+        ("device.c", "aclrtGetDevice(int32_t *device)", "aclrtGetDevice(int64_t *device)"),
+        ("device.c", "API aclError aclInit", "API void *aclInit"),
+        ("hccl_comm.c", "HcclGetRankId(HcclComm handle, uint32_t *rank)", "HcclGetRankId(HcclComm handle, int *rank)"),
     ],
 )
 def test_prototypes_are_those_of_the_wheel_s_headers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, right: str, wrong: str
 ) -> None:
     sources, folder = tmp_path / "acl", tmp_path / "made"
     shutil.copytree(build.SOURCES, sources)
     folder.mkdir()
-    text = (sources / "device.c").read_text()
+    text = (sources / source).read_text()
     assert right in text
-    (sources / "device.c").write_text(text.replace(right, wrong))
+    (sources / source).write_text(text.replace(right, wrong))
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(RuntimeError, match="conflicting types"):
         build._build(folder)

@@ -27,6 +27,11 @@ def test_the_cpu_s_tokens(model: str, mode: dict[str, Any]) -> None:
             assert sum(graph_stats(llm).replays_total.values()) > 10
 
 
+def test_quantised_kv_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype int8: on npu KV has the compute type"):
+        start(BUNDLED, "npu", kv_cache_dtype="int8")
+
+
 def test_sampled_tokens() -> None:
     """Temperature, top-k, top-p, min-p and penalties, each request with its own seed: as on the CPU, but where a draw
     falls next to the border of two tokens, and through graphs as without."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from backends.metadata import AttentionMetadata
 from backends.reference.linear import quantize_rows
-from npu_ops import linear as linear_ops
 from npu_ops import rotary
 from npu_ops.format import FRACTAL_NZ, ND, cast_format, format_of
 from tests.npu.device import HALVES, assert_near, npu, randn
@@ -180,29 +179,6 @@ def test_quantisations_that_it_lacks() -> None:
         npu().ops.pack_linear(randn(4, 4, dtype=torch.bfloat16), quantization="fp8")
     with pytest.raises(ValueError, match="up to 65535 inputs, not 65536"):
         npu().ops.pack_linear(torch.zeros(1, 65536, dtype=torch.bfloat16), quantization="int8")
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [96, 40])
-def test_int8_weights_and_activations(rows: int, bias: bool, dtype: torch.dtype) -> None:
-    x, weight = randn(9, 64, dtype=dtype), randn(rows, 64, dtype=dtype)
-    added = randn(rows, dtype=dtype) if bias else None
-    codes, scale = quantize_rows(weight, "int8")
-    packed = linear_ops.pack_w8a8(codes_YX=codes, scale_Y=scale, bias_Y=added, dtype=dtype)
-    assert (format_of(packed.codes_XY) == FRACTAL_NZ) == (rows == 96)  # whole tiles
-    x_codes, x_scale = linear_ops.dynamic_quant(x=x)
-    largest = x.cpu().double().abs().amax(1)
-    torch.testing.assert_close(x_scale.cpu().double(), largest / 127, rtol=1e-2, atol=0)
-    assert ((x_codes.cpu().double() * x_scale.cpu().double()[:, None] - x.cpu().double()).abs()
-            <= x_scale.cpu().double()[:, None] * 0.51 + 1e-3).all()
-    truth = (x_codes.cpu().double() * x_scale.cpu().double()[:, None]) @ (
-        codes.cpu().double() * packed.scale_Y.cpu().double()[:, None]).t()
-    if added is not None:
-        truth += added.cpu().double()
-    assert_near(linear_ops.linear_w8a8(x, packed), truth, roundings=4)
-    near = x.cpu().double() @ weight.cpu().double().t() + (0 if added is None else added.cpu().double())
-    assert (truth - near).abs().max() < 0.03 * near.abs().max()
 
 
 def test_formats_keep_the_numbers() -> None:

@@ -24,13 +24,14 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference import kv as cpu_kv
+from backends.reference.kv_codes import QUANTISED, SCALE_BYTES, dequantise, quantise, row_width
 from tests.ops.on_device import on_device
 
 NAN = float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICES = [name for name, found in (("cuda", torch.cuda.is_available()),) if found]
 NAMES = ["cuda-interpreted"] if INTERPRETED else ["reference", "torch", "compiled", *DEVICES]
-OF_THE_CPU = {"test_backend.py", "test_on_device.py", "test_threads.py", "test_vmm.py"}
+OF_THE_CPU = {"test_backend.py", "test_compiled_kv.py", "test_on_device.py", "test_threads.py", "test_vmm.py"}
 collect_ignore = sorted(OF_THE_CPU) if INTERPRETED else []
 
 T = TypeVar("T")
@@ -73,6 +74,13 @@ def ops(request: pytest.FixtureRequest, op_sets: dict[str, OpSet]) -> OpSet:
     if request.param not in op_sets:
         pytest.skip("no C compiler here")
     return op_sets[request.param]
+
+
+@pytest.fixture(params=QUANTISED, ids=QUANTISED.__getitem__)
+def kv_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of a quantised cache."""
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,13 +131,55 @@ def seed_and_poison() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def spread_cache(ops: OpSet, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
-                 gap: int = 0) -> Tensor:
-    """A cache of NaN whose blocks lie `gap` numbers apart, as those of several layers in one page do."""
-    shape = layout_of(ops).shape(num_blocks, block_size, num_kv_heads, head_dim)
-    size = num_kv_heads * block_size * head_dim
-    memory = torch.full((num_blocks * (size + gap),), NAN)
-    return memory.as_strided(shape, (size + gap, *torch.empty(shape, device="meta").stride()[1:]))
+def spread_cache(ops: OpSet, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, gap: int = 0,
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """A cache of NaN whose blocks lie `gap` numbers apart, as those of several layers in one page do.
+
+    A quantised one has 0xFF in every byte: its scales are NaN.
+    """
+    width = row_width(head_dim, dtype)
+    shape = layout_of(ops).shape(num_blocks, block_size, num_kv_heads, width)
+    size = num_kv_heads * block_size * width
+    poison = torch.tensor(0xFF, dtype=torch.uint8) if dtype in QUANTISED else torch.tensor(NAN, dtype=dtype)
+    memory = poison.repeat(num_blocks * (size + gap))
+    strides = (size + gap, *torch.empty(shape, device="meta").stride()[1:])
+    return memory.view(dtype).as_strided(shape, strides)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Keys or values of a quantised cache, as views of its bytes: codes [B, K, P, H], scales [B, K, P, bytes]."""
+
+    format: str
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, ops: OpSet, cache: Tensor, *, keys: bool) -> Groups:
+        format, (block_size, width), layout = QUANTISED[cache.dtype], cache.shape[2:], layout_of(ops)
+        num_bytes = SCALE_BYTES[format]
+        tiles_BKX = cache.view(torch.uint8).flatten(2)
+        assert tiles_BKX.data_ptr() == cache.data_ptr() and layout is not POSITIONS
+        size = block_size * (width - num_bytes)
+        codes, scales = tiles_BKX[..., :size].unflatten(2, (block_size, -1)), tiles_BKX[..., size:]
+        return cls(format, (layout.keys if keys else layout.values)(codes), scales.unflatten(2, (block_size, -1)))
+
+    def put(self, blocks_X: Tensor, offsets_X: Tensor, x_XKH: Tensor) -> Tensor:
+        """Store numbers as `kv_codes.quantise` would; returns what is then read, fp32 [X, K, H]."""
+        codes, scales = quantise(x_XKH, self.format, dim=2)
+        self.codes[blocks_X, :, offsets_X] = codes.view(torch.uint8)
+        as_bytes = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        self.scales[blocks_X, :, offsets_X] = as_bytes
+        return dequantise(codes, scales, self.format)
+
+
+def store(ops: OpSet, cache: Tensor, blocks_X: Tensor, offsets_X: Tensor, x_XKH: Tensor, *, keys: bool) -> Tensor:
+    """Keys or values into a cache of any dtype; returns what is then read."""
+    if cache.dtype in QUANTISED:
+        return Groups.of(ops, cache, keys=keys).put(blocks_X, offsets_X, x_XKH)
+    layout = layout_of(ops)
+    (layout.keys if keys else layout.values)(cache)[blocks_X, :, offsets_X] = x_XKH
+    return x_XKH
 
 
 @dataclass(kw_only=True)
@@ -139,6 +189,8 @@ class Paged:
     keys, values: per sequence [seq_len, K, H], of which the last query_len belong to this step.
     contiguous: each sequence's blocks follow each other, and stand between others that nobody owns (`kv_base_S`).
     gap: numbers between one block of a cache and the next.
+    kv_dtype: of the caches. With a quantised one keys and values are what its codes and scales say, and what is in a
+    sequence's last block past its end is finite.
     """
 
     ops: OpSet = REFERENCE  # whose layout the caches have
@@ -150,6 +202,7 @@ class Paged:
     block_size: int
     contiguous: bool = False
     gap: int = 0
+    kv_dtype: torch.dtype = torch.float32
     k_cache: Tensor = field(init=False)
     v_cache: Tensor = field(init=False)
     meta: AttentionMetadata = field(init=False)
@@ -160,7 +213,8 @@ class Paged:
         num_blocks, most = sum(num_used) + 3 + len(num_used), max(num_used)
         shuffled = torch.randperm(num_blocks, dtype=torch.int32)
         table = torch.full((len(num_used), most + 2), 2**30, dtype=torch.int32)  # garbage past the end
-        self.k_cache, self.v_cache = (spread_cache(self.ops, num_blocks, P, K, H, self.gap) for _ in range(2))
+        self.k_cache, self.v_cache = (spread_cache(self.ops, num_blocks, P, K, H, self.gap, self.kv_dtype)
+                                      for _ in range(2))
         self.keys, self.values, slots, taken = [], [], [], 0
         for s, (count, length, query_len) in enumerate(zip(num_used, self.seq_lens, self.query_lens)):
             in_order = torch.arange(taken + s + 1, taken + s + 1 + count, dtype=torch.int32)
@@ -168,11 +222,11 @@ class Paged:
             taken += count
             positions = torch.arange(length)
             slot = table[s, positions // P].long() * P + positions % P
-            self.keys.append(torch.randn(length, K, H))
-            self.values.append(torch.randn(length, K, H))
-            layout = layout_of(self.ops)
-            layout.keys(self.k_cache)[slot // P, :, slot % P] = self.keys[-1]
-            layout.values(self.v_cache)[slot // P, :, slot % P] = self.values[-1]
+            if self.kv_dtype in QUANTISED:
+                self._store_past_the_end(int(table[s, count - 1]), length)
+            at, numbers = (slot // P, slot % P), (torch.randn(length, K, H), torch.randn(length, K, H))
+            self.keys.append(store(self.ops, self.k_cache, *at, numbers[0], keys=True))
+            self.values.append(store(self.ops, self.v_cache, *at, numbers[1], keys=False))
             slots.append(slot[length - query_len :])
         starts = torch.tensor([0, *self.query_lens]).cumsum(0)
         self.meta = AttentionMetadata(
@@ -182,6 +236,14 @@ class Paged:
         )  # fmt: skip
         if self.contiguous:
             self.meta.kv_base_S, self.meta.block_table_SM = table[:, 0].clone(), table[:, :0].clone()
+
+    def _store_past_the_end(self, last_block: int, length: int) -> None:
+        """Numbers of any size where a sequence has no positions yet."""
+        offsets = torch.arange((length - 1) % self.block_size + 1, self.block_size)
+        shape = (len(offsets), self.num_kv_heads, self.head_dim)
+        for cache, keys in ((self.k_cache, True), (self.v_cache, False)):
+            sizes = torch.randn(*shape[:2], 1).mul(20).exp()
+            store(self.ops, cache, torch.full_like(offsets, last_block), offsets, torch.randn(shape) * sizes, keys=keys)
 
     def by_table(self) -> None:
         """Name the same blocks by a table instead of a base."""

@@ -15,7 +15,7 @@ from tests.runner.harness import make_config
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
 from xllm.models.decoder import CausalLM
-from xllm.runner.kv_cache import KVCache, block_bytes, compute_dtype, page_bytes, plan_num_blocks
+from xllm.runner.kv_cache import KVCache, block_bytes, cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
 # 2 layers, keys and values, 2 heads, 16 numbers a head, 8 tokens a block, 4 bytes each
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4
@@ -103,6 +103,29 @@ def test_dtype_that_is_set(backend: Backend, shape: ModelConfig, name: str, dtyp
 
 def test_dtype_auto_asks_the_device(backend: Backend, shape: ModelConfig) -> None:
     assert compute_dtype(make_config(dtype="auto"), backend, shape) == backend.default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("name", "dtype", "num_bytes"), [("auto", torch.float32, 4.0), ("int8", torch.int8, 1.25),
+                                                          ("fp8", torch.float8_e4m3fn, 1.0625),
+                                                          ("fp8_e4m3", torch.float8_e4m3fn, 1.0625)])
+def test_kv_dtype_that_is_set(backend: Backend, shape: ModelConfig, name: str, dtype: torch.dtype,
+                              num_bytes: float) -> None:
+    """A scale takes 4 bytes, or one, beside each 16 numbers."""
+    assert shape.head_dim == 16
+    assert cache_dtype(make_config(kv_cache_dtype=name), backend, shape) is dtype
+    assert block_bytes(backend, shape, 8, dtype) == BLOCK_BYTES / 4 * num_bytes
+    cache = KVCache(backend, shape, num_blocks=5, block_size=8, dtype=dtype)
+    assert sum(t.nbytes for layer in cache.layers for t in layer) == 5 * BLOCK_BYTES / 4 * num_bytes
+
+
+def test_kv_dtypes_that_cannot_be(backend: Backend, shape: ModelConfig) -> None:
+    plain: Any = SimpleNamespace(name="plain", kv_dtypes=())
+    with pytest.raises(ConfigError, match="kv_cache_dtype fp8: on plain KV has the compute type"):
+        cache_dtype(make_config(kv_cache_dtype="fp8"), plain, shape)
+    odd: Any = SimpleNamespace(head_dim=6)
+    with pytest.raises(ConfigError, match="block_size 5 times head_dim 6 must be a multiple of 4"):
+        cache_dtype(make_config(kv_cache_dtype="int8", block_size=5), backend, odd)
+    assert cache_dtype(make_config(kv_cache_dtype="fp8", block_size=5), backend, odd) is torch.float8_e4m3fn
 
 
 def test_copy_blocks_copies_every_layer(backend: Backend, shape: ModelConfig) -> None:

@@ -47,6 +47,10 @@ def cache_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfi
     dtype = next(dtype for dtype, format in QUANTISED.items() if format == name.removesuffix("_e4m3"))
     if dtype not in backend.kv_dtypes:
         raise ConfigError(f"kv_cache_dtype {name}: on {backend.name} KV has the compute type")
+    assert config.cache.block_size is not None, "resolve() first"
+    if dtype is torch.int8 and config.cache.block_size * model_config.head_dim % 4:
+        raise ConfigError(f"kv_cache_dtype int8: block_size {config.cache.block_size} times head_dim "
+                          f"{model_config.head_dim} must be a multiple of 4, where the scales can begin")
     return dtype
 
 

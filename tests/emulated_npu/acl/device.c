@@ -5,23 +5,37 @@
 
 pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Hook hook;
-static _Thread_local char message[512];
+static _Thread_local char message[1024];
 static _Thread_local int current_device = -1;
 static _Thread_local void *current_context;
 static struct { int magic; } contexts[16];
+static char fault[640]; /* what the device says of its last error; the machine lets one thread in at a time */
+static bool closed;
 
 API void emulated_npu_set_hook(Hook given) { hook = given; }
+/* The process ends: its interpreter is not there to be asked any more, while threads of torch_npu still ask. */
+API void emulated_npu_close(void) { closed = true; }
+
+void set_device_fault(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(fault, sizeof fault, format, arguments);
+    va_end(arguments);
+}
+API const char *emulated_npu_device_fault(void) { return fault; }
 
 int ask(enum Request request, void *handle, uint64_t a, uint64_t b, uint64_t c) {
-    if (!hook && request >= FORGET_STREAM) return 0; /* there is nothing that it could be used by */
+    if (closed) return 0;
+    if (!hook && request >= FORGET_STREAM && request != COLLECTIVE) return 0; /* there is nothing that it could be used by */
     if (!hook) return FAIL(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "no emulator is installed in this process (request %d)", request);
     const int code = hook(request, handle, a, b, c);
-    if (code > 1) FAIL(code, "the device reports it (request %d)", request);
+    if (code > 1) FAIL(code, "the device reports it (request %d) %s", request, fault);
+    if (code > 1) fault[0] = 0;
     return code;
 }
 
 int fail(int code, const char *function, const char *format, ...) {
-    char why[384];
+    char why[768];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(why, sizeof why, format, arguments);
@@ -42,7 +56,27 @@ bool tracing(void) {
     return wanted;
 }
 
-static uint32_t num_devices(void) { return (uint32_t)setting("EMULATED_NPU_DEVICES", 1); }
+/* Of the machine's devices a process sees those that ASCEND_RT_VISIBLE_DEVICES lists, up to the first that is not there,
+ * and counts them from 0. */
+int physical_device(int32_t logical) {
+    const int count = (int)setting("EMULATED_NPU_DEVICES", 1);
+    const char *list = getenv("ASCEND_RT_VISIBLE_DEVICES");
+    if (!list || !*list) return logical >= 0 && logical < count ? logical : -1;
+    for (int i = 0; i <= logical; i++) {
+        char *end;
+        const long device = strtol(list, &end, 10);
+        if (end == list || device < 0 || device >= count) return -1;
+        if (i == logical) return (int)device;
+        if (*end != ',') return -1;
+        list = end + 1;
+    }
+    return -1;
+}
+static uint32_t num_devices(void) {
+    uint32_t count = 0;
+    while (count < sizeof contexts / sizeof *contexts && physical_device((int32_t)count) >= 0) count++;
+    return count;
+}
 
 API aclError aclInit(const char *path) { (void)path; return 0; }
 API aclError aclFinalize(void) { return 0; }

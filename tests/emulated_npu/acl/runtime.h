@@ -21,6 +21,7 @@
 
 #define API __attribute__((visibility("default")))
 #define MIB (1ul << 20)
+#define NOT_YET 1
 
 /* What the hook is asked to do; machine.py has the same numbers. Answers are ACL error codes, for QUERY_* 0 or 1. */
 enum Request {
@@ -28,6 +29,7 @@ enum Request {
     RECORD_EVENT, WAIT_EVENT, VALUE_WAIT, VALUE_WRITE, COPY, FILL, HOST_FUNCTION,
     CAPTURE_BEGIN, CAPTURE_JOIN, CAPTURE_END, EXECUTE, DESTROY_MODEL,
     GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, FORGET_STREAM, FORGET_EVENT, MEMORY_GONE,
+    COLLECTIVE, COMM_OPENED, COMM_CLOSED,
 };
 typedef int (*Hook)(int request, void *handle, uint64_t a, uint64_t b, uint64_t c);
 int ask(enum Request request, void *handle, uint64_t a, uint64_t b, uint64_t c);
@@ -47,7 +49,7 @@ typedef struct Group {
     Model *model;
 } Group;
 typedef struct Stream {
-    int magic, id;
+    int magic, id, device;
     Model *capture;   /* being captured into */
     Group *updating;  /* between TaskUpdateBegin and End */
     bool joined;      /* in the capture by waiting for one of its events */
@@ -67,8 +69,11 @@ extern pthread_mutex_t lock; /* of all tables; never held while the hook runs, w
 int fail(int code, const char *function, const char *format, ...) __attribute__((format(printf, 3, 4)));
 #define FAIL(code, ...) fail(code, __func__, __VA_ARGS__)
 #define REQUIRE(condition, ...) do { if (!(condition)) return FAIL(ACL_ERROR_RT_PARAM_INVALID, __VA_ARGS__); } while (0)
+/* What is told with the error that the device reports next. */
+void set_device_fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
 long setting(const char *name, long otherwise); /* an environment variable, read once per call */
 bool tracing(void);
+int physical_device(int32_t logical); /* of those that the process sees; -1: it does not */
 #define TRACE(...) do { if (tracing()) { fprintf(stderr, "[acl] %s ", __func__); fprintf(stderr, __VA_ARGS__); fputc('\n', stderr); } } while (0)
 
 Stream *stream_of(aclrtStream handle); /* NULL: not a stream. The null handle is the device's default stream. */

@@ -42,6 +42,7 @@ API aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority,
     if (!take_streams(1)) return FAIL(ACL_ERROR_RT_NO_STREAM_RESOURCE, "EL0009 Stream resources are insufficient: %d are in use", taken_streams);
     Stream *made = calloc(1, sizeof *made);
     made->magic = STREAM_MAGIC;
+    if (aclrtGetDevice(&made->device)) made->device = 0;
     pthread_mutex_lock(&lock);
     made->id = next_id++, made->next = streams, streams = made;
     pthread_mutex_unlock(&lock);

@@ -16,7 +16,7 @@ static int num_mappings; /* slots in use or used before */
 static bool valid(const aclrtPhysicalMemProp *p) {
     return p && p->handleType == ACL_MEM_HANDLE_TYPE_NONE && p->allocationType == ACL_MEM_ALLOCATION_TYPE_PINNED &&
            (p->memAttr == ACL_HBM_MEM_HUGE || p->memAttr == ACL_HBM_MEM_HUGE1G) &&
-           p->location.type == ACL_MEM_LOCATION_TYPE_DEVICE && p->location.id < (uint32_t)setting("EMULATED_NPU_DEVICES", 1) &&
+           p->location.type == ACL_MEM_LOCATION_TYPE_DEVICE && physical_device((int32_t)p->location.id) >= 0 &&
            p->reserve == 0;
 }
 static size_t granule_of(const aclrtPhysicalMemProp *p) { return p->memAttr == ACL_HBM_MEM_HUGE1G ? 1024 * MIB : GRANULE; }
