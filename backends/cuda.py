@@ -6,8 +6,6 @@ a stream of its own, which waits for what the default stream had queued when the
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +20,7 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED
+from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
@@ -94,31 +93,6 @@ OPS = replace(
 )
 
 
-class CopyStreams:
-    """A stream for each thread that copies."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._local = device, threading.local()
-
-    def current(self) -> torch.cuda.Stream:
-        """This thread's."""
-        if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self._device)
-        stream: torch.cuda.Stream = self._local.stream
-        return stream
-
-    def queued(self, op: Callable[..., None]) -> Callable[..., None]:
-        """`op`, on this thread's stream instead of the current one."""
-
-        def run(*arguments: Any, **options: Any) -> None:
-            stream = self.current()
-            stream.wait_stream(torch.cuda.default_stream(self._device))
-            with torch.cuda.stream(stream):
-                op(*arguments, **options)
-
-        return run
-
-
 class CudaBackend:
     """A `Backend` over the current CUDA device. Raises BackendError, with the reason, where it cannot run."""
 
@@ -126,6 +100,7 @@ class CudaBackend:
     default_block_size = 128
     num_reserved_blocks = 0
     dense_kv = False
+    collectives = "nccl"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
 
@@ -134,7 +109,7 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.vmm: VmmDriver | None = make_vmm(self.device)
         self.capturer: Capturer | None = CudaCapturer(self.device)
-        self._copies = CopyStreams(self.device)
+        self._copies = CopyStreams(torch.cuda, self.device)
         self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
@@ -169,7 +144,7 @@ class CudaBackend:
         return available_bytes()
 
     def synchronize_copies(self) -> None:
-        self._copies.current().synchronize()
+        self._copies.synchronize()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

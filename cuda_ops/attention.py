@@ -12,6 +12,9 @@ Which sequence is whose, and who does what, is found on the device from the leng
 In both the id of the next block is a loop variable: a load inside the loop that another load depends on would leave
 the compiler one buffer for keys and values, whatever the number of stages.
 
+The numbers of a quantised cache are codes with a scale per position, so that the scales multiply what is a position's
+own: its column of the scores, and of the weights.
+
 Letters: T tokens, S sequences, N query heads, K kv heads, G = N / K, H head dim, P tokens a block.
 """
 
@@ -24,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_ops.kv import block_stride
+from cuda_ops.kv import block_stride, for_kernels, scale_bytes
+from cuda_ops.kv_codes import widen
 from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_previous
 
 LOG2E = 1.4426950408889634
@@ -140,10 +144,37 @@ def _block_ids(
 
 
 @triton.jit
+def _scales(
+    cache_ptr, block_ids, block, tile, position, seq_len, P: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
+    MASK: tl.constexpr, SCALE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """What the codes of a tile's positions are multiples of, in fp32; past the end 0. An inf stands for NaN: its codes
+    are 0."""
+    scales_ptr = cache_ptr + block_ids * block + P * H
+    if SCALE_BYTES == 4:
+        scales_ptr = (scales_ptr + position % P * 4).to(tl.pointer_type(tl.float32), bitcast=True)
+        if MASK:
+            return tl.load(scales_ptr, position < seq_len, 0.0)
+        else:
+            return tl.load(scales_ptr)
+    else:
+        if P % TILE == 0:
+            # By words, since single bytes cannot be copied ahead.
+            words_ptr = (scales_ptr + tile * TILE % P).to(tl.pointer_type(tl.int32), bitcast=True)
+            words = tl.load(words_ptr + tl.arange(0, TILE // 4))
+            exponents = tl.reshape((words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 255, [TILE])
+            if MASK:
+                exponents = tl.where(position < seq_len, exponents, 0)
+        else:
+            exponents = tl.load(scales_ptr + position % P, position < seq_len, 0).to(tl.int32) & 255
+        return (exponents << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _attend(
     q, acc, most, total, k_ptr, v_ptr, table_ptr, first_block, block_ids, begin_tile, end_tile, all_tiles, seq_len,
     limit, window, k_block, v_block, scale, P: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, TILE: tl.constexpr,
-    BASE: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, end) of keys into a running softmax in base 2: (acc, most, total, ids of the block at `end`).
 
@@ -151,6 +182,8 @@ def _attend(
     """
     column = tl.arange(0, PAD_H)
     n = tl.arange(0, TILE)
+    # Weights times scales would be too small for fp16 where numbers of that dtype are not; at most 1 * 65504 / 127.
+    LIFT: tl.constexpr = 64.0 if q.dtype == tl.float16 else 1.0
     for tile in tl.range(begin_tile, end_tile):
         position = tile * TILE + n
         at = (position % P) * H
@@ -169,11 +202,20 @@ def _attend(
         else:
             k = tl.load(keys_ptr)
             v = tl.load(values_ptr)
+        if SCALE_BYTES:
+            k_scales = _scales(k_ptr, block_ids, k_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
+            v_scales = _scales(v_ptr, block_ids, v_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
+            # With so few rows each warp has keys of its own; values lie across what a warp multiplies.
+            k = widen(k, q.dtype, SCALE_BYTES == 1, q.shape[0] == 16)
+            v = widen(v, q.dtype, SCALE_BYTES == 1, False)
         block_ids = _block_ids(table_ptr, first_block, tile + 1, all_tiles, seq_len, P, TILE, BASE)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if SCALE_BYTES:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (k_scales * scale)[None, :]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if MASK:
             seen = position[None, :] <= limit[:, None]
             if WINDOW:
@@ -184,7 +226,11 @@ def _attend(
         shift = tl.where(now_most == float("-inf"), 0.0, now_most)
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(most - shift)
-        total = total * shrink + tl.sum(weights, 1)
+        if SCALE_BYTES:
+            total = total * shrink + tl.sum(weights, 1) * LIFT
+            weights = weights * (v_scales * LIFT)[None, :]
+        else:
+            total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         most = now_most
     return acc, most, total, block_ids
@@ -195,7 +241,8 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, tiles_ptr, query_start_ptr, seq_lens_ptr,
     table_ptr, base_ptr, S, table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr,
     P: tl.constexpr, H: tl.constexpr, PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_S: tl.constexpr, BASE: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One equal part of the batch's tiles. Rows of the dot: query i, head g of the group at i * G + g."""
     wait_for_previous(PDL)
@@ -235,10 +282,11 @@ def decode_kernel(
         acc = tl.zeros([ROWS, PAD_H], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        of_head = head.to(tl.int64) * P * H
+        of_head = head.to(tl.int64) * P * (H + SCALE_BYTES)
         acc, most, total, ids = _attend(
             q, acc, most, total, k_ptr + of_head, v_ptr + of_head, table, first_block, ids, begin_tile, end_tile,
-            end_tile, seq_len, limit, window, k_block, v_block, scale, P, H, PAD_H, TILE, BASE, True, WINDOW, UPCAST,
+            end_tile, seq_len, limit, window, k_block, v_block, scale, P, H, PAD_H, TILE, SCALE_BYTES, BASE, True,
+            WINDOW, UPCAST,
         )  # fmt: skip
         if stop - begin == tiles:
             out = acc / total[:, None]
@@ -292,8 +340,8 @@ def merge_kernel(
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, order_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S,
     table_stride, k_block, v_block, window, scale, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
-    PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr, BASE: tl.constexpr,
-    WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    PAD_H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS // G queries of one kv head's group. Of a sequence the last go first, since they have the longest way."""
     wait_for_previous(PDL)
@@ -333,7 +381,7 @@ def prefill_kernel(
         first_block = 0
         if BASE:
             first_block = tl.load(base_ptr + s)
-        of_head = head.to(tl.int64) * P * H
+        of_head = head.to(tl.int64) * P * (H + SCALE_BYTES)
         k_head, v_head = k_ptr + of_head, v_ptr + of_head
         acc = tl.zeros([ROWS, PAD_H], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -342,15 +390,15 @@ def prefill_kernel(
         if WINDOW:
             acc, most, total, ids = _attend(
                 q, acc, most, total, k_head, v_head, table, first_block, ids, begin, clear, end, seq_len, limit,
-                window, k_block, v_block, scale, P, H, PAD_H, TILE, BASE, True, True, UPCAST,
+                window, k_block, v_block, scale, P, H, PAD_H, TILE, SCALE_BYTES, BASE, True, True, UPCAST,
             )  # fmt: skip
         acc, most, total, ids = _attend(
             q, acc, most, total, k_head, v_head, table, first_block, ids, clear, whole, end, seq_len, limit,
-            window, k_block, v_block, scale, P, H, PAD_H, TILE, BASE, False, WINDOW, UPCAST,
+            window, k_block, v_block, scale, P, H, PAD_H, TILE, SCALE_BYTES, BASE, False, WINDOW, UPCAST,
         )  # fmt: skip
         acc, most, total, ids = _attend(
             q, acc, most, total, k_head, v_head, table, first_block, ids, whole, end, end, seq_len, limit,
-            window, k_block, v_block, scale, P, H, PAD_H, TILE, BASE, True, WINDOW, UPCAST,
+            window, k_block, v_block, scale, P, H, PAD_H, TILE, SCALE_BYTES, BASE, True, WINDOW, UPCAST,
         )  # fmt: skip
         tl.store(out_ptr + row_at[:, None] * H + column[None, :], acc / total[:, None], q_mask)
 
@@ -363,11 +411,13 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    scale_bytes: int = 0
 
     @classmethod
     def of(cls, q_TNH: Tensor, k_cache: Tensor) -> Shape:
         _, num_heads, head_dim = q_TNH.shape
-        return cls(num_heads=num_heads, num_kv_heads=k_cache.shape[1], head_dim=head_dim, block_size=k_cache.shape[2])
+        return cls(num_heads=num_heads, num_kv_heads=k_cache.shape[1], head_dim=head_dim, block_size=k_cache.shape[2],
+                   scale_bytes=scale_bytes(k_cache))
 
     @property
     def group(self) -> int:
@@ -388,7 +438,8 @@ class Shape:
 
 
 def numbers_of(op: str, shape: Shape, like: Tensor) -> dict[str, int]:
-    return config(op, f"{'wide' if like.element_size() == 4 else 'half'}_H{shape.pad_dim}", like)
+    bucket = f"{'wide' if like.element_size() == 4 else 'half'}_H{shape.pad_dim}{'_codes' if shape.scale_bytes else ''}"
+    return config(op, bucket, like)
 
 
 def plan(batch: Batch, shape: Shape, like: Tensor, window: int | None = None) -> Plan:
@@ -417,11 +468,13 @@ def decode(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, bat
     """The sequences of at most `decode_len` queries."""
     numbers = dict(numbers_of("decode", shape, q_TNH))
     num_programs = numbers.pop("PER_SM") * device_facts(q_TNH.device)[1]
+    if shape.scale_bytes:
+        numbers["maxnreg"] = 255  # or the assembler spills some, to make room for more programs than there are
     S, rows, device = len(batch.seq_lens_S), shape.decode_rows, q_TNH.device
     part = torch.empty(2 * num_programs, rows, shape.pad_dim, dtype=torch.float32, device=device)
     part_most, part_total = (torch.empty(2 * num_programs, rows, dtype=torch.float32, device=device) for _ in range(2))
-    launch(decode_kernel, (num_programs,), q_TNH, k_cache, v_cache, out_TNH, part, part_most, part_total, plan.tiles_S1,
-           batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
+    launch(decode_kernel, (num_programs,), q_TNH, for_kernels(k_cache), for_kernels(v_cache), out_TNH, part, part_most,
+           part_total, plan.tiles_S1, batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
            batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache), plan.window or 0,
            scale * LOG2E, ROWS=rows, **_constants(batch, plan, shape), **numbers)  # fmt: skip
     launch(merge_kernel, (S, shape.num_kv_heads), out_TNH, part, part_most, part_total, plan.tiles_S1,
@@ -436,10 +489,10 @@ def prefill(q_TNH: Tensor, k_cache: Tensor, v_cache: Tensor, out_TNH: Tensor, ba
     # Each sequence has one block at most that is not full of queries.
     most_blocks = batch.num_tokens // (numbers["ROWS"] // shape.group)
     most_blocks += min(S, batch.num_tokens // (shape.decode_len + 1))
-    launch(prefill_kernel, (shape.num_kv_heads, most_blocks), q_TNH, k_cache, v_cache, out_TNH, plan.blocks_S1,
-           plan.order_S, batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, S,
-           batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache), plan.window or 0,
-           scale * LOG2E, **_constants(batch, plan, shape), **numbers)  # fmt: skip
+    launch(prefill_kernel, (shape.num_kv_heads, most_blocks), q_TNH, for_kernels(k_cache), for_kernels(v_cache),
+           out_TNH, plan.blocks_S1, plan.order_S, batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM,
+           batch.kv_base_S, S, batch.block_table_SM.stride(0), block_stride(k_cache), block_stride(v_cache),
+           plan.window or 0, scale * LOG2E, **_constants(batch, plan, shape), **numbers)  # fmt: skip
 
 
 def _prefill_numbers(shape: Shape, like: Tensor) -> dict[str, int]:
@@ -455,6 +508,6 @@ def _pad_seqs(num_seqs: int) -> int:
 def _constants(batch: Batch, plan: Plan, shape: Shape) -> dict[str, int | bool]:
     return {
         "K": shape.num_kv_heads, "G": shape.group, "P": shape.block_size, "H": shape.head_dim, "PAD_H": shape.pad_dim,
-        "BLOCK_S": _pad_seqs(len(batch.seq_lens_S)), "BASE": batch.kv_base_S is not None,
-        "WINDOW": plan.window is not None, "UPCAST": INTERPRETED,
+        "SCALE_BYTES": shape.scale_bytes, "BLOCK_S": _pad_seqs(len(batch.seq_lens_S)),
+        "BASE": batch.kv_base_S is not None, "WINDOW": plan.window is not None, "UPCAST": INTERPRETED,
     }  # fmt: skip

@@ -8,6 +8,10 @@ The layout, for every kernel here; nothing else states or assumes it:
 
 Blocks may lie apart (`stride(0)`). The stored form of a layer's part of a block is `backends/reference/stored_kv.py`'s,
 but for the order of the keys' numbers, which is that of the values.
+
+A quantised cache is one of int8 or float8_e4m3fn: one head of a block is P * H codes in that order, and then P scales,
+of 4 bytes (fp32) or one (E8M0), so that a row has H + 4 or H + 1 numbers. Kernels take it as int8 and are told by
+`SCALE_BYTES`, which is 0 for one of plain numbers. It is stored as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cuda_ops.kv_codes import encode, from_e4m3, group_scale, size_bits
 from cuda_ops.launch import config, launch
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = {"int8": torch.float32, "fp8": torch.uint8}  # and the dtype of their scales
+CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the formats of quantised caches by their dtypes
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -33,6 +39,26 @@ def block_stride(cache: Tensor) -> int:
     return cache.stride(0)
 
 
+def scale_bytes(cache: Tensor) -> int:
+    """Bytes of a scale; 0: of a cache that has none."""
+    return QUANTISED[CODES[cache.dtype]].itemsize if cache.dtype in CODES else 0
+
+
+def for_kernels(cache: Tensor) -> Tensor:
+    """The codes of a quantised cache as int8, which every device knows; any other as it is."""
+    if cache.dtype not in CODES:
+        return cache
+    P, H = cache.shape[2], cache.shape[3] - scale_bytes(cache)
+    by_words = cache.dtype is torch.int8 or P % 16 == 0  # scales are read so
+    assert not by_words or (P * H % 4 == 0 and block_stride(cache) % 4 == 0)
+    return cache.view(torch.int8)
+
+
+def check_format(cache: Tensor, format: str) -> None:
+    if CODES.get(cache.dtype, format) != format:
+        raise ValueError(f"a KV cache of {CODES[cache.dtype]} is stored as that, not as {format}")
+
+
 @triton.jit(do_not_specialize=["src_ptr", "dst_ptr"])
 def copy_blocks_kernel(cache_ptr, src_ptr, dst_ptr, stride, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -42,6 +68,7 @@ def copy_blocks_kernel(cache_ptr, src_ptr, dst_ptr, stride, size, BLOCK: tl.cons
 
 
 def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
+    cache = for_kernels(cache)
     size, numbers = cache[0].numel(), config("copy_blocks", "any", cache)
     grid = (len(src_B), triton.cdiv(size, numbers["BLOCK"]))
     launch(copy_blocks_kernel, grid, cache, src_B, dst_B, block_stride(cache), size, **numbers)
@@ -59,29 +86,10 @@ def quantise_kernel(
     inside = (row[:, None] < num_rows) & (i < H)
     source = cache_ptr + tl.load(ids_ptr + number) * stride
     x = tl.load(source + row[:, None] * H + i, inside, 0.0).to(tl.float32)
-    # The bits of a number without its sign are in the order of their sizes, NaN and inf the largest.
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    finite, empty = bits < 0x7F800000, bits < 0x0D800000  # 2^-100
-    if FP8:
-        exponent = (bits + 0x17FFFF) >> 23
-        scale = (tl.where(empty, 0, exponent - 8) << 23).to(tl.float32, bitcast=True)
-        kept_scale = tl.where(finite, tl.where(empty, 0, exponent - 8), 255).to(tl.uint8)
-    else:
-        largest = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)).to(tl.int32, bitcast=True)
-        scale = tl.where(empty, 0, (scale + 0xFF) & ~0xFF)  # up to 16 significant bits
-        kept_scale = tl.where(finite, scale, 0x7FC00000).to(tl.float32, bitcast=True)
-        scale = scale.to(tl.float32, bitcast=True)
-    usable = finite & (empty == 0)
-    divisor = tl.where(usable, scale, 1.0)
-    y = tl.where(usable[:, None] & inside, tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)), 0.0)
-    if FP8:
-        codes = to_e4m3(y)
-    else:
-        # Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
-        codes = ((y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.uint8)
+    kept, scale, usable = group_scale(tl.max(size_bits(x), 1)[:, None], FP8)
+    codes = encode(x, scale, usable, FP8)
     tl.store(codes_ptr + (number * num_rows + row[:, None]) * H + i, codes, inside)
-    tl.store(scales_ptr + number * num_rows + row, kept_scale, row < num_rows)
+    tl.store(scales_ptr + number * num_rows + row[:, None], kept, row[:, None] < num_rows)
 
 
 @triton.jit(do_not_specialize=["ids_ptr"])
@@ -97,7 +105,7 @@ def dequantise_kernel(
     codes = tl.load(codes_ptr + (number * num_rows + row[:, None]) * H + i, inside, 0)
     scale = tl.load(scales_ptr + number * num_rows + row, row < num_rows, 0)
     if FP8:
-        y = _from_e4m3(codes.to(tl.int32))
+        y = from_e4m3(codes.to(tl.int32))
         scale = scale.to(tl.int32)
         scale = tl.where(scale == 255, 0x7FC00000, scale << 23).to(tl.float32, bitcast=True)
     else:
@@ -106,29 +114,11 @@ def dequantise_kernel(
     tl.store(target + row[:, None] * H + i, y * scale[:, None], inside)
 
 
-@triton.jit
-def to_e4m3(y):
-    """float8_e4m3fn codes of |y| <= 464, rounded to nearest even; in integers, since not every device converts."""
-    bits = y.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 the codes are multiples of 2^-9, which is what a number next to 2^14 is rounded to.
-    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    return (tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def _from_e4m3(codes):
-    size = codes & 0x7F
-    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    y = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-    y = tl.where(size == 0x7F, float("nan"), y)
-    return tl.where(codes < 128, y, -y)
-
-
 def encode_blocks(cache: Tensor, ids_B: Tensor, format: str) -> list[Tensor]:
     """The parts of the stored form of keys or values, each uint8 [B, bytes], one after the other in a store's row."""
     num_blocks, (K, P, H) = len(ids_B), cache.shape[1:]
+    if cache.dtype in CODES:
+        return [for_kernels(cache)[ids_B].view(num_blocks, -1).view(torch.uint8)]
     if format in PLAIN:
         return [cache[ids_B].to(PLAIN[format]).view(num_blocks, -1).view(torch.uint8)]
     codes = torch.empty(num_blocks, K * P * H, dtype=torch.uint8, device=cache.device)
@@ -140,6 +130,9 @@ def encode_blocks(cache: Tensor, ids_B: Tensor, format: str) -> list[Tensor]:
 def decode_blocks(cache: Tensor, ids_B: Tensor, stored_BX: Tensor, format: str) -> None:
     """cache[ids] = what `encode_blocks` made, all parts of a block in one row."""
     num_blocks, (K, P, H) = len(ids_B), cache.shape[1:]
+    if cache.dtype in CODES:
+        for_kernels(cache)[ids_B] = stored_BX.view(torch.int8).view(num_blocks, K, P, H)
+        return
     if format in PLAIN:
         cache[ids_B] = _aligned(stored_BX, PLAIN[format]).view(num_blocks, K, P, H).to(cache.dtype)
         return
@@ -162,8 +155,8 @@ def _aligned(bytes_BX: Tensor, dtype: torch.dtype) -> Tensor:
 def part_bytes(cache: Tensor, format: str) -> int:
     """Bytes of one block's keys, or values, of one layer."""
     K, P, H = cache.shape[1:]
-    if format in PLAIN:
-        return K * P * H * PLAIN[format].itemsize
+    if format in PLAIN or cache.dtype in CODES:  # the rows of a quantised cache have their scales in them
+        return K * P * H * (1 if cache.dtype in CODES else PLAIN[format].itemsize)
     return K * P * (H + QUANTISED[format].itemsize)
 
 
@@ -174,6 +167,7 @@ def stored_bytes(k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
 def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream, as are the copies to host memory if that is pinned."""
+    check_format(k_cache, format)
     if not len(block_ids_B):
         return
     ids_B = to_device(block_ids_B, k_cache.device)
@@ -185,6 +179,7 @@ def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_
 def import_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream; from pinned memory nothing waits."""
+    check_format(k_cache, format)
     if not len(block_ids_B):
         return
     staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=k_cache.device)

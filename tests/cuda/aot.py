@@ -3,9 +3,9 @@
 The operators themselves are called, with tensors on the CPU, so that what is compiled is what would be launched. Each
 (operator, architecture) has a process of its own, which a failed assertion in the compiler would end. Of every kernel:
 registers without spills, no local memory, shared memory within the device's; of those that promise it, more than one
-buffer for keys and values, copies of 16 bytes into them, and Hopper's warp-group instructions; of those that may start
-early, that they touch no memory before they have waited. What the table has no number for today (`ALTERNATIVES`) is
-compiled as well, so that a measurement on a device can choose it.
+buffer for keys and values, copies of 16 bytes into them (of 4 for scales), and Hopper's warp-group instructions; of
+those that may start early, that they touch no memory before they have waited. What the table has no number for today
+(`ALTERNATIVES`) is compiled as well, so that a measurement on a device can choose it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+QUANTISED = {"int8": (torch.int8, 4), "fp8": (torch.float8_e4m3fn, 1)}  # dtypes of caches, and the bytes of a scale
 # Compute capability, multiprocessors, bytes of shared memory a program may have. Ampere's are those of its smaller
 # devices (8.6, 8.9), so that every table entry runs on all of them.
 DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
@@ -55,11 +56,13 @@ def qkv_rope_write_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for H, dtype, normed in ((64, BF16, False), (128, BF16, False), (128, BF16, True), (128, FP32, True),
                              (256, BF16, False)):  # fmt: skip
-        cache, places = torch.empty(4, 8, 128, H, dtype=dtype), torch.zeros(16, dtype=torch.int32)
+        places = torch.zeros(16, dtype=torch.int32)
         norms = dict.fromkeys(("q_norm_H", "k_norm_H"), torch.empty(H, dtype=dtype) if normed else None)
-        yield f"H{H} {dtype}{' normed' * normed}", partial(
-            qkv_rope_write, torch.empty(16, 48 * H, dtype=dtype), places, torch.empty(64, H), cache, cache, places,
-            num_heads=32, num_kv_heads=8, head_dim=H, **norms)  # fmt: skip
+        for format, (codes, scale_bytes) in {"": (dtype, 0), **QUANTISED}.items():
+            cache = torch.empty(4, 8, 128, H + scale_bytes, dtype=codes)
+            yield f"H{H} {dtype}{' normed' * normed}{f' {format} KV' if format else ''}", partial(
+                qkv_rope_write, torch.empty(16, 48 * H, dtype=dtype), places, torch.empty(64, H), cache, cache, places,
+                num_heads=32, num_kv_heads=8, head_dim=H, **norms)  # fmt: skip
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -75,6 +78,21 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             name = f"H{H} {dtype} P{P} N{N} K{K}{' base' * contiguous}{' window' * bool(window)}"
             q, cache = torch.empty(64, N, H, dtype=dtype), torch.empty(3, K, P, H, dtype=dtype)
             yield name, partial(_attend, ops, q, cache, contiguous, window)
+    for H, dtype, P, (N, K), format in _quantised_shapes():
+        codes, scale_bytes = QUANTISED[format]
+        q, cache = torch.empty(64, N, H, dtype=dtype), torch.empty(3, K, P, H + scale_bytes, dtype=codes)
+        for contiguous, window in modes if (H, dtype, P, N, format) == (128, BF16, 128, 32, "int8") else modes[:1]:
+            name = f"H{H} {dtype} P{P} N{N} K{K}{' base' * contiguous}{' window' * bool(window)} {format} KV"
+            yield name, partial(_attend, ops, q, cache, contiguous, window)
+
+
+def _quantised_shapes() -> Iterator[tuple[int, torch.dtype, int, tuple[int, int], str]]:
+    for format in QUANTISED:
+        for H in (64, 128, 256):
+            yield H, BF16, 128, (8, 4) if H == 256 else (32, 8), format
+        yield 128, BF16, 16, (16, 8), format
+    yield from ((128, FP16, 128, (32, 8), "fp8"), (128, FP32, 128, (32, 8), "int8"), (128, BF16, 128, (7, 1), "fp8"),
+                (80, BF16, 128, (32, 32), "int8"))  # fmt: skip
 
 
 def _attend(ops: Any, q: torch.Tensor, cache: torch.Tensor, contiguous: bool, window: int | None) -> None:
@@ -114,10 +132,12 @@ def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             store = torch.zeros(4, stored_bytes(cache, cache, format=format), dtype=torch.uint8)
             yield f"{format} {dtype}", lambda c=cache, s=store, f=format: (
                 export_blocks(c, c, ids, s, ids, format=f), import_blocks(c, c, ids, s, ids, format=f))  # fmt: skip
+    codes = torch.zeros(4, 8, 128, 129, dtype=torch.float8_e4m3fn)
+    yield "copy fp8 KV", lambda: copy_blocks(codes, ids, ids)
 
 
 def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.linear import linear_bytes, quantise_rows
+    from cuda_ops.linear import linear_bytes, linear_w8a8, quantise_rows, rescale
 
     for codes in (torch.int8, torch.float8_e4m3fn):
         weight = torch.zeros(4096, 4096, dtype=torch.int8).view(codes)
@@ -125,6 +145,11 @@ def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
             yield f"{codes} T{rows} {dtype}", partial(linear_bytes, x, weight, scale, bias)
     yield str(BF16), lambda: quantise_rows(torch.empty(4, 4096, dtype=BF16))
+    weight, scale = torch.zeros(4096, 4096, dtype=torch.int8), torch.empty(4096)
+    for rows, dtype in ((16, BF16), (64, BF16), (64, FP32)):
+        x, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+        yield f"w8a8 T{rows} {dtype}", partial(linear_w8a8, x, weight, scale, bias)
+        yield f"sums {dtype}", partial(rescale, torch.zeros(rows, 4096, dtype=torch.int32), scale, scale, bias, dtype)
 
 
 def feed_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -203,8 +228,9 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     if walks and half and in_table and buffers < 2:
         faults.append(f"{buffers} buffers for keys and values")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
-    if walks and half and in_table and copies != {"10"}:
-        faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of 16")
+    expected = {"10", "4"} if "KV" in case else {"10"}  # scales by words
+    if walks and half and in_table and copies != expected:
+        faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
     if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
@@ -228,6 +254,8 @@ def compile_all(operator: str, arch: str) -> None:
         seen, entries = set(), set()
         for numbers in ALTERNATIVES[arch]:
             for case, call in OPERATORS[operator]():
+                if numbers and "KV" in case:
+                    continue  # they begin as those of plain numbers do
                 with ahead_of_time(arch, num_sms) as compilation, overridden(**numbers):
                     call()
                 for name, kernel in compilation.compiled:

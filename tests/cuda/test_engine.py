@@ -21,6 +21,9 @@ FEATURES = {
     "xtensor": {"kv_layout": "xtensor", "max_num_batched_tokens": 29},
     "int8": {"quantization": "int8"},
     "fp8": {"quantization": "fp8"},
+    "KV of int8": {"kv_cache_dtype": "int8", "max_num_batched_tokens": 11, "enable_prefix_caching": True},
+    "KV of fp8": {"kv_cache_dtype": "fp8", "max_num_seqs": 1, "enable_prefix_caching": True, "host_cache_size": "1MiB"},
+    "w8a8": {"quantization": "w8a8"},
 }  # fmt: skip
 
 
