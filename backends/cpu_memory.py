@@ -7,12 +7,13 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from backends.control_groups import ROOT, memory_headrooms
 
 _MADV_POPULATE_WRITE = 23
 ALIGNMENT_BYTES = 64  # one cache line, and the widest vector
@@ -36,13 +37,13 @@ def populate(memory: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
 
-def available_bytes(root: Path = Path("/")) -> int:
+def available_bytes(root: Path = ROOT) -> int:
     """Free memory as this process sees it: the machine's, or less where a control group limits it.
 
     root: where `proc` and `sys` are found.
     """
     machine = _machine_available(root / "proc/meminfo")
-    return max(0, min([machine, *_cgroup_headrooms(root)]))
+    return max(0, min([machine, *memory_headrooms(root)]))
 
 
 def _machine_available(meminfo: Path) -> int:
@@ -52,33 +53,3 @@ def _machine_available(meminfo: Path) -> int:
                 return int(line.split()[1]) * 1024
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_headrooms(root: Path) -> Iterator[int]:
-    """Limit minus use for this process's control group and each of its parents, versions 1 and 2."""
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            mount, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = mount / path.lstrip("/")
-        while folder.is_relative_to(mount):  # inside a container the path may not exist; its parents do
-            yield from _headroom(folder, limit, used)
-            folder = folder.parent
-
-
-def _headroom(folder: Path, limit: str, used: str) -> Iterator[int]:
-    try:
-        limit_text = (folder / limit).read_text().strip()
-        used_bytes = int((folder / used).read_text())
-        statistics = (folder / "memory.stat").read_text().split()
-    except FileNotFoundError:
-        return
-    if limit_text != "max":
-        counts = dict(zip(statistics[::2], statistics[1::2]))
-        reclaimable = int(counts.get("inactive_file", 0))
-        yield int(limit_text) - used_bytes + reclaimable

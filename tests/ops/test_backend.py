@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from backends import cpu_build, get_backend
 from backends.backend import Backend, BackendError
+from backends.control_groups import usable_cpus
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes
@@ -74,6 +78,32 @@ def test_available_memory_under_version_1_limits(tmp_path: Path) -> None:
     for name, text in (("limit_in_bytes", "7000"), ("usage_in_bytes", "6500"), ("stat", "inactive_file 0")):
         write(tmp_path / f"sys/fs/cgroup/memory/memory.{name}", text)
     assert available_bytes(tmp_path) == 500
+
+
+@pytest.mark.parametrize(("quota", "num_cpus"), [("max 100000", None), ("100000000 100000", None), ("100000 100000", 1),
+                                                 ("199999 100000", 1), ("50000 100000", 1)])
+def test_usable_processors_under_version_2_quotas(tmp_path: Path, quota: str, num_cpus: int | None) -> None:
+    write(tmp_path / "proc/self/cgroup", "0::/outer/inner\n")
+    write(tmp_path / "sys/fs/cgroup/outer/inner/cpu.max", "max 100000\n")
+    write(tmp_path / "sys/fs/cgroup/outer/cpu.max", f"{quota}\n")
+    assert usable_cpus(tmp_path) == (num_cpus or usable_cpus(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("quota", "num_cpus"), [("-1", None), ("150000", 1)])
+def test_usable_processors_under_version_1_quotas(tmp_path: Path, quota: str, num_cpus: int | None) -> None:
+    write(tmp_path / "proc/self/cgroup", "5:memory:/x\n4:cpu,cpuacct:/not/visible/here\n")
+    write(tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", f"{quota}\n")
+    write(tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert usable_cpus(tmp_path) == (num_cpus or usable_cpus(tmp_path / "none"))
+
+
+def test_usable_processors_without_quotas(tmp_path: Path) -> None:
+    """A process that was bound to one processor has one."""
+    assert 1 <= usable_cpus(tmp_path) <= (os.cpu_count() or 1)
+    code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+            "from backends.control_groups import usable_cpus; print(usable_cpus())")
+    bound = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert bound.stdout == "1\n"
 
 
 def build(cache_dir: Path) -> bool:

@@ -34,12 +34,13 @@ class LoadedModel:
         report("import", 0.0)
         import torch
 
+        from backends.control_groups import usable_cpus
         from xllm.models.config import read_model_config
         from xllm.models.loader import resolve_model_path
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 
-        if config.device.num_threads:
-            torch.set_num_threads(config.device.num_threads)
+        # torch knows OMP_NUM_THREADS and the processors, but not a container's share of them.
+        torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), usable_cpus()))
         self._report = report
         self.backend = _open_backend(config)
         self.path = resolve_model_path(config.model.model, config.model.revision)
