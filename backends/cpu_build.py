@@ -16,7 +16,7 @@ logger = logging.getLogger("xllm.backends.cpu")
 
 SOURCE_FOLDER = Path(__file__).parent
 SOURCES = ("cpu_elementwise.c", "cpu_attention.c", "cpu_linear.c", "cpu_w8a8.c", "cpu_sampling.c", "cpu_transfer.c")
-HEADERS = ("cpu_vectors.h", "cpu_kv_codes.h")
+HEADERS = ("cpu_vectors.h", "cpu_panels.h", "cpu_kv_codes.h")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_LIMIT_S = 120.0
 

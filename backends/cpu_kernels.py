@@ -43,7 +43,7 @@ class Step(Structure):
 
 
 class Packed(Structure):
-    """`Packed` of cpu_linear.c."""
+    """`Packed` of cpu_panels.h."""
 
     _fields_ = [
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("X", c_int64), ("Y", c_int64),

@@ -4,19 +4,12 @@
  * panel and multiplies it with R numbers of x, held in R * 2 vector registers (Goto and van de Geijn 2008). Each
  * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
  */
-#include "cpu_vectors.h"
+#include "cpu_panels.h"
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
 #define MANY_ROWS 64 /* from here on a panel of bytes is widened once for all rows */
 
 enum { IS_FP32, IS_INT8, IS_FP8 };
-
-typedef struct {
-    const void *weight;
-    const float *scale, *bias; /* or NULL */
-    int64_t X, Y;
-    int32_t kind;
-} Packed;
 
 EXPORT int64_t xllm_panel(void) { return PANEL; }
 
@@ -82,15 +75,6 @@ static void product(const float *x, const void *weight, int64_t depth, int64_t p
     else if (R == 8) TILE(8, 1);
     else TILE(12, 1);
 #endif
-}
-
-/* How many rows the next tile takes when `left` rows are left; tiles hold at least as many rows as are left or are full. */
-static int tile_rows(int64_t left) {
-    static const int sizes[] = {1, 2, 3, 4, 6, 8, 12};
-    if (left >= GEMM_ROWS) return GEMM_ROWS;
-    int i = 0;
-    while (sizes[i] < left) i++;
-    return sizes[i];
 }
 
 static void finish(const Packed *p, const float *sums, float *y, int64_t row0, int64_t T, int64_t y0, int R, int width) {

@@ -4,14 +4,7 @@
  * int32 lane holds four consecutive codes of one output, and is multiplied with the same four of x, repeated in every
  * lane. Sums of integers do not depend on their order, so that tiles of any size give the same bits.
  */
-#include "cpu_vectors.h"
-
-typedef struct {
-    const void *weight;
-    const float *scale, *bias; /* or NULL */
-    int64_t X, Y;
-    int32_t kind;
-} Packed; /* that of cpu_linear.c; `kind` is not read */
+#include "cpu_panels.h"
 
 typedef int16_t vh __attribute__((vector_size(VL * 4)));
 typedef int8_t vc __attribute__((vector_size(VL * 4), aligned(1), may_alias));
@@ -133,14 +126,6 @@ static void product(const int32_t *tile, const int32_t *weight, int64_t num_four
     else if (R == 8) product_tile(tile, weight, num_fours, sums, 8, 1);
     else product_tile(tile, weight, num_fours, sums, 12, 1);
 #endif
-}
-
-static int tile_rows(int64_t left) {
-    static const int sizes[] = {1, 2, 3, 4, 6, 8, 12};
-    if (left >= GEMM_ROWS) return GEMM_ROWS;
-    int i = 0;
-    while (sizes[i] < left) i++;
-    return sizes[i];
 }
 
 static void finish(const Packed *p, const int32_t *sums, const int32_t *scales, float *y, int64_t y0, int rows,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.gpu_bundle.bare import make_python
 
@@ -27,6 +29,15 @@ class DryRun:
 
     def rows(self, section: str) -> list[dict[str, Any]]:
         return [row for row in self.data["rows"] if row["section"] == section]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small products, next to other test workers."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -25,15 +24,9 @@ from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.spot import SPOTS, on_host
 from tests.gpu_bundle.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 calls = count()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

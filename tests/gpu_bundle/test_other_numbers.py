@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.gpu import e2e
 from benchmarks.gpu.bench import Bench
@@ -19,13 +17,7 @@ from benchmarks.gpu.profile import TINY
 from benchmarks.gpu.results import FAILED, OK, ResultFile
 from benchmarks.gpu.small_models import save
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

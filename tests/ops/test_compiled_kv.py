@@ -3,8 +3,6 @@ company and on any number of threads."""
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from tests.ops.conftest import Groups, Paged, spread_cache
 from tests.ops.test_attention import check
 from tests.ops.test_elementwise import rope_case
 from tests.ops.test_quantised_kv import assert_holds, filled, memory_of, paged, write
-from tests.ops.test_transfer import Store
+from tests.ops.test_transfer import Store, copy_in_threads
 
 
 @pytest.fixture
@@ -86,16 +84,6 @@ def test_several_copying_threads_at_once(compiled: OpSet, kv_dtype: torch.dtype)
     k_cache, v_cache = filled(compiled, kv_dtype, (2, 16, 64), num_blocks=64)
     store = Store(compiled, k_cache, v_cache, QUANTISED[kv_dtype], 64)
     back = spread_cache(compiled, 64, 16, 2, 64, 12, kv_dtype), spread_cache(compiled, 64, 16, 2, 64, 12, kv_dtype)
-
-    def work(part: list[int]) -> None:
-        for _ in range(20):
-            store.export(k_cache, v_cache, part, part)
-            store.bring_back(*back, part, part)
-
-    threads = [threading.Thread(target=work, args=(list(range(i, 64, 4)),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    copy_in_threads(store, (k_cache, v_cache), back)
     for new, old in zip(back, (k_cache, v_cache)):
         assert torch.equal(memory_of(new), memory_of(old))

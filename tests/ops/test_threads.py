@@ -3,7 +3,6 @@ several threads."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from tests.ops.conftest import NAN, Paged
-from tests.ops.test_transfer import Store, caches
+from tests.ops.test_transfer import Store, caches, copy_in_threads
 
 
 def linear(ops: OpSet) -> Tensor:
@@ -73,16 +72,6 @@ def test_several_copying_threads_at_once(op_sets: dict[str, OpSet]) -> None:
     expected.export(k_cache, v_cache, list(range(64)), list(range(64)))
     store = Store(ops, k_cache, v_cache, "int8", 64)
     back = torch.full_like(k_cache, NAN), torch.full_like(v_cache, NAN)
-
-    def work(part: list[int]) -> None:
-        for _ in range(20):
-            store.export(k_cache, v_cache, part, part)
-            store.bring_back(*back, part, part)
-
-    threads = [threading.Thread(target=work, args=(list(range(i, 64, 4)),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    copy_in_threads(store, (k_cache, v_cache), back)
     assert torch.equal(store.payloads, expected.payloads)
     assert not back[0].isnan().any() and not back[1].isnan().any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,22 @@ class Store:
     def bring_back(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> None:
         self.ops.import_blocks(k_cache, v_cache, torch.tensor(blocks, dtype=torch.int64), self.part,
                                torch.tensor(slots, dtype=torch.int64), format=self.format)
+
+
+def copy_in_threads(store: Store, caches: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> None:
+    """All blocks into the store and out of it into `back`, many times, by four threads with a share each."""
+    count = len(caches[0])
+
+    def work(part: list[int]) -> None:
+        for _ in range(20):
+            store.export(*caches, part, part)
+            store.bring_back(*back, part, part)
+
+    threads = [threading.Thread(target=work, args=(list(range(i, count, 4)),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def there_and_back(ops: OpSet, k_cache: Tensor, v_cache: Tensor, format: str) -> tuple[Tensor, Tensor]:
