@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 import zmq
 
 from serving import protocol
-from serving.adapter_reader import AdapterReader
 from serving.step_log import StepLog
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.engine.control import PauseMode
+from xllm.engine.gates import PauseMode
 from xllm.errors import ConfigError, DeviceError, DiskError, EngineStateError, ModelError, RequestError, XllmError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
 LINGER_MS = 2000
-ADAPTER_POLL_MS = 20
 BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
 logger = logging.getLogger("xllm.engine")
 
@@ -93,14 +91,12 @@ class EngineServer:
 
     def __init__(self, core: EngineCore, steps: StepLog, commands: zmq.Socket, sender: ReportSender, heart: Heart):
         self._core, self._steps, self._commands, self._sender, self._heart = core, steps, commands, sender, heart
-        self._reader = AdapterReader(core.adapters)
-        core.scheduler.take_admissions()  # from now on they are kept
+        core.take_admissions()  # from now on they are kept
         self._stopping = False
 
     def run(self) -> None:
         while True:
             self._take_commands(block=not self._core.has_work())
-            self._enter_adapters()
             if self._stopping:
                 return
             busy = self._core.has_work()
@@ -115,7 +111,7 @@ class EngineServer:
         if loop.num_steps != num_before:  # sequences come and go around a step; it had at most so many
             self._steps.note(loop.last_step_s, loop.step_time_s, scheduler.rates.last_num_tokens,
                              max(num_seqs, scheduler.num_running))
-        admitted = scheduler.take_admissions()
+        admitted = self._core.take_admissions()
         if deltas or admitted:
             self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas], admitted))
 
@@ -132,14 +128,12 @@ class EngineServer:
             self._apply(frame)
 
     def _wait(self) -> None:
-        """Until a command comes; meanwhile the KV tiers go on with theirs. Not for long while an adapter is read."""
+        """Until a command comes; meanwhile what goes on beside requests goes on."""
         while (idle_s := self._core.idle_s()) is not None:
             if self._commands.poll(int(idle_s * 1000)):
                 return
             self._core.tick()
-            if self._reader.is_busy:
-                return
-        self._commands.poll(ADAPTER_POLL_MS if self._reader.is_busy else None)
+        self._commands.poll(None)
 
     def _apply(self, frame: bytes) -> None:
         command = protocol.COMMANDS.decode(frame)
@@ -167,24 +161,15 @@ class EngineServer:
             elif command.action == "reset_prefix_cache":
                 num_blocks = control.reset_prefix_cache()
             elif command.action == "load_adapter":
-                self._reader.begin(command)
+                self._core.load_adapter(command.name, Path(command.folder),
+                                        lambda error: self._answer(command, error))
                 return  # answered when it has been read
             elif command.action == "unload_adapter":
-                self._core.adapters.unload(command.name)
+                self._core.unload_adapter(command.name)
         except XllmError as error:
             self._answer(command, error)
         else:
             self._answer(command, num_blocks=num_blocks)
-
-    def _enter_adapters(self) -> None:
-        while (done := self._reader.take_done()) is not None:
-            command, read = done
-            try:
-                self._core.adapters.enter(command.name, read.result())
-            except XllmError as error:
-                self._answer(command, error)
-            else:
-                self._answer(command)
 
     def _answer(self, command: protocol.Control, error: XllmError | None = None, num_blocks: int = 0) -> None:
         control = self._core.control
@@ -237,8 +222,9 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     commands = context.socket(zmq.PULL)
     commands.set_hwm(0)
     commands.connect(f"ipc://{folder / COMMAND_SOCKET}")
-    sender.send(protocol.Ready(core.config, str(core.model_path), core.model_config.vocab_size,
-                               tuple(core.model_config.eos_token_ids), core.num_blocks, core.adapters.names))
+    facts = core.facts
+    sender.send(protocol.Ready(facts.config, facts.model_path, facts.vocab_size, facts.eos_token_ids,
+                               facts.num_blocks, core.adapters.names))
     steps = StepLog()
     heart = Heart(core, steps, context, folder)
     heart.start()

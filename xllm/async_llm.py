@@ -41,7 +41,7 @@ class AsyncLLM:
             raise ConfigError("give either a config or settings by name, not both")
         self._core = EngineCore(config or EngineConfig.from_flat(**settings), progress=progress)
         self.config = self._core.config
-        self.model_config = self._core.model_config
+        self.facts = self._core.facts
         self.tokenizer = load_engine_tokenizer(self._core)
         self.inputs = input_processor(self._core, self.tokenizer)
         self._outputs = OutputProcessor(self.tokenizer)

@@ -23,6 +23,7 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
+WORKERS = ("auto", "inline", "thread", "codec", "processes")
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -130,6 +131,11 @@ class DeviceSettings:
                                            "compiled, before the first request; 0: none; none: 16 on an accelerator")
     graph_memory: str = option("50%", "memory for captured graphs, such as 2GiB, or a share of what weights and KV "
                                "cache leave")
+    worker: str = option("auto", "where the model computes: in the thread that schedules, in one beside it, or in "
+                         "processes; codec: beside it, with every message encoded, for tests; auto: thread with "
+                         "async_scheduling, else inline", choices=WORKERS)
+    worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
+                               "checks: each computes everything")
     tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
 
 
@@ -227,6 +233,7 @@ def check(config: EngineConfig) -> None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
     _check_graphs(config.device)
+    _check_workers(config.device)
     _check_lora(config.lora)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
@@ -269,6 +276,12 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_warmup_seqs", d.graph_warmup_seqs, 0)
     if d.graph_max_seqs is not None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
+
+
+def _check_workers(d: DeviceSettings) -> None:
+    _at_least("worker_ranks", d.worker_ranks, 1)
+    if d.worker_ranks > 1 and d.worker != "processes":
+        raise ConfigError(f"worker_ranks {d.worker_ranks} needs worker processes, and worker is {d.worker}")
 
 
 def _check_lora(lora: LoraSettings) -> None:

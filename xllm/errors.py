@@ -6,6 +6,7 @@
     ├── ModelError         a checkpoint is wrong: names the file or tensor, raised before serving
     ├── EngineStateError   the engine cannot do that now: it sleeps, or has open requests
     ├── EngineDeadError    the engine stopped; every open request ends with this
+    ├── WorkerError        a worker process ended or does not go on: the engine ends, and is restarted
     ├── DeviceError        a device, its driver or one of its libraries is missing or failed
     └── DiskError          the KV store's disk failed: serving goes on without that tier
 
@@ -40,6 +41,10 @@ class EngineStateError(XllmError):
 
 class EngineDeadError(XllmError):
     """The engine is gone; the message says why."""
+
+
+class WorkerError(XllmError):
+    """A worker process ended, fell silent or stays behind the others; the message says which and how."""
 
 
 class DeviceError(XllmError):

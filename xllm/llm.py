@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class LLM:
         config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
-        self.model_config = self._core.model_config
+        self.facts = self._core.facts
         self._tokenizer = load_engine_tokenizer(self._core)
         self._inputs = input_processor(self._core, self._tokenizer)
         self._outputs = OutputProcessor(self._tokenizer)
@@ -127,7 +128,16 @@ class LLM:
             RequestError: the name is taken. ModelError: the files cannot be used. EngineStateError: no slot is free.
         """
         with self._lock:
-            self._core.adapters.load(name, Path(folder))
+            self._load_adapter(name, Path(folder))
+
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        answers: list[XllmError | None] = []
+        self._core.load_adapter(name, folder, answers.append)
+        while not answers:
+            time.sleep(0.001)
+            self._core.tick()
+        if answers[0] is not None:
+            raise answers[0]
 
     def unload_adapter(self, name: str) -> None:
         """Raises RequestError if there is no such adapter."""
@@ -216,14 +226,14 @@ def load_engine_tokenizer(core: EngineCore) -> Tokenizer | None:
     settings = core.config.model
     if settings.skip_tokenizer_init:
         return None
-    return load_tokenizer(resolve_model_path(settings.tokenizer) if settings.tokenizer else core.model_path)
+    return load_tokenizer(resolve_model_path(settings.tokenizer) if settings.tokenizer else Path(core.facts.model_path))
 
 
 def input_processor(core: EngineCore, tokenizer: Tokenizer | None) -> InputProcessor:
     """One that knows the engine's model and limits."""
     assert core.config.model.max_model_len is not None
-    return InputProcessor(tokenizer, vocab_size=core.model_config.vocab_size,
-                          max_model_len=core.config.model.max_model_len, eos_token_ids=core.model_config.eos_token_ids)
+    return InputProcessor(tokenizer, vocab_size=core.facts.vocab_size,
+                          max_model_len=core.config.model.max_model_len, eos_token_ids=core.facts.eos_token_ids)
 
 
 def _as_batch(prompts: Any) -> Sequence[Any]:

@@ -54,7 +54,8 @@ class EngineStats:
     """One look at a running engine. Times are seconds; `last_step_s` is on the `time.monotonic()` clock."""
 
     num_running: int = 0
-    num_waiting: int = 0
+    num_waiting: int = 0  # wherever they wait
+    num_waiting_by_reason: dict[str, int] = field(default_factory=dict)  # capacity: in the queue; kv, grammar, paused
     num_blocks: int = 0
     num_free_blocks: int = 0  # free, or holding only evictable prefixes
     kv_usage: float = 0.0  # 0 to 1

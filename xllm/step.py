@@ -1,8 +1,8 @@
 """The two crossings of a step: `ScheduleOutput` goes down to the runner, `StepOutput` comes up.
 
-Both hold ints and numpy arrays only, never tensors, and can be serialised. Rows: every admitted
-sequence owns one row index until it finishes or is preempted; the runner keeps per-row state
-under that index, so a plan carries only what is new.
+Both hold plain values and numpy arrays only, never tensors, so that they can cross into another
+process (`worker/codec.py`). Rows: every admitted sequence owns one row index until it finishes or is
+preempted; the runner keeps per-row state under that index, so a plan carries only what is new.
 
 Letters: S rows scheduled in the step, B blocks appended in the step, R tokens sampled at most per
 row (1 + drafts).
@@ -81,6 +81,19 @@ class ScheduleOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepCheck:
+    """With XLLM_CHECK=1: what a rank has computed, to be compared with the others'.
+
+    ids: a digest of the sampled tokens. blocks_B int32: the KV blocks that became full in the step; digests_B uint64:
+    of their contents, all layers.
+    """
+
+    ids: int
+    blocks_B: np.ndarray
+    digests_B: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """What one step produced, aligned with its plan's `rows_S`.
 
@@ -91,6 +104,7 @@ class StepOutput:
     pooled: fp32 vectors of the rows that asked for one and whose prompt ends in this step, by position.
     failed: positions where a place had no token to draw, with the reason: after the tokens before it, if none of
     them ends the request, it ends in ERROR.
+    check: with XLLM_CHECK=1 only.
     """
 
     step: int
@@ -101,3 +115,4 @@ class StepOutput:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     pooled: dict[int, np.ndarray] = field(default_factory=dict)
+    check: StepCheck | None = None

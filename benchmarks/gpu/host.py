@@ -75,9 +75,9 @@ def _time_phases(bench: Bench, driver: Driver, id: str, batch: int, context: int
 def stopwatches(driver: Driver) -> Iterator[dict[str, list[float]]]:
     """Microseconds of every call of each phase while inside."""
     core, spent = driver.core, defaultdict[str, list[float]](list)
+    runner = core.link.worker.runner
     watched = [(core.scheduler, "schedule", "schedule"), (core.scheduler, "update", "update"),
-               (core.runner, "prepare", "prepare"), (core.loop.executor, "result", "wait"),
-               (core.runner, "start" if hasattr(core.runner, "start") else "run", "start")]  # fmt: skip
+               (runner, "prepare", "prepare"), (core.link, "result", "wait"), (runner, "start", "start")]  # fmt: skip
     for owner, method, phase in watched:
         setattr(owner, method, _timed(getattr(owner, method), spent[phase]))
     try:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     rng, first_ms, between_ms = random.Random(0), [], []
     params = SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
     with LLM(args.model, max_num_seqs=1) as llm:
-        vocab_size = llm.model_config.vocab_size
+        vocab_size = llm.facts.vocab_size
         for i in tqdm(range(args.num_requests + 1), desc="requests"):
             prompt = [rng.randrange(vocab_size) for _ in range(args.input_len)]
             metrics = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].metrics

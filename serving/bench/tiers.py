@@ -115,7 +115,7 @@ def measure_turns(args: Any, folder: str) -> dict[str, Any]:
     """Each conversation's turn runs on every engine before the next one's; first turns are not counted."""
     probe = Engine(args.model, num_kv_blocks=4096, max_num_seqs=1)
     max_len, block_size = probe.core.config.model.max_model_len, probe.core.config.cache.block_size
-    vocab_size = probe.core.model_config.vocab_size
+    vocab_size = probe.core.facts.vocab_size
     probe.close()
     assert max_len and block_size
     num_blocks = -(-max_len // block_size) + 8
@@ -166,7 +166,7 @@ def measure_overhead(args: Any) -> dict[str, Any]:
     common = {"num_kv_blocks": 512, "max_num_seqs": 8, "async_scheduling": False}
     engines = {"off": Engine(args.model, **common), "tiers": Engine(args.model, host_cache_size="256MiB", **common)}
     wait_for_memory()
-    vocab_size = engines["off"].core.model_config.vocab_size
+    vocab_size = engines["off"].core.facts.vocab_size
     rates: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(args.rounds + 1):
         prompts = [[rng.randrange(vocab_size) for _ in range(64)] for _ in range(8)]
@@ -197,7 +197,7 @@ def measure_stall(args: Any, folder: str) -> dict[str, Any]:
     """A batch decodes; in the loud phases every block that the device has cached is copied down again and again."""
     engine = Engine(args.model, num_kv_blocks=1024, max_num_seqs=16, host_cache_size="256MiB",
                     disk_cache_size="1GiB", disk_cache_dir=folder + "/stall", kv_prefetch=False)
-    rng, vocab_size = random.Random(1), engine.core.model_config.vocab_size
+    rng, vocab_size = random.Random(1), engine.core.facts.vocab_size
     wait_for_memory()
     for _ in range(6):  # fills the device with what can go down
         engine.answer([rng.randrange(vocab_size) for _ in range(args.context)], 2)

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     core = make_core()
     try:
-        virtual = core.runner.virtual_rows
+        virtual = core.link.worker.runner.virtual_rows
         if virtual is None:
             raise ConfigError("this device has no virtual memory management")
         result = {"page_bytes": virtual.arena.page_bytes, "calls": measure_calls(virtual)}
@@ -248,7 +248,7 @@ def _shared_memory_bytes() -> int:
 
 def steady_decode(core: EngineCore, batch: int = 8, num_tokens: int = 400) -> dict[str, Any]:
     """Eight sequences decode on the real engine: who makes the driver's calls, and when."""
-    virtual = core.runner.virtual_rows
+    virtual = core.link.worker.runner.virtual_rows
     assert virtual is not None
     by_thread: dict[str, int] = {}
 

@@ -14,9 +14,9 @@ from serving.step_log import STEP_TIME_S, STEP_TOKENS
 def scheduler_families(make: Families, engine: EngineClient) -> Iterator[Metric]:
     s = engine.stats
     yield make.gauge("num_requests_running", "Sequences that run", s.num_running)
-    yield make.gauge("num_requests_waiting", "Sequences in the queue", s.num_waiting)
-    yield make.gauge_by("reason", "num_requests_waiting_by_reason", "Sequences in the queue, by why",
-                        {"capacity": s.num_waiting, "deferred": 0})  # nothing here waits for anything but room
+    yield make.gauge("num_requests_waiting", "Sequences that wait", s.num_waiting)
+    yield make.gauge_by("reason", "num_requests_waiting_by_reason", "Sequences that wait, by what for: capacity (in "
+                        "the queue), kv (blocks from host memory or disk), grammar, paused", s.num_waiting_by_reason)
     yield make.gauge("oldest_waiting_seconds", "Age of the oldest request in the queue", s.oldest_waiting_s)
     yield make.counter("prompt_tokens", "Prompt tokens", s.prompt_tokens_total)
     yield make.counter("generation_tokens", "Generated tokens", s.generation_tokens_total)

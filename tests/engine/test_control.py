@@ -8,10 +8,11 @@ import weakref
 import pytest
 
 from tests.engine.test_core import drain, make_core
-from xllm.engine.control import PauseMode
 from xllm.engine.core import EngineCore
+from xllm.engine.gates import PauseMode
 from xllm.errors import EngineStateError, RequestError
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
+from xllm.worker.messages import Done, Sleep, Wake
 
 
 def request(name: str, num_tokens: int = 12) -> Request:
@@ -87,7 +88,7 @@ def test_waiting_lets_open_requests_end(core: EngineCore, plain: list[int]) -> N
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_woken_engine_answers_as_before(core: EngineCore, plain: list[int], level: int) -> None:
-    caches = [weakref.ref(cache) for layer in core.runner.kv_cache.layers for cache in layer]
+    caches = [weakref.ref(cache) for layer in core.link.worker.runner.kv_cache.layers for cache in layer]
     core.control.sleep(level)
     gc.collect()
     assert not any(cache() is not None for cache in caches), "the KV cache is still there"
@@ -104,9 +105,9 @@ def test_a_woken_engine_answers_as_before(core: EngineCore, plain: list[int], le
 def test_stats_are_told_while_it_falls_asleep(core: EngineCore) -> None:
     """Another thread asks for them, at any moment."""
     core.scheduler.forget_runner()
-    core.unload(keep_weights=True)
+    core.link.send(Sleep(keep_weights=True))
     assert core.stats().num_running == 0
-    core.reload()
+    core.link.call(Wake(), Done)
 
 
 def test_what_was_cached_is_forgotten(core: EngineCore) -> None:

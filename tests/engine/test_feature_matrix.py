@@ -167,11 +167,11 @@ def check_the_form(llm: LLM, grammars: list[StructuredOutput | None], outputs: l
     for grammar, token_ids in zip(grammars, outputs):
         assert len(token_ids) == NUM_TOKENS
         if grammar is not None:
-            assert llm._core.grammars.store.matcher(grammar).validate_tokens(token_ids) == NUM_TOKENS
+            assert llm._core.link.worker.grammars.matcher(grammar).validate_tokens(token_ids) == NUM_TOKENS
 
 
 def check_the_layout(llm: LLM, layout: str) -> None:
-    virtual = llm._core.runner.virtual_rows
+    virtual = llm._core.link.worker.runner.virtual_rows
     assert (virtual is not None) == (layout != "paged")
     if virtual is not None:
         virtual.xtensor.check_integrity()
@@ -180,7 +180,8 @@ def check_the_layout(llm: LLM, layout: str) -> None:
 
 
 def check_the_cache(llm: LLM, quantised: bool) -> None:
-    assert {cache.itemsize for pair in llm._core.runner.kv_cache.layers for cache in pair} == {1 if quantised else 4}
+    layers = llm._core.link.worker.runner.kv_cache.layers
+    assert {cache.itemsize for parts in layers for cache in parts} == {1 if quantised else 4}
 
 
 @functools.cache

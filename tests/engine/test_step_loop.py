@@ -12,7 +12,7 @@ from xllm.request import FinishReason, Request, SamplingParams
 @pytest.mark.parametrize("overlap", [False, True])
 def test_idle_time_is_no_part_of_a_step(monkeypatch, overlap):
     now = [100.0]
-    monkeypatch.setattr("xllm.engine.core.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("xllm.engine.step_loop.time", SimpleNamespace(monotonic=lambda: now[0]))
     simulation = Simulation(async_scheduling=overlap)
     for name in ("first", "after a pause"):
         now[0] += 3600.0

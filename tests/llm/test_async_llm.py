@@ -157,7 +157,7 @@ async def test_death_reaches_every_open_iterator(engine, monkeypatch, caplog):
     def fail(plan):
         raise MemoryError("no room for logits")
 
-    monkeypatch.setattr(engine._core.runner, "start", fail)
+    monkeypatch.setattr(engine._core.link.worker.runner, "start", fail)
     for result in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10):
         assert isinstance(result, EngineDeadError)
         assert "no room for logits" in str(result)

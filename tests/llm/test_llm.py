@@ -202,7 +202,7 @@ def test_a_failing_engine_says_why(monkeypatch):
     with LLM(**SETTINGS) as failing:
         def run_out(plan):
             raise MemoryError("no room for logits")
-        monkeypatch.setattr(failing._core.runner, "start", run_out)
+        monkeypatch.setattr(failing._core.link.worker.runner, "start", run_out)
         with pytest.raises(EngineDeadError, match="MemoryError: no room for logits"):
             run(failing, "x")
         with pytest.raises(EngineDeadError, match="no room for logits"):

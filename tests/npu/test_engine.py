@@ -15,7 +15,7 @@ EAGER, GRAPHS = {"graph_mode": "off"}, {"graph_mode": "auto"}
 
 
 def graph_stats(llm: LLM) -> Any:
-    return llm._core.runner.graphs.stats()
+    return llm._core.link.worker.runner.graphs.stats()
 
 
 @pytest.mark.parametrize("mode", [EAGER, GRAPHS], ids=["eager", "graphs"])
@@ -61,7 +61,7 @@ def was_used(feature: str, llm: LLM) -> bool:
     if feature == "preemption":
         return stats.preemptions_total > 0
     if feature.startswith("xtensor"):
-        rows = llm._core.runner.virtual_rows
+        rows = llm._core.link.worker.runner.virtual_rows
         return rows is not None and rows.xtensor.counters.pages_mapped > 0
     if feature == "graphs of chunks":
         return any(key.startswith("mixed") for key in graph_stats(llm).replays_total)
@@ -131,7 +131,7 @@ def test_what_it_lacks_is_said_at_the_start(settings: dict[str, Any], words: str
 
 def test_bfloat16_is_the_default() -> None:
     with start("qwen3", "npu", dtype="auto") as llm:
-        assert str(llm._core.runner.kv_cache.layers[0][0].dtype) == "torch.bfloat16"
+        assert str(llm._core.link.worker.runner.kv_cache.layers[0][0].dtype) == "torch.bfloat16"
         assert all(len(each) == 14 for each in tokens(llm))
 
 

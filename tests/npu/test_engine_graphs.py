@@ -40,7 +40,7 @@ def crowd(llm: Any, seed: int, num_requests: int = 18) -> dict[str, list[int]]:
 
 
 def stats_of(llm: Any) -> Any:
-    return llm._core.runner.graphs.stats()
+    return llm._core.link.worker.runner.graphs.stats()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_streams_that_graphs_may_not_have(monkeypatch: pytest.MonkeyPatch) -> No
     assert available is not None
     monkeypatch.setattr(backends.npu_graphs, "RESERVED_STREAMS", available - 2)
     with start(MODEL, "npu") as llm:
-        capturer = llm._core.runner.graphs.capturer
+        capturer = llm._core.link.worker.runner.graphs.capturer
         assert capturer.max_streams == 2
         for seed in range(2):
             crowd(llm, seed)
@@ -140,7 +140,7 @@ import json, sys
 from tests.npu.engines import *
 with start("qwen3", "npu") as llm:
     found = tokens(llm)
-    stats = llm._core.runner.graphs.stats()
+    stats = llm._core.link.worker.runner.graphs.stats()
     json.dump([found, stats.num_graphs, dict(stats.fallbacks_total)], sys.stdout)
 """
 

@@ -88,5 +88,5 @@ def test_engine(model: str, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         found = tokens(llm)
         assert_same(found, plain(model, "w8a8"), tie=0.1)
         if mode is GRAPHS:
-            assert sum(llm._core.runner.graphs.stats().replays_total.values()) > 0
+            assert sum(llm._core.link.worker.runner.graphs.stats().replays_total.values()) > 0
         assert tokens(llm) == found and products

@@ -135,4 +135,4 @@ class VirtualSimulation(Simulation):
         self.arena = SlowArena(rng, refusals)
         virtual = VirtualRows(self.xtensor, self.arena)  # type: ignore[arg-type]
         self.runner = VirtualRunner(num_rows, num_blocks, block_size, virtual, self.arena)
-        self.loop = StepLoop(self.scheduler, PreparingExecutor(self.runner, self.loop.executor.depth))
+        self.loop = StepLoop(self.scheduler, PreparingExecutor(self.runner, self.loop.steps.depth))

@@ -7,7 +7,7 @@ import numpy as np
 from backends.null import fixed_tokens
 from tests.scheduler.memory_runner import LateExecutor, MemoryRunner
 from xllm.config import EngineConfig
-from xllm.engine.core import StepLoop
+from xllm.engine.step_loop import StepLoop
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
 

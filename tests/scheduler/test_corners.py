@@ -26,7 +26,7 @@ class FailingRunner(MemoryRunner):
         super().__init__(config.scheduler.max_num_seqs, simulation.scheduler.kv.pool.num_blocks,
                          config.cache.block_size, VOCAB)
         self.chance, self.rng = chance, random.Random(seed)
-        simulation.loop.executor.runner = self
+        simulation.loop.steps.runner = self
 
     def run(self, plan: ScheduleOutput) -> StepOutput:
         result = super().run(plan)

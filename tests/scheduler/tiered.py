@@ -52,7 +52,7 @@ class TieredSimulation(Simulation):
                  num_disk_slots: int = 64, eagerness: float = 0.5, policy: str = "lru", **settings):
         super().__init__(**settings)
         self.lanes = ManualLanes(rng, eagerness)
-        runner = self.loop.executor.runner
+        runner = self.loop.steps.runner
         self.mover = MemoryMover(runner, num_host_slots)
         self.disk_errors: list[BaseException] = []
         store = None

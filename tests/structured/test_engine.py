@@ -145,7 +145,7 @@ class Blocked:
     def __init__(self):
         self.core = EngineCore(EngineConfig.from_flat(**SETTINGS))
         self.go = threading.Event()
-        store = self.core.grammars.store
+        store = self.core.link.worker.grammars
         make = store._source
         store._source = lambda: self.go.wait(60) and make()
 

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from xllm.config import LoraSettings
-from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError
+from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError, XllmError
 from xllm.request import Request
-
-if TYPE_CHECKING:
-    from xllm.engine.loading import LoadedModel
-    from xllm.layers.adapters import Adapter
+from xllm.worker.failures import as_error
+from xllm.worker.link import WorkerLink
+from xllm.worker.messages import AdapterRead, PutAdapter, ReadAdapter
 
 MAX_NAME_CHARS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadAdapter:
-    """An adapter's files, read and found good. digest: of both."""
-
-    weights: Adapter
-    digest: str
-    folder: Path
+OnDone = Callable[[XllmError | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedAdapter:
-    """digest: of its files. folder: where it was read from."""
+    """digest: of its files."""
 
     slot: int
     digest: str
-    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    name: str
+    on_done: OnDone
 
 
 class AdapterNames:
-    """`put(slot, adapter)` fills or empties a slot, `is_used(name)` tells whether an open request computes with one."""
+    """Workers read adapters beside the steps, and fill their slots between two steps once all of them have read one.
+    Belongs to the core's thread."""
 
-    def __init__(self, settings: LoraSettings, loaded: LoadedModel, *, put: Callable[[int, Any], None],
-                 is_used: Callable[[str], bool]):
-        """Loads what the settings name. Raises ConfigError."""
-        self._settings, self._loaded, self._put, self._is_used = settings, loaded, put, is_used
+    def __init__(self, settings: LoraSettings, link: WorkerLink, *, is_used: Callable[[str], bool]):
+        """Loads what the settings name. is_used(name): whether an open request computes with it. Raises ConfigError."""
+        self._settings, self._link, self._is_used = settings, link, is_used
         self._adapters: dict[str, LoadedAdapter] = {}
+        self._reading: dict[int, _Reading] = {}
+        self._next_number = 0
         for module in settings.lora_modules:
             name, _, folder = module.partition("=")
-            try:
-                self.load(name, Path(folder).expanduser())
-            except ModelError as error:
-                raise ConfigError(f"lora_modules: {name}: {error}") from None
+            self._load_now(name, Path(folder).expanduser())
 
     @property
     def names(self) -> tuple[str, ...]:
         """In the order in which they were loaded."""
         return tuple(self._adapters)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether answers of the workers are to come."""
+        return bool(self._reading)
 
     def bind(self, request: Request) -> Request:
         """The request with its adapter's slot, and with a cache of its own: keys and values depend on the adapter.
@@ -68,40 +67,56 @@ class AdapterNames:
             raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="model")
         return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
 
-    def load(self, name: str, folder: Path) -> None:
-        """Read an adapter and give it a slot; `check`, `read` and `enter` in one.
+    def load(self, name: str, folder: Path, on_done: OnDone) -> None:
+        """Begin to read an adapter; `take_in` gives it a slot and calls `on_done`, with None or what went wrong
+        (ModelError: its files; else as here, if that has changed meanwhile).
 
         Raises:
-            RequestError: the name is taken or unusable. ModelError: the files are. EngineStateError: there is no slot.
+            RequestError: the name is taken or unusable. EngineStateError: there is no slot. Nothing has begun then.
         """
-        self.check(name)
-        self.enter(name, self.read(folder))
+        self._check(name)
+        self._next_number += 1
+        self._reading[self._next_number] = _Reading(name=name, on_done=on_done)
+        self._link.send(ReadAdapter(number=self._next_number, folder=str(folder),
+                                    max_rank=self._settings.max_lora_rank))
 
-    def read(self, folder: Path) -> ReadAdapter:
-        """Read the files, which may take long; any thread may. Raises ModelError if they cannot be used."""
-        from xllm.models.adapter import adapter_digest, read_adapter
+    def take_in(self, answers: Iterable[AdapterRead]) -> None:
+        """What the workers have read."""
+        for answer in answers:
+            reading = self._reading.pop(answer.number)
+            try:
+                if answer.error is not None:
+                    raise as_error(answer.error)
+                slot = self._check(reading.name)
+            except XllmError as error:
+                reading.on_done(error)
+                continue
+            self._link.send(PutAdapter(slot=slot, number=answer.number))
+            self._adapters[reading.name] = LoadedAdapter(slot=slot, digest=answer.digest)
+            reading.on_done(None)
 
-        slots = self._loaded.adapters
-        assert slots is not None, "check comes first"
-        try:
-            weights = read_adapter(folder, slots.shapes(), self._settings.max_lora_rank)
-            return ReadAdapter(weights=weights, digest=adapter_digest(folder), folder=folder)
-        except OSError as error:
-            raise ModelError(f"{folder} cannot be read: {error.strerror}") from None
+    def unload(self, name: str) -> None:
+        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        if name not in self._adapters:
+            raise RequestError(f"no adapter is called {name[:MAX_NAME_CHARS]!r}", field="lora_name")
+        if self._is_used(name):
+            raise EngineStateError(f"requests with adapter {name!r} are open")
+        self._link.send(PutAdapter(slot=self._adapters.pop(name).slot, number=None))
 
-    def enter(self, name: str, adapter: ReadAdapter) -> None:
-        """Give an adapter that was read a slot. Raises as `check` does."""
-        slot = self.check(name)
-        self._put(slot, adapter.weights)
-        self._adapters[name] = LoadedAdapter(slot=slot, digest=adapter.digest, folder=adapter.folder)
+    def _load_now(self, name: str, folder: Path) -> None:
+        failed: list[XllmError | None] = []
+        self.load(name, folder, failed.append)
+        while not failed:
+            self._link.wait(1.0)
+            self.take_in(self._link.take(AdapterRead))
+        if isinstance(failed[0], ModelError):
+            raise ConfigError(f"lora_modules: {name}: {failed[0]}") from None
+        if failed[0] is not None:
+            raise failed[0]
 
-    def check(self, name: str) -> int:
-        """The slot that an adapter of this name would get now.
-
-        Raises:
-            RequestError: the name is taken or unusable. EngineStateError: there is no slot.
-        """
-        if self._loaded.adapters is None:
+    def _check(self, name: str) -> int:
+        """The slot that an adapter of this name would get now."""
+        if not self._settings.is_on:
             raise EngineStateError("this engine takes no adapters; start it with --enable-lora")
         if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
             raise RequestError(f"lora_name must have 1 to {MAX_NAME_CHARS} printable characters", field="lora_name")
@@ -112,11 +127,3 @@ class AdapterNames:
             raise EngineStateError(f"all {self._settings.max_loras} slots (max_loras) are taken: unload an adapter "
                                    "first")
         return free[0]
-
-    def unload(self, name: str) -> None:
-        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
-        if name not in self._adapters:
-            raise RequestError(f"no adapter is called {name[:MAX_NAME_CHARS]!r}", field="lora_name")
-        if self._is_used(name):
-            raise EngineStateError(f"requests with adapter {name!r} are open")
-        self._put(self._adapters.pop(name).slot, None)

@@ -2,96 +2,42 @@
 
 from __future__ import annotations
 
-import enum
-import gc
-from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+from xllm.engine.gates import PauseGate, PauseMode
+from xllm.engine.step_loop import StepLoop
 from xllm.errors import EngineStateError, RequestError
-from xllm.request import FinishReason, OutputDelta, Request
-
-if TYPE_CHECKING:
-    from xllm.engine.core import EngineCore
+from xllm.worker.failures import as_error
+from xllm.worker.link import WorkerLink
+from xllm.worker.messages import Done, Sleep, Wake
 
 KEEP_WEIGHTS, DROP_WEIGHTS = 1, 2
 
 
-class PauseMode(str, enum.Enum):
-    """What becomes of open requests: KEEP freezes them where they are, ABORT ends them, WAIT lets them end by
-    themselves. New ones wait in any case until the engine is resumed."""
-
-    KEEP = "keep"
-    ABORT = "abort"
-    WAIT = "wait"
-
-
 class EngineControl:
-    """Belongs to an `EngineCore`, whose thread calls it."""
+    """Belongs to the core's thread. `abort_all` ends every open request; `has_work` tells whether any is left."""
 
-    def __init__(self, core: EngineCore):
-        self._core = core
-        self.mode: PauseMode | None = None  # None: it runs
+    def __init__(self, loop: StepLoop, link: WorkerLink, gate: PauseGate, *, abort_all: Callable[[], None],
+                 has_work: Callable[[], bool]):
+        self._loop, self._link, self._gate = loop, link, gate
+        self._abort_all, self._has_work = abort_all, has_work
         self.sleep_level = 0
-        self._held: OrderedDict[str, Request] = OrderedDict()
-        self._ended: list[OutputDelta] = []
 
     @property
-    def has_ended(self) -> bool:
-        return bool(self._ended)
-
-    @property
-    def request_ids(self) -> tuple[str, ...]:
-        """Of those that are held."""
-        return tuple(self._held)
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        return tuple(self._held.values())
-
-    @property
-    def num_held(self) -> int:
-        return len(self._held)
-
-    def hold(self, request: Request) -> bool:
-        """Whether a new request has to wait for `resume`. Raises RequestError while the engine sleeps."""
-        if self.sleep_level:
-            raise RequestError("the engine sleeps; POST /wakeup wakes it")
-        if self.mode is None:
-            return False
-        if request.request_id in self._held:
-            raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
-        self._core.scheduler.check_room(self.num_held)
-        self._held[request.request_id] = request
-        return True
-
-    def abort(self, request_id: str) -> bool:
-        """Whether it was held here; its terminal output comes with the next step."""
-        if self._held.pop(request_id, None) is None:
-            return False
-        self._end(request_id, FinishReason.ABORT)
-        return True
-
-    def take_ended(self) -> list[OutputDelta]:
-        """Terminal outputs of requests that ended while they were held."""
-        ended, self._ended = self._ended, []
-        return ended
+    def mode(self) -> PauseMode | None:
+        """How the engine is held; None: it runs."""
+        return self._gate.mode
 
     def pause(self, mode: PauseMode) -> None:
         """Hold the engine; when already held, in another way. A step in progress is finished."""
-        self.mode = mode
-        self._core.loop.frozen = mode is PauseMode.KEEP
+        self._gate.mode = mode
+        self._loop.frozen = mode is PauseMode.KEEP
         if mode is PauseMode.ABORT:
-            self._core.abort_all()
+            self._abort_all()
 
     def resume(self) -> None:
-        """Go on, with what was held first come first served."""
-        self.mode, self._core.loop.frozen = None, False
-        while self._held:
-            request_id, request = self._held.popitem(last=False)
-            try:
-                self._core.admit(request)
-            except RequestError as error:
-                self._end(request_id, FinishReason.ERROR, str(error))
+        """Go on; the next step takes in what was held, first come first served."""
+        self._gate.mode, self._loop.frozen = None, False
 
     def sleep(self, level: int) -> None:
         """Give the memory of the KV cache and the captured graphs back, at level 2 that of the weights too. What was
@@ -102,31 +48,31 @@ class EngineControl:
         """
         if level not in (KEEP_WEIGHTS, DROP_WEIGHTS):
             raise RequestError(f"level must be {KEEP_WEIGHTS} or {DROP_WEIGHTS}, got {level}", field="level")
-        if self._core.scheduler.kv.tiers is not None:
+        if self._loop.scheduler.kv.tiers is not None:
             raise EngineStateError("an engine with KV tiers cannot sleep: their copies refer to the cache's memory")
-        if self._core.has_work() or self._core.scheduler.has_requests:
+        if self._has_work() or self._loop.scheduler.has_requests:
             raise EngineStateError("requests are open: pause with mode abort or wait first")
         if level <= self.sleep_level:
             return
-        self._core.scheduler.forget_runner()
-        self._core.unload(keep_weights=level == KEEP_WEIGHTS)
-        gc.collect()
-        self.sleep_level = level
+        self._loop.scheduler.forget_runner()
+        self._call(Sleep(keep_weights=level == KEEP_WEIGHTS))
+        self.sleep_level, self._gate.is_asleep = level, True
 
     def wake_up(self) -> None:
-        """Take the memory again, and read the weights from the checkpoint where they were dropped."""
+        """Take the memory again, and read the weights from the checkpoint where they were dropped. Raises as loading
+        does; the engine then still sleeps."""
         if self.sleep_level:
-            self._core.reload()
-            self.sleep_level = 0
+            self._call(Wake())
+            self.sleep_level, self._gate.is_asleep = 0, False
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached block that no request uses, but those on disk; returns how many of the device's."""
-        kv = self._core.scheduler.kv
+        kv = self._loop.scheduler.kv
         if kv.tiers is not None:
             kv.tiers.host.clear()
         return kv.pool.drop_cached()
 
-    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        delta = OutputDelta(request_id, [])
-        delta.finish_reason, delta.error = reason, error
-        self._ended.append(delta)
+    def _call(self, command: Sleep | Wake) -> None:
+        error = self._link.call(command, Done).error
+        if error is not None:
+            raise as_error(error)

@@ -1,87 +1,29 @@
-"""`EngineCore`: the step loop over scheduler and executor, and the start-up that builds both."""
+"""`EngineCore`: requests come in, pass the gates, are scheduled and computed, and go out as deltas."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
-from xllm import env
 from xllm.config import EngineConfig
-from xllm.engine.adapters import AdapterNames
+from xllm.engine.adapters import AdapterNames, OnDone
 from xllm.engine.control import EngineControl
-from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
+from xllm.engine.facts import EngineFacts
+from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
-from xllm.engine.loading import LoadedModel, Progress
-from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
-from xllm.errors import IntegrityError, RequestError
+from xllm.engine.stats import collect_stats
+from xllm.engine.step_loop import StepLoop
+from xllm.engine.tiering import attach_tiers, has_tiers
+from xllm.errors import RequestError
 from xllm.kv import failpoints
-from xllm.metrics import EngineStats, GraphStats
+from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
-from xllm.step import ScheduleOutput
+from xllm.worker.link import Progress, WorkerLink
+from xllm.worker.messages import AdapterRead, GrammarDone, Loaded
 
-if TYPE_CHECKING:
-    from xllm.runner.model_runner import ModelRunner
-
-MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
-
-
-class StepLoop:
-    """Schedule, run, update. With an executor of depth 1, step n + 1 is scheduled while n runs."""
-
-    def __init__(self, scheduler: Scheduler, executor: Executor):
-        self.scheduler = scheduler
-        self.executor = executor
-        self.num_steps = 0
-        self.last_step_s = time.monotonic()
-        self.step_time_s = 0.0
-        self._began_s = self.last_step_s  # when a step was last submitted to an idle device
-        self.frozen = False  # requests stay as they are; only what is in flight is finished
-        self._in_flight: deque[ScheduleOutput] = deque()
-        self._check_integrity = env.check_integrity()
-
-    def has_work(self) -> bool:
-        return bool(self._in_flight) or (self.scheduler.has_ready if self.frozen else self.scheduler.has_requests)
-
-    def step(self) -> list[OutputDelta]:
-        """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
-        if failpoints.armed is not None:
-            failpoints.hit("engine.step")
-        if self.frozen:
-            return self._settle_oldest() if self._in_flight else self.scheduler.take_ready()
-        plan = self.scheduler.schedule()
-        if plan.num_rows:
-            if not self._in_flight:
-                self._began_s = time.monotonic()
-            self.executor.submit(plan)
-            self._in_flight.append(plan)
-            if len(self._in_flight) <= self.executor.depth:
-                return self.scheduler.take_ready()
-        return self._settle_oldest() if self._in_flight else self._nothing_to_run()
-
-    def _settle_oldest(self) -> list[OutputDelta]:
-        oldest = self._in_flight.popleft()
-        outputs = self.scheduler.update(oldest, self.executor.result())
-        self._count_step()
-        if failpoints.armed is not None:
-            failpoints.hit("engine.settled")
-        self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
-        return outputs
-
-    def _nothing_to_run(self) -> list[OutputDelta]:
-        ready = self.scheduler.take_ready()
-        if not ready and self.scheduler.has_requests and not self.scheduler.promotions.wait(MAX_IDLE_WAIT_S):
-            raise IntegrityError("requests are open but no step can be planned and none is in flight")
-        return ready
-
-    def _count_step(self) -> None:
-        now = time.monotonic()
-        # The device was idle before `_began_s`: that is no part of the step.
-        self.step_time_s, self.last_step_s = now - max(self.last_step_s, self._began_s), now
-        self.num_steps += 1
-        if self._check_integrity:
-            self.scheduler.check_integrity()
+MAX_GRAMMAR_WAIT_S = 0.05  # before the caller is asked for news again
+READING_POLL_S = 0.02  # how soon an adapter that has been read is noticed while there is nothing else to do
 
 
 class EngineCore:
@@ -92,144 +34,157 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
-        executor: Executor = ThreadExecutor() if config.scheduler.async_scheduling else InlineExecutor()
+        report = progress or (lambda phase, share: None)
+        report("import", 0.0)
+        from xllm.worker.open import open_link  # imports torch
+
+        self.link: WorkerLink = open_link(config)
         try:
-            self._loaded = executor.call(lambda: LoadedModel(config, progress or (lambda phase, share: None)))
-            self.runner: ModelRunner = executor.call(self._loaded.make_runner)
+            self._build(self.link.load(config, report))
         except BaseException:
-            executor.shutdown()
+            self.link.close()
             raise
-        loaded = self._loaded
-        self.model_path, self.model_config, self.config = loaded.path, loaded.model_config, loaded.config
-        self.num_blocks = loaded.num_blocks
+
+    def _build(self, loaded: Loaded) -> None:
+        self.facts = EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
+                                 hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
+                                 num_blocks=loaded.num_blocks)
+        self.config, self.num_blocks = loaded.config, loaded.num_blocks
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks,
-                                       num_reserved_blocks=loaded.backend.num_reserved_blocks), executor)
-        self.grammars = GrammarGate(self.config, self.model_path, self.model_config)
-        self.control = EngineControl(self)
-        executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
-        try:
-            self.adapters = AdapterNames(
-                self.config.lora, loaded, is_used=self._uses_adapter,
-                put=lambda slot, adapter: executor.call(lambda: self.runner.put_adapter(slot, adapter)))
-            if has_tiers(self.config.cache):
-                attach_tiers(self.scheduler, executor, self.config, self.runner, loaded.backend, loaded.path,
-                             loaded.model_config)
-        except BaseException:
-            executor.shutdown()
-            raise
+                                       num_reserved_blocks=loaded.num_reserved_blocks), self.link)
+        pause = PauseGate(self.scheduler.check_room)
+        self._grammars = GrammarGate(self.link.send, has_tokenizer=not self.config.model.skip_tokenizer_init)
+        self._gates: tuple[Gate, ...] = (pause, self._grammars)
+        self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self.has_work)
+        self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
+        if has_tiers(self.config.cache):
+            attach_tiers(self.scheduler, self.link, self.config)
 
     @property
     def scheduler(self) -> Scheduler:
         return self.loop.scheduler
 
+    # --- requests
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError; nothing is queued then."""
-        request.sampling.check_vocabulary(self.model_config.vocab_size)
-        _check_prompt_ids(request, self.model_config.vocab_size)
+        request.sampling.check_vocabulary(self.facts.vocab_size)
+        _check_prompt_ids(request, self.facts.vocab_size)
         if request.pooling is not None:
-            request.pooling.check_width(self.model_config.hidden_size)
+            request.pooling.check_width(self.facts.hidden_size)
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
         request = self.adapters.bind(request)
         if failpoints.armed is not None:
             failpoints.hit("engine.add")
-        if not self.control.hold(request):
-            self.admit(request)
+        self._pass_on(request, self._gates)
 
-    def admit(self, request: Request) -> None:
-        """Queue a request that was checked and is not held any more. Raises RequestError."""
-        if not self.grammars.hold(request):
+    def _pass_on(self, request: Request, gates: Sequence[Gate]) -> None:
+        """To the first gate that keeps the request, else to the scheduler. Raises RequestError."""
+        if not any(gate.hold(request) for gate in gates):
             self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its terminal output comes from the next `step`. Unknown ids are ignored."""
-        if not self.control.abort(request_id) and not self.grammars.abort(request_id):
+        if not any(gate.abort(request_id) for gate in self._gates):
             self.scheduler.abort(request_id)
-
-    def _uses_adapter(self, name: str) -> bool:
-        held = (*self.control.requests, *self.grammars.requests, *self.scheduler.requests)
-        return any(request.lora == name for request in held)
 
     def abort_all(self) -> None:
         """End every open request."""
-        for request_id in (*self.control.request_ids, *self.grammars.request_ids, *self.scheduler.request_ids):
-            self.abort(request_id)
+        for request in self._open_requests():
+            self.abort(request.request_id)
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended, wherever they wait."""
-        return (self.control.num_held + len(self.grammars.request_ids) + len(self.scheduler.request_ids))
+        return len(self._open_requests())
+
+    def _open_requests(self) -> list[Request]:
+        held = [request for gate in self._gates for request in gate.requests]
+        return [*held, *self.scheduler.requests]
+
+    def _uses_adapter(self, name: str) -> bool:
+        return any(request.lora == name for request in self._open_requests())
+
+    def take_admissions(self) -> list[tuple[str, float]]:
+        """(request id, `time.monotonic()`) of requests that left the queue for the first time since the last call. Kept
+        from the first call on."""
+        return self.scheduler.take_admissions()
+
+    # --- turns
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to return."""
-        return self.loop.has_work() or self.grammars.has_work or self.control.has_ended
+        return self.loop.has_work() or any(gate.has_work for gate in self._gates)
 
     def step(self) -> list[OutputDelta]:
         """One step of the loop: what changed, for all requests."""
-        if self.control.has_ended:
-            return self.control.take_ended()
-        if not self.grammars.has_work:
-            return self.loop.step()
+        ended = self._pass_gates()
+        if ended and not self.loop.has_work():
+            return ended
         if not self.loop.has_work():
-            self.grammars.wait()
-        self.grammars.admit(self.scheduler.add)
-        return self.grammars.take_ended() + self.loop.step()
+            self.link.wait(MAX_GRAMMAR_WAIT_S)
+            return self._pass_gates()
+        outputs = self.loop.step()
+        return ended + outputs if ended else outputs
 
-    def stats(self) -> EngineStats:
-        """A snapshot of counters and gauges. May be called from another thread."""
-        runner = getattr(self, "runner", None)  # falling asleep takes it away meanwhile
-        graphs = None if runner is None else runner.graphs
-        return collect_stats(self.loop, None if graphs is None else graphs.stats())
+    def _pass_gates(self) -> list[OutputDelta]:
+        """Move on what need not wait any longer; returns the outputs of requests that ended in a gate."""
+        self._take_in_answers()
+        ended: list[OutputDelta] = []
+        for index, gate in enumerate(self._gates):
+            if not gate.has_work:
+                continue
+            for request in gate.take_passed():
+                try:
+                    self._pass_on(request, self._gates[index + 1 :])
+                except RequestError as error:
+                    gate.refuse(request, error)
+            ended += gate.take_ended()
+        return ended
+
+    def _take_in_answers(self) -> None:
+        if self._grammars.has_work:
+            self._grammars.take_in(self.link.take(GrammarDone))
+        if self.adapters.is_reading:
+            self.adapters.take_in(self.link.take(AdapterRead))
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
-        return self.scheduler.promotions.idle_s()
+        waits = [self.scheduler.promotions.idle_s(), self.link.idle_s(),
+                 READING_POLL_S if self.adapters.is_reading else None]
+        return min((wait for wait in waits if wait is not None), default=None)
 
     def tick(self) -> None:
-        """Carry on what goes on between the KV tiers while there is no work."""
+        """Carry on what goes on beside requests while there are none. Raises what a worker failed with."""
+        self.link.check()
+        self._take_in_answers()
         self.scheduler.promotions.tick()
 
-    def unload(self, *, keep_weights: bool) -> None:
-        """Free what the runner holds on the device; no request is open. See `EngineControl.sleep`."""
-        self.runner.matchers.close()
-        self.loop.executor.runner = None
-        del self.runner
-        self.loop.executor.call(lambda: self._loaded.free(keep_weights=keep_weights))
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and gauges. May be called from another thread."""
+        return collect_stats(self.loop, self._gates, self.link.stats())
 
-    def reload(self) -> None:
-        """Undo `unload`. Raises as loading does; the engine then still sleeps."""
-        self.runner = self.loop.executor.call(self._loaded.make_runner)
-        self.loop.executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
+    # --- adapters, end
+
+    def load_adapter(self, name: str, folder: Path, on_done: OnDone) -> None:
+        """Begin to read an adapter; `on_done` is called from a later `step` or `tick`, with what went wrong or None.
+
+        Raises RequestError or EngineStateError if it cannot be loaded; nothing has begun then.
+        """
+        self.adapters.load(name, folder, on_done)
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        self.adapters.unload(name)
 
     def shutdown(self) -> None:
-        """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the executor."""
-        self.loop.executor.shutdown()
-        self.grammars.store.close()
-        if not self.control.sleep_level:
-            self.runner.matchers.close()
+        """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the workers."""
         self.scheduler.promotions.close()
+        self.link.close()
 
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:
     ids = request.prompt_token_ids
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
-
-
-def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineStats:
-    """The loop's gauges and totals; reads only, so another thread may call it."""
-    scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
-    c = scheduler.counters
-    return EngineStats(
-        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=pool.num_usable,
-        num_free_blocks=pool.num_available, kv_usage=scheduler.kv.usage, num_steps=loop.num_steps,
-        last_step_s=loop.last_step_s, step_time_s=loop.step_time_s, oldest_waiting_s=scheduler.oldest_waiting_s(),
-        prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,
-        generation_tokens_total=c.generation_tokens, preemptions_total=c.preemptions,
-        prefix_queries_total=c.prefix_queries, prefix_hits_total=c.prefix_hits,
-        spec_drafts_total=c.drafts, spec_draft_tokens_total=c.draft_tokens,
-        spec_accepted_tokens_total=c.accepted_tokens,
-        spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
-        requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
-        graphs=graphs, **tier_stats(scheduler.kv),
-    )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm.config import CacheSettings, EngineConfig
-from xllm.engine.executor import Executor
 from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import make_policy
@@ -20,12 +19,12 @@ from xllm.kv.tiers import TieredStore
 from xllm.metrics import LaneStats, TierStats
 from xllm.scheduler.scheduler import Scheduler
 from xllm.sizes import is_zero, resolve_amount
+from xllm.worker.link import WorkerLink
 
 if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.models.config import ModelConfig
     from xllm.runner.kv_codec import KVCodec
-    from xllm.runner.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +34,7 @@ def has_tiers(cache: CacheSettings) -> bool:
     return cache.host_blocks_factor > 0 or not is_zero("host_cache_size", cache.host_cache_size)
 
 
-def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig, runner: ModelRunner,
-                 backend: Backend, path: Path, model_config: ModelConfig) -> None:
+def attach_tiers(scheduler: Scheduler, link: WorkerLink, config: EngineConfig) -> None:
     """Put host memory, and disk if asked for, below the scheduler's KV manager.
 
     Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
@@ -45,6 +43,9 @@ def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig,
     from xllm.runner.kv_codec import KVCodec
     from xllm.runner.mover import HostMover, Populator
 
+    worker = link.worker
+    runner, backend, path, model_config = (worker.runner, worker.model.backend, worker.model.path,
+                                           worker.model.model_config)
     cache = config.cache
     codec = KVCodec.for_cache(cache.kv_store_dtype, runner.kv_cache.layers, backend.ops)
     num_slots = _num_host_slots(cache, backend, codec.payload_bytes, runner.kv_cache.num_blocks)
@@ -55,7 +56,7 @@ def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig,
     # On a CPU the cores that copy are the cores that compute.
     lanes = ThreadLanes({SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
                         rides=backend.device.type == "cpu")
-    executor.riders = lanes
+    worker.lanes = lanes
     tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
         index, pool, mover, lanes,
         lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), store,

@@ -1,4 +1,4 @@
-"""`LoadedModel`: backend, checkpoint and settings of an engine, and the runners that are made of them."""
+"""`LoadedModel`: backend, checkpoint and settings of a worker, and the runners that are made of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class LoadedModel:
         Raises:
             ConfigError, ModelError, DeviceError: what is wrong with setting, checkpoint or device.
         """
-        report("import", 0.0)
         import torch
 
         from backends.control_groups import usable_cpus
@@ -39,8 +38,9 @@ class LoadedModel:
         from xllm.models.loader import resolve_model_path
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 
-        # torch knows OMP_NUM_THREADS and the processors, but not a container's share of them.
-        torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), usable_cpus()))
+        # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
+        share = max(1, usable_cpus() // config.device.worker_ranks)
+        torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), share))
         self._report = report
         self.backend = _open_backend(config)
         self.path = resolve_model_path(config.model.model, config.model.revision)

@@ -1,0 +1,95 @@
+"""Every message arrives as it was sent, and nothing else is ever made of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xllm.config import EngineConfig
+from xllm.metrics import GraphStats
+from xllm.pooling import PoolingParams
+from xllm.request import SamplingParams, TokenLogprobs
+from xllm.step import NewRow, ScheduleOutput, StepCheck, StepOutput
+from xllm.structured.spec import StructuredOutput
+from xllm.worker import messages as m
+from xllm.worker.codec import KINDS, decode, encode
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+SPEC = StructuredOutput(json={"type": "object"}, after="</think>")
+NEW_ROW = NewRow(
+    row=3, request_id="a/0", token_ids=ints(5, 6, 7), num_prompt_tokens=3, num_computed_tokens=2, block_ids=ints(9),
+    sampling=SamplingParams(logit_bias={4: -1.5}, bad_words_token_ids=((1, 2), (3,)), stop=("x",), structured=SPEC,
+                            allowed_token_ids=(1, 2), seed=2**64 - 1, max_tokens=None),
+    eos_token_ids=(2, 3), seed=2**64 - 1, pooling=PoolingParams(), lora_slot=2)
+PLAN = ScheduleOutput(
+    step=7, rows_S=ints(3, 1), num_tokens_S=ints(1, 2), max_drafts_S=ints(0, 4), samples_S=np.array([True, False]),
+    new_rows=(NEW_ROW,), released_rows=(4, 5), append_rows_B=ints(1), append_ids_B=ints(2), replace_rows_C=ints(1),
+    replace_places_C=ints(0), replace_ids_C=ints(8), copy_src=ints(1), copy_dst=ints(2), tickets=(11, 12))
+OUTPUT = StepOutput(
+    step=7, num_sampled_S=ints(1, 0), token_ids_SR=ints(5, -1, -1, -1).reshape(2, 2), num_drafts_S=ints(0, 1),
+    logprobs={0: [TokenLogprobs(5, -0.25, 1, (5, 6), (-0.25, float("-inf")))]},
+    prompt_logprobs={1: [TokenLogprobs(6, -1.0, 2)]}, failed={1: "no token is left"},
+    pooled={0: np.array([0.5, np.nan], dtype=np.float32)},
+    check=StepCheck(ids=2**64 - 1, blocks_B=ints(4), digests_B=np.array([2**64 - 1], dtype=np.uint64)))
+SAMPLES = [
+    m.Load(config=EngineConfig.from_flat(lora_modules=("a=b",), num_kv_blocks=3)), m.Step(PLAN), m.Settle(),
+    m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
+    m.Sleep(True), m.Wake(), m.Shutdown(), m.Phase("weights", 0.5),
+    m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
+             num_reserved_blocks=1, queues_steps=True),
+    OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
+    m.AdapterRead(1, "d", m.Failed("ModelError", "x")), m.Done("Sleep"),
+    m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1}),
+]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in type and value, down to the types of arrays."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    if dataclasses.is_dataclass(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was_sent(message):
+    assert same(decode(encode(message)), message)
+
+
+def test_there_is_a_sample_of_every_message():
+    assert {type(message) for message in SAMPLES} == set(KINDS)
+
+
+def test_arrays_that_arrive_may_be_written_to():
+    plan = decode(encode(m.Step(PLAN))).plan
+    plan.rows_S[0] = 1
+
+
+@pytest.mark.parametrize("frame", [b"", bytes([len(KINDS)]), b"\xff", encode(m.Step(PLAN))[:-1], b"\x01\xc0"])
+def test_bytes_that_are_no_message_are_refused(frame):
+    with pytest.raises(ValueError):
+        decode(frame)
+
+
+def test_no_array_of_objects_is_made():
+    import msgspec
+
+    frame = bytes([KINDS.index(StepOutput)]) + msgspec.msgpack.encode(
+        {"step": 1, "num_sampled_S": ("|O", [1], bytes(8)), "token_ids_SR": ("<i4", [0], b""),
+         "num_drafts_S": ("<i4", [0], b"")})
+    with pytest.raises(ValueError):
+        decode(frame)

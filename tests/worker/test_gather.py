@@ -1,0 +1,99 @@
+"""What several ranks answer reaches the engine once, and where they differ it hears of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from xllm.step import StepCheck, StepOutput
+from xllm.structured.spec import StructuredOutput
+from xllm.worker.gather import Gatherer
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Phase, Settled
+
+NONE = np.zeros(0, dtype=np.int32)
+CHECK = StepCheck(ids=1, blocks_B=np.array([4, 6], dtype=np.int32), digests_B=np.array([7, 8], dtype=np.uint64))
+
+
+def output(step: int, check: StepCheck | None = None) -> StepOutput:
+    return StepOutput(step=step, num_sampled_S=NONE, token_ids_SR=NONE.reshape(0, 1), num_drafts_S=NONE, check=check)
+
+
+def test_a_step_is_done_when_all_ranks_have_done_it():
+    gatherer = Gatherer(3)
+    first = output(1)
+    assert gatherer.add(2, Settled(1)) is None
+    assert gatherer.add(0, first) is None
+    assert gatherer.add(0, output(2)) is None, "a rank may be a step ahead"
+    assert gatherer.add(1, Settled(1)) is first
+
+
+def test_one_rank_s_reports_are_the_engine_s():
+    assert Gatherer(1).add(0, Settled(1)) == Settled(1)
+
+
+def test_answers_to_the_same_question_are_told_apart_by_their_order():
+    spec, gatherer = StructuredOutput(regex="a"), Gatherer(2)
+    assert gatherer.add(0, GrammarDone(spec)) is None
+    assert gatherer.add(0, GrammarDone(spec)) is None
+    assert gatherer.add(1, GrammarDone(spec)) == GrammarDone(spec)
+    assert gatherer.add(1, GrammarDone(spec)) == GrammarDone(spec)
+    assert gatherer.add(1, GrammarDone(spec)) is None
+
+
+def test_one_rank_s_error_is_the_answer():
+    gatherer, error = Gatherer(2), Failed("ModelError", "gone")
+    assert gatherer.add(0, AdapterRead(1, "d")) is None
+    assert gatherer.add(1, AdapterRead(1, "", error)) == AdapterRead(1, "", error)
+    assert gatherer.add(1, Done("Wake", error)) is None
+    assert gatherer.add(0, Done("Wake")) == Done("Wake", error)
+
+
+def test_ranks_that_read_different_files_are_found_out():
+    gatherer = Gatherer(2)
+    gatherer.add(0, AdapterRead(1, "d"))
+    answer = gatherer.add(1, AdapterRead(1, "e"))
+    assert answer.error is not None and "different files" in answer.error.message
+
+
+def test_failures_come_at_once_and_name_their_rank():
+    assert Gatherer(2).add(1, Failed("MemoryError", "no room")) == Failed("MemoryError", "rank 1: no room")
+
+
+def test_phases_are_rank_0_s():
+    gatherer = Gatherer(2)
+    assert gatherer.add(1, Phase("weights", 0.5)) is None
+    assert gatherer.add(0, Phase("weights", 0.5)) == Phase("weights", 0.5)
+
+
+@pytest.mark.parametrize(("other", "message"), [
+    (replace(CHECK, digests_B=np.array([7, 9], dtype=np.uint64)), "step 5: rank 1 has other contents in KV block 6"),
+    (replace(CHECK, blocks_B=np.array([4, 5], dtype=np.int32)), r"step 5: rank 1 filled the KV blocks \[4, 5\]"),
+    (replace(CHECK, ids=2), "step 5: rank 1 sampled other tokens"),
+])
+def test_a_difference_names_rank_step_and_block(other, message):
+    import re
+
+    gatherer = Gatherer(2)
+    gatherer.add(1, Settled(5, other))
+    answer = gatherer.add(0, output(5, CHECK))
+    assert isinstance(answer, Failed) and answer.kind == "IntegrityError" and re.search(message, answer.message)
+
+
+def test_equal_digests_are_no_difference():
+    gatherer = Gatherer(2)
+    gatherer.add(1, Settled(5, replace(CHECK)))
+    assert isinstance(gatherer.add(0, output(5, CHECK)), StepOutput)
+
+
+def test_a_rank_that_stays_behind_is_seen():
+    now = [0.0]
+    gatherer = Gatherer(3, clock=lambda: now[0])
+    gatherer.add(0, output(1))
+    gatherer.add(2, Settled(1))
+    now[0] = 5.0
+    assert gatherer.late_ranks(6.0) is None
+    assert gatherer.late_ranks(4.0) == (1, {1})
+    gatherer.add(1, Settled(1))
+    assert gatherer.late_ranks(4.0) is None

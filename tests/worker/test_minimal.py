@@ -1,0 +1,34 @@
+"""The engine computes without the packages that only its service needs."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+
+BLOCKED = ("msgspec", "zmq", "pydantic", "fastapi", "starlette", "uvicorn", "httpx", "prometheus_client")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Finder())
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
+from xllm.request import Request, SamplingParams
+
+core = EngineCore(EngineConfig.from_flat(max_model_len=64, num_kv_blocks=8, num_threads=1))
+core.add(Request(request_id="a", prompt_token_ids=[5, 6, 7], sampling=SamplingParams(temperature=0, max_tokens=5,
+                                                                                     ignore_eos=True)))
+tokens = []
+while core.has_work():
+    tokens += [token for delta in core.step() for token in delta.token_ids]
+core.shutdown()
+assert len(tokens) == 5 and core.loop.num_steps == 5, tokens
+assert not [name for name in BLOCKED if name in sys.modules]
+"""
+
+
+def test_five_steps_without_what_only_the_service_needs():
+    subprocess.run([sys.executable, "-c", CODE], check=True, timeout=120)

@@ -1,0 +1,132 @@
+"""`Gate`: where a request waits for something else than room before the scheduler may see it.
+
+The core asks its gates in their order; the first that wants the request keeps it until `take_passed` gives it back, and
+the gates behind it are asked then. `PauseGate` stands first; `grammars.py` has the one for compiled grammars.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm.errors import RequestError
+from xllm.request import FinishReason, OutputDelta, Request
+
+
+class Gate(Protocol):
+    """Owned by the core's thread."""
+
+    reason: str  # what its requests wait for, as the gauges call it
+
+    def hold(self, request: Request) -> bool:
+        """Keep the request if it has to wait; False: it may go on. Raises RequestError for one that never may."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """End a request that waits here; its terminal output comes from `take_ended`. False: it does not wait here."""
+        ...
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Those that wait here, in the order in which they came."""
+        ...
+
+    def take_passed(self) -> list[Request]:
+        """Requests that need not wait here any longer; they are the caller's again."""
+        ...
+
+    def refuse(self, request: Request, error: RequestError) -> None:
+        """A request that has passed could not go on: end it with the error as its reason."""
+        ...
+
+    def take_ended(self) -> list[OutputDelta]:
+        """Terminal outputs of requests that ended here since the last call."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `take_passed` or `take_ended` has something to give now or will have soon."""
+        ...
+
+
+class Held:
+    """The requests that one gate keeps, and the terminal outputs of those that ended there."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Request] = {}
+        self._ended: list[OutputDelta] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Those that wait here, in the order in which they came."""
+        return tuple(self._held.values())
+
+    def abort(self, request_id: str) -> bool:
+        """End a request that waits here; False: it does not."""
+        request = self._held.pop(request_id, None)
+        if request is not None:
+            self._end(request, FinishReason.ABORT)
+        return request is not None
+
+    def refuse(self, request: Request, error: RequestError) -> None:
+        """End a request with an error as its reason."""
+        self._end(request, FinishReason.ERROR, str(error))
+
+    def take_ended(self) -> list[OutputDelta]:
+        """Terminal outputs of requests that ended here since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        delta = OutputDelta(request.request_id, [])
+        delta.finish_reason, delta.error = reason, error
+        self._ended.append(delta)
+
+
+class PauseMode(str, enum.Enum):
+    """What becomes of open requests: KEEP freezes them where they are, ABORT ends them, WAIT lets them end by
+    themselves. New ones wait in any case until the engine is resumed."""
+
+    KEEP = "keep"
+    ABORT = "abort"
+    WAIT = "wait"
+
+
+class PauseGate(Held):
+    """Keeps new requests while the engine is paused, and refuses them while it sleeps."""
+
+    reason = "paused"
+
+    def __init__(self, check_room: Callable[[int], None]):
+        """check_room(num_held): raises RequestError if no more requests are taken beside those held here."""
+        super().__init__()
+        self._check_room = check_room
+        self.mode: PauseMode | None = None  # None: it runs
+        self.is_asleep = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ended) or (self.mode is None and bool(self._held))
+
+    def hold(self, request: Request) -> bool:
+        """Whether the request has to wait for the engine to be resumed. Raises RequestError while it sleeps."""
+        if self.is_asleep:
+            raise RequestError("the engine sleeps; POST /wakeup wakes it")
+        if self.mode is None and not self._held:  # nobody overtakes those that still wait
+            return False
+        if request.request_id in self._held:
+            raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
+        self._check_room(len(self._held))
+        self._held[request.request_id] = request
+        return True
+
+    def take_passed(self) -> list[Request]:
+        """All of them, first come first served, once the engine is resumed."""
+        if self.mode is not None:
+            return []
+        passed, self._held = list(self._held.values()), {}
+        return passed

@@ -1,0 +1,90 @@
+"""`StepLoop`: schedule, run, update."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Protocol
+
+from xllm import env
+from xllm.errors import IntegrityError
+from xllm.kv import failpoints
+from xllm.request import OutputDelta
+from xllm.scheduler.scheduler import Scheduler
+from xllm.step import ScheduleOutput, StepOutput
+
+MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
+
+
+class Steps(Protocol):
+    """Whoever computes plans: `worker/link.py: WorkerLink`, or a simulation of one.
+
+    Steps are computed one after the other in the order of `submit`; `result` returns them in that order.
+    depth: how many steps may be in flight while the next one is scheduled.
+    """
+
+    depth: int
+
+    def submit(self, plan: ScheduleOutput) -> None: ...
+
+    def result(self) -> StepOutput:
+        """Wait for the oldest step. Raises what it failed with."""
+        ...
+
+
+class StepLoop:
+    """With a depth of 1, step n + 1 is scheduled while n runs."""
+
+    def __init__(self, scheduler: Scheduler, steps: Steps):
+        self.scheduler = scheduler
+        self.steps = steps
+        self.num_steps = 0
+        self.last_step_s = time.monotonic()
+        self.step_time_s = 0.0
+        self._began_s = self.last_step_s  # when a step was last submitted to an idle device
+        self.frozen = False  # requests stay as they are; only what is in flight is finished
+        self._in_flight: deque[ScheduleOutput] = deque()
+        self._check_integrity = env.check_integrity()
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return bool(self._in_flight) or (self.scheduler.has_ready if self.frozen else self.scheduler.has_requests)
+
+    def step(self) -> list[OutputDelta]:
+        """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
+        if failpoints.armed is not None:
+            failpoints.hit("engine.step")
+        if self.frozen:
+            return self._settle_oldest() if self._in_flight else self.scheduler.take_ready()
+        plan = self.scheduler.schedule()
+        if plan.num_rows:
+            if not self._in_flight:
+                self._began_s = time.monotonic()
+            self.steps.submit(plan)
+            self._in_flight.append(plan)
+            if len(self._in_flight) <= self.steps.depth:
+                return self.scheduler.take_ready()
+        return self._settle_oldest() if self._in_flight else self._nothing_to_run()
+
+    def _settle_oldest(self) -> list[OutputDelta]:
+        oldest = self._in_flight.popleft()
+        outputs = self.scheduler.update(oldest, self.steps.result())
+        self._count_step()
+        if failpoints.armed is not None:
+            failpoints.hit("engine.settled")
+        self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
+        return outputs
+
+    def _nothing_to_run(self) -> list[OutputDelta]:
+        ready = self.scheduler.take_ready()
+        if not ready and self.scheduler.has_requests and not self.scheduler.promotions.wait(MAX_IDLE_WAIT_S):
+            raise IntegrityError("requests are open but no step can be planned and none is in flight")
+        return ready
+
+    def _count_step(self) -> None:
+        now = time.monotonic()
+        # The device was idle before `_began_s`: that is no part of the step.
+        self.step_time_s, self.last_step_s = now - max(self.last_step_s, self._began_s), now
+        self.num_steps += 1
+        if self._check_integrity:
+            self.scheduler.check_integrity()

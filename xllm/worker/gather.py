@@ -1,0 +1,118 @@
+"""`Gatherer`: what all ranks have to confirm reaches the engine once, when the last of them has."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from xllm.errors import IntegrityError
+from xllm.step import StepCheck, StepOutput
+from xllm.worker.failures import as_failed
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, Phase, Report, Settled
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One answer that is not complete: what each rank has sent of it, in order, and when the first of them did."""
+
+    by_rank: list[deque[Report]]
+    since_s: float
+    missing: set[int] = field(default_factory=set)
+
+
+class Gatherer:
+    """Sorts the reports of `num_ranks` ranks. A rank's answers to one question come in the order of the questions."""
+
+    def __init__(self, num_ranks: int, clock: Callable[[], float] = time.monotonic):
+        self._num_ranks, self._clock = num_ranks, clock
+        self._pending: dict[Hashable, _Pending] = {}
+
+    def add(self, rank: int, report: Report) -> Report | None:
+        """Take in a rank's report; returns what the engine shall hear now: of phases those of rank 0, of failures each
+        with its rank, of answers one when all ranks have given theirs."""
+        if self._num_ranks == 1:
+            return report
+        if isinstance(report, Failed):
+            return Failed(report.kind, f"rank {rank}: {report.message}")
+        if isinstance(report, Phase):
+            return report if rank == 0 else None
+        key = _key(report)
+        pending = self._pending.get(key)
+        if pending is None:
+            pending = self._pending[key] = _Pending([deque() for _ in range(self._num_ranks)], self._clock(),
+                                                    set(range(self._num_ranks)))
+        pending.by_rank[rank].append(report)
+        pending.missing.discard(rank)
+        return None if pending.missing else self._complete(key, pending)
+
+    def _complete(self, key: Hashable, pending: _Pending) -> Report:
+        reports = [by_rank.popleft() for by_rank in pending.by_rank]
+        pending.missing = {rank for rank, by_rank in enumerate(pending.by_rank) if not by_rank}
+        if len(pending.missing) == self._num_ranks:
+            del self._pending[key]
+        pending.since_s = self._clock()
+        return _merge(reports)
+
+    def late_ranks(self, limit_s: float) -> tuple[int, set[int]] | None:
+        """(a step, the ranks that have not finished it) if others have had its results for so long."""
+        now = self._clock()
+        for key, pending in self._pending.items():
+            if isinstance(key, int) and now - pending.since_s > limit_s:
+                return key, pending.missing
+        return None
+
+
+def _key(report: Report) -> Hashable:
+    if isinstance(report, (StepOutput, Settled)):
+        return report.step
+    if isinstance(report, GrammarDone):
+        return report.spec
+    if isinstance(report, AdapterRead):
+        return "adapter", report.number
+    if isinstance(report, Done):
+        return "done", report.what
+    return type(report)
+
+
+def _merge(reports: list[Report]) -> Report:
+    """One answer of all ranks': rank 0's, where they agree; the first error, if there is one."""
+    first = reports[0]
+    if isinstance(first, StepOutput):
+        return _merge_steps(first, reports[1:])
+    if isinstance(first, Loaded):
+        # Every rank has the blocks that the poorest one has.
+        return replace(first, num_blocks=min(r.num_blocks for r in reports if isinstance(r, Loaded)))
+    if isinstance(first, (GrammarDone, AdapterRead, Done)):
+        failed = [r for r in reports if isinstance(r, (GrammarDone, AdapterRead, Done)) and r.error is not None]
+        if failed:
+            return failed[0]
+    if isinstance(first, AdapterRead) and len({r.digest for r in reports if isinstance(r, AdapterRead)}) > 1:
+        return replace(first, error=Failed("ModelError", "the ranks read different files: they changed meanwhile"))
+    return first
+
+
+def _merge_steps(output: StepOutput, others: list[Report]) -> Report:
+    for rank, other in enumerate(others, 1):
+        assert isinstance(other, Settled)
+        if output.check is not None and other.check is not None:
+            try:
+                _compare(output.step, rank, output.check, other.check)
+            except IntegrityError as error:
+                return as_failed(error)
+    return output
+
+
+def _compare(step: int, rank: int, expected: StepCheck, found: StepCheck) -> None:
+    """Raise IntegrityError where a rank did not compute what rank 0 did."""
+    if not np.array_equal(expected.blocks_B, found.blocks_B):
+        raise IntegrityError(f"step {step}: rank {rank} filled the KV blocks {found.blocks_B.tolist()}, rank 0 "
+                             f"{expected.blocks_B.tolist()}")
+    wrong = found.blocks_B[expected.digests_B != found.digests_B]
+    if len(wrong):
+        raise IntegrityError(f"step {step}: rank {rank} has other contents in KV block {int(wrong[0])} than rank 0")
+    if expected.ids != found.ids:
+        raise IntegrityError(f"step {step}: rank {rank} sampled other tokens than rank 0")

@@ -1,0 +1,56 @@
+"""`InlineLink`: the worker in the caller's thread. A step is computed when it is submitted."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xllm.worker.link import WorkerLink
+from xllm.worker.messages import Command, Report, Shutdown, WorkerStats
+from xllm.worker.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What a message becomes on its way."""
+
+    down: Callable[[Command], Command]
+    up: Callable[[Report], Report]
+
+
+DIRECT = Wire(down=lambda command: command, up=lambda report: report)  # the same object
+
+
+class InlineLink(WorkerLink):
+    """`worker` is there to be looked at by tests and benchmarks."""
+
+    def __init__(self, *, wire: Wire = DIRECT):
+        super().__init__()
+        self._wire = wire
+        # Not only the caller's thread reports: moves between the KV tiers and grammars have threads of their own.
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.worker = Worker(self._report)
+        self._closed = False
+
+    def send(self, command: Command) -> None:
+        command = self._wire.down(command)
+        if self.worker.receive(command):
+            self.worker.perform(command)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.send(Shutdown())
+
+    def stats(self) -> WorkerStats:
+        return self.worker.stats()
+
+    def _report(self, report: Report) -> None:
+        self._reports.put(self._wire.up(report))
+
+    def _next(self, timeout_s: float | None) -> Report | None:
+        try:
+            return self._reports.get(timeout=timeout_s) if timeout_s != 0.0 else self._reports.get_nowait()
+        except queue.Empty:
+            return None

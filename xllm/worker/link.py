@@ -1,0 +1,117 @@
+"""`WorkerLink`: the engine's end of the way to its workers, whatever lies between (`open.py` chooses)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from xllm.config import EngineConfig
+from xllm.step import ScheduleOutput, StepOutput
+from xllm.worker.failures import as_error
+from xllm.worker.messages import Command, Failed, Load, Loaded, Phase, Report, Settle, Step, WorkerStats
+
+R = TypeVar("R", bound=Report)
+Progress = Callable[[str, float], None]  # phase, share of it that is done
+
+
+class WorkerLink:
+    """Sends commands in order and sorts the reports that come back. One thread owns it.
+
+    Every method that takes in reports raises what a worker failed with; it must not be used any more then, but for
+    `close`. depth: how many steps may be in flight while the next one is scheduled.
+    """
+
+    depth = 0
+
+    def __init__(self) -> None:
+        self._queues_steps = False
+        self._outputs: deque[StepOutput] = deque()
+        self._taken: dict[type, list[Report]] = {}  # the reports that nobody has asked for yet
+
+    # --- what a way to the workers provides
+
+    def send(self, command: Command) -> None:
+        """Hand a command to every rank."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the workers: in order if they answer, else by force where that is possible. Idempotent."""
+        raise NotImplementedError
+
+    def stats(self) -> WorkerStats:
+        """What rank 0 says of itself; any thread may ask. At most a second old where it is another process."""
+        raise NotImplementedError
+
+    def idle_s(self) -> float | None:
+        """How soon `check` wants to be called while nothing is sent; None: never."""
+        return None
+
+    def check(self) -> None:
+        """Take in what has come. Raises what a worker failed with, and DeviceError for one that is gone or stuck."""
+        while self._take(0.0):
+            pass
+
+    def _next(self, timeout_s: float | None) -> Report | None:
+        """The next report, None if none comes in time. timeout_s None: wait for it."""
+        raise NotImplementedError
+
+    # --- steps
+
+    def submit(self, plan: ScheduleOutput) -> None:
+        """Have a step computed."""
+        self.send(Step(plan))
+
+    def result(self) -> StepOutput:
+        """Wait for the results of the oldest step."""
+        self.check()
+        if not self._outputs and self._queues_steps:
+            self.send(Settle())
+        while not self._outputs:
+            self._take(None)
+        return self._outputs.popleft()
+
+    # --- everything else
+
+    def load(self, config: EngineConfig, progress: Progress) -> Loaded:
+        """Load the model. Raises ConfigError, ModelError, DeviceError or DiskError."""
+        self.send(Load(config=config))
+        while not self._taken.get(Loaded):
+            self._take(None)
+            for phase in self._pop(Phase):
+                progress(phase.name, phase.share)
+        loaded = self._pop(Loaded)[0]
+        self._queues_steps = loaded.queues_steps
+        return loaded
+
+    def call(self, command: Command, answer: type[R]) -> R:
+        """Send a command and wait for its answer; none of that kind is on its way."""
+        self.send(command)
+        while not self._taken.get(answer):
+            self._take(None)
+        return self._pop(answer)[0]
+
+    def take(self, kind: type[R]) -> list[R]:
+        """The reports of one kind that have come since the last call, in their order."""
+        self.check()
+        return self._pop(kind)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a report comes, or for that long; whether one has come."""
+        return self._take(timeout_s)
+
+    def _pop(self, kind: type[R]) -> list[R]:
+        found = self._taken.pop(kind, [])
+        return [report for report in found if isinstance(report, kind)]
+
+    def _take(self, timeout_s: float | None) -> bool:
+        report = self._next(timeout_s)
+        if report is None:
+            return False
+        if isinstance(report, Failed):
+            raise as_error(report)
+        if isinstance(report, StepOutput):
+            self._outputs.append(report)
+        else:
+            self._taken.setdefault(type(report), []).append(report)
+        return True

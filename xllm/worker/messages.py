@@ -1,0 +1,168 @@
+"""What the engine and its workers say to each other. One type is one message; `codec.py` makes bytes of them.
+
+Plain values only (numbers, text, numpy arrays, dataclasses of them), so that every message can cross into another
+process. Down go the commands: every rank gets the same ones in the same order. Up come the reports; what every rank
+has to confirm (`gather.py`) reaches the engine once, when all ranks have.
+
+Names that are kept for what is to come: Profile, Encode (media), Publish (KV to other instances), PutExperts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xllm.config import EngineConfig
+from xllm.metrics import GraphStats
+from xllm.step import ScheduleOutput, StepCheck, StepOutput
+from xllm.structured.spec import StructuredOutput
+
+# --- down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load the model and get ready; `Loaded` answers, with any number of `Phase`s before it."""
+
+    config: EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Compute a step. Its `StepOutput` (or `Settled`) comes in the order of the steps."""
+
+    plan: ScheduleOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The results of the oldest step are waited for: where it is only queued on the device, read them now."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutGrammar:
+    """Compile a grammar, if it is not; rows that need it come later. `GrammarDone` answers."""
+
+    spec: StructuredOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadAdapter:
+    """Read an adapter's files (PEFT format) beside the steps and keep it under `number`; `AdapterRead` answers."""
+
+    number: int
+    folder: str
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutAdapter:
+    """Fill a slot with the adapter that was read under `number`, or empty it (None). No open request uses the slot."""
+
+    slot: int
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Free the KV cache and the graphs, and the weights too unless they are kept. `Done` answers."""
+
+    keep_weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Undo `Sleep`. `Done` answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End what runs beside the steps, and stop. `Done` answers."""
+
+
+# --- up
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Loading goes on: `share` of `name` is done."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The model is loaded. These facts hold as long as the worker lives.
+
+    config: resolved. model_path: the local folder. num_blocks: KV blocks on the device, of which the first
+    `num_reserved_blocks` are the device's own. queues_steps: the device works on its own, so that a step may be only
+    queued when the next message comes (`Settle`).
+    """
+
+    config: EngineConfig
+    model_path: str
+    vocab_size: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    num_reserved_blocks: int
+    queues_steps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A rank other than the first has done a step. check: with XLLM_CHECK=1."""
+
+    step: int
+    check: StepCheck | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What was asked for could not be done; kind: the name of the error's class.
+
+    Where it answers no message that has an answer of its own, the worker is not to be used any more.
+    """
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarDone:
+    """error: why it cannot be compiled."""
+
+    spec: StructuredOutput
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRead:
+    """digest: of its files, on which everything that is computed with it depends."""
+
+    number: int
+    digest: str = ""
+    error: Failed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The message of type `what` was carried out, or could not be."""
+
+    what: str
+    error: Failed | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What a worker counts. A rank in a process of its own sends it about once a second, as a sign of life too.
+
+    graphs: None without a graph mode. disk_misses: blocks on disk that were not good, by kind.
+    """
+
+    graphs: GraphStats | None = None
+    disk_misses: dict[str, int] = field(default_factory=dict)
+
+
+Command = Load | Step | Settle | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake | Shutdown
+Report = (Phase | Loaded | StepOutput | Settled | Failed | GrammarDone | AdapterRead | Done | WorkerStats)

@@ -1,0 +1,26 @@
+"""Chooses the way to the workers."""
+
+from __future__ import annotations
+
+from xllm.config import EngineConfig
+from xllm.worker.link import WorkerLink
+
+
+def open_link(config: EngineConfig) -> WorkerLink:
+    """The way to the workers that `--worker` asks for. Nothing is loaded yet."""
+    way, depth = config.device.worker, 1 if config.scheduler.async_scheduling else 0
+    if way == "processes":
+        from xllm.worker.processes import ProcessLink
+
+        return ProcessLink(config.device.worker_ranks, depth=depth)
+    from xllm.worker.inline import DIRECT, InlineLink
+    from xllm.worker.thread import ThreadLink
+
+    wire = DIRECT
+    if way == "codec":
+        from xllm.worker.codec import CODED
+
+        wire = CODED
+    if way == "thread" or (way != "inline" and depth):
+        return ThreadLink(depth=depth, wire=wire)
+    return InlineLink(wire=wire)

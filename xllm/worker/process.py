@@ -1,0 +1,110 @@
+"""A rank's own process: `python -m xllm.worker.process FOLDER RANK NUM_RANKS`, started by `ProcessLink`.
+
+The main thread computes. One thread takes the commands, one sends signs of life. Stdin stays open for as long as the
+engine lives; its end is how a lost engine is noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import zmq
+
+from xllm import env
+from xllm.worker.codec import decode, encode
+from xllm.worker.failures import as_failed
+from xllm.worker.messages import Command, Report, Shutdown
+from xllm.worker.processes import HEARTBEAT_S
+from xllm.worker.worker import Worker
+
+LINGER_MS = 2000
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Sends a rank's reports, from whichever thread."""
+
+    def __init__(self, rank: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]]):
+        self._origin = bytes([rank])
+        self._lock = threading.Lock()
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set_hwm(0)
+        self._socket.connect(f"ipc://{folder / 'reports'}")
+
+    def send(self, report: Report) -> None:
+        frame = encode(report)
+        with self._lock:
+            self._socket.send_multipart((self._origin, frame))
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close(linger=LINGER_MS)
+
+
+def main(argv: list[str]) -> int:
+    folder, rank, num_ranks = Path(argv[0]), int(argv[1]), int(argv[2])
+    logging.basicConfig(level=env.log_level(), stream=sys.stderr,
+                        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
+    threading.Thread(target=_exit_with_engine, name="engine-watch", daemon=True).start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    reporter = Reporter(rank, folder, context)
+    worker = Worker(reporter.send, rank=rank, num_ranks=num_ranks)
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    socket = context.socket(zmq.PULL)
+    socket.set_hwm(0)
+    socket.connect(f"ipc://{folder / f'rank-{rank}'}")
+    threading.Thread(target=_take_commands, args=(socket, worker, commands, reporter), name="commands",
+                     daemon=True).start()
+    threading.Thread(target=_beat, args=(worker, reporter), name="heartbeat", daemon=True).start()
+    while True:
+        command = commands.get()
+        worker.perform(command)
+        if isinstance(command, Shutdown):
+            reporter.close()
+            context.destroy(linger=LINGER_MS)
+            return 0
+
+
+def _take_commands(socket: zmq.Socket[bytes], worker: Worker, commands: queue.SimpleQueue[Command],
+                   reporter: Reporter) -> None:
+    while True:
+        command = decode(socket.recv())
+        try:
+            if worker.receive(command):
+                commands.put(command)
+        except Exception as error:
+            logger.exception("a command could not be taken")
+            reporter.send(as_failed(error))
+        if isinstance(command, Shutdown):
+            socket.close(linger=0)
+            return
+
+
+def _beat(worker: Worker, reporter: Reporter) -> None:
+    stopped = threading.Event()
+    while not stopped.wait(HEARTBEAT_S):
+        try:
+            reporter.send(worker.stats())
+        except zmq.ZMQError:  # closed: the rank ends
+            return
+
+
+def _exit_with_engine() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a step that hangs in a native thread must not keep the process alive

@@ -1,0 +1,164 @@
+"""`ProcessLink`: workers in processes of their own, one a rank. `process.py` is the other end.
+
+A command is encoded once, and the same bytes go to every rank. A rank that ends, falls silent, or stays behind the
+others fails the engine, which says which rank it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import zmq
+
+from xllm.errors import WorkerError
+from xllm.worker.codec import decode, encode
+from xllm.worker.gather import Gatherer
+from xllm.worker.link import WorkerLink
+from xllm.worker.messages import Command, Done, Failed, Loaded, Report, Shutdown, WorkerStats
+
+RANK_MODULE = "xllm.worker.process"
+HEARTBEAT_S = 0.5
+SILENT_S = 6.0  # once it is loaded, a rank that says nothing for that long has stopped
+LATE_S = 8.0  # a rank that has not finished a step that another finished so long ago is stuck
+CHECK_S = 0.2  # between looks at the processes
+CLOSE_S = 10.0  # for an orderly end
+MAX_UNIX_PATH = 100  # the kernel takes 107 bytes
+
+
+class _Rank:
+    """One process. heard_s: when it last said something."""
+
+    def __init__(self, rank: int, num_ranks: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]]):
+        self.heard_s: float | None = None  # None: it is not loaded yet, and may be silent
+        self.commands = context.socket(zmq.PUSH)
+        self.commands.set_hwm(0)
+        self.commands.setsockopt(zmq.LINGER, 0)
+        self.commands.bind(f"ipc://{folder / f'rank-{rank}'}")
+        # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
+        self.process = subprocess.Popen([sys.executable, "-m", RANK_MODULE, str(folder), str(rank), str(num_ranks)],
+                                        stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.commands.close(linger=0)
+
+
+class ProcessLink(WorkerLink):
+    """Starts `num_ranks` processes; they end with this one, however it ends."""
+
+    def __init__(self, num_ranks: int, *, depth: int):
+        super().__init__()
+        self.depth = depth
+        self._folder = _socket_folder()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._reports = self._context.socket(zmq.PULL)
+        self._reports.set_hwm(0)
+        self._reports.bind(f"ipc://{self._folder / 'reports'}")
+        self._ranks = [_Rank(rank, num_ranks, self._folder, self._context) for rank in range(num_ranks)]
+        self._gatherer = Gatherer(num_ranks)
+        self._stats = WorkerStats()
+        self._checked_s = 0.0
+        self._has_failed = self._closed = False
+
+    @property
+    def pids(self) -> list[int]:
+        """The ranks' processes."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def send(self, command: Command) -> None:
+        frame = encode(command)
+        for rank in self._ranks:
+            rank.commands.send(frame, copy=False)
+
+    def stats(self) -> WorkerStats:
+        return self._stats
+
+    def idle_s(self) -> float | None:
+        return 1.0
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self._has_failed:
+            with contextlib.suppress(Exception):  # it was to end anyway
+                self._end_in_order()
+        for rank in self._ranks:
+            rank.end()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end_in_order(self) -> None:
+        self.send(Shutdown())
+        until_s = time.monotonic() + CLOSE_S
+        while not self._pop(Done) and time.monotonic() < until_s:
+            self._take(CHECK_S)
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, until_s - time.monotonic()))
+
+    def _next(self, timeout_s: float | None) -> Report | None:
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            if time.monotonic() - self._checked_s > CHECK_S:
+                self._check_ranks()
+            wait_s = CHECK_S if until_s is None else max(0.0, min(CHECK_S, until_s - time.monotonic()))
+            if self._reports.poll(int(wait_s * 1000)):
+                report = self._receive()
+                if report is not None:
+                    self._has_failed |= isinstance(report, Failed)
+                    return report
+            elif until_s is not None and time.monotonic() >= until_s:
+                return None
+
+    def _receive(self) -> Report | None:
+        origin, frame = self._reports.recv_multipart()
+        number, report = origin[0], decode(frame)
+        rank = self._ranks[number]
+        if isinstance(report, Loaded) or rank.heard_s is not None:
+            rank.heard_s = time.monotonic()
+        if isinstance(report, WorkerStats):
+            if number == 0:
+                self._stats = report
+            return None
+        return self._gatherer.add(number, report)
+
+    def _check_ranks(self) -> None:
+        """Raise WorkerError for a rank that has ended or does not go on."""
+        now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S)
+        since_s, self._checked_s = self._checked_s, now
+        for number, rank in enumerate(self._ranks):
+            code = rank.process.poll()
+            if code is not None and not self._closed:
+                raise self._failed(f"worker rank {number} was killed by signal {-code}" if code < 0
+                                   else f"worker rank {number} exited with code {code}")
+            # Not if it was this process that did not listen.
+            if rank.heard_s is not None and now - rank.heard_s > SILENT_S and now - since_s < SILENT_S / 2:
+                raise self._failed(f"worker rank {number} has said nothing for {now - rank.heard_s:.0f} s")
+        if late is not None:
+            step, missing = late
+            names = ", ".join(map(str, sorted(missing)))
+            raise self._failed(f"worker rank {names} has not finished step {step}, {LATE_S:g} s after the others")
+
+    def _failed(self, reason: str) -> WorkerError:
+        self._has_failed = True
+        return WorkerError(reason)
+
+
+def _socket_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="xllm-ranks-"))  # mode 0700: nobody else can reach the sockets
+    if len(str(folder)) + len("/rank-9999") > MAX_UNIX_PATH:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="xllm-ranks-", dir="/tmp"))
+    return folder

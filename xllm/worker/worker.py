@@ -1,0 +1,227 @@
+"""`Worker`: owns what a device holds, and does what the engine's messages say.
+
+A message is first given to `receive`, by the thread that takes it from the way, and then, if there is anything left to
+do, to `perform`, by the thread that computes. Messages are performed in their order; what may go on beside the steps
+(reading adapters, compiling grammars, moving KV between the tiers) begins in `receive` and has threads of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm import env
+from xllm.config import EngineConfig
+from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
+from xllm.kv.lanes import ThreadLanes
+from xllm.runner.check import StepChecker
+from xllm.step import ScheduleOutput, StepOutput
+from xllm.structured.store import GrammarStore
+from xllm.structured.vocabulary import VocabularySource, vocabulary_source
+from xllm.tokenizer import load_tokenizer
+from xllm.worker.failures import as_failed
+from xllm.worker.loading import LoadedModel
+from xllm.worker.messages import (
+    AdapterRead,
+    Command,
+    Done,
+    GrammarDone,
+    Load,
+    Loaded,
+    Phase,
+    PutAdapter,
+    PutGrammar,
+    ReadAdapter,
+    Report,
+    Settle,
+    Settled,
+    Shutdown,
+    Sleep,
+    Step,
+    Wake,
+    WorkerStats,
+)
+
+if TYPE_CHECKING:
+    from xllm.layers.adapters import Adapter
+    from xllm.runner.model_runner import ModelRunner, QueuedStep
+
+logger = logging.getLogger(__name__)
+RIDE_S = 100e-6  # for moves between the KV tiers, after each step
+EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)  # the message says it all
+
+
+class Worker:
+    """One rank of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's results."""
+
+    def __init__(self, report: Callable[[Report], None], *, rank: int = 0, num_ranks: int = 1):
+        self._report, self._rank = report, rank
+        self._is_compared = num_ranks > 1 and env.check_integrity()
+        self.model: LoadedModel | None = None
+        self.runner: ModelRunner | None = None  # None: not loaded, or asleep
+        self.grammars = GrammarStore(self._vocabulary_source)
+        self._adapters: dict[int, Adapter] = {}  # read, and in no slot yet
+        self._adapter_reader: ThreadPoolExecutor | None = None
+        self._queued: deque[QueuedStep] = deque()  # steps whose results have not been read from the device
+        self._checker: StepChecker | None = None
+        self.lanes: ThreadLanes | None = None
+
+    def receive(self, command: Command) -> bool:
+        """Begin what need not wait for the steps before it; whether there is more, for `perform`."""
+        if isinstance(command, Step):
+            assert self.runner is not None
+            self.runner.prepare(command.plan)
+        elif isinstance(command, PutGrammar):
+            self._put_grammar(command)
+            return False
+        elif isinstance(command, ReadAdapter):
+            self._begin_reading(command)
+            return False
+        return True
+
+    def perform(self, command: Command) -> None:
+        """Do it and report. What fails is reported as well: as the command's answer where it has one that can say so,
+        else as the end of this worker."""
+        try:
+            if isinstance(command, Step):
+                self._step(command.plan)
+            elif isinstance(command, Settle):
+                self._settle(1)
+            elif isinstance(command, PutAdapter):
+                self._put_adapter(command)
+            elif isinstance(command, Load):
+                self._load(command.config)
+            elif isinstance(command, (Sleep, Wake)):
+                self._sleep_or_wake(command)
+            elif isinstance(command, Shutdown):
+                self._shut_down()
+        except Exception as error:
+            if not isinstance(error, EXPECTED):
+                logger.exception("rank %d failed", self._rank)
+            self._report(as_failed(error))
+
+    # --- loading
+
+    def _load(self, config: EngineConfig) -> None:
+        self.model = model = LoadedModel(config, lambda name, share: self._report(Phase(name, share)))
+        self._make_runner()
+        self._report(Loaded(config=model.config, model_path=str(model.path), vocab_size=model.model_config.vocab_size,
+                            hidden_size=model.model_config.hidden_size,
+                            eos_token_ids=tuple(model.model_config.eos_token_ids), num_blocks=model.num_blocks,
+                            num_reserved_blocks=model.backend.num_reserved_blocks,
+                            queues_steps=self.runner is not None and self.runner.feed is not None))
+
+    def _make_runner(self) -> None:
+        assert self.model is not None
+        self.runner = self.model.make_runner()
+        self.runner.matchers.store = self.grammars
+        if self._is_compared:
+            self._checker = StepChecker(self.runner.rows, self.runner.kv_cache)
+
+    def _sleep_or_wake(self, command: Sleep | Wake) -> None:
+        error = None
+        try:
+            if isinstance(command, Sleep):
+                self._free(keep_weights=command.keep_weights)
+            elif self.runner is None:
+                self._make_runner()
+        except EXPECTED as failed:
+            error = as_failed(failed)
+        self._report(Done(type(command).__name__, error))
+
+    def _free(self, *, keep_weights: bool) -> None:
+        assert self.model is not None
+        if self.runner is not None:
+            self.runner.matchers.close()
+        self.runner = self._checker = None
+        gc.collect()
+        self.model.free(keep_weights=keep_weights)
+
+    def _shut_down(self) -> None:
+        self.grammars.close()
+        if self._adapter_reader is not None:
+            self._adapter_reader.shutdown(wait=False, cancel_futures=True)
+        if self.runner is not None:
+            self.runner.matchers.close()
+        self._report(Done("Shutdown"))
+
+    def stats(self) -> WorkerStats:
+        """A snapshot; any thread may ask."""
+        runner = self.runner
+        graphs = None if runner is None else runner.graphs
+        return WorkerStats(graphs=None if graphs is None else graphs.stats())
+
+    # --- steps
+
+    def _step(self, plan: ScheduleOutput) -> None:
+        assert self.runner is not None, "a step for a worker that is not loaded"
+        started = self.runner.start(plan)
+        if self._checker is not None:
+            self._checker.note(plan, started if isinstance(started, StepOutput) else None)
+        if isinstance(started, StepOutput):
+            self._settle(len(self._queued))
+            self._report_step(started)
+        else:
+            self._queued.append(started)
+        if self.lanes is not None and self.lanes.num_riding:
+            self.lanes.ride(RIDE_S)
+
+    def _settle(self, count: int) -> None:
+        """Report the oldest steps that are only queued, as many as there are of `count`."""
+        while count and self._queued:
+            self._report_step(self._queued.popleft().finish())
+            count -= 1
+
+    def _report_step(self, output: StepOutput) -> None:
+        if self._checker is not None:
+            output = self._checker.checked(output)
+        self._report(output if self._rank == 0 else Settled(output.step, output.check))
+
+    # --- grammars and adapters
+
+    def _put_grammar(self, command: PutGrammar) -> None:
+        def done(built: object) -> None:
+            error = future.exception()
+            if error is None or isinstance(error, ValueError):  # RequestError and GrammarError are
+                self._report(GrammarDone(command.spec, None if error is None else str(error)))
+            else:
+                self._report(as_failed(error))
+
+        future = self.grammars.prepare(command.spec)
+        future.add_done_callback(done)
+
+    def _vocabulary_source(self) -> VocabularySource:
+        from xllm.models.loader import resolve_model_path
+
+        assert self.model is not None
+        config, name = self.model.model_config, self.model.config.model.tokenizer
+        tokenizer = load_tokenizer(resolve_model_path(name) if name else self.model.path)
+        return vocabulary_source(tokenizer, config.vocab_size, config.eos_token_ids)
+
+    def _begin_reading(self, command: ReadAdapter) -> None:
+        if self._adapter_reader is None:
+            self._adapter_reader = ThreadPoolExecutor(1, "xllm-adapter-reader")
+        self._adapter_reader.submit(self._read_adapter, command)
+
+    def _read_adapter(self, command: ReadAdapter) -> None:
+        from xllm.models.adapter import adapter_digest, read_adapter
+
+        folder, digest, failed = Path(command.folder), "", None
+        try:
+            assert self.model is not None and self.model.adapters is not None
+            self._adapters[command.number] = read_adapter(folder, self.model.adapters.shapes(), command.max_rank)
+            digest = adapter_digest(folder)
+        except OSError as error:
+            failed = as_failed(ModelError(f"{folder} cannot be read: {error.strerror}"))
+        except Exception as error:
+            failed = as_failed(error)
+        self._report(AdapterRead(command.number, digest, failed))
+
+    def _put_adapter(self, command: PutAdapter) -> None:
+        assert self.runner is not None
+        self.runner.put_adapter(command.slot, None if command.number is None else self._adapters.pop(command.number))
