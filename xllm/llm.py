@@ -51,6 +51,7 @@ class LLM:
         self._lock = threading.Lock()
         self._num_requests = 0
         self._dead: str | None = None
+        self._is_closed = False
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True, priority: int | Sequence[int] | None = None,
@@ -98,8 +99,9 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine and free what it holds. May be called again."""
         with self._lock:
-            if self._dead is None:
-                self._dead = "it was shut down"
+            if not self._is_closed:
+                self._is_closed = True
+                self._dead = self._dead or "it was shut down"
                 self._inputs.close()
                 self._core.shutdown()
 

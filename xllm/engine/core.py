@@ -180,8 +180,10 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the workers."""
-        self.scheduler.promotions.close()
-        self.link.close()
+        try:
+            self.scheduler.promotions.close()
+        finally:
+            self.link.close()
 
 
 def _check_prompt_ids(request: Request, vocab_size: int) -> None:

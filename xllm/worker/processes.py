@@ -69,7 +69,7 @@ class ProcessLink(WorkerLink):
         self._gatherer = Gatherer(num_ranks)
         self._stats = WorkerStats()
         self._checked_s = 0.0
-        self._has_failed = self._closed = False
+        self._has_ended = self._closed = False
 
     @property
     def pids(self) -> list[int]:
@@ -77,6 +77,8 @@ class ProcessLink(WorkerLink):
         return [rank.process.pid for rank in self._ranks]
 
     def send(self, command: Command) -> None:
+        if self._has_ended:
+            raise WorkerError("the workers have ended")
         frame = encode(command)
         for rank in self._ranks:
             rank.commands.send(frame, copy=False)
@@ -91,11 +93,10 @@ class ProcessLink(WorkerLink):
         if self._closed:
             return
         self._closed = True
-        if not self._has_failed:
+        if not self._has_ended:
             with contextlib.suppress(Exception):  # it was to end anyway
                 self._end_in_order()
-        for rank in self._ranks:
-            rank.end()
+        self._end_ranks()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -116,8 +117,9 @@ class ProcessLink(WorkerLink):
             wait_s = CHECK_S if until_s is None else max(0.0, min(CHECK_S, until_s - time.monotonic()))
             if self._reports.poll(int(wait_s * 1000)):
                 report = self._receive()
+                if isinstance(report, Failed):
+                    self._end_ranks()
                 if report is not None:
-                    self._has_failed |= isinstance(report, Failed)
                     return report
             elif until_s is not None and time.monotonic() >= until_s:
                 return None
@@ -140,7 +142,7 @@ class ProcessLink(WorkerLink):
         since_s, self._checked_s = self._checked_s, now
         for number, rank in enumerate(self._ranks):
             code = rank.process.poll()
-            if code is not None and not self._closed:
+            if code is not None and not (self._closed or self._has_ended):
                 raise self._failed(f"worker rank {number} was killed by signal {-code}" if code < 0
                                    else f"worker rank {number} exited with code {code}")
             # Not if it was this process that did not listen.
@@ -152,8 +154,15 @@ class ProcessLink(WorkerLink):
             raise self._failed(f"worker rank {names} has not finished step {step}, {LATE_S:g} s after the others")
 
     def _failed(self, reason: str) -> WorkerError:
-        self._has_failed = True
+        self._end_ranks()
         return WorkerError(reason)
+
+    def _end_ranks(self) -> None:
+        """By force: nothing that they still do is of use."""
+        if not self._has_ended:
+            self._has_ended = True
+            for rank in self._ranks:
+                rank.end()
 
 
 def _socket_folder() -> Path:
