@@ -23,7 +23,6 @@ ALLOWED = {
     "backends.cuda": ["backends", "cuda_ops"],
     "backends.npu": ["backends", "npu_ops"],
     "backends.npu_graphs": ["backends", "npu_ops"],
-    "backends.npu_probe": ["backends", "npu_ops"],
     "graph": ["graph", "backends"],
     **dict.fromkeys(BASE, BASE),
     "xllm.kv": [*BASE, "xllm.kv"],
