@@ -73,7 +73,7 @@ types: setup
 	$(BIN)/mypy
 
 house: setup
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_house.py tests/test_house_rules.py
 
 bench: setup
 	$(BIN)/xllm bench scheduler --json benchmarks/results/scheduler.json
