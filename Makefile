@@ -51,7 +51,7 @@ screenshots: setup browser
 aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
-# A million random operations on the KV store (SEED= another episode to begin with), and every pair of features on xtensor.
+# A million random operations on the KV store (SEED= another episode to begin with), and every pair of features alone.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
