@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -78,6 +78,10 @@ house: setup
 bench: setup
 	$(BIN)/xllm bench scheduler --json benchmarks/results/scheduler.json
 	$(BIN)/xllm bench throughput --vs transformers --json benchmarks/results/throughput.json
+
+# The way of one streamed chat request through the real server and its engine, function by function.
+trace: setup
+	$(BIN)/python -m tools.trace_request
 
 size:
 	@$(PYTHON) tools/size.py
