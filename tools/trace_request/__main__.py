@@ -4,7 +4,7 @@
 
 A hop is a function of ours (module and name) on its first visit, in the order of the visits in all processes. Those
 that also run while there is no request are left out. A room is a module: consecutive hops in one module are one room
-entered; `returns` are rooms entered that had been entered before. A type carries the request if an object of it is
+entered; `returns` are rooms entered again, in each process. A type carries the request if an object of it is
 handed to a function or returned and was not there for the request before, which was the same; types of which new
 objects come while there is no request (heartbeats) do not count.
 """
@@ -54,15 +54,14 @@ class Trace:
 
     @property
     def rooms(self) -> list[str]:
-        """The modules that were entered, one after the other."""
-        return [module for module, _ in groupby(hop.module for hop in self.hops)]
+        """The modules that were entered, process by process: what two processes do at once comes in any order."""
+        by_process = sorted(self.hops, key=lambda hop: hop.process)
+        return [module for (_, module), _ in groupby(by_process, key=lambda hop: (hop.process, hop.module))]
 
     def numbers(self) -> dict[str, int]:
-        modules = {hop.module for hop in self.hops}
-        crossings = sum(a.process != b.process for a, b in zip(self.hops, self.hops[1:]))
+        modules = {(hop.process, hop.module) for hop in self.hops}
         return {"hops": len(self.hops), "modules": len(modules), "rooms_entered": len(self.rooms),
-                "returns": len(self.rooms) - len(modules), "types": len(self.types), "process_changes": crossings,
-                "left_out": self.left_out}
+                "returns": len(self.rooms) - len(modules), "types": len(self.types), "left_out": self.left_out}
 
 
 class Traced:
