@@ -6,7 +6,7 @@ PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -51,7 +51,7 @@ screenshots: setup browser
 aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
-# A million random operations on the KV store (SEED= another episode to begin with), and every pair of features on xtensor.
+# A million random operations on the KV store (SEED= another episode to begin with), and every pair of features alone.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
@@ -73,11 +73,15 @@ types: setup
 	$(BIN)/mypy
 
 house: setup
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_house.py tests/test_house_rules.py
 
 bench: setup
 	$(BIN)/xllm bench scheduler --json benchmarks/results/scheduler.json
 	$(BIN)/xllm bench throughput --vs transformers --json benchmarks/results/throughput.json
+
+# The way of one streamed chat request through the real server and its engine, function by function.
+trace: setup
+	$(BIN)/python -m tools.trace_request
 
 size:
 	@$(PYTHON) tools/size.py

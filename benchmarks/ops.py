@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -98,7 +99,7 @@ def small_cases(ops: OpSet, rows: int) -> dict[str, dict[str, float]]:
         "argmax": lambda o: o.argmax(logits),
         "sample": lambda o: o.sample(logits.clone(), *settings),
     }
-    return {f"{name} T={rows}": race({"reference": lambda c=call: c(REFERENCE), "cpu": lambda c=call: c(ops)})
+    return {f"{name} T={rows}": race({"reference": partial(call, REFERENCE), "cpu": partial(call, ops)})
             for name, call in calls.items()}  # fmt: skip
 
 

@@ -90,6 +90,7 @@ def measure(rows: Rows, *, beside: bool) -> tuple[list[float], list[float]]:
             rows.matchers.begin(rows.slots)
         begins.append(time.perf_counter() - start)
         for filling in list(rows.matchers._begun.values()) if beside else ():
+            assert filling.done is not None
             filling.done.result()
         start = time.perf_counter()
         masks = rows.matchers.masks(rows.slots)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 ALIGNMENT_BYTES = 256
-NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.uint8: np.uint8}
 
 Sizes = Mapping[str, int]  # axis letter -> length
 

@@ -17,7 +17,7 @@ from pathlib import Path
 OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 SERVING_PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq", "prometheus-client")
-NOT_BUILT = "this version has no operators for it yet and runs on the CPU"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 CANN_FOLDERS = (Path("/usr/local/Ascend/ascend-toolkit"), Path("/usr/local/Ascend/cann"))
 CANN_VERSION_FILES = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.info", "version.cfg", "*/version.info")
 # Which CANN a line of torch_npu is made for, as vllm-ascend's releases pair them; later ones are not known.
@@ -57,7 +57,7 @@ def examine() -> Iterator[Finding]:
     for name in SERVING_PACKAGES:
         yield _package(name, needed=True)
     yield from _cpu()
-    yield from _cuda()
+    yield _cuda()
     yield from _npu()
     yield _memory()
     yield _bundled_model()
@@ -99,12 +99,10 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
 
 
-def _cuda() -> Iterator[Finding]:
-    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
-    if not driver:
-        yield Finding(HINT, "cuda", "no NVIDIA driver here; nothing to do unless this machine has such a GPU")
-        return
-    yield Finding(HINT, "cuda", f"NVIDIA driver found; {NOT_BUILT}")
+def _cuda(nvidia: Path = NVIDIA_DRIVER) -> Finding:
+    if shutil.which("nvidia-smi") is None and not nvidia.exists():
+        return Finding(HINT, "cuda", "no NVIDIA driver here; nothing to do unless this machine has such a GPU")
+    return _backend("cuda", "nvidia-smi")
 
 
 def _npu() -> Iterator[Finding]:
@@ -117,7 +115,7 @@ def _npu() -> Iterator[Finding]:
     if package.state != OK:
         return
     yield from cann_findings(package.detail, CANN_FOLDERS)
-    yield _npu_backend()
+    yield _backend("npu", "npu-smi info")
 
 
 def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding]:
@@ -158,21 +156,21 @@ def cann_version(home: Path) -> str | None:
     return None
 
 
-def _npu_backend() -> Finding:
-    """What becomes of `--device npu`, tried in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "backends.npu_probe"]
+def _backend(name: str, tool: str) -> Finding:
+    """What becomes of `--device NAME`, tried in a process of its own. tool: the driver's command that shows more."""
+    command = [sys.executable, "-W", "ignore", "-m", "backends.probe", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return Finding(MISSING, "npu backend", f"the device does not open within {PROBE_TIMEOUT_S} s: see npu-smi info")
+        return Finding(MISSING, f"{name} backend", f"the device does not open within {PROBE_TIMEOUT_S} s: see {tool}")
     found = re.search(r"\{.*\}", done.stdout)
     if found is None:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        return Finding(MISSING, "npu backend", f"opening the device ended the process ({done.returncode}): {last}")
+        return Finding(MISSING, f"{name} backend", f"opening the device ended the process ({done.returncode}): {last}")
     answer = json.loads(found[0])
     if "problem" in answer:
-        return Finding(MISSING, "npu backend", answer["problem"])
-    return Finding(OK, "npu backend", ", ".join(f"{name}: {value}" for name, value in answer["facts"].items()))
+        return Finding(MISSING, f"{name} backend", answer["problem"])
+    return Finding(OK, f"{name} backend", ", ".join(f"{key}: {value}" for key, value in answer["facts"].items()))
 
 
 def _memory() -> Finding:

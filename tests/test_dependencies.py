@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.test_house import MODULES, OWN, top_level
+from tests.house import OWN, top_level
+from tests.test_house import MODULES
 
 if sys.version_info >= (3, 11):
     import tomllib

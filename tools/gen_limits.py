@@ -16,7 +16,8 @@ TOP = """# Limits
 
 Made from the table in `serving/limits.py` by `tools/gen_limits.py`; change it there. What is beyond a limit is refused
 with the status shown and a message that names the field and the limit; nothing is cut or ignored in silence. Each row
-is hit exactly at the limit and one beyond it by `tests/security/test_limits.py` (media: `test_media_fetch.py`).
+is hit exactly at the limit and one beyond it by `tests/security/test_limits.py` (media: `test_media_fetch.py`,
+`test_image_header.py`).
 """
 SECTIONS: tuple[tuple[str, str, tuple[Limit, ...]], ...] = (
     ("Heads", "Checked before the path and the key are looked at.", HEAD),

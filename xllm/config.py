@@ -27,7 +27,7 @@ WORKERS = ("auto", "inline", "thread", "codec", "processes")
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
-# The first six, and what other engines call them.
+# Ours, and behind them what other engines call the same (`fp8_e4m3` is `fp8`, `float32` is `fp32`).
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 KV_STORE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bfloat16", "float16", "fp8_e4m3")
 

@@ -81,12 +81,3 @@ class EngineStats:
     prefetched_blocks_total: dict[str, int] = field(default_factory=dict)  # right: used in time; wrong: not
     kv_disk_up: bool = False  # there is a disk tier and it has not failed
     graphs: GraphStats | None = None  # None: no graph mode
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        return self.prefix_hits_total / self.prefix_queries_total if self.prefix_queries_total else 0.0
-
-    @property
-    def spec_acceptance_rate(self) -> float:
-        total = self.spec_draft_tokens_total
-        return self.spec_accepted_tokens_total / total if total else 0.0

@@ -73,10 +73,6 @@ class SamplingParams:
         _check_collections(self)
 
     @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
     def needs_history(self) -> bool:
         """Whether logits depend on the tokens already produced."""
         return bool(

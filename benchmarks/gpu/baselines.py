@@ -39,7 +39,8 @@ def _run(bench: Bench, name: str, id: str) -> None:
     if not answers:
         return bench.absent(id, f"exit status {done.returncode}: {done.stderr[-1500:]}")
     answer: dict[str, Any] = json.loads(answers[-1])
-    bench.row(id, status=ABSENT if "why" in answer else OK, **answer, **_ratio(bench, name, answer))
+    answer |= _ratio(bench, name, answer)
+    bench.row(id, status=ABSENT if "why" in answer else OK, **answer)
 
 
 def _ratio(bench: Bench, name: str, answer: dict[str, Any]) -> dict[str, float]:

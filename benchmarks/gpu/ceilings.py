@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def transfers(bench: Bench, id: str) -> None:
         host = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).pin_memory()
         memory = host.to(bench.device.torch)
         for way, target, source in (("h2d", memory, host), ("d2h", host, memory)):
-            timing = _waited_for(bench, lambda target=target, source=source: target.copy_(source, non_blocking=True))
+            timing = _waited_for(bench, partial(target.copy_, source, non_blocking=True))
             _note(bench, **{f"{way}_{name}_us": timing.us})
             bench.row(f"{id}/{way}/{name}", timing=timing, bytes_per_s=num_bytes / timing.us * 1e6)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -118,10 +119,10 @@ class Device:
             self.backend.synchronize_copies()
 
         for call in calls:
-            self.once(lambda call=call: one(call))
+            self.once(partial(one, call))
         samples, until = list[float](), time.perf_counter() + seconds
         while len(samples) < LEAST_SAMPLES or (time.perf_counter() < until and len(samples) < 1000):
-            samples += [self.once(lambda call=call: one(call)) for call in calls]
+            samples += [self.once(partial(one, call)) for call in calls]
         return Timing.of(samples)
 
     def _samples(self, call: Call, count: int) -> list[float]:

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device import Timing
 from benchmarks.gpu.driver import Driver, measured_engine
@@ -125,7 +123,7 @@ def _profile(bench: Bench, driver: Driver, id: str, plain_us: float, *, keep_tra
 def device_spans(events: Sequence[Any]) -> list[tuple[float, float]]:
     """(begin, end) in microseconds of everything that ran on the device."""
     return sorted((event.time_range.start, event.time_range.end) for event in events
-                  if event.device_type == torch.autograd.DeviceType.CUDA
+                  if event.device_type.name == "CUDA"
                   and not getattr(event, "is_user_annotation", False))
 
 

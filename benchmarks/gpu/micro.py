@@ -5,6 +5,8 @@ Inputs are random and rotate through more memory than the L2 cache holds; on a G
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 from benchmarks.gpu.bank import MicroCase
@@ -16,6 +18,17 @@ from benchmarks.gpu.ops import REFUSALS
 from benchmarks.gpu.roofline import Ceilings
 
 ROOM = 12  # of the free memory: inputs are made in float32, and then copied to where they are read
+
+
+class Facts(TypedDict, total=False):
+    """What a row says beside its time: of a transfer, and of the yardstick at the same size."""
+
+    link: str
+    bytes_per_s: float
+    ref: str
+    ref_us: float
+    ref_error: str
+    pct_ref: float
 
 
 @torch.inference_mode()
@@ -37,8 +50,9 @@ def _measure(bench: Bench, case: MicroCase) -> None:
         if not case.may_refuse:
             raise
         return bench.absent(case.id, f"refused: {refusal}"[:500])
-    facts = {} if case.reference is None else _reference(bench, case, count, timing)
-    facts |= {} if case.link is None else {"link": case.link, "bytes_per_s": case.work.bytes / timing.us * 1e6}
+    facts: Facts = {} if case.reference is None else _reference(bench, case, count, timing)
+    if case.link is not None:
+        facts |= {"link": case.link, "bytes_per_s": case.work.bytes / timing.us * 1e6}
     bench.row(case.id, timing=timing, work=case.work, cfg=case.cfg | {"rotated": count},
               ceilings=_ceilings(bench, case), **facts)  # fmt: skip
 
@@ -53,7 +67,7 @@ def _ceilings(bench: Bench, case: MicroCase) -> Ceilings | None:
                     found.get(case.rate, usual.rate))  # fmt: skip
 
 
-def _reference(bench: Bench, case: MicroCase, count: int, timing: Timing) -> dict[str, object]:
+def _reference(bench: Bench, case: MicroCase, count: int, timing: Timing) -> Facts:
     """The yardstick's time at the same size; that it fails is no fault of ours."""
     assert case.reference is not None
     name, make = case.reference

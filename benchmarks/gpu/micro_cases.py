@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -63,7 +64,7 @@ def linears(bank: Bank, shape: ModelShape, tokens: int) -> Iterator[MicroCase]:
             yield MicroCase(
                 id=f"linear/{shape.name}/{name}/{quantization or 'plain'}/T{tokens}", num_bytes=weight_bytes,
                 work=Work(moved, 2.0 * tokens * X * Y), cfg={"T": tokens, "Y": Y, "X": X, "quantization": quantization},
-                calls=each(lambda q=quantization, Y=Y, X=X: linear_call(bank, tokens, Y, X, q)),
+                calls=each(partial(linear_call, bank, tokens, Y, X, quantization)),
                 may_refuse=quantization is not None, rate=rate_of(quantization, tokens))  # fmt: skip
 
 
@@ -135,6 +136,6 @@ def rope_call(bank: Bank, shape: ModelShape, tokens: int) -> Call:
     qkv, caches = bank.randn(tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim), step.filled_caches()
     positions = torch.full((tokens,), 4, dtype=torch.int32, device=bank.device.torch)
     table, norm = torch.rand(64, shape.head_dim, device=bank.device.torch), bank.randn(shape.head_dim)
-    heads = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    return lambda: bank.ops.qkv_rope_write(qkv, positions, table, *caches, step.meta, q_norm_H=norm, k_norm_H=norm,
-                                           **heads)  # fmt: skip
+    return lambda: bank.ops.qkv_rope_write(qkv, positions, table, *caches, step.meta, num_heads=shape.heads,
+                                           num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, q_norm_H=norm,
+                                           k_norm_H=norm)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ def lora_cases(bank: Bank, shape: ModelShape, tokens: int) -> Iterator[MicroCase
         yield MicroCase(id=f"lora_add/{shape.name}/L{slots}/T{tokens}", num_bytes=slots * one_bytes + moved,
                         work=Work(float(moved), 2.0 * tokens * (len(parts) * RANK * X + Y * RANK)),
                         cfg={"T": tokens, "L": slots, "rank": RANK, "parts": parts},
-                        calls=each(lambda L=slots: lora_call(bank, shape, tokens, L)))  # fmt: skip
+                        calls=each(partial(lora_call, bank, shape, tokens, slots)))  # fmt: skip
 
 
 def pack_case(bank: Bank, shape: ModelShape) -> MicroCase:

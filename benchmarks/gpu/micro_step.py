@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ def step_cases(bank: Bank, vocab: int, rows: int) -> Iterator[MicroCase]:
     moved, cfg = rows * vocab * 4, {"B": rows}
     for name, limits in SAMPLING.items():
         yield MicroCase(id=f"sample.{name}/B{rows}/V{vocab}", work=Work(float(moved), 0.0), num_bytes=moved, cfg=cfg,
-                        calls=each(lambda at=limits: sample_call(bank, rows, vocab, *at)))
+                        calls=each(partial(sample_call, bank, rows, vocab, *limits)))
     yield MicroCase(id=f"argmax/B{rows}/V{vocab}", work=Work(float(moved), 0.0), num_bytes=moved, cfg=cfg,
                     calls=each(lambda: argmax_call(bank, rows, vocab)))
     history = min(HISTORY, vocab // 2)
@@ -36,10 +37,10 @@ def step_cases(bank: Bank, vocab: int, rows: int) -> Iterator[MicroCase]:
 
 def sample_call(bank: Bank, rows: int, vocab: int, temperature: float, top_k: int, top_p: float) -> Call:
     logits, device = bank.logits(rows, vocab), bank.device.torch
-    columns = [torch.full((rows,), value, device=device) for value in (temperature, top_k, top_p, 0.0)]
-    columns[1] = columns[1].int()
+    temperatures, top_ps, min_ps = (torch.full((rows,), value, device=device) for value in (temperature, top_p, 0.0))
+    top_ks = torch.full((rows,), top_k, device=device, dtype=torch.int32)
     uniform = torch.rand(rows, device=device, generator=bank.generator)
-    return lambda: bank.ops.sample(logits, *columns, uniform)
+    return lambda: bank.ops.sample(logits, temperatures, top_ks, top_ps, min_ps, uniform)
 
 
 def argmax_call(bank: Bank, rows: int, vocab: int) -> Call:

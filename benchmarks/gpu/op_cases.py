@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from backends.reference.linear import quantise_tokens
 from benchmarks.gpu.device import Device
 
+Args = ParamSpec("Args")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -71,6 +73,12 @@ class World:
 
 
 Cases = Callable[[World], Iterator[Check]]
+
+
+def later(function: Callable[Args, Tensor], *args: Args.args, **kwargs: Args.kwargs) -> Callable[[], Sequence[Tensor]]:
+    """The call with what the arguments are now, made when it is asked for; its tensor is the only output."""
+    return lambda: (function(*args, **kwargs),)
+
 
 # Codes of the weight and the largest of them; with w8a8 x becomes such codes as well.
 QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "w8a8": (torch.int8, 127.0)}
@@ -133,8 +141,8 @@ def pack_linear_cases(world: World) -> Iterator[Check]:
             yield Check(name=str(quantization), absent=str(error))
             continue
         exact = weight.double() if quantization is None else rounded(weight, quantization)
-        yield Check(name=str(quantization), run=lambda p=packed, x=unit: (world.ops.linear(x, p),),
-                    truth=lambda e=exact: (e.T,), tolerance=1e-6)  # fmt: skip
+        yield Check(name=str(quantization), run=later(world.ops.linear, unit, packed),
+                    truth=later(exact.t), tolerance=1e-6)  # fmt: skip
 
 
 def embedding_cases(world: World) -> Iterator[Check]:
@@ -142,8 +150,8 @@ def embedding_cases(world: World) -> Iterator[Check]:
         vocab, hidden = world.rng.choice(((1000, 64), (151_936 if world.device.is_cuda else 5000, 128), (7, 100)))
         table = world.randn(vocab, hidden, dtype=world.dtype(i))
         ids = world.randint(vocab, world.rng.choice((1, 3, 64, 257)), dtype=(torch.int32, torch.int64)[i % 2])
-        yield Check(name=f"{vocab}x{hidden}/{len(ids)}", run=lambda t=table, n=ids: (world.ops.embedding(n, t),),
-                    truth=lambda t=table, n=ids: (t[n.long()],))  # fmt: skip
+        yield Check(name=f"{vocab}x{hidden}/{len(ids)}", run=later(world.ops.embedding, ids, table),
+                    truth=later(table.index_select, 0, ids.long()))  # fmt: skip
 
 
 def feed_tokens_cases(world: World) -> Iterator[Check]:
@@ -157,7 +165,7 @@ def feed_tokens_cases(world: World) -> Iterator[Check]:
             return (world.tensor(kept, torch.int32),)
 
         yield Check(name=f"{rows}from{sampled}", truth=truth,
-                    run=lambda i=ids, f=feed, t=tokens: (world.ops.feed_tokens(i, f, t),))  # fmt: skip
+                    run=later(world.ops.feed_tokens, ids, feed, tokens))  # fmt: skip
 
 
 def norm_truth(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -170,8 +178,7 @@ def rms_norm_cases(world: World) -> Iterator[Check]:
         dtype, rows, hidden = world.dtype(i), world.rng.choice((1, 3, 64, 259)), world.rng.choice(HIDDEN)
         x, weight = world.randn(rows, hidden, dtype=dtype), world.randn(hidden, dtype=dtype)
         yield Check(name=f"{rows}x{hidden}/{short(dtype)}", tolerance=TOLERANCE[dtype],
-                    run=lambda x=x, w=weight: (world.ops.rms_norm(x, w, 1e-6),),
-                    truth=lambda x=x, w=weight: (norm_truth(x, w, 1e-6),))  # fmt: skip
+                    run=later(world.ops.rms_norm, x, weight, 1e-6), truth=later(norm_truth, x, weight, 1e-6))
 
 
 def add_rms_norm_cases(world: World) -> Iterator[Check]:
@@ -196,8 +203,12 @@ def silu_mul_cases(world: World) -> Iterator[Check]:
         dtype, rows, ffn = world.dtype(i), world.rng.choice((1, 5, 64, 130)), world.rng.choice((96, 3072, 14_336))
         x = world.randn(rows, 2 * ffn, dtype=dtype) * 3
         yield Check(name=f"{rows}x{ffn}/{short(dtype)}", tolerance=TOLERANCE[dtype],
-                    run=lambda x=x: (world.ops.silu_mul(x),),
-                    truth=lambda x=x, f=ffn: (torch.nn.functional.silu(x[:, :f].double()) * x[:, f:].double(),))
+                    run=later(world.ops.silu_mul, x), truth=later(silu_mul_truth, x))
+
+
+def silu_mul_truth(x_TG: Tensor) -> Tensor:
+    gate, up = x_TG.double().chunk(2, 1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def lora_cases(world: World) -> Iterator[Check]:
@@ -220,7 +231,7 @@ def lora_cases(world: World) -> Iterator[Check]:
             return (added,)
 
         yield Check(name=f"{rows}x{sum(parts)}x{inputs}/r{rank}/L{slots}/{short(dtype)}", run=run,
-                    truth=lambda y=y, x=x, a=a, b=b, at=slots_T, parts=parts: (lora_truth(y, x, a, b, at, parts),),
+                    truth=later(lora_truth, y, x, a, b, slots_T, parts),
                     tolerance=2 * TOLERANCE[dtype])  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.reference.kv_codes import QUANTISED
-from benchmarks.gpu.op_cases import TOLERANCE, Cases, Check, World, norm_truth, short
+from benchmarks.gpu.op_cases import TOLERANCE, Cases, Check, World, later, norm_truth, short
 from benchmarks.gpu.paged import PagedStep, numbers_BKPH
 
 GROUPS, HEAD_DIMS = (1, 2, 4, 5, 7, 8, 16), (64, 128, 192, 256, 80)
@@ -73,8 +73,8 @@ def attention_cases(world: World) -> Iterator[Check]:
         for window in (None, world.rng.choice((1, 17, 200))) if i % 3 == 0 else (None,):
             yield Check(name=f"{name}{f'/window{window}' if window else ''}", tolerance=2 * TOLERANCE[step.dtype],
                         may_refuse=step.kv_dtype in QUANTISED,
-                        run=lambda s=step, q=q, c=caches, w=window: (s.attend(world.ops, q, c, w),),
-                        truth=lambda s=step, q=q, w=window: (s.truth(q, w),))  # fmt: skip
+                        run=later(step.attend, world.ops, q, caches, window),
+                        truth=later(step.truth, q, window))  # fmt: skip
 
 
 def plan_cases(world: World) -> Iterator[Check]:
@@ -87,8 +87,11 @@ def plan_cases(world: World) -> Iterator[Check]:
             plan = s.plan(world.ops, q1.shape[1])
             return s.attend(world.ops, q1, c, plan=plan), s.attend(world.ops, q2, c, 17, plan=plan)
 
-        yield Check(name=name, run=run, tolerance=2 * TOLERANCE[step.dtype], may_refuse=step.kv_dtype in QUANTISED,
-                    truth=lambda s=step, q1=q1, q2=q2: (s.truth(q1), s.truth(q2, 17)))  # fmt: skip
+        def truth(s: PagedStep = step, q1: Tensor = q1, q2: Tensor = q2) -> Sequence[Tensor]:
+            return s.truth(q1), s.truth(q2, 17)
+
+        yield Check(name=name, run=run, truth=truth, tolerance=2 * TOLERANCE[step.dtype],
+                    may_refuse=step.kv_dtype in QUANTISED)  # fmt: skip
 
 
 def qkv_rope_write_cases(world: World) -> Iterator[Check]:
@@ -104,20 +107,20 @@ def rope_check(world: World, step: PagedStep, num_heads: int, name: str, *, norm
     qkv, positions = step.random(T, (num_heads + 2 * K) * H), world.randint(500, T, dtype=torch.int32)
     angles = world.rand(500, H // 2) * 6.3
     table = torch.cat((angles.cos(), angles.sin()), 1)
-    norms = {"q_norm_H": step.random(H), "k_norm_H": step.random(H)} if normed else {}
+    q_norm, k_norm = (step.random(H), step.random(H)) if normed else (None, None)
     step.meta.slot_mapping_T[:: max(2, T // 3)] = -1  # padding, which is not stored
 
     def run() -> Sequence[Tensor]:
         k_cache, v_cache = step.empty_caches()
         q = world.ops.qkv_rope_write(qkv.clone(), positions, table, k_cache, v_cache, step.meta, num_heads=num_heads,
-                                     num_kv_heads=K, head_dim=H, **norms)  # fmt: skip
+                                     num_kv_heads=K, head_dim=H, q_norm_H=q_norm, k_norm_H=k_norm)  # fmt: skip
         return q, *numbers(world, k_cache, v_cache)
 
     def truth() -> Sequence[Tensor]:
         at = judge or qkv.device
         q, k, v = qkv.to(at).view(T, -1, H).double().split([num_heads, K, K], dim=1)
-        if normed:
-            q, k = (norm_truth(x, norms[f"{letter}_norm_H"].to(at), 1e-6) for x, letter in ((q, "q"), (k, "k")))
+        if q_norm is not None and k_norm is not None:
+            q, k = norm_truth(q, q_norm.to(at), 1e-6), norm_truth(k, k_norm.to(at), 1e-6)
         angles_TH, slots = table.to(at)[positions.long().to(at)], step.meta.slot_mapping_T.to(at)
         kept = slots >= 0
         blocks, offsets = slots[kept].long() // step.P, slots[kept].long() % step.P
@@ -172,9 +175,12 @@ def stored_bytes_cases(world: World) -> Iterator[Check]:
             step = PagedStep(world.backend, [1], [5], num_kv_heads=2, head_dim=64, dtype=world.dtypes[0],
                              generator=world.generator, kv_dtype=kv_dtype)  # fmt: skip
             cache = step.empty_caches()[0]
-            yield Check(name=f"{format} of {short(cache.dtype)}", may_refuse=kv_dtype is not None,
-                        truth=lambda n=size: (torch.tensor([2 * 2 * P * n]),),
-                        run=lambda f=format, c=cache: (torch.tensor([world.ops.stored_bytes(c, c, format=f)]),))
+
+            def run(cache: Tensor = cache, format: str = format) -> Sequence[Tensor]:
+                return (torch.tensor([world.ops.stored_bytes(cache, cache, format=format)]),)
+
+            yield Check(name=f"{format} of {short(cache.dtype)}", may_refuse=kv_dtype is not None, run=run,
+                        truth=later(torch.tensor, [2 * 2 * P * size]))
 
 
 def export_cases(world: World) -> Iterator[Check]:

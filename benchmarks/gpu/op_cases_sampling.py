@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.reference import REFERENCE
-from benchmarks.gpu.op_cases import Cases, Check, World
+from benchmarks.gpu.op_cases import Cases, Check, World, later
 
 # temperature, top_k, top_p, min_p
 LIMITS = [
@@ -25,8 +25,7 @@ def argmax_cases(world: World) -> Iterator[Check]:
         if i % 2:
             logits = logits.round()  # equals, of which the first counts
         yield Check(name=f"{'x'.join(map(str, logits.shape))}{'/ties' * (i % 2)}",
-                    run=lambda x=logits: (world.ops.argmax(x),),
-                    truth=lambda x=logits: (first_largest(x),))  # fmt: skip
+                    run=later(world.ops.argmax, logits), truth=later(first_largest, logits))  # fmt: skip
 
 
 def _logits(world: World, i: int) -> Tensor:
@@ -71,11 +70,11 @@ def possible_tokens(logits_V: Tensor, temperature: float, top_k: int, top_p: flo
     """By the reference, which sorts whole rows in float64, at thresholds a little to either side."""
     off = torch.tensor([-SLACK, 0.0, SLACK], dtype=torch.float64, device=logits_V.device)
     p, m, u = (x.flatten() for x in torch.meshgrid(off, off, off, indexing="ij"))
-    count, at = len(p), {"device": logits_V.device}
-    top_p_S = (top_p + p).clamp(max=1 - SLACK) if top_p < 1 else torch.ones(count, **at)
+    count, at = len(p), logits_V.device
+    top_p_S = (top_p + p).clamp(max=1 - SLACK) if top_p < 1 else torch.ones(count, device=at)
     tokens = REFERENCE.sample(
-        logits_V.expand(count, -1), torch.full((count,), temperature, **at), torch.full((count,), top_k, **at), top_p_S,
-        min_p * (1 + m), (uniform + u).clamp(0, 1 - 1e-12))  # fmt: skip
+        logits_V.expand(count, -1), torch.full((count,), temperature, device=at),
+        torch.full((count,), top_k, device=at), top_p_S, min_p * (1 + m), (uniform + u).clamp(0, 1 - 1e-12))
     return set(tokens.tolist())
 
 

@@ -19,7 +19,8 @@ from backends.reference.kv_codes import dequantise, quantise
 from benchmarks.gpu.op_cases import in_codes, rounded
 
 VOCAB = 1031
-SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+NUM_HEADS = 8
+SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": NUM_HEADS, "num_key_value_heads": 2,
          "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
 # On a GPU the head size that its kernels are made for; a dry run is to be short.
 LARGE = {"hidden_size": 1024, "intermediate_size": 1536, "head_dim": 128}
@@ -40,7 +41,7 @@ def save(family: str, folder: Path, *, large: bool) -> Path:
     logging.disable_progress_bar()
     sizes = LARGE if large else SMALL
     if family == "Qwen2":  # its head size follows from the hidden size
-        sizes = {**sizes, "hidden_size": SIZES["num_attention_heads"] * sizes["head_dim"]}
+        sizes = {**sizes, "hidden_size": NUM_HEADS * sizes["head_dim"]}
     config = getattr(transformers, f"{family}Config")(**SIZES, **sizes, tie_word_embeddings=family == "Qwen3")
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     generator = torch.Generator().manual_seed(5)

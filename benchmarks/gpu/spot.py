@@ -21,6 +21,7 @@ from benchmarks.gpu.op_cases import (
     Check,
     World,
     in_codes,
+    later,
     lora_truth,
     norm_truth,
     rounded,
@@ -90,7 +91,7 @@ def lora_add(world: World, shape: ModelShape) -> Iterator[Check]:
         return (added,)
 
     def truth() -> Sequence[Tensor]:
-        return (lora_truth(*(tensor.to(HOST) for tensor in (y, x, a, b, slots_T)), parts),)
+        return (lora_truth(y.to(HOST), x.to(HOST), a.to(HOST), b.to(HOST), slots_T.to(HOST), parts),)
 
     yield Check(name=f"{TOKENS}x{sum(parts)}x{shape.hidden}", run=run, truth=truth, tolerance=2 * TOLERANCE[dtype])
 
@@ -168,9 +169,12 @@ def steps(world: World, shape: ModelShape) -> Iterator[tuple[str, PagedStep]]:
 def attention(world: World, shape: ModelShape) -> Iterator[Check]:
     for name, step in steps(world, shape):
         q, caches = step.random(sum(step.query_lens), shape.heads, shape.head_dim), step.filled_caches()
+
+        def truth(step: PagedStep = step, q: Tensor = q) -> Sequence[Tensor]:
+            return (step.truth(q.to(HOST)),)
+
         yield Check(name=name, tolerance=2 * TOLERANCE[step.dtype], may_refuse=step.kv_dtype in QUANTISED,
-                    run=lambda s=step, q=q, c=caches: (s.attend(world.ops, q, c),),
-                    truth=lambda s=step, q=q: (s.truth(q.to(HOST)),))  # fmt: skip
+                    run=later(step.attend, world.ops, q, caches), truth=truth)
 
 
 def qkv_rope_write(world: World, shape: ModelShape) -> Iterator[Check]:

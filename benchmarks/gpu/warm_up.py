@@ -12,12 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.bank import MicroCase
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.driver import Driver
 from benchmarks.gpu.engine import BYTE_FORMS
@@ -41,10 +43,10 @@ Job = tuple[str, Callable[[], Any]]
 def jobs(device: Device, profile: Profile, scratch: Path) -> Iterator[Job]:
     """What takes longest first. Inputs are random in the same order in each process: the jobs are the same ones."""
     for name, shape, settings in engines(profile):
-        yield f"engine/{name}", lambda s=shape, n=name, o=settings: run_engine(device, profile, s, scratch / n, o)
+        yield f"engine/{name}", partial(run_engine, device, profile, shape, scratch / name, settings)
     for case in all_cases(device, profile, once=True):
         if not case.absent:
-            yield case.id, lambda c=case: c.calls(1)[0]()
+            yield case.id, partial(call_once, case)
     for name, cases in OPERATORS.items():
         world = World(device, seed=len(name), cases=profile.cases, longest=profile.longest)
         for check in cases(world):
@@ -53,6 +55,10 @@ def jobs(device: Device, profile: Profile, scratch: Path) -> Iterator[Job]:
         world = World(device, seed=len(name), cases=1, longest=profile.longest)
         for check in spots(world, SHAPES[profile.models[-1]]):
             yield f"spot/{name}/{check.name}", check.run
+
+
+def call_once(case: MicroCase) -> None:
+    case.calls(1)[0]()
 
 
 def engines(profile: Profile) -> Iterator[tuple[str, ModelShape, dict[str, Any]]]:

@@ -220,7 +220,7 @@ class ResponsesCall:
 
     def _changed(self, change: Change) -> Iterator[bytes]:
         block = change.block
-        place = {"output_index": block.index}
+        place: dict[str, Any] = {"output_index": block.index}
         if isinstance(change, Opened):
             item = self._item(block, "in_progress")
             yield self._event("output_item.added", item=item, **place)
@@ -231,20 +231,23 @@ class ResponsesCall:
         if block.kind != "call":
             at["content_index"] = 0
         if not isinstance(change, Closed):
-            extra = {"logprobs": []} if block.kind == "text" else {}
-            yield self._event(f"{_STREAMS[block.kind]}.delta", delta=change.text, **at, **extra)
+            yield self._event(f"{_STREAMS[block.kind]}.delta", delta=change.text, **at, **_no_logprobs(block))
             return
         if block.kind == "call":
             yield self._event("function_call_arguments.done", arguments=block.text, name=block.name, **at)
         else:
-            extra = {"logprobs": []} if block.kind == "text" else {}
-            yield self._event(f"{_STREAMS[block.kind]}.done", text=block.text, **at, **extra)
+            yield self._event(f"{_STREAMS[block.kind]}.done", text=block.text, **at, **_no_logprobs(block))
             yield self._event("content_part.done", part=_part(block), **at)
         yield self._event("output_item.done", item=self._item(block, "completed"), **place)
 
 
 _PREFIXES = {"call": "fc", "reasoning": "rs", "text": "msg"}
 _STREAMS = {"call": "function_call_arguments", "reasoning": "reasoning_text", "text": "output_text"}
+
+
+def _no_logprobs(block: Block) -> dict[str, list[object]]:
+    """Events about text have the member; nothing else may."""
+    return {"logprobs": []} if block.kind == "text" else {}
 
 
 def _part(block: Block) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
             prompt = [rng.randrange(vocab_size) for _ in range(args.input_len)]
             metrics = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].metrics
             if i:  # the first warms up
+                assert metrics.first_token_time is not None and metrics.last_token_time is not None
                 first_ms.append((metrics.first_token_time - metrics.arrival_time) * 1e3)
                 gap = metrics.last_token_time - metrics.first_token_time
                 between_ms.append(gap / max(1, args.output_len - 1) * 1e3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def make_scheduler(num_seqs: int, *, max_model_len: int, num_blocks: int, **settings) -> Scheduler:
+def make_scheduler(num_seqs: int, *, max_model_len: int, num_blocks: int, **settings: Any) -> Scheduler:
     """A scheduler with default settings but for those given."""
     config = EngineConfig.from_flat(max_num_seqs=num_seqs, block_size=BLOCK_SIZE, **settings)
     resolved = config.resolve(model_max_len=max_model_len, default_block_size=BLOCK_SIZE)
@@ -57,11 +58,11 @@ def make_scheduler(num_seqs: int, *, max_model_len: int, num_blocks: int, **sett
 
 
 def request(name: str, prompt: np.ndarray, max_tokens: int | None = None) -> Request:
-    return Request(request_id=name, prompt_token_ids=prompt, eos_token_ids=(32_001,),
+    return Request(request_id=name, prompt_token_ids=prompt.tolist(), eos_token_ids=(32_001,),
                    sampling=SamplingParams(max_tokens=max_tokens))
 
 
-def steady_decode(num_seqs: int, num_steps: int, **settings) -> dict:
+def steady_decode(num_seqs: int, num_steps: int, **settings: Any) -> dict[str, Any]:
     """All sequences decode; nobody comes or goes. Overlapped: one step in flight while the next is planned."""
     max_len = PROMPT_TOKENS + (num_steps + 50) * (1 + settings.get("num_speculative_tokens", 0)) + 64
     blocks = (max_len // BLOCK_SIZE + 2) * num_seqs
@@ -149,7 +150,7 @@ def evict_us(num_evicted: int, num_leaves: int, repetitions: int = 200) -> dict[
     return report.quantiles(times)
 
 
-def overload(num_seqs: int) -> dict:
+def overload(num_seqs: int) -> dict[str, Any]:
     """A pool of 59 % of the demand: preemptions, and what steps cost meanwhile."""
     prompt_tokens, output_tokens = 256, 300
     blocks = int(0.59 * num_seqs * (prompt_tokens + output_tokens) / BLOCK_SIZE)

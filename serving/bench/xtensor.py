@@ -51,12 +51,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError("this device has no virtual memory management")
         result = {"page_bytes": virtual.arena.page_bytes, "calls": measure_calls(virtual)}
         if args.trace is not None:
-            lengths = read_lengths(args.trace, args.scale, args.requests)
-            result["trace"] = {"name": args.trace.name, "lengths_divided_by": args.scale, "requests": len(lengths)}
-            for caching in (False, True):
-                name = "prefix_caching" if caching else "no_prefix_caching"
-                report.note(f"trace, {name} ...")
-                result["trace"][name] = replay(lengths, virtual, caching)
+            result["trace"] = replay_trace(args, virtual)
         result["steady_decode"] = steady_decode(core)
     finally:
         core.shutdown()
@@ -64,6 +59,17 @@ def main(argv: list[str]) -> int:
         result["decode"] = compare_decode(args)
     report.write(result, args.json)
     return 0
+
+
+def replay_trace(args: argparse.Namespace, virtual: VirtualRows) -> dict[str, Any]:
+    """Without prefix caching and with it."""
+    lengths = read_lengths(args.trace, args.scale, args.requests)
+    found = {"name": args.trace.name, "lengths_divided_by": args.scale, "requests": len(lengths)}
+    for caching in (False, True):
+        name = "prefix_caching" if caching else "no_prefix_caching"
+        report.note(f"trace, {name} ...")
+        found[name] = replay(lengths, virtual, caching)
+    return found
 
 
 def make_core() -> EngineCore:
@@ -108,7 +114,7 @@ def hand_over(virtual: VirtualRows, num_pages: int = RUN_PAGES, repetitions: int
     from xllm.runner.virtual_rows import VirtualRows
 
     times: dict[str, list[float]] = {"reused_whole": [], "fresh_scattered": [], "fresh_neighbours": []}
-    rng, blocks = np.random.default_rng(1), np.zeros((2, num_pages), dtype=np.int32)
+    rng = np.random.default_rng(1)
     for name, samples in times.items():
         made = make_rows(virtual, num_blocks=RUN_PAGES * 8, num_rows=1, pages_per_row=num_pages)
         assert isinstance(made, VirtualRows)
@@ -176,7 +182,7 @@ def replay(lengths: list[tuple[int, int]], virtual: VirtualRows, caching: bool) 
     runner, rng, plans = NullRunner(NUM_ROWS), np.random.default_rng(2), []
     watch = _Watch(rows)
     for i, (prompt, output) in enumerate(lengths):
-        tokens = rng.integers(0, 32_000, prompt, dtype=np.int32)
+        tokens = rng.integers(0, 32_000, prompt, dtype=np.int32).tolist()
         scheduler.add(Request(request_id=str(i), prompt_token_ids=tokens, eos_token_ids=(),
                               sampling=SamplingParams(max_tokens=min(output, MAX_LEN - prompt))))
     while scheduler.has_requests:
@@ -258,7 +264,7 @@ def steady_decode(core: EngineCore, batch: int = 8, num_tokens: int = 400) -> di
 
     rng, real = np.random.default_rng(3), virtual.arena.driver
     for i in range(batch):
-        core.add(Request(request_id=str(i), prompt_token_ids=rng.integers(0, 4000, 100, dtype=np.int32),
+        core.add(Request(request_id=str(i), prompt_token_ids=rng.integers(0, 4000, 100, dtype=np.int32).tolist(),
                          eos_token_ids=(), sampling=SamplingParams(temperature=0, max_tokens=num_tokens)))
     for _ in range(10):
         core.step()

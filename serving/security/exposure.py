@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import ssl
 from pathlib import Path
+from typing import TypedDict
 
 from serving.config import HttpSettings
 from serving.security.hosts import HostRule
@@ -38,7 +39,16 @@ def host_rule(http: HttpSettings, keys: KeyRing) -> HostRule:
     return HostRule((*http.allowed_host, http.host), any_name=keys.has_user_keys or http.insecure)
 
 
-def tls_options(http: HttpSettings) -> dict[str, object]:
+class TlsOptions(TypedDict, total=False):
+    """uvicorn's, by its names for them."""
+
+    ssl_certfile: str
+    ssl_keyfile: str | None
+    ssl_ca_certs: str | None
+    ssl_cert_reqs: int
+
+
+def tls_options(http: HttpSettings) -> TlsOptions:
     """uvicorn's options for TLS; empty: plain HTTP. With CA certificates clients must show one of theirs.
 
     Raises ConfigError for files that cannot be used, before anything has started.
@@ -51,7 +61,7 @@ def tls_options(http: HttpSettings) -> dict[str, object]:
         file = getattr(http, name)
         if file and not Path(file).is_file():
             raise ConfigError(f"{name}: there is no file {file}")
-    options: dict[str, object] = {
+    options: TlsOptions = {
         "ssl_certfile": http.ssl_certfile, "ssl_keyfile": http.ssl_keyfile, "ssl_ca_certs": http.ssl_ca_certs,
         "ssl_cert_reqs": ssl.CERT_REQUIRED if http.ssl_ca_certs else ssl.CERT_NONE}
     try:

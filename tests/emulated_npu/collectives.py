@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import TYPE_CHECKING, Any
+from random import Random
+from typing import Any, Protocol
 
 from tests.emulated_npu import runtime
 from tests.emulated_npu.tasks import Task
 from tests.emulated_npu.tensors import Range
-
-if TYPE_CHECKING:
-    from tests.emulated_npu.machine import Machine
 
 POLL_S = 0.0005
 LATEST_S = 0.05  # how long work may lie in the worst order while nobody waits for it
@@ -67,10 +65,26 @@ def _raise(code: int) -> None:
         raise runtime.DeviceFault(code)
 
 
+class Queues(Protocol):
+    """What the emulated device has queued: see `Machine`."""
+
+    changed: threading.Condition
+    num_waiting: int
+    random: Random | None
+
+    def has_work(self) -> bool: ...
+
+    def pump(self) -> None: ...
+
+    def step(self) -> bool: ...
+
+    def submit(self, stream: int, task: Task) -> None: ...
+
+
 class Device(threading.Thread):
     """Runs what is queued while communicators exist: at once, or in the worst order late, but some day."""
 
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: Queues):
         super().__init__(name="emulated-npu", daemon=True)
         self.machine, self.stopping = machine, threading.Event()
 
@@ -92,7 +106,7 @@ class Device(threading.Thread):
 class Communicators:
     """Those that are open in this process."""
 
-    def __init__(self, machine: Machine):
+    def __init__(self, machine: Queues):
         self.machine = machine
         self.handles: set[int] = set()
         self.device: Device | None = None

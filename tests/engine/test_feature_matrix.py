@@ -1,7 +1,13 @@
-"""The feature matrix: every pair of features on, and all of them, gives the plain output on every KV layout.
+"""The feature matrix: whatever features are on, whichever way leads to the worker and however KV lies, the output is
+the plain one.
 
-Plain output: the same weights, KV format and precision, block tables, one request at a time, every feature off. A
-feature that is on must also be seen to work (a hit, a preemption, an accepted draft): else the pair proves nothing.
+Plain output: the same weights, KV format and precision, block tables, one request at a time, every feature off, in the
+same thread. A feature that is on must also be seen to work (a hit, a preemption, an accepted draft): else the row
+proves nothing.
+
+The rows are a covering array (`covering.py`): any STRENGTH values of different columns meet in one of them. A feature
+is a word in FEATURES, a way a line in WAYS, a layout a line in LAYOUTS; what cannot be in one row goes into EXCLUSIONS.
+`make nightly` (MATRIX_ALL=1) also runs every feature and every pair of features alone, each way and on each layout.
 """
 
 from __future__ import annotations
@@ -13,29 +19,87 @@ import itertools
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llguidance import LLTokenizer
 
 from tests.adapters import write_adapter
-from xllm import LLM, SamplingParams, StructuredOutput
+from tests.engine.covering import covering_rows
+from xllm import LLM, SamplingParams, StructuredOutput, bundled
+from xllm.metrics import EngineStats
+from xllm.structured.grammar import build_matcher, grammar_text
+from xllm.structured.vocabulary import vocabulary_source
+from xllm.tokenizer import load_tokenizer
 
 _FOLDERS = contextlib.ExitStack()
 atexit.register(_FOLDERS.close)
 MAX_MODEL_LEN = 208
 NUM_TOKENS = 40
 
-FEATURES = ("overlap", "chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "w8a8", "tiers", "graph",
-            "grammar", "lora", "kv8")
+# Off or on. Overlapped steps are no feature of their own: they are what some WAYS do.
+FEATURES = ("chunked", "prefix", "ngram", "preemption", "batch", "seeds", "int8", "w8a8", "tiers", "graph", "grammar",
+            "lora", "kv8")
 WEIGHTS = {"int8", "w8a8"}  # formats of weights: one of them at most
 ROUNDED = {"w8a8", "kv8"}
-# Those that decide where KV lies or who reads it when: on the xtensor layout all pairs of them run, of the others each
-# with one of them. MATRIX_ALL=1 (`make nightly`): all pairs there, too.
-ABOUT_KV = {"overlap", "chunked", "prefix", "ngram", "preemption", "tiers", "graph", "kv8"}
+CHANGES_THE_OUTPUT = WEIGHTS | {"seeds", "grammar", "lora", "kv8"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the engine reaches the worker. overlaps: a step is scheduled while the one before runs. in_process: the
+    worker's runner is an object of this process, into which a check may look."""
+
+    settings: Mapping[str, Any]
+    overlaps: bool
+    in_process: bool = True
+
+
+WAYS = {
+    "inline": Way({"async_scheduling": False}, overlaps=False),
+    "thread": Way({"async_scheduling": True}, overlaps=True),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "paged": {}, "xtensor": {"kv_layout": "xtensor"},
+    "xtensor-capped": {"kv_layout": "xtensor", "xtensor_max_mappings": 8},
+}
+COLUMNS = {**dict.fromkeys(FEATURES, ("off", "on")), "way": tuple(WAYS), "layout": tuple(LAYOUTS)}
+EXCLUSIONS = [
+    {"int8": "on", "w8a8": "on"},
+    {"layout": "xtensor-capped", "batch": "off", "preemption": "off"},  # one sequence needs few mappings
+]
+# Pairs of features meet on every layout and in every way, as they did when each had a test of its own: 28 rows. With 2
+# there would be 10.
+STRENGTH = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: the features that are on, the way to the worker, the KV layout."""
+
+    features: frozenset[str]
+    way: str = "inline"
+    layout: str = "paged"
+
+    def __str__(self) -> str:
+        return f"{'+'.join(sorted(self.features)) or 'plain'}@{self.way}@{self.layout}"
+
+    @property
+    def overlaps(self) -> bool:
+        return WAYS[self.way].overlaps
+
+
+def is_possible(case: Case) -> bool:
+    """Whether no exclusion is about it."""
+    values = {**{name: "on" if name in case.features else "off" for name in FEATURES},
+              "way": case.way, "layout": case.layout}
+    return not any(excluded.items() <= values.items() for excluded in EXCLUSIONS)
+
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
-LAYOUTS = {"paged": {}, "xtensor": {"kv_layout": "xtensor"},
-           "xtensor-capped": {"kv_layout": "xtensor", "xtensor_max_mappings": 8}}
 PROMPTS = [
     SHARED + "    with open(path) as file:\n",
     SHARED + "    return [line for line in",
@@ -58,12 +122,12 @@ GRAMMARS = [
 ADAPTERS = ["a", "", "b", "a", "", "b"]  # one a prompt
 
 
-def settings_for(features: frozenset[str]) -> dict:
+def settings_for(case: Case) -> dict[str, Any]:
     """Engine settings that switch exactly these features on."""
+    features = case.features
     batch = "batch" in features or "preemption" in features
     return {
         "max_model_len": MAX_MODEL_LEN,
-        "async_scheduling": "overlap" in features,
         "enable_chunked_prefill": True,
         "max_num_batched_tokens": 23 if "chunked" in features else 2048,
         "enable_prefix_caching": "prefix" in features or "tiers" in features,
@@ -76,6 +140,8 @@ def settings_for(features: frozenset[str]) -> dict:
         "graph_mode": "checked" if "graph" in features else "off",
         "kv_cache_dtype": "int8" if "kv8" in features else "auto",
         **({"host_cache_size": "16MiB", "disk_cache_size": "64MiB"} if "tiers" in features else {}),
+        **WAYS[case.way].settings,
+        **LAYOUTS[case.layout],
     }
 
 
@@ -93,9 +159,10 @@ def grammars_for(features: frozenset[str]) -> list[StructuredOutput | None]:
     return GRAMMARS if "grammar" in features else [None] * len(PROMPTS)
 
 
-def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
+def run(case: Case) -> list[list[int]]:
+    features = case.features
     with contextlib.ExitStack() as stack:
-        settings = settings_for(features) | LAYOUTS[layout]
+        settings = settings_for(case)
         if "lora" in features:
             settings["lora_modules"] = adapters()
         if "tiers" in features:
@@ -104,18 +171,16 @@ def run(features: frozenset[str], layout: str = "paged") -> list[list[int]]:
         names = ADAPTERS if "lora" in features else [""] * len(PROMPTS)
         first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
         if "tiers" in features:
-            leave_only_the_lower_tiers(llm, keep_host="overlap" not in features)
+            leave_only_the_lower_tiers(llm, keep_host=not case.overlaps)
         again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)  # with a warm cache
         if "tiers" in features:
             settle(llm)
         stats = llm.stats()
-        assert stats.num_running == stats.num_waiting == 0
-        assert stats.num_free_blocks == stats.num_blocks
-        check_the_layout(llm, layout)
-        check_the_cache(llm, "kv8" in features)
-        first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
-        check_the_form(llm, grammars_for(features), first_ids)
-    check_that_it_worked(features, stats)
+        if WAYS[case.way].in_process:
+            check_the_worker(llm, case)
+    first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
+    check_that_it_worked(case, stats)
+    check_the_form(grammars_for(features), first_ids)
     assert_same(features, again_ids, first_ids)  # a warm cache changes nothing
     return first_ids
 
@@ -127,6 +192,44 @@ def assert_same(features: frozenset[str], found: list[list[int]], expected: list
         assert found == expected
         return
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 2, (found, expected)
+
+
+def check_that_it_worked(case: Case, stats: EngineStats) -> None:
+    """From outside, so that it holds for a worker in another process, too."""
+    features = case.features
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks == stats.num_blocks
+    assert (stats.prefix_hits_total > 0) == ("prefix" in features or "tiers" in features)
+    if "tiers" in features:
+        below = stats.cached_tokens_by_tier_total
+        assert below["l4"] > 0 if case.overlaps else below["l3"] > 0
+        assert stats.kv_disk_up
+    assert (stats.graphs is not None) == ("graph" in features)
+    if stats.graphs is not None:
+        assert sum(stats.graphs.replays_total.values()) > sum(stats.graphs.fallbacks_total.values())
+        if not case.overlaps or "ngram" not in features:
+            assert (stats.graphs.fed_steps_total > 0) == case.overlaps
+        assert ("verify" in {kind.split("-")[0] for kind in stats.graphs.replays_total}) == ("ngram" in features)
+        assert any("lora" in kind for kind in stats.graphs.replays_total) == ("lora" in features)
+    assert (stats.preemptions_total > 0) == ("preemption" in features)
+    assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
+
+
+@functools.cache
+def vocabulary() -> LLTokenizer:
+    """Of the bundled model, beside the engine's own."""
+    return vocabulary_source(load_tokenizer(Path(bundled.__file__).parent), vocab_size=4096, eos_token_ids=(2,)).build()
+
+
+def check_the_form(grammars: list[StructuredOutput | None], outputs: list[list[int]]) -> None:
+    for grammar, token_ids in zip(grammars, outputs):
+        assert len(token_ids) == NUM_TOKENS
+        if grammar is not None:
+            matcher = build_matcher(vocabulary(), grammar_text(grammar))
+            assert matcher.validate_tokens(token_ids) == NUM_TOKENS
+
+
+# --- what looks into the engine
 
 
 def settle(llm: LLM) -> None:
@@ -146,52 +249,25 @@ def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
     kv.check_integrity()
 
 
-def check_that_it_worked(features: frozenset[str], stats) -> None:
-    assert (stats.prefix_hits_total > 0) == ("prefix" in features or "tiers" in features)
-    if "tiers" in features:
-        below = stats.cached_tokens_by_tier_total
-        assert below["l4"] > 0 if "overlap" in features else below["l3"] > 0
-        assert stats.kv_disk_up
-    assert (stats.graphs is not None) == ("graph" in features)
-    if stats.graphs is not None:
-        assert sum(stats.graphs.replays_total.values()) > sum(stats.graphs.fallbacks_total.values())
-        if "overlap" not in features or "ngram" not in features:
-            assert (stats.graphs.fed_steps_total > 0) == ("overlap" in features)
-        assert ("verify" in {kind.split("-")[0] for kind in stats.graphs.replays_total}) == ("ngram" in features)
-        assert any("lora" in kind for kind in stats.graphs.replays_total) == ("lora" in features)
-    assert (stats.preemptions_total > 0) == ("preemption" in features)
-    assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
-
-
-def check_the_form(llm: LLM, grammars: list[StructuredOutput | None], outputs: list[list[int]]) -> None:
-    for grammar, token_ids in zip(grammars, outputs):
-        assert len(token_ids) == NUM_TOKENS
-        if grammar is not None:
-            assert llm._core.link.worker.grammars.matcher(grammar).validate_tokens(token_ids) == NUM_TOKENS
-
-
-def check_the_layout(llm: LLM, layout: str) -> None:
-    virtual = llm._core.link.worker.runner.virtual_rows
-    assert (virtual is not None) == (layout != "paged")
+def check_the_worker(llm: LLM, case: Case) -> None:
+    """KV lies as it was asked for. Only where the runner is in this process."""
+    runner = llm._core.link.worker.runner
+    assert {cache.itemsize for pair in runner.kv_cache.layers for cache in pair} == {1 if "kv8" in case.features else 4}
+    virtual = runner.virtual_rows
+    assert (virtual is not None) == (case.layout != "paged")
     if virtual is not None:
         virtual.xtensor.check_integrity()
         assert virtual.xtensor.counters.pages_mapped > 0
-        assert (virtual.xtensor.counters.fallbacks > 0) == (layout == "xtensor-capped")
+        assert (virtual.xtensor.counters.fallbacks > 0) == (case.layout == "xtensor-capped")
 
 
-def check_the_cache(llm: LLM, quantised: bool) -> None:
-    layers = llm._core.link.worker.runner.kv_cache.layers
-    assert {cache.itemsize for parts in layers for cache in parts} == {1 if quantised else 4}
+# --- the rows
 
 
 @functools.cache
 def plain(what_changes_the_output: frozenset[str]) -> list[list[int]]:
     """One request at a time, every other feature off."""
-    return run(what_changes_the_output)
-
-
-def plain_for(features: frozenset[str]) -> list[list[int]]:
-    return plain(features & WEIGHTS | features & {"seeds", "grammar", "lora", "kv8"})
+    return run(Case(what_changes_the_output))
 
 
 @functools.cache
@@ -203,28 +279,40 @@ def adapters() -> tuple[str, ...]:
     return tuple(f"{name}={folder / name}" for name in "ab")
 
 
-PAIRS = [frozenset(pair) for pair in itertools.combinations(FEATURES, 2) if set(pair) != WEIGHTS]
-TRIPLES_WORTH_IT = [frozenset(t) for t in (("overlap", "ngram", "preemption"), ("chunked", "prefix", "preemption"),
-                                           ("overlap", "prefix", "preemption"),
-                                           ("overlap", "ngram", "grammar"), ("grammar", "ngram", "preemption"))]
-MOST = frozenset(FEATURES) - WEIGHTS
-EXACT = MOST - {"kv8"}
-ALL = [MOST | {"int8"}, MOST | {"w8a8"}, EXACT | {"int8"}, EXACT, EXACT - {"seeds"}, EXACT - {"grammar"} | {"int8"}]
+COVERING = [Case(frozenset(name for name in FEATURES if row[name] == "on"), row["way"], row["layout"])
+            for row in covering_rows(COLUMNS, EXCLUSIONS, strength=STRENGTH)]
 
 
-ON_XTENSOR = [pair for pair in PAIRS if os.environ.get("MATRIX_ALL") or pair <= ABOUT_KV or "prefix" in pair]
+def chosen_cases() -> Iterator[Case]:
+    """Combinations of which somebody once had reason to be afraid, and everything at once."""
+    triples = [("thread", ("ngram", "preemption")), ("inline", ("chunked", "prefix", "preemption")),
+               ("thread", ("prefix", "preemption")), ("thread", ("ngram", "grammar")),
+               ("inline", ("grammar", "ngram", "preemption"))]
+    most = frozenset(FEATURES) - WEIGHTS
+    exact = most - {"kv8"}
+    everything = [most | {"int8"}, most | {"w8a8"}, exact | {"int8"}, exact, exact - {"seeds"},
+                  exact - {"grammar"} | {"int8"}]
+    for layout in LAYOUTS:
+        if layout != "xtensor-capped":
+            yield from (Case(frozenset(features), way, layout) for way, features in triples)
+        yield from (Case(features, "thread", layout) for features in everything)
+    for way in WAYS:
+        if WAYS[way].overlaps:
+            yield from (Case(features, way) for features in everything)
 
 
-@pytest.mark.parametrize("features", PAIRS + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
-def test_outputs_equal_plain_ones(features):
-    assert_same(features, run(features), plain_for(features))
+def isolated_cases() -> Iterator[Case]:
+    """Each feature and each pair of them with nothing else on, each way and on each layout."""
+    for features in itertools.chain(*(itertools.combinations(FEATURES, count) for count in (0, 1, 2))):
+        for way, layout in itertools.product(WAYS, LAYOUTS):
+            case = Case(frozenset(features), way, layout)
+            if is_possible(case):
+                yield case
 
 
-@pytest.mark.parametrize("features", ON_XTENSOR + TRIPLES_WORTH_IT + ALL, ids=lambda f: "+".join(sorted(f)))
-def test_outputs_equal_plain_ones_on_xtensor(features):
-    assert_same(features, run(features, "xtensor"), plain_for(features))
+CASES = [*COVERING, *chosen_cases(), *(isolated_cases() if os.environ.get("MATRIX_ALL") else ())]
 
 
-@pytest.mark.parametrize("features", ALL, ids=lambda f: "+".join(sorted(f)))
-def test_with_sequences_in_fallback(features):
-    assert_same(features, run(features, "xtensor-capped"), plain_for(features))
+@pytest.mark.parametrize("case", dict.fromkeys(CASES), ids=str)
+def test_the_output_is_the_plain_one(case: Case) -> None:
+    assert_same(case.features, run(case), plain(case.features & CHANGES_THE_OUTPUT))

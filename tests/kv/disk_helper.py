@@ -18,6 +18,7 @@ FINGERPRINT = bytes(range(100, 132))
 NO_PARENT = bytes(16)
 PAYLOAD_BYTES = 6000  # two pages, the second not full
 SEGMENT_SLOTS = 2
+NUM_SLOTS = 5
 GEOMETRY = make_geometry(FINGERPRINT, PAYLOAD_BYTES, SEGMENT_SLOTS * 8192)
 
 
@@ -36,7 +37,7 @@ def capacity_bytes(num_slots: int) -> int:
     return size
 
 
-def open_store(folder: Path, num_slots: int = 5, fingerprint: bytes = FINGERPRINT) -> DiskStore:
+def open_store(folder: Path, num_slots: int = NUM_SLOTS, fingerprint: bytes = FINGERPRINT) -> DiskStore:
     return DiskStore(folder, fingerprint=fingerprint, payload_bytes=PAYLOAD_BYTES,
                      capacity_bytes=capacity_bytes(num_slots), segment_bytes=SEGMENT_SLOTS * 8192)  # fmt: skip
 
@@ -75,6 +76,31 @@ def listed(store: DiskStore) -> dict[int, bytes]:
 
 def segments(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{FINGERPRINT.hex()[:16]}/*.kv"))
+
+
+def served(store: DiskStore) -> set[int]:
+    """The slots that still serve the block of their number."""
+    return {slot for slot in range(store.num_slots) if holds(store, slot, slot)}
+
+
+def flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def assert_usable(folder: Path, num_slots: int = NUM_SLOTS) -> None:
+    """Every slot can be written, now and as the next process sees it."""
+    store = open_store(folder, num_slots)
+    for slot in range(num_slots):
+        write(store, slot, 40 + slot)
+    store.close()
+    store = open_store(folder, num_slots)
+    assert listed(store) == {slot: digest_of(40 + slot) for slot in range(num_slots)}
+    assert all(holds(store, slot, 40 + slot) for slot in range(num_slots))
+    store.close()
 
 
 @contextlib.contextmanager

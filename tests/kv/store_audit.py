@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.kv.store_life import Life
 from xllm.kv.demotion import Demoter
 from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
 from xllm.kv.tiers import SwapPath
-
-if TYPE_CHECKING:
-    from tests.kv.store_machine import Life
 
 NO_PARENT = bytes(16)
 

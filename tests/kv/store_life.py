@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from random import Random
+from typing import Protocol
 
 import numpy as np
 
@@ -17,9 +18,6 @@ from xllm.kv.lanes import LANES, LOAD
 from xllm.kv.manager import KVManager
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.tiers import TieredStore
-
-if TYPE_CHECKING:
-    from tests.kv.store_machine import StoreMachine
 
 FINGERPRINT = bytes(range(32))
 SEGMENT_SLOTS = 4
@@ -37,6 +35,19 @@ def open_store(folder: Path, shape: Shape, num_slots: int) -> DiskStore:
     return store
 
 
+class Episode(Protocol):
+    """What outlives a life, and whether somebody has changed bytes on disk."""
+
+    shape: Shape
+    rng: Random
+    contents: Contents
+    talks: list[History]
+    counts: Counter
+    damaged: bool
+
+    def new_id(self) -> int: ...
+
+
 class Life:
     """`talks`: the conversations, which outlive it. Every method is one operation; those that do not apply do nothing.
 
@@ -44,11 +55,9 @@ class Life:
     finds out whether all that it reads is what it should be.
     """
 
-    def __init__(self, machine: StoreMachine, store: DiskStore):
+    def __init__(self, machine: Episode, store: DiskStore):
         self.machine, self.shape, self.rng = machine, machine.shape, machine.rng
-        self.contents: Contents = machine.contents
-        self.talks: list[History] = machine.talks
-        self.counts: Counter = machine.counts
+        self.contents, self.talks, self.counts = machine.contents, machine.talks, machine.counts
         shape = self.shape
         self.memory = Memory(shape.num_blocks, shape.block_size, shape.num_host_slots)
         self.kv = KVManager(num_blocks=shape.num_blocks, block_size=shape.block_size, num_rows=shape.num_rows,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from tests.kv.xtensor_audit import ALLOCATED, FREE, MAPPED, REUSABLE, block_states, shown_at
 from xllm.errors import IntegrityError
-from xllm.kv.xtensor import ALLOCATED, FREE, MAPPED, REUSABLE, UNMAPPED, StepMaps, XTensor
+from xllm.kv.xtensor import UNMAPPED, StepMaps, XTensor
 from xllm.request import SamplingParams
 from xllm.step import NewRow, ScheduleOutput
 
@@ -46,7 +47,7 @@ class Plans:
         return maps
 
     def state_of(self, *blocks: int) -> list[int]:
-        return self.xtensor.block_states()[list(blocks)].tolist()
+        return block_states(self.xtensor)[list(blocks)].tolist()
 
 
 def maps_of(maps: StepMaps) -> dict[int, int]:
@@ -71,7 +72,7 @@ def test_pages_are_mapped_as_blocks_come() -> None:
     assert maps_of(plans.step([1])) == {}
     maps = plans.step([1], append=[(1, 2), (1, 7)])
     assert base_of(maps) == base and maps_of(maps) == {base + 3: 2, base + 4: 7}
-    assert plans.xtensor.shown_at(np.array([3, base, base + 4, base + 5])).tolist() == [3, 4, 7, UNMAPPED]
+    assert shown_at(plans.xtensor, [3, base, base + 4, base + 5]) == [3, 4, 7, UNMAPPED]
 
 
 def test_two_rows_show_one_block() -> None:
@@ -188,7 +189,7 @@ def test_ended_ranges_are_unmapped_first_and_the_oldest_of_them() -> None:
     maps = plans.step([0], append=[(0, 9)])
     assert maps.unmap_B.tolist() == [bases[2]] and maps_of(maps) == {bases[0] + 2: 9}
     assert base_of(maps) == bases[0]
-    assert plans.xtensor.shown_at(np.array([bases[1], bases[2]])).tolist() == [5, UNMAPPED]
+    assert shown_at(plans.xtensor, [bases[1], bases[2]]) == [5, UNMAPPED]
 
 
 def test_then_what_lies_behind_running_rows() -> None:

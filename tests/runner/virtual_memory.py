@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.kv.xtensor_audit import ALLOCATED, FREE, MAPPED, REUSABLE, block_states
 from tests.scheduler.harness import VOCAB, Simulation
 from tests.scheduler.memory_runner import LateExecutor, MemoryRunner
 from xllm.engine.core import StepLoop
-from xllm.kv.xtensor import ALLOCATED, FREE, MAPPED, REUSABLE, XTensor
+from xllm.kv.xtensor import XTensor
 from xllm.runner.virtual_rows import VirtualRows
 from xllm.step import ScheduleOutput, StepOutput
 
@@ -92,7 +93,7 @@ class VirtualRunner(MemoryRunner):
         owned = {block for table in self.planned.values() for block in table}
         mapped = {b for row, table in self.planned.items() if xtensor._contiguous_R[row] for b in table}
         shown = {int(b) for b in xtensor._shown[xtensor._shown >= 0]}
-        for block, state in enumerate(xtensor.block_states().tolist()):
+        for block, state in enumerate(block_states(xtensor).tolist()):
             wanted = (MAPPED if block in mapped else ALLOCATED if block in owned
                       else REUSABLE if block in shown else FREE)
             assert state == wanted, f"block {block} is {state}, not {wanted}"

@@ -22,7 +22,7 @@ from serving.security.media_url import MediaError
 from serving.security.paths import contained, hide_paths
 from tests.security.advisories import advisory
 from tests.security.test_advisories_wire import Bomb
-from tests.security.test_media_fetch import jpeg, png
+from tests.security.test_image_header import jpeg, png
 from tests.serving.server_process import ROOT, ServerProcess
 from xllm.chat_template import ChatTemplate
 from xllm.errors import RequestError, XllmError

@@ -134,7 +134,7 @@ FIXED: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
 
 
 def test_no_row_is_without_a_test() -> None:
-    """Those of media are in test_media_fetch.py."""
+    """Those of media are in test_media_fetch.py and test_image_header.py."""
     assert {limit.name for limit in TABLE} == CASES.keys() | FIXED.keys() | {limit.name for limit in MEDIA}
     assert CASES.keys() == {limit.name for limit in TABLE if limit.flag} == SMALL.keys()
 

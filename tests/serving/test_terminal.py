@@ -6,10 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from serving import terminal
+from serving import doctor, terminal
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 from xllm import AsyncLLM, SamplingParams
 
@@ -98,3 +100,17 @@ def test_doctor() -> None:
     assert result.returncode == 0, result.stdout
     assert "the CPU path works" in result.stdout
     assert all(line.split()[0] in ("ok", "missing", "hint") for line in result.stdout.splitlines()[:-1])
+
+
+def test_doctor_says_why_a_gpu_with_a_driver_is_not_used(tmp_path: Path) -> None:
+    found = doctor._cuda(tmp_path)  # the folder stands for the driver's
+    assert found.what == "cuda backend" and not found.needed
+    if torch.cuda.is_available():
+        assert found.state == doctor.OK and "device: " in found.detail
+    else:
+        assert found.state == doctor.MISSING and found.detail.startswith("the cuda backend needs ")
+
+
+def test_doctor_has_nothing_to_say_of_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._cuda(tmp_path / "driver").state == doctor.HINT

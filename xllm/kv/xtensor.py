@@ -27,7 +27,6 @@ import numpy as np
 from xllm.errors import IntegrityError
 from xllm.step import ScheduleOutput
 
-FREE, ALLOCATED, MAPPED, REUSABLE = range(4)
 NONE = -1
 UNMAPPED = -2  # one more is not a block either, so that no unmapped page seems to continue another
 
@@ -287,24 +286,6 @@ class XTensor:
         self._num_joints += int(np.count_nonzero(shown[edges] == shown[edges - 1] + 1)) - int(joints)
         np.add.at(self._mapped_G, self._ranges(cells), change)
         self.num_mapped += int(change.sum())
-
-    # --- audit
-
-    def block_states(self) -> np.ndarray:
-        """FREE, ALLOCATED, MAPPED or REUSABLE for each block: int8 [num_blocks]."""
-        states = np.full(self.num_blocks, FREE, dtype=np.int8)
-        shown = self._shown_GM[:, 1:-1]
-        states[shown[shown != UNMAPPED]] = REUSABLE
-        owned = np.arange(self.pages_per_row) < self._num_pages_R[:, None]
-        states[self._blocks_RM[owned]] = ALLOCATED
-        states[self._blocks_RM[owned & self._contiguous_R[:, None]]] = MAPPED
-        return states
-
-    def shown_at(self, pages: np.ndarray) -> np.ndarray:
-        """The block that each page of the arena shows, UNMAPPED for none."""
-        ranges, places = np.divmod(pages - self.num_blocks, self.pages_per_row)
-        in_ranges = self._shown_GM[np.maximum(ranges, 0), places + 1]
-        return np.where(pages < self.num_blocks, pages, in_ranges)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if rows, ranges and counts disagree."""

@@ -31,7 +31,7 @@ from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.sampler import Draws, Sampler
 from xllm.runner.staging import Staging, step_bytes
 from xllm.runner.virtual_rows import make_virtual_rows
-from xllm.speculative.proposer import make_proposer
+from xllm.speculative.registry import make_proposer
 from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.matchers import RowMatchers

@@ -6,8 +6,6 @@ from typing import Protocol
 
 import numpy as np
 
-from xllm.config import SpeculativeSettings
-
 
 class TokenHistory(Protocol):
     """What a proposer may read of the rows: `token_ids[row, :num_tokens[row]]` are the known tokens."""
@@ -31,13 +29,3 @@ class Proposer(Protocol):
         R is the largest of max_drafts_S; a row never gets more than its own maximum.
         """
         ...
-
-
-def make_proposer(settings: SpeculativeSettings) -> Proposer | None:
-    """The proposer that the settings name, or None without speculation."""
-    if settings.speculative_method is None:
-        return None
-    assert settings.speculative_method == "ngram", settings.speculative_method
-    from xllm.speculative.ngram import NgramProposer
-
-    return NgramProposer(min_length=settings.prompt_lookup_min, max_length=settings.prompt_lookup_max)

@@ -34,16 +34,6 @@ class Protected:
         """How many of these are evictable and protected."""
         return int(np.count_nonzero(self._stamps.of[ids]))
 
-    @property
-    def num_l1(self) -> int:
-        """Evictable places that are protected."""
-        return self._stamps.count
-
-    @property
-    def num_l2(self) -> int:
-        """Evictable places that are not."""
-        return len(self._policy)
-
     def admit(self, ids: Sequence[int] | np.ndarray, digests: Sequence[bytes],
               parents: Sequence[int] | np.ndarray) -> None:
         self._num_uses[ids] = 0

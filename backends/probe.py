@@ -1,4 +1,4 @@
-"""`python -m backends.npu_probe`: opens the NPU in a process of its own and says in one line of JSON how that went.
+"""`python -m backends.probe NAME`: opens a device in a process of its own and says in one line of JSON how that went.
 
 For `xllm doctor`: libraries of drivers may end a process, and torch is loaded once.
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import sys
 
+from backends import get_backend
 from backends.backend import BackendError
 
 
-def probe() -> dict[str, dict[str, str] | str]:
+def probe(name: str) -> dict[str, dict[str, str] | str]:
     """{"facts": what the backend says of itself}, or {"problem": why there is none}."""
     try:
-        from backends.npu import NpuBackend
-
-        return {"facts": NpuBackend().describe()}
+        return {"facts": get_backend(name).describe()}
     except (BackendError, RuntimeError, OSError) as error:
         return {"problem": str(error).strip()}
 
 
 if __name__ == "__main__":
-    json.dump(probe(), sys.stdout)
+    json.dump(probe(sys.argv[1]), sys.stdout)
