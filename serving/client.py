@@ -309,8 +309,8 @@ class EngineClient:
             for request_id, at_s in report.admitted:
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.scheduled_s[request_id] = at_s
-            for wire in report.deltas:
-                self._deliver(protocol.output_delta(wire))
+            for delta in report.deltas:
+                self._deliver(delta)
         elif isinstance(report, protocol.Heartbeat):
             self.stats, self._step_age_s = report.stats, report.step_age_s
             self.steps = report.steps

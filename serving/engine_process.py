@@ -117,7 +117,7 @@ class EngineServer:
                              max(num_seqs, scheduler.num_running))
         admitted = scheduler.take_admissions()
         if deltas or admitted:
-            self._sender.send(protocol.Outputs([protocol.wire_delta(delta) for delta in deltas], admitted))
+            self._sender.send(protocol.Outputs(deltas, admitted))
 
     def _take_commands(self, *, block: bool) -> None:
         """Apply all commands that have come; wait for the first one if `block`."""

@@ -13,7 +13,7 @@ import msgspec
 from serving.step_log import StepReport
 from xllm.config import EngineConfig
 from xllm.metrics import EngineStats
-from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
+from xllm.request import OutputDelta, Request
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -79,26 +79,10 @@ class Controlled(msgspec.Struct, tag=True, frozen=True):
     is_state: bool = False
 
 
-class WireDelta(msgspec.Struct, array_like=True, omit_defaults=True):
-    """`OutputDelta` as an array; the fields that most steps leave alone stand last and stay off the wire."""
-
-    request_id: str
-    token_ids: list[int]
-    num_cached_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    num_preemptions: int = 0
-    error: str | None = None
-    cached_by_tier: dict[str, int] | None = None
-    embedding: list[float] | None = None
-
-
 class Outputs(msgspec.Struct, tag=True, frozen=True):
     """All that one engine step produced. `admitted`: (request id, `time.monotonic()`) of those that left the queue."""
 
-    deltas: list[WireDelta]
+    deltas: list[OutputDelta]
     admitted: list[tuple[str, float]] = []
 
 
@@ -150,29 +134,6 @@ REPORTS: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 def encode(message: Command | Report) -> bytes:
     return _ENCODER.encode(message)
-
-
-def wire_delta(delta: OutputDelta) -> WireDelta:
-    return WireDelta(delta.request_id, delta.token_ids, delta.num_cached_tokens, delta.finish_reason,
-                     delta.stop_reason, delta.logprobs, delta.prompt_logprobs, delta.num_preemptions, delta.error,
-                     delta.cached_by_tier, delta.embedding)
-
-
-def output_delta(wire: WireDelta) -> OutputDelta:
-    delta = OutputDelta(wire.request_id, wire.token_ids, wire.num_cached_tokens)
-    if wire.finish_reason is not None:
-        delta.finish_reason, delta.stop_reason, delta.error = wire.finish_reason, wire.stop_reason, wire.error
-    if wire.logprobs is not None:
-        delta.logprobs = wire.logprobs
-    if wire.prompt_logprobs is not None:
-        delta.prompt_logprobs = wire.prompt_logprobs
-    if wire.cached_by_tier is not None:
-        delta.cached_by_tier = wire.cached_by_tier
-    if wire.embedding is not None:
-        delta.embedding = wire.embedding
-    if wire.num_preemptions:
-        delta.num_preemptions = wire.num_preemptions
-    return delta
 
 
 def config_to_json(config: EngineConfig) -> bytes:

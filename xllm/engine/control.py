@@ -127,6 +127,4 @@ class EngineControl:
         return kv.pool.drop_cached()
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        delta = OutputDelta(request_id, [])
-        delta.finish_reason, delta.error = reason, error
-        self._ended.append(delta)
+        self._ended.append(OutputDelta(request_id, [], finish_reason=reason, error=error))

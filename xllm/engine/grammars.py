@@ -83,9 +83,7 @@ class GrammarGate:
         return ended
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        delta = OutputDelta(request_id, [])
-        delta.finish_reason, delta.error = reason, error
-        self._ended.append(delta)
+        self._ended.append(OutputDelta(request_id, [], finish_reason=reason, error=error))
 
     def _vocabulary_source(self) -> VocabularySource:
         from xllm.models.loader import resolve_model_path
