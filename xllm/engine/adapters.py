@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm.config import LoraSettings
-from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError
+from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError, XllmError
 from xllm.request import Request
 
 if TYPE_CHECKING:
@@ -36,6 +38,15 @@ class LoadedAdapter:
     folder: Path
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """An adapter whose files are being read."""
+
+    name: str
+    read: Future[ReadAdapter]
+    on_done: Callable[[XllmError | None], None]
+
+
 class AdapterNames:
     """`put(slot, adapter)` fills or empties a slot, `is_used(name)` tells whether an open request computes with one."""
 
@@ -44,6 +55,8 @@ class AdapterNames:
         """Loads what the settings name. Raises ConfigError."""
         self._settings, self._loaded, self._put, self._is_used = settings, loaded, put, is_used
         self._adapters: dict[str, LoadedAdapter] = {}
+        self._reader = ThreadPoolExecutor(1, "adapter-reader")  # its thread starts with the first adapter
+        self._reading: deque[_Reading] = deque()
         for module in settings.lora_modules:
             name, _, folder = module.partition("=")
             try:
@@ -76,6 +89,32 @@ class AdapterNames:
         """
         self.check(name)
         self.enter(name, self.read(folder))
+
+    def begin(self, name: str, folder: Path, on_done: Callable[[XllmError | None], None]) -> None:
+        """As `load`, but the files are read in a thread of their own, one adapter after the other; `enter_read` does
+        the rest and calls `on_done`. Raises as `check` does; nothing is read then."""
+        self.check(name)
+        self._reading.append(_Reading(name, self._reader.submit(self.read, folder), on_done))
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether `enter_read` has something to wait for or to enter."""
+        return bool(self._reading)
+
+    def enter_read(self) -> None:
+        """Give the adapters that have been read their slots."""
+        while self._reading and self._reading[0].read.done():
+            reading = self._reading.popleft()
+            try:
+                self.enter(reading.name, reading.read.result())
+            except XllmError as error:
+                reading.on_done(error)
+            else:
+                reading.on_done(None)
+
+    def close(self) -> None:
+        """Read no more; what was begun is never entered."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     def read(self, folder: Path) -> ReadAdapter:
         """Read the files, which may take long; any thread may. Raises ModelError if they cannot be used."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
@@ -11,10 +13,12 @@ from xllm.config import EngineConfig
 from xllm.engine.adapters import AdapterNames
 from xllm.engine.control import EngineControl
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
+from xllm.engine.facts import EngineFacts
 from xllm.engine.grammars import GrammarGate
 from xllm.engine.loading import LoadedModel, Progress
+from xllm.engine.step_log import Step
 from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
-from xllm.errors import IntegrityError, RequestError
+from xllm.errors import IntegrityError, RequestError, XllmError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats, GraphStats
 from xllm.request import OutputDelta, Request
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner
 
 MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
+ADAPTER_POLL_S = 0.02
 
 
 class StepLoop:
@@ -36,6 +41,7 @@ class StepLoop:
         self.num_steps = 0
         self.last_step_s = time.monotonic()
         self.step_time_s = 0.0
+        self.finished: Step | None = None  # until somebody takes it
         self._began_s = self.last_step_s  # when a step was last submitted to an idle device
         self.frozen = False  # requests stay as they are; only what is in flight is finished
         self._in_flight: deque[ScheduleOutput] = deque()
@@ -66,7 +72,9 @@ class StepLoop:
         self._count_step()
         if failpoints.armed is not None:
             failpoints.hit("engine.settled")
-        self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
+        num_tokens = int(oldest.num_tokens_S.sum())
+        self.scheduler.rates.note(num_tokens, self.step_time_s)
+        self.finished = self.last_step_s, self.step_time_s, num_tokens, oldest.num_rows
         return outputs
 
     def _nothing_to_run(self) -> list[OutputDelta]:
@@ -122,6 +130,25 @@ class EngineCore:
     def scheduler(self) -> Scheduler:
         return self.loop.scheduler
 
+    @property
+    def facts(self) -> EngineFacts:
+        """What the outside needs to know; `adapters` are those of this moment."""
+        model = self.model_config
+        return EngineFacts(config=self.config, model_path=str(self.model_path), vocab_size=model.vocab_size,
+                           hidden_size=model.hidden_size, eos_token_ids=tuple(model.eos_token_ids),
+                           num_blocks=self.num_blocks, adapters=self.adapters.names)
+
+    def load_adapter(self, name: str, folder: Path, on_done: Callable[[XllmError | None], None]) -> None:
+        """Begin to read an adapter beside the steps. on_done: called by a later `step` or `tick`, with what went wrong.
+
+        Raises as `AdapterNames.check` does; then nothing is read and `on_done` is not called.
+        """
+        self.adapters.begin(name, folder, on_done)
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        self.adapters.unload(name)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError; nothing is queued then."""
         request.sampling.check_vocabulary(self.model_config.vocab_size)
@@ -166,6 +193,7 @@ class EngineCore:
 
     def step(self) -> list[OutputDelta]:
         """One step of the loop: what changed, for all requests."""
+        self.adapters.enter_read()
         if self.control.has_ended:
             return self.control.take_ended()
         if not self.grammars.has_work:
@@ -175,6 +203,16 @@ class EngineCore:
         self.grammars.admit(self.scheduler.add)
         return self.grammars.take_ended() + self.loop.step()
 
+    def take_step(self) -> Step | None:
+        """The step that ended last, once."""
+        step, self.loop.finished = self.loop.finished, None
+        return step
+
+    def take_admissions(self) -> list[tuple[str, float]]:
+        """(request id, `time.monotonic()`) of requests that left the queue for the first time since the last call. Kept
+        from the first call on."""
+        return self.scheduler.take_admissions()
+
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges. May be called from another thread."""
         runner = getattr(self, "runner", None)  # falling asleep takes it away meanwhile
@@ -183,10 +221,14 @@ class EngineCore:
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
-        return self.scheduler.promotions.idle_s()
+        idle_s = self.scheduler.promotions.idle_s()
+        if self.adapters.is_reading:
+            return ADAPTER_POLL_S if idle_s is None else min(ADAPTER_POLL_S, idle_s)
+        return idle_s
 
     def tick(self) -> None:
-        """Carry on what goes on between the KV tiers while there is no work."""
+        """Carry on what goes on while there is no work: moves between the KV tiers, adapters that are being read."""
+        self.adapters.enter_read()
         self.scheduler.promotions.tick()
 
     def unload(self, *, keep_weights: bool) -> None:
@@ -203,6 +245,7 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the executor."""
+        self.adapters.close()
         self.loop.executor.shutdown()
         self.grammars.store.close()
         if not self.control.sleep_level:

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving import protocol
+from xllm.client.codec import COMMANDS, REPORTS, config_from_json, config_to_json
+from xllm.client.reports import Heartbeat
 from xllm.config import EngineConfig
+from xllm.engine.commands import Outputs, Shutdown, Submit
 from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
 
@@ -42,13 +44,13 @@ FULL = OutputDelta("a", [1], 2, FinishReason.STOP, "s", [TokenLogprobs(1, -1.0, 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(deltas(), max_size=4))
 def test_deltas(sent: list[OutputDelta]) -> None:
-    received = protocol.REPORTS.decode(protocol.encode(protocol.Outputs(sent)))
-    assert received == protocol.Outputs(sent)
+    received = REPORTS.decode(REPORTS.encode(Outputs(sent)))
+    assert received == Outputs(sent)
 
 
 def test_every_field_of_a_delta_is_carried() -> None:
-    received = protocol.REPORTS.decode(protocol.encode(protocol.Outputs([FULL])))
-    assert isinstance(received, protocol.Outputs)
+    received = REPORTS.decode(REPORTS.encode(Outputs([FULL])))
+    assert isinstance(received, Outputs)
     assert received.deltas == [FULL]
     plain = OutputDelta("", [])
     assert not [field.name for field in dataclasses.fields(plain)
@@ -64,18 +66,18 @@ def test_every_field_of_a_delta_is_carried() -> None:
 def test_requests(sampling: SamplingParams) -> None:
     request = Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=sampling, eos_token_ids=(7,), arrival_s=1.5,
                       priority=-3, offline=True, deadline_s=math.pi, cache_salt="s", session_id="c")
-    received = protocol.COMMANDS.decode(protocol.encode(protocol.Submit([request])))
-    assert received == protocol.Submit([request])
+    received = COMMANDS.decode(COMMANDS.encode(Submit([request])))
+    assert received == Submit([request])
 
 
 def test_config_and_stats() -> None:
     config = EngineConfig.from_flat(model="m", max_num_seqs=3, speculative_method="ngram", strict_ops=True)
-    assert protocol.config_from_json(protocol.config_to_json(config)) == config
-    beat = protocol.Heartbeat(0.5, EngineStats(num_running=3, requests_finished_total={"stop": 2}))
-    assert protocol.REPORTS.decode(protocol.encode(beat)) == beat
+    assert config_from_json(config_to_json(config)) == config
+    beat = Heartbeat(0.5, EngineStats(num_running=3, requests_finished_total={"stop": 2}))
+    assert REPORTS.decode(REPORTS.encode(beat)) == beat
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", protocol.encode(protocol.Shutdown())])
+@pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", COMMANDS.encode(Shutdown())])
 def test_anything_else_is_refused(frame: bytes) -> None:
     with pytest.raises((msgspec.DecodeError, msgspec.ValidationError)):
-        protocol.REPORTS.decode(frame)
+        REPORTS.decode(frame)

@@ -1,0 +1,30 @@
+"""`EngineFacts`: what anybody outside needs to know of a loaded engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """These hold as long as the engine lives.
+
+    config: resolved. model_path: the checkpoint's folder. num_blocks: of the KV cache on the device. adapters: names of
+    those that were loaded at the start; a running engine may have others.
+    """
+
+    config: EngineConfig
+    model_path: str
+    vocab_size: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence, prompt and output together."""
+        assert self.config.model.max_model_len is not None, "a resolved config says it"
+        return self.config.model.max_model_len
