@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
-from serving.step_log import Step, StepReport
-
-if TYPE_CHECKING:
-    from serving.client import EngineClient
+from xllm.client.base import WatchedEngine
+from xllm.engine.step_log import Step, StepReport
 
 SAMPLE_INTERVAL_S = 0.5
 MAX_SAMPLES = 240
@@ -32,13 +29,13 @@ class EngineHistory:
                            for end_s, time_s, num_tokens, num_seqs in report.recent)
         self.cursor = (self.cursor[0], self.cursor[1] + len(report.recent))
 
-    def sample(self, engine: EngineClient) -> None:
+    def sample(self, engine: WatchedEngine) -> None:
         s = engine.stats
         self._rows.append((time.monotonic(), s.num_running, s.num_waiting, s.kv_usage, s.prompt_tokens_total,
                            s.generation_tokens_total, s.prefix_queries_total, s.prefix_hits_total, s.num_steps))
         self.cursor = (self.cursor[0] + 1, self.cursor[1])
 
-    async def run(self, engine: EngineClient) -> None:
+    async def run(self, engine: WatchedEngine) -> None:
         """Sample until cancelled."""
         engine.on_steps = self.take_steps
         while True:

@@ -7,13 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
-from serving.security.caller import CALLER
-from serving.tracing import TRACE_HEADERS
-
-if TYPE_CHECKING:
-    from serving.api.generation import Choice
+from serving.security.caller import CALLER, TRACE_HEADERS
+from xllm.client.assemble import Completion
+from xllm.request import Request, SamplingParams
 
 MAX_FINISHED = 256
 KINDS = {"chatcmpl": "chat", "cmpl": "completion", "resp": "response", "msg": "message"}  # by the id's prefix
@@ -29,13 +26,15 @@ class RequestRecord:
     number: int
     request_id: str
     arrival_s: float
+    sampling: SamplingParams
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float | None = None
     end_s: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
-    max_tokens: int | None = None
+    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were, with KV tiers
     num_preemptions: int = 0
     finish_reason: str | None = None
     trace_headers: dict[str, str] | None = None  # the caller's trace context
@@ -45,6 +44,11 @@ class RequestRecord:
     @property
     def kind(self) -> str:
         return KINDS.get(self.request_id.partition("-")[0], "request")
+
+    @property
+    def decode_s(self) -> float | None:
+        """From the first token to the last."""
+        return None if self.first_token_s is None or self.end_s is None else self.end_s - self.first_token_s
 
     @property
     def queue_s(self) -> float | None:
@@ -62,34 +66,37 @@ class RequestRecord:
         return None if self.scheduled_s is None or self.end_s is None else max(0.0, self.end_s - self.scheduled_s)
 
 
+    def read(self, completion: Completion) -> None:
+        """Take over how far the request has come."""
+        self.first_token_s, self.last_token_s = completion.first_token_s, completion.last_token_s
+        self.num_output_tokens, self.num_cached_tokens = len(completion.token_ids), completion.num_cached_tokens
+        self.num_preemptions, self.cached_by_tier = completion.num_preemptions, completion.cached_by_tier
+
+
 class RequestLog:
     """Open requests and the last `MAX_FINISHED` that ended. The event loop owns it."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[RequestRecord, Choice, dict[str, float]]] = {}
+        self._open: dict[int, tuple[RequestRecord, dict[str, float]]] = {}  # by number
         self._finished: deque[RequestRecord] = deque(maxlen=MAX_FINISHED)
         self._num_begun = 0
-        self.on_end: Callable[[RequestRecord, Choice], None] = lambda record, choice: None
+        self.on_end: Callable[[RequestRecord], None] = lambda record: None
 
-    def begin(self, choice: Choice, scheduled_s: dict[str, float]) -> None:
-        """Open a record. `choice` and `scheduled_s` (by request id) are read whenever somebody looks."""
+    def begin(self, request: Request, scheduled_s: dict[str, float]) -> RequestRecord:
+        """Open a record. `scheduled_s` (by request id) is read whenever somebody looks."""
         self._num_begun += 1
-        request = choice.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
-                               num_prompt_tokens=len(request.prompt_token_ids), max_tokens=request.sampling.max_tokens,
+                               sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
                                trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora)
-        self._open[request.request_id] = (record, choice, scheduled_s)
+        self._open[record.number] = record, scheduled_s
+        return record
 
-    def end(self, choice: Choice, reason: str) -> RequestRecord | None:
-        """Close the record of a request; None if it is closed already."""
-        found = self._open.pop(choice.request.request_id, None)
-        if found is None:
-            return None
-        record = self._refresh(*found)
+    def end(self, record: RequestRecord, reason: str) -> None:
+        """Close an open record."""
+        self._refresh(*self._open.pop(record.number))
         record.end_s, record.finish_reason = time.monotonic(), reason
         self._finished.append(record)
-        self.on_end(record, choice)
-        return record
+        self.on_end(record)
 
     def open_records(self) -> list[RequestRecord]:
         """Those that have not ended, oldest first."""
@@ -100,8 +107,6 @@ class RequestLog:
         return list(islice(filter(wanted, chain(self.open_records()[::-1], reversed(self._finished))), limit))
 
     @staticmethod
-    def _refresh(record: RequestRecord, choice: Choice, scheduled_s: dict[str, float]) -> RequestRecord:
+    def _refresh(record: RequestRecord, scheduled_s: dict[str, float]) -> RequestRecord:
         record.scheduled_s = scheduled_s.get(record.request_id)
-        record.first_token_s, record.num_output_tokens = choice.first_token_s, len(choice.token_ids)
-        record.num_cached_tokens, record.num_preemptions = choice.num_cached_tokens, choice.num_preemptions
         return record

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from serving.api.app import create_app
-from serving.client import EngineClient
 from serving.config import ServerConfig
 from serving.connection import connection_class
 from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
@@ -28,8 +28,13 @@ from serving.startup import StartupView
 from serving.state import ServerState, read_sampling_defaults
 from serving.supervisor import Supervisor
 from serving.tracing import Tracer
+from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig
+from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, XllmError
+
+if TYPE_CHECKING:
+    from xllm.tokenizer import Tokenizer
 
 logger = logging.getLogger("xllm.serve")
 POLL_S = 0.05
@@ -99,10 +104,7 @@ class _Server:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        self._engine = EngineClient(self._engine_config, on_phase=self._show_phase)
-        waiting, resilience = self._engine.waiting, self._config.resilience
-        waiting.limit = self._config.limits.max_queue_tokens
-        waiting.shares = (1.0, resilience.low_priority_watermark, resilience.offline_watermark)
+        self._engine = ProcessClient(self._engine_config, on_phase=self._show_phase)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -137,12 +139,12 @@ class _Server:
 
     async def _load(self) -> None:
         try:
-            ready = await self._engine.start()
-            path = Path(ready.model_path)
-            self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config, path)
-            if not self._engine_config.model.skip_tokenizer_init:
+            facts = await self._engine.start()
+            self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config,
+                                                                   Path(facts.model_path))
+            if not facts.config.model.skip_tokenizer_init:
                 self._view.phase("tokenizer", 0.0)
-                self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, self._engine_config, path)
+                self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, facts)
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             if not isinstance(error, XllmError):
                 logger.exception("loading failed")
@@ -167,12 +169,12 @@ class _Server:
             self._view.ready()
 
     def _announce(self) -> None:
-        ready, http = self._state.ready, self._config.http
+        facts, http = self._state.facts, self._config.http
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         scheme = "https" if http.ssl_certfile else "http"
         _say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
-             f"{ready.max_model_len} tokens, {ready.num_blocks} KV blocks of {ready.config.cache.block_size})")
+             f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
@@ -205,7 +207,7 @@ class _Server:
                  "a second signal stops at once)")
             if not await self._all_closed(self._config.http.drain_timeout):
                 _say(f"drain timeout: aborting {self._state.num_open} requests", error=True)
-                self._engine.abort_all()
+                self._engine.abort(self._engine.request_ids)
                 await self._all_closed(ABORT_GRACE_S)
 
     async def _all_closed(self, timeout_s: float) -> bool:
@@ -217,14 +219,10 @@ class _Server:
         return True
 
 
-def _load_tokenizer(config: EngineConfig, model_path: Path):  # type: ignore[no-untyped-def]
-    from xllm.tokenizer import load_tokenizer
+def _load_tokenizer(facts: EngineFacts) -> Tokenizer | None:
+    from xllm.inputs import engine_tokenizer  # the import takes its time, too
 
-    if config.model.tokenizer is None:
-        return load_tokenizer(model_path)
-    from xllm.models.loader import resolve_model_path  # brings torch, which this process does without
-
-    return load_tokenizer(resolve_model_path(config.model.tokenizer))
+    return engine_tokenizer(facts)
 
 
 def _say(text: str, *, error: bool = False) -> None:

@@ -10,19 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.admission import Admission
 from serving.api.errors import ApiError, unavailable
-from serving.client import EngineClient
 from serving.config import ServerConfig
 from serving.history import EngineHistory
 from serving.metrics.refusals import UNAVAILABLE, Refusals
 from serving.metrics.requests import RequestMetrics
 from serving.parsers.output import Parsers
-from serving.protocol import Ready
 from serving.request_log import RequestLog
 from serving.responses_store import ResponseStore
 from serving.security.keys import KeyRing
 from serving.security.paths import hide_paths
 from serving.tracing import Tracer
+from serving.waiting import WaitingTokens
+from xllm.client.base import WatchedEngine
+from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, RequestError
 from xllm.request import SamplingParams
 
@@ -39,7 +41,7 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 class ServerState:
     """Filled in while the server starts; `tokenizer` stays None with `skip_tokenizer_init`."""
 
-    engine: EngineClient
+    engine: WatchedEngine
     config: ServerConfig
     keys: KeyRing = field(default_factory=KeyRing)
     tokenizer: Tokenizer | None = None
@@ -57,14 +59,20 @@ class ServerState:
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
     responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
     supervisor: Supervisor | None = None  # once the model is loaded
+    admission: Admission = field(init=False)  # requests reach the engine through it
+
+    def __post_init__(self) -> None:
+        resilience = self.config.resilience
+        self.admission = Admission(self.engine, WaitingTokens(
+            self.config.limits.max_queue_tokens, low_share=resilience.low_priority_watermark,
+            offline_share=resilience.offline_watermark))
 
     @cached_property
     def inputs(self) -> InputProcessor:
         """Makes the engine's requests; only after loading."""
         from xllm.inputs import InputProcessor
 
-        return InputProcessor(self.tokenizer, vocab_size=self.ready.vocab_size, max_model_len=self.ready.max_model_len,
-                              eos_token_ids=self.ready.eos_token_ids)
+        return InputProcessor.of(self.facts, self.tokenizer)
 
     @cached_property
     def parsers(self) -> Parsers:
@@ -73,15 +81,15 @@ class ServerState:
         return Parsers.chosen(self.config.chat.tool_call_parser, self.config.chat.reasoning_parser, templates)
 
     @property
-    def ready(self) -> Ready:
-        assert self.engine.ready is not None, "only after the engine is ready"
-        return self.engine.ready
+    def facts(self) -> EngineFacts:
+        assert self.engine.facts is not None, "only after the engine is ready"
+        return self.engine.facts
 
     @cached_property
     def served_names(self) -> tuple[str, ...]:
         if self.config.http.served_model_name:
             return self.config.http.served_model_name
-        given = self.model_name or Path(self.ready.model_path).name
+        given = self.model_name or Path(self.facts.model_path).name
         return (given if hide_paths(given) == given else Path(given).resolve().name,)
 
     @cached_property
@@ -93,7 +101,7 @@ class ServerState:
     @cached_property
     def pooling_type(self) -> str:
         """What `--pooling-type` comes to for this checkpoint."""
-        return read_pooling_type(self.config.http.pooling_type, Path(self.ready.model_path))
+        return read_pooling_type(self.config.http.pooling_type, Path(self.facts.model_path))
 
     def check_accepting(self) -> None:
         """Raise ApiError 503 unless new requests can be taken."""

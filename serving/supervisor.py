@@ -12,8 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from serving.client import EngineClient
 from serving.config import ResilienceSettings
+from xllm.client.process import ProcessClient
 from xllm.errors import XllmError
 
 LOOK_S = 0.1
@@ -24,7 +24,7 @@ logger = logging.getLogger("xllm.supervisor")
 class Supervisor:
     """say(text): for the operator. `run` returns when the engine is dead for good; cancel it to end it."""
 
-    def __init__(self, engine: EngineClient, settings: ResilienceSettings, *, say: Callable[[str], None]):
+    def __init__(self, engine: ProcessClient, settings: ResilienceSettings, *, say: Callable[[str], None]):
         self._engine, self._settings, self._say = engine, settings, say
         self._restarts_s: deque[float] = deque()  # when, within the window
         self.num_restarts = 0

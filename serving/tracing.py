@@ -8,20 +8,16 @@ of a prompt or an answer is ever in a span. What the OpenTelemetry SDK reads fro
 from __future__ import annotations
 
 import time
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.request_log import RequestRecord
+from serving.security.caller import TRACE_HEADERS
 from xllm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from serving.api.generation import Choice
-    from serving.request_log import RequestRecord
-
 HEADERS = (b"traceparent", b"tracestate")
-TRACE_HEADERS: ContextVar[dict[str, str] | None] = ContextVar("trace_headers", default=None)  # of the call at hand
 MAX_HEADER_CHARS = 1024
 EXPORT_TIMEOUT_S = 3.0
 EXPORT_INTERVAL_MS = 1000
@@ -66,7 +62,7 @@ class Tracer:
         self._tracer = self._provider.get_tracer("xllm")
         self.model = ""
 
-    def record(self, record: RequestRecord, choice: Choice) -> None:
+    def record(self, record: RequestRecord) -> None:
         """Write the spans of a request that has just ended."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -79,7 +75,7 @@ class Tracer:
 
         parent = TraceContextTextMapPropagator().extract(record.trace_headers or {})
         span = self._tracer.start_span("llm_request", parent, kind=trace.SpanKind.SERVER,
-                                       attributes=self._attributes(record, choice),
+                                       attributes=self._attributes(record),
                                        start_time=wall_ns(record.arrival_s))
         if record.finish_reason == "error":
             span.set_status(trace.StatusCode.ERROR)
@@ -92,8 +88,8 @@ class Tracer:
                 self._tracer.start_span(name, inside, start_time=wall_ns(start_s)).end(wall_ns(max(start_s, end_s)))
         span.end(wall_ns(record.end_s))
 
-    def _attributes(self, record: RequestRecord, choice: Choice) -> dict[str, Any]:
-        sampling = choice.request.sampling
+    def _attributes(self, record: RequestRecord) -> dict[str, Any]:
+        sampling = record.sampling
         assert record.end_s is not None
         found: dict[str, Any] = {
             "gen_ai.provider.name": "xllm", "gen_ai.operation.name": OPERATIONS.get(record.kind, record.kind),

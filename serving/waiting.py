@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from serving.stream import EngineBusyError
+from xllm.client.base import EngineBusyError
 from xllm.request import Request
 
 ONLINE, LOW, OFFLINE = 0, 1, 2  # classes, the best first

@@ -11,15 +11,17 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from xllm.engine.facts import EngineFacts
 from xllm.errors import RequestError
 from xllm.pooling import PoolingParams
 from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
 from xllm.structured.checker import GrammarChecker
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, vocabulary_source
-from xllm.tokenizer import Tokenizer
+from xllm.tokenizer import Tokenizer, load_tokenizer
 
 # Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -53,6 +55,12 @@ class InputProcessor:
         self._serial = itertools.count()
         # One list of bad words serves all prompts of a call, and often all calls of a client.
         self._token_ids_of_words = functools.lru_cache(maxsize=8)(self._encode_words)
+
+    @classmethod
+    def of(cls, facts: EngineFacts, tokenizer: Tokenizer | None) -> InputProcessor:
+        """For requests to this engine."""
+        return cls(tokenizer, vocab_size=facts.vocab_size, max_model_len=facts.max_model_len,
+                   eos_token_ids=facts.eos_token_ids)
 
     def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
@@ -181,3 +189,15 @@ def _choices(sampling: SamplingParams) -> list[SamplingParams]:
         )
         for index in range(sampling.n)
     ]
+
+
+def engine_tokenizer(facts: EngineFacts) -> Tokenizer | None:
+    """The one that the engine's settings ask for. Raises ModelError."""
+    settings = facts.config.model
+    if settings.skip_tokenizer_init:
+        return None
+    if settings.tokenizer is None:
+        return load_tokenizer(Path(facts.model_path))
+    from xllm.models.loader import resolve_model_path  # brings torch, which a server's process does without
+
+    return load_tokenizer(resolve_model_path(settings.tokenizer))

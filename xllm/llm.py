@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from xllm.answer import Answer
+from xllm.client.assemble import Assembly
+from xllm.client.local import InlineClient
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
-from xllm.errors import EngineDeadError, RequestError, XllmError
-from xllm.inputs import InputProcessor, ProcessedInput, Prompt
+from xllm.errors import RequestError, XllmError
+from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
 from xllm.metrics import EngineStats
-from xllm.output_processor import OutputProcessor, RequestState
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -45,13 +46,11 @@ class LLM:
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
         self.facts = self._core.facts
-        self._tokenizer = load_engine_tokenizer(self._core)
-        self._inputs = input_processor(self._core, self._tokenizer)
-        self._outputs = OutputProcessor(self._tokenizer)
+        self._engine = InlineClient(self._core)
+        self._tokenizer = engine_tokenizer(self._engine.facts)
+        self._inputs = InputProcessor.of(self._engine.facts, self._tokenizer)
         self._lock = threading.Lock()
         self._num_requests = 0
-        self._dead: str | None = None
-        self._is_closed = False
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True, priority: int | Sequence[int] | None = None,
@@ -99,11 +98,8 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine and free what it holds. May be called again."""
         with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._dead = self._dead or "it was shut down"
-                self._inputs.close()
-                self._core.shutdown()
+            self._inputs.close()
+            self._engine.shutdown()
 
     def __enter__(self) -> LLM:
         return self
@@ -120,8 +116,8 @@ class LLM:
             RequestError: a prompt is wrong, or `dimensions` is more than the model has; nothing ran.
             EngineDeadError: the engine failed, now or before.
         """
-        states = self._run_states(_as_batch(prompts), EMBEDDING_SAMPLING, None, use_tqdm, pooling or PoolingParams())
-        return [embedding_output(state) for state in states]
+        answers = self._answer(_as_batch(prompts), EMBEDDING_SAMPLING, None, use_tqdm, pooling or PoolingParams())
+        return [answer.embedding() for answer in answers]
 
     def load_adapter(self, name: str, folder: Path | str) -> None:
         """Load an adapter (PEFT format) for `generate`. Needs `enable_lora`.
@@ -130,44 +126,35 @@ class LLM:
             RequestError: the name is taken. ModelError: the files cannot be used. EngineStateError: no slot is free.
         """
         with self._lock:
-            self._load_adapter(name, Path(folder))
-
-    def _load_adapter(self, name: str, folder: Path) -> None:
-        answers: list[XllmError | None] = []
-        self._core.load_adapter(name, folder, answers.append)
-        while not answers:
-            time.sleep(0.001)
-            self._core.tick()
-        if answers[0] is not None:
-            raise answers[0]
+            self._engine.load_adapter(name, Path(folder))
 
     def unload_adapter(self, name: str) -> None:
         """Raises RequestError if there is no such adapter."""
         with self._lock:
-            self._core.adapters.unload(name)
+            self._core.unload_adapter(name)
 
     def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
              use_tqdm: bool, lora: str | Sequence[str] = "") -> list[RequestOutput]:
-        return [state.output() for state in self._run_states(prompts, params, priority, use_tqdm, lora=lora)]
+        return [answer.output() for answer in self._answer(prompts, params, priority, use_tqdm, lora=lora)]
 
-    def _run_states(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
-                    use_tqdm: bool, pooling: PoolingParams | None = None,
-                    lora: str | Sequence[str] = "") -> list[RequestState]:
+    def _answer(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
+                use_tqdm: bool, pooling: PoolingParams | None = None, lora: str | Sequence[str] = "") -> list[Answer]:
         with self._lock:
-            if self._dead is not None:
-                raise EngineDeadError(f"the engine is gone: {self._dead}")
+            self._engine.check_up()
             sources = self._process_all(prompts, _one_each(params, SamplingParams(), len(prompts), "sampling_params"),
                                         _one_each(priority, 0, len(prompts), "priority"),
                                         [lora] * len(prompts) if isinstance(lora, str)
                                         else _one_each(lora, "", len(prompts), "lora"), pooling)
-            states = [self._outputs.add(source) for source in sources]
+            assembly = Assembly([request for source in sources for request in source.requests], self._tokenizer,
+                                self._engine.abort)
             try:
                 self._add_all(sources)
+                answers = self._answers(sources, assembly)
                 with interrupts_deferred() as check_interrupt:
-                    self._step_until_done(states, use_tqdm, check_interrupt)
-            finally:
-                self._abandon(states)
-            return states
+                    self._step_until_done(answers, assembly, use_tqdm, check_interrupt)
+            finally:  # after an error something still runs, and what stop strings ended has not settled
+                self._engine.abandon(assembly.open_ids)
+            return answers
 
     def _process_all(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams],
                      priorities: Sequence[int], adapters: Sequence[str],
@@ -185,57 +172,21 @@ class LLM:
         for index, source in enumerate(sources):
             with _at("prompts", index, len(sources)):
                 for request in source.requests:
-                    self._core.add(request)
+                    self._engine.add(request)
 
-    def _step_until_done(self, states: Sequence[RequestState], use_tqdm: bool,
+    def _answers(self, sources: Sequence[ProcessedInput], assembly: Assembly) -> list[Answer]:
+        completions = iter(assembly.completions)
+        return [Answer(source, [next(completions) for _ in source.requests], self._tokenizer) for source in sources]
+
+    def _step_until_done(self, answers: Sequence[Answer], assembly: Assembly, use_tqdm: bool,
                          check_interrupt: Callable[[], None]) -> None:
-        with _progress_bar(len(states), use_tqdm) as advance:
-            while self._outputs.num_open:
-                changed, to_abort = self._outputs.process(self._step())
-                for engine_id in to_abort:
-                    self._core.abort(engine_id)
-                advance(sum(state.finished for state in changed))
+        owners = [answer for answer in answers for _ in answer.source.requests]  # by a piece's index
+        with _progress_bar(len(answers), use_tqdm) as advance:
+            while assembly.open_ids:
+                pieces = assembly.feed(self._engine.step())
+                ended = {owners[piece.index] for piece in pieces if piece.finish_reason is not None}
+                advance(sum(answer.finished for answer in ended))
                 check_interrupt()
-
-    def _step(self) -> list[Any]:
-        try:
-            return self._core.step()
-        except Exception as error:
-            self._dead = f"{type(error).__name__}: {error}"
-            raise EngineDeadError(f"the engine failed: {self._dead}") from error
-
-    def _abandon(self, states: Sequence[RequestState]) -> None:
-        """End what still runs (after an error, or what stop strings ended), so that the engine is idle again."""
-        for state in states:
-            for engine_id in self._outputs.remove(state):
-                self._core.abort(engine_id)
-        while self._dead is None and self._core.has_work():
-            self._step()
-
-
-def embedding_output(state: RequestState) -> EmbeddingOutput:
-    """Of a request with `pooling` that has ended. Raises EngineDeadError if it did not end well."""
-    if state.embedding is None:
-        raise EngineDeadError(f"no embedding came: {state.completions[0].error or state.completions[0].finish_reason}")
-    return EmbeddingOutput(request_id=state.source.request_id, prompt_token_ids=state.source.prompt_token_ids,
-                           embedding=state.embedding, num_cached_tokens=state.num_cached_tokens)
-
-
-def load_engine_tokenizer(core: EngineCore) -> Tokenizer | None:
-    """The tokenizer that the engine's settings ask for."""
-    from xllm.models.loader import resolve_model_path
-
-    settings = core.config.model
-    if settings.skip_tokenizer_init:
-        return None
-    return load_tokenizer(resolve_model_path(settings.tokenizer) if settings.tokenizer else Path(core.facts.model_path))
-
-
-def input_processor(core: EngineCore, tokenizer: Tokenizer | None) -> InputProcessor:
-    """One that knows the engine's model and limits."""
-    assert core.config.model.max_model_len is not None
-    return InputProcessor(tokenizer, vocab_size=core.facts.vocab_size,
-                          max_model_len=core.config.model.max_model_len, eos_token_ids=core.facts.eos_token_ids)
 
 
 def _as_batch(prompts: Any) -> Sequence[Any]:

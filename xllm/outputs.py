@@ -1,6 +1,6 @@
 """What users of `LLM` and `AsyncLLM` get back; the names and shapes are vLLM's.
 
-All times are `time.perf_counter()` seconds.
+All times are `time.monotonic()` seconds.
 """
 
 from __future__ import annotations

@@ -230,12 +230,16 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
+@dataclass(slots=True)
 class OutputDelta:
     """What one step added to one request. The one with a `finish_reason` is the last.
 
-    A plain class whose rare fields default on the class: one is made per sequence and step.
+    One is made per sequence and step, and it is what travels to whoever asked (`xllm/client`).
     """
 
+    request_id: str
+    token_ids: list[int]
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or string that ended it
     logprobs: list[TokenLogprobs] | None = None
@@ -244,14 +248,6 @@ class OutputDelta:
     error: str | None = None
     cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1, l2, l3, l4
     embedding: list[float] | None = None  # for a request with `pooling`
-
-    def __init__(self, request_id: str, token_ids: list[int], num_cached_tokens: int = 0):
-        self.request_id = request_id
-        self.token_ids = token_ids
-        self.num_cached_tokens = num_cached_tokens
-
-    def __repr__(self) -> str:
-        return f"OutputDelta({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))

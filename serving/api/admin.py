@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving import protocol
 from serving.api.control import body_of, control
 from serving.api.errors import invalid, json_response
 from serving.api.health import package_version
 from serving.api.types import AbortBody, PauseBody, SleepBody
 from serving.state import ServerState
+from xllm.engine.commands import EngineState
 
 PAUSE_MODES = ("keep", "abort", "wait")
 SLEEP_LEVELS = (1, 2)  # without the KV cache; without the weights too
@@ -89,18 +90,21 @@ def _abort(state: ServerState, body: AbortBody) -> int:
     """How many requests were ended. Raises ApiError if the body names none."""
     if not body.abort_all and not body.request_ids and body.rid is None and body.request_id is None:
         raise invalid("give request_ids, or abort_all", "request_ids")
-    named = [*(body.request_ids or ()), *filter(None, (body.rid, body.request_id))]
-    return state.engine.abort_calls(None if body.abort_all else named)
+    named = {*(body.request_ids or ()), *filter(None, (body.rid, body.request_id))}
+    ids = [request_id for request_id in state.engine.request_ids
+           if body.abort_all or request_id in named or request_id.partition("/")[0] in named]
+    state.engine.abort(ids)
+    return len(ids)
 
 
 def _server_info(state: ServerState) -> dict[str, Any]:
-    config = protocol.as_builtins(state.ready.config)
+    config = msgspec.to_builtins(state.facts.config)
     config["model"]["model"] = state.served_names[0]
     config["model"]["tokenizer"] = config["cache"]["disk_cache_dir"] = None  # folders of this machine
-    return {"version": package_version(), "config": config, "num_kv_blocks": state.ready.num_blocks,
-            "vocab_size": state.ready.vocab_size, "stats": protocol.as_builtins(state.engine.stats)}
+    return {"version": package_version(), "config": config, "num_kv_blocks": state.facts.num_blocks,
+            "vocab_size": state.facts.vocab_size, "stats": msgspec.to_builtins(state.engine.stats)}
 
 
-def _shown(engine: protocol.EngineState) -> dict[str, Any]:
+def _shown(engine: EngineState) -> dict[str, Any]:
     return {"is_paused": engine.paused is not None, "pause_mode": engine.paused,
             "is_sleeping": engine.sleep_level > 0, "sleep_level": engine.sleep_level, "num_open": engine.num_open}

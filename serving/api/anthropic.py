@@ -14,11 +14,12 @@ from fastapi.responses import Response
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat, prepare_chat
 from serving.api.errors import ApiError, as_api_error, invalid, json_response
-from serving.api.generation import Generation, Piece
+from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.sse import ClientGone, EventStream, until_disconnect
 from serving.api.types import ChatBody, CountTokensBody, MessagesBody, parse
 from serving.state import ServerState
+from xllm.client.assemble import Piece
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from serving.api import params
 from serving.api.chat_prompt import ChatPrompt, chat_prompt
 from serving.api.errors import invalid, json_response
-from serving.api.generation import Choice, Generation, Piece
+from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
@@ -24,6 +24,7 @@ from serving.parsers.events import Answer, CallArguments, CallStart, Content, Ev
 from serving.parsers.output import OutputParser
 from serving.parsers.reasoning.base import CLOSE, ThinkParser
 from serving.state import ServerState
+from xllm.client.assemble import Completion, Piece
 from xllm.errors import RequestError
 from xllm.request import MAX_LOGPROBS
 from xllm.structured.spec import StructuredOutput
@@ -103,7 +104,7 @@ class ChatCall:
             answer["prompt_token_ids"] = self.prompt.token_ids
         return answer
 
-    def _choice_json(self, choice: Choice) -> dict[str, Any]:
+    def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
             "logprobs": self.writer.chat(choice.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None,

@@ -13,12 +13,13 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.errors import invalid, json_response
-from serving.api.generation import Choice, Generation, Piece
+from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
+from xllm.client.assemble import Completion, Piece
 from xllm.request import SamplingParams, TokenLogprobs
 
 
@@ -62,7 +63,7 @@ class CompletionCall:
                                                       **overrides)
         return [made[length] for length in lengths]
 
-    def prompt_of(self, choice: Choice) -> Prompt:
+    def prompt_of(self, choice: Completion) -> Prompt:
         return self.prompts[choice.index // self.n]
 
     def prompt_text(self, prompt: Prompt) -> str:
@@ -77,13 +78,13 @@ class CompletionCall:
     def usage(self, generation: Generation) -> dict[str, object]:
         return generation.usage(self.n, hidden_tokens=int(self.hides_output))
 
-    def choice_json(self, choice: Choice) -> dict[str, Any]:
+    def choice_json(self, choice: Completion) -> dict[str, Any]:
         """A finished choice."""
         piece = Piece(choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
                       choice.stop_reason, is_first=True)
         return self.piece_json(choice, piece, offset=0)
 
-    def piece_json(self, choice: Choice, piece: Piece, *, offset: int) -> dict[str, Any]:
+    def piece_json(self, choice: Completion, piece: Piece, *, offset: int) -> dict[str, Any]:
         """One piece, with the echoed prompt before the first. offset: characters of the choice sent so far."""
         body, prompt = self.body, self.prompt_of(choice)
         text = "" if self.hides_output else piece.text

@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from serving import protocol
 from serving.api.errors import ApiError
 from serving.api.limits import read_json
 from serving.api.types import StrictBody, parse
 from serving.security.paths import hide_paths
 from serving.state import ServerState
+from xllm.engine.commands import Action, Controlled
 
 Body = TypeVar("Body", bound=StrictBody)
 
@@ -22,7 +22,7 @@ async def body_of(state: ServerState, request: Request, kind: type[Body]) -> Bod
     return parse({**{name: _number(value) for name, value in request.query_params.items()}, **content}, kind)
 
 
-async def control(state: ServerState, action: str, **options: Any) -> protocol.Controlled:
+async def control(state: ServerState, action: Action, **options: Any) -> Controlled:
     """`EngineClient.control`; what was refused becomes an ApiError."""
     state.check_loaded()
     done = await state.engine.control(action, **options)

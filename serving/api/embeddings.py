@@ -80,10 +80,10 @@ def _cut(body: PoolingBody, token_ids: list[int], field: str, state: ServerState
     keep = body.truncate_prompt_tokens
     if keep is None:
         return token_ids
-    if keep != -1 and not 1 <= keep < state.ready.max_model_len:
-        raise invalid(f"truncate_prompt_tokens must be -1 or in 1 to {state.ready.max_model_len - 1}",
+    if keep != -1 and not 1 <= keep < state.facts.max_model_len:
+        raise invalid(f"truncate_prompt_tokens must be -1 or in 1 to {state.facts.max_model_len - 1}",
                       "truncate_prompt_tokens")
-    return token_ids[:state.ready.max_model_len - 1 if keep == -1 else keep]
+    return token_ids[:state.facts.max_model_len - 1 if keep == -1 else keep]
 
 
 def encoded(vector: np.ndarray, form: Literal["float", "base64"]) -> Any:

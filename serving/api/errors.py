@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from serving.security.paths import hide_paths
-from serving.stream import EngineBusyError, RequestTimeoutError
+from xllm.client.base import EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")

@@ -20,7 +20,7 @@ def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
         return 503, {"status": "dead", "reason": hide_paths(engine.dead_reason)}
     if engine.restarting_after is not None:
         return 503, {"status": "restarting", "reason": hide_paths(engine.restarting_after), "phase": engine.phase}
-    if engine.ready is None or not state.loaded:
+    if engine.facts is None or not state.loaded:
         return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
     silent_s = engine.silent_for_s()
     facts = {"running": engine.stats.num_running, "waiting": engine.stats.num_waiting, "steps": engine.stats.num_steps}

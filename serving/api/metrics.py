@@ -33,21 +33,21 @@ class ServerCollector:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
-        name = self._state.served_names[0] if self._state.engine.ready else ""
+        name = self._state.served_names[0] if self._state.engine.facts else ""
         for prefix in PREFIXES:
             yield from self._families(Families(prefix, (name, "0")))
 
     def _families(self, make: Families) -> Iterator[Metric]:
         state, engine = self._state, self._state.engine
         yield from scheduler_families(make, engine)
-        yield from cache_families(make, engine.stats, engine.ready)
+        yield from cache_families(make, engine.stats, engine.facts)
         yield from speculation_families(make, engine.stats)
         yield from overload_families(make, state)
         yield from state.refusals.families(make, state.keys.kinds)
         yield from tier_families(make, engine.stats)
         yield from graph_families(make, engine.stats.graphs)
-        if engine.ready is not None:
-            yield from lora_families(make, engine.ready.config.lora, state.requests.open_records())
+        if engine.facts is not None:
+            yield from lora_families(make, engine.facts.config.lora, state.requests.open_records())
         yield from state.metrics.families(make)
 
 

@@ -16,7 +16,7 @@ def router(state: ServerState) -> APIRouter:
         adapter = state.adapter_of(name)
         return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm",
                 "root": adapter or state.served_names[0], "parent": state.served_names[0] if adapter else None,
-                "max_model_len": state.ready.max_model_len}
+                "max_model_len": state.facts.max_model_len}
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:

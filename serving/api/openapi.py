@@ -91,6 +91,6 @@ def router(state: ServerState) -> APIRouter:
     async def show() -> dict[str, Any]:
         if not state.loaded:
             return document()
-        return document((*state.served_names, *state.engine.adapters), state.ready.vocab_size)
+        return document((*state.served_names, *state.engine.adapters), state.facts.vocab_size)
 
     return routes

@@ -51,7 +51,7 @@ def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: 
 
     default: used when nothing is asked for, cut to what fits; None: all that fits.
     """
-    longest = state.ready.max_model_len
+    longest = state.facts.max_model_len
     room = longest - num_prompt_tokens
     if num_prompt_tokens < 1:
         raise invalid(f"{prompt_field} must not be empty", prompt_field)

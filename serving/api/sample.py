@@ -15,12 +15,13 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.errors import invalid, json_response
-from serving.api.generation import Choice, Generation
+from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import until_disconnect
 from serving.api.types import SampleBody, parse
 from serving.state import ServerState
+from xllm.client.assemble import Completion
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def router(state: ServerState) -> APIRouter:
         requests = params.plain_requests(state, body, call, [token_ids], sampling)
         generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         await until_disconnect(request.receive, generation.run())
-        choice: Choice = generation.choices[0]
+        choice: Completion = generation.choices[0]
         writer = LogprobsWriter(tokenizer, as_ids=False)
         # As delivered, the first entry is the prompt's first token's, which has none.
         choices = [choice_json(writer, index, place, choice.prompt_logprobs[place])

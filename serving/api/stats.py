@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -19,14 +20,11 @@ from serving.api.health import health_of, package_version
 from serving.api.sse import EVENT_HEADERS, EventStream, event
 from serving.history import HISTORY_COLUMNS
 from serving.metrics.refusals import OVERLOAD
-from serving.protocol import as_builtins
+from serving.request_log import RequestRecord
 from serving.security.caller import CALLER
 from serving.security.keys import NOBODY
-from serving.step_log import STEP_COLUMNS
-
-if TYPE_CHECKING:
-    from serving.request_log import RequestRecord
-    from serving.state import ServerState
+from serving.state import ServerState
+from xllm.engine.step_log import STEP_COLUMNS
 
 MAX_REQUESTS = 40
 MAX_VIEWERS = 32
@@ -46,9 +44,9 @@ def engine_json(state: ServerState) -> dict[str, Any]:
         "prefix_cache_queries": s.prefix_queries_total, "prefix_cache_hits": s.prefix_hits_total,
         "spec_decode_num_draft_tokens": s.spec_draft_tokens_total,
         "spec_decode_num_accepted_tokens": s.spec_accepted_tokens_total,
-        "kv_tiers": as_builtins(s.kv_tiers), "kv_lanes": as_builtins(s.kv_lanes),
+        "kv_tiers": msgspec.to_builtins(s.kv_tiers), "kv_lanes": msgspec.to_builtins(s.kv_lanes),
         "cached_tokens_by_tier": dict(s.cached_tokens_by_tier_total), "kv_disk_up": s.kv_disk_up,
-        "graphs": as_builtins(s.graphs),
+        "graphs": msgspec.to_builtins(s.graphs),
     }
 
 
@@ -57,10 +55,10 @@ def server_json(state: ServerState) -> dict[str, Any]:
     facts: dict[str, Any] = {"version": package_version(), "status": health["status"], "ok": status == 200,
                              "reason": health.get("reason"), "phase": state.engine.phase,
                              "started": state.started_unix_s, "server_load": state.num_open}
-    if (ready := state.engine.ready) is not None:
-        facts.update(model=state.served_names[0], max_model_len=ready.max_model_len,
-                     block_size=ready.config.cache.block_size, max_num_seqs=ready.config.scheduler.max_num_seqs,
-                     num_speculative_tokens=ready.config.speculative.num_speculative_tokens)
+    if (known := state.engine.facts) is not None:
+        facts.update(model=state.served_names[0], max_model_len=known.max_model_len,
+                     block_size=known.config.cache.block_size, max_num_seqs=known.config.scheduler.max_num_seqs,
+                     num_speculative_tokens=known.config.speculative.num_speculative_tokens)
     return facts
 
 
@@ -70,7 +68,7 @@ def request_json(record: RequestRecord) -> dict[str, Any]:
         "number": record.number, "kind": record.kind, "arrival_s": record.arrival_s,
         "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,
         "num_prompt_tokens": record.num_prompt_tokens, "num_cached_tokens": record.num_cached_tokens,
-        "num_generation_tokens": record.num_output_tokens, "max_tokens": record.max_tokens,
+        "num_generation_tokens": record.num_output_tokens, "max_tokens": record.sampling.max_tokens,
         "num_preemptions": record.num_preemptions, "finish_reason": record.finish_reason,
     }
 

@@ -27,7 +27,7 @@ def router(state: ServerState) -> APIRouter:
         body = parse({"add_special_tokens": "messages" not in content, **content}, TokenizeBody)
         state.check_model(body.model)
         token_ids = await _token_ids(state, body)
-        answer = {"count": len(token_ids), "max_model_len": state.ready.max_model_len, "tokens": token_ids,
+        answer = {"count": len(token_ids), "max_model_len": state.facts.max_model_len, "tokens": token_ids,
                   "token_strs": None}
         if body.return_token_strs:
             tokenizer = state.need_tokenizer("return_token_strs")
@@ -39,7 +39,7 @@ def router(state: ServerState) -> APIRouter:
         state.check_loaded()
         body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
         state.check_model(body.model)
-        vocab_size = state.ready.vocab_size
+        vocab_size = state.facts.vocab_size
         if any(not 0 <= token_id < vocab_size for token_id in body.tokens):
             raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
         tokenizer = state.need_tokenizer("tokens")
@@ -50,7 +50,7 @@ def router(state: ServerState) -> APIRouter:
         state.check_loaded()
         if state.tokenizer is None:
             raise ApiError(404, "this server runs without a tokenizer")
-        return json_response(info_json(state.tokenizer, state.ready.max_model_len))
+        return json_response(info_json(state.tokenizer, state.facts.max_model_len))
 
     return routes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from serving.step_log import Buckets
+from xllm.engine.step_log import Buckets
 
 LABELS = ("model_name", "engine")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.core import Metric
 
 from serving.metrics.families import Families
-from serving.step_log import Buckets
+from xllm.engine.step_log import Buckets
 
 
 class Histogram:

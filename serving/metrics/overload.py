@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import Metric
 
 from serving.config import END_REASONS
 from serving.metrics.families import Families
+from serving.state import ServerState
 from serving.waiting import CLASS_NAMES
-
-if TYPE_CHECKING:
-    from serving.state import ServerState
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's names, by sleep level
 
 
 def overload_families(make: Families, state: ServerState) -> Iterator[Metric]:
-    engine, waiting = state.engine, state.engine.waiting
+    engine, waiting = state.engine, state.admission.waiting
     yield make.gauge("engine_up", "1 while the engine takes requests", float(engine.is_up))
     yield make.gauge("engine_silent_seconds", "Since the last sign of progress", engine.silent_for_s())
     yield make.gauge_by("sleep_state", "engine_sleep_state", "1 for the state that the engine is in",

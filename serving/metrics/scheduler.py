@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from prometheus_client.core import Metric
 
-from serving.client import EngineClient
 from serving.metrics.families import Families
-from serving.step_log import STEP_TIME_S, STEP_TOKENS
+from xllm.client.base import WatchedEngine
+from xllm.engine.step_log import STEP_TIME_S, STEP_TOKENS
 
 
-def scheduler_families(make: Families, engine: EngineClient) -> Iterator[Metric]:
+def scheduler_families(make: Families, engine: WatchedEngine) -> Iterator[Metric]:
     s = engine.stats
     yield make.gauge("num_requests_running", "Sequences that run", s.num_running)
     yield make.gauge("num_requests_waiting", "Sequences that wait", s.num_waiting)
@@ -24,7 +24,7 @@ def scheduler_families(make: Families, engine: EngineClient) -> Iterator[Metric]
     yield from _step_families(make, engine)
 
 
-def _step_families(make: Families, engine: EngineClient) -> Iterator[Metric]:
+def _step_families(make: Families, engine: WatchedEngine) -> Iterator[Metric]:
     yield make.counter("engine_steps", "Steps", engine.stats.num_steps)
     yield make.gauge("step_time_seconds", "Duration of the last step", engine.stats.step_time_s)
     yield make.histogram("iteration_tokens_total", "Tokens computed in a step", engine.steps.tokens, STEP_TOKENS)

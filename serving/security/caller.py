@@ -1,7 +1,8 @@
 """Whom the running task works for, and what that means for the requests that it makes.
 
-The gate sets `CALLER` for each HTTP call; whatever the call awaits or hands to a thread sees it. It is applied where
-all requests pass on their way to the engine, so that no endpoint can forget it.
+The gate sets `CALLER` for each HTTP call, and with tracing `TRACE_HEADERS` is set as well; what the call awaits or
+hands to a thread sees them. The caller is applied where all requests pass on their way to the engine
+(`serving/admission.py`), so that no endpoint can forget it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from xllm.errors import RequestError
 from xllm.request import Request
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
+TRACE_HEADERS: ContextVar[dict[str, str] | None] = ContextVar("trace_headers", default=None)  # of the call at hand
 
 
 def sign(requests: Sequence[Request], caller: Caller) -> list[Request]:

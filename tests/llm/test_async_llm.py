@@ -11,7 +11,10 @@ import pytest
 
 from tests.llm.conftest import SETTINGS
 from xllm import LLM, AsyncLLM, EngineConfig, SamplingParams
-from xllm.engine_thread import _add_all
+from xllm.client.assemble import Completion
+from xllm.client.local import CommandQueue
+from xllm.engine.commands import Answer, Outputs, Shutdown, Submit, Submitted
+from xllm.engine.loop import EngineLoop
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.outputs import RequestOutput
 from xllm.request import FinishReason, Request
@@ -161,7 +164,6 @@ async def test_death_reaches_every_open_iterator(engine, monkeypatch, caplog):
     for result in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10):
         assert isinstance(result, EngineDeadError)
         assert "no room for logits" in str(result)
-    assert "no room for logits" in engine.death
     with pytest.raises(EngineDeadError, match="no room for logits"):
         await collect(engine.generate(PROMPT, GREEDY))
     assert "the engine failed" in caplog.text
@@ -179,10 +181,21 @@ async def test_shutdown_ends_open_iterators(engine):
 async def test_a_bug_in_reading_outputs_hangs_nobody(engine, monkeypatch):
     caught = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(context["exception"]))
-    monkeypatch.setattr(engine._outputs, "process", lambda deltas: 1 / 0)
+    monkeypatch.setattr(engine._engine, "_deliver", lambda delta: 1 / 0)
     with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
         await asyncio.wait_for(collect(engine.generate(PROMPT, GREEDY)), 10)
     assert caught
+
+
+async def test_a_bug_in_making_text_harms_its_own_request_only(engine, monkeypatch):
+    feed = Completion.feed
+    monkeypatch.setattr(Completion, "feed", lambda completion, delta, now_s: feed(completion, delta, now_s)
+                        if completion.request.sampling.max_tokens != 7 else 1 / 0)
+    sound = asyncio.create_task(collect(engine.generate(PROMPT, GREEDY)))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(collect(engine.generate(PROMPT, SamplingParams(max_tokens=7))), 10)
+    assert (await asyncio.wait_for(sound, 10))[-1].outputs[0].finish_reason is not None
+    await idle(engine)
 
 
 def test_another_event_loop_takes_over_a_closed_one():
@@ -201,20 +214,27 @@ def test_another_event_loop_takes_over_a_closed_one():
 
         assert asyncio.run(again())[-1].finished
         assert engine.stats().generation_tokens_total < 200
-        assert engine._outputs.num_open == 0
+        assert engine._engine.request_ids == ()
     finally:
         engine.shutdown()
 
 
 def test_a_refused_choice_takes_the_others_with_it():
     with LLM(**SETTINGS, max_waiting_requests=2) as llm:
-        core, refusals = llm._core, []
-        requests = [Request(request_id=str(n), prompt_token_ids=[5], sampling=LONG) for n in range(4)]
-        _add_all(core, requests, refusals.append)
-        ended = [delta for _ in range(3) if core.has_work() for delta in core.step()]
-        assert [d.finish_reason for d in ended] == [FinishReason.ABORT] * 2
-        assert core.stats().generation_tokens_total == 0
-        assert len(refusals) == 1
+        commands, answers = CommandQueue(), []
+
+        def report(answer: Answer) -> None:
+            answers.append(answer)
+            if isinstance(answer, Outputs):
+                commands.put(Shutdown())
+
+        commands.put(Submit([Request(request_id=str(n), prompt_token_ids=[5], sampling=LONG) for n in range(4)]))
+        EngineLoop(llm._core, commands, report).run()
+        refused, outputs = answers
+        assert isinstance(refused, Submitted)
+        assert (refused.request_id, refused.field) == ("0", None) and "queue is full" in refused.error
+        assert [(d.request_id, d.finish_reason) for d in outputs.deltas] == [(n, FinishReason.ABORT) for n in "01"]
+        assert llm.stats().generation_tokens_total == 0
 
 
 def test_settings():

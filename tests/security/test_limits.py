@@ -14,10 +14,10 @@ import pytest
 from serving.api.limits import _JSON_STRING
 from serving.config import LimitSettings, ServerConfig
 from serving.limits import BY_NAME, HARD_MAXIMA, MEDIA, TABLE
-from serving.stream import EngineBusyError
 from serving.waiting import WaitingTokens
 from tests.security.wire import request, send
 from tests.serving.server_process import ROOT, ServerProcess
+from xllm.client.base import EngineBusyError
 from xllm.errors import ConfigError
 from xllm.request import Request
 

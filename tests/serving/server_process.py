@@ -58,7 +58,7 @@ class ServerProcess:
     @property
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children()
-        return next(child.pid for child in children if "serving.engine_process" in child.cmdline())
+        return next(child.pid for child in children if "xllm.client.engine_process" in child.cmdline())
 
     def client(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.stream import EngineBusyError
 from serving.waiting import LOW, OFFLINE, ONLINE, WaitingTokens, rank_of
 from tests.serving.server_process import ServerProcess, wait_for
+from xllm.client.base import EngineBusyError
 from xllm.request import Request
 
 BLOCKER = {"prompt": [1, 2], "max_tokens": 500, "ignore_eos": True}

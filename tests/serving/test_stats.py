@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from serving.history import MAX_STEPS, EngineHistory
-from serving.step_log import MAX_STEPS_A_BEAT, STEP_TIME_S, StepLog, StepReport
 from tests.serving.server_process import ServerProcess, wait_for
+from xllm.engine.step_log import MAX_STEPS_A_BEAT, STEP_TIME_S, StepLog, StepReport
 
 
 def snapshots(server: ServerProcess, **query: object) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from serving.api.generation import Choice
 from serving.request_log import RequestLog
 from serving.tracing import EXPORT_TIMEOUT_S, Tracer
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
@@ -161,8 +160,7 @@ def test_a_missing_collector_harms_nobody() -> None:
     request = Request(request_id="cmpl-1", prompt_token_ids=[1, 2], arrival_s=time.monotonic())
     log = RequestLog()
     log.on_end = tracer.record
-    log.begin(choice := Choice(0, request, None), {})
-    log.end(choice, "abort")
+    log.end(log.begin(request, {}), "abort")
     started_s = time.monotonic()
     tracer.shutdown()
     assert time.monotonic() - started_s < 5 * EXPORT_TIMEOUT_S

@@ -12,6 +12,7 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
 from xllm.engine.stats import collect_stats
+from xllm.engine.step_log import Step
 from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers, has_tiers
 from xllm.errors import RequestError
@@ -46,10 +47,7 @@ class EngineCore:
             raise
 
     def _build(self, loaded: Loaded) -> None:
-        self.facts = EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
-                                 hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
-                                 num_blocks=loaded.num_blocks)
-        self.config, self.num_blocks = loaded.config, loaded.num_blocks
+        self._loaded, self.config, self.num_blocks = loaded, loaded.config, loaded.num_blocks
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks,
                                        num_reserved_blocks=loaded.num_reserved_blocks), self.link)
         pause = PauseGate(self.scheduler.check_room)
@@ -64,14 +62,22 @@ class EngineCore:
     def scheduler(self) -> Scheduler:
         return self.loop.scheduler
 
+    @property
+    def facts(self) -> EngineFacts:
+        """What the outside needs to know; `adapters` are those of this moment."""
+        loaded = self._loaded
+        return EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
+                           hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
+                           num_blocks=loaded.num_blocks, adapters=self.adapters.names)
+
     # --- requests
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError; nothing is queued then."""
-        request.sampling.check_vocabulary(self.facts.vocab_size)
-        _check_prompt_ids(request, self.facts.vocab_size)
+        request.sampling.check_vocabulary(self._loaded.vocab_size)
+        _check_prompt_ids(request, self._loaded.vocab_size)
         if request.pooling is not None:
-            request.pooling.check_width(self.facts.hidden_size)
+            request.pooling.check_width(self._loaded.hidden_size)
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
         request = self.adapters.bind(request)
@@ -105,6 +111,11 @@ class EngineCore:
 
     def _uses_adapter(self, name: str) -> bool:
         return any(request.lora == name for request in self._open_requests())
+
+    def take_step(self) -> Step | None:
+        """The step that ended last, once."""
+        step, self.loop.finished = self.loop.finished, None
+        return step
 
     def take_admissions(self) -> list[tuple[str, float]]:
         """(request id, `time.monotonic()`) of requests that left the queue for the first time since the last call. Kept

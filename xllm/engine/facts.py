@@ -1,4 +1,4 @@
-"""`EngineFacts`: what is known of a loaded engine for as long as it lives."""
+"""`EngineFacts`: what anybody outside needs to know of a loaded engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from xllm.config import EngineConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """config: resolved. model_path: the local folder of the model. num_blocks: KV blocks on the device."""
+    """These hold as long as the engine lives.
+
+    config: resolved. model_path: the checkpoint's folder. num_blocks: of the KV cache on the device. adapters: names of
+    those that were loaded at the start; a running engine may have others.
+    """
 
     config: EngineConfig
     model_path: str
@@ -17,9 +21,10 @@ class EngineFacts:
     hidden_size: int
     eos_token_ids: tuple[int, ...]
     num_blocks: int
+    adapters: tuple[str, ...] = ()
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest sequence, prompt and output."""
-        assert self.config.model.max_model_len is not None, "the config of a loaded engine is resolved"
+        """Tokens of the longest sequence, prompt and output together."""
+        assert self.config.model.max_model_len is not None, "a resolved config says it"
         return self.config.model.max_model_len

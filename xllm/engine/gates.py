@@ -82,9 +82,7 @@ class Held:
         return ended
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        delta = OutputDelta(request.request_id, [])
-        delta.finish_reason, delta.error = reason, error
-        self._ended.append(delta)
+        self._ended.append(OutputDelta(request.request_id, [], finish_reason=reason, error=error))
 
 
 class PauseMode(str, enum.Enum):

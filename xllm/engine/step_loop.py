@@ -7,6 +7,7 @@ from collections import deque
 from typing import Protocol
 
 from xllm import env
+from xllm.engine.step_log import Step
 from xllm.errors import IntegrityError
 from xllm.kv import failpoints
 from xllm.request import OutputDelta
@@ -41,6 +42,7 @@ class StepLoop:
         self.num_steps = 0
         self.last_step_s = time.monotonic()
         self.step_time_s = 0.0
+        self.finished: Step | None = None  # until somebody takes it
         self._began_s = self.last_step_s  # when a step was last submitted to an idle device
         self.frozen = False  # requests stay as they are; only what is in flight is finished
         self._in_flight: deque[ScheduleOutput] = deque()
@@ -72,7 +74,9 @@ class StepLoop:
         self._count_step()
         if failpoints.armed is not None:
             failpoints.hit("engine.settled")
-        self.scheduler.rates.note(int(oldest.num_tokens_S.sum()), self.step_time_s)
+        num_tokens = int(oldest.num_tokens_S.sum())
+        self.scheduler.rates.note(num_tokens, self.step_time_s)
+        self.finished = self.last_step_s, self.step_time_s, num_tokens, oldest.num_rows
         return outputs
 
     def _nothing_to_run(self) -> list[OutputDelta]:

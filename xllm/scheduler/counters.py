@@ -46,11 +46,9 @@ class StepRates:
 
     step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
-    last_num_tokens: int = 0  # of the newest step
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many tokens in that time."""
-        self.last_num_tokens = num_tokens
         self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
         if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0.0:
             rate = num_tokens / seconds

@@ -22,28 +22,33 @@ class OutputWriter:
         tokens, and (row, its output) of those that end with them."""
         table = self._rows
         kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
-        stops = np.zeros(len(rows), dtype=bool)
-        for column in range(int(kept.max(initial=0))):
-            at = np.flatnonzero((kept > column) & ~stops)
+        at = producing = np.flatnonzero(kept)
+        stops: list[int] = []  # places in the result
+        for column in range(result.token_ids_SR.shape[1]):
+            if column:
+                at = np.flatnonzero(kept > column)
+            if not len(at):
+                break
             these = rows[at]
-            tokens = result.token_ids_SR[at, column]
-            table.token_ids[these, table.known[these]] = tokens
-            known = table.known[these] = table.known[these] + 1
-            stopped = (tokens[:, None] == table.stop_ids_RE[these]).any(axis=1) & (known >= table.min_known[these])
-            ends = stopped | (known >= table.limit[these])
+            tokens, known = result.token_ids_SR[at, column], table.known[these]
+            table.token_ids[these, known] = tokens
+            known += 1
+            table.known[these] = known
+            ends = (tokens[:, None] == table.stop_ids_RE[these]).any(axis=1)
+            ends &= known >= table.min_known[these]
+            ends |= known >= table.limit[these]
             if ends.any():
-                stops[at[ends]] = True
                 kept[at[ends]] = column + 1
+                stops += at[ends].tolist()
         self._counters.generation_tokens += int(kept.sum())
-        return self._write(result, rows, kept, stops)
+        return self._write(result, rows, kept, producing, stops)
 
-    def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray,
-               stops: np.ndarray) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
-        table = self._rows
-        at = np.flatnonzero(kept)
-        producing = rows[at]
-        if int(kept.max(initial=0)) <= 1:
-            tokens = result.token_ids_SR[at, :1].tolist()
+    def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray, at: np.ndarray,
+               stops: list[int]) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
+        """at: places in the result of the rows that have new tokens."""
+        table, producing = self._rows, rows[at]
+        if result.token_ids_SR.shape[1] == 1:
+            tokens = result.token_ids_SR[at].tolist()
         else:
             counts = kept[at].tolist()
             tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
@@ -56,10 +61,10 @@ class OutputWriter:
         for i, vector in result.pooled.items():
             if kept[i]:
                 outputs[int(np.searchsorted(at, i))].embedding = vector.tolist()
-        if not stops.any():
+        if not stops:
             return outputs, []
-        place_of = {int(i): place for place, i in enumerate(at)}
-        return outputs, [(int(rows[i]), outputs[place_of[i]]) for i in np.flatnonzero(stops).tolist()]
+        place_of = {i: place for place, i in enumerate(at.tolist())}
+        return outputs, [(int(rows[i]), outputs[place_of[i]]) for i in sorted(stops)]
 
     def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
         seq = self._rows.seqs[row]

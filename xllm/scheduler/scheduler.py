@@ -282,9 +282,8 @@ class Scheduler:
         del self._sequences[seq.request_id]
         self._writer.num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
         self.counters.finished[reason.value] += 1
-        output = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
-        output.finish_reason, output.error, output.num_preemptions = reason, error, seq.num_preemptions
-        return output
+        return OutputDelta(seq.request_id, [], seq.num_cached_tokens, finish_reason=reason, error=error,
+                           num_preemptions=seq.num_preemptions)
 
     def _commit_blocks(self, rows: np.ndarray) -> None:
         """Offer blocks that became full in this step to the prefix index."""

@@ -98,7 +98,6 @@ class ProcessLink(WorkerLink):
                 self._end_in_order()
         self._end_ranks()
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end_in_order(self) -> None:
         self.send(Shutdown())
@@ -163,6 +162,7 @@ class ProcessLink(WorkerLink):
             self._has_ended = True
             for rank in self._ranks:
                 rank.end()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _socket_folder() -> Path:

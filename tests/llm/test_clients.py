@@ -1,0 +1,145 @@
+"""What every `EngineClient` promises, held against each of them: an engine in this process, and in its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.llm.conftest import SETTINGS
+from xllm.client.base import EngineBusyError, EngineClient, RequestTimeoutError, Stream
+from xllm.client.local import LocalClient
+from xllm.client.process import ProcessClient
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
+from xllm.errors import EngineDeadError, RequestError
+from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
+
+CONFIG = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, max_waiting_requests=4)
+PROMPT = (5, 6, 7)
+
+
+@pytest.fixture(params=["local", "process"])
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
+    if request.param == "local":
+        local = LocalClient(EngineCore(CONFIG))
+        yield local
+        local.shutdown()
+    else:
+        process = ProcessClient(CONFIG)
+        await process.start()
+        yield process
+        await process.shutdown()
+
+
+def make_request(name: str, max_tokens: int = 8, **fields) -> Request:
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+    return Request(request_id=name, prompt_token_ids=PROMPT, sampling=sampling, **fields)
+
+
+async def read(stream: Stream) -> list[OutputDelta]:
+    found = []
+    while deltas := await asyncio.wait_for(stream.next(), 20):
+        found += deltas
+    return found
+
+
+async def idle(client: EngineClient) -> None:
+    for _ in range(500):
+        if (await client.control("state")).state.num_open == 0:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("still busy")
+
+
+async def test_what_a_call_gets(client: EngineClient, llm) -> None:
+    assert client.facts is not None
+    assert (client.facts.vocab_size, client.facts.max_model_len) == (llm.facts.vocab_size, 512)
+    assert (client.facts.num_blocks, client.adapters, client.sleep_level, client.dead_reason) == (256, (), 0, None)
+    stream = client.submit([make_request("a"), make_request("b", 3)])
+    news: dict[str, int] = {"a": 0, "b": 0}
+    stream.on_news = lambda request_id, num_tokens: news.update({request_id: news[request_id] + num_tokens})
+    await stream.admitted()
+    assert set(client.request_ids) == {"a", "b"}
+    deltas = await read(stream)
+    (expected,) = llm.generate([list(PROMPT)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
+                               use_tqdm=False)
+    for name, num_tokens in (("a", 8), ("b", 3)):
+        mine = [delta for delta in deltas if delta.request_id == name]
+        assert [t for delta in mine for t in delta.token_ids] == expected.outputs[0].token_ids[:num_tokens]
+        assert [entry.token_id for delta in mine for entry in delta.logprobs or ()] == \
+            expected.outputs[0].token_ids[:num_tokens]
+        assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [FinishReason.LENGTH]
+    assert news == {"a": 8, "b": 3}
+    assert set(stream.scheduled_s) == {"a", "b"}
+    assert client.request_ids == ()
+
+
+async def test_all_of_a_call_or_nothing(client: EngineClient) -> None:
+    running = client.submit([make_request("x", 200)])
+    with pytest.raises(RequestError, match="in use"):
+        client.submit([make_request("x")])
+    stream = client.submit([make_request("a"), make_request("b", lora="nobody")])
+    with pytest.raises(RequestError, match="no adapter") as caught:
+        await stream.admitted()
+    assert caught.value.field == "model"
+    with pytest.raises(RequestError, match="no adapter"):
+        await stream.next()
+    with pytest.raises(EngineBusyError, match="queue is full"):
+        await client.submit([make_request(str(n), 200) for n in range(10)]).admitted()
+    assert client.request_ids == ("x",)
+    running.close()
+    await idle(client)
+
+
+async def test_the_ways_to_an_early_end(client: EngineClient) -> None:
+    aborted, closed = client.submit([make_request("a", 400)]), client.submit([make_request("b", 400)])
+    late = client.submit([make_request("c", 400)])
+    await aborted.next()
+    client.abort(["a", "unknown"])
+    assert (await read(aborted))[-1].finish_reason is FinishReason.ABORT
+    closed.close()
+    assert {delta.finish_reason for delta in await read(closed)} == {None}, "what had come, and no end"
+    await late.admitted()
+    late.expires_s = asyncio.get_running_loop().time()
+    with pytest.raises(RequestTimeoutError):
+        await read(late)
+    late.fail(EngineBusyError("to make room"))
+    with pytest.raises(EngineBusyError, match="to make room"):
+        await read(late)
+    assert client.request_ids == ()
+    await idle(client)
+
+
+async def test_control(client: EngineClient) -> None:
+    assert (await client.control("pause", mode="keep")).state.paused == "keep"
+    stream = client.submit([make_request("a")])
+    await stream.admitted()
+    assert (await client.control("state")).state.num_open == 1
+    refused = await client.control("unload_adapter", name="nobody")
+    assert (refused.field, refused.is_state) == ("lora_name", False)
+    refused = await client.control("load_adapter", name="new", folder="/nowhere")
+    assert refused.error is not None and "--enable-lora" in refused.error and refused.is_state
+    assert (await client.control("resume")).state.paused is None
+    assert sum(len(delta.token_ids) for delta in await read(stream)) == 8
+    await client.control("sleep", level=1)
+    assert client.sleep_level == 1
+    assert (await client.control("wakeup")).error is None
+    assert client.sleep_level == 0
+
+
+async def test_its_end_reaches_everybody(client: EngineClient) -> None:
+    stream = client.submit([make_request("a", 400)])
+    await stream.next()
+    if isinstance(client, LocalClient):
+        await asyncio.to_thread(client.shutdown)
+    elif isinstance(client, ProcessClient):
+        client.end_process("it was shut down")
+    with pytest.raises(EngineDeadError, match="it was shut down"):
+        await read(stream)
+    with pytest.raises(EngineDeadError, match="it was shut down"):
+        client.submit([make_request("b")])
+    with pytest.raises(EngineDeadError, match="it was shut down"):
+        await client.control("state")
+    assert client.dead_reason is not None

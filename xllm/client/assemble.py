@@ -1,0 +1,123 @@
+"""From an engine's deltas to text: one `Completion` per sequence, whose new parts are `Piece`s.
+
+The one place where tokens become text, stop strings are found and log-probabilities are cut to the tokens that count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from xllm.detokenizer import Detokenizer
+from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
+from xllm.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new in one completion. finish_reason: 'stop', 'length', 'abort' or 'error', on the last piece only."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    is_first: bool = False
+
+
+class Completion:
+    """One sequence as it grows. `finish_reason` is set once and ends it; with "error", `error` says why.
+
+    Times are on the `time.monotonic()` clock. tokenizer: None leaves the text empty.
+    """
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None):
+        self.index, self.request = index, request
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.num_cached_tokens = self.num_preemptions = 0
+        self.cached_by_tier: dict[str, int] | None = None
+        self.embedding: list[float] | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.end_s: float | None = None
+        wants_text = tokenizer is not None and request.sampling.detokenize
+        self._detokenizer = Detokenizer(tokenizer, request.sampling) if tokenizer and wants_text else None
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return self._detokenizer.text if self._detokenizer else ""
+
+    def feed(self, delta: OutputDelta, now_s: float) -> Piece:
+        """Take a delta in; not after the end."""
+        text, token_ids, is_first = "", delta.token_ids, not self.token_ids
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason.value, delta.stop_reason
+            self.error = delta.error
+        if self._detokenizer is not None:
+            text, token_ids = self._detokenize(self._detokenizer, delta)
+        logprobs = delta.logprobs[: len(token_ids)] if delta.logprobs else None
+        self.token_ids += token_ids
+        self.logprobs += logprobs or ()
+        self._collect(delta)
+        if token_ids:
+            self.first_token_s, self.last_token_s = self.first_token_s or now_s, now_s
+        if self.finish_reason is not None:
+            self.end_s = now_s
+        return Piece(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, is_first)
+
+    def _detokenize(self, detokenizer: Detokenizer, delta: OutputDelta) -> tuple[str, list[int]]:
+        """(new text, new tokens that count)."""
+        text = detokenizer.feed(delta.token_ids, hide_last=delta.finish_reason is FinishReason.STOP)
+        if delta.finish_reason is not None:
+            text += detokenizer.finish()
+        if detokenizer.stopped is not None:
+            self.finish_reason, self.stop_reason, self.error = FinishReason.STOP.value, detokenizer.stopped, None
+        return text, delta.token_ids[: detokenizer.num_tokens - len(self.token_ids)]
+
+    def _collect(self, delta: OutputDelta) -> None:
+        self.prompt_logprobs += delta.prompt_logprobs or ()
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
+        self.cached_by_tier = delta.cached_by_tier or self.cached_by_tier
+        self.embedding = delta.embedding or self.embedding
+
+
+class Assembly:
+    """The completions of requests that were handed to an engine together.
+
+    abort(request id): called for those that a stop string ended, of which the engine does not know.
+    """
+
+    def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer | None, abort: Callable[[str], None]):
+        self.completions = [Completion(index, request, tokenizer) for index, request in enumerate(requests)]
+        self._open = {completion.request.request_id: completion for completion in self.completions}
+        self._abort = abort
+
+    @property
+    def open_ids(self) -> tuple[str, ...]:
+        """Of the requests that have not ended."""
+        return tuple(self._open)
+
+    def feed(self, deltas: Iterable[OutputDelta]) -> list[Piece]:
+        """What deltas bring, in their order. Those of requests that have ended, or of others, are left out."""
+        now_s = time.monotonic()
+        pieces = []
+        for delta in deltas:
+            completion = self._open.get(delta.request_id)
+            if completion is None:
+                continue
+            piece = completion.feed(delta, now_s)
+            pieces.append(piece)
+            if piece.finish_reason is not None:
+                del self._open[delta.request_id]
+                if delta.finish_reason is None:
+                    self._abort(delta.request_id)
+        return pieces

@@ -1,0 +1,126 @@
+"""`CommandingClient`: the half that all clients share whose engine obeys the commands of `xllm/engine/commands.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from xllm.client.base import EngineBusyError, Stream
+from xllm.engine.commands import Abort, Action, Answer, Command, Control, Controlled, Outputs, Submit, Submitted
+from xllm.engine.facts import EngineFacts
+from xllm.errors import EngineDeadError, RequestError
+from xllm.request import OutputDelta, Request
+
+logger = logging.getLogger("xllm.client")
+
+
+class CommandingClient(ABC):
+    """Gives every caller what concerns it. One event loop's; every request ends with a terminal delta or an error."""
+
+    def __init__(self) -> None:
+        self.facts: EngineFacts | None = None
+        self.dead_reason: str | None = None
+        self.adapters: tuple[str, ...] = ()
+        self.sleep_level = 0
+        self._streams: dict[str, Stream] = {}  # by request id
+        self._answers: dict[int, asyncio.Future[Controlled]] = {}
+        self._numbers = itertools.count()
+
+    @abstractmethod
+    def _send(self, command: Command) -> None:
+        """Hand a command to the engine, without waiting for anything."""
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of the requests that have not ended."""
+        return tuple(self._streams)
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """See `EngineClient.submit`."""
+        self._check_up()
+        for request in requests:
+            if request.request_id in self._streams:
+                raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+        stream = Stream(self, requests)
+        self._streams.update((request.request_id, stream) for request in requests)
+        self._send(Submit(list(requests)))
+        return stream
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """See `EngineClient.abort`."""
+        self._send_abort([request_id for request_id in request_ids if request_id in self._streams])
+
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Abort requests and forget them."""
+        self._send_abort([request_id for request_id in request_ids
+                          if self._streams.pop(request_id, None) is not None])
+
+    def _send_abort(self, request_ids: list[str]) -> None:
+        if request_ids and self.dead_reason is None:
+            self._send(Abort(request_ids))
+
+    async def control(self, action: Action, **options: Any) -> Controlled:
+        """See `EngineClient.control`."""
+        self._check_up()
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Control(number, action, **options))
+            done = await answer
+        finally:
+            self._answers.pop(number, None)
+        self.adapters, self.sleep_level = done.state.adapters, done.state.sleep_level
+        return done
+
+    def _check_up(self) -> None:
+        """Raise EngineDeadError unless requests are taken."""
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+
+    def _hand_out(self, answer: Answer) -> None:
+        """Give an answer of the engine to those who wait for it. What nobody waits for any more is ignored."""
+        if isinstance(answer, Outputs):
+            for request_id, at_s in answer.admitted:
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.scheduled_s[request_id] = at_s
+            for delta in answer.deltas:
+                self._deliver(delta)
+        elif isinstance(answer, Submitted):
+            if (stream := self._streams.get(answer.request_id)) is not None:
+                self._note_submitted(stream, answer)
+        elif (waiting := self._answers.get(answer.number)) is not None and not waiting.done():
+            waiting.set_result(answer)
+
+    def _deliver(self, delta: OutputDelta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is None:
+            return  # dropped by its reader while this was on its way
+        if delta.finish_reason is not None:
+            del self._streams[delta.request_id]
+        stream.push(delta)
+
+    def _note_submitted(self, stream: Stream, answer: Submitted) -> None:
+        if answer.error is None:
+            stream.admit()
+            return
+        for request_id in stream.open_ids:  # the engine has none of them
+            self._streams.pop(request_id, None)
+        # Admission names the field of a wrong request; what names none is about the queue.
+        stream.fail((RequestError if answer.field else EngineBusyError)(answer.error, field=answer.field))
+
+    def _die(self, reason: str) -> None:
+        """Everybody who waits gets EngineDeadError. The first reason stands."""
+        if self.dead_reason is not None:
+            return
+        self.dead_reason = reason
+        if self._streams:
+            logger.error("%d open requests end: %s", len(self._streams), reason)
+        for stream in set(self._streams.values()):
+            stream.fail(EngineDeadError(reason))
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))

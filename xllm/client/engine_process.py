@@ -1,0 +1,164 @@
+"""The engine's own process: `python -m xllm.client.engine_process FOLDER`, started by `ProcessClient`.
+
+Reads its config as one JSON line from stdin, then takes commands and sends reports (`codec.py`) over the two unix
+sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import zmq
+
+from xllm import env
+from xllm.client.codec import COMMANDS, REPORTS, config_from_json
+from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
+from xllm.config import EngineConfig
+from xllm.engine.commands import Command
+from xllm.engine.step_log import StepLog
+from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
+
+if TYPE_CHECKING:
+    from xllm.engine.core import EngineCore
+
+COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
+LINGER_MS = 2000
+BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
+logger = logging.getLogger("xllm.engine")
+
+
+class ReportSender:
+    """A sending end of the report socket. Not thread-safe: every thread makes its own."""
+
+    def __init__(self, context: zmq.Context, folder: Path):
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set_hwm(0)
+        self._socket.connect(f"ipc://{folder / REPORT_SOCKET}")
+
+    def send(self, report: Report) -> None:
+        self._socket.send(REPORTS.encode(report))
+
+    def close(self) -> None:
+        self._socket.close(linger=LINGER_MS)
+
+
+class Heart(threading.Thread):
+    """Reports stats and progress from outside the step loop, so that a step that hangs is seen to hang."""
+
+    def __init__(self, core: EngineCore, steps: StepLog, context: zmq.Context, folder: Path):
+        super().__init__(name="heartbeat", daemon=True)
+        self._core, self._steps, self._context, self._folder = core, steps, context, folder
+        self._wake = threading.Event()
+        self._stopped = False
+        self._busy_since: float | None = None
+
+    def set_busy(self, busy: bool) -> None:
+        """Called by the engine's loop before it steps and before it waits."""
+        if busy == (self._busy_since is not None):
+            return
+        self._busy_since = time.monotonic() if busy else None
+        self._wake.set()  # so that the gauges fall to zero at once, not a beat later
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+        self.join(timeout=2.0)
+
+    def run(self) -> None:
+        sender = ReportSender(self._context, self._folder)
+        while not self._stopped:
+            self._wake.clear()
+            sender.send(self._beat())
+            self._wake.wait(IDLE_HEARTBEAT_S if self._busy_since is None else BUSY_HEARTBEAT_S)
+        sender.close()
+
+    def _beat(self) -> Heartbeat:
+        busy_since = self._busy_since
+        stats = self._core.stats()
+        age_s = None if busy_since is None else time.monotonic() - max(busy_since, stats.last_step_s)
+        return Heartbeat(age_s, stats, self._steps.take())
+
+
+class SocketCommands:
+    """A `CommandSource`: the receiving end of the command socket."""
+
+    def __init__(self, context: zmq.Context, folder: Path):
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.connect(f"ipc://{folder / COMMAND_SOCKET}")
+
+    def take(self, timeout_s: float | None) -> Command | None:
+        """The next command, waiting for at most so long (None: for ever); None if none came."""
+        if timeout_s != 0.0 and not self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            return None
+        try:
+            return COMMANDS.decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+def main(argv: list[str]) -> int:
+    folder = Path(argv[0])
+    logging.basicConfig(level=env.log_level(), stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
+    config = config_from_json(sys.stdin.buffer.readline())
+    threading.Thread(target=_exit_with_parent, args=(folder,), name="parent-watch", daemon=True).start()
+    context = zmq.Context()
+    sender = ReportSender(context, folder)
+    try:
+        _serve(config, context, sender, folder)
+    except Exception as error:
+        user_error = isinstance(error, (ConfigError, ModelError, DeviceError, DiskError))
+        if user_error:
+            logger.error("%s", error)
+        else:
+            logger.exception("the engine failed")
+        sender.send(Fatal(str(error) if user_error else f"{type(error).__name__}: {error}", user_error))
+        return 1
+    finally:
+        context.destroy(linger=LINGER_MS)  # waits until the last words are out
+    return 0
+
+
+def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path) -> None:
+    from xllm.engine.core import EngineCore  # imports torch: only after the sockets stand
+    from xllm.engine.loop import EngineLoop
+
+    core = EngineCore(config, progress=lambda name, share: sender.send(Phase(name, share)))
+    commands = SocketCommands(context, folder)
+    sender.send(Ready(core.facts))
+    steps = StepLog()
+    heart = Heart(core, steps, context, folder)
+    heart.start()
+    try:
+        EngineLoop(core, commands, sender.send, on_busy=heart.set_busy, steps=steps).run()
+        core.shutdown()
+    finally:
+        heart.stop()
+        commands.close()
+
+
+def _exit_with_parent(folder: Path) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)  # nobody else is left to do it
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a step that hangs in a native thread must not keep the process alive

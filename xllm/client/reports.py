@@ -1,0 +1,45 @@
+"""What an engine process says besides the answers of its loop: how it starts, that it lives, and why it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xllm.engine.commands import Controlled, Outputs, Submitted
+from xllm.engine.facts import EngineFacts
+from xllm.engine.step_log import StepReport
+from xllm.metrics import EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Start-up goes on: `share` of `name` is done."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded."""
+
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """step_age_s: how long ago the last step ended (or the work began), while there is work; else None."""
+
+    step_age_s: float | None
+    stats: EngineStats
+    steps: StepReport = field(default_factory=StepReport)
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The engine stops because of this. user_error: a setting or a checkpoint is wrong, rather than the engine."""
+
+    reason: str
+    user_error: bool
+
+
+Report = Submitted | Controlled | Outputs | Phase | Ready | Heartbeat | Fatal

@@ -1,0 +1,132 @@
+"""`EngineLoop`: takes commands, steps and hands out results, in the thread that owns an `EngineCore`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from xllm.engine.commands import (
+    Abort,
+    Answer,
+    Command,
+    Control,
+    Controlled,
+    EngineState,
+    Outputs,
+    Shutdown,
+    Submit,
+    Submitted,
+)
+from xllm.engine.gates import PauseMode
+from xllm.engine.step_log import StepLog
+from xllm.errors import EngineStateError, RequestError, XllmError
+from xllm.request import Request
+
+if TYPE_CHECKING:
+    from xllm.engine.core import EngineCore
+
+
+class CommandSource(Protocol):
+    """Where commands come from."""
+
+    def take(self, timeout_s: float | None) -> Command | None:
+        """The next command, waiting for at most so long (None: for ever); None if none came."""
+
+
+class EngineLoop:
+    """report(answer): called in this thread with all that goes out. on_busy(busy): called before the loop steps and
+    before it waits, so that who looks from another thread can tell a step that hangs from an idle engine. steps: takes
+    down how long each step took."""
+
+    def __init__(self, core: EngineCore, source: CommandSource, report: Callable[[Answer], None], *,
+                 on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None):
+        self._core, self._source, self._report, self._on_busy = core, source, report, on_busy
+        self._steps = StepLog() if steps is None else steps
+        core.take_admissions()  # from now on they are kept
+
+    def run(self) -> None:
+        """Until `Shutdown` comes. Raises what a step raises; the core is then not to be used any more."""
+        while True:
+            idle = not self._core.has_work()
+            if idle:
+                self._on_busy(False)
+            if not self._obey(self._core.idle_s() if idle else 0.0):
+                return
+            if self._core.has_work():
+                self._on_busy(True)
+                self._step()
+            elif idle:
+                self._core.tick()
+
+    def _obey(self, timeout_s: float | None) -> bool:
+        """Carry out the commands that are there, waiting for the first. False: stop."""
+        command = self._source.take(timeout_s)
+        while command is not None:
+            if isinstance(command, Shutdown):
+                return False
+            if isinstance(command, Submit):
+                self._report(self._submit(command.requests))
+            elif isinstance(command, Abort):
+                self._abort(command.request_ids)
+            else:
+                self._control(command)
+            command = self._source.take(0.0)
+        return True
+
+    def _step(self) -> None:
+        deltas = self._core.step()
+        if (step := self._core.take_step()) is not None:
+            self._steps.note(*step)
+        admitted = self._core.take_admissions()
+        if deltas or admitted:
+            self._report(Outputs(deltas, admitted))
+
+    def _submit(self, requests: list[Request]) -> Submitted:
+        for index, request in enumerate(requests):
+            try:
+                self._core.add(request)
+            except RequestError as error:
+                self._abort(request.request_id for request in requests[:index])
+                return Submitted(requests[0].request_id, str(error), error.field)
+        return Submitted(requests[0].request_id)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._core.abort(request_id)
+
+    def _control(self, command: Control) -> None:
+        def answer(error: XllmError | None, num_blocks: int = 0) -> None:
+            self._report(self._controlled(command, error, num_blocks))
+
+        try:
+            if command.action == "load_adapter":  # answered when it has been read
+                self._core.load_adapter(command.name, Path(command.folder), answer)
+            else:
+                answer(None, self._act(command))
+        except XllmError as error:
+            answer(error)
+
+    def _act(self, command: Control) -> int:
+        """Returns how many KV blocks were forgotten. Raises XllmError."""
+        control = self._core.control
+        if command.action == "pause":
+            control.pause(PauseMode(command.mode))
+        elif command.action == "resume":
+            control.resume()
+        elif command.action == "sleep":
+            control.sleep(command.level)
+        elif command.action == "wakeup":
+            control.wake_up()
+        elif command.action == "reset_prefix_cache":
+            return control.reset_prefix_cache()
+        elif command.action == "unload_adapter":
+            self._core.unload_adapter(command.name)
+        return 0
+
+    def _controlled(self, command: Control, error: XllmError | None, num_blocks: int) -> Controlled:
+        control = self._core.control
+        state = EngineState(control.mode.value if control.mode else None, control.sleep_level, self._core.num_open,
+                            self._core.adapters.names)
+        return Controlled(command.number, state, num_blocks, None if error is None else str(error),
+                          getattr(error, "field", None), isinstance(error, EngineStateError))
