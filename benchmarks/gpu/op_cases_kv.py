@@ -174,7 +174,7 @@ def stored_bytes_cases(world: World) -> Iterator[Check]:
             cache = step.empty_caches()[0]
             yield Check(name=f"{format} of {short(cache.dtype)}", may_refuse=kv_dtype is not None,
                         truth=lambda n=size: (torch.tensor([2 * 2 * P * n]),),
-                        run=lambda f=format, c=cache: (torch.tensor([world.ops.stored_bytes(c, c, format=f)]),))
+                        run=lambda f=format, c=cache: (torch.tensor([world.ops.stored_bytes((c, c), format=f)]),))
 
 
 def export_cases(world: World) -> Iterator[Check]:
@@ -195,11 +195,11 @@ def transfer_check(world: World, format: str, dtype: torch.dtype, kv_dtype: torc
     slots = torch.tensor([5, 0, 7, 2])
 
     def run() -> Sequence[Tensor]:
-        num_bytes = world.ops.stored_bytes(*step.empty_caches(), format=format)
+        num_bytes = world.ops.stored_bytes(step.empty_caches(), format=format)
         store, arrived = world.host_memory(9 * num_bytes).view(9, num_bytes).fill_(0xAB), step.empty_caches()
-        world.ops.export_blocks(*caches, blocks, store, slots, format=format)
+        world.ops.export_blocks(caches, blocks, store, slots, format=format)
         world.backend.synchronize_copies()
-        world.ops.import_blocks(*arrived, blocks, store, slots, format=format)
+        world.ops.import_blocks(arrived, blocks, store, slots, format=format)
         world.backend.synchronize_copies()
         return *numbers(world, *arrived), store.clone()
 

@@ -17,7 +17,7 @@ from tests.runner.test_speculation import Oracle
 from tests.runner.tiny_model import PROMPT, Truth
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.models.loader import load_model
 from xllm.request import SamplingParams
 from xllm.runner import graphs
