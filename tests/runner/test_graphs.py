@@ -85,6 +85,19 @@ def test_joining_and_leaving(make_driver: MakeDriver, seed: int, prefill: int,
     assert len({k.num_seqs for k, _ in graphed.runner.graphs.cache._entries}) >= 3
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_hidden_states_have_their_own_type(make_driver: MakeDriver, kv_cache_dtype: str) -> None:
+    """Not that of the KV cache: a chunk that goes through a graph ends with hidden states."""
+    outputs = []
+    for settings in ({}, {**CHECKED, "graph_max_prefill_tokens": 64}):
+        driver = make_driver(**settings, kv_cache_dtype=kv_cache_dtype)
+        driver.add("a", PROMPT)
+        driver.step({"a": 20})
+        outputs.append(driver.generate("a", 8))
+    assert outputs[0] == outputs[1]
+    assert driver.runner.graphs.cache.counters.replays["mixed-table-hidden"] == 2
+
+
 @pytest.mark.parametrize("layout", ["paged", "xtensor"])
 def test_drafts_are_verified_in_graphs(make_driver: MakeDriver, layout: str) -> None:
     """Rows with different numbers of drafts, so that padding tokens need padding rows."""

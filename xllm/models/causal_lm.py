@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
@@ -18,9 +19,13 @@ KVCaches = Iterable[tuple[Tensor, ...]]  # of each layer in order, its parts as 
 
 
 class CausalLM(Protocol):
-    """What the runner calls, inside `torch.inference_mode`. kv_specs: what this rank's blocks hold, by layer."""
+    """What the runner calls, inside `torch.inference_mode`.
+
+    kv_specs: what this rank's blocks hold, by layer. dtype: of the hidden states.
+    """
 
     config: ModelConfig
+    dtype: torch.dtype
     kv_specs: tuple[KVSpec, ...]
 
     def plan(self, meta: AttentionMetadata) -> object:

@@ -77,7 +77,7 @@ class Decoder:
                 RMSNorm(context, weights, following, size, eps))
 
         table_UD = take_vocabulary(context, weights, "model.embed_tokens", config.vocab_size, size)
-        self._embedding = make_embedding(context, table_UD)
+        self._embedding, self.dtype = make_embedding(context, table_UD), table_UD.dtype
         self._first_norm = RMSNorm(context, weights, "model.layers.0.input_layernorm", size, eps)
         self._layers = [layer(index) for index in range(config.num_layers)]
         if config.tie_word_embeddings:

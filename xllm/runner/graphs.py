@@ -153,7 +153,7 @@ class GraphedForward:
                     "M": rows.block_table.shape[1] + 1, "D": model.config.hidden_size, "V": model.config.vocab_size,
                     "L": self._max_logits, "Q": len(feed.sink)}
         shared: dict[str, Tensor] = {}
-        self._sets = [StaticBuffers(_inputs(), _outputs(layers[0][0].dtype), capacity, device=backend.device,
+        self._sets = [StaticBuffers(_inputs(), _outputs(model.dtype), capacity, device=backend.device,
                                     allocate_host=backend.allocate_host, shared=shared, given={TOKENS: buffer})
                       for buffer in feed.buffers]
         num_bytes, share = parse_amount("graph_memory", device.graph_memory)
