@@ -105,7 +105,10 @@ class Backend(Protocol):
         ...
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """Shape of one layer's K (and V) cache; the first axis is the block."""
+        """Shape of one part of one layer's cache: its keys, its values, or a latent; the first axis is the block.
+
+        Raises ValueError for sizes that the device's operators do not take.
+        """
         ...
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ microseconds: functions are bound once, addresses are passed as ints, and what a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -255,14 +256,14 @@ class Kernels:
                          torch.get_num_threads())  # fmt: skip
         return out_TX
 
-    def export_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
-                      *, format: str) -> None:
-        for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
+    def export_blocks(self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+                      format: str) -> None:
+        for part in transfers(caches, block_ids_B, stored_SX, slots_B, format):
             self.export_blocks_c(part)
 
-    def import_blocks(self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
-                      *, format: str) -> None:
-        for part in transfers(k_cache, v_cache, block_ids_B, stored_SX, slots_B, format):
+    def import_blocks(self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+                      format: str) -> None:
+        for part in transfers(caches, block_ids_B, stored_SX, slots_B, format):
             self.import_blocks_c(part)
 
     def apply_token_bitmask(self, logits_SV: Tensor, bitmask_XW: Tensor, rows_X: Tensor) -> None:

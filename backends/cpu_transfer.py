@@ -1,8 +1,8 @@
-"""The argument of cpu_transfer.c: one layer's keys or values on their way between the cache and the store."""
+"""The argument of cpu_transfer.c: one part of one layer on its way between the cache and the store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import Structure, byref, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.reference.kv_codes import FP8, QUANTISED
-from backends.reference.stored_kv import FORMATS, check_format, part_bytes
+from backends.reference.stored_kv import FORMATS, check_format, lie_transposed, part_bytes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, FP8: 4}  # numbers of `FORMATS`
 
@@ -25,23 +25,23 @@ class Transfer(Structure):
     ]  # fmt: skip
 
 
-def transfers(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
+def transfers(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor,
               format: str) -> Iterator[Any]:
-    """The keys, then the values. No torch operator runs here: a worker thread's would start a pool of its own.
+    """One part after the other. No torch operator runs here: a worker thread's would start a pool of its own.
 
     Raises ValueError for a quantised cache and a format that is not its own.
     """
-    if k_cache.dtype in QUANTISED:
-        check_format(k_cache, format)
+    if caches[0].dtype in QUANTISED:
+        check_format(caches[0], format)
     assert block_ids_B.dtype is slots_B.dtype is torch.int64 and len(block_ids_B) == len(slots_B)
     assert block_ids_B.is_contiguous() and slots_B.is_contiguous() and stored_SX.dtype is torch.uint8
     address, width = stored_SX.data_ptr(), stored_SX.shape[1]
-    for cache, by_row in ((k_cache, False), (v_cache, True)):
+    for cache, transposed in zip(caches, lie_transposed(caches)):
         _, num_kv_heads, block_size, head_dim = cache.shape
-        rows, columns = (block_size, head_dim) if by_row else (head_dim, block_size)
+        rows, columns = (head_dim, block_size) if transposed else (block_size, head_dim)
         yield byref(Transfer(
             cache.data_ptr(), address, block_ids_B.data_ptr(), slots_B.data_ptr(), cache.stride(0) * cache.itemsize,
-            stored_SX.stride(0), len(block_ids_B), num_kv_heads, rows, columns, by_row, DTYPES[cache.dtype],
+            stored_SX.stride(0), len(block_ids_B), num_kv_heads, rows, columns, not transposed, DTYPES[cache.dtype],
             FORMATS.index(format),
         ))  # fmt: skip
         num_bytes = part_bytes(cache, format)

@@ -7,7 +7,7 @@ docstring of its Protocol here; every implementation honours all of it.
 Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
 P tokens per block, B blocks. X and Y are any sizes. Tensors are contiguous unless said otherwise.
 
-K and V caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
+KV caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
 layout a block that nobody owns may have no memory behind it. An operator touches the blocks that the metadata or its
 arguments name and no others.
 """
@@ -172,17 +172,19 @@ class CopyBlocks(Protocol):
 
 
 class StoredBytes(Protocol):
-    def __call__(self, k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
+    def __call__(self, caches: Sequence[Tensor], *, format: str) -> int:
         """Bytes of one block of one layer in the stored form of `export_blocks`."""
         ...
 
 
 class ExportBlocks(Protocol):
     def __call__(
-        self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
+        self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
     ) -> None:
-        """stored[slots] = the keys and values of blocks of one layer, as bytes.
+        """stored[slots] = blocks of one layer, as bytes: its parts one after the other.
 
+        caches: the layer's parts, of one dtype: keys and values, or one part alone, which lies as values do. Parts may
+        differ in heads and widths.
         stored_SX: uint8 [any, stored_bytes], in host memory; its rows may lie apart, and nothing between them is
         touched. block_ids_B, slots_B: int64 in host memory, of equal length; slots_B without repeats.
         format: "fp32", "bf16", "fp16" (the numbers, rounded to nearest even), "int8" or "fp8" (with scales). The order
@@ -197,7 +199,7 @@ class ExportBlocks(Protocol):
 
 class ImportBlocks(Protocol):
     def __call__(
-        self, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
+        self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
     ) -> None:
         """The reverse of `export_blocks`: blocks of one layer = stored[slots]. block_ids_B without repeats."""
         ...

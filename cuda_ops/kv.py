@@ -16,6 +16,8 @@ of 4 bytes (fp32) or one (E8M0), so that a row has H + 4 or H + 1 numbers. Kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -153,42 +155,41 @@ def _aligned(bytes_BX: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def part_bytes(cache: Tensor, format: str) -> int:
-    """Bytes of one block's keys, or values, of one layer."""
+    """Bytes of one block of one part of one layer."""
     K, P, H = cache.shape[1:]
     if format in PLAIN or cache.dtype in CODES:  # the rows of a quantised cache have their scales in them
         return K * P * H * (1 if cache.dtype in CODES else PLAIN[format].itemsize)
     return K * P * (H + QUANTISED[format].itemsize)
 
 
-def stored_bytes(k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
-    return part_bytes(k_cache, format) + part_bytes(v_cache, format)
+def stored_bytes(caches: Sequence[Tensor], *, format: str) -> int:
+    return sum(part_bytes(cache, format) for cache in caches)
 
 
-def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def export_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream, as are the copies to host memory if that is pinned."""
-    check_format(k_cache, format)
+    check_format(caches[0], format)
     if not len(block_ids_B):
         return
-    ids_B = to_device(block_ids_B, k_cache.device)
-    staged_BX = torch.cat([part for cache in (k_cache, v_cache) for part in encode_blocks(cache, ids_B, format)], 1)
+    ids_B = to_device(block_ids_B, caches[0].device)
+    staged_BX = torch.cat([part for cache in caches for part in encode_blocks(cache, ids_B, format)], 1)
     for i, slot in enumerate(slots_B.tolist()):
         stored_SX[slot].copy_(staged_BX[i], non_blocking=True)
 
 
-def import_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def import_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream; from pinned memory nothing waits."""
-    check_format(k_cache, format)
+    check_format(caches[0], format)
     if not len(block_ids_B):
         return
-    staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=k_cache.device)
+    staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=caches[0].device)
     for i, slot in enumerate(slots_B.tolist()):
         staged_BX[i].copy_(stored_SX[slot], non_blocking=True)
-    ids_B = to_device(block_ids_B, k_cache.device)
-    keys_BX, values_BX = staged_BX.split([part_bytes(k_cache, format), part_bytes(v_cache, format)], 1)
-    decode_blocks(k_cache, ids_B, keys_BX, format)
-    decode_blocks(v_cache, ids_B, values_BX, format)
+    ids_B = to_device(block_ids_B, caches[0].device)
+    for cache, part_BX in zip(caches, staged_BX.split([part_bytes(cache, format) for cache in caches], 1)):
+        decode_blocks(cache, ids_B, part_BX, format)
 
 
 def to_device(ids_B: Tensor, device: torch.device) -> Tensor:

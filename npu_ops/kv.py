@@ -14,6 +14,7 @@ every R-th block is the layer's (`Dense`). The stored form of a layer's part of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,38 +93,37 @@ def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
 
 
 def part_bytes(cache: Tensor, format: str) -> int:
-    """Bytes of one block's keys, or values, of one layer."""
+    """Bytes of one block of one part of one layer."""
     P, K, H = cache.shape[1:]
     return P * K * H * PLAIN[format].itemsize if format in PLAIN else P * K * (H + SCALES[format].itemsize)
 
 
-def stored_bytes(k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
-    return part_bytes(k_cache, format) + part_bytes(v_cache, format)
+def stored_bytes(caches: Sequence[Tensor], *, format: str) -> int:
+    return sum(part_bytes(cache, format) for cache in caches)
 
 
-def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def export_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream, as are the copies to host memory if that is pinned."""
     if not len(block_ids_B):
         return
-    ids_B = _to_device(block_ids_B, k_cache.device)
-    parts = [part for cache in (k_cache, v_cache) for part in encode(cache.index_select(0, ids_B), format)]
+    ids_B = _to_device(block_ids_B, caches[0].device)
+    parts = [part for cache in caches for part in encode(cache.index_select(0, ids_B), format)]
     staged_BX = torch.cat(parts, dim=1)
     for i, slot in enumerate(slots_B.tolist()):
         stored_SX[slot].copy_(staged_BX[i], non_blocking=True)
 
 
-def import_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def import_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
     """Queued on the current stream; from pinned memory nothing waits."""
     if not len(block_ids_B):
         return
-    staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=k_cache.device)
+    staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=caches[0].device)
     for i, slot in enumerate(slots_B.tolist()):
         staged_BX[i].copy_(stored_SX[slot], non_blocking=True)
-    ids_B = _to_device(block_ids_B, k_cache.device)
-    keys_BX, values_BX = staged_BX.split([part_bytes(k_cache, format), part_bytes(v_cache, format)], dim=1)
-    for cache, part_BX in ((k_cache, keys_BX), (v_cache, values_BX)):
+    ids_B = _to_device(block_ids_B, caches[0].device)
+    for cache, part_BX in zip(caches, staged_BX.split([part_bytes(cache, format) for cache in caches], dim=1)):
         blocks = decode(part_BX, (len(ids_B), *cache.shape[1:]), format)
         cache.index_copy_(0, ids_B, blocks.to(cache.dtype))
 

@@ -1,6 +1,7 @@
 """The stored form of KV blocks, as they lie in host memory and on disk, and the ops that bring them there and back.
 
-One layer's part of a stored block is its keys and then its values, each in the cache's own order (`reference/kv.py`):
+One layer's share of a stored block is its parts one after the other, each in the cache's own order
+(`reference/kv.py`): keys and then values, or one part alone, which lies as values do.
 
     fp32 bf16 fp16   the numbers
     int8 fp8         codes [K, X], then scales [K, P] (`reference/kv_codes.py`); X is P * H
@@ -9,6 +10,8 @@ A cache of int8 or fp8 is stored in its own format alone, byte for byte.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,36 +24,47 @@ PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {"int8": (torch.int8, torch.float32), "fp8": (FP8, torch.uint8)}  # dtypes of codes and scales
 
 
-def stored_bytes(k_cache: Tensor, v_cache: Tensor, *, format: str) -> int:
-    return sum(part_bytes(cache, format) for cache in (k_cache, v_cache))
+def stored_bytes(caches: Sequence[Tensor], *, format: str) -> int:
+    return sum(part_bytes(cache, format) for cache in caches)
 
 
-def export_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def export_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
-    if k_cache.dtype in QUANTISED:
-        check_format(k_cache, format)
-        parts = [_bytes(cache.view(torch.uint8)[block_ids_B]) for cache in (k_cache, v_cache)]
+    if caches[0].dtype in QUANTISED:
+        check_format(caches[0], format)
+        parts = [_bytes(cache.view(torch.uint8)[block_ids_B]) for cache in caches]
     else:
-        parts = [_encode(keys_BKHP(k_cache)[block_ids_B], format, dim=2), _encode(v_cache[block_ids_B], format, dim=3)]
+        parts = [_encode(cache[block_ids_B], format, dim) for cache, dim in _in_own_order(caches)]
     stored_SX[slots_B] = torch.cat(parts, dim=1).to(stored_SX.device)
 
 
-def import_blocks(k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
+def import_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                   format: str) -> None:
-    if k_cache.dtype in QUANTISED:
-        check_format(k_cache, format)
-    parts = stored_SX[slots_B].to(k_cache.device).split([part_bytes(k_cache, format), part_bytes(v_cache, format)], 1)
-    if k_cache.dtype in QUANTISED:
-        for cache, part_BX in zip((k_cache, v_cache), parts, strict=True):
+    if caches[0].dtype in QUANTISED:
+        check_format(caches[0], format)
+    parts = stored_SX[slots_B].to(caches[0].device).split([part_bytes(cache, format) for cache in caches], 1)
+    if caches[0].dtype in QUANTISED:
+        for cache, part_BX in zip(caches, parts, strict=True):
             cache.view(torch.uint8)[block_ids_B] = part_BX.view(len(block_ids_B), *cache.shape[1:])
         return
-    for cache, part_BX, dim in ((keys_BKHP(k_cache), parts[0], 2), (v_cache, parts[1], 3)):
+    for (cache, dim), part_BX in zip(_in_own_order(caches), parts, strict=True):
         shape = (len(block_ids_B), *cache.shape[1:])
         cache[block_ids_B] = _decode(part_BX, shape, format, dim).to(cache.dtype)
 
 
+def lie_transposed(caches: Sequence[Tensor]) -> list[bool]:
+    """For each part of a layer whether it is its keys, the first of two."""
+    return [len(caches) == 2 and part == 0 for part in range(len(caches))]
+
+
+def _in_own_order(caches: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Each part in the order in which it lies, and the axis that a group of numbers runs along."""
+    return [(keys_BKHP(cache), 2) if transposed else (cache, 3)
+            for cache, transposed in zip(caches, lie_transposed(caches))]
+
+
 def part_bytes(cache: Tensor, format: str) -> int:
-    """Bytes of one block's keys, or values, of one layer."""
+    """Bytes of one block of one part of one layer."""
     num_kv_heads, block_size, head_dim = cache.shape[1:]
     numbers, groups = num_kv_heads * block_size * head_dim, num_kv_heads * block_size
     if format in PLAIN or cache.dtype in QUANTISED:  # the rows of a quantised cache have their scales in them

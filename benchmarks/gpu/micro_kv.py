@@ -132,17 +132,17 @@ def _mover(bank: Bank, shape: ModelShape, num_layers: int, format: str, kv_dtype
            way: str) -> Callable[[int], list[Call]]:
     def one() -> Call:
         layers = _layers(bank, shape, num_layers, kv_dtype)
-        part = bank.ops.stored_bytes(*layers[0], format=format)
+        part = bank.ops.stored_bytes(layers[0], format=format)
         store = bank.host_memory(MOVED_BLOCKS * num_layers * part).view(MOVED_BLOCKS, -1)
         blocks = torch.arange(MOVED_BLOCKS)
         move = bank.ops.export_blocks if way == "export" else bank.ops.import_blocks
         for i, caches in enumerate(layers):  # so that what is imported are numbers
-            bank.ops.export_blocks(*caches, blocks, store[:, i * part : (i + 1) * part], blocks, format=format)
+            bank.ops.export_blocks(caches, blocks, store[:, i * part : (i + 1) * part], blocks, format=format)
         bank.backend.synchronize_copies()
 
         def run() -> None:
             for i, caches in enumerate(layers):
-                move(*caches, blocks, store[:, i * part : (i + 1) * part], blocks, format=format)
+                move(caches, blocks, store[:, i * part : (i + 1) * part], blocks, format=format)
 
         return run
 

@@ -177,7 +177,7 @@ def stored_bytes_cases(world: World) -> Iterator[Check]:
             cache = step.empty_caches()[0]
 
             def run(cache: Tensor = cache, format: str = format) -> Sequence[Tensor]:
-                return (torch.tensor([world.ops.stored_bytes(cache, cache, format=format)]),)
+                return (torch.tensor([world.ops.stored_bytes((cache, cache), format=format)]),)
 
             yield Check(name=f"{format} of {short(cache.dtype)}", may_refuse=kv_dtype is not None, run=run,
                         truth=later(torch.tensor, [2 * 2 * P * size]))
@@ -201,11 +201,11 @@ def transfer_check(world: World, format: str, dtype: torch.dtype, kv_dtype: torc
     slots = torch.tensor([5, 0, 7, 2])
 
     def run() -> Sequence[Tensor]:
-        num_bytes = world.ops.stored_bytes(*step.empty_caches(), format=format)
+        num_bytes = world.ops.stored_bytes(step.empty_caches(), format=format)
         store, arrived = world.host_memory(9 * num_bytes).view(9, num_bytes).fill_(0xAB), step.empty_caches()
-        world.ops.export_blocks(*caches, blocks, store, slots, format=format)
+        world.ops.export_blocks(caches, blocks, store, slots, format=format)
         world.backend.synchronize_copies()
-        world.ops.import_blocks(*arrived, blocks, store, slots, format=format)
+        world.ops.import_blocks(arrived, blocks, store, slots, format=format)
         world.backend.synchronize_copies()
         return *numbers(world, *arrived), store.clone()
 

@@ -112,7 +112,7 @@ class Scorer:
         self._model = load_model(path, backend=self._backend, dtype=torch.float32, max_model_len=length)
         num_blocks = -(-length // block_size)
         self._cache, *quantised = (
-            KVCache(self._backend, self._model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+            KVCache(self._backend, self._model.kv_specs, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
             for dtype in (torch.float32, *QUANTISED))
         self._on_device = dict(zip(QUANTISED.values(), quantised))
         self._prefix, self._block_size = prefix, block_size
@@ -147,13 +147,13 @@ class Scorer:
         return self._nats(hidden_TD[:-1], token_ids[self._prefix + 1 :])
 
     def _store(self, name: str) -> None:
-        for layer, (k_cache, v_cache) in enumerate(self._cache.layers):
-            self.codecs[name].export_layer(self._backend.ops, k_cache, v_cache, self._blocks, self._stored[name],
+        for layer, caches in enumerate(self._cache.layers):
+            self.codecs[name].export_layer(self._backend.ops, caches, self._blocks, self._stored[name],
                                            self._blocks, layer)
 
     def _load(self, name: str) -> None:
-        for layer, (k_cache, v_cache) in enumerate(self._cache.layers):
-            self.codecs[name].import_layer(self._backend.ops, k_cache, v_cache, self._blocks, self._stored[name],
+        for layer, caches in enumerate(self._cache.layers):
+            self.codecs[name].import_layer(self._backend.ops, caches, self._blocks, self._stored[name],
                                            self._blocks, layer)
 
     def _forward(self, token_ids: list[int], start: int, stop: int, cache: Any) -> Any:
@@ -163,14 +163,13 @@ class Scorer:
         from backends.metadata import AttentionMetadata
 
         positions_T = torch.arange(start, stop, dtype=torch.int32)
-        config, count = self._model.config, stop - start
+        count = stop - start
         table_SM = torch.arange(-(-stop // self._block_size), dtype=torch.int32)[None]
         meta = AttentionMetadata(
             query_start_S1=torch.tensor([0, count], dtype=torch.int32), max_query_len=count, num_tokens=count,
             seq_lens_S=torch.tensor([stop], dtype=torch.int32), block_table_SM=table_SM, slot_mapping_T=positions_T,
             max_seq_len=stop, block_size=self._block_size)
-        meta.plan = self._backend.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-                                           head_dim=config.head_dim)
+        meta.plan = self._model.plan(meta)
         ids_T = torch.tensor(token_ids[start:stop], dtype=torch.int32)
         return self._model.forward(ids_T, positions_T, cache.layers, meta)
 

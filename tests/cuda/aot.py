@@ -129,9 +129,9 @@ def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         cache = torch.zeros(4, 8, 128, 128, dtype=dtype)
         yield f"copy {dtype}", lambda cache=cache: copy_blocks(cache, ids, ids)
         for format in ("int8", "fp8"):
-            store = torch.zeros(4, stored_bytes(cache, cache, format=format), dtype=torch.uint8)
+            store = torch.zeros(4, stored_bytes((cache, cache), format=format), dtype=torch.uint8)
             yield f"{format} {dtype}", lambda c=cache, s=store, f=format: (
-                export_blocks(c, c, ids, s, ids, format=f), import_blocks(c, c, ids, s, ids, format=f))  # fmt: skip
+                export_blocks((c, c), ids, s, ids, format=f), import_blocks((c, c), ids, s, ids, format=f))  # fmt: skip
     codes = torch.zeros(4, 8, 128, 129, dtype=torch.float8_e4m3fn)
     yield "copy fp8 KV", lambda: copy_blocks(codes, ids, ids)
 

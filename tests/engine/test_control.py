@@ -105,7 +105,7 @@ def test_a_woken_engine_answers_as_before(core: EngineCore, plain: list[int], le
 def test_stats_are_told_while_it_falls_asleep(core: EngineCore) -> None:
     """Another thread asks for them, at any moment."""
     core.scheduler.forget_runner()
-    core.link.send(Sleep(keep_weights=True))
+    core.link.call(Sleep(keep_weights=True), Done)
     assert core.stats().num_running == 0
     core.link.call(Wake(), Done)
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from backends.backend import Backend
 from backends.metadata import AttentionMetadata
-from xllm.models.decoder import CausalLM
+from backends.opset import OpSet
+from xllm.models.causal_lm import CausalLM
+from xllm.runner.kv_cache import KVCache
 
 GARBAGE = 1.0e3
 NO_BLOCK = 2**30
@@ -24,32 +26,28 @@ class PagedRunner:
 
     def __init__(self, model: CausalLM, backend: Backend, *, num_blocks: int = 48, seed: int = 0,
                  kv_dtype: torch.dtype = torch.float32):
-        config = model.config
         self.model, self.backend = model, backend
         self.block_size = backend.default_block_size
-        shape = backend.kv_cache_shape(num_blocks, self.block_size, config.num_kv_heads, config.head_dim)
-        self.kv_caches = [self._cache_pair(shape, kv_dtype) for _ in range(config.num_layers)]
+        cache = KVCache(backend, model.kv_specs, num_blocks=num_blocks, block_size=self.block_size, dtype=kv_dtype)
+        self.kv_caches = cache.layers
+        for parts in self.kv_caches:
+            for part, tensor in enumerate(parts):
+                tensor.fill_(-GARBAGE if part else GARBAGE)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
         self.free_blocks: list[int] = order.tolist()
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def _cache_pair(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k_cache = self.backend.allocate_kv_cache(shape, dtype).fill_(GARBAGE)
-        return k_cache, self.backend.allocate_kv_cache(shape, dtype).fill_(-GARBAGE)
-
     @torch.inference_mode()
     def step(self, chunks: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """One forward pass that appends each chunk to its sequence; the logits of every token, [len(chunk), V]."""
-        config = self.model.config
         starts = {name: self.lengths.get(name, 0) for name in chunks}
         positions = [starts[name] + i for name, chunk in chunks.items() for i in range(len(chunk))]
         meta = self._metadata(chunks, starts)
-        meta.plan = self.backend.ops.plan(
-            meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+        meta.plan = self.model.plan(meta)
         input_ids_T = torch.tensor([token for chunk in chunks.values() for token in chunk], dtype=torch.int32)
         hidden_TD = self.model.forward(input_ids_T, _int32(positions), self.kv_caches, meta)
-        assert hidden_TD.shape == (len(positions), config.hidden_size)
+        assert hidden_TD.shape == (len(positions), self.model.config.hidden_size)
         logits_TV = self.model.compute_logits(hidden_TD)
         sizes = [len(chunk) for chunk in chunks.values()]
         return dict(zip(chunks, logits_TV.split(sizes), strict=True))
@@ -77,6 +75,25 @@ class PagedRunner:
             num_tokens=len(slots),
             block_size=self.block_size,
         )
+
+
+def weight_bytes(model: CausalLM) -> int:
+    """Bytes of all tensors and packed weights that a model holds, each counted once."""
+    seen: set[int] = set()
+
+    def walk(thing: object) -> int:
+        if id(thing) in seen or isinstance(thing, (type, str, OpSet)):
+            return 0
+        seen.add(id(thing))
+        if isinstance(num_bytes := getattr(thing, "nbytes", None), int):  # a tensor, or what `pack_linear` made
+            return num_bytes
+        if isinstance(thing, (list, tuple)):
+            return sum(map(walk, thing))
+        names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+        held = [getattr(thing, name) for name in names] + list(getattr(thing, "__dict__", {}).values())
+        return sum(map(walk, held)) if type(thing).__module__.startswith(("xllm.models", "xllm.layers")) else 0
+
+    return walk(model)
 
 
 def _int32(values: Sequence[object]) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from xllm.errors import ModelError
-from xllm.models.config import ModelConfig, read_model_config
+from xllm.models.dense import DenseConfig
+from xllm.models.registry import read_model_config
 
 PLAIN = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
          "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
@@ -19,11 +20,13 @@ QWEN2 = {**PLAIN, "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 
 ABSENT = object()
 
 
-def read(folder: Path, values: object, generation: object = None) -> ModelConfig:
+def read(folder: Path, values: object, generation: object = None) -> DenseConfig:
     (folder / "config.json").write_text(json.dumps(values))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return read_model_config(folder)
+    config = read_model_config(folder)
+    assert isinstance(config, DenseConfig)
+    return config
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def test_broken_generation_config(tmp_path: Path) -> None:
 
 def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
-    code = ("import sys, pathlib; from xllm.models.config import read_model_config; "
+    code = ("import sys, pathlib; from xllm.models.registry import read_model_config; "
             f"read_model_config(pathlib.Path({str(tmp_path)!r})); "
             "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

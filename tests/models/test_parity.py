@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Backend
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.models.loader import load_model
 
 from .checkpoints import BY_ID, NUM_NEW_TOKENS, PROMPT, VARIANTS, Truth, save_checkpoint, transformers_greedy

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from xllm.layers.rope_config import RopeConfig
-from xllm.models.config import ModelConfig, read_model_config
+from xllm.models.dense import DenseConfig
+from xllm.models.registry import read_model_config
 
 from .checkpoints import VARIANTS, Variant, save_checkpoint
 
@@ -48,13 +49,15 @@ MISTRAL_7B_V01 = {
 }
 
 
-def read(folder: Path, values: dict[str, Any]) -> ModelConfig:
+def read(folder: Path, values: dict[str, Any]) -> DenseConfig:
     (folder / "config.json").write_text(json.dumps(values))
-    return read_model_config(folder)
+    config = read_model_config(folder)
+    assert isinstance(config, DenseConfig)
+    return config
 
 
 def test_qwen3_0_6b(tmp_path: Path) -> None:
-    assert read(tmp_path, QWEN3_0_6B) == ModelConfig(
+    assert read(tmp_path, QWEN3_0_6B) == DenseConfig(
         architecture="Qwen3ForCausalLM", vocab_size=151936, hidden_size=1024, num_layers=28, num_heads=16,
         num_kv_heads=8, head_dim=128, ffn_size=3072, rms_norm_eps=1e-6, tie_word_embeddings=True, qk_norm=True,
         rope=RopeConfig(theta=1e6, original_max_len=40960), sliding_windows=(None,) * 28, max_model_len=40960,

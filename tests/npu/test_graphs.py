@@ -248,16 +248,16 @@ def test_the_budget_of_streams_is_the_runtime_s(capturer: NpuCapturer) -> None:
 def test_threads_that_copy_do_not_disturb_a_capture(capturer: NpuCapturer) -> None:
     """Synchronisation and pinned copies of any thread would break it."""
     cache = torch.randn(8, 128, 2, 64).half().to(npu().device)
-    stored = npu().allocate_host(8 * npu().ops.stored_bytes(cache, cache, format="fp16")).view(8, -1)
+    stored = npu().allocate_host(8 * npu().ops.stored_bytes((cache, cache), format="fp16")).view(8, -1)
     stop, failed, rounds = threading.Event(), [], [0, 0]
 
     def copies(part: int) -> None:
         ids = torch.tensor([part, part + 2])
         try:
             while not stop.is_set():
-                npu().ops.export_blocks(cache, cache, ids, stored, ids, format="fp16")
+                npu().ops.export_blocks((cache, cache), ids, stored, ids, format="fp16")
                 npu().synchronize_copies()
-                npu().ops.import_blocks(cache, cache, ids, stored, ids, format="fp16")
+                npu().ops.import_blocks((cache, cache), ids, stored, ids, format="fp16")
                 npu().synchronize_copies()
                 rounds[part] += 1
         except BaseException as error:

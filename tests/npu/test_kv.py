@@ -38,18 +38,18 @@ class Store:
 
     def __init__(self, k_cache: Tensor, v_cache: Tensor, format: str, num_slots: int = NUM_BLOCKS):
         self.format = format
-        self.num_bytes = npu().ops.stored_bytes(k_cache, v_cache, format=format)
+        self.num_bytes = npu().ops.stored_bytes((k_cache, v_cache), format=format)
         self.rows = npu().allocate_host(num_slots * (self.num_bytes + 12)).fill_(0xA5).view(num_slots, -1)
         self.part = self.rows[:, 5 : 5 + self.num_bytes]
 
     def export(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> Tensor:
-        npu().ops.export_blocks(k_cache, v_cache, torch.tensor(blocks), self.part, torch.tensor(slots),
+        npu().ops.export_blocks((k_cache, v_cache), torch.tensor(blocks), self.part, torch.tensor(slots),
                                 format=self.format)
         npu().synchronize_copies()
         return self.part[slots]
 
     def bring_back(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> None:
-        npu().ops.import_blocks(k_cache, v_cache, torch.tensor(blocks), self.part, torch.tensor(slots),
+        npu().ops.import_blocks((k_cache, v_cache), torch.tensor(blocks), self.part, torch.tensor(slots),
                                 format=self.format)
         npu().synchronize_copies()
 

@@ -64,7 +64,7 @@ def test_layers_of_an_arena(driver: AclVmm) -> None:
     page = padded_bytes(2 * 3 * 128 * 2 * 64 * 2, driver)
     arena = Arena(driver, num_pages=9, num_blocks=4, page_bytes=page)
     arena.map(np.array([6, 7]), np.array([2, 0]))
-    layers = arena.layers(3, shape, torch.float16)
+    layers = arena.layers([[shape] * 2] * 3, torch.float16)
     for number, cache in enumerate(t for layer in layers for t in layer):
         cache[0], cache[2] = number, -number
     for number, cache in enumerate(t for layer in layers for t in layer):

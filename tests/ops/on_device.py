@@ -16,7 +16,7 @@ from torch import Tensor
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 
-IN_HOST_MEMORY = {"export_blocks": (2, 3, 4), "import_blocks": (2, 3, 4)}  # arguments that the contract wants there
+IN_HOST_MEMORY = {"export_blocks": (1, 2, 3), "import_blocks": (1, 2, 3)}  # arguments that the contract wants there
 
 
 def on_device(ops: OpSet, device: torch.device, synchronize: Callable[[], None]) -> OpSet:
@@ -47,6 +47,8 @@ class Load:
     def there(self, x: Any) -> Any:
         if isinstance(x, AttentionMetadata):
             return replace(x, **{f.name: self.there(getattr(x, f.name)) for f in fields(x)})
+        if isinstance(x, tuple) and x and isinstance(x[0], Tensor):  # the parts of a layer's cache
+            return tuple(map(self._tensor, x))
         return self._tensor(x) if isinstance(x, Tensor) else x
 
     def _tensor(self, x: Tensor) -> Tensor:

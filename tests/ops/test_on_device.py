@@ -52,9 +52,9 @@ def test_no_tensor_of_the_test_reaches_the_operator() -> None:
     assert seen["attention"][3].seq_lens_S is not case.meta.seq_lens_S
     weight = torch.randn(5, 8)
     torch.testing.assert_close(ops.linear(q_TNH[:, 0], ops.pack_linear(weight)), q_TNH[:, 0] @ weight.T)
-    ids, stored = torch.tensor([1, 0]), torch.zeros(2, ops.stored_bytes(case.k_cache, case.v_cache, format="int8"),
+    ids, stored = torch.tensor([1, 0]), torch.zeros(2, ops.stored_bytes((case.k_cache, case.v_cache), format="int8"),
                                                     dtype=torch.uint8)  # fmt: skip
-    ops.export_blocks(case.k_cache, case.v_cache, ids, stored, ids, format="int8")
+    ops.export_blocks((case.k_cache, case.v_cache), ids, stored, ids, format="int8")
     mine = {t.data_ptr() for t in (q_TNH, case.k_cache, case.v_cache, weight)}
     tensors = [x for arguments in seen.values() for x in arguments if isinstance(x, Tensor)]
     assert not mine & {t.data_ptr() for t in tensors}

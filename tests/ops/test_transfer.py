@@ -54,17 +54,17 @@ class Store:
 
     def __init__(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, format: str, num_slots: int = 5):
         self.ops, self.format = ops, format
-        self.num_bytes = ops.stored_bytes(k_cache, v_cache, format=format)
+        self.num_bytes = ops.stored_bytes((k_cache, v_cache), format=format)
         self.payloads = torch.full((num_slots, self.num_bytes + 12), 0xA5, dtype=torch.uint8)
         self.part = self.payloads[:, 5 : 5 + self.num_bytes]
 
     def export(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> Tensor:
-        self.ops.export_blocks(k_cache, v_cache, torch.tensor(blocks, dtype=torch.int64), self.part,
+        self.ops.export_blocks((k_cache, v_cache), torch.tensor(blocks, dtype=torch.int64), self.part,
                                torch.tensor(slots, dtype=torch.int64), format=self.format)
         return self.part[slots]
 
     def bring_back(self, k_cache: Tensor, v_cache: Tensor, blocks: list[int], slots: list[int]) -> None:
-        self.ops.import_blocks(k_cache, v_cache, torch.tensor(blocks, dtype=torch.int64), self.part,
+        self.ops.import_blocks((k_cache, v_cache), torch.tensor(blocks, dtype=torch.int64), self.part,
                                torch.tensor(slots, dtype=torch.int64), format=self.format)
 
 
@@ -119,6 +119,38 @@ def test_equals_the_reference_bit_for_bit(ops: OpSet, shape: tuple[int, int, int
     off = 2.0**-7 if INTERPRETED and dtype is torch.bfloat16 and name in QUANTISED else 0  # it rounds towards zero
     for mine_back, truth_back in zip(like_the_reference(ops, *back), expected):
         torch.testing.assert_close(mine_back, truth_back, rtol=off, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_part_alone_is_stored_as_values_are(ops: OpSet, name: str) -> None:
+    """A latent: the bytes are the values' in a pair, and they come back as those do."""
+    k_cache, v_cache = caches(ops, (1, 5, 24))
+    pair, ids = Store(ops, k_cache, v_cache, name), torch.tensor([4, 1, 2])
+    pair_bytes = pair.export(k_cache, v_cache, ids.tolist(), [0, 1, 2])
+    num_bytes = ops.stored_bytes((v_cache,), format=name)
+    stored = torch.full((3, num_bytes), 0xA5, dtype=torch.uint8)
+    ops.export_blocks((v_cache,), ids, stored, torch.arange(3), format=name)
+    assert torch.equal(stored, pair_bytes[:, -num_bytes:])
+    alone, (_, beside) = torch.zeros_like(v_cache), (torch.zeros_like(v_cache) for _ in range(2))
+    ops.import_blocks((alone,), ids, stored, torch.arange(3), format=name)
+    pair.bring_back(torch.zeros_like(k_cache), beside, ids.tolist(), [0, 1, 2])
+    assert torch.equal(alone, beside) and alone[ids].any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_of_other_heads_and_widths(ops: OpSet, name: str) -> None:
+    """Keys of 3 heads of 24 numbers, values of 2 heads of 10: each part as it would be beside one like itself."""
+    (k_cache, k_like), (v_like, v_cache) = caches(ops, (3, 5, 24)), caches(ops, (2, 5, 10))
+    mixed, ids = Store(ops, k_cache, v_cache, name), [4, 1]
+    stored = mixed.export(k_cache, v_cache, ids, [0, 1])
+    keys = Store(ops, k_cache, k_like, name).export(k_cache, k_like, ids, [0, 1])
+    values = Store(ops, v_like, v_cache, name).export(v_like, v_cache, ids, [0, 1])
+    num_bytes = [each.shape[1] // 2 for each in (keys, values)]
+    assert torch.equal(stored, torch.cat((keys[:, :num_bytes[0]], values[:, num_bytes[1]:]), dim=1))
+    back = torch.zeros_like(k_cache), torch.zeros_like(v_cache)
+    mixed.bring_back(*back, ids, [0, 1])
+    again = Store(ops, *back, name).export(*back, ids, [0, 1])
+    assert torch.equal(again, stored)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -284,7 +316,7 @@ def test_numbers_at_the_end_of_the_range_do_not_turn_small(ops: OpSet, name: str
 def test_sizes(ops: OpSet) -> None:
     """A block of 16 positions, 2 heads, 64 numbers each; one scale per position and head, for keys and values."""
     k_cache, v_cache = caches(ops, (2, 16, 64))
-    sizes = {name: ops.stored_bytes(k_cache, v_cache, format=name) for name in FORMATS}
+    sizes = {name: ops.stored_bytes((k_cache, v_cache), format=name) for name in FORMATS}
     numbers, groups = 2 * 2 * 16 * 64, 2 * 2 * 16
     assert sizes == {"fp32": 4 * numbers, "bf16": 2 * numbers, "fp16": 2 * numbers, "int8": numbers + 4 * groups,
                      "fp8": numbers + groups}

@@ -248,7 +248,7 @@ def test_an_arena_goes_when_its_last_view_does(driver: VmmDriver) -> None:
     before = num_mappings()
     arena = Arena(driver, num_pages=100, num_blocks=10, page_bytes=2 * driver.granularity_bytes)
     arena.map(np.array([50, 52, 54]), np.array([1, 3, 5]))
-    key = arena.layers(2, (2, 4, 8), torch.float32)[1][0]
+    key = arena.layers([[(2, 4, 8)] * 2] * 2, torch.float32)[1][0]
     del arena
     gc.collect()
     key[52] = 5.0
@@ -262,7 +262,7 @@ def test_an_arena_goes_when_its_last_view_does(driver: VmmDriver) -> None:
 def test_layers_share_a_page_and_nothing_else(driver: VmmDriver) -> None:
     arena = Arena(driver, num_pages=9, num_blocks=4, page_bytes=driver.granularity_bytes)
     arena.map(np.array([6, 7]), np.array([2, 0]))
-    layers = arena.layers(3, (2, 4, 8), torch.float32)
+    layers = arena.layers([[(2, 4, 8)] * 2] * 3, torch.float32)
     for number, cache in enumerate(t for layer in layers for t in layer):
         assert cache.shape == (9, 2, 4, 8)
         cache[0], cache[2] = number, -number
@@ -283,7 +283,7 @@ def test_attention_touches_no_unmapped_page(ops: OpSet, driver: VmmDriver, step:
     assert bases is not None
     counts = [-(-length // 16) for length in case.seq_lens]
     arena = make_arena(driver, 2, case, 10 * sum(counts), sum(counts))
-    k_cache, v_cache = arena.layers(2, case.k_cache.shape[1:], torch.float32)[1]
+    k_cache, v_cache = arena.layers([[case.k_cache.shape[1:]] * 2] * 2, torch.float32)[1]
     shuffled, page, taken = torch.randperm(sum(counts)), sum(counts) + 1, 0
     for s, count in enumerate(counts):
         blocks, old = shuffled[taken : taken + count], slice(int(bases[s]), int(bases[s]) + count)

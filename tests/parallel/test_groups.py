@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,13 +16,6 @@ from xllm.errors import ConfigError
 from xllm.parallel.groups import open_group
 
 CASES = "tests.parallel.cases"
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks"), CASES)
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("size", [2, 3])

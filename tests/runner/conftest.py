@@ -12,7 +12,7 @@ from backends import get_backend
 from backends.backend import Backend
 from tests.runner.harness import Driver, make_config
 from tests.runner.tiny_model import Truth, save_checkpoint, transformers_greedy
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.models.loader import load_model
 from xllm.runner.model_runner import ModelRunner
 

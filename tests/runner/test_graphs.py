@@ -17,7 +17,7 @@ from tests.runner.test_speculation import Oracle
 from tests.runner.tiny_model import PROMPT, Truth
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.models.loader import load_model
 from xllm.request import SamplingParams
 from xllm.runner import graphs
@@ -83,6 +83,19 @@ def test_joining_and_leaving(make_driver: MakeDriver, seed: int, prefill: int,
     assert {name.split("-")[2] for name in counters.replays} >= ({"tokens"} if sampling is plain else {"logits"})
     assert (counters.fallbacks["no_bucket"] > 0) == (not prefill)
     assert len({k.num_seqs for k, _ in graphed.runner.graphs.cache._entries}) >= 3
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_hidden_states_have_their_own_type(make_driver: MakeDriver, kv_cache_dtype: str) -> None:
+    """Not that of the KV cache: a chunk that goes through a graph ends with hidden states."""
+    outputs = []
+    for settings in ({}, {**CHECKED, "graph_max_prefill_tokens": 64}):
+        driver = make_driver(**settings, kv_cache_dtype=kv_cache_dtype)
+        driver.add("a", PROMPT)
+        driver.step({"a": 20})
+        outputs.append(driver.generate("a", 8))
+    assert outputs[0] == outputs[1]
+    assert driver.runner.graphs.cache.counters.replays["mixed-table-hidden"] == 2
 
 
 @pytest.mark.parametrize("layout", ["paged", "xtensor"])

@@ -16,7 +16,7 @@ from xllm.config import KV_STORE_DTYPES, EngineConfig
 from xllm.errors import ConfigError
 from xllm.runner.kv_codec import KVCodec
 
-Layers = list[tuple[Tensor, Tensor]]
+Layers = list[tuple[Tensor, ...]]
 
 
 @pytest.fixture
@@ -27,20 +27,24 @@ def layers() -> Layers:
 
 
 def store(codec: KVCodec, backend: Backend, layers: Layers, host: Tensor, blocks: list[int], slots: list[int]) -> None:
-    for layer, (k_cache, v_cache) in enumerate(layers):
-        codec.export_layer(backend.ops, k_cache, v_cache, torch.tensor(blocks), host, torch.tensor(slots), layer)
+    for layer, caches in enumerate(layers):
+        codec.export_layer(backend.ops, caches, torch.tensor(blocks), host, torch.tensor(slots), layer)
 
 
 def load(codec: KVCodec, backend: Backend, layers: Layers, host: Tensor, blocks: list[int], slots: list[int]) -> None:
-    for layer, (k_cache, v_cache) in enumerate(layers):
-        codec.import_layer(backend.ops, k_cache, v_cache, torch.tensor(blocks), host, torch.tensor(slots), layer)
+    for layer, caches in enumerate(layers):
+        codec.import_layer(backend.ops, caches, torch.tensor(blocks), host, torch.tensor(slots), layer)
 
 
 def test_layers_follow_each_other_without_gaps(backend: Backend, layers: Layers) -> None:
     codec = KVCodec.for_cache("auto", layers, backend.ops)
-    ranges = [codec.layer_range(layer) for layer in range(3)]
-    assert ranges == [(0, 2048), (2048, 3072), (3072, 6144)]  # keys and values, 128 fp32 numbers a head
     assert codec.payload_bytes == 6144
+    ranges = [(0, 2048), (2048, 3072), (3072, 6144)]  # keys and values, 128 fp32 numbers a head
+    for layer, (first, end) in enumerate(ranges):
+        host = torch.full((1, 6144), 0xA5, dtype=torch.uint8)
+        zeros = tuple(torch.zeros_like(cache) for cache in layers[layer])
+        codec.export_layer(backend.ops, zeros, torch.tensor([2]), host, torch.tensor([0]), layer)
+        assert not host[0, first:end].any() and (host[0, :first] == 0xA5).all() and (host[0, end:] == 0xA5).all()
 
 
 def test_a_payload_is_the_blocks_bytes(backend: Backend, layers: Layers) -> None:
@@ -59,7 +63,7 @@ def test_one_layer_alone_comes_back(backend: Backend, layers: Layers, name: str)
     host = torch.zeros(5, codec.payload_bytes, dtype=torch.uint8)
     store(codec, backend, layers, host, [0, 1, 2, 3], [4, 0, 3, 1])
     back = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in layers]
-    codec.import_layer(backend.ops, *back[1], torch.tensor([2]), host, torch.tensor([3]), 1)
+    codec.import_layer(backend.ops, back[1], torch.tensor([2]), host, torch.tensor([3]), 1)
     assert all(not cache.any() for pair in (back[0], back[2]) for cache in pair)
     for new, old in zip(back[1], layers[1]):
         assert not new[[0, 1, 3]].any()

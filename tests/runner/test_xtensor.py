@@ -15,7 +15,7 @@ from backends.backend import Backend
 from backends.vmm import VmmDriver
 from tests.runner.harness import Driver, make_config
 from xllm.errors import ConfigError
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.runner.graphs import Forwarded
 from xllm.runner.kv_cache import block_bytes, page_bytes, plan_num_blocks
 from xllm.runner.model_runner import ModelRunner
@@ -158,17 +158,18 @@ def test_a_device_without_virtual_memory_runs_on_block_tables(model: CausalLM, b
     assert runner.virtual_rows is None
     assert "runs on block tables" in caplog.text
     config = make_config(kv_layout="xtensor", block_size=5)
-    assert page_bytes(config, plain, model.config, torch.float32) == block_bytes(plain, model.config, 5, torch.float32)
+    content = block_bytes(plain, model.kv_specs, 5, torch.float32)
+    assert page_bytes(config, plain, model.kv_specs, torch.float32) == content
 
 
 def test_blocks_are_padded_to_whole_pages(model: CausalLM, backend: Backend) -> None:
     assert backend.vmm is not None
     granule = backend.vmm.granularity_bytes
     config = make_config(kv_layout="xtensor", block_size=5, num_kv_blocks=None, kv_cache_memory_bytes=50 * granule)
-    content = block_bytes(backend, model.config, 5, torch.float32)
-    padded = page_bytes(config, backend, model.config, torch.float32)
+    content = block_bytes(backend, model.kv_specs, 5, torch.float32)
+    padded = page_bytes(config, backend, model.kv_specs, torch.float32)
     assert content < padded == -(-content // granule) * granule
-    assert plan_num_blocks(config, backend, model.config, torch.float32) == 50 * granule // padded
+    assert plan_num_blocks(config, backend, model.kv_specs, torch.float32) == 50 * granule // padded
 
 
 @pytest.mark.parametrize(("pages_per_row", "bytes_per_page", "words"), [

@@ -1,35 +1,47 @@
-"""`LayerContext`: what every layer is given when it is built, and the `Weights` it pulls from."""
+"""What a layer is given when it is built: a `LayerContext`, and `Weights` to take its tensors from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from backends.opset import OpSet
 from xllm.layers.adapters import AdapterSlots
-from xllm.parallel.context import ParallelContext
+from xllm.parallel.context import ONE_RANK, ParallelContext
+from xllm.parallel.shard import Shard
 
 
 class Weights(Protocol):
     """Where layers get their tensors. Each name can be taken once."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in the compute dtype, on the device, owned by the caller.
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        """The tensor in the compute dtype, on the device, contiguous, owned by the caller.
 
+        shape: of the whole tensor. shard: the part to return, of which alone the bytes are read; None: all of it.
         Raises:
             ModelError: it is missing or has another shape; the message names tensor and file.
         """
         ...
 
+    def skip(self, name: str) -> None:
+        """Nobody takes this tensor, and the checkpoint may hold it all the same."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """Handed down a model's constructors; layers keep the ops they call and nothing else of it."""
+    """Handed down a model's constructors; layers keep the ops and groups they call and nothing else of it.
+
+    max_model_len: positions are below it. adapters: told of every layer that adapters may change; None: none can be
+    loaded.
+    """
 
     ops: OpSet
-    parallel: ParallelContext
-    weights: Weights
+    device: torch.device
+    max_model_len: int
+    parallel: ParallelContext = ONE_RANK
     quantization: str | None = None
-    adapters: AdapterSlots | None = None  # None: no adapter can be loaded
+    adapters: AdapterSlots | None = None

@@ -1,4 +1,8 @@
-"""`Linear`: one packed matrix product, possibly of several checkpoint matrices stacked."""
+"""`Linear`: one packed matrix product, possibly of several checkpoint matrices stacked, possibly shared among ranks.
+
+A column layer gives each tensor-parallel rank some of the outputs, from the whole input; a row layer takes a part of
+the input and sums over the ranks. One of each needs one sum. On one rank both are a plain `Linear`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ from torch import Tensor
 
 from xllm.errors import ConfigError
 from xllm.layers.adapters import AdapterSlots
-from xllm.layers.context import LayerContext
+from xllm.layers.context import LayerContext, Weights
+from xllm.parallel.shard import Shard
 
 
 class Linear:
     """y_TY = x_TX @ weight_YX.T + bias_Y, the weight packed once for the op set."""
 
-    __slots__ = ("_linear", "_packed", "nbytes")
+    __slots__ = ("_linear", "_packed")
 
     def __init__(self, context: LayerContext, weight_YX: Tensor, bias_Y: Tensor | None = None):
         self._linear = context.ops.linear
@@ -24,7 +29,6 @@ class Linear:
             self._packed = context.ops.pack_linear(weight_YX, bias_Y, quantization=context.quantization)
         except ValueError as error:
             raise ConfigError(f"quantization {context.quantization!r}: {error}") from None
-        self.nbytes: int = self._packed.nbytes
 
     def __call__(self, x_TX: Tensor) -> Tensor:
         return self._linear(x_TX, self._packed)
@@ -50,16 +54,51 @@ class AdaptedLinear(Linear):
         return y_TY
 
 
-def load_linear(context: LayerContext, outputs: Mapping[str, int], num_inputs: int, *, bias: bool = False) -> Linear:
-    """Take `<name>.weight` (and `.bias`) of each entry of `outputs` (name -> rows) and stack them in order.
+class SummedLinear(Linear):
+    """A `Linear` over a part of the inputs; all ranks get the sum of their results."""
 
-    Projections that read the same input (q, k, v; gate, up) thus become one product. Those of the layers take adapters,
-    where the context has any.
+    __slots__ = ("_all_reduce",)
+
+    def __init__(self, context: LayerContext, weight_YX: Tensor, bias_Y: Tensor | None = None):
+        super().__init__(context, weight_YX, bias_Y)
+        self._all_reduce = context.parallel.tp.all_reduce
+
+    def __call__(self, x_TX: Tensor) -> Tensor:
+        return self._all_reduce(self._linear(x_TX, self._packed))
+
+
+def column_linear(context: LayerContext, weights: Weights, outputs: Mapping[str, tuple[int, Shard]], num_inputs: int, *,
+                  bias: bool = False) -> Linear:
+    """Take this rank's rows of `<name>.weight` (and `.bias`) of each entry of `outputs`, and stack them in order.
+
+    outputs: name -> (rows of the whole matrix, the shard of them). Projections that read the same input (q, k, v; gate,
+    up) thus become one product. Raises ConfigError if rows cannot be split evenly.
     """
-    weights = [context.weights.take(f"{name}.weight", (rows, num_inputs)) for name, rows in outputs.items()]
-    biases = [context.weights.take(f"{name}.bias", (rows,)) for name, rows in outputs.items()] if bias else []
-    weight_YX, bias_Y = _stack(weights), _stack(biases) if biases else None
-    if context.adapters is None or not any(".layers." in name for name in outputs):
+    kept = {name: shard.even_width(rows, f"the outputs of {name}") for name, (rows, shard) in outputs.items()}
+    parts = [weights.take(f"{name}.weight", (rows, num_inputs), shard) for name, (rows, shard) in outputs.items()]
+    biases = [weights.take(f"{name}.bias", (rows,), shard) for name, (rows, shard) in outputs.items()] if bias else []
+    return _one_rank_linear(context, kept, _stack(parts), _stack(biases) if biases else None)
+
+
+def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: int, num_inputs: int, *,
+               bias: bool = False) -> Linear:
+    """Take this rank's columns of `<name>.weight`. The bias is added once, by rank 0.
+
+    Raises ConfigError if the inputs cannot be split evenly.
+    """
+    shard, group = context.parallel.tp_shard(1), context.parallel.tp
+    shard.even_width(num_inputs, f"the inputs of {name}")
+    weight_YX = weights.take(f"{name}.weight", (num_outputs, num_inputs), shard)
+    bias_Y = weights.take(f"{name}.bias", (num_outputs,)) if bias else None
+    if group.size == 1:
+        return _one_rank_linear(context, {name: num_outputs}, weight_YX, bias_Y)
+    return SummedLinear(context, weight_YX, bias_Y if group.rank == 0 else None)
+
+
+def _one_rank_linear(context: LayerContext, outputs: Mapping[str, int], weight_YX: Tensor,
+                     bias_Y: Tensor | None) -> Linear:
+    """A product without collectives; it takes adapters where the context has any."""
+    if context.adapters is None:
         return Linear(context, weight_YX, bias_Y)
     return AdaptedLinear(context, context.adapters, outputs, weight_YX, bias_Y)
 

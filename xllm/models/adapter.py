@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xllm.errors import ModelError
 from xllm.layers.adapters import Adapter
-from xllm.models.config import read_json
+from xllm.models.raw_config import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

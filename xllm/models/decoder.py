@@ -1,76 +1,53 @@
-"""`Decoder`: the transformer that Llama, Mistral, Qwen2 and Qwen3 share, and the `CausalLM` face of any model.
+"""`Decoder`: a stack of layers, each an attention and an mlp behind a norm. Which ones, the family says.
 
 Letters: T tokens in the step, S rows that want logits, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
-from xllm.layers.attention import Attention, AttentionShape
-from xllm.layers.context import LayerContext
-from xllm.layers.embedding import Embedding
-from xllm.layers.linear import Linear, load_linear
-from xllm.layers.mlp import GatedMLP
+from xllm.layers.attention import AttentionPlan
+from xllm.layers.context import LayerContext, Weights
 from xllm.layers.norm import RMSNorm
-from xllm.models.config import ModelConfig
+from xllm.layers.vocabulary import LMHead, make_embedding, take_vocabulary
+from xllm.models.causal_lm import KVCaches
+from xllm.models.config import DecoderConfig, ModelConfig
 
-KVCaches = Iterable[tuple[Tensor, Tensor]]  # (k_cache, v_cache) of each layer, in order
+T = TypeVar("T")
+Factory = Callable[[int, str], T]  # of a layer's number, and the name under which its tensors are
 
 
-class CausalLM(Protocol):
-    """What the runner calls, inside `torch.inference_mode`. `nbytes`: memory of weights and tables."""
+class AttentionBlock(Protocol):
+    """Mixes the tokens of each sequence; whatever it keeps of them is in `caches`, this layer's own."""
 
-    config: ModelConfig
-    nbytes: int
+    def __call__(self, x_TD: Tensor, positions_T: Tensor, caches: tuple[Tensor, ...],
+                 meta: AttentionMetadata) -> Tensor: ...
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, kv_caches: KVCaches, meta: AttentionMetadata) -> Tensor:
-        """hidden_TD after the final norm. Writes the step's keys and values into `kv_caches`.
 
-        positions_T: int32, below the `max_model_len` that the model was loaded with.
-        `meta.plan` is filled already.
-        """
-        ...
+class FeedForward(Protocol):
+    """Works on each token alone. May overwrite x_TD."""
 
-    def compute_logits(self, hidden_SD: Tensor) -> Tensor:
-        """logits_SV in fp32, of the rows that the caller picked from `forward`'s result."""
-        ...
+    def __call__(self, x_TD: Tensor) -> Tensor: ...
 
 
 class DecoderLayer:
     """One layer. It owns the norm that follows it: the next layer's input norm, or the model's last."""
 
-    __slots__ = ("_attention", "_mlp", "_next_norm", "_post_attention_norm", "nbytes")
+    __slots__ = ("_attention", "_mlp", "_next_norm", "_post_attention_norm")
 
-    def __init__(self, context: LayerContext, config: ModelConfig, index: int, cos_sin_LH: Tensor):
-        name, eps = f"model.layers.{index}", config.rms_norm_eps
-        shape = AttentionShape(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            qk_norm_eps=eps if config.qk_norm else None,
-            sliding_window=config.sliding_windows[index],
-        )
-        last = index == config.num_layers - 1
-        next_norm = "model.norm" if last else f"model.layers.{index + 1}.input_layernorm"
-        self._attention = Attention(context, f"{name}.self_attn", shape, cos_sin_LH)
-        self._post_attention_norm = RMSNorm(context, f"{name}.post_attention_layernorm", config.hidden_size, eps)
-        self._mlp = GatedMLP(context, f"{name}.mlp", config.hidden_size, config.ffn_size, bias=config.mlp_bias)
-        self._next_norm = RMSNorm(context, next_norm, config.hidden_size, eps)
-        norms = self._post_attention_norm.nbytes + self._next_norm.nbytes
-        self.nbytes = self._attention.nbytes + self._mlp.nbytes + norms
+    def __init__(self, attention: AttentionBlock, post_attention_norm: RMSNorm, mlp: FeedForward, next_norm: RMSNorm):
+        self._attention, self._post_attention_norm = attention, post_attention_norm
+        self._mlp, self._next_norm = mlp, next_norm
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, k_cache: Tensor, v_cache: Tensor,
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, caches: tuple[Tensor, ...],
                  meta: AttentionMetadata) -> Tensor:
         """x_TD: the normed residual. Adds to `residual_TD` in place and returns it normed again."""
-        x_TD = self._attention(x_TD, positions_T, k_cache, v_cache, meta)
+        x_TD = self._attention(x_TD, positions_T, caches, meta)
         x_TD = self._mlp(self._post_attention_norm.add(x_TD, residual_TD))
         return self._next_norm.add(x_TD, residual_TD)
 
@@ -82,24 +59,39 @@ class Decoder:
     one, the other has the layout that the op set's `linear` wants.
     """
 
-    def __init__(self, context: LayerContext, config: ModelConfig, cos_sin_LH: Tensor):
-        self.config = config
-        self._embedding = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
-        self._first_norm = RMSNorm(context, "model.layers.0.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self._layers = [DecoderLayer(context, config, index, cos_sin_LH) for index in range(config.num_layers)]
+    def __init__(self, context: LayerContext, config: DecoderConfig, weights: Weights, *,
+                 attention: Factory[AttentionBlock], mlp: Factory[FeedForward], plan: AttentionPlan):
+        """attention, mlp: called once a layer, in order; they take their tensors from the same weights.
+        plan: what the attention of all layers finds in `meta.plan`."""
+        self.config: ModelConfig = config
+        self.plan = plan
+        self.kv_specs = tuple(spec.on_one_of(context.parallel.tp.size) for spec in config.kv_specs)
+        size, eps, last = config.hidden_size, config.rms_norm_eps, config.num_layers - 1
+
+        def layer(index: int) -> DecoderLayer:
+            name = f"model.layers.{index}"
+            following = "model.norm" if index == last else f"model.layers.{index + 1}.input_layernorm"
+            return DecoderLayer(
+                attention(index, f"{name}.self_attn"),
+                RMSNorm(context, weights, f"{name}.post_attention_layernorm", size, eps), mlp(index, f"{name}.mlp"),
+                RMSNorm(context, weights, following, size, eps))
+
+        table_UD = take_vocabulary(context, weights, "model.embed_tokens", config.vocab_size, size)
+        self._embedding, self.dtype = make_embedding(context, table_UD), table_UD.dtype
+        self._first_norm = RMSNorm(context, weights, "model.layers.0.input_layernorm", size, eps)
+        self._layers = [layer(index) for index in range(config.num_layers)]
         if config.tie_word_embeddings:
-            self._lm_head = Linear(context, self._embedding.weight_VD)
+            weights.skip("lm_head.weight")  # some checkpoints have it a second time
         else:
-            self._lm_head = load_linear(context, {"lm_head": config.vocab_size}, config.hidden_size)
-        ends = self._embedding.nbytes + self._first_norm.nbytes + self._lm_head.nbytes
-        self.nbytes = cos_sin_LH.nbytes + ends + sum(layer.nbytes for layer in self._layers)
+            table_UD = take_vocabulary(context, weights, "lm_head", config.vocab_size, size)
+        self._lm_head = LMHead(context, table_UD, config.vocab_size)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, kv_caches: KVCaches, meta: AttentionMetadata) -> Tensor:
         residual_TD = self._embedding(input_ids_T)
         x_TD = self._first_norm(residual_TD)
-        for layer, (k_cache, v_cache) in zip(self._layers, kv_caches, strict=True):
-            x_TD = layer(x_TD, residual_TD, positions_T, k_cache, v_cache, meta)
+        for layer, caches in zip(self._layers, kv_caches, strict=True):
+            x_TD = layer(x_TD, residual_TD, positions_T, caches, meta)
         return x_TD
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
-        return self._lm_head(hidden_SD).float()
+        return self._lm_head(hidden_SD)

@@ -7,15 +7,23 @@ import hashlib
 import torch
 from torch import Tensor
 
+from xllm.parallel.shard import Shard
+
 
 class DummyWeights:
-    """A `Weights` that has every tensor. The same name, shape, dtype and device give the same numbers each time."""
+    """A `Weights` that has every tensor. The same name, shape, dtype and device give the same numbers each time, and
+    shards of them are parts of the same tensor."""
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device):
         self._dtype, self._device = dtype, device
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return dummy_weight(name, shape, dtype=self._dtype, device=self._device)
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        whole = dummy_weight(name, shape, dtype=self._dtype, device=self._device)
+        return whole if shard is None or shard.count == 1 else whole[shard.of(shape)].clone(
+            memory_format=torch.contiguous_format)
+
+    def skip(self, name: str) -> None:
+        """Nothing is left over here."""
 
 
 def dummy_weight(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

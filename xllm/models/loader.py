@@ -10,13 +10,13 @@ import torch
 from backends.backend import Backend
 from xllm.errors import ConfigError, ModelError
 from xllm.layers.adapters import AdapterSlots
-from xllm.layers.context import LayerContext, Weights
-from xllm.layers.rotary import rope_table
-from xllm.models.config import ModelConfig, read_model_config
-from xllm.models.decoder import CausalLM, Decoder
+from xllm.layers.context import LayerContext
+from xllm.models.causal_lm import CausalLM
+from xllm.models.config import ModelConfig
 from xllm.models.dummy_weights import DummyWeights
+from xllm.models.registry import family_of, read_model_config
 from xllm.models.weights import Progress, WeightSource
-from xllm.parallel.context import ParallelContext
+from xllm.parallel.context import ONE_RANK, ParallelContext
 
 HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
 
@@ -32,6 +32,7 @@ def load_model(
     max_model_len: int | None = None,
     load_format: str = "auto",
     adapters: AdapterSlots | None = None,
+    parallel: ParallelContext = ONE_RANK,
     progress: Progress | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
@@ -39,28 +40,28 @@ def load_model(
     quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
     load_format: "dummy" reads config.json alone and takes random weights.
     adapters: told of every layer that adapters may change; None: there will be none.
-    max_model_len: positions that the rotary table covers; None: the checkpoint's own limit.
+    max_model_len: positions are below it; None: the checkpoint's own limit.
+    parallel: this process reads and holds its rank's share only; all ranks load at the same time.
     Raises:
         ModelError: the checkpoint cannot be used.
-        ConfigError: `max_model_len` is beyond the checkpoint's limit, or the backend lacks `quantization`.
+        ConfigError: `max_model_len` is beyond the checkpoint's limit, the backend lacks `quantization`, or the model
+            cannot be spread over so many ranks.
     """
     config = read_model_config(path)
-    num_positions = _num_positions(config, max_model_len)
-
-    def build(weights: Weights) -> CausalLM:
-        context = LayerContext(ops=backend.ops, parallel=ParallelContext(), weights=weights, quantization=quantization,
-                               adapters=adapters)
-        return Decoder(context, config, rope_table(config.rope, config.head_dim, num_positions, backend.device))
-
+    if adapters is not None and parallel.tp.size > 1:
+        raise ConfigError("tensor_parallel_size: adapters are built for 1 only")
+    context = LayerContext(ops=backend.ops, device=backend.device, max_model_len=_checked_len(config, max_model_len),
+                           parallel=parallel, quantization=quantization, adapters=adapters)
+    family = family_of(config.architecture)
     if load_format == "dummy":
-        return build(DummyWeights(dtype=dtype, device=backend.device))
+        return family.build(context, config, DummyWeights(dtype=dtype, device=backend.device))
     with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
-        model = build(weights)
-        weights.check_all_taken(ignored=("lm_head.weight",) if config.tie_word_embeddings else ())
+        model = family.build(context, config, weights)
+        weights.check_all_taken()
     return model
 
 
-def _num_positions(config: ModelConfig, max_model_len: int | None) -> int:
+def _checked_len(config: ModelConfig, max_model_len: int | None) -> int:
     num_positions = config.max_model_len if max_model_len is None else max_model_len
     if not 1 <= num_positions <= config.max_model_len:
         raise ConfigError(f"max_model_len {num_positions} is outside what the model allows (1 to "

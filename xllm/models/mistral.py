@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from xllm.models.config import MAX_LAYERS, RawConfig
+from xllm.models.config import MAX_LAYERS
+from xllm.models.dense import DenseConfig, read_dense
+from xllm.models.dense import build as build
+from xllm.models.raw_config import RawConfig
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -16,7 +17,8 @@ DEFAULTS = {
 }
 
 
-def read_traits(raw: RawConfig) -> dict[str, Any]:
+def read_config(raw: RawConfig, architecture: str) -> DenseConfig:
     """The window is every layer's; `layer_types` plays no part."""
     window = raw.optional_integer("sliding_window")
-    return {"sliding_windows": (window,) * raw.integer("num_hidden_layers", high=MAX_LAYERS)}
+    windows = (window,) * raw.integer("num_hidden_layers", high=MAX_LAYERS)
+    return read_dense(raw, architecture, sliding_windows=windows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from xllm.models.config import RawConfig, window_per_layer
+from xllm.models.dense import DenseConfig, read_dense, window_per_layer
+from xllm.models.dense import build as build
+from xllm.models.raw_config import RawConfig
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -15,6 +15,6 @@ DEFAULTS = {
 }
 
 
-def read_traits(raw: RawConfig) -> dict[str, Any]:
+def read_config(raw: RawConfig, architecture: str) -> DenseConfig:
     """The biases are fixed, whatever `attention_bias` may say."""
-    return {"qkv_bias": True, "sliding_windows": window_per_layer(raw)}
+    return read_dense(raw, architecture, qkv_bias=True, sliding_windows=window_per_layer(raw))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import cast
 
 from xllm.config import nearest
 from xllm.errors import ModelError
-
-if TYPE_CHECKING:
-    from xllm.models.config import RawConfig
+from xllm.models.config import ModelConfig
+from xllm.models.family import Family
+from xllm.models.raw_config import RawConfig, read_json
 
 FAMILIES = {
     "LlamaForCausalLM": "xllm.models.llama",
@@ -21,28 +21,48 @@ FAMILIES = {
 }
 
 
-class Family(Protocol):
-    """What a module named in `FAMILIES` has. Importing it must not import torch."""
-
-    DEFAULTS: Mapping[str, Any]  # config.json keys that may be absent
-
-    def read_traits(self, raw: RawConfig) -> dict[str, Any]:
-        """The fields of ModelConfig that the family decides: biases, norms, sliding windows."""
-        ...
+def family_of(architecture: str) -> Family:
+    """The family of an architecture in `FAMILIES`."""
+    return cast(Family, importlib.import_module(FAMILIES[architecture]))
 
 
-def find_family(architectures: object, file: Path) -> tuple[str, Family]:
-    """The first known architecture in a config.json's list, and its module.
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `config.json` (and `generation_config.json` if it is there) of a checkpoint folder.
 
     Raises:
-        ModelError: none is known; lists those that are, with the nearest name.
+        ModelError: a file is missing or broken, or the checkpoint is of a kind that is not supported.
     """
+    file = path / "config.json"
+    values = read_json(file)
+    architecture = _known_architecture(values.get("architectures"), file)
+    family = family_of(architecture)
+    raw = RawConfig(values, family.DEFAULTS, file)
+    _check_unquantised(raw)
+    generation = path / "generation_config.json"
+    extra_eos: tuple[int, ...] = ()
+    if generation.is_file():
+        extra_eos = RawConfig(read_json(generation), {}, generation).token_ids("eos_token_id")
+    config = family.read_config(raw, architecture)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(extra_eos + config.eos_token_ids)))
+
+
+def _known_architecture(architectures: object, file: Path) -> str:
+    """The first in a config.json's list that is known. Raises ModelError, listing those that are, if none is."""
     named = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     for name in named:
         if name in FAMILIES:
-            return name, cast(Family, importlib.import_module(FAMILIES[name]))
+            return name
     known = ", ".join(FAMILIES)
     if not named:
         raise ModelError(f"{file}: 'architectures' is missing or empty; known architectures: {known}")
     raise ModelError(f"{file}: architecture {named[0]!r} is not supported; known: {known}"
                      f"{nearest(named[0], list(FAMILIES))}")
+
+
+def _check_unquantised(raw: RawConfig) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if raw.values.get(key):
+            kind = raw.values[key]
+            method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
+            raise raw.error(f"the checkpoint is quantised ({key}: {method}), which cannot be read; use the "
+                            "unquantised checkpoint, with --quantization fp8 or int8 if memory is short")

@@ -1,7 +1,8 @@
 """`WeightSource`: the tensors of a safetensors checkpoint, handed out one at a time by name.
 
-A taken tensor is copied out of the file's memory map, so peak memory is what the layers keep plus
-the layer being built. Formats that are pickles inside are refused: loading one can run any code.
+A taken tensor, or a rank's part of one, is copied out of the file's memory map: the rest is never read, and peak memory
+is what the layers keep plus the layer being built. Formats that are pickles inside are refused: loading one can run
+any code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xllm.errors import ModelError
-from xllm.models.config import read_json
+from xllm.models.raw_config import read_json
+from xllm.parallel.shard import Shard
 
 Progress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
 
@@ -59,7 +61,7 @@ class WeightSource:
         self._left.clear()
         self._stack.close()
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """See `xllm.layers.context.Weights`."""
         if name not in self._left:
             raise ModelError(f"tensor {name!r} is missing in {self._location}")
@@ -72,7 +74,9 @@ class WeightSource:
             raise ModelError(f"{file}: tensor {name!r} is of type {found.get_dtype()}; only "
                              f"{', '.join(ITEM_BYTES)} can be read")
         try:
-            tensor = handle.get_tensor(name).to(device=self._device, dtype=self._dtype, copy=True)
+            view = handle.get_tensor(name) if shard is None or shard.count == 1 else found[shard.of(shape)]
+            tensor: Tensor = view.to(device=self._device, dtype=self._dtype, copy=True,
+                                     memory_format=torch.contiguous_format)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: tensor {name!r} cannot be read: {error}") from None
         self._done_bytes += _nbytes(found)
@@ -80,12 +84,13 @@ class WeightSource:
             self._progress(self._done_bytes, self._total_bytes)
         return tensor
 
-    def check_all_taken(self, *, ignored: tuple[str, ...] = ()) -> None:
-        """Raise ModelError if tensors are left that no layer took, but for those known to be harmless.
+    def skip(self, name: str) -> None:
+        """See `xllm.layers.context.Weights`."""
+        self._left.pop(name, None)
 
-        ignored: names to let pass, besides the buffers that every loader skips.
-        """
-        unexpected = sorted(name for name in self._left if name not in ignored and not name.endswith(IGNORED_SUFFIXES))
+    def check_all_taken(self) -> None:
+        """Raise ModelError if tensors are left that no layer took or skipped, but for buffers that nobody needs."""
+        unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
         if unexpected:
             file, _ = self._left[unexpected[0]]
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""

@@ -1,25 +1,28 @@
-"""`ParallelContext`: which share of a model's tensors this process holds."""
+"""`ParallelContext`: the groups of ranks that a model is spread over."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xllm.errors import ConfigError
+from xllm.parallel.groups import ALONE, Group
+from xllm.parallel.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """Place of this process among the `tp_size` that share each layer's heads and ffn columns.
+    """Handed down the constructors of a model, never global. A group has this process's rank, the size and the
+    collectives; a group of one does nothing.
 
-    Raises:
-        ConfigError: a size that is not built, or a rank outside it.
+    tp: shares heads, matrices and vocabulary. dp: holds replicas, each with requests of its own. ep: shares experts.
     """
 
-    tp_rank: int = 0
-    tp_size: int = 1
+    tp: Group = ALONE
+    dp: Group = ALONE
+    ep: Group = ALONE
 
-    def __post_init__(self) -> None:
-        if self.tp_size != 1:
-            raise ConfigError(f"tensor_parallel_size: only 1 is built, got {self.tp_size}")
-        if self.tp_rank != 0:
-            raise ConfigError(f"tp_rank {self.tp_rank} is outside [0, {self.tp_size})")
+    def tp_shard(self, axis: int) -> Shard:
+        """This rank's part of a tensor that is split along an axis."""
+        return Shard(axis, self.tp.rank, self.tp.size)
+
+
+ONE_RANK = ParallelContext()

@@ -53,6 +53,9 @@ class Group:
             dist.destroy_process_group(inner)
 
 
+ALONE = Group(0, 1, None)  # one rank: its collectives return what they are given
+
+
 def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s: float) -> Group:
     """Join the group of `size` processes that meet at `store`; returns when all are there and have exchanged something.
 

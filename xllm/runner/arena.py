@@ -1,7 +1,7 @@
 """`Arena`: one reserved range of a device's virtual memory that holds all KV blocks and every row's view of them.
 
-A page holds one block of *all* layers: keys, then values, layer by layer, padded up to what the device can map. The
-first `num_blocks` pages show the physical blocks, for good; what the others show is `XTensor`'s business. A page that
+A page holds one block of *all* layers, part after part, layer by layer, padded up to what the device can map. The first
+`num_blocks` pages show the physical blocks, for good; what the others show is `XTensor`'s business. A page that
 shows nothing must not be touched (`backends/vmm.py`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -44,17 +45,24 @@ class Arena:
         end.atexit = False  # the process ends anyway, and threads may still look
         driver.map(self._address, self._pool, 0, num_blocks, touch=False)
 
-    def layers(self, num_layers: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's K and V as [num_pages, *block_shape]: dense within a page, `page_bytes` from page to page."""
+    def layers(self, block_shapes: Sequence[Sequence[tuple[int, ...]]], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """Each layer's parts as [num_pages, *block shape]: dense within a page, `page_bytes` from page to page.
+
+        block_shapes: by layer, then by part.
+        """
+        numbers = sum(math.prod(shape) for parts in block_shapes for shape in parts)
+        assert numbers * dtype.itemsize <= self.page_bytes, "a page is too small for a block"
         flat = self.driver.tensor(self._address, self.num_pages * self.page_bytes, dtype, self)
-        size, stride = math.prod(block_shape), self.page_bytes // dtype.itemsize
-        inner = [math.prod(block_shape[axis + 1 :]) for axis in range(len(block_shape))]
+        stride, first = self.page_bytes // dtype.itemsize, 0  # both in numbers
 
-        def view(index: int) -> Tensor:
-            return flat.as_strided((self.num_pages, *block_shape), (stride, *inner), index * size)
+        def next_view(shape: tuple[int, ...]) -> Tensor:
+            nonlocal first
+            inner = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            view = flat.as_strided((self.num_pages, *shape), (stride, *inner), first)
+            first += math.prod(shape)
+            return view
 
-        assert 2 * num_layers * size * dtype.itemsize <= self.page_bytes
-        return [(view(2 * layer), view(2 * layer + 1)) for layer in range(num_layers)]
+        return [tuple(next_view(shape) for shape in parts) for parts in block_shapes]
 
     def map(self, pages_B: np.ndarray, blocks_B: np.ndarray) -> np.ndarray:
         """Show blocks at pages, which rise; returns the pages where the system refused."""

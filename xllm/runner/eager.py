@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from torch import Tensor
 
 from backends.backend import Backend, Capturer
 from xllm.layers.adapters import AdapterSlots
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
 from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, sampling_columns
 from xllm.runner.graphs import Forwarded
@@ -25,13 +23,12 @@ class EagerForward:
         self._ops, self._model, self._feed, self._staging = backend.ops, model, feed, staging
         self._adapters = adapters
 
-    def run(self, host: HostBatch, layers: Iterable[tuple[Tensor, Tensor]]) -> Forwarded:
+    def run(self, host: HostBatch, layers: KVCaches) -> Forwarded:
         """The hidden states of all places. layers: the KV caches, each asked for when its turn comes."""
         if self._staging is not None:
             self._staging.next_step()
-        config, batch = self._model.config, host.to_device(self._put)
-        batch.meta.plan = self._ops.plan(batch.meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-                                         head_dim=config.head_dim)
+        batch = host.to_device(self._put)
+        batch.meta.plan = self._model.plan(batch.meta)
         ids_T = batch.input_ids_T
         if host.feed_T is not None and self._feed is not None:
             ids_T = self._ops.feed_tokens(ids_T, self._put(host.feed_T), self._feed.source)

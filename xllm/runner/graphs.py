@@ -26,7 +26,7 @@ from graph.key import BucketRules, GraphKey, padding_lengths
 from xllm.config import EngineConfig
 from xllm.layers.adapters import AdapterSlots
 from xllm.metrics import GraphStats
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM
 from xllm.runner.batch import HostBatch
 from xllm.runner.feed import (
     SAMPLING_INPUTS,
@@ -109,7 +109,7 @@ class StepProgram:
     def prepare(self) -> None:
         """Attention's parameters, where the host makes them."""
         if not self._owner.capturer.plans_in_graph:
-            self.meta.plan = self._owner.plan(self.meta)
+            self.meta.plan = self._owner.model.plan(self.meta)
 
     def __call__(self) -> None:
         if LORA not in self.memory.inputs:
@@ -122,7 +122,7 @@ class StepProgram:
     def _run(self) -> None:
         owner, inputs, outputs = self._owner, self.memory.inputs, self.memory.outputs
         if owner.capturer.plans_in_graph:
-            self.meta.plan = owner.plan(self.meta)
+            self.meta.plan = owner.model.plan(self.meta)
         ids_T = owner.ops.feed_tokens(inputs["input_ids"], inputs["feed"], self._source)
         hidden_TD = owner.model.forward(ids_T, inputs["positions"], owner.layers, self.meta)
         if owner.capturer.plans_in_graph:
@@ -141,7 +141,7 @@ class GraphedForward:
     """Finds the key of a step, fills a buffer set, replays, and takes the results out of the padding."""
 
     def __init__(self, config: EngineConfig, backend: Backend, capturer: Capturer, model: CausalLM, rows: RowState,
-                 layers: Sequence[tuple[Tensor, Tensor]], feed: TokenFeed, adapters: AdapterSlots | None = None):
+                 layers: Sequence[tuple[Tensor, ...]], feed: TokenFeed, adapters: AdapterSlots | None = None):
         """config: resolved. layers: the KV caches, which never move."""
         device = config.device
         self.capturer, self.ops, self.model, self.rows, self.layers = capturer, backend.ops, model, rows, layers
@@ -153,7 +153,7 @@ class GraphedForward:
                     "M": rows.block_table.shape[1] + 1, "D": model.config.hidden_size, "V": model.config.vocab_size,
                     "L": self._max_logits, "Q": len(feed.sink)}
         shared: dict[str, Tensor] = {}
-        self._sets = [StaticBuffers(_inputs(), _outputs(layers[0][0].dtype), capacity, device=backend.device,
+        self._sets = [StaticBuffers(_inputs(), _outputs(model.dtype), capacity, device=backend.device,
                                     allocate_host=backend.allocate_host, shared=shared, given={TOKENS: buffer})
                       for buffer in feed.buffers]
         num_bytes, share = parse_amount("graph_memory", device.graph_memory)
@@ -167,12 +167,6 @@ class GraphedForward:
         return GraphStats(num_graphs=len(cache), num_bytes=cache.num_bytes, captures_total=c.captures,
                           evictions_total=c.evictions, replays_total=dict(c.replays),
                           fallbacks_total=dict(c.fallbacks), fed_steps_total=self.feed.num_fed)
-
-    def plan(self, meta: AttentionMetadata) -> object:
-        """What attention wants computed once a step."""
-        config = self.model.config
-        return self.ops.plan(meta, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-                             head_dim=config.head_dim)
 
     def run(self, batch: HostBatch, rows_S: np.ndarray, *, waits_for_loads: bool) -> Forwarded | None:
         """One step through a graph, or None: it is to be run eagerly. `batch` is in the order of rows_S."""

@@ -1,11 +1,12 @@
 """The KV tensors of a model, and how many blocks of them to make.
 
-The axis order belongs to the backend; nothing above this file knows it.
+The model says what a block holds (`KVSpec`). The axis order belongs to the backend; nothing above this file knows it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from backends.reference.kv_codes import QUANTISED, row_width
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
+from xllm.models.kv_spec import KVSpec
 from xllm.runner.arena import Arena, padded_bytes
 
 # A CPU's memory is also everybody else's.
@@ -48,34 +50,32 @@ def cache_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfi
     if dtype not in backend.kv_dtypes:
         raise ConfigError(f"kv_cache_dtype {name}: on {backend.name} KV has the compute type")
     assert config.cache.block_size is not None, "resolve() first"
-    if dtype is torch.int8 and config.cache.block_size * model_config.head_dim % 4:
-        raise ConfigError(f"kv_cache_dtype int8: block_size {config.cache.block_size} times head_dim "
-                          f"{model_config.head_dim} must be a multiple of 4, where the scales can begin")
+    for width in sorted({width for spec in model_config.kv_specs for width in spec.widths}):
+        if dtype is torch.int8 and config.cache.block_size * width % 4:
+            raise ConfigError(f"kv_cache_dtype int8: block_size {config.cache.block_size} times head_dim {width} must "
+                              "be a multiple of 4, where the scales can begin")
     return dtype
 
 
 class KVCache:
-    """One K and one V tensor a layer: `layers[i] = (k, v)`. The model writes them during forward.
+    """A tensor for each part of each layer: `layers[i]` is (k, v), or (latent,). The model writes them during forward.
 
     Their first axis is the block. With an arena they are views of its pages: the first `num_blocks` are the blocks,
     as without one, and no other may be touched unless the arena maps it.
     """
 
-    def __init__(self, backend: Backend, model_config: ModelConfig, *, num_blocks: int, block_size: int,
+    def __init__(self, backend: Backend, kv_specs: Sequence[KVSpec], *, num_blocks: int, block_size: int,
                  dtype: torch.dtype, arena: Arena | None = None):
         self._backend = backend
         self._arena = arena  # not every device's tensors keep it alive
         self.num_blocks = num_blocks
-        cache_shape = backend.kv_cache_shape(num_blocks, block_size, model_config.num_kv_heads,
-                                             row_width(model_config.head_dim, dtype))
-        self.layers: list[tuple[Tensor, Tensor]]
+        shapes = _block_shapes(backend, kv_specs, block_size, dtype)
+        self.layers: list[tuple[Tensor, ...]]
         if arena is not None:
-            self.layers = arena.layers(model_config.num_layers, cache_shape[1:], dtype)
+            self.layers = arena.layers(shapes, dtype)
             return
-        self.layers = [
-            (backend.allocate_kv_cache(cache_shape, dtype), backend.allocate_kv_cache(cache_shape, dtype))
-            for _ in range(model_config.num_layers)
-        ]
+        self.layers = [tuple(backend.allocate_kv_cache((num_blocks, *shape), dtype) for shape in parts)
+                       for parts in shapes]
 
     def copy_blocks(self, src_B: np.ndarray, dst_B: np.ndarray) -> None:
         """Copy whole blocks in every layer. src and dst are disjoint, dst has no repeats."""
@@ -88,24 +88,33 @@ class KVCache:
                 self._backend.ops.copy_blocks(cache, src, dst)
 
 
-def block_bytes(backend: Backend, model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers, with the scales of a quantised cache."""
-    width = row_width(model_config.head_dim, dtype)
-    elements = math.prod(backend.kv_cache_shape(1, block_size, model_config.num_kv_heads, width))
-    return 2 * model_config.num_layers * elements * dtype.itemsize
+def _block_shapes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int,
+                  dtype: torch.dtype) -> list[list[tuple[int, ...]]]:
+    """By layer and part: the shape of one block, with room for the scales of a quantised cache."""
+    return [[backend.kv_cache_shape(1, block_size, spec.num_heads, row_width(width, dtype))[1:]
+             for width in spec.widths] for spec in kv_specs]
 
 
-def page_bytes(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
+def _part_bytes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int, dtype: torch.dtype) -> list[int]:
+    shapes = _block_shapes(backend, kv_specs, block_size, dtype)
+    return [math.prod(shape) * dtype.itemsize for parts in shapes for shape in parts]
+
+
+def block_bytes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: all parts of all layers, with the scales of a quantised cache."""
+    return sum(_part_bytes(backend, kv_specs, block_size, dtype))
+
+
+def page_bytes(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype) -> int:
     """Bytes that a block takes under a resolved config: with the xtensor layout, whole pages of the device."""
     assert config.cache.block_size is not None, "resolve() first"
-    num_bytes = block_bytes(backend, model_config, config.cache.block_size, dtype)
+    sizes = _part_bytes(backend, kv_specs, config.cache.block_size, dtype)
     if config.cache.kv_layout == "xtensor" and backend.vmm is not None:
-        unit = num_bytes // (2 * model_config.num_layers) if backend.dense_kv else 1
-        return padded_bytes(num_bytes, backend.vmm, unit)
-    return num_bytes
+        return padded_bytes(sum(sizes), backend.vmm, math.lcm(*sizes) if backend.dense_kv else 1)
+    return sum(sizes)
 
 
-def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelConfig, dtype: torch.dtype) -> int:
+def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype) -> int:
     """How many KV blocks of this dtype to allocate under a resolved config.
 
     The first that is set counts: num_kv_blocks, kv_cache_memory_bytes, a share of available memory. The
@@ -120,7 +129,7 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, model_config: ModelC
     assert max_model_len is not None, "resolve() first"
     blocks_per_sequence = -(-max_model_len // cache.block_size)
     try:
-        bytes_per_block = page_bytes(config, backend, model_config, dtype)
+        bytes_per_block = page_bytes(config, backend, kv_specs, dtype)
     except ValueError as error:
         raise ConfigError(f"block_size {cache.block_size}: {error}") from None
     if cache.num_kv_blocks is not None:

@@ -35,24 +35,21 @@ class KVCodec:
         self.payload_bytes: int = ends[-1]
 
     @classmethod
-    def for_cache(cls, kv_store_dtype: str, layers: Sequence[tuple[Tensor, Tensor]], ops: OpSet) -> KVCodec:
+    def for_cache(cls, kv_store_dtype: str, layers: Sequence[tuple[Tensor, ...]], ops: OpSet) -> KVCodec:
         """The codec that `--kv-store-dtype` names, for a cache of these layers; "auto": as the cache itself."""
         dtype = layers[0][0].dtype
         format = DTYPE_FORMATS[dtype] if kv_store_dtype == "auto" else FORMATS[kv_store_dtype]
-        return cls(format, dtype, [ops.stored_bytes(k_cache, v_cache, format=format) for k_cache, v_cache in layers])
+        return cls(format, dtype, [ops.stored_bytes(caches, format=format) for caches in layers])
 
-    def layer_range(self, layer: int) -> tuple[int, int]:
-        """The first byte of a layer's part in the payload, and the one behind its last."""
-        return self._ranges[layer]
-
-    def export_layer(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, host_SX: Tensor,
+    def export_layer(self, ops: OpSet, caches: tuple[Tensor, ...], block_ids_B: Tensor, host_SX: Tensor,
                      slots_B: Tensor, layer: int) -> None:
-        """One layer of device blocks into payloads. host_SX: uint8 [any, payload_bytes] in host memory; ids: int64."""
+        """One layer of device blocks into payloads. caches: the layer's parts. host_SX: uint8 [any, payload_bytes] in
+        host memory; ids: int64."""
         first, end = self._ranges[layer]
-        ops.export_blocks(k_cache, v_cache, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)
+        ops.export_blocks(caches, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)
 
-    def import_layer(self, ops: OpSet, k_cache: Tensor, v_cache: Tensor, block_ids_B: Tensor, host_SX: Tensor,
+    def import_layer(self, ops: OpSet, caches: tuple[Tensor, ...], block_ids_B: Tensor, host_SX: Tensor,
                      slots_B: Tensor, layer: int) -> None:
         """One layer of payloads into device blocks; the reverse of `export_layer`."""
         first, end = self._ranges[layer]
-        ops.import_blocks(k_cache, v_cache, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)
+        ops.import_blocks(caches, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)

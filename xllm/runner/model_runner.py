@@ -6,18 +6,16 @@ started meanwhile. Every other step waits for its results, and for those of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from backends.backend import Backend
 from xllm.config import EngineConfig
 from xllm.kv.lanes import TicketBoard
 from xllm.layers.adapters import Adapter, AdapterSlots
-from xllm.models.decoder import CausalLM
+from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
@@ -88,9 +86,9 @@ class ModelRunner:
                              block_size=block_size)
         dtype = cache_dtype(config, backend, model.config)
         self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
-                                              page_bytes=page_bytes(config, backend, model.config, dtype),
+                                              page_bytes=page_bytes(config, backend, model.kv_specs, dtype),
                                               pages_per_row=self.rows.block_table.shape[1])
-        self.kv_cache = KVCache(backend, model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
+        self.kv_cache = KVCache(backend, model.kv_specs, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
         self.feed: TokenFeed | None = None
         self.graphs: GraphedForward | None = None
@@ -221,7 +219,7 @@ class ModelRunner:
             done = self.graphs.run(host, plan.rows_S, waits_for_loads=bool(plan.tickets))
             if done is not None:
                 return done
-        layers: Iterable[tuple[Tensor, Tensor]] = self.kv_cache.layers
+        layers: KVCaches = self.kv_cache.layers
         if plan.tickets:
             layers = gated(self.kv_cache.layers, self.board.tickets(plan.tickets))
         return self._eager.run(host, layers)

@@ -40,15 +40,14 @@ class HostMover:
     @torch.inference_mode()
     def save(self, block_ids: np.ndarray, slots: np.ndarray) -> None:
         blocks, places = torch.from_numpy(block_ids.astype(np.int64)), torch.from_numpy(slots.astype(np.int64))
-        for layer, (k_cache, v_cache) in enumerate(self._layers):
-            self._codec.export_layer(self._ops, k_cache, v_cache, blocks, self._host, places, layer)
+        for layer, caches in enumerate(self._layers):
+            self._codec.export_layer(self._ops, caches, blocks, self._host, places, layer)
         self._synchronize()
 
     @torch.inference_mode()
     def load_layer(self, slots: np.ndarray, block_ids: np.ndarray, layer: int) -> None:
         blocks, places = torch.from_numpy(block_ids.astype(np.int64)), torch.from_numpy(slots.astype(np.int64))
-        k_cache, v_cache = self._layers[layer]
-        self._codec.import_layer(self._ops, k_cache, v_cache, blocks, self._host, places, layer)
+        self._codec.import_layer(self._ops, self._layers[layer], blocks, self._host, places, layer)
         self._synchronize()
 
     def payload(self, slot: int) -> memoryview:
@@ -84,7 +83,7 @@ class Populator(threading.Thread):
         self.join()
 
 
-def gated(layers: Sequence[tuple[Tensor, Tensor]], tickets: Sequence[Ticket]) -> Iterator[tuple[Tensor, Tensor]]:
+def gated(layers: Sequence[tuple[Tensor, ...]], tickets: Sequence[Ticket]) -> Iterator[tuple[Tensor, ...]]:
     """The layers' caches in order, each as soon as every load has brought that layer."""
     for layer, caches in enumerate(layers):
         for ticket in tickets:

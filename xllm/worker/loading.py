@@ -13,7 +13,7 @@ from xllm.errors import ConfigError, DeviceError
 if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.layers.adapters import AdapterSlots
-    from xllm.models.decoder import CausalLM
+    from xllm.models.causal_lm import CausalLM
     from xllm.runner.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
-        from xllm.models.config import read_model_config
         from xllm.models.loader import resolve_model_path
+        from xllm.models.registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
@@ -51,7 +51,7 @@ class LoadedModel:
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
 
         def plan() -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config, kv_dtype)
+            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
 
         plan()  # what cannot fit even without the weights is said before they are read
         self.adapters: AdapterSlots | None = None

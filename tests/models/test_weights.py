@@ -1,0 +1,103 @@
+"""Shards of a checkpoint's tensors: the right numbers, and no byte of the file beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xllm.errors import ModelError
+from xllm.layers.context import Weights
+from xllm.models.dummy_weights import DummyWeights
+from xllm.models.weights import WeightSource
+from xllm.parallel.shard import Shard
+
+CPU = torch.device("cpu")
+SMAPS = Path("/proc/self/smaps")
+MIB = 2**20
+
+
+def save(folder: Path, **tensors: Tensor) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def open_weights(folder: Path, dtype: torch.dtype = torch.float32) -> WeightSource:
+    return WeightSource(folder, dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("disk", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("axis", "count"), [(0, 2), (1, 2), (0, 3), (1, 5), (0, 7), (1, 1)])
+def test_shards_put_together_are_the_tensor(tmp_path: Path, disk: torch.dtype, axis: int, count: int) -> None:
+    """Where 7 ranks share 5 rows, the last two get none."""
+    whole = torch.randn(5, 10).to(disk)
+    save(tmp_path, w=whole)
+    parts = []
+    for index in range(count):
+        with open_weights(tmp_path) as weights:
+            part = weights.take("w", (5, 10), Shard(axis, index, count))
+        assert part.dtype is torch.float32 and part.is_contiguous()
+        assert part.untyped_storage().nbytes() == 4 * part.numel()  # no view of more
+        parts.append(part)
+    assert torch.equal(torch.cat(parts, axis), whole.float())
+
+
+def test_the_shape_asked_for_is_that_of_the_whole(tmp_path: Path) -> None:
+    save(tmp_path, w=torch.zeros(4, 6))
+    with open_weights(tmp_path) as weights, pytest.raises(ModelError, match=r"has shape \[4, 6\], the config asks for"):
+        weights.take("w", (2, 6), Shard(0, 0, 2))
+
+
+def test_what_is_skipped_may_be_there_or_not(tmp_path: Path) -> None:
+    save(tmp_path, w=torch.zeros(3), spare=torch.zeros(2))
+    with open_weights(tmp_path) as weights:
+        weights.take("w", (3,))
+        with pytest.raises(ModelError, match="'spare' is not part of this architecture"):
+            weights.check_all_taken()
+        weights.skip("spare")
+        weights.skip("absent")
+        weights.check_all_taken()
+
+
+def resident_bytes(file: Path) -> int:
+    """How much of a file's maps this process has touched."""
+    total, ours = 0, False
+    for line in SMAPS.read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            ours = line.endswith(str(file))
+        elif ours and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="Linux says which pages of a map are resident")
+@pytest.mark.parametrize("shard", [Shard(0, 1, 2), Shard(1, 0, 2), Shard(1, 3, 4)], ids=str)
+def test_a_rank_reads_its_own_bytes_alone(tmp_path: Path, shard: Shard) -> None:
+    """32 MiB in two rows. Linux maps what it has in memory around a byte that is touched, up to 2 MiB at once."""
+    shape, num_runs = (2, 4 * MIB), 1 if shard.axis == 0 else 2
+    whole = torch.randn(shape)
+    save(tmp_path, w=whole, other=torch.zeros(2 * MIB))
+    file = tmp_path / "model.safetensors"
+    with open_weights(tmp_path) as weights:
+        before = resident_bytes(file)
+        part = weights.take("w", shape, shard)
+        touched = resident_bytes(file) - before
+        weights.take("other", (2 * MIB,))
+        assert resident_bytes(file) - before - touched >= 4 * MIB  # it is seen when it is read
+    assert torch.equal(part, whole[shard.of(shape)])
+    assert part.nbytes - 4 * MIB <= touched <= part.nbytes + num_runs * 4 * MIB < whole.nbytes
+    assert before < 4 * MIB
+
+
+@pytest.mark.parametrize("shard", [Shard(0, 1, 2), Shard(1, 2, 3), Shard(0, 0, 1), None], ids=str)
+def test_random_weights_are_parts_of_one_tensor(shard: Shard | None) -> None:
+    def fresh() -> Weights:
+        return DummyWeights(dtype=torch.float32, device=CPU)
+
+    whole, part = fresh().take("w", (6, 9)), fresh().take("w", (6, 9), shard)
+    assert torch.equal(part, whole if shard is None else whole[shard.of((6, 9))])
+    assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes

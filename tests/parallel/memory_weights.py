@@ -1,0 +1,27 @@
+"""`MemoryWeights`: random tensors made when they are first asked for, and a note of which shapes were handed out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xllm.parallel.shard import Shard
+
+
+class MemoryWeights:
+    """A `Weights` whose tensors depend on name and shape alone. taken: the shapes of what ranks got, by name."""
+
+    def __init__(self) -> None:
+        self.whole: dict[str, Tensor] = {}
+        self.taken: dict[str, tuple[int, ...]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        assert name not in self.taken, f"{name} was taken before"
+        generator = torch.Generator().manual_seed(sum(name.encode()) * 1000 + sum(shape))
+        self.whole[name] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        part = self.whole[name] if shard is None else self.whole[name][shard.of(shape)]
+        self.taken[name] = tuple(part.shape)
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def skip(self, name: str) -> None:
+        assert name not in self.taken

@@ -1,0 +1,57 @@
+"""Tensor parallelism between real processes over gloo: layers, whole models, and the runner above them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backends import get_backend
+from tests.models.checkpoints import BY_ID, save_checkpoint
+from tests.parallel.ranks import Ranks
+
+CASES = "tests.parallel.tensor_cases"
+# By what is special about them: GQA, biases that are added once, kv heads that all hold, a tied table of 211 rows.
+MODELS = [("llama-gqa", 2), ("llama-attention-bias", 2), ("llama-mqa", 2), ("llama-gqa", 4),
+          ("qwen3-tied-head-dim-32-bf16", 2), ("qwen2-window-13-from-layer-1", 2)]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Compiled once, not by each rank."""
+    folder = tmp_path_factory.mktemp("kernels")
+    get_backend("cpu", cache_dir=folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_column_and_a_row_layer(ranks: Ranks, size: int) -> None:
+    ranks.check(f"{CASES}:column_and_row", size)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_vocabulary_that_does_not_divide(ranks: Ranks, size: int) -> None:
+    ranks.check(f"{CASES}:both_ends", size)
+
+
+@pytest.mark.parametrize(("variant", "size"), MODELS, ids=str)
+def test_a_whole_model(ranks: Ranks, kernels: str, tmp_path: Path, variant: str, size: int) -> None:
+    folder = save_checkpoint(BY_ID[variant], tmp_path)
+    assert len(set(ranks.check(f"{CASES}:whole_model", size, kernels=kernels, folder=str(folder)))) == 1
+
+
+def test_random_weights(ranks: Ranks, kernels: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(BY_ID["llama-gqa"], tmp_path)
+    (folder / "model.safetensors").unlink()
+    ranks.check(f"{CASES}:whole_model", 2, kernels=kernels, folder=str(folder), load_format="dummy")
+
+
+@pytest.mark.parametrize("settings", [{}, {"graph_mode": "checked"}, {"kv_layout": "xtensor"},
+                                      {"kv_cache_dtype": "int8"}], ids=str)
+def test_the_runner_does_the_same_with_a_share(ranks: Ranks, kernels: str, tmp_path: Path,
+                                               settings: dict[str, object]) -> None:
+    """In graphs the collectives are part of what is captured and replayed."""
+    folder = save_checkpoint(BY_ID["llama-gqa"], tmp_path)
+    texts = ranks.check(f"{CASES}:through_the_runner", 2, kernels=kernels, folder=str(folder), settings=settings)
+    assert len(set(texts)) == 1
+    assert (int(texts[0].split()[-1]) > 0) == ("graph_mode" in settings)

@@ -1,0 +1,117 @@
+"""Dense decoders: what Llama, Mistral, Qwen2 and Qwen3 share. Their own files say what a config of theirs means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xllm.models.config import MAX_LAYERS, DecoderConfig, ModelConfig, read_common
+from xllm.models.kv_spec import KVSpec
+from xllm.models.raw_config import RawConfig
+
+if TYPE_CHECKING:
+    from xllm.layers.context import LayerContext, Weights
+    from xllm.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(DecoderConfig):
+    """Attention over keys and values, and a gated mlp. `sliding_windows`: by layer, None for full attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        return tuple(KVSpec(num_heads=self.num_kv_heads, widths=(self.head_dim, self.head_dim), sliding_window=window)
+                     for window in self.sliding_windows)
+
+
+def read_dense(
+    raw: RawConfig,
+    architecture: str,
+    *,
+    sliding_windows: tuple[int | None, ...],
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> DenseConfig:
+    """The keywords are what the family decides. Raises ModelError."""
+    check_activation(raw)
+    common = read_common(raw, architecture)
+    num_heads = raw.integer("num_attention_heads")
+    num_kv_heads = raw.optional_integer("num_key_value_heads") or num_heads
+    head_dim = raw.optional_integer("head_dim") or common["hidden_size"] // num_heads
+    if num_heads % num_kv_heads:
+        raise raw.error(f"num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})")
+    if head_dim % 2 or head_dim < 4:
+        raise raw.error(f"head_dim must be even and at least 4, got {head_dim}")
+    return DenseConfig(
+        **common, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        ffn_size=raw.integer("intermediate_size"), sliding_windows=sliding_windows, qkv_bias=qkv_bias, o_bias=o_bias,
+        mlp_bias=mlp_bias, qk_norm=qk_norm)
+
+
+def check_activation(raw: RawConfig) -> None:
+    """Raise ModelError unless the mlp's activation is SiLU."""
+    activation = raw.values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise raw.error(f"hidden_act {activation!r} is not supported; only 'silu' is")
+
+
+def full_attention(raw: RawConfig) -> tuple[None, ...]:
+    """`sliding_windows` of a model that has none."""
+    return (None,) * raw.integer("num_hidden_layers", high=MAX_LAYERS)
+
+
+def window_per_layer(raw: RawConfig) -> tuple[int | None, ...]:
+    """`sliding_windows` by the Qwen rule: `layer_types` where given, else the layers from `max_window_layers` on,
+    and in both cases only if `use_sliding_window`."""
+    num_layers = raw.integer("num_hidden_layers", high=MAX_LAYERS)
+    window = raw.optional_integer("sliding_window") if raw.flag("use_sliding_window") else None
+    types = raw.values.get("layer_types")
+    if types is None:
+        first = raw.values.get("max_window_layers")
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise raw.error(f"max_window_layers must be an integer, got {first!r}")
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise raw.error(f"layer_types must be a list with one entry for each of the {num_layers} layers")
+    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise raw.error(f"layer type {unknown[0]!r} is not supported; supported: full_attention, sliding_attention")
+    if window is None and "sliding_attention" in types:
+        raise raw.error("layer_types names sliding_attention, but use_sliding_window is off or sliding_window missing")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:
+    """`Family.build` of every dense family."""
+    from xllm.layers.attention import Attention, AttentionShape, attention_plan
+    from xllm.layers.mlp import GatedMLP
+    from xllm.layers.rotary import rope_table
+    from xllm.models.decoder import Decoder
+
+    assert isinstance(config, DenseConfig)
+    cos_sin_LH = rope_table(config.rope, config.head_dim, context.max_model_len, context.device)
+
+    def attention(index: int, name: str) -> Attention:
+        shape = AttentionShape(
+            hidden_size=config.hidden_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None, sliding_window=config.sliding_windows[index])
+        return Attention(context, weights, name, shape, cos_sin_LH)
+
+    def mlp(index: int, name: str) -> GatedMLP:
+        return GatedMLP(context, weights, name, config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+
+    plan = attention_plan(context, config.num_heads, config.num_kv_heads, config.head_dim)
+    return Decoder(context, config, weights, attention=attention, mlp=mlp, plan=plan)
