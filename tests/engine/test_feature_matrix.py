@@ -131,7 +131,7 @@ def assert_same(features: frozenset[str], found: list[list[int]], expected: list
 
 def settle(llm: LLM) -> None:
     """Let the moves between the tiers end."""
-    while llm._core.scheduler.kv.tiers.lanes.num_open:
+    while len(llm._core.scheduler.kv.tiers.moves):
         time.sleep(0.001)
         llm._core.tick()
 

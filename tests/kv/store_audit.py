@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xllm.kv.demotion import Demoter
-from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
+from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
 from xllm.kv.tiers import SwapPath
@@ -75,7 +75,7 @@ def _check_host_contents(life: Life) -> None:
 
 def check_disk_contents(life: Life) -> None:
     """What disk gives is right; while nobody damaged it, it gives all that is resident."""
-    store, out = life.tiers.store, bytearray(life.memory.payload_bytes)
+    store, out = life.store, bytearray(life.memory.payload_bytes)
     for digest, slot in life.tiers.disk._slot_of.items():
         found = store.read(slot, digest, memoryview(out))
         assert found or life.machine.damaged, f"disk slot {slot} lost its block"
@@ -86,11 +86,6 @@ def _paths(demoter: Demoter) -> Iterable:
     yield from (entry[2] for entry in demoter._queue)
     if demoter._active is not None:
         yield demoter._active
-
-
-def _jobs(life: Life, lane: str) -> list:
-    queued = [entry[2] for entry in life.lanes._queues[lane]]
-    return queued + [job for job, _ in life.lanes._done if job.lane == lane]
 
 
 def _check_holders(life: Life) -> None:
@@ -106,8 +101,8 @@ def _check_holders(life: Life) -> None:
     for stage in tiers.stager._staging.values():
         host.update(stage.host_slots[: stage.done].tolist())
         disk.update(stage.disk_path.tolist())
-    for job in _jobs(life, LOAD):
-        host.update(job.host_path.tolist())
+    for load in tiers.loader.open_loads:
+        host.update(load.host_path.tolist())
     for tier, held in ((tiers.host, host), (tiers.disk, disk)):
         counts = np.zeros(tier.num_slots, dtype=int)
         for slot, count in held.items():
@@ -118,8 +113,8 @@ def _check_holders(life: Life) -> None:
 def _check_leases(life: Life) -> None:
     """Leased are the blocks of copies under way, and those of swapped rows until they are copied."""
     leases: Counter = Counter()
-    for job in _jobs(life, SAVE):
-        leases.update(job._path.items[job._first : job._last].tolist())
+    for move in life.lanes.not_received(SAVE):
+        leases.update(move.sources.tolist())
     for path in _paths(life.tiers.saver):
         if isinstance(path, SwapPath):
             leases.update(path.items.tolist())
@@ -127,13 +122,21 @@ def _check_leases(life: Life) -> None:
 
 
 def _check_counts(life: Life) -> None:
-    tiers, lanes = life.tiers, life.lanes
-    assert len(tiers.board._tickets) == tiers.loader.num_open == len(_jobs(life, LOAD))
+    tiers, under_way = life.tiers, {lane: life.lanes.not_received(lane) for lane in LANES}
+    loads = {load.ticket: load for load in tiers.loader.open_loads}
+    assert len(loads) == tiers.loader.num_open and {move.ticket for move in under_way[LOAD]} == set(loads)
+    assert {move.ticket for move in life.lanes.queued(LOAD)} == set(life.board._tickets), "a step waits for nothing"
+    for move in under_way[LOAD]:
+        load = loads[move.ticket]
+        assert np.array_equal(move.targets, load.new)
+        assert np.array_equal(move.sources, load.host_path[-len(load.new) :])
+    assert len(tiers.moves) == sum(map(len, under_way.values()))
+    for lane, moves in under_way.items():
+        assert tiers.moves.stats[lane].queued == len(moves)
     for lane, demoter in ((SAVE, tiers.saver), (WRITE, tiers.writer)):
-        assert lanes.stats[lane].queued == len(_jobs(life, lane)) == demoter._in_flight <= 2
-    saved = [slot for job in _jobs(life, SAVE) for slot in job._path.slots[job._first : job._last].tolist()]
-    read = [slot for job in _jobs(life, READ) for slot in job._slots.tolist()]
-    written = [slot for job in _jobs(life, WRITE) for slot in job._path.slots[job._first : job._last].tolist()]
+        assert len(under_way[lane]) == demoter._in_flight <= 2
+    saved, written, read = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
+                            for lane in (SAVE, WRITE, READ))
     assert sorted(saved + read) == np.flatnonzero(tiers.host._state == WRITING).tolist()
     assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
     assert not np.any(tiers.host._state == DOOMED)
@@ -151,7 +154,7 @@ def check_at_rest(life: Life) -> None:
     assert not pool._leases and not pool._doomed and not life.kv.held_keys
     assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
     assert tiers.saver.is_idle and tiers.writer.is_idle
-    assert tiers.loader.num_open == tiers.stager.num_open == life.lanes.num_open == 0
-    assert not len(tiers.board._tickets)
+    assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0
+    assert not len(life.board)
     for tier in (tiers.host, tiers.disk):
         assert np.all((tier._state == RESIDENT) | (tier._state == FREE))

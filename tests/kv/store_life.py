@@ -13,9 +13,11 @@ from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Wa
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import PAGE_BYTES, make_geometry
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LANES, LOAD
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import LANES, LOAD
+from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
 if TYPE_CHECKING:
@@ -53,10 +55,12 @@ class Life:
         self.memory = Memory(shape.num_blocks, shape.block_size, shape.num_host_slots)
         self.kv = KVManager(num_blocks=shape.num_blocks, block_size=shape.block_size, num_rows=shape.num_rows,
                             max_tokens_per_row=shape.max_tokens, policy=self._policy(shape.num_blocks))
-        self.lanes = ManualLanes(self.rng, shape.eagerness)
-        self.disk_errors: list[BaseException] = []
+        self.store, self.board = store, TicketBoard()
+        self.lanes = ManualLanes(MovePerformer(self.memory, store, self.board), self.rng, shape.eagerness)
+        facts = self.lanes.performer.facts()
+        self.disk_errors: list[str] = []
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, self.memory, self.lanes, self._policy, store, self.disk_errors.append))
+            index, pool, facts, self.lanes, self._policy, self.disk_errors.append))
         self.tiers.saver._chunk = self.tiers.writer._chunk = shape.chunk
         if shape.prefetch:
             self.tiers.prefetcher = Prefetcher(self.tiers)
@@ -202,7 +206,7 @@ class Life:
 
     def _wait_for(self, ticket_ids: set[int]) -> None:
         """As the device does: the blocks that it reads must have come."""
-        tickets = self.tiers.board.tickets(tuple(ticket_ids))
+        tickets = self.board.tickets(tuple(ticket_ids))
         if any(t.layers_done < t.num_layers for t in tickets):
             self.counts["waits"] += 1
             self.lanes.run_lane(LOAD)
@@ -278,7 +282,7 @@ class Life:
     # --- moves, time and pressure
 
     def move(self) -> None:
-        """Some jobs of one lane run; what follows from them comes with a poll."""
+        """Some moves of one lane run; what follows from them comes with a poll."""
         lane = self.rng.choice(LANES)
         for _ in range(self.rng.randint(1, 3)):
             self.lanes.run_one(lane)
@@ -314,4 +318,4 @@ class Life:
         while self.steps or self._copies:
             self.plan()
             self.run()
-        self.lanes.drain()
+        self.lanes.drain(self.tiers.moves)

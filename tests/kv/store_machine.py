@@ -93,7 +93,7 @@ class StoreMachine:
 
     def close(self) -> None:
         self._count_life()
-        self.life.tiers.store.abandon()
+        self.life.store.abandon()
 
     def operate(self, name: str) -> None:
         """One operation and the audit; a crash on the way ends the life."""
@@ -156,7 +156,7 @@ class StoreMachine:
             "written": tiers.writer.num_written, "read": tiers.stager.num_staged, "broken": tiers.stager.num_broken,
             "evicted from the device": self.life.kv.pool.num_evicted, "evicted from host": tiers.host.num_evicted,
             "evicted from disk": tiers.disk.num_evicted, "disks lost": tiers.writer.disabled,
-            "misses": sum(tiers.store.counters.misses.values()),
+            "misses": sum(self.life.store.counters.misses.values()),
         })  # fmt: skip
         if tiers.prefetcher is not None:
             self.counts.update({"prefetched right": tiers.prefetcher.num_right,
@@ -174,7 +174,7 @@ class StoreMachine:
         tiers = self.life.tiers
         resident = dict(tiers.disk._slot_of)
         if lost:
-            tiers.store.abandon()
+            self.life.store.abandon()
         slots_before = self.num_disk_slots
         if self.rng.random() < self._trouble:
             self.num_disk_slots = self.rng.choice([1, 5, self.shape.num_disk_slots])
@@ -184,7 +184,7 @@ class StoreMachine:
             self.contents.learn(talk)
         self.life = self._begin()
         found = self.life.tiers.disk._slot_of
-        self.damaged |= self.life.tiers.store.counters.num_ignored_files > 0  # it could not be read at start-up
+        self.damaged |= self.life.store.counters.num_ignored_files > 0  # it could not be read at start-up
         if not self.damaged and self.num_disk_slots >= slots_before:
             assert set(resident) <= set(found), "complete blocks were not found again"
         self.counts["found again"] += len(found)

@@ -22,6 +22,7 @@ from xllm.scheduler.scheduler import Scheduler
 from xllm.step import ScheduleOutput
 
 if TYPE_CHECKING:
+    from xllm.kv.performer import MovePerformer
     from xllm.runner.model_runner import ModelRunner
 
 MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
@@ -107,13 +108,14 @@ class EngineCore:
         self.grammars = GrammarGate(self.config, self.model_path, self.model_config)
         self.control = EngineControl(self)
         executor.runner, self.runner.matchers.store = self.runner, self.grammars.store
+        self._performer: MovePerformer | None = None
         try:
             self.adapters = AdapterNames(
                 self.config.lora, loaded, is_used=self._uses_adapter,
                 put=lambda slot, adapter: executor.call(lambda: self.runner.put_adapter(slot, adapter)))
             if has_tiers(self.config.cache):
-                attach_tiers(self.scheduler, executor, self.config, self.runner, loaded.backend, loaded.path,
-                             loaded.model_config)
+                self._performer = attach_tiers(self.scheduler, executor, self.config, self.runner, loaded.backend,
+                                               loaded.path, loaded.model_config)
         except BaseException:
             executor.shutdown()
             raise
@@ -179,7 +181,8 @@ class EngineCore:
         """A snapshot of counters and gauges. May be called from another thread."""
         runner = getattr(self, "runner", None)  # falling asleep takes it away meanwhile
         graphs = None if runner is None else runner.graphs
-        return collect_stats(self.loop, None if graphs is None else graphs.stats())
+        missed = {} if self._performer is None else self._performer.missed_total
+        return collect_stats(self.loop, None if graphs is None else graphs.stats(), missed)
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
@@ -216,8 +219,9 @@ def _check_prompt_ids(request: Request, vocab_size: int) -> None:
         raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")
 
 
-def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineStats:
-    """The loop's gauges and totals; reads only, so another thread may call it."""
+def collect_stats(loop: StepLoop, graphs: GraphStats | None, missed: dict[str, int]) -> EngineStats:
+    """The loop's gauges and totals; reads only, so another thread may call it. missed: reads that found no good block
+    on disk, by the reason."""
     scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
     c = scheduler.counters
     return EngineStats(
@@ -231,5 +235,5 @@ def collect_stats(loop: StepLoop, graphs: GraphStats | None = None) -> EngineSta
         spec_accepted_tokens_total=c.accepted_tokens,
         spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
-        graphs=graphs, **tier_stats(scheduler.kv),
+        graphs=graphs, **tier_stats(scheduler.kv, missed),
     )

@@ -12,8 +12,10 @@ from xllm.engine.executor import Executor
 from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LOAD, READ, SAVE, WRITE, ThreadLanes
+from xllm.kv.lanes import ThreadLanes
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import LOAD, READ, SAVE, WRITE
+from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.tier_index import TierIndex
 from xllm.kv.tiers import TieredStore
@@ -36,8 +38,8 @@ def has_tiers(cache: CacheSettings) -> bool:
 
 
 def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig, runner: ModelRunner,
-                 backend: Backend, path: Path, model_config: ModelConfig) -> None:
-    """Put host memory, and disk if asked for, below the scheduler's KV manager.
+                 backend: Backend, path: Path, model_config: ModelConfig) -> MovePerformer:
+    """Put host memory, and disk if asked for, below the scheduler's KV manager; returns who moves the bytes.
 
     Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
     cannot be used.
@@ -52,21 +54,22 @@ def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig,
     store = _open_disk(config, codec, path, backend, model_config)
     host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
     disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
+    performer = MovePerformer(mover, store, runner.board)
     # On a CPU the cores that copy are the cores that compute.
-    lanes = ThreadLanes({SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
+    lanes = ThreadLanes(performer, {SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
                         rides=backend.device.type == "cpu")
     executor.riders = lanes
+    facts = performer.facts()
     tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
-        index, pool, mover, lanes,
-        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), store,
-        _disk_lost))
-    runner.board = tiers.board
-    tiers.on_close = Populator(mover, lambda: lanes.foreground).stop
+        index, pool, facts, lanes,
+        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost))
+    lanes.on_close = Populator(mover, lambda: lanes.foreground).stop
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory (%s), %d on disk, %d of them found there",
-              scheduler.kv.pool.num_blocks, num_slots, codec.name, store.num_slots if store else 0,
+              scheduler.kv.pool.num_blocks, num_slots, codec.name, facts.num_disk_slots,
               len(tiers.disk) if tiers.disk else 0)
+    return performer
 
 
 def _num_host_slots(cache: CacheSettings, backend: Backend, payload_bytes: int, num_blocks: int) -> int:
@@ -101,22 +104,23 @@ def _open_disk(config: EngineConfig, codec: KVCodec, path: Path, backend: Backen
     return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity)
 
 
-def _disk_lost(error: BaseException) -> None:
-    _log.error("the disk tier of the KV cache failed and is switched off; serving goes on without it: %s", error)
+def _disk_lost(message: str) -> None:
+    _log.error("the disk tier of the KV cache failed and is switched off; serving goes on without it: %s", message)
 
 
-def tier_stats(kv: KVManager) -> dict[str, Any]:
-    """The fields of `EngineStats` that speak of the tiers; reads only, so another thread may call it."""
+def tier_stats(kv: KVManager, missed: dict[str, int]) -> dict[str, Any]:
+    """The fields of `EngineStats` that speak of the tiers; reads only, so another thread may call it. missed: see
+    `MovePerformer.missed_total`."""
     tiers, pool = kv.tiers, kv.pool
     if tiers is None:
         return {}
     device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
                        unsaved_total=tiers.saver.num_cut, evicted_total=pool.num_evicted)
     found = {"device": device, "host": _tier(tiers.host, tiers.writer.num_cut if tiers.disk else 0, {})}
-    if tiers.disk is not None and tiers.store is not None:
-        found["disk"] = _tier(tiers.disk, 0, dict(tiers.store.counters.misses))
-    lanes = {name: LaneStats(queued=s.queued, jobs_total=s.num_jobs, bytes_total=s.num_bytes, busy_s_total=s.busy_s,
-                             wait_s_total=s.wait_s) for name, s in tiers.lanes.stats.items()}
+    if tiers.disk is not None:
+        found["disk"] = _tier(tiers.disk, 0, missed)
+    lanes = {name: LaneStats(queued=s.queued, jobs_total=s.num_moves, bytes_total=s.num_bytes, busy_s_total=s.busy_s,
+                             wait_s_total=s.wait_s) for name, s in tiers.moves.stats.items()}
     prefetcher = tiers.prefetcher
     prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
     return {"kv_tiers": found, "kv_lanes": lanes, "prefetched_blocks_total": prefetched,

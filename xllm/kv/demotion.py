@@ -7,6 +7,7 @@ written at a time; a more urgent one may overtake between two chunks.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ import numpy as np
 
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES
-from xllm.kv.lanes import URGENT, Lanes
+from xllm.kv.moves import URGENT, WRITE, MoveDone, MoveError, OpenMoves
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-MAX_CHUNK_BLOCKS = 32  # of one job: enough to amortise its overhead, few enough to be overtaken
+MAX_CHUNK_BLOCKS = 32  # of one move: enough to amortise its overhead, few enough to be overtaken
 CHUNK_BYTES = 768 << 10  # and as many bytes, so that what computes on the same cores is never away for long
 MAX_QUEUED_PATHS = 1024
 NORMAL = URGENT + 1  # priority of copies that nobody waits for
@@ -29,8 +30,7 @@ ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
 class Source(Protocol):
     """The tier that a path comes from, as its `Demoter` sees it. Items are block ids or slots, int32."""
 
-    lane: str
-    item_bytes: int
+    lane: str  # of the copies from here
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
@@ -38,10 +38,6 @@ class Source(Protocol):
 
     def give_back(self, items: np.ndarray) -> None:
         """The copy is over."""
-        ...
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        """Copy items to slots of the target; in a worker thread. Raises OSError if the target fails."""
         ...
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
@@ -69,14 +65,19 @@ class Path:
         self.cut = False
         self.overtaken = False
 
+    def names(self, first: int, last: int) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """The digests of the items [first, last), and those of their parents."""
+        parents = self.digests[first - 1 : last - 1] if first else (ROOT, *self.digests[: last - 1])
+        return tuple(self.digests[first:last]), tuple(parents)
+
 
 class Demoter:
     """Writes paths from one tier into `target`. Owned by the KV manager's thread."""
 
-    def __init__(self, source: Source, target: TierIndex, lanes: Lanes,
-                 on_error: Callable[[BaseException], None]):
-        """on_error: called with what a copy raised."""
-        self._source, self._target, self._lanes, self._on_error = source, target, lanes, on_error
+    def __init__(self, source: Source, target: TierIndex, moves: OpenMoves, payload_bytes: int,
+                 on_error: Callable[[MoveError], None]):
+        """payload_bytes: of one block. on_error: told why a copy failed."""
+        self._source, self._target, self._moves, self._on_error = source, target, moves, on_error
         self._queue: list[tuple[int, int, Path]] = []
         self._order = itertools.count()
         self._active: Path | None = None
@@ -84,7 +85,7 @@ class Demoter:
         self.num_written = 0
         self.num_cut = 0  # blocks of paths that were not written: evicted before, no room, or an error
         self.disabled = False
-        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // source.item_bytes))
+        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // payload_bytes))
 
     @property
     def is_idle(self) -> bool:
@@ -111,7 +112,7 @@ class Demoter:
             self._source.ended(heapq.heappop(self._queue)[2])
 
     def pump(self) -> None:
-        """Keep two jobs in flight, so that the lane never waits for the bookkeeping."""
+        """Keep two moves in flight, so that the lane never waits for the bookkeeping."""
         while self._in_flight < 2:
             path = self._active
             if path is None:
@@ -157,18 +158,15 @@ class Demoter:
         path.slots[first:last] = slots
         path.submitted = last
         self._in_flight += 1
-        self._lanes.submit(_Chunk(self, path, first, last))
+        names = path.names(first, last) if self._source.lane == WRITE else ((), ())  # disk keeps them beside the block
+        self._moves.submit(self._source.lane, path.priority, path.items[first:last], slots,
+                           functools.partial(self._finish, path, first, last), digests=names[0], parents=names[1])
 
-    def copy(self, path: Path, first: int, last: int) -> None:
-        """In a worker thread."""
-        parents = [path.digests[i - 1] if i else ROOT for i in range(first, last)]
-        self._source.copy(path.items[first:last], path.slots[first:last], path.digests[first:last], parents)
-
-    def finish(self, path: Path, first: int, last: int, error: BaseException | None) -> None:
+    def _finish(self, path: Path, first: int, last: int, done: MoveDone) -> None:
         """A chunk has been written, or not."""
         self._in_flight -= 1
         items, slots, digests = path.items[first:last], path.slots[first:last], path.digests[first:last]
-        if error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent
+        if done.error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent
             self._target.abandon(slots)
             path.cut = True
         else:
@@ -182,8 +180,8 @@ class Demoter:
             if failpoints.armed is not None:
                 failpoints.hit("tier.published")
         self._source.give_back(items)
-        if error is not None:
-            self._on_error(error)
+        if done.error is not None:
+            self._on_error(done.error)
         self.pump()
 
     def _end(self, path: Path) -> None:
@@ -196,19 +194,3 @@ class Demoter:
         self.num_cut += len(path.items) - path.done
         self._target.use(path.slots[: path.done])
         self._source.ended(path)
-
-
-class _Chunk:
-    """The job of writing items [first, last) of a path."""
-
-    def __init__(self, demoter: Demoter, path: Path, first: int, last: int):
-        self._demoter, self._path, self._first, self._last = demoter, path, first, last
-        self.lane = demoter._source.lane
-        self.priority = path.priority
-        self.num_bytes = (last - first) * demoter._source.item_bytes
-
-    def run(self) -> None:
-        self._demoter.copy(self._path, self._first, self._last)
-
-    def finish(self, error: BaseException | None) -> None:
-        self._demoter.finish(self._path, self._first, self._last, error)

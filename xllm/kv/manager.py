@@ -268,8 +268,8 @@ class KVManager:
         held[: self.pool.num_reserved] = 1
         for row, count in enumerate(self.num_blocks_R.tolist()):
             np.add.at(held, self.block_table_RM[row, :count], 1)
-        loading = self._tiers.loader.open_paths if self._tiers is not None else []
-        for path in (*self._held_paths.values(), *loading):
+        loads = self._tiers.loader.open_loads if self._tiers is not None else []
+        for path in (*self._held_paths.values(), *(load.path for load in loads)):
             held[path] += 1
         if not np.array_equal(held, self.pool.ref_counts()):
             raise IntegrityError("ref counts differ from what rows, waiting requests and loads hold")

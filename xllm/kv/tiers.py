@@ -6,7 +6,8 @@ Up: a prompt whose prefix goes on in host memory gets those blocks loaded to the
 host memory first. Copies stay below when blocks go up: host memory includes what it gave to the device, disk what it
 gave to host memory, and so most evictions need no copy at all.
 
-Everything here belongs to the thread that owns the KV manager, except what `Job.run` calls in lane threads.
+Here are the facts about what lies where; the bytes lie with whoever performs the moves (`moves.py`). Everything belongs
+to the thread that owns the KV manager.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xllm.errors import DiskError
+from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
-from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import EvictionPolicy
-from xllm.kv.lanes import LOAD, SAVE, URGENT, WRITE, Lanes, TicketBoard
-from xllm.kv.mover import Mover
+from xllm.kv.moves import LOAD, SAVE, URGENT, WRITE, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
@@ -61,28 +60,28 @@ NO_EXTENSION = Extension(_NO_SLOTS, _NO_SLOTS)
 class TieredStore:
     """Host memory and disk below one device pool."""
 
-    def __init__(self, index: PrefixIndex, pool: BlockPool, mover: Mover, lanes: Lanes,
-                 make_policy: Callable[[int], EvictionPolicy], disk: DiskStore | None = None,
-                 on_disk_error: Callable[[BaseException], None] = lambda error: None):
-        """make_policy: an eviction policy for so many slots. on_disk_error: told once when disk is given up."""
-        self._index, self._pool, self._mover, self.lanes = index, pool, mover, lanes
+    def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
+                 make_policy: Callable[[int], EvictionPolicy],
+                 on_disk_error: Callable[[str], None] = lambda message: None):
+        """link: performs the moves. make_policy: an eviction policy for so many slots. on_disk_error: told once, with
+        the reason, when disk is given up."""
+        self._index, self._pool, self._payload_bytes = index, pool, facts.payload_bytes
         self._on_disk_error = on_disk_error
+        self.moves = moves = OpenMoves(link, facts.payload_bytes)
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
-        self.on_close: Callable[[], None] = lambda: None
-        self.board = TicketBoard()
+        num_slots = facts.num_host_slots
         self.slot_of_block = np.full(pool.num_blocks, NO_SLOT, dtype=np.int32)
-        self.disk_of_slot = np.full(mover.num_host_slots, NO_SLOT, dtype=np.int32)
-        self.host = TierIndex(mover.num_host_slots, make_policy(mover.num_host_slots), self._host_removed)
-        self.loader = Loader(index, pool, self.host, mover, lanes, self.board)
-        self.saver = Demoter(DeviceSource(self), self.host, lanes, self._save_failed)
-        self.store = disk
+        self.disk_of_slot = np.full(num_slots, NO_SLOT, dtype=np.int32)
+        self.host = TierIndex(num_slots, make_policy(num_slots), self._host_removed)
+        self.loader = Loader(index, pool, self.host, moves)
+        self.saver = Demoter(DeviceSource(self), self.host, moves, facts.payload_bytes, self._save_failed)
         self.disk: TierIndex | None = None
-        if disk is not None:
-            self.disk = TierIndex(disk.num_slots, make_policy(disk.num_slots), self._disk_removed)
-            self.writer = Demoter(HostSource(self), self.disk, lanes, self._disk_failed)
-            self.stager = Stager(self.host, self.disk, disk, mover, lanes, self._staged)
-            self._warm_start(disk)
+        if facts.num_disk_slots:
+            self.disk = TierIndex(facts.num_disk_slots, make_policy(facts.num_disk_slots), self._disk_removed)
+            self.writer = Demoter(HostSource(self), self.disk, moves, facts.payload_bytes, self._disk_failed)
+            self.stager = Stager(self.host, self.disk, moves, self._staged)
+            self._warm_start(facts.stored)
 
     # --- what the KV manager tells
 
@@ -199,7 +198,7 @@ class TieredStore:
 
     def move_s(self, lane: str, num_blocks: int) -> float:
         """How long so many blocks take on a lane, by what it has done so far."""
-        return num_blocks * self._mover.payload_bytes / (self.lanes.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
+        return num_blocks * self._payload_bytes / (self.moves.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
 
     def swap_s(self, num_blocks: int) -> float:
         """How long it takes to copy so many blocks down and up again."""
@@ -208,15 +207,15 @@ class TieredStore:
     # --- turns of the owner
 
     def poll(self, now_s: float) -> int:
-        """Take in what the lanes have done, and begin the prefetches that are due; returns how many jobs were done."""
-        done = self.lanes.poll()
+        """Take in what the lanes have done, and begin the prefetches that are due; returns how many moves ended."""
+        done = self.moves.poll()
         if self.prefetcher is not None:
             self.prefetcher.step(now_s)
         return done
 
     def idle_s(self, now_s: float) -> float | None:
         """How soon `poll` is worth calling while the engine has nothing else to do; None: never."""
-        if self.lanes.num_open:
+        if len(self.moves):
             return BUSY_POLL_S
         return None if self.prefetcher is None else self.prefetcher.next_s(now_s)
 
@@ -228,9 +227,9 @@ class TieredStore:
             self.saver.add(path)
             while self.saver.num_queued > 8 and clock() < deadline_s:
                 self._wait_and_poll(deadline_s, clock)
-        while self.lanes.num_open and clock() < deadline_s:
+        while len(self.moves) and clock() < deadline_s:
             self._wait_and_poll(deadline_s, clock)
-        return self.lanes.num_open == 0
+        return len(self.moves) == 0
 
     def begin_flush(self) -> None:
         """Queue every findable block of the device to be copied down, as far as the queue has room."""
@@ -244,21 +243,15 @@ class TieredStore:
             yield Path(blocks, [self._index.digest_of(block) for block in blocks.tolist()], NORMAL)
 
     def _wait_and_poll(self, deadline_s: float, clock: Callable[[], float]) -> None:
-        self.lanes.wait(min(0.1, max(0.0, deadline_s - clock())))
-        self.lanes.poll()
+        self.moves.wait(min(0.1, max(0.0, deadline_s - clock())))
+        self.moves.poll()
 
     def close(self, flush_s: float = 0.0) -> None:
-        """Stop the lanes; with a disk, first spend up to `flush_s` on storing what is not there yet."""
-        self.on_close()
-        self.lanes.foreground = False
+        """End all moves; with a disk, first spend up to `flush_s` on storing what is not there yet."""
+        self.moves.foreground = False
         if self.disk is not None and flush_s and not self.writer.disabled:
             self.flush(time.monotonic() + flush_s)
-        self.lanes.close()
-        if self.store is not None:
-            try:
-                self.store.close()
-            except DiskError as error:
-                self._disk_failed(error)
+        self.moves.close()
 
     # --- links between the tiers
 
@@ -282,22 +275,21 @@ class TieredStore:
             if self.disk.find(self.host.digest_of(slot)) == disk_slot:  # not if another stage found its path broken
                 self.disk_of_slot[slot] = disk_slot
 
-    def _save_failed(self, error: BaseException) -> None:
-        raise error  # host memory does not fail: a bug, or the device is lost
+    def _save_failed(self, error: MoveError) -> None:
+        """Host memory does not fail: a bug, or the device is lost."""
+        raise DeviceError(f"KV could not be saved to host memory: {error.message}")
 
-    def _disk_failed(self, error: BaseException) -> None:
-        if not isinstance(error, OSError):
-            raise error
+    def _disk_failed(self, error: MoveError) -> None:
+        if error.kind != "disk":
+            raise DeviceError(f"KV could not be written to disk: {error.message}")
         if not self.writer.disabled:
             self.writer.disable()
-            self._on_disk_error(error)
+            self._on_disk_error(error.message)
 
-    def _warm_start(self, store: DiskStore) -> None:
+    def _warm_start(self, stored: StoredBlocks) -> None:
         """Make findable what an earlier life left on disk: every block whose parent is there as well."""
         assert self.disk is not None
-        entries = store.scan()
-        digests, parents = _digests(entries.digests), _digests(entries.parents)
-        self.disk.adopt(entries.slots.tolist(), digests, parents)
+        self.disk.adopt(stored.slots.tolist(), _digests(stored.digests), _digests(stored.parents))
 
     # --- audit
 
@@ -333,7 +325,6 @@ class DeviceSource:
 
     def __init__(self, tiers: TieredStore):
         self._tiers = tiers
-        self.item_bytes = tiers._mover.payload_bytes
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         index, num = self._tiers._index, 0
@@ -346,13 +337,6 @@ class DeviceSource:
 
     def give_back(self, items: np.ndarray) -> None:
         self._tiers._pool.unlease(items)
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        if failpoints.armed is not None:
-            failpoints.hit("tier.save_before")
-        self._tiers._mover.save(items, slots)
-        if failpoints.armed is not None:
-            failpoints.hit("tier.saved")
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         index = self._tiers._index
@@ -374,23 +358,12 @@ class HostSource:
 
     def __init__(self, tiers: TieredStore):
         self._tiers = tiers
-        self.item_bytes = tiers._mover.payload_bytes
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         return len(items)
 
     def give_back(self, items: np.ndarray) -> None:
         pass
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        store, mover = self._tiers.store, self._tiers._mover
-        assert store is not None
-        if failpoints.armed is not None:
-            failpoints.hit("tier.write_before")
-        for item, slot, digest, parent in zip(items.tolist(), slots.tolist(), digests, parents):
-            store.write(slot, digest, parent, mover.payload(item))
-        if failpoints.armed is not None:
-            failpoints.hit("tier.written")
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         self._tiers.disk_of_slot[items] = slots

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xllm.kv.lanes import LOAD
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import LOAD
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
 from xllm.kv.tiers import Extension, TieredStore
@@ -20,7 +20,7 @@ from xllm.sequence import SequenceState
 
 MAX_WAIT_S = 10.0  # for disk; then the prompt is computed
 FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
-EARLY_SHARE = 0.5  # of a step's time that a load may still take when its request is admitted
+EARLY_SHARE = 0.5  # of a step's time that a load may take if its request is admitted before it is complete
 
 
 class Promotions:
@@ -93,8 +93,8 @@ class Promotions:
         for seq in ready:
             del self._staging[seq]
         for seq, (tickets, num_blocks) in list(self._loading.items()):
-            share = max((1.0 - t.layers_done / t.num_layers for t in tiers.board.tickets(tickets)), default=0.0)
-            if tiers.move_s(LOAD, num_blocks) * share <= EARLY_SHARE * self._rates.step_s:
+            is_near = tiers.move_s(LOAD, num_blocks) <= EARLY_SHARE * self._rates.step_s
+            if is_near or not any(map(tiers.loader.is_open, tickets)):
                 del self._loading[seq]
                 ready.append(seq)
         return ready
@@ -102,9 +102,9 @@ class Promotions:
     def wait(self, timeout_s: float) -> bool:
         """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
         tiers = self._kv.tiers
-        if tiers is None or not (tiers.lanes.num_open or len(self)):
+        if tiers is None or not (len(tiers.moves) or len(self)):
             return False
-        tiers.lanes.wait(timeout_s)
+        tiers.moves.wait(timeout_s)
         return True
 
     def idle_s(self) -> float | None:
@@ -121,7 +121,7 @@ class Promotions:
     def set_foreground(self, steps_run: bool) -> None:
         """While steps run, moves that nobody waits for go slowly."""
         if self._kv.tiers is not None:
-            self._kv.tiers.lanes.foreground = steps_run
+            self._kv.tiers.moves.foreground = steps_run
 
     def close(self) -> None:
         """No step is running any more: store what the device still has, as far as there is a disk for it."""
