@@ -69,8 +69,8 @@ class Engine:
 
     @property
     def tiers(self) -> TieredStore:
-        tiers = self.core.scheduler.kv.tiers
-        assert tiers is not None
+        tiers = self.core.scheduler.kv.source
+        assert isinstance(tiers, TieredStore)
         return tiers
 
     def add(self, prompt: list[int], num_tokens: int) -> str:

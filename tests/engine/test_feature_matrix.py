@@ -131,7 +131,7 @@ def assert_same(features: frozenset[str], found: list[list[int]], expected: list
 
 def settle(llm: LLM) -> None:
     """Let the moves between the tiers end."""
-    while len(llm._core.scheduler.kv.tiers.moves):
+    while len(llm._core.scheduler.kv.source.moves):
         time.sleep(0.001)
         llm._core.tick()
 
@@ -142,7 +142,7 @@ def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
     kv = llm._core.scheduler.kv
     kv.pool.drop_cached()
     if not keep_host:
-        kv.tiers.host.clear()
+        kv.source.clear()
     kv.check_integrity()
 
 

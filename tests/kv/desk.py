@@ -51,7 +51,7 @@ class Desk:
         held = self.memory.device.ravel()[places[:found]]
         assert held.tolist() == history.values[:found], "a prefetch brought something else"
         self.memory.device.ravel()[places] = history.values
-        self.kv.pool.settle(self.step)
+        self.kv.settle(self.step)
         self.kv.commit(0, tokens, len(tokens), self.step)
         self.step += 1
         return 0

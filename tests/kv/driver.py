@@ -32,7 +32,7 @@ class Driver:
         self.model.check_hit(match.block_ids.tolist(), tokens)
         idle = self.kv.num_idle(match)
         need = -(-len(tokens) // self.kv.block_size) - len(match.block_ids)
-        if not self.free_rows or need > self.kv.pool.num_available - idle:
+        if not self.free_rows or need > self.kv.num_free_blocks - idle:
             return False
         row = self.free_rows[0]
         self.num_hits += len(match.block_ids)
@@ -66,7 +66,7 @@ class Driver:
     def extend(self, row: int, token: int) -> bool:
         rows, length = np.array([row]), len(self.tokens[row]) + 1
         need = self.kv.blocks_needed(rows, np.array([length]))
-        if need[0] > self.kv.pool.num_available:
+        if need[0] > self.kv.num_free_blocks:
             return False
         self.tokens[row] += (token,)
         self._take(row, self.kv.grow(rows, need)[1])
@@ -74,7 +74,7 @@ class Driver:
 
     def settle(self) -> bool:
         """The newest step is done; full blocks of the rows that took part become findable."""
-        self.kv.pool.settle(self.step)
+        self.kv.settle(self.step)
         self.model.settled = self.step
         for row, last in self.last_step.items():
             if last == self.step:
@@ -122,7 +122,7 @@ class Driver:
         held = [len(b.holders) for b in self.model.blocks]
         assert held == self.kv.pool.ref_counts().tolist()
         reusable = sum(self.model.may_be_reused(b) for b in range(self.kv.pool.num_blocks))
-        assert self.kv.pool.num_available <= reusable, "offers a block that is in use"
+        assert self.kv.num_free_blocks <= reusable, "offers a block that is in use"
         return True
 
     def finish_all(self) -> None:
@@ -131,4 +131,4 @@ class Driver:
             self.finish(row)
         self.end_leases()
         self.settle()
-        assert self.kv.pool.num_available == self.kv.pool.num_blocks
+        assert self.kv.num_free_blocks == self.kv.pool.num_blocks

@@ -10,9 +10,9 @@ import numpy as np
 
 from xllm.kv.demotion import Demoter
 from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
+from xllm.kv.origins import SwapPath
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
-from xllm.kv.tiers import SwapPath
 
 if TYPE_CHECKING:
     from tests.kv.store_machine import Life

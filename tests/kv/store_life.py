@@ -128,7 +128,7 @@ class Life:
             self.tiers.stage(extension, priority)
             extension = self.tiers.extend(match, history.array)
         num_blocks = extension.on_host(len(match.block_ids))
-        if not num_blocks or num_blocks > self.kv.pool.num_available - self.kv.num_idle(match):
+        if not num_blocks or num_blocks > self.kv.num_free_blocks - self.kv.num_idle(match):
             return False
         path = self.tiers.load(match.block_ids, extension, priority)
         key = self.machine.new_id()
@@ -141,7 +141,7 @@ class Life:
         free = [row for row in range(self.shape.num_rows) if row not in self.rows]
         match = self.kv.lookup(history.array, history.salt)
         need = len(history) // self.shape.block_size + 1 - len(match.block_ids)
-        if not free or need > self.kv.pool.num_available - self.kv.num_idle(match):
+        if not free or need > self.kv.num_free_blocks - self.kv.num_idle(match):
             return False
         self.contents.learn(history)
         cached = self.kv.num_cached_tokens(match)
@@ -184,7 +184,7 @@ class Life:
         stop = row.planned + (wanted if self.rng.random() < 0.5 else self.rng.randint(1, wanted))
         rows = np.array([row.row])
         need = self.kv.blocks_needed(rows, np.array([stop]))
-        if need[0] > self.kv.pool.num_available:
+        if need[0] > self.kv.num_free_blocks:
             self.counts["stalls"] += 1
             return
         self.kv.grow(rows, need)
@@ -230,7 +230,7 @@ class Life:
             assert not len(np.intersect1d(changed, np.concatenate(read))), "writes what another row reads"
 
     def _settle(self, step: Step) -> None:
-        self.kv.pool.settle(step.number)
+        self.kv.settle(step.number)
         for work in step.works:
             row = work.row
             if self.rows.get(row.row) is not row:

@@ -8,7 +8,7 @@ import pytest
 
 from xllm.errors import DiskError
 from xllm.kv.lanes import ThreadLanes
-from xllm.kv.moves import LANES, LOAD, READ, SAVE, URGENT, WRITE, LaneStats, MoveError, OpenMoves
+from xllm.kv.moves import LANES, LOAD, READ, SAVE, URGENT, WRITE, LaneTotals, MoveError, OpenMoves
 
 LONG_S = 20.0  # a test that waits so long has failed
 BLOCK_BYTES = 1000
@@ -218,7 +218,7 @@ def test_totals_count_bytes_jobs_and_what_is_open(lanes):
 
 
 def test_the_rate_is_a_running_mean_that_begins_with_the_first_job():
-    stats = LaneStats()
+    stats = LaneTotals()
     stats.count(1000, 1.0, 1.0)
     assert stats.bytes_per_s == 1000
     stats.count(2000, 1.0, 1.0)

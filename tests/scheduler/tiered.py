@@ -82,7 +82,7 @@ class TieredSimulation(Simulation):
 
     def close(self) -> None:
         self.lanes.drain(self.tiers.moves)
-        self.tiers.close()
+        self.tiers.close(0.0)
 
 
 DISK_SLOT_BYTES = 8192

@@ -13,7 +13,7 @@ from xllm.engine.control import EngineControl
 from xllm.engine.executor import Executor, InlineExecutor, ThreadExecutor
 from xllm.engine.grammars import GrammarGate
 from xllm.engine.loading import LoadedModel, Progress
-from xllm.engine.tiering import attach_tiers, has_tiers, tier_stats
+from xllm.engine.tiering import attach_tiers, has_tiers
 from xllm.errors import IntegrityError, RequestError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats, GraphStats
@@ -222,11 +222,11 @@ def _check_prompt_ids(request: Request, vocab_size: int) -> None:
 def collect_stats(loop: StepLoop, graphs: GraphStats | None, missed: dict[str, int]) -> EngineStats:
     """The loop's gauges and totals; reads only, so another thread may call it. missed: reads that found no good block
     on disk, by the reason."""
-    scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
-    c = scheduler.counters
+    scheduler, kv = loop.scheduler, loop.scheduler.kv
+    c, source = scheduler.counters, kv.source_stats(missed)
     return EngineStats(
-        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=pool.num_usable,
-        num_free_blocks=pool.num_available, kv_usage=scheduler.kv.usage, num_steps=loop.num_steps,
+        num_running=scheduler.num_running, num_waiting=len(scheduler.waiting), num_blocks=kv.num_usable_blocks,
+        num_free_blocks=kv.num_free_blocks, kv_usage=kv.usage, num_steps=loop.num_steps,
         last_step_s=loop.last_step_s, step_time_s=loop.step_time_s, oldest_waiting_s=scheduler.oldest_waiting_s(),
         prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,
         generation_tokens_total=c.generation_tokens, preemptions_total=c.preemptions,
@@ -235,5 +235,6 @@ def collect_stats(loop: StepLoop, graphs: GraphStats | None, missed: dict[str, i
         spec_accepted_tokens_total=c.accepted_tokens,
         spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
-        graphs=graphs, **tier_stats(scheduler.kv, missed),
+        kv_tiers=source.tiers, kv_lanes=source.lanes, prefetched_blocks_total=source.prefetched_blocks,
+        kv_disk_up=source.is_disk_up, graphs=graphs,
     )

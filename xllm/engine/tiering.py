@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xllm.config import CacheSettings, EngineConfig
 from xllm.engine.executor import Executor
@@ -13,13 +13,10 @@ from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import make_policy
 from xllm.kv.lanes import ThreadLanes
-from xllm.kv.manager import KVManager
 from xllm.kv.moves import LOAD, READ, SAVE, WRITE
 from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
-from xllm.kv.tier_index import TierIndex
 from xllm.kv.tiers import TieredStore
-from xllm.metrics import LaneStats, TierStats
 from xllm.scheduler.scheduler import Scheduler
 from xllm.sizes import is_zero, resolve_amount
 
@@ -67,7 +64,7 @@ def attach_tiers(scheduler: Scheduler, executor: Executor, config: EngineConfig,
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory (%s), %d on disk, %d of them found there",
-              scheduler.kv.pool.num_blocks, num_slots, codec.name, facts.num_disk_slots,
+              scheduler.kv.num_blocks, num_slots, codec.name, facts.num_disk_slots,
               len(tiers.disk) if tiers.disk else 0)
     return performer
 
@@ -106,27 +103,3 @@ def _open_disk(config: EngineConfig, codec: KVCodec, path: Path, backend: Backen
 
 def _disk_lost(message: str) -> None:
     _log.error("the disk tier of the KV cache failed and is switched off; serving goes on without it: %s", message)
-
-
-def tier_stats(kv: KVManager, missed: dict[str, int]) -> dict[str, Any]:
-    """The fields of `EngineStats` that speak of the tiers; reads only, so another thread may call it. missed: see
-    `MovePerformer.missed_total`."""
-    tiers, pool = kv.tiers, kv.pool
-    if tiers is None:
-        return {}
-    device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
-                       unsaved_total=tiers.saver.num_cut, evicted_total=pool.num_evicted)
-    found = {"device": device, "host": _tier(tiers.host, tiers.writer.num_cut if tiers.disk else 0, {})}
-    if tiers.disk is not None:
-        found["disk"] = _tier(tiers.disk, 0, missed)
-    lanes = {name: LaneStats(queued=s.queued, jobs_total=s.num_moves, bytes_total=s.num_bytes, busy_s_total=s.busy_s,
-                             wait_s_total=s.wait_s) for name, s in tiers.moves.stats.items()}
-    prefetcher = tiers.prefetcher
-    prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
-    return {"kv_tiers": found, "kv_lanes": lanes, "prefetched_blocks_total": prefetched,
-            "kv_disk_up": tiers.disk is not None and not tiers.writer.disabled}
-
-
-def _tier(index: TierIndex, unsaved: int, missed: dict[str, int]) -> TierStats:
-    return TierStats(num_blocks=index.num_slots, num_used=len(index), evicted_total=index.num_evicted,
-                     unsaved_total=unsaved, missed_total=missed)

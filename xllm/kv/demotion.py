@@ -27,7 +27,7 @@ NORMAL = URGENT + 1  # priority of copies that nobody waits for
 ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
 
 
-class Source(Protocol):
+class Origin(Protocol):
     """The tier that a path comes from, as its `Demoter` sees it. Items are block ids or slots, int32."""
 
     lane: str  # of the copies from here
@@ -74,10 +74,10 @@ class Path:
 class Demoter:
     """Writes paths from one tier into `target`. Owned by the KV manager's thread."""
 
-    def __init__(self, source: Source, target: TierIndex, moves: OpenMoves, payload_bytes: int,
+    def __init__(self, origin: Origin, target: TierIndex, moves: OpenMoves,
                  on_error: Callable[[MoveError], None]):
-        """payload_bytes: of one block. on_error: told why a copy failed."""
-        self._source, self._target, self._moves, self._on_error = source, target, moves, on_error
+        """on_error: told why a copy failed."""
+        self._origin, self._target, self._moves, self._on_error = origin, target, moves, on_error
         self._queue: list[tuple[int, int, Path]] = []
         self._order = itertools.count()
         self._active: Path | None = None
@@ -85,7 +85,7 @@ class Demoter:
         self.num_written = 0
         self.num_cut = 0  # blocks of paths that were not written: evicted before, no room, or an error
         self.disabled = False
-        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // payload_bytes))
+        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // moves.payload_bytes))
 
     @property
     def is_idle(self) -> bool:
@@ -99,7 +99,7 @@ class Demoter:
         """Queue a path; False if the queue is full or the tier has failed."""
         if self.disabled or len(self._queue) >= MAX_QUEUED_PATHS:
             self.num_cut += len(path.items)
-            self._source.ended(path)
+            self._origin.ended(path)
             return False
         heapq.heappush(self._queue, (path.priority, next(self._order), path))
         self.pump()
@@ -109,7 +109,7 @@ class Demoter:
         """The target has failed: nothing more is written."""
         self.disabled = True
         while self._queue:
-            self._source.ended(heapq.heappop(self._queue)[2])
+            self._origin.ended(heapq.heappop(self._queue)[2])
 
     def pump(self) -> None:
         """Keep two moves in flight, so that the lane never waits for the bookkeeping."""
@@ -140,17 +140,17 @@ class Demoter:
             known += 1
         if known:
             target.hold(path.slots[:known])
-            self._source.written(path.items[:known], path.digests[:known], path.slots[:known])
+            self._origin.written(path.items[:known], path.digests[:known], path.slots[:known])
         path.done = path.submitted = known
 
     def _submit(self, path: Path) -> None:
         first = path.submitted
         last = min(first + self._chunk, len(path.items))
         items, digests = path.items[first:last], path.digests[first:last]
-        num = self._source.take(items, digests)
+        num = self._origin.take(items, digests)
         slots = self._target.reserve(num)
         if len(slots) < num:
-            self._source.give_back(items[len(slots) : num])
+            self._origin.give_back(items[len(slots) : num])
         path.cut = len(slots) < last - first
         if not len(slots):
             return
@@ -158,8 +158,8 @@ class Demoter:
         path.slots[first:last] = slots
         path.submitted = last
         self._in_flight += 1
-        names = path.names(first, last) if self._source.lane == WRITE else ((), ())  # disk keeps them beside the block
-        self._moves.submit(self._source.lane, path.priority, path.items[first:last], slots,
+        names = path.names(first, last) if self._origin.lane == WRITE else ((), ())  # disk keeps them beside the block
+        self._moves.submit(self._origin.lane, path.priority, path.items[first:last], slots,
                            functools.partial(self._finish, path, first, last), digests=names[0], parents=names[1])
 
     def _finish(self, path: Path, first: int, last: int, done: MoveDone) -> None:
@@ -173,13 +173,13 @@ class Demoter:
             slots = self._target.publish(slots, digests, int(path.slots[first - 1]) if first else NO_SLOT)
             num = len(slots)
             path.slots[first : first + num] = slots
-            self._source.written(items[:num], digests[:num], slots)
+            self._origin.written(items[:num], digests[:num], slots)
             self.num_written += num
             path.done = first + num
             path.cut |= path.done < last
             if failpoints.armed is not None:
                 failpoints.hit("tier.published")
-        self._source.give_back(items)
+        self._origin.give_back(items)
         if done.error is not None:
             self._on_error(done.error)
         self.pump()
@@ -193,4 +193,4 @@ class Demoter:
             return
         self.num_cut += len(path.items) - path.done
         self._target.use(path.slots[: path.done])
-        self._source.ended(path)
+        self._origin.ended(path)

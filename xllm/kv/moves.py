@@ -112,7 +112,7 @@ class MoveLink(Protocol):
         ...
 
 
-class LaneStats:
+class LaneTotals:
     """Totals of one lane since the start; `bytes_per_s` is a running mean of how fast moves ran."""
 
     __slots__ = ("busy_s", "bytes_per_s", "num_bytes", "num_moves", "queued", "wait_s")
@@ -145,8 +145,8 @@ class OpenMoves:
     """
 
     def __init__(self, link: MoveLink, payload_bytes: int):
-        self.stats = {lane: LaneStats() for lane in LANES}
-        self._link, self._payload_bytes = link, payload_bytes
+        self.stats = {lane: LaneTotals() for lane in LANES}
+        self.payload_bytes, self._link = payload_bytes, link
         self._open: dict[int, tuple[Move, Finish]] = {}
         self._ready: deque[MoveDone] = deque()  # received, and their submitters not told
         self._last_number = 0
@@ -160,7 +160,7 @@ class OpenMoves:
         """Begin a move (see `Move`). finish: called by `poll` when it has ended."""
         self._last_number += 1
         move = Move(number=self._last_number, lane=lane, priority=priority, sources=sources, targets=targets,
-                    num_bytes=len(sources) * self._payload_bytes, ticket=ticket, digests=digests, parents=parents)
+                    num_bytes=len(sources) * self.payload_bytes, ticket=ticket, digests=digests, parents=parents)
         self._open[move.number] = move, finish
         self.stats[lane].queued += 1
         self._link.send(move)
