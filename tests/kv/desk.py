@@ -78,7 +78,7 @@ class Desk:
     def advance_to(self, now: float) -> None:
         """Time passes; moves that poll begins are left waiting."""
         self.now = now
-        self.tiers.poll(now)
+        self.kv.poll(now)
         self.kv.check_integrity()
 
     def settle(self) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xllm.kv.demotion import Demoter
+from xllm.kv.demotion import Demoter, Path
 from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
-from xllm.kv.origins import SwapPath
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
 
@@ -82,7 +81,8 @@ def check_disk_contents(life: Life) -> None:
         assert not found or bytes(out) == life.contents.bytes_of[digest], f"disk slot {slot} gave something else"
 
 
-def _paths(demoter: Demoter) -> Iterable:
+def paths(demoter: Demoter) -> Iterable[Path]:
+    """Those that it has not ended."""
     yield from (entry[2] for entry in demoter._queue)
     if demoter._active is not None:
         yield demoter._active
@@ -94,7 +94,7 @@ def _check_holders(life: Life) -> None:
     host, disk = Counter(), Counter()
     if tiers.saver._active is not None:
         host.update(tiers.saver._active.slots[: tiers.saver._active.done].tolist())
-    for path in _paths(tiers.writer):
+    for path in paths(tiers.writer):
         host.update(path.items.tolist())
     if tiers.writer._active is not None:
         disk.update(tiers.writer._active.slots[: tiers.writer._active.done].tolist())
@@ -111,14 +111,19 @@ def _check_holders(life: Life) -> None:
 
 
 def _check_leases(life: Life) -> None:
-    """Leased are the blocks of copies under way, and those of swapped rows until they are copied."""
-    leases: Counter = Counter()
+    """Pinned are the blocks of copies under way, and leased those of swapped rows until they are copied, but not after
+    the deadline."""
+    pool, guards = life.kv.pool, Counter()
     for move in life.lanes.not_received(SAVE):
-        leases.update(move.sources.tolist())
-    for path in _paths(life.tiers.saver):
-        if isinstance(path, SwapPath):
-            leases.update(path.items.tolist())
-    assert {block: len(deadlines) for block, deadlines in life.kv.pool._leases.items()} == dict(leases)
+        guards.update(move.sources.tolist())
+    swaps = {path.lease for path in paths(life.tiers.saver)} - {None}
+    assert set(pool._leases) <= swaps, "a lease that nobody will end"
+    for lease in swaps - set(pool._leases):
+        assert lease.deadline_s <= life.now, "a swap lost its blocks before its time"
+    for lease in pool._leases:
+        guards.update(lease.block_ids.tolist())
+    wanted = np.bincount(list(guards.elements()), minlength=pool.num_blocks)
+    assert np.array_equal(pool._num_guards, wanted), "guards differ from what is under way"
 
 
 def _check_counts(life: Life) -> None:
@@ -151,7 +156,7 @@ def check_at_rest(life: Life) -> None:
     """Nobody runs, waits or moves anything: all is free."""
     tiers, pool = life.tiers, life.kv.pool
     assert pool.num_available == pool.num_blocks and pool.num_held == pool.num_pending == 0
-    assert not pool._leases and not pool._doomed and not life.kv.held_keys
+    assert not pool._leases and not pool._num_guards.any() and not pool._is_doomed.any() and not life.kv.held_keys
     assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
     assert tiers.saver.is_idle and tiers.writer.is_idle
     assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.kv.manual_lanes import ManualLanes
+from tests.kv.store_audit import paths
 from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import PAGE_BYTES, make_geometry
@@ -289,7 +290,10 @@ class Life:
 
     def poll(self) -> None:
         self.now += self.rng.choice([0.0, 0.001, 0.3, 5.0])
-        self.tiers.poll(self.now)
+        before = set(self.kv.pool._leases)
+        self.kv.poll(self.now)
+        gone = before - set(self.kv.pool._leases)
+        self.counts["leases expired"] += len(gone & {path.lease for path in paths(self.tiers.saver)})
 
     def fetch(self) -> None:
         """What the prefetcher does, at a bad time."""

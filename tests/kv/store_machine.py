@@ -22,7 +22,7 @@ from tests.kv.store_life import FINGERPRINT, Life, open_store
 from tests.kv.store_world import Contents, History, random_shape
 from xllm.config import EVICTION_POLICIES
 from xllm.errors import DiskError
-from xllm.kv import failpoints, promotion
+from xllm.kv import failpoints, promotion, tiers
 
 EPISODE_OPERATIONS = 1500
 WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run": 14, "finish": 6, "abort": 1.5,
@@ -81,14 +81,15 @@ class StoreMachine:
 
     def play(self, num_operations: int, *, rest: bool = True) -> None:
         """May be called again: the episode goes on."""
-        promotion.CHUNK_BLOCKS, before = self.shape.chunk, promotion.CHUNK_BLOCKS
+        before = promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S
+        promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S = self.shape.chunk, self.shape.swap_lease_s
         try:
             for name in self.rng.choices(list(self._weights), list(self._weights.values()), k=num_operations):
                 self.operate(name)
             if rest:
                 self.operate("rest")
         finally:
-            promotion.CHUNK_BLOCKS = before
+            promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S = before
             failpoints.disarm()
 
     def close(self) -> None:
@@ -165,7 +166,8 @@ class StoreMachine:
 
     def _losses(self) -> tuple[int, ...]:
         tiers = self.life.tiers
-        return tiers.saver.num_cut, tiers.writer.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted
+        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted,
+                tiers.stager.num_broken)
 
     def _restart(self, *, lost: bool) -> None:
         """The next life finds on disk what was resident there, if nobody touched it and the disk is as large."""

@@ -12,6 +12,7 @@ from xllm.kv import failpoints, promotion
 from xllm.kv.disk_format import PAGE_BYTES
 from xllm.kv.moves import LOAD, READ, SAVE, WRITE
 from xllm.kv.tier_index import NO_SLOT
+from xllm.kv.tiers import SWAP_LEASE_S
 
 
 @pytest.fixture
@@ -211,6 +212,26 @@ def test_a_swap_goes_before_what_is_being_saved(desk):
     assert saved == [(1, 0), (1, 2), (0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
     desk.settle()
     assert len(desk.tiers.host) == 14 and not desk.kv.pool._leases
+
+
+def test_a_swap_whose_lease_expires_keeps_only_what_is_in_flight(desk):
+    """The lane is stuck: what is not in flight goes to others, what is stays until its copy is over, and is right."""
+    history = talk(1, 6 * BLOCK)
+    desk.kv.leave(desk.begin(history), desk.step - 1, used=False, swap=True)
+    in_flight = [block for move in desk.lanes.queued(SAVE) for block in move.sources.tolist()]
+    assert len(in_flight) == 4, "two moves of two blocks"
+    desk.advance_to(SWAP_LEASE_S - 0.1)
+    assert desk.kv.num_free_blocks == 64 - 6
+    desk.advance_to(SWAP_LEASE_S)
+    assert desk.kv.num_free_blocks == 64 - 4 and not desk.kv.pool._leases
+    desk.turn(talk(2, 60 * BLOCK), drain=False)
+    assert desk.kv.num_free_blocks == 60, "everything but what the copies read was needed, and is free again"
+    assert desk.kv.lookup(np.append(history.array, 0), "").block_ids.tolist() == in_flight
+    desk.settle()
+    assert desk.tiers.saver.num_cut == 2 and len(desk.tiers.host) == 4 + 60
+    path = desk.tiers.slot_of_block[in_flight]
+    assert desk.memory.host[path].ravel().tolist() == history.values[: 4 * BLOCK]
+    assert desk.kv.num_free_blocks == 64
 
 
 def test_a_load_under_way_is_waited_for_not_repeated(desk):

@@ -17,6 +17,7 @@ import numpy as np
 
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.block_pool import Lease
 from xllm.kv.moves import URGENT, WRITE, MoveDone, MoveError, OpenMoves
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
@@ -51,14 +52,16 @@ class Origin(Protocol):
 
 class Path:
     """A path to write: `items` int32 and `digests` from the root on. The demoter writes the rest: `done` of the items
-    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted."""
+    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted.
+    lease: what keeps its blocks while it waits, if anything does; its origin ends it."""
 
-    __slots__ = ("cut", "digests", "done", "items", "overtaken", "priority", "slots", "submitted")
+    __slots__ = ("cut", "digests", "done", "items", "lease", "overtaken", "priority", "slots", "submitted")
 
-    def __init__(self, items: np.ndarray, digests: Sequence[bytes], priority: int):
+    def __init__(self, items: np.ndarray, digests: Sequence[bytes], priority: int, lease: Lease | None = None):
         self.items = items
         self.digests = digests
         self.priority = priority
+        self.lease = lease
         self.slots = np.full(len(items), NO_SLOT, dtype=np.int32)
         self.done = 0
         self.submitted = 0
@@ -188,7 +191,7 @@ class Demoter:
         self._active = None
         self._target.let_go(path.slots[: path.done])
         if path.overtaken and path.done == path.submitted < len(path.items):
-            again = Path(path.items, path.digests, path.priority)
+            again = Path(path.items, path.digests, path.priority, path.lease)
             heapq.heappush(self._queue, (again.priority, next(self._order), again))
             return
         self.num_cut += len(path.items) - path.done

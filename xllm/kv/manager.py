@@ -332,7 +332,9 @@ class KVManager:
 
     def poll(self, now_s: float) -> int:
         """Take in what has moved and begin what is due; returns how many moves ended. now_s: by the owner's clock."""
-        return self.source.poll(now_s)
+        done = self.source.poll(now_s)
+        self.pool.expire_leases(now_s)
+        return done
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a move has ended or the time is over. False, at once: none is under way."""

@@ -12,17 +12,9 @@ from xllm.kv.moves import SAVE, WRITE
 from xllm.kv.prefix_index import PrefixIndex
 from xllm.kv.tier_index import TierIndex
 
-FOREVER_S = float("inf")
-
-
-class SwapPath(Path):
-    """The path of a preempted row: leased as a whole until it is copied."""
-
-    __slots__ = ()
-
 
 class DeviceOrigin:
-    """The device's blocks, on their way to host memory: leased while a copy runs."""
+    """The device's blocks, on their way to host memory: pinned while a copy is in flight."""
 
     lane = SAVE
 
@@ -38,11 +30,11 @@ class DeviceOrigin:
             if self._index.find(digest) != block:
                 break
             num += 1
-        self._pool.lease(items[:num], FOREVER_S)
+        self._pool.pin(items[:num])
         return num
 
     def give_back(self, items: np.ndarray) -> None:
-        self._pool.unlease(items)
+        self._pool.unpin(items)
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         for block, digest, slot in zip(items.tolist(), digests, slots.tolist()):
@@ -50,8 +42,8 @@ class DeviceOrigin:
                 self._slot_of_block[block] = slot
 
     def ended(self, path: Path) -> None:
-        if isinstance(path, SwapPath):
-            self._pool.unlease(path.items)
+        if path.lease is not None:
+            self._pool.end_lease(path.lease)
         if path.done:
             self._on_saved(path.slots[: path.done])
 

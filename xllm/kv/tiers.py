@@ -25,7 +25,7 @@ from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
-from xllm.kv.origins import FOREVER_S, DeviceOrigin, HostOrigin, SwapPath
+from xllm.kv.origins import DeviceOrigin, HostOrigin
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
@@ -35,6 +35,9 @@ from xllm.metrics import LaneStats, TierStats
 
 MAX_WRITING_SHARE = 0.5  # of the host slots may be held for writing to disk
 ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet
+# A swap's blocks are kept so long for their copy to begin. It was begun because copying is sooner than computing anew:
+# after this long it is not, and the lane in front of it is stuck. A hung worker is declared dead after the same time.
+SWAP_LEASE_S = 10.0
 PREFETCH = 2**40  # priority: behind everything that somebody waits for
 RECOGNISED_BLOCKS = 256  # from the end of a turn's path, by which the turn before it is found
 BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open
@@ -55,6 +58,7 @@ class TieredStore:
         self.moves = moves = OpenMoves(link, facts.payload_bytes)
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
+        self._polled_s = 0.0  # by the owner's clock
         num_slots = facts.num_host_slots
         self.slot_of_block = np.full(pool.num_blocks, NO_SLOT, dtype=np.int32)
         self.disk_of_slot = np.full(num_slots, NO_SLOT, dtype=np.int32)
@@ -76,7 +80,8 @@ class TieredStore:
         self.slot_of_block[block_ids] = [find(digest) for digest in digests] if len(self.host) else NO_SLOT
 
     def released(self, path: np.ndarray, *, swap: bool) -> None:
-        """Copies down what is not there yet. The blocks of a swap are protected until they are copied, and go first."""
+        """Copies down what is not there yet. The blocks of a swap go first, and are kept for it while it waits, but
+        not longer than `SWAP_LEASE_S`: what is gone then is computed anew."""
         if not len(path):
             return
         slots = self.slot_of_block[path]
@@ -86,10 +91,8 @@ class TieredStore:
         self.host.use(known)
         if num_known < len(path):
             digests = [self._index.digest_of(block) for block in path.tolist()]
-            job = SwapPath(path, digests, URGENT) if swap else Path(path, digests, NORMAL)
-            if swap:
-                self._pool.lease(path, FOREVER_S)
-            self.saver.add(job)
+            lease = self._pool.lease(path, self._polled_s + SWAP_LEASE_S) if swap else None
+            self.saver.add(Path(path, digests, URGENT if swap else NORMAL, lease))
         else:
             self.write_down(known)
 
@@ -208,6 +211,7 @@ class TieredStore:
     # --- turns of the owner
 
     def poll(self, now_s: float) -> int:
+        self._polled_s = now_s
         done = self.moves.poll()
         if self.prefetcher is not None:
             self.prefetcher.step(now_s)
