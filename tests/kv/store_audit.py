@@ -22,6 +22,7 @@ NO_PARENT = bytes(16)
 def check(life: Life) -> None:
     """All that holds after every operation."""
     life.kv.check_integrity()
+    life.events.check()
     _check_device(life)
     _check_rows(life)
     _check_tier(life, life.tiers.host)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.kv.manual_lanes import ManualLanes
+from tests.kv.replay import Replay
 from tests.kv.store_audit import paths
 from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work
 from xllm.kv.disk import DiskStore
@@ -56,6 +57,8 @@ class Life:
         self.memory = Memory(shape.num_blocks, shape.block_size, shape.num_host_slots)
         self.kv = KVManager(num_blocks=shape.num_blocks, block_size=shape.block_size, num_rows=shape.num_rows,
                             max_tokens_per_row=shape.max_tokens, policy=self._policy(shape.num_blocks))
+        self.events = Replay(self.kv._index)
+        self.kv.listen(self.events)
         self.store, self.board = store, TicketBoard()
         self.lanes = ManualLanes(MovePerformer(self.memory, store, self.board), self.rng, shape.eagerness)
         facts = self.lanes.performer.facts()

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from xllm.kv import failpoints
-from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.block import ROOT
 from xllm.kv.block_pool import Lease
 from xllm.kv.moves import URGENT, WRITE, MoveDone, MoveError, OpenMoves
 from xllm.kv.tier_index import NO_SLOT, TierIndex
@@ -25,7 +25,6 @@ MAX_CHUNK_BLOCKS = 32  # of one move: enough to amortise its overhead, few enoug
 CHUNK_BYTES = 768 << 10  # and as many bytes, so that what computes on the same cores is never away for long
 MAX_QUEUED_PATHS = 1024
 NORMAL = URGENT + 1  # priority of copies that nobody waits for
-ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
 
 
 class Origin(Protocol):

@@ -14,6 +14,7 @@ import numpy as np
 from xllm.errors import IntegrityError
 from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
+from xllm.kv.events import EventSink
 from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
 from xllm.kv.moves import LOAD, SAVE
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
@@ -57,6 +58,10 @@ class KVManager:
         assert not self.source.has_tiers and self.enable_prefix_caching
         self.source = source = make_source(self._index, self.pool)
         return source
+
+    def listen(self, sink: EventSink) -> None:
+        """Tell `sink` which blocks are findable on the device, now and from now on. One sink at a time."""
+        self._index.listen(sink)
 
     # --- how many blocks there are
 
