@@ -83,6 +83,11 @@ class CacheSettings:
                                  choices=KV_STORE_DTYPES)
     kv_prefetch: bool = option(True, "with a host tier: bring a conversation's blocks back before its next turn")
 
+    @property
+    def has_host_tier(self) -> bool:
+        """Whether host memory is to stand below the device, and perhaps disk below that."""
+        return self.host_blocks_factor > 0 or not is_zero("host_cache_size", self.host_cache_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
@@ -245,7 +250,7 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError(f"eviction_history must be in [0, 1000], got {c.eviction_history}")
     if not 0.0 <= c.l1_share < 1.0:
         raise ConfigError(f"l1_share must be in [0, 1), got {c.l1_share}")
-    has_host = c.host_blocks_factor > 0 or not is_zero("host_cache_size", c.host_cache_size)
+    has_host = c.has_host_tier
     has_disk = not is_zero("disk_cache_size", c.disk_cache_size)
     parse_amount("host_bytes_per_s", c.host_bytes_per_s)
     parse_amount("disk_bytes_per_s", c.disk_bytes_per_s)

@@ -56,7 +56,7 @@ class ScheduleOutput:
     block there had the same contents as one that was cached before it.
     copy_src, copy_dst int32: blocks to copy before the forward pass (copy-on-write).
     tickets: loads from host memory that were open when the step was planned and that its rows or copies read: layer
-    l of the forward pass waits for layer l of each (`kv/lanes.py:TicketBoard`).
+    l of the forward pass waits for layer l of each (`kv/tickets.py:TicketBoard`).
     """
 
     step: int

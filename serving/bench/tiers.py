@@ -69,8 +69,8 @@ class Engine:
 
     @property
     def tiers(self) -> TieredStore:
-        tiers = self.core.scheduler.kv.tiers
-        assert tiers is not None
+        tiers = self.core.scheduler.kv.source
+        assert isinstance(tiers, TieredStore)
         return tiers
 
     def add(self, prompt: list[int], num_tokens: int) -> str:
@@ -203,7 +203,7 @@ def measure_stall(args: Any, folder: str) -> dict[str, Any]:
         engine.answer([rng.randrange(vocab_size) for _ in range(args.context)], 2)
     engine.settle()
     steps: dict[str, list[float]] = {"quiet": [], "loud": []}
-    lanes = engine.tiers.lanes.stats
+    lanes = engine.tiers.moves.stats
     before = {name: lanes[name].num_bytes for name in ("save", "write")}
     for turn in range(2 * args.rounds):
         phase = "loud" if turn % 2 else "quiet"

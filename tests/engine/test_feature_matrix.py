@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from llguidance import LLTokenizer
@@ -34,6 +35,7 @@ from xllm.metrics import EngineStats
 from xllm.structured.grammar import build_matcher, grammar_text
 from xllm.structured.vocabulary import vocabulary_source
 from xllm.tokenizer import load_tokenizer
+from xllm.worker.processes import HEARTBEAT_S
 
 _FOLDERS = contextlib.ExitStack()
 atexit.register(_FOLDERS.close)
@@ -61,6 +63,10 @@ class Way:
 WAYS = {
     "inline": Way({"async_scheduling": False}, overlaps=False),
     "thread": Way({"async_scheduling": True}, overlaps=True),
+    "codec": Way({"worker": "codec", "async_scheduling": True}, overlaps=True),
+    # Two ranks that compute the same, and with XLLM_CHECK the engine compares all that they compute.
+    "processes": Way({"worker": "processes", "worker_ranks": 2, "async_scheduling": True}, overlaps=True,
+                     in_process=False),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "paged": {}, "xtensor": {"kv_layout": "xtensor"},
@@ -163,6 +169,8 @@ def run(case: Case) -> list[list[int]]:
     features = case.features
     with contextlib.ExitStack() as stack:
         settings = settings_for(case)
+        if not WAYS[case.way].in_process:
+            stack.enter_context(mock.patch.dict(os.environ, XLLM_CHECK="1"))
         if "lora" in features:
             settings["lora_modules"] = adapters()
         if "tiers" in features:
@@ -175,6 +183,8 @@ def run(case: Case) -> list[list[int]]:
         again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)  # with a warm cache
         if "tiers" in features:
             settle(llm)
+        if not WAYS[case.way].in_process:
+            hear_from_ranks(llm)
         stats = llm.stats()
         if WAYS[case.way].in_process:
             check_the_worker(llm, case)
@@ -234,9 +244,15 @@ def check_the_form(grammars: list[StructuredOutput | None], outputs: list[list[i
 
 def settle(llm: LLM) -> None:
     """Let the moves between the tiers end."""
-    while llm._core.scheduler.kv.tiers.lanes.num_open:
+    while len(llm._core.scheduler.kv.source.moves):
         time.sleep(0.001)
         llm._core.tick()
+
+
+def hear_from_ranks(llm: LLM) -> None:
+    """What a rank counts comes with its signs of life."""
+    time.sleep(2 * HEARTBEAT_S)
+    llm._core.tick()
 
 
 def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
@@ -245,7 +261,7 @@ def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
     kv = llm._core.scheduler.kv
     kv.pool.drop_cached()
     if not keep_host:
-        kv.tiers.host.clear()
+        kv.source.clear()
     kv.check_integrity()
 
 

@@ -9,9 +9,11 @@ from tests.kv.manual_lanes import ManualLanes
 from tests.kv.store_life import open_store
 from tests.kv.store_world import History, Memory, random_shape
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LOAD
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import LOAD
+from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
 BLOCK = 2
@@ -23,10 +25,12 @@ class Desk:
     def __init__(self, num_blocks=64, num_host_slots=64, disk=None):
         self.memory = Memory(num_blocks, BLOCK, num_host_slots)
         self.kv = KVManager(num_blocks=num_blocks, block_size=BLOCK, num_rows=1, max_tokens_per_row=num_blocks * BLOCK)
-        self.disk_errors = []
-        self.lanes = ManualLanes(random.Random(0), eagerness=0.0)
+        self.disk_errors, self.store = [], disk
+        self.lanes = ManualLanes(MovePerformer(self.memory, disk, TicketBoard()), random.Random(0), eagerness=0.0)
+        facts = self.lanes.performer.facts()
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, self.memory, self.lanes, lambda n: make_policy("lru", n), disk, self.disk_errors.append))
+            index, pool, facts, self.lanes, lambda n: make_policy("lru", n), self.disk_errors.append))
+        self.moves = self.tiers.moves
         self.prefetcher = self.tiers.prefetcher = Prefetcher(self.tiers)
         self.now = 0.0
         self.step = 0
@@ -47,7 +51,7 @@ class Desk:
         held = self.memory.device.ravel()[places[:found]]
         assert held.tolist() == history.values[:found], "a prefetch brought something else"
         self.memory.device.ravel()[places] = history.values
-        self.kv.pool.settle(self.step)
+        self.kv.settle(self.step)
         self.kv.commit(0, tokens, len(tokens), self.step)
         self.step += 1
         return 0
@@ -59,7 +63,7 @@ class Desk:
             self.kv.turn_ended(session, row, lambda: self.now)
         self.kv.leave(row, self.step - 1)
         if drain:
-            self.lanes.drain()
+            self.lanes.drain(self.moves)
         self.kv.check_integrity()
         return self.num_found
 
@@ -72,17 +76,17 @@ class Desk:
         assert not len(self.tiers.host)
 
     def advance_to(self, now: float) -> None:
-        """Time passes; jobs that poll begins are left waiting."""
+        """Time passes; moves that poll begins are left waiting."""
         self.now = now
-        self.tiers.poll(now)
+        self.kv.poll(now)
         self.kv.check_integrity()
 
     def settle(self) -> None:
-        self.lanes.drain()
+        self.lanes.drain(self.moves)
         self.kv.check_integrity()
 
     def num_fetched(self) -> int:
-        return self.tiers.loader.num_loaded + sum(map(len, self.tiers.loader.open_paths))
+        return self.tiers.loader.num_loaded + sum(len(load.path) for load in self.tiers.loader.open_loads)
 
 
 def talk(number: int, length: int = 12, salt: str = "") -> History:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from tests.kv.slow_model import SlowModel
+from xllm.kv.block_pool import Lease
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import NO_BLOCK
+
+LEASE_S = 2.0
 
 
 class Driver:
@@ -21,6 +24,8 @@ class Driver:
         self.num_written: dict[int, int] = {}  # tokens whose KV the planned steps write
         self.step = 0  # the newest planned
         self.num_hits = 0
+        self.pinned: list[np.ndarray] = []  # by moves in flight
+        self.leases: list[tuple[Lease, np.ndarray]] = []
 
     @property
     def free_rows(self) -> list[int]:
@@ -32,7 +37,7 @@ class Driver:
         self.model.check_hit(match.block_ids.tolist(), tokens)
         idle = self.kv.num_idle(match)
         need = -(-len(tokens) // self.kv.block_size) - len(match.block_ids)
-        if not self.free_rows or need > self.kv.pool.num_available - idle:
+        if not self.free_rows or need > self.kv.num_free_blocks - idle:
             return False
         row = self.free_rows[0]
         self.num_hits += len(match.block_ids)
@@ -66,7 +71,7 @@ class Driver:
     def extend(self, row: int, token: int) -> bool:
         rows, length = np.array([row]), len(self.tokens[row]) + 1
         need = self.kv.blocks_needed(rows, np.array([length]))
-        if need[0] > self.kv.pool.num_available:
+        if need[0] > self.kv.num_free_blocks:
             return False
         self.tokens[row] += (token,)
         self._take(row, self.kv.grow(rows, need)[1])
@@ -74,7 +79,7 @@ class Driver:
 
     def settle(self) -> bool:
         """The newest step is done; full blocks of the rows that took part become findable."""
-        self.kv.pool.settle(self.step)
+        self.kv.settle(self.step)
         self.model.settled = self.step
         for row, last in self.last_step.items():
             if last == self.step:
@@ -99,17 +104,46 @@ class Driver:
         del self.tokens[row], self.last_step[row], self.num_written[row]
         return self._done()
 
-    def lease(self, row: int) -> bool:
-        blocks = self.kv.blocks_of(row)
-        self.kv.pool.lease(blocks, 1.0)
-        for block in blocks.tolist():
-            self.model.blocks[block].leased = True
+    def pin(self, row: int) -> bool:
+        """A copy of the row's blocks begins; it ends with `unpin`, whatever becomes of the row."""
+        self.pinned.append(self.kv.blocks_of(row))
+        self.kv.pool.pin(self.pinned[-1])
+        for block in self.pinned[-1].tolist():
+            self.model.blocks[block].num_pins += 1
         return self._done()
 
-    def end_leases(self) -> bool:
-        self.kv.pool.expire_leases(2.0)
-        for block in self.model.blocks:
-            block.leased = False
+    def unpin(self) -> bool:
+        """The oldest copy ends."""
+        if not self.pinned:
+            return False
+        blocks = self.pinned.pop(0)
+        for block in blocks.tolist():
+            self.model.blocks[block].num_pins -= 1
+        self.kv.pool.unpin(blocks)
+        return self._done()
+
+    def lease(self, row: int, for_s: float = LEASE_S) -> bool:
+        """A transfer will want the row's blocks some time."""
+        blocks, deadline = self.kv.blocks_of(row), self.model.now + for_s
+        self.leases.append((self.kv.pool.lease(blocks, deadline), blocks))
+        for block in blocks.tolist():
+            self.model.blocks[block].deadlines.append(deadline)
+        return self._done()
+
+    def end_lease(self) -> bool:
+        """The oldest transfer needs its blocks no longer; it may be late, and not know that its lease has expired."""
+        if not self.leases:
+            return False
+        lease, blocks = self.leases.pop(0)
+        if lease.deadline_s > self.model.now:
+            for block in blocks.tolist():
+                self.model.blocks[block].deadlines.remove(lease.deadline_s)
+        self.kv.pool.end_lease(lease)
+        return self._done()
+
+    def pass_time(self, seconds: float = LEASE_S / 2) -> bool:
+        self.model.now += seconds
+        self.kv.poll(self.model.now)
         return self._done()
 
     def drop_cached(self) -> bool:
@@ -122,13 +156,15 @@ class Driver:
         held = [len(b.holders) for b in self.model.blocks]
         assert held == self.kv.pool.ref_counts().tolist()
         reusable = sum(self.model.may_be_reused(b) for b in range(self.kv.pool.num_blocks))
-        assert self.kv.pool.num_available <= reusable, "offers a block that is in use"
+        assert self.kv.num_free_blocks <= reusable, "offers a block that is in use"
         return True
 
     def finish_all(self) -> None:
         """At rest nothing may be missing: every block is available again."""
         for row in list(self.tokens):
             self.finish(row)
-        self.end_leases()
+        while self.pinned:
+            self.unpin()
+        self.pass_time(max((lease.deadline_s - self.model.now for lease, _ in self.leases), default=0.0))
         self.settle()
-        assert self.kv.pool.num_available == self.kv.pool.num_blocks
+        assert self.kv.num_free_blocks == self.kv.pool.num_blocks

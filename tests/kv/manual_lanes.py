@@ -1,4 +1,4 @@
-"""Lanes without threads: jobs run when a seeded dice says so, in any order between lanes, never by the clock."""
+"""Lanes without threads: moves run when a seeded dice says so, in any order between lanes, never by the clock."""
 
 from __future__ import annotations
 
@@ -6,72 +6,76 @@ import heapq
 import itertools
 import random
 
-from xllm.kv.lanes import LANES, Job, LaneStats
+from xllm.kv.moves import LANES, Move, MoveDone, OpenMoves, error_of
+from xllm.kv.performer import MovePerformer
 
 
 class ManualLanes:
-    """A `Lanes`. eagerness: how likely a queued job runs at each `poll`; 1: at once."""
+    """A `MoveLink`. eagerness: how likely a queued move runs at each poll; 1: at once."""
 
-    def __init__(self, rng: random.Random, eagerness: float = 0.5):
-        self.stats = {name: LaneStats() for name in LANES}
+    def __init__(self, performer: MovePerformer, rng: random.Random, eagerness: float = 0.5):
+        self.performer = performer
         self.closed = False
         self.foreground = False
         self.eagerness = eagerness
         self._rng = rng
         self._order = itertools.count()
-        self._queues: dict[str, list[tuple[int, int, Job]]] = {name: [] for name in LANES}
-        self._done: list[tuple[Job, BaseException | None]] = []
+        self._queues: dict[str, list[tuple[int, int, Move]]] = {name: [] for name in LANES}
+        self._done: list[tuple[Move, MoveDone]] = []
 
-    @property
-    def num_open(self) -> int:
-        return sum(map(len, self._queues.values())) + len(self._done)
-
-    def submit(self, job: Job) -> None:
+    def send(self, move: Move) -> None:
         assert not self.closed
-        self.stats[job.lane].queued += 1
-        heapq.heappush(self._queues[job.lane], (job.priority, next(self._order), job))
+        self.performer.begin(move)
+        heapq.heappush(self._queues[move.lane], (move.priority, next(self._order), move))
+
+    def queued(self, lane: str) -> list[Move]:
+        """The moves that have not run, the next one first."""
+        return [entry[2] for entry in sorted(self._queues[lane])]
+
+    def not_received(self, lane: str) -> list[Move]:
+        """The moves that have not run, and those whose end nobody has heard of."""
+        return self.queued(lane) + [move for move, _ in self._done if move.lane == lane]
 
     def run_one(self, lane: str) -> bool:
-        """Run the first job of a lane; its `finish` comes with the next poll."""
+        """Run the first move of a lane; its end is told with the next `receive`."""
         if not self._queues[lane]:
             return False
-        _, _, job = heapq.heappop(self._queues[lane])
-        error: BaseException | None = None
+        _, _, move = heapq.heappop(self._queues[lane])
+        num_done, error = 0, None
         try:
-            job.run()
+            num_done = self.performer.run(move)
         except Exception as raised:
-            error = raised
-        self._done.append((job, error))
+            error = error_of(lane, raised)
+        self._done.append((move, MoveDone(move.number, num_done, 1e-3, 1e-3, error)))
         return True
 
     def run_lane(self, lane: str) -> None:
         while self.run_one(lane):
             pass
 
-    def poll(self) -> int:
-        for lane in LANES:
-            while self._rng.random() < self.eagerness and self.run_one(lane):
-                pass
-        return self._finish()
-
-    def _finish(self) -> int:
+    def receive(self, timeout_s: float) -> list[MoveDone]:
+        """Without a timeout some moves run, as the dice say; with one somebody has nothing else to do: one runs."""
+        if timeout_s > 0.0:
+            lanes = [lane for lane in LANES if self._queues[lane]]
+            if lanes and not self._done:
+                self.run_one(self._rng.choice(lanes))
+        else:
+            for lane in LANES:
+                while self._rng.random() < self.eagerness and self.run_one(lane):
+                    pass
         done, self._done = self._done, []
-        for job, error in done:
-            self.stats[job.lane].count(job.num_bytes, 1e-3, 1e-3)
-            job.finish(error)
-        return len(done)
+        return [told for _, told in done]
 
-    def wait(self, timeout_s: float) -> bool:
-        """Somebody has nothing else to do: one job runs."""
-        lanes = [lane for lane in LANES if self._queues[lane]]
-        return bool(self._done) or (bool(lanes) and self.run_one(self._rng.choice(lanes)))
+    def set_foreground(self, steps_run: bool) -> None:
+        self.foreground = steps_run
 
-    def drain(self) -> None:
+    def drain(self, moves: OpenMoves) -> None:
         """Run and finish everything, and what follows from it."""
-        while self.num_open:
+        while len(moves):
             for lane in LANES:
                 self.run_lane(lane)
-            self._finish()
+            moves.poll()
 
     def close(self) -> None:
         self.closed = True
+        self.performer.close()

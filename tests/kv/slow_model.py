@@ -9,21 +9,24 @@ from dataclasses import dataclass, field
 class SlowBlock:
     holders: list[int] = field(default_factory=list)  # rows
     fence: int = -1
-    leased: bool = False
+    num_pins: int = 0
+    deadlines: list[float] = field(default_factory=list)  # of leases
     path: tuple[int, ...] = ()  # every token from the root to the block's end, once it is written
 
 
 class SlowModel:
-    """Knows every block's holders, fence, lease and contents; knows no free list, order or hash."""
+    """Knows every block's holders, fence, pins, leases and contents; knows no free list, order or hash."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.block_size = block_size
         self.blocks = [SlowBlock() for _ in range(num_blocks)]
         self.settled = -1
+        self.now = 0.0
 
     def may_be_reused(self, block: int) -> bool:
         b = self.blocks[block]
-        return not b.holders and b.fence <= self.settled and not b.leased
+        is_leased = any(deadline > self.now for deadline in b.deadlines)
+        return not b.holders and b.fence <= self.settled and not b.num_pins and not is_leased
 
     def hold(self, row: int, block: int) -> None:
         self.blocks[block].holders.append(row)

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from tests.kv.store_life import Life
-from xllm.kv.demotion import Demoter
-from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
+from xllm.kv.demotion import Demoter, Path
+from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
-from xllm.kv.tiers import SwapPath
 
 NO_PARENT = bytes(16)
 
@@ -20,6 +19,7 @@ NO_PARENT = bytes(16)
 def check(life: Life) -> None:
     """All that holds after every operation."""
     life.kv.check_integrity()
+    life.events.check()
     _check_device(life)
     _check_rows(life)
     _check_tier(life, life.tiers.host)
@@ -72,22 +72,18 @@ def _check_host_contents(life: Life) -> None:
 
 def check_disk_contents(life: Life) -> None:
     """What disk gives is right; while nobody damaged it, it gives all that is resident."""
-    store, out = life.tiers.store, bytearray(life.memory.payload_bytes)
+    store, out = life.store, bytearray(life.memory.payload_bytes)
     for digest, slot in life.tiers.disk._slot_of.items():
         found = store.read(slot, digest, memoryview(out))
         assert found or life.machine.damaged, f"disk slot {slot} lost its block"
         assert not found or bytes(out) == life.contents.bytes_of[digest], f"disk slot {slot} gave something else"
 
 
-def _paths(demoter: Demoter) -> Iterable:
+def paths(demoter: Demoter) -> Iterable[Path]:
+    """Those that it has not ended."""
     yield from (entry[2] for entry in demoter._queue)
     if demoter._active is not None:
         yield demoter._active
-
-
-def _jobs(life: Life, lane: str) -> list:
-    queued = [entry[2] for entry in life.lanes._queues[lane]]
-    return queued + [job for job, _ in life.lanes._done if job.lane == lane]
 
 
 def _check_holders(life: Life) -> None:
@@ -96,15 +92,15 @@ def _check_holders(life: Life) -> None:
     host, disk = Counter(), Counter()
     if tiers.saver._active is not None:
         host.update(tiers.saver._active.slots[: tiers.saver._active.done].tolist())
-    for path in _paths(tiers.writer):
+    for path in paths(tiers.writer):
         host.update(path.items.tolist())
     if tiers.writer._active is not None:
         disk.update(tiers.writer._active.slots[: tiers.writer._active.done].tolist())
     for stage in tiers.stager._staging.values():
         host.update(stage.host_slots[: stage.done].tolist())
         disk.update(stage.disk_path.tolist())
-    for job in _jobs(life, LOAD):
-        host.update(job.host_path.tolist())
+    for load in tiers.loader.open_loads:
+        host.update(load.host_path.tolist())
     for tier, held in ((tiers.host, host), (tiers.disk, disk)):
         counts = np.zeros(tier.num_slots, dtype=int)
         for slot, count in held.items():
@@ -113,24 +109,37 @@ def _check_holders(life: Life) -> None:
 
 
 def _check_leases(life: Life) -> None:
-    """Leased are the blocks of copies under way, and those of swapped rows until they are copied."""
-    leases: Counter = Counter()
-    for job in _jobs(life, SAVE):
-        leases.update(job._path.items[job._first : job._last].tolist())
-    for path in _paths(life.tiers.saver):
-        if isinstance(path, SwapPath):
-            leases.update(path.items.tolist())
-    assert {block: len(deadlines) for block, deadlines in life.kv.pool._leases.items()} == dict(leases)
+    """Pinned are the blocks of copies under way, and leased those of swapped rows until they are copied, but not after
+    the deadline."""
+    pool, guards = life.kv.pool, Counter()
+    for move in life.lanes.not_received(SAVE):
+        guards.update(move.sources.tolist())
+    swaps = {path.lease for path in paths(life.tiers.saver)} - {None}
+    assert set(pool._leases) <= swaps, "a lease that nobody will end"
+    for lease in swaps - set(pool._leases):
+        assert lease.deadline_s <= life.now, "a swap lost its blocks before its time"
+    for lease in pool._leases:
+        guards.update(lease.block_ids.tolist())
+    wanted = np.bincount(list(guards.elements()), minlength=pool.num_blocks)
+    assert np.array_equal(pool._num_guards, wanted), "guards differ from what is under way"
 
 
 def _check_counts(life: Life) -> None:
-    tiers, lanes = life.tiers, life.lanes
-    assert len(tiers.board._tickets) == tiers.loader.num_open == len(_jobs(life, LOAD))
+    tiers, under_way = life.tiers, {lane: life.lanes.not_received(lane) for lane in LANES}
+    loads = {load.ticket: load for load in tiers.loader.open_loads}
+    assert len(loads) == tiers.loader.num_open and {move.ticket for move in under_way[LOAD]} == set(loads)
+    assert {move.ticket for move in life.lanes.queued(LOAD)} == set(life.board._tickets), "a step waits for nothing"
+    for move in under_way[LOAD]:
+        load = loads[move.ticket]
+        assert np.array_equal(move.targets, load.new)
+        assert np.array_equal(move.sources, load.host_path[-len(load.new) :])
+    assert len(tiers.moves) == sum(map(len, under_way.values()))
+    for lane, moves in under_way.items():
+        assert tiers.moves.stats[lane].queued == len(moves)
     for lane, demoter in ((SAVE, tiers.saver), (WRITE, tiers.writer)):
-        assert lanes.stats[lane].queued == len(_jobs(life, lane)) == demoter._in_flight <= 2
-    saved = [slot for job in _jobs(life, SAVE) for slot in job._path.slots[job._first : job._last].tolist()]
-    read = [slot for job in _jobs(life, READ) for slot in job._slots.tolist()]
-    written = [slot for job in _jobs(life, WRITE) for slot in job._path.slots[job._first : job._last].tolist()]
+        assert len(under_way[lane]) == demoter._in_flight <= 2
+    saved, written, read = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
+                            for lane in (SAVE, WRITE, READ))
     assert sorted(saved + read) == np.flatnonzero(tiers.host._state == WRITING).tolist()
     assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
     assert not np.any(tiers.host._state == DOOMED)
@@ -145,10 +154,10 @@ def check_at_rest(life: Life) -> None:
     """Nobody runs, waits or moves anything: all is free."""
     tiers, pool = life.tiers, life.kv.pool
     assert pool.num_available == pool.num_blocks and pool.num_held == pool.num_pending == 0
-    assert not pool._leases and not pool._doomed and not life.kv.held_keys
+    assert not pool._leases and not pool._num_guards.any() and not pool._is_doomed.any() and not life.kv.held_keys
     assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
     assert tiers.saver.is_idle and tiers.writer.is_idle
-    assert tiers.loader.num_open == tiers.stager.num_open == life.lanes.num_open == 0
-    assert not len(tiers.board._tickets)
+    assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0
+    assert not len(life.board)
     for tier in (tiers.host, tiers.disk):
         assert np.all((tier._state == RESIDENT) | (tier._state == FREE))

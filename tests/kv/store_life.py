@@ -10,13 +10,17 @@ from typing import Protocol
 import numpy as np
 
 from tests.kv.manual_lanes import ManualLanes
+from tests.kv.replay import Replay
+from tests.kv.store_audit import paths
 from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import PAGE_BYTES, make_geometry
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LANES, LOAD
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import LANES, LOAD
+from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
 FINGERPRINT = bytes(range(32))
@@ -62,10 +66,14 @@ class Life:
         self.memory = Memory(shape.num_blocks, shape.block_size, shape.num_host_slots)
         self.kv = KVManager(num_blocks=shape.num_blocks, block_size=shape.block_size, num_rows=shape.num_rows,
                             max_tokens_per_row=shape.max_tokens, policy=self._policy(shape.num_blocks))
-        self.lanes = ManualLanes(self.rng, shape.eagerness)
-        self.disk_errors: list[BaseException] = []
+        self.events = Replay(self.kv._index)
+        self.kv.listen(self.events)
+        self.store, self.board = store, TicketBoard()
+        self.lanes = ManualLanes(MovePerformer(self.memory, store, self.board), self.rng, shape.eagerness)
+        facts = self.lanes.performer.facts()
+        self.disk_errors: list[str] = []
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, self.memory, self.lanes, self._policy, store, self.disk_errors.append))
+            index, pool, facts, self.lanes, self._policy, self.disk_errors.append))
         self.tiers.saver._chunk = self.tiers.writer._chunk = shape.chunk
         if shape.prefetch:
             self.tiers.prefetcher = Prefetcher(self.tiers)
@@ -133,7 +141,7 @@ class Life:
             self.tiers.stage(extension, priority)
             extension = self.tiers.extend(match, history.array)
         num_blocks = extension.on_host(len(match.block_ids))
-        if not num_blocks or num_blocks > self.kv.pool.num_available - self.kv.num_idle(match):
+        if not num_blocks or num_blocks > self.kv.num_free_blocks - self.kv.num_idle(match):
             return False
         path = self.tiers.load(match.block_ids, extension, priority)
         key = self.machine.new_id()
@@ -146,7 +154,7 @@ class Life:
         free = [row for row in range(self.shape.num_rows) if row not in self.rows]
         match = self.kv.lookup(history.array, history.salt)
         need = len(history) // self.shape.block_size + 1 - len(match.block_ids)
-        if not free or need > self.kv.pool.num_available - self.kv.num_idle(match):
+        if not free or need > self.kv.num_free_blocks - self.kv.num_idle(match):
             return False
         self.contents.learn(history)
         cached = self.kv.num_cached_tokens(match)
@@ -189,7 +197,7 @@ class Life:
         stop = row.planned + (wanted if self.rng.random() < 0.5 else self.rng.randint(1, wanted))
         rows = np.array([row.row])
         need = self.kv.blocks_needed(rows, np.array([stop]))
-        if need[0] > self.kv.pool.num_available:
+        if need[0] > self.kv.num_free_blocks:
             self.counts["stalls"] += 1
             return
         self.kv.grow(rows, need)
@@ -211,7 +219,7 @@ class Life:
 
     def _wait_for(self, ticket_ids: set[int]) -> None:
         """As the device does: the blocks that it reads must have come."""
-        tickets = self.tiers.board.tickets(tuple(ticket_ids))
+        tickets = self.board.tickets(tuple(ticket_ids))
         if any(t.layers_done < t.num_layers for t in tickets):
             self.counts["waits"] += 1
             self.lanes.run_lane(LOAD)
@@ -235,7 +243,7 @@ class Life:
             assert not len(np.intersect1d(changed, np.concatenate(read))), "writes what another row reads"
 
     def _settle(self, step: Step) -> None:
-        self.kv.pool.settle(step.number)
+        self.kv.settle(step.number)
         for work in step.works:
             row = work.row
             if self.rows.get(row.row) is not row:
@@ -287,14 +295,17 @@ class Life:
     # --- moves, time and pressure
 
     def move(self) -> None:
-        """Some jobs of one lane run; what follows from them comes with a poll."""
+        """Some moves of one lane run; what follows from them comes with a poll."""
         lane = self.rng.choice(LANES)
         for _ in range(self.rng.randint(1, 3)):
             self.lanes.run_one(lane)
 
     def poll(self) -> None:
         self.now += self.rng.choice([0.0, 0.001, 0.3, 5.0])
-        self.tiers.poll(self.now)
+        before = set(self.kv.pool._leases)
+        self.kv.poll(self.now)
+        gone = before - set(self.kv.pool._leases)
+        self.counts["leases expired"] += len(gone & {path.lease for path in paths(self.tiers.saver)})
 
     def fetch(self) -> None:
         """What the prefetcher does, at a bad time."""
@@ -323,4 +334,4 @@ class Life:
         while self.steps or self._copies:
             self.plan()
             self.run()
-        self.lanes.drain()
+        self.lanes.drain(self.tiers.moves)

@@ -22,7 +22,7 @@ from tests.kv.store_life import FINGERPRINT, Life, open_store
 from tests.kv.store_world import Contents, History, random_shape
 from xllm.config import EVICTION_POLICIES
 from xllm.errors import DiskError
-from xllm.kv import failpoints, promotion
+from xllm.kv import failpoints, promotion, tiers
 
 EPISODE_OPERATIONS = 1500
 WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run": 14, "finish": 6, "abort": 1.5,
@@ -81,19 +81,20 @@ class StoreMachine:
 
     def play(self, num_operations: int, *, rest: bool = True) -> None:
         """May be called again: the episode goes on."""
-        promotion.CHUNK_BLOCKS, before = self.shape.chunk, promotion.CHUNK_BLOCKS
+        before = promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S
+        promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S = self.shape.chunk, self.shape.swap_lease_s
         try:
             for name in self.rng.choices(list(self._weights), list(self._weights.values()), k=num_operations):
                 self.operate(name)
             if rest:
                 self.operate("rest")
         finally:
-            promotion.CHUNK_BLOCKS = before
+            promotion.CHUNK_BLOCKS, tiers.SWAP_LEASE_S = before
             failpoints.disarm()
 
     def close(self) -> None:
         self._count_life()
-        self.life.tiers.store.abandon()
+        self.life.store.abandon()
 
     def operate(self, name: str) -> None:
         """One operation and the audit; a crash on the way ends the life."""
@@ -156,7 +157,7 @@ class StoreMachine:
             "written": tiers.writer.num_written, "read": tiers.stager.num_staged, "broken": tiers.stager.num_broken,
             "evicted from the device": self.life.kv.pool.num_evicted, "evicted from host": tiers.host.num_evicted,
             "evicted from disk": tiers.disk.num_evicted, "disks lost": tiers.writer.disabled,
-            "misses": sum(tiers.store.counters.misses.values()),
+            "misses": sum(self.life.store.counters.misses.values()),
         })  # fmt: skip
         if tiers.prefetcher is not None:
             self.counts.update({"prefetched right": tiers.prefetcher.num_right,
@@ -165,7 +166,8 @@ class StoreMachine:
 
     def _losses(self) -> tuple[int, ...]:
         tiers = self.life.tiers
-        return tiers.saver.num_cut, tiers.writer.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted
+        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted,
+                tiers.stager.num_broken)
 
     def _restart(self, *, lost: bool) -> None:
         """The next life finds on disk what was resident there, if nobody touched it and the disk is as large."""
@@ -174,7 +176,7 @@ class StoreMachine:
         tiers = self.life.tiers
         resident = dict(tiers.disk._slot_of)
         if lost:
-            tiers.store.abandon()
+            self.life.store.abandon()
         slots_before = self.num_disk_slots
         if self.rng.random() < self._trouble:
             self.num_disk_slots = self.rng.choice([1, 5, self.shape.num_disk_slots])
@@ -184,7 +186,7 @@ class StoreMachine:
             self.contents.learn(talk)
         self.life = self._begin()
         found = self.life.tiers.disk._slot_of
-        self.damaged |= self.life.tiers.store.counters.num_ignored_files > 0  # it could not be read at start-up
+        self.damaged |= self.life.store.counters.num_ignored_files > 0  # it could not be read at start-up
         if not self.damaged and self.num_disk_slots >= slots_before:
             assert set(resident) <= set(found), "complete blocks were not found again"
         self.counts["found again"] += len(found)

@@ -152,6 +152,7 @@ class Shape:
     chunk: int
     prefetch: bool
     num_talks: int
+    swap_lease_s: float
 
 
 def random_shape(rng: random.Random, policies: tuple[str, ...]) -> Shape:
@@ -163,4 +164,5 @@ def random_shape(rng: random.Random, policies: tuple[str, ...]) -> Shape:
                  num_host_slots=rng.choice([1, 4, 12, 30, 80]), num_disk_slots=rng.choice([2, 9, 40, 200]),
                  policy=rng.choice(policies), l1_share=rng.choice([0.0, 0.0, 0.3]),
                  eagerness=rng.choice([0.0, 0.1, 0.4]), chunk=rng.choice([1, 2, 3, 32]),
-                 prefetch=rng.random() < 0.6, num_talks=rng.choice([3, 6, 10]))
+                 prefetch=rng.random() < 0.6, num_talks=rng.choice([3, 6, 10]),
+                 swap_lease_s=rng.choice([0.2, 4.0, 60.0]))

@@ -1,35 +1,29 @@
-"""`ThreadLanes`, `Ticket` and `TicketBoard` with real threads. Order is made by gates, not by sleeping."""
+"""`OpenMoves` over `ThreadLanes`, with real threads. Order is made by gates, not by sleeping."""
 
+import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from xllm.errors import DeviceError
-from xllm.kv.lanes import (
-    LANES,
-    LOAD,
-    READ,
-    SAVE,
-    URGENT,
-    WRITE,
-    LaneStats,
-    ThreadLanes,
-    Ticket,
-    TicketBoard,
-)
+from xllm.errors import DiskError
+from xllm.kv.lanes import ThreadLanes
+from xllm.kv.moves import LANES, LOAD, READ, SAVE, URGENT, WRITE, LaneTotals, MoveError, OpenMoves
 
 LONG_S = 20.0  # a test that waits so long has failed
+BLOCK_BYTES = 1000
 
 
 class Job:
-    """Waits at `gate` if it has one, then notes its name. `finished` is what `finish` was told, and by whom."""
+    """A move and what performing it does: waits at `gate` if it has one, then notes its name. `finished` is what its
+    submitter was told, and in which thread."""
 
-    def __init__(self, lane=SAVE, *, name="", priority=0, num_bytes=1, gate=None, error=None, ran=None, begun=None):
-        self.lane, self.name, self.priority, self.num_bytes = lane, name, priority, num_bytes
+    def __init__(self, lane=SAVE, *, name="", priority=0, num_blocks=1, gate=None, error=None, ran=None):
+        self.lane, self.name, self.priority, self.num_blocks = lane, name, priority, num_blocks
         self._gate, self._error = gate, error
         self._ran = [] if ran is None else ran
-        self.begun = begun or threading.Event()
+        self.begun = threading.Event()
         self.thread = None
         self.began_s = 0.0
         self.finished = []
@@ -42,14 +36,65 @@ class Job:
         self._ran.append(self.name)
         if self._error is not None:
             raise self._error
+        return self.num_blocks
 
-    def finish(self, error):
-        self.finished.append((error, threading.current_thread()))
+    def finish(self, done):
+        assert done.num_done == (0 if done.error else self.num_blocks)
+        self.finished.append((done.error, threading.current_thread()))
+
+
+class Performer:
+    """Runs the jobs, by the numbers of their moves."""
+
+    def __init__(self):
+        self.jobs, self.begun, self.num_closed = {}, [], 0
+
+    def begin(self, move):
+        self.begun.append((move.number, threading.current_thread()))
+
+    def run(self, move):
+        assert move.num_bytes == self.jobs[move.number].num_blocks * BLOCK_BYTES
+        return self.jobs[move.number].run()
+
+    def close(self):
+        self.num_closed += 1
+
+
+class LocalMoves(ThreadLanes):
+    """A `MoveLink` to lanes in this process."""
+
+    def __init__(self, performer, max_bytes_per_s, *, rides):
+        self._done = queue.SimpleQueue()
+        super().__init__(performer, self._done.put, max_bytes_per_s, rides=rides)
+
+    def receive(self, timeout_s):
+        found = []
+        try:
+            found.append(self._done.get(timeout=timeout_s) if timeout_s > 0.0 else self._done.get_nowait())
+            while True:
+                found.append(self._done.get_nowait())
+        except queue.Empty:
+            return found
+
+
+class Lanes(OpenMoves):
+    """`OpenMoves` over `ThreadLanes`."""
+
+    def __init__(self, max_bytes_per_s=None, *, rides=False):
+        self.performer = Performer()
+        self.threads = LocalMoves(self.performer, max_bytes_per_s, rides=rides)
+        super().__init__(self.threads, BLOCK_BYTES)
+
+    def give(self, job):
+        jobs = self.performer.jobs
+        jobs[len(jobs) + 1] = job
+        blocks = np.arange(job.num_blocks, dtype=np.int32)
+        self.submit(job.lane, job.priority, blocks, blocks, job.finish)
 
 
 @pytest.fixture
 def lanes():
-    made = ThreadLanes()
+    made = Lanes()
     yield made
     made.close()
     assert not any(thread.name.startswith("xllm-kv") for thread in threading.enumerate())
@@ -57,7 +102,7 @@ def lanes():
 
 def poll_all(lanes):
     deadline_s = time.monotonic() + LONG_S
-    while lanes.num_open:
+    while len(lanes):
         assert lanes.wait(max(0.0, deadline_s - time.monotonic())), "a job never ran"
         lanes.poll()
 
@@ -66,7 +111,7 @@ def test_threads_start_with_the_first_job_and_each_lane_has_its_own(lanes):
     assert not any(thread.name.startswith("xllm-kv") for thread in threading.enumerate())
     jobs = [Job(lane) for lane in LANES]
     for job in jobs:
-        lanes.submit(job)
+        lanes.give(job)
     poll_all(lanes)
     assert [job.thread for job in jobs] == [f"xllm-kv-{lane}" for lane in LANES]
 
@@ -74,10 +119,10 @@ def test_threads_start_with_the_first_job_and_each_lane_has_its_own(lanes):
 def test_the_most_urgent_goes_first_and_equals_in_order(lanes):
     gate, ran = threading.Event(), []
     first = Job(name="first", gate=gate, priority=5, ran=ran)
-    lanes.submit(first)
+    lanes.give(first)
     assert first.begun.wait(LONG_S)
     for name, priority in [("c1", 2), ("a1", -1), ("b", 1), ("c2", 2), ("a2", -1), ("d", 2**40)]:
-        lanes.submit(Job(name=name, priority=priority, ran=ran))
+        lanes.give(Job(name=name, priority=priority, ran=ran))
     gate.set()
     poll_all(lanes)
     assert ran == ["first", "a1", "a2", "b", "c1", "c2", "d"]
@@ -86,9 +131,9 @@ def test_the_most_urgent_goes_first_and_equals_in_order(lanes):
 def test_a_busy_lane_does_not_hold_up_another(lanes):
     gate = threading.Event()
     slow, quick = Job(WRITE, gate=gate), Job(LOAD)
-    lanes.submit(slow)
+    lanes.give(slow)
     assert slow.begun.wait(LONG_S)
-    lanes.submit(quick)
+    lanes.give(quick)
     assert lanes.wait(LONG_S)
     assert lanes.poll() == 1 and quick.finished and not slow.finished
     gate.set()
@@ -100,13 +145,13 @@ def test_nothing_is_locked_while_a_job_runs(lanes):
     """The owner submits, polls and counts, also on the same lane, while a copy is under way."""
     gate = threading.Event()
     job = Job(gate=gate)
-    lanes.submit(job)
+    lanes.give(job)
     assert job.begun.wait(LONG_S)
     began_s = time.monotonic()
     for _ in range(100):
-        lanes.submit(Job())
+        lanes.give(Job())
         assert lanes.poll() == 0
-    assert lanes.num_open == 101
+    assert len(lanes) == 101
     assert not lanes.wait(0.0)
     assert time.monotonic() - began_s < LONG_S / 2
     gate.set()
@@ -115,7 +160,7 @@ def test_nothing_is_locked_while_a_job_runs(lanes):
 
 def test_finish_is_called_once_by_the_owner_and_only_from_poll(lanes):
     job = Job()
-    lanes.submit(job)
+    lanes.give(job)
     assert lanes.wait(LONG_S) and lanes.wait(0.0), "still there for the poll"
     assert not job.finished
     assert lanes.poll() == 1
@@ -127,24 +172,36 @@ def test_finish_is_called_once_by_the_owner_and_only_from_poll(lanes):
                          ids=lambda error: type(error).__name__)
 def test_errors_reach_finish_and_the_lane_lives_on(lanes, error):
     job, after = Job(error=error), Job()
-    lanes.submit(job)
-    lanes.submit(after)
+    lanes.give(job)
+    lanes.give(after)
     poll_all(lanes)
-    assert job.finished == [(error, threading.current_thread())]
+    told = MoveError("device", f"{type(error).__name__}: {error}")
+    assert job.finished == [(told, threading.current_thread())]
     assert after.finished[0][0] is None
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_what_the_disk_refuses_is_told_apart(lanes, lane):
+    job = Job(lane, error=DiskError(28, "full"))
+    lanes.give(job)
+    poll_all(lanes)
+    if lane in (READ, WRITE):
+        assert job.finished[0][0] == MoveError("disk", "[Errno 28] full")
+    else:
+        assert job.finished[0][0] == MoveError("device", "DiskError: [Errno 28] full")
 
 
 def test_what_finish_raises_reaches_the_owner(lanes):
     class Bad(Job):
-        def finish(self, error):
-            raise error
+        def finish(self, done):
+            raise ValueError(done.error.message)
 
     after = Job()
-    lanes.submit(Bad(error=ValueError("bug")))
+    lanes.give(Bad(error=OSError("bug")))
     assert lanes.wait(LONG_S)
     with pytest.raises(ValueError, match="bug"):
         lanes.poll()
-    lanes.submit(after)
+    lanes.give(after)
     poll_all(lanes)
     assert after.finished
 
@@ -155,31 +212,31 @@ def test_jobs_may_submit_more_when_they_finish(lanes):
             super().__init__()
             self.left = left
 
-        def finish(self, error):
+        def finish(self, done):
             if self.left:
-                lanes.submit(Chain(self.left - 1))
+                lanes.give(Chain(self.left - 1))
 
-    lanes.submit(Chain(5))
+    lanes.give(Chain(5))
     poll_all(lanes)
-    assert lanes.stats[SAVE].num_jobs == 6
+    assert lanes.stats[SAVE].num_moves == 6
 
 
 def test_totals_count_bytes_jobs_and_what_is_open(lanes):
     gate = threading.Event()
     for _ in range(3):
-        lanes.submit(Job(READ, num_bytes=1000, gate=gate))
-    assert lanes.stats[READ].queued == lanes.num_open == 3
+        lanes.give(Job(READ, gate=gate))
+    assert lanes.stats[READ].queued == len(lanes) == 3
     gate.set()
     poll_all(lanes)
     stats = lanes.stats[READ]
-    assert (stats.num_jobs, stats.num_bytes, stats.queued) == (3, 3000, 0)
+    assert (stats.num_moves, stats.num_bytes, stats.queued) == (3, 3000, 0)
     assert 0.0 < stats.busy_s <= stats.wait_s
     assert stats.bytes_per_s > 0
-    assert lanes.stats[SAVE].num_jobs == 0
+    assert lanes.stats[SAVE].num_moves == 0
 
 
 def test_the_rate_is_a_running_mean_that_begins_with_the_first_job():
-    stats = LaneStats()
+    stats = LaneTotals()
     stats.count(1000, 1.0, 1.0)
     assert stats.bytes_per_s == 1000
     stats.count(2000, 1.0, 1.0)
@@ -191,17 +248,17 @@ def test_the_rate_is_a_running_mean_that_begins_with_the_first_job():
 
 def test_a_lane_keeps_to_its_bandwidth_over_all_its_jobs():
     """Job i may not begin before the bytes of those ahead of it have had their time. A slow machine only helps."""
-    rate, num_bytes = 1e6, 20_000
-    lanes = ThreadLanes({WRITE: rate})
-    jobs = [Job(WRITE, num_bytes=num_bytes) for _ in range(6)]
-    free = [Job(READ, num_bytes=10**9) for _ in range(3)]
+    rate, num_blocks = 1e6, 20
+    lanes = Lanes({WRITE: rate})
+    jobs = [Job(WRITE, num_blocks=num_blocks) for _ in range(6)]
+    free = [Job(READ, num_blocks=10**6) for _ in range(3)]
     submitted_s = time.monotonic()
     for job in jobs + free:
-        lanes.submit(job)
+        lanes.give(job)
     poll_all(lanes)
     lanes.close()
     for i, job in enumerate(jobs):
-        assert job.began_s - submitted_s >= 0.999 * i * num_bytes / rate
+        assert job.began_s - submitted_s >= 0.999 * i * num_blocks * BLOCK_BYTES / rate
     assert free[-1].began_s - free[0].began_s < LONG_S, "no limit on the other lane: a gigabyte takes no second each"
 
 
@@ -210,50 +267,50 @@ def test_a_lane_keeps_to_its_bandwidth_over_all_its_jobs():
     (WRITE, URGENT, True, False), (LOAD, URGENT + 1, True, False), (READ, URGENT + 1, True, False),
 ])
 def test_only_what_nobody_waits_for_rides_and_only_while_steps_run(lane, priority, foreground, rides):
-    lanes, ran = ThreadLanes(rides=True), []
+    lanes, ran = Lanes(rides=True), []
     lanes.foreground = foreground
     job = Job(lane, priority=priority, ran=ran)
-    lanes.submit(job)
-    assert lanes.num_riding == rides
+    lanes.give(job)
+    assert lanes.threads.num_riding == rides
     if rides:
         time.sleep(0.02)
         assert not ran, "no lane's thread took it"
-        lanes.ride(0.0)
+        lanes.threads.ride(0.0)
     poll_all(lanes)
     lanes.close()
     assert len(ran) == 1
 
 
 def test_a_ride_is_one_job_at_least_and_ends_with_its_budget():
-    lanes, ran = ThreadLanes(rides=True), []
+    lanes, ran = Lanes(rides=True), []
     lanes.foreground = True
     for number in range(4):
-        lanes.submit(Job(SAVE, priority=1, name=str(number), ran=ran))
-    lanes.ride(0.0)
+        lanes.give(Job(SAVE, priority=1, name=str(number), ran=ran))
+    lanes.threads.ride(0.0)
     assert ran == ["0"]
-    lanes.ride(LONG_S)
+    lanes.threads.ride(LONG_S)
     assert ran == ["0", "1", "2", "3"]
-    lanes.ride(LONG_S)
+    lanes.threads.ride(LONG_S)
     poll_all(lanes)
     lanes.close()
 
 
 def test_a_ride_keeps_the_bandwidth():
-    lanes, ran = ThreadLanes({SAVE: 1.0}, rides=True), []
+    lanes, ran = Lanes({SAVE: 1.0}, rides=True), []
     lanes.foreground = True
     for number in range(2):
-        lanes.submit(Job(SAVE, priority=1, name=str(number), num_bytes=10**6, ran=ran))
-    lanes.ride(LONG_S)
-    lanes.ride(LONG_S)
-    assert ran == ["0"] and lanes.num_riding == 1
+        lanes.give(Job(SAVE, priority=1, name=str(number), num_blocks=1000, ran=ran))
+    lanes.threads.ride(LONG_S)
+    lanes.threads.ride(LONG_S)
+    assert ran == ["0"] and lanes.threads.num_riding == 1
     lanes.close()
 
 
 def test_when_the_steps_end_the_threads_take_over():
-    lanes, ran = ThreadLanes(rides=True), []
+    lanes, ran = Lanes(rides=True), []
     lanes.foreground = True
     for number in range(3):
-        lanes.submit(Job(WRITE, priority=1, name=str(number), ran=ran))
+        lanes.give(Job(WRITE, priority=1, name=str(number), ran=ran))
     assert not ran
     lanes.foreground = False
     poll_all(lanes)
@@ -265,96 +322,71 @@ def test_when_the_steps_end_the_threads_take_over():
 
 
 def test_close_lets_the_running_job_end_and_drops_the_rest():
-    lanes, gate, ran = ThreadLanes(), threading.Event(), []
+    lanes, gate, ran = Lanes(), threading.Event(), []
     running = Job(name="running", gate=gate, ran=ran)
-    lanes.submit(running)
+    lanes.give(running)
     assert running.begun.wait(LONG_S)
     queued = [Job(name="queued", priority=-9, ran=ran) for _ in range(5)]
     for job in queued:
-        lanes.submit(job)
+        lanes.give(job)
     closer = threading.Thread(target=lanes.close)
     closer.start()
-    assert lanes._stopping.wait(LONG_S)
+    assert lanes.threads._stopping.wait(LONG_S)
     gate.set()
     closer.join(LONG_S)
     assert not closer.is_alive()
     assert ran == ["running"]
     assert not any(job.finished for job in queued)
     with pytest.raises(AssertionError, match="closed"):
-        lanes.submit(Job())
+        lanes.give(Job())
 
 
 def test_close_does_not_wait_for_the_bandwidth():
-    lanes = ThreadLanes({SAVE: 1.0})
-    first = Job(num_bytes=3600)
-    lanes.submit(first)
+    lanes = Lanes({SAVE: 1.0})
+    first = Job(num_blocks=4)
+    lanes.give(first)
     assert lanes.wait(LONG_S)
-    lanes.submit(Job(num_bytes=3600))
+    lanes.give(Job(num_blocks=4))
     began_s = time.monotonic()
     lanes.close()
     assert time.monotonic() - began_s < LONG_S
 
 
 def test_close_without_a_job_and_twice():
-    lanes = ThreadLanes()
+    lanes = Lanes()
     lanes.close()
     lanes.close()
     assert not lanes.wait(0.0) and lanes.poll() == 0
+    assert lanes.performer.num_closed == 1
 
 
-# --- tickets
+def test_the_performer_is_closed_when_nothing_runs_any_more():
+    lanes, gate = Lanes(), threading.Event()
+    job = Job(WRITE, gate=gate)
+    lanes.give(job)
+    assert job.begun.wait(LONG_S)
+    closer = threading.Thread(target=lanes.close)
+    closer.start()
+    assert lanes.threads._stopping.wait(LONG_S)
+    assert lanes.performer.num_closed == 0
+    gate.set()
+    closer.join(LONG_S)
+    assert lanes.performer.num_closed == 1
 
 
-def in_thread(function, *arguments):
-    """Runs in a thread; returns (thread, what it returned or raised)."""
-    outcome = []
-
-    def body():
-        try:
-            outcome.append(function(*arguments))
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    return thread, outcome
+def test_a_move_is_begun_by_whoever_sends_it_and_in_order(lanes):
+    """So that a step that is submitted next finds the ticket of a load open."""
+    for number in range(3):
+        lanes.give(Job(LOAD, priority=-number))
+        assert lanes.performer.begun == [(n + 1, threading.current_thread()) for n in range(number + 1)]
+    poll_all(lanes)
 
 
-def test_a_layer_may_be_read_once_it_has_come():
-    ticket = Ticket(1, 3)
-    order = []
-    waiters = [in_thread(lambda layer: (ticket.wait(layer), order.append(layer)), layer) for layer in (2, 0, 1)]
-    for layer in range(3):
-        ticket.advance()
-        deadline_s = time.monotonic() + LONG_S
-        while len(order) <= layer:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.001)
-        assert order == list(range(layer + 1)), "nobody before his layer"
-    for thread, outcome in waiters:
-        thread.join(LONG_S)
-        assert not isinstance(outcome[0], Exception)
-    ticket.wait(2)
-
-
-def test_a_failed_load_ends_every_wait_for_what_has_not_come():
-    ticket, cause = Ticket(1, 3), ValueError("lost")
-    waiting = [in_thread(ticket.wait, layer) for layer in (1, 2)]
-    ticket.advance()
-    ticket.fail(cause)
-    for thread, outcome in waiting:
-        thread.join(LONG_S)
-        assert isinstance(outcome[0], DeviceError) and outcome[0].__cause__ is cause
-    ticket.wait(0)
-    with pytest.raises(DeviceError):
-        ticket.wait(1)
-
-
-def test_the_board_lists_the_loads_that_are_open():
-    board = TicketBoard()
-    first, second = board.open(1), board.open(1)
-    assert first.ticket_id != second.ticket_id and first.ticket_id > 0
-    board.close(first)
-    assert first.ticket_id not in board and second.ticket_id in board
-    assert board.tickets((first.ticket_id, second.ticket_id, 99)) == [second]
-    assert board.open(1).ticket_id not in (first.ticket_id, second.ticket_id)
+def test_the_link_hears_of_the_foreground_only_when_it_changes():
+    heard = []
+    lanes = Lanes()
+    lanes.threads.set_foreground = heard.append
+    for steps_run in (False, True, True, False, False, True):
+        lanes.foreground = steps_run
+        assert lanes.foreground == steps_run
+    assert heard == [True, False, True]

@@ -8,7 +8,7 @@ from tests.kv.desk import Desk, later, open_disk, talk
 from tests.kv.store_world import History
 from tests.scheduler.tiered import TieredSimulation
 from xllm.kv import failpoints, prefetch
-from xllm.kv.lanes import LOAD, READ
+from xllm.kv.moves import LOAD, READ
 from xllm.kv.prefetch import MAX_RETRIES, MAX_SHARE, MIN_ACCURACY, RETRY_S, Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK
 from xllm.request import Request, SamplingParams
@@ -31,10 +31,10 @@ def test_what_has_left_the_device_comes_back_a_quarter_into_the_expected_gap(ses
     desk = Desk()
     history = two_turns(desk, 40.0, session)
     desk.advance_to(desk.now + 9.9)
-    assert desk.lanes.num_open == 0
+    assert len(desk.moves) == 0
     assert desk.prefetcher.next_s(desk.now) == pytest.approx(0.1)
     desk.advance_to(desk.now + 0.2)
-    assert desk.lanes.stats[LOAD].queued == 1
+    assert desk.moves.stats[LOAD].queued == 1
     desk.settle()
     assert desk.tiers.loader.num_loaded == 8
     desk.now += 20
@@ -77,7 +77,7 @@ def test_what_is_still_on_the_device_is_not_fetched():
     desk.now = 10.0
     desk.turn(later(first), "s")
     desk.advance_to(desk.now + 5)
-    assert desk.lanes.num_open == 0 and desk.num_fetched() == 0
+    assert len(desk.moves) == 0 and desk.num_fetched() == 0
 
 
 def test_only_the_part_that_has_left_comes_back():
@@ -104,13 +104,13 @@ def test_from_disk_it_comes_by_way_of_host_memory(disk):
     history = two_turns(desk, 40.0, "s")
     desk.forget_host()
     desk.advance_to(desk.now + 10.1)
-    assert desk.lanes.stats[READ].queued == 1 and desk.num_fetched() == 0
+    assert desk.moves.stats[READ].queued == 1 and desk.num_fetched() == 0
     desk.advance_to(desk.now + RETRY_S / 2)
-    assert desk.lanes.stats[LOAD].queued == 0, "too early"
+    assert desk.moves.stats[LOAD].queued == 0, "too early"
     desk.settle()
     assert len(desk.tiers.host) == 8
     desk.advance_to(desk.now + RETRY_S)
-    assert desk.lanes.stats[LOAD].queued == 1
+    assert desk.moves.stats[LOAD].queued == 1
     desk.settle()
     assert desk.turn(later(history), "s") == 16
     assert desk.prefetcher.num_right == 8
@@ -139,7 +139,7 @@ def test_what_does_not_come_from_disk_is_not_asked_for_for_ever(disk):
         assert desk.prefetcher.next_s(desk.now) is not None
         desk.advance_to(desk.now + RETRY_S * 1.01)
     assert desk.prefetcher.next_s(desk.now) is None
-    assert desk.lanes.stats[READ].queued == 1
+    assert desk.moves.stats[READ].queued == 1
     desk.settle()
 
 
@@ -228,7 +228,7 @@ def test_a_full_device_is_not_emptied_of_what_others_hold():
     desk.kv._held_paths[0] = desk.kv.pool.allocate(13)
     desk.prefetcher._fetcher = Generous(desk.tiers)
     desk.advance_to(desk.now + 10)
-    assert desk.num_fetched() == 0 and desk.lanes.num_open == 0
+    assert desk.num_fetched() == 0 and len(desk.moves) == 0
     desk.kv.let_go(0)
     desk.advance_to(desk.now)
 

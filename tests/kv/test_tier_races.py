@@ -2,15 +2,17 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from tests.kv.desk import BLOCK, Desk, open_disk, talk
 from tests.kv.store_life import SEGMENT_SLOTS
-from xllm.errors import IntegrityError
+from xllm.errors import DeviceError, IntegrityError
 from xllm.kv import failpoints, promotion
 from xllm.kv.disk_format import PAGE_BYTES
-from xllm.kv.lanes import LOAD, READ, SAVE, WRITE
+from xllm.kv.moves import LOAD, READ, SAVE, WRITE
 from xllm.kv.tier_index import NO_SLOT
+from xllm.kv.tiers import SWAP_LEASE_S
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def desk(disk, monkeypatch):
 def spoil(desk: Desk, slot: int) -> None:
     """Flip a byte of this slot's payload on disk."""
     number, index = divmod(slot, SEGMENT_SLOTS)
-    segment = desk.tiers.store._segments[number]
+    segment = desk.store._segments[number]
     offset = PAGE_BYTES + PAGE_BYTES + index * PAGE_BYTES
     byte = os.pread(segment._fd, 1, offset)
     os.pwrite(segment._fd, bytes([byte[0] ^ 1]), offset)
@@ -53,8 +55,8 @@ def only_on_disk(desk: Desk, num_blocks: int):
     return history
 
 
-def run(desk: Desk, lane: str, num_jobs: int = 1) -> None:
-    for _ in range(num_jobs):
+def run(desk: Desk, lane: str, num_moves: int = 1) -> None:
+    for _ in range(num_moves):
         assert desk.lanes.run_one(lane)
     desk.tiers.poll(desk.now)
     desk.kv.check_integrity()
@@ -67,7 +69,7 @@ def test_a_stage_that_goes_on_behind_a_block_that_another_found_broken(desk):
     first = desk.tiers.stage(extension_of(desk, history.prefix(6 * BLOCK + 1)), 0)
     run(desk, READ)
     desk.turn(history.prefix(4 * BLOCK), drain=False)
-    while desk.lanes._queues[SAVE]:
+    while desk.lanes.queued(SAVE):
         run(desk, SAVE)
     assert len(desk.tiers.host) == 4
     second = desk.tiers.stage(extension_of(desk, history), 0)
@@ -98,9 +100,9 @@ def test_a_chunk_that_is_written_behind_one_that_failed_is_not_published(desk):
     """The disk is full for one write only: the next chunk, under way already, has lost its parent."""
     history = talk(1, 8 * BLOCK + 1)
     desk.turn(history, drain=False)
-    while desk.lanes._queues[SAVE]:
+    while desk.lanes.queued(SAVE):
         run(desk, SAVE)
-    assert desk.lanes.stats[WRITE].queued == 2
+    assert desk.moves.stats[WRITE].queued == 2
     failpoints.arm("tier.write_before", "ENOSPC")
     assert desk.lanes.run_one(WRITE)
     failpoints.disarm()
@@ -110,24 +112,48 @@ def test_a_chunk_that_is_written_behind_one_that_failed_is_not_published(desk):
     assert desk.tiers.writer.disabled and len(desk.disk_errors) == 1
     assert desk.tiers.writer.num_cut == 8
     desk.turn(talk(2, 8 * BLOCK))
-    assert desk.lanes.stats[WRITE].num_jobs == 2, "nothing more is written"
+    assert desk.moves.stats[WRITE].num_moves == 2, "nothing more is written"
     desk.forget_device()
     assert extension_of(desk, history).on_host(0) == 8, "host memory serves on"
 
 
 def test_a_bug_in_a_read_is_not_taken_for_a_broken_disk(desk, monkeypatch):
     history = only_on_disk(desk, 4)
-    monkeypatch.setattr(desk.tiers.store, "read", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(desk.store, "read", lambda *arguments: 1 / 0)
     desk.tiers.stage(extension_of(desk, history), 0)
     assert desk.lanes.run_one(READ)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(DeviceError, match="ZeroDivisionError"):
         desk.tiers.poll(0.0)
 
 
 def test_a_bug_in_a_write_is_not_taken_for_a_broken_disk(desk, monkeypatch):
-    monkeypatch.setattr(desk.tiers.store, "write", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(desk.store, "write", lambda *arguments: 1 / 0)
+    with pytest.raises(DeviceError, match="ZeroDivisionError"):
         desk.turn(talk(1, 9))
+
+
+def lose(*arguments):
+    raise RuntimeError("device lost")
+
+
+def test_a_save_that_fails_is_raised_with_its_reason(desk, monkeypatch):
+    monkeypatch.setattr(desk.memory, "save", lose)
+    with pytest.raises(DeviceError, match="RuntimeError: device lost"):
+        desk.turn(talk(1, 9))
+
+
+def test_a_load_that_fails_is_raised_and_so_it_is_to_the_step_that_waits_for_it(desk, monkeypatch):
+    history = talk(1, 9)
+    desk.turn(history)
+    desk.forget_device()
+    monkeypatch.setattr(desk.memory, "load_layer", lose)
+    path = desk.tiers.load(desk.kv.lookup(history.array, "").block_ids, extension_of(desk, history), 0)
+    ticket = desk.lanes.performer.board[desk.kv.open_tickets(path)[0]]
+    desk.lanes.run_lane(LOAD)
+    with pytest.raises(DeviceError):
+        ticket.wait(0)
+    with pytest.raises(DeviceError, match="RuntimeError: device lost"):
+        desk.tiers.poll(0.0)
 
 
 def test_a_block_that_the_disk_cannot_read_is_broken(desk):
@@ -148,27 +174,64 @@ def test_a_block_that_the_disk_cannot_read_is_broken(desk):
     assert again.num_read == 6
 
 
-def test_a_sync_that_fails_at_the_end_is_told_and_does_not_raise(desk):
+def test_a_sync_that_fails_at_the_end_is_told_and_does_not_raise(desk, caplog):
     desk.turn(talk(1, 9))
     failpoints.arm("disk.sync", "EIO")
     desk.tiers.close(1.0)
-    assert len(desk.disk_errors) == 1 and desk.tiers.writer.disabled
+    assert "could not be synced" in caplog.text and "Input/output error" in caplog.text
+    assert desk.lanes.closed and not desk.disk_errors
+
+
+def test_what_is_flushed_at_the_end_is_on_disk_before_the_store_is_closed(desk):
+    """Nothing has moved yet when the engine stops: it all goes down, and only then the lanes and the store close."""
+    desk.turn(talk(1, 8 * BLOCK + 1), drain=False)
+    order = []
+    failpoints.arm("tier.flush", lambda: order.append("flush"))
+    failpoints.arm("tier.published", lambda: order.append("published"))
+    failpoints.arm("disk.sync", lambda: order.append("closed"))
+    desk.tiers.close(30.0)
+    assert order[0] == "flush" and set(order) == {"flush", "published", "closed"}
+    assert order.index("closed") > max(i for i, what in enumerate(order) if what == "published")
+    assert len(desk.tiers.disk) == 8
 
 
 def test_a_swap_goes_before_what_is_being_saved(desk):
     """Between two chunks; the path that was overtaken is written on afterwards."""
-    desk.turn(talk(1, 8 * BLOCK), drain=False)
+    first = talk(1, 8 * BLOCK)
+    desk.turn(first, drain=False)
     other = talk(2, 6 * BLOCK)
     row = desk.begin(other)
     desk.kv.leave(row, desk.step - 1, used=False, swap=True)
+    places = {block: place for path in (first, other) for place, block in
+              enumerate(desk.kv.lookup(np.append(path.array, 0), "").block_ids.tolist())}
     saved = []
-    while desk.lanes._queues[SAVE]:
-        job = desk.lanes._queues[SAVE][0][2]
-        saved.append((job.priority, job._first))
+    while desk.lanes.queued(SAVE):
+        move = desk.lanes.queued(SAVE)[0]
+        saved.append((move.priority, places[int(move.sources[0])]))
         run(desk, SAVE)
     assert saved == [(1, 0), (1, 2), (0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
     desk.settle()
     assert len(desk.tiers.host) == 14 and not desk.kv.pool._leases
+
+
+def test_a_swap_whose_lease_expires_keeps_only_what_is_in_flight(desk):
+    """The lane is stuck: what is not in flight goes to others, what is stays until its copy is over, and is right."""
+    history = talk(1, 6 * BLOCK)
+    desk.kv.leave(desk.begin(history), desk.step - 1, used=False, swap=True)
+    in_flight = [block for move in desk.lanes.queued(SAVE) for block in move.sources.tolist()]
+    assert len(in_flight) == 4, "two moves of two blocks"
+    desk.advance_to(SWAP_LEASE_S - 0.1)
+    assert desk.kv.num_free_blocks == 64 - 6
+    desk.advance_to(SWAP_LEASE_S)
+    assert desk.kv.num_free_blocks == 64 - 4 and not desk.kv.pool._leases
+    desk.turn(talk(2, 60 * BLOCK), drain=False)
+    assert desk.kv.num_free_blocks == 60, "everything but what the copies read was needed, and is free again"
+    assert desk.kv.lookup(np.append(history.array, 0), "").block_ids.tolist() == in_flight
+    desk.settle()
+    assert desk.tiers.saver.num_cut == 2 and len(desk.tiers.host) == 4 + 60
+    path = desk.tiers.slot_of_block[in_flight]
+    assert desk.memory.host[path].ravel().tolist() == history.values[: 4 * BLOCK]
+    assert desk.kv.num_free_blocks == 64
 
 
 def test_a_load_under_way_is_waited_for_not_repeated(desk):

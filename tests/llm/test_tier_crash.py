@@ -47,7 +47,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def num_on_disk(llm: LLM, prompt: str) -> int:
     """How many of the prompt's tokens disk can serve: its last one is always computed."""
     ids = np.array(llm.get_tokenizer().encode(prompt), dtype=np.int32)
-    disk = llm._core.scheduler.kv.tiers.disk
+    disk = llm._core.scheduler.kv.source.disk
     found = [disk.find(digest) != NO_SLOT for digest in block_digests(ids[:-1], BLOCK)]
     return BLOCK * (found.index(False) if False in found else len(found))
 

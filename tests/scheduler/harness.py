@@ -75,8 +75,7 @@ class Simulation:
         """Nothing is left behind."""
         assert not self.loop.has_work()
         assert self.scheduler.num_running == 0 and len(self.scheduler.waiting) == 0
-        pool = self.scheduler.kv.pool
-        assert pool.num_available == pool.num_blocks - pool.num_reserved
+        assert self.scheduler.kv.num_free_blocks == self.scheduler.kv.num_usable_blocks
         assert self.scheduler.rows.num_free == self.scheduler.rows.num_rows
 
 

@@ -23,7 +23,7 @@ class FailingRunner(MemoryRunner):
 
     def __init__(self, simulation: Simulation, chance: float, seed: int = 0):
         config = simulation.config
-        super().__init__(config.scheduler.max_num_seqs, simulation.scheduler.kv.pool.num_blocks,
+        super().__init__(config.scheduler.max_num_seqs, simulation.scheduler.kv.num_blocks,
                          config.cache.block_size, VOCAB)
         self.chance, self.rng = chance, random.Random(seed)
         simulation.loop.steps.runner = self

@@ -12,8 +12,10 @@ from tests.scheduler.harness import Simulation
 from tests.scheduler.memory_runner import MemoryRunner
 from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LOAD
+from xllm.kv.moves import LOAD
+from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
 FINGERPRINT = bytes(range(32))
@@ -51,34 +53,36 @@ class TieredSimulation(Simulation):
     def __init__(self, rng: random.Random, *, num_host_slots: int, disk_folder: Path | None = None,
                  num_disk_slots: int = 64, eagerness: float = 0.5, policy: str = "lru", **settings):
         super().__init__(**settings)
-        self.lanes = ManualLanes(rng, eagerness)
         runner = self.loop.steps.runner
         self.mover = MemoryMover(runner, num_host_slots)
-        self.disk_errors: list[BaseException] = []
+        self.disk_errors: list[str] = []
         store = None
         if disk_folder is not None:
             payload = self.mover.payload_bytes
             store = DiskStore(disk_folder, fingerprint=FINGERPRINT, payload_bytes=payload,
                               capacity_bytes=num_disk_slots * DISK_SLOT_BYTES,
                               segment_bytes=4 * DISK_SLOT_BYTES)
+        self.board = TicketBoard()
+        self.lanes = ManualLanes(MovePerformer(self.mover, store, self.board), rng, eagerness)
+        facts = self.lanes.performer.facts()
         self.tiers = self.scheduler.kv.attach(lambda index, pool: TieredStore(
-            index, pool, self.mover, self.lanes, lambda n: make_policy(policy, n), store, self.disk_errors.append))
+            index, pool, facts, self.lanes, lambda n: make_policy(policy, n), self.disk_errors.append))
         self.tiers.prefetcher = Prefetcher(self.tiers) if rng.random() < 0.5 else None
         runner.wait_for = self._wait_for
 
     def _wait_for(self, tickets: tuple[int, ...]) -> None:
-        if self.tiers.board.tickets(tickets):
+        if self.board.tickets(tickets):
             self.lanes.run_lane(LOAD)
-            assert all(t.layers_done == t.num_layers for t in self.tiers.board.tickets(tickets))
+            assert not self.board.tickets(tickets)
 
     def check_idle(self) -> None:
-        self.lanes.drain()
+        self.lanes.drain(self.tiers.moves)
         super().check_idle()
         self.tiers.check_integrity()
 
     def close(self) -> None:
-        self.lanes.drain()
-        self.tiers.close()
+        self.lanes.drain(self.tiers.moves)
+        self.tiers.close(0.0)
 
 
 DISK_SLOT_BYTES = 8192

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from xllm.config import EngineConfig
+from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, StoredBlocks, TierFacts
 from xllm.metrics import GraphStats
 from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
@@ -40,10 +41,15 @@ OUTPUT = StepOutput(
     check=StepCheck(ids=2**64 - 1, blocks_B=ints(4), digests_B=np.array([2**64 - 1], dtype=np.uint64)))
 SAMPLES = [
     m.Load(config=EngineConfig.from_flat(lora_modules=("a=b",), num_kv_blocks=3)), m.Step(PLAN), m.Settle(),
+    m.Foreground(True), Move(number=3, lane=WRITE, priority=-1, num_bytes=2**40, sources=ints(1), targets=ints(2),
+                             ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
+    MoveDone(3, 1, 0.5, 1.5, MoveError("disk", "full")),
     m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
     m.Sleep(True), m.Wake(), m.Shutdown(), m.Phase("weights", 0.5),
     m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
-             num_reserved_blocks=1, queues_steps=True),
+             num_reserved_blocks=1, queues_steps=True,
+             tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),
+                                                     np.zeros((2, 16), dtype=np.uint8)))),
     OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
     m.AdapterRead(1, "d", m.Failed("ModelError", "x")), m.Done("Sleep"),
     m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1}),

@@ -48,7 +48,7 @@ class EngineControl:
         """
         if level not in (KEEP_WEIGHTS, DROP_WEIGHTS):
             raise RequestError(f"level must be {KEEP_WEIGHTS} or {DROP_WEIGHTS}, got {level}", field="level")
-        if self._loop.scheduler.kv.tiers is not None:
+        if self._loop.scheduler.kv.has_tiers:
             raise EngineStateError("an engine with KV tiers cannot sleep: their copies refer to the cache's memory")
         if self._has_work() or self._loop.scheduler.has_requests:
             raise EngineStateError("requests are open: pause with mode abort or wait first")
@@ -67,10 +67,7 @@ class EngineControl:
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached block that no request uses, but those on disk; returns how many of the device's."""
-        kv = self._loop.scheduler.kv
-        if kv.tiers is not None:
-            kv.tiers.host.clear()
-        return kv.pool.drop_cached()
+        return self._loop.scheduler.kv.reset_prefix_cache()
 
     def _call(self, command: Sleep | Wake) -> None:
         error = self._link.call(command, Done).error

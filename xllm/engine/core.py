@@ -14,7 +14,7 @@ from xllm.engine.grammars import GrammarGate
 from xllm.engine.stats import collect_stats
 from xllm.engine.step_log import Step
 from xllm.engine.step_loop import StepLoop
-from xllm.engine.tiering import attach_tiers, has_tiers
+from xllm.engine.tiering import attach_tiers
 from xllm.errors import RequestError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats
@@ -55,8 +55,8 @@ class EngineCore:
         self._gates: tuple[Gate, ...] = (pause, self._grammars)
         self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self.has_work)
         self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
-        if has_tiers(self.config.cache):
-            attach_tiers(self.scheduler, self.link, self.config)
+        if loaded.tiers is not None:
+            attach_tiers(self.scheduler, self.link, self.config.cache, loaded.tiers)
 
     @property
     def scheduler(self) -> Scheduler:

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 
 from xllm.engine.gates import Gate
 from xllm.engine.step_loop import StepLoop
-from xllm.engine.tiering import tier_stats
 from xllm.metrics import EngineStats
 from xllm.worker.messages import WorkerStats
 
 
 def collect_stats(loop: StepLoop, gates: Sequence[Gate] = (), worker: WorkerStats | None = None) -> EngineStats:
     """Gauges and totals; reads only, so another thread may call it."""
-    scheduler, pool = loop.scheduler, loop.scheduler.kv.pool
-    c = scheduler.counters
+    scheduler, kv, worker = loop.scheduler, loop.scheduler.kv, worker or WorkerStats()
+    c, source = scheduler.counters, kv.source_stats(worker.disk_misses)
     waiting = {"capacity": len(scheduler.waiting), "kv": len(scheduler.promotions),
                **{gate.reason: len(gate.requests) for gate in gates}}
     return EngineStats(
         num_running=scheduler.num_running, num_waiting=sum(waiting.values()), num_waiting_by_reason=waiting,
-        num_blocks=pool.num_usable, num_free_blocks=pool.num_available, kv_usage=scheduler.kv.usage,
+        num_blocks=kv.num_usable_blocks, num_free_blocks=kv.num_free_blocks, kv_usage=kv.usage,
         num_steps=loop.num_steps, last_step_s=loop.last_step_s, step_time_s=loop.step_time_s,
         oldest_waiting_s=scheduler.oldest_waiting_s(),
         prompt_tokens_total=c.prompt_tokens, cached_prompt_tokens_total=c.cached_prompt_tokens,
@@ -29,5 +28,6 @@ def collect_stats(loop: StepLoop, gates: Sequence[Gate] = (), worker: WorkerStat
         spec_accepted_tokens_total=c.accepted_tokens,
         spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
-        graphs=None if worker is None else worker.graphs, **tier_stats(scheduler.kv),
+        kv_tiers=source.tiers, kv_lanes=source.lanes, prefetched_blocks_total=source.prefetched_blocks,
+        kv_disk_up=source.is_disk_up, graphs=worker.graphs,
     )

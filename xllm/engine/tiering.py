@@ -1,129 +1,57 @@
-"""Builds the KV tiers below the device, as an engine's settings ask for."""
+"""Builds the engine's side of the KV tiers below the device; their bytes are with the workers (`worker/tiers.py`)."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
 
-from xllm.config import CacheSettings, EngineConfig
-from xllm.errors import ConfigError
-from xllm.kv.disk import DiskStore
+from xllm.config import CacheSettings
 from xllm.kv.eviction import make_policy
-from xllm.kv.lanes import LOAD, READ, SAVE, WRITE, ThreadLanes
-from xllm.kv.manager import KVManager
+from xllm.kv.moves import Move, MoveDone, TierFacts
 from xllm.kv.prefetch import Prefetcher
-from xllm.kv.tier_index import TierIndex
 from xllm.kv.tiers import TieredStore
-from xllm.metrics import LaneStats, TierStats
 from xllm.scheduler.scheduler import Scheduler
-from xllm.sizes import is_zero, resolve_amount
 from xllm.worker.link import WorkerLink
-
-if TYPE_CHECKING:
-    from backends.backend import Backend
-    from xllm.models.config import ModelConfig
-    from xllm.runner.kv_codec import KVCodec
+from xllm.worker.messages import Foreground
 
 _log = logging.getLogger(__name__)
 
 
-def has_tiers(cache: CacheSettings) -> bool:
-    """Whether anything is to stand below the device."""
-    return cache.host_blocks_factor > 0 or not is_zero("host_cache_size", cache.host_cache_size)
+class WorkerMoves:
+    """A `MoveLink` to the workers: every rank performs a move on its own memory, and it is done when all have."""
+
+    def __init__(self, link: WorkerLink):
+        self._link = link
+
+    def send(self, move: Move) -> None:
+        """Have it performed. A step that is submitted later may name the move's ticket."""
+        self._link.send(move)
+
+    def receive(self, timeout_s: float) -> list[MoveDone]:
+        """The results that have come since the last call; where there are none, wait for one until the time is over."""
+        done, until_s = self._link.take(MoveDone), time.monotonic() + timeout_s
+        while not done and (left_s := until_s - time.monotonic()) > 0.0 and self._link.wait(left_s):
+            done = self._link.take(MoveDone)
+        return done
+
+    def set_foreground(self, steps_run: bool) -> None:
+        """Steps are running: what nobody waits for goes slowly."""
+        self._link.send(Foreground(steps_run))
+
+    def close(self) -> None:
+        """The workers end their moves when they are shut down (`WorkerLink.close`)."""
 
 
-def attach_tiers(scheduler: Scheduler, link: WorkerLink, config: EngineConfig) -> None:
-    """Put host memory, and disk if asked for, below the scheduler's KV manager.
-
-    Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
-    cannot be used.
-    """
-    from xllm.runner.kv_codec import KVCodec
-    from xllm.runner.mover import HostMover, Populator
-
-    worker = link.worker
-    runner, backend, path, model_config = (worker.runner, worker.model.backend, worker.model.path,
-                                           worker.model.model_config)
-    cache = config.cache
-    codec = KVCodec.for_cache(cache.kv_store_dtype, runner.kv_cache.layers, backend.ops)
-    num_slots = _num_host_slots(cache, backend, codec.payload_bytes, runner.kv_cache.num_blocks)
-    mover = HostMover(backend, runner.kv_cache, codec, num_slots)
-    store = _open_disk(config, codec, path, backend, model_config)
-    host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
-    disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
-    # On a CPU the cores that copy are the cores that compute.
-    lanes = ThreadLanes({SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
-                        rides=backend.device.type == "cpu")
-    worker.lanes = lanes
+def attach_tiers(scheduler: Scheduler, link: WorkerLink, cache: CacheSettings, facts: TierFacts) -> None:
+    """Put host memory, and disk where there is one, below the scheduler's KV manager."""
     tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
-        index, pool, mover, lanes,
-        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), store,
-        _disk_lost))
-    runner.board = tiers.board
-    tiers.on_close = Populator(mover, lambda: lanes.foreground).stop
+        index, pool, facts, WorkerMoves(link),
+        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost))
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
-    _log.info("KV tiers: %d blocks on the device, %d in host memory (%s), %d on disk, %d of them found there",
-              scheduler.kv.pool.num_blocks, num_slots, codec.name, store.num_slots if store else 0,
-              len(tiers.disk) if tiers.disk else 0)
+    _log.info("KV tiers: %d blocks on the device, %d in host memory, %d on disk, %d of them found there",
+              scheduler.kv.num_blocks, facts.num_host_slots, facts.num_disk_slots, len(tiers.disk) if tiers.disk else 0)
 
 
-def _num_host_slots(cache: CacheSettings, backend: Backend, payload_bytes: int, num_blocks: int) -> int:
-    if cache.host_blocks_factor > 0:
-        num_slots = int(cache.host_blocks_factor * num_blocks)
-    else:
-        available = backend.available_host_bytes()
-        num_slots = resolve_amount("host_cache_size", cache.host_cache_size, available) // payload_bytes
-        if num_slots * payload_bytes > available:
-            raise ConfigError(f"host_cache_size {cache.host_cache_size} is more than the {available} bytes available")
-    if num_slots < 1:
-        raise ConfigError(f"host_cache_size must hold at least one KV block of {payload_bytes} bytes")
-    return num_slots
-
-
-def _open_disk(config: EngineConfig, codec: KVCodec, path: Path, backend: Backend,
-               model_config: ModelConfig) -> DiskStore | None:
-    from xllm.models.fingerprint import fingerprint
-
-    cache = config.cache
-    if cache.disk_cache_dir is None:
-        return None
-    folder = Path(cache.disk_cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
-    capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
-    mark = fingerprint(path, backend=backend.name, stored=codec.name, block_size=cache.block_size,
-                       quantization=config.model.quantization, dtype=str(codec.cache_dtype))
-    return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity)
-
-
-def _disk_lost(error: BaseException) -> None:
-    _log.error("the disk tier of the KV cache failed and is switched off; serving goes on without it: %s", error)
-
-
-def tier_stats(kv: KVManager) -> dict[str, Any]:
-    """The fields of `EngineStats` that speak of the tiers; reads only, so another thread may call it."""
-    tiers, pool = kv.tiers, kv.pool
-    if tiers is None:
-        return {}
-    device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
-                       unsaved_total=tiers.saver.num_cut, evicted_total=pool.num_evicted)
-    found = {"device": device, "host": _tier(tiers.host, tiers.writer.num_cut if tiers.disk else 0, {})}
-    if tiers.disk is not None and tiers.store is not None:
-        found["disk"] = _tier(tiers.disk, 0, dict(tiers.store.counters.misses))
-    lanes = {name: LaneStats(queued=s.queued, jobs_total=s.num_jobs, bytes_total=s.num_bytes, busy_s_total=s.busy_s,
-                             wait_s_total=s.wait_s) for name, s in tiers.lanes.stats.items()}
-    prefetcher = tiers.prefetcher
-    prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
-    return {"kv_tiers": found, "kv_lanes": lanes, "prefetched_blocks_total": prefetched,
-            "kv_disk_up": tiers.disk is not None and not tiers.writer.disabled}
-
-
-def _tier(index: TierIndex, unsaved: int, missed: dict[str, int]) -> TierStats:
-    return TierStats(num_blocks=index.num_slots, num_used=len(index), evicted_total=index.num_evicted,
-                     unsaved_total=unsaved, missed_total=missed)
+def _disk_lost(message: str) -> None:
+    _log.error("the disk tier of the KV cache failed and is switched off; serving goes on without it: %s", message)

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 DIGEST_BYTES = 16
+ROOT = bytes(DIGEST_BYTES)  # stands for the parent of a sequence's first block
 TOKEN_DTYPE = np.dtype("<i4")
 
 

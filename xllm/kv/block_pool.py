@@ -1,25 +1,32 @@
 """`BlockPool`: the one place that decides whether a KV block may be used again.
 
-A block carries (ref_count, fence, lease). `fence` is the last step that may touch it, `lease` a
-transfer that holds it until a deadline. It becomes reusable only when
+A block carries (ref_count, fence, pins, lease). `fence` is the last step that may touch it, `pins` are the
+moves in flight that read it, `lease` keeps it for a transfer that has not begun. It becomes reusable
+only when
 
-    ref_count == 0  and  settled_step >= fence  and  no lease is alive
+    ref_count == 0  and  settled_step >= fence  and  pins == 0  and  no lease is alive
 
 The states of a block:
 
     FREE     holds nothing; on the free stack
     HELD     ref_count > 0
-    PENDING  ref_count == 0, but a running step (fence) or a transfer (lease) may still touch it
-    CACHED   ref_count == 0, findable through the prefix index, evictable unless it is leased
+    PENDING  ref_count == 0, but a running step (fence) or a transfer (pin, lease) may still touch it
+    CACHED   ref_count == 0, findable through the prefix index, evictable unless a transfer guards it
 
-A transfer may lease a cached block to copy it. Where eviction meets such a block it is no longer
-findable, and PENDING until the lease ends.
+A transfer may guard a cached block to copy it. Where eviction meets such a block it is no longer
+findable, and PENDING until the last guard is gone.
+
+A lease has a deadline: whoever took it may be stuck, and must not keep blocks from the others for ever. A pin has
+none, because the copy reads the block whatever the clock says: it ends with the move, or with the engine if its
+worker dies. So an expired lease never lets a block be overwritten under a copy: what is in flight is pinned as well,
+and what is not looks for its blocks again before it begins (`DeviceOrigin.take`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +35,14 @@ from xllm.kv.eviction import EvictionPolicy
 from xllm.kv.prefix_index import PrefixIndex
 
 FREE, HELD, PENDING, CACHED = range(4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """Blocks kept for a transfer until a deadline. Made by `BlockPool.lease`, and to be given back to it."""
+
+    block_ids: np.ndarray
+    deadline_s: float
 
 
 class BlockPool:
@@ -52,10 +67,10 @@ class BlockPool:
         self._entry = np.zeros(num_blocks, dtype=np.int64)  # the newest entry that lists the block
         self._next_entry = 1
         self._num_pending = 0
-        self._leases: dict[int, list[float]] = {}  # block -> deadlines
-        self._is_leased = np.zeros(num_blocks, dtype=bool)
-        self._num_leased_cached = 0
-        self._doomed: set[int] = set()  # not findable and leased: FREE when their leases end
+        self._leases: dict[Lease, None] = {}  # in the order of taking
+        self._num_guards = np.zeros(num_blocks, dtype=np.int32)  # pins and leases
+        self._num_guarded = 0  # blocks that are CACHED and have a guard
+        self._is_doomed = np.zeros(num_blocks, dtype=bool)  # not findable and guarded: FREE with its last guard
 
     # --- capacity
 
@@ -67,7 +82,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give now: free ones and evictable ones."""
-        return self._num_free + len(self._policy) - self._num_leased_cached
+        return self._num_free + len(self._policy) - self._num_guarded
 
     @property
     def num_free(self) -> int:
@@ -77,7 +92,7 @@ class BlockPool:
     @property
     def num_pending(self) -> int:
         """Blocks that become available by themselves once the running steps and transfers are done."""
-        return self._num_pending + self._num_leased_cached
+        return self._num_pending + self._num_guarded
 
     @property
     def num_held(self) -> int:
@@ -107,18 +122,18 @@ class BlockPool:
         """One more holder for cached (or held) blocks, as a prefix hit does. No repeats."""
         assert not np.any(self._state[block_ids] == FREE)
         self._policy.revive(block_ids)
-        if self._num_leased_cached:
-            self._num_leased_cached -= self._count_leased_cached(block_ids)
+        if self._num_guarded:
+            self._num_guarded -= self._count_guarded(block_ids)
         self._num_pending -= int(np.count_nonzero(self._state[block_ids] == PENDING))
         self._state[block_ids] = HELD
         self._ref_count[block_ids] += 1
 
     def num_idle(self, block_ids: np.ndarray) -> int:
         """How many of these count as available now and would not after `share`."""
-        return int(np.count_nonzero((self._state[block_ids] == CACHED) & ~self._is_leased[block_ids]))
+        return int(np.count_nonzero((self._state[block_ids] == CACHED) & (self._num_guards[block_ids] == 0)))
 
-    def _count_leased_cached(self, block_ids: np.ndarray) -> int:
-        return int(np.count_nonzero((self._state[block_ids] == CACHED) & self._is_leased[block_ids]))
+    def _count_guarded(self, block_ids: np.ndarray) -> int:
+        return int(np.count_nonzero((self._state[block_ids] == CACHED) & (self._num_guards[block_ids] > 0)))
 
     def release(self, block_ids: np.ndarray, fence: int) -> None:
         """A holder lets go. `block_ids` from the root on, without repeats; `fence`: the last step that
@@ -159,11 +174,11 @@ class BlockPool:
         keep, drop = block_ids[cached], block_ids[~cached]
         self._state[keep] = CACHED
         self._policy.retire(keep)
-        if self._leases:
-            self._num_leased_cached += int(np.count_nonzero(self._is_leased[keep]))
-            leased = self._is_leased[drop]
-            self._doom(drop[leased])
-            drop = drop[~leased]
+        if self._num_guards[block_ids].any():
+            self._num_guarded += int(np.count_nonzero(self._num_guards[keep]))
+            guarded = self._num_guards[drop] > 0
+            self._doom(drop[guarded])
+            drop = drop[~guarded]
         self._push_free(drop)
 
     def _push_free(self, block_ids: np.ndarray) -> None:
@@ -176,11 +191,11 @@ class BlockPool:
         while num_blocks:
             victims = self._policy.victims(num_blocks).astype(np.intp)
             self._index.remove(victims)
-            if self._num_leased_cached and self._is_leased[victims].any():
-                leased = self._is_leased[victims]
-                self._num_leased_cached -= int(np.count_nonzero(leased))
-                self._doom(victims[leased])
-                victims = victims[~leased]
+            if self._num_guarded and self._num_guards[victims].any():
+                guarded = self._num_guards[victims] > 0
+                self._num_guarded -= int(np.count_nonzero(guarded))
+                self._doom(victims[guarded])
+                victims = victims[~guarded]
             self._push_free(victims)
             self.num_evicted += len(victims)
             num_blocks -= len(victims)
@@ -188,54 +203,52 @@ class BlockPool:
     def _doom(self, block_ids: np.ndarray) -> None:
         self._state[block_ids] = PENDING
         self._num_pending += len(block_ids)
-        self._doomed.update(block_ids.tolist())
+        self._is_doomed[block_ids] = True
 
     def drop_cached(self) -> int:
         """Forget every cached block that nobody uses; returns how many."""
-        count = len(self._policy) - self._num_leased_cached
+        count = len(self._policy) - self._num_guarded
         self._evict(count)
         return count
 
-    # --- leases
+    # --- transfers
 
-    def lease(self, block_ids: np.ndarray, deadline_s: float) -> None:
-        """A transfer reads or writes these until `unlease` or the deadline (the caller's clock). Leases add up."""
+    def pin(self, block_ids: np.ndarray) -> None:
+        """A move in flight reads these until `unpin`. Pins add up; no repeats."""
         assert not np.any(self._state[block_ids] == FREE)
-        self._num_leased_cached += int(
-            np.count_nonzero((self._state[block_ids] == CACHED) & ~self._is_leased[block_ids]))
-        self._is_leased[block_ids] = True
-        for block in block_ids.tolist():
-            self._leases.setdefault(block, []).append(deadline_s)
+        self._num_guarded += self.num_idle(block_ids)
+        self._num_guards[block_ids] += 1
 
-    def unlease(self, block_ids: np.ndarray) -> None:
-        """End one lease of each."""
-        for block in block_ids.tolist():
-            deadlines = self._leases.get(block)
-            if deadlines:
-                deadlines.pop()
-                if not deadlines:
-                    self._end_leases(block)
-        self._drain()
+    def unpin(self, block_ids: np.ndarray) -> None:
+        """That move is over."""
+        self._num_guards[block_ids] -= 1
+        assert not np.any(self._num_guards[block_ids] < 0), "unpinned more often than pinned"
+        bare = block_ids[self._num_guards[block_ids] == 0]
+        self._num_guarded -= int(np.count_nonzero(self._state[bare] == CACHED))
+        doomed = bare[self._is_doomed[bare]]
+        self._is_doomed[doomed] = False
+        self._num_pending -= len(doomed)
+        self._push_free(doomed)
+
+    def lease(self, block_ids: np.ndarray, deadline_s: float) -> Lease:
+        """Keep these for a transfer until `end_lease` or the deadline, by the clock of `expire_leases`. No repeats."""
+        lease = Lease(block_ids, deadline_s)
+        self.pin(block_ids)
+        self._leases[lease] = None
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        """The transfer has what it needs. Does nothing if the lease has expired."""
+        if lease in self._leases:
+            del self._leases[lease]
+            self.unpin(lease.block_ids)
 
     def expire_leases(self, now_s: float) -> int:
-        """Break the leases whose deadline has passed; returns of how many blocks the last one."""
-        expired = 0
-        for block, deadlines in list(self._leases.items()):
-            deadlines[:] = [deadline for deadline in deadlines if deadline > now_s]
-            if not deadlines:
-                self._end_leases(block)
-                expired += 1
-        self._drain()
-        return expired
-
-    def _end_leases(self, block: int) -> None:
-        del self._leases[block]
-        self._is_leased[block] = False
-        self._num_leased_cached -= int(self._state[block] == CACHED)
-        if block in self._doomed:
-            self._doomed.remove(block)
-            self._num_pending -= 1
-            self._push_free(np.array([block], dtype=np.int32))
+        """End the leases whose deadline has passed; returns how many."""
+        expired = [lease for lease in self._leases if lease.deadline_s <= now_s] if self._leases else []
+        for lease in expired:
+            self.end_lease(lease)
+        return len(expired)
 
     # --- audit
 
@@ -246,7 +259,8 @@ class BlockPool:
     def check_integrity(self) -> None:
         """Raise IntegrityError if any count, state or list disagrees with another."""
         free = self._free[: self._num_free]
-        pending = {b for _, _, ids in self._pending for b in ids.tolist() if self._state[b] == PENDING} | self._doomed
+        pending = {b for _, _, ids in self._pending for b in ids.tolist() if self._state[b] == PENDING}
+        pending |= set(np.flatnonzero(self._is_doomed).tolist())
         _require(len(np.unique(free)) == self._num_free, "a block is on the free stack twice")
         _require(bool(np.all(self._state[free] == FREE)), "a block on the free stack is not FREE")
         _require(int(np.count_nonzero(self._state == FREE)) == self._num_free, "a FREE block is not on the stack")
@@ -254,10 +268,15 @@ class BlockPool:
         _require(int(np.count_nonzero(self._state == CACHED)) == len(self._policy), "CACHED and the policy disagree")
         _require(len(pending) == self._num_pending == int(np.count_nonzero(self._state == PENDING)),
                  "PENDING and the waiting list disagree")
-        _require(set(np.flatnonzero(self._is_leased).tolist()) == set(self._leases), "leases and their flags disagree")
-        leased_cached = np.count_nonzero((self._state == CACHED) & self._is_leased)
-        _require(int(leased_cached) == self._num_leased_cached, "the count of leased cached blocks is wrong")
-        _require(all(self._state[b] == PENDING and b in self._leases for b in self._doomed), "a doomed block is not")
+        leased = np.zeros(self.num_blocks, dtype=np.int32)
+        for lease in self._leases:
+            leased[lease.block_ids] += 1
+        guarded = self._num_guards > 0
+        _require(bool(np.all(self._num_guards >= leased)), "a lease does not guard its blocks")
+        _require(not np.any(guarded & (self._state == FREE)), "a FREE block is guarded")
+        _require(int(np.count_nonzero((self._state == CACHED) & guarded)) == self._num_guarded,
+                 "the count of guarded cached blocks is wrong")
+        _require(bool(np.all(guarded & (self._state == PENDING) | ~self._is_doomed)), "a doomed block is not")
         every_listed = self._index.contains(np.arange(self.num_blocks))
         for block in range(self.num_blocks):
             state, listed = self._state[block], every_listed[block]

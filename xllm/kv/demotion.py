@@ -7,6 +7,7 @@ written at a time; a more urgent one may overtake between two chunks.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,22 +16,21 @@ from typing import Protocol
 import numpy as np
 
 from xllm.kv import failpoints
-from xllm.kv.block import DIGEST_BYTES
-from xllm.kv.lanes import URGENT, Lanes
+from xllm.kv.block import ROOT
+from xllm.kv.block_pool import Lease
+from xllm.kv.moves import URGENT, WRITE, MoveDone, MoveError, OpenMoves
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-MAX_CHUNK_BLOCKS = 32  # of one job: enough to amortise its overhead, few enough to be overtaken
+MAX_CHUNK_BLOCKS = 32  # of one move: enough to amortise its overhead, few enough to be overtaken
 CHUNK_BYTES = 768 << 10  # and as many bytes, so that what computes on the same cores is never away for long
 MAX_QUEUED_PATHS = 1024
 NORMAL = URGENT + 1  # priority of copies that nobody waits for
-ROOT = bytes(DIGEST_BYTES)  # the parent digest of a first block
 
 
-class Source(Protocol):
+class Origin(Protocol):
     """The tier that a path comes from, as its `Demoter` sees it. Items are block ids or slots, int32."""
 
-    lane: str
-    item_bytes: int
+    lane: str  # of the copies from here
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
@@ -38,10 +38,6 @@ class Source(Protocol):
 
     def give_back(self, items: np.ndarray) -> None:
         """The copy is over."""
-        ...
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        """Copy items to slots of the target; in a worker thread. Raises OSError if the target fails."""
         ...
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
@@ -55,28 +51,35 @@ class Source(Protocol):
 
 class Path:
     """A path to write: `items` int32 and `digests` from the root on. The demoter writes the rest: `done` of the items
-    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted."""
+    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted.
+    lease: what keeps its blocks while it waits, if anything does; its origin ends it."""
 
-    __slots__ = ("cut", "digests", "done", "items", "overtaken", "priority", "slots", "submitted")
+    __slots__ = ("cut", "digests", "done", "items", "lease", "overtaken", "priority", "slots", "submitted")
 
-    def __init__(self, items: np.ndarray, digests: Sequence[bytes], priority: int):
+    def __init__(self, items: np.ndarray, digests: Sequence[bytes], priority: int, lease: Lease | None = None):
         self.items = items
         self.digests = digests
         self.priority = priority
+        self.lease = lease
         self.slots = np.full(len(items), NO_SLOT, dtype=np.int32)
         self.done = 0
         self.submitted = 0
         self.cut = False
         self.overtaken = False
 
+    def names(self, first: int, last: int) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """The digests of the items [first, last), and those of their parents."""
+        parents = self.digests[first - 1 : last - 1] if first else (ROOT, *self.digests[: last - 1])
+        return tuple(self.digests[first:last]), tuple(parents)
+
 
 class Demoter:
     """Writes paths from one tier into `target`. Owned by the KV manager's thread."""
 
-    def __init__(self, source: Source, target: TierIndex, lanes: Lanes,
-                 on_error: Callable[[BaseException], None]):
-        """on_error: called with what a copy raised."""
-        self._source, self._target, self._lanes, self._on_error = source, target, lanes, on_error
+    def __init__(self, origin: Origin, target: TierIndex, moves: OpenMoves,
+                 on_error: Callable[[MoveError], None]):
+        """on_error: told why a copy failed."""
+        self._origin, self._target, self._moves, self._on_error = origin, target, moves, on_error
         self._queue: list[tuple[int, int, Path]] = []
         self._order = itertools.count()
         self._active: Path | None = None
@@ -84,7 +87,7 @@ class Demoter:
         self.num_written = 0
         self.num_cut = 0  # blocks of paths that were not written: evicted before, no room, or an error
         self.disabled = False
-        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // source.item_bytes))
+        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // moves.payload_bytes))
 
     @property
     def is_idle(self) -> bool:
@@ -98,7 +101,7 @@ class Demoter:
         """Queue a path; False if the queue is full or the tier has failed."""
         if self.disabled or len(self._queue) >= MAX_QUEUED_PATHS:
             self.num_cut += len(path.items)
-            self._source.ended(path)
+            self._origin.ended(path)
             return False
         heapq.heappush(self._queue, (path.priority, next(self._order), path))
         self.pump()
@@ -108,10 +111,10 @@ class Demoter:
         """The target has failed: nothing more is written."""
         self.disabled = True
         while self._queue:
-            self._source.ended(heapq.heappop(self._queue)[2])
+            self._origin.ended(heapq.heappop(self._queue)[2])
 
     def pump(self) -> None:
-        """Keep two jobs in flight, so that the lane never waits for the bookkeeping."""
+        """Keep two moves in flight, so that the lane never waits for the bookkeeping."""
         while self._in_flight < 2:
             path = self._active
             if path is None:
@@ -139,17 +142,17 @@ class Demoter:
             known += 1
         if known:
             target.hold(path.slots[:known])
-            self._source.written(path.items[:known], path.digests[:known], path.slots[:known])
+            self._origin.written(path.items[:known], path.digests[:known], path.slots[:known])
         path.done = path.submitted = known
 
     def _submit(self, path: Path) -> None:
         first = path.submitted
         last = min(first + self._chunk, len(path.items))
         items, digests = path.items[first:last], path.digests[first:last]
-        num = self._source.take(items, digests)
+        num = self._origin.take(items, digests)
         slots = self._target.reserve(num)
         if len(slots) < num:
-            self._source.give_back(items[len(slots) : num])
+            self._origin.give_back(items[len(slots) : num])
         path.cut = len(slots) < last - first
         if not len(slots):
             return
@@ -157,58 +160,39 @@ class Demoter:
         path.slots[first:last] = slots
         path.submitted = last
         self._in_flight += 1
-        self._lanes.submit(_Chunk(self, path, first, last))
+        names = path.names(first, last) if self._origin.lane == WRITE else ((), ())  # disk keeps them beside the block
+        self._moves.submit(self._origin.lane, path.priority, path.items[first:last], slots,
+                           functools.partial(self._finish, path, first, last), digests=names[0], parents=names[1])
 
-    def copy(self, path: Path, first: int, last: int) -> None:
-        """In a worker thread."""
-        parents = [path.digests[i - 1] if i else ROOT for i in range(first, last)]
-        self._source.copy(path.items[first:last], path.slots[first:last], path.digests[first:last], parents)
-
-    def finish(self, path: Path, first: int, last: int, error: BaseException | None) -> None:
+    def _finish(self, path: Path, first: int, last: int, done: MoveDone) -> None:
         """A chunk has been written, or not."""
         self._in_flight -= 1
         items, slots, digests = path.items[first:last], path.slots[first:last], path.digests[first:last]
-        if error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent
+        if done.error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent
             self._target.abandon(slots)
             path.cut = True
         else:
             slots = self._target.publish(slots, digests, int(path.slots[first - 1]) if first else NO_SLOT)
             num = len(slots)
             path.slots[first : first + num] = slots
-            self._source.written(items[:num], digests[:num], slots)
+            self._origin.written(items[:num], digests[:num], slots)
             self.num_written += num
             path.done = first + num
             path.cut |= path.done < last
             if failpoints.armed is not None:
                 failpoints.hit("tier.published")
-        self._source.give_back(items)
-        if error is not None:
-            self._on_error(error)
+        self._origin.give_back(items)
+        if done.error is not None:
+            self._on_error(done.error)
         self.pump()
 
     def _end(self, path: Path) -> None:
         self._active = None
         self._target.let_go(path.slots[: path.done])
         if path.overtaken and path.done == path.submitted < len(path.items):
-            again = Path(path.items, path.digests, path.priority)
+            again = Path(path.items, path.digests, path.priority, path.lease)
             heapq.heappush(self._queue, (again.priority, next(self._order), again))
             return
         self.num_cut += len(path.items) - path.done
         self._target.use(path.slots[: path.done])
-        self._source.ended(path)
-
-
-class _Chunk:
-    """The job of writing items [first, last) of a path."""
-
-    def __init__(self, demoter: Demoter, path: Path, first: int, last: int):
-        self._demoter, self._path, self._first, self._last = demoter, path, first, last
-        self.lane = demoter._source.lane
-        self.priority = path.priority
-        self.num_bytes = (last - first) * demoter._source.item_bytes
-
-    def run(self) -> None:
-        self._demoter.copy(self._path, self._first, self._last)
-
-    def finish(self, error: BaseException | None) -> None:
-        self._demoter.finish(self._path, self._first, self._last, error)
+        self._origin.ended(path)

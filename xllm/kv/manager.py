@@ -7,26 +7,30 @@ back when a row leaves. Letters: R rows, M blocks per row, P tokens per block, B
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 
 from xllm.errors import IntegrityError
 from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
+from xllm.kv.events import EventSink
 from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
+from xllm.kv.moves import LOAD, SAVE
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
+from xllm.kv.promotion import Stage
+from xllm.kv.source import Extension, KVSource, NoSource, SourceStats
 
-if TYPE_CHECKING:
-    from xllm.kv.tiers import TieredStore
-
+S = TypeVar("S", bound=KVSource)
 DEFAULT_POLICY = "duel"
-RECOGNISED_BLOCKS = 256
 _NO_BLOCKS = np.zeros(0, dtype=np.int32)
 
 
 class KVManager:
-    """Block tables over one `BlockPool`. Not thread-safe: the scheduler's thread owns it."""
+    """Block tables over one `BlockPool`, and what stands below it. Not thread-safe: the scheduler's thread owns it.
+
+    Scheduler and engine use nothing beneath: `pool` and `source` are for tests and benchmarks.
+    """
 
     def __init__(self, *, num_blocks: int, block_size: int, num_rows: int, max_tokens_per_row: int,
                  num_reserved_blocks: int = 0, enable_prefix_caching: bool = True,
@@ -46,18 +50,52 @@ class KVManager:
         self._hashers: list[Hasher | None] = [None] * num_rows
         self._parents = [NO_BLOCK] * num_rows  # the cached block that ends the row's committed prefix
         self._replaced: list[tuple[int, int, int]] = []  # (row, place in the table, block) not yet in a plan
-        self._tiers: TieredStore | None = None
+        self.source: KVSource = NoSource()
         self._held_paths: dict[int, np.ndarray] = {}  # blocks that a waiting request keeps, by its key
 
-    def attach(self, make_tiers: Callable[[PrefixIndex, BlockPool], TieredStore]) -> TieredStore:
-        """Put host memory and disk below the device. Once, before the first request."""
-        assert self._tiers is None and self.enable_prefix_caching
-        self._tiers = make_tiers(self._index, self.pool)
-        return self._tiers
+    def attach(self, make_source: Callable[[PrefixIndex, BlockPool], S]) -> S:
+        """Put something below the device, and return it. Once, before the first request."""
+        assert not self.source.has_tiers and self.enable_prefix_caching
+        self.source = source = make_source(self._index, self.pool)
+        return source
+
+    def listen(self, sink: EventSink) -> None:
+        """Tell `sink` which blocks are findable on the device, now and from now on. One sink at a time."""
+        self._index.listen(sink)
+
+    # --- how many blocks there are
 
     @property
-    def tiers(self) -> TieredStore | None:
-        return self._tiers
+    def num_blocks(self) -> int:
+        """Blocks of the device, with those that it keeps to itself."""
+        return self.pool.num_blocks
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that rows can have."""
+        return self.pool.num_usable
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be had now: empty ones, and those that hold only evictable prefixes."""
+        return self.pool.num_available
+
+    @property
+    def num_pending_blocks(self) -> int:
+        """Blocks that become free by themselves once the running steps and transfers are done."""
+        return self.pool.num_pending
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that a row, a waiting request or a load holds."""
+        return self.pool.num_held
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that somebody holds or that are still in flight."""
+        return 1.0 - self.pool.num_available / self.pool.num_usable
+
+    # --- finding a prefix
 
     def lookup(self, token_ids: np.ndarray, cache_salt: str) -> PrefixMatch:
         """The cached prefix of `token_ids`; empty with prefix caching off. Changes nothing.
@@ -111,6 +149,8 @@ class KVManager:
         self._parents[row] = int(match.block_ids[-1]) if len(match.block_ids) else NO_BLOCK
         return copy
 
+    # --- paths held for requests that have no row yet
+
     def hold(self, key: int, path: np.ndarray) -> None:
         """Keep a path of findable blocks, root first, for a request that has no row yet."""
         assert key not in self._held_paths
@@ -129,17 +169,7 @@ class KVManager:
         """End a `hold`."""
         self.pool.release(self._held_paths.pop(key), fence=-1)
 
-    @property
-    def num_loading(self) -> int:
-        """Loads from host memory that are open: each holds blocks until it is complete."""
-        return 0 if self._tiers is None else self._tiers.loader.num_open
-
-    def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
-        """The loads from host memory that whoever reads these blocks still waits for."""
-        if not self.num_loading or not len(block_ids):
-            return ()
-        assert self._tiers is not None
-        return self._tiers.loader.open_tickets(block_ids)
+    # --- rows
 
     def blocks_read(self, match: PrefixMatch) -> np.ndarray:
         """The cached blocks that a hit reads, also the one that is only copied: int32."""
@@ -198,8 +228,8 @@ class KVManager:
         self.num_committed_R[row] = last
         self._admitted[0].extend(new_blocks)
         self._admitted[1].extend(new_digests)
-        if self._tiers is not None and new_blocks:
-            self._tiers.committed(new_blocks, new_digests)
+        if new_blocks:
+            self.source.committed(new_blocks, new_digests)
 
     def _admit(self) -> None:
         """Tell the policy what has been committed: in one go, before any of it can be evicted."""
@@ -220,20 +250,13 @@ class KVManager:
         return np.array(replaced, dtype=np.int32).reshape(-1, 3)
 
     def turn_began(self, session_id: str | None, block_ids: np.ndarray, clock: Callable[[], float]) -> None:
-        """A request got in with this hit: for the prefetcher, if there is one."""
-        if self._tiers is not None and self._tiers.prefetcher is not None:
-            self._tiers.prefetcher.turn_began(session_id, self._tail_digests(block_ids), clock())
+        """A request got in with this hit."""
+        self.source.turn_began(session_id, block_ids, clock)
 
     def turn_ended(self, session_id: str | None, row: int, clock: Callable[[], float]) -> None:
-        """A row's request has ended well and is about to leave: for the prefetcher, if there is one."""
-        if self._tiers is not None and self._tiers.prefetcher is not None and self.num_committed_R[row]:
-            path = self.block_table_RM[row, : self.num_committed_R[row]]
-            digests = self._tail_digests(path)
-            self._tiers.prefetcher.turn_ended(session_id, digests[-1], digests, clock())
-
-    def _tail_digests(self, path: np.ndarray) -> list[bytes]:
-        """Of the last blocks of a path: a turn adds few, so that the end of the one before is among them."""
-        return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
+        """A row's request has ended well and is about to leave."""
+        if self.num_committed_R[row]:
+            self.source.turn_ended(session_id, self.block_table_RM[row, : self.num_committed_R[row]], clock)
 
     def leave(self, row: int, fence: int, *, used: bool = True, swap: bool = False) -> None:
         """Give back all that the row holds. `fence`: the last step planned with it, -1 for none.
@@ -246,8 +269,7 @@ class KVManager:
             path = self.block_table_RM[row, : self.num_committed_R[row]].copy()
             if used:
                 self._policy.use(path)
-            if self._tiers is not None:
-                self._tiers.released(path, swap=swap)
+            self.source.released(path, swap=swap)
         self.pool.release(self.blocks_of(row), fence)
         self.num_blocks_R[row] = 0
         self.num_committed_R[row] = 0
@@ -256,10 +278,88 @@ class KVManager:
         if self._replaced:
             self._replaced = [entry for entry in self._replaced if entry[0] != row]
 
+    def settle(self, step: int) -> None:
+        """Step `step` and all before it are done on the device."""
+        self.pool.settle(step)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every cached block that nobody uses, but those on disk; returns how many of the device's."""
+        self.source.clear()
+        return self.pool.drop_cached()
+
+    # --- what stands below the device; see `KVSource`
+
     @property
-    def usage(self) -> float:
-        """Share of the blocks that somebody holds or that are still in flight."""
-        return 1.0 - self.pool.num_available / self.pool.num_usable
+    def has_tiers(self) -> bool:
+        """Whether KV that leaves the device may be found again."""
+        return self.source.has_tiers
+
+    @property
+    def can_stage(self) -> bool:
+        """Whether `extend` may find anything that has to be staged first."""
+        return self.source.can_stage
+
+    def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
+        """Where the prefix of `token_ids` goes on below the device; its last token is left to compute."""
+        return self.source.extend(match, token_ids)
+
+    def stage(self, extension: Extension, priority: int) -> Stage:
+        """Bring what lies on disk to host memory."""
+        return self.source.stage(extension, priority)
+
+    def load(self, key: int, match: PrefixMatch, extension: Extension, priority: int) -> tuple[int, ...]:
+        """Bring what host memory has behind the hit to the device, and `hold` the whole path under `key`; returns the
+        loads to wait for. The blocks needed must be free."""
+        path = self.source.load(match.block_ids, extension, priority)
+        self.hold(key, path)
+        return self.source.open_tickets(path)
+
+    @property
+    def num_loading(self) -> int:
+        """Loads that are not complete: each holds blocks until it is."""
+        return self.source.num_loading
+
+    def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
+        """The loads that whoever reads these blocks still waits for."""
+        return self.source.open_tickets(block_ids)
+
+    def is_loading(self, tickets: tuple[int, ...]) -> bool:
+        """Whether any of these loads is not complete."""
+        return any(map(self.source.is_open, tickets))
+
+    def load_s(self, num_blocks: int) -> float:
+        """How long it takes to load so many blocks."""
+        return self.source.move_s(LOAD, num_blocks)
+
+    def swap_s(self, num_blocks: int) -> float:
+        """How long it takes to copy so many blocks down and up again."""
+        return self.source.move_s(SAVE, num_blocks) + self.source.move_s(LOAD, num_blocks)
+
+    def poll(self, now_s: float) -> int:
+        """Take in what has moved and begin what is due; returns how many moves ended. now_s: by the owner's clock."""
+        done = self.source.poll(now_s)
+        self.pool.expire_leases(now_s)
+        return done
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a move has ended or the time is over. False, at once: none is under way."""
+        return self.source.wait(timeout_s)
+
+    def idle_s(self, now_s: float) -> float | None:
+        """How soon `poll` is worth calling while there is nothing else to do; None: never."""
+        return self.source.idle_s(now_s)
+
+    def set_foreground(self, steps_run: bool) -> None:
+        """While steps run, moves that nobody waits for go slowly."""
+        self.source.set_foreground(steps_run)
+
+    def close(self, flush_s: float) -> None:
+        """End all moves; first spend up to `flush_s` on storing what shall outlive the process."""
+        self.source.close(flush_s)
+
+    def source_stats(self, missed_total: dict[str, int]) -> SourceStats:
+        """May be called from another thread. missed_total: see `MovePerformer.missed_total`."""
+        return self.source.stats(missed_total)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if pool, index and block tables disagree."""
@@ -268,10 +368,8 @@ class KVManager:
         held[: self.pool.num_reserved] = 1
         for row, count in enumerate(self.num_blocks_R.tolist()):
             np.add.at(held, self.block_table_RM[row, :count], 1)
-        loading = self._tiers.loader.open_paths if self._tiers is not None else []
-        for path in (*self._held_paths.values(), *loading):
+        for path in (*self._held_paths.values(), *self.source.held_paths()):
             held[path] += 1
         if not np.array_equal(held, self.pool.ref_counts()):
             raise IntegrityError("ref counts differ from what rows, waiting requests and loads hold")
-        if self._tiers is not None:
-            self._tiers.check_integrity()
+        self.source.check_integrity()

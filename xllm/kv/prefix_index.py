@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm.errors import IntegrityError
-from xllm.kv.block import Hasher, root_hasher, token_bytes
+from xllm.kv.block import ROOT, Hasher, root_hasher, token_bytes
+from xllm.kv.events import EventSink
 
 STRIDE_BLOCKS = 64  # how many blocks one look-up skips while everything matches
 NO_BLOCK = -1
@@ -42,6 +43,21 @@ class PrefixIndex:
         self._flags = bytearray(num_blocks)  # 1: cached; the fast way to ask for one block
         self._is_cached = np.frombuffer(self._flags, dtype=bool)  # the same memory, for many
         self._parent_of: list[int] = [NO_BLOCK] * num_blocks
+        self._sink: EventSink | None = None  # None: nobody listens, which costs one test for each change
+
+    def listen(self, sink: EventSink) -> None:
+        """Tell `sink` what is findable now, and from now on what changes. One sink at a time."""
+        told = np.zeros(len(self._parent_of), dtype=bool)
+        for leaf in self.leaves().tolist():
+            path = self.path_to(leaf)
+            for block in path[~told[path]].tolist():
+                sink.stored(self.digest_of(block), self._parent_digest(block))
+            told[path] = True
+        self._sink = sink
+
+    def _parent_digest(self, block: int) -> bytes:
+        parent = self._parent_of[block]
+        return ROOT if parent == NO_BLOCK else self.digest_of(parent)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._is_cached))
@@ -90,6 +106,8 @@ class PrefixIndex:
         self._digest_of[block_id] = digest
         self._flags[block_id] = 1
         self._parent_of[block_id] = parent
+        if self._sink is not None:
+            self._sink.stored(digest, self._parent_digest(block_id))
 
     def insert_many(self, digests: Sequence[bytes], block_ids: np.ndarray, parents: np.ndarray) -> None:
         """`insert` for a chain of blocks, root first."""
@@ -120,7 +138,10 @@ class PrefixIndex:
 
     def remove(self, block_ids: np.ndarray) -> None:
         """Forget evicted blocks."""
+        digests = None if self._sink is None else [self.digest_of(block) for block in block_ids.tolist()]
         self._is_cached[block_ids] = False
+        if self._sink is not None and digests:
+            self._sink.removed(digests)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if the maps disagree or a cached block's parent is not resident."""

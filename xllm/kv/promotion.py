@@ -7,47 +7,53 @@ forgotten with all that follows it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
+from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block_pool import BlockPool
-from xllm.kv.lanes import LOAD, READ, Lanes, Ticket, TicketBoard
-from xllm.kv.mover import Mover
+from xllm.kv.moves import LOAD, NO_TICKET, READ, MoveDone, OpenMoves
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-NO_TICKET = 0
 CHUNK_BLOCKS = 32
 
 
-class DiskReader(Protocol):
-    """What `Stager` asks of the disk store."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Load:
+    """A load that is not complete. path: the device blocks that it holds; `new`, its last ones, are loaded.
+    host_path: the slots of the same blocks, held too."""
 
-    def read(self, slot: int, digest: bytes, out: memoryview) -> bool: ...
+    ticket: int
+    path: np.ndarray
+    new: np.ndarray
+    host_path: np.ndarray
 
 
 class Loader:
     """Copies host blocks to device blocks. `ticket_of` int64 [num_blocks]: the open load that a block waits for."""
 
-    def __init__(self, index: PrefixIndex, pool: BlockPool, host: TierIndex, mover: Mover, lanes: Lanes,
-                 board: TicketBoard):
-        self._index, self._pool, self._host = index, pool, host
-        self._mover, self._lanes, self._board = mover, lanes, board
+    def __init__(self, index: PrefixIndex, pool: BlockPool, host: TierIndex, moves: OpenMoves):
+        self._index, self._pool, self._host, self._moves = index, pool, host, moves
         self.ticket_of = np.full(pool.num_blocks, NO_TICKET, dtype=np.int64)
         self.num_loaded = 0
-        self._open: dict[int, np.ndarray] = {}  # the path that each open load holds
+        self._open: dict[int, Load] = {}  # by ticket
+        self._last_ticket = NO_TICKET
 
     @property
     def num_open(self) -> int:
         return len(self._open)
 
     @property
-    def open_paths(self) -> list[np.ndarray]:
-        """The device blocks that open loads hold."""
+    def open_loads(self) -> list[Load]:
         return list(self._open.values())
+
+    def is_open(self, ticket: int) -> bool:
+        return ticket in self._open
 
     def load(self, resident: np.ndarray, host_path: np.ndarray, priority: int) -> np.ndarray:
         """Bring the rest of a path to the device; returns the device blocks of the whole path, which are findable now.
@@ -63,57 +69,30 @@ class Loader:
         parents = np.concatenate((resident[-1:] if len(resident) else [NO_BLOCK], new[:-1])).astype(np.int32)
         self._index.insert_many(digests, new, parents)
         self._pool.admit(new, digests, parents)
-        ticket = self._board.open(self._mover.num_layers)
-        self.ticket_of[new] = ticket.ticket_id
-        path = np.concatenate((resident, new)).astype(np.int32)
-        self._open[ticket.ticket_id] = path
+        ticket = self._last_ticket = self._last_ticket + 1
+        self.ticket_of[new] = ticket
+        load = Load(ticket, np.concatenate((resident, new)).astype(np.int32), new, host_path)
+        self._open[ticket] = load
         if failpoints.armed is not None:
             failpoints.hit("tier.load_begun")
-        self._lanes.submit(_LoadJob(self, ticket, path, new, slots, host_path, priority))
-        return path
+        self._moves.submit(LOAD, priority, slots, new, functools.partial(self._finish, load), ticket=ticket)
+        return load.path
 
-    def finish(self, job: _LoadJob, error: BaseException | None) -> None:
+    def _finish(self, load: Load, done: MoveDone) -> None:
         """All layers have arrived, or the device has failed."""
-        if error is not None:
-            raise error
-        self._board.close(job.ticket)
-        del self._open[job.ticket.ticket_id]
-        self.ticket_of[job.new] = NO_TICKET
-        self.num_loaded += len(job.new)
-        self._host.let_go(job.host_path)
-        self._pool.release(job.path, fence=-1)
+        if done.error is not None:
+            raise DeviceError(f"KV could not be loaded to the device: {done.error.message}")
+        del self._open[load.ticket]
+        self.ticket_of[load.new] = NO_TICKET
+        self.num_loaded += len(load.new)
+        self._host.let_go(load.host_path)
+        self._pool.release(load.path, fence=-1)
         if failpoints.armed is not None:
             failpoints.hit("tier.loaded")
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
         """The loads that whoever reads these blocks must wait for."""
-        waiting = np.unique(self.ticket_of[block_ids])
-        return tuple(int(t) for t in waiting if t != NO_TICKET and t in self._board)
-
-
-class _LoadJob:
-    lane = LOAD
-
-    def __init__(self, loader: Loader, ticket: Ticket, path: np.ndarray, new: np.ndarray, slots: np.ndarray,
-                 host_path: np.ndarray, priority: int):
-        self._loader, self.ticket, self.path, self.new = loader, ticket, path, new
-        self._slots, self.host_path, self.priority = slots, host_path, priority
-        self.num_bytes = len(slots) * loader._mover.payload_bytes
-
-    def run(self) -> None:
-        mover = self._loader._mover
-        try:
-            for layer in range(mover.num_layers):
-                mover.load_layer(self._slots, self.new, layer)
-                self.ticket.advance()
-                if failpoints.armed is not None:
-                    failpoints.hit("tier.loaded_layer")
-        except BaseException as error:
-            self.ticket.fail(error)
-            raise
-
-    def finish(self, error: BaseException | None) -> None:
-        self._loader.finish(self, error)
+        return tuple(int(ticket) for ticket in np.unique(self.ticket_of[block_ids]) if ticket != NO_TICKET)
 
 
 class Stage:
@@ -135,11 +114,10 @@ class Stage:
 class Stager:
     """Reads paths from disk into host slots, a chunk at a time, root first."""
 
-    def __init__(self, host: TierIndex, disk: TierIndex, store: DiskReader, mover: Mover, lanes: Lanes,
+    def __init__(self, host: TierIndex, disk: TierIndex, moves: OpenMoves,
                  on_staged: Callable[[np.ndarray, np.ndarray], None]):
         """on_staged(host slots, disk slots): these hold the same contents now."""
-        self._host, self._disk, self._store = host, disk, store
-        self._mover, self._lanes, self._on_staged = mover, lanes, on_staged
+        self._host, self._disk, self._moves, self._on_staged = host, disk, moves, on_staged
         self._staging: dict[bytes, Stage] = {}  # by the digest of their last block
         self.num_staged = 0
         self.num_broken = 0
@@ -177,24 +155,15 @@ class Stager:
         if not len(slots):
             self._end(stage)
             return
-        self._lanes.submit(_ReadJob(self, stage, first, slots))
+        part = slice(first, first + len(slots))
+        self._moves.submit(READ, stage.priority, stage.disk_path[part], slots,
+                           functools.partial(self._finish, stage, first, slots), digests=tuple(stage.digests[part]))
 
-    def read(self, stage: Stage, first: int, slots: np.ndarray) -> int:
-        """In a worker thread: returns how many blocks from the start are good. One that the disk cannot read is not."""
-        for i, slot in enumerate(slots.tolist()):
-            place = first + i
-            try:
-                good = self._store.read(int(stage.disk_path[place]), stage.digests[place], self._mover.payload(slot))
-            except OSError:  # the store has counted it
-                good = False
-            if not good:
-                return i
-            if failpoints.armed is not None:
-                failpoints.hit("tier.read")
-        return len(slots)
-
-    def finish(self, stage: Stage, first: int, slots: np.ndarray, num_good: int) -> None:
+    def _finish(self, stage: Stage, first: int, slots: np.ndarray, done: MoveDone) -> None:
         """A chunk has been read: the block behind the good ones, if there is one, is broken."""
+        if done.error is not None:  # a bug: what the disk does is not one
+            raise DeviceError(f"KV could not be read into host memory: {done.error.message}")
+        num_good = done.num_done
         broken = num_good < len(slots)
         if broken:
             self.num_broken += self._disk.drop(int(stage.disk_path[first + num_good]))
@@ -221,21 +190,3 @@ class Stager:
         self._host.let_go(path)
         self._host.use(path)
         self._disk.let_go(stage.disk_path)
-
-
-class _ReadJob:
-    lane = READ
-
-    def __init__(self, stager: Stager, stage: Stage, first: int, slots: np.ndarray):
-        self._stager, self._stage, self._first, self._slots = stager, stage, first, slots
-        self._num_good = 0
-        self.priority = stage.priority
-        self.num_bytes = len(slots) * stager._mover.payload_bytes
-
-    def run(self) -> None:
-        self._num_good = self._stager.read(self._stage, self._first, self._slots)
-
-    def finish(self, error: BaseException | None) -> None:
-        if error is not None:
-            raise error  # a bug: what the disk does is not one
-        self._stager.finish(self._stage, self._first, self._slots, self._num_good)

@@ -6,7 +6,8 @@ Up: a prompt whose prefix goes on in host memory gets those blocks loaded to the
 host memory first. Copies stay below when blocks go up: host memory includes what it gave to the device, disk what it
 gave to host memory, and so most evictions need no copy at all.
 
-Everything here belongs to the thread that owns the KV manager, except what `Job.run` calls in lane threads.
+Here are the facts about what lies where; the bytes lie with whoever performs the moves (`moves.py`). Everything belongs
+to the thread that owns the KV manager.
 """
 
 from __future__ import annotations
@@ -14,88 +15,73 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from xllm.errors import DiskError
+from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
-from xllm.kv.disk import DiskStore
 from xllm.kv.eviction import EvictionPolicy
-from xllm.kv.lanes import LOAD, SAVE, URGENT, WRITE, Lanes, TicketBoard
-from xllm.kv.mover import Mover
+from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
+from xllm.kv.origins import DeviceOrigin, HostOrigin
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
+from xllm.kv.source import NO_EXTENSION, Extension, SourceStats
 from xllm.kv.tier_index import NO_SLOT, TierIndex
+from xllm.metrics import LaneStats, TierStats
 
 MAX_WRITING_SHARE = 0.5  # of the host slots may be held for writing to disk
 ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet
+# A swap's blocks are kept so long for their copy to begin. It was begun because copying is sooner than computing anew:
+# after this long it is not, and the lane in front of it is stuck. A hung worker is declared dead after the same time.
+SWAP_LEASE_S = 10.0
 PREFETCH = 2**40  # priority: behind everything that somebody waits for
-FOREVER_S = float("inf")
+RECOGNISED_BLOCKS = 256  # from the end of a turn's path, by which the turn before it is found
 BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open
 _NO_SLOTS = np.zeros(0, dtype=np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """Where a prompt's prefix goes on below the device: slots of its whole path, root first, int32. Empty: nowhere.
-
-    host_path: as far as host memory has it. disk_path: as far as disk has it, if that is farther.
-    """
-
-    host_path: np.ndarray
-    disk_path: np.ndarray
-
-    def on_host(self, num_resident: int) -> int:
-        """How many blocks host memory has beyond those resident on the device."""
-        return max(0, len(self.host_path) - num_resident)
-
-
-NO_EXTENSION = Extension(_NO_SLOTS, _NO_SLOTS)
-
-
 class TieredStore:
-    """Host memory and disk below one device pool."""
+    """A `KVSource`: host memory and disk below one device pool."""
 
-    def __init__(self, index: PrefixIndex, pool: BlockPool, mover: Mover, lanes: Lanes,
-                 make_policy: Callable[[int], EvictionPolicy], disk: DiskStore | None = None,
-                 on_disk_error: Callable[[BaseException], None] = lambda error: None):
-        """make_policy: an eviction policy for so many slots. on_disk_error: told once when disk is given up."""
-        self._index, self._pool, self._mover, self.lanes = index, pool, mover, lanes
-        self._on_disk_error = on_disk_error
+    has_tiers = True
+
+    def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
+                 make_policy: Callable[[int], EvictionPolicy],
+                 on_disk_error: Callable[[str], None] = lambda message: None):
+        """link: performs the moves. make_policy: an eviction policy for so many slots. on_disk_error: told once, with
+        the reason, when disk is given up."""
+        self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
+        self.moves = moves = OpenMoves(link, facts.payload_bytes)
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
-        self.on_close: Callable[[], None] = lambda: None
-        self.board = TicketBoard()
+        self._polled_s = 0.0  # by the owner's clock
+        num_slots = facts.num_host_slots
         self.slot_of_block = np.full(pool.num_blocks, NO_SLOT, dtype=np.int32)
-        self.disk_of_slot = np.full(mover.num_host_slots, NO_SLOT, dtype=np.int32)
-        self.host = TierIndex(mover.num_host_slots, make_policy(mover.num_host_slots), self._host_removed)
-        self.loader = Loader(index, pool, self.host, mover, lanes, self.board)
-        self.saver = Demoter(DeviceSource(self), self.host, lanes, self._save_failed)
-        self.store = disk
+        self.disk_of_slot = np.full(num_slots, NO_SLOT, dtype=np.int32)
+        self.host = TierIndex(num_slots, make_policy(num_slots), self._host_removed)
+        self.loader = Loader(index, pool, self.host, moves)
+        device = DeviceOrigin(index, pool, self.slot_of_block, self.write_down)
+        self.saver = Demoter(device, self.host, moves, self._save_failed)
         self.disk: TierIndex | None = None
-        if disk is not None:
-            self.disk = TierIndex(disk.num_slots, make_policy(disk.num_slots), self._disk_removed)
-            self.writer = Demoter(HostSource(self), self.disk, lanes, self._disk_failed)
-            self.stager = Stager(self.host, self.disk, disk, mover, lanes, self._staged)
-            self._warm_start(disk)
+        if facts.num_disk_slots:
+            self.disk = TierIndex(facts.num_disk_slots, make_policy(facts.num_disk_slots), self._disk_removed)
+            self.writer = Demoter(HostOrigin(self.host, self.disk_of_slot), self.disk, moves, self._disk_failed)
+            self.stager = Stager(self.host, self.disk, moves, self._staged)
+            self._warm_start(facts.stored)
 
     # --- what the KV manager tells
 
     def committed(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
-        """These device blocks hold these contents from now on."""
         find = self.host.find
         self.slot_of_block[block_ids] = [find(digest) for digest in digests] if len(self.host) else NO_SLOT
 
-    def released(self, path: np.ndarray, *, swap: bool = False) -> None:
-        """A row is about to give back its findable blocks, root first. Copies down what is not there yet.
-
-        swap: the row will be back soon: its blocks are protected until they are copied, and go first.
-        """
+    def released(self, path: np.ndarray, *, swap: bool) -> None:
+        """Copies down what is not there yet. The blocks of a swap go first, and are kept for it while it waits, but
+        not longer than `SWAP_LEASE_S`: what is gone then is computed anew."""
         if not len(path):
             return
         slots = self.slot_of_block[path]
@@ -105,16 +91,28 @@ class TieredStore:
         self.host.use(known)
         if num_known < len(path):
             digests = [self._index.digest_of(block) for block in path.tolist()]
-            job = SwapPath(path, digests, URGENT) if swap else Path(path, digests, NORMAL)
-            if swap:
-                self._pool.lease(path, FOREVER_S)
-            self.saver.add(job)
-        elif self.disk is not None:
+            lease = self._pool.lease(path, self._polled_s + SWAP_LEASE_S) if swap else None
+            self.saver.add(Path(path, digests, URGENT if swap else NORMAL, lease))
+        else:
             self.write_down(known)
+
+    def turn_began(self, session_id: str | None, path: np.ndarray, clock: Callable[[], float]) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.turn_began(session_id, self._last_digests(path), clock())
+
+    def turn_ended(self, session_id: str | None, path: np.ndarray, clock: Callable[[], float]) -> None:
+        if self.prefetcher is not None:
+            digests = self._last_digests(path)
+            self.prefetcher.turn_ended(session_id, digests[-1], digests, clock())
+
+    def _last_digests(self, path: np.ndarray) -> list[bytes]:
+        """Of the last blocks of a path: a turn adds few, so that the end of the one before is among them."""
+        return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
 
     def write_down(self, slots: np.ndarray) -> None:
         """Copy a path of host slots to disk, as far as it is not there and the queue allows."""
-        assert self.disk is not None
+        if self.disk is None:
+            return
         on_disk = self.disk_of_slot[slots]
         missing = on_disk == NO_SLOT
         self.disk.use(on_disk[: int(missing.argmax())] if missing.any() else on_disk)
@@ -129,7 +127,6 @@ class TieredStore:
     # --- finding and bringing up
 
     def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
-        """Where the prefix of `token_ids` (int32; its last token is left to compute) goes on below the device."""
         if not len(self.host) and not (self.disk and len(self.disk)):
             return NO_EXTENSION
         width = self._index.block_size * 4
@@ -164,14 +161,16 @@ class TieredStore:
         on_host = self.host.find(self.disk.digest_of(int(disk_path[low - 1]))) if low else NO_SLOT
         return Extension(self.host.path(on_host) if low else _NO_SLOTS, disk_path)
 
+    @property
+    def can_stage(self) -> bool:
+        return self.disk is not None and len(self.disk) > 0
+
     def stage(self, extension: Extension, priority: int) -> Stage:
-        """Bring a path from disk to host memory, or join whoever does already."""
         assert self.disk is not None
         last = self.disk.digest_of(int(extension.disk_path[-1]))
         return self.stager.find(last) or self.stager.stage(extension.disk_path, extension.host_path, priority)
 
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
-        """Bring what host memory has to the device; see `Loader.load`."""
         path = self.loader.load(resident, extension.host_path, priority)
         self.slot_of_block[path] = extension.host_path
         return path
@@ -195,28 +194,43 @@ class TieredStore:
         self.load(on_device, paths, PREFETCH)
         return num_blocks, False
 
-    # --- costs
+    @property
+    def num_loading(self) -> int:
+        return self.loader.num_open
+
+    def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
+        return self.loader.open_tickets(block_ids) if self.loader.num_open else ()
+
+    def is_open(self, ticket: int) -> bool:
+        return self.loader.is_open(ticket)
 
     def move_s(self, lane: str, num_blocks: int) -> float:
-        """How long so many blocks take on a lane, by what it has done so far."""
-        return num_blocks * self._mover.payload_bytes / (self.lanes.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
-
-    def swap_s(self, num_blocks: int) -> float:
-        """How long it takes to copy so many blocks down and up again."""
-        return self.move_s(SAVE, num_blocks) + self.move_s(LOAD, num_blocks)
+        """By what the lane has done so far."""
+        return num_blocks * self.moves.payload_bytes / (self.moves.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
 
     # --- turns of the owner
 
     def poll(self, now_s: float) -> int:
-        """Take in what the lanes have done, and begin the prefetches that are due; returns how many jobs were done."""
-        done = self.lanes.poll()
+        self._polled_s = now_s
+        done = self.moves.poll()
         if self.prefetcher is not None:
             self.prefetcher.step(now_s)
         return done
 
+    def wait(self, timeout_s: float) -> bool:
+        if not len(self.moves):
+            return False
+        self.moves.wait(timeout_s)
+        return True
+
+    def set_foreground(self, steps_run: bool) -> None:
+        self.moves.foreground = steps_run
+
+    def clear(self) -> None:
+        self.host.clear()
+
     def idle_s(self, now_s: float) -> float | None:
-        """How soon `poll` is worth calling while the engine has nothing else to do; None: never."""
-        if self.lanes.num_open:
+        if len(self.moves):
             return BUSY_POLL_S
         return None if self.prefetcher is None else self.prefetcher.next_s(now_s)
 
@@ -228,9 +242,9 @@ class TieredStore:
             self.saver.add(path)
             while self.saver.num_queued > 8 and clock() < deadline_s:
                 self._wait_and_poll(deadline_s, clock)
-        while self.lanes.num_open and clock() < deadline_s:
+        while len(self.moves) and clock() < deadline_s:
             self._wait_and_poll(deadline_s, clock)
-        return self.lanes.num_open == 0
+        return len(self.moves) == 0
 
     def begin_flush(self) -> None:
         """Queue every findable block of the device to be copied down, as far as the queue has room."""
@@ -244,21 +258,15 @@ class TieredStore:
             yield Path(blocks, [self._index.digest_of(block) for block in blocks.tolist()], NORMAL)
 
     def _wait_and_poll(self, deadline_s: float, clock: Callable[[], float]) -> None:
-        self.lanes.wait(min(0.1, max(0.0, deadline_s - clock())))
-        self.lanes.poll()
+        self.moves.wait(min(0.1, max(0.0, deadline_s - clock())))
+        self.moves.poll()
 
-    def close(self, flush_s: float = 0.0) -> None:
-        """Stop the lanes; with a disk, first spend up to `flush_s` on storing what is not there yet."""
-        self.on_close()
-        self.lanes.foreground = False
+    def close(self, flush_s: float) -> None:
+        """Without a disk nothing is flushed: host memory ends with the process."""
+        self.moves.foreground = False
         if self.disk is not None and flush_s and not self.writer.disabled:
             self.flush(time.monotonic() + flush_s)
-        self.lanes.close()
-        if self.store is not None:
-            try:
-                self.store.close()
-            except DiskError as error:
-                self._disk_failed(error)
+        self.moves.close()
 
     # --- links between the tiers
 
@@ -282,24 +290,41 @@ class TieredStore:
             if self.disk.find(self.host.digest_of(slot)) == disk_slot:  # not if another stage found its path broken
                 self.disk_of_slot[slot] = disk_slot
 
-    def _save_failed(self, error: BaseException) -> None:
-        raise error  # host memory does not fail: a bug, or the device is lost
+    def _save_failed(self, error: MoveError) -> None:
+        """Host memory does not fail: a bug, or the device is lost."""
+        raise DeviceError(f"KV could not be saved to host memory: {error.message}")
 
-    def _disk_failed(self, error: BaseException) -> None:
-        if not isinstance(error, OSError):
-            raise error
+    def _disk_failed(self, error: MoveError) -> None:
+        if error.kind != "disk":
+            raise DeviceError(f"KV could not be written to disk: {error.message}")
         if not self.writer.disabled:
             self.writer.disable()
-            self._on_disk_error(error)
+            self._on_disk_error(error.message)
 
-    def _warm_start(self, store: DiskStore) -> None:
+    def _warm_start(self, stored: StoredBlocks) -> None:
         """Make findable what an earlier life left on disk: every block whose parent is there as well."""
         assert self.disk is not None
-        entries = store.scan()
-        digests, parents = _digests(entries.digests), _digests(entries.parents)
-        self.disk.adopt(entries.slots.tolist(), digests, parents)
+        self.disk.adopt(stored.slots.tolist(), _digests(stored.digests), _digests(stored.parents))
 
     # --- audit
+
+    def stats(self, missed_total: dict[str, int]) -> SourceStats:
+        pool, disk = self._pool, self.disk
+        device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
+                           unsaved_total=self.saver.num_cut, evicted_total=pool.num_evicted)
+        tiers = {"device": device, "host": _tier_stats(self.host, self.writer.num_cut if disk else 0, {})}
+        if disk is not None:
+            tiers["disk"] = _tier_stats(disk, 0, missed_total)
+        lanes = {name: LaneStats(queued=lane.queued, jobs_total=lane.num_moves, bytes_total=lane.num_bytes,
+                                 busy_s_total=lane.busy_s, wait_s_total=lane.wait_s)
+                 for name, lane in self.moves.stats.items()}
+        prefetcher = self.prefetcher
+        prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
+        return SourceStats(tiers=tiers, lanes=lanes, prefetched_blocks=prefetched,
+                           is_disk_up=disk is not None and not self.writer.disabled)
+
+    def held_paths(self) -> list[np.ndarray]:
+        return [load.path for load in self.loader.open_loads]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if a tier is inconsistent or a link leads to other contents."""
@@ -314,86 +339,12 @@ class TieredStore:
                 assert self.host.digest_of(slot) == self.disk.digest_of(int(self.disk_of_slot[slot]))
 
 
+def _tier_stats(index: TierIndex, unsaved: int, missed: dict[str, int]) -> TierStats:
+    return TierStats(num_blocks=index.num_slots, num_used=len(index), evicted_total=index.num_evicted,
+                     unsaved_total=unsaved, missed_total=missed)
+
+
 def _digests(packed: np.ndarray) -> list[bytes]:
     """uint8 [N, 16] as N byte strings."""
     data = packed.tobytes()
     return [data[at : at + DIGEST_BYTES] for at in range(0, len(data), DIGEST_BYTES)]
-
-
-class SwapPath(Path):
-    """The path of a preempted row: leased as a whole until it is copied."""
-
-    __slots__ = ()
-
-
-class DeviceSource:
-    """The device's blocks, as the demoter to host memory reads them: leased while a copy runs."""
-
-    lane = SAVE
-
-    def __init__(self, tiers: TieredStore):
-        self._tiers = tiers
-        self.item_bytes = tiers._mover.payload_bytes
-
-    def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
-        index, num = self._tiers._index, 0
-        for block, digest in zip(items.tolist(), digests):
-            if index.find(digest) != block:
-                break
-            num += 1
-        self._tiers._pool.lease(items[:num], FOREVER_S)
-        return num
-
-    def give_back(self, items: np.ndarray) -> None:
-        self._tiers._pool.unlease(items)
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        if failpoints.armed is not None:
-            failpoints.hit("tier.save_before")
-        self._tiers._mover.save(items, slots)
-        if failpoints.armed is not None:
-            failpoints.hit("tier.saved")
-
-    def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
-        index = self._tiers._index
-        for block, digest, slot in zip(items.tolist(), digests, slots.tolist()):
-            if index.find(digest) == block:
-                self._tiers.slot_of_block[block] = slot
-
-    def ended(self, path: Path) -> None:
-        if isinstance(path, SwapPath):
-            self._tiers._pool.unlease(path.items)
-        if self._tiers.disk is not None and path.done:
-            self._tiers.write_down(path.slots[: path.done])
-
-
-class HostSource:
-    """Host slots, as the demoter to disk reads them: the whole path is held until it ends."""
-
-    lane = WRITE
-
-    def __init__(self, tiers: TieredStore):
-        self._tiers = tiers
-        self.item_bytes = tiers._mover.payload_bytes
-
-    def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
-        return len(items)
-
-    def give_back(self, items: np.ndarray) -> None:
-        pass
-
-    def copy(self, items: np.ndarray, slots: np.ndarray, digests: Sequence[bytes], parents: Sequence[bytes]) -> None:
-        store, mover = self._tiers.store, self._tiers._mover
-        assert store is not None
-        if failpoints.armed is not None:
-            failpoints.hit("tier.write_before")
-        for item, slot, digest, parent in zip(items.tolist(), slots.tolist(), digests, parents):
-            store.write(slot, digest, parent, mover.payload(item))
-        if failpoints.armed is not None:
-            failpoints.hit("tier.written")
-
-    def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
-        self._tiers.disk_of_slot[items] = slots
-
-    def ended(self, path: Path) -> None:
-        self._tiers.host.let_go(path.items)

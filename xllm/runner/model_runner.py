@@ -13,7 +13,7 @@ import torch
 
 from backends.backend import Backend
 from xllm.config import EngineConfig
-from xllm.kv.lanes import TicketBoard
+from xllm.kv.tickets import TicketBoard
 from xllm.layers.adapters import Adapter, AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.request import TokenLogprobs
@@ -110,7 +110,7 @@ class ModelRunner:
         self._pooler = Pooler(self.rows)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
-        self.board = TicketBoard()  # of loads from host memory; the KV tiers bring their own
+        self.board = TicketBoard()  # of loads from host memory
 
     @property
     def matchers(self) -> RowMatchers:

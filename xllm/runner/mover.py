@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Backend
-from xllm.kv.lanes import Ticket
+from xllm.kv.tickets import Ticket
 from xllm.runner.kv_cache import KVCache
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class Admission:
                  promotions: Promotions, preemption: Preemption, counters: Counters, clock: Callable[[], float]):
         assert config.model.max_model_len
         self._max_model_len, self._seed = config.model.max_model_len, config.model.seed
-        self._watermark_blocks = int(config.cache.watermark * kv.pool.num_blocks)
+        self._watermark_blocks = int(config.cache.watermark * kv.num_blocks)
         self._kv, self._rows, self._running, self._waiting = kv, rows, running, waiting
         self._promotions, self._preemption = promotions, preemption
         self._counters, self._clock = counters, clock
@@ -66,7 +66,7 @@ class Admission:
 
     def _try(self, plan: PlanBuilder, seq: SequenceState) -> bool:
         """Whether the sequence got in, or something was freed so that another try is worth it."""
-        unreserved = self._kv.pool.num_available - self._reserved_blocks()
+        unreserved = self._kv.num_free_blocks - self._reserved_blocks()
         others = self._has_others()
         if others and self._is_still_blocked(seq, unreserved):
             return self._preemption.yield_for(plan, seq)
@@ -98,7 +98,7 @@ class Admission:
 
     def _has_others(self) -> bool:
         """Whether anybody else has blocks that will come back."""
-        return bool(len(self._running) or self._kv.pool.num_pending or self._kv.num_loading
+        return bool(len(self._running) or self._kv.num_pending_blocks or self._kv.num_loading
                     or self._rows.num_free < self._rows.num_rows)
 
     def _is_still_blocked(self, seq: SequenceState, unreserved: int) -> bool:
@@ -135,7 +135,7 @@ class Admission:
         if copy is not None:
             plan.copies.append(copy)
         plan.tickets.update(self._kv.open_tickets(self._kv.blocks_read(match)))
-        if seq.num_preemptions == 0 and self._kv.tiers is not None:
+        if seq.num_preemptions == 0 and self._kv.has_tiers:
             self._reports.append(self._tier_report(seq, num_hot))
             self._kv.turn_began(seq.session_key, match.block_ids, self._clock)
         self._promotions.forget(seq)

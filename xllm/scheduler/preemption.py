@@ -44,7 +44,7 @@ class Preemption:
         them is left out of this step, and nobody else is preempted for it meanwhile.
         """
         self._promotions.give_up_all()  # running rows come before requests that wait with blocks in their hands
-        pool, cursor = self._kv.pool, self._rows.cursor
+        kv, cursor = self._kv, self._rows.cursor
         kept = np.zeros(len(share.rows), dtype=bool)
         drafts, need = share.drafts.copy(), need.copy()
         taken = 0
@@ -52,9 +52,9 @@ class Preemption:
         for i, row in enumerate(share.rows.tolist()):
             if row in gone:
                 continue
-            if need[i] > pool.num_available - taken and drafts[i]:
+            if need[i] > kv.num_free_blocks - taken and drafts[i]:
                 drafts[i] = 0
-                need[i] = self._kv.blocks_needed(np.array([row]), np.array([cursor[row] + share.tokens[i]]))[0]
+                need[i] = kv.blocks_needed(np.array([row]), np.array([cursor[row] + share.tokens[i]]))[0]
             if not self._make_room(plan, row, int(need[i]) + taken, gone):
                 plan.stalled = True
                 continue
@@ -65,14 +65,14 @@ class Preemption:
     def _make_room(self, plan: PlanBuilder, row: int, num_blocks: int, gone: set[int]) -> bool:
         """Preempt rows that are served after `row`, into `gone`, until so many blocks are available or on their way.
         Whether they are available."""
-        pool = self._kv.pool
-        while num_blocks > pool.num_available + pool.num_pending:
+        kv = self._kv
+        while num_blocks > kv.num_free_blocks + kv.num_pending_blocks:
             victim = self._victim(plan, after=row)
             if victim is None:
                 break
             gone.add(victim)
             self._preempt(victim)
-        return num_blocks <= pool.num_available
+        return num_blocks <= kv.num_free_blocks
 
     def _victim(self, plan: PlanBuilder, after: int) -> int | None:
         """The running row that is served last, if that is after row `after` and not planned in this step."""
@@ -88,7 +88,7 @@ class Preemption:
     def yield_for(self, plan: PlanBuilder, seq: SequenceState) -> bool:
         """Preempt one offline row for an online request, unless one is on its way out.
         Whether that freed anything at once; otherwise it does when the step in flight settles."""
-        if seq.request.offline or not self._offline_yields or self._leaving or self._kv.pool.num_pending:
+        if seq.request.offline or not self._offline_yields or self._leaving or self._kv.num_pending_blocks:
             return False
         for row in self._running.last_first():
             owner = self._rows.seqs[row]

@@ -10,17 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xllm.kv.lanes import LOAD
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
-from xllm.kv.tiers import Extension, TieredStore
 from xllm.scheduler.counters import StepRates
 from xllm.sequence import SequenceState
 
 MAX_WAIT_S = 10.0  # for disk; then the prompt is computed
 FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
-EARLY_SHARE = 0.5  # of a step's time that a load may still take when its request is admitted
+EARLY_SHARE = 0.5  # of a step's time that a load may take if its request is admitted before it is complete
 
 
 class Promotions:
@@ -38,44 +36,37 @@ class Promotions:
 
     def prefetch(self, seq: SequenceState) -> None:
         """The request has just arrived: begin to read what is on disk."""
-        tiers = self._kv.tiers
-        if tiers is None or tiers.disk is None or not len(tiers.disk):
+        if not self._kv.can_stage:
             return
         match = self._kv.lookup(seq.token_ids, seq.request.cache_salt)
-        extension = tiers.extend(match, seq.token_ids)
+        extension = self._kv.extend(match, seq.token_ids)
         if len(extension.disk_path):
-            self._stage_of[seq] = tiers.stage(extension, _priority(seq))
+            self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
 
     def begin(self, seq: SequenceState, tokens: np.ndarray, match: PrefixMatch) -> bool:
         """Whether the request at the head of the queue shall wait for stored blocks that follow its device hit.
 
         tokens: those whose KV it may reuse. It has been found to fit, so the blocks to load to are available.
         """
-        tiers = self._kv.tiers
-        if tiers is None or self._tried.get(seq, 0) >= 2:
+        if self._tried.get(seq, 0) >= 2:
             return False
-        extension = tiers.extend(match, tokens)
+        extension = self._kv.extend(match, tokens)
         if len(extension.disk_path) and self._tried.get(seq, 0) == 0:
             self._tried[seq] = 1
-            stage = self._stage_of[seq] = tiers.stage(extension, _priority(seq))
+            stage = self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
             if not stage.is_done:
                 self._staging[seq] = (stage, self._clock() + MAX_WAIT_S)
                 return True
-            extension = tiers.extend(match, tokens)
+            extension = self._kv.extend(match, tokens)
         num_blocks = extension.on_host(len(match.block_ids))
         if not num_blocks:
             return False
         self._tried[seq] = 2
         self._count(seq, num_blocks)
-        self._load(tiers, seq, match, extension)
-        return True
-
-    def _load(self, tiers: TieredStore, seq: SequenceState, match: PrefixMatch, extension: Extension) -> None:
         self.give_up(seq)  # what it keeps already is part of the longer path
-        path = tiers.load(match.block_ids, extension, _priority(seq))
-        self._kv.hold(seq.arrival_index, path)
-        tickets = tiers.loader.open_tickets(path)
-        self._loading[seq] = (tickets, len(path) - len(match.block_ids))
+        tickets = self._kv.load(seq.arrival_index, match, extension, _priority(seq))
+        self._loading[seq] = (tickets, num_blocks)
+        return True
 
     def _count(self, seq: SequenceState, num_blocks: int) -> None:
         """Where the blocks that are loaded for it came from."""
@@ -86,54 +77,47 @@ class Promotions:
 
     def take_ready(self) -> list[SequenceState]:
         """Take in what has moved; returns the requests that need not wait any longer."""
-        now, tiers = self._clock(), self._kv.tiers
-        assert tiers is not None
-        tiers.poll(now)
+        now = self._clock()
+        self._kv.poll(now)
+        if not (self._staging or self._loading):
+            return []
         ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
         for seq in ready:
             del self._staging[seq]
         for seq, (tickets, num_blocks) in list(self._loading.items()):
-            share = max((1.0 - t.layers_done / t.num_layers for t in tiers.board.tickets(tickets)), default=0.0)
-            if tiers.move_s(LOAD, num_blocks) * share <= EARLY_SHARE * self._rates.step_s:
+            is_near = self._kv.load_s(num_blocks) <= EARLY_SHARE * self._rates.step_s
+            if is_near or not self._kv.is_loading(tickets):
                 del self._loading[seq]
                 ready.append(seq)
         return ready
 
     def wait(self, timeout_s: float) -> bool:
         """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
-        tiers = self._kv.tiers
-        if tiers is None or not (tiers.lanes.num_open or len(self)):
-            return False
-        tiers.lanes.wait(timeout_s)
-        return True
+        return self._kv.wait(timeout_s) or bool(len(self))
 
     def idle_s(self) -> float | None:
         """How soon `tick` should be called while there is nothing to schedule; None: never."""
-        tiers = self._kv.tiers
-        return None if tiers is None else tiers.idle_s(self._clock())
+        return self._kv.idle_s(self._clock())
 
     def tick(self) -> None:
         """Carry on with what the KV tiers do in the background."""
-        if self._kv.tiers is not None:
-            self.set_foreground(False)
-            self._kv.tiers.poll(self._clock())
+        self._kv.set_foreground(False)
+        self._kv.poll(self._clock())
 
     def set_foreground(self, steps_run: bool) -> None:
         """While steps run, moves that nobody waits for go slowly."""
-        if self._kv.tiers is not None:
-            self._kv.tiers.lanes.foreground = steps_run
+        self._kv.set_foreground(steps_run)
 
     def close(self) -> None:
         """No step is running any more: store what the device still has, as far as there is a disk for it."""
-        if self._kv.tiers is not None:
-            self._kv.tiers.close(FLUSH_S)
+        self._kv.close(FLUSH_S)
 
     def swap_beats_recompute(self, num_tokens: int) -> bool:
         """Whether a preempted row's KV is sooner copied to host memory and back than computed again."""
-        tiers, rate = self._kv.tiers, self._rates.prefill_tokens_per_s
-        if tiers is None or self._mode == "recompute":
+        rate = self._rates.prefill_tokens_per_s
+        if not self._kv.has_tiers or self._mode == "recompute":
             return False
-        swap_s = tiers.swap_s(num_tokens // self._kv.block_size)
+        swap_s = self._kv.swap_s(num_tokens // self._kv.block_size)
         return self._mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
 
     def give_up(self, seq: SequenceState) -> None:

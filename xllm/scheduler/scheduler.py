@@ -147,7 +147,7 @@ class Scheduler:
         """No request is open, and the next plan goes to a runner that knows nothing yet."""
         assert not self._sequences and not len(self.running)
         self.running.take_released()
-        self.kv.pool.drop_cached()
+        self.kv.reset_prefix_cache()
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -176,8 +176,7 @@ class Scheduler:
         self._budget.reset()
         plan = PlanBuilder(self._next_step, self.rows, self.kv, self._budget)
         self._next_step += 1
-        if self.kv.tiers is not None:
-            self._admission.take_promoted()
+        self._admission.take_promoted()
         self._preemption.begin_step()
         for phase in self._phases:
             if phase is Phase.ADMISSION:
@@ -203,7 +202,7 @@ class Scheduler:
         share = self._budget.share(rows, wanted, room)
         need = self.kv.blocks_needed(share.rows, table.cursor[share.rows] + share.tokens + share.drafts)
         total = int(need.sum())
-        if total > self.kv.pool.num_available:
+        if total > self.kv.num_free_blocks:
             share, need = self._preemption.make_fit(plan, share, need)
             total = int(need.sum())
         if total:
@@ -225,7 +224,7 @@ class Scheduler:
         """Take in the results of a step, in the order of planning. Returns what changed, for all requests."""
         assert plan.step == result.step
         table, rows = self.rows, plan.rows_S.astype(np.int64)
-        self.kv.pool.settle(plan.step)
+        self.kv.settle(plan.step)
         table.in_flight[rows] -= 1
         self._settle_counters(plan, result, rows)
         outputs, ended = self._writer.append(result, rows)
@@ -312,6 +311,5 @@ class Scheduler:
         if len(owners) + table.num_free != table.num_rows:
             raise IntegrityError("a row is neither owned nor free")
         self.running.check_integrity()
-        loading = self.kv.tiers is not None and self.kv.tiers.loader.num_open
-        if not self._sequences and self.kv.pool.num_held and not loading:
+        if not self._sequences and self.kv.num_held_blocks and not self.kv.num_loading:
             raise IntegrityError("blocks are held though no request is left")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xllm.errors import IntegrityError
+from xllm.kv.moves import MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
 from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, Phase, Report, Settled
@@ -75,6 +76,8 @@ def _key(report: Report) -> Hashable:
         return "adapter", report.number
     if isinstance(report, Done):
         return "done", report.what
+    if isinstance(report, MoveDone):
+        return "move", report.number
     return type(report)
 
 
@@ -84,8 +87,11 @@ def _merge(reports: list[Report]) -> Report:
     if isinstance(first, StepOutput):
         return _merge_steps(first, reports[1:])
     if isinstance(first, Loaded):
-        # Every rank has the blocks that the poorest one has.
-        return replace(first, num_blocks=min(r.num_blocks for r in reports if isinstance(r, Loaded)))
+        return _merge_loaded(first, [r for r in reports if isinstance(r, Loaded)])
+    if isinstance(first, MoveDone):
+        done = [r for r in reports if isinstance(r, MoveDone)]
+        return MoveDone(first.number, min(r.num_done for r in done), max(r.busy_s for r in done),
+                        max(r.wait_s for r in done), next((r.error for r in done if r.error is not None), None))
     if isinstance(first, (GrammarDone, AdapterRead, Done)):
         failed = [r for r in reports if isinstance(r, (GrammarDone, AdapterRead, Done)) and r.error is not None]
         if failed:
@@ -93,6 +99,26 @@ def _merge(reports: list[Report]) -> Report:
     if isinstance(first, AdapterRead) and len({r.digest for r in reports if isinstance(r, AdapterRead)}) > 1:
         return replace(first, error=Failed("ModelError", "the ranks read different files: they changed meanwhile"))
     return first
+
+
+def _merge_loaded(first: Loaded, reports: list[Loaded]) -> Loaded:
+    """What every rank has: the blocks and slots of the poorest one, and of those stored on disk what all have."""
+    num_blocks = min(r.num_blocks for r in reports)
+    facts = [r.tiers for r in reports if r.tiers is not None]
+    if not facts:
+        return replace(first, num_blocks=num_blocks)
+    num_disk_slots = min(f.num_disk_slots for f in facts)
+    in_all = set.intersection(*({_entry(f.stored, i) for i in range(len(f.stored.slots))} for f in facts))
+    stored = facts[0].stored
+    kept = np.array([i for i in range(len(stored.slots)) if stored.slots[i] < num_disk_slots
+                     and _entry(stored, i) in in_all], dtype=np.intp)
+    tiers = replace(facts[0], num_host_slots=min(f.num_host_slots for f in facts), num_disk_slots=num_disk_slots,
+                    stored=StoredBlocks(stored.slots[kept], stored.digests[kept], stored.parents[kept]))
+    return replace(first, num_blocks=num_blocks, tiers=tiers)
+
+
+def _entry(stored: StoredBlocks, index: int) -> tuple[int, bytes, bytes]:
+    return int(stored.slots[index]), stored.digests[index].tobytes(), stored.parents[index].tobytes()
 
 
 def _merge_steps(output: StepOutput, others: list[Report]) -> Report:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
+from xllm.kv.moves import Move, MoveDone, TierFacts
 from xllm.metrics import GraphStats
 from xllm.step import ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
@@ -36,6 +37,13 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Settle:
     """The results of the oldest step are waited for: where it is only queued on the device, read them now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreground:
+    """Whether steps run: if they do, moves between the KV tiers that nobody waits for go slowly."""
+
+    steps_run: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class Loaded:
 
     config: resolved. model_path: the local folder. num_blocks: KV blocks on the device, of which the first
     `num_reserved_blocks` are the device's own. queues_steps: the device works on its own, so that a step may be only
-    queued when the next message comes (`Settle`).
+    queued when the next message comes (`Settle`). tiers: the memory below the device, if there is any.
     """
 
     config: EngineConfig
@@ -107,6 +115,7 @@ class Loaded:
     num_blocks: int
     num_reserved_blocks: int
     queues_steps: bool
+    tiers: TierFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,5 +173,5 @@ class WorkerStats:
     disk_misses: dict[str, int] = field(default_factory=dict)
 
 
-Command = Load | Step | Settle | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake | Shutdown
-Report = (Phase | Loaded | StepOutput | Settled | Failed | GrammarDone | AdapterRead | Done | WorkerStats)
+Command = Load | Step | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake | Shutdown
+Report = (Phase | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done | WorkerStats)

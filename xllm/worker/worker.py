@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
-from xllm.kv.lanes import ThreadLanes
+from xllm.kv.moves import Move
 from xllm.runner.check import StepChecker
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.store import GrammarStore
@@ -30,6 +30,7 @@ from xllm.worker.messages import (
     AdapterRead,
     Command,
     Done,
+    Foreground,
     GrammarDone,
     Load,
     Loaded,
@@ -46,6 +47,7 @@ from xllm.worker.messages import (
     Wake,
     WorkerStats,
 )
+from xllm.worker.tiers import WorkerTiers
 
 if TYPE_CHECKING:
     from xllm.layers.adapters import Adapter
@@ -69,13 +71,21 @@ class Worker:
         self._adapter_reader: ThreadPoolExecutor | None = None
         self._queued: deque[QueuedStep] = deque()  # steps whose results have not been read from the device
         self._checker: StepChecker | None = None
-        self.lanes: ThreadLanes | None = None
+        self.tiers: WorkerTiers | None = None
 
     def receive(self, command: Command) -> bool:
         """Begin what need not wait for the steps before it; whether there is more, for `perform`."""
         if isinstance(command, Step):
             assert self.runner is not None
             self.runner.prepare(command.plan)
+        elif isinstance(command, Move):
+            assert self.tiers is not None
+            self.tiers.lanes.send(command)
+            return False
+        elif isinstance(command, Foreground):
+            assert self.tiers is not None
+            self.tiers.lanes.set_foreground(command.steps_run)
+            return False
         elif isinstance(command, PutGrammar):
             self._put_grammar(command)
             return False
@@ -110,11 +120,15 @@ class Worker:
     def _load(self, config: EngineConfig) -> None:
         self.model = model = LoadedModel(config, lambda name, share: self._report(Phase(name, share)))
         self._make_runner()
+        if config.cache.has_host_tier:
+            assert self.runner is not None
+            self.tiers = WorkerTiers(model, self.runner, self._report, rank=self._rank)
         self._report(Loaded(config=model.config, model_path=str(model.path), vocab_size=model.model_config.vocab_size,
                             hidden_size=model.model_config.hidden_size,
                             eos_token_ids=tuple(model.model_config.eos_token_ids), num_blocks=model.num_blocks,
                             num_reserved_blocks=model.backend.num_reserved_blocks,
-                            queues_steps=self.runner is not None and self.runner.feed is not None))
+                            queues_steps=self.runner is not None and self.runner.feed is not None,
+                            tiers=None if self.tiers is None else self.tiers.facts))
 
     def _make_runner(self) -> None:
         assert self.model is not None
@@ -146,6 +160,8 @@ class Worker:
         self.grammars.close()
         if self._adapter_reader is not None:
             self._adapter_reader.shutdown(wait=False, cancel_futures=True)
+        if self.tiers is not None:
+            self.tiers.close()
         if self.runner is not None:
             self.runner.matchers.close()
         self._report(Done("Shutdown"))
@@ -154,7 +170,8 @@ class Worker:
         """A snapshot; any thread may ask."""
         runner = self.runner
         graphs = None if runner is None else runner.graphs
-        return WorkerStats(graphs=None if graphs is None else graphs.stats())
+        return WorkerStats(graphs=None if graphs is None else graphs.stats(),
+                           disk_misses={} if self.tiers is None else self.tiers.missed_total)
 
     # --- steps
 
@@ -168,8 +185,8 @@ class Worker:
             self._report_step(started)
         else:
             self._queued.append(started)
-        if self.lanes is not None and self.lanes.num_riding:
-            self.lanes.ride(RIDE_S)
+        if self.tiers is not None and self.tiers.lanes.num_riding:
+            self.tiers.lanes.ride(RIDE_S)
 
     def _settle(self, count: int) -> None:
         """Report the oldest steps that are only queued, as many as there are of `count`."""

@@ -1,0 +1,199 @@
+"""Copies of KV blocks between two tiers as data, and the engine's side of them.
+
+The engine decides what is copied where and says so in a `Move`. Whoever holds the bytes performs it
+(`performer.py`, `lanes.py`), in this process or in several others, and answers with a `MoveDone`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+RATE_WEIGHT = 0.2  # of the newest move in a lane's running bandwidth
+SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
+LANES = (SAVE, LOAD, WRITE, READ)
+PATIENT = (SAVE, WRITE)  # nobody waits for these, unless their priority says so
+URGENT = 0  # priority of moves that somebody waits for; lower goes first
+NO_TICKET = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Move:
+    """One copy of KV blocks between two tiers. Ints, strings, bytes and arrays only: it can be encoded.
+
+    lane: SAVE copies device blocks to host slots; LOAD host slots to device blocks, layer by layer, and advances the
+    ticket of number `ticket`; WRITE host slots to disk slots, with `digests` and `parents`, the digest of the block
+    before each one (zeros: a first block); READ disk slots to host slots, checks `digests`, and stops at the first
+    block that is not what it should be.
+    number: counts up from 1. priority: lower goes first within a lane. num_bytes: of all its blocks.
+    sources, targets: int32 of equal length, without repeats.
+    """
+
+    number: int
+    lane: str
+    priority: int
+    num_bytes: int
+    sources: np.ndarray
+    targets: np.ndarray
+    ticket: int = NO_TICKET
+    digests: tuple[bytes, ...] = ()
+    parents: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MoveError:
+    """Why a move failed. kind "disk": the disk refused, and serving goes on without it; "device": all else."""
+
+    kind: Literal["disk", "device"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveDone:
+    """What became of the move `number`. num_done: how many of its blocks, from the first on, are where they should be.
+    busy_s: while bytes moved; wait_s: from its arrival at whoever performs it to its end."""
+
+    number: int
+    num_done: int
+    busy_s: float
+    wait_s: float
+    error: MoveError | None = None
+
+
+def error_of(lane: str, error: BaseException) -> MoveError:
+    """What a move on `lane` raised, as data."""
+    if lane in (WRITE, READ) and isinstance(error, OSError):
+        return MoveError("disk", str(error))
+    return MoveError("device", f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredBlocks:
+    """Blocks found on disk at start-up, the oldest first. slots: int32 [N]. digests, parents: uint8 [N, 16]; a parent
+    of zeros: a first block."""
+
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    digests: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), dtype=np.uint8))
+    parents: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), dtype=np.uint8))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TierFacts:
+    """What the engine needs to know about the memory below the device. payload_bytes: of one block, as it is moved
+    and stored. num_disk_slots 0: there is no disk."""
+
+    num_host_slots: int
+    payload_bytes: int
+    num_disk_slots: int = 0
+    stored: StoredBlocks = field(default_factory=StoredBlocks)
+
+
+class MoveLink(Protocol):
+    """The way to whoever holds the bytes. Every method belongs to the thread that owns the KV manager."""
+
+    def send(self, move: Move) -> None:
+        """Have it performed, some time. A step that is submitted later may name the move's ticket."""
+        ...
+
+    def receive(self, timeout_s: float) -> list[MoveDone]:
+        """The results that have come since the last call; where there are none, wait for one until the time is over."""
+        ...
+
+    def set_foreground(self, steps_run: bool) -> None:
+        """Steps are running: what nobody waits for goes slowly."""
+        ...
+
+    def close(self) -> None:
+        """Let running moves end, drop the queued ones, give memory and disk back. No result is received any more."""
+        ...
+
+
+class LaneTotals:
+    """Totals of one lane since the start; `bytes_per_s` is a running mean of how fast moves ran."""
+
+    __slots__ = ("busy_s", "bytes_per_s", "num_bytes", "num_moves", "queued", "wait_s")
+
+    def __init__(self) -> None:
+        self.num_moves = 0
+        self.num_bytes = 0
+        self.busy_s = 0.0  # running
+        self.wait_s = 0.0  # from arrival to the end
+        self.queued = 0  # submitted and not finished
+        self.bytes_per_s = 0.0
+
+    def count(self, num_bytes: int, busy_s: float, wait_s: float) -> None:
+        self.num_moves += 1
+        self.num_bytes += num_bytes
+        self.busy_s += busy_s
+        self.wait_s += wait_s
+        self.queued -= 1
+        rate = num_bytes / max(busy_s, 1e-9)
+        self.bytes_per_s += (rate - self.bytes_per_s) * (RATE_WEIGHT if self.bytes_per_s else 1.0)
+
+
+Finish = Callable[[MoveDone], None]
+
+
+class OpenMoves:
+    """The moves of one engine that have not ended: numbers them, and tells whoever submitted one what became of it.
+
+    Every method belongs to the thread that owns the KV manager. payload_bytes: of one block.
+    """
+
+    def __init__(self, link: MoveLink, payload_bytes: int):
+        self.stats = {lane: LaneTotals() for lane in LANES}
+        self.payload_bytes, self._link = payload_bytes, link
+        self._open: dict[int, tuple[Move, Finish]] = {}
+        self._ready: deque[MoveDone] = deque()  # received, and their submitters not told
+        self._last_number = 0
+        self._foreground = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def submit(self, lane: str, priority: int, sources: np.ndarray, targets: np.ndarray, finish: Finish, *,
+               ticket: int = NO_TICKET, digests: tuple[bytes, ...] = (), parents: tuple[bytes, ...] = ()) -> None:
+        """Begin a move (see `Move`). finish: called by `poll` when it has ended."""
+        self._last_number += 1
+        move = Move(number=self._last_number, lane=lane, priority=priority, sources=sources, targets=targets,
+                    num_bytes=len(sources) * self.payload_bytes, ticket=ticket, digests=digests, parents=parents)
+        self._open[move.number] = move, finish
+        self.stats[lane].queued += 1
+        self._link.send(move)
+
+    def poll(self) -> int:
+        """Tell the submitters of the moves that have ended; returns how many there were."""
+        self._ready.extend(self._link.receive(0.0))
+        count = 0
+        while self._ready:
+            done = self._ready.popleft()
+            move, finish = self._open.pop(done.number)
+            self.stats[move.lane].count(move.num_bytes, done.busy_s, done.wait_s)
+            finish(done)
+            count += 1
+        return count
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a move has ended or the time is over; whether `poll` has something to do."""
+        if not self._ready:
+            self._ready.extend(self._link.receive(timeout_s))
+        return bool(self._ready)
+
+    @property
+    def foreground(self) -> bool:
+        """Whether steps are running: what nobody waits for then goes slowly."""
+        return self._foreground
+
+    @foreground.setter
+    def foreground(self, steps_run: bool) -> None:
+        if steps_run != self._foreground:
+            self._foreground = steps_run
+            self._link.set_foreground(steps_run)
+
+    def close(self) -> None:
+        """Let the running moves end and drop the queued ones; nobody is told."""
+        self._link.close()

@@ -1,0 +1,70 @@
+"""`DeviceOrigin` and `HostOrigin`: the two tiers that a `Demoter` copies KV blocks from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xllm.kv.block_pool import BlockPool
+from xllm.kv.demotion import Path
+from xllm.kv.moves import SAVE, WRITE
+from xllm.kv.prefix_index import PrefixIndex
+from xllm.kv.tier_index import TierIndex
+
+
+class DeviceOrigin:
+    """The device's blocks, on their way to host memory: pinned while a copy is in flight."""
+
+    lane = SAVE
+
+    def __init__(self, index: PrefixIndex, pool: BlockPool, slot_of_block: np.ndarray,
+                 on_saved: Callable[[np.ndarray], None]):
+        """slot_of_block: int32 [num_blocks], the host slot that holds the same contents; written here.
+        on_saved(slots): this path is in host memory."""
+        self._index, self._pool, self._slot_of_block, self._on_saved = index, pool, slot_of_block, on_saved
+
+    def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
+        num = 0
+        for block, digest in zip(items.tolist(), digests):
+            if self._index.find(digest) != block:
+                break
+            num += 1
+        self._pool.pin(items[:num])
+        return num
+
+    def give_back(self, items: np.ndarray) -> None:
+        self._pool.unpin(items)
+
+    def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
+        for block, digest, slot in zip(items.tolist(), digests, slots.tolist()):
+            if self._index.find(digest) == block:
+                self._slot_of_block[block] = slot
+
+    def ended(self, path: Path) -> None:
+        if path.lease is not None:
+            self._pool.end_lease(path.lease)
+        if path.done:
+            self._on_saved(path.slots[: path.done])
+
+
+class HostOrigin:
+    """Host slots, on their way to disk: the whole path is held until it ends."""
+
+    lane = WRITE
+
+    def __init__(self, host: TierIndex, disk_of_slot: np.ndarray):
+        """disk_of_slot: int32 [num_host_slots], the disk slot that holds the same contents; written here."""
+        self._host, self._disk_of_slot = host, disk_of_slot
+
+    def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
+        return len(items)
+
+    def give_back(self, items: np.ndarray) -> None:
+        pass
+
+    def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
+        self._disk_of_slot[items] = slots
+
+    def ended(self, path: Path) -> None:
+        self._host.let_go(path.items)

@@ -1,0 +1,78 @@
+"""`Ticket` and `TicketBoard`: how a forward pass waits for KV that is still on its way from host memory."""
+
+from __future__ import annotations
+
+import threading
+
+from xllm.errors import DeviceError
+
+
+class Ticket:
+    """How far a load has come: layer l may be read once `wait(l)` returns. A lane writes it, the runner reads it."""
+
+    __slots__ = ("_condition", "_error", "_layers_done", "num_layers", "ticket_id")
+
+    def __init__(self, ticket_id: int, num_layers: int):
+        self.ticket_id = ticket_id
+        self.num_layers = num_layers
+        self._layers_done = 0
+        self._error: BaseException | None = None
+        self._condition = threading.Condition()
+
+    @property
+    def layers_done(self) -> int:
+        return self._layers_done
+
+    def advance(self) -> None:
+        """One more layer has arrived."""
+        with self._condition:
+            self._layers_done += 1
+            self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """The rest will not come."""
+        with self._condition:
+            self._error = error
+            self._condition.notify_all()
+
+    def wait(self, layer: int) -> None:
+        """Block until layer `layer` (from 0) has arrived. Raises DeviceError if it never will."""
+        if self._layers_done <= layer:
+            with self._condition:
+                self._condition.wait_for(lambda: self._layers_done > layer or self._error is not None)
+        if self._layers_done <= layer:
+            raise DeviceError("KV could not be copied to the device") from self._error
+
+
+class TicketBoard:
+    """The tickets of loads that are not complete, by number, beside the device that waits for them.
+
+    A number that is not listed belongs to a load that is complete. Opened in the thread that receives the moves,
+    before a step that names it; closed by the lane that ran the load; read by the runner.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: dict[int, Ticket] = {}
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def open(self, ticket_id: int, num_layers: int) -> None:
+        """A load of that number is on its way. The number is new."""
+        assert ticket_id not in self._tickets
+        self._tickets[ticket_id] = Ticket(ticket_id, num_layers)
+
+    def close(self, ticket: Ticket) -> None:
+        """All its layers have arrived."""
+        del self._tickets[ticket.ticket_id]
+
+    def __contains__(self, ticket_id: int) -> bool:
+        return ticket_id in self._tickets
+
+    def __getitem__(self, ticket_id: int) -> Ticket:
+        return self._tickets[ticket_id]
+
+    def tickets(self, ticket_ids: tuple[int, ...]) -> list[Ticket]:
+        """Those of the numbers that are still open."""
+        found = (self._tickets.get(ticket_id) for ticket_id in ticket_ids)
+        return [ticket for ticket in found if ticket is not None]
