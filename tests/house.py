@@ -59,8 +59,16 @@ def imports(tree: ast.Module, *, lazy: bool = True) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            found.append((node.lineno, node.module or ""))
+            module = node.module or ""
+            found += [(node.lineno, f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module)
+                      for alias in node.names]
     return found
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name is one of our modules or packages."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 # --- circles

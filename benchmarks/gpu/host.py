@@ -19,6 +19,7 @@ from benchmarks.gpu.device import Timing
 from benchmarks.gpu.driver import Driver, measured_engine
 from benchmarks.gpu.engine import SETTLE_STEPS, graph_facts, start_decoding, step_times
 from benchmarks.gpu.shapes import SHAPES, ModelShape
+from xllm.worker.inline import runner_of
 
 WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 QUEUEING_CALLS = ("cudaGraphLaunch", "cudaMemcpyAsync", "cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx",
@@ -73,7 +74,7 @@ def _time_phases(bench: Bench, driver: Driver, id: str, batch: int, context: int
 def stopwatches(driver: Driver) -> Iterator[dict[str, list[float]]]:
     """Microseconds of every call of each phase while inside."""
     core, spent = driver.core, defaultdict[str, list[float]](list)
-    runner = core.link.worker.runner
+    runner = runner_of(core.link)
     watched = [(core.scheduler, "schedule", "schedule"), (core.scheduler, "update", "update"),
                (runner, "prepare", "prepare"), (core.link, "result", "wait"), (runner, "start", "start")]  # fmt: skip
     for owner, method, phase in watched:

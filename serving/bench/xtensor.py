@@ -25,6 +25,7 @@ from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.request import Request, SamplingParams
 from xllm.step import NewRow, ScheduleOutput
+from xllm.worker.inline import runner_of
 
 if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     core = make_core()
     try:
-        virtual = core.link.worker.runner.virtual_rows
+        virtual = runner_of(core.link).virtual_rows
         if virtual is None:
             raise ConfigError("this device has no virtual memory management")
         result = {"page_bytes": virtual.arena.page_bytes, "calls": measure_calls(virtual)}
@@ -254,7 +255,7 @@ def _shared_memory_bytes() -> int:
 
 def steady_decode(core: EngineCore, batch: int = 8, num_tokens: int = 400) -> dict[str, Any]:
     """Eight sequences decode on the real engine: who makes the driver's calls, and when."""
-    virtual = core.link.worker.runner.virtual_rows
+    virtual = runner_of(core.link).virtual_rows
     assert virtual is not None
     by_thread: dict[str, int] = {}
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 
 from tests.kv.store_life import Life
-from xllm.kv.demotion import Demoter, Path
+from tests.kv.store_world import paths
 from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
 from xllm.kv.prefetch import MAX_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
@@ -77,13 +76,6 @@ def check_disk_contents(life: Life) -> None:
         found = store.read(slot, digest, memoryview(out))
         assert found or life.machine.damaged, f"disk slot {slot} lost its block"
         assert not found or bytes(out) == life.contents.bytes_of[digest], f"disk slot {slot} gave something else"
-
-
-def paths(demoter: Demoter) -> Iterable[Path]:
-    """Those that it has not ended."""
-    yield from (entry[2] for entry in demoter._queue)
-    if demoter._active is not None:
-        yield demoter._active
 
 
 def _check_holders(life: Life) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 
 from tests.kv.manual_lanes import ManualLanes
 from tests.kv.replay import Replay
-from tests.kv.store_audit import paths
-from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work
+from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work, paths
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import PAGE_BYTES, make_geometry
 from xllm.kv.eviction import make_policy

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from xllm.kv.block import block_digests
+from xllm.kv.demotion import Demoter, Path
 
 NUM_LAYERS = 2
 MASK = 2**64 - 1
@@ -166,3 +168,10 @@ def random_shape(rng: random.Random, policies: tuple[str, ...]) -> Shape:
                  eagerness=rng.choice([0.0, 0.1, 0.4]), chunk=rng.choice([1, 2, 3, 32]),
                  prefetch=rng.random() < 0.6, num_talks=rng.choice([3, 6, 10]),
                  swap_lease_s=rng.choice([0.2, 4.0, 60.0]))
+
+
+def paths(demoter: Demoter) -> Iterable[Path]:
+    """Those that it has not ended."""
+    yield from (entry[2] for entry in demoter._queue)
+    if demoter._active is not None:
+        yield demoter._active

@@ -78,7 +78,7 @@ def _key(report: Report) -> Hashable:
         return "done", report.what
     if isinstance(report, MoveDone):
         return "move", report.number
-    return type(report)
+    return type(report).__name__
 
 
 def _merge(reports: list[Report]) -> Report:

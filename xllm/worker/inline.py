@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from xllm.runner.model_runner import ModelRunner
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import Command, Report, Shutdown, WorkerStats
 from xllm.worker.worker import Worker
@@ -23,7 +24,7 @@ DIRECT = Wire(down=lambda command: command, up=lambda report: report)  # the sam
 
 
 class InlineLink(WorkerLink):
-    """`worker` is there to be looked at by tests and benchmarks."""
+    """`worker`: the one of this process."""
 
     def __init__(self, *, wire: Wire = DIRECT):
         super().__init__()
@@ -54,3 +55,17 @@ class InlineLink(WorkerLink):
             return self._reports.get(timeout=timeout_s) if timeout_s != 0.0 else self._reports.get_nowait()
         except queue.Empty:
             return None
+
+
+def worker_of(link: WorkerLink) -> Worker:
+    """The worker behind a link, for benchmarks that look into it. Raises TypeError if it is in another process."""
+    if not isinstance(link, InlineLink):
+        raise TypeError(f"{type(link).__name__} has its workers elsewhere")
+    return link.worker
+
+
+def runner_of(link: WorkerLink) -> ModelRunner:
+    """The same of its runner. The worker is loaded and awake."""
+    runner = worker_of(link).runner
+    assert runner is not None
+    return runner
