@@ -6,8 +6,21 @@ import heapq
 import itertools
 import random
 
-from xllm.kv.moves import LANES, Move, MoveDone, OpenMoves, error_of
+import numpy as np
+
+from xllm.kv.moves import LANES, LOAD, READ, WRITE, Move, MoveDone, OpenMoves, error_of
 from xllm.kv.performer import MovePerformer
+
+
+def check_plain(move: Move) -> None:
+    """It can be encoded as it is: no numpy scalars, int32 throughout, and only what its lane needs."""
+    assert all(type(value) is int for value in (move.number, move.priority, move.num_bytes, move.ticket))
+    assert move.sources.dtype == move.targets.dtype == np.int32
+    assert 0 < len(move.sources) == len(move.targets)
+    assert all(type(name) is bytes and len(name) == 16 for name in (*move.digests, *move.parents))
+    assert len(move.digests) == (len(move.sources) if move.lane in (READ, WRITE) else 0)
+    assert len(move.parents) == (len(move.sources) if move.lane == WRITE else 0)
+    assert (move.ticket > 0) == (move.lane == LOAD)
 
 
 class ManualLanes:
@@ -25,6 +38,7 @@ class ManualLanes:
 
     def send(self, move: Move) -> None:
         assert not self.closed
+        check_plain(move)
         self.performer.begin(move)
         heapq.heappush(self._queues[move.lane], (move.priority, next(self._order), move))
 

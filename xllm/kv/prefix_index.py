@@ -97,7 +97,8 @@ class PrefixIndex:
 
     def insert(self, digest: bytes, block_id: int, parent: int) -> None:
         """Make a full, settled block findable. Its digest must be new and its parent resident."""
-        assert self.find(digest) == NO_BLOCK
+        known = self._block_of.get(digest, NO_BLOCK)
+        assert known == NO_BLOCK or not self._flags[known], "it is findable already"
         assert not self._flags[block_id]
         old = self._digest_of[block_id]
         if old is not None and self._block_of.get(old) == block_id:

@@ -104,10 +104,6 @@ class Promotions:
         self._kv.set_foreground(False)
         self._kv.poll(self._clock())
 
-    def set_foreground(self, steps_run: bool) -> None:
-        """While steps run, moves that nobody waits for go slowly."""
-        self._kv.set_foreground(steps_run)
-
     def close(self) -> None:
         """No step is running any more: store what the device still has, as far as there is a disk for it."""
         self._kv.close(FLUSH_S)

@@ -211,7 +211,7 @@ class Scheduler:
             plan.commit(share)
 
     def _seal(self, plan: PlanBuilder) -> ScheduleOutput:
-        self.promotions.set_foreground(bool(plan.shares))
+        self.kv.set_foreground(bool(plan.shares))
         if not plan.shares:  # an empty plan is never run: what it would carry waits for the next
             return plan.build()
         replaced = self.kv.take_replaced()
@@ -238,7 +238,7 @@ class Scheduler:
             self._commit_blocks(rows)
         self._leave_settled(rows)
         if not len(self.running):
-            self.promotions.set_foreground(False)
+            self.kv.set_foreground(False)
         return self.take_ready() + outputs if self._ready else outputs
 
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
