@@ -34,6 +34,7 @@ ALLOWED = {
     "xllm.speculative": [*RUN_FLOOR],
     "xllm.structured": [*BASE, "xllm.structured"],
     "xllm.runner": RUN_FLOOR,
+    "xllm.client": [*BASE, "xllm.engine", "xllm.client", "xllm.detokenizer", "xllm.tokenizer"],
     "xllm": ["xllm", "backends", "graph"],
     "serving": ["serving", "xllm"],
     "serving.doctor": ["serving", "xllm", "backends"],  # it looks at devices

@@ -182,7 +182,7 @@ class LLM:
                          check_interrupt: Callable[[], None]) -> None:
         owners = [answer for answer in answers for _ in answer.source.requests]  # by a piece's index
         with _progress_bar(len(answers), use_tqdm) as advance:
-            while assembly.open_ids:
+            while not assembly.finished:
                 pieces = assembly.feed(self._engine.step())
                 ended = {owners[piece.index] for piece in pieces if piece.finish_reason is not None}
                 advance(sum(answer.finished for answer in ended))

@@ -92,25 +92,19 @@ class WatchedEngine(EngineClient, Protocol):
         """How long there has been no sign of progress; 0 while the engine idles and answers."""
 
 
-class StreamOwner(Protocol):
-    """What a stream needs of the client that made it."""
-
-    def drop(self, request_ids: Iterable[str]) -> None:
-        """Abort requests and forget them."""
-
-
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted.
 
-    on_news(request id, number of tokens): called whenever something came for a request, and when it left without more.
+    drop(request ids): aborts requests and forgets them. on_news(request id, number of tokens): called whenever
+    something came for a request, and when it left without more.
     """
 
-    def __init__(self, owner: StreamOwner, requests: Sequence[Request]):
+    def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
         self.open_ids = {request.request_id for request in requests}
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
         self.on_news: Callable[[str, int], None] = lambda request_id, num_tokens: None
-        self._owner = owner
+        self._drop = drop
         self._is_admitted = False
         self._failure: Exception | None = None
         self._deltas: list[OutputDelta] = []
@@ -160,7 +154,7 @@ class Stream:
         self._leave(list(self.open_ids))
 
     def _leave(self, request_ids: Sequence[str]) -> None:
-        self._owner.drop(request_ids)
+        self._drop(request_ids)
         self.open_ids.difference_update(request_ids)
         for request_id in request_ids:
             self.on_news(request_id, 0)
