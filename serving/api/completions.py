@@ -17,6 +17,7 @@ from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
+from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
@@ -56,6 +57,7 @@ class CompletionCall:
         lengths = [params.choose_max_tokens(self.state, body.max_tokens or (1 if self.hides_output else None),
                                             len(prompt.token_ids), default=default, prompt_field="prompt")
                    for prompt in self.prompts]
+        overrides["structured"] = read_structured(body)
         made: dict[int, SamplingParams] = {}
         for length in lengths:
             if length not in made:

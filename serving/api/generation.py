@@ -61,8 +61,8 @@ class Generation:
         return self._pieces
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._pieces.aclose()
         self.close()
+        await self._pieces.aclose()
 
     async def _read(self) -> AsyncGenerator[Piece, None]:
         while deltas := await self._next():

@@ -27,25 +27,14 @@ class EngineClient(Protocol):
     """An engine, or several that look like one, for one event loop. It knows requests and tokens; who may send them,
     how many, and what text they make is not its business."""
 
-    @property
-    def facts(self) -> EngineFacts | None:
-        """None until the engine has been loaded."""
+    facts: EngineFacts | None  # None until the engine has been loaded
+    dead_reason: str | None  # why nothing is taken any more
+    adapters: tuple[str, ...]  # names that requests may ask for
+    sleep_level: int  # 0: awake
 
     @property
     def stats(self) -> EngineStats:
         """The latest that is known."""
-
-    @property
-    def dead_reason(self) -> str | None:
-        """Why nothing is taken any more; None while the engine lives."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of those that requests may ask for."""
-
-    @property
-    def sleep_level(self) -> int:
-        """0: awake."""
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -73,20 +62,14 @@ class EngineClient(Protocol):
 class WatchedEngine(EngineClient, Protocol):
     """What a server wants to know of its engine besides."""
 
+    phase: str  # of the start-up; "ready" or "dead" after it
+    restarting_after: str | None  # why the last engine died, while another one starts
     steps: StepReport  # the latest that has come
     on_steps: Callable[[StepReport], None]  # called with each that comes
 
     @property
     def is_up(self) -> bool:
         """Whether requests are taken."""
-
-    @property
-    def phase(self) -> str:
-        """Of the start-up; "ready" or "dead" after it."""
-
-    @property
-    def restarting_after(self) -> str | None:
-        """Why the last engine died, while another one starts."""
 
     def silent_for_s(self) -> float:
         """How long there has been no sign of progress; 0 while the engine idles and answers."""
