@@ -1,7 +1,7 @@
 """`AsyncLLM`: an engine behind async iterators, for servers.
 
-Three threads take part: the engine's own schedules, the runner's computes, and the event loop's
-detokenises and hands out. An `AsyncLLM` belongs to one event loop at a time.
+Three threads take part: the engine's own schedules, the runner's computes, and in the event loop's each
+iterator makes its own text. An `AsyncLLM` belongs to one event loop at a time.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class AsyncLLM:
         """Run one prompt. Ending the iteration early, or cancelling its task, aborts the request.
 
         output_kind: each output holds everything so far, or only what is new, or there is one at the end.
-        A slow consumer misses no text: what came meanwhile is in its next output. The last output, and
-        only it, is `finished`. deadline_s: on the `time.monotonic()` clock.
+        A slow consumer misses no text: what came meanwhile is in its next output, and a stop string is found when it
+        is read. The last output, and only it, is `finished`. deadline_s: on the `time.monotonic()` clock.
 
         Raises:
             RequestError: something is wrong with the request, or the queue is full.

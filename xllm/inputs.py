@@ -65,8 +65,10 @@ class InputProcessor:
     def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
                 session_id: str | None = None, pooling: PoolingParams | None = None,
-                lora: str = "") -> ProcessedInput:
+                lora: str = "", shares_prompt_logprobs: bool = True) -> ProcessedInput:
         """Everything the engine needs to run `prompt`; `sampling.n` becomes that many requests.
+
+        shares_prompt_logprobs: of the `n`, the first alone computes those of the prompt.
 
         Raises:
             RequestError: names the parameter that is wrong.
@@ -80,7 +82,8 @@ class InputProcessor:
             Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
                     arrival_s=arrival_s, priority=priority, offline=offline, deadline_s=deadline_s,
                     cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora)
-            for child_id, choice in zip(self._engine_ids(request_id, sampling.n), _choices(sampling))
+            for child_id, choice in zip(self._engine_ids(request_id, sampling.n),
+                                        _choices(sampling, shares_prompt_logprobs))
         )
         return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,
                               requests=requests)
@@ -174,8 +177,8 @@ class InputProcessor:
         return self.tokenizer
 
 
-def _choices(sampling: SamplingParams) -> list[SamplingParams]:
-    """`n` copies. Choice 0 is what n=1 would give; only it computes the prompt's logprobs.
+def _choices(sampling: SamplingParams, shares_prompt_logprobs: bool) -> list[SamplingParams]:
+    """`n` copies. Choice 0 is what n=1 would give.
 
     Without a seed the engine seeds each by its order of arrival, so they differ.
     """
@@ -185,7 +188,7 @@ def _choices(sampling: SamplingParams) -> list[SamplingParams]:
     return [
         dataclasses.replace(
             sampling, n=1, seed=None if seed is None else (seed + index * _SEED_STEP) & _UINT64 if index else seed,
-            prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+            prompt_logprobs=None if index and shares_prompt_logprobs else sampling.prompt_logprobs,
         )
         for index in range(sampling.n)
     ]

@@ -47,8 +47,8 @@ class LLM:
         self.config = self._core.config
         self.facts = self._core.facts
         self._engine = InlineClient(self._core)
-        self._tokenizer = engine_tokenizer(self._engine.facts)
-        self._inputs = InputProcessor.of(self._engine.facts, self._tokenizer)
+        self._tokenizer = engine_tokenizer(self._core.facts)
+        self._inputs = InputProcessor.of(self._core.facts, self._tokenizer)
         self._lock = threading.Lock()
         self._num_requests = 0
 
@@ -146,7 +146,7 @@ class LLM:
                                         [lora] * len(prompts) if isinstance(lora, str)
                                         else _one_each(lora, "", len(prompts), "lora"), pooling)
             assembly = Assembly([request for source in sources for request in source.requests], self._tokenizer,
-                                self._engine.abort)
+                                self._core.abort)
             try:
                 self._add_all(sources)
                 answers = self._answers(sources, assembly)
@@ -172,7 +172,7 @@ class LLM:
         for index, source in enumerate(sources):
             with _at("prompts", index, len(sources)):
                 for request in source.requests:
-                    self._engine.add(request)
+                    self._core.add(request)
 
     def _answers(self, sources: Sequence[ProcessedInput], assembly: Assembly) -> list[Answer]:
         completions = iter(assembly.completions)
@@ -182,7 +182,7 @@ class LLM:
                          check_interrupt: Callable[[], None]) -> None:
         owners = [answer for answer in answers for _ in answer.source.requests]  # by a piece's index
         with _progress_bar(len(answers), use_tqdm) as advance:
-            while assembly.open_ids:
+            while not assembly.finished:
                 pieces = assembly.feed(self._engine.step())
                 ended = {owners[piece.index] for piece in pieces if piece.finish_reason is not None}
                 advance(sum(answer.finished for answer in ended))

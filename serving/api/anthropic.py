@@ -139,32 +139,22 @@ class MessagesCall:
 
     async def run(self) -> dict[str, Any]:
         """The whole message."""
-        pieces = self._generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    self.read(piece)
-        finally:
-            await pieces.aclose()
-            self._generation.close()
+        async with self._generation as pieces:
+            async for piece in pieces:
+                self.read(piece)
         self._blocks.end()
         return {**self.envelope([_whole(block) for block in self._blocks.all]), **self.ending()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         yield named({"type": "message_start", "message": self.envelope([])})
-        pieces = self._generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    for change in self.read(piece):
-                        yield named(_event(change))
+        async with self._generation as pieces:
+            async for piece in pieces:
+                for change in self.read(piece):
+                    yield named(_event(change))
             for change in self._blocks.end():
                 yield named(_event(change))
             yield named({"type": "message_delta", "delta": self.ending(), "usage": self.usage()})
             yield named({"type": "message_stop"})
-        finally:
-            await pieces.aclose()
-            self._generation.close()
 
 
 def named(content: dict[str, Any]) -> bytes:

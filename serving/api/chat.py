@@ -183,31 +183,21 @@ class ChatCall:
 
     async def run(self, generation: Generation) -> dict[str, Any]:
         """The whole answer. Its text is read as it comes, so that a long one never stops the event loop."""
-        pieces = generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    self.read(piece)
-        finally:
-            await pieces.aclose()
-            generation.close()
+        async with generation as pieces:
+            async for piece in pieces:
+                self.read(piece)
         return self.response(generation)
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         options = self.body.stream_options
-        pieces = generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    for chunk in self.piece_chunks(generation, piece):
-                        if options and options.continuous_usage_stats:
-                            chunk["usage"] = self.usage(generation)
-                        yield event(chunk)
+        async with generation as pieces:
+            async for piece in pieces:
+                for chunk in self.piece_chunks(generation, piece):
+                    if options and options.continuous_usage_stats:
+                        chunk["usage"] = self.usage(generation)
+                    yield event(chunk)
             if options and options.include_usage:
                 yield event({**self.envelope("chat.completion.chunk", []), "usage": self.usage(generation)})
-        finally:
-            await pieces.aclose()
-            generation.close()
 
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:

@@ -17,6 +17,7 @@ from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import EventStream, event, until_disconnect
+from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
@@ -56,6 +57,7 @@ class CompletionCall:
         lengths = [params.choose_max_tokens(self.state, body.max_tokens or (1 if self.hides_output else None),
                                             len(prompt.token_ids), default=default, prompt_field="prompt")
                    for prompt in self.prompts]
+        overrides["structured"] = read_structured(body)
         made: dict[int, SamplingParams] = {}
         for length in lengths:
             if length not in made:
@@ -112,24 +114,19 @@ class CompletionCall:
         body, options = self.body, self.body.stream_options
         always = bool(body.return_token_ids) or body.logprobs is not None
         num_sent = [0] * len(generation.choices)
-        pieces = generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    if not (piece.text or piece.is_first or piece.finish_reason or always):
-                        continue  # tokens that do not make a character yet
-                    choice = generation.choices[piece.index]
-                    shown = self.piece_json(choice, piece, offset=num_sent[piece.index])
-                    num_sent[piece.index] += len(shown["text"])
-                    chunk = self.envelope([shown])
-                    if options and options.continuous_usage_stats:
-                        chunk["usage"] = self.usage(generation)
-                    yield event(chunk)
+        async with generation as pieces:
+            async for piece in pieces:
+                if not (piece.text or piece.is_first or piece.finish_reason or always):
+                    continue  # tokens that do not make a character yet
+                choice = generation.choices[piece.index]
+                shown = self.piece_json(choice, piece, offset=num_sent[piece.index])
+                num_sent[piece.index] += len(shown["text"])
+                chunk = self.envelope([shown])
+                if options and options.continuous_usage_stats:
+                    chunk["usage"] = self.usage(generation)
+                yield event(chunk)
             if options and options.include_usage:
                 yield event({**self.envelope([]), "usage": self.usage(generation)})
-        finally:
-            await pieces.aclose()
-            generation.close()
 
 
 def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | list[list[int]]:

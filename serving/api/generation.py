@@ -17,7 +17,7 @@ from xllm.request import OutputDelta, Request
 
 
 class Generation:
-    """choices: one for each request, in their order."""
+    """choices: one for each request, in their order. Used in `async with`, which gives its pieces and closes it."""
 
     def __init__(self, state: ServerState, requests: Sequence[Request], stream: Stream):
         self.state = state
@@ -29,7 +29,7 @@ class Generation:
 
     @classmethod
     async def start(cls, state: ServerState, requests: Sequence[Request], timeout_s: float | None = None) -> Generation:
-        """Submit the requests; the caller runs `pieces` or `close`. timeout_s: in which they must be done; None: the
+        """Submit the requests; the caller enters it or calls `close`. timeout_s: in which they must be done; None: the
         server's own limit. Raises RequestError or EngineDeadError."""
         expires_s = expiry_s(timeout_s, state.config.resilience.request_timeout)
         try:
@@ -54,16 +54,24 @@ class Generation:
                 self._end(record, choice.finish_reason or "abort")
         self.state.metrics.request_max_num_generation_tokens.observe(max(len(c.token_ids) for c in self.choices))
 
-    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
-        """New pieces as they come, until every choice has its finish reason. Raises ApiError or EngineDeadError."""
+    async def __aenter__(self) -> AsyncGenerator[Piece, None]:
+        """New pieces as they come, until every choice has its finish reason. Reading them raises ApiError or
+        EngineDeadError."""
+        self._pieces = self._read()
+        return self._pieces
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+        await self._pieces.aclose()
+
+    async def _read(self) -> AsyncGenerator[Piece, None]:
         while deltas := await self._next():
-            found = []
-            for piece in self._assembly.feed(deltas):
+            pieces = self._assembly.feed(deltas)
+            for piece in pieces:
                 self._note(piece)
+            for piece in pieces:
                 if piece.token_ids or piece.finish_reason is not None:  # else: a chunk of prompt_logprobs only
-                    found.append(piece)
-            if found:
-                yield found
+                    yield piece
 
     async def _next(self) -> list[OutputDelta]:
         try:
@@ -74,11 +82,9 @@ class Generation:
 
     async def run(self) -> None:
         """Run to the end without looking at the pieces, then close."""
-        try:
-            async for _ in self.pieces():
+        async with self as pieces:
+            async for _ in pieces:
                 pass
-        finally:
-            self.close()
 
     def _note(self, piece: Piece) -> None:
         """Raises ApiError for what did not end well."""

@@ -9,11 +9,10 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from serving.api.errors import invalid
-from serving.api.structured import check_structured, read_structured
+from serving.api.structured import check_structured
 from serving.api.types import GenerationBody, PoolingBody
 from serving.state import ServerState
 from xllm.pooling import PoolingParams
@@ -33,11 +32,10 @@ MAX_SALT_CHARS = 1024
 
 def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int, logprobs: int | None,
                     **overrides: Any) -> SamplingParams:
-    """The body's wishes over the model's defaults. Raises RequestError naming the field."""
+    """The body's wishes over the model's defaults; overrides: over both. Raises RequestError naming the field."""
     given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
-    settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs,
-                                "structured": read_structured(body), **overrides}
+    settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
     if state.tokenizer is None:
         for name in ("stop", "bad_words"):
             if settings.get(name):
@@ -115,10 +113,8 @@ def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompt
     options = _request_options(state, body)
     requests: list[Request] = []
     for prompt, sampling in zip(prompts, samplings, strict=True):
-        made = state.inputs.process(call, prompt, sampling, **options).requests
         # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
-        requests += [replace(request, sampling=replace(request.sampling, prompt_logprobs=sampling.prompt_logprobs))
-                     if request.sampling.prompt_logprobs != sampling.prompt_logprobs else request for request in made]
+        requests += state.inputs.process(call, prompt, sampling, shares_prompt_logprobs=False, **options).requests
     return requests
 
 

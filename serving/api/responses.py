@@ -175,14 +175,9 @@ class ResponsesCall:
                 "status": status}
 
     async def run(self) -> dict[str, Any]:
-        pieces = self._generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    self._blocks.feed(self._call.read(piece))
-        finally:
-            await pieces.aclose()
-            self._generation.close()
+        async with self._generation as pieces:
+            async for piece in pieces:
+                self._blocks.feed(self._call.read(piece))
         self._blocks.end()
         return self.finished()
 
@@ -202,21 +197,16 @@ class ResponsesCall:
         begun = self.response("in_progress", [], with_usage=False)
         yield self._event("created", response=begun)
         yield self._event("in_progress", response=begun)
-        pieces = self._generation.pieces()
-        try:
-            async for found in pieces:
-                for piece in found:
-                    for change in self._blocks.feed(self._call.read(piece)):
-                        for event in self._changed(change):
-                            yield event
+        async with self._generation as pieces:
+            async for piece in pieces:
+                for change in self._blocks.feed(self._call.read(piece)):
+                    for event in self._changed(change):
+                        yield event
             for change in self._blocks.end():
                 for event in self._changed(change):
                     yield event
             response = self.finished()
             yield self._event(response["status"], response=response)
-        finally:
-            await pieces.aclose()
-            self._generation.close()
 
     def _changed(self, change: Change) -> Iterator[bytes]:
         block = change.block

@@ -52,7 +52,7 @@ def test_deltas_and_cumulative_outputs_say_the_same(tokenizer):
     texts.append(last.outputs[0].text)
     assert (last.finished, last.outputs[0].finish_reason) == (True, "length")
     assert ("".join(texts), taken) == ("def naïve(): return 1", ids)
-    assert bench.assembly.open_ids == ()
+    assert bench.assembly.finished and bench.assembly.open_ids == ()
     assert bench.aborted == []
 
 
@@ -143,7 +143,7 @@ def test_times_and_counts(tokenizer):
     assert (metrics.first_token_time, metrics.finished_time) == (None, None)
     bench.feed([5])
     bench.feed([6], finish_reason=FinishReason.LENGTH)
-    metrics = bench.answer.output().metrics
+    output = bench.answer.output()
+    metrics = output.metrics
     assert metrics.arrival_time <= metrics.first_token_time <= metrics.last_token_time <= metrics.finished_time
-    assert (metrics.num_generation_tokens, metrics.num_preemptions) == (2, 1)
-    assert bench.answer.output().num_cached_tokens == 16
+    assert (metrics.num_generation_tokens, metrics.num_preemptions, output.num_cached_tokens) == (2, 1, 16)

@@ -11,9 +11,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xllm.client.codec import COMMANDS, REPORTS, config_from_json, config_to_json
-from xllm.client.reports import Heartbeat
+from xllm.client.reports import Fatal, Heartbeat, Phase, Ready
 from xllm.config import EngineConfig
-from xllm.engine.commands import Outputs, Shutdown, Submit
+from xllm.engine.commands import (
+    Abort,
+    Control,
+    Controlled,
+    EngineState,
+    Outputs,
+    Shutdown,
+    Submit,
+    Submitted,
+)
+from xllm.engine.facts import EngineFacts
+from xllm.engine.step_log import StepReport
 from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
 
@@ -77,7 +88,26 @@ def test_config_and_stats() -> None:
     assert REPORTS.decode(REPORTS.encode(beat)) == beat
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", COMMANDS.encode(Shutdown())])
+FACTS = EngineFacts(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=4, eos_token_ids=(1, 2),
+                    num_blocks=3, adapters=("x",))
+COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown()]
+REPORT_KINDS = [
+    Submitted("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
+    Outputs([FULL], [("a", 1.5)]), Phase("weights", 0.5), Ready(FACTS), Fatal("why", True),
+    Heartbeat(None, EngineStats(), StepReport(recent=[(1.0, 0.5, 8, 2)])),
+]
+
+
+@pytest.mark.parametrize("message", [*COMMAND_KINDS, *REPORT_KINDS], ids=lambda message: type(message).__name__)
+def test_every_message_comes_back_as_itself(message: object) -> None:
+    codec, other = (COMMANDS, REPORTS) if message in COMMAND_KINDS else (REPORTS, COMMANDS)
+    received = codec.decode(codec.encode(message))
+    assert type(received) is type(message) and received == message
+    with pytest.raises(msgspec.DecodeError):
+        other.decode(codec.encode(message))
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", b"\x40junk", b"\x42"])
 def test_anything_else_is_refused(frame: bytes) -> None:
     with pytest.raises((msgspec.DecodeError, msgspec.ValidationError)):
         REPORTS.decode(frame)

@@ -57,37 +57,43 @@ class Completion:
 
     def feed(self, delta: OutputDelta, now_s: float) -> Piece:
         """Take a delta in; not after the end."""
-        text, token_ids, is_first = "", delta.token_ids, not self.token_ids
+        text, token_ids, logprobs, is_first = "", delta.token_ids, delta.logprobs, not self.token_ids
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason.value, delta.stop_reason
             self.error = delta.error
         if self._detokenizer is not None:
-            text, token_ids = self._detokenize(self._detokenizer, delta)
-        logprobs = delta.logprobs[: len(token_ids)] if delta.logprobs else None
-        self.token_ids += token_ids
-        self.logprobs += logprobs or ()
-        self._collect(delta)
+            text = self._detokenize(self._detokenizer, delta)
+            token_ids = token_ids[: self._detokenizer.num_tokens - len(self.token_ids)]
+        if logprobs:
+            logprobs = logprobs[: len(token_ids)]
+            self.logprobs += logprobs
         if token_ids:
+            self.token_ids += token_ids
             self.first_token_s, self.last_token_s = self.first_token_s or now_s, now_s
         if self.finish_reason is not None:
             self.end_s = now_s
+        self._collect(delta)
         return Piece(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, is_first)
 
-    def _detokenize(self, detokenizer: Detokenizer, delta: OutputDelta) -> tuple[str, list[int]]:
-        """(new text, new tokens that count)."""
+    def _detokenize(self, detokenizer: Detokenizer, delta: OutputDelta) -> str:
         text = detokenizer.feed(delta.token_ids, hide_last=delta.finish_reason is FinishReason.STOP)
         if delta.finish_reason is not None:
             text += detokenizer.finish()
         if detokenizer.stopped is not None:
             self.finish_reason, self.stop_reason, self.error = FinishReason.STOP.value, detokenizer.stopped, None
-        return text, delta.token_ids[: detokenizer.num_tokens - len(self.token_ids)]
+        return text
 
     def _collect(self, delta: OutputDelta) -> None:
-        self.prompt_logprobs += delta.prompt_logprobs or ()
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
-        self.cached_by_tier = delta.cached_by_tier or self.cached_by_tier
-        self.embedding = delta.embedding or self.embedding
+        if delta.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = delta.num_cached_tokens
+        if delta.num_preemptions > self.num_preemptions:
+            self.num_preemptions = delta.num_preemptions
+        if delta.prompt_logprobs:
+            self.prompt_logprobs += delta.prompt_logprobs
+        if delta.cached_by_tier is not None:
+            self.cached_by_tier = delta.cached_by_tier
+        if delta.embedding is not None:
+            self.embedding = delta.embedding
 
 
 class Assembly:
@@ -105,6 +111,11 @@ class Assembly:
     def open_ids(self) -> tuple[str, ...]:
         """Of the requests that have not ended."""
         return tuple(self._open)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every request has ended."""
+        return not self._open
 
     def feed(self, deltas: Iterable[OutputDelta]) -> list[Piece]:
         """What deltas bring, in their order. Those of requests that have ended, or of others, are left out."""

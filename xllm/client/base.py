@@ -27,25 +27,14 @@ class EngineClient(Protocol):
     """An engine, or several that look like one, for one event loop. It knows requests and tokens; who may send them,
     how many, and what text they make is not its business."""
 
-    @property
-    def facts(self) -> EngineFacts | None:
-        """None until the engine has been loaded."""
+    facts: EngineFacts | None  # None until the engine has been loaded
+    dead_reason: str | None  # why nothing is taken any more
+    adapters: tuple[str, ...]  # names that requests may ask for
+    sleep_level: int  # 0: awake
 
     @property
     def stats(self) -> EngineStats:
         """The latest that is known."""
-
-    @property
-    def dead_reason(self) -> str | None:
-        """Why nothing is taken any more; None while the engine lives."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of those that requests may ask for."""
-
-    @property
-    def sleep_level(self) -> int:
-        """0: awake."""
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -73,6 +62,8 @@ class EngineClient(Protocol):
 class WatchedEngine(EngineClient, Protocol):
     """What a server wants to know of its engine besides."""
 
+    phase: str  # of the start-up; "ready" or "dead" after it
+    restarting_after: str | None  # why the last engine died, while another one starts
     steps: StepReport  # the latest that has come
     on_steps: Callable[[StepReport], None]  # called with each that comes
 
@@ -80,37 +71,23 @@ class WatchedEngine(EngineClient, Protocol):
     def is_up(self) -> bool:
         """Whether requests are taken."""
 
-    @property
-    def phase(self) -> str:
-        """Of the start-up; "ready" or "dead" after it."""
-
-    @property
-    def restarting_after(self) -> str | None:
-        """Why the last engine died, while another one starts."""
-
     def silent_for_s(self) -> float:
         """How long there has been no sign of progress; 0 while the engine idles and answers."""
-
-
-class StreamOwner(Protocol):
-    """What a stream needs of the client that made it."""
-
-    def drop(self, request_ids: Iterable[str]) -> None:
-        """Abort requests and forget them."""
 
 
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted.
 
-    on_news(request id, number of tokens): called whenever something came for a request, and when it left without more.
+    drop(request ids): aborts requests and forgets them. on_news(request id, number of tokens): called whenever
+    something came for a request, and when it left without more.
     """
 
-    def __init__(self, owner: StreamOwner, requests: Sequence[Request]):
+    def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
         self.open_ids = {request.request_id for request in requests}
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
         self.on_news: Callable[[str, int], None] = lambda request_id, num_tokens: None
-        self._owner = owner
+        self._drop = drop
         self._is_admitted = False
         self._failure: Exception | None = None
         self._deltas: list[OutputDelta] = []
@@ -160,7 +137,7 @@ class Stream:
         self._leave(list(self.open_ids))
 
     def _leave(self, request_ids: Sequence[str]) -> None:
-        self._owner.drop(request_ids)
+        self._drop(request_ids)
         self.open_ids.difference_update(request_ids)
         for request_id in request_ids:
             self.on_news(request_id, 0)

@@ -45,7 +45,7 @@ class CommandingClient(ABC):
         for request in requests:
             if request.request_id in self._streams:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-        stream = Stream(self, requests)
+        stream = Stream(requests, self._drop)
         self._streams.update((request.request_id, stream) for request in requests)
         self._send(Submit(list(requests)))
         return stream
@@ -54,8 +54,7 @@ class CommandingClient(ABC):
         """See `EngineClient.abort`."""
         self._send_abort([request_id for request_id in request_ids if request_id in self._streams])
 
-    def drop(self, request_ids: Iterable[str]) -> None:
-        """Abort requests and forget them."""
+    def _drop(self, request_ids: Sequence[str]) -> None:
         self._send_abort([request_id for request_id in request_ids
                           if self._streams.pop(request_id, None) is not None])
 

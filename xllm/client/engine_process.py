@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from xllm import env
 from xllm.client.codec import COMMANDS, REPORTS, config_from_json
 from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
 from xllm.config import EngineConfig
 from xllm.engine.commands import Command
 from xllm.engine.step_log import StepLog
+from xllm.env import log_level
 from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class SocketCommands:
 
 def main(argv: list[str]) -> int:
     folder = Path(argv[0])
-    logging.basicConfig(level=env.log_level(), stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    logging.basicConfig(level=log_level(), stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
     config = config_from_json(sys.stdin.buffer.readline())

@@ -16,7 +16,7 @@ from xllm.engine.core import EngineCore
 from xllm.engine.loop import EngineLoop
 from xllm.errors import EngineDeadError, XllmError
 from xllm.metrics import EngineStats
-from xllm.request import OutputDelta, Request
+from xllm.request import OutputDelta
 
 SHUT_DOWN = "it was shut down"
 logger = logging.getLogger("xllm.client")
@@ -127,11 +127,10 @@ class LocalClient(CommandingClient):
 
 
 class InlineClient:
-    """Steps `core` in the caller's thread; one thread at a time."""
+    """Steps `core`, to which its user adds requests, in the caller's thread; one thread at a time."""
 
     def __init__(self, core: EngineCore):
         self.core = core
-        self.facts = core.facts
         self.dead_reason: str | None = None
         self._is_closed = False
 
@@ -139,14 +138,6 @@ class InlineClient:
         """Raise EngineDeadError if the engine failed or was shut down."""
         if self.dead_reason is not None:
             raise EngineDeadError(f"the engine is gone: {self.dead_reason}")
-
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError; nothing is queued then."""
-        self.core.add(request)
-
-    def abort(self, request_id: str) -> None:
-        """End a request; its terminal delta comes from the next `step`. Unknown ids are ignored."""
-        self.core.abort(request_id)
 
     def step(self) -> list[OutputDelta]:
         """What one step changed, for all requests. Raises EngineDeadError if it failed."""
