@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from xllm.config import EngineConfig
@@ -25,13 +23,13 @@ class Admission:
     """Matches prefixes, reserves blocks and enters sequences into rows. Owned by the scheduler."""
 
     def __init__(self, config: EngineConfig, kv: KVManager, rows: RowTable, running: Running, waiting: WaitingQueue,
-                 promotions: Promotions, preemption: Preemption, counters: Counters, clock: Callable[[], float]):
+                 promotions: Promotions, preemption: Preemption, counters: Counters):
         assert config.model.max_model_len
         self._max_model_len, self._seed = config.model.max_model_len, config.model.seed
         self._watermark_blocks = int(config.cache.watermark * kv.num_blocks)
         self._kv, self._rows, self._running, self._waiting = kv, rows, running, waiting
         self._promotions, self._preemption = promotions, preemption
-        self._counters, self._clock = counters, clock
+        self._counters, self._clock = counters, running.clock
         # The head that did not fit, the blocks there were, and how often `running` had changed: not tried anew before
         # one of them is different.
         self._blocked: tuple[SequenceState, int, int] | None = None

@@ -22,7 +22,7 @@ class Running:
     """
 
     def __init__(self, key: Callable[[SequenceState], Key], rows: RowTable, kv: KVManager, clock: Callable[[], float]):
-        self._key, self._table, self._kv, self._clock = key, rows, kv, clock
+        self._key, self._table, self._kv, self.clock = key, rows, kv, clock
         self._entries: list[tuple[Key, int]] = []  # (key, row), sorted
         self._rows: np.ndarray | None = None  # those rows; None: make it anew
         self._released: list[int] = []
@@ -57,7 +57,7 @@ class Running:
         if commit:
             self.commit(seq.row)
         if ended_well:
-            self._kv.turn_ended(seq.session_key, seq.row, self._clock)
+            self._kv.turn_ended(seq.session_key, seq.row, self.clock)
         self._kv.leave(seq.row, int(self._table.last_step[seq.row]), used=used, swap=swap)
 
     def _changed(self) -> None:

@@ -74,7 +74,7 @@ class Scheduler:
         self._preemption = Preemption(self.kv, self.rows, self.running, self.waiting, self.promotions, self.counters,
                                       offline_yields=s.online_preempts_offline)
         self._admission = Admission(config, self.kv, self.rows, self.running, self.waiting, self.promotions,
-                                    self._preemption, self.counters, clock)
+                                    self._preemption, self.counters)
         self._sequences: dict[str, SequenceState] = {}
         self._ready: list[OutputDelta] = []  # outputs that no step produced
         self._next_step = 0
