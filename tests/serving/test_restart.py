@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.adapters import write_adapter
@@ -54,6 +55,22 @@ def test_killed_and_back(tmp_path: Path) -> None:
         os.kill(server.engine_pid, signal.SIGKILL)
         wait_for(lambda: "2 times within" in server.log, 20.0, "giving up")
         assert server.health().json()["status"] == "dead"
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stops"])
+def test_a_rank_that_fails_is_replaced_with_the_engine(tmp_path: Path, signum: signal.Signals) -> None:
+    """Also where nobody asks anything of it meanwhile."""
+    with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "2") as server:
+        text, engine = answer(server), server.engine_pid
+        ranks = [child.pid for child in psutil.Process(engine).children()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signum)
+        wait_for(lambda: server.health().status_code != 200, 10.0, "an end of the engine")
+        assert "worker rank 1 " in server.log
+        wait_for(lambda: server.health().status_code == 200, 60.0, "a restart")
+        assert answer(server) == text and server.engine_pid != engine
+        assert not any(psutil.pid_exists(pid) for pid in ranks)
         assert server.stop() == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from xllm.engine.stats import collect_stats
 from xllm.engine.step_log import Step
 from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers
-from xllm.errors import RequestError
+from xllm.errors import RequestError, WorkerError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
@@ -23,6 +24,7 @@ from xllm.scheduler.scheduler import Scheduler
 from xllm.worker.link import Progress, WorkerLink
 from xllm.worker.messages import AdapterRead, GrammarDone, Loaded
 
+logger = logging.getLogger(__name__)
 MAX_GRAMMAR_WAIT_S = 0.05  # before the caller is asked for news again
 READING_POLL_S = 0.02  # how soon an adapter that has been read is noticed while there is nothing else to do
 
@@ -192,7 +194,10 @@ class EngineCore:
     def shutdown(self) -> None:
         """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the workers."""
         try:
-            self.scheduler.promotions.close()
+            if not self.link.has_ended:
+                self.scheduler.promotions.close()
+        except WorkerError as error:
+            logger.error("the KV cache was not stored: %s", error)
         finally:
             self.link.close()
 

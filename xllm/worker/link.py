@@ -23,6 +23,7 @@ class WorkerLink:
     """
 
     depth = 0
+    has_ended = False  # there are no workers any more
 
     def __init__(self) -> None:
         self._queues_steps = False

@@ -69,7 +69,7 @@ class ProcessLink(WorkerLink):
         self._gatherer = Gatherer(num_ranks)
         self._stats = WorkerStats()
         self._checked_s = 0.0
-        self._has_ended = self._closed = False
+        self._closed = False
 
     @property
     def pids(self) -> list[int]:
@@ -77,7 +77,7 @@ class ProcessLink(WorkerLink):
         return [rank.process.pid for rank in self._ranks]
 
     def send(self, command: Command) -> None:
-        if self._has_ended:
+        if self.has_ended:
             raise WorkerError("the workers have ended")
         frame = encode(command)
         for rank in self._ranks:
@@ -93,7 +93,7 @@ class ProcessLink(WorkerLink):
         if self._closed:
             return
         self._closed = True
-        if not self._has_ended:
+        if not self.has_ended:
             with contextlib.suppress(Exception):  # it was to end anyway
                 self._end_in_order()
         self._end_ranks()
@@ -141,7 +141,7 @@ class ProcessLink(WorkerLink):
         since_s, self._checked_s = self._checked_s, now
         for number, rank in enumerate(self._ranks):
             code = rank.process.poll()
-            if code is not None and not (self._closed or self._has_ended):
+            if code is not None and not (self._closed or self.has_ended):
                 raise self._failed(f"worker rank {number} was killed by signal {-code}" if code < 0
                                    else f"worker rank {number} exited with code {code}")
             # Not if it was this process that did not listen.
@@ -158,8 +158,8 @@ class ProcessLink(WorkerLink):
 
     def _end_ranks(self) -> None:
         """By force: nothing that they still do is of use."""
-        if not self._has_ended:
-            self._has_ended = True
+        if not self.has_ended:
+            self.has_ended = True
             for rank in self._ranks:
                 rank.end()
             shutil.rmtree(self._folder, ignore_errors=True)
