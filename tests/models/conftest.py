@@ -10,13 +10,14 @@ import torch
 
 from backends import get_backend
 from backends.backend import Backend
+from xllm import env
 
 from .checkpoints import BY_ID, save_checkpoint
 
 
 @pytest.fixture(scope="session")
 def backend() -> Backend:
-    return get_backend("cpu")
+    return get_backend("cpu", cache_dir=env.cache_dir())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,6 +26,7 @@ from backends.reference import REFERENCE
 from backends.reference import kv as cpu_kv
 from backends.reference.kv_codes import QUANTISED, SCALE_BYTES, dequantise, quantise, row_width
 from tests.ops.on_device import on_device
+from xllm import env
 
 NAN = float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
@@ -42,7 +43,7 @@ def sizes(full: list[T], interpreted: list[T]) -> list[T]:
     return interpreted if INTERPRETED else full
 
 
-def load_ops(name: str, cache_dir: Path) -> OpSet | None:
+def load_ops(name: str) -> OpSet | None:
     """None: it cannot be had here."""
     if name == "reference":
         return REFERENCE
@@ -58,14 +59,13 @@ def load_ops(name: str, cache_dir: Path) -> OpSet | None:
             backend.synchronize()
 
         return on_device(backend.ops, backend.device, synchronize)
-    backend = get_backend("cpu", cache_dir=cache_dir, compiled=name == "compiled")
+    backend = get_backend("cpu", cache_dir=env.cache_dir(), compiled=name == "compiled")
     return None if name == "compiled" and backend.describe()["kernels"] == "plain torch" else backend.ops
 
 
 @pytest.fixture(scope="session")
-def op_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpSet]:
-    cache_dir = tmp_path_factory.mktemp("kernels")
-    loaded = {name: load_ops(name, cache_dir) for name in NAMES}
+def op_sets() -> dict[str, OpSet]:
+    loaded = {name: load_ops(name) for name in NAMES}
     return {name: ops for name, ops in loaded.items() if ops is not None}
 
 

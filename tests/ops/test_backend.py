@@ -21,6 +21,7 @@ from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes
 from backends.reference import REFERENCE
+from xllm import env
 
 
 def resident_bytes() -> int:
@@ -152,7 +153,7 @@ def test_a_failing_compilation_says_why(
 
 
 def test_exponential_is_exact_to_a_millionth() -> None:
-    library = load_kernels(None)
+    library = load_kernels(env.cache_dir())
     if library is None:
         pytest.skip("no C compiler here")
     x = torch.linspace(-86.9, 87.9, 16 * 4001)

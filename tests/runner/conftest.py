@@ -12,6 +12,7 @@ from backends import get_backend
 from backends.backend import Backend
 from tests.runner.harness import Driver, make_config
 from tests.runner.tiny_model import Truth, save_checkpoint, transformers_greedy
+from xllm import env
 from xllm.models.causal_lm import CausalLM
 from xllm.models.loader import load_model
 from xllm.runner.model_runner import ModelRunner
@@ -19,7 +20,7 @@ from xllm.runner.model_runner import ModelRunner
 
 @pytest.fixture(scope="session")
 def backend() -> Backend:
-    return get_backend("cpu")
+    return get_backend("cpu", cache_dir=env.cache_dir())
 
 
 @pytest.fixture(scope="session", autouse=True)

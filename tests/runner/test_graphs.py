@@ -15,6 +15,7 @@ from graph.checking import GraphCheckError
 from tests.runner.harness import Driver, make_config
 from tests.runner.test_speculation import Oracle
 from tests.runner.tiny_model import PROMPT, Truth
+from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.causal_lm import CausalLM
@@ -142,7 +143,7 @@ def test_logprobs_are_those_of_eager_steps(make_driver: MakeDriver) -> None:
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_other_operators(checkpoint: Path, compiled: bool, dtype: str) -> None:
-    backend = get_backend("cpu", compiled=compiled)
+    backend = get_backend("cpu", cache_dir=env.cache_dir(), compiled=compiled)
     model = load_model(checkpoint, backend=backend, dtype=getattr(torch, dtype), max_model_len=128,
                        quantization="int8" if dtype == "float32" else None)
     outputs = []

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from serving.parsers.tools.base import ToolParser
 from tests.security.advisories import advisory
 from tests.security.wire import send
 from tests.serving.server_process import ServerProcess, wait_for
@@ -141,6 +142,18 @@ def _storm(server: ServerProcess) -> None:
         thread.join(30)
 
 
+def reads_in_linear_time(kind: type[ToolParser], unit: str) -> bool:
+    """Four times the text in less than twelve times the time; quadratic would be sixteen."""
+    spent = []
+    for size in (2**16, 2**18):
+        parser, text = kind(), unit * (size // len(unit))
+        started_s = time.process_time()
+        parser.feed(text)
+        parser.finish()
+        spent.append(time.process_time() - started_s)
+    return spent[1] < 12 * spent[0] + 0.05
+
+
 @advisory("CVE-2025-48887", "CVE-2025-46560")
 def test_parsers_of_model_output_are_linear(advisory_id: str) -> None:
     """A megabyte of what each format almost is: every tool parser and reasoning parser reads it in linear time."""
@@ -149,15 +162,8 @@ def test_parsers_of_model_output_are_linear(advisory_id: str) -> None:
 
     for name in TOOL_PARSERS:
         for unit in HOSTILE:
-            spent = []
-            for size in (2**16, 2**18):
-                parser = tool_parser(name)()
-                text = unit * (size // len(unit))
-                started_s = time.process_time()
-                parser.feed(text)
-                parser.finish()
-                spent.append(time.process_time() - started_s)
-            assert spent[1] < 12 * spent[0] + 0.05, (name, unit, spent)
+            # More than once: python's collector may take its turn, which is long in a long test run.
+            assert any(reads_in_linear_time(tool_parser(name), unit) for _ in range(3)), (name, unit)
 
 
 def test_the_server_still_works(open_server: ServerProcess) -> None:
