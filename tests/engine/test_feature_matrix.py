@@ -30,6 +30,7 @@ from llguidance import LLTokenizer
 
 from tests.adapters import write_adapter
 from tests.engine.covering import covering_rows
+from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput, bundled
 from xllm.metrics import EngineStats
 from xllm.structured.grammar import build_matcher, grammar_text
@@ -171,6 +172,7 @@ def run(case: Case) -> list[list[int]]:
         settings = settings_for(case)
         if not WAYS[case.way].in_process:
             stack.enter_context(mock.patch.dict(os.environ, XLLM_CHECK="1"))
+            stack.enter_context(mock.patch("xllm.worker.processes.start_rank", fork_rank))
         if "lora" in features:
             settings["lora_modules"] = adapters()
         if "tiers" in features:

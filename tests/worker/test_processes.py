@@ -13,7 +13,9 @@ import pytest
 
 from tests.adapters import write_adapter
 from xllm import LLM, SamplingParams, StructuredOutput
-from xllm.errors import ConfigError, EngineDeadError, ModelError
+from xllm.errors import ConfigError, EngineDeadError, ModelError, WorkerError
+from xllm.worker.messages import Settle
+from xllm.worker.processes import CLOSE_S
 
 SETTINGS = {"max_model_len": 256, "num_kv_blocks": 96, "block_size": 8, "num_threads": 1}
 TWO = {**SETTINGS, "worker": "processes", "worker_ranks": 2}
@@ -45,6 +47,7 @@ def test_two_ranks_answer_as_one(plain, overlap):
         assert llm.stats().prefix_hits_total > 0
 
 
+@pytest.mark.usefixtures("pooled_ranks")
 def test_grammars_and_adapters_reach_every_rank(tmp_path):
     write_adapter(tmp_path / "a", 3)
     form = SamplingParams(temperature=0, max_tokens=24, structured=StructuredOutput(regex="(ab|cd){8}"))
@@ -66,6 +69,7 @@ def test_a_setting_that_no_rank_can_work_with_is_named():
         LLM(**SETTINGS, worker_ranks=2)
 
 
+@pytest.mark.usefixtures("pooled_ranks")
 @pytest.mark.parametrize(("signum", "reason"), [
     (signal.SIGKILL, "worker rank 1 was killed by signal 9"),
     (signal.SIGSTOP, "worker rank 1 has (said nothing|not finished step)"),
@@ -118,3 +122,24 @@ def is_running(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.usefixtures("pooled_ranks")
+def test_ranks_that_are_gone_do_not_hold_up_the_end():
+    llm = LLM(**TWO)
+    for pid in llm._core.link.pids:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    began = time.monotonic()
+    llm.shutdown()
+    assert time.monotonic() - began < CLOSE_S / 2
+
+
+@pytest.mark.usefixtures("pooled_ranks")
+def test_a_command_to_a_rank_that_is_gone_does_not_wait_for_ever():
+    with LLM(**TWO) as llm:
+        link = llm._core.link
+        os.kill(link.pids[1], signal.SIGKILL)
+        time.sleep(0.5)  # so that its socket is known to be closed
+        with pytest.raises(WorkerError, match="worker rank 1 was killed by signal 9"):
+            link.send(Settle())

@@ -12,7 +12,7 @@ from tests.worker.test_processes import GREEDY, PROMPTS, TWO, tokens
 from xllm import LLM
 from xllm.errors import EngineDeadError
 
-pytestmark = pytest.mark.usefixtures("checked")
+pytestmark = pytest.mark.usefixtures("checked", "pooled_ranks")
 TIERS = {**TWO, "host_cache_size": "16MiB"}
 SHORT = {"num_kv_blocks": 34, "max_num_seqs": 3, "watermark": 0.0, "max_model_len": 128}
 

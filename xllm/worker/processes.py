@@ -31,6 +31,13 @@ CLOSE_S = 10.0  # for an orderly end
 MAX_UNIX_PATH = 100  # the kernel takes 107 bytes
 
 
+def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
+    """A rank's process, which meets us in `folder`. It ends when its stdin does."""
+    # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
+    return subprocess.Popen([sys.executable, "-m", RANK_MODULE, str(folder), str(rank), str(num_ranks)],
+                            stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+
+
 class _Rank:
     """One process. heard_s: when it last said something."""
 
@@ -40,9 +47,7 @@ class _Rank:
         self.commands.set_hwm(0)
         self.commands.setsockopt(zmq.LINGER, 0)
         self.commands.bind(f"ipc://{folder / f'rank-{rank}'}")
-        # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
-        self.process = subprocess.Popen([sys.executable, "-m", RANK_MODULE, str(folder), str(rank), str(num_ranks)],
-                                        stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+        self.process = start_rank(folder, rank, num_ranks)
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -81,7 +86,19 @@ class ProcessLink(WorkerLink):
             raise WorkerError("the workers have ended")
         frame = encode(command)
         for rank in self._ranks:
-            rank.commands.send(frame, copy=False)
+            self._send_to(rank, frame)
+
+    def _send_to(self, rank: _Rank, frame: bytes) -> None:
+        """Sockets take everything at once, but not without a peer: before the rank has come, and once it is gone."""
+        while True:
+            try:
+                rank.commands.send(frame, zmq.NOBLOCK, copy=False)
+                return
+            except zmq.Again:
+                if self._closed:  # it is to end, and has
+                    return
+                self._check_ranks()
+                rank.commands.poll(int(CHECK_S * 1000), zmq.POLLOUT)
 
     def stats(self) -> WorkerStats:
         return self._stats
@@ -103,6 +120,8 @@ class ProcessLink(WorkerLink):
         self.send(Shutdown())
         until_s = time.monotonic() + CLOSE_S
         while not self._pop(Done) and time.monotonic() < until_s:
+            if any(rank.process.poll() for rank in self._ranks):  # killed, or failed: it will not answer
+                return
             self._take(CHECK_S)
         for rank in self._ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
