@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from xllm.client.base import WatchedEngine
-from xllm.engine.step_log import Step, StepReport
+from xllm.engine.step_log import StepReport, StepTiming
 
 SAMPLE_INTERVAL_S = 0.5
 MAX_SAMPLES = 240
@@ -21,7 +21,7 @@ class EngineHistory:
 
     def __init__(self) -> None:
         self._rows: deque[tuple[float, ...]] = deque(maxlen=MAX_SAMPLES)
-        self._steps: deque[Step] = deque(maxlen=MAX_STEPS)
+        self._steps: deque[StepTiming] = deque(maxlen=MAX_STEPS)
         self.cursor = (0, 0)  # rows and steps so far
 
     def take_steps(self, report: StepReport) -> None:
@@ -42,7 +42,7 @@ class EngineHistory:
             self.sample(engine)
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
-    def since(self, cursor: tuple[int, int]) -> tuple[list[tuple[float, ...]], list[Step]]:
+    def since(self, cursor: tuple[int, int]) -> tuple[list[tuple[float, ...]], list[StepTiming]]:
         """Rows (as `HISTORY_COLUMNS`) and steps (as `STEP_COLUMNS`) that came after an earlier `cursor`, as far as
         they are still here."""
         num_rows, num_steps = (now - then for now, then in zip(self.cursor, cursor, strict=True))

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from xllm.worker.process import main
+from xllm.worker.rank import main
 
 KEPT = ("XLLM_", "OMP_", "GOMP_")  # variables that a test may have set since the pool was started
 

@@ -45,7 +45,7 @@ SAMPLES = [
                              ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
     MoveDone(3, 1, 0.5, 1.5, MoveError("disk", "full")),
     m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
-    m.Sleep(True), m.Wake(), m.Shutdown(), m.Phase("weights", 0.5),
+    m.Sleep(True), m.Wake(), m.Shutdown(), m.LoadProgress("weights", 0.5),
     m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
              num_reserved_blocks=1, queues_steps=True,
              tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),

@@ -10,7 +10,7 @@ import pytest
 from xllm.step import StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 from xllm.worker.gather import Gatherer
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Phase, Settled
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, LoadProgress, Settled
 
 NONE = np.zeros(0, dtype=np.int32)
 CHECK = StepCheck(ids=1, blocks_B=np.array([4, 6], dtype=np.int32), digests_B=np.array([7, 8], dtype=np.uint64))
@@ -63,8 +63,8 @@ def test_failures_come_at_once_and_name_their_rank():
 
 def test_phases_are_rank_0_s():
     gatherer = Gatherer(2)
-    assert gatherer.add(1, Phase("weights", 0.5)) is None
-    assert gatherer.add(0, Phase("weights", 0.5)) == Phase("weights", 0.5)
+    assert gatherer.add(1, LoadProgress("weights", 0.5)) is None
+    assert gatherer.add(0, LoadProgress("weights", 0.5)) == LoadProgress("weights", 0.5)
 
 
 @pytest.mark.parametrize(("other", "message"), [
@@ -93,7 +93,11 @@ def test_a_rank_that_stays_behind_is_seen():
     gatherer.add(0, output(1))
     gatherer.add(2, Settled(1))
     now[0] = 5.0
-    assert gatherer.late_ranks(6.0) is None
-    assert gatherer.late_ranks(4.0) == (1, {1})
+    assert gatherer.late_ranks(6.0, 1.0) is None
+    assert gatherer.late_ranks(4.0, 9.0) == ("step 1", {1}, 5.0)
     gatherer.add(1, Settled(1))
-    assert gatherer.late_ranks(4.0) is None
+    assert gatherer.late_ranks(4.0, 4.0) is None
+    gatherer.add(0, Done("Wake"))
+    now[0] = 15.0
+    assert gatherer.late_ranks(1.0, 11.0) is None
+    assert gatherer.late_ranks(99.0, 9.0) == ("what it was told", {1, 2}, 10.0)

@@ -94,7 +94,7 @@ def test_a_rank_that_dies_or_stops_ends_the_engine(signum, reason):
     ("raise:0", "MemoryError: rank 0: no room for logits"),
 ])
 def test_a_rank_that_goes_wrong_is_named(monkeypatch, fault, reason):
-    monkeypatch.setattr("xllm.worker.processes.RANK_MODULE", "tests.worker.rank")
+    monkeypatch.setattr("xllm.worker.processes.RANK_MODULE", "tests.worker.faulty_rank")
     monkeypatch.setenv("XLLM_TEST_FAULT", fault)
     with LLM(**TWO) as llm:
         began = time.monotonic()

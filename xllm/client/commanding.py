@@ -47,7 +47,12 @@ class CommandingClient(ABC):
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
         stream = Stream(requests, self._drop)
         self._streams.update((request.request_id, stream) for request in requests)
-        self._send(Submit(list(requests)))
+        try:
+            self._send(Submit(list(requests)))
+        except BaseException:
+            for request in requests:
+                del self._streams[request.request_id]
+            raise
         return stream
 
     def abort(self, request_ids: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class AdapterNames:
         return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
 
     def load(self, name: str, folder: Path, on_done: OnDone) -> None:
-        """Begin to read an adapter; `take_in` gives it a slot and calls `on_done`, with None or what went wrong
+        """Begin to read an adapter; `hear` gives it a slot and calls `on_done`, with None or what went wrong
         (ModelError: its files; else as here, if that has changed meanwhile).
 
         Raises:
@@ -80,15 +80,16 @@ class AdapterNames:
         self._link.send(ReadAdapter(number=self._next_number, folder=str(folder),
                                     max_rank=self._settings.max_lora_rank))
 
-    def take_in(self, answers: Iterable[AdapterRead]) -> None:
-        """What the workers have read."""
-        for answer in answers:
+    def hear(self) -> None:
+        """Take in what the workers have read."""
+        for answer in self._link.take(AdapterRead) if self._reading else ():
             reading = self._reading.pop(answer.number)
             try:
                 if answer.error is not None:
                     raise as_error(answer.error)
                 slot = self._check(reading.name)
             except XllmError as error:
+                self._link.send(PutAdapter(slot=None, number=answer.number))  # some rank may have read it
                 reading.on_done(error)
                 continue
             self._link.send(PutAdapter(slot=slot, number=answer.number))
@@ -108,7 +109,7 @@ class AdapterNames:
         self.load(name, folder, failed.append)
         while not failed:
             self._link.wait(1.0)
-            self.take_in(self._link.take(AdapterRead))
+            self.hear()
         if isinstance(failed[0], ModelError):
             raise ConfigError(f"lora_modules: {name}: {failed[0]}") from None
         if failed[0] is not None:

@@ -15,7 +15,8 @@ KEEP_WEIGHTS, DROP_WEIGHTS = 1, 2
 
 
 class EngineControl:
-    """Belongs to the core's thread. `abort_all` ends every open request; `has_work` tells whether any is left."""
+    """Belongs to the core's thread. `abort_all` ends every open request; `has_work` tells whether any is left, or an
+    adapter is being read."""
 
     def __init__(self, loop: StepLoop, link: WorkerLink, gate: PauseGate, *, abort_all: Callable[[], None],
                  has_work: Callable[[], bool]):
@@ -51,7 +52,7 @@ class EngineControl:
         if self._loop.scheduler.kv.has_tiers:
             raise EngineStateError("an engine with KV tiers cannot sleep: their copies refer to the cache's memory")
         if self._has_work() or self._loop.scheduler.has_requests:
-            raise EngineStateError("requests are open: pause with mode abort or wait first")
+            raise EngineStateError("requests are open or adapters are being read: pause with mode abort or wait first")
         if level <= self.sleep_level:
             return
         self._loop.scheduler.forget_runner()

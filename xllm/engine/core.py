@@ -13,16 +13,16 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
 from xllm.engine.stats import collect_stats
-from xllm.engine.step_log import Step
+from xllm.engine.step_log import StepTiming
 from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers
-from xllm.errors import RequestError, WorkerError
+from xllm.errors import EngineStateError, RequestError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 from xllm.scheduler.scheduler import Scheduler
 from xllm.worker.link import Progress, WorkerLink
-from xllm.worker.messages import AdapterRead, GrammarDone, Loaded
+from xllm.worker.messages import Loaded
 
 logger = logging.getLogger(__name__)
 MAX_GRAMMAR_WAIT_S = 0.05  # before the caller is asked for news again
@@ -41,7 +41,7 @@ class EngineCore:
         report("import", 0.0)
         from xllm.worker.open import open_link  # imports torch
 
-        self.link: WorkerLink = open_link(config)
+        self.link: WorkerLink = open_link(config)  # leaves nothing behind if it fails
         try:
             self._build(self.link.load(config, report))
         except BaseException:
@@ -53,9 +53,9 @@ class EngineCore:
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks,
                                        num_reserved_blocks=loaded.num_reserved_blocks), self.link)
         pause = PauseGate(self.scheduler.check_room)
-        self._grammars = GrammarGate(self.link.send, has_tokenizer=not self.config.model.skip_tokenizer_init)
-        self._gates: tuple[Gate, ...] = (pause, self._grammars)
-        self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self.has_work)
+        grammars = GrammarGate(self.link, has_tokenizer=not self.config.model.skip_tokenizer_init)
+        self._gates: tuple[Gate, ...] = (pause, grammars)
+        self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self._is_busy)
         self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
         if loaded.tiers is not None:
             attach_tiers(self.scheduler, self.link, self.config.cache, loaded.tiers)
@@ -114,7 +114,7 @@ class EngineCore:
     def _uses_adapter(self, name: str) -> bool:
         return any(request.lora == name for request in self._open_requests())
 
-    def take_step(self) -> Step | None:
+    def take_step(self) -> StepTiming | None:
         """The step that ended last, once."""
         step, self.loop.finished = self.loop.finished, None
         return step
@@ -143,7 +143,7 @@ class EngineCore:
 
     def _pass_gates(self) -> list[OutputDelta]:
         """Move on what need not wait any longer; returns the outputs of requests that ended in a gate."""
-        self._take_in_answers()
+        self._hear()
         ended: list[OutputDelta] = []
         for index, gate in enumerate(self._gates):
             if not gate.has_work:
@@ -156,11 +156,14 @@ class EngineCore:
             ended += gate.take_ended()
         return ended
 
-    def _take_in_answers(self) -> None:
-        if self._grammars.has_work:
-            self._grammars.take_in(self.link.take(GrammarDone))
-        if self.adapters.is_reading:
-            self.adapters.take_in(self.link.take(AdapterRead))
+    def _hear(self) -> None:
+        """What the workers have answered beside steps and moves."""
+        for gate in self._gates:
+            gate.hear()
+        self.adapters.hear()
+
+    def _is_busy(self) -> bool:
+        return self.has_work() or self.adapters.is_reading
 
     def idle_s(self) -> float | None:
         """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
@@ -171,7 +174,7 @@ class EngineCore:
     def tick(self) -> None:
         """Carry on what goes on beside requests while there are none. Raises what a worker failed with."""
         self.link.check()
-        self._take_in_answers()
+        self._hear()
         self.scheduler.promotions.tick()
 
     def stats(self) -> EngineStats:
@@ -185,19 +188,25 @@ class EngineCore:
 
         Raises RequestError or EngineStateError if it cannot be loaded; nothing has begun then.
         """
+        self._check_awake()
         self.adapters.load(name, folder, on_done)
 
     def unload_adapter(self, name: str) -> None:
-        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it or it sleeps."""
+        self._check_awake()
         self.adapters.unload(name)
 
+    def _check_awake(self) -> None:
+        if self.control.sleep_level:
+            raise EngineStateError("the engine sleeps; POST /wakeup wakes it")
+
     def shutdown(self) -> None:
-        """Wait for the step in flight, copy the KV cache to disk where there is one, and stop the workers."""
+        """Copy the KV cache to disk, where there is one, and stop the workers once they have done as told."""
         try:
             if not self.link.has_ended:
                 self.scheduler.promotions.close()
-        except WorkerError as error:
-            logger.error("the KV cache was not stored: %s", error)
+        except Exception:  # an engine that has failed ends all the same
+            logger.exception("the KV cache was not stored")
         finally:
             self.link.close()
 

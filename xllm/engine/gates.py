@@ -32,6 +32,10 @@ class Gate(Protocol):
         """Those that wait here, in the order in which they came."""
         ...
 
+    def hear(self) -> None:
+        """Take in what the workers have answered, if it has asked them anything. Called before every step."""
+        ...
+
     def take_passed(self) -> list[Request]:
         """Requests that need not wait here any longer; they are the caller's again."""
         ...
@@ -56,9 +60,6 @@ class Held:
     def __init__(self) -> None:
         self._held: dict[str, Request] = {}
         self._ended: list[OutputDelta] = []
-
-    def __len__(self) -> int:
-        return len(self._held)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -109,6 +110,9 @@ class PauseGate(Held):
     @property
     def has_work(self) -> bool:
         return bool(self._ended) or (self.mode is None and bool(self._held))
+
+    def hear(self) -> None:
+        """It asks nothing of the workers."""
 
     def hold(self, request: Request) -> bool:
         """Whether the request has to wait for the engine to be resumed. Raises RequestError while it sleeps."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
 
 from xllm.engine.gates import Held
 from xllm.errors import RequestError
 from xllm.request import Request
 from xllm.structured.spec import StructuredOutput
+from xllm.worker.link import WorkerLink
 from xllm.worker.messages import GrammarDone, PutGrammar
 
 MAX_KNOWN = 64  # as many as workers keep (`structured/store.py: MAX_GRAMMARS`)
 
 
 class GrammarGate(Held):
-    """put(message): sends it to the workers, whose answers come to `take_in`."""
+    """has_tokenizer: without one nothing can be compiled."""
 
     reason = "grammar"
 
-    def __init__(self, put: Callable[[PutGrammar], None], *, has_tokenizer: bool):
+    def __init__(self, link: WorkerLink, *, has_tokenizer: bool):
         super().__init__()
-        self._put, self._has_tokenizer = put, has_tokenizer
+        self._link, self._has_tokenizer = link, has_tokenizer
+        self._num_asked = 0  # answers of the workers that are to come
         self._known: OrderedDict[StructuredOutput, str | None] = OrderedDict()  # why it cannot be compiled; None: it is
         self._passed: list[Request] = []
 
@@ -39,7 +40,8 @@ class GrammarGate(Held):
                                field="structured")
         if request.request_id in self._held:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
-        self._put(PutGrammar(spec))  # the workers keep those that were asked for last: a known one as well
+        self._link.send(PutGrammar(spec))  # the workers keep those that were asked for last: a known one as well
+        self._num_asked += 1
         if spec in self._known:
             self._known.move_to_end(spec)
             if (error := self._known[spec]) is not None:
@@ -48,9 +50,10 @@ class GrammarGate(Held):
         self._held[request.request_id] = request
         return True
 
-    def take_in(self, answers: Iterable[GrammarDone]) -> None:
-        """What the workers have answered."""
-        for answer in answers:
+    def hear(self) -> None:
+        """Take in which grammars the workers have compiled, and which they cannot."""
+        for answer in self._link.take(GrammarDone) if self._num_asked else ():
+            self._num_asked -= 1
             self._known[answer.spec] = answer.error
             self._known.move_to_end(answer.spec)
             if len(self._known) > MAX_KNOWN:

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 MAX_STEPS_A_BEAT = 256
-Step = tuple[float, float, int, int]  # end on the `time.monotonic()` clock, seconds, tokens computed, sequences
+StepTiming = tuple[float, float, int, int]  # end on the `time.monotonic()` clock, seconds, tokens computed, sequences
 STEP_COLUMNS = ("end_s", "seconds", "num_tokens", "num_seqs")
 
 # Bounds of the buckets. Fine below 10 ms, where a fast device's step lies.
@@ -38,7 +38,7 @@ class StepReport:
 
     time_s: Buckets = field(default_factory=lambda: _empty(STEP_TIME_S))
     tokens: Buckets = field(default_factory=lambda: _empty(STEP_TOKENS))
-    recent: list[Step] = field(default_factory=list)
+    recent: list[StepTiming] = field(default_factory=list)
 
 
 class StepLog:
@@ -49,7 +49,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self._time_s, self._tokens = _empty(STEP_TIME_S), _empty(STEP_TOKENS)
-        self._recent: deque[Step] = deque(maxlen=MAX_STEPS_A_BEAT)
+        self._recent: deque[StepTiming] = deque(maxlen=MAX_STEPS_A_BEAT)
 
     def note(self, end_s: float, time_s: float, num_tokens: int, num_seqs: int) -> None:
         self._time_s.observe(time_s, STEP_TIME_S)

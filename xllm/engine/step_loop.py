@@ -7,7 +7,7 @@ from collections import deque
 from typing import Protocol
 
 from xllm import env
-from xllm.engine.step_log import Step
+from xllm.engine.step_log import StepTiming
 from xllm.errors import IntegrityError
 from xllm.kv import failpoints
 from xllm.request import OutputDelta
@@ -42,7 +42,7 @@ class StepLoop:
         self.num_steps = 0
         self.last_step_s = time.monotonic()
         self.step_time_s = 0.0
-        self.finished: Step | None = None  # until somebody takes it
+        self.finished: StepTiming | None = None  # until somebody takes it
         self._began_s = self.last_step_s  # when a step was last submitted to an idle device
         self.frozen = False  # requests stay as they are; only what is in flight is finished
         self._in_flight: deque[ScheduleOutput] = deque()

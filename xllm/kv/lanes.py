@@ -102,6 +102,8 @@ class ThreadLanes:
                 return
             if time.monotonic() < self._allowed_s[entry[3].lane]:
                 self._riding.appendleft(entry)
+                if not self._foreground:  # the steps ended meanwhile: it would wait for the next one
+                    self.set_foreground(False)
                 return
             self._run(entry)
             if time.monotonic() >= until_s:

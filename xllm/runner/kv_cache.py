@@ -138,7 +138,7 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
         num_blocks = cache.kv_cache_memory_bytes // bytes_per_block
         origin = f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes}"
     else:
-        usable = _memory_share_bytes(cache.gpu_memory_utilization, backend)
+        usable = _memory_share_bytes(config, backend)
         most = config.scheduler.max_num_seqs * blocks_per_sequence + 1 + num_reserved
         num_blocks = min(usable // bytes_per_block, most)
         origin = f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves {usable} bytes"
@@ -152,6 +152,7 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
     return num_blocks
 
 
-def _memory_share_bytes(utilization: float, backend: Backend) -> int:
-    share = utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
-    return int(backend.available_memory_bytes() * share)
+def _memory_share_bytes(config: EngineConfig, backend: Backend) -> int:
+    """All ranks are on this one device: each takes its part."""
+    share = config.cache.gpu_memory_utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
+    return int(backend.available_memory_bytes() * share) // config.device.worker_ranks

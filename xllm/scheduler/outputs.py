@@ -22,14 +22,14 @@ class OutputWriter:
         tokens, and (row, its output) of those that end with them."""
         table = self._rows
         kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
-        at = producing = np.flatnonzero(kept)
+        at = producing = _places(kept)
         stops: list[int] = []  # places in the result
         for column in range(result.token_ids_SR.shape[1]):
             if column:
                 at = np.flatnonzero(kept > column)
-            if not len(at):
-                break
             these = rows[at]
+            if not len(these):
+                break
             tokens, known = result.token_ids_SR[at, column], table.known[these]
             table.token_ids[these, known] = tokens
             known += 1
@@ -38,12 +38,13 @@ class OutputWriter:
             ends &= known >= table.min_known[these]
             ends |= known >= table.limit[these]
             if ends.any():
-                kept[at[ends]] = column + 1
-                stops += at[ends].tolist()
+                ended = np.arange(len(rows))[at][ends]
+                kept[ended] = column + 1
+                stops += ended.tolist()
         self._counters.generation_tokens += int(kept.sum())
         return self._write(result, rows, kept, producing, stops)
 
-    def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray, at: np.ndarray,
+    def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray, at: np.ndarray | slice,
                stops: list[int]) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
         """at: places in the result of the rows that have new tokens."""
         table, producing = self._rows, rows[at]
@@ -56,14 +57,15 @@ class OutputWriter:
         outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
         for i, entries in result.prompt_logprobs.items():
             self._collect_prompt_logprobs(int(rows[i]), entries)
+        if not (result.logprobs or self.num_wanting_prompt_logprobs or result.pooled or stops):
+            return outputs, []
+        places = np.arange(len(rows))[at].tolist()
         if result.logprobs or self.num_wanting_prompt_logprobs:
-            self._attach_logprobs(result, at.tolist(), producing.tolist(), outputs)
+            self._attach_logprobs(result, places, producing.tolist(), outputs)
+        place_of = {i: place for place, i in enumerate(places)}
         for i, vector in result.pooled.items():
             if kept[i]:
-                outputs[int(np.searchsorted(at, i))].embedding = vector.tolist()
-        if not stops:
-            return outputs, []
-        place_of = {i: place for place, i in enumerate(at.tolist())}
+                outputs[place_of[i]].embedding = vector.tolist()
         return outputs, [(int(rows[i]), outputs[place_of[i]]) for i in sorted(stops)]
 
     def _collect_prompt_logprobs(self, row: int, entries: list) -> None:
@@ -81,3 +83,8 @@ class OutputWriter:
             is_first = self._rows.known[row] - num_new == self._rows.num_prompt[row]
             if seq is not None and is_first and seq.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
+
+
+def _places(kept: np.ndarray) -> np.ndarray | slice:
+    """Where `kept` is not 0; of all, a slice: arrays are then read and written where they lie."""
+    return slice(None) if kept.all() else np.flatnonzero(kept)

@@ -117,7 +117,7 @@ class Promotions:
         return self._mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
 
     def give_up(self, seq: SequenceState) -> None:
-        """The request got in, ended, or lost its claim: what it keeps is everybody's again."""
+        """Release the KV blocks held for this request, if any."""
         if self._kv.holds(seq.arrival_index):
             self._kv.let_go(seq.arrival_index)
 

@@ -188,8 +188,8 @@ class Scheduler:
 
     def _plan_running(self, plan: PlanBuilder, phase: Phase) -> None:
         rows, table = self.running.rows(), self.rows
-        room = table.limit[rows] - table.upper[rows]
-        wanted = table.upper[rows] - table.cursor[rows]
+        upper = table.upper[rows]
+        room, wanted = table.limit[rows] - upper, upper - table.cursor[rows]
         eligible = room > 0
         if plan.shares:  # in an earlier phase of this step
             eligible &= table.last_step[rows] < plan.step
@@ -244,10 +244,11 @@ class Scheduler:
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
         """Take back what was counted for drafts that were not accepted."""
         table = self.rows
-        accepted = np.maximum(result.num_sampled_S - 1, 0)
-        table.computed[rows] += plan.num_tokens_S + accepted
+        table.computed[rows] += plan.num_tokens_S
         self.waiting.note_outputs(rows, result.num_sampled_S)
         if self._budget.max_drafts:
+            accepted = np.maximum(result.num_sampled_S - 1, 0)
+            table.computed[rows] += accepted
             unused = np.where(plan.samples_S, plan.max_drafts_S - accepted, 0)
             table.upper[rows] -= unused
             table.cursor[rows] -= unused

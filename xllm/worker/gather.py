@@ -13,7 +13,9 @@ from xllm.errors import IntegrityError
 from xllm.kv.moves import MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, Phase, Report, Settled
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Report, Settled
+
+LOADED = "Loaded"  # ranks may load at different speeds
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Gatherer:
             return report
         if isinstance(report, Failed):
             return Failed(report.kind, f"rank {rank}: {report.message}")
-        if isinstance(report, Phase):
+        if isinstance(report, LoadProgress):
             return report if rank == 0 else None
         key = _key(report)
         pending = self._pending.get(key)
@@ -58,12 +60,15 @@ class Gatherer:
         pending.since_s = self._clock()
         return _merge(reports)
 
-    def late_ranks(self, limit_s: float) -> tuple[int, set[int]] | None:
-        """(a step, the ranks that have not finished it) if others have had its results for so long."""
+    def late_ranks(self, step_s: float, answer_s: float) -> tuple[str, set[int], float] | None:
+        """(what has not been finished, the ranks that have not, since when others have) if that is longer than
+        `step_s` for a step, `answer_s` for anything else but loading."""
         now = self._clock()
         for key, pending in self._pending.items():
-            if isinstance(key, int) and now - pending.since_s > limit_s:
-                return key, pending.missing
+            late_s = now - pending.since_s
+            if key != LOADED and late_s > (step_s if isinstance(key, int) else answer_s):
+                what = f"step {key}" if isinstance(key, int) else "what it was told"
+                return what, pending.missing, late_s
         return None
 
 
@@ -78,7 +83,7 @@ def _key(report: Report) -> Hashable:
         return "done", report.what
     if isinstance(report, MoveDone):
         return "move", report.number
-    return type(report).__name__
+    return type(report).__name__  # LOADED
 
 
 def _merge(reports: list[Report]) -> Report:

@@ -57,15 +57,12 @@ class InlineLink(WorkerLink):
             return None
 
 
-def worker_of(link: WorkerLink) -> Worker:
-    """The worker behind a link, for benchmarks that look into it. Raises TypeError if it is in another process."""
+def runner_of(link: WorkerLink) -> ModelRunner:
+    """The runner behind a link, for benchmarks that look into it. Raises TypeError if it is in another process.
+
+    The worker is loaded and awake.
+    """
     if not isinstance(link, InlineLink):
         raise TypeError(f"{type(link).__name__} has its workers elsewhere")
-    return link.worker
-
-
-def runner_of(link: WorkerLink) -> ModelRunner:
-    """The same of its runner. The worker is loaded and awake."""
-    runner = worker_of(link).runner
-    assert runner is not None
-    return runner
+    assert link.worker.runner is not None
+    return link.worker.runner

@@ -9,7 +9,7 @@ from typing import TypeVar
 from xllm.config import EngineConfig
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.worker.failures import as_error
-from xllm.worker.messages import Command, Failed, Load, Loaded, Phase, Report, Settle, Step, WorkerStats
+from xllm.worker.messages import Command, Failed, Load, Loaded, LoadProgress, Report, Settle, Step, WorkerStats
 
 R = TypeVar("R", bound=Report)
 Progress = Callable[[str, float], None]  # phase, share of it that is done
@@ -49,7 +49,7 @@ class WorkerLink:
         return None
 
     def check(self) -> None:
-        """Take in what has come. Raises what a worker failed with, and DeviceError for one that is gone or stuck."""
+        """Take in what has come. Raises what a worker failed with, and WorkerError for one that is gone or stuck."""
         while self._take(0.0):
             pass
 
@@ -79,7 +79,7 @@ class WorkerLink:
         self.send(Load(config=config))
         while not self._taken.get(Loaded):
             self._take(None)
-            for phase in self._pop(Phase):
+            for phase in self._pop(LoadProgress):
                 progress(phase.name, phase.share)
         loaded = self._pop(Loaded)[0]
         self._queues_steps = loaded.queues_steps
@@ -90,6 +90,7 @@ class WorkerLink:
         self.send(command)
         while not self._taken.get(answer):
             self._take(None)
+        self._pop(LoadProgress)
         return self._pop(answer)[0]
 
     def take(self, kind: type[R]) -> list[R]:

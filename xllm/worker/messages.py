@@ -22,7 +22,7 @@ from xllm.structured.spec import StructuredOutput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Load the model and get ready; `Loaded` answers, with any number of `Phase`s before it."""
+    """Load the model and get ready; `Loaded` answers, with any number of `LoadProgress`s before it."""
 
     config: EngineConfig
 
@@ -64,9 +64,10 @@ class ReadAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutAdapter:
-    """Fill a slot with the adapter that was read under `number`, or empty it (None). No open request uses the slot."""
+    """Fill a slot with the adapter that was read under `number`, or empty it (None); without a slot, forget what was
+    read. No open request uses the slot."""
 
-    slot: int
+    slot: int | None
     number: int | None
 
 
@@ -91,7 +92,7 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class LoadProgress:
     """Loading goes on: `share` of `name` is done."""
 
     name: str
@@ -174,4 +175,5 @@ class WorkerStats:
 
 
 Command = Load | Step | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake | Shutdown
-Report = (Phase | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done | WorkerStats)
+Report = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
+          | WorkerStats)

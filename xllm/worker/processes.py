@@ -1,4 +1,4 @@
-"""`ProcessLink`: workers in processes of their own, one a rank. `process.py` is the other end.
+"""`ProcessLink`: workers in processes of their own, one a rank. `rank.py` is the other end.
 
 A command is encoded once, and the same bytes go to every rank. A rank that ends, falls silent, or stays behind the
 others fails the engine, which says which rank it was.
@@ -22,11 +22,13 @@ from xllm.worker.gather import Gatherer
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import Command, Done, Failed, Loaded, Report, Shutdown, WorkerStats
 
-RANK_MODULE = "xllm.worker.process"
+RANK_MODULE = "xllm.worker.rank"
 HEARTBEAT_S = 0.5
 SILENT_S = 6.0  # once it is loaded, a rank that says nothing for that long has stopped
 LATE_S = 8.0  # a rank that has not finished a step that another finished so long ago is stuck
+LATE_ANSWER_S = 60.0  # the same of what may take long by itself: a move, a grammar, waking up
 CHECK_S = 0.2  # between looks at the processes
+KILL_S = 2.0  # for a process that was killed
 CLOSE_S = 10.0  # for an orderly end
 MAX_UNIX_PATH = 100  # the kernel takes 107 bytes
 
@@ -49,10 +51,10 @@ class _Rank:
         self.commands.bind(f"ipc://{folder / f'rank-{rank}'}")
         self.process = start_rank(folder, rank, num_ranks)
 
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+    def forget(self) -> None:
+        """It has ended, or was killed; one that the system does not let go is not waited for."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_S)
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -65,16 +67,22 @@ class ProcessLink(WorkerLink):
     def __init__(self, num_ranks: int, *, depth: int):
         super().__init__()
         self.depth = depth
+        self._checked_s = 0.0
+        self._closed = False
         self._folder = _socket_folder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._reports = self._context.socket(zmq.PULL)
         self._reports.set_hwm(0)
         self._reports.bind(f"ipc://{self._folder / 'reports'}")
-        self._ranks = [_Rank(rank, num_ranks, self._folder, self._context) for rank in range(num_ranks)]
+        self._ranks: list[_Rank] = []
+        try:
+            for rank in range(num_ranks):
+                self._ranks.append(_Rank(rank, num_ranks, self._folder, self._context))
+        except BaseException:
+            self.close()
+            raise
         self._gatherer = Gatherer(num_ranks)
         self._stats = WorkerStats()
-        self._checked_s = 0.0
-        self._closed = False
 
     @property
     def pids(self) -> list[int]:
@@ -156,7 +164,7 @@ class ProcessLink(WorkerLink):
 
     def _check_ranks(self) -> None:
         """Raise WorkerError for a rank that has ended or does not go on."""
-        now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S)
+        now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S, LATE_ANSWER_S)
         since_s, self._checked_s = self._checked_s, now
         for number, rank in enumerate(self._ranks):
             code = rank.process.poll()
@@ -167,9 +175,9 @@ class ProcessLink(WorkerLink):
             if rank.heard_s is not None and now - rank.heard_s > SILENT_S and now - since_s < SILENT_S / 2:
                 raise self._failed(f"worker rank {number} has said nothing for {now - rank.heard_s:.0f} s")
         if late is not None:
-            step, missing = late
+            what, missing, late_s = late
             names = ", ".join(map(str, sorted(missing)))
-            raise self._failed(f"worker rank {names} has not finished step {step}, {LATE_S:g} s after the others")
+            raise self._failed(f"worker rank {names} has not finished {what}, {late_s:.0f} s after the others")
 
     def _failed(self, reason: str) -> WorkerError:
         self._end_ranks()
@@ -180,7 +188,10 @@ class ProcessLink(WorkerLink):
         if not self.has_ended:
             self.has_ended = True
             for rank in self._ranks:
-                rank.end()
+                if rank.process.poll() is None:
+                    rank.process.kill()
+            for rank in self._ranks:
+                rank.forget()
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

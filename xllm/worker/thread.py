@@ -8,6 +8,8 @@ import threading
 from xllm.worker.inline import DIRECT, InlineLink, Wire
 from xllm.worker.messages import Command, Shutdown
 
+CLOSE_S = 30.0  # for what was begun; a step that hangs is left behind
+
 
 class ThreadLink(InlineLink):
     """One thread computes everything, the loading of the model included: OpenMP keeps a pool of workers for each thread
@@ -28,7 +30,7 @@ class ThreadLink(InlineLink):
 
     def close(self) -> None:
         super().close()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""`open_tiers`: a worker's host memory and disk below its device, as an engine's settings ask for."""
+"""`WorkerTiers`: a worker's host memory and disk below its device, as an engine's settings ask for."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from xllm.worker.messages import (
     GrammarDone,
     Load,
     Loaded,
-    Phase,
+    LoadProgress,
     PutAdapter,
     PutGrammar,
     ReadAdapter,
@@ -118,7 +118,7 @@ class Worker:
     # --- loading
 
     def _load(self, config: EngineConfig) -> None:
-        self.model = model = LoadedModel(config, lambda name, share: self._report(Phase(name, share)))
+        self.model = model = LoadedModel(config, lambda name, share: self._report(LoadProgress(name, share)))
         self._make_runner()
         if config.cache.has_host_tier:
             assert self.runner is not None
@@ -203,6 +203,8 @@ class Worker:
 
     def _put_grammar(self, command: PutGrammar) -> None:
         def done(built: object) -> None:
+            if future.cancelled():  # the worker ends
+                return
             error = future.exception()
             if error is None or isinstance(error, ValueError):  # RequestError and GrammarError are
                 self._report(GrammarDone(command.spec, None if error is None else str(error)))
@@ -240,5 +242,7 @@ class Worker:
         self._report(AdapterRead(command.number, digest, failed))
 
     def _put_adapter(self, command: PutAdapter) -> None:
-        assert self.runner is not None
-        self.runner.put_adapter(command.slot, None if command.number is None else self._adapters.pop(command.number))
+        adapter = None if command.number is None else self._adapters.pop(command.number, None)
+        if command.slot is not None:
+            assert self.runner is not None
+            self.runner.put_adapter(command.slot, adapter)

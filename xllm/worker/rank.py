@@ -1,4 +1,4 @@
-"""A rank's own process: `python -m xllm.worker.process FOLDER RANK NUM_RANKS`, started by `ProcessLink`.
+"""A rank's own process: `python -m xllm.worker.rank FOLDER RANK NUM_RANKS`, started by `ProcessLink`.
 
 The main thread computes. One thread takes the commands, one sends signs of life. Stdin stays open for as long as the
 engine lives; its end is how a lost engine is noticed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
                         format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
-    threading.Thread(target=_exit_with_engine, name="engine-watch", daemon=True).start()
+    threading.Thread(target=_exit_with_engine, args=(folder,), name="engine-watch", daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = Reporter(rank, folder, context)
     worker = Worker(reporter.send, rank=rank, num_ranks=num_ranks)
@@ -76,13 +77,15 @@ def main(argv: list[str]) -> int:
 def _take_commands(socket: zmq.Socket[bytes], worker: Worker, commands: queue.SimpleQueue[Command],
                    reporter: Reporter) -> None:
     while True:
-        command = decode(socket.recv())
+        frame = socket.recv()
         try:
+            command = decode(frame)
             if worker.receive(command):
                 commands.put(command)
         except Exception as error:
             logger.exception("a command could not be taken")
             reporter.send(as_failed(error))
+            continue
         if isinstance(command, Shutdown):
             socket.close(linger=0)
             return
@@ -97,9 +100,10 @@ def _beat(worker: Worker, reporter: Reporter) -> None:
             return
 
 
-def _exit_with_engine() -> None:
+def _exit_with_engine(folder: Path) -> None:
     while sys.stdin.buffer.read(4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # nobody else may be left to do it
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""A rank that goes wrong: `xllm.worker.process` with a fault that XLLM_TEST_FAULT names, on the rank that it names.
+"""A rank that goes wrong: `xllm.worker.rank` with a fault that XLLM_TEST_FAULT names, on the rank that it names.
 
 `corrupt:1`: the first KV block that rank 1 fills gets another number in it before its digest is taken.
 `hang:1`: rank 1 never finishes its fifth step. `raise:1`: it raises there.
@@ -12,7 +12,7 @@ import threading
 
 from xllm.runner.check import StepChecker
 from xllm.runner.model_runner import ModelRunner
-from xllm.worker.process import main
+from xllm.worker.rank import main
 
 
 def corrupt() -> None:
