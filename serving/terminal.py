@@ -206,7 +206,7 @@ def _load(config: EngineConfig) -> AsyncLLM:
 
 def _sampling(llm: AsyncLLM, flags: argparse.Namespace) -> SamplingParams:
     """The flags over the model's generation_config.json. Raises RequestError."""
-    from xllm.models.loader import resolve_model_path
+    from xllm.hub import resolve_model_path
     from xllm.request import SamplingParams
 
     model = llm.config.model

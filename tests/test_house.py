@@ -28,7 +28,8 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.request", 
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
-TEXT = ["xllm.tokenizer", "xllm.detokenizer", "xllm.stop_strings"]
+TEXT = ["xllm.hub", "xllm.tokenizer", "xllm.detokenizer", "xllm.stop_strings"]
+FRONT = ["xllm.llm", "xllm.async_llm", "xllm.answer", "xllm.inputs", "xllm.outputs"]
 MESSAGES = ["xllm.worker.messages", "xllm.worker.failures", "xllm.worker.link"]
 ALLOWED = {
     "cuda_ops": ["cuda_ops"],
@@ -47,11 +48,12 @@ ALLOWED = {
     "xllm.speculative": [*RUN_FLOOR],
     "xllm.structured": [*BASE, "xllm.structured"],
     "xllm.runner": RUN_FLOOR,
-    "xllm.worker": [*RUN_FLOOR, "xllm.worker", "xllm.tokenizer"],
+    "xllm.worker": [*RUN_FLOOR, *TEXT, "xllm.worker"],
     **{name: [*BASE, "xllm.kv.moves", *MESSAGES] for name in MESSAGES},
     # It speaks to workers in messages and holds nothing of what they hold.
     "xllm.engine": [*BASE, "xllm.kv", "xllm.scheduler", "xllm.engine", "xllm.worker.open", *MESSAGES],
     "xllm.client": [*BASE, *TEXT, "xllm.engine", "xllm.client"],
+    **{name: [*BASE, *TEXT, *FRONT, "xllm.structured", "xllm.engine", "xllm.client"] for name in FRONT},
     "xllm": ["xllm", "backends", "graph"],
     "serving": ["serving", "xllm"],
     "serving.doctor": ["serving", "xllm", "backends"],  # it looks at devices
@@ -75,7 +77,7 @@ WAITING = {
     "serving.security.media_url": "media in requests",
 }
 # The console command, the public names, and what is run by hand. A product module that is run as a process of its own
-# (`python -m serving.engine_process`) is reached by its name in the module that starts it.
+# (`python -m xllm.client.engine_process`) is reached by its name in the module that starts it.
 ENTRY_POINTS = ["serving.cli", "xllm"]
 RUN_BY_HAND = ("benchmarks", "tools")
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}

@@ -1,6 +1,6 @@
 """`AsyncLLM`: an engine behind async iterators, for servers.
 
-Three threads take part: the engine's own schedules, the runner's computes, and in the event loop's each
+Three threads take part: the engine's own schedules, the worker's computes, and in the event loop's each
 iterator makes its own text. An `AsyncLLM` belongs to one event loop at a time.
 """
 

@@ -201,6 +201,6 @@ def engine_tokenizer(facts: EngineFacts) -> Tokenizer | None:
         return None
     if settings.tokenizer is None:
         return load_tokenizer(Path(facts.model_path))
-    from xllm.models.loader import resolve_model_path  # brings torch, which a server's process does without
+    from xllm.hub import resolve_model_path
 
     return load_tokenizer(resolve_model_path(settings.tokenizer))

@@ -93,7 +93,7 @@ class LLM:
         return self._tokenizer
 
     def stats(self) -> EngineStats:
-        return self._core.stats()
+        return self._engine.stats
 
     def shutdown(self) -> None:
         """Stop the engine and free what it holds. May be called again."""
@@ -131,7 +131,7 @@ class LLM:
     def unload_adapter(self, name: str) -> None:
         """Raises RequestError if there is no such adapter."""
         with self._lock:
-            self._core.unload_adapter(name)
+            self._engine.unload_adapter(name)
 
     def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
              use_tqdm: bool, lora: str | Sequence[str] = "") -> list[RequestOutput]:
@@ -146,7 +146,7 @@ class LLM:
                                         [lora] * len(prompts) if isinstance(lora, str)
                                         else _one_each(lora, "", len(prompts), "lora"), pooling)
             assembly = Assembly([request for source in sources for request in source.requests], self._tokenizer,
-                                self._core.abort)
+                                self._engine.abort)
             try:
                 self._add_all(sources)
                 answers = self._answers(sources, assembly)
@@ -172,7 +172,7 @@ class LLM:
         for index, source in enumerate(sources):
             with _at("prompts", index, len(sources)):
                 for request in source.requests:
-                    self._core.add(request)
+                    self._engine.add(request)
 
     def _answers(self, sources: Sequence[ProcessedInput], assembly: Assembly) -> list[Answer]:
         completions = iter(assembly.completions)

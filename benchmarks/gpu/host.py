@@ -1,7 +1,7 @@
 """Section `host`: what a step costs the host, by phase, and whether the GPU ever waits for it.
 
 Phases are timed around public calls: `Scheduler.schedule` and `update` in the caller's thread, the runner's `prepare`
-and `start` (or `run`) wherever the executor calls them. On a GPU the profiler says how long the device was idle between
+and `start` (or `run`) wherever the worker calls them. On a GPU the profiler says how long the device was idle between
 its first and its last kernel, what the CUDA calls cost, and which of them wait.
 """
 

@@ -42,7 +42,7 @@ class Window:
 def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
-    from xllm.models.loader import resolve_model_path
+    from xllm.hub import resolve_model_path
 
     parser = FlagParser(prog="xllm bench kv-dtype", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="local folder or Hub id; none: the bundled model")

@@ -11,6 +11,7 @@ from xllm.engine.gates import PauseGate, PauseMode
 from xllm.errors import RequestError
 from xllm.request import FinishReason, Request, SamplingParams
 from xllm.structured.spec import StructuredOutput
+from xllm.worker.messages import GrammarDone
 
 FORM = StructuredOutput(regex="(ab){4}")
 
@@ -85,3 +86,15 @@ def test_an_unknown_form_is_refused_by_name_when_it_is_asked_for_again(core):
     with pytest.raises(RequestError, match="unknown name"):
         core.add(request("b", bad))
     assert core.num_open == 0
+
+
+def test_every_answer_of_the_workers_is_taken(core):
+    for name in "abc":  # the workers are asked each time, so that they keep what is used
+        core.add(request(name, FORM))
+        drain(core)
+    while core.idle_s() is not None and core.has_work():
+        core.step()
+    core.link.wait(1.0)
+    core.tick()
+    assert core.link.take(GrammarDone) == []
+    assert not core.link._taken

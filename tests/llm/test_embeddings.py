@@ -23,7 +23,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def hidden() -> list[np.ndarray]:
     """The last hidden states of every text, by transformers."""
-    from xllm.models.loader import resolve_model_path
+    from xllm.hub import resolve_model_path
 
     path = resolve_model_path(None)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -14,7 +14,7 @@ from tests.llm.conftest import SETTINGS
 from tests.llm.test_adapters import RANKS, write_adapter
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
-from xllm.models.loader import resolve_model_path
+from xllm.hub import resolve_model_path
 
 PROMPTS = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def push(self, item):\n" * 3, "x",
            "for i in range(10):\n    print(i"]

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from backends.backend import Backend
 from xllm.errors import ConfigError, ModelError
+from xllm.hub import resolve_model_path
 from xllm.models.causal_lm import CausalLM
-from xllm.models.loader import load_model, resolve_model_path
+from xllm.models.loader import load_model
 from xllm.models.weights import WeightSource
 
 from .harness import PagedRunner, weight_bytes

@@ -88,7 +88,7 @@ def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_come_back_is_given_up(tmp_path: Path) -> None:
     """Its checkpoint is gone."""
-    from xllm.models.loader import resolve_model_path
+    from xllm.hub import resolve_model_path
 
     model = tmp_path / "model"
     model.mkdir()

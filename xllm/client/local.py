@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from xllm.client.commanding import CommandingClient
 from xllm.engine.commands import Abort, Answer, Command, Outputs, Shutdown
 from xllm.engine.core import EngineCore
 from xllm.engine.loop import EngineLoop
-from xllm.errors import EngineDeadError, XllmError
+from xllm.errors import EngineDeadError, EngineStateError, ModelError, RequestError, XllmError
 from xllm.metrics import EngineStats
-from xllm.request import OutputDelta
+from xllm.request import OutputDelta, Request
 
 SHUT_DOWN = "it was shut down"
 logger = logging.getLogger("xllm.client")
@@ -127,22 +128,45 @@ class LocalClient(CommandingClient):
 
 
 class InlineClient:
-    """Steps `core`, to which its user adds requests, in the caller's thread; one thread at a time."""
+    """Steps `core` in the caller's thread; one thread at a time. What the engine fails with is raised as
+    EngineDeadError, by whichever method met it first."""
 
     def __init__(self, core: EngineCore):
         self.core = core
         self.dead_reason: str | None = None
         self._is_closed = False
 
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine says about itself now; any thread may ask."""
+        return self.core.stats()
+
     def check_up(self) -> None:
         """Raise EngineDeadError if the engine failed or was shut down."""
         if self.dead_reason is not None:
             raise EngineDeadError(f"the engine is gone: {self.dead_reason}")
 
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError; nothing is queued then."""
+        with self._failing():
+            self.core.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its terminal delta comes from the next `step`. Unknown ids are ignored."""
+        self.core.abort(request_id)
+
     def step(self) -> list[OutputDelta]:
-        """What one step changed, for all requests. Raises EngineDeadError if it failed."""
-        try:
+        """What one step changed, for all requests."""
+        with self._failing():
             return self.core.step()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What is raised inside ends the engine, unless it says that the caller asked for what cannot be."""
+        try:
+            yield
+        except (RequestError, ModelError, EngineStateError):
+            raise
         except Exception as error:
             self.dead_reason = f"{type(error).__name__}: {error}"
             raise EngineDeadError(f"the engine failed: {self.dead_reason}") from error
@@ -156,13 +180,21 @@ class InlineClient:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Waits until it is loaded. Raises as `EngineCore.load_adapter` says and as reading it does."""
+        self.check_up()
         done: list[XllmError | None] = []
-        self.core.load_adapter(name, folder, done.append)
-        while not done:
-            time.sleep(self.core.idle_s() or 0.0)
-            self.core.tick()
+        with self._failing():
+            self.core.load_adapter(name, folder, done.append)
+            while not done:
+                time.sleep(self.core.idle_s() or 0.0)
+                self.core.tick()
         if done[0] is not None:
             raise done[0]
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises as `EngineCore.unload_adapter` says."""
+        self.check_up()
+        with self._failing():
+            self.core.unload_adapter(name)
 
     def shutdown(self) -> None:
         """Free what the engine holds, also that of one that failed. Idempotent."""

@@ -195,5 +195,6 @@ class OpenMoves:
             self._link.set_foreground(steps_run)
 
     def close(self) -> None:
-        """Let the running moves end and drop the queued ones; nobody is told."""
+        """No move is begun any more. Running ones end and queued ones are dropped, at the latest with the workers;
+        nobody is told."""
         self._link.close()

@@ -181,7 +181,7 @@ class ModelRunner:
         return replace(output, pooled=pooled) if pooled else output
 
     def _finish_last(self) -> None:
-        """What comes next needs the results of the step before."""
+        """Wait for the queued step: its tokens are needed on the host."""
         if self._queued is not None:
             self._queued.finish()
 

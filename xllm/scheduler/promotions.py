@@ -105,7 +105,7 @@ class Promotions:
         self._kv.poll(self._clock())
 
     def close(self) -> None:
-        """No step is running any more: store what the device still has, as far as there is a disk for it."""
+        """No step is planned any more: store what the device still has, as far as there is a disk for it."""
         self._kv.close(FLUSH_S)
 
     def swap_beats_recompute(self, num_tokens: int) -> bool:

@@ -34,7 +34,7 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
-        from xllm.models.loader import resolve_model_path
+        from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 

@@ -215,7 +215,7 @@ class Worker:
         future.add_done_callback(done)
 
     def _vocabulary_source(self) -> VocabularySource:
-        from xllm.models.loader import resolve_model_path
+        from xllm.hub import resolve_model_path
 
         assert self.model is not None
         config, name = self.model.model_config, self.model.config.model.tokenizer
