@@ -105,15 +105,18 @@ def test_a_rank_that_goes_wrong_is_named(monkeypatch, fault, reason):
 
 def test_ranks_end_with_an_engine_that_is_killed():
     code = ("from xllm import LLM; import sys, time; llm = LLM(max_model_len=64, num_kv_blocks=8, num_threads=1, "
-            "worker='processes', worker_ranks=2); print(*llm._core.link.pids, flush=True); time.sleep(600)")
+            "worker='processes', worker_ranks=2); link = llm._core.link; "
+            "print(link._folder, *link.pids, flush=True); time.sleep(600)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as engine:
-        pids = [int(pid) for pid in engine.stdout.readline().split()]
-        assert len(pids) == 2
+        folder, *words = engine.stdout.readline().split()
+        pids = [int(word) for word in words]
+        assert len(pids) == 2 and os.path.isdir(folder)
         engine.kill()
     deadline = time.monotonic() + 10
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_running, pids))
+    assert not os.path.exists(folder)
 
 
 def is_running(pid: int) -> bool:

@@ -7,8 +7,6 @@ sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from xllm.child_process import end_with_parent, exit_at_once
 from xllm.client.codec import COMMANDS, REPORTS, config_from_json
 from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
 from xllm.config import EngineConfig
@@ -114,7 +113,7 @@ def main(argv: list[str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
     config = config_from_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_exit_with_parent, args=(folder,), name="parent-watch", daemon=True).start()
+    end_with_parent(folder)
     context = zmq.Context()
     sender = ReportSender(context, folder)
     try:
@@ -150,15 +149,5 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
         commands.close()
 
 
-def _exit_with_parent(folder: Path) -> None:
-    while sys.stdin.buffer.read(4096):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)  # nobody else is left to do it
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a step that hangs in a native thread must not keep the process alive
+    exit_at_once(main(sys.argv[1:]))

@@ -8,16 +8,15 @@ import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
+from xllm.child_process import socket_folder
 from xllm.client.codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_process import COMMAND_SOCKET, REPORT_SOCKET
@@ -29,7 +28,6 @@ from xllm.engine.step_log import StepReport
 from xllm.errors import ConfigError, EngineDeadError
 from xllm.metrics import EngineStats
 
-MAX_UNIX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 elsewhere
 SHUTDOWN_TIMEOUT_S = 5.0
 logger = logging.getLogger("xllm.client")
 
@@ -68,10 +66,7 @@ class ProcessClient(CommandingClient):
 
     def launch(self) -> None:
         """Start the process and begin to listen; returns at once. Call it inside the event loop."""
-        self._folder = Path(tempfile.mkdtemp(prefix="xllm-"))  # mode 0700: nobody else can reach the sockets
-        if len(str(self._folder / COMMAND_SOCKET)) > MAX_UNIX_PATH:
-            self._folder.rmdir()
-            self._folder = Path(tempfile.mkdtemp(prefix="xllm-", dir="/tmp"))
+        self._folder = socket_folder("xllm-", COMMAND_SOCKET)
         self._context = zmq.asyncio.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._reports = self._context.socket(zmq.PULL)

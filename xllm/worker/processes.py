@@ -10,12 +10,12 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import zmq
 
+from xllm.child_process import socket_folder
 from xllm.errors import WorkerError
 from xllm.worker.codec import decode, encode
 from xllm.worker.gather import Gatherer
@@ -30,7 +30,6 @@ LATE_ANSWER_S = 60.0  # the same of what may take long by itself: a move, a gram
 CHECK_S = 0.2  # between looks at the processes
 KILL_S = 2.0  # for a process that was killed
 CLOSE_S = 10.0  # for an orderly end
-MAX_UNIX_PATH = 100  # the kernel takes 107 bytes
 
 
 def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
@@ -69,7 +68,7 @@ class ProcessLink(WorkerLink):
         self.depth = depth
         self._checked_s = 0.0
         self._closed = False
-        self._folder = _socket_folder()
+        self._folder = socket_folder("xllm-ranks-", "rank-9999")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._reports = self._context.socket(zmq.PULL)
         self._reports.set_hwm(0)
@@ -193,11 +192,3 @@ class ProcessLink(WorkerLink):
             for rank in self._ranks:
                 rank.forget()
             shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _socket_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="xllm-ranks-"))  # mode 0700: nobody else can reach the sockets
-    if len(str(folder)) + len("/rank-9999") > MAX_UNIX_PATH:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="xllm-ranks-", dir="/tmp"))
-    return folder

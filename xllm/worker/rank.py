@@ -7,9 +7,7 @@ engine lives; its end is how a lost engine is noticed.
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 import zmq
 
 from xllm import env
+from xllm.child_process import end_with_parent, exit_at_once
 from xllm.worker.codec import decode, encode
 from xllm.worker.failures import as_failed
 from xllm.worker.messages import Command, Report, Shutdown
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
                         format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
-    threading.Thread(target=_exit_with_engine, args=(folder,), name="engine-watch", daemon=True).start()
+    end_with_parent(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = Reporter(rank, folder, context)
     worker = Worker(reporter.send, rank=rank, num_ranks=num_ranks)
@@ -98,17 +97,9 @@ def _beat(worker: Worker, reporter: Reporter) -> None:
             reporter.send(worker.stats())
         except zmq.ZMQError:  # closed: the rank ends
             return
-
-
-def _exit_with_engine(folder: Path) -> None:
-    while sys.stdin.buffer.read(4096):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)  # nobody else may be left to do it
-    os._exit(1)
+        except Exception:  # the next one may do; silence would end the engine
+            logger.exception("a sign of life could not be sent")
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a step that hangs in a native thread must not keep the process alive
+    exit_at_once(main(sys.argv[1:]))
