@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
 import pytest
+import zmq
 
 from tests.adapters import write_adapter
 from xllm import LLM, SamplingParams, StructuredOutput
 from xllm.errors import ConfigError, EngineDeadError, ModelError, WorkerError
+from xllm.worker.codec import encode
 from xllm.worker.messages import Settle
 from xllm.worker.processes import CLOSE_S
 
@@ -128,6 +131,20 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("pooled_ranks")
+@pytest.mark.usefixtures("pooled_ranks")
+@pytest.mark.parametrize("frames", [[b"cos\nsystem\n(S'false'\ntR."], [b"", b"\x00"], [b"\x09", encode(Settle())],
+                                    [b"\x01", b"\x0e\xc1"]], ids=["pickle", "nobody", "no such rank", "no message"])
+def test_what_is_no_message_ends_the_engine_and_does_nothing_else(frames):
+    with LLM(**TWO) as llm, zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        folder = llm._core.link._folder
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        push.connect(f"ipc://{folder / 'reports'}")
+        push.send_multipart(frames)
+        time.sleep(0.2)
+        with pytest.raises(EngineDeadError, match="what a worker sent cannot be read"):
+            tokens(llm)
+
+
 def test_ranks_that_are_gone_do_not_hold_up_the_end():
     llm = LLM(**TWO)
     for pid in llm._core.link.pids:

@@ -150,9 +150,12 @@ class ProcessLink(WorkerLink):
                 return None
 
     def _receive(self) -> Report | None:
-        origin, frame = self._reports.recv_multipart()
-        number, report = origin[0], decode(frame)
-        rank = self._ranks[number]
+        try:
+            origin, frame = self._reports.recv_multipart()
+            number, report = origin[0], decode(frame)
+            rank = self._ranks[number]
+        except (ValueError, IndexError) as error:
+            raise self._failed(f"what a worker sent cannot be read: {error}") from error
         if isinstance(report, Loaded) or rank.heard_s is not None:
             rank.heard_s = time.monotonic()
         if isinstance(report, WorkerStats):
