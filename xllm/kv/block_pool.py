@@ -130,7 +130,10 @@ class BlockPool:
 
     def num_idle(self, block_ids: np.ndarray) -> int:
         """How many of these count as available now and would not after `share`."""
-        return int(np.count_nonzero((self._state[block_ids] == CACHED) & (self._num_guards[block_ids] == 0)))
+        idle = self._state[block_ids] == CACHED
+        if self._num_guarded:
+            idle &= self._num_guards[block_ids] == 0
+        return int(np.count_nonzero(idle))
 
     def _count_guarded(self, block_ids: np.ndarray) -> int:
         return int(np.count_nonzero((self._state[block_ids] == CACHED) & (self._num_guards[block_ids] > 0)))
