@@ -16,7 +16,7 @@ from tests.serving.server_process import ServerProcess, wait_for
 from xllm.client.base import EngineBusyError
 from xllm.request import Request
 
-BLOCKER = {"prompt": [1, 2], "max_tokens": 500, "ignore_eos": True}
+BLOCKER = {"prompt": [1, 2], "max_tokens": 2000, "ignore_eos": True}  # for as long as the gauges are asked for
 PROMPT = list(range(3, 33))  # 30 tokens
 CLASSES = {ONLINE: {}, LOW: {"priority": 1}, OFFLINE: {"offline": True}}
 
@@ -82,7 +82,7 @@ def test_the_queue_never_holds_more_than_its_limit(steps: list[tuple[int, int, b
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("overload") / "log.txt"
-    flags = ("--max-num-seqs", "1", "--max-queue-tokens", "100", "--no-online-preempts-offline")
+    flags = ("--max-model-len", "2048", "--max-num-seqs", "1", "--max-queue-tokens", "100", "--no-online-preempts-offline")
     with ServerProcess(log, *flags) as server:
         yield server
         server.wait_idle()
