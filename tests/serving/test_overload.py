@@ -16,7 +16,8 @@ from tests.serving.server_process import ServerProcess, wait_for
 from xllm.client.base import EngineBusyError
 from xllm.request import Request
 
-BLOCKER = {"prompt": [1, 2], "max_tokens": 2000, "ignore_eos": True}  # for as long as the gauges are asked for
+# Seconds of work: the gauges are asked for meanwhile.
+BLOCKER = {"prompt": [1, 2], "max_tokens": 2000, "ignore_eos": True}
 PROMPT = list(range(3, 33))  # 30 tokens
 CLASSES = {ONLINE: {}, LOW: {"priority": 1}, OFFLINE: {"offline": True}}
 
