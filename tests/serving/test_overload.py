@@ -83,7 +83,8 @@ def test_the_queue_never_holds_more_than_its_limit(steps: list[tuple[int, int, b
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("overload") / "log.txt"
-    flags = ("--max-model-len", "2048", "--max-num-seqs", "1", "--max-queue-tokens", "100", "--no-online-preempts-offline")
+    flags = ("--max-model-len", "2048", "--max-num-seqs", "1", "--max-queue-tokens", "100",
+             "--no-online-preempts-offline")
     with ServerProcess(log, *flags) as server:
         yield server
         server.wait_idle()
