@@ -25,7 +25,7 @@ from xllm.worker.messages import Command, Done, Failed, Loaded, Report, Shutdown
 RANK_MODULE = "xllm.worker.rank"
 HEARTBEAT_S = 0.5
 SILENT_S = 6.0  # once it is loaded, a rank that says nothing for that long has stopped
-LATE_S = 8.0  # a rank that has not finished a step that another finished so long ago is stuck
+LATE_S = 7.0  # a rank that has not finished a step that another finished so long ago is stuck
 LATE_ANSWER_S = 60.0  # the same of what may take long by itself: a move, a grammar, waking up
 CHECK_S = 0.2  # between looks at the processes
 KILL_S = 2.0  # for a process that was killed
