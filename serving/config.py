@@ -61,11 +61,13 @@ END_REASONS = ("head_timeout", "body_timeout", "write_timeout", "max_connections
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
-    head_timeout: float = option(20.0, "seconds in which a request's head must arrive; 0: any")
+    head_timeout: float = option(20.0, "seconds in which a request's head must arrive, fewer when more than half of "
+                                 "max_connections are in use; 0: any")
     body_timeout: float = option(120.0, "seconds in which its body must follow; 0: any")
-    write_timeout: float = option(30.0, "seconds that a reader may leave an answer unread before the connection is "
-                                  "ended; 0: any")
-    max_connections: int = option(4096, "connections at a time; further ones are ended at once")
+    write_timeout: float = option(30.0, "seconds in which a reader must take some of its answer, 1 KiB for each of "
+                                  "them at least; 0: any")
+    max_connections: int = option(4096, "connections at a time; then the one that has waited longest for a "
+                                  "request's head is ended")
 
 
 @dataclass(frozen=True, kw_only=True)

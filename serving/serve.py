@@ -22,6 +22,8 @@ import uvicorn
 from serving.api.app import create_app
 from serving.config import ServerConfig
 from serving.connection import connection_class
+from serving.connections import ACCEPTED_AT_ONCE, Connections
+from serving.log_rate import bound_logs
 from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xllm.serve")
 POLL_S = 0.05
 ABORT_GRACE_S = 1.0
+KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
 
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -110,15 +113,21 @@ class _Server:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal, signum)
         http = self._config.http
+        connections = Connections(self._config.connections, self._state.closed_connections)
+        if connections.max_open < self._config.connections.max_connections:
+            logger.warning("at most %d connections at a time: the limit of open files (ulimit -n) allows no more",
+                           connections.max_open)
+        bound_logs()
         self._http = _QuietServer(uvicorn.Config(
             create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
             # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
-            http=connection_class(self._config.connections, self._state.closed_connections),  # type: ignore[arg-type]
+            http=connection_class(connections),  # type: ignore[arg-type]
+            backlog=ACCEPTED_AT_ONCE,
             ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
             proxy_headers=False, **tls_options(http)))
         self._engine.launch()
-        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        serving = asyncio.create_task(self._serve_http())
         loading = asyncio.create_task(self._load())
         stopping = asyncio.create_task(self._stop.wait())
         sampling = asyncio.create_task(self._state.history.run(self._engine))
@@ -136,6 +145,15 @@ class _Server:
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.shutdown)
         return self._code
+
+    async def _serve_http(self) -> None:
+        serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        while not self._http.started and not serving.done():
+            await asyncio.sleep(POLL_S)
+        # asyncio takes one number for what it accepts in a turn, which must be few, and for what the kernel queues.
+        with contextlib.suppress(OSError):
+            self._listener.listen(KERNEL_QUEUE)
+        await serving
 
     async def _load(self) -> None:
         try:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.errors import ApiError
 from serving.api.limits import check_head
+from serving.connection import KEPT_PLACE
 from serving.limits import LimitSettings
 from serving.metrics.refusals import QUOTA, Refusals
 from serving.security.caller import CALLER
@@ -171,6 +172,8 @@ class Gate:
         caller = NOBODY if level is Access.PUBLIC else self._identify(scope["headers"], level)
         if level is None:
             raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
+        if level is Access.USER and scope.get("state", {}).get(KEPT_PLACE):
+            raise ApiError(503, "too many connections", headers={"Retry-After": "1", "Connection": "close"})
         if level is not Access.PUBLIC and scope["method"] == "POST" and (refused := caller.quota.enter()):
             what, wait_s = refused
             self._refusals.note(QUOTA, caller)

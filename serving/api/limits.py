@@ -24,6 +24,9 @@ def check_head(scope: Scope, limits: LimitSettings) -> None:
     if len(scope["raw_path"]) + len(scope["query_string"]) > limits.max_url_bytes:
         raise ApiError(414, f"path and query are longer than {limits.max_url_bytes} bytes")
     headers = scope["headers"]
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        # RFC 9112, 6.1: another party may have read the other one, and would take the body for a request.
+        raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other", headers={"Connection": "close"})
     if len(headers) > limits.max_headers:
         raise ApiError(431, f"more than {limits.max_headers} headers")
     if sum(len(name) + len(value) for name, value in headers) > limits.max_header_bytes:

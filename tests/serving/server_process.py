@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0, what: str
 class ServerProcess:
     """`xllm serve` on a free port, ready when constructed. Use it in a `with` statement."""
 
-    def __init__(self, log: Path, *flags: str, key: str = "EMPTY"):
+    def __init__(self, log: Path, *flags: str, key: str = "EMPTY", max_files: int | None = None):
+        """max_files: open files that it may have, which it cannot raise itself."""
         self.key = key
         self._log = log
         with log.open("wb") as out:
@@ -41,6 +43,8 @@ class ServerProcess:
                 [sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--max-model-len", "512",
                  "--num-kv-blocks", "1024", *flags],
                 cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        if max_files is not None:
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (max_files, max_files))
         try:
             wait_for(lambda: "curl" in self.log or self.process.poll() is not None, START_TIMEOUT_S, "start-up")
             found = ADDRESS.search(self.log)

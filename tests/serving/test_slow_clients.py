@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.serving.server_process import ServerProcess, wait_for
@@ -20,6 +24,14 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("slow") / "log.txt"
     with ServerProcess(log, "--head-timeout", "1", "--body-timeout", "1.5", "--write-timeout", "1",
                        "--max-connections", "40") as server:
+        yield server
+        server.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("patient") / "log.txt"
+    with ServerProcess(log, "--head-timeout", "200", "--max-connections", "40") as server:
         yield server
         server.wait_idle()
 
@@ -111,6 +123,94 @@ def _is_served(server: ServerProcess) -> bool:
             return b"200 OK" in peer.recv(4096)
     except OSError:
         return False
+
+
+def test_a_newcomer_takes_the_place_of_the_longest_silent_peer(patient: ServerProcess) -> None:
+    peers = [connect(patient) for _ in range(39)]
+    try:
+        for peer in peers:
+            peer.sendall(b"GET /version HTTP/1.1\r\n")
+        patient.http.get("/version")  # it keeps its connection: the fortieth, and the last that waits
+        for _ in range(5):
+            peers.append(connect(patient))
+            peers[-1].sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in peers[-1].recv(4096)
+        assert [index for index, peer in enumerate(peers) if _is_gone(peer)] == [0, 1, 2, 3, 4]
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def test_health_is_told_while_every_place_is_in_use(patient: ServerProcess) -> None:
+    """Forty bodies are on their way: further callers are turned away with a word, a look at the health is not."""
+    patient.http.close()  # its kept connection would be one of the forty
+    patient.http = httpx.Client(base_url=patient.url, timeout=60)
+    peers = [connect(patient) for _ in range(40)]
+    try:
+        for peer in peers:
+            peer.sendall(HEAD + b"Content-Length: 500\r\n\r\n{")
+        time.sleep(0.5)  # until their heads are read
+        assert patient.http.get("/health").status_code == 200
+        refused = httpx.get(f"{patient.url}/v1/models")
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert "too many connections" in refused.json()["error"]["message"]
+    finally:
+        for peer in peers:
+            peer.close()
+    wait_for(lambda: httpx.get(f"{patient.url}/v1/models").status_code == 200, what="a place")
+    patient.wait_idle()
+
+
+def test_a_slow_reader_who_reads(strict: ServerProcess) -> None:
+    """It takes an answer of 2 MB in four times the write time-out."""
+    body = json.dumps({"prompt": [list(range(5, 105))] * 32, "max_tokens": 1, "prompt_logprobs": 20}).encode()
+    with connect(strict) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        peer.sendall(HEAD + f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer, started_s = b"", time.monotonic()
+        while piece := peer.recv(32768):
+            answer += piece
+            time.sleep(0.02)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert len(content) == int(head.lower().split(b"content-length:")[1].split()[0])
+    assert len(content) > 2_000_000 and time.monotonic() - started_s > 2
+
+
+def test_few_files_for_many_peers(tmp_path: Path) -> None:
+    """The limit of open files is below max_connections: it says so, and a crowd neither shuts it nor fills its log."""
+    with ServerProcess(tmp_path / "log.txt", max_files=512) as server:
+        assert "at most 224 connections" in server.log
+        peers = [connect(server) for _ in range(700)]
+        try:
+            for peer in peers:
+                with contextlib.suppress(OSError):
+                    peer.sendall(b"GET /version HTTP/1.1\r\n")
+            assert all(_is_served(server) for _ in range(10))
+            assert server.http.get("/health").status_code == 200
+        finally:
+            for peer in peers:
+                peer.close()
+        assert len(server.log) < 5000
+
+
+def _is_gone(peer: socket.socket) -> bool:
+    peer.settimeout(0.2)
+    try:
+        return not peer.recv(1)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_a_message_with_two_lengths(strict: ServerProcess) -> None:
+    """RFC 9112, 6.1: what follows is not read as a request."""
+    with connect(strict) as peer:
+        peer.sendall(HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY
+                     + b"\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = b"".join(iter(lambda: peer.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1 ") == 1
+    assert b"Content-Length and Transfer-Encoding" in answer
 
 
 def test_what_is_no_http_is_answered_as_json(strict: ServerProcess) -> None:

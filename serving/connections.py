@@ -1,0 +1,94 @@
+"""`Connections`: which connections are open, how many may be, and which one goes when there are too many.
+
+A connection that waits for a head (a silent newcomer, half a head, keep-alive) costs its peer nothing, so it is the
+first to go, the longest waiting one before others. A few places beyond the limit are kept for those who look after the
+server, so that its health can be asked while every other place is in use.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from typing import Protocol
+
+from serving.config import END_REASONS, ConnectionSettings
+from xllm.errors import ConfigError
+
+HEAD, BODY, WRITE, FULL = END_REASONS
+ACCEPTED_AT_ONCE = 32  # connections that asyncio takes in one turn; they are counted a turn or two later
+KEPT_PLACES = 32  # beyond max_connections: for health and admin routes
+OTHER_FILES = 128 + 4 * ACCEPTED_AT_ONCE  # files, pipes and sockets that are no connections, and those not yet counted
+_SHORTENED_FROM = 0.5  # share of max_connections in use from which a head gets less time
+_SHORTEST = 0.05  # of head_timeout, when all are in use
+
+
+class Peer(Protocol):
+    """What is known here of a connection."""
+
+    def end(self, reason: str) -> None:
+        """Close it now; `reason` is one of END_REASONS."""
+
+
+class Connections:
+    """Single-threaded: the event loop's. `closed` counts, by reason, the connections that the server ended."""
+
+    def __init__(self, settings: ConnectionSettings, closed: Counter[str]):
+        self.settings, self.closed = settings, closed
+        self._open: set[Peer] = set()
+        self._headless: dict[Peer, None] = {}  # in the order in which they began to wait
+        self._max_open = min(settings.max_connections, allow_files(settings.max_connections))
+
+    @property
+    def max_open(self) -> int:
+        """max_connections, or fewer where the process may not have so many open files."""
+        return self._max_open
+
+    def enter(self, peer: Peer) -> bool:
+        """A new connection. Returns False for one that got one of the kept places. It may be ended in here."""
+        self._open.add(peer)
+        self._headless[peer] = None
+        if len(self._open) <= self._max_open:
+            return True
+        oldest = next(iter(self._headless))
+        if oldest is not peer or len(self._open) > self._max_open + KEPT_PLACES:
+            self._end(oldest)
+        return len(self._open) <= self._max_open
+
+    def note_head(self, peer: Peer, waiting: bool) -> None:
+        """Whether it waits for a head, now."""
+        if not waiting:
+            self._headless.pop(peer, None)
+        elif peer in self._open and peer not in self._headless:
+            self._headless[peer] = None
+
+    def leave(self, peer: Peer) -> None:
+        """It is closed. May be said twice."""
+        self._open.discard(peer)
+        self._headless.pop(peer, None)
+
+    def head_timeout_s(self) -> float:
+        """How long the next head may take: less, the fuller it is; 0: any time."""
+        free = 1 - len(self._open) / self._max_open
+        return self.settings.head_timeout * max(_SHORTEST, min(1.0, free / (1 - _SHORTENED_FROM)))
+
+    def _end(self, peer: Peer) -> None:
+        self.leave(peer)  # at once, not when the loop comes to it: the next newcomer has this place
+        peer.end(FULL)
+
+
+def allow_files(num_connections: int) -> int:
+    """Raise the process's soft limit of open files for so many connections; return how many the hard limit allows.
+
+    Raises ConfigError where it leaves hardly any.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_connections + KEPT_PLACES + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return num_connections
+    granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if granted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    allowed = granted - KEPT_PLACES - OTHER_FILES
+    if allowed < ACCEPTED_AT_ONCE:
+        raise ConfigError(f"the limit of open files is {granted}, too few to serve; raise it (ulimit -n 4096)")
+    return allowed

@@ -1,0 +1,41 @@
+"""`OncePerSecond`: errors that come by the thousand are logged once a second, with how many there were."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+_KIND_CHARS = 60  # of a message: what follows names the case
+_MAX_KINDS = 1024
+
+
+class OncePerSecond(logging.Filter):
+    """Lets one record of a kind through a second. Two are of one kind if logger, level, the message's beginning and the
+    exception's type are the same."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # kind -> last shown, left out since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[0] if record.exc_info else None
+        kind = (record.name, record.levelno, str(record.msg)[:_KIND_CHARS], error)
+        now = self._clock()
+        shown_s, num_left_out = self._seen.get(kind, (now - 1.0, 0))
+        if now - shown_s < 1.0:
+            self._seen[kind] = shown_s, num_left_out + 1
+            return False
+        if len(self._seen) >= _MAX_KINDS:
+            self._seen.clear()
+        self._seen[kind] = now, 0
+        if num_left_out:
+            record.msg = f"{record.msg} (and {num_left_out} more alike)"
+        return True
+
+
+def bound_logs() -> None:
+    """For what strangers can cause by the thousand: the event loop's and the HTTP server's own messages."""
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(OncePerSecond())
