@@ -21,7 +21,7 @@ class FakePeer:
 def full(num_open: int) -> tuple[Connections, list[FakePeer]]:
     connections = Connections(ConnectionSettings(max_connections=num_open), Counter())
     peers = [FakePeer() for _ in range(num_open)]
-    assert all([connections.enter(peer) for peer in peers])
+    assert all(connections.enter(peer) for peer in peers)
     return connections, peers
 
 
