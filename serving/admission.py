@@ -1,9 +1,10 @@
-"""`Admission`: the one way from the HTTP API to the engine. It signs requests and counts those that wait."""
+"""`Admission`: the one way from the HTTP API to the engine. It signs requests, and counts what waits and what is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from serving.caller_log import CallerLog
 from serving.security.caller import CALLER, num_prompt_tokens, sign
 from serving.waiting import WaitingTokens
 from xllm.client.base import EngineBusyError, EngineClient, Stream
@@ -13,9 +14,9 @@ from xllm.request import Request
 class Admission:
     """Single-threaded, as the engine's client is."""
 
-    def __init__(self, engine: EngineClient, waiting: WaitingTokens):
+    def __init__(self, engine: EngineClient, waiting: WaitingTokens, callers: CallerLog):
         self.waiting = waiting
-        self._engine = engine
+        self._engine, self._callers = engine, callers
         self._streams: dict[str, Stream] = {}  # of the requests that wait for their first output
         waiting.shed = self._shed
 
@@ -29,6 +30,7 @@ class Admission:
         """
         caller = CALLER.get()
         requests = sign(requests, caller)
+        figures = self._callers.of(caller.name)
         request_ids = [request.request_id for request in requests]
         self.waiting.enter(requests)
         try:
@@ -42,6 +44,7 @@ class Admission:
             if self._streams.pop(request_id, None) is not None:
                 self.waiting.leave(request_id)
             caller.quota.charge_tokens(num_tokens)
+            figures.generation_tokens += num_tokens
 
         stream.on_news = note
         try:
@@ -50,6 +53,7 @@ class Admission:
             stream.close()
             raise
         caller.quota.charge_tokens(num_prompt_tokens(requests))
+        figures.prompt_tokens += num_prompt_tokens(requests)
         return stream
 
     def _shed(self, request_ids: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 from xllm.client.base import WatchedEngine
 from xllm.engine.step_log import StepReport, StepTiming
@@ -35,11 +36,12 @@ class EngineHistory:
                            s.generation_tokens_total, s.prefix_queries_total, s.prefix_hits_total, s.num_steps))
         self.cursor = (self.cursor[0] + 1, self.cursor[1])
 
-    async def run(self, engine: WatchedEngine) -> None:
-        """Sample until cancelled."""
+    async def run(self, engine: WatchedEngine, also: Callable[[], None]) -> None:
+        """Sample until cancelled, and let somebody else do the same."""
         engine.on_steps = self.take_steps
         while True:
             self.sample(engine)
+            also()
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def since(self, cursor: tuple[int, int]) -> tuple[list[tuple[float, ...]], list[StepTiming]]:

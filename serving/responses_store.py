@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,15 +19,16 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The least recently used go first. What belongs to another owner is not there."""
+    """What belongs to another owner is not there. When it is full, the owner who keeps most (entries or characters,
+    whichever is exceeded) loses what it has not used for longest: nobody can push out another's."""
 
     def __init__(self, max_entries: int, max_chars: int):
         self.max_entries, self.max_chars = max_entries, max_chars
         self.num_chars = 0
-        self._entries: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._kept: dict[str, _Kept] = {}  # by owner
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(len(kept.entries) for kept in self._kept.values())
 
     def put(self, response: dict[str, Any], messages: list[dict[str, Any]], owner: str) -> None:
         """Keep one; nothing is kept of one that alone is too large."""
@@ -35,24 +36,47 @@ class ResponseStore:
         if entry.num_chars > self.max_chars:
             return
         self.delete(response["id"], owner)
-        self._entries[response["id"]] = entry
+        self._kept.setdefault(owner, _Kept()).add(response["id"], entry)
         self.num_chars += entry.num_chars
-        while len(self._entries) > self.max_entries or self.num_chars > self.max_chars:
-            _, oldest = self._entries.popitem(last=False)
-            self.num_chars -= oldest.num_chars
+        while len(self) > self.max_entries:
+            self._drop_oldest(max(self._kept, key=lambda name: len(self._kept[name].entries)))
+        while self.num_chars > self.max_chars:
+            self._drop_oldest(max(self._kept, key=lambda name: self._kept[name].num_chars))
 
     def get(self, response_id: str, owner: str) -> StoredResponse | None:
-        entry = self._entries.get(response_id)
-        if entry is None or entry.owner != owner:
+        kept = self._kept.get(owner)
+        if kept is None or response_id not in kept.entries:
             return None
-        self._entries.move_to_end(response_id)
-        return entry
+        kept.entries.move_to_end(response_id)
+        return kept.entries[response_id]
 
     def delete(self, response_id: str, owner: str) -> bool:
         """Whether it was there."""
-        entry = self._entries.get(response_id)
-        if entry is None or entry.owner != owner:
+        kept = self._kept.get(owner)
+        if kept is None or response_id not in kept.entries:
             return False
-        del self._entries[response_id]
-        self.num_chars -= entry.num_chars
+        self._drop(owner, response_id)
         return True
+
+    def _drop_oldest(self, owner: str) -> None:
+        self._drop(owner, next(iter(self._kept[owner].entries)))
+
+    def _drop(self, owner: str, response_id: str) -> None:
+        kept = self._kept[owner]
+        entry = kept.entries.pop(response_id)
+        kept.num_chars -= entry.num_chars
+        self.num_chars -= entry.num_chars
+        if not kept.entries:
+            del self._kept[owner]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One owner's, the least recently used first."""
+
+    entries: OrderedDict[str, StoredResponse] = field(default_factory=OrderedDict)
+    num_chars: int = 0
+
+    def add(self, response_id: str, entry: StoredResponse) -> None:
+        self.entries[response_id] = entry
+        self.num_chars += entry.num_chars

@@ -130,7 +130,8 @@ class _Server:
         serving = asyncio.create_task(self._serve_http())
         loading = asyncio.create_task(self._load())
         stopping = asyncio.create_task(self._stop.wait())
-        sampling = asyncio.create_task(self._state.history.run(self._engine))
+        sampling = asyncio.create_task(self._state.history.run(
+            self._engine, lambda: self._state.callers.sample(self._state.requests.open_records())))
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
             loading.cancel()  # whoever dies from now on stays dead

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from serving.admission import Admission
 from serving.api.errors import ApiError, unavailable
+from serving.caller_log import CallerLog
 from serving.config import ServerConfig
 from serving.history import EngineHistory
 from serving.metrics.refusals import UNAVAILABLE, Refusals
 from serving.metrics.requests import RequestMetrics
 from serving.parsers.output import Parsers
-from serving.request_log import RequestLog
+from serving.request_log import RequestLog, RequestRecord
 from serving.responses_store import ResponseStore
 from serving.security.keys import KeyRing
 from serving.security.paths import hide_paths
@@ -54,6 +55,7 @@ class ServerState:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     refusals: Refusals = field(default_factory=Refusals)
     requests: RequestLog = field(default_factory=RequestLog)
+    callers: CallerLog = field(default_factory=CallerLog)
     history: EngineHistory = field(default_factory=EngineHistory)
     tracer: Tracer | None = None
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
@@ -65,7 +67,14 @@ class ServerState:
         resilience = self.config.resilience
         self.admission = Admission(self.engine, WaitingTokens(
             self.config.limits.max_queue_tokens, low_share=resilience.low_priority_watermark,
-            offline_share=resilience.offline_watermark))
+            offline_share=resilience.offline_watermark), self.callers)
+        self.requests.on_end = self.note_end
+
+    def note_end(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        self.callers.note_end(record)
+        if self.tracer is not None:
+            self.tracer.record(record)
 
     @cached_property
     def inputs(self) -> InputProcessor:

@@ -69,6 +69,8 @@ class View:
         style = "green" if server["ok"] else "red"
         head = Text.assemble(("xLLM ", "bold"), f"{server.get('model') or '-'}  ", (server["status"], style),
                              f"  {self._url}", overflow="ellipsis", no_wrap=True)
+        if self._stats["scope"] == "own":
+            head.append("  this key's own requests only", "yellow")
         if server["reason"]:
             head.append(f"  {server['reason']}", style)
         return head

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
 def log_level() -> str:
@@ -58,6 +61,16 @@ def api_keys() -> tuple[str, ...]:
 def admin_api_keys() -> tuple[str, ...]:
     """XLLM_ADMIN_API_KEY: the same for --admin-api-key."""
     return _keys("XLLM_ADMIN_API_KEY")
+
+
+def for_child() -> dict[str, str]:
+    """This process's environment for a process that it starts and that serves nobody itself: without API keys."""
+    return {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+
+
+def for_untrusted_child() -> dict[str, str]:
+    """This process's environment for a process that works on what strangers send: nothing that may be a secret."""
+    return {name: value for name, value in for_child().items() if not _SECRET.search(name.upper())}
 
 
 def with_api_key(key: str) -> dict[str, str]:

@@ -64,7 +64,6 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits,
                        refusals=state.refusals)
     if state.tracer is not None:
-        state.requests.on_end = state.tracer.record
         app.add_middleware(TraceContext)
     if http.cors_origin:  # outermost: a preflight carries no key, and a refusal must be readable too
         app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_methods=["GET", "HEAD", "POST"],

@@ -28,11 +28,14 @@ from xllm.errors import ConfigError
 
 class Access(enum.IntEnum):
     """Who may call a route. USER: everybody on a server without API keys, else their owners. ADMIN: owners of an
-    admin key only; without one the route is closed."""
+    admin key only; without one the route is closed. MONITOR, for what tells of all callers together: everybody on a
+    server without API keys, else owners of an admin key or of one with the option `metrics`, and a server's only
+    caller."""
 
     PUBLIC = 0
     USER = 1
-    ADMIN = 2
+    MONITOR = 2
+    ADMIN = 3
 
 
 # One line a route, as it is written at its `@routes.get(...)`. PUBLIC is for what a load balancer asks.
@@ -46,7 +49,7 @@ ROUTES: dict[str, Access] = {
     "/load": Access.USER,
     "/v1/stats": Access.USER,
     "/v1/stats/stream": Access.USER,
-    "/metrics": Access.USER,
+    "/metrics": Access.MONITOR,
     "/openapi.json": Access.USER,
     "/v1/models": Access.USER,
     "/v1/models/{name:path}": Access.USER,
@@ -195,6 +198,9 @@ class Gate:
         if caller is None:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer <key>",
                            headers={"WWW-Authenticate": "Bearer"})
+        if level is Access.MONITOR and not caller.may_monitor:
+            raise ApiError(403, "this route tells of all callers: it needs an admin key, or one with the option "
+                           "metrics")
         return caller
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastapi.responses import Response
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.health import health_of, package_version
 from serving.api.sse import EVENT_HEADERS, EventStream, event
+from serving.caller_log import CallerFigures
 from serving.history import HISTORY_COLUMNS
 from serving.metrics.refusals import OVERLOAD
 from serving.request_log import RequestRecord
@@ -27,7 +29,7 @@ from serving.state import ServerState
 from xllm.engine.step_log import STEP_COLUMNS
 
 MAX_REQUESTS = 40
-MAX_VIEWERS = 32
+MAX_VIEWERS = 32  # of one caller
 MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
 NAP_S = 0.5
 
@@ -74,16 +76,42 @@ def request_json(record: RequestRecord) -> dict[str, Any]:
 
 
 def _may_see(record: RequestRecord) -> bool:
-    """A caller sees its own requests; on a server without keys, and as an administrator, all."""
+    """A caller sees its own requests; on a server without keys, and as an administrator, all. Who may only see how much
+    goes on does not see whose it is."""
     caller = CALLER.get()
     return caller is NOBODY or caller.is_admin or record.caller == caller.name
 
 
-def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, Any]:
-    """Everything, but of history and steps only what came after `cursor`."""
-    rows, steps = state.history.since(cursor)
+def own_json(figures: CallerFigures) -> dict[str, Any]:
+    """`engine_json` for one caller's eyes: what it used itself; what others could be told from is left out or zero."""
     return {
-        "object": "stats", "now_s": time.monotonic(), "server": server_json(state), "engine": engine_json(state),
+        "num_requests_running": figures.num_running, "num_requests_waiting": figures.num_waiting,
+        "kv_cache_usage_perc": 0.0, "num_kv_blocks": 0, "num_free_kv_blocks": 0, "engine_steps": 0,
+        "step_time_seconds": 0.0, "oldest_waiting_seconds": 0.0, "prompt_tokens": figures.prompt_tokens,
+        "prompt_tokens_cached": figures.prompt_tokens_cached, "generation_tokens": figures.generation_tokens,
+        "num_preemptions": figures.num_preemptions, "prefix_cache_queries": figures.prompt_tokens,
+        "prefix_cache_hits": figures.prompt_tokens_cached, "spec_decode_num_draft_tokens": 0,
+        "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {}, "cached_tokens_by_tier": {},
+        "kv_disk_up": None, "graphs": None,
+    }
+
+
+def cursor_of(state: ServerState) -> tuple[int, int]:
+    """Where the next snapshot goes on."""
+    caller = CALLER.get()
+    return state.history.cursor if caller.may_monitor else (state.callers.of(caller.name).num_rows, 0)
+
+
+def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Everything that the caller may see, but of history and steps only what came after `cursor`."""
+    if CALLER.get().may_monitor:
+        engine, (rows, steps) = engine_json(state), state.history.since(cursor)
+    else:
+        figures = state.callers.of(CALLER.get().name)
+        engine, rows, steps = own_json(figures), figures.since(cursor[0]), []
+    return {
+        "object": "stats", "scope": "server" if CALLER.get().may_monitor else "own", "now_s": time.monotonic(),
+        "server": server_json(state), "engine": engine,
         "history": {"columns": HISTORY_COLUMNS, "rows": rows},
         "steps": {"columns": STEP_COLUMNS, "rows": steps},
         "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],
@@ -99,7 +127,7 @@ def _interval_s(request: Request) -> float:
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
-    num_viewers = 0
+    num_viewers: Counter[str] = Counter()  # by caller
 
     @routes.get("/v1/stats")
     async def stats() -> Response:
@@ -107,18 +135,16 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.get("/v1/stats/stream")
     async def stream(request: Request) -> Response:
-        nonlocal num_viewers
-        interval_s = _interval_s(request)
+        interval_s, name = _interval_s(request), CALLER.get().name
         if request.method == "HEAD":  # the head alone: nobody would read the stream
             return Response(media_type="text/event-stream", headers=EVENT_HEADERS)
-        if num_viewers >= MAX_VIEWERS:
+        if num_viewers[name] >= MAX_VIEWERS:
             state.refusals.note(OVERLOAD)
-            raise ApiError(429, f"{MAX_VIEWERS} streams are open already", headers={"Retry-After": "10"})
-        num_viewers += 1
+            raise ApiError(429, f"{MAX_VIEWERS} streams of this caller are open already", headers={"Retry-After": "10"})
+        num_viewers[name] += 1
 
         def leave() -> None:
-            nonlocal num_viewers
-            num_viewers -= 1
+            num_viewers[name] -= 1
 
         return EventStream(_events(state, interval_s), leave)
 
@@ -129,7 +155,7 @@ async def _events(state: ServerState, interval_s: float) -> AsyncGenerator[bytes
     """A snapshot at each interval; each but the first with news only. Ends when the server drains."""
     cursor = (0, 0)
     while not state.draining:
-        content, cursor = snapshot(state, cursor), state.history.cursor
+        content, cursor = snapshot(state, cursor), cursor_of(state)
         yield event(content)
         await _sleep(state, interval_s)
 

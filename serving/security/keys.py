@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from serving.security.quotas import Quota
@@ -18,6 +18,7 @@ from xllm.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})", re.ASCII)
+_FLAGS = ("admin", "urgent", "metrics")
 _QUOTAS = ("requests_per_minute", "tokens_per_minute")
 
 
@@ -28,6 +29,7 @@ class Caller:
     name: str = ""  # "": nobody in particular, on a server without keys
     is_admin: bool = False
     is_urgent: bool = True  # may send a negative priority, which goes before everybody's
+    may_monitor: bool = True  # may see what all callers together do
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota, compare=False)
 
@@ -59,6 +61,9 @@ class KeyRing:
 
     def __init__(self, entries: Iterable[tuple[bytes, Caller]] = ()):
         self._entries = list(entries)
+        users = {caller.name for _, caller in self._entries if not caller.is_admin}
+        if len(users) == 1:  # there is nobody to hide from it
+            self._entries = [(known, replace(caller, may_monitor=True)) for known, caller in self._entries]
         digests = [known for known, _ in self._entries]
         if len(set(digests)) != len(digests):
             raise ConfigError("api_key: a key is given twice; a key belongs to one caller, and to either users or "
@@ -96,7 +101,7 @@ def build_key_ring(*, api_keys: Sequence[str] = (), admin_keys: Sequence[str] = 
             known = digest(_usable(name, key))
             # Without a name of its own a key is its own caller; part of the digest tells them apart in metrics.
             caller = "admin" if is_admin else f"key-{known.hex()[:8]}"
-            entries.append((known, Caller(caller, is_admin)))
+            entries.append((known, Caller(caller, is_admin, may_monitor=is_admin)))
     if file is not None:
         entries += read_key_file(Path(file))
     return KeyRing(entries)
@@ -111,7 +116,7 @@ def _usable(name: str, key: str) -> str:
 
 
 def read_key_file(file: Path) -> list[tuple[bytes, Caller]]:
-    """One key a line: `NAME KEY`, then of `admin`, `urgent`, `weight=X`, `requests_per_minute=N` and
+    """One key a line: `NAME KEY`, then of `admin`, `urgent`, `metrics`, `weight=X`, `requests_per_minute=N` and
     `tokens_per_minute=N` what applies; or `KEY` alone.
 
     KEY may be `sha256:` and the digest in hex, so that the file holds no secret. `#` begins a comment. Lines of one
@@ -144,7 +149,7 @@ def _read_line(words: list[str]) -> tuple[bytes, Caller]:
     name, key, options = (words[0], words[1], words[2:]) if len(words) > 1 else ("", words[0], [])
     if words[1:] and not _NAME.fullmatch(name):
         raise ValueError("a name has 1 to 64 letters, digits, '_', '.' or '-'")
-    if key in ("admin", "urgent") or key.partition("=")[0] in ("weight", *_QUOTAS):
+    if key in _FLAGS or key.partition("=")[0] in ("weight", *_QUOTAS):
         raise ValueError("the key is missing: NAME KEY, then the options")
     hashed = _HASHED.fullmatch(key)
     known = bytes.fromhex(hashed[1]) if hashed else digest(_usable("the key", key))
@@ -152,7 +157,7 @@ def _read_line(words: list[str]) -> tuple[bytes, Caller]:
 
 
 def _read_options(name: str, options: list[str]) -> Caller:
-    flags, weight, limits = dict.fromkeys(("admin", "urgent"), False), 1.0, dict[str, int]()
+    flags, weight, limits = dict.fromkeys(_FLAGS, False), 1.0, dict[str, int]()
     for option in options:
         what, equals, value = option.partition("=")
         if option in flags:
@@ -164,7 +169,8 @@ def _read_options(name: str, options: list[str]) -> Caller:
         elif what in _QUOTAS and value.isdecimal() and int(value) > 0:
             limits[what] = int(value)
         else:
-            raise ValueError(f"unknown or malformed option {what[:64]!r}; known are admin, urgent, weight=, "
+            raise ValueError(f"unknown or malformed option {what[:64]!r}; known are "
+                             f"{', '.join(_FLAGS)}, weight=, "
                              f"{'=, '.join(_QUOTAS)}=")
-    return Caller(name, flags["admin"], flags["admin"] or flags["urgent"], weight,
+    return Caller(name, flags["admin"], flags["admin"] or flags["urgent"], flags["admin"] or flags["metrics"], weight,
                   Quota(limits.get("requests_per_minute"), limits.get("tokens_per_minute")))

@@ -84,6 +84,7 @@ export class EngineView {
     this.showTiers(stats.engine);
     this.showGraphs(stats.engine.graphs);
     this.showRequests(stats);
+    byId("view-engine").dataset.scope = stats.scope; // "own": the server's figures are not this key's to see
     byId("view-engine").dataset.live = String(stats.engine.engine_steps);
   }
 

@@ -31,5 +31,6 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = Path(tmp_path_factory.mktemp("keyed"))
     (folder / "keys").write_text(KEY_FILE)
     with ServerProcess(folder / "log.txt", "--api-key-file", str(folder / "keys"), "--admin-api-key", ROOT_KEY,
-                       "--scheduling-policy", "fair", "--max-num-seqs", "8", key=ALICE) as running:
+                       "--scheduling-policy", "fair", "--max-num-seqs", "8", key=ALICE,
+                       monitor_key=ROOT_KEY) as running:
         yield running

@@ -34,9 +34,12 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0, what: str
 class ServerProcess:
     """`xllm serve` on a free port, ready when constructed. Use it in a `with` statement."""
 
-    def __init__(self, log: Path, *flags: str, key: str = "EMPTY", max_files: int | None = None):
-        """max_files: open files that it may have, which it cannot raise itself."""
+    def __init__(self, log: Path, *flags: str, key: str = "EMPTY", monitor_key: str = "",
+                 max_files: int | None = None):
+        """monitor_key: may see /metrics, where `key` may not. max_files: open files that it may have, which it cannot
+        raise itself."""
         self.key = key
+        self._monitor = {"Authorization": f"Bearer {monitor_key or key}"}
         self._log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -71,16 +74,18 @@ class ServerProcess:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=120)
 
+    def metrics(self) -> str:
+        return self.http.get("/metrics", headers=self._monitor).text
+
     def gauge(self, name: str) -> float:
         """One value from /metrics; labels other than the two common ones are not looked at."""
-        text = self.http.get("/metrics").text
-        found = re.search(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.metrics(), re.MULTILINE)
         assert found, f"{name} is not in /metrics"
         return float(found[1])
 
     def value(self, series: str) -> float:
         """One value from /metrics, named with all its labels."""
-        return next(float(line.rpartition(" ")[2]) for line in self.http.get("/metrics").text.splitlines()
+        return next(float(line.rpartition(" ")[2]) for line in self.metrics().splitlines()
                     if line.startswith(series + " "))
 
     def wait_idle(self, timeout_s: float = 20.0) -> None:

@@ -93,7 +93,8 @@ def _freeze_and_thaw(server: ServerProcess) -> None:
 
 def test_drain_with_api_key(tmp_path: Path) -> None:
     """Keys guard all but the open paths. SIGTERM: open calls finish, new ones get 503, the exit code is 0."""
-    with ServerProcess(tmp_path / "log.txt", "--api-key", "first", "--api_key=second", key="second") as server:
+    with ServerProcess(tmp_path / "log.txt", "--api-key", "first", "--api_key=second", "--admin-api-key", "third",
+                       key="second", monitor_key="third") as server:
         _check_keys(server)
         calls = Calls(server, 3)
         server.process.send_signal(signal.SIGTERM)
@@ -124,7 +125,7 @@ def _check_keys(server: ServerProcess) -> None:
             assert anonymous.get("/metrics", headers={"Authorization": value}).status_code == 401
         tricky = {"Host": "x/health?", "Authorization": "Bearer no"}
         assert anonymous.get("/metrics", headers=tricky).status_code in (400, 401)
-        assert anonymous.get("/metrics", headers={"Authorization": "Bearer first"}).status_code == 200
+        assert anonymous.get("/v1/models", headers={"Authorization": "Bearer first"}).status_code == 200
     with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{server.url}/v1", api_key="no") as client:
         client.models.list()
 

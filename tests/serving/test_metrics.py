@@ -22,7 +22,8 @@ Series = dict[tuple[str, ...], float]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("metrics")
-    (folder / "keys").write_text(f"alice {ALICE} weight=2\nbob {BOB} requests_per_minute=2\nops {ADMIN} admin\n")
+    (folder / "keys").write_text(f"alice {ALICE} weight=2 metrics\nbob {BOB} requests_per_minute=2\n"
+                                 f"ops {ADMIN} admin\n")
     write_adapter(folder / "first", 0)
     with ServerProcess(folder / "log.txt", "--api-key-file", str(folder / "keys"), "--max-queue-tokens", "100",
                        "--speculative-method", "ngram", "--num-speculative-tokens", str(NUM_DRAFTS), "--max-num-seqs",

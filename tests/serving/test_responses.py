@@ -24,7 +24,8 @@ KEYS = ("first-key-of-some-length", "second-key-of-some-length")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = write_checkpoint(tmp_path_factory.mktemp("scripted"), SCRIPTS, TEMPLATE)
     with ServerProcess(folder / "log.txt", str(folder), "--served-model-name", "scripted", "--max-model-len", "2048",
-                       "--api-key", KEYS[0], "--api-key", KEYS[1], key=KEYS[0]) as server:
+                       "--api-key", KEYS[0], "--api-key", KEYS[1], "--admin-api-key", "ops", key=KEYS[0],
+                       monitor_key="ops") as server:
         yield server
         server.wait_idle()
 
@@ -166,3 +167,17 @@ def test_the_store_is_bounded() -> None:
     store.put({"id": "huge", "text": "x" * 500}, [], "me")
     assert store.get("huge", "me") is None and store.get("large", "me") is not None
     assert store.delete("large", "me") and store.num_chars >= 0
+
+
+def test_nobody_pushes_out_what_another_keeps() -> None:
+    store = ResponseStore(max_entries=10, max_chars=10_000)
+    store.put({"id": "hers"}, [], "alice")
+    for i in range(50):
+        store.put({"id": str(i)}, [], "mallory")
+    assert len(store) == 10 and store.get("hers", "alice") is not None
+    for i in range(50):
+        store.put({"id": f"long-{i}", "text": "x" * 2000}, [], "mallory")
+    assert store.num_chars <= 10_000 and store.get("hers", "alice") is not None
+    store.put({"id": "0"}, [], "alice")  # the same name is another entry for another owner
+    store.put({"id": "long-49"}, [], "alice")
+    assert store.delete("long-49", "alice") and store.get("long-49", "mallory") is not None

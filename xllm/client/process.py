@@ -16,6 +16,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from xllm import env
 from xllm.child_process import socket_folder
 from xllm.client.codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
@@ -77,7 +78,8 @@ class ProcessClient(CommandingClient):
         self._started_s = time.monotonic()
         # start_new_session: a Ctrl-C in the terminal is for the parent, which drains
         self._process = subprocess.Popen([sys.executable, "-m", "xllm.client.engine_process", str(self._folder)],
-                                         stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+                                         stdin=subprocess.PIPE, stdout=2, start_new_session=True,
+                                         env=env.for_child())
         assert self._process.stdin is not None
         self._process.stdin.write(config_to_json(self._config) + b"\n")
         self._process.stdin.flush()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
+from xllm import env
 from xllm.errors import RequestError
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, need_llguidance
@@ -131,7 +132,8 @@ class _Worker:
     def __init__(self, source: VocabularySource):
         need_llguidance()
         self._process = subprocess.Popen([sys.executable, "-m", "xllm.structured.worker"], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                                         env=env.for_untrusted_child())
         self.stop = weakref.finalize(self, _stop, self._process)
         self._send(json.dumps(asdict(source)))
         if self._read(START_TIMEOUT_S) is None:
