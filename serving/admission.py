@@ -1,4 +1,4 @@
-"""`Admission`: the one way from the HTTP API to the engine. It signs requests, and counts what waits and what is used."""
+"""`Admission`: the one way from the HTTP API to the engine. Requests are signed here, and what they use is counted."""
 
 from __future__ import annotations
 
