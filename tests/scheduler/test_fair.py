@@ -138,3 +138,51 @@ def test_random_tenants_leave_nothing_behind(seed):
     assert len(simulation.finished) == 40
     simulation.check_outputs()
     simulation.check_idle()
+
+
+def test_a_newcomer_gets_a_row_that_another_has_too_many_of():
+    """Four rows that one tenant holds for a long time: the other has its first token after a few steps, and half of the
+    rows soon; what was preempted ends as it must."""
+    simulation = fair(max_num_seqs=4, num_blocks=256)
+    for i in range(12):
+        simulation.add(f"long{i}", prompt_of(9, i), tenant="many", max_tokens=60)
+    for _ in range(10):
+        simulation.step()
+    for i in range(3):
+        simulation.add(f"quick{i}", prompt_of(5, 20 + i), tenant="few", max_tokens=20)
+    num_steps = 0
+    while not all(simulation.outputs[f"quick{i}"] for i in range(2)):
+        simulation.step()
+        num_steps += 1
+    assert num_steps <= 16
+    assert simulation.scheduler.counters.preemptions == 2, "two of four are its part, no more are taken"
+    simulation.run()
+    simulation.check_outputs()
+    simulation.check_idle()
+
+
+def test_a_newcomer_gets_blocks_that_another_has_too_many_of():
+    """Rows are free, blocks are not: two long sequences hold nearly all."""
+    simulation = fair(max_num_seqs=4, num_blocks=30)
+    for i in range(2):
+        simulation.add(f"long{i}", prompt_of(40, i), tenant="many", max_tokens=50)
+    for _ in range(8):
+        simulation.step()
+    simulation.add("quick", prompt_of(24, 3), tenant="few", max_tokens=20)
+    num_steps = 0
+    while not simulation.outputs["quick"]:
+        simulation.step()
+        num_steps += 1
+    assert num_steps <= 16 and simulation.scheduler.counters.preemptions == 1
+    simulation.run()
+    simulation.check_outputs()
+    simulation.check_idle()
+
+
+def test_more_tenants_than_rows_take_turns():
+    simulation = fair(max_num_seqs=2, num_blocks=1024, max_model_len=2048, max_num_batched_tokens=64)
+    for name in "abc":
+        simulation.add(name, prompt_of(9), tenant=name, max_tokens=1500)
+    for _ in range(1300):
+        simulation.step()
+    assert min(len(simulation.outputs[name]) for name in "abc") > 100, "nobody waits until another has ended"

@@ -45,13 +45,18 @@ class TokenBudget:
     def reset(self) -> None:
         self.left = self.max_tokens
 
-    def share(self, rows: np.ndarray, wanted: np.ndarray, room: np.ndarray) -> Share:
+    def share(self, rows: np.ndarray, wanted: np.ndarray, room: np.ndarray, limit: np.ndarray | None = None) -> Share:
         """Give the rows, in their order, what they want as far as the budget goes; takes nothing yet.
 
-        wanted: tokens until the row's last known one. room: tokens it may still produce (> 0).
+        wanted: tokens until the row's last known one. room: tokens it may still produce (> 0). limit: tokens that the
+        row may have in this step, 0: none; where prompts are not computed in parts it leaves them alone.
         Drafts go only to rows that want a single token, and never beyond `room`.
         """
         tokens = wanted
+        if limit is not None:
+            tokens = np.minimum(wanted, limit) if self.allow_partial else np.where(wanted == 1, limit, wanted)
+            kept = tokens > 0
+            rows, tokens, wanted, room = rows[kept], tokens[kept], wanted[kept], room[kept]
         if self.max_chunk and self.allow_partial:
             tokens = np.minimum(tokens, self.max_chunk)
         if self.max_drafts:
@@ -69,6 +74,12 @@ class TokenBudget:
             tokens = np.where(tokens < share.wanted, 0, tokens)
         drafts = np.where(tokens == share.wanted, np.minimum(share.drafts, left - tokens), 0)
         return Share(share.rows, tokens, drafts, share.wanted).only(tokens > 0)
+
+    def lower(self, max_tokens: int) -> None:
+        """The step at hand may have so many tokens in all; where prompts are not computed in parts that would keep a
+        long one out for ever, and nothing changes."""
+        if self.allow_partial:
+            self.left = min(self.left, max_tokens)
 
     def take(self, share: Share) -> None:
         self.left -= share.cost

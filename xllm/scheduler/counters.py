@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from xllm.request import FinishReason
+from xllm.scheduler.step_cost import StepCost
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,11 +45,13 @@ MIN_PREFILL_TOKENS = 64  # a step with fewer says nothing about how fast prompts
 class StepRates:
     """Running means over the steps so far; 0 before the first."""
 
+    cost: StepCost = dataclasses.field(default_factory=StepCost)
     step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many tokens in that time."""
+        self.cost.note(num_tokens, seconds)
         self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
         if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0.0:
             rate = num_tokens / seconds

@@ -2,8 +2,12 @@
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), algorithm 2, with
 weights. Whoever has been served least among those that wait is admitted next, so that a tenant that floods the queue
-delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send. Preempts
-nobody, and leaves nothing idle.
+delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
+
+The counters order the queue only. That a tenant's running sequences leave the others room is not in the paper: whoever
+holds more than its share of the rows or blocks gives its latest row to one that waits with less (`row_to_yield`), and
+no tenant's part of a step makes the step so long that another falls below its share of the time (`limit_tokens`).
+Nothing is left idle.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import numpy as np
 
 from xllm.scheduler.policy import Key, tenant_key
 from xllm.scheduler.queues import WaitingQueue
+from xllm.scheduler.shares import limit_rows, longest_step, tokens_of_step, who_yields
+from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # of a token; the paper's
@@ -30,6 +36,7 @@ class FairQueue(WaitingQueue):
         self._queues: dict[str, WaitingQueue] = {}  # of tenants that wait
         self._slots: dict[str, int] = {}
         self._served_T = np.zeros(1)  # the virtual counters
+        self._weight_T = np.ones(1)
         self._slot_R = np.zeros(num_rows, dtype=np.int64)
         self._cost_R = np.zeros(num_rows)  # of one output token: smaller for a tenant of more weight
         self._last_left = 0  # the tenant of the last request that left an emptying queue
@@ -46,9 +53,11 @@ class FairQueue(WaitingQueue):
 
     def push(self, seq: SequenceState) -> None:
         tenant = seq.request.tenant
+        slot = self._slot(tenant)
+        self._weight_T[slot] = seq.request.tenant_weight
         if tenant not in self._queues:
             if seq.num_preemptions == 0:
-                self._lift(self._slot(tenant))
+                self._lift(slot)
             self._queues[tenant] = WaitingQueue(tenant_key)
         self._queues[tenant].push(seq)
 
@@ -56,6 +65,7 @@ class FairQueue(WaitingQueue):
         slot = self._slots.setdefault(tenant, len(self._slots))
         if slot >= len(self._served_T):
             self._served_T = np.pad(self._served_T, (0, slot))
+            self._weight_T = np.pad(self._weight_T, (0, slot), constant_values=1.0)
         return slot
 
     def _lift(self, slot: int) -> None:
@@ -101,6 +111,33 @@ class FairQueue(WaitingQueue):
         self._cost_R[row] = OUTPUT_COST / weight
         if seq.num_preemptions == 0:
             self._served_T[slot] += (len(seq.token_ids) - num_computed) * PROMPT_COST / weight
+
+    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, last_step_R: np.ndarray, max_tokens: int,
+                     cost: StepCost) -> tuple[np.ndarray, int] | None:
+        slot_R, line = self._slot_R[rows_R], cost.line()
+        if line is None:
+            return None
+        wanted_R = np.minimum(wanted_R, max_tokens)
+        demand_T = np.bincount(slot_R, weights=wanted_R, minlength=len(self._served_T))
+        for tenant, queue in self._queues.items():
+            if (head := queue.peek()) is not None:
+                demand_T[self._slots[tenant]] += len(head.token_ids)
+        demand_T = np.minimum(demand_T, max_tokens)
+        allowed_T = tokens_of_step(demand_T, self._weight_T, line)
+        longest = max(longest_step(line), len(rows_R))  # every row can have a token
+        if allowed_T is None:
+            return wanted_R, longest
+        return limit_rows(wanted_R, slot_R, last_step_R, demand_T, allowed_T), min(int(allowed_T.sum()), longest)
+
+    def row_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray,
+                     num_blocks: int) -> int | None:
+        slot_R, num_tenants = self._slot_R[rows_R], len(self._served_T)
+        num_rows_T = np.bincount(slot_R, minlength=num_tenants)
+        blocks_T = np.bincount(slot_R, weights=blocks_R, minlength=num_tenants)
+        one_row = 1 / len(self._slot_R)
+        tenant = who_yields(self._slots[seq.request.tenant], np.maximum(num_rows_T * one_row, blocks_T / num_blocks),
+                            num_rows_T, self._weight_T, self._served_T, one_row)
+        return None if tenant is None else int(rows_R[np.flatnonzero(slot_R == tenant)[-1]])
 
     def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
         """A step gave each row so many tokens."""

@@ -1,8 +1,9 @@
 """`Preemption`: whose blocks are taken away when there are too few, and how those sequences come back.
 
-The scheduler asks two things. `make_fit`: which part of a share can have its blocks. `yield_for`: can an online request
-get in where an offline one runs. What is preempted goes back to the queue, at once or when the last step planned with
-it has settled; its KV is computed anew, or copied to host memory and back if that is sooner.
+The scheduler asks two things. `make_fit`: which part of a share can have its blocks. `yield_for`: can a request get in
+where another runs: an online one for an offline one, or with the fair policy one of a tenant that has too little. What
+is preempted goes back to the queue, at once or when the last step planned with it has settled; its KV is computed anew,
+or copied to host memory and back if that is sooner.
 """
 
 from __future__ import annotations
@@ -83,32 +84,40 @@ class Preemption:
                 return row
         return None
 
-    # --- an online request that cannot get in
+    # --- a request that cannot get in, and one that has to make room for it
 
     def yield_for(self, plan: PlanBuilder, seq: SequenceState) -> bool:
-        """Preempt one offline row for an online request, unless one is on its way out.
+        """Preempt the row that is to make room for `seq`, if there is one, unless one is on its way out.
         Whether that freed anything at once; otherwise it does when the step in flight settles."""
-        if seq.request.offline or not self._offline_yields or self._leaving or self._kv.num_pending_blocks:
+        if self._leaving or self._kv.num_pending_blocks:
             return False
-        for row in self._running.last_first():
-            owner = self._rows.seqs[row]
-            if owner is None or not owner.request.offline:
-                continue
-            if plan.has(row):  # goes before the next step
-                self._yielding = owner
-                return False
-            at_once = not self._rows.in_flight[row]
-            self._preempt(row)
-            return at_once
-        return False
+        row = self._row_to_yield(seq)
+        if row is None:
+            return False
+        if plan.has(row):  # goes before the next step
+            self._yielding = self._rows.seqs[row]
+            return False
+        at_once = not self._rows.in_flight[row]
+        self._preempt(row)
+        return at_once
+
+    def _row_to_yield(self, seq: SequenceState) -> int | None:
+        """An offline row for an online request; else one that the queue's policy names."""
+        if self._offline_yields and not seq.request.offline:
+            for row in self._running.last_first():
+                owner = self._rows.seqs[row]
+                if owner is not None and owner.request.offline:
+                    return row
+        rows = self._running.rows()
+        return self._waiting.row_to_yield(seq, rows, self._kv.num_blocks_R[rows], self._kv.num_usable_blocks)
 
     def begin_step(self) -> None:
-        """Preempt the offline sequence that was found too late for the last step, if it is still needed."""
+        """Preempt the sequence that was found too late for the last step, if it is still to make room."""
         owner, self._yielding = self._yielding, None
         if owner is None or owner.status is not Status.RUNNING:
             return
         head = self._waiting.peek()
-        if head is not None and not head.request.offline:
+        if head is not None and self._row_to_yield(head) == owner.row:
             self._preempt(owner.row)
 
     # --- away and back

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from xllm.scheduler.policy import Key
+from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
 MAX_STALE = 64  # entries of removed sequences that are never worth a sweep
@@ -58,6 +59,18 @@ class WaitingQueue:
 
     def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
         """For the same: a step gave these rows so many tokens."""
+
+    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, last_step_R: np.ndarray, max_tokens: int,
+                     cost: StepCost) -> tuple[np.ndarray, int] | None:
+        """For queues that share a step out: how many tokens each running row may have (int64 [R]) of those that it
+        wants, and how many there may be in all, with what is set apart for the waiting. None: no limit."""
+        return None
+
+    def row_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray,
+                     num_blocks: int) -> int | None:
+        """For queues that share rows out: the running row that is to make room for `seq`, which cannot get in. rows_R:
+        in order of service, with the blocks that each holds, of `num_blocks`."""
+        return None
 
     def remove(self, seq: SequenceState) -> None:
         """Its entry stays until it comes to the top, or until such entries are the majority."""

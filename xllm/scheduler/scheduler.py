@@ -199,7 +199,11 @@ class Scheduler:
             eligible &= wanted > 1
         if not eligible.all():
             rows, room, wanted = rows[eligible], room[eligible], wanted[eligible]
-        share = self._budget.share(rows, wanted, room)
+        limited = self.waiting.limit_tokens(rows, wanted, table.last_step[rows], self._budget.max_tokens,
+                                            self.rates.cost)
+        limit, in_all = limited or (None, self._budget.max_tokens)
+        self._budget.lower(in_all)
+        share = self._budget.share(rows, wanted, room, limit)
         need = self.kv.blocks_needed(share.rows, table.cursor[share.rows] + share.tokens + share.drafts)
         total = int(need.sum())
         if total > self.kv.num_free_blocks:
