@@ -1,4 +1,4 @@
-"""A caller beside another one's flood, with the fair policy, on a real server: its first token and its tokens per second.
+"""A caller beside another one's flood, with the fair policy, on a real server: first token and tokens per second.
 
 Times are compared with those of the same run without the flood.
 """
