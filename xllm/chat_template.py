@@ -13,6 +13,7 @@ text to a template that reads text and an object to one that reads objects.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -23,7 +24,8 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from xllm.errors import ModelError, RequestError
-from xllm.template_limits import MAX_SECONDS, MAX_TEXT_CHARS, LimitedEnvironment, TemplateLimitError
+from xllm.template_limits import MAX_SECONDS, MAX_TEXT_CHARS, LimitedEnvironment
+from xllm.template_weights import TemplateLimitError
 
 Message = Mapping[str, Any]
 
@@ -83,7 +85,7 @@ class ChatTemplate:
 
     def _generate(self, scope: dict[str, Any], max_seconds: float) -> str:
         pieces, num_chars = [], 0
-        with self._environment.limited(max_seconds):
+        with self._environment.limited(max_seconds, time.monotonic()):
             for piece in self._template.generate(scope):
                 self._environment.tick()
                 pieces.append(piece)
