@@ -23,6 +23,7 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 _ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _LONG_TEXT_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LOCAL_PARTS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # see `has_fixed_bytes`
 
 
 class Tokenizer:
@@ -113,43 +114,72 @@ class Tokenizer:
         return "default" in self._template_sources
 
     def token_text(self, token_id: int) -> str:
-        """The token alone as text; part of a character shows as U+FFFD."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        """The token's text within a text; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def text_after(self, before: int | None, token_id: int) -> str:
+        """The token's text behind the token `before`; None: at the beginning of a text."""
+        if before is None:
+            return self.decode([token_id])
+        return self.decode([before, token_id])[len(self.decode([before])):]
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """The token's bytes as they stand in the decoded text (a `▁` is the space that it means)."""
+        """The token's bytes as they stand within a decoded text (a `▁` is the space that it means)."""
         token = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         if self.is_byte_level:
             return byte_level_bytes(token)
-        if match := _BYTE_TOKEN.fullmatch(token):
+        if self.has_byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        if "\u2581" in token and token_id not in self.special_token_ids:
-            return token.replace("\u2581", " ").encode()
-        return self.token_text(token_id).encode()
+        return self.text_after(self._ordinary_token, token_id).encode()
+
+    @functools.cached_property
+    def _ordinary_token(self) -> int | None:
+        """One that is a word or part of one: a place for others to stand behind."""
+        ordinary = (i for i in range(self.vocab_size) if i not in self.special_token_ids and not self.is_byte_token(i))
+        return next((i for i in ordinary if self.decode([i]).isalnum()), None)
 
     def all_token_bytes(self) -> list[bytes]:
         """`token_bytes` of every token, by id."""
         return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
 
     @functools.cached_property
+    def _decoder_parts(self) -> frozenset[str]:
+        """Kinds of the steps that decoding takes; none: tokens are put together with blanks."""
+        if self.backend.decoder is None:
+            return frozenset()
+        return frozenset(_kinds(json.loads(self.backend.decoder.__getstate__())))
+
+    @functools.cached_property
     def is_byte_level(self) -> bool:
         """Whether decoding is: concatenate each token's bytes, then read them as UTF-8."""
-        return type(self.backend.decoder).__name__ == "ByteLevel"
+        return self._decoder_parts in ({"ByteLevel"}, {"ByteLevel", "Fuse"})
 
     @functools.cached_property
     def has_byte_fallback(self) -> bool:
         """Whether tokens like <0xE2> stand for single bytes."""
-        return self.backend.token_to_id("<0x00>") is not None
+        return "ByteFallback" in self._decoder_parts and self.backend.token_to_id("<0x00>") is not None
+
+    @functools.cached_property
+    def has_fixed_bytes(self) -> bool:
+        """Whether a token stands for the same bytes wherever it is within a text; at its beginning a blank may be
+        dropped."""
+        return bool(self._decoder_parts) and self._decoder_parts <= _LOCAL_PARTS
 
     def knows(self, token_id: int) -> bool:
         """False for the ids with which a model's vocabulary is padded."""
         return self.backend.id_to_token(token_id) is not None
 
     def is_byte_token(self, token_id: int) -> bool:
-        token = self.backend.id_to_token(token_id)
+        token = self.backend.id_to_token(token_id) if self.has_byte_fallback else None
         return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _kinds(decoder: Mapping[str, Any]) -> list[str]:
+    if decoder["type"] != "Sequence":
+        return [decoder["type"]]
+    return [kind for part in decoder["decoders"] for kind in _kinds(part)]
 
 
 def _why_no_text(text: object, field: str) -> str:

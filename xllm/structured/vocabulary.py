@@ -12,8 +12,6 @@ from xllm.errors import RequestError
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Those for which a token's bytes are the same wherever it stands.
-DECODERS = ("ByteLevel", "Metaspace", "Sequence")
 _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 
 
@@ -49,6 +47,9 @@ class TextTokenizer(Protocol):
     @property
     def special_token_ids(self) -> frozenset[int]: ...
 
+    @property
+    def has_fixed_bytes(self) -> bool: ...
+
     def all_token_bytes(self) -> list[bytes]: ...
 
 
@@ -61,8 +62,8 @@ def vocabulary_source(tokenizer: TextTokenizer, vocab_size: int, eos_token_ids: 
     eos = tuple(i for i in dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids)) if i < vocab_size)
     if not eos:
         raise RequestError("structured outputs need a model with an end token", field="structured")
-    decoder = type(tokenizer.backend.decoder).__name__
-    if decoder not in DECODERS:
+    if not tokenizer.has_fixed_bytes:
+        decoder = type(tokenizer.backend.decoder).__name__
         raise RequestError(f"structured outputs do not work with this model's tokenizer ({decoder})",
                            field="structured")
     known = ["" if token.startswith(_RESERVED) else token.hex() for token in tokenizer.all_token_bytes()[:vocab_size]]
