@@ -20,8 +20,8 @@ class Detokenizer:
     """Text, stop strings and which tokens count, for one request.
 
     After a stop string `stopped` names it, and `feed` takes no more tokens. offsets: of each token that counts, the
-    characters of the text before it; None where no log-probabilities were asked for. A token that does not show has those
-    before its place.
+    characters of the text before it; None where no log-probabilities were asked for. A token that does not show has
+    those before its place.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt: Sequence[int] = ()):
@@ -30,7 +30,8 @@ class Detokenizer:
         self._hidden = hidden_tokens(tokenizer, sampling)
         hidden_texts = tokenizer.special_token_texts if self._hidden else ()
         self._include_stop = sampling.include_stop_str_in_output
-        self._stops = StopFilter(sampling.stop, hidden_texts, include_stop=self._include_stop) if sampling.stop else None
+        self._stops = (StopFilter(sampling.stop, hidden_texts, include_stop=self._include_stop)
+                       if sampling.stop else None)
         self._min_tokens = sampling.min_tokens
         self._emitted: list[str] = []
         self._num_read = 0  # characters that the stream has given, where offsets are wanted

@@ -1,7 +1,7 @@
 """`StopFilter`: lets an answer's text pass up to its first stop string.
 
-A stop string that holds a special token is looked for in the text that has special tokens in it, whether they are shown or
-not; all others in the text that is shown.
+A stop string that holds a special token is looked for in the text that has special tokens in it, whether they are shown
+or not; all others in the text that is shown.
 """
 
 from __future__ import annotations

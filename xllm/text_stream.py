@@ -1,13 +1,13 @@
 """`TextStream`: an answer's tokens to text, one at a time, behind the tokens of its prompt.
 
-The text is what decoding prompt and answer together adds to the decoded prompt. Where the answer completes a character that
-the prompt left unfinished, that character is the answer's: the prompt's last U+FFFD is replaced (`num_replaced`).
+The text is what decoding prompt and answer together adds to the decoded prompt. Where the answer completes a character
+that the prompt left unfinished, that character is the answer's: the prompt's last U+FFFD is replaced (`num_replaced`).
 """
 
 from __future__ import annotations
 
 import codecs
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -101,8 +101,8 @@ class ByteStream:
 class WindowStream:
     """For any tokenizer: decode a few tokens before the new ones with and without them; the difference is new.
 
-    The earlier tokens, at first those of the prompt, give the decoder its context (whether a leading space belongs, which
-    accents join).
+    The earlier tokens, at first those of the prompt, give the decoder its context (whether a leading space belongs,
+    which accents join).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams):
@@ -141,7 +141,8 @@ class WindowStream:
         known = len(self._context_text)
         if self._has_seam:
             self._has_seam = False
-            known = len(os.path.commonprefix([self._context_text, text]))
+            pairs = zip(self._context_text, text)
+            known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             self.num_replaced = len(self._context_text) - known
         self._context, self._held = self._held, []
         self._context_text = self._tokenizer.decode(self._context)

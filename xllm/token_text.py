@@ -1,8 +1,8 @@
 """`TextContext`: what a token's text is where the token stands.
 
-A token has no text of its own. Decoders of sentencepiece models drop the blank of a text's first token, WordPiece puts one
-before each word but the first, and a byte of a character shows only when the others are there. So an answer is read behind
-the last tokens of its prompt: its text is what decoding the prompt with the answer adds to the prompt's.
+A token has no text of its own. Decoders of sentencepiece models drop the blank of a text's first token, WordPiece puts
+one before each word but the first, and a byte of a character shows only when the others are there. So an answer is read
+behind the last tokens of its prompt: its text is what decoding the prompt with the answer adds to the prompt's.
 """
 
 from __future__ import annotations

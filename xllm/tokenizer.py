@@ -72,6 +72,16 @@ class Tokenizer:
             raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
         return found.ids, found.offsets
 
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where each of `text`'s tokens begins, in characters; one that was added stands where the one before it ends.
+        A token that is part of a character points at it. Raises RequestError as `encode` does."""
+        found, end_before = [], 0
+        for start, end in self.encode_with_spans(text, add_special_tokens)[1]:
+            # Some tokenizers leave blanks out of the spans of tokens that hold them.
+            found.append(min(start, end_before) if end else end_before)
+            end_before = max(end, end_before)
+        return found
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`; ids that it does not know add nothing."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -23,6 +23,7 @@ from serving.api.types import SampleBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion
 from xllm.request import SamplingParams, TokenLogprobs
+from xllm.token_text import TextContext
 from xllm.tokenizer import Tokenizer
 
 SELECTOR_MATCH, EMPTY_LOGPROBS = "selector_match", "empty_logprobs"
@@ -80,10 +81,9 @@ def router(state: ServerState) -> APIRouter:
         generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         await until_disconnect(request.receive, generation.run())
         choice: Completion = generation.choices[0]
-        writer = LogprobsWriter(tokenizer, as_ids=False)
         # As delivered, the first entry is the prompt's first token's, which has none.
-        choices = [choice_json(writer, index, place, choice.prompt_logprobs[place])
-                   for index, place in enumerate(places)]
+        choices = [choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
+                               index, place, choice.prompt_logprobs[place]) for index, place in enumerate(places)]
         return json_response({"id": call, "object": "sample_completion", "created": int(time.time()),
                               "model": body.model or state.served_names[0], "choices": choices,
                               "usage": generation.usage(1, hidden_tokens=1)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +15,8 @@ from serving.api.limits import read_json
 from serving.api.tools import read_tools
 from serving.api.types import DetokenizeBody, TokenizeBody, parse
 from serving.state import ServerState
+from xllm.request import SamplingParams
+from xllm.token_text import TextContext
 from xllm.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
 
 
@@ -30,8 +33,7 @@ def router(state: ServerState) -> APIRouter:
         answer = {"count": len(token_ids), "max_model_len": state.facts.max_model_len, "tokens": token_ids,
                   "token_strs": None}
         if body.return_token_strs:
-            tokenizer = state.need_tokenizer("return_token_strs")
-            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in token_ids]
+            answer["token_strs"] = token_texts(state.need_tokenizer("return_token_strs"), token_ids)
         return json_response(answer)
 
     @routes.post("/detokenize")
@@ -53,6 +55,15 @@ def router(state: ServerState) -> APIRouter:
         return json_response(info_json(state.tokenizer, state.facts.max_model_len))
 
     return routes
+
+
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text that `/detokenize` gives; part of a character shows as U+FFFD."""
+    context, texts = TextContext(tokenizer, (), SamplingParams(skip_special_tokens=False)), []
+    for token_id in token_ids:
+        texts.append(context.text_of(token_id))
+        context.move_past(token_id)
+    return texts
 
 
 def info_json(tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
