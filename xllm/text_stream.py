@@ -159,7 +159,9 @@ class WindowStream:
         if token_id is not None and tokenizer.is_byte_token(token_id):
             run += tokenizer.token_bytes(token_id)
             return sum(byte & 0xC0 != 0x80 for byte in run) - 1 if _may_be_text(run) else len(self._held)
-        return len(run.decode()) if _may_be_text(run) and not _unfinished(run) else len(self._held)
+        if _may_be_text(run) and (token_id in self._skipped or not _unfinished(run)):
+            return len(run.decode(errors="ignore"))
+        return len(self._held)
 
     def _unfinished_prompt(self) -> bytes:
         """Bytes of a character that the prompt ends within, while nothing is out of the answer."""
