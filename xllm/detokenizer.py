@@ -28,9 +28,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stream = text_stream(tokenizer, prompt, sampling)
         self._hidden = hidden_tokens(tokenizer, sampling)
-        hidden_texts = tokenizer.special_token_texts if self._hidden else ()
         self._include_stop = sampling.include_stop_str_in_output
-        self._stops = (StopFilter(sampling.stop, hidden_texts, include_stop=self._include_stop)
+        self._stops = (StopFilter(sampling.stop, tokenizer.special_token_texts, include_stop=self._include_stop)
                        if sampling.stop else None)
         self._min_tokens = sampling.min_tokens
         self._emitted: list[str] = []
@@ -73,7 +72,8 @@ class Detokenizer:
 
     def _read(self, token_id: int, *, shown: bool) -> str:
         """What may be shown behind one more token."""
-        if self._stops is not None and self._stops.reads_hidden and token_id in self._hidden:
+        is_hidden = token_id in self._hidden or not shown and token_id in self._tokenizer.special_token_ids
+        if is_hidden and self._stops is not None and self._stops.reads_hidden:
             delta = self._pass(self._stream.settle())
             return delta if self.stopped else delta + self._pass(self._tokenizer.token_text(token_id), shown=False)
         return self._pass(self._stream.push(token_id)) if shown else ""

@@ -16,11 +16,12 @@ Segment = tuple[str, bool]  # a text, and whether it is shown
 class StopFilter:
     """After a stop string `stopped` names it, and nothing more may be fed.
 
-    hidden: texts of special tokens that are not shown. include_stop: the stop string itself passes too.
+    special: texts of special tokens. include_stop: the stop string itself passes too. reads_hidden: whether any stop
+    string holds a special token; only then the texts of hidden ones need be fed.
     """
 
-    def __init__(self, stops: Sequence[str], hidden: Iterable[str], *, include_stop: bool):
-        texts = [text for text in hidden if text]
+    def __init__(self, stops: Sequence[str], special: Iterable[str], *, include_stop: bool):
+        texts = [text for text in special if text]
         marked = {stop for stop in stops if any(text in stop for text in texts)}
         self._plain = StopMatcher([stop for stop in stops if stop not in marked])
         self._marked = StopMatcher(sorted(marked))
