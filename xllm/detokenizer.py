@@ -72,7 +72,7 @@ class Detokenizer:
 
     def _read(self, token_id: int, *, shown: bool) -> str:
         """What may be shown behind one more token."""
-        is_hidden = token_id in self._hidden or not shown and token_id in self._tokenizer.special_token_ids
+        is_hidden = token_id in self._hidden or (not shown and token_id in self._tokenizer.special_token_ids)
         if is_hidden and self._stops is not None and self._stops.reads_hidden:
             delta = self._pass(self._stream.settle())
             return delta if self.stopped else delta + self._pass(self._tokenizer.token_text(token_id), shown=False)

@@ -116,8 +116,8 @@ class Tokenizer:
 
     @functools.cached_property
     def special_token_texts(self) -> frozenset[str]:
-        """What `skip_special_tokens` hides."""
-        return frozenset(self.backend.id_to_token(token_id) or "" for token_id in self.special_token_ids)
+        """What `skip_special_tokens` hides, as it would show."""
+        return frozenset(map(self.token_text, self.special_token_ids))
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,5 +1,5 @@
-"""A checkpoint like Llama 2's, whose greedy answers are known: `▁` for a blank, <0xXX> for bytes, and a decoder that drops
-a text's first blank. See `scripted_model.py`."""
+"""A checkpoint like Llama 2's, whose greedy answers are known: `▁` for a blank, <0xXX> for bytes, and a decoder that
+drops a text's first blank. See `scripted_model.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.serving.scripted_model import write_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from tests.serving.scripted_model import write_model
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<sep>")
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]"
@@ -26,7 +27,8 @@ def write_checkpoint(folder: Path, chains: Sequence[Sequence[str]]) -> Path:
                 names.append(word[:end])
                 merges.append((word[: end - 1], word[end - 1]))
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True,
+                                     fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                            decoders.Strip(" ", 1, 0)])

@@ -125,6 +125,17 @@ def test_echoed_logprobs(pieces, tokenizer, as_ids):
     assert logprobs["text_offset"][-1] == len(text)
 
 
+def test_echo_of_a_prompt_that_ends_within_a_character(pieces, tokenizer):
+    ids = [*tokenizer.encode("smile"), *map(tokenizer.backend.token_to_id, SMILE[:2])]
+    whole = complete(pieces, ids, echo=True, logprobs=1)
+    assert whole["text"] == "<s> smile😀 yes!"
+    assert whole["logprobs"]["text_offset"] == [0, 3, 9, 9, 9, 9, 10, 14, 15]
+    assert complete(pieces, ids)["text"] == "😀 yes!"
+    streamed = chunks(pieces, "/v1/completions", {"prompt": ids, "echo": True})
+    assert "".join(chunk["text"] for chunk in streamed) == whole["text"]
+    assert complete(pieces, ids, echo=True, max_tokens=0)["text"] == "<s> smile\ufffd\ufffd"
+
+
 @pytest.mark.parametrize("asked", [1, 5, 20, 64])
 def test_no_candidate_is_lost(pieces, asked):
     for prompt in TEXTS:

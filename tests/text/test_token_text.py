@@ -1,5 +1,5 @@
-"""An answer's text is what decoding prompt and answer adds to the decoded prompt, on every kind of tokenizer, however it
-comes; each token's text and offset are those in that text (transformers#22710, vllm#19368)."""
+"""An answer's text is what decoding prompt and answer adds to the decoded prompt, on every kind of tokenizer, however
+it comes; each token's text and offset are those in that text (transformers#22710, vllm#19368)."""
 
 from __future__ import annotations
 
