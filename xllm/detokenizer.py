@@ -31,6 +31,7 @@ class Detokenizer:
         self._include_stop = sampling.include_stop_str_in_output
         self._stops = (StopFilter(sampling.stop, tokenizer.special_token_texts, include_stop=self._include_stop)
                        if sampling.stop else None)
+        self._reads_hidden = self._stops is not None and self._stops.reads_hidden
         self._min_tokens = sampling.min_tokens
         self._emitted: list[str] = []
         self._num_read = 0  # characters that the stream has given, where offsets are wanted
@@ -72,13 +73,13 @@ class Detokenizer:
 
     def _read(self, token_id: int, *, shown: bool) -> str:
         """What may be shown behind one more token."""
-        is_hidden = token_id in self._hidden or (not shown and token_id in self._tokenizer.special_token_ids)
-        if is_hidden and self._stops is not None and self._stops.reads_hidden:
+        if self._reads_hidden and token_id in (self._hidden if shown else self._tokenizer.special_token_ids):
             delta = self._pass(self._stream.settle())
             return delta if self.stopped else delta + self._pass(self._tokenizer.token_text(token_id), shown=False)
         return self._pass(self._stream.push(token_id)) if shown else ""
 
     def _pass(self, text: str, *, shown: bool = True) -> str:
+        """What the stop strings let through of a text."""
         if self.offsets is not None and shown:
             self._num_read += len(text)
         if self._stops is None:

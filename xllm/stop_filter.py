@@ -33,13 +33,13 @@ class StopFilter:
     def feed(self, text: str, *, shown: bool = True, may_stop: bool = True) -> str:
         """Read more text; what may be shown now. shown: False for the text of a special token that is hidden.
         may_stop: False where no stop string may end, though one may begin."""
-        if not text:
+        if not text or not (shown or self.reads_hidden):
             return ""
-        plain = self._read(self._plain, text, may_stop) if shown else None
-        marked = self._read(self._marked, text, may_stop) if self.reads_hidden else None
-        match = _first(plain, marked)
-        if match is None and shown and not (self._held or self._plain.num_held or self._marked.num_held):
-            return text
+        match = plain = _read(self._plain, text, may_stop) if shown else None
+        if self.reads_hidden:
+            match = _first(plain, _read(self._marked, text, may_stop))
+        elif match is None and not self._held and (self._include_stop or not self._plain.num_held):
+            return text  # as nearly always
         num_before = sum(len(held) for held, _ in self._held)
         self._held.append((text, shown))
         if match is not None:
@@ -50,13 +50,6 @@ class StopFilter:
     def rest(self) -> str:
         """What is held back: there is no more text."""
         return self._release(sum(len(text) for text, _ in self._held))
-
-    @staticmethod
-    def _read(matcher: StopMatcher, text: str, may_stop: bool) -> StopMatch | None:
-        if may_stop:
-            return matcher.feed(text)
-        matcher.skip(text)
-        return None
 
     def _up_to(self, end: int, stop: str, *, shown_only: bool) -> str:
         """What is shown of the held text when `stop` ends `end` characters into it."""
@@ -91,6 +84,13 @@ class StopFilter:
                 rest.append((text[len(taken):], shown))
         self._held = rest
         return "".join(shown_texts)
+
+
+def _read(matcher: StopMatcher, text: str, may_stop: bool) -> StopMatch | None:
+    if may_stop:
+        return matcher.feed(text)
+    matcher.skip(text)
+    return None
 
 
 def _first(plain: StopMatch | None, marked: StopMatch | None) -> StopMatch | None:
