@@ -159,7 +159,8 @@ class WindowStream:
         if token_id is not None and tokenizer.is_byte_token(token_id):
             run += tokenizer.token_bytes(token_id)
             return sum(byte & 0xC0 != 0x80 for byte in run) - 1 if _may_be_text(run) else len(self._held)
-        if _may_be_text(run) and (token_id in self._skipped or not _unfinished(run)):
+        goes_on = token_id is not None and (token_id in self._skipped or not tokenizer.knows(token_id))
+        if _may_be_text(run) and (goes_on or not _unfinished(run)):
             return len(run.decode(errors="ignore"))
         return len(self._held)
 

@@ -59,11 +59,11 @@ class TextContext:
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that the token stands for here; a special token's name even where it is hidden."""
-        tokenizer = self._tokenizer
-        if tokenizer.is_byte_level or tokenizer.is_byte_token(token_id):
-            return tokenizer.token_bytes(token_id)
-        if self._before is not None and tokenizer.has_fixed_bytes:
-            return tokenizer.token_bytes(token_id)
+        tokenizer, within = self._tokenizer, self._tokenizer.token_bytes(token_id)
+        if tokenizer.is_byte_level or (self._before is not None and tokenizer.has_fixed_bytes):
+            return within
+        if tokenizer.is_byte_token(token_id) and not within.isascii():
+            return within  # part of a character
         return tokenizer.text_after(self._before, token_id).encode()
 
     def text_of(self, token_id: int) -> str:

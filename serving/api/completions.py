@@ -49,6 +49,7 @@ class CompletionCall:
         self.created = int(time.time())
         self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
         self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
+        self.echoes: dict[int, str] = {}  # by prompt: what of it is echoed
         self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
 
     def samplings(self) -> list[SamplingParams]:
@@ -72,6 +73,13 @@ class CompletionCall:
 
     def prompt_of(self, choice: Completion) -> Prompt:
         return self.prompts[choice.index // self.n]
+
+    def echo_of(self, choice: Completion) -> str:
+        """What is echoed of its prompt."""
+        index = choice.index // self.n
+        if index not in self.echoes:
+            self.echoes[index] = self.echoed(self.prompts[index])
+        return self.echoes[index]
 
     def echoed(self, prompt: Prompt) -> str:
         """The prompt as it came; of token ids the text, with special tokens in it."""
@@ -125,7 +133,7 @@ class CompletionCall:
         known whether the answer completes it."""
         if not self.body.echo:
             return ""
-        text = self.echoed(self.prompt_of(choice)) if piece.is_first else ""
+        text = self.echo_of(choice) if piece.is_first else ""
         if text.endswith(REPLACEMENT) and self.prompt_of(choice).text is None:
             whole = text.rstrip(REPLACEMENT)
             self.unfinished[choice.index], text = text[len(whole):], whole
@@ -139,7 +147,7 @@ class CompletionCall:
 
     def _logprobs_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
         body, prompt = self.body, self.prompt_of(choice)
-        num_echoed = len(self.echoed(prompt)) - self._num_replaced(choice) if body.echo else 0
+        num_echoed = len(self.echo_of(choice)) - self._num_replaced(choice) if body.echo else 0
         written: dict[str, list[Any]] = {"text_offset": [], "tokens": [], "token_logprobs": [], "top_logprobs": []}
         if not self.hides_output:
             written = self.logprobs.of(choice).completion(piece.token_ids, piece.logprobs or (),
