@@ -6,7 +6,7 @@ or not; all others in the text that is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
 
 from xllm.stop_strings import StopMatch, StopMatcher
 
@@ -20,9 +20,8 @@ class StopFilter:
     string holds a special token; only then the texts of hidden ones need be fed.
     """
 
-    def __init__(self, stops: Sequence[str], special: Iterable[str], *, include_stop: bool):
-        texts = [text for text in special if text]
-        marked = {stop for stop in stops if any(text in stop for text in texts)}
+    def __init__(self, stops: tuple[str, ...], special: frozenset[str], *, include_stop: bool):
+        marked = _holding(stops, special)
         self._plain = StopMatcher([stop for stop in stops if stop not in marked])
         self._marked = StopMatcher(sorted(marked))
         self.reads_hidden = bool(marked)
@@ -84,6 +83,13 @@ class StopFilter:
                 rest.append((text[len(taken):], shown))
         self._held = rest
         return "".join(shown_texts)
+
+
+@functools.lru_cache(maxsize=8)  # for all choices of a call, which may be many, as may be the texts
+def _holding(stops: tuple[str, ...], special: frozenset[str]) -> frozenset[str]:
+    """The stop strings that hold one of the texts."""
+    texts = [text for text in special if text]
+    return frozenset(stop for stop in stops if any(text in stop for text in texts))
 
 
 def _read(matcher: StopMatcher, text: str, may_stop: bool) -> StopMatch | None:

@@ -42,7 +42,7 @@ def expected(segments: list[tuple[str, bool]], stops: list[str], include: bool) 
 @settings(max_examples=400, deadline=None)
 @given(segments=SEGMENTS, stops=STOPS)
 def test_the_first_stop_string_ends_the_text(include, segments, stops):
-    stop_filter = StopFilter(stops, [SEP, END], include_stop=include)
+    stop_filter = StopFilter(tuple(stops), frozenset([SEP, END]), include_stop=include)
     shown = ""
     for text, is_shown in segments:
         shown += stop_filter.feed(text, shown=is_shown)
