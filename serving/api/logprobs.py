@@ -83,13 +83,13 @@ class LogprobsWriter:
 
     def _by_name(self, entry: TokenLogprobs) -> dict[str, float]:
         """The token itself and the top ones, the likeliest first. Several tokens may have one text (<0x41> and A): the
-        token itself, then the likeliest, is called by it, the others `token_id:N`."""
+        token itself, then the likeliest, is called by it, the others `token_id:N`, as those without a text."""
         name_of = {entry.token_id: self._name(entry.token_id)}
         taken = set(name_of.values())
         for token_id in entry.top_ids:
             if token_id not in name_of:
                 name = self._name(token_id)
-                name_of[token_id] = f"token_id:{token_id}" if name in taken else name
+                name_of[token_id] = f"token_id:{token_id}" if name in taken or not name else name
                 taken.add(name_of[token_id])
         logprobs = {**dict(zip(entry.top_ids, entry.top_logprobs)), entry.token_id: entry.logprob}
         return {name_of[token_id]: _finite(value) for token_id, value in logprobs.items()}

@@ -9,6 +9,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from tests.text.tiny_tokenizers import KINDS
 from xllm import SamplingParams, StructuredOutput
@@ -166,3 +167,31 @@ def test_bytes_of_a_token_are_those_within_a_text(tokenizers):
     assert any(text.startswith(" ") for text in texts[1:])
     assert all(tokenizer.token_text(i) == t for i, t in zip(ids[1:], texts[1:]))
     assert context.text_of(10**6) == ""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "sentencepiece_like", "metaspace"])
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_offsets_of_a_text_point_at_its_tokens(tokenizers, kind, data):
+    tokenizer = tokenizers[kind]
+    alphabet = "aob .o T" if kind == "metaspace" else "aob \n机😀é fox"
+    text = data.draw(st.text(st.sampled_from(alphabet), max_size=12)).lstrip(" ")
+    ids, offsets = tokenizer.encode(text), tokenizer.offsets(text)
+    assert len(ids) == len(offsets)
+    context, seen = TextContext(tokenizer, (), SamplingParams()), b""
+    for token_id, offset in zip(ids, offsets):
+        assert offset == len(seen.decode(errors="ignore"))
+        if token_id not in tokenizer.special_token_ids:
+            seen += context.bytes_of(token_id)
+        context.move_past(token_id)
+    assert seen.decode() == text
+
+
+def test_offsets_where_spans_leave_blanks_out(folders):
+    """Llama 3's post-processor trims the blanks of words from their spans."""
+    trimming = load_tokenizer(folders["byte_level"])
+    trimming.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    text = "a dog  is\n\na fox"
+    plain = load_tokenizer(folders["byte_level"])
+    assert trimming.encode_with_spans(text) != plain.encode_with_spans(text)
+    assert trimming.offsets(text) == plain.offsets(text)
