@@ -88,7 +88,7 @@ class Completion:
         if self.finish_reason is not None:
             self.end_s = now_s
         self._collect(delta)
-        offsets = self.offsets[len(self.token_ids) - len(token_ids):]
+        offsets = self.offsets[len(self.token_ids) - len(token_ids):] if logprobs else ()
         return Piece(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, is_first, offsets)
 
     def _detokenize(self, detokenizer: Detokenizer, delta: OutputDelta) -> str:
