@@ -23,6 +23,9 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 _ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _LONG_TEXT_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Where a part says what it puts before a text, and what it says for nothing.
+_FIRST_BLANKS = {"ByteLevel": ("add_prefix_space", False), "Metaspace": ("prepend_scheme", "never"),
+                 "Prepend": ("prepend", "")}
 _LOCAL_PARTS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # see `has_fixed_bytes`
 
 
@@ -62,6 +65,29 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # all that the Rust side says of a string that is not Unicode
             raise RequestError(_why_no_text(text, field), field=field) from None
+
+    def encode_continuation(self, text: str, *, field: str = "prompt") -> list[int]:
+        """Token ids of a text that goes on another one: no blank is put before it, and no special token is added.
+        Raises RequestError as `encode` does."""
+        try:
+            return self._continuing.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise RequestError(_why_no_text(text, field), field=field) from None
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        parts = (self.backend.normalizer, self.backend.pre_tokenizer)
+        states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+        if not any(_drop_first_blank(state) for state in states):
+            return self.backend
+        return type(self.backend).from_str(self.continuing_json())
+
+    def continuing_json(self) -> str:
+        """The backend, serialised, but that it puts no blank before a text."""
+        content = json.loads(self.backend.to_str())
+        for part in (content["normalizer"], content["pre_tokenizer"]):
+            _drop_first_blank(part)
+        return json.dumps(content)
 
     def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
@@ -184,6 +210,20 @@ class Tokenizer:
     def is_byte_token(self, token_id: int) -> bool:
         token = self.backend.id_to_token(token_id) if self.has_byte_fallback else None
         return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _drop_first_blank(part: dict[str, Any] | None) -> bool:
+    """Change a serialised normalizer or pre-tokenizer so that it puts nothing before a text; whether it did."""
+    if part is None:
+        return False
+    if part["type"] == "Sequence":
+        members = part.get("normalizers") or part.get("pretokenizers") or ()
+        return sum(map(_drop_first_blank, members)) > 0
+    name, none = _FIRST_BLANKS.get(part["type"], ("", None))
+    if not name or part[name] == none:
+        return False
+    part[name] = none
+    return True
 
 
 def _kinds(decoder: Mapping[str, Any]) -> list[str]:

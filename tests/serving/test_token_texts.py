@@ -94,6 +94,10 @@ def test_legacy_logprobs(pieces):
     streamed = chunks(pieces, "/v1/completions", {"prompt": "Hello", "logprobs": 2})
     for name in ("tokens", "text_offset"):
         assert [value for chunk in streamed for value in chunk["logprobs"][name]] == logprobs[name]
+    echoed = {"prompt": "Hello", "logprobs": 2, "echo": True}
+    whole, streamed = complete(pieces, **echoed), chunks(pieces, "/v1/completions", echoed)
+    for name in whole["logprobs"]:
+        assert [value for chunk in streamed for value in chunk["logprobs"][name]] == whole["logprobs"][name]
     named = complete(pieces, "Hello", logprobs=2, return_tokens_as_token_ids=True)["logprobs"]
     assert all(name.startswith("token_id:") for name in named["tokens"])
     assert named["text_offset"] == logprobs["text_offset"]
@@ -179,6 +183,12 @@ def test_what_is_returned_is_of_its_form(pieces, prompt, form, texts):
     assert text in texts
     streamed = chunks(pieces, "/v1/completions", {"prompt": prompt, "structured_outputs": form})
     assert "".join(chunk["text"] for chunk in streamed) == text
+
+
+def test_bad_words_are_banned_glued_to_others_too(pieces):
+    for word in ("return", " return"):
+        assert "return" not in complete(pieces, "def", bad_words=[word])["text"]
+    assert "world" not in complete(pieces, "Hello", bad_words=["world"])["text"]
 
 
 def test_prompts_token_by_token(pieces, tokenizer):

@@ -199,3 +199,13 @@ def test_long_texts_are_encoded_like_short_ones(tokenizer):
     with pytest.raises(RequestError, match=f"lone surrogate at character {len(text)}") as caught:
         tokenizer.encode(text + "\ud800", field="messages")
     assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "sentencepiece_like", "metaspace"])
+@pytest.mark.parametrize("text", ["dog", " dog", "  dog", "o", "the lazy dog"])
+def test_a_text_that_goes_on_another_is_its_tokens_bytes(folders, kind, text):
+    """Nothing is put before it, so a banned word is banned with and without a blank."""
+    tokenizer = load_tokenizer(folders[kind])
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode_continuation(text))).decode() == text
+    with pytest.raises(RequestError, match="surrogate"):
+        tokenizer.encode_continuation("\ud800")
