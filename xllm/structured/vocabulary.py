@@ -19,8 +19,9 @@ _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 class VocabularySource:
     """What a vocabulary is made of, as JSON may hold it, so that another process can be given it.
 
-    tokenizer_json: a `tokenizers.Tokenizer` that puts no blank before a text, serialised. token_bytes: in hexadecimal, one a logit: none where the model
-    knows a token that the tokenizer does not know, or must never be drawn. eos_token_ids: all that end an output.
+    tokenizer_json: a `tokenizers.Tokenizer` that puts no blank before a text, serialised. token_bytes: in hexadecimal,
+    one a logit: none where the model knows a token that the tokenizer does not know, or must never be drawn.
+    eos_token_ids: all that end an output.
     """
 
     tokenizer_json: str
