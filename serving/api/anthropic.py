@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -16,7 +15,7 @@ from serving.api.chat import ChatCall, begin_chat, prepare_chat
 from serving.api.errors import ApiError, as_api_error, invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.sse import ClientGone, EventStream, until_disconnect
+from serving.api.sse import ClientGone, EventStream, named, until_disconnect
 from serving.api.types import ChatBody, CountTokensBody, MessagesBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Piece
@@ -155,11 +154,6 @@ class MessagesCall:
                 yield named(_event(change))
             yield named({"type": "message_delta", "delta": self.ending(), "usage": self.usage()})
             yield named({"type": "message_stop"})
-
-
-def named(content: dict[str, Any]) -> bytes:
-    """An event whose name is its type."""
-    return f"event: {content['type']}\ndata: ".encode() + msgspec.json.encode(content) + b"\n\n"
 
 
 def _event(change: Change) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving.api.anthropic import named
 from serving.api.blocks import Block, Blocks, Change, Closed, Opened
 from serving.api.chat import ChatCall, begin_chat
 from serving.api.errors import ApiError, as_api_error, invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.sse import EventStream, until_disconnect
+from serving.api.sse import EventStream, named, until_disconnect
 from serving.api.types import ChatBody, ResponsesBody, parse
 from serving.security.caller import CALLER
 from serving.state import ServerState
