@@ -54,11 +54,11 @@ class ChatTemplate:
         try:
             self._template = self._environment.from_string(source)
             tree = self._environment.parse(source)
-            self._content_form = _content_form(tree)
+            self._content_form, self._members = _content_form(tree), _read_members(tree)
+            self._variables = jinja2.meta.find_undeclared_variables(tree)  # folds constants: the tree is spent
         except Exception as error:  # a syntax error; or what hostile nesting does to compilers
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
-        self._members, self._words = _read_members(tree), {node.value for node in tree.find_all(nodes.Const)}
         self._proven: dict[bytes, int] = {}  # shape of a conversation -> the plan that shows all of it
 
     def render(
@@ -84,16 +84,19 @@ class ChatTemplate:
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt exclude each other",
                                field="continue_final_message")
+        if unread := sorted(variables.keys() - self._variables):
+            raise RequestError(f"chat_template_kwargs.{unread[0][:64]}: the model's chat template does not read this "
+                               "variable", field="chat_template_kwargs")
         scope = {**self._special_tokens, "documents": None, **_plain(variables),
                  "tools": _plain(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
         wish = _Wish(scope, continue_final_message, needs_tools, max_seconds, time.monotonic())
         plans = instruction_plans([self._with_known_members(index, message)
                                    for index, message in enumerate(_checked(messages))],
-                                  knows_developer="developer" in self._words, can_move=not continue_final_message)
+                                  knows_developer="developer" in self._members, can_move=not continue_final_message)
         key = shape(plans[0], wish.num_tools, needs_tools, continue_final_message, add_generation_prompt,
                     sorted(variables.items()))
         if (known := self._proven.get(key)) is not None:
-            return self._rendered(plans[min(known, len(plans) - 1)], wish)
+            return self._rendered(plans[known], wish)
         found = self._first_proven(plans, wish)
         if len(self._proven) >= MAX_PROVEN:
             self._proven.clear()
@@ -270,7 +273,7 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _read_members(tree: nodes.Template) -> set[str]:
-    """The names of attributes and keys that a template asks for anywhere."""
+    """The names of attributes that a template asks for anywhere, and its words, which may be keys or roles."""
     names = {node.attr for node in tree.find_all(nodes.Getattr)}
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 

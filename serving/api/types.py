@@ -18,7 +18,7 @@ Body = TypeVar("Body", bound="StrictBody")
 # Bookkeeping for OpenAI's own service; they ask nothing of an engine.
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity",
+    "prompt_cache_retention",
 })
 
 # Name -> the values that ask for nothing. Any other value asks for something that is not built.
@@ -27,7 +27,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "prediction": (),
     "use_beam_search": (False,), "length_penalty": (1.0, 1), "beam_width": (0, 1), "num_return_sequences": (1,),
-    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "web_search_options": (),
+    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "verbosity": ("medium",), "web_search_options": (),
     "truncate_prompt_tokens": (), "truncation_side": (), "spaces_between_special_tokens": (True,),
     "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
@@ -44,6 +44,7 @@ class StrictBody(BaseModel):
 class StreamOptions(StrictBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] | None = None  # padding against listeners; there is none to switch off
 
 
 class GenerationBody(StrictBody):
@@ -117,6 +118,8 @@ class ChatBody(GenerationBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
 
 class PoolingBody(StrictBody):
