@@ -135,7 +135,8 @@ def instruction_plans(messages: Sequence[Mapping[str, Any]], *, knows_developer:
         {**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     plans = [list(messages), as_system] if knows_developer else [as_system]
     instructions = [message for message in as_system if message["role"] == "system"]
-    if can_move and as_system[:1] != instructions and all(message.keys() <= {"role", "content"} for message in instructions):
+    plain = all(message.keys() <= {"role", "content"} for message in instructions)
+    if can_move and plain and as_system[:1] != instructions:
         texts = [_text_of(message.get("content")) for message in instructions]
         others = [message for message in as_system if message["role"] != "system"]
         plans.append([{"role": "system", "content": "\n\n".join(texts)}, *others])

@@ -10,6 +10,7 @@ from typing import Any
 
 from serving.api.effort import effort_variables, verbosity_variables
 from serving.api.errors import invalid
+from serving.api.members import check_members
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
 from serving.state import ServerState
 from xllm.errors import ModelError
@@ -48,7 +49,8 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     def encode() -> ChatPrompt:
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
-                                     needs_tools=needs_tools, max_seconds=state.config.chat.chat_template_timeout, **variables)
+                                     needs_tools=needs_tools, max_seconds=state.config.chat.chat_template_timeout,
+                                     **variables)
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")
@@ -86,7 +88,8 @@ def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[
 
 
 def _wished_variables(state: ServerState, body: ChatBody | TokenizeBody, given: dict[str, Any]) -> dict[str, Any]:
-    """What `reasoning_effort` and `verbosity` come to. Raises ApiError, also if `chat_template_kwargs` say otherwise."""
+    """What `reasoning_effort` and `verbosity` come to. Raises ApiError, also where
+    `chat_template_kwargs` say otherwise."""
     if not isinstance(body, ChatBody):
         return {}
     template = checked_template(state, body.chat_template)
@@ -152,9 +155,8 @@ def _checked_calls(index: int, role: str, calls: Any) -> list[dict[str, Any]]:
             raise invalid(f"{where}.{number}.function.arguments must be a string of JSON or an object", "messages")
         if call.get("type", "function") != "function":
             raise invalid(f"{where}.{number}: calls of type {str(call['type'])[:64]!r} are not supported", "messages")
-        for path, unknown in (("", call.keys() - CALL_MEMBERS), (".function", function.keys() - {"name", "arguments"})):
-            if unknown:
-                raise invalid(f"{where}.{number}{path}.{min(unknown)[:64]}: unknown member", "messages")
+        check_members(call, CALL_MEMBERS, f"{where}.{number}")
+        check_members(function, ("name", "arguments"), f"{where}.{number}.function")
     return calls
 
 
@@ -164,5 +166,4 @@ def _check_part(part: dict[str, Any], where: str) -> None:
         raise invalid(f"{where}: parts of type {str(kind)[:64]!r} are not supported; only text", "messages")
     if not isinstance(part.get("text"), str):
         raise invalid(f"{where}: a text part needs a string 'text'", "messages")
-    if unknown := part.keys() - PART_MEMBERS:
-        raise invalid(f"{where}.{min(unknown)[:64]}: unknown member", "messages")
+    check_members(part, PART_MEMBERS, where)

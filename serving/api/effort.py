@@ -36,7 +36,7 @@ def effort_variables(state: ServerState, effort: str | None, field: str,
         raise invalid(f"{field} must be one of {', '.join(EFFORTS)}", field.partition(".")[0])
     variables = read_variables(state, template)
     switches = thinking_switches(variables, effort != "none")
-    if effort == "none" and (switches or state.parsers.reasoning is None and "reasoning_effort" not in variables):
+    if effort == "none" and (switches or (state.parsers.reasoning is None and "reasoning_effort" not in variables)):
         return switches  # without either the model does not think at all
     if "reasoning_effort" in variables:
         return {**switches, "reasoning_effort": effort}

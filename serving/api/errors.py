@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -75,6 +77,25 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
     logger.error("unexpected error", exc_info=error)
     return ApiError(500, "internal error; the server's log says more")
+
+
+def renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -> ApiError:
+    """An error about a chat, in the words of the API that it was translated from.
+
+    names: of fields, the chat's to the API's own paths. places: of each of the chat's messages, where it came from.
+    """
+    path, colon, rest = error.message.partition(":")
+    head, _, tail = path.partition(".")
+    message = error.message
+    number, _, member = tail.partition(".")
+    if head == "messages" and number.isdecimal() and int(number) < len(places):
+        path = ".".join(filter(None, (places[int(number)], member)))
+        return ApiError(error.status, f"{path}{colon}{rest}", param=path.partition(".")[0], headers=error.headers)
+    for name, own in names.items():
+        if re.match(rf"{name}\b", message):
+            message = own + message.removeprefix(name)
+    own = names.get(error.param or "", error.param)
+    return ApiError(error.status, message, param=own and own.partition(".")[0], headers=error.headers)
 
 
 def install_handlers(app: FastAPI) -> None:

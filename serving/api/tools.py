@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.api.errors import invalid
+from serving.api.members import check_members
 from serving.parsers.output import AnswerParser
 from serving.parsers.tool_set import ToolSet
 from serving.parsers.tools.base import ToolParser
@@ -105,7 +106,7 @@ def _read_choice(choice: str | dict[str, Any] | None, *, has_tools: bool) -> tup
             raise invalid(f'tool_choice must be "none", "auto", "required" or a named function, got {choice[:64]!r}',
                           "tool_choice")
         return choice, None
-    _check_members(choice, ("type", "function"), "tool_choice")
+    check_members(choice, ("type", "function"), "tool_choice")
     return "named", _named_function(choice, "tool_choice")
 
 
@@ -114,7 +115,7 @@ def _named_function(wish: Any, where: str) -> str:
     function = wish.get("function") if isinstance(wish, dict) and wish.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(f'{where} must be a string or {{"type": "function", "function": {{"name": ...}}}}', "tool_choice")
-    _check_members(function, ("name",), f"{where}.function")
+    check_members(function, ("name",), f"{where}.function")
     name: str = function["name"]
     return name
 
@@ -126,8 +127,8 @@ def _allowed(tools: list[dict[str, Any]], choice: dict[str, Any]) -> tuple[list[
     if not isinstance(wish, dict) or wish.get("mode") not in ("auto", "required") or not isinstance(
             wish.get("tools"), list) or not wish["tools"]:
         raise invalid(f'{where} must be {{"mode": "auto" or "required", "tools": [...]}}', "tool_choice")
-    _check_members(choice, ("type", "allowed_tools"), "tool_choice")
-    _check_members(wish, ("mode", "tools"), where)
+    check_members(choice, ("type", "allowed_tools"), "tool_choice")
+    check_members(wish, ("mode", "tools"), where)
     names = [_named_function(tool, f"{where}.tools.{index}") for index, tool in enumerate(wish["tools"])]
     if unknown := set(names) - {tool["function"]["name"] for tool in tools}:
         raise invalid(f"{where}: there is no tool {min(unknown)[:64]!r}", "tool_choice")
@@ -138,11 +139,11 @@ def _checked_name(index: int, tool: dict[str, Any]) -> str:
     where = f"tools.{index}"
     if tool.get("type", "function") != "function":
         raise invalid(f"{where}: tools of type {str(tool['type'])[:64]!r} are not supported; only function", "tools")
-    _check_members(tool, ("type", "function"), where)
+    check_members(tool, ("type", "function"), where)
     function = tool.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function must be an object", "tools")
-    _check_members(function, ("name", "description", "parameters", "strict"), f"{where}.function")
+    check_members(function, ("name", "description", "parameters", "strict"), f"{where}.function")
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise invalid(f"{where}.function.name must be 1 to 128 letters, digits, '_', '-', '.', ':' or '/'", "tools")
@@ -153,12 +154,6 @@ def _checked_name(index: int, tool: dict[str, Any]) -> str:
     if not isinstance(function.get("description") or "", str):
         raise invalid(f"{where}.function.description must be a string", "tools")
     return name
-
-
-def _check_members(given: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ApiError for a member that is not known and not null."""
-    if unknown := sorted(name for name, value in given.items() if name not in known and value is not None):
-        raise invalid(f"{where}.{unknown[0][:64]}: unknown member", where.partition(".")[0])
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:

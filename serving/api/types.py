@@ -27,10 +27,13 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "prediction": (),
     "use_beam_search": (False,), "length_penalty": (1.0, 1), "beam_width": (0, 1), "num_return_sequences": (1,),
-    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "verbosity": ("medium",), "web_search_options": (),
+    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "verbosity": ("medium",),
+    "web_search_options": (),
     "truncate_prompt_tokens": (), "truncation_side": (), "spaces_between_special_tokens": (True,),
     "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
+    "prompt": (), "conversation": (), "moderation": (), "context_management": ([],), "access_programs": (),
+    "prompt_cache_options": (), "image": (),
     "thinking_token_budget": (), "return_token_offsets": (False,), "prompt_logprob_token_ids": (),
 }
 
@@ -193,11 +196,38 @@ class AbortBody(StrictBody):
     abort_all: bool = False
 
 
+class ResponsesStreamOptions(StrictBody):
+    """The last event brings the usage whatever these say; load tools ask for it all the same."""
+
+    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class ResponsesReasoning(StrictBody):
+    """summary: reasoning comes whole, as the content of its item; "auto" is content with that."""
+
+    effort: str | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ResponsesText(StrictBody):
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
 class ResponsesBody(StrictBody):
+    """max_tool_calls: bounds the calls that the service makes itself, and there are none. client_metadata: Codex's
+    bookkeeping. reasoning.encrypted_content: reasoning comes in clear, and is taken back in clear."""
+
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -209,18 +239,20 @@ class ResponsesBody(StrictBody):
     ignore_eos: bool | None = None
     seed: int | None = None
     stream: bool | None = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: ResponsesStreamOptions | None = None
     store: bool | None = True
     background: bool | None = False
     previous_response_id: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
-    include: list[str] | None = None
+    text: ResponsesText | None = None
+    reasoning: ResponsesReasoning | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    top_logprobs: int | None = None
     truncation: Literal["disabled"] | None = None
     metadata: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = None
     user: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     priority: int | None = None

@@ -146,7 +146,7 @@ def test_a_prescribed_form(client: openai.OpenAI) -> None:
     ({"input": [{"role": "tool", "content": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
     ({"background": True}, "background"),
-    ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "messages"),
+    ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "input"),
     ({"unknown": 1}, "unknown"),
 ])
 def test_what_is_not_built_is_named(scripted: ServerProcess, wish: dict, field: str) -> None:
