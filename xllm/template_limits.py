@@ -51,7 +51,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def limited(self, seconds: float, since_s: float) -> Iterator[None]:
-        """Raises TemplateLimitError within, once `seconds` are over since `since_s`, on the `time.monotonic()` clock."""
+        """Raises TemplateLimitError within, `seconds` after `since_s`, which is on the `time.monotonic()` clock."""
         self._running.clock = _Clock(seconds, since_s)
         try:
             yield

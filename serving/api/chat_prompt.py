@@ -43,14 +43,14 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     limits = state.config.limits
     variables = checked_variables(body.chat_template_kwargs, limits.max_template_variable_chars)
     template = checked_template(state, getattr(body, "chat_template", None))
-    variables = {**variables, **_wished_variables(state, body, variables)}
     plain = plain_messages(messages)
 
     def encode() -> ChatPrompt:
+        wished = _wished_variables(state, body, variables)
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
                                      needs_tools=needs_tools, max_seconds=state.config.chat.chat_template_timeout,
-                                     **variables)
+                                     **{**variables, **wished})
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from serving.api.blocks import Block, Blocks, Change, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat
-from serving.api.errors import ApiError, as_api_error, invalid, json_response, renamed
+from serving.api.errors import ApiError, as_api_error, invalid, json_response, renaming
 from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.responses_input import NAMES, Conversation, chat_body, shown_tools
@@ -22,7 +22,6 @@ from serving.api.types import ResponsesBody, parse
 from serving.security.caller import CALLER
 from serving.state import ServerState
 from xllm.client.assemble import Piece
-from xllm.errors import ModelError, RequestError
 
 
 class ResponsesCall:
@@ -221,12 +220,8 @@ def router(state: ServerState) -> APIRouter:
         if body.stream_options and not body.stream:
             raise invalid("stream_options needs stream", "stream_options")
         conversation = Conversation.of(body, before)
-        places: list[str] = []
-        try:
-            chat, places = chat_body(body, conversation)
-            call, generation = await begin_chat(state, request, chat, "resp")
-        except (ApiError, RequestError, ModelError) as error:
-            raise renamed(as_api_error(error), NAMES, places) from None
+        with renaming(NAMES, conversation.places_after(body)):
+            call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp")
         answer = ResponsesCall(state, body, call, generation, conversation.messages, f"resp_{uuid.uuid4().hex}")
         if body.stream:
             return EventStream(answer.events(), generation.close, done=b"", show_error=answer.error_event)

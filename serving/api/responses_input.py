@@ -57,6 +57,10 @@ class Conversation:
         made._flush("input")
         return made
 
+    def places_after(self, body: ResponsesBody) -> list[str]:
+        """The places with that of the instructions, which are for one request and not part of the conversation."""
+        return ["instructions", *self.places] if body.instructions else self.places
+
     def _add(self, place: str, message: dict[str, Any]) -> None:
         self.messages.append(message)
         self.places.append(place)
@@ -133,12 +137,11 @@ def _text_of(content: Any, place: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def chat_body(body: ResponsesBody, conversation: Conversation) -> tuple[ChatBody, list[str]]:
-    """The same wish as a chat request, and the places of its messages. Raises ApiError."""
-    messages, places = conversation.messages, conversation.places
+def chat_body(body: ResponsesBody, conversation: Conversation) -> ChatBody:
+    """The same wish as a chat request. Raises ApiError."""
+    messages = conversation.messages
     if body.instructions:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-        places = ["instructions", *places]
     tools = shown_tools(body)
     fields = {
         "model": body.model, "messages": messages, "stream": body.stream, "max_tokens": body.max_output_tokens,
@@ -151,7 +154,7 @@ def chat_body(body: ResponsesBody, conversation: Conversation) -> tuple[ChatBody
         "chat_template_kwargs": body.chat_template_kwargs, "priority": body.priority, "cache_salt": body.cache_salt,
         "prompt_cache_key": body.prompt_cache_key, "timeout_s": body.timeout_s,
     }
-    return parse({name: value for name, value in fields.items() if value is not None}, ChatBody), places
+    return parse({name: value for name, value in fields.items() if value is not None}, ChatBody)
 
 
 def _logprobs(body: ResponsesBody) -> dict[str, Any]:

@@ -33,7 +33,9 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
     "prompt": (), "conversation": (), "moderation": (), "context_management": ([],), "access_programs": (),
-    "prompt_cache_options": (), "image": (),
+    "prompt_cache_options": (), "image": (), "mcp_servers": ([],), "container": (), "fallbacks": ([],),
+    "diagnostics": (), "inference_geo": (), "thread": (), "compaction": (), "billing_policy": (), "fallback_credit_token": (),
+    "output_format": (), "user_profile_id": (), "workspace_id": (),
     "thinking_token_budget": (), "return_token_offsets": (False,), "prompt_logprob_token_ids": (),
 }
 
@@ -261,11 +263,41 @@ class ResponsesBody(StrictBody):
     timeout_s: float | None = None
 
 
-class AnthropicMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    role: str
+class AnthropicMessage(StrictBody):
+    role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
+    clear_at: Literal["never"] | None = None
+
+
+class AnthropicCacheControl(StrictBody):
+    """Says where a prefix ends that shall be cached. Here every prefix is, for as long as there is room."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class AnthropicThinking(StrictBody):
+    """budget_tokens: what thinking should take at most; Anthropic's own models may take less or more, and only
+    `max_tokens` is a bound. display: "omitted" leaves the thinking out."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = pydantic.Field(None, ge=1)
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class AnthropicOutputConfig(StrictBody):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: dict[str, Any] | None = None
+
+
+class AnthropicToolChoice(StrictBody):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicContextManagement(StrictBody):
+    edits: list[dict[str, Any]] | None = None
 
 
 class CountTokensBody(StrictBody):
@@ -273,8 +305,12 @@ class CountTokensBody(StrictBody):
     messages: list[AnthropicMessage]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: AnthropicThinking | None = None
+    output_config: AnthropicOutputConfig | None = None
+    context_management: AnthropicContextManagement | None = None
+    cache_control: AnthropicCacheControl | None = None
+    speed: Literal["standard"] | None = None
 
 
 class MessagesBody(CountTokensBody):

@@ -109,7 +109,7 @@ def test_errors_have_the_clients_shape(client: anthropic.Anthropic, scripted: Se
             base_url=scripted.url, api_key="wrong", max_retries=0) as wrong:
         ask(wrong, "text")
     for wish in ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {"max_tokens": 0}, {"top_k": "x"},
-                 {"messages": [{"role": "system", "content": "x"}]}, {"tools": [{"type": "bash_20250124"}]},
+                 {"messages": [{"role": "tool", "content": "x"}]}, {"tools": [{"type": "bash_20250124"}]},
                  {"tool_choice": {"type": "x"}, "tools": CLIENT_TOOLS}):
         body = {"max_tokens": 4, "messages": [{"role": "user", "content": "x"}], **wish}
         answer = scripted.http.post("/v1/messages", json=body)
