@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic_core import from_json
 
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat, prepare_chat
@@ -103,9 +103,10 @@ def _whole(block: Block) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
-    """What a model wrote need not be JSON; then it is shown as it is."""
+    """What a model wrote may be cut off, and then holds what came so far, as in the client's own reading of a stream.
+    It need not be JSON either; then it is shown as it is."""
     try:
-        found = json.loads(text or "{}")
+        found = from_json(text or "{}", allow_partial=True)
     except ValueError:
         return {"_raw": text}
     return found if isinstance(found, dict) else {"_raw": text}

@@ -34,7 +34,8 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
     "prompt": (), "conversation": (), "moderation": (), "context_management": ([],), "access_programs": (),
     "prompt_cache_options": (), "image": (), "mcp_servers": ([],), "container": (), "fallbacks": ([],),
-    "diagnostics": (), "inference_geo": (), "thread": (), "compaction": (), "billing_policy": (), "fallback_credit_token": (),
+    "diagnostics": (), "inference_geo": (), "thread": (), "compaction": (), "billing_policy": (),
+    "fallback_credit_token": (),
     "output_format": (), "user_profile_id": (), "workspace_id": (),
     "thinking_token_budget": (), "return_token_offsets": (False,), "prompt_logprob_token_ids": (),
 }
