@@ -109,7 +109,8 @@ def tools(number: int) -> Callable[[ServerProcess], Answer]:
 def rendered(num_chars: int) -> Callable[[ServerProcess], Answer]:
     """Ten characters a token, so that the queue is not what is full. Two are the message's."""
     num_more = num_chars - len("hi")
-    return chat(chat_template=f"{{{{ messages[0].content + '<|im_end|>' * {num_more // 10} }}}}" + "x" * (num_more % 10))
+    rest = "x" * (num_more % 10)
+    return chat(chat_template=f"{{{{ messages[0].content + '<|im_end|>' * {num_more // 10} }}}}" + rest)
 
 
 CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
