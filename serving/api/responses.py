@@ -118,16 +118,16 @@ class ResponsesCall:
         if self._call.body.logprobs:
             self._unplaced += self._call.writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
         changes = self._blocks.feed(self._call.read(piece))
-        shown: list[tuple[Change, list[dict[str, Any]]]] = []
-        for change in changes:
-            entries: list[dict[str, Any]] = []
-            if isinstance(change, Grew):
-                if change.block.kind == "text":
-                    entries = self._unplaced
-                    self._logprobs[change.block.index] += entries
-                self._unplaced = []
-            shown.append((change, entries))
-        return shown
+        grown = [change for change in changes if isinstance(change, Grew)]
+        texts = [change for change in grown if change.block.kind == "text"]
+        entries: list[dict[str, Any]] = []
+        if grown:
+            entries, self._unplaced = self._unplaced, []
+        if len(texts) < len(grown):  # several tokens at once, or none of text
+            entries = _covering(entries, "".join(change.text for change in texts), from_end=grown[0] not in texts)
+        if texts:
+            self._logprobs[texts[0].block.index] += entries
+        return [(change, entries if texts and change is texts[0] else []) for change in changes]
 
     async def run(self) -> dict[str, Any]:
         async with self._generation as pieces:
@@ -191,6 +191,17 @@ class ResponsesCall:
 
 _PREFIXES = {"call": "fc", "reasoning": "rs", "text": "msg"}
 _STREAMS = {"call": "function_call_arguments", "reasoning": "reasoning_text", "text": "output_text"}
+
+
+def _covering(entries: list[dict[str, Any]], text: str, *, from_end: bool) -> list[dict[str, Any]]:
+    """As many of the first entries, or of the last, as it takes for the text."""
+    num_bytes, taken = len(text.encode()), 0
+    for entry in reversed(entries) if from_end else entries:
+        if num_bytes <= 0:
+            break
+        num_bytes -= len(entry["bytes"] or b"")
+        taken += 1
+    return entries[len(entries) - taken:] if from_end else entries[:taken]
 
 
 def _logprobs_of(block: Block, entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
+from serving.api.responses import _covering
 from serving.responses_store import ResponseStore
 from tests.serving.recorded_tools import SCRIPTS, TEMPLATE, TOOLS
 from tests.serving.scripted_model import go, write_checkpoint
@@ -248,6 +249,15 @@ def test_logprobs_are_those_of_a_chat(client: openai.OpenAI) -> None:
         assert message.content[0].text.strip() in text
         assert "let me see" not in text and "get_weather" not in text
     assert ask(client, "text").output[0].content[0].logprobs == []
+
+
+def test_logprobs_of_a_piece_that_holds_more_than_text() -> None:
+    """Several tokens at once: the text has those that cover it, at the side where it stands."""
+    entries = [{"token": token, "bytes": list(token.encode())} for token in ("é", "</think>", "Just", " this")]
+    assert _covering(entries, "Just this", from_end=True) == entries[2:]
+    assert _covering(entries, "ust this", from_end=True) == entries[2:]
+    assert _covering(entries, "é", from_end=False) == entries[:1]
+    assert _covering(entries, "", from_end=True) == _covering(entries, "", from_end=False) == []
 
 
 def test_thoughts_are_given_back_to_templates_that_want_them(tmp_path: Path) -> None:
