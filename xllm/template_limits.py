@@ -50,9 +50,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update({_EACH: self._each, _SHOWN: self._finalised, _SIZED: _sized})
 
     @contextmanager
-    def limited(self, seconds: float) -> Iterator[None]:
-        """Raises TemplateLimitError within, once `seconds` are over."""
-        self._running.clock = _Clock(seconds)
+    def limited(self, seconds: float, since_s: float) -> Iterator[None]:
+        """Raises TemplateLimitError within, `seconds` after `since_s`, which is on the `time.monotonic()` clock."""
+        self._running.clock = _Clock(seconds, since_s)
         try:
             yield
         finally:
@@ -143,9 +143,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Clock:
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, since_s: float):
         self._seconds = seconds
-        self._end_s = time.monotonic() + seconds
+        self._end_s = since_s + seconds
         self._num_ticks = 0
 
     def tick(self) -> None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.chat_prompt import ChatPrompt, chat_prompt
+from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
@@ -225,7 +225,11 @@ def _check(body: ChatBody) -> None:
 async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, ChatPrompt]:
     """Its tools and its prompt. Raises ApiError or RequestError."""
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    return tools, await chat_prompt(state, body, body.messages, tools.tools)
+    if tools.choice == "auto":
+        tools.answer_parser(state.parsers.tools)  # a format that nobody can read is said before anything else
+    # A forced call is held to its function by the form of the output, whatever the template shows.
+    needs_tools = not tools.is_forced and shows_tools(state)
+    return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)
 
 
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str) -> tuple[ChatCall, Generation]:

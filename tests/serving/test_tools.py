@@ -305,7 +305,7 @@ def test_special_markers_named_parser_and_own_template(tmp_path: Path) -> None:
                 "chat_template_kwargs": {"n": 5}}
         tokens = server.http.post("/tokenize", json=body).json()["tokens"]
         assert server.http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "xxxxx"
-        endless = {**body, "chat_template": ENDLESS}
+        endless = {"messages": body["messages"], "chat_template": ENDLESS}
         refused = server.http.post("/tokenize", json=endless)
         assert refused.status_code == 400
         assert "seconds" in refused.json()["error"]["message"]
