@@ -53,7 +53,7 @@ GENERATION: dict[str, Effect] = {
     "prompt_logprobs": Effect(1),
     "response_format": Effect({"type": "json_object", "schema": SCHEMA}),
     "response_format(type=json_object)": Effect({"type": "json_object"}),
-    "response_format(type=json_schema)": Effect({"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}),
+    "response_format(type=json_schema)": Effect({"type": "json_schema", "json_schema": {"schema": SCHEMA}}),
     "structured_outputs": Effect({"choice": ["left", "right"]}),
     "return_token_ids": Effect(True),
     "return_tokens_as_token_ids": Effect(True),
@@ -68,6 +68,10 @@ COMPLETIONS: dict[str, Effect] = {
     "return_tokens_as_token_ids": Effect(True, beside={**GREEDY, "logprobs": 1}),
 }
 
+FORCED: Json = {**GREEDY, "max_tokens": 60, "tools": [
+    {"type": "function", "function": {"name": name, "parameters": {"properties": {"a": {"enum": [name]}},
+                                                                   "required": ["a"], "additionalProperties": False}}}
+    for name in ("one", "two")]}
 USER: Json = {"role": "user", "content": "How do I read a file?"}
 CHAT: dict[str, Effect] = {
     **GENERATION,
@@ -75,8 +79,15 @@ CHAT: dict[str, Effect] = {
     "messages[role=user]": Effect([USER], [{**USER, "role": "system"}], PROMPT_TOO),
     "messages[role=system]": Effect([{**USER, "role": "system"}, USER], [USER], PROMPT_TOO),
     "messages[role=assistant]": Effect([USER, {"role": "assistant", "content": "No."}, USER], [USER], PROMPT_TOO),
-    "messages[role=user].content[type=text].text": Effect([{**USER, "content": [{"type": "text", "text": "a"}]}],
-                                                          [{**USER, "content": [{"type": "text", "text": "b"}]}], PROMPT_TOO),
+    "messages[role=user].content[type=text].text": Effect(*(
+        [{**USER, "content": [{"type": "text", "text": text}]}] for text in "ab"), PROMPT_TOO),
+    "tools": Effect(FORCED["tools"][:1], FORCED["tools"][1:], {**FORCED, "tool_choice": "required"}),
+    "tool_choice": Effect("required", "none", FORCED),
+    "tool_choice(type=function)": Effect(*(
+        {"type": "function", "function": {"name": name}} for name in ("one", "two")), FORCED),
+    "tool_choice(type=allowed_tools)": Effect(*(
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+            {"type": "function", "function": {"name": name}}]}} for name in ("one", "two")), FORCED),
     "max_completion_tokens": Effect(3, 5, {"temperature": 0}),
     "logprobs": Effect(True),
     "top_logprobs": Effect(2, beside={**GREEDY, "logprobs": True}),

@@ -19,7 +19,7 @@ WRAPPERS = (typing.Required, typing.NotRequired, typing_extensions.Required, typ
 
 @dataclass(frozen=True)
 class Path:
-    """text: as the tables have it. kind: the type of the value there. owner: the nearest path above it, "" at the top."""
+    """text: as the tables have it. kind: the type of the value there. owner: the next path above it; "" at the top."""
 
     text: str
     kind: Any
@@ -27,7 +27,8 @@ class Path:
 
 
 def paths(body: Any, stops: collections.abc.Container[str] = ()) -> Iterator[Path]:
-    """Every path in a body type: a TypedDict, or a union of such. What is below one of `stops` is left out."""
+    """Every path in a body type: a TypedDict, or a union of such. What is below one of `stops` is left out, and so is
+    what an object holds that stands within another one of its type."""
     seen: set[str] = set()
     for variant in members_of(body):
         for path in _fields(variant, "", (), stops):
@@ -56,10 +57,9 @@ def _below(kind: Any, owner: str, above: tuple[Any, ...], stops: collections.abc
     objects = [variant for variant in variants if typing_extensions.is_typeddict(variant)]
     for variant in objects:
         label = label_of(variant)
-        if len(objects) == 1 and (label is None or brackets != "[]"):
-            if brackets == "()":
-                yield from _fields(variant, owner, above, stops)
-                continue
+        if brackets == "()" and len(objects) == 1:
+            yield from _fields(variant, owner, above, stops)
+            continue
         mark = brackets if label is None else f"{brackets[0]}{label[0]}={label[1]}{brackets[1]}"
         path = Path(owner + mark, variant, owner)
         yield path

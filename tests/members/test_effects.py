@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -17,7 +16,7 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Effect]]] = {
     "/v1/completions": ({"prompt": "def f("}, COMPLETIONS),
     "/v1/embeddings": ({"input": "x"}, EMBEDDINGS),
 }
-OF_THE_CALL = re.compile(r'"(?:id|created)":(?:"(?:chatcmpl|cmpl|embd)-[0-9a-f]{32}"|\d+)')
+OF_THE_CALL = re.compile(r'"(?:id|created)":(?:"(?:chatcmpl-|cmpl-|embd-|call_)[0-9a-f]+"|\d+)')
 CASES = [(path, member) for path, (_, effects) in BODIES.items() for member in effects]
 
 
@@ -48,8 +47,3 @@ def test_an_honoured_member_changes_the_answer(server: ServerProcess, path: str,
 def without_caching(text: str) -> str:
     """How much of the prompt was cached is no effect of a member."""
     return re.sub(r'"prompt_tokens_details":\{[^{}]*(?:\{[^{}]*\})?\}', "", text)
-
-
-def test_the_cases_are_bodies() -> None:
-    assert all(json.dumps(effect.on) and json.dumps(effect.beside) for _, effects in BODIES.values()
-               for effect in effects.values())
