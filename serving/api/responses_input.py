@@ -95,9 +95,9 @@ class Conversation:
     def _add_call(self, place: str, item: dict[str, Any]) -> None:
         call = {"id": str(item.get("call_id", "")), "type": "function", "function": {
             "name": item.get("name"), "arguments": item.get("arguments", "")}}
-        last = self.messages[-1] if self.messages else {"role": ""}
-        if last["role"] == "assistant" and not self._reasoning:
-            last.setdefault("tool_calls", []).append(call)
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") == "assistant" and not self._reasoning:  # not changed: it may be a stored one
+            self.messages[-1] = {**last, "tool_calls": [*last.get("tool_calls", ()), call]}
             return
         self._add(place, {"role": "assistant", "content": "", "tool_calls": [call], **self._take_reasoning()})
 

@@ -106,6 +106,19 @@ def test_forced_calls(client: anthropic.Anthropic) -> None:
     assert ask(client, "text", tools=CLIENT_TOOLS, tool_choice={"type": "any"}).stop_reason == "tool_use"
 
 
+def test_sampling_reaches_the_engine(server: ServerProcess) -> None:
+    """Of the demo model: hot, it never says the same; one candidate is the greedy choice at any temperature."""
+    def answer(**wish: Any) -> str:
+        found = server.http.post("/v1/messages", json={
+            "max_tokens": 24, "messages": [{"role": "user", "content": "Tell me a story."}], **wish})
+        assert found.status_code == 200, found.text
+        return "".join(block["text"] for block in found.json()["content"])
+
+    greedy = answer(temperature=0)
+    assert greedy == answer(temperature=2, top_k=1) == answer(temperature=2, top_p=1e-6)
+    assert len({greedy, answer(temperature=2), answer(temperature=2)}) == 3
+
+
 def test_a_form_of_the_output(client: anthropic.Anthropic) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     answer = ask(client, "text", output_config={"format": {"type": "json_schema", "schema": schema}})

@@ -113,6 +113,16 @@ def test_a_conversation_goes_on(client: openai.OpenAI, scripted: ServerProcess) 
     assert call.name == "get_weather"
 
 
+def test_going_on_changes_nothing_that_is_kept(client: openai.OpenAI) -> None:
+    """A call that the client adds is one of its own request."""
+    first = ask(client, "text")
+    call = {"type": "function_call", "call_id": "a", "name": "ping", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "a", "output": "x"}
+    counts = {ask(client, "text", previous_response_id=first.id, input=[call, result]).usage.input_tokens
+              for _ in range(3)}
+    assert len(counts) == 1
+
+
 def test_kept_shown_and_deleted(client: openai.OpenAI, scripted: ServerProcess) -> None:
     response = ask(client, "text", metadata={"a": "b"})
     assert client.responses.retrieve(response.id).output_text == response.output_text
@@ -174,7 +184,8 @@ def said(**item: Any) -> dict[str, Any]:
     (said(role="user", content=1), "input.1.content"), (said(role="user", content=[1]), "input.1.content.0"),
     (said(**CALL, mood=1), "input.1.mood"), (said(**CALL, namespace="x"), "input.1.namespace"),
     (said(**CALL, caller={"type": "program", "caller_id": "x"}), "input.1.caller"),
-    (said(**OUTPUT, mood=1), "input.1.mood"), (said(**OUTPUT | {"output": [{"type": "input_image"}]}), "input.1.output.0"),
+    (said(**OUTPUT, mood=1), "input.1.mood"),
+    (said(**OUTPUT | {"output": [{"type": "input_image"}]}), "input.1.output.0"),
     (said(**THOUGHT, encrypted_content="sealed"), "input.1.encrypted_content"),
     (said(**THOUGHT, content=[{"type": "output_text", "text": "x"}]), "input.1.content"),
     (said(**THOUGHT | {"summary": [{"type": "summary_text", "text": "x", "mood": 1}]}), "input.1.summary"),
@@ -196,7 +207,8 @@ def said(**item: Any) -> dict[str, Any]:
     ({"stream_options": {"include_obfuscation": False}}, "stream_options needs stream"),
     ({"prompt": {"id": "x"}}, "prompt"), ({"conversation": "x"}, "conversation"), ({"moderation": {}}, "moderation"),
     ({"context_management": [{"type": "compaction"}]}, "context_management"), ({"image": {}}, "image"),
-    ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"), ({"access_programs": {}}, "access_programs"),
+    ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+    ({"access_programs": {}}, "access_programs"),
     ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": 10**6}, "max_output_tokens"),
 ])
 def test_refused_by_name(scripted: ServerProcess, wish: dict[str, Any], says: str) -> None:
@@ -213,9 +225,9 @@ def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
         "tools": [{**tool, "defer_loading": False, "allowed_callers": ["direct"]} for tool in FLAT_TOOLS]}
     response = ask(client, "text", **wish)
     assert response.output_text == SCRIPTS["text"] and response.max_tool_calls == 3
-    marked = [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "phase": "commentary", "content": [
-        {"type": "output_text", "text": "So.", "annotations": [], "logprobs": []}]},
-              {"role": "user", "content": [{"type": "input_text", "text": go("text")}]}]
+    part = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": []}
+    marked = [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "phase": "commentary",
+               "content": [part]}, {"role": "user", "content": [{"type": "input_text", "text": go("text")}]}]
     assert ask(client, "text", input=marked).output_text == SCRIPTS["text"]
 
 
@@ -225,7 +237,8 @@ def test_logprobs_are_those_of_a_chat(client: openai.OpenAI) -> None:
     said = ask(client, "text", include=include, top_logprobs=3).output[0].content[0]
     chat = client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": go("text")}],
                                           temperature=0, logprobs=True, top_logprobs=3).choices[0].logprobs.content
-    assert [entry.model_dump() for entry in said.logprobs] == [entry.model_dump() for entry in chat[:len(said.logprobs)]]
+    shown, expected = ([entry.model_dump() for entry in entries] for entries in (said.logprobs, chat))
+    assert shown == expected[:len(shown)]
     assert b"".join(bytes(entry.bytes) for entry in said.logprobs).decode() == said.text
     assert all(len(entry.top_logprobs) == 3 for entry in said.logprobs)
     for script in ("thinks", "calls"):

@@ -1,5 +1,5 @@
-"""Every message of every API reaches the prompt or is refused by its place, also by templates that drop what they do not
-know (sglang#40082, llama.cpp#20215)."""
+"""Every message of every API reaches the prompt or is refused by its place, also by templates that drop what they do
+not know (sglang#40082, llama.cpp#20215)."""
 
 from __future__ import annotations
 
