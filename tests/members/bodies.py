@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from serving.api.types import ChatBody, CompletionBody, EmbeddingBody, StrictBody
 from tests.members.effects import CHAT, COMPLETIONS, EMBEDDINGS, USER, Effect
-from tests.members.sdk import Path, members_of
+from tests.members.sdk import Path, members_of, paths
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,11 @@ class Body:
     effects: Mapping[str, Effect] = field(default_factory=dict)
     company: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
-    def own_paths(self) -> Iterator[Path]:
-        yield from _own_paths(self.own, "")
+    def declared(self, stops: Collection[str] = ()) -> dict[str, Path]:
+        """By its text, every path that the packages or our own types have."""
+        found = {path.text: path for kind in self.params for path in paths(kind, stops)}
+        unions = {path.owner for path in found.values() if path.text[len(path.owner):].startswith("(")}
+        return {path.text: path for path in _own_paths(self.own, "") if path.owner not in unions} | found
 
 
 def _own_paths(kind: type[BaseModel], owner: str) -> Iterator[Path]:

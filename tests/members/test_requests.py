@@ -7,8 +7,7 @@ import re
 import pytest
 
 from serving.api.types import NOT_BUILT
-from tests.members.bodies import BODIES, Body
-from tests.members.sdk import Path, paths
+from tests.members.bodies import BODIES
 from tests.members.table import Member, faults_of, read_tables
 from tests.members.values import body_with
 from tests.serving.conftest import server  # noqa: F401
@@ -16,12 +15,6 @@ from tests.serving.server_process import ServerProcess
 
 TABLES = read_tables("members.md")
 EFFECTS = "tests/members/test_effects.py::"
-
-
-def declared(body: Body, stops: set[str] | frozenset[str] = frozenset()) -> dict[str, Path]:
-    """By its text, every path that the packages or our own types have."""
-    found = [path for kind in body.params for path in paths(kind, stops)]
-    return {path.text: path for path in [*body.own_paths(), *found]}
 
 
 def rows_of(handling: str) -> list[tuple[str, str]]:
@@ -36,13 +29,13 @@ def test_there_is_a_table_for_each_body() -> None:
 @pytest.mark.parametrize("title", BODIES)
 def test_every_member_has_a_row(title: str) -> None:
     stops = {member.path for member in TABLES[title].values() if member.handling != "honoured"}
-    assert sorted(declared(BODIES[title], stops).keys() - TABLES[title].keys()) == []
+    assert sorted(BODIES[title].declared(stops).keys() - TABLES[title].keys()) == []
 
 
 @pytest.mark.parametrize("title", BODIES)
 def test_every_row_is_of_a_member(title: str) -> None:
     body = BODIES[title]
-    known = declared(body).keys() | body.own.harmless | NOT_BUILT.keys()
+    known = body.declared().keys() | body.own.harmless | NOT_BUILT.keys()
     assert sorted(TABLES[title].keys() - known) == []
 
 
@@ -63,7 +56,7 @@ def test_what_changes_the_answer_is_measured(title: str) -> None:
 
 @pytest.mark.parametrize(("title", "path"), rows_of("refused"))
 def test_refused_by_name(server: ServerProcess, title: str, path: str) -> None:  # noqa: F811
-    body, known = BODIES[title], declared(BODIES[title])
+    body, known = BODIES[title], BODIES[title].declared()
     sent = body_with(known[path], known, body.base, body.company)
     answer = server.http.post(body.path, json=sent)
     assert answer.status_code == 400, f"{sent}: {answer.text}"
@@ -79,7 +72,7 @@ def names(path: str, message: str) -> bool:
 
 @pytest.mark.parametrize(("title", "path"), rows_of("harmless"))
 def test_harmless_is_accepted(server: ServerProcess, title: str, path: str) -> None:  # noqa: F811
-    body, known = BODIES[title], declared(BODIES[title])
+    body, known = BODIES[title], BODIES[title].declared()
     sent = body_with(known[path], known, body.base, body.company)
     answer = server.http.post(body.path, json=sent)
     assert answer.status_code == 200, f"{sent}: {answer.text}"

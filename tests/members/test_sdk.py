@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
-from typing_extensions import Literal, Required, TypedDict
+from typing_extensions import Required, TypedDict
 
 from tests.members.sdk import paths
 from tests.members.values import body_with, smallest
@@ -24,18 +23,18 @@ class Image(TypedDict):
 
 
 class Tree(TypedDict, total=False):
-    parts: Iterable[typing.Union[Text, Image]]
-    below: Iterable["Tree"]
+    parts: Iterable[Text | Image]
+    below: Iterable[Tree]
 
 
 class Options(TypedDict, total=False):
-    level: typing.Optional[Literal["low", "high"]]
+    level: Literal["low", "high"] | None
 
 
 class Params(TypedDict, total=False):
-    content: Required[typing.Union[str, Iterable[typing.Union[Text, Image]]]]
-    choice: typing.Union[Literal["none"], Text, Image]
-    options: typing.Optional[Options]
+    content: Required[str | Iterable[Text | Image]]
+    choice: Literal["none"] | Text | Image
+    options: Options | None
     named: dict[str, Options]
     tree: Tree
 
