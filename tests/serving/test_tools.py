@@ -297,8 +297,8 @@ def test_allowed_tools_are_all_that_the_model_sees(scripted: ServerProcess, mode
     if mode == "required":
         assert {call["function"]["name"] for call in chosen["choices"][0]["message"]["tool_calls"]} == {"ping"}
     flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
-    response = answer("/v1/responses", input=go("calls"), max_output_tokens=200, tools=flat, tool_choice={"type": "allowed_tools", "mode": mode, "tools": [
-        {"type": "function", "name": "ping"}]})
+    choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "ping"}]}
+    response = answer("/v1/responses", input=go("calls"), max_output_tokens=200, tools=flat, tool_choice=choice)
     assert response["usage"]["input_tokens"] == alone["usage"]["prompt_tokens"]
 
 
