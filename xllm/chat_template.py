@@ -35,6 +35,7 @@ from xllm.template_proof import KNOWN_MEMBERS, JsonText, MarkedCopy, instruction
 
 Message = Mapping[str, Any]
 
+_THINKING_SWITCHES = ("enable_thinking", "thinking")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MAX_PROVEN = 4096  # shapes of conversations, 16 bytes each
 _CONTINUE_MARK = "\u2063continue\u2063"
@@ -59,6 +60,7 @@ class ChatTemplate:
         except Exception as error:  # a syntax error; or what hostile nesting does to compilers
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._thinks = "think" in source  # one that does not needs no switch to turn it off
         self._proven: dict[bytes, int] = {}  # shape of a conversation -> the plan that shows all of it
 
     def render(
@@ -84,6 +86,9 @@ class ChatTemplate:
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt exclude each other",
                                field="continue_final_message")
+        if not self._thinks:
+            variables = {name: value for name, value in variables.items()
+                         if value is not False or name not in _THINKING_SWITCHES or name in self._variables}
         if unread := sorted(variables.keys() - self._variables):
             raise RequestError(f"chat_template_kwargs.{unread[0][:64]}: the model's chat template does not read this "
                                "variable", field="chat_template_kwargs")

@@ -208,6 +208,8 @@ class ChatCall:
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
     """What was asked for and under which name. Raises ApiError."""
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise invalid("max_tokens and max_completion_tokens contradict each other; send one", "max_completion_tokens")
     for name in ("max_completion_tokens", "max_tokens"):
         value: int | None = getattr(body, name)
         if value is not None:

@@ -66,6 +66,9 @@ def router(state: ServerState) -> APIRouter:
         state.check_accepting()
         body = parse(await read_json(request, state.config.limits.max_json_depth), SampleBody)
         state.check_model(body.model)
+        for name in ("pooling", "normalize", "truncate_prompt_tokens"):
+            if getattr(body, name) is not None:
+                raise invalid(f"{name} is for embeddings", name)
         if not 1 <= body.logprobs <= MAX_LOGPROBS:
             raise invalid(f"logprobs must be in 1 to {MAX_LOGPROBS}", "logprobs")
         if not body.selector.value:

@@ -19,6 +19,8 @@ from xllm.request import SamplingParams
 from xllm.token_text import TextContext
 from xllm.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
 
+CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
+
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
@@ -87,5 +89,8 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
         return await encode_chat(state, body, body.messages, read_tools(body.tools, None, None).tools)
     assert body.prompt is not None
+    for name in CHAT_ONLY:
+        if getattr(body, name) not in (None, TokenizeBody.model_fields[name].default):
+            raise invalid(f"{name} is for messages, and there is a prompt", name)
     tokenizer = state.need_tokenizer("prompt")
     return await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)

@@ -5,7 +5,7 @@ A field that is neither known, harmless nor refused is an error: nothing is igno
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -15,11 +15,14 @@ from xllm.config import nearest
 
 Body = TypeVar("Body", bound="StrictBody")
 
-# Bookkeeping for OpenAI's own service; they ask nothing of an engine.
-HARMLESS = frozenset({
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention",
-})
+# Bookkeeping for the services of OpenAI and Anthropic: what each is for, and why an engine needs not act on it. A body
+# type says which of them it takes.
+HARMLESS = {
+    "user": "names the end user for the service's own monitoring",
+    "safety_identifier": "names the end user for the service's own monitoring",
+    "metadata": "labels a stored answer for its owner, and asks nothing of this one",
+    "prompt_cache_retention": "an upper bound; a prefix stays cached for as long as there is room",
+}
 
 # Name -> the values that ask for nothing. Any other value asks for something that is not built.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
@@ -32,6 +35,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (), "truncation_side": (), "spaces_between_special_tokens": (True,),
     "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
+    "store": (False,), "service_tier": ("auto", "default", "standard_only"),
     "prompt": (), "conversation": (), "moderation": (), "context_management": ([],), "access_programs": (),
     "prompt_cache_options": (), "image": (), "mcp_servers": ([],), "container": (), "fallbacks": ([],),
     "diagnostics": (), "inference_geo": (), "thread": (), "compaction": (), "billing_policy": (),
@@ -45,6 +49,7 @@ class StrictBody(BaseModel):
     """Types are taken as they stand: no string becomes a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    harmless: ClassVar[frozenset[str]] = frozenset({"user"})
 
 
 class StreamOptions(StrictBody):
@@ -111,6 +116,8 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(GenerationBody):
+    harmless: ClassVar[frozenset[str]] = frozenset(HARMLESS)
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
@@ -226,6 +233,8 @@ class ResponsesBody(StrictBody):
     """max_tool_calls: bounds the calls that the service makes itself, and there are none. client_metadata: Codex's
     bookkeeping. reasoning.encrypted_content: reasoning comes in clear, and is taken back in clear."""
 
+    harmless: ClassVar[frozenset[str]] = frozenset(HARMLESS)
+
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
@@ -302,6 +311,8 @@ class AnthropicContextManagement(StrictBody):
 
 
 class CountTokensBody(StrictBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"metadata"})
+
     model: str | None = None
     messages: list[AnthropicMessage]
     system: str | list[dict[str, Any]] | None = None
@@ -351,7 +362,7 @@ def parse(content: dict[str, Any], kind: type[Body]) -> Body:
         elif name in NOT_BUILT:
             if value is not None and value not in NOT_BUILT[name]:
                 raise invalid(f"{name} is not supported", name)
-        elif name not in HARMLESS:
+        elif name not in kind.harmless:
             raise invalid(f"unknown field {name[:64]!r}{nearest(name[:64], list(known))}", name[:64])
     try:
         return kind.model_validate(kept)
