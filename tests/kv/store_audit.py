@@ -88,6 +88,8 @@ def _check_holders(life: Life) -> None:
         host.update(path.items.tolist())
     if tiers.writer._active is not None:
         disk.update(tiers.writer._active.slots[: tiers.writer._active.done].tolist())
+    for rest in tiers.passage.open_rests:
+        disk.update([] if rest.slots is None else rest.slots.tolist())
     for stage in tiers.stager._staging.values():
         host.update(stage.host_slots[: stage.done].tolist())
         disk.update(stage.disk_path.tolist())
@@ -106,7 +108,8 @@ def _check_leases(life: Life) -> None:
     pool, guards = life.kv.pool, Counter()
     for move in life.lanes.not_received(SAVE):
         guards.update(move.sources.tolist())
-    swaps = {path.lease for path in paths(life.tiers.saver)} - {None}
+    swaps = {path.lease for path in [*paths(life.tiers.saver), *(rest.path for rest in life.tiers.passage.open_rests)]}
+    swaps.discard(None)
     assert set(pool._leases) <= swaps, "a lease that nobody will end"
     for lease in swaps - set(pool._leases):
         assert lease.deadline_s <= life.now, "a swap lost its blocks before its time"
@@ -128,11 +131,16 @@ def _check_counts(life: Life) -> None:
     assert len(tiers.moves) == sum(map(len, under_way.values()))
     for lane, moves in under_way.items():
         assert tiers.moves.stats[lane].queued == len(moves)
-    for lane, demoter in ((SAVE, tiers.saver), (WRITE, tiers.writer)):
-        assert len(under_way[lane]) == demoter._in_flight <= 2
+    through = {slot for rest in tiers.passage.open_rests for slot in rest.host_slots.tolist()}
+    num_through = 0
+    for lane, demoter, places in ((SAVE, tiers.saver, "targets"), (WRITE, tiers.writer, "sources")):
+        own = [move for move in under_way[lane] if through.isdisjoint(getattr(move, places).tolist())]
+        num_through += len(under_way[lane]) - len(own)
+        assert len(own) == demoter._in_flight <= 2
+    assert num_through == bool(through), "one chunk at a time passes through host memory"
     saved, written, read = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
                             for lane in (SAVE, WRITE, READ))
-    assert sorted(saved + read) == np.flatnonzero(tiers.host._state == WRITING).tolist()
+    assert sorted([*{*saved, *through}, *read]) == np.flatnonzero(tiers.host._state == WRITING).tolist()
     assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
     assert not np.any(tiers.host._state == DOOMED)
     prefetcher = tiers.prefetcher
@@ -148,7 +156,7 @@ def check_at_rest(life: Life) -> None:
     assert pool.num_available == pool.num_blocks and pool.num_held == pool.num_pending == 0
     assert not pool._leases and not pool._num_guards.any() and not pool._is_doomed.any() and not life.kv.held_keys
     assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
-    assert tiers.saver.is_idle and tiers.writer.is_idle
+    assert tiers.saver.is_idle and tiers.writer.is_idle and tiers.passage.is_idle
     assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0
     assert not len(life.board)
     for tier in (tiers.host, tiers.disk):

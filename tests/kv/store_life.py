@@ -73,7 +73,7 @@ class Life:
         self.disk_errors: list[str] = []
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
             index, pool, facts, self.lanes, self._policy, self.disk_errors.append))
-        self.tiers.saver._chunk = self.tiers.writer._chunk = shape.chunk
+        self.tiers.saver._chunk = self.tiers.writer._chunk = self.tiers.passage._chunk = shape.chunk
         if shape.prefetch:
             self.tiers.prefetcher = Prefetcher(self.tiers)
         self.now = 0.0

@@ -40,7 +40,8 @@ CASES = {
     "r1-only-calls": ("deepseek_r1", NEITHER, CALL, "", "", 1),
     "qwen-thinks-of-calls-only": ("qwen3", OPEN, f"I'd\n{CALL} or not.", f"I'd\n{CALL} or not.", "", 0),
     "qwen-breaks-off-in-a-call": ("qwen3", OPEN, f"Hm.\n{CALL[:-4]}", f"Hm.\n{CALL[:-4]}", "", 0),
-    "qwen-thinks-of-many-calls": ("qwen3", OPEN, f"I'd\n{CALL}, {CALL}\n</think>\n{CALL}", f"I'd\n{CALL}, {CALL}", "", 1),
+    "qwen-thinks-of-many-calls": ("qwen3", OPEN, f"I'd\n{CALL}, {CALL}\n</think>\n{CALL}",
+                                  f"I'd\n{CALL}, {CALL}", "", 1),
     "glm-never-closes": ("glm45", NEITHER, f"<think>Hm.{CALL}", "Hm.", "", 1),
     "kimi": ("kimi_k2", NEITHER, f"<think>Hm.</think>{KIMI_CALL}", "Hm.", "", 1),
 }

@@ -19,9 +19,10 @@ class DeviceOrigin:
     lane = SAVE
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, slot_of_block: np.ndarray,
-                 on_saved: Callable[[np.ndarray], None]):
+                 on_saved: Callable[[Path], bool]):
         """slot_of_block: int32 [num_blocks], the host slot that holds the same contents; written here.
-        on_saved(slots): this path is in host memory."""
+        on_saved(path): it is in host memory as far as it is done; whether somebody else copies the rest, and ends its
+        lease."""
         self._index, self._pool, self._slot_of_block, self._on_saved = index, pool, slot_of_block, on_saved
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
@@ -41,11 +42,15 @@ class DeviceOrigin:
             if self._index.find(digest) == block:
                 self._slot_of_block[block] = slot
 
-    def ended(self, path: Path) -> None:
+    def ended(self, path: Path) -> bool:
+        goes_on = self._on_saved(path)
+        if not goes_on:
+            self.end_lease(path)
+        return goes_on
+
+    def end_lease(self, path: Path) -> None:
         if path.lease is not None:
             self._pool.end_lease(path.lease)
-        if path.done:
-            self._on_saved(path.slots[: path.done])
 
 
 class HostOrigin:
@@ -66,5 +71,6 @@ class HostOrigin:
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         self._disk_of_slot[items] = slots
 
-    def ended(self, path: Path) -> None:
+    def ended(self, path: Path) -> bool:
         self._host.let_go(path.items)
+        return False
