@@ -167,8 +167,8 @@ class StoreMachine:
 
     def _losses(self) -> tuple[int, ...]:
         tiers = self.life.tiers
-        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.passage.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted,
-                tiers.stager.num_broken)
+        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.passage.num_cut, tiers.host.num_evicted,
+                tiers.disk.num_evicted, tiers.stager.num_broken)
 
     def _restart(self, *, lost: bool) -> None:
         """The next life finds on disk what was resident there, if nobody touched it and the disk is as large."""

@@ -73,9 +73,8 @@ class Passage:
     def pump(self) -> None:
         """Go on, as far as that is possible now; called whenever a move has ended."""
         while True:
-            if self._active is None:
-                if not self._queue or not self._begin(self._queue[0]):
-                    return
+            if self._active is None and (not self._queue or not self._begin(self._queue[0])):
+                return
             rest = self._active
             if rest is None:
                 continue  # it was refused

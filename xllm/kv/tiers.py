@@ -352,8 +352,9 @@ class TieredStore:
 
     def stats(self, missed_total: dict[str, int]) -> SourceStats:
         pool, disk = self._pool, self.disk
+        unsaved = self.saver.num_cut + (self.passage.num_cut if disk else 0)
         device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
-                           unsaved_total=self.saver.num_cut + (self.passage.num_cut if disk else 0), evicted_total=pool.num_evicted)
+                           unsaved_total=unsaved, evicted_total=pool.num_evicted)
         tiers = {"device": device, "host": _tier_stats(self.host, self.writer.num_cut if disk else 0, {})}
         if disk is not None:
             tiers["disk"] = _tier_stats(disk, 0, missed_total)
