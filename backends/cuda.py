@@ -102,6 +102,7 @@ class CudaBackend:
     default_block_size = 128
     num_reserved_blocks = 0
     dense_kv = False
+    max_cache_numbers: int | None = None
     collectives = "nccl"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
