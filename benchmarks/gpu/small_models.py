@@ -113,8 +113,8 @@ class Truth:
     """transformers, eager, in float32 on the device, with other numbers where the engine is to have them.
 
     kv_format: keys and values are rounded as a cache of that rounds them. quantization: weights are, as `pack_linear`
-    rounds them, and for "w8a8" what they multiply. adapter: the name of one that is added to the weights. stored_as: the
-    dtype that all weights are rounded to.
+    rounds them, and for "w8a8" what they multiply. adapter: the name of one that is added to the weights.
+    stored_as: the dtype that all weights are rounded to.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, kv_format: str | None = None,

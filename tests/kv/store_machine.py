@@ -155,7 +155,8 @@ class StoreMachine:
         self.counts.update({
             "lives": 1, "saved": tiers.saver.num_written, "loaded": tiers.loader.num_loaded,
             "written": tiers.writer.num_written, "read": tiers.stager.num_staged,
-            "passed through": tiers.passage.num_written, "broken": tiers.stager.num_broken,
+            "passed through": tiers.passage.num_written, "lifted": tiers.lifter.num_lifted,
+            "broken": tiers.stager.num_broken,
             "evicted from the device": self.life.kv.pool.num_evicted, "evicted from host": tiers.host.num_evicted,
             "evicted from disk": tiers.disk.num_evicted, "disks lost": tiers.writer.disabled,
             "misses": sum(self.life.store.counters.misses.values()),

@@ -7,7 +7,7 @@ import pytest
 
 from tests.kv.desk import BLOCK, Desk, open_disk, talk
 from xllm.kv import failpoints
-from xllm.kv.moves import SAVE, WRITE
+from xllm.kv.moves import LOAD, READ, SAVE, WRITE
 
 RATIOS = [0.3, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0]
 HOSTS = [1, 2, 7, 20]
@@ -68,6 +68,56 @@ def test_all_of_it_is_on_disk_and_found_again(open_desk, ratio, num_host_slots):
     desk.turn(history)
     assert desk.moves.stats[WRITE].num_bytes == num * desk.memory.payload_bytes, "written once"
     assert on_disk(open_desk(num_host_slots), history) == num
+
+
+@pytest.mark.parametrize("num_host_slots", HOSTS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_next_life_brings_all_of_it_to_the_device(open_desk, ratio, num_host_slots):
+    """What host memory has room for by way of it, the rest past it."""
+    num = blocks(ratio, num_host_slots)
+    history, longer = talk(1, num * BLOCK), talk(1, num * BLOCK)
+    longer.extend([5, 6, 7])
+    open_desk(num_host_slots).turn(history)
+    desk = open_desk(num_host_slots)
+    assert desk.num_promoted(longer) == min(num, num_host_slots)
+    if num > num_host_slots:
+        match = desk.kv.lookup(longer.array, "")
+        lift = desk.tiers.lift(match.block_ids, desk.tiers.extend(match, longer.array), 0)
+        desk.settle()
+        assert lift.is_done and lift.num_read == num - num_host_slots
+    check_at_rest(desk)
+    assert desk.turn(longer) == num * BLOCK, "found on the device, and right"
+    check_at_rest(desk)
+
+
+def test_what_a_lift_needs_is_computed_or_damaged_meanwhile(open_desk):
+    """It goes on behind what is there, and ends where the disk is broken."""
+    history = talk(1, 60 * BLOCK)
+    open_desk(5).turn(history)
+    for what in ("computed", "damaged", "no room"):
+        desk = open_desk(5, num_blocks=100 if what != "no room" else 20)
+        assert desk.num_promoted(history.prefix(61 * BLOCK)) == 5
+        match = desk.kv.lookup(history.array, "")
+        extension = desk.tiers.extend(match, np.append(history.array, 0))
+        lift = desk.tiers.lift(match.block_ids, extension, 0)
+        for _ in range(2):
+            desk.lanes.run_lane(READ)
+            desk.advance_to(desk.now)
+            desk.lanes.run_lane(LOAD)
+            desk.advance_to(desk.now)
+        assert 5 < len(lift.path) < 60
+        if what == "computed":
+            desk.turn(history.prefix(30 * BLOCK), drain=False)
+        elif what == "damaged":
+            desk.tiers.disk.drop(int(extension.disk_path[40]))
+            desk.store.erase(int(extension.disk_path[40]))
+        desk.settle()
+        assert lift.is_done and len(lift.path) == {"computed": 60, "damaged": 40, "no room": 20}[what]
+        check_at_rest(desk)
+        found = desk.kv.lookup(np.append(history.array, 0), "").block_ids
+        assert found.tolist() == lift.path.tolist()
+        values = desk.memory.device[found].ravel().tolist()
+        assert values == history.values[: len(values)]
 
 
 @pytest.mark.parametrize("num_host_slots", HOSTS)

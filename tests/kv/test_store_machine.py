@@ -22,7 +22,7 @@ def test_random_operations(start, tmp_path):
 
 
 NEEDED = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
-          "passed through", "evicted from the device", "evicted from host", "evicted from disk", "swaps",
+          "passed through", "lifted", "evicted from the device", "evicted from host", "evicted from disk", "swaps",
           "leases expired", "waits", "stalls", "aborted_waiters", "fetched", "damages", "misses", "broken",
           "disks lost")  # fmt: skip
 

@@ -24,6 +24,7 @@ from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
+from xllm.kv.lift import Lift, Lifter
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
 from xllm.kv.passage import Passage
@@ -75,6 +76,7 @@ class TieredStore:
             self.writer = Demoter(HostOrigin(self.host, self.disk_of_slot), self.disk, moves, self._disk_failed)
             self.passage = Passage(device, self.host, self.disk, moves, self._disk_failed,
                                    lambda: not self.writer.is_idle)
+            self.lifter = Lifter(index, pool, self.host, self.disk, self.loader, moves, self.slot_of_block)
             moves.on_ended = self._go_on
             self.stager = Stager(self.host, self.disk, moves, self._staged)
             self._warm_start(facts.stored)
@@ -142,11 +144,8 @@ class TieredStore:
         self.writer.add(Path(slots, [self.host.digest_of(slot) for slot in slots.tolist()], NORMAL))
 
     def _shall_wait(self, path: Path, begun: bool) -> bool:
-        """Whether a path on its way to host memory waits until what lies there is on disk, rather than take its place.
-
-        Nobody is to lose a sequence because others end at the same time. But where sequences end faster than disk takes
-        them, host memory keeps what it can.
-        """
+        """Whether a path on its way to host memory waits until what lies there is on disk, rather than take its place:
+        unless sequences end faster than disk takes them."""
         if self.disk is None or self.writer.is_idle or self._is_pressed:
             return False
         return begun or (path.priority > URGENT and self._is_writing_much(len(path.items)))
@@ -155,6 +154,7 @@ class TieredStore:
         """Moves have ended: what waited for slots may find some."""
         self.saver.pump()
         self.passage.pump()
+        self.lifter.pump()
 
     def _is_writing_much(self, num_more: int) -> bool:
         return not self.writer.is_idle and self.host.num_held + num_more > MAX_WRITING_SHARE * self.host.num_slots
@@ -210,6 +210,9 @@ class TieredStore:
         last = self.disk.digest_of(int(extension.disk_path[-1]))
         return self.stager.find(last) or self.stager.stage(extension.disk_path, extension.host_path, priority)
 
+    def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
+        return self.lifter.lift(resident, extension.disk_path, priority)
+
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
         path = self.loader.load(resident, extension.host_path, priority)
         self.slot_of_block[path] = extension.host_path
@@ -236,7 +239,7 @@ class TieredStore:
 
     @property
     def num_loading(self) -> int:
-        return self.loader.num_open
+        return self.loader.num_open + (0 if self.disk is None else len(self.lifter.open_lifts))
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
         return self.loader.open_tickets(block_ids) if self.loader.num_open else ()
@@ -367,7 +370,8 @@ class TieredStore:
                            is_disk_up=disk is not None and not self.writer.disabled)
 
     def held_paths(self) -> list[np.ndarray]:
-        return [load.path for load in self.loader.open_loads]
+        lifts = [] if self.disk is None else self.lifter.open_lifts
+        return [load.path for load in self.loader.open_loads] + [lift.path for lift in lifts]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if a tier is inconsistent or a link leads to other contents."""
