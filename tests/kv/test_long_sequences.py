@@ -120,6 +120,30 @@ def test_what_a_lift_needs_is_computed_or_damaged_meanwhile(open_desk):
         assert values == history.values[: len(values)]
 
 
+def test_blocks_that_are_still_loading_are_not_copied_down(open_desk):
+    """They are findable before their contents have come: a copy waits for these."""
+    history = talk(1, 60 * BLOCK)
+    open_desk(5).turn(history)
+    desk = open_desk(5)
+    desk.num_promoted(history)
+    desk.forget_host()
+    match = desk.kv.lookup(history.array, "")
+    lift = desk.tiers.lift(match.block_ids, desk.tiers.extend(match, np.append(history.array, 0)), 0)
+    desk.lanes.run_lane(READ)
+    desk.advance_to(desk.now)
+    assert len(lift.path) == 10 and desk.tiers.open_tickets(lift.path)
+    desk.tiers.begin_flush()
+    desk.lanes.run_lane(SAVE)
+    desk.advance_to(desk.now)
+    for digest, slot in desk.tiers.host._slot_of.items():
+        number = [desk.kv._index.digest_of(block) for block in lift.path.tolist()].index(digest)
+        assert desk.memory.host[slot].tolist() == history.values[number * BLOCK : (number + 1) * BLOCK]
+    desk.settle()
+    check_at_rest(desk)
+    assert lift.is_done and len(lift.path) == 60
+    assert desk.tiers.saver.num_cut == desk.tiers.passage.num_cut == 0
+
+
 @pytest.mark.parametrize("num_host_slots", HOSTS)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_several_at_once(open_desk, ratio, num_host_slots):

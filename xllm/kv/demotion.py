@@ -36,6 +36,10 @@ class Origin(Protocol):
         """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
         ...
 
+    def is_coming(self, item: int, digest: bytes) -> bool:
+        """Whether it could not be taken only because its contents are on their way to it."""
+        ...
+
     def give_back(self, items: np.ndarray) -> None:
         """The copy is over."""
         ...
@@ -161,7 +165,9 @@ class Demoter:
         slots = self._target.reserve(num)
         if len(slots) < num:
             self._origin.give_back(items[len(slots) : num])
-        waits = len(slots) < num and self._shall_wait(path, True)
+            waits = self._shall_wait(path, True)
+        else:
+            waits = num < last - first and self._origin.is_coming(int(items[num]), digests[num])
         path.cut = len(slots) < last - first and not waits
         if not len(slots):
             return not waits

@@ -109,8 +109,9 @@ class Passage:
         num = 0 if self._disabled else self._origin.take(items, digests)
         slots = self._host.reserve(num)
         self._origin.give_back(items[len(slots) : num])
+        is_coming = num < len(items) and self._origin.is_coming(int(items[num]), digests[num])
         if not len(slots):
-            if num and len(self._moves):
+            if (num or is_coming) and not self._disabled and len(self._moves):
                 return False
             self._active = None
             self._end(rest)

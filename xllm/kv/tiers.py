@@ -67,7 +67,7 @@ class TieredStore:
         self.disk_of_slot = np.full(num_slots, NO_SLOT, dtype=np.int32)
         self.host = TierIndex(num_slots, make_policy(num_slots), self._host_removed)
         self.loader = Loader(index, pool, self.host, moves)
-        device = DeviceOrigin(index, pool, self.slot_of_block, self._saved)
+        device = DeviceOrigin(index, pool, self.slot_of_block, self.loader.ticket_of, self._saved)
         self.saver = Demoter(device, self.host, moves, self._save_failed, self._shall_wait)
         self.disk: TierIndex | None = None
         self.flushing = False
