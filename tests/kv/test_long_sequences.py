@@ -7,6 +7,7 @@ import pytest
 
 from tests.kv.desk import BLOCK, Desk, open_disk, talk
 from xllm.kv import failpoints
+from xllm.kv import lift as lift_module
 from xllm.kv.moves import LOAD, READ, SAVE, WRITE
 
 RATIOS = [0.3, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0]
@@ -120,18 +121,17 @@ def test_what_a_lift_needs_is_computed_or_damaged_meanwhile(open_desk):
         assert values == history.values[: len(values)]
 
 
-def test_blocks_that_are_still_loading_are_not_copied_down(open_desk):
+def test_blocks_that_are_still_loading_are_not_copied_down(open_desk, monkeypatch):
     """They are findable before their contents have come: a copy waits for these."""
     history = talk(1, 60 * BLOCK)
     open_desk(5).turn(history)
+    monkeypatch.setattr(lift_module, "CHUNK_BLOCKS", 2)
     desk = open_desk(5)
-    desk.num_promoted(history)
-    desk.forget_host()
     match = desk.kv.lookup(history.array, "")
     lift = desk.tiers.lift(match.block_ids, desk.tiers.extend(match, np.append(history.array, 0)), 0)
     desk.lanes.run_lane(READ)
     desk.advance_to(desk.now)
-    assert len(lift.path) == 10 and desk.tiers.open_tickets(lift.path)
+    assert len(lift.path) == 2 and desk.tiers.open_tickets(lift.path)
     desk.tiers.begin_flush()
     desk.lanes.run_lane(SAVE)
     desk.advance_to(desk.now)
