@@ -95,6 +95,7 @@ class Backend(Protocol):
     dtypes: tuple[torch.dtype, ...]  # that weights, activations and KV may have
     kv_dtypes: tuple[torch.dtype, ...]  # that the KV cache may have beside the compute dtype: `reference/kv_codes.py`
     dense_kv: bool  # where blocks of a layer lie apart, they must do so by a multiple of their size
+    max_cache_numbers: int | None  # of one tensor of a KV cache, as far as operators count; None: any
     collectives: str  # the backend of torch.distributed for its tensors: "gloo", "nccl", "hccl"
     num_reserved_blocks: int  # the first ones of the KV cache, which hold no tokens: the device's own use
     vmm: VmmDriver | None  # None: the device has no virtual memory management

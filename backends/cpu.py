@@ -60,6 +60,7 @@ class CpuBackend:
     default_block_size = 16
     num_reserved_blocks = 0
     dense_kv = False
+    max_cache_numbers: int | None = None
     collectives = "gloo"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)

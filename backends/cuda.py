@@ -14,10 +14,11 @@ import triton
 from torch import Tensor
 
 from backends.backend import BackendError, Capturer
-from backends.cpu_memory import available_bytes, lazy_zeros
+from backends.cpu_memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
+from backends.pinned_memory import PinnedMemory
 from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED
 from backends.streams import CopyStreams
@@ -27,6 +28,7 @@ from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
 LEAST_CAPABILITY = (8, 0)
+POOLED_BYTES = 1 << 20  # of pinned memory at once that torch's pool gives
 
 
 def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
@@ -100,6 +102,7 @@ class CudaBackend:
     default_block_size = 128
     num_reserved_blocks = 0
     dense_kv = False
+    max_cache_numbers: int | None = None
     collectives = "nccl"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
@@ -110,6 +113,7 @@ class CudaBackend:
         self.vmm: VmmDriver | None = make_vmm(self.device)
         self.capturer: Capturer | None = CudaCapturer(self.device)
         self._copies = CopyStreams(torch.cuda, self.device)
+        self._pinned = PinnedMemory(CudaPinning(self.device))
         self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
@@ -129,13 +133,11 @@ class CudaBackend:
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
-        """Pinned until the process ends. Not from torch's own pool, which would round it up to a power of two."""
-        memory = lazy_zeros((num_bytes,), torch.uint8)
-        if num_bytes:
-            error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-            if error:
-                raise MemoryError(f"the CUDA driver cannot pin {num_bytes} bytes of host memory: error {error}")
-        return memory
+        """Pinned. What is large does not come from torch's own pool, which would round it up to a power of two and keep
+        it when it is dropped."""
+        if num_bytes <= POOLED_BYTES:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return self._pinned.allocate(num_bytes)
 
     def populate_host(self, memory: Tensor) -> None:
         """Pinned memory is there from the start."""
@@ -163,6 +165,25 @@ class CudaBackend:
             "virtual memory": "yes" if self.vmm is not None else "no (cuda-bindings missing or not supported)",
             "inherited": ", ".join(self.ops.inherited_from(REFERENCE)) or "none",
         }  # fmt: skip
+
+
+class CudaPinning:
+    """A `PinningDriver`: the CUDA runtime."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def register(self, address: int, num_bytes: int) -> int:
+        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+
+    def unregister(self, address: int) -> int:
+        return int(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
 
 
 def check_device() -> None:

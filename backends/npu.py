@@ -191,6 +191,7 @@ class NpuBackend:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # attention takes no others
     kv_dtypes: tuple[torch.dtype, ...] = ()
     dense_kv = True
+    max_cache_numbers: int | None = kv.MAX_CACHE_NUMBERS
     collectives = "hccl"
     num_reserved_blocks = 1  # block 0, where padding is written
 

@@ -7,8 +7,9 @@ The layout, for every operator here; nothing else states or assumes it:
 
 Block 0 is nobody's: padding tokens are written there. Ascend's operators take dense tensors only. Where blocks lie
 apart (`stride(0)`), because a page holds those of all layers, the whole range is passed as one dense cache of which
-every R-th block is the layer's (`Dense`). The stored form of a layer's part of a block is that of
-`backends/reference/stored_kv.py`, with the numbers in the order of this layout.
+every R-th block is the layer's (`Dense`). No view of blocks that lie apart goes to an operator: CANN makes such a view
+dense first, which copies the whole range, pages that show nothing included. The stored form of a layer's part of a
+block is that of `backends/reference/stored_kv.py`, with the numbers in the order of this layout.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from npu_ops.contracts import BLOCK_SIZES, check
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALES = {"int8": torch.float32, "fp8": torch.uint8}  # dtypes of the quantised forms' scales
+# The attention operator counts a cache's numbers in 32 bits: what lies beyond is read from a wrong place, and no error.
+MAX_CACHE_NUMBERS = 2**31 - 1
 TINY_BITS, INF_BITS, NAN_BITS = 0x0D800000, 0x7F800000, 0x7FC00000  # 2^-100, inf, NaN as float32
 
 
@@ -86,7 +89,30 @@ def write_kv(*, key_TKH: Tensor, value_TKH: Tensor, key: Dense, value: Dense, sl
 
 
 def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
-    cache.index_copy_(0, dst_B, cache.index_select(0, src_B))
+    """Where blocks lie apart this waits for the device, whose block ids it needs on the host."""
+    if cache.is_contiguous():
+        cache.index_copy_(0, dst_B, cache.index_select(0, src_B))
+    else:
+        put_blocks(cache, dst_B, take_blocks(cache, src_B))
+
+
+def take_blocks(cache: Tensor, ids_B: Tensor) -> Tensor:
+    """Copies of blocks: [B, P, K, H]. ids_B: on the host, where blocks lie apart."""
+    if cache.is_contiguous():
+        return cache.index_select(0, _to_device(ids_B, cache.device))
+    blocks = cache.new_empty((len(ids_B), *cache.shape[1:]))
+    for i, block in enumerate(ids_B.tolist()):
+        blocks[i].copy_(cache[block])
+    return blocks
+
+
+def put_blocks(cache: Tensor, ids_B: Tensor, blocks_BPKH: Tensor) -> None:
+    """The way back. ids_B: as in `take_blocks`."""
+    if cache.is_contiguous():
+        cache.index_copy_(0, _to_device(ids_B, cache.device), blocks_BPKH)
+        return
+    for i, block in enumerate(ids_B.tolist()):
+        cache[block].copy_(blocks_BPKH[i])
 
 
 # --- the stored form
@@ -107,8 +133,7 @@ def export_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tens
     """Queued on the current stream, as are the copies to host memory if that is pinned."""
     if not len(block_ids_B):
         return
-    ids_B = _to_device(block_ids_B, caches[0].device)
-    parts = [part for cache in caches for part in encode(cache.index_select(0, ids_B), format)]
+    parts = [part for cache in caches for part in encode(take_blocks(cache, block_ids_B), format)]
     staged_BX = torch.cat(parts, dim=1)
     for i, slot in enumerate(slots_B.tolist()):
         stored_SX[slot].copy_(staged_BX[i], non_blocking=True)
@@ -122,10 +147,9 @@ def import_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tens
     staged_BX = torch.empty(len(slots_B), stored_SX.shape[1], dtype=torch.uint8, device=caches[0].device)
     for i, slot in enumerate(slots_B.tolist()):
         staged_BX[i].copy_(stored_SX[slot], non_blocking=True)
-    ids_B = _to_device(block_ids_B, caches[0].device)
     for cache, part_BX in zip(caches, staged_BX.split([part_bytes(cache, format) for cache in caches], dim=1)):
-        blocks = decode(part_BX, (len(ids_B), *cache.shape[1:]), format)
-        cache.index_copy_(0, ids_B, blocks.to(cache.dtype))
+        blocks = decode(part_BX, (len(block_ids_B), *cache.shape[1:]), format)
+        put_blocks(cache, block_ids_B, blocks.to(cache.dtype))
 
 
 def encode(x_BPKH: Tensor, format: str) -> list[Tensor]:

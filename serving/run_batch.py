@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import secrets
 import subprocess
@@ -25,6 +26,7 @@ from typing import IO, Any
 
 import httpx
 
+from serving.output_file import check_output
 from xllm import env
 from xllm.errors import ConfigError
 
@@ -33,6 +35,8 @@ ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
 RETRIES, RETRY_S = 8, 0.25
 BUSY = (429, 503)
 START_POLL_S = 0.1
+ID_PREFIX = "batch_req_"
+ANSWER_START = f'{{"id": "{ID_PREFIX}'.encode()  # of every line of an output file
 
 
 @dataclass(frozen=True)
@@ -74,23 +78,31 @@ def _read_line(text: str, number: int) -> Line:
     return Line(custom_id, entry["url"], entry["body"])
 
 
-def read_done(output: Path) -> set[str]:
-    """The ids that an output file has answers for. A last line that was cut off is taken away from it."""
-    if not output.exists():
-        return set()
+def read_done(output: Path) -> tuple[set[str], int]:
+    """The ids that an output file has answers for, and how many of its bytes are whole lines. Changes nothing.
+
+    Raises:
+        ConfigError: the file holds anything else than answers, and the beginning of one behind them.
+    """
+    if not output.is_file():
+        return set(), 0
     content = output.read_bytes()
     whole = content[:content.rfind(b"\n") + 1]
     try:
-        done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
-        if not done and content and not content.startswith(b"{"):
-            raise ValueError("no JSON object")
+        done = {_id_of(json.loads(line)) for line in whole.splitlines() if line.strip()}
+        begun = content[len(whole):][:len(ANSWER_START)]
+        if not done and not ANSWER_START.startswith(begun):
+            raise ValueError("the last line is no answer")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{output} exists and is no output of run-batch ({error}); --no-resume overwrites "
                           "it") from None
-    if len(whole) < len(content):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    return done
+    return done, len(whole)
+
+
+def _id_of(entry: Any) -> str:
+    if not isinstance(entry, dict) or not {"custom_id", "response", "error"} <= entry.keys():
+        raise ValueError("a line is no answer")
+    return str(entry["custom_id"])
 
 
 def answer(line: Line, response: httpx.Response | None, error: str | None = None) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def answer(line: Line, response: httpx.Response | None, error: str | None = None
             body = {"error": {"message": response.text[:1000]}}
         shown = {"status_code": response.status_code, "request_id": body.get("id", ""), "body": body}
     failed = error is not None or response is None or response.status_code >= 400
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": shown,
+    return {"id": f"{ID_PREFIX}{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": shown,
             "error": {"code": "invalid_request" if response is None else str(response.status_code),
                       "message": error or "the server refused the request"} if failed else None}
 
@@ -188,19 +200,40 @@ def run(namespace: argparse.Namespace, flags: list[str]) -> int:
         raise ConfigError(f"there is no file {source}")
     if namespace.concurrency < 1:
         raise ConfigError("concurrency must be at least 1")
-    done = read_done(output) if namespace.resume else set()
-    with source.open(encoding="utf-8") as file:
-        lines = [line for line in read_lines(file) if line.custom_id not in done]
+    check_output(output, [source])
+    done, num_bytes = _begin_with(output, flags, resume=namespace.resume)
+    try:
+        with source.open(encoding="utf-8") as file:
+            lines = [line for line in read_lines(file) if line.custom_id not in done]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8: {error}") from None
     _check_unique(lines)
     with contextlib.ExitStack() as stack:
         url, key = namespace.url, namespace.api_key
         if url is None:
             url, key = stack.enter_context(own_server(flags))
-        target = stack.enter_context(output.open("a" if namespace.resume else "w", encoding="utf-8"))
+        if output.is_file():
+            os.truncate(output, num_bytes)  # a line that was cut off, or all of it
+        target = stack.enter_context(output.open("a", encoding="utf-8"))
         batch = asyncio.run(_run(url, key, target, lines, namespace.concurrency, len(done)))
     print(f"{batch.num_done} requests answered, {batch.num_failed} of them with an error"
           + (f"; {len(done)} were there already" if done else ""))
     return 1 if batch.num_failed else 0
+
+
+def _begin_with(output: Path, flags: list[str], *, resume: bool) -> tuple[set[str], int]:
+    """The ids that need no answer any more, and how much of the output file stays. Raises ConfigError.
+
+    A file that the server's flags name, or a file in a folder that they name, is overwritten only if it holds answers.
+    """
+    try:
+        done, num_bytes = read_done(output)
+    except ConfigError:
+        if resume:
+            raise
+        check_output(output, [Path(word.partition("=")[2] if word.startswith("--") else word) for word in flags])
+        return set(), 0
+    return (done, num_bytes) if resume else (set(), 0)
 
 
 def _check_unique(lines: list[Line]) -> None:

@@ -9,6 +9,7 @@ from xllm.errors import EngineDeadError
 from xllm.inputs import ProcessedInput
 from xllm.outputs import CompletionOutput, EmbeddingOutput, Logprob, LogprobsOfToken, RequestMetrics, RequestOutput
 from xllm.request import TokenLogprobs
+from xllm.token_text import TextContext
 from xllm.tokenizer import Tokenizer
 
 
@@ -65,8 +66,12 @@ class Answer:
     def _read_prompt_logprobs(self) -> list[LogprobsOfToken | None] | None:
         entries = self._completions[0].prompt_logprobs  # only the first choice computes them; they come at once
         if self._prompt_logprobs is None and entries:
-            self._prompt_logprobs = [None if entry is None else logprobs_by_id(entry, self._tokenizer)
-                                     for entry in entries]
+            context = TextContext(self._tokenizer, (), self.source.sampling) if self._tokenizer else None
+            self._prompt_logprobs = []
+            for token_id, entry in zip(self.source.prompt_token_ids, entries):
+                self._prompt_logprobs.append(None if entry is None else logprobs_by_id(entry, context))
+                if context is not None:
+                    context.move_past(token_id)
         return self._prompt_logprobs
 
 
@@ -74,9 +79,11 @@ class _Choice:
     """One completion, and how much of it was taken."""
 
     def __init__(self, index: int, completion: Completion, tokenizer: Tokenizer | None):
-        self._index, self._completion, self._tokenizer = index, completion, tokenizer
-        asked = completion.request.sampling.logprobs is not None
-        self._logprobs: list[LogprobsOfToken] | None = [] if asked else None
+        self._index, self._completion = index, completion
+        request = completion.request
+        self._logprobs: list[LogprobsOfToken] | None = None if request.sampling.logprobs is None else []
+        self._context = (TextContext(tokenizer, request.prompt_token_ids, request.sampling)
+                         if tokenizer and self._logprobs is not None else None)
         self._cumulative_logprob = 0.0
         self._num_tokens = self._num_chars = 0  # taken
         self._end_taken = False
@@ -111,19 +118,21 @@ class _Choice:
     def _read_logprobs(self) -> list[LogprobsOfToken] | None:
         if self._logprobs is not None:
             for entry in self._completion.logprobs[len(self._logprobs):]:
-                self._logprobs.append(logprobs_by_id(entry, self._tokenizer))
+                self._logprobs.append(logprobs_by_id(entry, self._context))
                 self._cumulative_logprob += entry.logprob
+                if self._context is not None:
+                    self._context.move_past(entry.token_id)
         return self._logprobs
 
 
-def logprobs_by_id(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> LogprobsOfToken:
-    """The position's own token first, then the top ones by rank."""
+def logprobs_by_id(entry: TokenLogprobs, context: TextContext | None) -> LogprobsOfToken:
+    """The position's own token first, then the top ones by rank. context: of the position; None: without texts."""
     ids: Sequence[int] = (entry.token_id, *entry.top_ids)
     logprobs = (entry.logprob, *entry.top_logprobs)
     ranks = (entry.rank, *range(1, len(entry.top_ids) + 1))
     found: LogprobsOfToken = {}
     for token_id, logprob, rank in zip(ids, logprobs, ranks):
         if token_id not in found:
-            text = tokenizer.token_text(token_id) if tokenizer else None
+            text = context.text_of(token_id) if context else None
             found[token_id] = Logprob(logprob=logprob, rank=rank, decoded_token=text)
     return found

@@ -5,6 +5,9 @@ extensions and block trimming), so that a template gives the same text here and 
 with checkpoints and are not trusted: they see plain JSON data only, cannot change it, and have bounds
 on their time and on what they make (`xllm/template_limits.py`).
 
+What a template drops without a word is refused by name, or given in another way where there is one: see
+`xllm/template_proof.py`.
+
 The API's messages are more liberal than templates. Where a template can only read text, parts of text are
 joined; where it can only read parts, text becomes one; and a call's arguments, JSON text in the API, are
 text to a template that reads text and an object to one that reads objects.
@@ -12,24 +15,30 @@ text to a template that reads text and an object to one that reads objects.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 
 from xllm.errors import ModelError, RequestError
 from xllm.template_limits import MAX_SECONDS, MAX_TEXT_CHARS, LimitedEnvironment
+from xllm.template_proof import KNOWN_MEMBERS, JsonText, MarkedCopy, instruction_plans, shape
 from xllm.template_weights import TemplateLimitError
 
 Message = Mapping[str, Any]
 
+_THINKING_SWITCHES = ("enable_thinking", "thinking")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+MAX_PROVEN = 4096  # shapes of conversations, 16 bytes each
 _CONTINUE_MARK = "\u2063continue\u2063"
 
 
@@ -46,10 +55,14 @@ class ChatTemplate:
         self._environment = _environment()
         try:
             self._template = self._environment.from_string(source)
-            self._content_form = _content_form(self._environment.parse(source))
+            tree = self._environment.parse(source)
+            self._content_form, self._members = _content_form(tree), _read_members(tree)
+            self._variables = jinja2.meta.find_undeclared_variables(tree)  # folds constants: the tree is spent
         except Exception as error:  # a syntax error; or what hostile nesting does to compilers
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._thinks = "think" in source  # one that does not needs no switch to turn it off
+        self._proven: dict[bytes, int] = {}  # shape of a conversation -> the plan that shows all of it
 
     def render(
         self,
@@ -58,41 +71,124 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        needs_tools: bool = True,
         max_seconds: float = MAX_SECONDS,
         **variables: Any,
     ) -> str:
         """The prompt text. `variables` are handed to the template and win over special tokens.
 
         continue_final_message: end the prompt inside the last message, so that the model goes on with it.
+        needs_tools: tools that the template does not show are an error; False: they reach the output another way.
 
         Raises:
-            RequestError: the messages are malformed, the template refuses them (`raise_exception`), or it takes
-                too long or makes too much.
+            RequestError: the messages are malformed, the template refuses them (`raise_exception`) or drops one of
+                them, or it takes too long or makes too much.
         """
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt exclude each other",
                                field="continue_final_message")
-        chat = [_normalised(message, self._content_form) for message in _checked(messages)]
-        if continue_final_message:
-            _mark_final(chat)
-        scope = {**self._special_tokens, "documents": None, **_plain(variables), "messages": chat,
+        if not self._thinks:
+            variables = {name: value for name, value in variables.items()
+                         if value is not False or name not in _THINKING_SWITCHES or name in self._variables}
+        if unread := sorted(variables.keys() - self._variables):
+            raise RequestError(f"chat_template_kwargs.{unread[0][:64]}: the model's chat template does not read this "
+                               "variable", field="chat_template_kwargs")
+        scope = {**self._special_tokens, "documents": None, **_plain(variables),
                  "tools": _plain(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
+        wish = _Wish(scope, continue_final_message, needs_tools, max_seconds, time.monotonic())
+        plans = instruction_plans([self._with_known_members(index, message)
+                                   for index, message in enumerate(_checked(messages))],
+                                  knows_developer="developer" in self._members, can_move=not continue_final_message)
+        key = shape(plans[0], wish.num_tools, needs_tools, continue_final_message, add_generation_prompt,
+                    sorted(variables.items()))
+        if (known := self._proven.get(key)) is not None:
+            return self._rendered(plans[known], wish)
+        found = self._first_proven(plans, wish)
+        if len(self._proven) >= MAX_PROVEN:
+            self._proven.clear()
+        self._proven[key], text = found
+        return text
+
+    def _first_proven(self, plans: Sequence[Sequence[Message]], wish: _Wish) -> tuple[int, str]:
+        """The first plan whose every message the template shows, and its text. Raises the first plan's RequestError."""
+        first: RequestError | None = None
+        for index, plan in enumerate(plans):
+            try:
+                text = self._rendered(plan, wish)
+                if (complaint := self._missing(plan, wish, text)) is None:
+                    return index, text
+            except RequestError as error:
+                complaint = error
+            first = first or complaint
+        assert first is not None
+        raise first
+
+    def _rendered(self, messages: Sequence[Message], wish: _Wish) -> str:
+        chat = [_normalised(message, self._content_form) for message in messages]
+        if wish.continues:
+            _mark_final(chat)
+        text = self._generate({**wish.scope, "messages": chat}, wish)
+        return _cut_at_mark(text) if wish.continues else text
+
+    def _missing(self, messages: Sequence[Message], wish: _Wish, text: str) -> RequestError | None:
+        """What the template drops of them; text: what it made of them."""
+        chat = [_normalised(message, self._content_form) for message in messages]
+        copy = MarkedCopy(chat, wish.scope["tools"] or () if wish.needs_tools else ())
+        scope = {**wish.scope, "messages": copy.chat, "tools": copy.tools or wish.scope["tools"]}
         try:
-            text = self._generate(scope, max_seconds)
+            return copy.missing(self._generate(scope, wish))
+        except RequestError:  # it looks into the words: then they themselves have to be there
+            return copy.missing_words(chat, text)
+
+    def _generate(self, scope: dict[str, Any], wish: _Wish) -> str:
+        pieces, num_chars = [], 0
+        try:
+            with self._environment.limited(wish.max_seconds, wish.since_s):
+                for piece in self._template.generate(scope):
+                    self._environment.tick()
+                    pieces.append(piece)
+                    num_chars += len(piece)
+                    if num_chars > MAX_TEXT_CHARS:
+                        raise TemplateLimitError(f"it makes more than {MAX_TEXT_CHARS} characters")
         except Exception as error:  # a template can raise anything that Python code can
             raise RequestError(f"the chat template refused the messages: {error}", field="messages") from error
-        return _cut_at_mark(text) if continue_final_message else text
-
-    def _generate(self, scope: dict[str, Any], max_seconds: float) -> str:
-        pieces, num_chars = [], 0
-        with self._environment.limited(max_seconds, time.monotonic()):
-            for piece in self._template.generate(scope):
-                self._environment.tick()
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_TEXT_CHARS:
-                    raise TemplateLimitError(f"it makes more than {MAX_TEXT_CHARS} characters")
         return "".join(pieces)
+
+    def _with_known_members(self, index: int, message: Message) -> Message:
+        """The message without members that say nothing. Raises RequestError for one that the template does not read."""
+        unread = message.keys() - KNOWN_MEMBERS - self._members
+        if named := sorted(str(name) for name in unread if message[name] not in (None, "", [], {}, False)):
+            raise RequestError(f"messages.{index}.{named[0][:64]}: the model's chat template does not read this member",
+                               field="messages")
+        return {name: value for name, value in message.items() if name not in unread}
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """scope: the template's variables but for `messages`. All renderings together may take max_seconds, from since_s on
+    the `time.monotonic()` clock."""
+
+    scope: dict[str, Any]
+    continues: bool
+    needs_tools: bool
+    max_seconds: float
+    since_s: float
+
+    @property
+    def num_tools(self) -> int:
+        return len(self.scope["tools"] or ())
+
+
+@functools.lru_cache(maxsize=8)
+def template_variables(sources: tuple[str, ...]) -> frozenset[str]:
+    """The variables that templates read, such as `enable_thinking`. Raises ModelError if one does not compile."""
+    environment, found = _environment(), set[str]()
+    for source in sources:
+        try:
+            found |= jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except Exception as error:
+            raise ModelError(f"the chat template does not compile: {error}") from error
+    return frozenset(found)
 
 
 def select_template(templates: Mapping[str, str], *, with_tools: bool) -> str | None:
@@ -174,7 +270,18 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
             raise RequestError(f"messages[{index}] must be an object with 'role' and 'content'", field="messages")
         if not isinstance(message.get("role"), str):
             raise RequestError(f"messages[{index}].role must be a string", field="messages")
+        content = message.get("content")
+        for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise RequestError(f"messages.{index}.content.{number}: only parts of text are supported",
+                                   field="messages")
     return messages
+
+
+def _read_members(tree: nodes.Template) -> set[str]:
+    """The names of attributes that a template asks for anywhere, and its words, which may be keys or roles."""
+    names = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _normalised(message: Message, content_form: str) -> dict[str, Any]:
@@ -206,23 +313,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return f"<{type(value).__name__}>"
-
-
-class JsonText(dict[str, Any]):
-    """An object that came as JSON text: both, for templates. Printed and concatenated it is its text."""
-
-    def __init__(self, value: Mapping[str, Any], text: str):
-        super().__init__(value)
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __add__(self, other: str) -> str:
-        return self._text + other
-
-    def __radd__(self, other: str) -> str:
-        return other + self._text
 
 
 def _json_text(text: str) -> JsonText | str:

@@ -161,9 +161,9 @@ class InputProcessor:
 
     def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         tokenizer = self._needs_tokenizer("bad_words", "a bad word")
-        # At the beginning of a text and in the middle of it, where a blank often is part of the token.
+        # By themselves and behind a blank, which often is part of the token.
         texts = [text for word in words for text in (word.lstrip(" "), " " + word.lstrip(" "))]
-        encoded = (tuple(tokenizer.encode(text, add_special_tokens=False, field="bad_words")) for text in texts)
+        encoded = (tuple(tokenizer.encode_continuation(text, field="bad_words")) for text in texts)
         return tuple(ids for ids in encoded if ids)
 
     def _engine_ids(self, request_id: str, n: int) -> list[str]:

@@ -34,6 +34,13 @@ class FinishReason(str, enum.Enum):
     ERROR = "error"
 
 
+# Why a request ends with `ERROR` by what it asked for itself: the engine works, and other requests go on.
+FORM_CANNOT_GO_ON = "the structured output cannot go on"
+NO_TOKEN_LEFT = "no token is left after structured output, allowed_token_ids, bad_words, logit_bias and min_tokens"
+EDITED_AWAY = "repetition_penalty is so small that logits are not finite any more"
+OWN_FAULTS = (FORM_CANNOT_GO_ON, NO_TOKEN_LEFT, EDITED_AWAY)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens; the names and defaults are vLLM's. Checked when made.

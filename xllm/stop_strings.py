@@ -49,7 +49,7 @@ class StopMatcher:
     @property
     def num_held(self) -> int:
         """Characters at the end of the text that could become a stop string."""
-        return max((automaton.state for automaton in self._stops), default=0)
+        return max([automaton.state for automaton in self._stops], default=0)
 
 
 class _Automaton:

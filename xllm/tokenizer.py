@@ -23,6 +23,10 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 _ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _LONG_TEXT_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Where a part says what it puts before a text, and what it says for nothing.
+_FIRST_BLANKS = {"ByteLevel": ("add_prefix_space", False), "Metaspace": ("prepend_scheme", "never"),
+                 "Prepend": ("prepend", "")}
+_LOCAL_PARTS = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}  # see `has_fixed_bytes`
 
 
 class Tokenizer:
@@ -62,6 +66,29 @@ class Tokenizer:
         except TypeError:  # all that the Rust side says of a string that is not Unicode
             raise RequestError(_why_no_text(text, field), field=field) from None
 
+    def encode_continuation(self, text: str, *, field: str = "prompt") -> list[int]:
+        """Token ids of a text that goes on another one: no blank is put before it, and no special token is added.
+        Raises RequestError as `encode` does."""
+        try:
+            return self._continuing.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise RequestError(_why_no_text(text, field), field=field) from None
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        parts = (self.backend.normalizer, self.backend.pre_tokenizer)
+        states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+        if not any(_drop_first_blank(state) for state in states):
+            return self.backend
+        return type(self.backend).from_str(self.continuing_json())
+
+    def continuing_json(self) -> str:
+        """The backend, serialised, but that it puts no blank before a text."""
+        content = json.loads(self.backend.to_str())
+        for part in (content["normalizer"], content["pre_tokenizer"]):
+            _drop_first_blank(part)
+        return json.dumps(content)
+
     def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
         were added. Raises RequestError as `encode` does."""
@@ -70,6 +97,16 @@ class Tokenizer:
         except TypeError:
             raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
         return found.ids, found.offsets
+
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where each of `text`'s tokens begins, in characters; one that was added stands where the one before it ends.
+        A token that is part of a character points at it. Raises RequestError as `encode` does."""
+        found, end_before = [], 0
+        for start, end in self.encode_with_spans(text, add_special_tokens)[1]:
+            # Some tokenizers leave blanks out of the spans of tokens that hold them.
+            found.append(min(start, end_before) if end else end_before)
+            end_before = max(end, end_before)
+        return found
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`; ids that it does not know add nothing."""
@@ -105,51 +142,94 @@ class Tokenizer:
 
     @functools.cached_property
     def special_token_texts(self) -> frozenset[str]:
-        """What `skip_special_tokens` hides."""
-        return frozenset(self.backend.id_to_token(token_id) or "" for token_id in self.special_token_ids)
+        """What `skip_special_tokens` hides, as it would show."""
+        return frozenset(map(self.token_text, self.special_token_ids))
 
     @property
     def has_chat_template(self) -> bool:
         return "default" in self._template_sources
 
     def token_text(self, token_id: int) -> str:
-        """The token alone as text; part of a character shows as U+FFFD."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        """The token's text within a text; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def text_after(self, before: int | None, token_id: int) -> str:
+        """The token's text behind the token `before`; None: at the beginning of a text."""
+        if before is None:
+            return self.decode([token_id])
+        return self.decode([before, token_id])[len(self.decode([before])):]
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """The token's bytes as they stand in the decoded text (a `▁` is the space that it means)."""
+        """The token's bytes as they stand within a decoded text (a `▁` is the space that it means)."""
         token = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         if self.is_byte_level:
             return byte_level_bytes(token)
-        if match := _BYTE_TOKEN.fullmatch(token):
+        if self.has_byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        if "\u2581" in token and token_id not in self.special_token_ids:
-            return token.replace("\u2581", " ").encode()
-        return self.token_text(token_id).encode()
+        return self.text_after(self._ordinary_token, token_id).encode()
+
+    @functools.cached_property
+    def _ordinary_token(self) -> int | None:
+        """One that is a word or part of one: a place for others to stand behind."""
+        ordinary = (i for i in range(self.vocab_size) if i not in self.special_token_ids and not self.is_byte_token(i))
+        return next((i for i in ordinary if self.decode([i]).isalnum()), None)
 
     def all_token_bytes(self) -> list[bytes]:
         """`token_bytes` of every token, by id."""
         return [self._token_bytes(token_id) for token_id in range(self.vocab_size)]
 
     @functools.cached_property
+    def _decoder_parts(self) -> frozenset[str]:
+        """Kinds of the steps that decoding takes; none: tokens are put together with blanks."""
+        if self.backend.decoder is None:
+            return frozenset()
+        return frozenset(_kinds(json.loads(self.backend.decoder.__getstate__())))
+
+    @functools.cached_property
     def is_byte_level(self) -> bool:
         """Whether decoding is: concatenate each token's bytes, then read them as UTF-8."""
-        return type(self.backend.decoder).__name__ == "ByteLevel"
+        return self._decoder_parts in ({"ByteLevel"}, {"ByteLevel", "Fuse"})
 
     @functools.cached_property
     def has_byte_fallback(self) -> bool:
         """Whether tokens like <0xE2> stand for single bytes."""
-        return self.backend.token_to_id("<0x00>") is not None
+        return "ByteFallback" in self._decoder_parts and self.backend.token_to_id("<0x00>") is not None
+
+    @functools.cached_property
+    def has_fixed_bytes(self) -> bool:
+        """Whether a token stands for the same bytes wherever it is within a text; at its beginning a blank may be
+        dropped."""
+        return bool(self._decoder_parts) and self._decoder_parts <= _LOCAL_PARTS
 
     def knows(self, token_id: int) -> bool:
         """False for the ids with which a model's vocabulary is padded."""
         return self.backend.id_to_token(token_id) is not None
 
     def is_byte_token(self, token_id: int) -> bool:
-        token = self.backend.id_to_token(token_id)
+        token = self.backend.id_to_token(token_id) if self.has_byte_fallback else None
         return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+def _drop_first_blank(part: dict[str, Any] | None) -> bool:
+    """Change a serialised normalizer or pre-tokenizer so that it puts nothing before a text; whether it did."""
+    if part is None:
+        return False
+    if part["type"] == "Sequence":
+        members = part.get("normalizers") or part.get("pretokenizers") or ()
+        return sum(map(_drop_first_blank, members)) > 0
+    name, none = _FIRST_BLANKS.get(part["type"], ("", None))
+    if not name or part[name] == none:
+        return False
+    part[name] = none
+    return True
+
+
+def _kinds(decoder: Mapping[str, Any]) -> list[str]:
+    if decoder["type"] != "Sequence":
+        return [decoder["type"]]
+    return [kind for part in decoder["decoders"] for kind in _kinds(part)]
 
 
 def _why_no_text(text: object, field: str) -> str:

@@ -55,7 +55,7 @@ class Bank:
         return torch.empty(rows, vocab, device=self.device.torch).normal_(0, 3, generator=self.generator)
 
     def host_memory(self, num_bytes: int) -> Tensor:
-        """The same each time, as far as that is enough: what a backend gives may stay pinned until the process ends."""
+        """The same each time, as far as that is enough: pinning takes long."""
         if len(self._host) < num_bytes:
             self._host = self.backend.allocate_host(num_bytes)
         return self._host[:num_bytes]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu import compare, report
 from benchmarks.gpu.origin import commit, source_digest
 from benchmarks.gpu.profile import PROFILES, SECTIONS
-from benchmarks.gpu.results import FAILED, OK, RUNNING, SKIPPED, ResultFile, faults, load
+from benchmarks.gpu.results import FAILED, OK, RUNNING, SKIPPED, ResultFile, faults, load, smoke_failure
 
 if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench
@@ -78,6 +78,9 @@ def supervise(args: argparse.Namespace) -> int:
     while left := _in_time(results.path.parent, args, left, until):
         code = _run_child(args, left, resumed, until)
         left, resumed = _account(args.out, left, code)
+        if "smoke" in args.sections and (why := smoke_failure(load(args.out))):
+            stop(ResultFile(args.out), left, why)
+            break
     if "report" in args.sections:
         report.write(args.out)
     found = faults(load(args.out))
@@ -94,6 +97,13 @@ def _in_time(out: Path, args: argparse.Namespace, left: list[str], until: float)
         for name in late:
             skip(results, name, PROFILES[args.profile].section_s[name], until - time.time())
     return [name for name in left if name not in late]
+
+
+def stop(results: ResultFile, left: list[str], why: str) -> None:
+    """Nothing more runs. A section that was begun has failed."""
+    for name in left:
+        begun = results.sections.get(name, {}).get("status") == RUNNING
+        results.end(name, FAILED if begun else SKIPPED, error=f"stopped: {why}")
 
 
 def skip(results: ResultFile, name: str, thought_s: float, left_s: float) -> None:
@@ -181,6 +191,9 @@ def work(args: argparse.Namespace) -> int:
             except DeviceLost as error:
                 print(f"{name}: the device is lost: {error}", file=sys.stderr, flush=True)
                 return UNUSABLE
+            if name == "smoke" and (why := smoke_failure(results.data)):
+                stop(results, args.sections[i + 1 :], why)
+                return 1
     return 0
 
 

@@ -63,7 +63,7 @@ class World:
         return torch.randint(high, shape, generator=self.generator, device=self.device.torch, dtype=dtype)
 
     def host_memory(self, num_bytes: int) -> Tensor:
-        """The same each time, as far as that is enough: what a backend gives may stay pinned until the process ends."""
+        """The same each time, as far as that is enough: pinning takes long."""
         if len(self._host) < num_bytes:
             self._host = self.backend.allocate_host(num_bytes)
         return self._host[:num_bytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SECTIONS = ("env", "ceilings", "ops", "e2e", "micro", "engine", "host", "baselines", "report")
+SECTIONS = ("smoke", "env", "ceilings", "ops", "e2e", "micro", "engine", "host", "baselines", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Profile:
 
 FULL = Profile(
     name="full",
-    section_s={"env": 60, "ceilings": 15, "ops": 60, "e2e": 55, "micro": 75, "engine": 155, "host": 25,
+    section_s={"smoke": 20, "env": 60, "ceilings": 15, "ops": 60, "e2e": 55, "micro": 75, "engine": 140, "host": 25,
                "baselines": 95},
     models=("qwen3-0.6b", "qwen3-8b"), row_s=0.1, copy_bytes=8 << 30, gemm=8192, cases=24, longest=32_768,
     e2e_families=("Llama", "Qwen2", "Qwen3"), batches=(1, 8, 64, 256), contexts=(1024, 4096),
@@ -52,7 +52,7 @@ FULL = Profile(
 
 QUICK = Profile(
     name="quick",
-    section_s={"env": 60, "ceilings": 10, "ops": 45, "e2e": 45, "micro": 50, "engine": 145, "host": 25,
+    section_s={"smoke": 20, "env": 60, "ceilings": 10, "ops": 45, "e2e": 45, "micro": 50, "engine": 145, "host": 25,
                "baselines": 105},
     models=("qwen3-0.6b", "qwen3-8b"), row_s=0.04, copy_bytes=8 << 30, gemm=8192, cases=20, longest=32_768,
     e2e_families=("Llama", "Qwen3"), batches=(1, 8, 64, 256), contexts=(1024, 4096), prefills=(512, 2048, 8192),

@@ -99,3 +99,14 @@ def faults(data: dict[str, Any]) -> list[str]:
               if facts["status"] in (FAILED, RUNNING)]
     return broken + [f"{row['section']}: {row['id']}: {row.get('why', '')}" for row in data["rows"]
                      if row["status"] == FAILED]
+
+
+def smoke_failure(data: dict[str, Any]) -> str:
+    """Why nothing else is worth running, by what `smoke` found; empty if it found nothing, or did not run."""
+    facts = data["sections"].get("smoke", {"status": SKIPPED})
+    if facts["status"] == SKIPPED:
+        return ""
+    found = [str(facts["error"])] if facts["status"] == FAILED else []
+    found += [f"{row['id']}: {row.get('why', '')}" for row in data["rows"]
+              if row["section"] == "smoke" and row["status"] == FAILED]
+    return f"smoke failed: {found[0]}"[:500] if found else ""

@@ -114,15 +114,18 @@ class Truth:
 
     kv_format: keys and values are rounded as a cache of that rounds them. quantization: weights are, as `pack_linear`
     rounds them, and for "w8a8" what they multiply. adapter: the name of one that is added to the weights.
+    stored_as: the dtype that all weights are rounded to.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, kv_format: str | None = None,
-                 quantization: str | None = None, adapter: str = ""):
+                 quantization: str | None = None, adapter: str = "", stored_as: torch.dtype = torch.float32):
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         self._model, self._device, self._kv_format = model.eval().to(device), device, kv_format
         with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.to(stored_as))
             if adapter:
                 _add_adapter(model, folder / adapter)
             if quantization:

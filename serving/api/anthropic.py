@@ -2,119 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic_core import from_json
 
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat, prepare_chat
-from serving.api.errors import ApiError, as_api_error, invalid, json_response
+from serving.api.errors import ApiError, as_api_error, json_response, renaming
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.sse import ClientGone, EventStream, until_disconnect
-from serving.api.types import ChatBody, CountTokensBody, MessagesBody, parse
+from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
+from serving.api.sse import ClientGone, EventStream, named, until_disconnect
+from serving.api.types import CountTokensBody, MessagesBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Piece
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
                413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
-TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-
-
-def chat_body(body: MessagesBody | CountTokensBody) -> ChatBody:
-    """The same wish as a chat request. Raises ApiError."""
-    messages: list[dict[str, Any]] = []
-    if body.system:
-        messages.append({"role": "system", "content": _text_of(body.system, "system")})
-    for index, message in enumerate(body.messages):
-        messages += _messages(index, message.role, message.content)
-    choice = body.tool_choice or {}
-    fields: dict[str, Any] = {"messages": messages, "model": body.model, "tools": _tools(body.tools),
-                              "tool_choice": _tool_choice(choice) if body.tools else None,
-                              "parallel_tool_calls": not choice.get("disable_parallel_tool_use", False)}
-    if isinstance(body, MessagesBody):
-        fields |= {"max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p,
-                   "top_k": body.top_k, "stop": body.stop_sequences or None, "stream": body.stream}
-    if body.thinking is not None:
-        fields["chat_template_kwargs"] = {"enable_thinking": body.thinking.get("type") != "disabled"}
-    return parse({name: value for name, value in fields.items() if value is not None}, ChatBody)
-
-
-def _messages(index: int, role: str, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A message may stand for several: results of tools are messages of their own."""
-    if role not in ("user", "assistant"):
-        raise invalid(f"messages.{index}.role must be user or assistant", "messages")
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    texts, calls, results, reasoning = [], [], [], []
-    for block in content:
-        kind = block.get("type")
-        if kind == "text" and isinstance(block.get("text"), str):
-            texts.append(block["text"])
-        elif kind == "thinking" and role == "assistant":
-            reasoning.append(str(block.get("thinking", "")))
-        elif kind == "redacted_thinking":
-            continue
-        elif kind == "tool_use" and role == "assistant" and isinstance(block.get("name"), str):
-            calls.append({"id": str(block.get("id", "")), "type": "function", "function": {
-                "name": block["name"], "arguments": json.dumps(block.get("input", {}), ensure_ascii=False)}})
-        elif kind == "tool_result" and role == "user":
-            results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")),
-                            "content": _text_of(block.get("content") or "", f"messages.{index}")})
-        else:
-            raise invalid(f"messages.{index}: content of type {str(kind)[:64]!r} is not supported here", "messages")
-    if role == "assistant":
-        message: dict[str, Any] = {"role": role, "content": "".join(texts)}
-        if calls:
-            message["tool_calls"] = calls
-        if reasoning:
-            message["reasoning_content"] = "".join(reasoning)
-        return [message]
-    return [*results, *([{"role": role, "content": "".join(texts)}] if texts or not results else [])]
-
-
-def _text_of(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
-                                         and isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
-    raise invalid(f"{where}: only text is supported here", where.partition(".")[0])
-
-
-def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    if not tools:
-        return None
-    for index, tool in enumerate(tools):
-        if tool.get("type", "custom") != "custom" or not isinstance(tool.get("input_schema", {}), dict):
-            raise invalid(f"tools.{index}: only tools of the client's own, with an input_schema, are supported",
-                          "tools")
-    return [{"type": "function", "function": {"name": tool.get("name"), "description": tool.get("description") or "",
-                                              "parameters": tool.get("input_schema") or {}}} for tool in tools]
-
-
-def _tool_choice(choice: dict[str, Any]) -> str | dict[str, Any]:
-    kind = choice.get("type", "auto")
-    if kind == "tool" and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}
-    if kind not in TOOL_CHOICES:
-        raise invalid("tool_choice.type must be auto, any, none, or tool with a name", "tool_choice")
-    return TOOL_CHOICES[kind]
 
 
 class MessagesCall:
     """Writes a chat's answer as a message."""
 
-    def __init__(self, call: ChatCall, generation: Generation):
+    def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
         self._call, self._generation = call, generation
         self.id = f"msg_{uuid.uuid4().hex}"
-        self._blocks = Blocks(parallel=call.tools.parallel)
+        self._blocks = Blocks(parallel=call.tools.parallel, shows_reasoning=shows_thinking)
 
     def usage(self) -> dict[str, int]:
         usage: dict[str, Any] = self._call.usage(self._generation)
@@ -157,11 +75,6 @@ class MessagesCall:
             yield named({"type": "message_stop"})
 
 
-def named(content: dict[str, Any]) -> bytes:
-    """An event whose name is its type."""
-    return f"event: {content['type']}\ndata: ".encode() + msgspec.json.encode(content) + b"\n\n"
-
-
 def _event(change: Change) -> dict[str, Any]:
     index = change.block.index
     if isinstance(change, Opened):
@@ -190,9 +103,10 @@ def _whole(block: Block) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
-    """What a model wrote need not be JSON; then it is shown as it is."""
+    """What a model wrote may be cut off, and then holds what came so far, as in the client's own reading of a stream.
+    It need not be JSON either; then it is shown as it is."""
     try:
-        found = json.loads(text or "{}")
+        found = from_json(text or "{}", allow_partial=True)
     except ValueError:
         return {"_raw": text}
     return found if isinstance(found, dict) else {"_raw": text}
@@ -215,8 +129,10 @@ def router(state: ServerState) -> APIRouter:
         try:
             state.check_accepting()
             body = parse(await read_json(request, state.config.limits.max_json_depth), MessagesBody)
-            call, generation = await begin_chat(state, request, chat_body(body), "msg")
-            message = MessagesCall(call, generation)
+            chat = Chat.of(body)
+            with renaming(NAMES, chat.places):
+                call, generation = await begin_chat(state, request, chat_body(state, body, chat), "msg")
+            message = MessagesCall(call, generation, shows_thinking=not hides_thinking(body))
             if body.stream:
                 return EventStream(message.events(), generation.close, done=b"",
                                    show_error=lambda error: named(error_body(as_api_error(error))))
@@ -232,7 +148,9 @@ def router(state: ServerState) -> APIRouter:
             state.check_loaded()
             body = parse(await read_json(request, state.config.limits.max_json_depth), CountTokensBody)
             state.check_model(body.model)
-            _, prompt = await prepare_chat(state, chat_body(body))
+            chat = Chat.of(body)
+            with renaming(NAMES, chat.places):
+                _, prompt = await prepare_chat(state, chat_body(state, body, chat))
             return json_response({"input_tokens": len(prompt.token_ids)})
         except ClientGone:
             raise

@@ -66,8 +66,11 @@ def create_app(state: ServerState) -> FastAPI:
     if state.tracer is not None:
         app.add_middleware(TraceContext)
     if http.cors_origin:  # outermost: a preflight carries no key, and a refusal must be readable too
-        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_methods=["GET", "HEAD", "POST"],
-                           allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"])
+        # The origins are the defence. The headers of the SDKs (x-stainless-*, anthropic-*, openai-*, new ones in every
+        # version) are allowed whatever they are called; there are no cookies that a page could ride on.
+        app.add_middleware(CORSMiddleware, allow_origins=http.cors_origin, allow_headers=["*"],
+                           allow_methods=["GET", "HEAD", "POST", "DELETE"],
+                           expose_headers=["retry-after", "x-request-id"])
     return app
 
 

@@ -4,7 +4,7 @@ other. Both the Responses API and the Messages API stream that way."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from serving.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
@@ -12,9 +12,9 @@ from serving.parsers.events import CallArguments, CallStart, Content, Event, Rea
 Kind = Literal["reasoning", "text", "call"]
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Block:
-    """text: what it holds so far; of a call its arguments. call_id, name: of a call."""
+    """text: what it holds, of a call its arguments; empty until the block is closed. call_id, name: of a call."""
 
     index: int
     kind: Kind
@@ -25,6 +25,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
+    """A change is a value: what comes after it leaves it as it is, whenever it is read."""
+
     block: Block
 
 
@@ -36,6 +38,8 @@ class Grew:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
+    """block: with its whole text."""
+
     block: Block
 
 
@@ -49,6 +53,7 @@ class Blocks:
         self.all: list[Block] = []
         self._parallel, self._shows_reasoning = parallel, shows_reasoning
         self._open: Block | None = None
+        self._pieces: list[str] = []  # the text of the open block
 
     @property
     def has_calls(self) -> bool:
@@ -70,9 +75,12 @@ class Blocks:
         return changes
 
     def end(self) -> list[Change]:
-        """The answer is complete."""
-        closed, self._open = self._open, None
-        return [] if closed is None else [Closed(closed)]
+        """The answer is complete, and so is every block of `all`."""
+        if self._open is None:
+            return []
+        closed, self._open = replace(self._open, text="".join(self._pieces)), None
+        self.all[closed.index] = closed
+        return [Closed(closed)]
 
     def _grow(self, kind: Kind, text: str) -> list[Change]:
         changes: list[Change] = []
@@ -85,11 +93,11 @@ class Blocks:
     def _add(self, text: str) -> list[Change]:
         if not text or self._open is None:
             return []
-        self._open.text += text
+        self._pieces.append(text)
         return [Grew(self._open, text)]
 
     def _switch(self, block: Block) -> list[Change]:
         changes = self.end()
-        self._open = block
+        self._open, self._pieces = block, []
         self.all.append(block)
         return [*changes, Opened(block)]

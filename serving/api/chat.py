@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.chat_prompt import ChatPrompt, chat_prompt
+from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.logprobs import LogprobsWriter
+from serving.api.logprobs import ChoiceLogprobs
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.tools import ToolWish, read_tools
@@ -26,7 +26,7 @@ from serving.parsers.reasoning.base import CLOSE, ThinkParser
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.errors import RequestError
-from xllm.request import MAX_LOGPROBS
+from xllm.request import MAX_LOGPROBS, TokenLogprobs
 from xllm.structured.spec import StructuredOutput
 
 
@@ -46,7 +46,7 @@ class ChatCall:
         self.structured = self._structured()
         self.parsers = [self._parser() for _ in range(self.n)]
         self.created = int(time.time())
-        self.writer = LogprobsWriter(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
+        self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
 
     def _structured(self) -> StructuredOutput | None:
         """The form of the output, for the response's format or for forced calls. Raises ApiError."""
@@ -99,7 +99,7 @@ class ChatCall:
         choices = [self._choice_json(choice) for choice in generation.choices]
         answer = {**self.envelope("chat.completion", choices), "usage": self.usage(generation)}
         if self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
+            answer["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = self.prompt.token_ids
         return answer
@@ -107,12 +107,18 @@ class ChatCall:
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
-            "logprobs": self.writer.chat(choice.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None,
+            "logprobs": self._logprobs_json(choice, choice.logprobs) if self.body.logprobs else None,
             "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
         if self.body.return_token_ids:
             shown["token_ids"] = choice.token_ids
         return shown
+
+    def _prompt_logprobs(self, choice: Completion) -> list[dict[str, Any] | None]:
+        return self.logprobs.of_prompt(choice).prompt(self.prompt.token_ids, choice.prompt_logprobs)
+
+    def _logprobs_json(self, choice: Completion, entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
+        return self.logprobs.of(choice).chat(entries, self.body.top_logprobs or 0)
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
@@ -155,13 +161,13 @@ class ChatCall:
             if self.body.return_token_ids and piece.index == 0:
                 chunks[0]["prompt_token_ids"] = self.prompt.token_ids
             if self.body.prompt_logprobs is not None and piece.index == 0:
-                chunks[0]["prompt_logprobs"] = self.writer.prompt(generation.choices[0].prompt_logprobs)
+                chunks[0]["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
         deltas = [delta for event in self.read(piece) if (delta := self._delta(event)) is not None]
         if not deltas and piece.token_ids and (self.body.logprobs or self.body.return_token_ids):
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
         if text_chunks:
-            self._add_token_details(text_chunks[0]["choices"][0], piece)
+            self._add_token_details(text_chunks[0]["choices"][0], generation.choices[piece.index], piece)
         chunks += text_chunks
         if piece.finish_reason is not None:
             chunk = self._chunk(piece.index, {})
@@ -170,11 +176,11 @@ class ChatCall:
             chunks.append(chunk)
         return chunks
 
-    def _add_token_details(self, choice: dict[str, Any], piece: Piece) -> None:
+    def _add_token_details(self, shown: dict[str, Any], choice: Completion, piece: Piece) -> None:
         if self.body.logprobs:
-            choice["logprobs"] = self.writer.chat(piece.logprobs or (), self.body.top_logprobs or 0)
+            shown["logprobs"] = self._logprobs_json(choice, piece.logprobs or ())
         if self.body.return_token_ids:
-            choice["token_ids"] = piece.token_ids
+            shown["token_ids"] = piece.token_ids
 
     def read(self, piece: Piece) -> list[Event]:
         """What a piece's text says; each piece once, in order."""
@@ -202,6 +208,8 @@ class ChatCall:
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
     """What was asked for and under which name. Raises ApiError."""
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise invalid("max_tokens and max_completion_tokens contradict each other; send one", "max_completion_tokens")
     for name in ("max_completion_tokens", "max_tokens"):
         value: int | None = getattr(body, name)
         if value is not None:
@@ -225,7 +233,11 @@ def _check(body: ChatBody) -> None:
 async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, ChatPrompt]:
     """Its tools and its prompt. Raises ApiError or RequestError."""
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    return tools, await chat_prompt(state, body, body.messages, tools.tools)
+    if tools.choice == "auto":
+        tools.answer_parser(state.parsers.tools)  # a format that nobody can read is said before anything else
+    # A forced call is held to its function by the form of the output, whatever the template shows.
+    needs_tools = not tools.is_forced and shows_tools(state)
+    return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)
 
 
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str) -> tuple[ChatCall, Generation]:

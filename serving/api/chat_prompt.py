@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serving.api.effort import effort_variables, verbosity_variables
 from serving.api.errors import invalid
+from serving.api.members import check_members
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
 from serving.state import ServerState
 from xllm.errors import ModelError
@@ -16,7 +18,9 @@ from xllm.errors import ModelError
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
                              "continue_final_message", "documents", "field", "self",
-                             "max_seconds"})
+                             "max_seconds", "needs_tools"})
+PART_MEMBERS = frozenset({"type", "text", "cache_control", "prompt_cache_breakpoint"})  # caching needs no marks here
+CALL_MEMBERS = frozenset({"id", "type", "function", "index"})  # index: in calls put together from a stream
 TAIL_CHARS = 64
 
 
@@ -27,8 +31,10 @@ class ChatPrompt:
 
 
 async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
-                      tools: Sequence[Mapping[str, Any]] = ()) -> ChatPrompt:
+                      tools: Sequence[Mapping[str, Any]] = (), *, needs_tools: bool = True) -> ChatPrompt:
     """The prompt. Rendering runs in a thread: a template is foreign code and may be slow.
+
+    needs_tools: the template has to show the tools; see `ChatTemplate.render`.
 
     Raises:
         ApiError, RequestError: what is wrong with the messages, the variables or the template.
@@ -40,9 +46,11 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     plain = plain_messages(messages)
 
     def encode() -> ChatPrompt:
+        wished = _wished_variables(state, body, variables)
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
-                                     max_seconds=state.config.chat.chat_template_timeout, **variables)
+                                     needs_tools=needs_tools, max_seconds=state.config.chat.chat_template_timeout,
+                                     **{**variables, **wished})
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")
@@ -58,7 +66,13 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
 async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
                       tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """The prompt's token ids; see `chat_prompt`."""
-    return (await chat_prompt(state, body, messages, tools)).token_ids
+    return (await chat_prompt(state, body, messages, tools, needs_tools=shows_tools(state))).token_ids
+
+
+def shows_tools(state: ServerState) -> bool:
+    """Whether the template has to show tools. An operator who names `--tool-call-parser` may have a model that is told
+    of its tools by its training or by the messages."""
+    return state.config.chat.tool_call_parser == "auto"
 
 
 def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[str, Any]:
@@ -71,6 +85,22 @@ def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[
     if len(json.dumps(variables)) > max_chars:
         raise invalid(f"chat_template_kwargs may hold at most {max_chars} characters of JSON", "chat_template_kwargs")
     return variables
+
+
+def _wished_variables(state: ServerState, body: ChatBody | TokenizeBody, given: dict[str, Any]) -> dict[str, Any]:
+    """What `reasoning_effort` and `verbosity` come to. Raises ApiError, also where
+    `chat_template_kwargs` say otherwise."""
+    if not isinstance(body, ChatBody):
+        return {}
+    template = checked_template(state, body.chat_template)
+    for field, found in (
+            ("reasoning_effort", effort_variables(state, body.reasoning_effort, "reasoning_effort", template)),
+            ("verbosity", verbosity_variables(state, body.verbosity, "verbosity", template))):
+        for name, value in found.items():
+            if given.get(name, value) != value:
+                raise invalid(f"{field} and chat_template_kwargs.{name} contradict each other", field)
+        given = {**given, **found}
+    return given
 
 
 def checked_template(state: ServerState, template: str | None) -> str | None:
@@ -101,10 +131,12 @@ def _plain_message(index: int, message: ChatMessage) -> dict[str, Any]:
     calls = extra.pop("tool_calls", None)
     if calls:
         extra["tool_calls"] = _checked_calls(index, message.role, calls)
+    if "tool_call_id" in extra and message.role != "tool":
+        raise invalid(f"messages.{index}.tool_call_id: only messages of role tool answer a call", "messages")
     content = message.content
     if isinstance(content, list):
-        for part in content:
-            _check_part(part, index)
+        for number, part in enumerate(content):
+            _check_part(part, f"messages.{index}.content.{number}")
     return {**extra, "role": message.role, "content": content if content is not None else ""}
 
 
@@ -121,13 +153,17 @@ def _checked_calls(index: int, role: str, calls: Any) -> list[dict[str, Any]]:
             raise invalid(f"{where}.{number} must be {{id, type, function: {{name, arguments}}}}", "messages")
         if not isinstance(function.get("arguments", ""), (str, dict)):
             raise invalid(f"{where}.{number}.function.arguments must be a string of JSON or an object", "messages")
+        if call.get("type", "function") != "function":
+            raise invalid(f"{where}.{number}: calls of type {str(call['type'])[:64]!r} are not supported", "messages")
+        check_members(call, CALL_MEMBERS, f"{where}.{number}")
+        check_members(function, ("name", "arguments"), f"{where}.{number}.function")
     return calls
 
 
-def _check_part(part: dict[str, Any], index: int) -> None:
+def _check_part(part: dict[str, Any], where: str) -> None:
     kind = part.get("type")
     if kind != "text":
-        raise invalid(f"messages.{index}.content: parts of type {str(kind)[:64]!r} are not supported; only text",
-                      "messages")
+        raise invalid(f"{where}: parts of type {str(kind)[:64]!r} are not supported; only text", "messages")
     if not isinstance(part.get("text"), str):
-        raise invalid(f"messages.{index}.content: a text part needs a string 'text'", "messages")
+        raise invalid(f"{where}: a text part needs a string 'text'", "messages")
+    check_members(part, PART_MEMBERS, where)

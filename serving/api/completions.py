@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,17 @@ from serving.api import params
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.logprobs import LogprobsWriter
+from serving.api.logprobs import ChoiceLogprobs
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
-from xllm.request import SamplingParams, TokenLogprobs
+from xllm.detokenizer import Detokenizer
+from xllm.request import SamplingParams
+
+REPLACEMENT = "\ufffd"
+VISIBLE = SamplingParams(skip_special_tokens=False, logprobs=0)  # how a prompt of token ids is echoed
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class CompletionCall:
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
-        self.writer = LogprobsWriter(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
+        self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
+        self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
+        self.echoes: dict[int, str] = {}  # by prompt: what of it is echoed
         self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
 
     def samplings(self) -> list[SamplingParams]:
@@ -68,10 +74,29 @@ class CompletionCall:
     def prompt_of(self, choice: Completion) -> Prompt:
         return self.prompts[choice.index // self.n]
 
-    def prompt_text(self, prompt: Prompt) -> str:
+    def echo_of(self, choice: Completion) -> str:
+        """What is echoed of its prompt."""
+        index = choice.index // self.n
+        if index not in self.echoes:
+            self.echoes[index] = self.echoed(self.prompts[index])
+        return self.echoes[index]
+
+    def echoed(self, prompt: Prompt) -> str:
+        """The prompt as it came; of token ids the text, with special tokens in it."""
         if prompt.text is not None or self.state.tokenizer is None:
             return prompt.text or ""
         return self.state.tokenizer.decode(prompt.token_ids)
+
+    def echoed_offsets(self, prompt: Prompt) -> list[int]:
+        """Where each of the prompt's tokens begins in what is echoed."""
+        tokenizer = self.state.tokenizer
+        if tokenizer is None:
+            return []
+        if prompt.text is not None:
+            return tokenizer.offsets(prompt.text, adds_special_tokens(self.body))
+        reader = Detokenizer(tokenizer, VISIBLE)
+        reader.feed(prompt.token_ids)
+        return reader.offsets or []
 
     def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
@@ -82,46 +107,66 @@ class CompletionCall:
 
     def choice_json(self, choice: Completion) -> dict[str, Any]:
         """A finished choice."""
-        piece = Piece(choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
-                      choice.stop_reason, is_first=True)
-        return self.piece_json(choice, piece, offset=0)
+        return self.piece_json(choice, Piece(
+            choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
+            choice.stop_reason, is_first=True, offsets=choice.offsets))
 
-    def piece_json(self, choice: Completion, piece: Piece, *, offset: int) -> dict[str, Any]:
-        """One piece, with the echoed prompt before the first. offset: characters of the choice sent so far."""
+    def piece_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
+        """One piece, with the echoed prompt before the first."""
         body, prompt = self.body, self.prompt_of(choice)
-        text = "" if self.hides_output else piece.text
-        token_ids = [] if self.hides_output else piece.token_ids
+        text = self._echo(choice, piece) + ("" if self.hides_output else piece.text)
         shown = {"index": piece.index, "text": text, "logprobs": None,
                  "finish_reason": "length" if self.hides_output else piece.finish_reason,
                  "stop_reason": piece.stop_reason}
-        logprob_ids: Sequence[int] = token_ids
-        entries: list[TokenLogprobs | None] = [] if self.hides_output else list(piece.logprobs or ())
-        if piece.is_first and body.echo:
-            shown["text"] = self.prompt_text(prompt) + text
-            logprob_ids = [*prompt.token_ids, *token_ids]
-            entries = [*choice.prompt_logprobs, *entries]
         if body.logprobs is not None:
-            shown["logprobs"] = self.writer.completion(logprob_ids, entries, offset)
+            shown["logprobs"] = self._logprobs_json(choice, piece)
         if piece.is_first and body.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = self.writer.prompt(choice.prompt_logprobs)
+            shown["prompt_logprobs"] = self.logprobs.of_prompt(choice).prompt(prompt.token_ids, choice.prompt_logprobs)
         if body.return_token_ids:
-            shown["token_ids"] = token_ids
+            shown["token_ids"] = [] if self.hides_output else piece.token_ids
             if piece.is_first:
                 shown["prompt_token_ids"] = prompt.token_ids
         return shown
 
+    def _echo(self, choice: Completion, piece: Piece) -> str:
+        """What is echoed before a piece's text. A prompt that ends within a character is shown without it until it is
+        known whether the answer completes it."""
+        if not self.body.echo:
+            return ""
+        text = self.echo_of(choice) if piece.is_first else ""
+        if text.endswith(REPLACEMENT) and self.prompt_of(choice).text is None:
+            whole = text.rstrip(REPLACEMENT)
+            self.unfinished[choice.index], text = text[len(whole):], whole
+        if piece.text or piece.finish_reason:
+            unfinished = self.unfinished.pop(choice.index, "")
+            text += unfinished[: len(unfinished) - self._num_replaced(choice)]
+        return text
+
+    def _num_replaced(self, choice: Completion) -> int:
+        return 0 if self.hides_output else choice.num_replaced
+
+    def _logprobs_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
+        body, prompt = self.body, self.prompt_of(choice)
+        num_echoed = len(self.echo_of(choice)) - self._num_replaced(choice) if body.echo else 0
+        written: dict[str, list[Any]] = {"text_offset": [], "tokens": [], "token_logprobs": [], "top_logprobs": []}
+        if not self.hides_output:
+            written = self.logprobs.of(choice).completion(piece.token_ids, piece.logprobs or (),
+                                                          [num_echoed + offset for offset in piece.offsets])
+        if piece.is_first and body.echo:
+            sampling = VISIBLE if prompt.text is None else choice.request.sampling
+            before = self.logprobs.at_start(sampling).completion(prompt.token_ids, choice.prompt_logprobs,
+                                                                 self.echoed_offsets(prompt))
+            written = {name: before[name] + values for name, values in written.items()}
+        return written
+
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         body, options = self.body, self.body.stream_options
         always = bool(body.return_token_ids) or body.logprobs is not None
-        num_sent = [0] * len(generation.choices)
         async with generation as pieces:
             async for piece in pieces:
                 if not (piece.text or piece.is_first or piece.finish_reason or always):
                     continue  # tokens that do not make a character yet
-                choice = generation.choices[piece.index]
-                shown = self.piece_json(choice, piece, offset=num_sent[piece.index])
-                num_sent[piece.index] += len(shown["text"])
-                chunk = self.envelope([shown])
+                chunk = self.envelope([self.piece_json(generation.choices[piece.index], piece)])
                 if options and options.continuous_usage_stats:
                     chunk["usage"] = self.usage(generation)
                 yield event(chunk)
@@ -149,6 +194,11 @@ def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | l
     raise invalid(f"{field} mixes strings, token ids and lists, or holds something else", field)
 
 
+def adds_special_tokens(body: CompletionBody) -> bool:
+    """Whether the tokenizer may add bos and the like to a prompt."""
+    return True if body.add_special_tokens is None else body.add_special_tokens
+
+
 async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Prompt]:
     raw = read_prompts(body.prompt, state.config.limits.max_sequences_per_request)
     if any(not item for item in raw):
@@ -157,7 +207,7 @@ async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Promp
         return [Prompt(ids, None) for ids in raw if isinstance(ids, list)]
     texts = [text for text in raw if isinstance(text, str)]
     tokenizer = state.need_tokenizer("prompt")
-    add_special = True if body.add_special_tokens is None else body.add_special_tokens
+    add_special = adds_special_tokens(body)
 
     def encode() -> list[Prompt]:
         return [Prompt(tokenizer.encode(text, add_special_tokens=add_special), text) for text in texts]

@@ -20,6 +20,7 @@ from serving.api.completions import read_prompts
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
+from serving.api.members import check_members
 from serving.api.sse import until_disconnect
 from serving.api.types import EmbeddingBody, PoolingBody, RerankBody, ScoreBody, parse
 from serving.state import ServerState
@@ -118,6 +119,8 @@ def as_texts(value: str | list[str], field: str) -> list[str]:
 
 def document_text(document: str | dict[str, Any], index: int) -> str:
     text = document if isinstance(document, str) else document.get("text")
+    if isinstance(document, dict):
+        check_members(document, ("text",), f"documents.{index}")
     if not isinstance(text, str):
         raise invalid(f"documents[{index}] must be a text or {{'text': ...}}", "documents")
     return text
@@ -168,12 +171,12 @@ def router(state: ServerState) -> APIRouter:
     async def create_rerank(request: Request) -> Response:
         body, call, model = await begin(request, RerankBody, "rerank")
         texts = [document_text(document, index) for index, document in enumerate(body.documents)]
-        if body.top_n is not None and body.top_n < 0:
-            raise invalid("top_n must not be negative", "top_n")
+        if body.top_n is not None and body.top_n < 1:
+            raise invalid("top_n must be at least 1", "top_n")
         found = await embed(state, request, body, [body.query, *texts], call, "documents")
         query, *vectors = found.vectors
         scores = [cosine(query, vector) for vector in vectors]
-        order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n or None]
+        order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n]
         results = [{"index": index, "relevance_score": scores[index],
                     **({"document": {"text": texts[index]}} if body.return_documents else {})} for index in order]
         return json_response({"id": call, "model": model, "results": results, "usage": found.usage})

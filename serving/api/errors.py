@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -75,6 +78,31 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
     logger.error("unexpected error", exc_info=error)
     return ApiError(500, "internal error; the server's log says more")
+
+
+@contextmanager
+def renaming(names: Mapping[str, str], places: Sequence[str]) -> Iterator[None]:
+    """Errors about a chat, in the words of the API that it was translated from. Raises ApiError for what is refused.
+
+    names: of fields, the chat's to the API's own paths. places: of each of the chat's messages, where it came from.
+    """
+    try:
+        yield
+    except (ApiError, RequestError, ModelError) as error:
+        raise _renamed(as_api_error(error), names, places) from None
+
+
+def _renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -> ApiError:
+    path = error.message.partition(":")[0]
+    numbered = re.fullmatch(r"messages\.(\d+)(.*)", path)
+    if numbered and int(numbered[1]) < len(places):
+        own = places[int(numbered[1])] + numbered[2]
+        message = own + error.message.removeprefix(path)
+    else:
+        own = names.get(error.param or "", error.param or "")
+        old = next((name for name in names if re.match(rf"{name}\b", error.message)), None)
+        message = error.message if old is None else names[old] + error.message.removeprefix(old)
+    return ApiError(error.status, message, param=own.partition(".")[0] or None, headers=error.headers)
 
 
 def install_handlers(app: FastAPI) -> None:

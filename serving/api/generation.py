@@ -13,7 +13,7 @@ from serving.request_log import RequestRecord
 from serving.state import ServerState
 from xllm.client.assemble import Assembly, Piece
 from xllm.client.base import EngineBusyError, Stream
-from xllm.request import OutputDelta, Request
+from xllm.request import OWN_FAULTS, OutputDelta, Request
 
 
 class Generation:
@@ -92,7 +92,8 @@ class Generation:
         previous_s = record.last_token_s
         record.read(choice)
         if piece.finish_reason == "error":
-            raise ApiError(500, f"generation failed: {choice.error or 'unknown reason'}")
+            reason = choice.error or "unknown reason"
+            raise ApiError(422 if reason.startswith(OWN_FAULTS) else 500, f"generation failed: {reason}")
         if piece.finish_reason == "abort":
             raise unavailable("the request was aborted by the server")
         self.state.metrics.note_tokens(record, len(piece.token_ids), previous_s)

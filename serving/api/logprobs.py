@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xllm.request import TokenLogprobs
-
-if TYPE_CHECKING:
-    from xllm.tokenizer import Tokenizer
+from xllm.client.assemble import Completion
+from xllm.request import SamplingParams, TokenLogprobs
+from xllm.token_text import TextContext
+from xllm.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
 
 
 class LogprobsWriter:
-    """`as_ids`: show tokens as `token_id:N`, which no two tokens share."""
+    """Writes those of one sequence, piece after piece.
 
-    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool):
-        self._tokenizer, self._as_ids = tokenizer, as_ids
+    context: where the first token stands; moves on with what is written. None: tokens have no texts. `as_ids`: show
+    tokens as `token_id:N`, which no two tokens share.
+    """
+
+    def __init__(self, context: TextContext | None, *, as_ids: bool):
+        self._context, self._as_ids = context, as_ids
 
     def completion(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None],
-                   offset: int) -> dict[str, Any]:
-        """The legacy completions shape. offset: characters before the first of these tokens.
+                   offsets: Sequence[int]) -> dict[str, list[Any]]:
+        """The legacy completions shape. offsets: of each token in the text that is returned; none: there is no text.
 
         A prompt's first token has no log-probability: its entry is None.
         """
-        texts = [self.text(token_id) for token_id in token_ids]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        return {
-            "text_offset": offsets, "tokens": texts,
-            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
-            "top_logprobs": [None if entry is None else self._by_text(entry) for entry in entries],
-        }
+        names, tops = [], []
+        for index, token_id in enumerate(token_ids):
+            names.append(self._name(token_id))
+            entry = entries[index] if index < len(entries) else None
+            tops.append(None if entry is None else self._by_name(entry))
+            self._move_past(token_id)
+        return {"text_offset": list(offsets) or [0] * len(names), "tokens": names,
+                "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+                "top_logprobs": tops}
 
     def chat(self, entries: Iterable[TokenLogprobs], num_top: int) -> dict[str, Any]:
         content = []
@@ -42,26 +45,54 @@ class LogprobsWriter:
             top = list(zip(entry.top_ids, entry.top_logprobs))[:num_top]
             content.append({**self._token(entry.token_id, entry.logprob),
                             "top_logprobs": [self._token(token_id, value) for token_id, value in top]})
+            self._move_past(entry.token_id)
         return {"content": content, "refusal": None}
 
-    def prompt(self, entries: Iterable[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    def prompt(self, token_ids: Sequence[int],
+               entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
         """vLLM's shape: for each prompt token a map from token id to its log-probability, rank and text."""
-        return [None if entry is None else self._by_id(entry) for entry in entries]
+        written: list[dict[str, Any] | None] = []
+        for token_id, entry in zip(token_ids, entries):
+            written.append(None if entry is None else self._by_id(entry))
+            self._move_past(token_id)
+        return written
 
     def text(self, token_id: int) -> str:
-        if self._as_ids or self._tokenizer is None:
+        """What the token adds to the text here; part of a character shows as U+FFFD."""
+        if self._as_ids or self._context is None:
             return f"token_id:{token_id}"
-        return self._tokenizer.token_text(token_id)
+        return self._context.text_of(token_id)
+
+    def _move_past(self, token_id: int) -> None:
+        if self._context is not None:
+            self._context.move_past(token_id)
+
+    def _name(self, token_id: int) -> str:
+        """The text, or `bytes:` and its bytes where it is no whole text, as OpenAI's completions have it."""
+        if self._as_ids or self._context is None:
+            return f"token_id:{token_id}"
+        raw = self._context.bytes_of(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(map(_byte_name, raw))
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
+        raw = None if self._context is None else list(self._context.bytes_of(token_id))
         return {"token": self.text(token_id), "logprob": _finite(logprob), "bytes": raw}
 
-    def _by_text(self, entry: TokenLogprobs) -> dict[str, float]:
-        found = {self.text(token_id): _finite(value)
-                 for token_id, value in zip(reversed(entry.top_ids), reversed(entry.top_logprobs))}
-        found[self.text(entry.token_id)] = _finite(entry.logprob)
-        return found
+    def _by_name(self, entry: TokenLogprobs) -> dict[str, float]:
+        """The token itself and the top ones, the likeliest first. Several tokens may have one text (<0x41> and A): the
+        token itself, then the likeliest, is called by it, the others `token_id:N`, as those without a text."""
+        name_of = {entry.token_id: self._name(entry.token_id)}
+        taken = set(name_of.values())
+        for token_id in entry.top_ids:
+            if token_id not in name_of:
+                name = self._name(token_id)
+                name_of[token_id] = f"token_id:{token_id}" if name in taken or not name else name
+                taken.add(name_of[token_id])
+        logprobs = {**dict(zip(entry.top_ids, entry.top_logprobs)), entry.token_id: entry.logprob}
+        return {name_of[token_id]: _finite(value) for token_id, value in logprobs.items()}
 
     def _by_id(self, entry: TokenLogprobs) -> dict[str, Any]:
         found = {str(entry.token_id): self._ranked(entry.token_id, entry.logprob, entry.rank)}
@@ -73,5 +104,37 @@ class LogprobsWriter:
         return {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.text(token_id)}
 
 
+class ChoiceLogprobs:
+    """The writers of a call's choices: one for the answer of each, which moves on with it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool):
+        self._tokenizer, self._as_ids = tokenizer, as_ids
+        self._writers: dict[int, LogprobsWriter] = {}
+
+    def of(self, choice: Completion) -> LogprobsWriter:
+        """Stands behind what it has written of the choice's answer."""
+        writer = self._writers.get(choice.index)
+        if writer is None:
+            request = choice.request
+            writer = self._writers[choice.index] = self._behind(request.prompt_token_ids, request.sampling)
+        return writer
+
+    def of_prompt(self, choice: Completion) -> LogprobsWriter:
+        """Stands at the beginning of the choice's prompt."""
+        return self.at_start(choice.request.sampling)
+
+    def at_start(self, sampling: SamplingParams) -> LogprobsWriter:
+        """Stands at the beginning of a text in which special tokens show as `sampling` says."""
+        return self._behind((), sampling)
+
+    def _behind(self, token_ids: Sequence[int], sampling: SamplingParams) -> LogprobsWriter:
+        context = TextContext(self._tokenizer, token_ids, sampling) if self._tokenizer else None
+        return LogprobsWriter(context, as_ids=self._as_ids)
+
+
 def _finite(logprob: float) -> float:
     return max(logprob, LOWEST)
+
+
+def _byte_name(byte: int) -> str:
+    return chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}"

@@ -4,110 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving.api.anthropic import named
-from serving.api.blocks import Block, Blocks, Change, Closed, Opened
+from serving.api.blocks import Block, Blocks, Change, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat
-from serving.api.errors import ApiError, as_api_error, invalid, json_response
+from serving.api.errors import ApiError, as_api_error, invalid, json_response, renaming
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.sse import EventStream, until_disconnect
-from serving.api.types import ChatBody, ResponsesBody, parse
+from serving.api.responses_input import NAMES, Conversation, chat_body, shown_tools
+from serving.api.sse import EventStream, named, until_disconnect
+from serving.api.types import ResponsesBody, parse
 from serving.security.caller import CALLER
 from serving.state import ServerState
-
-TEXT_PARTS = ("input_text", "output_text", "text")
-# Called alike here and in a chat. The second line is not OpenAI's, but load tools send it.
-SAMPLING = ("temperature", "top_p", "top_k", "seed",
-            "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
-
-
-def conversation(body: ResponsesBody, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of a request, behind those of the response that it continues. Raises ApiError."""
-    messages = list(before)
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    for index, item in enumerate(body.input):
-        _add_item(messages, index, item)
-    return messages
-
-
-def _add_item(messages: list[dict[str, Any]], index: int, item: dict[str, Any]) -> None:
-    kind = item.get("type", "message")
-    if kind == "message":
-        role = item.get("role")
-        if role not in ("user", "assistant", "system", "developer"):
-            raise invalid(f"input.{index}.role must be user, assistant, system or developer", "input")
-        messages.append({"role": "system" if role == "developer" else role,
-                         "content": _text_of(item.get("content"), index)})
-    elif kind == "function_call":
-        call = {"id": str(item.get("call_id", "")), "type": "function", "function": {
-            "name": item.get("name"), "arguments": item.get("arguments", "")}}
-        if messages and messages[-1]["role"] == "assistant":
-            messages[-1].setdefault("tool_calls", []).append(call)
-        else:
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    elif kind == "function_call_output":
-        output = item.get("output")
-        messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")),
-                         "content": _text_of(output, index)})
-    elif kind != "reasoning":  # a model's earlier thoughts are not given back to it
-        raise invalid(f"input.{index}: items of type {str(kind)[:64]!r} are not supported", "input")
-
-
-def _text_of(content: Any, index: int) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXT_PARTS
-                                         and isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
-    raise invalid(f"input.{index}.content: only text is supported", "input")
-
-
-def chat_body(body: ResponsesBody, messages: list[dict[str, Any]]) -> ChatBody:
-    """The same wish as a chat request. Raises ApiError."""
-    if body.instructions:
-        messages = [{"role": "system", "content": body.instructions}, *messages]
-    fields = {
-        "model": body.model, "messages": messages, "stream": body.stream, "max_tokens": body.max_output_tokens,
-        **{name: getattr(body, name) for name in SAMPLING},
-        "tools": _tools(body.tools), "tool_choice": _tool_choice(body.tool_choice) if body.tools else None,
-        "parallel_tool_calls": body.parallel_tool_calls, "response_format": _response_format(body.text),
-        "chat_template_kwargs": body.chat_template_kwargs, "priority": body.priority, "cache_salt": body.cache_salt,
-        "prompt_cache_key": body.prompt_cache_key, "timeout_s": body.timeout_s,
-    }
-    return parse({name: value for name, value in fields.items() if value is not None}, ChatBody)
-
-
-def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Functions stand flat here and one level deeper in a chat."""
-    if not tools:
-        return None
-    for index, tool in enumerate(tools):
-        if tool.get("type") != "function":
-            raise invalid(f"tools.{index}: tools of type {str(tool.get('type'))[:64]!r} are not supported; only "
-                          "function", "tools")
-    return [{"type": "function", "function": {name: value for name, value in tool.items()
-                                              if name != "type" and value is not None}} for tool in tools]
-
-
-def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, dict) and choice.get("type") == "function" and "name" in choice:
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
-
-
-def _response_format(text: dict[str, Any] | None) -> dict[str, Any] | None:
-    form = (text or {}).get("format")
-    if not isinstance(form, dict) or form.get("type") != "json_schema":
-        return form
-    return {"type": "json_schema", "json_schema": {name: form[name] for name in ("name", "schema", "strict")
-                                                   if form.get(name) is not None}}
+from xllm.client.assemble import Piece
 
 
 class ResponsesCall:
@@ -121,6 +35,8 @@ class ResponsesCall:
         self._created, self._number = int(time.time()), 0
         self._blocks = Blocks(parallel=call.tools.parallel)
         self._item_ids: dict[int, str] = {}
+        self._logprobs: dict[int, list[dict[str, Any]]] = defaultdict(list)  # of each block of text, where asked for
+        self._unplaced: list[dict[str, Any]] = []  # of tokens whose text the parser holds back
 
     # --- the whole
 
@@ -132,10 +48,14 @@ class ResponsesCall:
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens, "model": self._call.model, "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": body.previous_response_id, "reasoning": {"effort": None, "summary": None},
-            "store": body.store is not False, "temperature": body.temperature, "text": body.text or {
-                "format": {"type": "text"}}, "tool_choice": body.tool_choice or "auto", "tools": body.tools or [],
-            "top_p": body.top_p, "truncation": "disabled", "metadata": body.metadata or {}, "user": body.user,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
+            "store": body.store is not False, "temperature": body.temperature, "text": {
+                "format": {"type": "text"}, **(body.text.model_dump(exclude_none=True) if body.text else {})},
+            "tool_choice": body.tool_choice or "auto", "tools": shown_tools(body), "top_p": body.top_p,
+            "top_logprobs": body.top_logprobs or 0, "truncation": "disabled", "background": False,
+            "max_tool_calls": body.max_tool_calls, "metadata": body.metadata or {}, "user": body.user,
+            "prompt_cache_key": body.prompt_cache_key,
             "usage": self._usage() if with_usage else None,
         }
 
@@ -148,36 +68,71 @@ class ResponsesCall:
                                          "cache_write_tokens": 0},
                 "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)}}
 
+    @property
+    def _is_cut(self) -> bool:
+        return self._generation.choices[0].finish_reason == "length"
+
     def finished(self) -> dict[str, Any]:
         """The response at its end, which is kept for later calls unless they said not to."""
-        status = "incomplete" if self._generation.choices[0].finish_reason == "length" else "completed"
-        response = self.response(status, [self._item(block, status) for block in self._blocks.all], with_usage=True)
+        blocks = self._blocks.all
+        items = [self._item(block, "incomplete" if self._is_cut and block is blocks[-1] else "completed")
+                 for block in blocks]
+        response = self.response("incomplete" if self._is_cut else "completed", items, with_usage=True)
         if self._body.store is not False:
             self._state.responses.put(response, [*self._messages, self._answer_message()], self._owner)
         return response
 
     def _answer_message(self) -> dict[str, Any]:
         blocks = self._blocks.all
-        calls = [{"id": b.call_id, "type": "function", "function": {"name": b.name, "arguments": b.text}}
-                 for b in blocks if b.kind == "call"]
-        message = {"role": "assistant", "content": "".join(b.text for b in blocks if b.kind == "text")}
-        return {**message, "tool_calls": calls} if calls else message
+        message: dict[str, Any] = {
+            "role": "assistant", "content": "".join(block.text for block in blocks if block.kind == "text")}
+        if calls := [{"id": block.call_id, "type": "function", "function": {
+                "name": block.name, "arguments": block.text}} for block in blocks if block.kind == "call"]:
+            message["tool_calls"] = calls
+        if reasoning := "".join(block.text for block in blocks if block.kind == "reasoning"):
+            message["reasoning_content"] = reasoning
+        return message
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         item_id = self._item_ids.setdefault(block.index, f"{_PREFIXES[block.kind]}_{uuid.uuid4().hex}")
         if block.kind == "call":
             return {"type": "function_call", "id": item_id, "call_id": block.call_id, "name": block.name,
                     "arguments": block.text, "status": status}
+        content = [self._part(block)] if block.text else []
         if block.kind == "reasoning":
-            return {"type": "reasoning", "id": item_id, "summary": [], "content": [_part(block)] if block.text else [],
-                    "status": status}
-        return {"type": "message", "id": item_id, "role": "assistant", "content": [_part(block)] if block.text else [],
-                "status": status}
+            return {"type": "reasoning", "id": item_id, "summary": [], "content": content, "status": status}
+        return {"type": "message", "id": item_id, "role": "assistant", "content": content, "status": status}
+
+    def _part(self, block: Block) -> dict[str, Any]:
+        if block.kind == "reasoning":
+            return {"type": "reasoning_text", "text": block.text}
+        return {"type": "output_text", "text": block.text, "annotations": [],
+                "logprobs": list(self._logprobs[block.index])}
+
+    def _read(self, piece: Piece) -> list[tuple[Change, list[dict[str, Any]]]]:
+        """What a piece changes, and the logprobs that go with each change.
+
+        A token counts to a text if some of it comes out there. One that is held back until its meaning is known waits;
+        those of thinking and calls are not shown.
+        """
+        if self._call.body.logprobs:
+            self._unplaced += self._call.writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
+        changes = self._blocks.feed(self._call.read(piece))
+        grown = [change for change in changes if isinstance(change, Grew)]
+        texts = [change for change in grown if change.block.kind == "text"]
+        entries: list[dict[str, Any]] = []
+        if grown:
+            entries, self._unplaced = self._unplaced, []
+        if len(texts) < len(grown):  # several tokens at once, or none of text
+            entries = _covering(entries, "".join(change.text for change in texts), from_end=grown[0] not in texts)
+        if texts:
+            self._logprobs[texts[0].block.index] += entries
+        return [(change, entries if texts and change is texts[0] else []) for change in changes]
 
     async def run(self) -> dict[str, Any]:
         async with self._generation as pieces:
             async for piece in pieces:
-                self._blocks.feed(self._call.read(piece))
+                self._read(piece)
         self._blocks.end()
         return self.finished()
 
@@ -199,51 +154,59 @@ class ResponsesCall:
         yield self._event("in_progress", response=begun)
         async with self._generation as pieces:
             async for piece in pieces:
-                for change in self._blocks.feed(self._call.read(piece)):
-                    for event in self._changed(change):
+                for change, entries in self._read(piece):
+                    for event in self._changed(change, entries, "completed"):
                         yield event
             for change in self._blocks.end():
-                for event in self._changed(change):
+                for event in self._changed(change, [], "incomplete" if self._is_cut else "completed"):
                     yield event
             response = self.finished()
             yield self._event(response["status"], response=response)
 
-    def _changed(self, change: Change) -> Iterator[bytes]:
+    def _changed(self, change: Change, entries: list[dict[str, Any]], status: str) -> Iterator[bytes]:
+        """entries: logprobs of the text that is new. status: of an item that is closed."""
         block = change.block
         place: dict[str, Any] = {"output_index": block.index}
         if isinstance(change, Opened):
             item = self._item(block, "in_progress")
             yield self._event("output_item.added", item=item, **place)
             if block.kind != "call":
-                yield self._event("content_part.added", item_id=item["id"], content_index=0, part=_part(block), **place)
+                part = {**self._part(block), **_logprobs_of(block, [])}
+                yield self._event("content_part.added", item_id=item["id"], content_index=0, part=part, **place)
             return
         at = {"item_id": self._item_ids[block.index], **place}
         if block.kind != "call":
             at["content_index"] = 0
-        if not isinstance(change, Closed):
-            yield self._event(f"{_STREAMS[block.kind]}.delta", delta=change.text, **at, **_no_logprobs(block))
+        if isinstance(change, Grew):
+            yield self._event(f"{_STREAMS[block.kind]}.delta", delta=change.text, **at, **_logprobs_of(block, entries))
             return
         if block.kind == "call":
             yield self._event("function_call_arguments.done", arguments=block.text, name=block.name, **at)
         else:
-            yield self._event(f"{_STREAMS[block.kind]}.done", text=block.text, **at, **_no_logprobs(block))
-            yield self._event("content_part.done", part=_part(block), **at)
-        yield self._event("output_item.done", item=self._item(block, "completed"), **place)
+            whole = self._logprobs[block.index]
+            yield self._event(f"{_STREAMS[block.kind]}.done", text=block.text, **at, **_logprobs_of(block, whole))
+            yield self._event("content_part.done", part=self._part(block), **at)
+        yield self._event("output_item.done", item=self._item(block, status), **place)
 
 
 _PREFIXES = {"call": "fc", "reasoning": "rs", "text": "msg"}
 _STREAMS = {"call": "function_call_arguments", "reasoning": "reasoning_text", "text": "output_text"}
 
 
-def _no_logprobs(block: Block) -> dict[str, list[object]]:
+def _covering(entries: list[dict[str, Any]], text: str, *, from_end: bool) -> list[dict[str, Any]]:
+    """As many of the first entries, or of the last, as it takes for the text."""
+    num_bytes, taken = len(text.encode()), 0
+    for entry in reversed(entries) if from_end else entries:
+        if num_bytes <= 0:
+            break
+        num_bytes -= len(entry["bytes"] or b"")
+        taken += 1
+    return entries[len(entries) - taken:] if from_end else entries[:taken]
+
+
+def _logprobs_of(block: Block, entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Events about text have the member; nothing else may."""
-    return {"logprobs": []} if block.kind == "text" else {}
-
-
-def _part(block: Block) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+    return {"logprobs": list(entries)} if block.kind == "text" else {}
 
 
 def router(state: ServerState) -> APIRouter:
@@ -265,9 +228,12 @@ def router(state: ServerState) -> APIRouter:
             before = stored.messages
         if body.background:
             raise invalid("background is not supported", "background")
-        messages = conversation(body, before)
-        call, generation = await begin_chat(state, request, chat_body(body, messages), "resp")
-        answer = ResponsesCall(state, body, call, generation, messages, f"resp_{uuid.uuid4().hex}")
+        if body.stream_options and not body.stream:
+            raise invalid("stream_options needs stream", "stream_options")
+        conversation = Conversation.of(body, before)
+        with renaming(NAMES, conversation.places_after(body)):
+            call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp")
+        answer = ResponsesCall(state, body, call, generation, conversation.messages, f"resp_{uuid.uuid4().hex}")
         if body.stream:
             return EventStream(answer.events(), generation.close, done=b"", show_error=answer.error_event)
         return json_response(await until_disconnect(request.receive, answer.run()))

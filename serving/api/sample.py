@@ -23,6 +23,7 @@ from serving.api.types import SampleBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion
 from xllm.request import SamplingParams, TokenLogprobs
+from xllm.token_text import TextContext
 from xllm.tokenizer import Tokenizer
 
 SELECTOR_MATCH, EMPTY_LOGPROBS = "selector_match", "empty_logprobs"
@@ -65,6 +66,9 @@ def router(state: ServerState) -> APIRouter:
         state.check_accepting()
         body = parse(await read_json(request, state.config.limits.max_json_depth), SampleBody)
         state.check_model(body.model)
+        for name in ("pooling", "normalize", "truncate_prompt_tokens"):
+            if getattr(body, name) is not None:
+                raise invalid(f"{name} is for embeddings", name)
         if not 1 <= body.logprobs <= MAX_LOGPROBS:
             raise invalid(f"logprobs must be in 1 to {MAX_LOGPROBS}", "logprobs")
         if not body.selector.value:
@@ -80,10 +84,9 @@ def router(state: ServerState) -> APIRouter:
         generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         await until_disconnect(request.receive, generation.run())
         choice: Completion = generation.choices[0]
-        writer = LogprobsWriter(tokenizer, as_ids=False)
         # As delivered, the first entry is the prompt's first token's, which has none.
-        choices = [choice_json(writer, index, place, choice.prompt_logprobs[place])
-                   for index, place in enumerate(places)]
+        choices = [choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
+                               index, place, choice.prompt_logprobs[place]) for index, place in enumerate(places)]
         return json_response({"id": call, "object": "sample_completion", "created": int(time.time()),
                               "model": body.model or state.served_names[0], "choices": choices,
                               "usage": generation.usage(1, hidden_tokens=1)})

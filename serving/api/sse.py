@@ -15,6 +15,7 @@ from serving.api.errors import as_api_error
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+LINE_ENDS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -23,7 +24,22 @@ class ClientGone(Exception):
 
 
 def event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return b"data: " + event_json(content) + b"\n\n"
+
+
+def named(content: dict[str, Any]) -> bytes:
+    """An event whose name is its type."""
+    return f"event: {content['type']}\ndata: ".encode() + event_json(content) + b"\n\n"
+
+
+def event_json(content: dict[str, Any]) -> bytes:
+    """JSON without a byte that any reader of lines takes for a line's end (evalscope#1642): the standard ends lines at
+    CR and LF only, but the readers of httpx and requests split where `str.splitlines` does. JSON escapes the control
+    characters among those; the other three are escaped here."""
+    encoded = msgspec.json.encode(content)
+    for character, escaped in LINE_ENDS.items():
+        encoded = encoded.replace(character, escaped)
+    return encoded
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:

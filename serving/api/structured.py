@@ -15,12 +15,20 @@ from xllm.request import SamplingParams
 from xllm.structured.checker import GrammarBusyError
 from xllm.structured.spec import KINDS, StructuredOutput
 
+# What may stand beside `type`, by its value.
+_FORMATS: dict[str, tuple[str, ...]] = {
+    "text": (), "json_object": ("schema",), "json_schema": ("json_schema",),
+    "structural_tag": ("structures", "triggers"),
+}
+_SCHEMA_MEMBERS: dict[str, tuple[type, str]] = {
+    "name": (str, "a text"), "description": (str, "a text"), "strict": (bool, "true or false"),
+    "schema": (dict, "a JSON schema, an object"),
+}
 # vLLM's switches and the values of them that ask for nothing.
 _SWITCHES: dict[str, tuple[Any, ...]] = {
     "disable_any_whitespace": (False, None), "disable_fallback": (True, False, None), "whitespace_pattern": (None,),
     "disable_additional_properties": (False, None), "json_object": (False, None, True),
 }
-_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 
 
 def read_structured(body: GenerationBody) -> StructuredOutput | None:
@@ -37,28 +45,46 @@ def read_structured(body: GenerationBody) -> StructuredOutput | None:
 
 def _read_format(wish: dict[str, Any]) -> StructuredOutput | None:
     kind = wish.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutput(json="object")
-    if kind == "structural_tag":
-        return _make("response_format", {"structural_tag": {k: v for k, v in wish.items() if k != "type"}})
-    if kind != "json_schema":
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise invalid(f"response_format.type must be one of {', '.join(_FORMATS)}; got {str(kind)[:64]!r}",
                       "response_format")
-    found = wish.get("json_schema")
-    if not isinstance(found, dict):
+    given = {name: value for name, value in wish.items() if name != "type" and value is not None}
+    for name in given:
+        if name not in _FORMATS[kind]:
+            hint = "; it belongs within json_schema" if kind == "json_schema" and name in _SCHEMA_MEMBERS else ""
+            raise invalid(f"response_format.{name[:64]} is unknown where type is {kind!r}{hint}", "response_format")
+    if kind == "text":
+        return None
+    if kind == "structural_tag":
+        return _make("response_format", {"structural_tag": given})
+    if kind == "json_schema":
+        return _make("response_format", {"json": _schema_of(given.get("json_schema"))})
+    return _make("response_format", {"json": _checked_schema("schema", given.get("schema", {"type": "object"}))})
+
+
+def _schema_of(wish: Any) -> dict[str, Any]:
+    """OpenAI's `json_schema`: its name and description say nothing to a form, and a schema binds, strict or not."""
+    if not isinstance(wish, dict):
         raise invalid("response_format.json_schema must be an object", "response_format")
-    if unknown := found.keys() - {"name", "schema", "strict", "description"}:
-        raise invalid(f"response_format.json_schema: unknown key {min(unknown)[:64]!r}", "response_format")
-    schema = found.get("schema")
-    return StructuredOutput(json="object") if schema is None else _make("response_format", {"json": schema})
+    for name, value in wish.items():
+        if name not in _SCHEMA_MEMBERS:
+            raise invalid(f"response_format.json_schema.{name[:64]} is unknown", "response_format")
+        kind, what = _SCHEMA_MEMBERS[name]
+        if value is not None and not isinstance(value, kind):
+            raise invalid(f"response_format.json_schema.{name} must be {what}", "response_format")
+    return _checked_schema("json_schema.schema", wish.get("schema"))
+
+
+def _checked_schema(member: str, schema: Any) -> dict[str, Any]:
+    if not isinstance(schema, dict):
+        raise invalid(f"response_format.{member} must be a JSON schema, an object", "response_format")
+    return schema
 
 
 def _read_wishes(wishes: dict[str, Any]) -> StructuredOutput | None:
     for name, value in wishes.items():
         if name in _SWITCHES:
-            if value not in _SWITCHES[name]:
+            if not any(value is allowed for allowed in _SWITCHES[name]):
                 raise invalid(f"structured_outputs.{name} is not supported", "structured_outputs")
         elif name not in KINDS:
             raise invalid(f"structured_outputs: unknown key {name[:64]!r}; known are {', '.join(KINDS)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,11 @@ from serving.api.limits import read_json
 from serving.api.tools import read_tools
 from serving.api.types import DetokenizeBody, TokenizeBody, parse
 from serving.state import ServerState
+from xllm.request import SamplingParams
+from xllm.token_text import TextContext
 from xllm.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
+
+CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
 
 
 def router(state: ServerState) -> APIRouter:
@@ -30,8 +35,7 @@ def router(state: ServerState) -> APIRouter:
         answer = {"count": len(token_ids), "max_model_len": state.facts.max_model_len, "tokens": token_ids,
                   "token_strs": None}
         if body.return_token_strs:
-            tokenizer = state.need_tokenizer("return_token_strs")
-            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in token_ids]
+            answer["token_strs"] = token_texts(state.need_tokenizer("return_token_strs"), token_ids)
         return json_response(answer)
 
     @routes.post("/detokenize")
@@ -55,6 +59,15 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text that `/detokenize` gives; part of a character shows as U+FFFD."""
+    context, texts = TextContext(tokenizer, (), SamplingParams(skip_special_tokens=False)), []
+    for token_id in token_ids:
+        texts.append(context.text_of(token_id))
+        context.move_past(token_id)
+    return texts
+
+
 def info_json(tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
     """As vLLM has it, under transformers' names: what token ids mean. The chat template, which may hold an operator's
     own words, and files of this machine are left out."""
@@ -76,5 +89,8 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
         return await encode_chat(state, body, body.messages, read_tools(body.tools, None, None).tools)
     assert body.prompt is not None
+    for name in CHAT_ONLY:
+        if getattr(body, name) not in (None, TokenizeBody.model_fields[name].default):
+            raise invalid(f"{name} is for messages, and there is a prompt", name)
     tokenizer = state.need_tokenizer("prompt")
     return await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.api.errors import invalid
+from serving.api.members import check_members
 from serving.parsers.output import AnswerParser
 from serving.parsers.tool_set import ToolSet
 from serving.parsers.tools.base import ToolParser
@@ -87,6 +88,8 @@ def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] 
     names = [_checked_name(index, tool) for index, tool in enumerate(tools or ())]
     if len(set(names)) < len(names):
         raise invalid("tools: two functions have the same name", "tools")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools or [], choice)
     kind, name = _read_choice(choice, has_tools=bool(names))
     if kind in ("required", "named") and not names:
         raise invalid("tool_choice needs tools", "tool_choice")
@@ -103,19 +106,44 @@ def _read_choice(choice: str | dict[str, Any] | None, *, has_tools: bool) -> tup
             raise invalid(f'tool_choice must be "none", "auto", "required" or a named function, got {choice[:64]!r}',
                           "tool_choice")
         return choice, None
-    function = choice.get("function")
-    if choice.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise invalid('tool_choice must be a string or {"type": "function", "function": {"name": ...}}', "tool_choice")
-    return "named", function["name"]
+    check_members(choice, ("type", "function"), "tool_choice")
+    return "named", _named_function(choice, "tool_choice")
+
+
+def _named_function(wish: Any, where: str) -> str:
+    """The name in {"type": "function", "function": {"name"}}. Raises ApiError."""
+    function = wish.get("function") if isinstance(wish, dict) and wish.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(f'{where} must be a string or {{"type": "function", "function": {{"name": ...}}}}', "tool_choice")
+    check_members(function, ("name",), f"{where}.function")
+    name: str = function["name"]
+    return name
+
+
+def _allowed(tools: list[dict[str, Any]], choice: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The tools that `allowed_tools` names, and its mode: the model does not see the others. Raises ApiError."""
+    where = "tool_choice.allowed_tools"
+    wish = choice.get("allowed_tools")
+    if not isinstance(wish, dict) or wish.get("mode") not in ("auto", "required") or not isinstance(
+            wish.get("tools"), list) or not wish["tools"]:
+        raise invalid(f'{where} must be {{"mode": "auto" or "required", "tools": [...]}}', "tool_choice")
+    check_members(choice, ("type", "allowed_tools"), "tool_choice")
+    check_members(wish, ("mode", "tools"), where)
+    names = [_named_function(tool, f"{where}.tools.{index}") for index, tool in enumerate(wish["tools"])]
+    if unknown := set(names) - {tool["function"]["name"] for tool in tools}:
+        raise invalid(f"{where}: there is no tool {min(unknown)[:64]!r}", "tool_choice")
+    return [tool for tool in tools if tool["function"]["name"] in names], wish["mode"]
 
 
 def _checked_name(index: int, tool: dict[str, Any]) -> str:
     where = f"tools.{index}"
     if tool.get("type", "function") != "function":
         raise invalid(f"{where}: tools of type {str(tool['type'])[:64]!r} are not supported; only function", "tools")
+    check_members(tool, ("type", "function"), where)
     function = tool.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function must be an object", "tools")
+    check_members(function, ("name", "description", "parameters", "strict"), f"{where}.function")
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise invalid(f"{where}.function.name must be 1 to 128 letters, digits, '_', '-', '.', ':' or '/'", "tools")

@@ -5,7 +5,7 @@ A field that is neither known, harmless nor refused is an error: nothing is igno
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -15,11 +15,14 @@ from xllm.config import nearest
 
 Body = TypeVar("Body", bound="StrictBody")
 
-# Bookkeeping for OpenAI's own service; they ask nothing of an engine.
-HARMLESS = frozenset({
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity",
-})
+# Bookkeeping for the services of OpenAI and Anthropic: what each is for, and why an engine needs not act on it. A body
+# type says which of them it takes.
+HARMLESS = {
+    "user": "names the end user for the service's own monitoring",
+    "safety_identifier": "names the end user for the service's own monitoring",
+    "metadata": "labels a stored answer for its owner, and asks nothing of this one",
+    "prompt_cache_retention": "an upper bound; a prefix stays cached for as long as there is room",
+}
 
 # Name -> the values that ask for nothing. Any other value asks for something that is not built.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
@@ -27,10 +30,17 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "guided_json": (), "guided_regex": (),
     "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "prediction": (),
     "use_beam_search": (False,), "length_penalty": (1.0, 1), "beam_width": (0, 1), "num_return_sequences": (1,),
-    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "web_search_options": (),
+    "suffix": ("",), "documents": ([],), "chat_template": (), "reasoning_effort": (), "verbosity": ("medium",),
+    "web_search_options": (),
     "truncate_prompt_tokens": (), "truncation_side": (), "spaces_between_special_tokens": (True,),
     "prompt_embeds": (), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "logprob_token_ids": (),
     "kv_transfer_params": (), "ec_transfer_params": (), "vllm_xargs": ({},), "repetition_detection": (),
+    "store": (False,), "service_tier": ("auto", "default", "standard_only"),
+    "prompt": (), "conversation": (), "moderation": (), "context_management": ([],), "access_programs": (),
+    "prompt_cache_options": (), "image": (), "mcp_servers": ([],), "container": (), "fallbacks": ([],),
+    "diagnostics": (), "inference_geo": (), "thread": (), "compaction": (), "billing_policy": (),
+    "fallback_credit_token": (),
+    "output_format": (), "user_profile_id": (), "workspace_id": (),
     "thinking_token_budget": (), "return_token_offsets": (False,), "prompt_logprob_token_ids": (),
 }
 
@@ -39,11 +49,13 @@ class StrictBody(BaseModel):
     """Types are taken as they stand: no string becomes a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    harmless: ClassVar[frozenset[str]] = frozenset({"user"})
 
 
 class StreamOptions(StrictBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] | None = None  # padding against listeners; there is none to switch off
 
 
 class GenerationBody(StrictBody):
@@ -104,6 +116,8 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(GenerationBody):
+    harmless: ClassVar[frozenset[str]] = frozenset(HARMLESS)
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
@@ -117,6 +131,8 @@ class ChatBody(GenerationBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
 
 class PoolingBody(StrictBody):
@@ -190,11 +206,40 @@ class AbortBody(StrictBody):
     abort_all: bool = False
 
 
+class ResponsesStreamOptions(StrictBody):
+    """The last event brings the usage whatever these say; load tools ask for it all the same."""
+
+    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class ResponsesReasoning(StrictBody):
+    """summary: reasoning comes whole, as the content of its item; "auto" is content with that."""
+
+    effort: str | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ResponsesText(StrictBody):
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
 class ResponsesBody(StrictBody):
+    """max_tool_calls: bounds the calls that the service makes itself, and there are none. client_metadata: Codex's
+    bookkeeping. reasoning.encrypted_content: reasoning comes in clear, and is taken back in clear."""
+
+    harmless: ClassVar[frozenset[str]] = frozenset(HARMLESS)
+
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -206,18 +251,20 @@ class ResponsesBody(StrictBody):
     ignore_eos: bool | None = None
     seed: int | None = None
     stream: bool | None = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: ResponsesStreamOptions | None = None
     store: bool | None = True
     background: bool | None = False
     previous_response_id: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
-    include: list[str] | None = None
+    text: ResponsesText | None = None
+    reasoning: ResponsesReasoning | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    top_logprobs: int | None = None
     truncation: Literal["disabled"] | None = None
     metadata: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = None
     user: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     priority: int | None = None
@@ -226,20 +273,56 @@ class ResponsesBody(StrictBody):
     timeout_s: float | None = None
 
 
-class AnthropicMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    role: str
+class AnthropicMessage(StrictBody):
+    role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
+    clear_at: Literal["never"] | None = None
+
+
+class AnthropicCacheControl(StrictBody):
+    """Says where a prefix ends that shall be cached. Here every prefix is, for as long as there is room."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class AnthropicThinking(StrictBody):
+    """budget_tokens: what thinking should take at most; Anthropic's own models may take less or more, and only
+    `max_tokens` is a bound. display: "omitted" leaves the thinking out."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = pydantic.Field(None, ge=1)
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class AnthropicOutputConfig(StrictBody):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: dict[str, Any] | None = None
+
+
+class AnthropicToolChoice(StrictBody):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicContextManagement(StrictBody):
+    edits: list[dict[str, Any]] | None = None
 
 
 class CountTokensBody(StrictBody):
+    harmless: ClassVar[frozenset[str]] = frozenset({"metadata"})
+
     model: str | None = None
     messages: list[AnthropicMessage]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: AnthropicThinking | None = None
+    output_config: AnthropicOutputConfig | None = None
+    context_management: AnthropicContextManagement | None = None
+    cache_control: AnthropicCacheControl | None = None
+    speed: Literal["standard"] | None = None
 
 
 class MessagesBody(CountTokensBody):
@@ -279,7 +362,7 @@ def parse(content: dict[str, Any], kind: type[Body]) -> Body:
         elif name in NOT_BUILT:
             if value is not None and value not in NOT_BUILT[name]:
                 raise invalid(f"{name} is not supported", name)
-        elif name not in HARMLESS:
+        elif name not in kind.harmless:
             raise invalid(f"unknown field {name[:64]!r}{nearest(name[:64], list(known))}", name[:64])
     try:
         return kind.model_validate(kept)

@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", help="write the result to this file as well")
     parser.add_argument("--plot", help="write a picture of it to this PNG file")
     args = parser.parse_args(argv)
+    report.check(args.json, args.trace)
+    report.check(args.plot, args.trace)
+    if args.plot and args.json and Path(args.plot).absolute() == Path(args.json).absolute():
+        raise ConfigError(f"--json and --plot name the same file, {args.json}")
     policies = args.policies.split(",")
     if unknown := set(policies) - set(EVICTION_POLICIES):
         raise ConfigError(f"unknown policy {sorted(unknown)[0]!r}; known are {', '.join(EVICTION_POLICIES)}")

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--windows", type=int, help="how many windows of text; none: all")
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json, args.model)
     for name in ("prefix", "continuation"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")

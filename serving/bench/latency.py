@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num-requests", type=int, default=20)
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json, args.model)
     for name in ("input_len", "output_len", "num_requests"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(args, name)}")

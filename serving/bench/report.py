@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from serving.output_file import check_output
+
 
 def environment() -> dict[str, Any]:
     """The machine in words, as far as a reader needs it to judge figures."""
@@ -22,6 +24,12 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def check(path: str | None, *reads: str | Path | None) -> None:
+    """Raise ConfigError unless the result can be saved there. reads: files and folders that the benchmark reads."""
+    if path:
+        check_output(Path(path), [Path(read) for read in reads if read])
 
 
 def write(result: dict[str, Any], path: str | None) -> None:

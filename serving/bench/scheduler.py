@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sizes", default="1,32,256,1024", help="numbers of running requests")
     parser.add_argument("--steps", type=int, default=300, help="measured steps per size")
     args = parser.parse_args(argv)
+    report.check(args.json)
     gc.collect()
     steady = {size: steady_decode(int(size), args.steps) for size in args.sizes.split(",")}
     result = {

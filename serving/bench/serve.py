@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json)
     result = asyncio.run(run(args))
     report.write(result, args.json)
     return 1 if result["failed"] else 0

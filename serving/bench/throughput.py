@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", help="folder of another checkpoint (token ids must be below 32000)")
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json, args.model)
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch:
         folder = Path(args.model) if args.model else write_checkpoint(Path(scratch) / "model")
         workers: dict[str, Worker] = {}

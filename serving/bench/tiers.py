@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--disk-dir", help="where to put the disk tier (default: a temporary folder)")
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json, args.model)
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise ConfigError(f"unknown part {sorted(unknown)[0]!r}; known are {', '.join(PARTS)}")

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
+    report.check(args.json, args.trace)
     core = make_core()
     try:
         virtual = runner_of(core.link).virtual_rows

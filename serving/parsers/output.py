@@ -40,6 +40,8 @@ class OutputParser:
     def __init__(self, thinking: ThinkParser | None, answer: AnswerParser | None):
         self._thinking = thinking
         self._answer = answer or PlainParser()
+        if thinking is not None and isinstance(answer, ToolParser) and answer.endings:
+            thinking.expect_calls(answer.opening.texts, answer.endings)
         self.has_calls = False
         self._events: list[Event] = []
         self.num_reasoning_tokens = 0

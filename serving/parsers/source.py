@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from serving.parsers.json_scan import JsonScanner
@@ -19,6 +19,7 @@ Steps = Generator[None, None, T]
 Sink = Callable[[str], None]
 
 MAX_NAME_CHARS = 256
+MAX_LAYOUT_CHARS = 16
 _SPACE = re.compile(r"\s*")
 _ANYTHING = re.compile(r".*", re.DOTALL)
 _NAME = re.compile(r"[\w.\-:/]*")
@@ -57,10 +58,14 @@ class Source:
         self._position = 0
         self._closed = False
         self._held: list[str] | None = None
+        self._mark: int | None = None  # position to which `reset` goes back
 
     def push(self, text: str) -> None:
-        self._text = self._text[self._position:] + text
-        self._position = 0
+        begin = self._position if self._mark is None else self._mark
+        self._text = self._text[begin:] + text
+        self._position -= begin
+        if self._mark is not None:
+            self._mark = 0
         self.num_handled += len(self._text)
 
     def close(self) -> None:
@@ -79,6 +84,16 @@ class Source:
         """What was held, which is then no longer held."""
         held, self._held = "".join(self._held or ()), None
         return held
+
+    def mark(self) -> None:
+        """Look ahead from here: what is read up to `reset` is read again. It must be bounded, or work is not linear.
+        Nothing may be held."""
+        assert self._mark is None and self._held is None
+        self._mark = self._position
+
+    def reset(self) -> None:
+        assert self._mark is not None
+        self._position, self._mark = self._mark, None
 
     def _take(self, end: int) -> str:
         text, self._position = self._text[self._position: end], end
@@ -115,6 +130,31 @@ class Source:
                 return True
             if not text.startswith(seen) or not (yield from self.more()):
                 return False
+
+    def expect_any(self, texts: Sequence[str]) -> Steps[str | None]:
+        """Read the one of `texts` that comes next and return it, the longest of several; else read nothing."""
+        longest = max(map(len, texts), default=0)
+        while True:
+            seen = self._text[self._position: self._position + longest]
+            self.num_handled += len(seen)
+            if not any(text.startswith(seen) and text != seen for text in texts) or not (yield from self.more()):
+                break
+        found = max((text for text in texts if seen.startswith(text)), key=len, default=None)
+        if found is not None:
+            self._take(self._position + len(found))
+        return found
+
+    def layout(self) -> Steps[None]:
+        """Read white space between tags, a few characters at most."""
+        for _ in range(MAX_LAYOUT_CHARS):
+            char = yield from self.peek()
+            if not char.isspace():
+                return
+            self._take(self._position + 1)
+
+    def characters(self, num: int) -> str:
+        """The next `num` characters, which must have come; read now."""
+        return self._take(self._position + num)
 
     def require(self, text: str) -> Steps[None]:
         if not (yield from self.expect(text)):

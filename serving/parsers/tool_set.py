@@ -26,6 +26,15 @@ class ToolSet:
     def knows(self, name: str) -> bool:
         return name in self._functions
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._functions)
+
+    def parameters(self, function: str) -> tuple[str, ...]:
+        """The names of the parameters that the function's schema lists."""
+        properties = self._functions.get(function, {}).get("properties")
+        return tuple(properties) if isinstance(properties, dict) else ()
+
     def is_text(self, function: str, parameter: str) -> bool:
         """Whether the parameter is a string and nothing else, so that its value can be passed on as it comes."""
         return self._kinds(function, parameter) == {"string"}

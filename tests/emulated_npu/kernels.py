@@ -34,6 +34,10 @@ TAKES_HOST_TENSORS = frozenset({"atb::_npu_paged_attention", "atb::_npu_paged_at
 COPIES_HOST_TENSORS = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
 
 
+# They make the tensor that they index dense first: all of a view is copied, memory that is not mapped included.
+MAKES_DENSE = frozenset({"aten::index_select", "aten::index_copy", "aten::index_copy_"})
+
+
 class Arguments:
     """The arguments of one call, with CPU aliases instead of device tensors."""
 
@@ -76,6 +80,10 @@ class Arguments:
             raise RuntimeError(
                 f"{self.name}: Expected all tensors to be on the same device, but {shapes} are on the cpu"
             )
+
+    def check_dense(self) -> None:
+        if self.name in MAKES_DENSE and not self.args[0].is_contiguous():
+            raise RuntimeError(f"{self.name}: a view with strides {self.args[0].stride()} would be copied whole")
 
     def ranges(self) -> list[Range]:
         return [range_of(tensor) for tensor in self.tensors]
@@ -145,6 +153,7 @@ class Launcher:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call = Arguments(name, args, kwargs)
+            call.check_dense()
             stream = current_stream(call.device)
             if call.on_host:
                 call.check_devices()

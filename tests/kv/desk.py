@@ -85,6 +85,18 @@ class Desk:
         self.lanes.drain(self.moves)
         self.kv.check_integrity()
 
+    def num_promoted(self, history) -> int:
+        """Bring up what host memory and disk have, as far as host memory has room; the device's blocks of it."""
+        match = self.kv.lookup(history.array, history.salt)
+        extension = self.tiers.extend(match, history.array)
+        if len(extension.disk_path):
+            self.tiers.stage(extension, 0)
+            self.settle()
+            extension = self.tiers.extend(match, history.array)
+        self.tiers.load(match.block_ids, extension, 0)
+        self.settle()
+        return len(self.kv.lookup(history.array, history.salt).block_ids)
+
     def num_fetched(self) -> int:
         return self.tiers.loader.num_loaded + sum(len(load.path) for load in self.tiers.loader.open_loads)
 

@@ -88,6 +88,10 @@ def _check_holders(life: Life) -> None:
         host.update(path.items.tolist())
     if tiers.writer._active is not None:
         disk.update(tiers.writer._active.slots[: tiers.writer._active.done].tolist())
+    for rest in tiers.passage.open_rests:
+        disk.update([] if rest.slots is None else rest.slots.tolist())
+    for lift in tiers.lifter.open_lifts:
+        disk.update(lift.disk_path.tolist())
     for stage in tiers.stager._staging.values():
         host.update(stage.host_slots[: stage.done].tolist())
         disk.update(stage.disk_path.tolist())
@@ -106,7 +110,8 @@ def _check_leases(life: Life) -> None:
     pool, guards = life.kv.pool, Counter()
     for move in life.lanes.not_received(SAVE):
         guards.update(move.sources.tolist())
-    swaps = {path.lease for path in paths(life.tiers.saver)} - {None}
+    swaps = {path.lease for path in [*paths(life.tiers.saver), *(rest.path for rest in life.tiers.passage.open_rests)]}
+    swaps.discard(None)
     assert set(pool._leases) <= swaps, "a lease that nobody will end"
     for lease in swaps - set(pool._leases):
         assert lease.deadline_s <= life.now, "a swap lost its blocks before its time"
@@ -119,20 +124,31 @@ def _check_leases(life: Life) -> None:
 def _check_counts(life: Life) -> None:
     tiers, under_way = life.tiers, {lane: life.lanes.not_received(lane) for lane in LANES}
     loads = {load.ticket: load for load in tiers.loader.open_loads}
-    assert len(loads) == tiers.loader.num_open and {move.ticket for move in under_way[LOAD]} == set(loads)
+    passing = tiers.loader._passing
+    assert len(loads) + len(passing) == tiers.loader.num_open
+    assert {move.ticket for move in under_way[LOAD]} == {*loads, *passing}
     assert {move.ticket for move in life.lanes.queued(LOAD)} == set(life.board._tickets), "a step waits for nothing"
+    lifted = [slot for lift in tiers.lifter.open_lifts for slot in lift.host_slots.tolist()]
     for move in under_way[LOAD]:
+        if move.ticket in passing:
+            assert np.array_equal(move.targets, passing[move.ticket]) and set(move.sources.tolist()) <= set(lifted)
+            continue
         load = loads[move.ticket]
         assert np.array_equal(move.targets, load.new)
         assert np.array_equal(move.sources, load.host_path[-len(load.new) :])
     assert len(tiers.moves) == sum(map(len, under_way.values()))
     for lane, moves in under_way.items():
         assert tiers.moves.stats[lane].queued == len(moves)
-    for lane, demoter in ((SAVE, tiers.saver), (WRITE, tiers.writer)):
-        assert len(under_way[lane]) == demoter._in_flight <= 2
+    through = {slot for rest in tiers.passage.open_rests for slot in rest.host_slots.tolist()}
+    num_through = 0
+    for lane, demoter, places in ((SAVE, tiers.saver, "targets"), (WRITE, tiers.writer, "sources")):
+        own = [move for move in under_way[lane] if through.isdisjoint(getattr(move, places).tolist())]
+        num_through += len(under_way[lane]) - len(own)
+        assert len(own) == demoter._in_flight <= 2
+    assert num_through == bool(through), "one chunk at a time passes through host memory"
     saved, written, read = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
                             for lane in (SAVE, WRITE, READ))
-    assert sorted(saved + read) == np.flatnonzero(tiers.host._state == WRITING).tolist()
+    assert sorted([*{*saved, *through}, *{*read, *lifted}]) == np.flatnonzero(tiers.host._state == WRITING).tolist()
     assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
     assert not np.any(tiers.host._state == DOOMED)
     prefetcher = tiers.prefetcher
@@ -148,7 +164,7 @@ def check_at_rest(life: Life) -> None:
     assert pool.num_available == pool.num_blocks and pool.num_held == pool.num_pending == 0
     assert not pool._leases and not pool._num_guards.any() and not pool._is_doomed.any() and not life.kv.held_keys
     assert tiers.host.num_held == 0 and tiers.disk.num_held == 0
-    assert tiers.saver.is_idle and tiers.writer.is_idle
+    assert tiers.saver.is_idle and tiers.writer.is_idle and tiers.passage.is_idle and not tiers.lifter.open_lifts
     assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0
     assert not len(life.board)
     for tier in (tiers.host, tiers.disk):

@@ -73,7 +73,7 @@ class Life:
         self.disk_errors: list[str] = []
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
             index, pool, facts, self.lanes, self._policy, self.disk_errors.append))
-        self.tiers.saver._chunk = self.tiers.writer._chunk = shape.chunk
+        self.tiers.saver._chunk = self.tiers.writer._chunk = self.tiers.passage._chunk = shape.chunk
         if shape.prefetch:
             self.tiers.prefetcher = Prefetcher(self.tiers)
         self.now = 0.0
@@ -140,7 +140,13 @@ class Life:
             self.tiers.stage(extension, priority)
             extension = self.tiers.extend(match, history.array)
         num_blocks = extension.on_host(len(match.block_ids))
-        if not num_blocks or num_blocks > self.kv.num_free_blocks - self.kv.num_idle(match):
+        num_below = len(extension.disk_path) - len(match.block_ids)
+        num_free = self.kv.num_free_blocks - self.kv.num_idle(match)
+        if not num_blocks and 0 < num_below <= num_free:
+            self.tiers.lift(match.block_ids, extension, priority)
+            self.counts["lifts"] += 1
+            return True
+        if not num_blocks or num_blocks > num_free:
             return False
         path = self.tiers.load(match.block_ids, extension, priority)
         key = self.machine.new_id()

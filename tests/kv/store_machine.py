@@ -154,7 +154,9 @@ class StoreMachine:
         tiers = self.life.tiers
         self.counts.update({
             "lives": 1, "saved": tiers.saver.num_written, "loaded": tiers.loader.num_loaded,
-            "written": tiers.writer.num_written, "read": tiers.stager.num_staged, "broken": tiers.stager.num_broken,
+            "written": tiers.writer.num_written, "read": tiers.stager.num_staged,
+            "passed through": tiers.passage.num_written, "lifted": tiers.lifter.num_lifted,
+            "broken": tiers.stager.num_broken,
             "evicted from the device": self.life.kv.pool.num_evicted, "evicted from host": tiers.host.num_evicted,
             "evicted from disk": tiers.disk.num_evicted, "disks lost": tiers.writer.disabled,
             "misses": sum(self.life.store.counters.misses.values()),
@@ -166,8 +168,8 @@ class StoreMachine:
 
     def _losses(self) -> tuple[int, ...]:
         tiers = self.life.tiers
-        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.host.num_evicted, tiers.disk.num_evicted,
-                tiers.stager.num_broken)
+        return (tiers.saver.num_cut, tiers.writer.num_cut, tiers.passage.num_cut, tiers.host.num_evicted,
+                tiers.disk.num_evicted, tiers.stager.num_broken)
 
     def _restart(self, *, lost: bool) -> None:
         """The next life finds on disk what was resident there, if nobody touched it and the disk is as large."""

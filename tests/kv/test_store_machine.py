@@ -22,8 +22,9 @@ def test_random_operations(start, tmp_path):
 
 
 NEEDED = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
-          "evicted from the device", "evicted from host", "evicted from disk", "swaps", "leases expired", "waits",
-          "stalls", "aborted_waiters", "fetched", "damages", "misses", "broken", "disks lost")  # fmt: skip
+          "passed through", "lifted", "evicted from the device", "evicted from host", "evicted from disk", "swaps",
+          "leases expired", "waits", "stalls", "aborted_waiters", "fetched", "damages", "misses", "broken",
+          "disks lost")  # fmt: skip
 
 
 def test_they_reach_what_they_are_meant_to_reach(tmp_path):

@@ -12,11 +12,11 @@ import torch
 
 from backends.backend import Backend
 from tests.runner.naive_sampling import edited_logits, invert, kept_probabilities
-from xllm.request import SamplingParams
+from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, SamplingParams
 from xllm.runner.batch import SampleSlots
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
 from xllm.runner.rows import RowState
-from xllm.runner.sampler import EDITED_AWAY, NO_TOKEN_LEFT, NOT_FINITE, Draws, Sampler
+from xllm.runner.sampler import NOT_FINITE, Draws, Sampler
 from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
 

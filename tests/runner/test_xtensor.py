@@ -19,7 +19,7 @@ from xllm.models.causal_lm import CausalLM
 from xllm.runner.graphs import Forwarded
 from xllm.runner.kv_cache import block_bytes, page_bytes, plan_num_blocks
 from xllm.runner.model_runner import ModelRunner
-from xllm.runner.virtual_rows import make_virtual_rows
+from xllm.runner.virtual_rows import VirtualRows, make_virtual_rows
 
 PROMPTS = {"a": list(range(5, 40)), "b": [9, 8, 7], "c": [*range(5, 25), 60, 61, 62]}
 
@@ -178,7 +178,30 @@ def test_blocks_are_padded_to_whole_pages(model: CausalLM, backend: Backend) -> 
 def test_too_large(backend: Backend, pages_per_row: int, bytes_per_page: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_virtual_rows(make_config(kv_layout="xtensor"), backend, num_blocks=64, page_bytes=bytes_per_page,
-                          pages_per_row=pages_per_row)
+                          pages_per_row=pages_per_row, number_bytes=4)
+
+
+def test_more_numbers_than_operators_count_are_refused(make_driver: Callable[..., Driver], backend: Backend,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start-up, with the number and what to do; what just fits runs, with fewer spare ranges, and is right."""
+    free = make_driver(kv_layout="xtensor")
+    arena, xtensor = rows_of(free).arena, rows_of(free).xtensor
+    numbers, num_rows = arena.page_bytes // 4, len(free.runner.rows.num_tokens)
+    least = xtensor.num_blocks + num_rows * xtensor.pages_per_row
+    assert least < arena.num_pages, "there are spare ranges"
+    monkeypatch.setattr(type(backend), "max_cache_numbers", least * numbers - 1, raising=True)
+    with pytest.raises(ConfigError, match=rf"{least * numbers} numbers.*count to {least * numbers - 1}.*paged"):
+        make_driver(kv_layout="xtensor")
+    monkeypatch.setattr(type(backend), "max_cache_numbers", least * numbers, raising=True)
+    tight = rows_of(make_driver(kv_layout="xtensor"))
+    assert tight.arena.num_pages == least and tight.xtensor.num_ranges == num_rows
+    make_driver()  # block tables have a tensor a layer
+
+
+def rows_of(driver: Driver) -> VirtualRows:
+    rows = driver.runner.virtual_rows
+    assert rows is not None
+    return rows
 
 
 def test_a_runner_gives_its_mappings_back(make_driver: Callable[..., Driver]) -> None:

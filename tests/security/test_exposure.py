@@ -159,6 +159,14 @@ def test_files_that_cannot_be_used_are_said_at_once(certificates: Path, monkeypa
 
 # --- CORS
 
+SITE = "https://app.example"
+
+
+@pytest.fixture(scope="module")
+def server_of_a_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("site") / "log.txt", "--cors-origin", SITE) as server:
+        yield server
+
 
 def test_a_named_site_may_call(tmp_path: Path) -> None:
     site = "https://chat.example"
@@ -173,6 +181,32 @@ def test_a_named_site_may_call(tmp_path: Path) -> None:
         other = httpx.options(f"{server.url}/v1/completions", headers={**asked, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
         assert "access-control-allow-credentials" not in preflight.headers
+
+
+STAINLESS = [f"x-stainless-{name}" for name in ("arch", "lang", "os", "package-version", "retry-count", "runtime",
+                                                "runtime-version", "timeout", "helper-method", "poll-helper")]
+
+
+@pytest.mark.parametrize(("method", "path", "headers"), [
+    ("POST", "/v1/chat/completions", ["authorization", "content-type", "openai-organization", "openai-project",
+                                      "idempotency-key", "x-request-id", *STAINLESS]),
+    ("POST", "/v1/messages", ["anthropic-beta", "anthropic-dangerous-direct-browser-access", "anthropic-version",
+                              "content-type", "x-api-key", *STAINLESS]),
+    ("DELETE", "/v1/responses/resp_1", ["authorization", *STAINLESS]), ("GET", "/v1/models", STAINLESS),
+], ids=["openai", "anthropic", "delete", "get"])
+def test_the_sdks_run_in_a_page_of_a_named_site(server_of_a_site: ServerProcess, method: str, path: str,
+                                                headers: list[str]) -> None:
+    """Their headers, which grow with every version (ollama#4388), and their methods."""
+    asked = {"Origin": SITE, "Access-Control-Request-Method": method,
+             "Access-Control-Request-Headers": ",".join(headers)}
+    answer = httpx.options(f"{server_of_a_site.url}{path}", headers=asked)
+    assert answer.status_code == 200, answer.text
+    allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
+    assert allowed == set(headers) and method in answer.headers["access-control-allow-methods"]
+    stranger = httpx.options(f"{server_of_a_site.url}{path}", headers={**asked, "Origin": "https://evil.example"})
+    assert stranger.status_code == 400 and "access-control-allow-origin" not in stranger.headers
+    shown = httpx.get(f"{server_of_a_site.url}/health", headers={"Origin": SITE}).headers
+    assert "retry-after" in shown["access-control-expose-headers"]
 
 
 def test_every_site_is_no_site() -> None:

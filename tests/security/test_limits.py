@@ -51,6 +51,12 @@ def chat(num_messages: int = 1, **body: Any) -> Callable[[ServerProcess], Answer
     return lambda server: post(server, "/v1/chat/completions", messages=messages, **body)
 
 
+def variables(**values: Any) -> Callable[[ServerProcess], Answer]:
+    """With a template that reads them: another's are refused."""
+    source = "{{ messages[0].content }}" + "".join(f"{{{{{name}[0]}}}}" for name in values)
+    return chat(chat_template=source, chat_template_kwargs=values)
+
+
 def head(server: ServerProcess, *, num_bytes: int | None = None, num_headers: int | None = None) -> Answer:
     """Headers of so many bytes, or so many of them; two are there anyway: Connection: close and Host: 127.0.0.1."""
     if num_headers is not None:
@@ -78,7 +84,7 @@ def nested(depth: int) -> Callable[[ServerProcess], Answer]:
     value: Any = []
     for _ in range(depth - 2):
         value = [value]
-    return chat(chat_template_kwargs={"x": value})
+    return variables(x=value)
 
 
 def nodes(number: int) -> Callable[[ServerProcess], Answer]:
@@ -92,7 +98,7 @@ def _detokenize(server: ServerProcess, tokens: list[int]) -> Answer:
 
 
 def containers(number: int) -> Callable[[ServerProcess], Answer]:
-    return chat(chat_template_kwargs={"x": [[] for _ in range(number - 5)]})  # five: body, messages, one, kwargs, x
+    return variables(x=[[] for _ in range(number - 5)])  # five: body, messages, one, kwargs, x
 
 
 def tools(number: int) -> Callable[[ServerProcess], Answer]:
@@ -101,8 +107,10 @@ def tools(number: int) -> Callable[[ServerProcess], Answer]:
 
 
 def rendered(num_chars: int) -> Callable[[ServerProcess], Answer]:
-    """Ten characters a token, so that the queue is not what is full."""
-    return chat(chat_template=f"{{{{ '<|im_end|>' * {num_chars // 10} }}}}" + "x" * (num_chars % 10))
+    """Ten characters a token, so that the queue is not what is full. Two are the message's."""
+    num_more = num_chars - len("hi")
+    rest = "x" * (num_more % 10)
+    return chat(chat_template=f"{{{{ messages[0].content + '<|im_end|>' * {num_more // 10} }}}}" + rest)
 
 
 CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
@@ -121,9 +129,9 @@ CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "max_logprobs": lambda n: complete(logprobs=n),
     "max_queue_tokens": lambda n: complete(prompt=[5] * n),
     "max_tools": tools,
-    "max_template_variables": lambda n: chat(chat_template_kwargs={f"x{i}": 1 for i in range(n)}),
-    "max_template_variable_chars": lambda n: chat(chat_template_kwargs={"x": "y" * (n - len('{"x": ""}'))}),
-    "max_template_chars": lambda n: chat(chat_template="hi".ljust(n)),
+    "max_template_variables": lambda n: variables(**{f"x{i}": "1" for i in range(n)}),
+    "max_template_variable_chars": lambda n: variables(x="y" * (n - len('{"x": ""}'))),
+    "max_template_chars": lambda n: chat(chat_template="{{ messages[0].content }}".ljust(n)),
     "max_rendered_chars": rendered,
 }
 FIXED: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {

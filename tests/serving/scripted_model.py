@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, scripts: Mapping[str, str], template: str, sp
     _write_json(folder / "tokenizer_config.json", {"eos_token": EOS, "chat_template": template})
     ids = {name: [tokenizer.token_to_id(go(name)), *(_token_id(tokenizer, piece) for piece in chain),
                   tokenizer.token_to_id(EOS)] for name, chain in chains.items()}
-    _write_model(folder, tokenizer.get_vocab_size(), list(ids.values()), tokenizer.token_to_id(EOS))
+    write_model(folder, tokenizer.get_vocab_size(), list(ids.values()), tokenizer.token_to_id(EOS))
     return folder
 
 
@@ -90,7 +90,7 @@ def _token_id(tokenizer: Tokenizer, piece: bytes | str) -> int:
     return found
 
 
-def _write_model(folder: Path, vocab_size: int, chains: list[list[int]], eos: int) -> None:
+def write_model(folder: Path, vocab_size: int, chains: list[list[int]], eos: int) -> None:
     generator = torch.Generator().manual_seed(7)
     embeddings = torch.nn.functional.normalize(torch.randn(vocab_size, HIDDEN, generator=generator), dim=1)
     embeddings[:, 0] = 1  # of every token: what the second choices look at

@@ -200,7 +200,13 @@ def test_wrong_routes(server: ServerProcess, method: str, path: str, status: int
     ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "prompt"),
     ("/tokenize", {"prompt": 5}, "prompt"), ("/detokenize", {"tokens": [10**7]}, "tokens"),
     ("/detokenize", {"tokens": [-1]}, "tokens"), ("/detokenize", {"tokens": ["a"]}, "tokens"),
-    ("/detokenize", {}, "tokens"),
+    ("/detokenize", {}, "tokens"), ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools"),
+    ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+    ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+    ("/tokenize", {"prompt": "a", "metadata": {}}, "metadata"),
+    ("/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
+    ("/rerank", {"query": "a", "documents": [{"text": "b", "title": "c"}]}, "documents"),
+    ("/score", {"text_1": "a", "text_2": "b", "store": True}, "store"),
 ])
 def test_tokenize_errors(server: ServerProcess, path: str, body: dict[str, Any], param: str) -> None:
     check(server.http.post(path, json=body), 400, param)

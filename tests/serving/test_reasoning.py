@@ -35,6 +35,14 @@ CASES = {
     "qwen-text-and-call": ("qwen3", OPEN, f"Hm\n</think>\n\nI ask.\n{CALL}", "Hm", "I ask.\n", 1),
     "glm-opens": ("glm45", NEITHER, "\n<think>Hm.</think>\nHi", "Hm.", "Hi", 0),
     "kimi-call-ends-it": ("kimi_k2", OPEN, f"Hm.{KIMI_CALL}", "Hm.", "", 1),
+    "qwen-never-closes": ("qwen3", NEITHER, f"<think>\nHm.\n{CALL}\n", "Hm.", "", 1),
+    "qwen-never-closes-two": ("qwen3", OPEN, f"Hm.{CALL}\n{CALL}", "Hm.", "", 2),
+    "r1-only-calls": ("deepseek_r1", NEITHER, CALL, "", "", 1),
+    "qwen-thinks-of-calls-only": ("qwen3", OPEN, f"I'd\n{CALL} or not.", f"I'd\n{CALL} or not.", "", 0),
+    "qwen-breaks-off-in-a-call": ("qwen3", OPEN, f"Hm.\n{CALL[:-4]}", f"Hm.\n{CALL[:-4]}", "", 0),
+    "qwen-thinks-of-many-calls": ("qwen3", OPEN, f"I'd\n{CALL}, {CALL}\n</think>\n{CALL}",
+                                  f"I'd\n{CALL}, {CALL}", "", 1),
+    "glm-never-closes": ("glm45", NEITHER, f"<think>Hm.{CALL}", "Hm.", "", 1),
     "kimi": ("kimi_k2", NEITHER, f"<think>Hm.</think>{KIMI_CALL}", "Hm.", "", 1),
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
+from serving.api.responses import _covering
 from serving.responses_store import ResponseStore
 from tests.serving.recorded_tools import SCRIPTS, TEMPLATE, TOOLS
 from tests.serving.scripted_model import go, write_checkpoint
@@ -113,6 +115,16 @@ def test_a_conversation_goes_on(client: openai.OpenAI, scripted: ServerProcess) 
     assert call.name == "get_weather"
 
 
+def test_going_on_changes_nothing_that_is_kept(client: openai.OpenAI) -> None:
+    """A call that the client adds is one of its own request."""
+    first = ask(client, "text")
+    call = {"type": "function_call", "call_id": "a", "name": "ping", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "a", "output": "x"}
+    counts = {ask(client, "text", previous_response_id=first.id, input=[call, result]).usage.input_tokens
+              for _ in range(3)}
+    assert len(counts) == 1
+
+
 def test_kept_shown_and_deleted(client: openai.OpenAI, scripted: ServerProcess) -> None:
     response = ask(client, "text", metadata={"a": "b"})
     assert client.responses.retrieve(response.id).output_text == response.output_text
@@ -147,13 +159,127 @@ def test_a_prescribed_form(client: openai.OpenAI) -> None:
     ({"input": [{"role": "tool", "content": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
     ({"background": True}, "background"),
-    ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "messages"),
+    ({"tools": [{"type": "web_search"}]}, "tools"), ({"truncation": "auto"}, "truncation"), ({"input": []}, "input"),
     ({"unknown": 1}, "unknown"),
 ])
 def test_what_is_not_built_is_named(scripted: ServerProcess, wish: dict, field: str) -> None:
     answer = scripted.http.post("/v1/responses", json={"input": "x", **wish})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == field
+
+
+TEXT = {"type": "input_text", "text": "x"}
+CALL = {"type": "function_call", "call_id": "a", "name": "ping", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "x"}
+THOUGHT = {"type": "reasoning", "id": "r", "summary": []}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": None}
+
+
+def said(**item: Any) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": "x"}, item]}
+
+
+@pytest.mark.parametrize(("wish", "says"), [
+    (said(role="user", content="x", mood=1), "input.1.mood"),
+    (said(role="user", content=[{**TEXT, "mood": 1}]), "input.1.content.0.mood"),
+    (said(role="assistant", content=[{"type": "refusal", "refusal": "x"}]), "input.1.content.0"),
+    (said(role="user", content=1), "input.1.content"), (said(role="user", content=[1]), "input.1.content.0"),
+    (said(**CALL, mood=1), "input.1.mood"), (said(**CALL, namespace="x"), "input.1.namespace"),
+    (said(**CALL, caller={"type": "program", "caller_id": "x"}), "input.1.caller"),
+    (said(**OUTPUT, mood=1), "input.1.mood"),
+    (said(**OUTPUT | {"output": [{"type": "input_image"}]}), "input.1.output.0"),
+    (said(**THOUGHT, encrypted_content="sealed"), "input.1.encrypted_content"),
+    (said(**THOUGHT, content=[{"type": "output_text", "text": "x"}]), "input.1.content"),
+    (said(**THOUGHT | {"summary": [{"type": "summary_text", "text": "x", "mood": 1}]}), "input.1.summary"),
+    (said(**THOUGHT, mood=1), "input.1.mood"), (said(type="compaction"), "'compaction'"),
+    ({"tools": [{**TOOL, "mood": 1}]}, "tools.0.mood"), ({"tools": [{**TOOL, "defer_loading": True}]}, "defer_loading"),
+    ({"tools": [{**TOOL, "allowed_callers": ["programmatic"]}]}, "tools.0.allowed_callers"),
+    ({"tools": [{**TOOL, "output_schema": {"type": "string"}}]}, "tools.0.output_schema"),
+    ({"tools": [{"type": "custom", "name": "x"}]}, "tools.0: tools of type 'custom'"),
+    ({"tools": [{"type": "web_search", "external_web_access": True}]}, "tools.0: tools of type 'web_search'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "custom", "name": "f"}}, "'custom'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f", "mood": 1}}, "tool_choice.mood"),
+    ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "'web_search'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}}, "'mcp'"),
+    ({"text": {"format": {"type": "text", "mood": 1}}}, "text.format.mood"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}, "mood": 1}}}, "text.format.mood"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"stream": True, "stream_options": {"mood": 1}}, "stream_options.mood"),
+    ({"stream_options": {"include_obfuscation": False}}, "stream_options needs stream"),
+    ({"prompt": {"id": "x"}}, "prompt"), ({"conversation": "x"}, "conversation"), ({"moderation": {}}, "moderation"),
+    ({"context_management": [{"type": "compaction"}]}, "context_management"), ({"image": {}}, "image"),
+    ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+    ({"access_programs": {}}, "access_programs"),
+    ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": 10**6}, "max_output_tokens"),
+])
+def test_refused_by_name(scripted: ServerProcess, wish: dict[str, Any], says: str) -> None:
+    answer = scripted.http.post("/v1/responses", json={"input": "x", **wish})
+    assert answer.status_code == 400, answer.text
+    assert says in answer.json()["error"]["message"]
+
+
+def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
+    wish: dict[str, Any] = {
+        "max_tool_calls": 3, "service_tier": "auto", "safety_identifier": "x", "truncation": "disabled",
+        "background": False, "include": ["reasoning.encrypted_content"], "prompt_cache_retention": "24h",
+        "extra_body": {"client_metadata": {"a": "b"}, "conversation": None, "context_management": []},
+        "tools": [{**tool, "defer_loading": False, "allowed_callers": ["direct"]} for tool in FLAT_TOOLS]}
+    response = ask(client, "text", **wish)
+    assert response.output_text == SCRIPTS["text"] and response.max_tool_calls == 3
+    part = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": []}
+    marked = [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "phase": "commentary",
+               "content": [part]}, {"role": "user", "content": [{"type": "input_text", "text": go("text")}]}]
+    assert ask(client, "text", input=marked).output_text == SCRIPTS["text"]
+
+
+def test_logprobs_are_those_of_a_chat(client: openai.OpenAI) -> None:
+    """Of the text's tokens, with as many alternatives as asked for; of thinking and calls there are none."""
+    include: Any = ["message.output_text.logprobs"]
+    said = ask(client, "text", include=include, top_logprobs=3).output[0].content[0]
+    chat = client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": go("text")}],
+                                          temperature=0, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    shown, expected = ([entry.model_dump() for entry in entries] for entries in (said.logprobs, chat))
+    assert shown == expected[:len(shown)]
+    assert b"".join(bytes(entry.bytes) for entry in said.logprobs).decode() == said.text
+    assert all(len(entry.top_logprobs) == 3 for entry in said.logprobs)
+    for script in ("thinks", "calls"):
+        [message] = [item for item in ask(client, script, include=include, tools=FLAT_TOOLS).output
+                     if item.type == "message"]
+        text = b"".join(bytes(entry.bytes) for entry in message.content[0].logprobs).decode()
+        assert message.content[0].text.strip() in text
+        assert "let me see" not in text and "get_weather" not in text
+    assert ask(client, "text").output[0].content[0].logprobs == []
+
+
+def test_logprobs_of_a_piece_that_holds_more_than_text() -> None:
+    """Several tokens at once: the text has those that cover it, at the side where it stands."""
+    entries = [{"token": token, "bytes": list(token.encode())} for token in ("é", "</think>", "Just", " this")]
+    assert _covering(entries, "Just this", from_end=True) == entries[2:]
+    assert _covering(entries, "ust this", from_end=True) == entries[2:]
+    assert _covering(entries, "é", from_end=False) == entries[:1]
+    assert _covering(entries, "", from_end=True) == _covering(entries, "", from_end=False) == []
+
+
+def test_thoughts_are_given_back_to_templates_that_want_them(tmp_path: Path) -> None:
+    template = ("{%- for m in messages %}{{ '<|' + m.role + '|>' }}{%- if m.reasoning_content %}"
+                "{{ '<think>' + m.reasoning_content + '</think>' }}{%- endif %}{{ m.content }}"
+                "{%- for c in m.tool_calls or [] %}{{ c.function.name }}{%- endfor %}{%- endfor %}")
+    folder = write_checkpoint(tmp_path / "model", {"a": "Yes."}, template)
+    thought = {**THOUGHT, "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    summed = {**THOUGHT, "summary": [{"type": "summary_text", "text": "Hm."}], "encrypted_content": None}
+    with ServerProcess(tmp_path / "log.txt", str(folder), "--tool-call-parser", "hermes") as server:
+        def num_tokens(*items: dict[str, Any]) -> int:
+            answer = server.http.post("/v1/responses", json={"input": [*items, {"role": "user", "content": "x"}],
+                                                             "max_output_tokens": 1})
+            assert answer.status_code == 200, answer.text
+            return answer.json()["usage"]["input_tokens"]
+
+        said = {"role": "assistant", "content": "So."}
+        for answer in (said, CALL):
+            extra = len("<think>Hm.</think>")
+            assert num_tokens(thought, answer) == num_tokens(summed, answer) == num_tokens(answer) + extra
+        assert num_tokens(thought) == num_tokens() + len("<|assistant|><think>Hm.</think>")
 
 
 def test_the_store_is_bounded() -> None:

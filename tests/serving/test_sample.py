@@ -37,7 +37,8 @@ def test_a_match_at_the_very_beginning_has_no_distribution(server: ServerProcess
     ({"selector": {"value": "absent"}}, "selector"), ({"selector": {"value": ""}}, "selector"),
     ({"selector": {"type": "regex", "value": "x"}}, "selector"), ({"logprobs": 0}, "logprobs"),
     ({"logprobs": 6}, "logprobs"), ({"prompt": "[MASK]" * 2000}, "selector"), ({"temperature": 1}, "temperature"),
-    ({"prompt": ""}, "selector"),
+    ({"prompt": ""}, "selector"), ({"pooling": "mean"}, "pooling"), ({"normalize": True}, "normalize"),
+    ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
 ])
 def test_what_is_wrong_is_named(server: ServerProcess, change: dict, field: str) -> None:
     answer = server.http.post("/v1/sample", json={"prompt": PROMPT, "selector": {"value": "[MASK]"}} | change)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import pytest
 from starlette.types import Message
 
-from serving.api.sse import DONE, EventStream
+from serving.api.sse import DONE, EventStream, event, named
+
+
+@pytest.mark.parametrize("write", [event, named])
+def test_readers_of_lines_find_whole_events(write: Callable[[dict[str, Any]], bytes]) -> None:
+    """Whatever `str.splitlines` takes for the end of a line, and characters whose bytes look alike."""
+    ends = [chr(code) for code in range(0x110000) if len(f"a{chr(code)}b".splitlines()) > 1]
+    assert {"\u0085", "\u2028", "\u2029", "\n", "\x1c"} <= set(ends)
+    content = {"type": "x", "text": "".join(ends), "alike": "\u2027\u202a\u0084\u0086\u00c2\u0385 \\u2028 😀"}
+    lines = write(content).decode().splitlines()
+    assert lines.pop() == "" and lines[:-1] in ([], ["event: x"])
+    assert json.loads(lines[-1].removeprefix("data: ")) == content
 
 
 class Connection:

@@ -281,6 +281,57 @@ def test_unknown_format_is_said_and_forcing_still_works(server: ServerProcess) -
     check_arguments("find", json.loads(call["function"]["arguments"]))
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_all_that_the_model_sees(scripted: ServerProcess, mode: str) -> None:
+    def answer(path: str, **body: Any) -> Any:
+        found = scripted.http.post(path, json={"temperature": 0, **body})
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    ask_for = {"messages": [{"role": "user", "content": go("calls")}], "max_tokens": 200}
+    allowed = [{"type": "function", "function": {"name": "ping"}}]
+    choice: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
+    chosen = answer("/v1/chat/completions", **ask_for, tools=TOOLS, tool_choice=choice)
+    alone = answer("/v1/chat/completions", **ask_for, tools=[TOOLS[1]], tool_choice=mode)
+    assert chosen["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
+    if mode == "required":
+        assert {call["function"]["name"] for call in chosen["choices"][0]["message"]["tool_calls"]} == {"ping"}
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "ping"}]}
+    response = answer("/v1/responses", input=go("calls"), max_output_tokens=200, tools=flat, tool_choice=choice)
+    assert response["usage"]["input_tokens"] == alone["usage"]["prompt_tokens"]
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(("wish", "says"), [
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0: tools of type 'custom'"),
+    ({"tools": [{"type": "function", "function": FUNCTION, "mood": 1}]}, "tools.0.mood"),
+    ({"tools": [{"type": "function", "function": {**FUNCTION, "mood": 1}}]}, "tools.0.function.mood"),
+    ({"tools": [{"type": "function", "function": {**FUNCTION, "strict": "yes"}}]}, "tools.0.function.strict"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f", "mood": 1}}}, "tool_choice.function.mood"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}, "mood": 1}}, "tool_choice.mood"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": []}}},
+     "allowed_tools must be"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+        {"type": "function", "function": {"name": "g"}}]}}}, "no tool 'g'"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "custom"}]}}},
+     "allowed_tools.tools.0"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "mood": 1, "tools": [
+        {"type": "function", "function": {"name": "f"}}]}}}, "allowed_tools.mood"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"stream": True, "stream_options": {"mood": 1}}, "stream_options.mood"),
+])
+def test_members_of_tools_and_choices(scripted: ServerProcess, wish: dict[str, Any], says: str) -> None:
+    tools = [{"type": "function", "function": FUNCTION}]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools, **wish}
+    answer = scripted.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert says in answer.json()["error"]["message"]
+
+
 def test_unknown_parser_name_is_refused_at_once() -> None:
     from serving.config import ChatSettings, ServerConfig
 
@@ -305,7 +356,7 @@ def test_special_markers_named_parser_and_own_template(tmp_path: Path) -> None:
                 "chat_template_kwargs": {"n": 5}}
         tokens = server.http.post("/tokenize", json=body).json()["tokens"]
         assert server.http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "xxxxx"
-        endless = {**body, "chat_template": ENDLESS}
+        endless = {"messages": body["messages"], "chat_template": ENDLESS}
         refused = server.http.post("/tokenize", json=endless)
         assert refused.status_code == 400
         assert "seconds" in refused.json()["error"]["message"]

@@ -49,6 +49,58 @@ def test_parsed_stream(client: openai.OpenAI) -> None:
     assert sum(event.type == "content.delta" for event in events) > 3
 
 
+TOGETHER = {"type": "json_object", "schema": SCHEMA}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_object_with_a_schema(client: openai.OpenAI, stream: bool) -> None:
+    """llama.cpp's, Together's and Anyscale's way to say json_schema."""
+    for seed in range(3):
+        arguments = {"model": "demo", "temperature": 1.3, "seed": seed, "extra_body": {"response_format": TOGETHER}}
+        if stream:
+            chunks = client.completions.create(prompt="x = ", stream=True, max_tokens=60, **arguments)
+            text = "".join(chunk.choices[0].text for chunk in chunks)
+        else:
+            text = client.chat.completions.create(messages=MESSAGES, **arguments).choices[0].message.content
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize(("wish", "member"), [
+    ({"type": "json_schema"}, "response_format.json_schema "),
+    ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema "),
+    ({"type": "json_schema", "json_schema": {"name": "x", "schema": None}}, "response_format.json_schema.schema "),
+    ({"type": "json_schema", "json_schema": {"name": "x"}, "schema": SCHEMA}, "response_format.schema is unknown"),
+    ({"type": "json_schema", "schema": SCHEMA}, "response_format.schema is unknown"),
+    ({"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": "yes"}},
+     "response_format.json_schema.strict "),
+    ({"type": "json_schema", "json_schema": {"schema": SCHEMA, "name": 5}}, "response_format.json_schema.name "),
+    ({"type": "json_schema", "json_schema": {"schema": SCHEMA, "description": []}},
+     "response_format.json_schema.description "),
+    ({"type": "json_schema", "json_schema": {"schema": SCHEMA, "shema": {}}}, "response_format.json_schema.shema "),
+    ({"type": "json_object", "schema": "{}"}, "response_format.schema "),
+    ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, "response_format.json_schema is unknown"),
+    ({"type": "json_object", "strict": True}, "response_format.strict is unknown"),
+    ({"type": "text", "schema": SCHEMA}, "response_format.schema is unknown"),
+    ({"type": "structural_tag", "format": {"type": "json_schema"}}, "response_format.format is unknown"),
+    ({"type": ["json_object"]}, "response_format.type "),
+], ids=lambda value: json.dumps(value)[:70] if isinstance(value, dict) else None)
+def test_members_of_a_format_are_honoured_or_refused_by_name(server: ServerProcess, wish: dict, member: str) -> None:
+    """vllm#11363: a json_schema without its schema."""
+    for path, prompt in (("/v1/chat/completions", {"messages": MESSAGES}), ("/v1/completions", {"prompt": "x"})):
+        response = server.http.post(path, json={**OPTIONS, **prompt, "response_format": wish})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"].startswith(member)
+        assert response.json()["error"]["param"] == "response_format"
+
+
+def test_what_fails_midway_by_its_own_parameters_is_not_the_server_s_fault(server: ServerProcess) -> None:
+    body = {**OPTIONS, "prompt": "x", "structured_outputs": {"regex": "xy"}, "allowed_token_ids": [5]}
+    response = server.http.post("/v1/completions", json=body)
+    assert response.status_code == 422
+    assert "no token is left" in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize("strict", [True, False, None])
 def test_json_schema(client: openai.OpenAI, strict: bool | None) -> None:
     answer = client.chat.completions.create(messages=MESSAGES, response_format=schema_format(SCHEMA, strict=strict),
@@ -111,6 +163,13 @@ def test_structured_outputs_of_both_apis(client: openai.OpenAI, wish: dict, patt
     ({"structured_outputs": {"choice": []}}, "structured_outputs"),
     ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs"),
     ({"structured_outputs": {"regx": "a"}}, "structured_outputs"),
+    ({"structured_outputs": {"json_object": 1}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "foo**"}}, "structured_outputs"),
+    ({"response_format": schema_format({"type": "string", "pattern": "foo**"})}, "response_format"),
+    ({"response_format": schema_format({"type": "object", "properties": {"a": {}}, "additionalProperties": False,
+                                        "patternProperties": {"^a$": {}}})}, "response_format"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {
+        "properties": {"a": {"type": "string", "pattern": "foo**"}}}}}], "tool_choice": "required"}, "tools"),
     ({"structured_outputs": {"regex": "a", "whitespace_pattern": "b"}}, "structured_outputs"),
     ({"structured_outputs": ["a"]}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),

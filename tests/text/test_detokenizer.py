@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.tiny_tokenizers import KINDS
-from xllm.detokenizer import ByteStream, Detokenizer, WindowStream
+from xllm.detokenizer import Detokenizer
 from xllm.request import SamplingParams
+from xllm.text_stream import ByteStream, WindowStream
 from xllm.tokenizer import Tokenizer, load_tokenizer
 
 CHARACTERS = st.one_of(st.sampled_from("ab .,\n▁�é机器学🇩🇪😀👩\u200d👧e\u0301ش한"),
@@ -63,7 +64,7 @@ def test_texts_stream_whole_characters(tokenizers, kind, text, cuts):
 def test_byte_and_window_streams_agree_on_text(tokenizers, data):
     tokenizer = tokenizers["byte_level"]
     ids = tokenizer.encode(data.draw(TEXTS), add_special_tokens=False)
-    fast, slow = ByteStream(tokenizer, True), WindowStream(tokenizer, True)
+    fast, slow = (kind(tokenizer, (), SamplingParams()) for kind in (ByteStream, WindowStream))
     assert ("".join(map(fast.push, ids)) + fast.flush()) == ("".join(map(slow.push, ids)) + slow.flush())
 
 

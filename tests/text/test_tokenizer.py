@@ -70,12 +70,21 @@ CHATS = {
 }
 
 
+# What these templates drop, which transformers lets them: calls, tools, names and variables; more than 40 messages.
+DROPPED = {*((kind, "many") for kind in ("byte_level", "byte_level_bos")),
+           *(("bundled", case) for case in ("tool-call", "tools", "null", "variable"))}
+
+
 @pytest.mark.parametrize("case", CHATS)
 @pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "bundled"])
 def test_chat_equals_transformers(folders, reference_of, kind, case):
     messages, options = CHATS[case]
     tokenizer, reference = load_tokenizer(folders[kind]), reference_of(folders[kind])
     options = {"add_generation_prompt": True, **options}
+    if (kind, case) in DROPPED:
+        with pytest.raises(RequestError, match=r"messages\.\d+\.|tools|chat_template_kwargs\."):
+            tokenizer.render_chat(messages, **options)
+        return
     expected = reference.apply_chat_template(messages, tokenize=False, **options)
     assert tokenizer.render_chat(messages, **options) == expected
     ids = reference.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
@@ -199,3 +208,13 @@ def test_long_texts_are_encoded_like_short_ones(tokenizer):
     with pytest.raises(RequestError, match=f"lone surrogate at character {len(text)}") as caught:
         tokenizer.encode(text + "\ud800", field="messages")
     assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "sentencepiece_like", "metaspace"])
+@pytest.mark.parametrize("text", ["dog", " dog", "  dog", "o", "the lazy dog"])
+def test_a_text_that_goes_on_another_is_its_tokens_bytes(folders, kind, text):
+    """Nothing is put before it, so a banned word is banned with and without a blank."""
+    tokenizer = load_tokenizer(folders[kind])
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode_continuation(text))).decode() == text
+    with pytest.raises(RequestError, match="surrogate"):
+        tokenizer.encode_continuation("\ud800")

@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 
+from serving.output_file import check_output
 from tools.trace_request.recorder import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +181,8 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("flags", nargs="*", help="of `xllm serve`, after --")
     args = parser.parse_args()
+    if args.json is not None:
+        check_output(args.json, [Path(flag) for flag in args.flags])
     trace = record(args.flags, args.max_tokens)
     print(table(trace))
     if args.json is not None:

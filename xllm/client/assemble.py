@@ -16,7 +16,10 @@ from xllm.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class Piece:
-    """What is new in one completion. finish_reason: 'stop', 'length', 'abort' or 'error', on the last piece only."""
+    """What is new in one completion. finish_reason: 'stop', 'length', 'abort' or 'error', on the last piece only.
+
+    offsets: of each token the characters of the completion's text before it, with `logprobs`; none without a text.
+    """
 
     index: int
     text: str
@@ -25,6 +28,7 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     is_first: bool = False
+    offsets: Sequence[int] = ()
 
 
 class Completion:
@@ -48,12 +52,23 @@ class Completion:
         self.last_token_s: float | None = None
         self.end_s: float | None = None
         wants_text = tokenizer is not None and request.sampling.detokenize
-        self._detokenizer = Detokenizer(tokenizer, request.sampling) if tokenizer and wants_text else None
+        self._detokenizer = (Detokenizer(tokenizer, request.sampling, request.prompt_token_ids)
+                             if tokenizer and wants_text else None)
 
     @property
     def text(self) -> str:
         """All of it so far."""
         return self._detokenizer.text if self._detokenizer else ""
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Of each token the characters of `text` before it, where log-probabilities were asked for; else none."""
+        return (self._detokenizer.offsets or ()) if self._detokenizer else ()
+
+    @property
+    def num_replaced(self) -> int:
+        """Characters at the end of the prompt's decoded text that `text` replaces, having completed them."""
+        return self._detokenizer.num_replaced if self._detokenizer else 0
 
     def feed(self, delta: OutputDelta, now_s: float) -> Piece:
         """Take a delta in; not after the end."""
@@ -73,7 +88,8 @@ class Completion:
         if self.finish_reason is not None:
             self.end_s = now_s
         self._collect(delta)
-        return Piece(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, is_first)
+        offsets = self.offsets[len(self.token_ids) - len(token_ids):] if logprobs else ()
+        return Piece(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, is_first, offsets)
 
     def _detokenize(self, detokenizer: Detokenizer, delta: OutputDelta) -> str:
         text = detokenizer.feed(delta.token_ids, hide_last=delta.finish_reason is FinishReason.STOP)

@@ -36,6 +36,10 @@ class Origin(Protocol):
         """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
         ...
 
+    def is_coming(self, item: int, digest: bytes) -> bool:
+        """Whether it could not be taken only because its contents are on their way to it."""
+        ...
+
     def give_back(self, items: np.ndarray) -> None:
         """The copy is over."""
         ...
@@ -44,8 +48,8 @@ class Origin(Protocol):
         """These contents now lie in those slots as well."""
         ...
 
-    def ended(self, path: Path) -> None:
-        """The path will be written no further."""
+    def ended(self, path: Path) -> bool:
+        """The path will be written no further; whether what is not written goes down another way."""
         ...
 
 
@@ -77,8 +81,10 @@ class Demoter:
     """Writes paths from one tier into `target`. Owned by the KV manager's thread."""
 
     def __init__(self, origin: Origin, target: TierIndex, moves: OpenMoves,
-                 on_error: Callable[[MoveError], None]):
-        """on_error: told why a copy failed."""
+                 on_error: Callable[[MoveError], None], shall_wait: Callable[[Path, bool], bool] = lambda *_: False):
+        """on_error: told why a copy failed. shall_wait(path, begun): whether a path shall not begin now, or, begun and
+        without a slot to go on to, not end now; `pump` then has to be called when that may have changed."""
+        self._shall_wait = shall_wait
         self._origin, self._target, self._moves, self._on_error = origin, target, moves, on_error
         self._queue: list[tuple[int, int, Path]] = []
         self._order = itertools.count()
@@ -97,11 +103,15 @@ class Demoter:
     def num_queued(self) -> int:
         return len(self._queue) + (self._active is not None)
 
+    @property
+    def num_queued_blocks(self) -> int:
+        return sum(len(path.items) for _, _, path in self._queue)
+
     def add(self, path: Path) -> bool:
         """Queue a path; False if the queue is full or the tier has failed."""
         if self.disabled or len(self._queue) >= MAX_QUEUED_PATHS:
-            self.num_cut += len(path.items)
-            self._origin.ended(path)
+            if not self._origin.ended(path):
+                self.num_cut += len(path.items)
             return False
         heapq.heappush(self._queue, (path.priority, next(self._order), path))
         self.pump()
@@ -118,14 +128,15 @@ class Demoter:
         while self._in_flight < 2:
             path = self._active
             if path is None:
-                if not self._queue:
+                if not self._queue or self._shall_wait(self._queue[0][2], False):
                     return
                 path = self._active = heapq.heappop(self._queue)[2]
                 self._begin(path)
             if self._queue and self._queue[0][0] < path.priority:
                 path.cut = path.overtaken = True
             if not path.cut and path.submitted < len(path.items):
-                self._submit(path)
+                if not self._submit(path):
+                    return
             elif self._in_flight:
                 return
             else:
@@ -145,7 +156,8 @@ class Demoter:
             self._origin.written(path.items[:known], path.digests[:known], path.slots[:known])
         path.done = path.submitted = known
 
-    def _submit(self, path: Path) -> None:
+    def _submit(self, path: Path) -> bool:
+        """Begin the next chunk, or cut the path. False: it waits for slots."""
         first = path.submitted
         last = min(first + self._chunk, len(path.items))
         items, digests = path.items[first:last], path.digests[first:last]
@@ -153,9 +165,12 @@ class Demoter:
         slots = self._target.reserve(num)
         if len(slots) < num:
             self._origin.give_back(items[len(slots) : num])
-        path.cut = len(slots) < last - first
+            waits = self._shall_wait(path, True)
+        else:
+            waits = num < last - first and self._origin.is_coming(int(items[num]), digests[num])
+        path.cut = len(slots) < last - first and not waits
         if not len(slots):
-            return
+            return not waits
         last = first + len(slots)
         path.slots[first:last] = slots
         path.submitted = last
@@ -163,6 +178,7 @@ class Demoter:
         names = path.names(first, last) if self._origin.lane == WRITE else ((), ())  # disk keeps them beside the block
         self._moves.submit(self._origin.lane, path.priority, path.items[first:last], slots,
                            functools.partial(self._finish, path, first, last), digests=names[0], parents=names[1])
+        return True
 
     def _finish(self, path: Path, first: int, last: int, done: MoveDone) -> None:
         """A chunk has been written, or not."""
@@ -193,6 +209,6 @@ class Demoter:
             again = Path(path.items, path.digests, path.priority, path.lease)
             heapq.heappush(self._queue, (again.priority, next(self._order), again))
             return
-        self.num_cut += len(path.items) - path.done
         self._target.use(path.slots[: path.done])
-        self._origin.ended(path)
+        if not self._origin.ended(path):
+            self.num_cut += len(path.items) - path.done

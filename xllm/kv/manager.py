@@ -16,6 +16,7 @@ from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.events import EventSink
 from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
+from xllm.kv.lift import Lift
 from xllm.kv.moves import LOAD, SAVE
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Stage
@@ -306,6 +307,10 @@ class KVManager:
     def stage(self, extension: Extension, priority: int) -> Stage:
         """Bring what lies on disk to host memory."""
         return self.source.stage(extension, priority)
+
+    def lift(self, match: PrefixMatch, extension: Extension, priority: int) -> Lift:
+        """Bring what follows the hit on disk to the device past host memory."""
+        return self.source.lift(match.block_ids, extension, priority)
 
     def load(self, key: int, match: PrefixMatch, extension: Extension, priority: int) -> tuple[int, ...]:
         """Bring what host memory has behind the hit to the device, and `hold` the whole path under `key`; returns the

@@ -151,6 +151,7 @@ class OpenMoves:
         self._ready: deque[MoveDone] = deque()  # received, and their submitters not told
         self._last_number = 0
         self._foreground = False
+        self.on_ended: Callable[[], None] = lambda: None  # called when the submitters of ended moves have been told
 
     def __len__(self) -> int:
         return len(self._open)
@@ -175,6 +176,8 @@ class OpenMoves:
             self.stats[move.lane].count(move.num_bytes, done.busy_s, done.wait_s)
             finish(done)
             count += 1
+        if count:
+            self.on_ended()
         return count
 
     def wait(self, timeout_s: float) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import Path
-from xllm.kv.moves import SAVE, WRITE
+from xllm.kv.moves import NO_TICKET, SAVE, WRITE
 from xllm.kv.prefix_index import PrefixIndex
 from xllm.kv.tier_index import TierIndex
 
@@ -19,19 +19,25 @@ class DeviceOrigin:
     lane = SAVE
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, slot_of_block: np.ndarray,
-                 on_saved: Callable[[np.ndarray], None]):
-        """slot_of_block: int32 [num_blocks], the host slot that holds the same contents; written here.
-        on_saved(slots): this path is in host memory."""
+                 ticket_of: np.ndarray, on_saved: Callable[[Path], bool]):
+        """ticket_of: int64 [num_blocks], the load that a block waits for, or NO_TICKET. slot_of_block: int32
+        [num_blocks], the host slot that holds the same contents; written here.
+        on_saved(path): it is in host memory as far as it is done; whether somebody else copies the rest, and ends its
+        lease."""
         self._index, self._pool, self._slot_of_block, self._on_saved = index, pool, slot_of_block, on_saved
+        self._ticket_of = ticket_of
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         num = 0
         for block, digest in zip(items.tolist(), digests):
-            if self._index.find(digest) != block:
+            if self._index.find(digest) != block or self._ticket_of[block] != NO_TICKET:
                 break
             num += 1
         self._pool.pin(items[:num])
         return num
+
+    def is_coming(self, item: int, digest: bytes) -> bool:
+        return self._index.find(digest) == item and bool(self._ticket_of[item] != NO_TICKET)
 
     def give_back(self, items: np.ndarray) -> None:
         self._pool.unpin(items)
@@ -41,11 +47,15 @@ class DeviceOrigin:
             if self._index.find(digest) == block:
                 self._slot_of_block[block] = slot
 
-    def ended(self, path: Path) -> None:
+    def ended(self, path: Path) -> bool:
+        goes_on = self._on_saved(path)
+        if not goes_on:
+            self.end_lease(path)
+        return goes_on
+
+    def end_lease(self, path: Path) -> None:
         if path.lease is not None:
             self._pool.end_lease(path.lease)
-        if path.done:
-            self._on_saved(path.slots[: path.done])
 
 
 class HostOrigin:
@@ -60,11 +70,15 @@ class HostOrigin:
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
         return len(items)
 
+    def is_coming(self, item: int, digest: bytes) -> bool:
+        return False
+
     def give_back(self, items: np.ndarray) -> None:
         pass
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
         self._disk_of_slot[items] = slots
 
-    def ended(self, path: Path) -> None:
+    def ended(self, path: Path) -> bool:
         self._host.let_go(path.items)
+        return False

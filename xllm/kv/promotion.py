@@ -8,7 +8,7 @@ forgotten with all that follows it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,18 +42,19 @@ class Loader:
         self.ticket_of = np.full(pool.num_blocks, NO_TICKET, dtype=np.int64)
         self.num_loaded = 0
         self._open: dict[int, Load] = {}  # by ticket
+        self._passing: dict[int, np.ndarray] = {}  # by ticket: the blocks of loads from slots that keep nothing
         self._last_ticket = NO_TICKET
 
     @property
     def num_open(self) -> int:
-        return len(self._open)
+        return len(self._open) + len(self._passing)
 
     @property
     def open_loads(self) -> list[Load]:
         return list(self._open.values())
 
     def is_open(self, ticket: int) -> bool:
-        return ticket in self._open
+        return ticket in self._open or ticket in self._passing
 
     def load(self, resident: np.ndarray, host_path: np.ndarray, priority: int) -> np.ndarray:
         """Bring the rest of a path to the device; returns the device blocks of the whole path, which are findable now.
@@ -63,20 +64,42 @@ class Loader:
         """
         slots = host_path[len(resident) :]
         self._pool.share(resident)
-        new = self._pool.allocate(len(slots))
         self._host.hold(host_path)
         digests = [self._host.digest_of(slot) for slot in slots.tolist()]
-        parents = np.concatenate((resident[-1:] if len(resident) else [NO_BLOCK], new[:-1])).astype(np.int32)
-        self._index.insert_many(digests, new, parents)
-        self._pool.admit(new, digests, parents)
-        ticket = self._last_ticket = self._last_ticket + 1
-        self.ticket_of[new] = ticket
+        new, ticket = self._begin(int(resident[-1]) if len(resident) else NO_BLOCK, digests)
         load = Load(ticket, np.concatenate((resident, new)).astype(np.int32), new, host_path)
         self._open[ticket] = load
         if failpoints.armed is not None:
             failpoints.hit("tier.load_begun")
         self._moves.submit(LOAD, priority, slots, new, functools.partial(self._finish, load), ticket=ticket)
         return load.path
+
+    def load_through(self, parent: int, digests: Sequence[bytes], slots: np.ndarray, priority: int,
+                     on_loaded: Callable[[], None]) -> np.ndarray:
+        """Bring blocks that follow the device block `parent` (NO_BLOCK: the first ones) from host slots whose contents
+        cannot be found there; returns the device blocks, which are findable now and held by the caller. on_loaded: told
+        when the slots are free."""
+        new, ticket = self._begin(parent, digests)
+        self._passing[ticket] = new
+        finish = functools.partial(self._passed, ticket, on_loaded)
+        self._moves.submit(LOAD, priority, slots, new, finish, ticket=ticket)
+        return new
+
+    def _passed(self, ticket: int, on_loaded: Callable[[], None], done: MoveDone) -> None:
+        if done.error is not None:
+            raise DeviceError(f"KV could not be loaded to the device: {done.error.message}")
+        self.ticket_of[self._passing.pop(ticket)] = NO_TICKET
+        on_loaded()
+
+    def _begin(self, parent: int, digests: Sequence[bytes]) -> tuple[np.ndarray, int]:
+        """Device blocks for these contents, behind `parent`, and the ticket by which they are waited for."""
+        new = self._pool.allocate(len(digests))
+        parents = np.concatenate(([parent], new[:-1])).astype(np.int32)
+        self._index.insert_many(digests, new, parents)
+        self._pool.admit(new, digests, parents)
+        ticket = self._last_ticket = self._last_ticket + 1
+        self.ticket_of[new] = ticket
+        return new, ticket
 
     def _finish(self, load: Load, done: MoveDone) -> None:
         """All layers have arrived, or the device has failed."""

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from xllm.kv.lift import Lift
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
 from xllm.metrics import LaneStats, TierStats
@@ -82,6 +83,13 @@ class KVSource(Protocol):
 
     def stage(self, extension: Extension, priority: int) -> Stage:
         """Bring what lies on disk to host memory, or join whoever does already."""
+        ...
+
+    def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
+        """Bring what lies on disk to the device past host memory, which has no room for it.
+
+        resident: the device blocks that begin the path; the lift holds them, and what it brings, until it is done.
+        """
         ...
 
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
@@ -174,6 +182,9 @@ class NoSource:
 
     def stage(self, extension: Extension, priority: int) -> Stage:
         raise AssertionError("there is nothing to stage")
+
+    def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
+        raise AssertionError("there is nothing to lift")
 
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
         raise AssertionError("there is nothing to load")

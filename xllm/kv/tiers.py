@@ -24,8 +24,10 @@ from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
+from xllm.kv.lift import Lift, Lifter
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
+from xllm.kv.passage import Passage
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
@@ -33,7 +35,8 @@ from xllm.kv.source import NO_EXTENSION, Extension, SourceStats
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 from xllm.metrics import LaneStats, TierStats
 
-MAX_WRITING_SHARE = 0.5  # of the host slots may be held for writing to disk
+MAX_WRITING_SHARE = 0.5  # of the host slots held: then no further path begins to be saved while disk is written
+MAX_WAITING_SHARE = 0.5  # of the device's blocks in paths that wait to be saved: then host memory goes before disk
 ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet
 # A swap's blocks are kept so long for their copy to begin. It was begun because copying is sooner than computing anew:
 # after this long it is not, and the lane in front of it is stuck. A hung worker is declared dead after the same time.
@@ -64,12 +67,17 @@ class TieredStore:
         self.disk_of_slot = np.full(num_slots, NO_SLOT, dtype=np.int32)
         self.host = TierIndex(num_slots, make_policy(num_slots), self._host_removed)
         self.loader = Loader(index, pool, self.host, moves)
-        device = DeviceOrigin(index, pool, self.slot_of_block, self.write_down)
-        self.saver = Demoter(device, self.host, moves, self._save_failed)
+        device = DeviceOrigin(index, pool, self.slot_of_block, self.loader.ticket_of, self._saved)
+        self.saver = Demoter(device, self.host, moves, self._save_failed, self._shall_wait)
         self.disk: TierIndex | None = None
+        self.flushing = False
         if facts.num_disk_slots:
             self.disk = TierIndex(facts.num_disk_slots, make_policy(facts.num_disk_slots), self._disk_removed)
             self.writer = Demoter(HostOrigin(self.host, self.disk_of_slot), self.disk, moves, self._disk_failed)
+            self.passage = Passage(device, self.host, self.disk, moves, self._disk_failed,
+                                   lambda: not self.writer.is_idle)
+            self.lifter = Lifter(index, pool, self.host, self.disk, self.loader, moves, self.slot_of_block)
+            moves.on_ended = self._go_on
             self.stager = Stager(self.host, self.disk, moves, self._staged)
             self._warm_start(facts.stored)
 
@@ -109,6 +117,17 @@ class TieredStore:
         """Of the last blocks of a path: a turn adds few, so that the end of the one before is among them."""
         return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
 
+    def _saved(self, path: Path) -> bool:
+        """A path lies in host memory, up to its end or as far as there was room. Whether the rest goes to disk."""
+        if path.done:
+            self.write_down(path.slots[: path.done])
+        if path.done == len(path.items) or self.disk is None or self.writer.disabled:
+            return False
+        if self._index.find(path.digests[path.done]) != path.items[path.done]:
+            return False  # the device has given it up
+        self.passage.add(path, path.done)
+        return True
+
     def write_down(self, slots: np.ndarray) -> None:
         """Copy a path of host slots to disk, as far as it is not there and the queue allows."""
         if self.disk is None:
@@ -118,11 +137,32 @@ class TieredStore:
         self.disk.use(on_disk[: int(missing.argmax())] if missing.any() else on_disk)
         if not missing.any() or self.writer.disabled:
             return
-        if self.host.num_held + len(slots) > MAX_WRITING_SHARE * self.host.num_slots:
+        if self._is_writing_much(len(slots)) and self._is_pressed:
             self.writer.num_cut += int(missing.sum())
             return
         self.host.hold(slots)
         self.writer.add(Path(slots, [self.host.digest_of(slot) for slot in slots.tolist()], NORMAL))
+
+    def _shall_wait(self, path: Path, begun: bool) -> bool:
+        """Whether a path on its way to host memory waits until what lies there is on disk, rather than take its place:
+        unless sequences end faster than disk takes them."""
+        if self.disk is None or self.writer.is_idle or self._is_pressed:
+            return False
+        return begun or (path.priority > URGENT and self._is_writing_much(len(path.items)))
+
+    def _go_on(self) -> None:
+        """Moves have ended: what waited for slots may find some."""
+        self.saver.pump()
+        self.passage.pump()
+        self.lifter.pump()
+
+    def _is_writing_much(self, num_more: int) -> bool:
+        return not self.writer.is_idle and self.host.num_held + num_more > MAX_WRITING_SHARE * self.host.num_slots
+
+    @property
+    def _is_pressed(self) -> bool:
+        """Whether so much waits to be saved that the device may have to give it up."""
+        return not self.flushing and self.saver.num_queued_blocks > MAX_WAITING_SHARE * self._pool.num_usable
 
     # --- finding and bringing up
 
@@ -170,6 +210,9 @@ class TieredStore:
         last = self.disk.digest_of(int(extension.disk_path[-1]))
         return self.stager.find(last) or self.stager.stage(extension.disk_path, extension.host_path, priority)
 
+    def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
+        return self.lifter.lift(resident, extension.disk_path, priority)
+
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
         path = self.loader.load(resident, extension.host_path, priority)
         self.slot_of_block[path] = extension.host_path
@@ -196,7 +239,7 @@ class TieredStore:
 
     @property
     def num_loading(self) -> int:
-        return self.loader.num_open
+        return self.loader.num_open + (0 if self.disk is None else len(self.lifter.open_lifts))
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
         return self.loader.open_tickets(block_ids) if self.loader.num_open else ()
@@ -236,6 +279,7 @@ class TieredStore:
 
     def flush(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> bool:
         """Copy every findable block of the device down, as far as there is time and room; whether all was done."""
+        self.flushing = True
         for path in self._device_paths():
             if failpoints.armed is not None:
                 failpoints.hit("tier.flush")
@@ -299,6 +343,7 @@ class TieredStore:
             raise DeviceError(f"KV could not be written to disk: {error.message}")
         if not self.writer.disabled:
             self.writer.disable()
+            self.passage.disable()
             self._on_disk_error(error.message)
 
     def _warm_start(self, stored: StoredBlocks) -> None:
@@ -310,8 +355,9 @@ class TieredStore:
 
     def stats(self, missed_total: dict[str, int]) -> SourceStats:
         pool, disk = self._pool, self.disk
+        unsaved = self.saver.num_cut + (self.passage.num_cut if disk else 0)
         device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
-                           unsaved_total=self.saver.num_cut, evicted_total=pool.num_evicted)
+                           unsaved_total=unsaved, evicted_total=pool.num_evicted)
         tiers = {"device": device, "host": _tier_stats(self.host, self.writer.num_cut if disk else 0, {})}
         if disk is not None:
             tiers["disk"] = _tier_stats(disk, 0, missed_total)
@@ -324,7 +370,8 @@ class TieredStore:
                            is_disk_up=disk is not None and not self.writer.disabled)
 
     def held_paths(self) -> list[np.ndarray]:
-        return [load.path for load in self.loader.open_loads]
+        lifts = [] if self.disk is None else self.lifter.open_lifts
+        return [load.path for load in self.loader.open_loads] + [lift.path for lift in lifts]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if a tier is inconsistent or a link leads to other contents."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
-from xllm.request import TokenLogprobs
+from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, TokenLogprobs
 from xllm.runner.batch import SampleSlots
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
 from xllm.runner.logprobs import token_logprobs
@@ -23,8 +23,6 @@ from xllm.step import NewRow
 from xllm.structured.matchers import RowMatchers, SlotMasks
 
 NOT_FINITE = "the model's logits are not finite"
-EDITED_AWAY = "repetition_penalty is so small that logits are not finite any more"
-NO_TOKEN_LEFT = "no token is left after structured output, allowed_token_ids, bad_words, logit_bias and min_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,10 +28,11 @@ RANGES_PER_ROW = 4
 
 
 def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
-                      pages_per_row: int) -> VirtualRows | None:
+                      pages_per_row: int, number_bytes: int) -> VirtualRows | None:
     """What `--kv-layout xtensor` needs, or None: block tables.
 
-    page_bytes: see `kv_cache.py:page_bytes`. Raises ConfigError if so many addresses cannot be had.
+    page_bytes: see `kv_cache.py:page_bytes`. number_bytes: of one number of the cache. Raises ConfigError if so many
+    addresses cannot be had, or are more than the device's operators can count.
     """
     if not uses_xtensor(config, backend):
         return None
@@ -41,6 +42,16 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
     if most_ranges < num_rows:
         raise ConfigError(f"kv_layout xtensor: {num_rows} sequences of {pages_per_row} blocks have more tokens than "
                           "slots can number; lower max_num_seqs or max_model_len")
+    most_pages = None if backend.max_cache_numbers is None else backend.max_cache_numbers * number_bytes // page_bytes
+    if most_pages is not None:
+        least = num_blocks + num_rows * pages_per_row
+        if least > most_pages:
+            raise ConfigError(
+                f"kv_layout xtensor: {num_blocks} KV blocks and {num_rows} sequences of {pages_per_row} blocks are one "
+                f"tensor of {least * page_bytes // number_bytes} numbers, and operators of {backend.name} count to "
+                f"{backend.max_cache_numbers}: take kv_layout paged, or lower max_num_seqs, max_model_len and "
+                f"num_kv_blocks so that their blocks are at most {most_pages}")
+        most_ranges = min(most_ranges, (most_pages - num_blocks) // pages_per_row)
     num_ranges = min(RANGES_PER_ROW * num_rows, most_ranges)
     num_pages = num_blocks + num_ranges * pages_per_row
     try:

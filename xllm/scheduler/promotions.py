@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from xllm.kv.lift import Lift
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
+from xllm.kv.source import Extension
 from xllm.scheduler.counters import StepRates
 from xllm.sequence import SequenceState
 
@@ -28,11 +30,12 @@ class Promotions:
         self._kv, self._rates, self._clock, self._mode = kv, rates, clock, preemption_mode
         self._staging: dict[SequenceState, tuple[Stage, float]] = {}  # and when to give up
         self._loading: dict[SequenceState, tuple[tuple[int, ...], int]] = {}  # (tickets, blocks)
+        self._lifting: dict[SequenceState, tuple[Lift, float]] = {}  # and when to give up
         self._stage_of: dict[SequenceState, Stage] = {}  # the last that was begun for it since it was queued
-        self._tried: dict[SequenceState, int] = {}  # stages and loads begun for it since it was queued
+        self._tried: dict[SequenceState, int] = {}  # stages, loads and lifts begun for it since it was queued
 
     def __len__(self) -> int:
-        return len(self._staging) + len(self._loading)
+        return len(self._staging) + len(self._loading) + len(self._lifting)
 
     def prefetch(self, seq: SequenceState) -> None:
         """The request has just arrived: begin to read what is on disk."""
@@ -48,9 +51,11 @@ class Promotions:
 
         tokens: those whose KV it may reuse. It has been found to fit, so the blocks to load to are available.
         """
-        if self._tried.get(seq, 0) >= 2:
+        if self._tried.get(seq, 0) >= 3:
             return False
         extension = self._kv.extend(match, tokens)
+        if self._tried.get(seq, 0) == 2:
+            return self._begin_lift(seq, match, extension)
         if len(extension.disk_path) and self._tried.get(seq, 0) == 0:
             self._tried[seq] = 1
             stage = self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
@@ -60,13 +65,35 @@ class Promotions:
             extension = self._kv.extend(match, tokens)
         num_blocks = extension.on_host(len(match.block_ids))
         if not num_blocks:
-            return False
+            return self._begin_lift(seq, match, extension)
         self._tried[seq] = 2
         self._count(seq, num_blocks)
         self.give_up(seq)  # what it keeps already is part of the longer path
         tickets = self._kv.load(seq.arrival_index, match, extension, _priority(seq))
         self._loading[seq] = (tickets, num_blocks)
         return True
+
+    def _begin_lift(self, seq: SequenceState, match: PrefixMatch, extension: Extension) -> bool:
+        """Whether to wait for what host memory had no room for. Its blocks fit, as all of the request's do."""
+        if len(extension.disk_path) <= len(match.block_ids):
+            return False
+        self._tried[seq] = 3
+        lift = self._kv.lift(match, extension, _priority(seq))
+        if lift.is_done:
+            return False
+        self._lifting[seq] = (lift, self._clock() + MAX_WAIT_S)
+        return True
+
+    def _take_lifted(self, now: float) -> list[SequenceState]:
+        """Those whose lift is done, or has taken too long. What it brought is kept until they get in."""
+        ready = [seq for seq, (lift, give_up_s) in self._lifting.items() if lift.is_done or now >= give_up_s]
+        for seq in ready:
+            lift, _ = self._lifting.pop(seq)
+            self.give_up(seq)
+            if lift.is_done:
+                self._kv.hold(seq.arrival_index, lift.path)
+            seq.num_disk_tokens += lift.num_read * self._kv.block_size
+        return ready
 
     def _count(self, seq: SequenceState, num_blocks: int) -> None:
         """Where the blocks that are loaded for it came from."""
@@ -79,11 +106,12 @@ class Promotions:
         """Take in what has moved; returns the requests that need not wait any longer."""
         now = self._clock()
         self._kv.poll(now)
-        if not (self._staging or self._loading):
+        if not len(self):
             return []
         ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
         for seq in ready:
             del self._staging[seq]
+        ready += self._take_lifted(now)
         for seq, (tickets, num_blocks) in list(self._loading.items()):
             is_near = self._kv.load_s(num_blocks) <= EARLY_SHARE * self._rates.step_s
             if is_near or not self._kv.is_loading(tickets):
@@ -127,6 +155,7 @@ class Promotions:
         if self._tried.pop(seq, 0):
             self._staging.pop(seq, None)
             self._loading.pop(seq, None)
+            self._lifting.pop(seq, None)
             self.give_up(seq)
 
     def give_up_all(self, but: SequenceState | None = None) -> bool:

@@ -1,18 +1,16 @@
 """From a `StructuredOutput` to llguidance's matcher of it.
 
-All that llguidance may spend is bounded here; what it spends in spite of that is found out by `probe`, in a process
+All that llguidance may spend is bounded here; what it spends in spite of that is found out by `probe.py`, in a process
 that may be killed for it (`worker.py`).
 """
 
 from __future__ import annotations
 
 import json
-import random
-import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from xllm.structured.json_schema import prepared
+from xllm.structured.lark import with_schemas
 from xllm.structured.spec import StructuredOutput
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 # blanks, a model that likes them never comes back.
 JSON_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
 FREE_TEXT = r"(.|\n)*"
-MAX_STEP_CPU_S = 0.1
-NUM_WALKS, WALK_TOKENS = 2, 24
 _MAX_REASON_CHARS = 400
 
 
@@ -32,7 +28,7 @@ class GrammarError(ValueError):
 
 
 def grammar_text(spec: StructuredOutput) -> str:
-    """The specification as llguidance takes it. Checks hardly anything. Raises GrammarError."""
+    """The specification as llguidance takes it; `check.py` finds what is wrong with it. Raises GrammarError."""
     return _form(spec) if spec.after is None else _behind(spec.after, _form(spec))
 
 
@@ -43,47 +39,79 @@ def _behind(after: str, form: str) -> str:
     return json.dumps({"grammars": [{"name": "all", "lark_grammar": head}, {**first, "name": "form"}, *others]})
 
 
+def schema_grammar(schema: str) -> str:
+    """JSON of the schema, with blanks as JSON_WHITESPACE has them unless it says otherwise."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+
+
 def _form(spec: StructuredOutput) -> str:
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
 
     source = spec.source
     if spec.kind == "json":
-        return LLMatcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": JSON_WHITESPACE})
+        return schema_grammar(json.dumps(prepared(json.loads(source))))
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(source)
     if spec.kind == "choice":
         return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(source))))
     if spec.kind == "structural_tag":
         return _tags_to_lark(json.loads(source))
+    return LLMatcher.grammar_from_lark(lark_text(source))
+
+
+def lark_text(source: str) -> str:
+    """The grammar in Lark, its JSON schemas prepared. Raises GrammarError, SchemaError."""
+    return with_schemas(as_lark(source), prepared)
+
+
+def as_lark(source: str) -> str:
+    """The grammar as it stands, unless it came in GBNF. Raises GrammarError."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(source))
+        return any_to_lark(source)
     except RecursionError:
         raise GrammarError("it is nested too deep") from None
-    except Exception as error:  # the converter from GBNF raises whatever its hand-written parser meets
+    except Exception as error:  # the converter raises whatever its hand-written parser meets
         raise GrammarError(str(error)) from None
 
 
-def _tags_to_lark(tag: dict[str, Any]) -> str:
-    """vLLM's and SGLang's structural tag; its form is checked here since nobody else would name what is wrong."""
-    from llguidance import LLMatcher, StructTag
-
+def checked_structures(tag: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of vLLM's and SGLang's structural tag, whose form nobody else would complain about. Raises GrammarError."""
+    _check_keys(tag, ("structures", "triggers"), "a structural tag")
     structures, triggers = tag.get("structures"), tag.get("triggers")
     if not isinstance(structures, list) or not structures or not all(isinstance(s, dict) for s in structures):
         raise GrammarError("'structures' must be a list of objects")
     if not isinstance(triggers, list) or not triggers or not all(isinstance(t, str) and t for t in triggers):
         raise GrammarError("'triggers' must be a list of texts")
-    tags = []
     for structure in structures:
+        _check_keys(structure, ("begin", "schema", "end"), "a structure")
         begin, end, schema = structure.get("begin"), structure.get("end", ""), structure.get("schema", {})
         if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
             raise GrammarError("a structure needs the texts 'begin' and 'end' and the object 'schema'")
-        trigger = next((t for t in triggers if begin.startswith(t)), None)
+    return structures
+
+
+def _tags_to_lark(tag: dict[str, Any]) -> str:
+    from llguidance import LLMatcher, StructTag
+
+    tags = []
+    for structure in checked_structures(tag):
+        begin, schema = structure["begin"], structure.get("schema", {})
+        trigger = next((t for t in tag["triggers"] if begin.startswith(t)), None)
         if trigger is None:
             raise GrammarError(f"no trigger begins {begin!r}")
-        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **schema}
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
+        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **prepared(schema)}
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure.get("end", "")))
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False, text_regex=FREE_TEXT))
+
+
+def _check_keys(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+    for name in given:
+        if name not in known:
+            raise GrammarError(f"{what} has no {name[:64]!r}, only {', '.join(known)}")
 
 
 def build_matcher(vocabulary: LLTokenizer, text: str) -> LLMatcher:
@@ -112,26 +140,3 @@ def _short(reason: str) -> str:
     if reason.startswith("NoExtension"):
         return "no text is of this form"
     return reason if len(reason) <= _MAX_REASON_CHARS else reason[:_MAX_REASON_CHARS] + "..."
-
-
-def probe(matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
-    """Write a few random texts of the grammar to see what its masks cost.
-
-    Raises GrammarError if one takes more than MAX_STEP_CPU_S, or ends where a limit is met.
-    """
-    chooser = random.Random(0)
-    for _ in range(NUM_WALKS):
-        _walk(matcher.deep_copy(), vocabulary, chooser)
-
-
-def _walk(matcher: LLMatcher, vocabulary: LLTokenizer, chooser: random.Random) -> None:
-    for _ in range(WALK_TOKENS):
-        began_s = time.thread_time()
-        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
-        token_id = int(allowed[chooser.randrange(len(allowed))]) if len(allowed) else vocabulary.eos_token
-        ended = token_id in vocabulary.eos_tokens or not matcher.consume_token(token_id)
-        if (spent_s := time.thread_time() - began_s) > MAX_STEP_CPU_S:
-            raise GrammarError(f"it is too complex: {spent_s:.1f} s for one token")
-        check_matcher(matcher)
-        if ended or matcher.is_stopped():
-            return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from xllm.request import FORM_CANNOT_GO_ON
 from xllm.structured.grammar import GrammarError, check_matcher
 from xllm.structured.store import GrammarStore
 
@@ -240,7 +241,7 @@ class _Filling:
             self._matcher.take(self._new_tokens)
             self._matcher.fill(self.mask_KW, self._drafts)
         except GrammarError as error:
-            self.reason = f"the structured output cannot go on: {error}"
+            self.reason = f"{FORM_CANNOT_GO_ON}: {error}"
         except ValueError as error:
             self.reason = str(error)
         if self.reason is not None:

@@ -12,8 +12,6 @@ from xllm.errors import RequestError
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Those for which a token's bytes are the same wherever it stands.
-DECODERS = ("ByteLevel", "Metaspace", "Sequence")
 _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 
 
@@ -21,8 +19,9 @@ _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 class VocabularySource:
     """What a vocabulary is made of, as JSON may hold it, so that another process can be given it.
 
-    tokenizer_json: a `tokenizers.Tokenizer` serialised. token_bytes: in hexadecimal, one a logit: none where the model
-    knows a token that the tokenizer does not know, or must never be drawn. eos_token_ids: all that end an output.
+    tokenizer_json: a `tokenizers.Tokenizer` that puts no blank before a text, serialised. token_bytes: in hexadecimal,
+    one a logit: none where the model knows a token that the tokenizer does not know, or must never be drawn.
+    eos_token_ids: all that end an output.
     """
 
     tokenizer_json: str
@@ -49,7 +48,12 @@ class TextTokenizer(Protocol):
     @property
     def special_token_ids(self) -> frozenset[int]: ...
 
+    @property
+    def has_fixed_bytes(self) -> bool: ...
+
     def all_token_bytes(self) -> list[bytes]: ...
+
+    def continuing_json(self) -> str: ...
 
 
 def vocabulary_source(tokenizer: TextTokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> VocabularySource:
@@ -61,13 +65,13 @@ def vocabulary_source(tokenizer: TextTokenizer, vocab_size: int, eos_token_ids: 
     eos = tuple(i for i in dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids)) if i < vocab_size)
     if not eos:
         raise RequestError("structured outputs need a model with an end token", field="structured")
-    decoder = type(tokenizer.backend.decoder).__name__
-    if decoder not in DECODERS:
+    if not tokenizer.has_fixed_bytes:
+        decoder = type(tokenizer.backend.decoder).__name__
         raise RequestError(f"structured outputs do not work with this model's tokenizer ({decoder})",
                            field="structured")
     known = ["" if token.startswith(_RESERVED) else token.hex() for token in tokenizer.all_token_bytes()[:vocab_size]]
     special = sorted(i for i in {*tokenizer.special_token_ids, *eos} if i < vocab_size)
-    return VocabularySource(tokenizer_json=tokenizer.backend.to_str(), eos_token_ids=eos, special_token_ids=special,
+    return VocabularySource(tokenizer_json=tokenizer.continuing_json(), eos_token_ids=eos, special_token_ids=special,
                             token_bytes=known + [""] * (vocab_size - len(known)))
 
 
@@ -81,7 +85,7 @@ class _Wrapped:
     def __init__(self, source: VocabularySource):
         import tokenizers
 
-        content = _without_first_blank(json.loads(source.tokenizer_json))
+        content = json.loads(source.tokenizer_json)
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < len(source.token_bytes)]
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True  # special tokens in a text are text
@@ -91,25 +95,6 @@ class _Wrapped:
 
     def __call__(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
-
-
-def _without_first_blank(content: dict[str, Any]) -> dict[str, Any]:
-    """An output is not the beginning of a text: nothing is put before it."""
-    for part in _parts(content["pre_tokenizer"], "pretokenizers"):
-        if part["type"] == "Metaspace":
-            part["prepend_scheme"] = "never"
-        if part["type"] == "ByteLevel":
-            part["add_prefix_space"] = False
-    for part in _parts(content["normalizer"], "normalizers"):
-        if part["type"] == "Prepend":
-            part["prepend"] = ""
-    return content
-
-
-def _parts(whole: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
-    if whole is None:
-        return []
-    return whole[members] if whole["type"] == "Sequence" else [whole]
 
 
 def need_llguidance() -> None:

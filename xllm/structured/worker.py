@@ -16,7 +16,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from xllm.structured.grammar import build_matcher, grammar_text, probe
+from xllm.structured.check import check_form
+from xllm.structured.grammar import build_matcher, grammar_text
+from xllm.structured.probe import DeadEnds, probe_cost
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource
 
@@ -34,21 +36,26 @@ def main() -> None:
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary = VocabularySource(**json.loads(sys.stdin.readline())).build()
+    dead_ends = DeadEnds()
     _limit_memory()
     _answer({})
     for line in sys.stdin:
         _limit_cpu_time()
-        _answer({"error": _judge(vocabulary, line)})
+        _answer({"error": _judge(vocabulary, dead_ends, line)})
 
 
-def _judge(vocabulary: LLTokenizer, line: str) -> str | None:
+def _judge(vocabulary: LLTokenizer, dead_ends: DeadEnds, line: str) -> str | None:
     """Why a specification cannot be honoured; None: it can."""
     before_bytes = _allocated_bytes()
     try:
-        matcher = build_matcher(vocabulary, grammar_text(StructuredOutput(**json.loads(line))))
-        probe(matcher, vocabulary)
+        spec = StructuredOutput(**json.loads(line))
+        check_form(spec, dead_ends)
+        matcher = build_matcher(vocabulary, grammar_text(spec))
+        probe_cost(matcher, vocabulary)
     except MemoryError:
         return TOO_MUCH_MEMORY
+    except RecursionError:
+        return "it is nested too deep"
     except ValueError as error:  # GrammarError and RequestError among them
         return str(error) or type(error).__name__
     return TOO_MUCH_MEMORY if _allocated_bytes() - before_bytes > GRAMMAR_BYTES else None

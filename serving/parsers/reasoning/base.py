@@ -27,12 +27,24 @@ class ThinkParser:
         self._inside = prompt.endswith(OPEN)
         self._over = prompt.endswith(CLOSE)
         self._closing = Markers("\n" + CLOSE, CLOSE, *self.also_ends)
+        self._stops = self._closing
+        self._endings: tuple[str, ...] = ()
         self._source = Source()
         self._events: list[Event] = []
         self._answer: list[str] = []
         self._steps = self._read()
         self._ended = False
         self._advance()
+
+    def expect_calls(self, openings: tuple[str, ...], endings: tuple[str, ...]) -> None:
+        """Look for tool calls that follow the thinking without a closing tag; before anything is fed.
+
+        What begins with one of `openings` is part of the thinking where the closing tag comes after it. Where the text
+        ends without one, and on one of `endings`, it is the answer; until then it is held back.
+        """
+        openings = tuple(text for text in openings if text not in self.also_ends)
+        self._stops = Markers(*self._closing.texts, *openings, *("\n" + text for text in openings))
+        self._endings = endings
 
     @property
     def is_thinking(self) -> bool:
@@ -88,9 +100,22 @@ class ThinkParser:
             yield from source.expect("\n")
         elif text := source.release():
             self._think(text)
-        end = yield from source.until(self._closing, self._think)
+        end = yield from source.until(self._stops, self._think)
+        if end is not None and end not in self._closing.texts:
+            end = yield from self._read_call()
         if end is None or end in self.also_ends:
             return
         yield from source.require(end)
         yield from source.expect("\n")
         yield from source.expect("\n")
+
+    def _read_call(self) -> Steps[str | None]:
+        """Read from what looks like a tool call up to what ends the thinking, which is returned; None: nothing does."""
+        parts: list[str] = []
+        end = yield from self._source.until(self._closing, parts.append)
+        text = "".join(parts)
+        if end is None and text.rstrip().endswith(self._endings):
+            self._answer.append(text.removeprefix("\n"))
+        else:
+            self._think(text)
+        return end

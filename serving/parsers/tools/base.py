@@ -6,7 +6,8 @@ The rules, the same in every format:
 - What looks like a call but breaks off or turns wrong before its name is certain was no call: it is
   content, markers included.
 - From there on the call stands. If its arguments are not JSON they are passed on as they are, up to
-  the format's end marker, so that the client can see what the model wrote.
+  the format's end marker or the next call's beginning, so that the client can see what the model wrote.
+- A closing tag that is missing costs nothing but itself: the call ends where the next one begins.
 - How the text is cut into pieces changes nothing.
 """
 
@@ -27,6 +28,7 @@ class ToolParser:
     """Text in, events out. A subclass says which markers open a call and reads what follows them."""
 
     opening: ClassVar[Markers]
+    endings: ClassVar[tuple[str, ...]] = ()  # what an answer ends with whose last part is a call, if that is certain
     trigger: ClassVar[str | None] = None  # what `frame` begins with, if the format can be put as a frame around JSON
     markers: ClassVar[tuple[str, ...]] = ()  # all of the format's texts that a tokenizer may hide as special tokens
 

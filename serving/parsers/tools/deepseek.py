@@ -12,10 +12,10 @@ SEPARATOR = "<｜tool▁sep｜>"
 
 class DeepSeekV31Parser(ToolParser):
     opening = Markers(SECTION)
+    endings = (SECTION_END, CALL_END)
     markers = (SECTION, SECTION_END, CALL, CALL_END, SEPARATOR)
     trigger = CALL
     _next = Markers(CALL, SECTION_END)
-    _end = Markers(CALL_END)
     _closing = Markers(CALL_END, CALL, SECTION_END)
 
     @classmethod
@@ -41,13 +41,13 @@ class DeepSeekV31Parser(ToolParser):
         if (yield from self.source.peek()) in ("", "<"):
             self.arguments("{}")
         else:
-            yield from self.stream_arguments(self._end)
+            yield from self.stream_arguments(self._closing)
 
 
 class DeepSeekV3Parser(DeepSeekV31Parser):
     """DeepSeek V3 and R1-0528: the kind of tool before the name, the JSON in a fenced block."""
 
-    _fence_end = Markers("\n```" + CALL_END, "```" + CALL_END, CALL_END)
+    _fence_end = Markers("\n```" + CALL_END, "```" + CALL_END, CALL_END, CALL, SECTION_END)
 
     @classmethod
     def frame(cls, name: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@
     <arg_value>Paris</arg_value>
     </tool_call>
 
-GLM-4.7 writes it without line breaks.
+GLM-4.7 writes it without line breaks. Closing tags may be missing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 
 class Glm45Parser(MarkupParser):
     opening = Markers(OPEN)
-    parts = Markers(KEY, CLOSE)
+    endings = (CLOSE,)
+    parts = Markers(KEY, CLOSE, OPEN)
     value_end = Markers(VALUE_END)
-    _key_end = Markers(KEY_END)
+    _in_value = Markers(VALUE_END, KEY, CLOSE, OPEN, "\n" + KEY, "\n" + CLOSE, "\n" + OPEN)
+    _key_end = Markers(KEY_END, VALUE, KEY, CLOSE, OPEN)
     _closing = Markers(CLOSE, OPEN)
 
     def read_calls(self, marker: str) -> Steps[None]:
@@ -41,9 +43,28 @@ class Glm45Parser(MarkupParser):
     def key(self) -> Steps[str]:
         source, parts = self.source, list[str]()
         yield from source.require(KEY)
-        yield from source.until(self._key_end, parts.append)
-        yield from source.require(KEY_END)
-        yield from source.space()
+        if (yield from source.until(self._key_end, parts.append)) == KEY_END:
+            yield from source.require(KEY_END)
+            yield from source.space()
         yield from source.require(VALUE)
         source.commit()
         return "".join(parts).strip()
+
+    def value_markers(self) -> Steps[Markers]:
+        yield from ()
+        return self._in_value
+
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+        source = self.source
+        if tag == KEY:
+            heads = [key + follows for key in next_keys for follows in (KEY_END, VALUE, "\n" + VALUE)]
+            return (yield from source.expect_any(heads)) is not None
+        if tag == CLOSE:
+            yield from source.layout()
+            if not (yield from source.peek()):
+                return True
+            if not (yield from source.expect(OPEN)):
+                return False
+        yield from source.layout()
+        heads = [name + follows for name in self.tools.names for follows in ("\n", "<")]
+        return (yield from source.expect_any(heads)) is not None

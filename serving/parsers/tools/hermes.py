@@ -10,9 +10,9 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 class HermesParser(ToolParser):
     opening = Markers(OPEN)
+    endings = (CLOSE,)
     trigger = OPEN
     _closing = Markers(CLOSE, OPEN)
-    _end = Markers(CLOSE)
 
     @classmethod
     def frame(cls, name: str) -> tuple[str, str]:
@@ -21,7 +21,7 @@ class HermesParser(ToolParser):
     def read_calls(self, marker: str) -> Steps[None]:
         yield from self.source.space()
         try:
-            yield from self.call_object(self._end)
+            yield from self.call_object(self._closing)
         except UnreadableError:
             if not self.in_call:
                 raise

@@ -11,8 +11,8 @@ CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>
 
 class KimiK2Parser(ToolParser):
     opening = Markers(SECTION)
+    endings = (SECTION_END, CALL_END)
     markers = (SECTION, SECTION_END, CALL, ARGUMENTS, CALL_END)
-    _end = Markers(CALL_END)
     _closing = Markers(CALL_END, CALL, SECTION_END)
 
     def read_calls(self, marker: str) -> Steps[None]:
@@ -41,4 +41,4 @@ class KimiK2Parser(ToolParser):
         if (yield from source.peek()) in ("", "<"):
             self.arguments("{}")
         else:
-            yield from self.stream_arguments(self._end)
+            yield from self.stream_arguments(self._closing)

@@ -1,11 +1,16 @@
 """`MarkupParser`: arguments as pairs of a key and a bare value between tags, as GLM-4.5 and Qwen3-Coder write them.
 
 The schema of the tool says which values are strings; those are streamed, the others converted when complete.
+
+Models leave closing tags out. Since a value is bare text and may itself speak of tags, a tag ends it only where the
+format goes on behind that tag: with a parameter that the tool has and the call has not yet, with a tool that the
+request offers, or with the end of the text. Everything else is part of the value.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import ClassVar
 
 from serving.parsers.source import Markers, Steps, UnreadableError
@@ -13,20 +18,33 @@ from serving.parsers.tools.base import ToolParser
 
 
 class MarkupParser(ToolParser):
-    """parts: what begins a pair, then what may end the arguments. value_end: what ends a value."""
+    """parts: what begins a pair, then what may end the arguments. value_end: what ends a value. value_begin: what the
+    format puts before a value."""
 
     parts: ClassVar[Markers]
     value_end: ClassVar[Markers]
+    value_begin: ClassVar[str] = ""
 
     def key(self) -> Steps[str]:
         """Read a pair from its beginning to its value; `source.commit` as soon as it stands. Raises UnreadableError:
         then what the source holds is content."""
         raise NotImplementedError
 
+    def value_markers(self) -> Steps[Markers]:
+        """What to look for in the value that begins here: `value_end`, and tags that stand where its end is missing."""
+        raise NotImplementedError
+
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+        """Read on behind `tag`, which does not close a value: whether the value ends before it all the same.
+
+        next_keys: the parameters that the call does not have yet.
+        """
+        raise NotImplementedError
+
     def pairs(self, function: str) -> Steps[str | None]:
         """All arguments of a call, up to what ends them, which is returned and not read; None: the text ended."""
         self.arguments("{")
-        before = ""
+        given: list[str] = []
         while True:
             yield from self.source.space()
             part = yield from self.source.until(self.parts, self.content)
@@ -38,28 +56,50 @@ class MarkupParser(ToolParser):
             except UnreadableError:
                 self.content(self.source.release())
                 continue
-            self.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
-            before = ", "
-            if not (yield from self._value(function, key)):
+            self.arguments(f"{', ' if given else ''}{json.dumps(key, ensure_ascii=False)}: ")
+            given.append(key)
+            if not (yield from self._value(function, given)):
                 return None  # cut off: what came is passed on, unclosed
         if part is not None:
             self.arguments("}")
         return part
 
-    def _value(self, function: str, key: str) -> Steps[bool]:
-        """One value; False: the text ended within it."""
+    def _value(self, function: str, given: list[str]) -> Steps[bool]:
+        """The value of the last key; False: the text ended within it."""
+        key, markers = given[-1], (yield from self.value_markers())
+        next_keys = tuple(name for name in self.tools.parameters(function) if name not in given)
         if self.tools.is_text(function, key):
             self.arguments('"')
-            end = yield from self.source.until(self.value_end, self.arguments_text)
-            if end is not None:
+            ended = yield from self._until_end(markers, next_keys, self.arguments_text)
+            if ended:
                 self.arguments('"')
         else:
             parts: list[str] = []
-            end = yield from self.source.until(self.value_end, parts.append)
-            if end is not None:
+            ended = yield from self._until_end(markers, next_keys, parts.append)
+            if ended:
                 self.arguments(self.tools.as_json(function, key, "".join(parts)))
             else:
                 self.arguments_text("".join(parts))
-        if end is not None:
-            yield from self.source.require(end)
-        return end is not None
+        return ended
+
+    def _until_end(self, markers: Markers, next_keys: tuple[str, ...], sink: Callable[[str], None]) -> Steps[bool]:
+        """Pass a value to `sink` and read its closing tag, if it has one; False: the text ended before the value."""
+        source, is_first = self.source, True
+
+        def pass_on(text: str) -> None:
+            nonlocal is_first
+            sink(text.removeprefix(self.value_begin) if is_first else text)
+            is_first = False
+
+        while (marker := (yield from source.until(markers, pass_on))) is not None:
+            if marker in self.value_end.texts:
+                yield from source.require(marker)
+                return True
+            source.mark()
+            yield from source.require(marker)
+            ended = yield from self.ends_value(marker.lstrip("\n"), next_keys)
+            source.reset()
+            if ended:
+                return True
+            pass_on(source.characters(len(marker)))
+        return False

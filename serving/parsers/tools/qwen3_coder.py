@@ -8,7 +8,8 @@
     </function>
     </tool_call>
 
-The model sometimes leaves `<tool_call>` out.
+The model sometimes leaves `<tool_call>` out, and closing tags. Where a value begins on a line of its own, a tag that
+ends it without `</parameter>` must do so too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from serving.parsers.tools.markup import MarkupParser
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+TAGS = (PARAMETER, FUNCTION_END, CLOSE, OPEN, FUNCTION)
 
 
 class Qwen3CoderParser(MarkupParser):
     opening = Markers(OPEN, FUNCTION)
-    parts = Markers(PARAMETER, FUNCTION_END, CLOSE)
+    endings = (CLOSE, FUNCTION_END)
+    parts = Markers(*TAGS)
     value_end = Markers("\n" + PARAMETER_END, PARAMETER_END)
+    value_begin = "\n"
+    _in_lines = Markers(*value_end.texts, *("\n" + tag for tag in TAGS))
+    _inline = Markers(*value_end.texts, *TAGS)
     _closing = Markers(CLOSE, OPEN, FUNCTION)
+    _num_inner = 0  # functions that the value itself speaks of, and whose end comes before its own
 
     def read_calls(self, marker: str) -> Steps[None]:
         if marker == OPEN:
@@ -46,5 +53,42 @@ class Qwen3CoderParser(MarkupParser):
         name = yield from source.name()
         yield from source.require(">")
         source.commit()
-        yield from source.expect("\n")
         return name
+
+    def value_markers(self) -> Steps[Markers]:
+        self._num_inner = 0
+        return self._in_lines if (yield from self.source.peek()) == "\n" else self._inline
+
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+        source = self.source
+        if tag == PARAMETER:
+            return (yield from source.expect_any([key + ">" for key in next_keys])) is not None
+        if tag in (OPEN, FUNCTION):
+            return (yield from self._opens_call(tag))
+        if tag == FUNCTION_END:
+            if self._num_inner:
+                self._num_inner -= 1
+                return False
+            yield from source.layout()
+            if (yield from source.expect(CLOSE)):
+                return True
+        return (yield from self._text_goes_on())
+
+    def _text_goes_on(self) -> Steps[bool]:
+        """Whether, behind the end of a call, there is nothing or another call."""
+        yield from self.source.layout()
+        if not (yield from self.source.peek()):
+            return True
+        tag = yield from self.source.expect_any((OPEN, FUNCTION))
+        return tag is not None and (yield from self._opens_call(tag))
+
+    def _opens_call(self, tag: str) -> Steps[bool]:
+        """Whether the tag, which has been read, begins a call of a function that the request offers."""
+        source = self.source
+        if tag == OPEN:
+            yield from source.layout()
+            if not (yield from source.expect(FUNCTION)):
+                return False
+        is_known = (yield from source.expect_any([name + ">" for name in self.tools.names])) is not None
+        self._num_inner += tag == FUNCTION and not is_known
+        return is_known

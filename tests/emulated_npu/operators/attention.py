@@ -54,6 +54,8 @@ class Call:
             raise RuntimeError("block_table is not int32 of two dimensions")
         if paged and (self.kv_lens is None or not self.block_size):
             raise RuntimeError("a block_table needs actual_seq_lengths_kv and block_size")
+        if paged and max(self.key.numel(), self.value.numel()) >= 2**31:
+            raise RuntimeError("a paged key or value of 2^31 numbers or more: devices read it from wrong places")
         if (
             self.layout.startswith(("TND", "NTD"))
             and self.sparse_mode == 0

@@ -1,0 +1,48 @@
+"""Checks the path of a file that a command is going to write, before anything is computed or written.
+
+A command that notices at its end that it cannot write has wasted its run; one that writes over a file that it reads
+has destroyed it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from xllm.errors import ConfigError
+
+
+def check_output(output: Path, reads: Iterable[Path] = ()) -> None:
+    """Raise ConfigError unless `output` can be written and is none of the files that the command reads.
+
+    reads: files, and folders of which every file counts; what does not exist is passed over. Files are compared by
+    device and inode, so no spelling of a path, link or letter case hides that two are the same.
+    """
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder, not a file to write")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output} cannot be written: there is no folder {output.parent}")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ConfigError(f"{output} cannot be written: no permission")
+    if output.exists() and (read := find_same(output, reads)) is not None:
+        raise ConfigError(f"{output} is the same file as {read}, which is read: name another output")
+
+
+def find_same(output: Path, reads: Iterable[Path]) -> Path | None:
+    """The one among `reads` (see `check_output`) that is the existing file `output`."""
+    for read in _files(reads):
+        try:
+            if output.samefile(read):
+                return read
+        except OSError:  # gone, a broken link, or a name that is too long
+            continue
+    return None
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if os.path.isdir(path):
+            yield from (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+        else:
+            yield path

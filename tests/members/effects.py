@@ -1,0 +1,108 @@
+"""For each honoured member of a request body: two values of it whose answers must differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Json = dict[str, Any]
+ABSENT = object()
+
+GREEDY: Json = {"temperature": 0, "max_tokens": 12}
+FREE: Json = {"temperature": 1.0, "max_tokens": 12, "seed": 7}
+FEW: Json = {"temperature": 0, "max_tokens": 40, "allowed_token_ids": list(range(60, 90))}  # so that they come twice
+PROMPT_TOO: Json = {**GREEDY, "return_token_ids": True}  # shows the prompt's tokens
+STREAM: Json = {**GREEDY, "stream": True}
+SCHEMA: Json = {"enum": ["yes", "no"]}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """beside: the rest of the body. on, off: values of the member; ABSENT leaves it out."""
+
+    on: Any
+    off: Any = ABSENT
+    beside: Json = field(default_factory=lambda: dict(GREEDY))
+
+
+# What chats and completions share.
+GENERATION: dict[str, Effect] = {
+    "frequency_penalty": Effect(2.0, beside=FEW),
+    "presence_penalty": Effect(2.0, beside=FEW),
+    "repetition_penalty": Effect(1.8, beside=FEW),
+    "logit_bias": Effect({"60": 100}),
+    "max_tokens": Effect(3, 5, {"temperature": 0}),
+    "n": Effect(2, 1, FREE),
+    "seed": Effect(1, 2, {"temperature": 1.0, "max_tokens": 12}),
+    "stop": Effect(["e"]),
+    "stream": Effect(True),
+    "stream_options": Effect({"include_usage": True}, beside=STREAM),
+    "stream_options.include_usage": Effect(True, beside=STREAM),
+    "stream_options.continuous_usage_stats": Effect(True, beside=STREAM),
+    "temperature": Effect(1.5, 0, {"max_tokens": 12, "seed": 7}),
+    "top_p": Effect(0.01, beside={**FREE, "temperature": 2.0}),
+    "top_k": Effect(1, beside={**FREE, "temperature": 2.0}),
+    "min_p": Effect(1.0, beside={**FREE, "temperature": 2.0}),
+    "min_tokens": Effect(12, beside={**GREEDY, "structured_outputs": {"choice": ["a"]}}),
+    "stop_token_ids": Effect(list(range(60, 90)), beside=FEW),
+    "bad_words": Effect(["e", "a", "i", " ", "\n"]),
+    "include_stop_str_in_output": Effect(True, beside={**GREEDY, "stop": ["e"]}),
+    "ignore_eos": Effect(True, beside={**GREEDY, "logit_bias": {"2": 100}}),
+    "skip_special_tokens": Effect(False, beside={**GREEDY, "logit_bias": {"1": 100}}),
+    "allowed_token_ids": Effect([60, 61]),
+    "prompt_logprobs": Effect(1),
+    "response_format": Effect({"type": "json_object", "schema": SCHEMA}),
+    "response_format(type=json_object)": Effect({"type": "json_object"}),
+    "response_format(type=json_schema)": Effect({"type": "json_schema", "json_schema": {"schema": SCHEMA}}),
+    "structured_outputs": Effect({"choice": ["left", "right"]}),
+    "return_token_ids": Effect(True),
+    "return_tokens_as_token_ids": Effect(True),
+    "request_id": Effect("mine"),
+}
+
+COMPLETIONS: dict[str, Effect] = {
+    **GENERATION,
+    "prompt": Effect("def f(", "import "),
+    "echo": Effect(True),
+    "logprobs": Effect(2),
+    "return_tokens_as_token_ids": Effect(True, beside={**GREEDY, "logprobs": 1}),
+}
+
+FORCED: Json = {**GREEDY, "max_tokens": 60, "tools": [
+    {"type": "function", "function": {"name": name, "parameters": {"properties": {"a": {"enum": [name]}},
+                                                                   "required": ["a"], "additionalProperties": False}}}
+    for name in ("one", "two")]}
+USER: Json = {"role": "user", "content": "How do I read a file?"}
+CHAT: dict[str, Effect] = {
+    **GENERATION,
+    "messages": Effect([USER], [{**USER, "content": "x"}]),
+    "messages[role=user]": Effect([USER], [{**USER, "role": "system"}], PROMPT_TOO),
+    "messages[role=system]": Effect([{**USER, "role": "system"}, USER], [USER], PROMPT_TOO),
+    "messages[role=assistant]": Effect([USER, {"role": "assistant", "content": "No."}, USER], [USER], PROMPT_TOO),
+    "messages[role=user].content[type=text].text": Effect(*(
+        [{**USER, "content": [{"type": "text", "text": text}]}] for text in "ab"), PROMPT_TOO),
+    "tools": Effect(FORCED["tools"][:1], FORCED["tools"][1:], {**FORCED, "tool_choice": "required"}),
+    "tool_choice": Effect("required", "none", FORCED),
+    "tool_choice(type=function)": Effect(*(
+        {"type": "function", "function": {"name": name}} for name in ("one", "two")), FORCED),
+    "tool_choice(type=allowed_tools)": Effect(*(
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+            {"type": "function", "function": {"name": name}}]}} for name in ("one", "two")), FORCED),
+    "max_completion_tokens": Effect(3, 5, {"temperature": 0}),
+    "logprobs": Effect(True),
+    "top_logprobs": Effect(2, beside={**GREEDY, "logprobs": True}),
+    "return_tokens_as_token_ids": Effect(True, beside={**GREEDY, "logprobs": True}),
+    "add_generation_prompt": Effect(False),
+    "continue_final_message": Effect(True, beside={
+        **GREEDY, "add_generation_prompt": False, "messages": [USER, {"role": "assistant", "content": "def f("}]}),
+}
+
+EMBEDDINGS: dict[str, Effect] = {
+    "input": Effect("a", "b", {}),
+    "encoding_format": Effect("base64", beside={}),
+    "dimensions": Effect(8, beside={}),
+    "pooling": Effect("mean", "last", {"input": "import os"}),
+    "normalize": Effect(False, beside={}),
+    "truncate_prompt_tokens": Effect(1, beside={"input": "import os"}),
+    "request_id": Effect("mine", beside={}),
+}
