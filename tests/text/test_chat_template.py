@@ -59,8 +59,11 @@ def test_as_transformers(family: str, chat: str) -> None:
     template = templates.ALL[family][0]
     if "enable_thinking" in options and "enable_thinking" not in template:
         with pytest.raises(RequestError, match=r"chat_template_kwargs\.enable_thinking"):
-            ours(template, messages, **options)
-        return
+            ours(template, messages, enable_thinking=True)
+        if "think" in template:  # it thinks, and nothing turns that off
+            with pytest.raises(RequestError, match=r"chat_template_kwargs\.enable_thinking"):
+                ours(template, messages, **options)
+            return
     assert ours(template, messages, **options) == reference(template, messages, **options)
 
 
