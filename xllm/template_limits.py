@@ -196,16 +196,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 class _Weighing(NodeTransformer):
     """Has every list, tuple and dict that is not a constant weighed, and concatenations bounded."""
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802 - jinja's own name
+    def visit_List(self, node: nodes.List) -> nodes.Node:
         return self._weighed(node)
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         return self._weighed(node)
 
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         return self._weighed(node) if node.ctx == "load" else node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         shown = [part if isinstance(part, nodes.Const) else _filtered(part, _SHOWN) for part in node.nodes]
         return _filtered(nodes.List(shown, lineno=node.lineno), _CONCAT)
