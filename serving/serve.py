@@ -31,7 +31,7 @@ from serving.tracing import Tracer
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig
 from xllm.engine.facts import EngineFacts
-from xllm.errors import ConfigError, XllmError
+from xllm.errors import ConfigError, RequestError, XllmError
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -107,6 +107,7 @@ class _Server:
         self._engine = ProcessClient(self._engine_config, on_phase=self._show_phase)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
+        self._check_adapter_names()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal, signum)
         http = self._config.http
@@ -136,6 +137,14 @@ class _Server:
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.shutdown)
         return self._code
+
+    def _check_adapter_names(self) -> None:
+        """Raise ConfigError if an adapter would hide behind the model."""
+        for module in self._engine_config.lora.lora_modules:
+            try:
+                self._state.check_adapter_name(module.partition("=")[0], "lora_modules")
+            except RequestError as error:
+                raise ConfigError(str(error)) from None
 
     async def _load(self) -> None:
         try:

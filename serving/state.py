@@ -136,6 +136,12 @@ class ServerState:
         """The adapter that a request's model names; "" for the model itself, whose names come first."""
         return model if model in self.engine.adapters and model not in self._accepted_names else ""
 
+    def check_adapter_name(self, name: str, field: str) -> None:
+        """Raise RequestError if requests by that name get the model itself; the adapter would never be used."""
+        if name in self._accepted_names:
+            raise RequestError(f"{field}: {name[:256]!r} is the served model's own name; an adapter needs another one",
+                               field=field)
+
     def need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
