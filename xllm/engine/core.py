@@ -78,6 +78,8 @@ class EngineCore:
         """Queue a request. Raises RequestError; nothing is queued then."""
         request.sampling.check_vocabulary(self._loaded.vocab_size)
         _check_prompt_ids(request, self._loaded.vocab_size)
+        if request.pooling is None and not self._loaded.generates:
+            raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")
         if request.pooling is not None:
             request.pooling.check_width(self._loaded.hidden_size)
             if request.sampling.max_tokens != 1:

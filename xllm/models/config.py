@@ -36,6 +36,11 @@ class ModelConfig(ABC):
     bos_token_id: int | None = None
 
     @property
+    def has_head(self) -> bool:
+        """Whether the architecture has an lm_head: `Qwen3ForCausalLM` does, `Qwen3Model` does not."""
+        return not self.architecture.endswith("Model")
+
+    @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""

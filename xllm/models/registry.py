@@ -18,6 +18,11 @@ FAMILIES = {
     "MistralForCausalLM": "xllm.models.mistral",
     "Qwen2ForCausalLM": "xllm.models.qwen2",
     "Qwen3ForCausalLM": "xllm.models.qwen3",
+    # Without a head, as embedding models are published.
+    "LlamaModel": "xllm.models.llama",
+    "MistralModel": "xllm.models.mistral",
+    "Qwen2Model": "xllm.models.qwen2",
+    "Qwen3Model": "xllm.models.qwen3",
 }
 
 

@@ -63,6 +63,11 @@ class LoadedModel:
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan()
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model that was read has a head."""
+        return self._model is None or self._model.generates
+
     def make_runner(self) -> ModelRunner:
         """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""
         from xllm.runner.model_runner import ModelRunner

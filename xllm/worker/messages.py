@@ -105,7 +105,8 @@ class Loaded:
 
     config: resolved. model_path: the local folder. num_blocks: KV blocks on the device, of which the first
     `num_reserved_blocks` are the device's own. queues_steps: the device works on its own, so that a step may be only
-    queued when the next message comes (`Settle`). tiers: the memory below the device, if there is any.
+    queued when the next message comes (`Settle`). generates: False if there is no head, so that embeddings alone can be
+    had. tiers: the memory below the device, if there is any.
     """
 
     config: EngineConfig
@@ -116,6 +117,7 @@ class Loaded:
     num_blocks: int
     num_reserved_blocks: int
     queues_steps: bool
+    generates: bool = True
     tiers: TierFacts | None = None
 
 
