@@ -98,11 +98,6 @@ class ServerState:
         given = () if self.config.http.served_model_name else (self.model_name,)
         return frozenset(name for name in (*self.served_names, *given) if name is not None)
 
-    @cached_property
-    def pooling_type(self) -> str:
-        """What `--pooling-type` comes to for this checkpoint."""
-        return read_pooling_type(self.config.http.pooling_type, Path(self.facts.model_path))
-
     def check_accepting(self) -> None:
         """Raise ApiError 503 unless new requests can be taken."""
         try:
@@ -146,17 +141,6 @@ class ServerState:
         if self.tokenizer is None:
             raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
         return self.tokenizer
-
-
-def read_pooling_type(setting: str, model_path: Path) -> str:
-    """"last" or "mean"; "auto" looks where sentence-transformers says it. Raises ConfigError."""
-    file = model_path / "1_Pooling" / "config.json"
-    if setting != "auto" or not file.is_file():
-        return "last" if setting == "auto" else setting
-    try:
-        return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "last"
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file.name} of the checkpoint's 1_Pooling cannot be read: {error}") from None
 
 
 def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:

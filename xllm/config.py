@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
+from xllm.pooling import KINDS
 from xllm.sizes import is_zero, parse_amount
 
 
@@ -42,6 +43,9 @@ class ModelSettings:
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")
     revision: str | None = option(None, "branch, tag or commit on the Hub")
+    pooling_type: str = option("auto", "how the hidden states of a text become its embedding, instead of what the "
+                               "checkpoint says; auto: as its modules.json or 1_Pooling/config.json says, else last",
+                               choices=("auto", *KINDS))
     load_format: str = option("auto", "where weights come from; dummy: random ones, made on the device, for "
                               "measurements: only config.json is needed", choices=LOAD_FORMATS)
 

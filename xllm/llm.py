@@ -110,7 +110,7 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt], pooling: PoolingParams | None = None, *,
               use_tqdm: bool = False) -> list[EmbeddingOutput]:
-        """A vector for each prompt, in order. pooling: the last token's by default.
+        """A vector for each prompt, in order. pooling: as the checkpoint says by default.
 
         Raises:
             RequestError: a prompt is wrong, or `dimensions` is more than the model has; nothing ran.

@@ -1,4 +1,4 @@
-"""Embedding table and head, whichever of them a checkpoint brings and however it names them: as transformers reads it."""
+"""Embedding table and head, whichever of them a checkpoint brings and however it names them, as in transformers."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_names_without_their_first_part_are_completed(tmp_path: Path) -> None:
         assert weights.is_bare and weights.has("lm_head.weight")
         torch.testing.assert_close(weights.take("model.embed_tokens.weight", (4, 2)), table)
         weights.take("lm_head.weight", (4, 2))
-        with pytest.raises(ModelError, match="tensor 'norm.weight' is not part"):
+        with pytest.raises(ModelError, match=r"tensor 'norm\.weight' is not part"):
             weights.check_all_taken()
     save(tmp_path, **{"embed_tokens.weight": table, "model.norm.weight": torch.ones(2)})
     with open_weights(tmp_path) as weights:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
+from xllm.pooling import PoolingDefaults
 
 if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.layers.adapters import AdapterSlots
     from xllm.models.causal_lm import CausalLM
+    from xllm.models.embedding_modules import EmbeddingModules
     from xllm.runner.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class LoadedModel:
         def plan() -> int:
             return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
 
+        self.embedding = self._read_embedding()
         plan()  # what cannot fit even without the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
@@ -74,7 +77,8 @@ class LoadedModel:
 
         if self._model is None:
             self._model = self._read()
-        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters)
+        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters,
+                             self.embedding.layers)
         self._report("warm-up", 0.0)
         runner.warm_up()
         self._report("ready", 1.0)
@@ -87,6 +91,14 @@ class LoadedModel:
             if self.adapters is not None:
                 self.adapters.forget_layers()
         self.backend.release_memory()
+
+    def _read_embedding(self) -> EmbeddingModules:
+        from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
+
+        setting, width = self.config.model.pooling_type, self.model_config.hidden_size
+        if self.config.model.load_format == "dummy" and setting == "auto":
+            return EmbeddingModules(defaults=PoolingDefaults(width=width))
+        return read_embedding_modules(self.path, setting, width)
 
     def _read(self) -> CausalLM:
         from xllm.models.loader import load_model
