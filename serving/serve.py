@@ -25,13 +25,14 @@ from serving.connection import connection_class
 from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
-from serving.state import ServerState, read_sampling_defaults
+from serving.state import ServerState
 from serving.supervisor import Supervisor
 from serving.tracing import Tracer
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig
 from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, RequestError, XllmError
+from xllm.generation_config import read_sampling_defaults
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -43,8 +44,8 @@ ABORT_GRACE_S = 1.0
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
-    if server_config.http.generation_config not in ("auto", "vllm"):
-        read_sampling_defaults(server_config.http.generation_config, Path())  # a wrong folder is said now, not later
+    if engine_config.model.generation_config not in ("auto", "vllm"):
+        read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
     tls_options(server_config.http)
     tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
@@ -149,7 +150,7 @@ class _Server:
     async def _load(self) -> None:
         try:
             facts = await self._engine.start()
-            self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config,
+            self._state.sampling_defaults = read_sampling_defaults(self._engine_config.model.generation_config,
                                                                    Path(facts.model_path))
             if not facts.config.model.skip_tokenizer_init:
                 self._view.phase("tokenizer", 0.0)

@@ -49,6 +49,8 @@ class ModelSettings:
     pooling_type: str = option("auto", "how the hidden states of a text become its embedding, instead of what the "
                                "checkpoint says; auto: as its modules.json or 1_Pooling/config.json says, else last",
                                choices=("auto", *KINDS))
+    generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
+                                    "generation_config.json), vllm (none), or a folder")
     hf_overrides: str | None = option(None, "JSON object that is merged into the checkpoint's config.json",
                                       aliases=("json_model_override_args",), is_json=True)
     rope_scaling: str | None = option(None, "JSON object instead of config.json's rope scaling, such as "
