@@ -12,7 +12,9 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -58,6 +60,7 @@ WALKED: dict[str, Callable[[], set[str]]] = {
     "adapter_config.json": lambda: {field.name for field in dataclasses.fields(peft.LoraConfig)},
     "generation_config.json": lambda: set(transformers.GenerationConfig().__dict__),
     "tokenizer_config.json": of_tokenizers,
+    "sentence_bert_config.json": lambda: {"max_seq_length", "do_lower_case"},
     "modules.json": lambda: {"idx", "name", "path", "type", "kwargs"},
     "1_Pooling/config.json": lambda: {"pooling_mode", "include_prompt", "embedding_dimension",
                                       "word_embedding_dimension", *LEGACY_MODES},
@@ -114,12 +117,15 @@ def load_tokens(folder: Path, **members: Any) -> None:
 
 
 def load_modules(folder: Path, pooling: dict[str, Any] | None = None, dense: dict[str, Any] | None = None,
-                 normalize: dict[str, Any] | None = None, entry: dict[str, Any] | None = None) -> None:
+                 normalize: dict[str, Any] | None = None, entry: dict[str, Any] | None = None,
+                 model: dict[str, Any] | None = None) -> None:
     names = ["Transformer", "Pooling", "Normalize", "Dense"]
     listed = [{"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "",
                "type": f"sentence_transformers.models.{name}", **(entry or {})} for i, name in enumerate(names)]
     write(folder / "1_Pooling" / "config.json", {"pooling_mode": "mean", **(pooling or {})})
     write(folder / "3_Dense" / "config.json", {"in_features": WIDTH, "out_features": 2, "bias": False, **(dense or {})})
+    save_file({"linear.weight": torch.zeros(2, WIDTH)}, folder / "3_Dense" / "model.safetensors")
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 512, **(model or {})})
     write(folder / "2_Normalize" / "config.json", normalize or {})
     read_embedding_modules(write(folder / "modules.json", listed), "auto", WIDTH)
 
@@ -133,6 +139,7 @@ LOADED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "generation_config.json": (load_generation, OTHER),
     "adapter_config.json": (load_adapter, NOT_BUILT),
     "tokenizer_config.json": (load_tokens, {CLEAN_UP: True, "add_prefix_space": True}),
+    "sentence_bert_config.json": (lambda folder, **member: load_modules(folder, model=member), {"do_lower_case": True}),
     "modules.json": (lambda folder, **member: load_modules(folder, entry=member), {"kwargs": {"a": 1}}),
     "1_Pooling/config.json": (lambda folder, **member: load_modules(folder, pooling=member), {
         "include_prompt": False, "embedding_dimension": 9, "word_embedding_dimension": 9}),
@@ -157,6 +164,14 @@ def test_what_is_called_refused_is_refused(tmp_path: Path, title: str, path: str
         members = {path: LOADED[title][1][path]}
     with pytest.raises((ModelError, ConfigError), match=CLEAN_UP if len(members) == 2 else path):
         LOADED[title][0](tmp_path, **members)
+
+
+def test_without_any_of_them_all_load(tmp_path: Path) -> None:
+    """What the refusals above are due to is the one member."""
+    for title, (load, _) in LOADED.items():
+        folder = tmp_path / title
+        folder.mkdir(parents=True)
+        load(folder)
 
 
 def test_members_of_sentence_transformers_that_are_not_in_the_tables_are_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _read_modules(file: Path, width: int) -> EmbeddingModules:
             raise _refused(file, f"module {index} is a {name}, which is not built")
     if kind is None:
         raise _refused(file, "there is no Pooling among the modules")
-    _warn_of_prompts(file.parent)
+    _check_model_settings(file.parent)
     is_last = bool(layers) and layers[-1] is _normalize
     return EmbeddingModules(defaults=PoolingDefaults(kind=kind, normalize=is_last, width=width),
                             layers=tuple(layers[:-1] if is_last else layers))
@@ -171,8 +171,12 @@ def _optional_json(file: Path) -> Mapping[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _warn_of_prompts(folder: Path) -> None:
-    """Prompts by name are for the caller to put in front of a text: requests have no field for them."""
+def _check_model_settings(folder: Path) -> None:
+    """What sentence-transformers does to a text before the model sees it. Prompts by name are for the caller to put in
+    front of a text: requests have no field for them."""
+    file = folder / "sentence_bert_config.json"
+    if _optional_json(file).get("do_lower_case"):
+        raise _refused(file, "do_lower_case true is not built")
     name = _optional_json(folder / "config_sentence_transformers.json").get("default_prompt_name")
     if name is not None:
         log.warning("config_sentence_transformers.json has default_prompt_name %r: texts are embedded as they come, "
