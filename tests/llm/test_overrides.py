@@ -27,6 +27,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                                 {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
     "nested": ({"hf_overrides": {"rope_parameters": {"rope_theta": 300.0}}},
                {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+    "the older name": ({"hf_overrides": {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 300.0}}},
+                       {"rope_parameters": {**YARN, "rope_theta": 300.0}}),
     "both": ({"hf_overrides": {"rms_norm_eps": 0.3}, "rope_scaling": json.dumps({"type": "linear", "factor": 3.0})},
              {"rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}}),
     "a member alone": ({"hf_overrides": '{"rms_norm_eps": 0.5}'}, {"rms_norm_eps": 0.5}),

@@ -28,16 +28,18 @@ class Overrides:
 
     def apply(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Raises ConfigError for a rope_scaling whose members do not belong together."""
-        merged = _merged(values, self.members)
-        if self.rope_scaling is None:
+        merged, scaling = _merged(values, self.members), self.rope_scaling
+        if scaling is None and values.get("rope_parameters") and isinstance(self.members.get("rope_scaling"), Mapping):
+            scaling = self.members["rope_scaling"]  # the older name, over a file of the newer layout
+        if scaling is None:
             return merged
         try:
-            check_members(self.rope_scaling)
+            check_members(scaling)
         except ModelError as error:
             raise ConfigError(f"rope_scaling: {error}") from None
         own = merged.get("rope_parameters") or merged.get("rope_scaling")
         kept = {key: own[key] for key in KEPT_OF_ROPE if isinstance(own, Mapping) and key in own}
-        return {**merged, "rope_scaling": None, "rope_parameters": {**kept, **self.rope_scaling}}
+        return {**merged, "rope_scaling": None, "rope_parameters": {**kept, **scaling}}
 
     def check_used(self, read: ReadMembers, architecture: str) -> None:
         """Raise ConfigError for a member that nobody asked for: it would change nothing."""
