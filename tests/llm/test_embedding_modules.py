@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, PoolingParams
 from xllm.errors import ModelError, RequestError
+from xllm.hub import HUB_PATTERNS
 
 IDS, WIDTH = PROMPT[:19], 64
 POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -184,6 +186,13 @@ def test_entries_that_are_not_built(folder: Path, change: dict[str, Any], messag
     file.write_text(json.dumps([first, {**second, **change}]))
     with pytest.raises(ModelError, match=message):
         embed(folder)
+
+
+def test_the_files_of_all_modules_come_from_the_hub() -> None:
+    files = ["modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+             "model.safetensors"]
+    others = ["onnx/model.safetensors", "2_Dense/pytorch_model.bin", "original/consolidated.safetensors"]
+    assert list(filter_repo_objects([*files, *others], allow_patterns=list(HUB_PATTERNS))) == files
 
 
 def test_normalising_tokens_is_not_built(folder: Path) -> None:
