@@ -31,13 +31,8 @@ class HttpSettings:
     ssl_ca_certs: str | None = option(None, "let in only clients with a certificate of these authorities (PEM)")
     served_model_name: tuple[str, ...] = option((), "names that requests may use for the model; the first is shown",
                                                 aliases=("model_id",))
-    generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
-                                    "generation_config.json), vllm (none), or a folder")
     lora_folder: str | None = option(None, "folder below which /v1/load_lora_adapter finds adapters; none: the route "
                                      "is closed")
-    pooling_type: str = option("auto", "embedding of a text: its last token's hidden state, or the mean over all; "
-                               "auto: as the checkpoint says (1_Pooling/config.json), else last",
-                               choices=("auto", "last", "mean"))
     otlp_traces_endpoint: str | None = option(None, "send traces of requests there over OTLP/HTTP, such as "
                                               "http://127.0.0.1:4318/v1/traces; needs the extra 'otel'")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")

@@ -27,13 +27,14 @@ from serving.log_rate import bound_logs
 from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
-from serving.state import ServerState, read_sampling_defaults
+from serving.state import ServerState
 from serving.supervisor import Supervisor
 from serving.tracing import Tracer
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig
 from xllm.engine.facts import EngineFacts
-from xllm.errors import ConfigError, XllmError
+from xllm.errors import ConfigError, RequestError, XllmError
+from xllm.generation_config import read_sampling_defaults
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -46,8 +47,8 @@ KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
-    if server_config.http.generation_config not in ("auto", "vllm"):
-        read_sampling_defaults(server_config.http.generation_config, Path())  # a wrong folder is said now, not later
+    if engine_config.model.generation_config not in ("auto", "vllm"):
+        read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
     tls_options(server_config.http)
     tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
@@ -110,6 +111,7 @@ class _Server:
         self._engine = ProcessClient(self._engine_config, on_phase=self._show_phase)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
+        self._check_adapter_names()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal, signum)
         http = self._config.http
@@ -156,10 +158,18 @@ class _Server:
             self._listener.listen(KERNEL_QUEUE)
         await serving
 
+    def _check_adapter_names(self) -> None:
+        """Raise ConfigError if an adapter would hide behind the model."""
+        for module in self._engine_config.lora.lora_modules:
+            try:
+                self._state.check_adapter_name(module.partition("=")[0], "lora_modules")
+            except RequestError as error:
+                raise ConfigError(str(error)) from None
+
     async def _load(self) -> None:
         try:
             facts = await self._engine.start()
-            self._state.sampling_defaults = read_sampling_defaults(self._config.http.generation_config,
+            self._state.sampling_defaults = read_sampling_defaults(self._engine_config.model.generation_config,
                                                                    Path(facts.model_path))
             if not facts.config.model.skip_tokenizer_init:
                 self._view.phase("tokenizer", 0.0)

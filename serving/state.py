@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,8 +25,7 @@ from serving.tracing import Tracer
 from serving.waiting import WaitingTokens
 from xllm.client.base import WatchedEngine
 from xllm.engine.facts import EngineFacts
-from xllm.errors import ConfigError, RequestError
-from xllm.request import SamplingParams
+from xllm.errors import RequestError
 
 if TYPE_CHECKING:
     from serving.supervisor import Supervisor
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
 
 MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20  # that /v1/responses keeps for later calls
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass
@@ -107,11 +104,6 @@ class ServerState:
         given = () if self.config.http.served_model_name else (self.model_name,)
         return frozenset(name for name in (*self.served_names, *given) if name is not None)
 
-    @cached_property
-    def pooling_type(self) -> str:
-        """What `--pooling-type` comes to for this checkpoint."""
-        return read_pooling_type(self.config.http.pooling_type, Path(self.facts.model_path))
-
     def check_accepting(self) -> None:
         """Raise ApiError 503 unless new requests can be taken."""
         try:
@@ -145,43 +137,13 @@ class ServerState:
         """The adapter that a request's model names; "" for the model itself, whose names come first."""
         return model if model in self.engine.adapters and model not in self._accepted_names else ""
 
+    def check_adapter_name(self, name: str, field: str) -> None:
+        """Raise RequestError if requests by that name get the model itself; the adapter would never be used."""
+        if name in self._accepted_names:
+            raise RequestError(f"{field}: {name[:256]!r} is the served model's own name; an adapter needs another one",
+                               field=field)
+
     def need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
             raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
         return self.tokenizer
-
-
-def read_pooling_type(setting: str, model_path: Path) -> str:
-    """"last" or "mean"; "auto" looks where sentence-transformers says it. Raises ConfigError."""
-    file = model_path / "1_Pooling" / "config.json"
-    if setting != "auto" or not file.is_file():
-        return "last" if setting == "auto" else setting
-    try:
-        return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "last"
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file.name} of the checkpoint's 1_Pooling cannot be read: {error}") from None
-
-
-def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:
-    """Sampling defaults from generation_config.json, as vLLM takes them. Raises ConfigError."""
-    if source == "vllm":
-        return {}
-    file = (model_path if source == "auto" else Path(source)) / "generation_config.json"
-    if not file.is_file():
-        if source == "auto":
-            return {}
-        raise ConfigError(f"generation_config: there is no {file}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold a JSON object")
-    defaults = {name: content[name] for name in SAMPLING_DEFAULTS if content.get(name) is not None}
-    if content.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = content["max_new_tokens"]
-    try:
-        SamplingParams(**defaults)
-    except RequestError as error:
-        raise ConfigError(f"{file}: {error}; --generation-config vllm ignores the file") from None
-    return defaults

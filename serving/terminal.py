@@ -11,9 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.state import read_sampling_defaults
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 
@@ -206,10 +206,9 @@ def _load(config: EngineConfig) -> AsyncLLM:
 
 def _sampling(llm: AsyncLLM, flags: argparse.Namespace) -> SamplingParams:
     """The flags over the model's generation_config.json. Raises RequestError."""
-    from xllm.hub import resolve_model_path
+    from xllm.generation_config import read_sampling_defaults
     from xllm.request import SamplingParams
 
-    model = llm.config.model
-    defaults = read_sampling_defaults("auto", resolve_model_path(model.model, model.revision))
+    defaults = read_sampling_defaults(llm.config.model.generation_config, Path(llm.facts.model_path))
     given = {"temperature": flags.temperature, "top_p": flags.top_p, "max_tokens": flags.max_tokens}
     return SamplingParams(**{**defaults, **{name: value for name, value in given.items() if value is not None}})

@@ -28,8 +28,8 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.request", 
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
-TEXT = ["xllm.hub", "xllm.tokenizer", "xllm.token_text", "xllm.text_stream", "xllm.detokenizer", "xllm.stop_strings",
-        "xllm.stop_filter"]
+TEXT = ["xllm.hub", "xllm.generation_config", "xllm.tokenizer", "xllm.token_text", "xllm.text_stream",
+        "xllm.detokenizer", "xllm.stop_strings", "xllm.stop_filter"]
 FRONT = ["xllm.llm", "xllm.async_llm", "xllm.answer", "xllm.inputs", "xllm.outputs"]
 MESSAGES = ["xllm.worker.messages", "xllm.worker.failures", "xllm.worker.link"]
 ALLOWED = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from functools import cached_property
 from typing import Any, Literal
 
 from xllm.answer import Answer
@@ -18,6 +19,7 @@ from xllm.client.local import LocalClient
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import ConfigError, RequestError
+from xllm.generation_config import default_sampling
 from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
 from xllm.metrics import EngineStats
 from xllm.outputs import RequestOutput
@@ -55,6 +57,7 @@ class AsyncLLM:
                        output_kind: OutputKind = "cumulative") -> AsyncIterator[RequestOutput]:
         """Run one prompt. Ending the iteration early, or cancelling its task, aborts the request.
 
+        sampling_params: None: the model's defaults (`generation_config`).
         output_kind: each output holds everything so far, or only what is new, or there is one at the end.
         A slow consumer misses no text: what came meanwhile is in its next output, and a stop string is found when it
         is read. The last output, and only it, is `finished`. deadline_s: on the `time.monotonic()` clock.
@@ -65,7 +68,7 @@ class AsyncLLM:
         """
         if request_id is None:
             request_id = f"anonymous-{next(self._serial)}"
-        source = await self._process(prompt, sampling_params or SamplingParams(), request_id, priority=priority,
+        source = await self._process(prompt, sampling_params or self._default_params, request_id, priority=priority,
                                      offline=offline, deadline_s=deadline_s, cache_salt=cache_salt)
         self._engine.bind()
         if request_id in self._streams and self._streams[request_id].open_ids:
@@ -105,6 +108,10 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         self.shutdown()
+
+    @cached_property
+    def _default_params(self) -> SamplingParams:
+        return default_sampling(self.config.model.generation_config, self.facts.model_path)
 
     async def _process(self, prompt: Prompt, sampling: SamplingParams, request_id: str,
                        **options: Any) -> ProcessedInput:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
+from xllm.pooling import KINDS
 from xllm.sizes import is_zero, parse_amount
 
 
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with what the command line needs. `aliases`: other engines' names for it."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
+           is_json: bool = False) -> Any:
+    """A dataclass field with what the command line needs. `aliases`: other engines' names for it. is_json: the text of
+    a JSON object; in Python a dict will do."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices, "is_json": is_json})
 
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
@@ -42,8 +46,24 @@ class ModelSettings:
     seed: int = option(0, "seed for requests that bring none", aliases=("random_seed",))
     skip_tokenizer_init: bool = option(False, "token ids in and out; no tokenizer is loaded")
     revision: str | None = option(None, "branch, tag or commit on the Hub")
+    pooling_type: str = option("auto", "how the hidden states of a text become its embedding, instead of what the "
+                               "checkpoint says; auto: as its modules.json or 1_Pooling/config.json says, else last",
+                               choices=("auto", *KINDS))
+    generation_config: str = option("auto", "where sampling defaults come from: auto (the model's "
+                                    "generation_config.json), vllm (none), or a folder")
+    hf_overrides: str | None = option(None, "JSON object that is merged into the checkpoint's config.json",
+                                      aliases=("json_model_override_args",), is_json=True)
+    rope_scaling: str | None = option(None, "JSON object instead of config.json's rope scaling, such as "
+                                      '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}',
+                                      is_json=True)
+    allow_inexact_rope: bool = option(False, "with rope type dynamic: take texts beyond the original length, although "
+                                      "their result depends on how they were cut into prompts")
     load_format: str = option("auto", "where weights come from; dummy: random ones, made on the device, for "
                               "measurements: only config.json is needed", choices=LOAD_FORMATS)
+
+    def __post_init__(self) -> None:
+        parse_object("hf_overrides", self.hf_overrides)
+        parse_object("rope_scaling", self.rope_scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,9 +350,24 @@ def build_tree(tree: type, settings: dict[str, Any]) -> Any:
         choices = leaf.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise ConfigError(f"{given} must be one of {', '.join(choices)}; got {value!r}")
+        if leaf.metadata["is_json"] and isinstance(value, dict):
+            value = json.dumps(value)
         groups.setdefault(group, {})[name] = value
     factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
     return tree(**{name: factories[name](**values) for name, values in groups.items()})
+
+
+def parse_object(name: str, text: str | None) -> dict[str, Any] | None:
+    """What a setting that is a JSON object says. Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a JSON object, got {text[:80]}")
+    return value
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from xllm.errors import ModelError
 
-HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt")
+HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt",
+                "[0-9]*_*/model.safetensors")  # of the modules of an embedding model, such as 2_Dense
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from xllm.client.local import InlineClient
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import RequestError, XllmError
+from xllm.generation_config import default_sampling
 from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
 from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
@@ -58,8 +60,8 @@ class LLM:
         """Complete prompts; the results are in their order.
 
         prompts: one or a list of: text, token ids, {'prompt': text}, {'prompt_token_ids': ids}.
-        sampling_params: one for all, or one each; None: the defaults. priority: smaller runs first. lora: the adapter
-        to compute with, one for all or one each; "": none.
+        sampling_params: one for all, or one each; None: the model's defaults (`generation_config`). priority: smaller
+        runs first. lora: the adapter to compute with, one for all or one each; "": none.
 
         Raises:
             RequestError: a prompt or a parameter is wrong; names its index. Nothing was run then.
@@ -110,7 +112,7 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt], pooling: PoolingParams | None = None, *,
               use_tqdm: bool = False) -> list[EmbeddingOutput]:
-        """A vector for each prompt, in order. pooling: the last token's by default.
+        """A vector for each prompt, in order. pooling: as the checkpoint says by default.
 
         Raises:
             RequestError: a prompt is wrong, or `dimensions` is more than the model has; nothing ran.
@@ -133,6 +135,10 @@ class LLM:
         with self._lock:
             self._engine.unload_adapter(name)
 
+    @cached_property
+    def _default_params(self) -> SamplingParams:
+        return default_sampling(self.config.model.generation_config, self.facts.model_path)
+
     def _run(self, prompts: Sequence[Prompt], params: Params, priority: int | Sequence[int] | None,
              use_tqdm: bool, lora: str | Sequence[str] = "") -> list[RequestOutput]:
         return [answer.output() for answer in self._answer(prompts, params, priority, use_tqdm, lora=lora)]
@@ -141,7 +147,8 @@ class LLM:
                 use_tqdm: bool, pooling: PoolingParams | None = None, lora: str | Sequence[str] = "") -> list[Answer]:
         with self._lock:
             self._engine.check_up()
-            sources = self._process_all(prompts, _one_each(params, SamplingParams(), len(prompts), "sampling_params"),
+            sources = self._process_all(prompts, _one_each(self._default_params if params is None else params, None,
+                                                           len(prompts), "sampling_params"),
                                         _one_each(priority, 0, len(prompts), "priority"),
                                         [lora] * len(prompts) if isinstance(lora, str)
                                         else _one_each(lora, "", len(prompts), "lora"), pooling)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.chat_template import ChatTemplate, Message, select_template
 from xllm.errors import ModelError, RequestError
+from xllm.tokenizer_config import apply_members
 
 if TYPE_CHECKING:
     import tokenizers
@@ -261,7 +262,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder.
 
     `tokenizer.json` is taken at its word. From `tokenizer_config.json` come the named special tokens,
-    tokens that were added later, and the chat template (`chat_template.jinja` wins over it).
+    tokens that were added later, the chat template (`chat_template.jinja` wins over it), and `split_special_tokens`.
 
     Raises:
         ModelError: files are missing or corrupt; names the file.
@@ -279,6 +280,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         backend, special_tokens = _convert_with_transformers(path)
     backend.no_truncation()
     backend.no_padding()
+    apply_members(backend, config, path / "tokenizer_config.json")
     return Tokenizer(backend, special_tokens, _read_templates(path, config))
 
 

@@ -24,6 +24,7 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(request: Request) -> Response:
         body = await body_of(state, request, LoadAdapterBody)
+        state.check_adapter_name(body.lora_name, "lora_name")
         folder = adapter_folder(state.config.http.lora_folder, body.lora_path)
         done = await control(state, "load_adapter", name=body.lora_name, folder=str(folder))
         return json_response({"adapters": done.state.adapters})

@@ -45,8 +45,7 @@ class Embedded:
 async def embed(state: ServerState, request: Request, body: PoolingBody, inputs: Sequence[str] | Sequence[list[int]],
                 call: str, field: str, dimensions: int | None = None) -> Embedded:
     """Raises ApiError naming the field."""
-    pooling = PoolingParams(kind=body.pooling or state.pooling_type, dimensions=dimensions,
-                            normalize=body.normalize is not False)
+    pooling = PoolingParams(kind=body.pooling, dimensions=dimensions, normalize=body.normalize)
     token_ids = await _encode(state, body, inputs, field)
     for ids in token_ids:
         params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field=field)

@@ -140,7 +140,7 @@ class PoolingBody(StrictBody):
 
     model: str | None = None
     pooling: str | None = None  # none: the server's --pooling-type
-    normalize: bool | None = None
+    normalize: bool | None = None  # none: as the checkpoint's modules.json says, else yes
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
     priority: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from xllm import LLM, PoolingParams, SamplingParams
 from xllm.errors import RequestError
+from xllm.pooling import KINDS
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "x", "import os\nimport sys\n\n\nclass Reader:\n    pass\n",
          "def add(a, b):\n    return a - b\n" * 6]
+POOLED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "last": lambda h_TD: h_TD[-1], "cls": lambda h_TD: h_TD[0], "mean": lambda h_TD: h_TD.mean(0),
+    "max": lambda h_TD: h_TD.max(0), "mean_sqrt_len_tokens": lambda h_TD: h_TD.sum(0) / len(h_TD)**0.5,
+    "weightedmean": lambda h_TD: np.average(h_TD, axis=0, weights=np.arange(1, len(h_TD) + 1)),
+}
 SETTINGS = {
     "plain": {}, "chunked": {"max_num_batched_tokens": 7}, "prefix": {"enable_prefix_caching": True},
     "xtensor": {"kv_layout": "xtensor"}, "ngram": {"speculative_method": "ngram"},
@@ -34,13 +42,13 @@ def hidden() -> list[np.ndarray]:
 
 
 def expected(hidden_TD: np.ndarray, params: PoolingParams) -> np.ndarray:
-    vector = (hidden_TD[-1] if params.kind == "last" else hidden_TD.mean(0))[:params.dimensions]
-    return vector / np.linalg.norm(vector) if params.normalize else vector
+    vector = POOLED[params.kind or "last"](hidden_TD)[:params.dimensions]
+    return vector if params.normalize is False else vector / np.linalg.norm(vector)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("params", [PoolingParams(), PoolingParams(kind="mean"),
-                                    PoolingParams(kind="mean", dimensions=24, normalize=False)], ids=str)
+@pytest.mark.parametrize("params", [PoolingParams(), *(PoolingParams(kind=kind, normalize=False) for kind in KINDS),
+                                    PoolingParams(kind="mean", dimensions=24)], ids=str)
 def test_embeddings_equal_transformers(hidden: list[np.ndarray], name: str, params: PoolingParams) -> None:
     with LLM(max_model_len=128, num_threads=1, **SETTINGS[name]) as llm:
         first, again = (llm.embed(TEXTS, params) for _ in range(2))
@@ -49,7 +57,7 @@ def test_embeddings_equal_transformers(hidden: list[np.ndarray], name: str, para
         for output, states in zip(outputs, hidden, strict=True):
             np.testing.assert_allclose(output.embedding, expected(states, params), atol=2e-5, rtol=1e-4)
     if name == "prefix":
-        assert (stats.prefix_hits_total > 0) == (params.kind == "last")
+        assert (stats.prefix_hits_total > 0) == (params.kind in (None, "last"))
     assert stats.num_free_blocks == stats.num_blocks
 
 
@@ -74,8 +82,8 @@ def test_beside_requests_that_generate(hidden: list[np.ndarray]) -> None:
 
 
 def test_what_cannot_be_had_is_refused_by_name() -> None:
-    with pytest.raises(RequestError, match="last, mean"):
-        PoolingParams(kind="max")
+    with pytest.raises(RequestError, match="last, cls, mean"):
+        PoolingParams(kind="median")
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(RequestError, match="dimensions"):
             PoolingParams(dimensions=wrong)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from xllm.layers.rope_config import RopeConfig, read_rope
+from xllm.errors import ModelError
+from xllm.layers.rope_config import COMMON_MEMBERS, MEMBERS, RopeConfig, read_rope
 from xllm.layers.rotary import rope_table
 
 NUM_POSITIONS = 1500
@@ -69,6 +71,29 @@ def test_transformers_4_and_5_layouts_read_alike() -> None:
         old = {"rope_theta": 5e5, "rope_scaling": {type_key: "llama3", **scaling}}
         assert read_rope(old, max_position_embeddings=131072, default_theta=1e4) == \
             read_rope(new, max_position_embeddings=131072, default_theta=1e4)
+
+
+@pytest.mark.parametrize(("rope", "message"), [
+    ({"rope_type": "default", "factor": 2.0}, "'default' has no 'factor'"),
+    ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "no 'beta_fast'"),
+    ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}, "no 'original_max_position"),
+    ({"rope_type": "yarn", "factor": 2.0, "short_factor": [1.0]}, "no 'short_factor'"),
+    ({"rope_type": "yarn", "factor": 2.0, "trunkate": False}, "no 'trunkate'"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": "no"}, "truncate must be"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": None}, "truncate must be"),
+    ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "'longrope' is not supported"),
+    ({"rope_type": "proportional", "factor": 2.0}, "'proportional' is not supported"),
+    ({"rope_type": "default", "mrope_section": [2, 3, 3]}, "mrope_section"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+], ids=str)
+def test_members_that_do_not_belong_are_refused(rope: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_rope({"rope_parameters": rope}, max_position_embeddings=2048, default_theta=1e4)
+
+
+def test_every_member_of_transformers_is_known_or_refused() -> None:
+    known = {member for members in MEMBERS.values() for member in members} | set(COMMON_MEMBERS)
+    assert set(RopeParameters.__annotations__) - known == {"short_factor", "long_factor", "mrope_section"}
 
 
 def test_no_rope_fields_mean_plain_rope() -> None:

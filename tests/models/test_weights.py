@@ -51,15 +51,29 @@ def test_the_shape_asked_for_is_that_of_the_whole(tmp_path: Path) -> None:
         weights.take("w", (2, 6), Shard(0, 0, 2))
 
 
-def test_what_is_skipped_may_be_there_or_not(tmp_path: Path) -> None:
+def test_what_may_be_there_or_not(tmp_path: Path) -> None:
     save(tmp_path, w=torch.zeros(3), spare=torch.zeros(2))
     with open_weights(tmp_path) as weights:
         weights.take("w", (3,))
+        assert weights.has("spare") and not weights.has("absent") and not weights.has("w")
         with pytest.raises(ModelError, match="'spare' is not part of this architecture"):
             weights.check_all_taken()
-        weights.skip("spare")
-        weights.skip("absent")
+        weights.take("spare", (2,))
         weights.check_all_taken()
+
+
+def test_names_without_their_first_part_are_completed(tmp_path: Path) -> None:
+    table = torch.randn(4, 2)
+    save(tmp_path, **{"embed_tokens.weight": table, "norm.weight": torch.ones(2), "lm_head.weight": torch.ones(4, 2)})
+    with open_weights(tmp_path) as weights:
+        assert weights.is_bare and weights.has("lm_head.weight")
+        torch.testing.assert_close(weights.take("model.embed_tokens.weight", (4, 2)), table)
+        weights.take("lm_head.weight", (4, 2))
+        with pytest.raises(ModelError, match=r"tensor 'norm\.weight' is not part"):
+            weights.check_all_taken()
+    save(tmp_path, **{"embed_tokens.weight": table, "model.norm.weight": torch.ones(2)})
+    with open_weights(tmp_path) as weights:
+        assert not weights.is_bare and not weights.has("model.embed_tokens.weight")
 
 
 def resident_bytes(file: Path) -> int:

@@ -11,6 +11,8 @@ from xllm.parallel.shard import Shard
 class MemoryWeights:
     """A `Weights` whose tensors depend on name and shape alone. taken: the shapes of what ranks got, by name."""
 
+    is_bare = False
+
     def __init__(self) -> None:
         self.whole: dict[str, Tensor] = {}
         self.taken: dict[str, tuple[int, ...]] = {}
@@ -23,5 +25,5 @@ class MemoryWeights:
         self.taken[name] = tuple(part.shape)
         return part.clone(memory_format=torch.contiguous_format)
 
-    def skip(self, name: str) -> None:
-        assert name not in self.taken
+    def has(self, name: str) -> bool:
+        return False

@@ -54,7 +54,7 @@ def test_shapes_of_input_and_form(server: ServerProcess, truth: dict) -> None:
 @pytest.mark.parametrize(("body", "field"), [
     ({"input": ""}, "input"), ({"input": []}, "input"), ({"input": [1, "x"]}, "input"), ({}, "input"),
     ({"input": [10**6]}, "prompt"), ({"input": "x", "dimensions": 0}, "dimensions"),
-    ({"input": "x", "dimensions": 10**6}, "dimensions"), ({"input": "x", "pooling": "max"}, "pooling"),
+    ({"input": "x", "dimensions": 10**6}, "dimensions"), ({"input": "x", "pooling": "median"}, "pooling"),
     ({"input": "x", "encoding_format": "hex"}, "encoding_format"), ({"input": list(range(5000))}, "input"),
     ({"input": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"), ({"input": "x", "inputs": 1}, "inputs"),
     ({"input": ["x"] * 5000}, "input"),

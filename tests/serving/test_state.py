@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.state import read_sampling_defaults
 from xllm.errors import ConfigError
+from xllm.generation_config import read_sampling_defaults
 
 
 def folder(path: Path, **content: Any) -> Path:

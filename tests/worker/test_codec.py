@@ -11,7 +11,7 @@ import pytest
 from xllm.config import EngineConfig
 from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, StoredBlocks, TierFacts
 from xllm.metrics import GraphStats
-from xllm.pooling import PoolingParams
+from xllm.pooling import PoolingDefaults, PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.step import NewRow, ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
@@ -47,7 +47,8 @@ SAMPLES = [
     m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
     m.Sleep(True), m.Wake(), m.Shutdown(), m.LoadProgress("weights", 0.5),
     m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
-             num_reserved_blocks=1, queues_steps=True,
+             num_reserved_blocks=1, queues_steps=True, generates=False,
+             pooling=PoolingDefaults(kind="mean", normalize=False, width=8),
              tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),
                                                      np.zeros((2, 16), dtype=np.uint8)))),
     OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xllm.config import EngineConfig
@@ -78,8 +79,10 @@ class EngineCore:
         """Queue a request. Raises RequestError; nothing is queued then."""
         request.sampling.check_vocabulary(self._loaded.vocab_size)
         _check_prompt_ids(request, self._loaded.vocab_size)
+        if request.pooling is None and not self._loaded.generates:
+            raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")
         if request.pooling is not None:
-            request.pooling.check_width(self._loaded.hidden_size)
+            request = replace(request, pooling=request.pooling.resolve(self._loaded.pooling))
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
         request = self.adapters.bind(request)

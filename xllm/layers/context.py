@@ -15,7 +15,12 @@ from xllm.parallel.shard import Shard
 
 
 class Weights(Protocol):
-    """Where layers get their tensors. Each name can be taken once."""
+    """Where layers get their tensors. Each name can be taken once.
+
+    is_bare: the checkpoint was saved from a model without a head; its names lack the `model.` of those asked for here.
+    """
+
+    is_bare: bool
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """The tensor in the compute dtype, on the device, contiguous, owned by the caller.
@@ -26,8 +31,8 @@ class Weights(Protocol):
         """
         ...
 
-    def skip(self, name: str) -> None:
-        """Nobody takes this tensor, and the checkpoint may hold it all the same."""
+    def has(self, name: str) -> bool:
+        """Whether the tensor can be taken."""
         ...
 
 

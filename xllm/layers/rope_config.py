@@ -14,6 +14,13 @@ from typing import Any
 from xllm.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+COMMON_MEMBERS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+MEMBERS = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "truncate", "finetuned"),  # the last says how the weights came to be, and no more
+}
 MAX_NUMBER = 1e12  # far beyond any real theta or factor, and safe to multiply
 
 
@@ -48,6 +55,11 @@ class RopeConfig:
             return int(self.original_max_len * self.factor)
         return max_position_embeddings
 
+    def exact_len(self, max_model_len: int) -> int:
+        """Up to where a token's rotation depends on its position alone. With `dynamic`, beyond the original length it
+        depends on how many tokens follow: with transformers, on the length of the prompt."""
+        return self.original_max_len if self.rope_type == "dynamic" else max_model_len
+
 
 def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, default_theta: float) -> RopeConfig:
     """The rotary embedding that a config.json describes.
@@ -58,6 +70,7 @@ def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, defaul
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ModelError(f"rope_parameters must be an object, got {rope!r}")
+    check_members(rope)
     rope = {"rope_theta": values.get("rope_theta"), "partial_rotary_factor": values.get("partial_rotary_factor"), **{
         key: value for key, value in rope.items() if value is not None}}
     _check_supported(rope)
@@ -80,6 +93,18 @@ def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, defaul
             raise ModelError(f"rope high_freq_factor ({high}) must be larger than low_freq_factor ({low})")
         return RopeConfig(**common, factor=factor, low_freq_factor=low, high_freq_factor=high)
     return RopeConfig(**common, factor=factor)
+
+
+def check_members(rope: Mapping[str, Any]) -> None:
+    """Raise ModelError for a member that the rope type does not use, or that is unknown."""
+    _check_supported(rope)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    used = (*COMMON_MEMBERS, *MEMBERS[rope_type])
+    for key, value in rope.items():
+        if key not in used and value is not None:
+            raise ModelError(f"rope type {rope_type!r} has no {key!r} (got {value!r}); it has {', '.join(used)}")
+    if not isinstance(rope.get("truncate", True), bool):
+        raise ModelError(f"rope truncate must be true or false, got {rope['truncate']!r}")
 
 
 def _check_supported(rope: Mapping[str, Any]) -> None:

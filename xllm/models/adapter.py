@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xllm.errors import ModelError
 from xllm.layers.adapters import Adapter
-from xllm.models.raw_config import read_json
+from xllm.models.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TENSOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-# Settings that change what is computed, with the values under which they do not.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "modules_to_save": (None, []), "bias": ("none", None), "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None), "layer_replication": (None, []), "trainable_token_indices": (None, [], {}),
-    "use_qalora": (False, None), "alora_invocation_tokens": (None, []),
-}
+log = logging.getLogger(__name__)
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], max_rank: int) -> Adapter:
@@ -33,24 +27,29 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], max_rank: 
     Raises:
         ModelError: a file is missing or broken, or the adapter asks for what is not built; names file and tensor.
     """
-    config = read_json(folder / CONFIG_FILE)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ModelError(f"{folder / CONFIG_FILE}: peft_type {config.get('peft_type')!r}; only LORA is built")
-    for name, harmless in REFUSED.items():
-        if config.get(name) not in harmless:
-            raise ModelError(f"{folder / CONFIG_FILE}: {name} {config[name]!r} is not built")
-    halves = _read_halves(folder / WEIGHTS_FILE)
+    config, file = read_adapter_config(folder), folder / WEIGHTS_FILE
+    halves = _read_halves(file)
     matrices = {}
-    for name, pair in halves.items():
+    for layer, pair in halves.items():
+        name = _own_name(layer, shapes)
         if name not in shapes:
-            raise ModelError(f"{folder / WEIGHTS_FILE}: {name!r} is nothing that an adapter of this model can change")
+            raise ModelError(f"{file}: {layer!r} is nothing that an adapter of this model can change")
+        if not config.targets(layer):
+            raise ModelError(f"{file}: {layer!r} has tensors, and {CONFIG_FILE} does not name it as a layer to change "
+                             "(target_modules, exclude_modules, layers_to_transform)")
+        if name in matrices:
+            raise ModelError(f"{file}: {name!r} is there twice, with and without the first part of its name")
         if len(pair) != 2:
-            raise ModelError(f"{folder / WEIGHTS_FILE}: {name!r} has lora_{min(pair)} only")
+            raise ModelError(f"{file}: {layer!r} has lora_{min(pair)} only")
         a, b = pair["A"].float(), pair["B"].float()
-        _check_shapes(folder / WEIGHTS_FILE, name, a, b, shapes[name], max_rank)
-        matrices[name] = a, b * _scale(config, name, len(a))
+        _check_shapes(file, layer, a, b, shapes[name], max_rank)
+        if len(a) != config.rank(layer):
+            raise config.error(f"r (or rank_pattern) says rank {config.rank(layer):g} for {layer!r}, whose matrices "
+                               f"have {len(a)}")
+        matrices[name] = a, b * config.scale(layer)
     if not matrices:
         raise ModelError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B")
+    _warn_of_missing(file, config, set(shapes) - set(matrices), is_bare=not any(layer in shapes for layer in halves))
     return Adapter(matrices=matrices)
 
 
@@ -75,7 +74,10 @@ def _read_halves(file: Path) -> dict[str, dict[str, Tensor]]:
                 match = TENSOR.fullmatch(key.removeprefix(PREFIX))
                 if match is None:
                     raise ModelError(f"{file}: tensor {key!r} is neither lora_A nor lora_B of a layer")
-                found.setdefault(match[1], {})[match[2]] = handle.get_tensor(key)
+                halves = found.setdefault(match[1], {})
+                if match[2] in halves:
+                    raise ModelError(f"{file}: lora_{match[2]} of {match[1]!r} is there twice")
+                halves[match[2]] = handle.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is truncated or corrupt: {error}") from None
     return found
@@ -92,16 +94,17 @@ def _check_shapes(file: Path, name: str, a: Tensor, b: Tensor, shape: tuple[int,
         raise ModelError(f"{file}: {name!r} holds numbers that are not finite")
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) (rsLoRA; Kalajdzievski 2023). Patterns name layers by the end of their name."""
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", rank))
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ModelError(f"{CONFIG_FILE}: lora_alpha {alpha!r} is no number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+def _own_name(layer: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Adapters of a bare model, without a head, leave out the first part of the name."""
+    return layer if layer in shapes else f"model.{layer}"
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if name == pattern or name.endswith("." + pattern):
-            return value
-    return default
+def _warn_of_missing(file: Path, config: AdapterConfig, absent: set[str], *, is_bare: bool) -> None:
+    """A layer that the config names and the file lacks stays as it is, as in PEFT; that may be a torn file."""
+    if not config.says_targets:
+        return
+    missing = [name for name in sorted(absent) if config.targets(name.removeprefix("model.") if is_bare else name)]
+    if missing:
+        log.warning("%s lacks %d of the layers that its config names, such as %s; they stay as they are", file,
+                    len(missing), missing[0])

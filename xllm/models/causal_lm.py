@@ -21,11 +21,13 @@ KVCaches = Iterable[tuple[Tensor, ...]]  # of each layer in order, its parts as 
 class CausalLM(Protocol):
     """What the runner calls, inside `torch.inference_mode`.
 
+    generates: whether there is a head; without, embeddings can be had, and `compute_logits` means nothing.
     kv_specs: what this rank's blocks hold, by layer. dtype: of the hidden states.
     """
 
     config: ModelConfig
     dtype: torch.dtype
+    generates: bool
     kv_specs: tuple[KVSpec, ...]
 
     def plan(self, meta: AttentionMetadata) -> object:

@@ -36,6 +36,16 @@ class ModelConfig(ABC):
     bos_token_id: int | None = None
 
     @property
+    def has_head(self) -> bool:
+        """Whether the architecture has an lm_head: `Qwen3ForCausalLM` does, `Qwen3Model` does not."""
+        return not self.architecture.endswith("Model")
+
+    @property
+    def exact_model_len(self) -> int:
+        """The longest sequence whose result does not depend on how the sequence came to be that long."""
+        return self.max_model_len
+
+    @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""
@@ -48,6 +58,10 @@ class DecoderConfig(ModelConfig):
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope: RopeConfig
+
+    @property
+    def exact_model_len(self) -> int:
+        return min(self.max_model_len, self.rope.exact_len(self.max_model_len))
 
 
 class CommonFields(TypedDict):

@@ -5,12 +5,15 @@ Letters: T tokens in the step, S rows that want logits, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
+from xllm.errors import ModelError
 from xllm.layers.attention import AttentionPlan
 from xllm.layers.context import LayerContext, Weights
 from xllm.layers.norm import RMSNorm
@@ -18,7 +21,10 @@ from xllm.layers.vocabulary import LMHead, make_embedding, take_vocabulary
 from xllm.models.causal_lm import KVCaches
 from xllm.models.config import DecoderConfig, ModelConfig
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+TABLE, HEAD = "model.embed_tokens", "lm_head"
 Factory = Callable[[int, str], T]  # of a layer's number, and the name under which its tensors are
 
 
@@ -76,15 +82,13 @@ class Decoder:
                 RMSNorm(context, weights, f"{name}.post_attention_layernorm", size, eps), mlp(index, f"{name}.mlp"),
                 RMSNorm(context, weights, following, size, eps))
 
-        table_UD = take_vocabulary(context, weights, "model.embed_tokens", config.vocab_size, size)
+        table_UD, head_UD = _take_ends(context, config, weights)
+        self.generates = head_UD is not None
         self._embedding, self.dtype = make_embedding(context, table_UD), table_UD.dtype
         self._first_norm = RMSNorm(context, weights, "model.layers.0.input_layernorm", size, eps)
         self._layers = [layer(index) for index in range(config.num_layers)]
-        if config.tie_word_embeddings:
-            weights.skip("lm_head.weight")  # some checkpoints have it a second time
-        else:
-            table_UD = take_vocabulary(context, weights, "lm_head", config.vocab_size, size)
-        self._lm_head = LMHead(context, table_UD, config.vocab_size)
+        # Without a head the table stands in for it: nobody may ask for what it says (`generates`).
+        self._lm_head = LMHead(context, table_UD if head_UD is None else head_UD, config.vocab_size)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, kv_caches: KVCaches, meta: AttentionMetadata) -> Tensor:
         residual_TD = self._embedding(input_ids_T)
@@ -95,3 +99,29 @@ class Decoder:
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
         return self._lm_head(hidden_SD)
+
+
+def _take_ends(context: LayerContext, config: DecoderConfig, weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """table_UD and head_UD; no head where the checkpoint is of a model that makes embeddings only.
+
+    What the config ties is one matrix, whichever of the two the checkpoint brings; if it brings both and they differ,
+    both count, as in transformers 5. Raises ModelError.
+    """
+    tied = config.tie_word_embeddings
+    names = [name for name in (TABLE, HEAD) if weights.has(f"{name}.weight")] if tied else [TABLE]
+    ends = [take_vocabulary(context, weights, name, config.vocab_size, config.hidden_size) for name in names or [TABLE]]
+    if tied:
+        if len(ends) == 1 or torch.equal(*ends):
+            return ends[0], ends[0]
+        log.warning("tie_word_embeddings is true in config.json, and the checkpoint has another %s.weight: it is used, "
+                    "the embedding is not", HEAD)
+        return ends[0], ends[1]
+    is_absent = not weights.has(f"{HEAD}.weight")
+    if is_absent and (weights.is_bare or not config.has_head):
+        return ends[0], None
+    try:
+        return ends[0], take_vocabulary(context, weights, HEAD, config.vocab_size, config.hidden_size)
+    except ModelError as error:
+        if not is_absent:
+            raise
+        raise ModelError(f"{error} (config.json does not tie it to the embedding: tie_word_embeddings)") from None

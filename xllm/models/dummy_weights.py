@@ -14,6 +14,8 @@ class DummyWeights:
     """A `Weights` that has every tensor. The same name, shape, dtype and device give the same numbers each time, and
     shards of them are parts of the same tensor."""
 
+    is_bare = False
+
     def __init__(self, *, dtype: torch.dtype, device: torch.device):
         self._dtype, self._device = dtype, device
 
@@ -22,8 +24,9 @@ class DummyWeights:
         return whole if shard is None or shard.count == 1 else whole[shard.of(shape)].clone(
             memory_format=torch.contiguous_format)
 
-    def skip(self, name: str) -> None:
-        """Nothing is left over here."""
+    def has(self, name: str) -> bool:
+        """Nothing is here that a checkpoint may leave out."""
+        return False
 
 
 def dummy_weight(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

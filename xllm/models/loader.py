@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 def load_model(
     path: Path,
     *,
+    config: ModelConfig | None = None,
     backend: Backend,
     dtype: torch.dtype,
     quantization: str | None = None,
@@ -35,6 +36,7 @@ def load_model(
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 
+    config: the folder's own, if it has been read.
     quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
     load_format: "dummy" reads config.json alone and takes random weights.
     adapters: told of every layer that adapters may change; None: there will be none.
@@ -45,7 +47,7 @@ def load_model(
         ConfigError: `max_model_len` is beyond the checkpoint's limit, the backend lacks `quantization`, or the model
             cannot be spread over so many ranks.
     """
-    config = read_model_config(path)
+    config = config or read_model_config(path)
     if adapters is not None and parallel.tp.size > 1:
         raise ConfigError("tensor_parallel_size: adapters are built for 1 only")
     context = LayerContext(ops=backend.ops, device=backend.device, max_model_len=_checked_len(config, max_model_len),

@@ -6,6 +6,7 @@ Nothing of a checkpoint folder is ever executed: `auto_map` and any .py file are
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class RawConfig:
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], path: Path):
-        self.values = {**defaults, **values}
+        self.values: Mapping[str, Any] = ChainMap(values, defaults)  # type: ignore[arg-type]  # nobody writes to it
         self._path = path
 
     def error(self, message: str) -> ModelError:

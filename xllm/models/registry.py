@@ -11,13 +11,20 @@ from xllm.config import nearest
 from xllm.errors import ModelError
 from xllm.models.config import ModelConfig
 from xllm.models.family import Family
+from xllm.models.overrides import Overrides, ReadMembers
 from xllm.models.raw_config import RawConfig, read_json
 
+NO_OVERRIDES = Overrides()
 FAMILIES = {
     "LlamaForCausalLM": "xllm.models.llama",
     "MistralForCausalLM": "xllm.models.mistral",
     "Qwen2ForCausalLM": "xllm.models.qwen2",
     "Qwen3ForCausalLM": "xllm.models.qwen3",
+    # Without a head, as embedding models are published.
+    "LlamaModel": "xllm.models.llama",
+    "MistralModel": "xllm.models.mistral",
+    "Qwen2Model": "xllm.models.qwen2",
+    "Qwen3Model": "xllm.models.qwen3",
 }
 
 
@@ -26,14 +33,25 @@ def family_of(architecture: str) -> Family:
     return cast(Family, importlib.import_module(FAMILIES[architecture]))
 
 
-def read_model_config(path: Path) -> ModelConfig:
+def read_model_config(path: Path, overrides: Overrides = NO_OVERRIDES) -> ModelConfig:
     """Read `config.json` (and `generation_config.json` if it is there) of a checkpoint folder.
 
     Raises:
         ModelError: a file is missing or broken, or the checkpoint is of a kind that is not supported.
+        ConfigError: an override is wrong, or of a member that is not read.
     """
     file = path / "config.json"
-    values = read_json(file)
+    values = ReadMembers(overrides.apply(read_json(file)))
+    try:
+        config = _read(values, path)
+    except ModelError as error:
+        raise ModelError(f"{error} (with {overrides.flags})" if overrides else str(error)) from None
+    overrides.check_used(values, config.architecture)
+    return config
+
+
+def _read(values: ReadMembers, path: Path) -> ModelConfig:
+    file = path / "config.json"
     architecture = _known_architecture(values.get("architectures"), file)
     family = family_of(architecture)
     raw = RawConfig(values, family.DEFAULTS, file)

@@ -28,6 +28,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+BASE_PREFIX, HEAD_PREFIX, BARE_TABLE = "model.", "lm_head.", "embed_tokens.weight"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints carry; recomputed from the config
 
 
@@ -44,7 +45,8 @@ class WeightSource:
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None):
         self._dtype, self._device, self._progress = dtype, device, progress
         self._stack = ExitStack()
-        self._left: dict[str, tuple[Path, Any]] = {}  # name -> its file and the open handle
+        self._left: dict[str, tuple[Path, Any, str]] = {}  # name -> its file, the open handle, its name there
+        self.is_bare = False
         self._done_bytes = self._total_bytes = 0
         self._location = folder
         try:
@@ -65,8 +67,8 @@ class WeightSource:
         """See `xllm.layers.context.Weights`."""
         if name not in self._left:
             raise ModelError(f"tensor {name!r} is missing in {self._location}")
-        file, handle = self._left.pop(name)
-        found = handle.get_slice(name)
+        file, handle, stored = self._left.pop(name)
+        found = handle.get_slice(stored)
         if tuple(found.get_shape()) != shape:
             raise ModelError(f"{file}: tensor {name!r} has shape {found.get_shape()}, the config asks for "
                              f"{list(shape)}")
@@ -74,7 +76,7 @@ class WeightSource:
             raise ModelError(f"{file}: tensor {name!r} is of type {found.get_dtype()}; only "
                              f"{', '.join(ITEM_BYTES)} can be read")
         try:
-            view = handle.get_tensor(name) if shard is None or shard.count == 1 else found[shard.of(shape)]
+            view = handle.get_tensor(stored) if shard is None or shard.count == 1 else found[shard.of(shape)]
             tensor: Tensor = view.to(device=self._device, dtype=self._dtype, copy=True,
                                      memory_format=torch.contiguous_format)
         except (SafetensorError, OSError) as error:
@@ -84,17 +86,17 @@ class WeightSource:
             self._progress(self._done_bytes, self._total_bytes)
         return tensor
 
-    def skip(self, name: str) -> None:
+    def has(self, name: str) -> bool:
         """See `xllm.layers.context.Weights`."""
-        self._left.pop(name, None)
+        return name in self._left
 
     def check_all_taken(self) -> None:
         """Raise ModelError if tensors are left that no layer took or skipped, but for buffers that nobody needs."""
         unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
         if unexpected:
-            file, _ = self._left[unexpected[0]]
+            file, _, stored = self._left[unexpected[0]]
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-            raise ModelError(f"{file}: tensor {unexpected[0]!r}{more} is not part of this architecture")
+            raise ModelError(f"{file}: tensor {stored!r}{more} is not part of this architecture")
         if self._progress is not None and self._done_bytes < self._total_bytes:
             self._progress(self._total_bytes, self._total_bytes)
 
@@ -109,9 +111,18 @@ class WeightSource:
             absent = sorted(names - found)
             if absent:
                 raise ModelError(f"{file} lacks tensor {absent[0]!r}, which {INDEX_FILE} places there")
-            self._left.update((name, (file, handle)) for name in found if name in names or name not in self._left)
-        self._total_bytes = sum(_nbytes(handle.get_slice(name)) for name, (_, handle) in self._left.items())
+            self._left.update((name, (file, handle, name)) for name in found if name in names or name not in self._left)
+        self._total_bytes = sum(_nbytes(handle.get_slice(name)) for name, (_, handle, _) in self._left.items())
+        self._complete_names()
         self._location = next(iter(placed)) if len(placed) == 1 else folder / INDEX_FILE
+
+
+    def _complete_names(self) -> None:
+        """Checkpoints of embedding models are published without the first part of the names."""
+        self.is_bare = BARE_TABLE in self._left and not any(name.startswith(BASE_PREFIX) for name in self._left)
+        if self.is_bare:
+            self._left = {name if name.startswith(HEAD_PREFIX) else BASE_PREFIX + name: found
+                          for name, found in self._left.items()}
 
 
 def _nbytes(tensor_slice: Any) -> int:

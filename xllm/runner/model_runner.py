@@ -6,6 +6,7 @@ started meanwhile. Every other step waits for its results, and for those of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -75,8 +76,10 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int,
-                 adapters: AdapterSlots | None = None):
-        """config: resolved. num_blocks: from `plan_num_blocks`. adapters: the model's, if it takes any."""
+                 adapters: AdapterSlots | None = None,
+                 embedding_layers: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()):
+        """config: resolved. num_blocks: from `plan_num_blocks`. adapters: the model's, if it takes any.
+        embedding_layers: what embeddings pass through in the end."""
         max_model_len, block_size = config.model.max_model_len, config.cache.block_size
         assert max_model_len is not None, "resolve() first"
         assert block_size is not None, "resolve() first"
@@ -108,7 +111,7 @@ class ModelRunner:
         self._eager = EagerForward(backend, model, self.feed, staging, adapters)
         self._adapters = adapters
         self._queued: QueuedStep | None = None  # the step started last, if it was
-        self._pooler = Pooler(self.rows)
+        self._pooler = Pooler(self.rows, embedding_layers)
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory

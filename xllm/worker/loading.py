@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xllm import env
-from xllm.config import EngineConfig
+from xllm.config import EngineConfig, parse_object
 from xllm.errors import ConfigError, DeviceError
+from xllm.pooling import PoolingDefaults
 
 if TYPE_CHECKING:
     from backends.backend import Backend
     from xllm.layers.adapters import AdapterSlots
     from xllm.models.causal_lm import CausalLM
+    from xllm.models.config import ModelConfig
+    from xllm.models.embedding_modules import EmbeddingModules
+    from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -44,8 +48,8 @@ class LoadedModel:
         self._report = report
         self.backend = _open_backend(config)
         self.path = resolve_model_path(config.model.model, config.model.revision)
-        self.model_config = read_model_config(self.path)
-        self.config = config.resolve(model_max_len=self.model_config.max_model_len,
+        self.model_config = read_model_config(self.path, _overrides(config))
+        self.config = config.resolve(model_max_len=_length_limit(config, self.model_config),
                                      default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
@@ -53,6 +57,7 @@ class LoadedModel:
         def plan() -> int:
             return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
 
+        self.embedding = self._read_embedding()
         plan()  # what cannot fit even without the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
@@ -63,13 +68,19 @@ class LoadedModel:
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan()
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model that was read has a head."""
+        return self._model is None or self._model.generates
+
     def make_runner(self) -> ModelRunner:
         """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""
         from xllm.runner.model_runner import ModelRunner
 
         if self._model is None:
             self._model = self._read()
-        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters)
+        runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters,
+                             self.embedding.layers)
         self._report("warm-up", 0.0)
         runner.warm_up()
         self._report("ready", 1.0)
@@ -83,17 +94,48 @@ class LoadedModel:
                 self.adapters.forget_layers()
         self.backend.release_memory()
 
+    def _read_embedding(self) -> EmbeddingModules:
+        from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
+
+        setting, width = self.config.model.pooling_type, self.model_config.hidden_size
+        if self.config.model.load_format == "dummy" and setting == "auto":
+            return EmbeddingModules(defaults=PoolingDefaults(width=width))
+        return read_embedding_modules(self.path, setting, width)
+
     def _read(self) -> CausalLM:
         from xllm.models.loader import load_model
 
         model = self.config.model
         self._report("weights", 0.0)
-        loaded = load_model(self.path, backend=self.backend, dtype=self._dtype, quantization=model.quantization,
+        loaded = load_model(self.path, config=self.model_config, backend=self.backend, dtype=self._dtype,
+                            quantization=model.quantization,
                             max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
         if self.adapters is not None:
             self.adapters.apply()
         return loaded
+
+
+def _overrides(config: EngineConfig) -> Overrides:
+    from xllm.models.overrides import Overrides
+
+    return Overrides(members=parse_object("hf_overrides", config.model.hf_overrides) or {},
+                     rope_scaling=parse_object("rope_scaling", config.model.rope_scaling))
+
+
+def _length_limit(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence to allow. Raises ConfigError for one whose result would not be what transformers has."""
+    asked, exact = config.model.max_model_len, model.exact_model_len
+    if config.model.allow_inexact_rope or exact == model.max_model_len:
+        return model.max_model_len
+    if asked is None:
+        _log.warning("the longest sequence is %d tokens and not %d: beyond that, the checkpoint's rope type rotates a "
+                     "token by how many follow it, which no KV cache can follow. --allow-inexact-rope allows it", exact,
+                     model.max_model_len)
+    elif exact < asked <= model.max_model_len:
+        raise ConfigError(f"max_model_len {asked}: beyond {exact} tokens the checkpoint's rope type rotates a token by "
+                          "how many follow it, which no KV cache can follow. --allow-inexact-rope allows it")
+    return exact
 
 
 def _open_backend(config: EngineConfig) -> Backend:

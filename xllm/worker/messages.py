@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from xllm.config import EngineConfig
 from xllm.kv.moves import Move, MoveDone, TierFacts
 from xllm.metrics import GraphStats
+from xllm.pooling import PoolingDefaults
 from xllm.step import ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 
@@ -105,7 +106,8 @@ class Loaded:
 
     config: resolved. model_path: the local folder. num_blocks: KV blocks on the device, of which the first
     `num_reserved_blocks` are the device's own. queues_steps: the device works on its own, so that a step may be only
-    queued when the next message comes (`Settle`). tiers: the memory below the device, if there is any.
+    queued when the next message comes (`Settle`). generates: False if there is no head, so that embeddings alone can be
+    had. pooling: what an embedding is unless a request says it. tiers: the memory below the device, if there is any.
     """
 
     config: EngineConfig
@@ -116,6 +118,8 @@ class Loaded:
     num_blocks: int
     num_reserved_blocks: int
     queues_steps: bool
+    pooling: PoolingDefaults
+    generates: bool = True
     tiers: TierFacts | None = None
 
 

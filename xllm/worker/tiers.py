@@ -81,5 +81,12 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
         raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
     capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
     mark = fingerprint(model.path, backend=model.backend.name, stored=codec.name, block_size=cache.block_size,
-                       quantization=model.config.model.quantization, dtype=str(codec.cache_dtype))
+                       quantization=model.config.model.quantization, dtype=str(codec.cache_dtype), **_overrides(model))
     return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity)
+
+
+def _overrides(model: LoadedModel) -> dict[str, str]:
+    """The settings that change what the checkpoint's KV is, as far as they are given."""
+    settings = model.config.model
+    return {name: text for name, text in (("hf_overrides", settings.hf_overrides),
+                                          ("rope_scaling", settings.rope_scaling)) if text is not None}

@@ -128,6 +128,7 @@ class Worker:
                             eos_token_ids=tuple(model.model_config.eos_token_ids), num_blocks=model.num_blocks,
                             num_reserved_blocks=model.backend.num_reserved_blocks,
                             queues_steps=self.runner is not None and self.runner.feed is not None,
+                            pooling=model.embedding.defaults, generates=model.generates,
                             tiers=None if self.tiers is None else self.tiers.facts))
 
     def _make_runner(self) -> None:
