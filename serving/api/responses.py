@@ -116,7 +116,8 @@ class ResponsesCall:
         those of thinking and calls are not shown.
         """
         if self._call.body.logprobs:
-            self._unplaced += self._call.writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
+            writer = self._call.logprobs.of(self._generation.choices[piece.index])
+            self._unplaced += writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
         changes = self._blocks.feed(self._call.read(piece))
         grown = [change for change in changes if isinstance(change, Grew)]
         texts = [change for change in grown if change.block.kind == "text"]
