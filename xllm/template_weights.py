@@ -1,7 +1,7 @@
 """`Weights`: how much a template's values are in print, so that none is made which takes long to look at.
 
-A list that holds itself many times over is small in memory and endless for whoever compares, sorts, hashes or prints it,
-and all of these run to their end inside C, where no clock is looked at. So a value is weighed when it is made.
+A list that holds itself many times over is small in memory and endless for who compares, sorts, hashes or prints it;
+all of these run to their end inside C, where no clock is looked at. So a value is weighed when it is made.
 """
 
 from __future__ import annotations
