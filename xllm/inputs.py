@@ -5,7 +5,6 @@ Everything that can be wrong with a request and is known without the queue is fo
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import time
@@ -55,6 +54,7 @@ class InputProcessor:
         self._serial = itertools.count()
         # One list of bad words serves all prompts of a call, and often all calls of a client.
         self._token_ids_of_words = functools.lru_cache(maxsize=8)(self._encode_words)
+        self._completed = (SamplingParams(), SamplingParams())  # the last that was completed, and what it became
 
     @classmethod
     def of(cls, facts: EngineFacts, tokenizer: Tokenizer | None) -> InputProcessor:
@@ -76,7 +76,6 @@ class InputProcessor:
         text, token_ids = self.encode_prompt(prompt)
         self._check_length(token_ids)
         sampling = self._complete(sampling)
-        sampling.check_vocabulary(self.vocab_size)
         arrival_s = time.monotonic()
         requests = tuple(
             Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
@@ -128,19 +127,34 @@ class InputProcessor:
                                f"may have at most {self.max_model_len - 1}", field="prompt")
 
     def _complete(self, sampling: SamplingParams) -> SamplingParams:
-        """Stop strings need text; bad words become token ids."""
+        """`_checked`, once for all sequences of a call."""
+        given, completed = self._completed
+        if sampling.detokenize != given.detokenize or not sampling.shares_collections(given):
+            completed = self._checked(sampling)
+            self._completed = sampling, completed
+        if completed.bad_words_token_ids is sampling.bad_words_token_ids:
+            return sampling
+        return sampling.varied(bad_words_token_ids=completed.bad_words_token_ids)
+
+    def _checked(self, sampling: SamplingParams) -> SamplingParams:
+        """Stop strings need text; bad words become token ids, and all ids are the vocabulary's. Raises RequestError."""
         if sampling.stop:
             self._needs_tokenizer("stop", "a stop string")
             if not sampling.detokenize:
                 raise RequestError("stop needs detokenize=True", field="stop")
         if sampling.structured is not None:
             self.check_structured(sampling.structured)
+        sampling = self._with_bad_words(sampling)
+        sampling.check_vocabulary(self.vocab_size)
+        return sampling
+
+    def _with_bad_words(self, sampling: SamplingParams) -> SamplingParams:
         if not sampling.bad_words:
             return sampling
         found = dict.fromkeys((*sampling.bad_words_token_ids, *self._token_ids_of_words(sampling.bad_words)))
         if len(found) > MAX_BAD_WORDS:
             raise RequestError(f"bad_words: more than {MAX_BAD_WORDS} token sequences", field="bad_words")
-        return dataclasses.replace(sampling, bad_words_token_ids=tuple(found))
+        return sampling.varied(bad_words_token_ids=tuple(found))
 
     def check_structured(self, spec: StructuredOutput) -> None:
         """Compile it, in another process, unless that was done lately; waits for it, seconds perhaps.
@@ -178,20 +192,19 @@ class InputProcessor:
 
 
 def _choices(sampling: SamplingParams, shares_prompt_logprobs: bool) -> list[SamplingParams]:
-    """`n` copies. Choice 0 is what n=1 would give.
+    """One for each of the `n`, the same object where they are alike. Choice 0 is what n=1 would give.
 
     Without a seed the engine seeds each by its order of arrival, so they differ.
     """
     if sampling.n == 1:
         return [sampling]
+    first = other = sampling.varied(n=1)
+    if shares_prompt_logprobs and sampling.prompt_logprobs is not None:
+        other = first.varied(prompt_logprobs=None)
     seed = sampling.seed
-    return [
-        dataclasses.replace(
-            sampling, n=1, seed=None if seed is None else (seed + index * _SEED_STEP) & _UINT64 if index else seed,
-            prompt_logprobs=None if index and shares_prompt_logprobs else sampling.prompt_logprobs,
-        )
-        for index in range(sampling.n)
-    ]
+    if seed is None:
+        return [first, *[other] * (sampling.n - 1)]
+    return [first, *(other.varied(seed=(seed + index * _SEED_STEP) & _UINT64) for index in range(1, sampling.n))]
 
 
 def engine_tokenizer(facts: EngineFacts) -> Tokenizer | None:

@@ -6,6 +6,7 @@ Nothing here knows text: tokenising happens before a `Request` is made, detokeni
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_CHOICES = 128
+MAX_ALLOWED_TOKEN_IDS = 2**18  # more than any vocabulary has
 MAX_STOP_STRING_CHARS = 4096
 MAX_RENDERED_CHARS = 2**25  # that a chat template may make
 
@@ -88,6 +90,19 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
             or self.bad_words_token_ids
         )
+
+    def varied(self, **changes: Any) -> SamplingParams:
+        """A copy with other values. Collections that are not named are shared with it and not checked again, nor is one
+        that is: they may be large, and a call may have a thousand sequences. Raises RequestError."""
+        made = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(made, name, value)
+        _check_numbers(made)
+        return made
+
+    def shares_collections(self, other: SamplingParams) -> bool:
+        """Whether all that may be large is the very same in both."""
+        return all(getattr(self, name) is getattr(other, name) for name in COLLECTIONS)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise RequestError if a token id named here lies outside [0, vocab_size)."""
@@ -174,7 +189,8 @@ def _in_range(p: SamplingParams, name: str, low: float, high: float, *,
 
 def _check_collections(p: SamplingParams) -> None:
     limits = {"stop": MAX_STOP_STRINGS, "stop_token_ids": MAX_STOP_TOKEN_IDS, "bad_words": MAX_BAD_WORDS,
-              "bad_words_token_ids": MAX_BAD_WORDS, "logit_bias": MAX_LOGIT_BIAS}
+              "bad_words_token_ids": MAX_BAD_WORDS, "logit_bias": MAX_LOGIT_BIAS,
+              "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS}
     for name, limit in limits.items():
         if len(getattr(p, name) or ()) > limit:
             raise RequestError(f"{name} may have at most {limit} entries", field=name)
@@ -258,3 +274,5 @@ class OutputDelta:
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+COLLECTIONS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "allowed_token_ids",
+               "structured")

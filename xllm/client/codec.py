@@ -5,13 +5,17 @@ A decoder knows the type of what it may read; nothing else is ever constructed.
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+import dataclasses
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
 from xllm.config import EngineConfig
 from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, Shutdown, Submit, Submitted
+from xllm.errors import RequestError
+from xllm.request import Request
+from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
 
 M = TypeVar("M")
 
@@ -37,7 +41,57 @@ class Codec(Generic[M]):
         return self._decoders[index].decode(memoryview(frame)[1:])
 
 
-COMMANDS: Codec[Command] = Codec(0, Submit, Abort, Control, Shutdown)
+_RequestHead = without(Request, "_RequestHead", ("prompt_token_ids", "sampling"), prompt=int, variant=int)
+_HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt_token_ids", "sampling"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PackedSubmit:
+    """A `Submit` whose prompts and sampling parameters are written once; requests refer to them."""
+
+    prompts: list[list[int]]
+    params: SharedParams
+    heads: list[_RequestHead]
+
+
+class _CommandCodec:
+    """As `Codec`, for commands."""
+
+    def __init__(self) -> None:
+        self._codec: Codec[Any] = Codec(0, _PackedSubmit, Abort, Control, Shutdown)
+
+    def encode(self, command: Command) -> bytes:
+        """One frame."""
+        return self._codec.encode(_packed(command.requests) if isinstance(command, Submit) else command)
+
+    def decode(self, frame: bytes) -> Command:
+        """See `Codec.decode`. What requests share is one object."""
+        found: Any = self._codec.decode(frame)
+        return Submit(_unpacked(found)) if isinstance(found, _PackedSubmit) else found
+
+
+def _packed(requests: list[Request]) -> _PackedSubmit:
+    params, places, prompts, heads = ParamsWriter(), dict[int, int](), list[Any](), []
+    for request in requests:
+        prompt = request.prompt_token_ids
+        if (place := places.get(id(prompt))) is None:
+            place = places[id(prompt)] = len(prompts)
+            prompts.append(prompt)
+        heads.append(_RequestHead(*(getattr(request, name) for name in _HEAD_FIELDS), place,
+                                  params.add(request.sampling)))
+    return _PackedSubmit(prompts, params.shared(), heads)
+
+
+def _unpacked(packed: _PackedSubmit) -> list[Request]:
+    try:
+        samplings = read_shared(packed.params)
+        return [Request(prompt_token_ids=packed.prompts[head.prompt], sampling=samplings[head.variant],
+                        **{name: getattr(head, name) for name in _HEAD_FIELDS}) for head in packed.heads]
+    except (IndexError, RequestError) as error:
+        raise msgspec.DecodeError(f"no set of requests: {error}") from None
+
+
+COMMANDS = _CommandCodec()
 REPORTS: Codec[Report] = Codec(64, Submitted, Controlled, Outputs, Phase, Ready, Heartbeat, Fatal)
 
 

@@ -20,7 +20,7 @@ from xllm.engine.tiering import attach_tiers
 from xllm.errors import EngineStateError, RequestError
 from xllm.kv import failpoints
 from xllm.metrics import EngineStats
-from xllm.request import OutputDelta, Request
+from xllm.request import OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
 from xllm.worker.link import Progress, WorkerLink
 from xllm.worker.messages import Loaded
@@ -51,6 +51,7 @@ class EngineCore:
 
     def _build(self, loaded: Loaded) -> None:
         self._loaded, self.config, self.num_blocks = loaded, loaded.config, loaded.num_blocks
+        self._checked = SamplingParams()  # the last whose token ids were found to be in the vocabulary
         self.loop = StepLoop(Scheduler(self.config, num_blocks=self.num_blocks,
                                        num_reserved_blocks=loaded.num_reserved_blocks), self.link)
         pause = PauseGate(self.scheduler.check_room)
@@ -77,7 +78,9 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError; nothing is queued then."""
-        request.sampling.check_vocabulary(self._loaded.vocab_size)
+        if not request.sampling.shares_collections(self._checked):  # once for all sequences of a call
+            request.sampling.check_vocabulary(self._loaded.vocab_size)
+            self._checked = request.sampling
         _check_prompt_ids(request, self._loaded.vocab_size)
         if request.pooling is None and not self._loaded.generates:
             raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")

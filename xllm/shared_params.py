@@ -1,0 +1,83 @@
+"""`SharedParams`: the sampling parameters of many sequences as they cross into another process.
+
+A call's sequences differ in a seed or a length at most, while stop strings, bad words and lists of token ids may be
+large: those are written once, and are one object again on the other side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from xllm.request import COLLECTIONS, SAMPLING_FIELDS, SamplingParams
+
+VARIED = ("max_tokens", "seed", "prompt_logprobs")
+_SAME = tuple(name for name in SAMPLING_FIELDS if name not in (*VARIED, *COLLECTIONS))
+_KEPT = 4  # that were read last: rows of one call enter in several steps
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(SamplingParams)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedParams:
+    """bases: encoded `SamplingParams`. variants: each the index of its base and its own values of `VARIED`."""
+
+    bases: list[bytes]
+    variants: list[tuple[int, int | None, int | None, int | None]]
+
+
+class ParamsWriter:
+    """Collects the parameters of one message. They must live until `shared` is called."""
+
+    def __init__(self) -> None:
+        self._bases: dict[tuple[Any, ...], int] = {}
+        self._variants: dict[int, int] = {}  # by identity
+        self._shared = SharedParams([], [])
+
+    def add(self, sampling: SamplingParams) -> int:
+        """The index of the variant."""
+        index = self._variants.get(id(sampling))
+        if index is None:
+            index = self._variants[id(sampling)] = len(self._shared.variants)
+            varied = (getattr(sampling, name) for name in VARIED)
+            self._shared.variants.append((self._base(sampling), *varied))
+        return index
+
+    def _base(self, sampling: SamplingParams) -> int:
+        key = (*(getattr(sampling, name) for name in _SAME), *(id(getattr(sampling, name)) for name in COLLECTIONS))
+        index = self._bases.get(key)
+        if index is None:
+            index = self._bases[key] = len(self._shared.bases)
+            self._shared.bases.append(_ENCODER.encode(sampling))
+        return index
+
+    def shared(self) -> SharedParams:
+        return self._shared
+
+
+def read_shared(shared: SharedParams) -> list[SamplingParams]:
+    """The variants. Raises msgspec.DecodeError or RequestError for what is no set of parameters."""
+    bases, found = [_base_of(encoded) for encoded in shared.bases], []
+    for index, *values in shared.variants:
+        base, varied = bases[index], dict(zip(VARIED, values))
+        is_base = all(getattr(base, name) == value for name, value in varied.items())
+        found.append(base if is_base else base.varied(**varied))
+    return found
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _base_of(encoded: bytes) -> SamplingParams:
+    return _DECODER.decode(encoded)
+
+
+def without(kind: type, name: str, left_out: Iterable[str], **added: type) -> Any:
+    """A dataclass like `kind` but for fields that travel another way, in whose place stand those of `added`."""
+    hints, dropped = typing.get_type_hints(kind), set(left_out)
+    kept = [(f.name, hints[f.name]) for f in dataclasses.fields(kind) if f.name not in dropped]
+    return dataclasses.make_dataclass(name, [*kept, *added.items()], frozen=True, slots=True,
+                                      namespace={"__doc__": f"`{kind.__name__}` as it travels."})
