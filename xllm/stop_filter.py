@@ -40,7 +40,10 @@ class StopFilter:
         elif match is None and not self._held and (self._include_stop or not self._plain.num_held):
             return text  # as nearly always
         num_before = sum(len(held) for held, _ in self._held)
-        self._held.append((text, shown))
+        if self._held and self._held[-1][1] is shown:
+            self._held[-1] = self._held[-1][0] + text, shown
+        else:
+            self._held.append((text, shown))
         if match is not None:
             self.stopped = match.stop
             return self._up_to(num_before + match.end, match.stop, shown_only=match is plain)
