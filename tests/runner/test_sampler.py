@@ -14,7 +14,7 @@ from backends.backend import Backend
 from tests.runner.naive_sampling import edited_logits, invert, kept_probabilities
 from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, SamplingParams
 from xllm.runner.batch import SampleSlots
-from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
+from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
 from xllm.runner.rows import RowState
 from xllm.runner.sampler import NOT_FINITE, Draws, Sampler
 from xllm.runner.uniform import uniforms
@@ -85,7 +85,7 @@ def random_logits(num: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def edit(backend: Backend, logits_V: torch.Tensor, sampling: SamplingParams, history: list[int]) -> None:
-    edits = LogitEdits(sampling, EOS, VOCAB, backend.device)
+    edits = LogitEdits(sampling, TableStore(VOCAB, backend.device).of(sampling, EOS))
     edit_logits(backend.ops, logits_V[None], [SlotEdits(0, edits, np.array(history, dtype=np.int32), len(PROMPT))])
 
 

@@ -14,36 +14,63 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from backends.opset import OpSet
-from xllm.request import SamplingParams
+from xllm.request import COLLECTIONS, SamplingParams
+from xllm.runner.bad_words import BadWords
 
 _FORBIDDEN = float("-inf")
 _ALIGNMENT_BYTES = 16
 
 
-class LogitEdits:
-    """Made when a row enters; holds what can be prepared once.
+class EditTables:
+    """What is prepared once for all rows of a call: nothing of it changes afterwards.
 
+    always, ends: pairs of int64 token ids and fp32 values, to be added at any time and before `min_tokens`.
     allowed_W: int32 on the device, as `ApplyTokenBitmask` wants it; None: all tokens.
     """
 
     def __init__(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int, device: torch.device):
-        self.sampling = sampling
+        self.made_of = sampling, eos_token_ids  # held, so that the identities in its key stay theirs
         words = sampling.bad_words_token_ids
-        self._bad_words = [word for word in words if len(word) > 1]
+        longer = [word for word in words if len(word) > 1]
+        self.bad_words = BadWords(longer) if longer else None
         bias = sampling.logit_bias or {}
-        self._always = _joined([_forbidden(word[0] for word in words if len(word) == 1),
-                                (_ids(bias), np.array(list(bias.values()), np.float32))])
+        self.always = _joined([_forbidden(word[0] for word in words if len(word) == 1),
+                               (_ids(bias), np.array(list(bias.values()), np.float32))])
         end_ids = {*eos_token_ids, *sampling.stop_token_ids}
-        self._ends = _forbidden(sorted(t for t in end_ids if 0 <= t < vocab_size))
+        self.ends = _forbidden(sorted(t for t in end_ids if 0 <= t < vocab_size))
         self.allowed_W: Tensor | None = None
         if sampling.allowed_token_ids is not None:
             self.allowed_W = torch.from_numpy(_words(_ids(sampling.allowed_token_ids), vocab_size)).to(device)
+
+
+class TableStore:
+    """The tables of the rows that are there; rows whose parameters share their collections share a table."""
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self._vocab_size, self._device = vocab_size, device
+        self._tables: WeakValueDictionary[tuple[object, ...], EditTables] = WeakValueDictionary()
+
+    def of(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...]) -> EditTables:
+        key = (*(id(getattr(sampling, name)) for name in COLLECTIONS), eos_token_ids)
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = self._tables[key] = EditTables(sampling, eos_token_ids, self._vocab_size, self._device)
+        return tables
+
+
+class LogitEdits:
+    """Of one row; made when it enters."""
+
+    def __init__(self, sampling: SamplingParams, tables: EditTables):
+        self.sampling, self._tables = sampling, tables
+        self.allowed_W = tables.allowed_W
 
     @staticmethod
     def needed(sampling: SamplingParams) -> bool:
@@ -53,17 +80,13 @@ class LogitEdits:
 
     def additions(self, output: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """What is added after that output: pairs of int64 token ids and fp32 values."""
-        found = [self._always]
+        tables = self._tables
+        found = [tables.always]
         if len(output) < self.sampling.min_tokens:
-            found.append(self._ends)
-        if self._bad_words:
-            found.append(_forbidden(self._completed(output)))
+            found.append(tables.ends)
+        if tables.bad_words is not None and (completed := tables.bad_words.completed(output)):
+            found.append(_forbidden(completed))
         return [pair for pair in found if len(pair[0])]
-
-    def _completed(self, output: np.ndarray) -> list[int]:
-        """The last token of each bad word whose others the output ends with."""
-        tail = tuple(output[-max(map(len, self._bad_words)):].tolist())
-        return [word[-1] for word in self._bad_words if tail[len(tail) - len(word) + 1:] == word[:-1]]
 
     def counted(self, num_history: int, num_prompt: int) -> int | None:
         """Where the part of the history begins that penalties look at; None: they change nothing."""

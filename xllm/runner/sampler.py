@@ -15,7 +15,7 @@ from torch import Tensor
 from backends.opset import OpSet
 from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, TokenLogprobs
 from xllm.runner.batch import SampleSlots
-from xllm.runner.logit_edits import LogitEdits, SlotEdits, edit_logits
+from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.uniform import uniforms
@@ -40,8 +40,8 @@ class Sampler:
     def __init__(self, ops: OpSet, rows: RowState, vocab_size: int, device: torch.device):
         self._ops = ops
         self._rows = rows
-        self._vocab_size = vocab_size
         self._device = device
+        self._tables = TableStore(vocab_size, device)
         self._edits: dict[int, LogitEdits] = {}
         self._eos_ids: dict[int, tuple[int, ...]] = {}  # of the rows with a grammar
         self.matchers = RowMatchers(rows, vocab_size)
@@ -49,7 +49,7 @@ class Sampler:
     def enter(self, new: NewRow) -> None:
         """Prepare for a row; goes with `RowState.enter`."""
         if LogitEdits.needed(new.sampling):
-            self._edits[new.row] = LogitEdits(new.sampling, new.eos_token_ids, self._vocab_size, self._device)
+            self._edits[new.row] = LogitEdits(new.sampling, self._tables.of(new.sampling, new.eos_token_ids))
         if new.sampling.structured is not None:
             self.matchers.enter(new)
             self._eos_ids[new.row] = new.eos_token_ids
