@@ -37,12 +37,15 @@ HEAD = (
 BODY = (
     Limit("max_body_bytes", 8 * 2**20, "bytes of a request body", 413),
     Limit("max_json_depth", 64, "nesting in a request body"),
-    Limit("max_json_nodes", 4 * 2**20, "values in a request body; counted before it is parsed", at_least=16),
+    Limit("max_json_nodes", 2**20, "values in a request body; counted before it is parsed", at_least=16),
     Limit("max_json_containers", 2**17, "lists and objects in a request body; a small text can hold millions",
           at_least=16),
 )
 GENERATION = (
     Limit("max_sequences_per_request", 1024, "sequences of one call: its prompts times n"),
+    Limit("max_call_weight", 2**28, "bytes that a call weighs, by what it multiplies (below)", at_least=2**14),
+    Limit("max_text_chars", 2**20, "characters of a text that is tokenised; more where eight for each token of the "
+          "model's longest sequence are more"),
     Limit("max_messages", 4096, "messages of a conversation", field="messages"),
     Limit("max_stop_strings", request.MAX_STOP_STRINGS, "stop strings", field="stop", at_least=0),
     Limit("max_bad_words", request.MAX_BAD_WORDS, "bad words", field="bad_words", at_least=0),
@@ -64,6 +67,8 @@ FIXED = (
     Limit("MAX_CHOICES", request.MAX_CHOICES, "n: choices of a prompt", flag=False, field="n"),
     Limit("MAX_STOP_STRING_CHARS", request.MAX_STOP_STRING_CHARS, "characters of a stop string or bad word",
           flag=False),
+    Limit("MAX_ALLOWED_TOKEN_IDS", request.MAX_ALLOWED_TOKEN_IDS, "token ids that alone may come", flag=False,
+          field="allowed_token_ids"),
     Limit("MAX_STOP_TOKEN_IDS", request.MAX_STOP_TOKEN_IDS, "stop token ids", flag=False, field="stop_token_ids"),
 )
 MEDIA = (

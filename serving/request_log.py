@@ -95,8 +95,9 @@ class RequestLog:
         """Close an open record."""
         self._refresh(*self._open.pop(record.number))
         record.end_s, record.finish_reason = time.monotonic(), reason
-        self._finished.append(record)
         self.on_end(record)
+        record.sampling = record.sampling.without_collections()
+        self._finished.append(record)
 
     def open_records(self) -> list[RequestRecord]:
         """Those that have not ended, oldest first."""

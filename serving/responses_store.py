@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ResponseStore:
 
     def put(self, response: dict[str, Any], messages: list[dict[str, Any]], owner: str) -> None:
         """Keep one; nothing is kept of one that alone is too large."""
-        entry = StoredResponse(response, messages, owner, len(json.dumps(response)) + len(json.dumps(messages)))
+        entry = StoredResponse(response, messages, owner, _size(response) + _size(messages))
         if entry.num_chars > self.max_chars:
             return
         self.delete(response["id"], owner)
@@ -68,6 +69,10 @@ class ResponseStore:
         self.num_chars -= entry.num_chars
         if not kept.entries:
             del self._kept[owner]
+
+
+def _size(value: Any) -> int:
+    return len(msgspec.json.encode(value))
 
 
 @dataclass(slots=True)

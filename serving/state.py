@@ -21,6 +21,7 @@ from serving.request_log import RequestLog, RequestRecord
 from serving.responses_store import ResponseStore
 from serving.security.keys import KeyRing
 from serving.security.paths import hide_paths
+from serving.text_work import TextWork
 from serving.tracing import Tracer
 from serving.waiting import WaitingTokens
 from xllm.client.base import WatchedEngine
@@ -57,6 +58,7 @@ class ServerState:
     tracer: Tracer | None = None
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
     responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
+    text_work: TextWork = field(default_factory=TextWork)
     supervisor: Supervisor | None = None  # once the model is loaded
     admission: Admission = field(init=False)  # requests reach the engine through it
 

@@ -93,7 +93,7 @@ class InputProcessor:
             return self._encode_mapping(prompt)
         if isinstance(prompt, str):
             return prompt, self._needs_tokenizer("prompt", "a text prompt").encode(prompt)
-        return None, self._check_ids(prompt)
+        return None, self.check_ids(prompt)
 
     def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
@@ -101,16 +101,19 @@ class InputProcessor:
             raise RequestError(f"prompt: unknown key {min(unknown)!r}; known are prompt and prompt_token_ids",
                                field="prompt")
         if token_ids is not None:
-            return text if isinstance(text, str) else None, self._check_ids(token_ids)
+            return text if isinstance(text, str) else None, self.check_ids(token_ids)
         if not isinstance(text, str):
             raise RequestError("prompt: give {'prompt': text} or {'prompt_token_ids': [...]}", field="prompt")
         return text, self._needs_tokenizer("prompt", "a text prompt").encode(text)
 
-    def _check_ids(self, token_ids: Any) -> list[int]:
+    def check_ids(self, token_ids: Any) -> list[int]:
+        """A prompt's token ids as a list. Raises RequestError."""
         if hasattr(token_ids, "tolist"):  # numpy arrays and tensors
             token_ids = token_ids.tolist()
         if isinstance(token_ids, (bytes, str)) or not isinstance(token_ids, Sequence):
             raise RequestError(f"prompt must be text or token ids, got {type(token_ids).__name__}", field="prompt")
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+            return list(token_ids)
         for token_id in token_ids:
             if type(token_id) is not int:
                 raise RequestError(f"prompt: token ids must be integers, got {token_id!r}", field="prompt")

@@ -100,6 +100,12 @@ class SamplingParams:
         _check_numbers(made)
         return made
 
+    def without_collections(self) -> SamplingParams:
+        """For a record of what was asked for: nothing in it is large."""
+        if self.shares_collections(_PLAIN):
+            return self
+        return self.varied(**{name: getattr(_PLAIN, name) for name in COLLECTIONS})
+
     def shares_collections(self, other: SamplingParams) -> bool:
         """Whether all that may be large is the very same in both."""
         return all(getattr(self, name) is getattr(other, name) for name in COLLECTIONS)
@@ -113,6 +119,8 @@ class SamplingParams:
             "bad_words": tuple(t for word in self.bad_words_token_ids for t in word),
         }
         for name, token_ids in named.items():
+            if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+                continue
             for token_id in token_ids:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name}: token id {token_id} is outside the vocabulary "
@@ -206,7 +214,8 @@ def _check_collections(p: SamplingParams) -> None:
             raise RequestError("ignore_eos does not go with a structured output, which ends where its form is complete",
                                field="ignore_eos")
     for name in ("stop_token_ids", "allowed_token_ids"):
-        for token_id in getattr(p, name) or ():
+        token_ids = getattr(p, name) or ()
+        for token_id in () if set(map(type, token_ids)) <= {int} else token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise RequestError(f"{name} must be integers, got {token_id!r}", field=name)
     if p.allowed_token_ids is not None and not p.allowed_token_ids:
@@ -276,3 +285,4 @@ class OutputDelta:
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 COLLECTIONS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "allowed_token_ids",
                "structured")
+_PLAIN = SamplingParams()

@@ -94,7 +94,10 @@ class Tokenizer:
         """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
         were added. Raises RequestError as `encode` does."""
         try:
-            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) > _LONG_TEXT_CHARS:  # as in `encode`
+                found = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+            else:
+                found = self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
             raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
         return found.ids, found.offsets
@@ -111,6 +114,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`; ids that it does not know add nothing."""
+        if len(token_ids) > _LONG_TEXT_CHARS:  # as in `encode`
+            return self.backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,

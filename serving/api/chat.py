@@ -11,9 +11,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.budget import LOGPROB, Call, affordable_tokens
 from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
-from serving.api.errors import invalid, json_response
+from serving.api.errors import invalid
 from serving.api.generation import Generation
+from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
 from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs
 from serving.api.sse import EventStream, event, until_disconnect
@@ -86,7 +88,7 @@ class ChatCall:
             overrides["skip_special_tokens"] = False
         return overrides
 
-    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(self, kind: str, choices: Items | list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def usage(self, generation: Generation) -> dict[str, object]:
@@ -96,7 +98,8 @@ class ChatCall:
         return usage
 
     def response(self, generation: Generation) -> dict[str, Any]:
-        choices = [self._choice_json(choice) for choice in generation.choices]
+        """For `sliced_response`."""
+        choices = Items(map(self._choice_json, generation.choices))
         answer = {**self.envelope("chat.completion", choices), "usage": self.usage(generation)}
         if self.body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
@@ -107,15 +110,19 @@ class ChatCall:
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
-            "logprobs": self._logprobs_json(choice, choice.logprobs) if self.body.logprobs else None,
+            "logprobs": self._whole_logprobs(choice) if self.body.logprobs else None,
             "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
         if self.body.return_token_ids:
-            shown["token_ids"] = choice.token_ids
+            shown["token_ids"] = Slices(sliced(choice.token_ids))
         return shown
 
-    def _prompt_logprobs(self, choice: Completion) -> list[dict[str, Any] | None]:
-        return self.logprobs.of_prompt(choice).prompt(self.prompt.token_ids, choice.prompt_logprobs)
+    def _prompt_logprobs(self, choice: Completion) -> Slices:
+        return Slices(self.logprobs.of_prompt(choice).prompt_slices(self.prompt.token_ids, choice.prompt_logprobs))
+
+    def _whole_logprobs(self, choice: Completion) -> dict[str, Any]:
+        writer = self.logprobs.of(choice)
+        return {"content": Slices(writer.chat_slices(choice.logprobs, self.body.top_logprobs or 0)), "refusal": None}
 
     def _logprobs_json(self, choice: Completion, entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
         return self.logprobs.of(choice).chat(entries, self.body.top_logprobs or 0)
@@ -201,7 +208,11 @@ class ChatCall:
                 for chunk in self.piece_chunks(generation, piece):
                     if options and options.continuous_usage_stats:
                         chunk["usage"] = self.usage(generation)
-                    yield event(chunk)
+                    if "prompt_logprobs" in chunk:
+                        async for part in event_parts(chunk):
+                            yield part
+                    else:
+                        yield event(chunk)
             if options and options.include_usage:
                 yield event({**self.envelope("chat.completion.chunk", []), "usage": self.usage(generation)})
 
@@ -240,22 +251,25 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, Ch
     return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)
 
 
-async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str) -> tuple[ChatCall, Generation]:
+async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
+                     logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
     """Check a chat and submit it. Raises ApiError, RequestError, EngineDeadError or ClientGone."""
     state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
     asked, asked_field = _read_max_tokens(body)
     tools, prompt = await prepare_chat(state, body)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = params.choose_max_tokens(
         state, asked, len(prompt.token_ids), default=state.sampling_defaults.get("max_tokens"), prompt_field="messages",
-        asked_field=asked_field)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        asked_field=asked_field, affordable=affordable_tokens(state, n, logprobs, logprob_weight))
     call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
                     body.model or state.served_names[0])
     sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs,
                                       **call.sampling_overrides())
-    requests = await params.engine_requests(state, body, call.id, [prompt.token_ids], [sampling])
+    weighed = Call([len(prompt.token_ids)], [sampling], prompt_field="messages", max_tokens_field=asked_field,
+                   logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob=logprob_weight)
+    requests = await params.engine_requests(state, body, call.id, [prompt.token_ids], [sampling], weighed)
     state.metrics.request_params_n.observe(n)
     return call, await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
 
@@ -270,6 +284,6 @@ def router(state: ServerState) -> APIRouter:
         call, generation = await begin_chat(state, request, body, "chatcmpl")
         if body.stream:
             return EventStream(call.events(generation), generation.close)
-        return json_response(await until_disconnect(request.receive, call.run(generation)))
+        return await sliced_response(await until_disconnect(request.receive, call.run(generation)))
 
     return routes

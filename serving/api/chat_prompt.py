@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serving.api.budget import check_texts
 from serving.api.effort import effort_variables, verbosity_variables
 from serving.api.errors import invalid
 from serving.api.members import check_members
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
 from serving.state import ServerState
+from serving.text_work import LONG
 from xllm.errors import ModelError
 
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
@@ -54,11 +55,12 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")
+        check_texts(state, [text], "messages")
         token_ids = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
         return ChatPrompt(token_ids, text[-TAIL_CHARS:])
 
     try:
-        return await asyncio.to_thread(encode)
+        return await state.text_work.run(max(LONG + 1, sum(map(num_chars, plain))), encode)
     except ModelError as error:  # no template, or none that compiles
         raise invalid(str(error), "messages" if template is None else "chat_template") from None
 
@@ -114,6 +116,12 @@ def checked_template(state: ServerState, template: str | None) -> str | None:
     if not 0 < len(template) <= most:
         raise invalid(f"chat_template must have 1 to {most} characters", "chat_template")
     return template
+
+
+def num_chars(message: Mapping[str, Any]) -> int:
+    """About how long its text is."""
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content)
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.errors import invalid, json_response
+from serving.api.budget import Call, affordable_tokens, check_texts
+from serving.api.errors import invalid
 from serving.api.generation import Generation
+from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
 from serving.api.limits import read_json
-from serving.api.logprobs import ChoiceLogprobs
+from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, finite_slices
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.detokenizer import Detokenizer
-from xllm.request import SamplingParams
+from xllm.request import SamplingParams, TokenLogprobs
 
 REPLACEMENT = "\ufffd"
 VISIBLE = SamplingParams(skip_special_tokens=False, logprobs=0)  # how a prompt of token ids is echoed
@@ -30,8 +32,30 @@ VISIBLE = SamplingParams(skip_special_tokens=False, logprobs=0)  # how a prompt 
 
 @dataclass(frozen=True)
 class Prompt:
+    """echo: what of it is echoed, and where each of its tokens begins in that; where it is asked for."""
+
     token_ids: list[int]
     text: str | None  # None: it came as token ids
+    echo: str = ""
+    offsets: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class _LogprobsPart:
+    """Of an echoed prompt or an answer. names, tops: writers that stand at its beginning, each for one of the two."""
+
+    token_ids: Sequence[int]
+    entries: Sequence[TokenLogprobs | None]
+    offsets: Sequence[int]
+    num_before: int  # characters that are shown before it
+    names: LogprobsWriter
+    tops: LogprobsWriter
+
+    def offset_slices(self) -> Iterator[list[int]]:
+        """Zeros where there is no text."""
+        if not self.offsets:
+            return ([0] * len(some) for some in sliced(self.token_ids))
+        return ([self.num_before + offset for offset in some] for some in sliced(self.offsets))
 
 
 @dataclass
@@ -49,7 +73,6 @@ class CompletionCall:
         self.created = int(time.time())
         self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
         self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
-        self.echoes: dict[int, str] = {}  # by prompt: what of it is echoed
         self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
 
     def samplings(self) -> list[SamplingParams]:
@@ -60,45 +83,20 @@ class CompletionCall:
         if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
             overrides["prompt_logprobs"] = body.logprobs
         default = self.state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS)
+        affordable = affordable_tokens(self.state, self.n * len(self.prompts), body.logprobs)
         lengths = [params.choose_max_tokens(self.state, body.max_tokens or (1 if self.hides_output else None),
-                                            len(prompt.token_ids), default=default, prompt_field="prompt")
+                                            len(prompt.token_ids), default=default, prompt_field="prompt",
+                                            affordable=affordable)
                    for prompt in self.prompts]
         overrides["structured"] = read_structured(body)
-        made: dict[int, SamplingParams] = {}
-        for length in lengths:
-            if length not in made:
-                made[length] = params.sampling_params(self.state, body, max_tokens=length, logprobs=body.logprobs,
-                                                      **overrides)
+        first = params.sampling_params(self.state, body, max_tokens=lengths[0], logprobs=body.logprobs, **overrides)
+        made = {length: first.varied(max_tokens=length) for length in set(lengths)}
         return [made[length] for length in lengths]
 
     def prompt_of(self, choice: Completion) -> Prompt:
         return self.prompts[choice.index // self.n]
 
-    def echo_of(self, choice: Completion) -> str:
-        """What is echoed of its prompt."""
-        index = choice.index // self.n
-        if index not in self.echoes:
-            self.echoes[index] = self.echoed(self.prompts[index])
-        return self.echoes[index]
-
-    def echoed(self, prompt: Prompt) -> str:
-        """The prompt as it came; of token ids the text, with special tokens in it."""
-        if prompt.text is not None or self.state.tokenizer is None:
-            return prompt.text or ""
-        return self.state.tokenizer.decode(prompt.token_ids)
-
-    def echoed_offsets(self, prompt: Prompt) -> list[int]:
-        """Where each of the prompt's tokens begins in what is echoed."""
-        tokenizer = self.state.tokenizer
-        if tokenizer is None:
-            return []
-        if prompt.text is not None:
-            return tokenizer.offsets(prompt.text, adds_special_tokens(self.body))
-        reader = Detokenizer(tokenizer, VISIBLE)
-        reader.feed(prompt.token_ids)
-        return reader.offsets or []
-
-    def envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def envelope(self, choices: Items | list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
                 "choices": choices}
 
@@ -106,10 +104,15 @@ class CompletionCall:
         return generation.usage(self.n, hidden_tokens=int(self.hides_output))
 
     def choice_json(self, choice: Completion) -> dict[str, Any]:
-        """A finished choice."""
+        """A finished choice, for `json_pieces`."""
         return self.piece_json(choice, Piece(
             choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
             choice.stop_reason, is_first=True, offsets=choice.offsets))
+
+    @property
+    def is_large_at_first(self) -> bool:
+        """Whether the first piece of a choice tells of its whole prompt."""
+        return self.body.prompt_logprobs is not None or bool(self.body.echo and self.body.logprobs is not None)
 
     def piece_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
         """One piece, with the echoed prompt before the first."""
@@ -121,7 +124,8 @@ class CompletionCall:
         if body.logprobs is not None:
             shown["logprobs"] = self._logprobs_json(choice, piece)
         if piece.is_first and body.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = self.logprobs.of_prompt(choice).prompt(prompt.token_ids, choice.prompt_logprobs)
+            shown["prompt_logprobs"] = Slices(
+                self.logprobs.of_prompt(choice).prompt_slices(prompt.token_ids, choice.prompt_logprobs))
         if body.return_token_ids:
             shown["token_ids"] = [] if self.hides_output else piece.token_ids
             if piece.is_first:
@@ -133,7 +137,7 @@ class CompletionCall:
         known whether the answer completes it."""
         if not self.body.echo:
             return ""
-        text = self.echo_of(choice) if piece.is_first else ""
+        text = self.prompt_of(choice).echo if piece.is_first else ""
         if text.endswith(REPLACEMENT) and self.prompt_of(choice).text is None:
             whole = text.rstrip(REPLACEMENT)
             self.unfinished[choice.index], text = text[len(whole):], whole
@@ -146,18 +150,27 @@ class CompletionCall:
         return 0 if self.hides_output else choice.num_replaced
 
     def _logprobs_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
-        body, prompt = self.body, self.prompt_of(choice)
-        num_echoed = len(self.echo_of(choice)) - self._num_replaced(choice) if body.echo else 0
-        written: dict[str, list[Any]] = {"text_offset": [], "tokens": [], "token_logprobs": [], "top_logprobs": []}
+        body, prompt, writer = self.body, self.prompt_of(choice), self.logprobs.of(choice)
+        num_echoed = len(prompt.echo) - self._num_replaced(choice) if body.echo else 0
+        if not piece.is_first:  # a few tokens of a stream
+            return writer.completion(piece.token_ids, piece.logprobs or (),
+                                     [num_echoed + offset for offset in piece.offsets])
+        parts: list[_LogprobsPart] = []
+        if body.echo:
+            at_start = functools.partial(self.logprobs.at_start,
+                                         VISIBLE if prompt.text is None else choice.request.sampling)
+            parts.append(_LogprobsPart(prompt.token_ids, choice.prompt_logprobs, prompt.offsets, 0, at_start(),
+                                       at_start()))
         if not self.hides_output:
-            written = self.logprobs.of(choice).completion(piece.token_ids, piece.logprobs or (),
-                                                          [num_echoed + offset for offset in piece.offsets])
-        if piece.is_first and body.echo:
-            sampling = VISIBLE if prompt.text is None else choice.request.sampling
-            before = self.logprobs.at_start(sampling).completion(prompt.token_ids, choice.prompt_logprobs,
-                                                                 self.echoed_offsets(prompt))
-            written = {name: before[name] + values for name, values in written.items()}
-        return written
+            parts.append(_LogprobsPart(piece.token_ids, piece.logprobs or (), piece.offsets, num_echoed,
+                                       self.logprobs.behind_prompt(choice), writer))
+        return {
+            "text_offset": Slices(slice for part in parts for slice in part.offset_slices()),
+            "tokens": Slices(slice for part in parts for slice in part.names.name_slices(part.token_ids)),
+            "token_logprobs": Slices(slice for part in parts for slice in finite_slices(part.entries)),
+            "top_logprobs": Slices(slice for part in parts
+                                   for slice in part.tops.top_slices(part.token_ids, part.entries)),
+        }
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         body, options = self.body, self.body.stream_options
@@ -169,7 +182,11 @@ class CompletionCall:
                 chunk = self.envelope([self.piece_json(generation.choices[piece.index], piece)])
                 if options and options.continuous_usage_stats:
                     chunk["usage"] = self.usage(generation)
-                yield event(chunk)
+                if piece.is_first and (self.is_large_at_first or body.logprobs is not None):
+                    async for part in event_parts(chunk):
+                        yield part
+                else:
+                    yield event(chunk)
             if options and options.include_usage:
                 yield event({**self.envelope([]), "usage": self.usage(generation)})
 
@@ -203,17 +220,30 @@ async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Promp
     raw = read_prompts(body.prompt, state.config.limits.max_sequences_per_request)
     if any(not item for item in raw):
         raise invalid("prompt must not be empty", "prompt")
-    if isinstance(raw[0], list):
-        return [Prompt(ids, None) for ids in raw if isinstance(ids, list)]
-    texts = [text for text in raw if isinstance(text, str)]
-    tokenizer = state.need_tokenizer("prompt")
-    add_special = adds_special_tokens(body)
+    check_texts(state, (item for item in raw if isinstance(item, str)), "prompt")
+    return await state.text_work.run(sum(map(len, raw)), lambda: [_encoded(state, body, item) for item in raw])
 
-    def encode() -> list[Prompt]:
-        return [Prompt(tokenizer.encode(text, add_special_tokens=add_special), text) for text in texts]
 
-    long = sum(map(len, texts)) > params.LONG_TEXT_CHARS
-    return await asyncio.to_thread(encode) if long else encode()
+def _encoded(state: ServerState, body: CompletionBody, item: str | list[int]) -> Prompt:
+    """With its echo: the prompt as it came; of token ids the text, with special tokens in it."""
+    text, add_special, tokenizer = None, adds_special_tokens(body), state.tokenizer
+    if isinstance(item, str):
+        text, tokenizer = item, state.need_tokenizer("prompt")
+        token_ids = tokenizer.encode(item, add_special_tokens=add_special)
+    else:
+        token_ids = list(item)
+    if not body.echo or tokenizer is None or len(token_ids) >= state.facts.max_model_len:
+        return Prompt(token_ids, text, (text or "") if body.echo else "")
+    state.inputs.check_ids(token_ids)
+    echo, offsets = text if text is not None else tokenizer.decode(token_ids), list[int]()
+    if body.logprobs is not None:
+        if text is not None:
+            offsets = tokenizer.offsets(text, add_special)
+        else:
+            reader = Detokenizer(tokenizer, VISIBLE)
+            reader.feed(token_ids)
+            offsets = reader.offsets or []
+    return Prompt(token_ids, text, echo, offsets)
 
 
 def router(state: ServerState) -> APIRouter:
@@ -232,14 +262,16 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("stream_options needs stream", "stream_options")
         call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
                               n, body.model or state.served_names[0])
-        requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts],
-                                                call.samplings())
+        samplings = call.samplings()
+        weighed = Call([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
+        requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
+                                                weighed)
         state.metrics.request_params_n.observe(n)
         generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
         if body.stream:
             return EventStream(call.events(generation), generation.close)
         await until_disconnect(request.receive, generation.run())
-        choices = [call.choice_json(choice) for choice in generation.choices]
-        return json_response({**call.envelope(choices), "usage": call.usage(generation)})
+        choices = Items(map(call.choice_json, generation.choices))
+        return await sliced_response({**call.envelope(choices), "usage": call.usage(generation)})
 
     return routes

@@ -16,9 +16,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.budget import check_texts
 from serving.api.completions import read_prompts
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
+from serving.api.json_slices import Items, sliced_response
 from serving.api.limits import read_json
 from serving.api.members import check_members
 from serving.api.sse import until_disconnect
@@ -28,6 +30,7 @@ from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+VECTORS_AT_ONCE = 16
 TEXT_PARAM = "text_1 or text_2"
 
 
@@ -36,6 +39,11 @@ class Embedded:
 
     def __init__(self, vectors: list[np.ndarray], num_tokens: int):
         self.vectors, self.num_tokens = vectors, num_tokens
+
+    @property
+    def num_values(self) -> int:
+        """Numbers of all vectors."""
+        return sum(map(len, self.vectors))
 
     @property
     def usage(self) -> dict[str, int]:
@@ -49,10 +57,17 @@ async def embed(state: ServerState, request: Request, body: PoolingBody, inputs:
     token_ids = await _encode(state, body, inputs, field)
     for ids in token_ids:
         params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field=field)
-    requests = params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling)
+    size = max(sum(map(len, token_ids)), params.SEQUENCE_SIZE * len(token_ids))
+    requests = await state.text_work.run(
+        size, lambda: params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling, field))
     generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
     await until_disconnect(request.receive, generation.run())
-    vectors = [np.array(choice.embedding, dtype=np.float32) for choice in generation.choices]
+    vectors = []
+    for choice in generation.choices:
+        vectors.append(np.array(choice.embedding, dtype=np.float32))
+        choice.embedding = None  # one form of it is enough
+        if len(vectors) % VECTORS_AT_ONCE == 0:
+            await asyncio.sleep(0)
     return Embedded(vectors, sum(map(len, token_ids)))
 
 
@@ -64,6 +79,7 @@ async def _encode(state: ServerState, body: PoolingBody, inputs: Sequence[str] |
     if any(not item for item in inputs):
         raise invalid(f"{field} must not be empty", field)
     texts = [item for item in inputs if isinstance(item, str)]
+    check_texts(state, texts, field)
     if not texts:
         return [_cut(body, list(item), field, state) for item in inputs if not isinstance(item, str)]
     tokenizer = state.need_tokenizer(field)
@@ -72,7 +88,7 @@ async def _encode(state: ServerState, body: PoolingBody, inputs: Sequence[str] |
     def encode() -> list[list[int]]:
         return [_cut(body, tokenizer.encode(text, add_special_tokens=special), field, state) for text in texts]
 
-    return await asyncio.to_thread(encode) if sum(map(len, texts)) > params.LONG_TEXT_CHARS else encode()
+    return await state.text_work.run(sum(map(len, texts)), encode)
 
 
 def _cut(body: PoolingBody, token_ids: list[int], field: str, state: ServerState) -> list[int]:
@@ -140,9 +156,10 @@ def router(state: ServerState) -> APIRouter:
         body, call, model = await begin(request, EmbeddingBody, prefix)
         inputs = read_prompts(body.input, state.config.limits.max_sequences_per_request, field="input")
         found = await embed(state, request, body, inputs, call, "input", body.dimensions)
-        data = [{"object": kind, "index": index, key: encoded(vector, body.encoding_format)}
-                for index, vector in enumerate(found.vectors)]
-        return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
+        data = Items({"object": kind, "index": index, key: encoded(vector, body.encoding_format)}
+                     for index, vector in enumerate(found.vectors))
+        return await sliced_response({"id": call, "object": "list", "data": data, "model": model,
+                                      "usage": found.usage})
 
     @routes.post("/v1/embeddings")
     async def create_embeddings(request: Request) -> Response:
@@ -160,8 +177,9 @@ def router(state: ServerState) -> APIRouter:
         pairs = score_pairs(texts_1, texts_2)
         found = await embed(state, request, body, [*texts_1, *texts_2], call, TEXT_PARAM)
         firsts, seconds = found.vectors[:len(texts_1)], found.vectors[len(texts_1):]
-        data = [{"object": "score", "index": index, "score": cosine(firsts[i], seconds[j])}
-                for index, (i, j) in enumerate(pairs)]
+        scores = await state.text_work.run(
+            found.num_values, lambda: [cosine(firsts[i], seconds[j]) for i, j in pairs])
+        data = [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)]
         return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
 
     @routes.post("/v2/rerank")
@@ -174,7 +192,7 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("top_n must be at least 1", "top_n")
         found = await embed(state, request, body, [body.query, *texts], call, "documents")
         query, *vectors = found.vectors
-        scores = [cosine(query, vector) for vector in vectors]
+        scores = await state.text_work.run(found.num_values, lambda: [cosine(query, vector) for vector in vectors])
         order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n]
         results = [{"index": index, "relevance_score": scores[index],
                     **({"document": {"text": texts[index]}} if body.return_documents else {})} for index in order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ from serving.state import ServerState
 from xllm.client.assemble import Assembly, Piece
 from xllm.client.base import EngineBusyError, Stream
 from xllm.request import OWN_FAULTS, OutputDelta, Request
+
+DELTAS_AT_ONCE = 32  # that are read before other calls have their turn
 
 
 class Generation:
@@ -66,12 +69,15 @@ class Generation:
 
     async def _read(self) -> AsyncGenerator[Piece, None]:
         while deltas := await self._next():
-            pieces = self._assembly.feed(deltas)
-            for piece in pieces:
-                self._note(piece)
-            for piece in pieces:
-                if piece.token_ids or piece.finish_reason is not None:  # else: a chunk of prompt_logprobs only
-                    yield piece
+            for start in range(0, len(deltas), DELTAS_AT_ONCE):
+                pieces = self._assembly.feed(deltas[start : start + DELTAS_AT_ONCE])
+                for piece in pieces:
+                    self._note(piece)
+                for piece in pieces:
+                    if piece.token_ids or piece.finish_reason is not None:  # else: a chunk of prompt_logprobs only
+                        yield piece
+                if start + DELTAS_AT_ONCE < len(deltas):
+                    await asyncio.sleep(0)
 
     async def _next(self) -> list[OutputDelta]:
         try:

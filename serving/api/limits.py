@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from serving.api.errors import ApiError, invalid
 from serving.api.sse import ClientGone
 from serving.limits import FIELD_LIMITS, LimitSettings
 
+LARGE_BODY_BYTES = 2**16  # more is read beside the event loop
 DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
 # Matches from any quote to the string's end or the body's, so that no input makes it scan anything twice.
 _JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
@@ -86,6 +88,12 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     except ClientDisconnect:
         raise ClientGone from None
     limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
+    if len(body) > LARGE_BODY_BYTES:
+        return await asyncio.to_thread(_read, body, limits, max_depth)
+    return _read(body, limits, max_depth)
+
+
+def _read(body: bytes, limits: LimitSettings, max_depth: int) -> dict[str, Any]:
     _check_size(body, limits)
     try:
         content = json.loads(body)

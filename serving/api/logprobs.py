@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from serving.api.json_slices import sliced
 from xllm.client.assemble import Completion
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.token_text import TextContext
@@ -56,6 +58,35 @@ class LogprobsWriter:
             written.append(None if entry is None else self._by_id(entry))
             self._move_past(token_id)
         return written
+
+    # The same in slices, each of which is written when its turn comes.
+
+    def chat_slices(self, entries: Sequence[TokenLogprobs], num_top: int) -> Iterator[list[dict[str, Any]]]:
+        """Of the chat shape the content."""
+        return (self.chat(some, num_top)["content"] for some in sliced(entries, 1 + num_top))
+
+    def name_slices(self, token_ids: Sequence[int]) -> Iterator[list[str]]:
+        """Of the completions shape the tokens."""
+        for some in sliced(token_ids):
+            names = []
+            for token_id in some:
+                names.append(self._name(token_id))
+                self._move_past(token_id)
+            yield names
+
+    def top_slices(self, token_ids: Sequence[int],
+                   entries: Sequence[TokenLogprobs | None]) -> Iterator[list[dict[str, float] | None]]:
+        """Of the completions shape the top log-probabilities. For another writer than the names'."""
+        width = _width(entries)
+        for some, theirs in zip(sliced(token_ids, width), _endless(sliced(entries, width))):
+            yield self.completion(some, theirs, ())["top_logprobs"]
+
+    def prompt_slices(self, token_ids: Sequence[int],
+                      entries: Sequence[TokenLogprobs | None]) -> Iterator[list[dict[str, Any] | None]]:
+        """Of vLLM's shape."""
+        width = _width(entries)
+        for some, theirs in zip(sliced(token_ids, width), sliced(entries, width)):
+            yield self.prompt(some, theirs)
 
     def text(self, token_id: int) -> str:
         """What the token adds to the text here; part of a character shows as U+FFFD."""
@@ -115,9 +146,12 @@ class ChoiceLogprobs:
         """Stands behind what it has written of the choice's answer."""
         writer = self._writers.get(choice.index)
         if writer is None:
-            request = choice.request
-            writer = self._writers[choice.index] = self._behind(request.prompt_token_ids, request.sampling)
+            writer = self._writers[choice.index] = self.behind_prompt(choice)
         return writer
+
+    def behind_prompt(self, choice: Completion) -> LogprobsWriter:
+        """Stands where the choice's answer begins."""
+        return self._behind(choice.request.prompt_token_ids, choice.request.sampling)
 
     def of_prompt(self, choice: Completion) -> LogprobsWriter:
         """Stands at the beginning of the choice's prompt."""
@@ -130,6 +164,19 @@ class ChoiceLogprobs:
     def _behind(self, token_ids: Sequence[int], sampling: SamplingParams) -> LogprobsWriter:
         context = TextContext(self._tokenizer, token_ids, sampling) if self._tokenizer else None
         return LogprobsWriter(context, as_ids=self._as_ids)
+
+
+def _width(entries: Sequence[TokenLogprobs | None]) -> int:
+    return 1 + max((len(entry.top_ids) for entry in entries[:2] if entry is not None), default=0)
+
+
+def _endless(slices: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    return itertools.chain(slices, itertools.repeat(()))
+
+
+def finite_slices(entries: Sequence[TokenLogprobs | None]) -> Iterator[list[float | None]]:
+    """Of the completions shape the tokens' own log-probabilities."""
+    return ([None if entry is None else _finite(entry.logprob) for entry in some] for some in sliced(entries))
 
 
 def _finite(logprob: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import re
@@ -11,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from serving.api.budget import Call, check_weight
 from serving.api.errors import invalid
 from serving.api.structured import check_structured
 from serving.api.types import GenerationBody, PoolingBody
@@ -19,7 +19,7 @@ from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
-LONG_TEXT_CHARS = 4096  # tokenising more than this is worth a thread
+SEQUENCE_SIZE = 64  # making a sequence is as much work as so many characters
 _PASSED_ON = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "min_tokens", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
@@ -44,10 +44,10 @@ def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int
 
 
 def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: int, *, default: int | None,
-                      prompt_field: str, asked_field: str = "max_tokens") -> int:
+                      prompt_field: str, asked_field: str = "max_tokens", affordable: int | None = None) -> int:
     """How many tokens to generate. Raises ApiError if the prompt, or prompt and output, exceed the model's length.
 
-    default: used when nothing is asked for, cut to what fits; None: all that fits.
+    default: used when nothing is asked for, cut to what fits and is affordable; None: all of that.
     """
     longest = state.facts.max_model_len
     room = longest - num_prompt_tokens
@@ -57,7 +57,7 @@ def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: 
         raise invalid(f"{prompt_field} has {num_prompt_tokens} tokens; the model's longest sequence is {longest}, "
                       "output included", prompt_field)
     if asked is None:
-        return min(room, default or room)
+        return min(room, default or room, affordable or room)
     if asked > room:
         raise invalid(f"{asked_field} is {asked}, but after the {num_prompt_tokens} tokens of the prompt only {room} "
                       f"fit (the model's longest sequence is {longest})", asked_field)
@@ -84,8 +84,10 @@ def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None)
 
 
 def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
-                     sampling: SamplingParams, pooling: PoolingParams) -> list[Request]:
+                     sampling: SamplingParams, pooling: PoolingParams, prompt_field: str) -> list[Request]:
     """One `Request` per text, for its embedding. Raises RequestError or ApiError."""
+    check_weight(state, Call(list(map(len, prompts)), [sampling] * len(prompts), prompt_field=prompt_field,
+                             embedding_size=state.facts.hidden_size))
     options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
@@ -94,18 +96,20 @@ def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: 
 def plain_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                    sampling: SamplingParams) -> list[Request]:
     """One `Request` per text, all sampled alike. Raises RequestError or ApiError."""
+    check_weight(state, Call(list(map(len, prompts)), [sampling] * len(prompts)))
     options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, **options).requests]
 
 
 async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                          samplings: Sequence[SamplingParams]) -> list[Request]:
+                          samplings: Sequence[SamplingParams], weighed: Call) -> list[Request]:
     """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
+    check_weight(state, weighed)
     await check_structured(state, body, samplings)
-    if sum(map(len, body.bad_words or ())) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(_engine_requests, state, body, call, prompts, samplings)
-    return _engine_requests(state, body, call, prompts, samplings)
+    size = max(sum(map(len, body.bad_words or ())), sum(map(len, prompts)),
+               SEQUENCE_SIZE * len(prompts) * samplings[0].n)
+    return await state.text_work.run(size, lambda: _engine_requests(state, body, call, prompts, samplings))
 
 
 def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],

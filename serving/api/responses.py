@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api.blocks import Block, Blocks, Change, Grew, Opened
+from serving.api.budget import KEPT_LOGPROB
 from serving.api.chat import ChatCall, begin_chat
 from serving.api.errors import ApiError, as_api_error, invalid, json_response, renaming
 from serving.api.generation import Generation
@@ -233,7 +234,8 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("stream_options needs stream", "stream_options")
         conversation = Conversation.of(body, before)
         with renaming(NAMES, conversation.places_after(body)):
-            call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp")
+            call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
+                                                logprob_weight=KEPT_LOGPROB)
         answer = ResponsesCall(state, body, call, generation, conversation.messages, f"resp_{uuid.uuid4().hex}")
         if body.stream:
             return EventStream(answer.events(), generation.close, done=b"", show_error=answer.error_event)

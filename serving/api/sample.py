@@ -14,8 +14,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.errors import invalid, json_response
+from serving.api.budget import check_texts
+from serving.api.errors import invalid
 from serving.api.generation import Generation
+from serving.api.json_slices import Items, sliced_response
 from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import until_disconnect
@@ -37,9 +39,11 @@ def find_places(tokenizer: Tokenizer, prompt: str, literal: str, *,
     Raises ApiError if there are none, or too many.
     """
     token_ids, spans = tokenizer.encode_with_spans(prompt, add_special_tokens=add_special_tokens)
-    places, start = [], prompt.find(literal)
+    places, index, start = list[int](), 0, prompt.find(literal)
     while start >= 0:
-        places.append(next(index for index, (_, end) in enumerate(spans) if end > start))
+        while spans[index][1] <= start:
+            index += 1
+        places.append(index)
         if len(places) > MAX_MATCHES:
             raise invalid(f"selector: more than {MAX_MATCHES} matches in the prompt", "selector")
         start = prompt.find(literal, start + len(literal))
@@ -75,7 +79,10 @@ def router(state: ServerState) -> APIRouter:
             raise invalid("selector.value must not be empty", "selector")
         tokenizer = state.need_tokenizer("prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        token_ids, places = find_places(tokenizer, body.prompt, body.selector.value, add_special_tokens=special)
+        check_texts(state, [body.prompt], "prompt")
+        token_ids, places = await state.text_work.run(
+            len(body.prompt), lambda: find_places(tokenizer, body.prompt, body.selector.value,
+                                                  add_special_tokens=special))
         params.choose_max_tokens(state, 1, len(token_ids), default=1, prompt_field="prompt")
         sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False,
                                   prompt_logprobs=body.logprobs)
@@ -85,9 +92,10 @@ def router(state: ServerState) -> APIRouter:
         await until_disconnect(request.receive, generation.run())
         choice: Completion = generation.choices[0]
         # As delivered, the first entry is the prompt's first token's, which has none.
-        choices = [choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
-                               index, place, choice.prompt_logprobs[place]) for index, place in enumerate(places)]
-        return json_response({"id": call, "object": "sample_completion", "created": int(time.time()),
+        choices = Items(choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
+                                    index, place, choice.prompt_logprobs[place])
+                        for index, place in enumerate(places))
+        return await sliced_response({"id": call, "object": "sample_completion", "created": int(time.time()),
                               "model": body.model or state.served_names[0], "choices": choices,
                               "usage": generation.usage(1, hidden_tokens=1)})
 

@@ -36,7 +36,11 @@ def event_json(content: dict[str, Any]) -> bytes:
     """JSON without a byte that any reader of lines takes for a line's end (evalscope#1642): the standard ends lines at
     CR and LF only, but the readers of httpx and requests split where `str.splitlines` does. JSON escapes the control
     characters among those; the other three are escaped here."""
-    encoded = msgspec.json.encode(content)
+    return escape_line_ends(msgspec.json.encode(content))
+
+
+def escape_line_ends(encoded: bytes) -> bytes:
+    """JSON, or a part of it that ends between two characters, without those three."""
     for character, escaped in LINE_ENDS.items():
         encoded = encoded.replace(character, escaped)
     return encoded

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from serving.api.budget import check_texts
 from serving.api.chat_prompt import encode_chat
 from serving.api.errors import ApiError, invalid, json_response
+from serving.api.json_slices import Slices, sliced, sliced_response
 from serving.api.limits import read_json
 from serving.api.tools import read_tools
 from serving.api.types import DetokenizeBody, TokenizeBody, parse
@@ -32,11 +33,12 @@ def router(state: ServerState) -> APIRouter:
         body = parse({"add_special_tokens": "messages" not in content, **content}, TokenizeBody)
         state.check_model(body.model)
         token_ids = await _token_ids(state, body)
-        answer = {"count": len(token_ids), "max_model_len": state.facts.max_model_len, "tokens": token_ids,
-                  "token_strs": None}
+        answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": state.facts.max_model_len,
+                                  "tokens": Slices(sliced(token_ids)), "token_strs": None}
         if body.return_token_strs:
-            answer["token_strs"] = token_texts(state.need_tokenizer("return_token_strs"), token_ids)
-        return json_response(answer)
+            tokenizer = state.need_tokenizer("return_token_strs")
+            answer["token_strs"] = Slices(text_slices(tokenizer, token_ids))
+        return await sliced_response(answer)
 
     @routes.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -44,10 +46,11 @@ def router(state: ServerState) -> APIRouter:
         body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
         state.check_model(body.model)
         vocab_size = state.facts.vocab_size
-        if any(not 0 <= token_id < vocab_size for token_id in body.tokens):
+        if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
             raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
         tokenizer = state.need_tokenizer("tokens")
-        return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+        text = await state.text_work.run(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+        return json_response({"prompt": text})
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -61,11 +64,18 @@ def router(state: ServerState) -> APIRouter:
 
 def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """What each token adds to the text that `/detokenize` gives; part of a character shows as U+FFFD."""
-    context, texts = TextContext(tokenizer, (), SamplingParams(skip_special_tokens=False)), []
-    for token_id in token_ids:
-        texts.append(context.text_of(token_id))
-        context.move_past(token_id)
-    return texts
+    return [text for texts in text_slices(tokenizer, token_ids) for text in texts]
+
+
+def text_slices(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Iterator[list[str]]:
+    """`token_texts` in slices, each of which is made when its turn comes."""
+    context = TextContext(tokenizer, (), SamplingParams(skip_special_tokens=False))
+    for some in sliced(token_ids):
+        texts = []
+        for token_id in some:
+            texts.append(context.text_of(token_id))
+            context.move_past(token_id)
+        yield texts
 
 
 def info_json(tokenizer: Tokenizer, max_model_len: int) -> dict[str, Any]:
@@ -93,4 +103,6 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
         if getattr(body, name) not in (None, TokenizeBody.model_fields[name].default):
             raise invalid(f"{name} is for messages, and there is a prompt", name)
     tokenizer = state.need_tokenizer("prompt")
-    return await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+    check_texts(state, [body.prompt], "prompt")
+    text, add_special = body.prompt, body.add_special_tokens
+    return await state.text_work.run(len(text), lambda: tokenizer.encode(text, add_special))

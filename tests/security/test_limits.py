@@ -25,7 +25,7 @@ SMALL = {"max_header_bytes": 2000, "max_headers": 20, "max_url_bytes": 300, "max
          "max_json_nodes": 200, "max_json_containers": 40, "max_sequences_per_request": 6, "max_messages": 4,
          "max_stop_strings": 3, "max_bad_words": 2, "max_logit_bias": 3, "max_logprobs": 2, "max_queue_tokens": 100,
          "max_tools": 2, "max_template_variables": 3, "max_template_variable_chars": 200, "max_template_chars": 80,
-         "max_rendered_chars": 300}
+         "max_rendered_chars": 300, "max_call_weight": 100_000, "max_text_chars": 4000}
 Answer = tuple[int, str]
 
 

@@ -6,7 +6,7 @@ A decoder knows the type of what it may read; nothing else is ever constructed.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -41,7 +41,10 @@ class Codec(Generic[M]):
         return self._decoders[index].decode(memoryview(frame)[1:])
 
 
-_RequestHead = without(Request, "_RequestHead", ("prompt_token_ids", "sampling"), prompt=int, variant=int)
+if TYPE_CHECKING:
+    _RequestHead = Any
+else:
+    _RequestHead = without(Request, "_RequestHead", ("prompt_token_ids", "sampling"), prompt=int, variant=int)
 _HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt_token_ids", "sampling"))
 
 

@@ -30,6 +30,7 @@ from xllm.errors import ConfigError, EngineDeadError
 from xllm.metrics import EngineStats
 
 SHUTDOWN_TIMEOUT_S = 5.0
+_LARGE_FRAME_BYTES = 2**15
 logger = logging.getLogger("xllm.client")
 
 
@@ -196,6 +197,8 @@ class ProcessClient(CommandingClient):
                 frame = await self._reports.recv()
                 self._heard_s = time.monotonic()
                 self._take(REPORTS.decode(frame))
+                if len(frame) > _LARGE_FRAME_BYTES:  # others that are there would be read in the same turn
+                    await asyncio.sleep(0)
         except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
             logger.exception("reading the engine's reports failed")
             self._die(f"its reports cannot be read: {type(error).__name__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import numpy as np
@@ -19,7 +19,10 @@ from xllm.worker.inline import Wire
 from xllm.worker.messages import Command, Report, Step
 
 KINDS: tuple[type, ...] = (*get_args(Command), *get_args(Report))
-_NewRowHead = without(NewRow, "_NewRowHead", ("sampling",), variant=int)
+if TYPE_CHECKING:
+    _NewRowHead = Any
+else:
+    _NewRowHead = without(NewRow, "_NewRowHead", ("sampling",), variant=int)
 _ROW_FIELDS = tuple(f.name for f in dataclasses.fields(NewRow) if f.name != "sampling")
 
 
