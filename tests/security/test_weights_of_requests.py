@@ -1,0 +1,165 @@
+"""No request weighs more than it says: every field at its limit, alone and times choices and prompts, on a real server.
+
+While such a call runs, or is refused, the event loop is never silent for long, the server's processes together do not
+grow much, and another caller's first token comes soon. The figures of each case are printed as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.api import types
+from serving.limits import BY_NAME
+from tests.serving.server_process import ROOT, ServerProcess
+from xllm.request import MAX_ALLOWED_TOKEN_IDS, MAX_CHOICES, MAX_STOP_STRING_CHARS, MAX_STOP_TOKEN_IDS
+
+MAX_SILENCE_S, MAX_GROWTH_MB, MAX_TTFT_S = 0.2, 512, 0.5
+MOST = {name: limit.default for name, limit in BY_NAME.items()}
+KEYS = {"victim": "sk-victim", "mallory": "sk-mallory", "ops": "sk-ops"}
+VOCABULARY = 4096
+SEQUENCES = {"prompt": ["x"] * (MOST["max_sequences_per_request"] // MAX_CHOICES), "n": MAX_CHOICES, "max_tokens": 2,
+             "ignore_eos": True}
+PROMPTS = {"prompt": ["x"] * MOST["max_sequences_per_request"], "max_tokens": 2, "ignore_eos": True}
+CHOICES = {"n": MAX_CHOICES, "max_tokens": 2, "ignore_eos": True}
+USER = [{"role": "user", "content": "x"}]
+
+STOPS = ["a" * (MAX_STOP_STRING_CHARS - 1) + chr(200 + i) for i in range(MOST["max_stop_strings"])]
+LISTS: dict[str, Any] = {
+    "stop": STOPS,
+    "stop_token_ids": list(range(MAX_STOP_TOKEN_IDS)),
+    "bad_words": [("a b c " * 30)[:160] + str(i) for i in range(MOST["max_bad_words"])],
+    "allowed_token_ids": [i % VOCABULARY for i in range(MAX_ALLOWED_TOKEN_IDS)],
+    "logit_bias": {str(i): 1 for i in range(VOCABULARY)},
+}
+TEXT = "a b c d " * (MOST["max_text_chars"] // 8)
+IDS = [5] * (MOST["max_json_nodes"] - 10)
+TEXTS = ["some words of a text"] * MOST["max_sequences_per_request"]
+
+
+def _cases() -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    """(name, path, body, how many of it at once)."""
+    complete, chat = "/v1/completions", "/v1/chat/completions"
+    for field, value in LISTS.items():
+        yield f"{field} alone", complete, {"prompt": "x", "max_tokens": 2, field: value}, 1
+        yield f"{field} x n x prompts", complete, {**SEQUENCES, field: value}, 1
+        yield f"{field} x prompts", complete, {**PROMPTS, field: value}, 1
+        yield f"{field} x n, chat", chat, {"messages": USER, **CHOICES, field: value}, 1
+    yield "bad_words of most characters x n", complete, {**SEQUENCES, "bad_words": [
+        f"{i:04}" * (MAX_STOP_STRING_CHARS // 4) for i in range(MOST["max_bad_words"])]}, 1
+    yield "stop that goes on matching x n", complete, {**SEQUENCES, "prompt": "x", "max_tokens": 32, "stop": STOPS,
+                                                       "allowed_token_ids": [64, 65, 66, 67]}, 1
+    yield "prompt of one text", complete, {"prompt": TEXT, "max_tokens": 2}, 4
+    yield "prompt of token ids", complete, {"prompt": IDS, "max_tokens": 2}, 2
+    yield "prompt of token ids x n, echoed", complete, {**SEQUENCES, "prompt": [[5] * 400] * 8, "echo": True,
+                                                        "return_token_ids": True}, 1
+    yield "logprobs x n", complete, {"prompt": "x", **CHOICES, "max_tokens": 200, "logprobs": 64}, 1
+    yield "logprobs x n, streamed", complete, {"prompt": "x", **CHOICES, "max_tokens": 32, "logprobs": 64,
+                                               "stream": True}, 1
+    yield "top_logprobs x n, chat", chat, {"messages": USER, **CHOICES, "max_tokens": 200, "logprobs": True,
+                                           "top_logprobs": 64}, 1
+    yield "top_logprobs beyond what a call weighs", chat, {"messages": USER, **CHOICES, "max_tokens": 480,
+                                                           "logprobs": True, "top_logprobs": 64}, 1
+    yield "prompt_logprobs x prompts", complete, {"prompt": [[5 + i] * 480 for i in range(40)], "max_tokens": 1,
+                                                  "prompt_logprobs": 64}, 1
+    yield "prompt_logprobs and echo x n", complete, {"prompt": [5] * 480, "n": 20, "max_tokens": 1, "echo": True,
+                                                     "logprobs": 64}, 1
+    yield "messages", chat, {"messages": [{"role": ("user", "assistant")[i % 2], "content": "x"}
+                                          for i in range(MOST["max_messages"] - 1)], **CHOICES}, 1
+    yield "messages of one text", chat, {"messages": [{"role": "user", "content": TEXT}], **CHOICES}, 4
+    yield "tools x n", chat, {"messages": USER, **CHOICES, "tool_choice": "none", "tools": [
+        {"type": "function", "function": {"name": f"f{i}"}} for i in range(MOST["max_tools"])]}, 1
+    yield "responses: top_logprobs", "/v1/responses", {"input": "x", "max_output_tokens": 480, "top_logprobs": 20,
+                                                       "ignore_eos": True,
+                                                       "include": ["message.output_text.logprobs"]}, 4
+    yield "responses: input", "/v1/responses", {"input": TEXT}, 2
+    yield "messages API: system", "/v1/messages", {"messages": USER, "system": TEXT, "max_tokens": 2}, 2
+    yield "messages API: stop_sequences", "/v1/messages", {"messages": USER, "max_tokens": 2,
+                                                           "stop_sequences": STOPS}, 1
+    yield "count_tokens", "/v1/messages/count_tokens", {"messages": [{"role": "user", "content": TEXT}]}, 2
+    yield "embeddings", "/v1/embeddings", {"input": TEXTS}, 1
+    yield "embeddings of one text", "/v1/embeddings", {"input": TEXT, "truncate_prompt_tokens": 8}, 4
+    yield "score", "/score", {"text_1": TEXTS[:512], "text_2": TEXTS[:512]}, 1
+    yield "rerank", "/rerank", {"query": "x", "documents": TEXTS[1:]}, 1
+    yield "sample", "/v1/sample", {"prompt": "ab " * 150, "selector": {"value": "b"}}, 1
+    yield "sample of one text", "/v1/sample", {"prompt": TEXT, "selector": {"value": "zz"}}, 2
+    yield "tokenize with strings", "/tokenize", {"prompt": TEXT, "return_token_strs": True}, 6
+    yield "detokenize", "/detokenize", {"tokens": IDS}, 6
+
+
+CASES = list(_cases())
+# Fields whose value is a number, a flag or a short text, or is bounded by the templates' and schemas' own tests.
+LIGHT = {
+    "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "seed", "min_tokens", "include_stop_str_in_output",
+    "skip_special_tokens", "return_tokens_as_token_ids", "priority", "offline", "ttlt_slo_ms", "timeout_s",
+    "cache_salt", "session_id", "prompt_cache_key", "request_id", "add_special_tokens", "best_of", "structured_outputs",
+    "response_format", "max_completion_tokens", "add_generation_prompt", "continue_final_message", "chat_template",
+    "chat_template_kwargs", "parallel_tool_calls", "include_reasoning", "reasoning_effort", "verbosity", "pooling",
+    "normalize", "encoding_format", "dimensions", "top_n", "return_documents", "instructions", "max_tool_calls",
+    "store", "background", "previous_response_id", "text", "reasoning", "truncation", "metadata", "client_metadata",
+    "user", "thinking", "output_config", "context_management", "cache_control", "speed",
+}
+BODIES = (types.CompletionBody, types.ChatBody, types.EmbeddingBody, types.ScoreBody, types.RerankBody,
+          types.SampleBody, types.ResponsesBody, types.MessagesBody, types.TokenizeBody, types.DetokenizeBody)
+
+
+def test_every_field_has_a_case() -> None:
+    walked = {field for _, _, body, _ in CASES for field in body}
+    named = {field for body in BODIES for field in body.model_fields}
+    assert named - walked - LIGHT == set()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = Path(tmp_path_factory.mktemp("weights"))
+    (folder / "keys").write_text("".join(f"{name} {key}{' admin' if name == 'ops' else ''}\n"
+                                         for name, key in KEYS.items()))
+    with ServerProcess(folder / "log.txt", "--api-key-file", str(folder / "keys"), "--scheduling-policy", "fair",
+                       key=KEYS["mallory"]) as running:
+        yield running
+
+
+def test_nothing_weighs_more_than_it_says(server: ServerProcess) -> None:
+    bodies = [(name, path, json.dumps(body).encode(), times) for name, path, body, times in CASES]
+    head = {"Authorization": f"Bearer {KEYS['mallory']}", "Content-Type": "application/json"}
+    watcher = subprocess.Popen([sys.executable, "-m", "tests.security.watcher", server.url, KEYS["victim"],
+                                str(server.process.pid)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert watcher.stdin is not None and watcher.stdout is not None
+
+    def report() -> dict[str, float]:
+        watcher.stdin.write(b"\n")
+        watcher.stdin.flush()
+        return json.loads(watcher.stdout.readline())
+
+    def post(path: str, body: bytes) -> tuple[int, int]:
+        answer = httpx.post(server.url + path, content=body, headers=head, timeout=120)
+        return answer.status_code, len(answer.content)
+
+    table: list[dict[str, Any]] = []
+    try:
+        idle = [report() for _ in range(3)][-1]
+        with ThreadPoolExecutor(8) as threads:
+            for name, path, body, times in bodies:
+                answers = list(threads.map(lambda _, at=path, sent=body: post(at, sent), range(times)))
+                found = report()
+                found["memory_mb"] -= idle["memory_mb"]
+                table.append({"case": name, "status": sorted({status for status, _ in answers}),
+                              "answer_mb": round(max(size for _, size in answers) / 1e6, 1),
+                              **{name: round(value, 3) for name, value in found.items()}})
+                assert {status for status, _ in answers} <= {200, 400}, (name, answers)
+    finally:
+        watcher.terminate()
+        watcher.communicate()
+        print("\n" + "\n".join(map(json.dumps, table)))
+    beyond = [row for row in table if row["silence_s"] > MAX_SILENCE_S or row["memory_mb"] > MAX_GROWTH_MB
+              or row["ttft_s"] > MAX_TTFT_S]
+    assert not beyond, beyond
