@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from serving.api import budget  # noqa: E402
 from serving.limits import BODY, CHATS, FIXED, GENERATION, HARD_MAXIMA, HEAD, MEDIA, SAME_AS, Limit  # noqa: E402
 
 TARGET = ROOT / "docs" / "limits.md"
@@ -18,6 +19,30 @@ Made from the table in `serving/limits.py` by `tools/gen_limits.py`; change it t
 with the status shown and a message that names the field and the limit; nothing is cut or ignored in silence. Each row
 is hit exactly at the limit and one beyond it by `tests/security/test_limits.py` (media: `test_media_fetch.py`,
 `test_image_header.py`).
+"""
+WEIGHTS = (
+    ("a sequence (`n` times prompts)", budget.SEQUENCE, ""),
+    ("a prompt token", budget.PROMPT_TOKEN, f"and {budget.PROMPT_COPY} for each choice"),
+    ("a token that may be generated", budget.OUTPUT_TOKEN, ""),
+    ("a log-probability of such a token", budget.LOGPROB, f"the token itself counts as two; {budget.KEPT_LOGPROB} with "
+     "the Responses API, which keeps answers"),
+    ("a log-probability of a prompt token", budget.PROMPT_LOGPROB, "for each choice; the token itself counts as two"),
+    ("an echoed character", budget.ECHO_CHAR, "for each choice"),
+    ("a character of a stop string", budget.STOP_CHAR, f"and {budget.STOP_OF_SEQUENCE} a string for each sequence"),
+    ("a character of a bad word", budget.BAD_WORD_CHAR, f"and {budget.BAD_WORD_OF_SEQUENCE} a word for each sequence"),
+    ("an id of `allowed_token_ids`", budget.ALLOWED_ID, ""),
+    ("an entry of `logit_bias`", budget.BIAS, f"and {budget.BIAS_OF_SEQUENCE} for each sequence"),
+    ("a number of an embedding", budget.EMBEDDING_NUMBER, ""),
+)
+WEIGHT_TEXT = """
+## What a call weighs
+
+`--max-call-weight` bounds their sum, in bytes: about what a call makes the server hold at once, with work weighed by
+the bytes whose making takes as long. It is known before the engine hears of the call. A call that says no `max_tokens`
+gets as many as half of the limit pays for, if the model's length allows more.
+
+| each | weighs | besides |
+|---|---|---|
 """
 SECTIONS: tuple[tuple[str, str, tuple[Limit, ...]], ...] = (
     ("Heads", "Checked before the path and the key are looked at.", HEAD),
@@ -32,7 +57,8 @@ SECTIONS: tuple[tuple[str, str, tuple[Limit, ...]], ...] = (
 
 def render() -> str:
     """The whole page."""
-    return TOP + "".join(_section(*section) for section in SECTIONS)
+    weights = "".join(f"| {what} | {weight} | {besides} |\n" for what, weight, besides in WEIGHTS)
+    return TOP + "".join(_section(*section) for section in SECTIONS) + WEIGHT_TEXT + weights
 
 
 def _section(title: str, text: str, limits: Iterable[Limit]) -> str:

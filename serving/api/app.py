@@ -62,7 +62,7 @@ def create_app(state: ServerState) -> FastAPI:
     http, limits = state.config.http, state.config.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits,
-                       refusals=state.refusals)
+                       refusals=state.refusals, text_work=state.text_work)
     if state.tracer is not None:
         app.add_middleware(TraceContext)
     if http.cors_origin:  # outermost: a preflight carries no key, and a refusal must be readable too

@@ -23,6 +23,7 @@ from serving.metrics.refusals import QUOTA, Refusals
 from serving.security.caller import CALLER
 from serving.security.hosts import HostRule
 from serving.security.keys import NOBODY, Caller, KeyRing
+from serving.text_work import TextWork
 from xllm.errors import ConfigError
 
 
@@ -142,12 +143,14 @@ class Gate:
     """ASGI middleware, the outermost but for CORS: what it does not let through reaches nothing.
 
     In this order: a head within its limits, a sane Host, a declared path, a key for its level, the key's quota. It
-    leaves the caller in `CALLER` and the limits in the scope (`xllm.limits`).
+    leaves the caller in `CALLER` and the limits in the scope (`xllm.limits`), and
+    what reads large bodies beside the event loop (`xllm.text_work`).
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, hosts: HostRule, limits: LimitSettings,
-                 routes: dict[str, Access] = ROUTES, refusals: Refusals | None = None):
-        self.app = app
+                 routes: dict[str, Access] = ROUTES, refusals: Refusals | None = None,
+                 text_work: TextWork | None = None):
+        self.app, self._text_work = app, text_work
         self._keys, self._hosts, self._limits, self._table = keys, hosts, limits, RouteTable(routes)
         self._refusals = refusals or Refusals()
 
@@ -163,7 +166,7 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        scope["xllm.limits"] = self._limits
+        scope["xllm.limits"], scope["xllm.text_work"] = self._limits, self._text_work
         CALLER.set(caller)
         await self.app(scope, receive, send)
 

@@ -109,11 +109,6 @@ class CompletionCall:
             choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
             choice.stop_reason, is_first=True, offsets=choice.offsets))
 
-    @property
-    def is_large_at_first(self) -> bool:
-        """Whether the first piece of a choice tells of its whole prompt."""
-        return self.body.prompt_logprobs is not None or bool(self.body.echo and self.body.logprobs is not None)
-
     def piece_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
         """One piece, with the echoed prompt before the first."""
         body, prompt = self.body, self.prompt_of(choice)
@@ -179,10 +174,12 @@ class CompletionCall:
             async for piece in pieces:
                 if not (piece.text or piece.is_first or piece.finish_reason or always):
                     continue  # tokens that do not make a character yet
-                chunk = self.envelope([self.piece_json(generation.choices[piece.index], piece)])
+                shown = self.piece_json(generation.choices[piece.index], piece)
+                is_sliced = piece.is_first and (body.logprobs is not None or body.prompt_logprobs is not None)
+                chunk = self.envelope(Items([shown]) if is_sliced else [shown])
                 if options and options.continuous_usage_stats:
                     chunk["usage"] = self.usage(generation)
-                if piece.is_first and (self.is_large_at_first or body.logprobs is not None):
+                if is_sliced:
                     async for part in event_parts(chunk):
                         yield part
                 else:
@@ -200,7 +197,7 @@ def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | l
                       field)
     if not value:
         raise invalid(f"{field} must not be empty", field)
-    if all(type(item) is int for item in value):
+    if set(map(type, value)) == {int}:
         return [value]
     if len(value) > limit:
         raise invalid(f"{field} holds {len(value)} prompts, more than {limit}", field)

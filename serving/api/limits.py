@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError, invalid
 from serving.api.sse import ClientGone
 from serving.limits import FIELD_LIMITS, LimitSettings
+from serving.text_work import TextWork
 
 LARGE_BODY_BYTES = 2**16  # more is read beside the event loop
 DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
@@ -88,9 +88,10 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     except ClientDisconnect:
         raise ClientGone from None
     limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
-    if len(body) > LARGE_BODY_BYTES:
-        return await asyncio.to_thread(_read, body, limits, max_depth)
-    return _read(body, limits, max_depth)
+    text_work: TextWork | None = request.scope.get("xllm.text_work")
+    if text_work is None or len(body) <= LARGE_BODY_BYTES:
+        return _read(body, limits, max_depth)
+    return await text_work.run(len(body), lambda: _read(body, limits, max_depth))
 
 
 def _read(body: bytes, limits: LimitSettings, max_depth: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from serving.api.budget import OUTPUT_TOKEN, PROMPT_COPY, PROMPT_TOKEN, SEQUENCE
 from serving.api.limits import _JSON_STRING
 from serving.config import LimitSettings, ServerConfig
 from serving.limits import BY_NAME, HARD_MAXIMA, MEDIA, TABLE
@@ -25,7 +26,7 @@ SMALL = {"max_header_bytes": 2000, "max_headers": 20, "max_url_bytes": 300, "max
          "max_json_nodes": 200, "max_json_containers": 40, "max_sequences_per_request": 6, "max_messages": 4,
          "max_stop_strings": 3, "max_bad_words": 2, "max_logit_bias": 3, "max_logprobs": 2, "max_queue_tokens": 100,
          "max_tools": 2, "max_template_variables": 3, "max_template_variable_chars": 200, "max_template_chars": 80,
-         "max_rendered_chars": 300, "max_call_weight": 100_000, "max_text_chars": 4000}
+         "max_rendered_chars": 300, "max_call_weight": 78048, "max_text_chars": 4500}
 Answer = tuple[int, str]
 
 
@@ -113,6 +114,19 @@ def rendered(num_chars: int) -> Callable[[ServerProcess], Answer]:
     return chat(chat_template=f"{{{{ messages[0].content + '<|im_end|>' * {num_more // 10} }}}}" + rest)
 
 
+def weighing(num_bytes: int) -> Callable[[ServerProcess], Answer]:
+    """Six sequences for one prompt token, as long as it takes."""
+    rest = num_bytes - 6 * SEQUENCE - PROMPT_TOKEN - 6 * PROMPT_COPY
+    return complete(prompt=[5], n=6, max_tokens=-(-rest // (6 * OUTPUT_TOKEN)))
+
+
+def tokenize(text: str) -> Callable[[ServerProcess], Answer]:
+    def ask(server: ServerProcess) -> Answer:
+        answer = server.http.post("/tokenize", json={"prompt": text})
+        return answer.status_code, answer.text
+    return ask
+
+
 CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "max_header_bytes": lambda n: lambda server: head(server, num_bytes=n),
     "max_headers": lambda n: lambda server: head(server, num_headers=n),
@@ -122,6 +136,8 @@ CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "max_json_nodes": nodes,
     "max_json_containers": containers,
     "max_sequences_per_request": lambda n: complete(n=n),
+    "max_call_weight": weighing,
+    "max_text_chars": lambda n: tokenize("a" * n),
     "max_messages": chat,
     "max_stop_strings": lambda n: complete(stop=[f"stop{i}" for i in range(n)]),
     "max_bad_words": lambda n: complete(bad_words=[f"bad{i}" for i in range(n)]),
@@ -137,6 +153,7 @@ CASES: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
 FIXED: dict[str, Callable[[int], Callable[[ServerProcess], Answer]]] = {
     "MAX_CHOICES": lambda n: complete(n=n),
     "MAX_STOP_STRING_CHARS": lambda n: complete(stop="x" * n),
+    "MAX_ALLOWED_TOKEN_IDS": lambda n: complete(allowed_token_ids=[i % 4096 for i in range(n)]),
     "MAX_STOP_TOKEN_IDS": lambda n: complete(stop_token_ids=list(range(n))),
 }
 

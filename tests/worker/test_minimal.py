@@ -5,7 +5,7 @@ import sys
 
 # What speaks to other processes.
 NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.codec", "xllm.worker.processes",
-              "xllm.worker.rank", "xllm.worker.codec")
+              "xllm.worker.rank", "xllm.worker.codec", "xllm.shared_params")
 CODE = """
 import sys
 
