@@ -23,6 +23,7 @@ from serving.api.logprobs import LogprobsWriter
 from serving.api.sse import until_disconnect
 from serving.api.types import SampleBody, parse
 from serving.state import ServerState
+from serving.text_work import LARGE
 from xllm.client.assemble import Completion
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.token_text import TextContext
@@ -80,10 +81,18 @@ def router(state: ServerState) -> APIRouter:
         tokenizer = state.need_tokenizer("prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
         check_texts(state, [body.prompt], "prompt")
-        token_ids, places = await state.text_work.run(
-            len(body.prompt), lambda: find_places(tokenizer, body.prompt, body.selector.value,
-                                                  add_special_tokens=special))
-        params.choose_max_tokens(state, 1, len(token_ids), default=1, prompt_field="prompt")
+
+        def find() -> tuple[list[int], list[int]]:
+            if len(body.prompt) > LARGE:  # the places of a text that is too long are not looked for
+                check_length(tokenizer.encode(body.prompt, add_special_tokens=special))
+            found = find_places(tokenizer, body.prompt, body.selector.value, add_special_tokens=special)
+            check_length(found[0])
+            return found
+
+        def check_length(ids: list[int]) -> None:
+            params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field="prompt")
+
+        token_ids, places = await state.text_work.run(len(body.prompt), find)
         sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False,
                                   prompt_logprobs=body.logprobs)
         call = params.call_id(body, "sample", request.headers.get("x-request-id"))

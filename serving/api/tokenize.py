@@ -45,11 +45,14 @@ def router(state: ServerState) -> APIRouter:
         state.check_loaded()
         body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
         state.check_model(body.model)
-        vocab_size = state.facts.vocab_size
-        if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
-            raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
-        tokenizer = state.need_tokenizer("tokens")
-        text = await state.text_work.run(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+        vocab_size, tokenizer = state.facts.vocab_size, state.need_tokenizer("tokens")
+
+        def decode() -> str:
+            if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
+                raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
+            return tokenizer.decode(body.tokens)
+
+        text = await state.text_work.run(len(body.tokens), decode)
         return json_response({"prompt": text})
 
     @routes.get("/tokenizer_info")

@@ -81,6 +81,30 @@ def test_requests(sampling: SamplingParams) -> None:
     assert received == Submit([request])
 
 
+def test_what_requests_share_is_one_object_again_and_written_once() -> None:
+    """A thousand sequences with large parameters and one prompt weigh hardly more than one."""
+    params = SamplingParams(stop=["x" * 4000], allowed_token_ids=range(3000), logit_bias=dict.fromkeys(range(500), 1.0))
+    prompt = list(range(500))
+    sent = [Request(request_id=str(i), prompt_token_ids=prompt, sampling=params.varied(seed=i)) for i in range(1000)]
+    frame = COMMANDS.encode(Submit(sent))
+    assert len(frame) < len(COMMANDS.encode(Submit(sent[:1]))) + 1000 * 400
+    received = COMMANDS.decode(frame)
+    assert received == Submit(sent)
+    assert isinstance(received, Submit)
+    first, *others = received.requests
+    for other in others:
+        assert other.prompt_token_ids is first.prompt_token_ids
+        assert other.sampling.shares_collections(first.sampling)
+
+
+def test_a_set_of_requests_that_refers_to_nothing_is_refused() -> None:
+    frame = COMMANDS.encode(Submit([Request(request_id="r", prompt_token_ids=[1])]))
+    name, prompts, params, heads = b"prompts", b"\x91\x91\x01", b"\x90", b"heads"
+    assert name in frame and prompts in frame and heads in frame
+    with pytest.raises(msgspec.DecodeError):
+        COMMANDS.decode(frame.replace(prompts, params))
+
+
 def test_config_and_stats() -> None:
     config = EngineConfig.from_flat(model="m", max_num_seqs=3, speculative_method="ngram", strict_ops=True)
     assert config_from_json(config_to_json(config)) == config

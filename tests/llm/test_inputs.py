@@ -99,3 +99,12 @@ def test_bad_words_are_banned_with_and_without_a_blank(inputs, tokenizer):
     banned = set(request.sampling.bad_words_token_ids)
     for text in ("return", " return", "self", " self"):
         assert tuple(tokenizer.encode(text)) in banned
+
+
+def test_sequences_of_a_call_share_their_parameters(inputs):
+    params = SamplingParams(n=4, seed=1, stop=["x"], bad_words=["return"], logit_bias={5: 1.0})
+    first, *others = (request for _ in range(2) for request in inputs.process("r", "x", params).requests)
+    assert all(other.sampling.shares_collections(first.sampling) for other in others)
+    assert len({request.sampling.seed for request in (first, *others)}) == 4
+    alike = inputs.process("r", "x", SamplingParams(n=3, stop=["x"])).requests
+    assert len({id(request.sampling) for request in alike}) == 1
