@@ -100,9 +100,14 @@ class SamplingParams:
         _check_numbers(made)
         return made
 
+    @property
+    def has_collections(self) -> bool:
+        """Whether anything in it may be large."""
+        return not self.shares_collections(_PLAIN)
+
     def without_collections(self) -> SamplingParams:
         """For a record of what was asked for: nothing in it is large."""
-        if self.shares_collections(_PLAIN):
+        if not self.has_collections:
             return self
         return self.varied(**{name: getattr(_PLAIN, name) for name in COLLECTIONS})
 

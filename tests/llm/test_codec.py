@@ -98,7 +98,7 @@ def test_what_requests_share_is_one_object_again_and_written_once() -> None:
 
 
 def test_a_set_of_requests_that_refers_to_nothing_is_refused() -> None:
-    frame = COMMANDS.encode(Submit([Request(request_id="r", prompt_token_ids=[1])]))
+    frame = COMMANDS.encode(Submit([Request(request_id="r", prompt_token_ids=[1])] * 2))
     name, prompts, params, heads = b"prompts", b"\x91\x91\x01", b"\x90", b"heads"
     assert name in frame and prompts in frame and heads in frame
     with pytest.raises(msgspec.DecodeError):

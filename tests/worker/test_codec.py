@@ -100,3 +100,18 @@ def test_no_array_of_objects_is_made():
          "num_drafts_S": ("<i4", [0], b"")})
     with pytest.raises(ValueError):
         decode(frame)
+
+
+def test_rows_of_a_call_share_their_parameters_even_across_steps() -> None:
+    sampling = SamplingParams(allowed_token_ids=range(2000), seed=1)
+    rows = [dataclasses.replace(NEW_ROW, row=row, sampling=sampling.varied(seed=row)) for row in range(3)]
+
+    def step(*new_rows: NewRow) -> ScheduleOutput:
+        return ScheduleOutput(step=1, rows_S=ints(0), num_tokens_S=ints(1), max_drafts_S=ints(0),
+                              samples_S=np.array([True]), new_rows=new_rows)
+
+    plans = [decode(encode(m.Step(step(*some)))).plan for some in (rows[:2], rows[2:])]
+    found = [new for plan in plans for new in plan.new_rows]
+    assert [new.sampling for new in found] == [row.sampling for row in rows]
+    assert all(new.sampling.shares_collections(found[0].sampling) for new in found)
+    assert len(encode(m.Step(step(*rows)))) < len(encode(Step(step(rows[0])))) + 2000

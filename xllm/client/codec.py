@@ -61,11 +61,13 @@ class _CommandCodec:
     """As `Codec`, for commands."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(0, _PackedSubmit, Abort, Control, Shutdown)
+        self._codec: Codec[Any] = Codec(0, Submit, Abort, Control, Shutdown, _PackedSubmit)
 
     def encode(self, command: Command) -> bytes:
         """One frame."""
-        return self._codec.encode(_packed(command.requests) if isinstance(command, Submit) else command)
+        if isinstance(command, Submit) and len(command.requests) > 1:
+            return self._codec.encode(_packed(command.requests))
+        return self._codec.encode(command)
 
     def decode(self, frame: bytes) -> Command:
         """See `Codec.decode`. What requests share is one object."""

@@ -28,7 +28,7 @@ _ROW_FIELDS = tuple(f.name for f in dataclasses.fields(NewRow) if f.name != "sam
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _PackedStep:
-    """A `Step` with new rows; `plan` has none."""
+    """A `Step` with new rows whose parameters may be large; `plan` has none."""
 
     plan: ScheduleOutput
     params: SharedParams
@@ -65,7 +65,7 @@ def _decoder(tag: int) -> msgspec.msgpack.Decoder[Any]:
 
 def encode(message: Command | Report) -> bytes:
     """The message as bytes."""
-    if isinstance(message, Step) and message.plan.new_rows:
+    if isinstance(message, Step) and any(new.sampling.has_collections for new in message.plan.new_rows):
         return _PACKED_STEP + _ENCODER.encode(_packed(message.plan))
     return _TAGS[type(message)] + _ENCODER.encode(message)
 
