@@ -18,6 +18,7 @@ from xllm.request import COLLECTIONS, SAMPLING_FIELDS, SamplingParams
 
 VARIED = ("max_tokens", "seed", "prompt_logprobs")
 _SAME = tuple(name for name in SAMPLING_FIELDS if name not in (*VARIED, *COLLECTIONS))
+_UNSET: dict[str, Any] = dict.fromkeys(VARIED)  # so that a base is the same bytes whichever variant came first
 _KEPT = 4  # that were read last: rows of one call enter in several steps
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(SamplingParams)
@@ -53,7 +54,7 @@ class ParamsWriter:
         index = self._bases.get(key)
         if index is None:
             index = self._bases[key] = len(self._shared.bases)
-            self._shared.bases.append(_ENCODER.encode(sampling))
+            self._shared.bases.append(_ENCODER.encode(sampling.varied(**_UNSET)))
         return index
 
     def shared(self) -> SharedParams:

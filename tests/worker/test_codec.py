@@ -114,4 +114,4 @@ def test_rows_of_a_call_share_their_parameters_even_across_steps() -> None:
     found = [new for plan in plans for new in plan.new_rows]
     assert [new.sampling for new in found] == [row.sampling for row in rows]
     assert all(new.sampling.shares_collections(found[0].sampling) for new in found)
-    assert len(encode(m.Step(step(*rows)))) < len(encode(Step(step(rows[0])))) + 2000
+    assert len(encode(m.Step(step(*rows)))) < len(encode(m.Step(step(rows[0])))) + 2000
