@@ -91,7 +91,7 @@ def check_cache_control(block: dict[str, Any], where: str) -> None:
     if (mark := block.get("cache_control")) is not None:
         if not isinstance(mark, dict):
             raise invalid(f"{where}.cache_control must be an object", where.partition(".")[0])
-        check_members(mark, ("type", "ttl"), f"{where}.cache_control")
+        check_members(mark, ("type", "ttl", "scope"), f"{where}.cache_control")
         check_values(mark, {"type": ("ephemeral",), "ttl": ("5m", "1h")}, f"{where}.cache_control")
 
 
@@ -161,6 +161,8 @@ def _clear_thinking(messages: list[dict[str, Any]], body: CountTokensBody) -> No
 def chat_body(state: ServerState, body: MessagesBody | CountTokensBody, chat: Chat) -> ChatBody:
     """The same wish as a chat request. Raises ApiError."""
     choice = body.tool_choice
+    if choice is not None and not body.tools and choice.type in ("any", "tool"):
+        raise invalid(f"tool_choice: {choice.type!r} needs tools", "tool_choice")
     fields: dict[str, Any] = {
         "messages": chat.messages, "model": body.model, "tools": _tools(body.tools),
         "tool_choice": _tool_choice(body) if body.tools else None,

@@ -67,8 +67,11 @@ def test_each_effort(servers: dict[str, ServerProcess], effort: str) -> None:
             assert found["switch"] == prompt_of(servers["switch"], enable_thinking=effort != "none")
         else:
             assert "none and medium" in found["switch"]
-        assert f"'{effort}' is not supported" in found["always"]
-        if effort == "none":  # it does not think whatever is said
+        if effort == "medium":  # as it does unasked
+            assert found["always"] == prompt_of(servers["always"])
+        else:
+            assert f"'{effort}' is not supported" in found["always"]
+        if effort in ("none", "medium"):  # it does not think whatever is said
             assert found["plain"] == prompt_of(servers["plain"])
         else:
             assert "effort" in found["plain"] and "no variable" in found["plain"]
