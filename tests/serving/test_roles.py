@@ -115,3 +115,22 @@ def test_python(folder: str) -> None:
                 llm.chat(messages)
         with pytest.raises(RequestError, match="does not show tools"):
             llm.chat([USER], tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_a_refusal_is_what_was_said(server: ServerProcess) -> None:
+    def count(**message: Any) -> int:
+        answer = server.http.post("/tokenize", json={"messages": [USER, {"role": "assistant", **message}, USER]})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["count"])
+
+    assert count(refusal="I will not do that.") == count(content="I will not do that.") > count(content="")
+    assert count(refusal="I will not do that.", content="No.") == count(content="No.")
+
+
+def test_what_clients_send_and_nobody_needs(server: ServerProcess) -> None:
+    tool = {"type": "function", "cache_control": {"type": "ephemeral"},
+            "function": {"name": "f", "parameters": {"type": "object"}, "return": {"type": "string"}}}
+    body = {"messages": [{**USER, "name": "Ann", "id": "msg_1"}], "tools": [tool], "top_logprobs": 0, "max_tokens": 1,
+            "reasoning_effort": "medium"}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
