@@ -6,27 +6,39 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anthropic.types.beta.message_count_tokens_params import MessageCountTokensParams as BetaCountParams
+from anthropic.types.beta.message_create_params import MessageCreateParams as BetaMessageParams
+from anthropic.types.message_count_tokens_params import MessageCountTokensParams as CountParams
+from anthropic.types.message_create_params import MessageCreateParams as MessageParams
 from openai.types.chat.completion_create_params import CompletionCreateParams as ChatParams
 from openai.types.completion_create_params import CompletionCreateParams
 from openai.types.embedding_create_params import EmbeddingCreateParams
+from openai.types.responses.response_create_params import ResponseCreateParams
 from pydantic import BaseModel
 
-from serving.api.types import ChatBody, CompletionBody, EmbeddingBody, StrictBody
-from tests.members.effects import CHAT, COMPLETIONS, EMBEDDINGS, USER, Effect
+from serving.api.types import (
+    ChatBody,
+    CompletionBody,
+    CountTokensBody,
+    EmbeddingBody,
+    MessagesBody,
+    ResponsesBody,
+    StrictBody,
+)
+from tests.members.effects import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES, USER, Effect
 from tests.members.sdk import Path, members_of, paths
+from tests.members.values import Json, Made
 
 
 @dataclass(frozen=True)
 class Body:
-    """params: the types of the packages. own: ours. base: a body that is answered. effects: see `effects.py`.
-    company: see `values.py`."""
+    """params: the types of the packages. own: ours. made: how to send its members. effects: see `effects.py`."""
 
     path: str
     params: tuple[Any, ...]
     own: type[StrictBody]
-    base: dict[str, Any]
+    made: Made
     effects: Mapping[str, Effect] = field(default_factory=dict)
-    company: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def declared(self, stops: Collection[str] = ()) -> dict[str, Path]:
         """By its text, every path that the packages or our own types have."""
@@ -45,11 +57,21 @@ def _own_paths(kind: type[BaseModel], owner: str) -> Iterator[Path]:
                 yield from _own_paths(part, path.text)
 
 
+CHATTED: Json = {"messages": [USER]}
+SPOKEN: Json = {"messages[role=system]": {"content": "x"}}  # its type has other ways to say something
+NAMED: Json = {"tools": [{"name": "x", "input_schema": {}}]}
 BODIES = {
-    "POST /v1/chat/completions": Body("/v1/chat/completions", (ChatParams,), ChatBody,
-                                      {"messages": [USER], "max_tokens": 1}, CHAT,
-                                      {"response_format(type=json_schema).json_schema": {"schema": {}}}),
-    "POST /v1/completions": Body("/v1/completions", (CompletionCreateParams,), CompletionBody,
-                                 {"prompt": "def f(", "max_tokens": 1}, COMPLETIONS),
-    "POST /v1/embeddings": Body("/v1/embeddings", (EmbeddingCreateParams,), EmbeddingBody, {"input": "x"}, EMBEDDINGS),
+    "POST /v1/chat/completions": Body("/v1/chat/completions", (ChatParams,), ChatBody, Made(
+        {**CHATTED, "max_tokens": 1}, {"response_format(type=json_schema).json_schema": {"schema": {}}}), CHAT),
+    "POST /v1/completions": Body("/v1/completions", (CompletionCreateParams,), CompletionBody, Made(
+        {"prompt": "def f(", "max_tokens": 1}), COMPLETIONS),
+    "POST /v1/embeddings": Body("/v1/embeddings", (EmbeddingCreateParams,), EmbeddingBody, Made({"input": "x"}),
+                                EMBEDDINGS),
+    "POST /v1/responses": Body("/v1/responses", (ResponseCreateParams,), ResponsesBody, Made(
+        {"input": [USER], "max_output_tokens": 16, "store": False},
+        beside={"stream_options": {"stream": True}}, instead={"truncation": "auto"}), RESPONSES),
+    "POST /v1/messages": Body("/v1/messages", (MessageParams, BetaMessageParams), MessagesBody, Made(
+        {**CHATTED, "max_tokens": 16}, SPOKEN), MESSAGES),
+    "POST /v1/messages/count_tokens": Body("/v1/messages/count_tokens", (CountParams, BetaCountParams), CountTokensBody,
+                                           Made(CHATTED, SPOKEN, beside={"tool_choice": NAMED}), COUNT_TOKENS),
 }
