@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from anthropic.types.beta.message_count_tokens_params import MessageCountTokensParams as BetaCountParams
@@ -40,25 +41,32 @@ class Body:
     made: Made
     effects: Mapping[str, Effect] = field(default_factory=dict)
 
+    @cached_property
+    def members(self) -> dict[str, Path]:
+        """All that are declared."""
+        return self.declared()
+
     def declared(self, stops: Collection[str] = ()) -> dict[str, Path]:
         """By its text, every path that the packages or our own types have."""
         found = {path.text: path for kind in self.params for path in paths(kind, stops)}
         unions = {path.owner for path in found.values() if path.text[len(path.owner):].startswith("(")}
-        return {path.text: path for path in _own_paths(self.own, "") if path.owner not in unions} | found
+        return {path.text: path for path in _own_paths(self.own, "", stops) if path.owner not in unions} | found
 
 
-def _own_paths(kind: type[BaseModel], owner: str) -> Iterator[Path]:
-    """Every field, also of the models within, but those that take anything."""
+def _own_paths(kind: type[BaseModel], owner: str, stops: Collection[str]) -> Iterator[Path]:
+    """Every field, also of the models within, but those that take anything; nothing below one of `stops`."""
     for name, info in kind.model_fields.items():
         path = Path(f"{owner}.{name}" if owner else name, info.annotation, owner)
         yield path
         for part in members_of(info.annotation):
-            if isinstance(part, type) and issubclass(part, StrictBody):
-                yield from _own_paths(part, path.text)
+            if isinstance(part, type) and issubclass(part, StrictBody) and path.text not in stops:
+                yield from _own_paths(part, path.text, stops)
 
 
 CHATTED: Json = {"messages": [USER]}
 SPOKEN: Json = {"messages[role=system]": {"content": "x"}}  # its type has other ways to say something
+INSTEAD: Json = {"messages[role=system].clear_at": "next_user_message",
+                 **{f"thinking(type={kind}).display": "omitted" for kind in ("enabled", "adaptive")}}
 NAMED: Json = {"tools": [{"name": "x", "input_schema": {}}]}
 BODIES = {
     "POST /v1/chat/completions": Body("/v1/chat/completions", (ChatParams,), ChatBody, Made(
@@ -69,9 +77,9 @@ BODIES = {
                                 EMBEDDINGS),
     "POST /v1/responses": Body("/v1/responses", (ResponseCreateParams,), ResponsesBody, Made(
         {"input": [USER], "max_output_tokens": 16, "store": False},
-        beside={"stream_options": {"stream": True}}, instead={"truncation": "auto"}), RESPONSES),
+        beside={"stream_options": {"stream": True}}, instead={"truncation": "auto", "stream_options.continuous_usage_stats": True}), RESPONSES),
     "POST /v1/messages": Body("/v1/messages", (MessageParams, BetaMessageParams), MessagesBody, Made(
-        {**CHATTED, "max_tokens": 16}, SPOKEN), MESSAGES),
+        {**CHATTED, "max_tokens": 16}, SPOKEN, instead=INSTEAD), MESSAGES),
     "POST /v1/messages/count_tokens": Body("/v1/messages/count_tokens", (CountParams, BetaCountParams), CountTokensBody,
-                                           Made(CHATTED, SPOKEN, beside={"tool_choice": NAMED}), COUNT_TOKENS),
+                                           Made(CHATTED, SPOKEN, {"tool_choice": NAMED}, INSTEAD), COUNT_TOKENS),
 }

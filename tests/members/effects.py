@@ -100,6 +100,7 @@ CHAT: dict[str, Effect] = {
 RESPONSE: Json = {"temperature": 0, "max_output_tokens": 12}
 FREE_RESPONSE: Json = {"temperature": 2.0, "max_output_tokens": 12, "seed": 7}
 LONG_RESPONSE: Json = {"temperature": 0, "max_output_tokens": 60}
+ENDLESS: Json = {"temperature": 0, "max_output_tokens": 200, "ignore_eos": True}  # so that words come twice
 FORCED_RESPONSE: Json = {**LONG_RESPONSE, "tools": [{"type": "function", **tool["function"]} for tool in FORCED["tools"]]}
 LOGPROBS: Json = {"include": ["message.output_text.logprobs"]}
 
@@ -116,14 +117,14 @@ def flat(effects: dict[str, Effect], beside: Json, *names: str) -> dict[str, Eff
 
 RESPONSES: dict[str, Effect] = {
     **flat(GENERATION, FREE_RESPONSE, "top_p", "top_k", "min_p"),
-    **flat(GENERATION, LONG_RESPONSE, "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    **flat(GENERATION, ENDLESS, "frequency_penalty", "presence_penalty", "repetition_penalty"),
     "input": Effect("a", "b", RESPONSE),
     "instructions": Effect("Be brief.", beside=RESPONSE),
     "max_output_tokens": Effect(3, 5, {"temperature": 0}),
     "temperature": Effect(1.5, 0, {"max_output_tokens": 12, "seed": 7}),
     "seed": Effect(1, 2, {"temperature": 1.0, "max_output_tokens": 12}),
     "min_tokens": Effect(12, beside={**RESPONSE, "text": {"format": {**form({"enum": ["a"]}), "name": "x"}}}),
-    "ignore_eos": Effect(True, beside={**RESPONSE, "text": {"format": {**form({"enum": ["a"]}), "name": "x"}}}),
+    "ignore_eos": Effect(True, beside=LONG_RESPONSE),
     "stream": Effect(True, beside=RESPONSE),
     "text": Effect({"format": {"type": "json_object"}}, beside=RESPONSE),
     "text.format": Effect({"type": "json_object"}, {"type": "text"}, RESPONSE),
@@ -145,7 +146,8 @@ HOT: Json = {"temperature": 2.0, "max_tokens": 12}
 FORCED_MESSAGE: Json = {**GREEDY, "max_tokens": 60, "tools": [
     {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in FORCED["tools"]]}
 MESSAGES: dict[str, Effect] = {
-    **flat(CHAT, GREEDY, "messages", "messages[role=user]", "messages[role=system]", "messages[role=assistant]"),
+    **flat(CHAT, GREEDY, "messages", "messages[role=system]", "messages[role=assistant]"),
+    "messages[role=user]": Effect([USER], [{**USER, "content": "x"}]),
     "system": Effect("Be brief."),
     "system[type=text]": Effect([{"type": "text", "text": "Be brief."}]),
     "max_tokens": Effect(3, 5, {"temperature": 0}),

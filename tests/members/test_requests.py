@@ -34,7 +34,7 @@ def test_every_member_has_a_row(title: str) -> None:
 @pytest.mark.parametrize("title", BODIES)
 def test_every_row_is_of_a_member(title: str) -> None:
     body = BODIES[title]
-    known = body.declared().keys() | body.own.harmless | NOT_BUILT.keys()
+    known = body.members.keys() | body.own.harmless | NOT_BUILT.keys()
     assert sorted(TABLES[title].keys() - known) == []
 
 
@@ -55,7 +55,7 @@ def test_what_changes_the_answer_is_measured(title: str) -> None:
 
 @pytest.mark.parametrize(("title", "path"), rows_of("refused"))
 def test_refused_by_name(showing: ServerProcess, title: str, path: str) -> None:
-    body, known = BODIES[title], BODIES[title].declared()
+    body, known = BODIES[title], BODIES[title].members
     sent = body_with(known[path], known, body.made)
     answer = showing.http.post(body.path, json=sent)
     assert answer.status_code == 400, f"{sent}: {answer.text}"
@@ -71,7 +71,7 @@ def names(path: str, message: str) -> bool:
 
 @pytest.mark.parametrize(("title", "path"), rows_of("harmless"))
 def test_harmless_is_accepted(showing: ServerProcess, title: str, path: str) -> None:
-    body, known = BODIES[title], BODIES[title].declared()
+    body, known = BODIES[title], BODIES[title].members
     sent = body_with(known[path], known, body.made)
     answer = showing.http.post(body.path, json=sent)
     assert answer.status_code == 200, f"{sent}: {answer.text}"
