@@ -15,7 +15,7 @@ MAX_LIMIT = 1000  # Anthropic's
 
 
 def page_of(names: Sequence[str], query: Mapping[str, str]) -> tuple[Sequence[str], bool]:
-    """The names that Anthropic's `after_id`, `before_id` and `limit` ask for, and whether more follow in that direction.
+    """The names that Anthropic's `after_id`, `before_id` and `limit` ask for, and whether more follow that way.
 
     Without them all names. Raises ApiError.
     """

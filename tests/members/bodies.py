@@ -21,12 +21,31 @@ from serving.api.types import (
     ChatBody,
     CompletionBody,
     CountTokensBody,
+    DetokenizeBody,
     EmbeddingBody,
     MessagesBody,
+    RerankBody,
     ResponsesBody,
+    SampleBody,
+    ScoreBody,
     StrictBody,
+    TokenizeBody,
 )
-from tests.members.effects import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES, USER, Effect
+from tests.members.effects import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    MESSAGES,
+    RERANK,
+    RESPONSES,
+    SAMPLE,
+    SCORE,
+    TOKENIZE,
+    USER,
+    Effect,
+)
 from tests.members.sdk import Path, members_of, paths
 from tests.members.values import Json, Made
 
@@ -50,7 +69,8 @@ class Body:
         """By its text, every path that the packages or our own types have."""
         found = {path.text: path for kind in self.params for path in paths(kind, stops)}
         unions = {path.owner for path in found.values() if path.text[len(path.owner):].startswith("(")}
-        return {path.text: path for path in _own_paths(self.own, "", stops) if path.owner not in unions} | found
+        own = {path.text: path for path in _own_paths(self.own, "", stops) if path.owner not in unions}
+        return {name: Path(name, str, "") for name in self.own.harmless} | own | found
 
 
 def _own_paths(kind: type[BaseModel], owner: str, stops: Collection[str]) -> Iterator[Path]:
@@ -68,6 +88,9 @@ SPOKEN: Json = {"messages[role=system]": {"content": "x"}}  # its type has other
 INSTEAD: Json = {"messages[role=system].clear_at": "next_user_message",
                  **{f"thinking(type={kind}).display": "omitted" for kind in ("enabled", "adaptive")}}
 NAMED: Json = {"tools": [{"name": "x", "input_schema": {}}]}
+SCORED: Json = {"text_1": "import os", "text_2": "import sys"}
+RANKED: Json = {"query": "import os", "documents": ["import sys", "for x in y"]}
+SAMPLED: Json = {"prompt": "a b a b", "selector": {"value": "b"}}
 BODIES = {
     "POST /v1/chat/completions": Body("/v1/chat/completions", (ChatParams,), ChatBody, Made(
         {**CHATTED, "max_tokens": 1}, {"response_format(type=json_schema).json_schema": {"schema": {}}}), CHAT),
@@ -77,9 +100,15 @@ BODIES = {
                                 EMBEDDINGS),
     "POST /v1/responses": Body("/v1/responses", (ResponseCreateParams,), ResponsesBody, Made(
         {"input": [USER], "max_output_tokens": 16, "store": False},
-        beside={"stream_options": {"stream": True}}, instead={"truncation": "auto", "stream_options.continuous_usage_stats": True}), RESPONSES),
+        beside={"stream_options": {"stream": True}},
+        instead={"truncation": "auto", "stream_options.continuous_usage_stats": True}), RESPONSES),
     "POST /v1/messages": Body("/v1/messages", (MessageParams, BetaMessageParams), MessagesBody, Made(
         {**CHATTED, "max_tokens": 16}, SPOKEN, instead=INSTEAD), MESSAGES),
     "POST /v1/messages/count_tokens": Body("/v1/messages/count_tokens", (CountParams, BetaCountParams), CountTokensBody,
                                            Made(CHATTED, SPOKEN, {"tool_choice": NAMED}, INSTEAD), COUNT_TOKENS),
+    "POST /v1/score": Body("/v1/score", (), ScoreBody, Made(SCORED), SCORE),
+    "POST /v1/rerank": Body("/v1/rerank", (), RerankBody, Made(RANKED), RERANK),
+    "POST /v1/sample": Body("/v1/sample", (), SampleBody, Made(SAMPLED), SAMPLE),
+    "POST /tokenize": Body("/tokenize", (), TokenizeBody, Made({"prompt": "x"}), TOKENIZE),
+    "POST /detokenize": Body("/detokenize", (), DetokenizeBody, Made({"tokens": [60]}), DETOKENIZE),
 }

@@ -101,7 +101,8 @@ RESPONSE: Json = {"temperature": 0, "max_output_tokens": 12}
 FREE_RESPONSE: Json = {"temperature": 2.0, "max_output_tokens": 12, "seed": 7}
 LONG_RESPONSE: Json = {"temperature": 0, "max_output_tokens": 60}
 ENDLESS: Json = {"temperature": 0, "max_output_tokens": 200, "ignore_eos": True}  # so that words come twice
-FORCED_RESPONSE: Json = {**LONG_RESPONSE, "tools": [{"type": "function", **tool["function"]} for tool in FORCED["tools"]]}
+FORCED_RESPONSE: Json = {**LONG_RESPONSE, "tools": [
+    {"type": "function", **tool["function"]} for tool in FORCED["tools"]]}
 LOGPROBS: Json = {"include": ["message.output_text.logprobs"]}
 
 
@@ -165,7 +166,8 @@ MESSAGES: dict[str, Effect] = {
 
 OFFERED: Json = {"tools": FORCED_MESSAGE["tools"]}
 COUNT_TOKENS: dict[str, Effect] = {
-    **flat(MESSAGES, {}, "messages", "messages[role=system]", "messages[role=assistant]", "system", "system[type=text]"),
+    **flat(MESSAGES, {}, "messages", "messages[role=system]", "messages[role=assistant]"),
+    **flat(MESSAGES, {}, "system", "system[type=text]"),
     "messages[role=user]": Effect([USER, USER], [USER], {}),
     "tools": Effect(OFFERED["tools"], beside={}),
     "tool_choice": Effect({"type": "none"}, {"type": "auto"}, OFFERED),
@@ -180,3 +182,34 @@ EMBEDDINGS: dict[str, Effect] = {
     "truncate_prompt_tokens": Effect(1, beside={"input": "import os"}),
     "request_id": Effect("mine", beside={}),
 }
+
+POOLED: dict[str, Effect] = {
+    "pooling": Effect("mean", "last", {}),
+    "truncate_prompt_tokens": Effect(1, beside={}),
+    "request_id": Effect("mine", beside={}),
+}
+SCORE: dict[str, Effect] = {
+    **POOLED, "text_1": Effect("def f(", "return", {}), "text_2": Effect("def f(", "return", {})}
+RERANK: dict[str, Effect] = {
+    **POOLED,
+    "query": Effect("def f(", "return", {}),
+    "documents": Effect(["def f("], ["return"], {}),
+    "top_n": Effect(1, beside={}),
+    "return_documents": Effect(False, beside={}),
+}
+SAMPLE: dict[str, Effect] = {
+    "prompt": Effect("a b a b", "a b", {}),
+    "selector": Effect({"value": "a"}, {"value": "b"}, {}),
+    "logprobs": Effect(2, beside={}),
+    "request_id": Effect("mine", beside={}),
+}
+TOKENIZE: dict[str, Effect] = {
+    "prompt": Effect("a", "b", {}),
+    "messages": Effect([USER], [{**USER, "content": "x"}], {}),
+    "add_generation_prompt": Effect(False, beside={"messages": [USER]}),
+    "continue_final_message": Effect(True, beside={
+        "add_generation_prompt": False, "messages": [USER, {"role": "assistant", "content": "def f("}]}),
+    "tools": Effect(FORCED["tools"], beside={"messages": [USER]}),
+    "return_token_strs": Effect(True, beside={"prompt": "x"}),
+}
+DETOKENIZE: dict[str, Effect] = {"tokens": Effect([60], [61], {})}

@@ -8,30 +8,22 @@ from typing import Any
 
 import pytest
 
-from tests.members.effects import (
-    ABSENT,
-    CHAT,
-    COMPLETIONS,
-    COUNT_TOKENS,
-    EMBEDDINGS,
-    MESSAGES,
-    RESPONSES,
-    USER,
-    Effect,
-)
+from tests.members.bodies import BODIES, RANKED, SAMPLED, SCORED
+from tests.members.effects import ABSENT, USER
 from tests.serving.conftest import server  # noqa: F401
 from tests.serving.server_process import ServerProcess
 
-BODIES: dict[str, tuple[dict[str, Any], dict[str, Effect]]] = {
-    "/v1/chat/completions": ({"messages": [USER]}, CHAT),
-    "/v1/completions": ({"prompt": "def f("}, COMPLETIONS),
-    "/v1/embeddings": ({"input": "x"}, EMBEDDINGS),
-    "/v1/responses": ({"input": [USER]}, RESPONSES),
-    "/v1/messages": ({"messages": [USER]}, MESSAGES),
-    "/v1/messages/count_tokens": ({"messages": [USER]}, COUNT_TOKENS),
+BASES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [USER]}, "/v1/completions": {"prompt": "def f("},
+    "/v1/embeddings": {"input": "x"}, "/v1/responses": {"input": [USER]}, "/v1/messages": {"messages": [USER]},
+    "/v1/messages/count_tokens": {"messages": [USER]}, "/v1/score": SCORED, "/v1/rerank": RANKED,
+    "/v1/sample": SAMPLED, "/tokenize": {}, "/detokenize": {},
 }
-OF_THE_CALL = re.compile(r'"(?:id|created|call_id)":(?:"(?:chatcmpl-|cmpl-|embd-|call_|msg_|fc_|rs_)[0-9a-f]+"|\d+)')
-CASES = [(path, member) for path, (_, effects) in BODIES.items() for member in effects]
+EFFECTS = {body.path: body.effects for body in BODIES.values()}
+OF_THE_CALL = re.compile(r'"(?:id|created|call_id)":(?:"[a-z]+[-_][0-9a-f]{24,}"|\d+)')
+CASES = [(path, member) for path, effects in EFFECTS.items() for member in effects]
+# Where tools are shown to the model and not forced on it.
+NEEDS_TOOLS = {("/tokenize", "tools"), *(("/v1/messages/count_tokens", name) for name in ("tools", "tool_choice"))}
 
 
 def body_with(body: dict[str, Any], member: str, value: Any) -> dict[str, Any]:
@@ -42,12 +34,11 @@ def body_with(body: dict[str, Any], member: str, value: Any) -> dict[str, Any]:
     return {**body, outer: {inner[0]: value} if inner else value}
 
 
-@pytest.mark.parametrize(("path", "member"), CASES, ids=[f"{path[4:]}-{member}" for path, member in CASES])
+@pytest.mark.parametrize(("path", "member"), CASES, ids=[f"{path[1:]}-{member}" for path, member in CASES])
 def test_an_honoured_member_changes_the_answer(server: ServerProcess, showing: ServerProcess,  # noqa: F811
                                                path: str, member: str) -> None:
-    base, effects = BODIES[path]
-    effect = effects[member]
-    asked = showing if path.endswith("count_tokens") else server  # whose template shows what is counted
+    base, effect = BASES[path], EFFECTS[path][member]
+    asked = showing if (path, member) in NEEDS_TOOLS else server
 
     def answer_to(value: Any) -> str:
         answer = asked.http.post(path, json=body_with({**base, **effect.beside}, member, value))

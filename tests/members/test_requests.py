@@ -77,6 +77,14 @@ def test_harmless_is_accepted(showing: ServerProcess, title: str, path: str) -> 
     assert answer.status_code == 200, f"{sent}: {answer.text}"
 
 
+@pytest.mark.parametrize("title", BODIES)
+def test_another_model_is_not_there(showing: ServerProcess, title: str) -> None:
+    body = BODIES[title]
+    found = [showing.http.post(body.path, json={**body.made.base, "model": name}) for name in ("showing", "another")]
+    assert [answer.status_code for answer in found] == [200, 404], found[0].text
+    assert "another" in found[1].json()["error"]["message"]
+
+
 @pytest.mark.parametrize("fault", [Member("a", "honoured", "see elsewhere"), Member("a", "harmless", "why"),
                                    Member("a", "honoured", "`tests/members/test_requests.py::test_of_nothing`")])
 def test_a_row_without_proof_is_found(fault: Member) -> None:
