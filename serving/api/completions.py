@@ -199,11 +199,18 @@ def adds_special_tokens(body: CompletionBody) -> bool:
     return True if body.add_special_tokens is None else body.add_special_tokens
 
 
+def check_adds_nothing(add_special_tokens: bool | None, field: str) -> None:
+    """A prompt of token ids is taken as it is. Raises ApiError where tokens shall be added to it."""
+    if add_special_tokens:
+        raise invalid(f"add_special_tokens is for text, and {field} holds token ids", "add_special_tokens")
+
+
 async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Prompt]:
     raw = read_prompts(body.prompt, state.config.limits.max_sequences_per_request)
     if any(not item for item in raw):
         raise invalid("prompt must not be empty", "prompt")
     if isinstance(raw[0], list):
+        check_adds_nothing(body.add_special_tokens, "prompt")
         return [Prompt(ids, None) for ids in raw if isinstance(ids, list)]
     texts = [text for text in raw if isinstance(text, str)]
     tokenizer = state.need_tokenizer("prompt")

@@ -128,3 +128,11 @@ def test_messages_take_hints(servers: dict[str, ServerProcess]) -> None:
                          ({"type": "disabled"}, False)):
         assert asked(switch, "/v1/messages", {"thinking": thinking}) == prompt_of(switch, enable_thinking=on)
         assert asked(servers["plain"], "/v1/messages", {"thinking": thinking}) == prompt_of(servers["plain"])
+
+
+def test_responses_take_variables(servers: dict[str, ServerProcess]) -> None:
+    variables = {"reasoning_effort": "xhigh", "verbosity": "low"}
+    found = asked(servers["levels"], "/v1/responses", {"chat_template_kwargs": variables})
+    assert found == prompt_of(servers["levels"], **variables) != prompt_of(servers["levels"])
+    refused = asked(servers["plain"], "/v1/responses", {"chat_template_kwargs": variables})
+    assert "chat_template_kwargs.reasoning_effort" in refused
