@@ -313,8 +313,8 @@ class KVManager:
         return self.source.lift(match.block_ids, extension, priority)
 
     def lifted(self, lift: Lift) -> np.ndarray:
-        """The device blocks of a lift that is done, as far as they still hold what it brought: it has let go of them, and
-        others may have taken some since."""
+        """The device blocks of a lift that is done, as far as they still hold what it brought: it has let go of them,
+        and others may have taken some since."""
         pairs = zip(lift.path.tolist(), lift.digests)
         num = next((i for i, (block, digest) in enumerate(pairs) if self._index.find(digest) != block), len(lift.path))
         return lift.path[:num]
