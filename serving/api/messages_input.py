@@ -215,7 +215,8 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         check_cache_control(tool, where)
         made.append({"type": "function", "function": {
             "name": tool.get("name"), "description": tool.get("description") or "",
-            "parameters": tool.get("input_schema") or {}, **({"strict": True} if tool.get("strict") else {})}})
+            "parameters": tool.get("input_schema") or {},
+            **({"strict": tool["strict"]} if tool.get("strict") else {})}})
     return made
 
 
