@@ -155,6 +155,14 @@ def test_a_long_chain_of_references_is_followed(dead_ends):
         check_form(StructuredOutput(json={**endless, "$ref": "#/$defs/d0"}), dead_ends)
 
 
+def test_no_refusal_names_a_switch_of_llguidance(checker):
+    schema = {"oneOf": [{"type": "object"}, {"properties": {"a": {"const": 1}}}]}
+    for form in ({"json": schema}, {"grammar": f"start: %json {json.dumps(schema)}"}):
+        with pytest.raises(RequestError, match="say anyOf, or tell them apart") as caught:
+            checker.check(StructuredOutput(**form))
+        assert "coerce" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("tag", "reason"), [
     ({"structures": [{"begin": "<a>", "schema": {"type": "string", "pattern": "a**"}}], "triggers": ["<a"]},
      "structures.0.schema: /pattern: position 2"),

@@ -132,6 +132,9 @@ def test_a_refusal_shows_the_expression_as_it_came(checker, schema, message):
     with pytest.raises(RequestError) as caught:
         checker.check(StructuredOutput(json=schema))
     assert str(caught.value).startswith(f"json: {message}")
+    with pytest.raises(RequestError) as caught:
+        checker.check(StructuredOutput(grammar=f'start: "x" %json {json.dumps(schema)}'))
+    assert str(caught.value).startswith(f"grammar: {message}")
 
 
 FORMS = {

@@ -46,7 +46,7 @@ def _check_schema(schema: dict[str, Any], dead_ends: DeadEnds, share: float = 1.
 def _innermost(reason: str, schema: dict[str, Any], dead_ends: DeadEnds) -> str:
     """What is wrong with the innermost part that is refused alike when it stands alone, behind the JSON pointer to it;
     the reason as it is if that is the whole, or takes more than SEARCH_CPU_S to find."""
-    around = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    around: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     expires_s = time.thread_time() + SEARCH_CPU_S
     for pointer, node in sorted(reachable(schema), key=lambda found: -found[0].count("/")):
         found = _fault({**around, **node}, dead_ends) if pointer else reason
@@ -100,6 +100,12 @@ def _check_lark(source: str, dead_ends: DeadEnds) -> None:
             check_regex(pattern)
         except RegexError as error:
             raise GrammarError(f"line {line}: {error}") from None
-    for _, _, schema in schemas_of(text):
+    schemas = [schema for _, _, schema in schemas_of(text)]
+    for schema in schemas:
         prepared(schema, dead_ends.has_more_names)
-    dead_ends.look(grammar_text(StructuredOutput(grammar=source)))
+    try:
+        dead_ends.look(grammar_text(StructuredOutput(grammar=source)))
+    except GrammarError:
+        for schema in schemas:  # it is named as if it stood alone, if it is at fault
+            _check_schema(schema, dead_ends, share=0)
+        raise
