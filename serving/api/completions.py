@@ -15,7 +15,7 @@ from serving.api import params
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.limits import read_json
-from serving.api.logprobs import ChoiceLogprobs
+from serving.api.logprobs import ChoiceLogprobs, TokenPlaces
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
@@ -50,6 +50,7 @@ class CompletionCall:
         self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
         self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
         self.echoes: dict[int, str] = {}  # by prompt: what of it is echoed
+        self.places: dict[int, TokenPlaces] = {}  # by choice
         self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
 
     def samplings(self) -> list[SamplingParams]:
@@ -150,8 +151,10 @@ class CompletionCall:
         num_echoed = len(self.echo_of(choice)) - self._num_replaced(choice) if body.echo else 0
         written: dict[str, list[Any]] = {"text_offset": [], "tokens": [], "token_logprobs": [], "top_logprobs": []}
         if not self.hides_output:
-            written = self.logprobs.of(choice).completion(piece.token_ids, piece.logprobs or (),
-                                                          [num_echoed + offset for offset in piece.offsets])
+            places = self.places.setdefault(choice.index, TokenPlaces())
+            token_ids, entries, offsets = places.take(piece, choice.offsets)
+            written = self.logprobs.of(choice).completion(token_ids, entries,
+                                                          [num_echoed + offset for offset in offsets])
         if piece.is_first and body.echo:
             sampling = VISIBLE if prompt.text is None else choice.request.sampling
             before = self.logprobs.at_start(sampling).completion(prompt.token_ids, choice.prompt_logprobs,
@@ -161,12 +164,13 @@ class CompletionCall:
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         body, options = self.body, self.body.stream_options
-        always = bool(body.return_token_ids) or body.logprobs is not None
         async with generation as pieces:
             async for piece in pieces:
-                if not (piece.text or piece.is_first or piece.finish_reason or always):
+                shown = self.piece_json(generation.choices[piece.index], piece)
+                if not (piece.text or piece.is_first or piece.finish_reason or body.return_token_ids
+                        or (shown["logprobs"] or {}).get("tokens")):
                     continue  # tokens that do not make a character yet
-                chunk = self.envelope([self.piece_json(generation.choices[piece.index], piece)])
+                chunk = self.envelope([shown])
                 if options and options.continuous_usage_stats:
                     chunk["usage"] = self.usage(generation)
                 yield event(chunk)
@@ -199,11 +203,18 @@ def adds_special_tokens(body: CompletionBody) -> bool:
     return True if body.add_special_tokens is None else body.add_special_tokens
 
 
+def check_adds_nothing(add_special_tokens: bool | None, field: str) -> None:
+    """A prompt of token ids is taken as it is. Raises ApiError where tokens shall be added to it."""
+    if add_special_tokens:
+        raise invalid(f"add_special_tokens is for text, and {field} holds token ids", "add_special_tokens")
+
+
 async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Prompt]:
     raw = read_prompts(body.prompt, state.config.limits.max_sequences_per_request)
     if any(not item for item in raw):
         raise invalid("prompt must not be empty", "prompt")
     if isinstance(raw[0], list):
+        check_adds_nothing(body.add_special_tokens, "prompt")
         return [Prompt(ids, None) for ids in raw if isinstance(ids, list)]
     texts = [text for text in raw if isinstance(text, str)]
     tokenizer = state.need_tokenizer("prompt")

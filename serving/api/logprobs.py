@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from xllm.client.assemble import Completion
+from xllm.client.assemble import Completion, Piece
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.token_text import TextContext
 from xllm.tokenizer import Tokenizer
@@ -130,6 +131,32 @@ class ChoiceLogprobs:
     def _behind(self, token_ids: Sequence[int], sampling: SamplingParams) -> LogprobsWriter:
         context = TextContext(self._tokenizer, token_ids, sampling) if self._tokenizer else None
         return LogprobsWriter(context, as_ids=self._as_ids)
+
+
+@dataclass
+class TokenPlaces:
+    """Which tokens of one choice can be written with their offsets, piece after piece.
+
+    Those behind text that is held back, because a stop string may begin with it, wait: if it does, the answer's text
+    ends before them.
+    """
+
+    waiting: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    num_taken: int = 0
+    num_chars: int = 0
+
+    def take(self, piece: Piece, offsets: Sequence[int]) -> tuple[list[int], list[TokenLogprobs], Sequence[int]]:
+        """The tokens whose offsets are certain behind this piece, their log-probabilities and offsets. offsets: of all
+        the choice's tokens; empty if it has no text."""
+        self.waiting += zip(piece.token_ids, piece.logprobs or ())
+        self.num_chars += len(piece.text)
+        placed = offsets[self.num_taken:self.num_taken + len(self.waiting)]
+        num_certain = len(self.waiting)
+        if piece.finish_reason is None:
+            num_certain = next((i for i, offset in enumerate(placed) if offset > self.num_chars), num_certain)
+        taken, self.waiting = self.waiting[:num_certain], self.waiting[num_certain:]
+        self.num_taken += num_certain
+        return [token_id for token_id, _ in taken], [entry for _, entry in taken], placed[:num_certain]
 
 
 def _finite(logprob: float) -> float:

@@ -72,7 +72,7 @@ CHATS = {
 
 # What these templates drop, which transformers lets them: calls, tools, names and variables; more than 40 messages.
 DROPPED = {*((kind, "many") for kind in ("byte_level", "byte_level_bos")),
-           *(("bundled", case) for case in ("tool-call", "tools", "null", "variable"))}
+           *(("bundled", case) for case in ("tool-call", "tools"))}
 
 
 @pytest.mark.parametrize("case", CHATS)

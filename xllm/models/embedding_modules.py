@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from xllm.models.raw_config import read_json
 from xllm.models.weights import WeightSource
 from xllm.pooling import KINDS, PoolingDefaults
 
-MODULES_FILE, POOLING_FOLDER = "modules.json", "1_Pooling"
+MODULES_FILE, POOLING_FOLDER, SENTENCE_FILE = "modules.json", "1_Pooling", "sentence_bert_config.json"
 WAY_OUT = "--pooling-type last (or another) embeds without the checkpoint's own modules"
 LEGACY_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
                 "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
@@ -32,7 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "SiLU": F.silu,
 }
 SENTENCE = "sentence_embedding"
-log = logging.getLogger(__name__)
 
 Layer = Callable[[Tensor], Tensor]  # vector_D -> another, fp32, in host memory
 
@@ -172,15 +170,28 @@ def _optional_json(file: Path) -> Mapping[str, Any]:
 
 
 def _check_model_settings(folder: Path) -> None:
-    """What sentence-transformers does to a text before the model sees it. Prompts by name are for the caller to put in
-    front of a text: requests have no field for them."""
-    file = folder / "sentence_bert_config.json"
+    """Refuse what sentence-transformers does to a text before the model sees it."""
+    file = folder / SENTENCE_FILE
     if _optional_json(file).get("do_lower_case"):
         raise _refused(file, "do_lower_case true is not built")
-    name = _optional_json(folder / "config_sentence_transformers.json").get("default_prompt_name")
-    if name is not None:
-        log.warning("config_sentence_transformers.json has default_prompt_name %r: texts are embedded as they come, "
-                    "without that prompt", name)
+    file = folder / "config_sentence_transformers.json"
+    settings = _optional_json(file)
+    name, prompts = settings.get("default_prompt_name"), settings.get("prompts")
+    if name is not None and (not isinstance(prompts, dict) or prompts.get(name) != ""):
+        raise _refused(file, f"default_prompt_name {name!r}: to put that prompt before every text is not built; with "
+                             "null there, requests put it before theirs")
+
+
+def max_text_tokens(folder: Path, setting: str) -> int | None:
+    """To how many tokens sentence-transformers cuts a text, special ones included; None: it does not say, or `setting`
+    (`pooling_type`) replaces what the checkpoint says. Raises ModelError."""
+    file = folder / SENTENCE_FILE
+    if setting != "auto" or not (folder / MODULES_FILE).is_file():
+        return None
+    length = _optional_json(file).get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise _refused(file, f"max_seq_length must be a positive integer, got {length!r}")
+    return length
 
 
 def _refused(file: Path, message: str) -> ModelError:

@@ -139,4 +139,7 @@ def _short(reason: str) -> str:
     reason = reason.partition("\n<non-verbose/>")[0].partition("\n<state>")[0].strip()
     if reason.startswith("NoExtension"):
         return "no text is of this form"
+    if reason.startswith("oneOf constraints are not supported"):
+        return ("oneOf: a value may be of two of these schemas; say anyOf, or tell them apart by a required property "
+                "with a const of its own in each, or by a discriminator")
     return reason if len(reason) <= _MAX_REASON_CHARS else reason[:_MAX_REASON_CHARS] + "..."
