@@ -92,8 +92,8 @@ def test_an_overwritten_slot_is_old_or_new_or_nothing(tmp_path, point):
     assert (entries.num_torn, entries.num_corrupt) == (0 if OVERWRITTEN[point] else 1, 0)
     assert not holds(store, 1, 1)
     assert holds(store, 1, 2) == (OVERWRITTEN[point] == "new")
-    assert store.counters.misses == {"torn": 0, "corrupt": 0, "foreign": 0, "wrong_digest": 1} if OVERWRITTEN[
-        point] else {"torn": 2, "corrupt": 0, "foreign": 0, "wrong_digest": 0}  # fmt: skip
+    assert store.counters.misses == {"torn": 0, "corrupt": 0, "foreign": 0, "wrong_digest": 1, "forged": 0} if OVERWRITTEN[
+        point] else {"torn": 2, "corrupt": 0, "foreign": 0, "wrong_digest": 0, "forged": 0}  # fmt: skip
     store.close()
 
 
