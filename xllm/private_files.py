@@ -92,20 +92,25 @@ def read_secret(name: str, path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def check_not_written_by_all(name: str, path: Path) -> None:
-    """Raise ConfigError if every user may write to a file on which the server's keys rest."""
+def check_not_everybodys(name: str, path: Path) -> None:
+    """Raise ConfigError if every user may write to a file on which keys rest. name: of the setting."""
     found = path.stat()
     if found.st_mode & stat.S_IWOTH:
-        raise ConfigError(f"{name} {path} has mode {mode_text(found)}: every user can change it; chmod o-w {path}")
+        raise ConfigError(f"{name} {path} has mode {mode_text(found)}: every user can change it; chmod go-w {path}")
 
 
-def exposure_of(path: Path) -> str | None:
-    """What others can do with a file that holds a secret, and the remedy, as a text for a warning; None: nothing."""
+def exposure_of(path: Path, *, is_secret: bool) -> str | None:
+    """What users beside the owner can do with a file on which keys rest, with the remedy, for a warning; None: nothing.
+
+    is_secret: its content is, so that reading counts too; a file of root's may be read by its group all the same.
+    """
     found = path.stat()
-    group_reads = found.st_uid == 0 and found.st_mode & OTHERS_ACCESS == stat.S_IRGRP
-    if not found.st_mode & OTHERS_ACCESS or group_reads:
-        return None
-    return f"has mode {mode_text(found)}: other users can read or change it; chmod 600 {path}"
+    if found.st_mode & OTHERS_WRITE:
+        return f"has mode {mode_text(found)}: others can change it; chmod go-w {path}"
+    readers = stat.S_IROTH if found.st_uid == 0 else stat.S_IROTH | stat.S_IRGRP
+    if is_secret and found.st_mode & readers:
+        return f"has mode {mode_text(found)}: others can read it; chmod 600 {path}"
+    return None
 
 
 def mode_text(found: os.stat_result) -> str:
