@@ -1,7 +1,7 @@
 """`xllm serve` for another command of ours: it ends as if by SIGTERM when its stdin does.
 
-Whoever starts it keeps the other end of a pipe open for as long as it lives, so that no server is left behind by one that
-was killed.
+Whoever starts it keeps the other end of a pipe open for as long as it lives, so that a command that was killed leaves no
+server behind.
 """
 
 from __future__ import annotations

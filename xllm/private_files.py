@@ -43,8 +43,8 @@ def _make(path: Path) -> None:
 
 def _check_folder(path: Path, found: os.stat_result) -> None:
     if found.st_uid not in (0, os.geteuid()):
-        raise ConfigError(f"the folder {path} belongs to user {found.st_uid}, who can plant files in it: chown it to user "
-                          f"{os.geteuid()}, or name another folder")  # fmt: skip
+        raise ConfigError(f"the folder {path} belongs to user {found.st_uid}, who can plant files in it: chown it to "
+                          f"user {os.geteuid()}, or name another folder")  # fmt: skip
     if found.st_mode & OTHERS_WRITE:
         raise ConfigError(f"the folder {path} has mode {mode_text(found)}: {_who_writes(found)} can plant files in it; "
                           f"chmod go-w {path}, or name a folder in it that is not there yet: it is created for this "

@@ -32,8 +32,8 @@ def check_key_files(http: HttpSettings) -> list[str]:
     warnings = []
     for name, path in files.items():
         check_not_everybodys(name, path)
-        is_secret = (name == "ssl_keyfile" or name == "api_key_file" and holds_plain_keys(path)
-                     or name == "ssl_certfile" and not http.ssl_keyfile)  # then it holds the key too
+        is_secret = (name == "ssl_keyfile" or (name == "api_key_file" and holds_plain_keys(path))
+                     or (name == "ssl_certfile" and not http.ssl_keyfile))  # then it holds the key too
         if (problem := exposure_of(path, is_secret=is_secret)) is not None:
             warnings.append(f"{name} {path} {problem}")
     return warnings

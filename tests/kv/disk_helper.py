@@ -40,8 +40,8 @@ def capacity_bytes(num_slots: int) -> int:
 
 def open_store(folder: Path, num_slots: int = NUM_SLOTS, fingerprint: bytes = FINGERPRINT,
                seal: Seal | None = None) -> DiskStore:  # fmt: skip
-    return DiskStore(folder, fingerprint=fingerprint, payload_bytes=PAYLOAD_BYTES,
-                     capacity_bytes=capacity_bytes(num_slots), segment_bytes=SEGMENT_SLOTS * 8192, seal=seal)  # fmt: skip
+    return DiskStore(folder, fingerprint=fingerprint, payload_bytes=PAYLOAD_BYTES, seal=seal,
+                     capacity_bytes=capacity_bytes(num_slots), segment_bytes=SEGMENT_SLOTS * 8192)  # fmt: skip
 
 
 def digest_of(name: int) -> bytes:

@@ -12,7 +12,6 @@ from tests.kv.disk_helper import (
     FINGERPRINT,
     GEOMETRY,
     LIFE,
-    NO_PARENT,
     NUM_SLOTS,
     PAYLOAD_BYTES,
     Life,

@@ -1,4 +1,4 @@
-"""How long looking a key up takes says nothing about the key: measured, beside the look at the code in `test_auth.py`."""
+"""How long it takes to look a key up says nothing about the key: measured; `test_auth.py` looks at the code."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from xllm.kv.disk_format import COMPLETE, HEADER_BYTES, PAGE_BYTES
 
 # Six prompts of 400 tokens take more than the device and host memory hold together: most of each comes from disk.
 NUM_PROMPTS, PROMPT_TOKENS, WANTED_TOKENS = 6, 400, 3000
-FLAGS = ("--num-kv-blocks", "34", "--max-num-seqs", "1", "--host-cache-size", "1MiB", "--disk-cache-size", "64MiB",
-         "--no-kv-prefetch")
+FLAGS = ("--num-kv-blocks", "34", "--max-model-len", "512", "--max-num-seqs", "1", "--host-cache-size", "1MiB",
+         "--disk-cache-size", "64MiB", "--no-kv-prefetch")
 
 
 def key_file(folder: Path) -> str:
@@ -88,7 +88,8 @@ class Attacker(threading.Thread):
     def _geometry(fd: int) -> tuple[int, int, int, int]:
         """(payload bytes, slot bytes, where payloads begin, slots)"""
         payload_bytes, slot_bytes, num_slots = struct.unpack_from("<QQQ", os.pread(fd, PAGE_BYTES, 0), 48)
-        return payload_bytes, slot_bytes, PAGE_BYTES + -(-num_slots * HEADER_BYTES // PAGE_BYTES) * PAGE_BYTES, num_slots
+        table_bytes = -(-num_slots * HEADER_BYTES // PAGE_BYTES) * PAGE_BYTES
+        return payload_bytes, slot_bytes, PAGE_BYTES + table_bytes, num_slots
 
 
 def test_every_answer_is_the_right_one(tmp_path: Path) -> None:
