@@ -94,7 +94,7 @@ class CacheSettings:
                                   "share of the free space such as 25%")
     disk_cache_dir: str | None = option(None, "folder of the disk tier; survives restarts and crashes")
     disk_cache_key_file: str | None = option(None, "file of at least 32 random bytes, readable by its owner alone: "
-                                             "with it blocks on disk are authenticated, and what others wrote is a miss")
+                                             "blocks on disk are authenticated with it; what others wrote is a miss")
     host_bytes_per_s: str = option("0", "limit for copies between device and host memory, each way; 0: none")
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "

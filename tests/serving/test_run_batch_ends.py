@@ -1,4 +1,4 @@
-"""A batch that is interrupted, at any moment and at any byte; two of them on one file: each request is answered once."""
+"""A batch that is interrupted, at any moment and at any byte; two of them on one file: every request has one answer."""
 
 from __future__ import annotations
 
