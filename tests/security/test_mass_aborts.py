@@ -35,8 +35,8 @@ def flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 def send(server: ServerProcess, num_sequences: int, *, stream: bool, index: int) -> socket.socket:
     """A call for so many sequences of 400 tokens, whose answer nobody has read."""
     num_prompts = -(-num_sequences // 128)  # the largest n
-    body = json.dumps({"prompt": [f"def f{index}("] * num_prompts, "n": num_sequences // num_prompts, "max_tokens": 400, "ignore_eos": True,
-                       "temperature": 1.0, "stream": stream}).encode()
+    body = json.dumps({"prompt": [f"def f{index}("] * num_prompts, "n": num_sequences // num_prompts, "stream": stream,
+                       "max_tokens": 400, "ignore_eos": True, "temperature": 1.0}).encode()
     peer = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30)
     peer.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                  b"Content-Length: %d\r\n\r\n" % len(body) + body)
