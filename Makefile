@@ -51,10 +51,12 @@ screenshots: setup browser
 aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
-# A million random operations on the KV store (SEED= another episode to begin with), and every pair of features alone.
+# A million random operations on the KV store (SEED= another episode to begin with), every pair of features alone, and
+# floods of a thousand sequences whose callers leave.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
+	ABORTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/security/test_mass_aborts.py --timeout 600
 
 # Every kind of value in every field of every request.
 fuzz: setup
