@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.chat_template import ChatTemplate, Message, select_template
 from xllm.errors import ModelError, RequestError
+from xllm.model_files import MAX_TOKENIZER_BYTES, check_size, is_there, read_json, read_text
 from xllm.tokenizer_config import apply_members
 
 if TYPE_CHECKING:
@@ -273,9 +274,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
     special_tokens = {name: _content(value) for name, value in config.items()
                       if name.endswith("_token") and _content(value)}
-    if (path / "tokenizer.json").is_file():
+    if is_there(path / "tokenizer.json"):
         backend = _load_backend(path / "tokenizer.json")
-        _add_missing_tokens(backend, config, special_tokens)
+        try:
+            _add_missing_tokens(backend, config, special_tokens)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder or the special tokens are "
+                             f"malformed: {error}") from None
     else:
         backend, special_tokens = _convert_with_transformers(path)
     backend.no_truncation()
@@ -287,6 +292,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _load_backend(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
+    check_size(file, MAX_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception
@@ -294,15 +300,7 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} must hold a JSON object")
-    return content
+    return read_json(file) if is_there(file) else {}
 
 
 def _content(value: Any) -> str:
@@ -352,22 +350,16 @@ def _convert_with_transformers(path: Path) -> tuple[tokenizers.Tokenizer, dict[s
 def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Template files win over the entry in tokenizer_config.json, which is one text or a list of named ones."""
     found: dict[str, str] = {}
-    if (path / "chat_template.jinja").is_file():
-        found["default"] = _read_template(path / "chat_template.jinja")
+    if is_there(path / "chat_template.jinja"):
+        found["default"] = read_text(path / "chat_template.jinja")
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = _read_template(file)
+        found[file.stem] = read_text(file)
     if found:
         return found
     entry = config.get("chat_template")
     if isinstance(entry, str):
         return {"default": entry}
     if isinstance(entry, list):
-        return {t["name"]: t["template"] for t in entry if isinstance(t, dict) and {"name", "template"} <= t.keys()}
+        return {t["name"]: t["template"] for t in entry if isinstance(t, dict)
+                and all(isinstance(t.get(member), str) for member in ("name", "template"))}
     return {}
-
-
-def _read_template(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{file} is not valid UTF-8: {error}") from None

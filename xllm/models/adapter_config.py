@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm.errors import ModelError
-from xllm.models.raw_config import read_json
+from xllm.model_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # what PEFT means where a config does not say it
