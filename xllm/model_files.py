@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm.errors import ModelError
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_JSON_BYTES = 2**25  # the largest in use, indices of hundreds of shards, have 10 MB
 MAX_TEXT_BYTES = 2**22  # of a chat template
 MAX_TOKENIZER_BYTES = 2**28  # the largest in use have 35 MB

@@ -278,7 +278,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         backend = _load_backend(path / "tokenizer.json")
         try:
             _add_missing_tokens(backend, config, special_tokens)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder or the special tokens are "
                              f"malformed: {error}") from None
     else:
