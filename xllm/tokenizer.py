@@ -6,10 +6,11 @@ transformers costs. Checkpoints without one go through transformers, which conve
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,22 +60,19 @@ class Tokenizer:
         """Token ids of `text`. `field` names the parameter in the error.
 
         Raises:
-            RequestError: `text` holds a lone surrogate, which is no Unicode text.
+            RequestError: `text` holds a lone surrogate, which is no Unicode text, or the tokenizer's own patterns
+                cannot split it.
         """
-        try:
+        with _refusals(text, field):
             if len(text) > _LONG_TEXT_CHARS:  # unlike `encode` this lets other threads run meanwhile
                 return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # all that the Rust side says of a string that is not Unicode
-            raise RequestError(_why_no_text(text, field), field=field) from None
 
     def encode_continuation(self, text: str, *, field: str = "prompt") -> list[int]:
         """Token ids of a text that goes on another one: no blank is put before it, and no special token is added.
         Raises RequestError as `encode` does."""
-        try:
+        with _refusals(text, field):
             return self._continuing.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise RequestError(_why_no_text(text, field), field=field) from None
 
     @functools.cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -94,11 +92,9 @@ class Tokenizer:
     def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
         were added. Raises RequestError as `encode` does."""
-        try:
+        with _refusals(text, "prompt"):
             found = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError:
-            raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
-        return found.ids, found.offsets
+            return found.ids, found.offsets
 
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where each of `text`'s tokens begins, in characters; one that was added stands where the one before it ends.
@@ -232,6 +228,19 @@ def _kinds(decoder: Mapping[str, Any]) -> list[str]:
     if decoder["type"] != "Sequence":
         return [decoder["type"]]
     return [kind for part in decoder["decoders"] for kind in _kinds(part)]
+
+
+@contextlib.contextmanager
+def _refusals(text: object, field: str) -> Iterator[None]:
+    """Raises RequestError for what the Rust side says of a text that it does not take."""
+    try:
+        yield
+    except TypeError:  # all that it says of a string that is not Unicode
+        raise RequestError(_why_no_text(text, field), field=field) from None
+    except BaseException as error:  # its panics are no Exceptions
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{field} cannot be tokenised: {error}", field=field) from None
 
 
 def _why_no_text(text: object, field: str) -> str:
