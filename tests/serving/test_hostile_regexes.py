@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -68,7 +67,7 @@ class Victim:
 
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, timeout=60) as client:
-            while not self._stop.is_set():
+            while not self.num_streams or not self._stop.is_set():
                 began_s = time.monotonic()
                 body = {"prompt": "def f(", "max_tokens": 4, "stream": True, "ignore_eos": True}
                 with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -92,7 +91,8 @@ def test_nobody_waits_for_a_mask(busy: ServerProcess, kind: str) -> None:
         form = {"regex": expression} if kind == "regex" else {"json": {
             "type": "object", "properties": {"a": {"type": "string", "pattern": expression}}, "required": ["a"]}}
         with Victim(busy) as victim, ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda seed: answer(busy, form, 4 if EVERY_FAMILY else 2, seed), range(4)))
+            asked = [pool.submit(answer, busy, form, 4 if EVERY_FAMILY else 2, seed) for seed in range(4)]
+            assert all(one.result() for one in asked)
         assert victim.num_streams
         assert victim.silence_s < LONGEST_SILENCE_S and victim.ttft_s < LONGEST_TTFT_S, (
             name, victim.silence_s, victim.ttft_s)
@@ -102,5 +102,7 @@ def test_what_grammars_keep_is_bounded(busy: ServerProcess) -> None:
     """Each of these adds states to its lexer with every text, 1 KB a state."""
     before = psutil.Process(busy.engine_pid).memory_info().rss
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: answer(busy, {"regex": STATES + f"{{{i + 1}}}"}, 4, i), range(48 if EVERY_FAMILY else 24)))
+        asked = [pool.submit(answer, busy, {"regex": STATES + f"{{{seed + 1}}}"}, 4, seed)
+                 for seed in range(48 if EVERY_FAMILY else 24)]
+        assert all(one.result() for one in asked)
     assert (psutil.Process(busy.engine_pid).memory_info().rss - before) / 2**20 < MAX_GROWTH_MB

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -23,8 +22,8 @@ SEEDS = range(int(os.environ.get("RACES_SEED", "0")), int(os.environ.get("RACES_
 NUM_THREADS = 8
 NAMES = ("one", "two", "three")
 BODY = {"prompt": "def add(a, b):\n", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-# What may come of each: 404 where the adapter is not loaded, 409 where the engine's state does not allow it, 422 and 499
-# where somebody aborted the request, 503 where the engine takes none.
+# What may come of each: 404 where the adapter is not loaded, 409 where the engine's state does not allow it, 422 and
+# 499 where somebody aborted the request, 503 where the engine takes none.
 ACCEPTED = {"request": {200, 404, 409, 422, 499, 503}, "adapter": {200, 400, 409}, "engine": {200, 409}}
 
 
