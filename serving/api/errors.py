@@ -67,6 +67,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(504, str(error))
     if isinstance(error, EngineBusyError):
         return unavailable(hide_paths(str(error)))
+    if isinstance(error, RequestError) and error.field == "lora":  # unloaded since the model's name was looked up
+        return ApiError(404, hide_paths(str(error)), param="model")
     if isinstance(error, RequestError):
         return invalid(hide_paths(str(error)), error.field)
     if isinstance(error, EngineDeadError):

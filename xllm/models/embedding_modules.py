@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xllm.errors import ModelError
-from xllm.models.raw_config import read_json
+from xllm.model_files import as_json, is_there, read_bounded, read_json
 from xllm.models.weights import WeightSource
 from xllm.pooling import KINDS, PoolingDefaults
 
 MODULES_FILE, POOLING_FOLDER, SENTENCE_FILE = "modules.json", "1_Pooling", "sentence_bert_config.json"
+MAX_MODULES = 64
 WAY_OUT = "--pooling-type last (or another) embeds without the checkpoint's own modules"
 LEGACY_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
                 "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
@@ -52,9 +52,9 @@ def read_embedding_modules(folder: Path, setting: str, hidden_size: int) -> Embe
     modules, pooling = folder / MODULES_FILE, folder / POOLING_FOLDER
     if setting != "auto":
         return EmbeddingModules(defaults=PoolingDefaults(kind=setting, width=hidden_size))
-    if modules.is_file():
+    if is_there(modules):
         return _read_modules(modules, hidden_size)
-    if (pooling / "config.json").is_file():
+    if is_there(pooling / "config.json"):
         return EmbeddingModules(defaults=PoolingDefaults(kind=_read_pooling(pooling, hidden_size), width=hidden_size))
     return EmbeddingModules(defaults=PoolingDefaults(width=hidden_size))
 
@@ -85,12 +85,9 @@ def _read_modules(file: Path, width: int) -> EmbeddingModules:
 
 
 def _module_list(file: Path) -> list[Any]:
-    try:
-        modules = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(modules, list) or not modules:
-        raise ModelError(f"{file} must hold a list of modules")
+    modules = as_json(file, read_bounded(file))
+    if not isinstance(modules, list) or not 0 < len(modules) <= MAX_MODULES:
+        raise ModelError(f"{file} must hold a list of modules, {MAX_MODULES} at most")
     return modules
 
 
@@ -104,7 +101,7 @@ def _kind_and_folder(file: Path, index: int, module: Any) -> tuple[str, Path]:
         raise _refused(file, f"module {index}: kwargs {members['kwargs']!r} is not built")
     if not name.startswith("sentence_transformers."):
         raise _refused(file, f"module {index} is {name}, code of the checkpoint's own, which is never run")
-    if Path(path).name != path or (index == 0) != (path == ""):
+    if Path(path).name != path or path == ".." or (index == 0) != (path == ""):
         raise _refused(file, f"module {index}: path {path!r} is not built; the model is in the folder itself, every "
                              "other module in a folder below it")
     return name.rpartition(".")[2], file.parent / path
@@ -166,7 +163,7 @@ def _check_members(file: Path, values: Mapping[str, Any], built: Mapping[str, tu
 
 
 def _optional_json(file: Path) -> Mapping[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def _check_model_settings(folder: Path) -> None:

@@ -120,7 +120,7 @@ def build_matcher(vocabulary: LLTokenizer, text: str) -> LLMatcher:
 
     # A step is a mask: the first two bound what it costs to some 10 ms, nearly always. The others bound memory.
     limits = LLParserLimits(step_lexer_fuel=50_000, step_max_items=30_000, initial_lexer_fuel=1_000_000,
-                            max_lexer_states=50_000, max_grammar_size=300_000, verbose_errors=False)
+                            max_lexer_states=20_000, max_grammar_size=300_000, verbose_errors=False)
     matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
