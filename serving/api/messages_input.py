@@ -165,8 +165,6 @@ def _clear_thinking(messages: list[dict[str, Any]], body: CountTokensBody) -> No
 def chat_body(state: ServerState, body: MessagesBody | CountTokensBody, chat: Chat) -> ChatBody:
     """The same wish as a chat request. Raises ApiError."""
     choice = body.tool_choice
-    if choice is not None and not body.tools and choice.type in ("any", "tool"):
-        raise invalid(f"tool_choice: {choice.type!r} needs tools", "tool_choice")
     fields: dict[str, Any] = {
         "messages": chat.messages, "model": body.model, "tools": _tools(body.tools),
         "tool_choice": _tool_choice(body),
