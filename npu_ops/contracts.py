@@ -60,15 +60,15 @@ def _slots_differ(a: Any) -> bool:
 
 PAGED_ATTENTION = (
     on_one_device("query", "key", "value", "atten_mask", "block_table"),
+    Rule("a paged key and value must have fewer than 2^31 numbers",
+         f"{DOC}: the product of their axes within int32; kernels count them in 32 bits",
+         lambda a: a.key.numel() < 2**31),
     dtypes(DOC, HALVES, "query", "key", "value"),
     same_dtype(DOC, "query", "key", "value"),
     contiguous(f"{DOC}: 'does not support non-contiguous tensors'", "query", "key", "value", "atten_mask"),
     one_of("house rule: one path", "input_layout", ("TND",)),
     ranks(DOC, 3, 3, "query", "key", "value"),
     same_shape(f"{DOC}: 'key and value must have one shape'", "key", "value"),
-    Rule("a paged key and value must have fewer than 2^31 numbers",
-         f"{DOC}: the product of their axes within int32; kernels count them in 32 bits",
-         lambda a: a.key.numel() < 2**31),
     Rule("num_heads must be the query's second axis", DOC, lambda a: a.query.shape[1] == a.num_heads),
     Rule("num_heads must be a multiple, at most 64-fold, of num_key_value_heads", DOC,
          lambda a: a.num_key_value_heads > 0 and a.num_heads % a.num_key_value_heads == 0

@@ -1,4 +1,4 @@
-"""Checks the path of a file that a command is going to write, before anything is computed or written.
+"""Checks the path of a file that a command is going to write, before anything is computed or written, and locks it.
 
 A command that notices at its end that it cannot write has wasted its run; one that writes over a file that it reads
 has destroyed it.
@@ -6,11 +6,18 @@ has destroyed it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from xllm.errors import ConfigError
+
+logger = logging.getLogger("xllm.output")
 
 
 def check_output(output: Path, reads: Iterable[Path] = ()) -> None:
@@ -27,6 +34,29 @@ def check_output(output: Path, reads: Iterable[Path] = ()) -> None:
         raise ConfigError(f"{output} cannot be written: no permission")
     if output.exists() and (read := find_same(output, reads)) is not None:
         raise ConfigError(f"{output} is the same file as {read}, which is read: name another output")
+
+
+@contextlib.contextmanager
+def open_locked(output: Path) -> Iterator[BinaryIO]:
+    """The file, created if it is not there, open to append to, without a buffer; nobody else has it open in this way.
+
+    The lock is a flock, which the kernel drops with the process. Raises ConfigError if another process has it.
+    """
+    try:
+        file = output.open("ab", buffering=0)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+    with file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a terminal or pipe takes turns by itself
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process is writing to {output}: wait for its end, or name another "
+                                  "output") from None
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): see to it that nothing else writes to it", output,
+                               error.strerror)
+        yield file
 
 
 def find_same(output: Path, reads: Iterable[Path]) -> Path | None:

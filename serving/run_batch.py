@@ -1,8 +1,9 @@
 """`xllm run-batch`: a file of requests in OpenAI's batch format to a file of answers.
 
 Each line is a request, {"custom_id", "method": "POST", "url", "body"}; each answer is written as soon as it is there,
-in the order of arrival, so that a run that was interrupted goes on where it stopped: what the output file holds already
-is not asked again. The requests go through a real server, started here or running elsewhere (`--url`).
+in the order of arrival, so that a run that was interrupted, at whatever byte, goes on where it stopped: what the output
+file holds already is not asked again. One run at a time writes to a file. The requests go through a real server, which
+runs elsewhere (`--url`) or is started here; the latter ends with this process, however that ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import re
 import secrets
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,11 +25,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO, Any, BinaryIO
 
 import httpx
 
-from serving.output_file import check_output
+from serving.output_file import check_output, open_locked
 from xllm import env
 from xllm.errors import ConfigError
 
@@ -35,6 +39,8 @@ ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
 RETRIES, RETRY_S = 8, 0.25
 BUSY = (429, 503)
 START_POLL_S = 0.1
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to readers that use `str.splitlines`
+JSON = {"Content-Type": "application/json"}
 ID_PREFIX = "batch_req_"
 ANSWER_START = f'{{"id": "{ID_PREFIX}'.encode()  # of every line of an output file
 
@@ -45,7 +51,7 @@ class Line:
 
     custom_id: str
     url: str = ""
-    body: Any = None
+    body: str = ""  # JSON
     error: str | None = None
 
 
@@ -60,8 +66,8 @@ def _read_line(text: str, number: int) -> Line:
     name = f"line-{number}"
     try:
         entry = json.loads(text)
-    except ValueError as error:
-        return Line(name, error=f"line {number} is not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        return Line(name, error=f"line {number} is not JSON that can be read: {error}")
     if not isinstance(entry, dict):
         return Line(name, error=f"line {number} is not a JSON object")
     custom_id = entry.get("custom_id")
@@ -75,7 +81,10 @@ def _read_line(text: str, number: int) -> Line:
         return Line(custom_id, error="body must be a JSON object")
     if entry["body"].get("stream"):
         return Line(custom_id, error="body.stream: a batch has no streams")
-    return Line(custom_id, entry["url"], entry["body"])
+    try:
+        return Line(custom_id, entry["url"], json.dumps(entry["body"]))
+    except RecursionError:
+        return Line(custom_id, error="body is nested too deeply")
 
 
 def read_done(output: Path) -> tuple[set[str], int]:
@@ -113,7 +122,8 @@ def answer(line: Line, response: httpx.Response | None, error: str | None = None
             body = response.json()
         except ValueError:
             body = {"error": {"message": response.text[:1000]}}
-        shown = {"status_code": response.status_code, "request_id": body.get("id", ""), "body": body}
+        request_id = body.get("id", "") if isinstance(body, dict) else ""
+        shown = {"status_code": response.status_code, "request_id": request_id, "body": body}
     failed = error is not None or response is None or response.status_code >= 400
     return {"id": f"{ID_PREFIX}{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": shown,
             "error": {"code": "invalid_request" if response is None else str(response.status_code),
@@ -123,31 +133,25 @@ def answer(line: Line, response: httpx.Response | None, error: str | None = None
 class Batch:
     """Sends lines, so many at a time, and writes what comes back."""
 
-    def __init__(self, client: httpx.AsyncClient, output: IO[str], *, concurrency: int, advance: Any):
+    def __init__(self, client: httpx.AsyncClient, output: BinaryIO, *, concurrency: int, advance: Any):
+        """output: without a buffer."""
         self._client, self._output, self._advance = client, output, advance
-        self._places = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
         self.num_done = self.num_failed = 0
 
     async def run(self, lines: Iterator[Line]) -> None:
-        tasks: set[asyncio.Task[None]] = set()
+        """Raises ConfigError at the first line that finds no server, or cannot be written: the others are left."""
+        senders = [asyncio.create_task(self._answer(lines)) for _ in range(self._concurrency)]
         try:
-            for line in lines:
-                await self._places.acquire()
-                task = asyncio.create_task(self._one(line))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                if task.done():
-                    task.result()
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*senders)
         finally:
-            for task in tasks:
-                task.cancel()
+            for sender in senders:
+                sender.cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
 
-    async def _one(self, line: Line) -> None:
-        try:
+    async def _answer(self, lines: Iterator[Line]) -> None:
+        for line in lines:  # the iterator is everybody's: each takes the next
             self._write(answer(line, None, line.error) if line.error else await self._send(line))
-        finally:
-            self._places.release()
 
     async def _send(self, line: Line) -> dict[str, Any]:
         error = ""
@@ -155,8 +159,8 @@ class Batch:
             if attempt:
                 await asyncio.sleep(RETRY_S * 2**(attempt - 1))
             try:
-                response = await self._client.post(line.url, json=line.body)
-            except httpx.TransportError as failure:
+                response = await self._client.post(line.url, content=line.body, headers=JSON)
+            except httpx.HTTPError as failure:
                 error = f"the server cannot be reached: {failure or type(failure).__name__}"
                 continue
             if response.status_code not in BUSY or attempt == RETRIES:
@@ -164,8 +168,14 @@ class Batch:
         raise ConfigError(error)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._output.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._output.flush()
+        # Half of a surrogate pair is no UTF-8; its escape in Python is its escape in JSON.
+        text = json.dumps(entry, ensure_ascii=False).translate(LINE_ENDS)
+        rest = (text + "\n").encode("utf-8", "backslashreplace")
+        while rest:
+            try:
+                rest = rest[self._output.write(rest):]
+            except OSError as error:
+                raise ConfigError(f"the output cannot be written: {error.strerror}") from None
         self.num_done += 1
         self.num_failed += entry["error"] is not None
         self._advance()
@@ -176,13 +186,15 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
     """(URL, key) of a server with these flags on a free port, as long as it is needed. Raises ConfigError."""
     key = secrets.token_urlsafe(24)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen([sys.executable, "-m", "serving.cli", "serve", "--port", "0", *flags], stdout=log,
-                                   stderr=subprocess.STDOUT, env=env.with_api_key(key))
+        process = subprocess.Popen([sys.executable, "-m", "serving.owned_server", "--port", "0", *flags], stdout=log,
+                                   stdin=subprocess.PIPE, stderr=subprocess.STDOUT, env=env.with_api_key(key))
         try:
             yield _address(process, Path(log.name)), key
         finally:
             process.terminate()
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -201,24 +213,39 @@ def run(namespace: argparse.Namespace, flags: list[str]) -> int:
     if namespace.concurrency < 1:
         raise ConfigError("concurrency must be at least 1")
     check_output(output, [source])
-    done, num_bytes = _begin_with(output, flags, resume=namespace.resume)
     try:
         with source.open(encoding="utf-8") as file:
-            lines = [line for line in read_lines(file) if line.custom_id not in done]
+            lines = list(read_lines(file))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not UTF-8: {error}") from None
-    _check_unique(lines)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
+        target = stack.enter_context(open_locked(output))
+        done, num_bytes = _begin_with(output, flags, resume=namespace.resume)
+        _check_unique(lines)
+        lines = [line for line in lines if line.custom_id not in done]
         url, key = namespace.url, namespace.api_key
         if url is None:
             url, key = stack.enter_context(own_server(flags))
-        if output.is_file():
-            os.truncate(output, num_bytes)  # a line that was cut off, or all of it
-        target = stack.enter_context(output.open("a", encoding="utf-8"))
+        if stat.S_ISREG(os.fstat(target.fileno()).st_mode):
+            os.ftruncate(target.fileno(), num_bytes)  # a line that was cut off, or all of it
         batch = asyncio.run(_run(url, key, target, lines, namespace.concurrency, len(done)))
     print(f"{batch.num_done} requests answered, {batch.num_failed} of them with an error"
           + (f"; {len(done)} were there already" if done else ""))
     return 1 if batch.num_failed else 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds this process as Ctrl-C does, so that the server that it started is stopped."""
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begin_with(output: Path, flags: list[str], *, resume: bool) -> tuple[set[str], int]:
@@ -244,7 +271,8 @@ def _check_unique(lines: list[Line]) -> None:
         seen.add(line.custom_id)
 
 
-async def _run(url: str, key: str | None, output: IO[str], lines: list[Line], concurrency: int, num_done: int) -> Batch:
+async def _run(url: str, key: str | None, output: BinaryIO, lines: list[Line], concurrency: int,
+               num_done: int) -> Batch:
     from tqdm import tqdm
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -24,7 +24,7 @@ from serving.config import ServerConfig
 from serving.connection import connection_class
 from serving.connections import ACCEPTED_AT_ONCE, Connections
 from serving.log_rate import bound_logs
-from serving.security.exposure import check_exposure, is_local, key_ring, tls_options
+from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
 from serving.state import ServerState
@@ -51,6 +51,8 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
     tls_options(server_config.http)
+    for warning in check_key_files(server_config.http):
+        logger.warning("%s", warning)
     tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
     listener = bind(server_config.http.host, server_config.http.port)
     try:

@@ -136,8 +136,12 @@ class ServerState:
             raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {served}", param="model")
 
     def adapter_of(self, model: str | None) -> str:
-        """The adapter that a request's model names; "" for the model itself, whose names come first."""
-        return model if model in self.engine.adapters and model not in self._accepted_names else ""
+        """The adapter that a request's model names; "" for the model itself, whose names come first. Raises ApiError
+        404 as `check_model` does: it may have been unloaded while the request's text was read."""
+        if model is None or model in self._accepted_names:
+            return ""
+        self.check_model(model)
+        return model
 
     def check_adapter_name(self, name: str, field: str) -> None:
         """Raise RequestError if requests by that name get the model itself; the adapter would never be used."""

@@ -31,7 +31,7 @@ from jinja2.parser import Parser
 
 from xllm.errors import ModelError, RequestError
 from xllm.template_limits import MAX_SECONDS, MAX_TEXT_CHARS, LimitedEnvironment
-from xllm.template_proof import KNOWN_MEMBERS, JsonText, MarkedCopy, instruction_plans, shape
+from xllm.template_proof import BOOKKEEPING, INSTRUCTION_ROLES, KNOWN_MEMBERS, JsonText, MarkedCopy, plans, shape
 from xllm.template_weights import TemplateLimitError
 
 Message = Mapping[str, Any]
@@ -72,6 +72,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         needs_tools: bool = True,
+        needs_calls: bool = True,
         max_seconds: float = MAX_SECONDS,
         **variables: Any,
     ) -> str:
@@ -79,6 +80,7 @@ class ChatTemplate:
 
         continue_final_message: end the prompt inside the last message, so that the model goes on with it.
         needs_tools: tools that the template does not show are an error; False: they reach the output another way.
+        needs_calls: the same for an assistant's earlier calls; False: the model is told of them by its training.
 
         Raises:
             RequestError: the messages are malformed, the template refuses them (`raise_exception`) or drops one of
@@ -87,36 +89,46 @@ class ChatTemplate:
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt exclude each other",
                                field="continue_final_message")
-        if not self._thinks:
-            variables = {name: value for name, value in variables.items()
-                         if value is not False or name not in _THINKING_SWITCHES or name in self._variables}
+        variables = {name: value for name, value in variables.items()
+                     if name in self._variables or not self._is_said_otherwise(name, value, variables)}
         if unread := sorted(variables.keys() - self._variables):
             raise RequestError(f"chat_template_kwargs.{unread[0][:64]}: the model's chat template does not read this "
                                "variable", field="chat_template_kwargs")
         scope = {**self._special_tokens, "documents": None, **_plain(variables),
                  "tools": _plain(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
-        wish = _Wish(scope, continue_final_message, needs_tools, max_seconds, time.monotonic())
-        plans = instruction_plans([self._with_known_members(index, message)
-                                   for index, message in enumerate(_checked(messages))],
-                                  knows_developer="developer" in self._members, can_move=not continue_final_message)
-        key = shape(plans[0], wish.num_tools, needs_tools, continue_final_message, add_generation_prompt,
+        wish = _Wish(scope, continue_final_message, needs_tools, needs_calls, max_seconds, time.monotonic())
+        given = [self._with_known_members(index, message) for index, message in enumerate(_checked(messages))]
+        ways = plans(given, knows_developer="developer" in self._members,
+                     can_move=not continue_final_message or given[-1]["role"] not in INSTRUCTION_ROLES)
+        key = shape(ways[0], wish.num_tools, needs_tools, needs_calls, continue_final_message, add_generation_prompt,
                     sorted(variables.items()))
         if (known := self._proven.get(key)) is not None:
-            return self._rendered(plans[known], wish)
-        found = self._first_proven(plans, wish)
-        if len(self._proven) >= MAX_PROVEN:
-            self._proven.clear()
-        self._proven[key], text = found
+            return self._rendered(ways[known], wish)
+        found, text = self._first_proven(ways, wish)
+        if found is not None:
+            if len(self._proven) >= MAX_PROVEN:
+                self._proven.clear()
+            self._proven[key] = found
         return text
 
-    def _first_proven(self, plans: Sequence[Sequence[Message]], wish: _Wish) -> tuple[int, str]:
-        """The first plan whose every message the template shows, and its text. Raises the first plan's RequestError."""
+    def _is_said_otherwise(self, name: str, value: Any, variables: Mapping[str, Any]) -> bool:
+        """Whether a switch for thinking that the template does not read asks for nothing: it says what another one
+        says, or turns off what the model does not do."""
+        if name not in _THINKING_SWITCHES:
+            return False
+        said = [variables[other] for other in _THINKING_SWITCHES if other in self._variables and other in variables]
+        return value in said if said else value is False and not self._thinks
+
+    def _first_proven(self, ways: Sequence[Sequence[Message]], wish: _Wish) -> tuple[int | None, str]:
+        """The first way of which the template shows every message, and its text; None for one that is proven for these
+        words only. Raises the first way's RequestError."""
         first: RequestError | None = None
-        for index, plan in enumerate(plans):
+        for index, way in enumerate(ways):
             try:
-                text = self._rendered(plan, wish)
-                if (complaint := self._missing(plan, wish, text)) is None:
-                    return index, text
+                text = self._rendered(way, wish)
+                complaint, for_all_words = self._missing(way, wish, text)
+                if complaint is None:
+                    return index if for_all_words else None, text
             except RequestError as error:
                 complaint = error
             first = first or complaint
@@ -130,15 +142,15 @@ class ChatTemplate:
         text = self._generate({**wish.scope, "messages": chat}, wish)
         return _cut_at_mark(text) if wish.continues else text
 
-    def _missing(self, messages: Sequence[Message], wish: _Wish, text: str) -> RequestError | None:
-        """What the template drops of them; text: what it made of them."""
+    def _missing(self, messages: Sequence[Message], wish: _Wish, text: str) -> tuple[RequestError | None, bool]:
+        """What the template drops of them, and whether that holds for other words too. text: what it made of them."""
         chat = [_normalised(message, self._content_form) for message in messages]
-        copy = MarkedCopy(chat, wish.scope["tools"] or () if wish.needs_tools else ())
+        copy = MarkedCopy(chat, wish.scope["tools"] or () if wish.needs_tools else (), shows_calls=wish.needs_calls)
         scope = {**wish.scope, "messages": copy.chat, "tools": copy.tools or wish.scope["tools"]}
         try:
-            return copy.missing(self._generate(scope, wish))
+            return copy.missing(self._generate(scope, wish)), True
         except RequestError:  # it looks into the words: then they themselves have to be there
-            return copy.missing_words(chat, text)
+            return copy.missing_words(chat, text), False
 
     def _generate(self, scope: dict[str, Any], wish: _Wish) -> str:
         pieces, num_chars = [], 0
@@ -157,10 +169,14 @@ class ChatTemplate:
     def _with_known_members(self, index: int, message: Message) -> Message:
         """The message without members that say nothing. Raises RequestError for one that the template does not read."""
         unread = message.keys() - KNOWN_MEMBERS - self._members
-        if named := sorted(str(name) for name in unread if message[name] not in (None, "", [], {}, False)):
+        unread_words = unread - BOOKKEEPING
+        if named := sorted(str(name) for name in unread_words if message[name] not in (None, "", [], {}, False)):
             raise RequestError(f"messages.{index}.{named[0][:64]}: the model's chat template does not read this member",
                                field="messages")
-        return {name: value for name, value in message.items() if name not in unread}
+        known = {name: value for name, value in message.items() if name not in unread}
+        if not known.get("tool_calls"):
+            known.pop("tool_calls", None)
+        return {**known, "content": "" if known.get("content") is None else known["content"]}
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,7 @@ class _Wish:
     scope: dict[str, Any]
     continues: bool
     needs_tools: bool
+    needs_calls: bool
     max_seconds: float
     since_s: float
 
@@ -287,6 +304,8 @@ def _read_members(tree: nodes.Template) -> set[str]:
 def _normalised(message: Message, content_form: str) -> dict[str, Any]:
     """Plain data without null members (templates print 'None' for them), reasoning under every usual name."""
     plain: dict[str, Any] = _plain({k: v for k, v in message.items() if v is not None})
+    if message.get("content", "") is None and message.get("tool_calls"):
+        plain["content"] = None  # see `template_proof.plans`
     content = plain.get("content")
     if content_form == "text" and isinstance(content, list):
         plain["content"] = _joined_parts(content)

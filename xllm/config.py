@@ -93,6 +93,8 @@ class CacheSettings:
     disk_cache_size: str = option("0", "disk space for KV blocks below host memory (tier L4), such as 50GiB, or a "
                                   "share of the free space such as 25%")
     disk_cache_dir: str | None = option(None, "folder of the disk tier; survives restarts and crashes")
+    disk_cache_key_file: str | None = option(None, "file of at least 32 random bytes, readable by its owner alone: "
+                                             "blocks on disk are authenticated with it; what others wrote is a miss")
     host_bytes_per_s: str = option("0", "limit for copies between device and host memory, each way; 0: none")
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
@@ -284,6 +286,8 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError("disk_cache_size needs host_cache_size: blocks go to disk through host memory")
     if has_disk != (c.disk_cache_dir is not None):
         raise ConfigError("disk_cache_size and disk_cache_dir go together: set both or neither")
+    if c.disk_cache_key_file is not None and not has_disk:
+        raise ConfigError("disk_cache_key_file needs disk_cache_size and disk_cache_dir: it is the disk tier's key")
     if c.kv_store_dtype != "auto" and not has_host:
         raise ConfigError(f"kv_store_dtype {c.kv_store_dtype} needs host_cache_size: it is the format of stored KV")
     if c.kv_cache_dtype != "auto" and c.kv_store_dtype not in ("auto", c.kv_cache_dtype):

@@ -21,7 +21,8 @@ class Detokenizer:
 
     After a stop string `stopped` names it, and `feed` takes no more tokens. offsets: of each token that counts, the
     characters of the text before it; None where no log-probabilities were asked for. A token that does not show has
-    those before its place.
+    those before its place. An offset within `text` stays; one beyond it falls back to the end if a stop string cuts
+    the text there.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt: Sequence[int] = ()):

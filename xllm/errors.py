@@ -15,6 +15,15 @@ Broken invariants of our own are `assert`s or `IntegrityError`, never one of the
 """
 
 
+MAX_MESSAGE_CHARS = 2000
+
+
+def shortened(text: str) -> str:
+    """At most MAX_MESSAGE_CHARS of a text, and the mark that stands for its middle."""
+    half = MAX_MESSAGE_CHARS // 2
+    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:half]} [...] {text[-half:]}"
+
+
 class XllmError(Exception):
     """Root of the tree; catching it catches all that is raised on purpose."""
 
@@ -32,7 +41,11 @@ class RequestError(XllmError, ValueError):
 
 
 class ModelError(XllmError, ValueError):
-    """A checkpoint, its config or its tokenizer cannot be used."""
+    """A checkpoint, its config or its tokenizer cannot be used. A long message is cut in the middle: it may quote
+    whatever a stranger wrote."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
 
 
 class EngineStateError(XllmError):

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm.errors import ConfigError, ModelError, RequestError
-from xllm.models.raw_config import read_json
+from xllm.errors import ConfigError, ModelError, RequestError, shortened
+from xllm.model_files import is_there, read_json
 from xllm.request import SamplingParams
 
 FILE = "generation_config.json"
@@ -53,7 +53,7 @@ def read_sampling_defaults(source: str, model_path: Path) -> dict[str, Any]:
     if source == "vllm":
         return {}
     file = (model_path if source == "auto" else Path(source)) / FILE
-    if not file.is_file():
+    if not is_there(file):
         if source == "auto":
             return {}
         raise ConfigError(f"generation_config: there is no {file}")
@@ -88,8 +88,8 @@ def _check_members(content: Mapping[str, Any], file: Path) -> None:
     unknown = [name for name, value in content.items()
                if value is not None and name not in HONOURED and name not in REFUSED and name not in HARMLESS]
     if unknown:
-        log.warning("%s has members that mean nothing here: %s", file, ", ".join(unknown))
+        log.warning("%s has members that mean nothing here: %s", file, shortened(", ".join(unknown)))
 
 
 def _refused(file: Path, message: str) -> ConfigError:
-    return ConfigError(f"{file}: {message}; --generation-config vllm ignores the file")
+    return ConfigError(f"{file}: {shortened(message)}; --generation-config vllm ignores the file")

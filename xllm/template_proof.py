@@ -6,7 +6,11 @@ else: what does not come out was dropped. What a template does depends on the sh
 on its words, so that one proof serves for all conversations of a shape.
 
 Not looked for: the thinking of earlier turns, and text that an assistant wrote beside its calls. Both are the model's
-own words, and its template decides which of them it is used to seeing again.
+own words, and its template decides which of them it is used to seeing again. Nor is the `name` of a participant, which
+many clients send with every message: it tells two of one role apart where a template shows it.
+
+Templates want the same conversation in different clothes, and a message that one way of writing it loses another way
+shows; `plans` are these ways, the best first.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from xllm.errors import RequestError
 # Members that a message may have whether or not the template reads them; the last three are names of one thing.
 KNOWN_MEMBERS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning",
                            "thinking"})
+# What clients keep beside a message for themselves, or for other services: earlier thinking again, signed; and more.
+BOOKKEEPING = frozenset({"id", "cache_control", "provider_specific_fields", "thinking_blocks", "reasoning_details",
+                         "annotations"})
 INSTRUCTION_ROLES = ("system", "developer")
 
 
@@ -44,16 +51,18 @@ class JsonText(dict[str, Any]):
 class MarkedCopy:
     """chat, tools: of the same shape as the given ones, with marks for texts.
 
-    chat: normalised messages, as the template gets them.
+    chat: normalised messages, as the template gets them. shows_calls: whether an assistant's calls have to come out.
     """
 
-    def __init__(self, chat: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, chat: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, shows_calls: bool):
+        self._shows_calls = shows_calls
         self._claims: list[tuple[tuple[str, ...], RequestError]] = []  # one of these marks has to come out
         self.chat = [self._message(index, message) for index, message in enumerate(chat)]
         self.tools = [self._tool(index, tool) for index, tool in enumerate(tools)]
 
     def missing(self, text: str) -> RequestError | None:
         """The complaint about the first thing that is not in `text`, the rendered copy."""
+        text = text.lower()  # some write texts in capitals
         return next((complaint for marks, complaint in self._claims if not any(mark in text for mark in marks)), None)
 
     def missing_words(self, chat: Sequence[Mapping[str, Any]], text: str) -> RequestError | None:
@@ -87,8 +96,6 @@ class MarkedCopy:
         else:
             mark = self._mark(f"m{index}", dropped)
             marked["content"] = mark if not isinstance(content, list) else [{"type": "text", "text": mark}]
-        if isinstance(message.get("name"), str) and role != "tool":  # the name of a tool is known from its call
-            marked["name"] = self._mark(f"n{index}", f"{where}.name: the model's chat template does not show names")
         return marked
 
     def _call(self, where: str, index: int, number: int, call: Any) -> Any:
@@ -98,7 +105,8 @@ class MarkedCopy:
             return call
         arguments = function.get("arguments")
         name, value = f"qx7m{index}c{number}w", f"qx7m{index}a{number}w"  # some templates show the name, some the id
-        self._claims.append(((name, value), RequestError(complaint, field="messages")))
+        if self._shows_calls:
+            self._claims.append(((name, value), RequestError(complaint, field="messages")))
         marked = {**function, "name": name}
         if isinstance(arguments, dict):
             values = {**arguments, next(iter(arguments), "x"): value}
@@ -124,22 +132,51 @@ def _form(content: Any) -> Any:
     return len(content) if isinstance(content, list) else None if content is None else bool(content)
 
 
+def plans(messages: Sequence[Mapping[str, Any]], *, knows_developer: bool,
+          can_move: bool) -> list[list[Mapping[str, Any]]]:
+    """The ways to give a template these messages, the best first.
+
+    Besides where instructions stand (`instruction_plans`): some templates show an assistant's calls only if its content
+    is null (DeepSeek R1 and V3), and some read the first part of a content only (Gemma 3).
+    """
+    ways = instruction_plans(messages, knows_developer=knows_developer, can_move=can_move)
+    ways += [[_null_beside_calls(message) for message in way] for way in ways]
+    ways += [[_joined(message) for message in way] for way in ways]
+    return [way for index, way in enumerate(ways) if way not in ways[:index]]
+
+
+def _null_beside_calls(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "content": None} if message.get("tool_calls") else message
+
+
+def _joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list) or len(content) < 2:
+        return message
+    return {**message, "content": [{"type": "text", "text": _text_of(content)}]}
+
+
 def instruction_plans(messages: Sequence[Mapping[str, Any]], *, knows_developer: bool,
                       can_move: bool) -> list[list[Mapping[str, Any]]]:
     """The ways to give a template its instructions (messages of role system or developer), the best first.
 
     A developer's message is OpenAI's later name for a system message, and is one to a template that does not know it.
-    Some templates take instructions at the front only: the last way joins them all there, if `can_move`.
+    Some templates take instructions at the front only, some not at all or only while the user speaks last (Mistral): so
+    the last two ways, if `can_move`, join them all at the front, and put them into the first message of the user.
     """
     as_system: list[Mapping[str, Any]] = [
         {**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     plans = [list(messages), as_system] if knows_developer else [as_system]
     instructions = [message for message in as_system if message["role"] == "system"]
     plain = all(message.keys() <= {"role", "content"} for message in instructions)
-    if can_move and plain and as_system[:1] != instructions:
-        texts = [_text_of(message.get("content")) for message in instructions]
+    if can_move and plain and instructions:
+        text = "\n\n".join(_text_of(message.get("content")) for message in instructions)
         others = [message for message in as_system if message["role"] != "system"]
-        plans.append([{"role": "system", "content": "\n\n".join(texts)}, *others])
+        plans.append([{"role": "system", "content": text}, *others])
+        user = next((index for index, message in enumerate(others) if message["role"] == "user"), None)
+        if user is not None:
+            told = {**others[user], "content": f"{text}\n\n{_text_of(others[user].get('content'))}"}
+            plans.append([*others[:user], told, *others[user + 1:]])
     return [plan for index, plan in enumerate(plans) if plan not in plans[:index]]
 
 

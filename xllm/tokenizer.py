@@ -6,15 +6,17 @@ transformers costs. Checkpoints without one go through transformers, which conve
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm.chat_template import ChatTemplate, Message, select_template
 from xllm.errors import ModelError, RequestError
+from xllm.model_files import MAX_TOKENIZER_BYTES, check_size, is_there, read_json, read_text
 from xllm.tokenizer_config import apply_members
 
 if TYPE_CHECKING:
@@ -58,22 +60,19 @@ class Tokenizer:
         """Token ids of `text`. `field` names the parameter in the error.
 
         Raises:
-            RequestError: `text` holds a lone surrogate, which is no Unicode text.
+            RequestError: `text` holds a lone surrogate, which is no Unicode text, or the tokenizer's own patterns
+                cannot split it.
         """
-        try:
+        with _refusals(text, field):
             if len(text) > _LONG_TEXT_CHARS:  # unlike `encode` this lets other threads run meanwhile
                 return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # all that the Rust side says of a string that is not Unicode
-            raise RequestError(_why_no_text(text, field), field=field) from None
 
     def encode_continuation(self, text: str, *, field: str = "prompt") -> list[int]:
         """Token ids of a text that goes on another one: no blank is put before it, and no special token is added.
         Raises RequestError as `encode` does."""
-        try:
+        with _refusals(text, field):
             return self._continuing.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise RequestError(_why_no_text(text, field), field=field) from None
 
     @functools.cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -93,14 +92,12 @@ class Tokenizer:
     def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and of each the characters [start, end) that it stands for; none for special tokens that
         were added. Raises RequestError as `encode` does."""
-        try:
+        with _refusals(text, "prompt"):
             if len(text) > _LONG_TEXT_CHARS:  # as in `encode`
                 found = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
             else:
                 found = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError:
-            raise RequestError(_why_no_text(text, "prompt"), field="prompt") from None
-        return found.ids, found.offsets
+            return found.ids, found.offsets
 
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where each of `text`'s tokens begins, in characters; one that was added stands where the one before it ends.
@@ -238,6 +235,19 @@ def _kinds(decoder: Mapping[str, Any]) -> list[str]:
     return [kind for part in decoder["decoders"] for kind in _kinds(part)]
 
 
+@contextlib.contextmanager
+def _refusals(text: object, field: str) -> Iterator[None]:
+    """Raises RequestError for what the Rust side says of a text that it does not take."""
+    try:
+        yield
+    except TypeError:  # all that it says of a string that is not Unicode
+        raise RequestError(_why_no_text(text, field), field=field) from None
+    except BaseException as error:  # its panics are no Exceptions
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{field} cannot be tokenised: {error}", field=field) from None
+
+
 def _why_no_text(text: object, field: str) -> str:
     if not isinstance(text, str):
         return f"{field} must be a string, got {type(text).__name__}"
@@ -278,9 +288,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
     special_tokens = {name: _content(value) for name, value in config.items()
                       if name.endswith("_token") and _content(value)}
-    if (path / "tokenizer.json").is_file():
+    if is_there(path / "tokenizer.json"):
         backend = _load_backend(path / "tokenizer.json")
-        _add_missing_tokens(backend, config, special_tokens)
+        try:
+            _add_missing_tokens(backend, config, special_tokens)
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder or the special tokens are "
+                             f"malformed: {error}") from None
     else:
         backend, special_tokens = _convert_with_transformers(path)
     backend.no_truncation()
@@ -292,6 +306,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _load_backend(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
+    check_size(file, MAX_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception
@@ -299,15 +314,7 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} must hold a JSON object")
-    return content
+    return read_json(file) if is_there(file) else {}
 
 
 def _content(value: Any) -> str:
@@ -357,22 +364,16 @@ def _convert_with_transformers(path: Path) -> tuple[tokenizers.Tokenizer, dict[s
 def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Template files win over the entry in tokenizer_config.json, which is one text or a list of named ones."""
     found: dict[str, str] = {}
-    if (path / "chat_template.jinja").is_file():
-        found["default"] = _read_template(path / "chat_template.jinja")
+    if is_there(path / "chat_template.jinja"):
+        found["default"] = read_text(path / "chat_template.jinja")
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = _read_template(file)
+        found[file.stem] = read_text(file)
     if found:
         return found
     entry = config.get("chat_template")
     if isinstance(entry, str):
         return {"default": entry}
     if isinstance(entry, list):
-        return {t["name"]: t["template"] for t in entry if isinstance(t, dict) and {"name", "template"} <= t.keys()}
+        return {t["name"]: t["template"] for t in entry if isinstance(t, dict)
+                and all(isinstance(t.get(member), str) for member in ("name", "template"))}
     return {}
-
-
-def _read_template(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{file} is not valid UTF-8: {error}") from None

@@ -16,6 +16,7 @@ from serving.api.types import LoadAdapterBody, UnloadAdapterBody
 from serving.security.paths import contained
 from serving.state import ServerState
 from xllm.errors import RequestError
+from xllm.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def router(state: ServerState) -> APIRouter:
@@ -46,6 +47,15 @@ def adapter_folder(root: str | None, wish: str) -> Path:
         folder = contained(Path(root), wish)
     except RequestError:
         folder = Path(root)
-    if folder == Path(root) or not folder.is_dir():
-        raise invalid("lora_path must be a folder below the server's --lora-folder", "lora_path")
+    if folder == Path(root) or not folder.is_dir() or any(
+            _leads_out(folder / name, Path(root)) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        raise invalid("lora_path must be a folder below the server's --lora-folder, and so must its files be",
+                      "lora_path")
     return folder
+
+
+def _leads_out(file: Path, root: Path) -> bool:
+    try:
+        return not file.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return True

@@ -233,7 +233,7 @@ def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
 def _check(body: ChatBody) -> None:
     if body.echo:
         raise invalid("echo is not supported for chats", "echo")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs", "top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
         raise invalid(f"top_logprobs must be in 0 to {MAX_LOGPROBS}", "top_logprobs")

@@ -19,7 +19,7 @@ from xllm.errors import ModelError
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
                              "continue_final_message", "documents", "field", "self",
-                             "max_seconds", "needs_tools"})
+                             "max_seconds", "needs_tools", "needs_calls"})
 PART_MEMBERS = frozenset({"type", "text", "cache_control", "prompt_cache_breakpoint"})  # caching needs no marks here
 CALL_MEMBERS = frozenset({"id", "type", "function", "index"})  # index: in calls put together from a stream
 TAIL_CHARS = 64
@@ -50,8 +50,8 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
         wished = _wished_variables(state, body, variables)
         text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
                                      continue_final_message=body.continue_final_message, chat_template=template,
-                                     needs_tools=needs_tools, max_seconds=state.config.chat.chat_template_timeout,
-                                     **{**variables, **wished})
+                                     needs_tools=needs_tools, needs_calls=shows_tools(state),
+                                     max_seconds=state.config.chat.chat_template_timeout, **{**variables, **wished})
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")
@@ -142,6 +142,8 @@ def _plain_message(index: int, message: ChatMessage) -> dict[str, Any]:
     if "tool_call_id" in extra and message.role != "tool":
         raise invalid(f"messages.{index}.tool_call_id: only messages of role tool answer a call", "messages")
     content = message.content
+    if message.role == "assistant" and isinstance(refusal := extra.pop("refusal", None), str):
+        content = content or refusal  # what it said, in the SDK's own way of writing it down
     if isinstance(content, list):
         for number, part in enumerate(content):
             _check_part(part, f"messages.{index}.content.{number}")

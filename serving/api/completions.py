@@ -17,7 +17,7 @@ from serving.api.errors import invalid
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
 from serving.api.limits import read_json
-from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, finite_slices
+from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, TokenPlaces, finite_slices
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
@@ -73,6 +73,7 @@ class CompletionCall:
         self.created = int(time.time())
         self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
         self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
+        self.places: dict[int, TokenPlaces] = {}  # by choice
         self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
 
     def samplings(self) -> list[SamplingParams]:
@@ -147,9 +148,10 @@ class CompletionCall:
     def _logprobs_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
         body, prompt, writer = self.body, self.prompt_of(choice), self.logprobs.of(choice)
         num_echoed = len(prompt.echo) - self._num_replaced(choice) if body.echo else 0
+        places = self.places.setdefault(choice.index, TokenPlaces())
+        token_ids, entries, offsets = ([], [], ()) if self.hides_output else places.take(piece, choice.offsets)
         if not piece.is_first:  # a few tokens of a stream
-            return writer.completion(piece.token_ids, piece.logprobs or (),
-                                     [num_echoed + offset for offset in piece.offsets])
+            return writer.completion(token_ids, entries, [num_echoed + offset for offset in offsets])
         parts: list[_LogprobsPart] = []
         if body.echo:
             at_start = functools.partial(self.logprobs.at_start,
@@ -157,8 +159,8 @@ class CompletionCall:
             parts.append(_LogprobsPart(prompt.token_ids, choice.prompt_logprobs, prompt.offsets, 0, at_start(),
                                        at_start()))
         if not self.hides_output:
-            parts.append(_LogprobsPart(piece.token_ids, piece.logprobs or (), piece.offsets, num_echoed,
-                                       self.logprobs.behind_prompt(choice), writer))
+            parts.append(_LogprobsPart(token_ids, entries, offsets, num_echoed, self.logprobs.behind_prompt(choice),
+                                       writer))
         return {
             "text_offset": Slices(slice for part in parts for slice in part.offset_slices()),
             "tokens": Slices(slice for part in parts for slice in part.names.name_slices(part.token_ids)),
@@ -169,12 +171,12 @@ class CompletionCall:
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         body, options = self.body, self.body.stream_options
-        always = bool(body.return_token_ids) or body.logprobs is not None
         async with generation as pieces:
             async for piece in pieces:
-                if not (piece.text or piece.is_first or piece.finish_reason or always):
-                    continue  # tokens that do not make a character yet
                 shown = self.piece_json(generation.choices[piece.index], piece)
+                if not (piece.text or piece.is_first or piece.finish_reason or body.return_token_ids
+                        or (shown["logprobs"] or {}).get("tokens")):
+                    continue  # tokens that do not make a character yet
                 is_sliced = piece.is_first and (body.logprobs is not None or body.prompt_logprobs is not None)
                 chunk = self.envelope(Items([shown]) if is_sliced else [shown])
                 if options and options.continuous_usage_stats:
@@ -213,10 +215,18 @@ def adds_special_tokens(body: CompletionBody) -> bool:
     return True if body.add_special_tokens is None else body.add_special_tokens
 
 
+def check_adds_nothing(add_special_tokens: bool | None, field: str) -> None:
+    """A prompt of token ids is taken as it is. Raises ApiError where tokens shall be added to it."""
+    if add_special_tokens:
+        raise invalid(f"add_special_tokens is for text, and {field} holds token ids", "add_special_tokens")
+
+
 async def encode_prompts(state: ServerState, body: CompletionBody) -> list[Prompt]:
     raw = read_prompts(body.prompt, state.config.limits.max_sequences_per_request)
     if any(not item for item in raw):
         raise invalid("prompt must not be empty", "prompt")
+    if isinstance(raw[0], list):
+        check_adds_nothing(body.add_special_tokens, "prompt")
     check_texts(state, (item for item in raw if isinstance(item, str)), "prompt")
     return await state.text_work.run(sum(map(len, raw)), lambda: [_encoded(state, body, item) for item in raw])
 

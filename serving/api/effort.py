@@ -40,10 +40,10 @@ def effort_variables(state: ServerState, effort: str | None, field: str,
         return switches  # without either the model does not think at all
     if "reasoning_effort" in variables:
         return {**switches, "reasoning_effort": effort}
-    if switches and effort == "medium":  # as it thinks when nobody says how much
+    if effort == "medium":  # as it thinks when nobody says how much
         return switches
     known = "none and medium: its chat template only switches thinking on and off" if switches else (
-        "no effort: its chat template has no variable for it")
+        "medium only: its chat template has no variable for it")
     raise invalid(f"{field}: {effort!r} is not supported; this model knows {known}", field.partition(".")[0])
 
 

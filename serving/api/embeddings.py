@@ -17,7 +17,7 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.budget import check_texts
-from serving.api.completions import read_prompts
+from serving.api.completions import check_adds_nothing, read_prompts
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, sliced_response
@@ -81,6 +81,7 @@ async def _encode(state: ServerState, body: PoolingBody, inputs: Sequence[str] |
     texts = [item for item in inputs if isinstance(item, str)]
     check_texts(state, texts, field)
     if not texts:
+        check_adds_nothing(body.add_special_tokens, field)
         return [_cut(body, list(item), field, state) for item in inputs if not isinstance(item, str)]
     tokenizer = state.need_tokenizer(field)
     special = True if body.add_special_tokens is None else body.add_special_tokens

@@ -67,6 +67,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(504, str(error))
     if isinstance(error, EngineBusyError):
         return unavailable(hide_paths(str(error)))
+    if isinstance(error, RequestError) and error.field == "lora":  # unloaded since the model's name was looked up
+        return ApiError(404, hide_paths(str(error)), param="model")
     if isinstance(error, RequestError):
         return invalid(hide_paths(str(error)), error.field)
     if isinstance(error, EngineDeadError):
@@ -84,7 +86,8 @@ def as_api_error(error: Exception) -> ApiError:
 def renaming(names: Mapping[str, str], places: Sequence[str]) -> Iterator[None]:
     """Errors about a chat, in the words of the API that it was translated from. Raises ApiError for what is refused.
 
-    names: of fields, the chat's to the API's own paths. places: of each of the chat's messages, where it came from.
+    names: patterns of a chat's paths to what the API calls them; the first that fits counts. places: of each of the
+    chat's messages, where it came from.
     """
     try:
         yield
@@ -100,8 +103,8 @@ def _renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -
         message = own + error.message.removeprefix(path)
     else:
         own = names.get(error.param or "", error.param or "")
-        old = next((name for name in names if re.match(rf"{name}\b", error.message)), None)
-        message = error.message if old is None else names[old] + error.message.removeprefix(old)
+        pattern = next((name for name in names if re.match(rf"(?:{name})\b", error.message)), None)
+        message = error.message if pattern is None else re.sub(pattern, names[pattern], error.message, count=1)
     return ApiError(error.status, message, param=own.partition(".")[0] or None, headers=error.headers)
 
 

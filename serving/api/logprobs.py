@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from serving.api.json_slices import sliced
-from xllm.client.assemble import Completion
+from xllm.client.assemble import Completion, Piece
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.token_text import TextContext
 from xllm.tokenizer import Tokenizer
@@ -177,6 +178,30 @@ def _endless(slices: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
 def finite_slices(entries: Sequence[TokenLogprobs | None]) -> Iterator[list[float | None]]:
     """Of the completions shape the tokens' own log-probabilities."""
     return ([None if entry is None else _finite(entry.logprob) for entry in some] for some in sliced(entries))
+@dataclass
+class TokenPlaces:
+    """Which tokens of one choice can be written with their offsets, piece after piece.
+
+    Those behind text that is held back, because a stop string may begin with it, wait: if it does, the answer's text
+    ends before them.
+    """
+
+    waiting: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    num_taken: int = 0
+    num_chars: int = 0
+
+    def take(self, piece: Piece, offsets: Sequence[int]) -> tuple[list[int], list[TokenLogprobs], Sequence[int]]:
+        """The tokens whose offsets are certain behind this piece, their log-probabilities and offsets. offsets: of all
+        the choice's tokens; empty if it has no text."""
+        self.waiting += zip(piece.token_ids, piece.logprobs or ())
+        self.num_chars += len(piece.text)
+        placed = offsets[self.num_taken:self.num_taken + len(self.waiting)]
+        num_certain = len(self.waiting)
+        if piece.finish_reason is None:
+            num_certain = next((i for i, offset in enumerate(placed) if offset > self.num_chars), num_certain)
+        taken, self.waiting = self.waiting[:num_certain], self.waiting[num_certain:]
+        self.num_taken += num_certain
+        return [token_id for token_id, _ in taken], [entry for _, entry in taken], placed[:num_certain]
 
 
 def _finite(logprob: float) -> float:

@@ -13,8 +13,10 @@ from serving.api.types import ChatBody, CountTokensBody, MessagesBody, parse
 from serving.state import ServerState
 
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-# A chat's fields by the names that they have here, for errors.
-NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+# A chat's paths by the names that they have here, for errors.
+NAMES = {"stop": "stop_sequences", r"response_format\.json_schema": "output_config.format",
+         "response_format": "output_config.format", r"tools\.(\d+)\.function\.parameters": r"tools.\1.input_schema",
+         r"tools\.(\d+)\.function": r"tools.\1"}
 # The members of each type of content. A signature seals thinking that is not shown in clear; here it is.
 BLOCKS = {
     "text": ("type", "text", "cache_control", "citations"),
@@ -91,7 +93,7 @@ def check_cache_control(block: dict[str, Any], where: str) -> None:
     if (mark := block.get("cache_control")) is not None:
         if not isinstance(mark, dict):
             raise invalid(f"{where}.cache_control must be an object", where.partition(".")[0])
-        check_members(mark, ("type", "ttl"), f"{where}.cache_control")
+        check_members(mark, ("type", "ttl", "scope"), f"{where}.cache_control")
         check_values(mark, {"type": ("ephemeral",), "ttl": ("5m", "1h")}, f"{where}.cache_control")
 
 
@@ -124,7 +126,9 @@ def _text_of(content: Any, where: str) -> str | list[dict[str, str]]:
     texts = []
     for index, part in enumerate(content if isinstance(content, list) else [content]):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise invalid(f"{where}.{index}: only text is supported here", where.partition(".")[0])
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise invalid(f"{where}.{index}: only text is supported here, got {str(kind)[:64]!r}",
+                          where.partition(".")[0])
         _check_block(part, f"{where}.{index}")
         texts.append(_string(part, "text", f"{where}.{index}"))
     return _joined(texts)
@@ -163,13 +167,13 @@ def chat_body(state: ServerState, body: MessagesBody | CountTokensBody, chat: Ch
     choice = body.tool_choice
     fields: dict[str, Any] = {
         "messages": chat.messages, "model": body.model, "tools": _tools(body.tools),
-        "tool_choice": _tool_choice(body) if body.tools else None,
+        "tool_choice": _tool_choice(body),
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+        "response_format": _response_format(body),
         "chat_template_kwargs": _variables(state, body) or None}
     if isinstance(body, MessagesBody):
         fields |= {"max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p,
-                   "top_k": body.top_k, "stop": body.stop_sequences or None, "stream": body.stream,
-                   "response_format": _response_format(body)}
+                   "top_k": body.top_k, "stop": body.stop_sequences or None, "stream": body.stream}
     return parse({name: value for name, value in fields.items() if value is not None}, ChatBody)
 
 
@@ -199,29 +203,35 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     made = []
     for index, tool in enumerate(tools):
         where = f"tools.{index}"
-        if tool.get("type", "custom") not in ("custom", None) or not isinstance(tool.get("input_schema", {}), dict):
-            raise invalid(f"{where}: only tools of the client's own, with an input_schema, are supported", "tools")
+        if tool.get("type") not in ("custom", None):
+            raise invalid(f"{where}.type: tools of type {str(tool['type'])[:64]!r} are not supported; only custom, the "
+                          "client's own", "tools")
+        if not isinstance(tool.get("input_schema") or {}, dict):
+            raise invalid(f"{where}.input_schema must be a JSON schema, an object", "tools")
         check_members(tool, TOOL_MEMBERS, where)
         check_values(tool, TOOLS_NOT_BUILT, where)
         check_cache_control(tool, where)
         made.append({"type": "function", "function": {
             "name": tool.get("name"), "description": tool.get("description") or "",
-            "parameters": tool.get("input_schema") or {}, **({"strict": True} if tool.get("strict") else {})}})
+            "parameters": tool.get("input_schema") or {},
+            **({"strict": tool["strict"]} if tool.get("strict") else {})}})
     return made
 
 
-def _tool_choice(body: CountTokensBody) -> str | dict[str, Any]:
+def _tool_choice(body: CountTokensBody) -> str | dict[str, Any] | None:
     choice = body.tool_choice
     if choice is None:
-        return "auto"
+        return None
     if choice.type != "tool":
+        if choice.name is not None:
+            raise invalid(f"tool_choice.name is for type tool, and this is {choice.type}", "tool_choice")
         return TOOL_CHOICES[choice.type]
     if choice.name is None:
         raise invalid("tool_choice of type tool needs a name", "tool_choice")
     return {"type": "function", "function": {"name": choice.name}}
 
 
-def _response_format(body: MessagesBody) -> dict[str, Any] | None:
+def _response_format(body: CountTokensBody) -> dict[str, Any] | None:
     form = body.output_config and body.output_config.format
     if not form:
         return None

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
+from serving.api.errors import invalid
 from serving.state import ServerState
+
+MAX_LIMIT = 1000  # Anthropic's
+
+
+def page_of(names: Sequence[str], query: Mapping[str, str]) -> tuple[Sequence[str], bool]:
+    """The names that Anthropic's `after_id`, `before_id` and `limit` ask for, and whether more follow that way.
+
+    Without them all names. Raises ApiError.
+    """
+    after, before, limit = query.get("after_id"), query.get("before_id"), len(names)
+    if after is not None and before is not None:
+        raise invalid("after_id and before_id contradict each other; send one", "before_id")
+    for field, name in (("after_id", after), ("before_id", before)):
+        if name is not None and name not in names:
+            raise invalid(f"{field}: there is no model {name[:64]!r}", field)
+    if (text := query.get("limit")) is not None:
+        if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_LIMIT:
+            raise invalid(f"limit must be in 1 to {MAX_LIMIT}, got {text[:64]!r}", "limit")
+        limit = int(text)
+    if before is not None:
+        found = names[:names.index(before)]
+        return found[-limit:], len(found) > limit
+    found = names if after is None else names[names.index(after) + 1:]
+    return found[:limit], len(found) > limit
 
 
 def router(state: ServerState) -> APIRouter:
@@ -21,11 +47,11 @@ def router(state: ServerState) -> APIRouter:
                 "max_model_len": state.facts.max_model_len}
 
     @routes.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(request: Request) -> dict[str, Any]:
         state.check_loaded()
-        names = (*state.served_names, *state.engine.adapters)
-        return {"object": "list", "data": [card(name) for name in names], "has_more": False, "first_id": names[0],
-                "last_id": names[-1]}
+        names, has_more = page_of((*state.served_names, *state.engine.adapters), request.query_params)
+        return {"object": "list", "data": [card(name) for name in names], "has_more": has_more,
+                "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
 
     @routes.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:

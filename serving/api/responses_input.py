@@ -13,9 +13,10 @@ from serving.api.types import ChatBody, ResponsesBody, parse
 SAMPLING = ("temperature", "top_p", "top_k", "seed",
             "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
 LOGPROBS = "message.output_text.logprobs"
-# A chat's fields by the names that they have here, for errors.
-NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
-         "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity"}
+# A chat's paths by the names that they have here, for errors.
+NAMES = {"messages": "input", "max_tokens": "max_output_tokens", r"response_format\.json_schema": "text.format",
+         "response_format": "text.format", "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
+         r"tools\.(\d+)\.function": r"tools.\1", r"tool_choice\.allowed_tools": "tool_choice"}
 
 # The members of each type of item and part. Ids, states and phases are marks of whoever wrote an item, and annotations
 # and logprobs remarks on a text: neither says anything that a template could show to the model.
@@ -216,5 +217,5 @@ def _response_format(text: Any) -> dict[str, Any] | None:
         check_members(form, ("type",), "text.format")
         return form
     check_members(form, ("type", "name", "schema", "strict", "description"), "text.format")
-    return {"type": "json_schema", "json_schema": {name: form[name] for name in ("name", "schema", "strict")
-                                                   if form.get(name) is not None}}
+    return {"type": "json_schema", "json_schema": {
+        name: value for name, value in form.items() if name != "type" and value is not None}}

@@ -139,11 +139,11 @@ def _checked_name(index: int, tool: dict[str, Any]) -> str:
     where = f"tools.{index}"
     if tool.get("type", "function") != "function":
         raise invalid(f"{where}: tools of type {str(tool['type'])[:64]!r} are not supported; only function", "tools")
-    check_members(tool, ("type", "function"), where)
+    check_members(tool, ("type", "function", "cache_control"), where)
     function = tool.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function must be an object", "tools")
-    check_members(function, ("name", "description", "parameters", "strict"), f"{where}.function")
+    check_members(function, ("name", "description", "parameters", "strict", "return"), f"{where}.function")
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise invalid(f"{where}.function.name must be 1 to 128 letters, digits, '_', '-', '.', ':' or '/'", "tools")

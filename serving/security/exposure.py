@@ -10,15 +10,33 @@ from typing import TypedDict
 
 from serving.config import HttpSettings
 from serving.security.hosts import HostRule
-from serving.security.keys import KeyRing, build_key_ring
+from serving.security.keys import KeyRing, build_key_ring, holds_plain_keys
 from xllm import env
 from xllm.errors import ConfigError
+from xllm.private_files import check_not_everybodys, exposure_of
 
 
 def key_ring(http: HttpSettings) -> KeyRing:
     """The keys of flags, environment and file. Raises ConfigError."""
     return build_key_ring(api_keys=(*http.api_key, *env.api_keys()),
                           admin_keys=(*http.admin_api_key, *env.admin_api_keys()), file=http.api_key_file)
+
+
+def check_key_files(http: HttpSettings) -> list[str]:
+    """Warnings about key files that other users of this machine can read, or members of their group change.
+
+    Every file has been read before. Raises ConfigError for one that every user can change.
+    """
+    files = {name: Path(file) for name in ("api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
+             if (file := getattr(http, name)) and Path(file).is_file()}  # keys may come through a pipe, once
+    warnings = []
+    for name, path in files.items():
+        check_not_everybodys(name, path)
+        is_secret = (name == "ssl_keyfile" or (name == "api_key_file" and holds_plain_keys(path))
+                     or (name == "ssl_certfile" and not http.ssl_keyfile))  # then it holds the key too
+        if (problem := exposure_of(path, is_secret=is_secret)) is not None:
+            warnings.append(f"{name} {path} {problem}")
+    return warnings
 
 
 def check_exposure(listener: socket.socket, http: HttpSettings, keys: KeyRing) -> None:

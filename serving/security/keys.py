@@ -145,6 +145,12 @@ def read_key_file(file: Path) -> list[tuple[bytes, Caller]]:
     return entries
 
 
+def holds_plain_keys(file: Path) -> bool:
+    """Whether a key file that can be read holds any key that is no digest: then whoever reads it has the key."""
+    lines = (line.partition("#")[0].split() for line in file.read_text(encoding="utf-8").splitlines())
+    return any(not _HASHED.fullmatch(words[min(1, len(words) - 1)]) for words in lines if words)
+
+
 def _read_line(words: list[str]) -> tuple[bytes, Caller]:
     name, key, options = (words[0], words[1], words[2:]) if len(words) > 1 else ("", words[0], [])
     if words[1:] and not _NAME.fullmatch(name):

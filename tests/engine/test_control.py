@@ -102,6 +102,19 @@ def test_a_woken_engine_answers_as_before(core: EngineCore, plain: list[int], le
     assert outputs["a"][0].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("last", ["wake_up", "resume"])
+def test_what_was_held_when_it_fell_asleep_waits_for_both(core: EngineCore, level: int, last: str) -> None:
+    core.control.pause(PauseMode.KEEP)
+    core.add(request("held"))
+    core.control.sleep(level)
+    steps = [core.control.wake_up, core.control.resume]
+    for step in steps if last == "resume" else reversed(steps):
+        assert not drain(core)
+        step()
+    assert len(tokens(drain(core), "held")) == 12
+
+
 def test_stats_are_told_while_it_falls_asleep(core: EngineCore) -> None:
     """Another thread asks for them, at any moment."""
     core.scheduler.forget_runner()

@@ -80,6 +80,7 @@ def test_settings_that_cannot_work_are_named(settings, message):
     ({"host_cache_size": "1MiB", "disk_cache_dir": "/nowhere"}, "disk_cache_size and disk_cache_dir go together"),
     ({"host_cache_size": "1MiB", "disk_cache_size": "lots", "disk_cache_dir": "/nowhere"}, "disk_cache_size"),
     ({"host_cache_size": "1MiB", "disk_cache_size": "1MiB", "disk_cache_dir": "/dev/null/kv"}, "disk_cache_dir"),
+    ({"disk_cache_key_file": "/nowhere"}, "disk_cache_key_file needs disk_cache_size"),
     ({"preemption_mode": "swap"}, "preemption_mode swap needs host_cache_size"),
     ({"preemption_mode": "drop"}, "preemption_mode"),
     ({"eviction_policy": "newest"}, "eviction_policy"),
@@ -96,6 +97,12 @@ def test_tier_settings_that_cannot_work_are_named(settings, message):
 def test_a_disk_too_small_for_a_block_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="KV disk capacity of 4096 bytes"):
         make_core(host_cache_size="1MiB", disk_cache_size="4KiB", disk_cache_dir=str(tmp_path))
+
+
+def test_a_key_file_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"disk_cache_key_file .*none cannot be read"):
+        make_core(host_cache_size="1MiB", disk_cache_size="4MiB", disk_cache_dir=str(tmp_path),
+                  disk_cache_key_file=str(tmp_path / "none"))
 
 
 def test_a_folder_has_one_engine_at_a_time(tmp_path):

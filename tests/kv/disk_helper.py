@@ -12,6 +12,7 @@ from xllm.errors import DiskError
 from xllm.kv import failpoints
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import make_geometry
+from xllm.kv.disk_seal import Seal
 
 ROOT = Path(__file__).parent.parent.parent
 FINGERPRINT = bytes(range(100, 132))
@@ -37,8 +38,9 @@ def capacity_bytes(num_slots: int) -> int:
     return size
 
 
-def open_store(folder: Path, num_slots: int = NUM_SLOTS, fingerprint: bytes = FINGERPRINT) -> DiskStore:
-    return DiskStore(folder, fingerprint=fingerprint, payload_bytes=PAYLOAD_BYTES,
+def open_store(folder: Path, num_slots: int = NUM_SLOTS, fingerprint: bytes = FINGERPRINT,
+               seal: Seal | None = None) -> DiskStore:  # fmt: skip
+    return DiskStore(folder, fingerprint=fingerprint, payload_bytes=PAYLOAD_BYTES, seal=seal,
                      capacity_bytes=capacity_bytes(num_slots), segment_bytes=SEGMENT_SLOTS * 8192)  # fmt: skip
 
 
@@ -91,6 +93,16 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
+def give_away(path: Path, monkeypatch) -> int:
+    """Another user owns the file or folder from now on, whose id is returned: really so where root runs the test."""
+    if os.geteuid() == 0:
+        os.chown(path, 4242, -1, follow_symlinks=False)
+        return 4242
+    owner = path.lstat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    return owner
+
+
 def assert_usable(folder: Path, num_slots: int = NUM_SLOTS) -> None:
     """Every slot can be written, now and as the next process sees it."""
     store = open_store(folder, num_slots)
@@ -123,8 +135,9 @@ LIFE = [
 class Life:
     """Runs the operations of a life; `num_done` are complete."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, seal: Seal | None = None):
         self.folder = folder
+        self.seal = seal
         self.store = None
         self.num_done = 0
 
@@ -137,7 +150,7 @@ class Life:
     def do(self, verb, *arguments):
         if verb == "open":
             self.abandon()
-            self.store = open_store(self.folder, *arguments)
+            self.store = open_store(self.folder, *arguments, seal=self.seal)
         elif verb == "write":
             write(self.store, *arguments)
         elif verb == "erase":

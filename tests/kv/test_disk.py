@@ -31,6 +31,7 @@ from tests.kv.disk_helper import (
 from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import HEADER_DTYPE, MAX_SEGMENT_SLOTS, WRITING, classify_headers, make_geometry
+from xllm.kv.disk_seal import Seal
 
 # --- good files
 
@@ -78,7 +79,7 @@ def test_erased_and_never_written_slots_are_misses(tmp_path):
     write(store, 0, 0)
     store.erase(0)
     assert not holds(store, 0, 0) and not holds(store, 1, 0) and not holds(store, 4, 0)
-    assert store.counters.misses == {"torn": 4, "corrupt": 0, "foreign": 0, "wrong_digest": 0}
+    assert store.counters.misses == {"torn": 4, "corrupt": 0, "foreign": 0, "wrong_digest": 0, "forged": 0}
     assert len(store.scan()) == 0
     store.close()
 
@@ -308,7 +309,7 @@ def test_headers_in_every_state_are_told_apart():
     table["magic"][1] = int.from_bytes(WRITING, "little")
     table["payload_crc"][2] = 1
     table["sequence"][3] = -1
-    assert classify_headers(table, GEOMETRY, 0).tolist() == [0, 2, 3, 3]
+    assert classify_headers(table, GEOMETRY, Seal(), 0).tolist() == [0, 2, 3, 3]
 
 
 def test_payloads_of_the_helper_differ():

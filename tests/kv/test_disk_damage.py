@@ -48,7 +48,7 @@ def test_a_flipped_header_is_a_miss(filled, offset):
     entries = store.scan()
     assert (entries.num_corrupt, entries.num_torn, entries.num_foreign) == (1, 0, 0)
     assert set(listed(store)) == served(store) == {0, 2, 3, 4}
-    assert store.counters.misses == {"torn": 0, "corrupt": 1, "foreign": 0, "wrong_digest": 0}
+    assert store.counters.misses == {"torn": 0, "corrupt": 1, "foreign": 0, "wrong_digest": 0, "forged": 0}
     store.close()
 
 
@@ -58,7 +58,7 @@ def test_a_flipped_payload_is_a_miss(filled, offset):
     store = open_store(filled)
     assert len(store.scan()) == NUM_SLOTS
     assert served(store) == {0, 2, 3, 4}
-    assert store.counters.misses == {"torn": 0, "corrupt": 1, "foreign": 0, "wrong_digest": 0}
+    assert store.counters.misses == {"torn": 0, "corrupt": 1, "foreign": 0, "wrong_digest": 0, "forged": 0}
     store.close()
     assert_usable(filled)
 
@@ -160,7 +160,7 @@ def test_a_header_table_of_another_fingerprint_is_foreign(filled):
     store = open_store(filled)
     assert store.scan().num_foreign == 1
     assert served(store) == {2, 3, 4}
-    assert store.counters.misses == {"torn": 1, "corrupt": 0, "foreign": 1, "wrong_digest": 0}
+    assert store.counters.misses == {"torn": 1, "corrupt": 0, "foreign": 1, "wrong_digest": 0, "forged": 0}
     store.close()
 
 

@@ -121,6 +121,25 @@ def test_what_a_lift_needs_is_computed_or_damaged_meanwhile(open_desk):
         assert values == history.values[: len(values)]
 
 
+def test_what_a_lift_brought_and_others_took_is_not_kept(open_desk):
+    """It has let go of its blocks; until somebody holds them they may be given to others, with other contents."""
+    history, other = talk(1, 12 * BLOCK), talk(2, 8 * BLOCK)
+    open_desk(2).turn(history)
+    desk = open_desk(2, num_blocks=16)
+    assert desk.num_promoted(history.prefix(12 * BLOCK + 1)) == 2
+    match = desk.kv.lookup(history.array, "")
+    lift = desk.tiers.lift(match.block_ids, desk.tiers.extend(match, np.append(history.array, 0)), 0)
+    desk.settle()
+    assert lift.is_done and desk.kv.lifted(lift).tolist() == lift.path.tolist()
+    desk.turn(other)  # takes the last of them
+    kept = desk.kv.lifted(lift)
+    assert 0 < len(kept) < len(lift.path)
+    assert kept.tolist() == desk.kv.lookup(np.append(history.array, 0), "").block_ids.tolist()
+    desk.kv.hold(7, kept)
+    desk.kv.let_go(7)
+    check_at_rest(desk)
+
+
 def test_blocks_that_are_still_loading_are_not_copied_down(open_desk, monkeypatch):
     """They are findable before their contents have come: a copy waits for these."""
     history = talk(1, 60 * BLOCK)

@@ -202,8 +202,33 @@ def test_normalising_tokens_is_not_built(folder: Path) -> None:
         embed(folder)
 
 
-def test_a_default_prompt_is_said_to_be_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_default_prompt_is_refused_unless_it_is_empty(folder: Path) -> None:
     write(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"})
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"default_prompt_name": "query"}))
-    embed(folder)
-    assert "default_prompt_name 'query'" in caplog.text
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(json.dumps({"default_prompt_name": "query", "prompts": {"query": "query: "}}))
+    with pytest.raises(ModelError, match=r"default_prompt_name 'query'.*--pooling-type"):
+        embed(folder)
+    plain = embed(folder, pooling_type="mean")
+    for content in ({"default_prompt_name": "document", "prompts": {"document": "", "query": "query: "}},
+                    {"default_prompt_name": None, "prompts": {"query": "query: "}}):
+        file.write_text(json.dumps(content))
+        close(F.normalize(embed(folder), dim=-1), plain)
+
+
+def test_longer_texts_than_the_checkpoint_reads_are_refused(folder: Path) -> None:
+    write(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"})
+    file = folder / "sentence_bert_config.json"
+    file.write_text(json.dumps({"max_seq_length": len(IDS) - 1}))
+    whole = embed(folder)  # with max_model_len
+    settings: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "num_threads": 1,
+                                "num_kv_blocks": 32}
+    with LLM(**settings) as llm:
+        assert llm.embed([{"prompt_token_ids": IDS[:-1]}])
+        with pytest.raises(RequestError, match="max_model_len"):
+            llm.embed([{"prompt_token_ids": IDS}])
+    file.write_text(json.dumps({"max_seq_length": len(IDS)}))
+    with LLM(**settings) as llm:
+        close(torch.tensor(llm.embed([{"prompt_token_ids": IDS}])[0].embedding), whole)
+    file.write_text(json.dumps({"max_seq_length": "512"}))
+    with pytest.raises(ModelError, match="max_seq_length must be a positive integer"):
+        LLM(**settings)

@@ -62,7 +62,7 @@ def check_next_life(folder: Path, plain: list[list[int]]) -> None:
         lengths = [len(llm.get_tokenizer().encode(prompt)) for prompt in STORED]
         assert expected[: len(STORED)] == [(length - 1) // BLOCK * BLOCK for length in lengths]
         assert llm.stats().kv_tiers["disk"].missed_total == dict.fromkeys(
-            ("torn", "corrupt", "foreign", "wrong_digest"), 0)
+            ("torn", "corrupt", "foreign", "wrong_digest", "forged"), 0)
         llm._core.scheduler.check_integrity()
 
 

@@ -97,6 +97,82 @@ CHAT: dict[str, Effect] = {
         **GREEDY, "add_generation_prompt": False, "messages": [USER, {"role": "assistant", "content": "def f("}]}),
 }
 
+RESPONSE: Json = {"temperature": 0, "max_output_tokens": 12}
+FREE_RESPONSE: Json = {"temperature": 2.0, "max_output_tokens": 12, "seed": 7}
+LONG_RESPONSE: Json = {"temperature": 0, "max_output_tokens": 60}
+ENDLESS: Json = {"temperature": 0, "max_output_tokens": 200, "ignore_eos": True}  # so that words come twice
+FORCED_RESPONSE: Json = {**LONG_RESPONSE, "tools": [
+    {"type": "function", **tool["function"]} for tool in FORCED["tools"]]}
+LOGPROBS: Json = {"include": ["message.output_text.logprobs"]}
+
+
+def form(schema: Json) -> Json:
+    """The format of a response, or of a message, that has this schema."""
+    return {"type": "json_schema", "schema": schema}
+
+
+def flat(effects: dict[str, Effect], beside: Json, *names: str) -> dict[str, Effect]:
+    """Some members' effects, beside another body."""
+    return {name: Effect(effects[name].on, effects[name].off, beside) for name in names}
+
+
+RESPONSES: dict[str, Effect] = {
+    **flat(GENERATION, FREE_RESPONSE, "top_p", "top_k", "min_p"),
+    **flat(GENERATION, ENDLESS, "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    "input": Effect("a", "b", RESPONSE),
+    "instructions": Effect("Be brief.", beside=RESPONSE),
+    "max_output_tokens": Effect(3, 5, {"temperature": 0}),
+    "temperature": Effect(1.5, 0, {"max_output_tokens": 12, "seed": 7}),
+    "seed": Effect(1, 2, {"temperature": 1.0, "max_output_tokens": 12}),
+    "min_tokens": Effect(12, beside={**RESPONSE, "text": {"format": {**form({"enum": ["a"]}), "name": "x"}}}),
+    "ignore_eos": Effect(True, beside=LONG_RESPONSE),
+    "stream": Effect(True, beside=RESPONSE),
+    "text": Effect({"format": {"type": "json_object"}}, beside=RESPONSE),
+    "text.format": Effect({"type": "json_object"}, {"type": "text"}, RESPONSE),
+    "text.format(type=json_object)": Effect({"type": "json_object"}, beside=RESPONSE),
+    "text.format(type=json_schema)": Effect({**form(SCHEMA), "name": "x"}, beside=RESPONSE),
+    "tools": Effect(FORCED_RESPONSE["tools"][:1], FORCED_RESPONSE["tools"][1:],
+                    {**FORCED_RESPONSE, "tool_choice": "required"}),
+    "tool_choice": Effect("required", "none", FORCED_RESPONSE),
+    "tool_choice(type=function)": Effect(*({"type": "function", "name": name} for name in ("one", "two")),
+                                         FORCED_RESPONSE),
+    "tool_choice(type=allowed_tools)": Effect(*(
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": name}]}
+        for name in ("one", "two")), FORCED_RESPONSE),
+    "include": Effect(LOGPROBS["include"], beside=RESPONSE),
+    "top_logprobs": Effect(2, beside={**RESPONSE, **LOGPROBS}),
+}
+
+HOT: Json = {"temperature": 2.0, "max_tokens": 12}
+FORCED_MESSAGE: Json = {**GREEDY, "max_tokens": 60, "tools": [
+    {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in FORCED["tools"]]}
+MESSAGES: dict[str, Effect] = {
+    **flat(CHAT, GREEDY, "messages", "messages[role=system]", "messages[role=assistant]"),
+    "messages[role=user]": Effect([USER], [{**USER, "content": "x"}]),
+    "system": Effect("Be brief."),
+    "system[type=text]": Effect([{"type": "text", "text": "Be brief."}]),
+    "max_tokens": Effect(3, 5, {"temperature": 0}),
+    "stop_sequences": Effect(["e"]),
+    "stream": Effect(True),
+    "temperature": Effect(0, 1.5, {"max_tokens": 24}),
+    "top_p": Effect(1e-6, beside=HOT),
+    "top_k": Effect(1, beside=HOT),
+    "tools": Effect(FORCED_MESSAGE["tools"][:1], FORCED_MESSAGE["tools"][1:],
+                    {**FORCED_MESSAGE, "tool_choice": {"type": "any"}}),
+    "tool_choice": Effect({"type": "any"}, {"type": "none"}, FORCED_MESSAGE),
+    "tool_choice(type=tool)": Effect(*({"type": "tool", "name": name} for name in ("one", "two")), FORCED_MESSAGE),
+    "output_config.format": Effect(form(SCHEMA)),
+}
+
+OFFERED: Json = {"tools": FORCED_MESSAGE["tools"]}
+COUNT_TOKENS: dict[str, Effect] = {
+    **flat(MESSAGES, {}, "messages", "messages[role=system]", "messages[role=assistant]"),
+    **flat(MESSAGES, {}, "system", "system[type=text]"),
+    "messages[role=user]": Effect([USER, USER], [USER], {}),
+    "tools": Effect(OFFERED["tools"], beside={}),
+    "tool_choice": Effect({"type": "none"}, {"type": "auto"}, OFFERED),
+}
+
 EMBEDDINGS: dict[str, Effect] = {
     "input": Effect("a", "b", {}),
     "encoding_format": Effect("base64", beside={}),
@@ -106,3 +182,34 @@ EMBEDDINGS: dict[str, Effect] = {
     "truncate_prompt_tokens": Effect(1, beside={"input": "import os"}),
     "request_id": Effect("mine", beside={}),
 }
+
+POOLED: dict[str, Effect] = {
+    "pooling": Effect("mean", "last", {}),
+    "truncate_prompt_tokens": Effect(1, beside={}),
+    "request_id": Effect("mine", beside={}),
+}
+SCORE: dict[str, Effect] = {
+    **POOLED, "text_1": Effect("def f(", "return", {}), "text_2": Effect("def f(", "return", {})}
+RERANK: dict[str, Effect] = {
+    **POOLED,
+    "query": Effect("def f(", "return", {}),
+    "documents": Effect(["def f("], ["return"], {}),
+    "top_n": Effect(1, beside={}),
+    "return_documents": Effect(False, beside={}),
+}
+SAMPLE: dict[str, Effect] = {
+    "prompt": Effect("a b a b", "a b", {}),
+    "selector": Effect({"value": "a"}, {"value": "b"}, {}),
+    "logprobs": Effect(2, beside={}),
+    "request_id": Effect("mine", beside={}),
+}
+TOKENIZE: dict[str, Effect] = {
+    "prompt": Effect("a", "b", {}),
+    "messages": Effect([USER], [{**USER, "content": "x"}], {}),
+    "add_generation_prompt": Effect(False, beside={"messages": [USER]}),
+    "continue_final_message": Effect(True, beside={
+        "add_generation_prompt": False, "messages": [USER, {"role": "assistant", "content": "def f("}]}),
+    "tools": Effect(FORCED["tools"], beside={"messages": [USER]}),
+    "return_token_strs": Effect(True, beside={"prompt": "x"}),
+}
+DETOKENIZE: dict[str, Effect] = {"tokens": Effect([60], [61], {})}

@@ -10,7 +10,6 @@ from serving.api.types import NOT_BUILT
 from tests.members.bodies import BODIES
 from tests.members.table import Member, faults_of, read_tables
 from tests.members.values import body_with
-from tests.serving.conftest import server  # noqa: F401
 from tests.serving.server_process import ServerProcess
 
 TABLES = read_tables("members.md")
@@ -35,7 +34,7 @@ def test_every_member_has_a_row(title: str) -> None:
 @pytest.mark.parametrize("title", BODIES)
 def test_every_row_is_of_a_member(title: str) -> None:
     body = BODIES[title]
-    known = body.declared().keys() | body.own.harmless | NOT_BUILT.keys()
+    known = body.members.keys() | body.own.harmless | NOT_BUILT.keys()
     assert sorted(TABLES[title].keys() - known) == []
 
 
@@ -55,10 +54,10 @@ def test_what_changes_the_answer_is_measured(title: str) -> None:
 
 
 @pytest.mark.parametrize(("title", "path"), rows_of("refused"))
-def test_refused_by_name(server: ServerProcess, title: str, path: str) -> None:  # noqa: F811
-    body, known = BODIES[title], BODIES[title].declared()
-    sent = body_with(known[path], known, body.base, body.company)
-    answer = server.http.post(body.path, json=sent)
+def test_refused_by_name(showing: ServerProcess, title: str, path: str) -> None:
+    body, known = BODIES[title], BODIES[title].members
+    sent = body_with(known[path], known, body.made)
+    answer = showing.http.post(body.path, json=sent)
     assert answer.status_code == 400, f"{sent}: {answer.text}"
     assert names(path, answer.json()["error"]["message"]), answer.text
 
@@ -67,15 +66,23 @@ def names(path: str, message: str) -> bool:
     """Whether a message names the member, or for a variant what holds it and the variant or its label."""
     if found := re.search(r"(\w+)[\[(](\w+)=(\w+)[\])]$", path):
         return found[1] in message and (found[2] in message or found[3] in message)
-    return path.rpartition(".")[2] in message
+    return path.rpartition(".")[2].rstrip("[]()") in message
 
 
 @pytest.mark.parametrize(("title", "path"), rows_of("harmless"))
-def test_harmless_is_accepted(server: ServerProcess, title: str, path: str) -> None:  # noqa: F811
-    body, known = BODIES[title], BODIES[title].declared()
-    sent = body_with(known[path], known, body.base, body.company)
-    answer = server.http.post(body.path, json=sent)
+def test_harmless_is_accepted(showing: ServerProcess, title: str, path: str) -> None:
+    body, known = BODIES[title], BODIES[title].members
+    sent = body_with(known[path], known, body.made)
+    answer = showing.http.post(body.path, json=sent)
     assert answer.status_code == 200, f"{sent}: {answer.text}"
+
+
+@pytest.mark.parametrize("title", BODIES)
+def test_another_model_is_not_there(showing: ServerProcess, title: str) -> None:
+    body = BODIES[title]
+    found = [showing.http.post(body.path, json={**body.made.base, "model": name}) for name in ("showing", "another")]
+    assert [answer.status_code for answer in found] == [200, 404], found[0].text
+    assert "another" in found[1].json()["error"]["message"]
 
 
 @pytest.mark.parametrize("fault", [Member("a", "honoured", "see elsewhere"), Member("a", "harmless", "why"),

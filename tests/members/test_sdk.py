@@ -8,7 +8,7 @@ from typing import Any, Literal
 from typing_extensions import Required, TypedDict
 
 from tests.members.sdk import paths
-from tests.members.values import body_with, smallest
+from tests.members.values import Made, body_with, smallest
 
 
 class Text(TypedDict, total=False):
@@ -60,12 +60,14 @@ def test_nothing_below_a_stop_is() -> None:
 def test_bodies_that_have_a_member() -> None:
     known = {path.text: path for path in paths(Params)}
 
-    def made(text: str, company: dict[str, Any] | None = None) -> dict[str, Any]:
-        return body_with(known[text], known, {"content": ["before"]}, company or {})
+    def made(text: str, **around: Any) -> dict[str, Any]:
+        return body_with(known[text], known, Made({"content": ["before"]}, **around))
 
     assert made("content[type=text].mark") == {"content": ["before", {"type": "text", "text": "x", "mark": True}]}
     assert made("choice(type=image)") == {"content": ["before"], "choice": {"type": "image", "size": 2}}
     assert made("options.level") == {"content": ["before"], "options": {"level": "high"}}
-    assert made("named{}.level", {"named{}": {"more": 1}}) == {
+    assert made("named{}.level", company={"named{}": {"more": 1}}) == {
         "content": ["before"], "named": {"x": {"more": 1, "level": "high"}}}
+    assert made("options.level", beside={"options": {"more": 1}}, instead={"options.level": "low"}) == {
+        "content": ["before"], "more": 1, "options": {"level": "low"}}
     assert smallest(Params) == {"content": "x"} and smallest(Tree) == {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import typing_extensions
 
 from tests.members.sdk import LISTS, MAPPINGS, Path, item_of, label_of, members_of
+
+Json = dict[str, Any]
 
 
 def smallest(kind: Any, *, last: bool = False) -> Any:
@@ -49,22 +52,34 @@ def required(kind: Any) -> list[str]:
             if typing.get_origin(hint) in needed or (kind.__total__ and typing.get_origin(hint) not in optional)]
 
 
-def body_with(path: Path, paths: Mapping[str, Path], base: dict[str, Any],
-              company: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The base with the smallest value of the path's type at the path, within the smallest objects around it.
+@dataclass(frozen=True)
+class Made:
+    """How bodies are made of paths, where their types do not say all.
 
-    company: by the path of an object, what it must have besides, though its type does not say so.
+    base: a body that is answered. company: by the path of an object, what it must have besides. beside: by a member of
+    the body, what the body must have besides. instead: by path, the value to send instead of the smallest one.
     """
-    value = smallest(path.kind, last=True)
+
+    base: Json
+    company: Mapping[str, Json] = field(default_factory=dict)
+    beside: Mapping[str, Json] = field(default_factory=dict)
+    instead: Mapping[str, Any] = field(default_factory=dict)
+
+
+def body_with(path: Path, paths: Mapping[str, Path], made: Made) -> Json:
+    """The base with the smallest value of the path's type at the path, within the smallest objects around it."""
+    value = made.instead.get(path.text, smallest(path.kind, last=True))
     while path.owner:
         step, owner = path.text.removeprefix(path.owner), paths[path.owner]
         if step.startswith("."):
             holder = next(kind for kind in members_of(owner.kind) if typing_extensions.is_typeddict(kind))
-            value = smallest_object(holder) | company.get(owner.text, {}) | {step[1:]: value}
+            value = smallest_object(holder) | made.company.get(owner.text, {}) | {step[1:]: value}
         elif step.startswith("["):
             value = [value]
         elif step.startswith("{"):
             value = {"x": value}
         path = owner
-    before = base.get(path.text)
-    return {**base, path.text: [*before, *value] if isinstance(before, list) and isinstance(value, list) else value}
+    before = made.base.get(path.text)
+    if isinstance(before, list) and isinstance(value, list):
+        value = [*before, *value]
+    return {**made.base, **made.beside.get(path.text, {}), path.text: value}

@@ -154,6 +154,7 @@ BROKEN: dict[str, list[Arguments]] = {
         {"block_size": 64, "key": lambda k: k.new_zeros(5, 64, 32), "value": lambda v: v.new_zeros(5, 64, 32)},
         {"key": lambda k: k.new_zeros(1, 128, 65536), "value": lambda v: v.new_zeros(1, 128, 65536), "num_heads": 256,
          "num_key_value_heads": 128, "query": lambda q: q.new_zeros(3, 256, 512)},
+        {name: lambda x: x[:1].expand(2**19, 128, 32) for name in ("key", "value")},  # 2^31 numbers
         {"actual_seq_lengths": [4, 3]}, {"actual_seq_lengths": None}, {"actual_seq_lengths": [1, 2]},
         {"actual_seq_lengths": [1] * 65536 + [3], "actual_seq_lengths_kv": [1] * 65537},
         {"actual_seq_lengths_kv": None}, {"actual_seq_lengths_kv": [2]}, {"actual_seq_lengths_kv": [1, 200]},

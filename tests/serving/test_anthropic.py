@@ -208,6 +208,14 @@ def said(role: str, block: dict[str, Any]) -> dict[str, Any]:
     ({"output_config": {"effort": "huge"}}, "output_config.effort"),
     ({"output_config": {"task_budget": {"type": "tokens", "total": 9}}}, "output_config.task_budget"),
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config.format: "),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type: tools of type 'bash_20250124'"),
+    ({"tools": [{**TOOL, "input_schema": 1}]}, "tools.0.input_schema must be"),
+    ({"tools": [{**TOOL, "name": "a b"}]}, "tools.0.name must be"),
+    ({"tools": [{**TOOL, "strict": 1}]}, "tools.0.strict must be"),
+    ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "auto", "name": "f"}}, "tool_choice.name"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {}, "mood": 1}}}, "output_config.format.mood"),
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits.0"),
     ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": 3}]}}, "edits.0.keep"),
@@ -221,6 +229,18 @@ def said(role: str, block: dict[str, Any]) -> dict[str, Any]:
 def test_refused_by_name(scripted: ServerProcess, wish: dict[str, Any], says: str) -> None:
     body = {"max_tokens": 4, "messages": [{"role": "user", "content": "x"}], **wish}
     answer = scripted.http.post("/v1/messages", json=body)
+    assert answer.status_code == 400, answer.text
+    assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("wish", "says"), [
+    ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"), ({"max_tokens": 4}, "max_tokens"),
+    ({"temperature": 1.0}, "temperature"), ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "'bash_20250124'"), ({"container": "x"}, "container"),
+])
+def test_refused_where_tokens_are_counted(scripted: ServerProcess, wish: dict[str, Any], says: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], **wish}
+    answer = scripted.http.post("/v1/messages/count_tokens", json=body)
     assert answer.status_code == 400, answer.text
     assert says in answer.json()["error"]["message"]
 

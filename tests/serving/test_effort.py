@@ -67,8 +67,11 @@ def test_each_effort(servers: dict[str, ServerProcess], effort: str) -> None:
             assert found["switch"] == prompt_of(servers["switch"], enable_thinking=effort != "none")
         else:
             assert "none and medium" in found["switch"]
-        assert f"'{effort}' is not supported" in found["always"]
-        if effort == "none":  # it does not think whatever is said
+        if effort == "medium":  # as it does unasked
+            assert found["always"] == prompt_of(servers["always"])
+        else:
+            assert f"'{effort}' is not supported" in found["always"]
+        if effort in ("none", "medium"):  # it does not think whatever is said
             assert found["plain"] == prompt_of(servers["plain"])
         else:
             assert "effort" in found["plain"] and "no variable" in found["plain"]
@@ -125,3 +128,11 @@ def test_messages_take_hints(servers: dict[str, ServerProcess]) -> None:
                          ({"type": "disabled"}, False)):
         assert asked(switch, "/v1/messages", {"thinking": thinking}) == prompt_of(switch, enable_thinking=on)
         assert asked(servers["plain"], "/v1/messages", {"thinking": thinking}) == prompt_of(servers["plain"])
+
+
+def test_responses_take_variables(servers: dict[str, ServerProcess]) -> None:
+    variables = {"reasoning_effort": "xhigh", "verbosity": "low"}
+    found = asked(servers["levels"], "/v1/responses", {"chat_template_kwargs": variables})
+    assert found == prompt_of(servers["levels"], **variables) != prompt_of(servers["levels"])
+    refused = asked(servers["plain"], "/v1/responses", {"chat_template_kwargs": variables})
+    assert "chat_template_kwargs.reasoning_effort" in refused

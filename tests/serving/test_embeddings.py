@@ -57,7 +57,7 @@ def test_shapes_of_input_and_form(server: ServerProcess, truth: dict) -> None:
     ({"input": "x", "dimensions": 10**6}, "dimensions"), ({"input": "x", "pooling": "median"}, "pooling"),
     ({"input": "x", "encoding_format": "hex"}, "encoding_format"), ({"input": list(range(5000))}, "input"),
     ({"input": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"), ({"input": "x", "inputs": 1}, "inputs"),
-    ({"input": ["x"] * 5000}, "input"),
+    ({"input": ["x"] * 5000}, "input"), ({"input": [5], "add_special_tokens": True}, "add_special_tokens"),
 ], ids=str)
 def test_what_is_wrong_is_named(server: ServerProcess, body: dict, field: str) -> None:
     answer = server.http.post("/v1/embeddings", json=body)

@@ -32,6 +32,8 @@ def check(response: httpx.Response, status: int, param: str | None, says: str = 
     ({"prompt": 5}, "prompt"),
     ({"prompt": ["a", 1]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
+    ({"prompt": [5], "add_special_tokens": True}, "add_special_tokens"),
+    ({"prompt": [[5], [6]], "add_special_tokens": True}, "add_special_tokens"),
     ({"prompt": [1, -1]}, "prompt"),
     ({"prompt": [10**6]}, "prompt"),
     ({"prompt": [10**30]}, "prompt"),

@@ -12,6 +12,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from serving.api.responses import _covering
+from serving.api.responses_input import Conversation, chat_body
+from serving.api.types import ResponsesBody, parse
 from serving.responses_store import ResponseStore
 from tests.serving.recorded_tools import SCRIPTS, TEMPLATE, TOOLS
 from tests.serving.scripted_model import go, write_checkpoint
@@ -204,6 +206,13 @@ def said(**item: Any) -> dict[str, Any]:
     ({"text": {"format": {"type": "text", "mood": 1}}}, "text.format.mood"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}, "mood": 1}}}, "text.format.mood"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema must be"),
+    ({"text": {"format": {"type": "json_schema", "name": 1, "schema": {}}}}, "text.format.name must be"),
+    ({"text": {"format": {"type": "json_schema", "description": 1, "schema": {}}}}, "text.format.description must be"),
+    ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format: "),
+    ({"tools": [{**TOOL, "name": "a b"}]}, "tools.0.name must be"),
+    ({"tools": [{**TOOL, "parameters": 1}]}, "tools.0.parameters must be"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "x", "tools": []}}, "tool_choice must be"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"stream": True, "stream_options": {"mood": 1}}, "stream_options.mood"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options needs stream"),
@@ -231,6 +240,21 @@ def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
     marked = [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "phase": "commentary",
                "content": [part]}, {"role": "user", "content": [{"type": "input_text", "text": go("text")}]}]
     assert ask(client, "text", input=marked).output_text == SCRIPTS["text"]
+
+
+def test_what_a_chat_has_too_reaches_it() -> None:
+    """Under its own name or another one: everything that a chat does the same way."""
+    alike = {"model": "m", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 1,
+             "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "min_tokens": 2,
+             "ignore_eos": True, "parallel_tool_calls": False, "chat_template_kwargs": {"a": 1}, "priority": 3,
+             "cache_salt": "s", "prompt_cache_key": "k", "timeout_s": 9.0}
+    renamed = {"max_output_tokens": ("max_tokens", 7), "reasoning": ("reasoning_effort", "low"),
+               "text": ("verbosity", "high")}
+    body = parse({"input": "x", **alike, "max_output_tokens": 7, "reasoning": {"effort": "low"},
+                  "text": {"verbosity": "high"}}, ResponsesBody)
+    chat = chat_body(body, Conversation.of(body, []))
+    expected = alike | dict(renamed.values())
+    assert {name: getattr(chat, name) for name in expected} == expected
 
 
 def test_logprobs_are_those_of_a_chat(client: openai.OpenAI) -> None:

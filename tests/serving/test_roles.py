@@ -78,11 +78,8 @@ def test_results_that_a_template_drops_are_refused_where_they_stand(server: Serv
 
 
 @pytest.mark.parametrize(("message", "says"), [
-    ({"role": "user", "name": "Ann"}, "messages.0.name"), ({"role": "user", "mood": "good"}, "messages.0.mood"),
+    ({"role": "user", "mood": "good"}, "messages.0.mood"),
     ({"role": "user", "tool_call_id": "a"}, "messages.0.tool_call_id"),
-    ({"role": "assistant", "refusal": "No."}, "messages.0.refusal"),
-    ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]},
-     "messages.0.tool_calls: the model's chat template does not show"),
     ({"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]}, "messages.0.tool_calls.0"),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "mood": 1}]}, "messages.0.tool_calls.0.mood"),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "mood": 1}}]}, "tool_calls.0.function.mood"),
@@ -113,9 +110,27 @@ def test_python(folder: str) -> None:
     with LLM(folder, max_model_len=256) as llm:
         lengths = {len(llm.chat(first(role))[0].prompt_token_ids) for role in ("system", "developer")}
         assert len(lengths) == 1
-        for messages, says in ((first("moderator"), r"messages\.0\.role"), (first("tool"), r"messages\.0\.role"),
-                               (first("user", name="Ann"), r"messages\.0\.name")):
+        for messages, says in ((first("moderator"), r"messages\.0\.role"), (first("tool"), r"messages\.0\.role")):
             with pytest.raises(RequestError, match=says):
                 llm.chat(messages)
         with pytest.raises(RequestError, match="does not show tools"):
             llm.chat([USER], tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_a_refusal_is_what_was_said(server: ServerProcess) -> None:
+    def count(**message: Any) -> int:
+        answer = server.http.post("/tokenize", json={"messages": [USER, {"role": "assistant", **message}, USER]})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["count"])
+
+    assert count(refusal="I will not do that.") == count(content="I will not do that.") > count(content="")
+    assert count(refusal="I will not do that.", content="No.") == count(content="No.")
+
+
+def test_what_clients_send_and_nobody_needs(server: ServerProcess) -> None:
+    tool = {"type": "function", "cache_control": {"type": "ephemeral"},
+            "function": {"name": "f", "parameters": {"type": "object"}, "return": {"type": "string"}}}
+    body = {"messages": [{**USER, "name": "Ann", "id": "msg_1"}], "tools": [tool], "top_logprobs": 0, "max_tokens": 1,
+            "reasoning_effort": "medium"}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text

@@ -98,7 +98,7 @@ def check_families(server: ServerProcess) -> None:
             server, "xllm:kv_lane_wait_seconds_total", label)
     assert metric(server, "xllm:kv_tier_hit_tokens_total", 'tier="l3"') > 0
     assert metric(server, "xllm:kv_disk_up") == 1
-    for kind in ("torn", "corrupt", "foreign", "wrong_digest"):
+    for kind in ("torn", "corrupt", "foreign", "wrong_digest", "forged"):
         assert metric(server, "xllm:kv_disk_broken_blocks_total", f'kind="{kind}"') == 0
 
 

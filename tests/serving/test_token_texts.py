@@ -115,6 +115,25 @@ def test_parts_of_characters_and_hidden_tokens_keep_the_offsets(pieces):
     assert (cut["text"], cut["logprobs"]["text_offset"]) == (" world i", [0, 6, 8])
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(("prompt", "stop"), [
+    ("Hello", "s g"), ("Hello", " is good"), ("Hello", "good</s>"), ("Hello", "world is bad"),
+    ("Hello", ["d is b", "s go"]), ("part", "one<sep> t"), ("part", "e<sep> t"), ("part", "ne t"), ("smile", "😀 y"),
+    ("smile", "yes!?"), ("def", "  r")])
+def test_a_stream_sends_the_offsets_of_the_whole(pieces, prompt, stop, echo):
+    """Also where text is held back, whether a stop string comes of it or not."""
+    body = {"prompt": prompt, "logprobs": 1, "stop": stop, "echo": echo}
+    whole, streamed = complete(pieces, **body), chunks(pieces, "/v1/completions", body)
+    shown = 0
+    for chunk in streamed:
+        shown += len(chunk["text"])
+        assert all(offset <= shown for offset in chunk["logprobs"]["text_offset"])
+    for name, values in whole["logprobs"].items():
+        assert [value for chunk in streamed for value in chunk["logprobs"][name]] == values
+    assert whole["logprobs"]["text_offset"] == sorted(whole["logprobs"]["text_offset"])
+    assert len(whole["text"]) == shown
+
+
 @pytest.mark.parametrize("as_ids", [False, True], ids=["text", "ids"])
 def test_echoed_logprobs(pieces, tokenizer, as_ids):
     prompt = tokenizer.encode("smile") if as_ids else "smile"

@@ -124,12 +124,27 @@ def test_a_check_is_soon_done(dead_ends):
     assert not slow
 
 
-def test_nullable_is_honoured(vocabulary, token_bytes, dead_ends):
+NULLABLE = {
+    "type": {"type": "boolean", "nullable": True},
+    "types": {"type": ["boolean"], "nullable": True},
+    "reference": {"$defs": {"b": {"type": "boolean"}}, "$ref": "#/$defs/b", "nullable": True},
+    "all-of": {"$defs": {"b": {"type": "boolean"}}, "allOf": [{"$ref": "#/$defs/b"}], "nullable": True},
+    "any-of": {"anyOf": [{"const": True}, {"const": False}], "nullable": True},
+}
+
+
+@pytest.mark.parametrize("schema", NULLABLE.values(), ids=NULLABLE)
+def test_nullable_is_honoured(vocabulary, token_bytes, dead_ends, schema):
     """OpenAPI 3.0's keyword, which JSON Schema does not know."""
-    schema = {"type": "boolean", "nullable": True}
     check_form(StructuredOutput(json=schema), dead_ends)
     writer = Writer(vocabulary, token_bytes, schema)
     assert {writer.write(seed) for seed in range(NUM_SEEDS)} == {"true", "false", "null"}
+
+
+def test_what_is_in_a_nullable_part_is_checked(dead_ends):
+    schema = {"anyOf": [{"type": "string", "pattern": "^a**$"}], "nullable": True}
+    with pytest.raises(ValueError, match=r"^/anyOf/0/pattern: position 3"):
+        check_form(StructuredOutput(json=schema), dead_ends)
 
 
 def test_a_long_chain_of_references_is_followed(dead_ends):
@@ -138,6 +153,14 @@ def test_a_long_chain_of_references_is_followed(dead_ends):
     check_form(StructuredOutput(json={**ending, "$ref": "#/$defs/d0"}), dead_ends)
     with pytest.raises(ValueError, match="without end"):
         check_form(StructuredOutput(json={**endless, "$ref": "#/$defs/d0"}), dead_ends)
+
+
+def test_no_refusal_names_a_switch_of_llguidance(checker):
+    schema = {"oneOf": [{"type": "object"}, {"properties": {"a": {"const": 1}}}]}
+    for form in ({"json": schema}, {"grammar": f"start: %json {json.dumps(schema)}"}):
+        with pytest.raises(RequestError, match="say anyOf, or tell them apart") as caught:
+            checker.check(StructuredOutput(**form))
+        assert "coerce" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("tag", "reason"), [

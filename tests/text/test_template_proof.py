@@ -58,16 +58,13 @@ def test_later_instructions_move_to_the_front(source: str, role: str) -> None:
 @pytest.mark.parametrize(("source", "messages", "options", "says"), [
     (KNOWN, chat(("user", "Hi"), ("moderator", "x")), {}, r"messages\.1\.role: .*'moderator'"),
     (KNOWN, chat(("moderator", "")), {}, r"messages\.0\.role: .*'moderator'"),
-    (NO_SYSTEM, chat(("system", "x"), ("user", "Hi")), {}, r"messages\.0\.role: .*'system'"),
+    (NO_SYSTEM, chat(("system", "x")), {}, r"messages\.0\.role: .*'system'"),
     (NO_SYSTEM, chat(("user", "Hi"), ("tool", "x")), {}, r"messages\.1\.role: .*'tool'"),
     (KNOWN, [*chat(("user", "Hi")), {"role": "assistant", "content": "x", "tool_calls": [CALL]}], {},
      r"messages\.1\.tool_calls"),
     (KNOWN, chat(("user", "Hi")), {"tools": TOOLS}, "tools: .*does not show tools"),
-    (KNOWN, [{"role": "user", "content": "Hi", "name": "Ann"}], {}, r"messages\.0\.name"),
     (KNOWN, [{"role": "user", "content": "Hi", "mood": "good"}], {}, r"messages\.0\.mood"),
     (KNOWN, chat(("user", "Hi")), {"mood": "good"}, r"chat_template_kwargs\.mood"),
-    (FIRST_PART, chat(("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])), {},
-     r"messages\.0\.content\.1"),
     (KNOWN, chat(("user", [{"type": "image"}])), {}, r"messages\.0\.content\.0"),
 ])
 def test_what_is_dropped_is_named(source: str, messages: list[dict[str, Any]], options: dict[str, Any],
@@ -123,7 +120,7 @@ def test_real_templates_show_instructions_or_refuse(family: str) -> None:
                 shown += 1
             except RequestError:
                 pass
-    assert shown >= (0 if family == "mistral" else 4), "system and developer are heard, but by one that knows neither"
+    assert shown >= (2 if family == "mistral" else 4), "system and developer are heard; Mistral's wants an eos_token"
 
 
 def test_variables_that_templates_read() -> None:
@@ -132,3 +129,86 @@ def test_variables_that_templates_read() -> None:
     assert template_variables((source, "{{ other }}")) == {"reasoning_effort", "enable_thinking", "other"}
     with pytest.raises(ModelError):
         template_variables(("{% if %}",))
+
+
+# The gist of real templates that want a conversation in clothes of their own.
+LAST_USER = ("{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+             "{% set chat = messages[1:] %}{% else %}{% set chat = messages %}{% endif %}"
+             "{% for m in chat %}{% if m.role == 'user' %}{% if loop.last and system is defined %}"
+             "[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content }}[/INST]{% endif %}"
+             "{% elif m.tool_calls %}[TOOL_CALLS] {% for c in m.tool_calls %}{{ c.function.name }}"
+             "{{ c.function.arguments | tojson }}{% endfor %}{% elif m.role == 'tool' %}[RESULT] {{ m.content }}"
+             "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+NULL_CALLS = ("{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}"
+              "{% elif m.role == 'assistant' and m['content'] is none %}<A>{% for c in m.tool_calls %}"
+              "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+              "{% elif m.role == 'assistant' %}<A>{{ m.content }}{% elif m.role == 'tool' %}<T>{{ m.content }}"
+              "{% elif m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}")
+FIRST_SYSTEM_PART = ("{% if messages[0].role == 'system' %}{% if messages[0].content is string %}"
+                     "{% set prefix = messages[0].content %}{% else %}{% set prefix = messages[0].content[0].text %}"
+                     "{% endif %}{% set chat = messages[1:] %}{% else %}{% set prefix = '' %}{% set chat = messages %}"
+                     "{% endif %}{% for m in chat %}<{{ m.role }}>{% if loop.first %}{{ prefix }}{% endif %}"
+                     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}"
+                     "{% endfor %}{% endif %}{% endfor %}")
+REFUSES_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+                  "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+LOUD = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+
+
+def called(content: str | None = "") -> list[dict[str, Any]]:
+    return [*chat(("system", "Be brief."), ("user", "Hi")),
+            {"role": "assistant", "content": content, "tool_calls": [CALL]}, *chat(("tool", "5"))]
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_calls_beside_a_null_content(content: str | None) -> None:
+    assert render(NULL_CALLS, called(content)) == 'Be brief.<U>Hi<A>weather{}<T>5'
+
+
+def test_instructions_that_are_shown_only_while_the_user_speaks() -> None:
+    assert "[INST] Be brief.\n\nHi[/INST]" in render(LAST_USER, called()[:2])
+    for messages in (called(), [*called(), *chat(("assistant", "Five."), ("user", "And?"))]):
+        assert "Be brief." in render(LAST_USER, messages)
+    assert "[INST] Be brief.\n\nHi[/INST]" in render(LAST_USER, called())
+    going_on = [*called()[:2], *chat(("assistant", "Well"))]
+    text = render(LAST_USER, going_on, add_generation_prompt=False, continue_final_message=True)
+    assert text.endswith("Well") and "Be brief." in text
+
+
+def test_several_parts_where_one_is_read() -> None:
+    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
+    text = render(FIRST_SYSTEM_PART, [{"role": "system", "content": parts}, *chat(("user", "Hi"))])
+    assert text == "<user>Be brief.\nBe kind.Hi"
+    both = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert "a\nb" in render(FIRST_PART, chat(("user", both)))
+
+
+def test_instructions_where_there_is_no_role_for_them() -> None:
+    assert render(REFUSES_SYSTEM, chat(("system", "Be brief."), ("user", "Hi"))) == "<user>Be brief.\n\nHi"
+    with pytest.raises(RequestError, match="System role not supported"):
+        render(REFUSES_SYSTEM, chat(("system", "Be brief.")))
+
+
+def test_what_clients_keep_beside_a_message() -> None:
+    message = {"role": "assistant", "content": "x", "tool_calls": [], "id": "msg_1", "cache_control": {"type": "x"},
+               "thinking_blocks": [{"thinking": "Hm."}], "provider_specific_fields": {"a": 1}}
+    named = {"role": "user", "content": "Hi", "name": "Ann"}
+    assert render(KNOWN, [named, message]) == "<user>Hi<assistant>x<assistant>"
+
+
+def test_a_proof_by_words_is_not_kept() -> None:
+    source = ("{% for m in messages %}{% if 'qx7' in m.content %}{{ raise_exception('marks') }}{% endif %}"
+              "{% if m.content != 'secret' %}{{ m.content }}{% endif %}{% endfor %}")
+    template = ChatTemplate(source, {})
+    assert template.render(chat(("user", "hello"))) == "hello"
+    with pytest.raises(RequestError, match=r"messages\.0\.role"):
+        template.render(chat(("user", "secret")))
+    assert render(LOUD, chat(("user", "hello"))) == "HELLO"
+
+
+def test_switches_that_say_the_same_twice() -> None:
+    source = "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}<quick>{% endif %}"
+    assert render(source, chat(("user", "Hi")), enable_thinking=False, thinking=False) == "Hi<quick>"
+    with pytest.raises(RequestError, match=r"chat_template_kwargs\.thinking"):
+        render(source, chat(("user", "Hi")), enable_thinking=False, thinking=True)
+    assert render(KNOWN, chat(("user", "Hi")), enable_thinking=False) == "<user>Hi<assistant>"

@@ -72,7 +72,7 @@ CHATS = {
 
 # What these templates drop, which transformers lets them: calls, tools, names and variables; more than 40 messages.
 DROPPED = {*((kind, "many") for kind in ("byte_level", "byte_level_bos")),
-           *(("bundled", case) for case in ("tool-call", "tools", "null", "variable"))}
+           *(("bundled", case) for case in ("tool-call", "tools"))}
 
 
 @pytest.mark.parametrize("case", CHATS)
@@ -136,6 +136,21 @@ def test_lone_surrogate_names_the_field(tokenizer):
     with pytest.raises(RequestError, match=r"prompt .* character 1") as caught:
         tokenizer.encode("a\ud800b")
     assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+@pytest.mark.parametrize("length", [40, 5000])
+def test_patterns_that_give_up_on_a_text(tokenizer, part, length):
+    """The library's own bound on backtracking ends in a panic, which is no Exception."""
+    content = json.loads(tokenizer.backend.to_str())
+    pattern = {"Regex": "(a+)+$"}
+    content[part] = {"type": "Replace", "pattern": pattern, "content": "x"} if part == "normalizer" else {
+        "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    hostile = Tokenizer(type(tokenizer.backend).from_str(json.dumps(content)), {}, {})
+    for encode in (hostile.encode, hostile.encode_continuation, hostile.encode_with_spans):
+        with pytest.raises(RequestError, match="prompt cannot be tokenised"):
+            encode("a" * length + "!")
+    assert hostile.encode("short")
 
 
 def test_lone_surrogate_in_a_chat_names_messages(folders):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,26 @@ def test_a_restart_finds_what_both_ranks_have_on_disk(plain, tmp_path):
         assert llm.stats().cached_tokens_by_tier_total["l4"] > 0
     shutil.rmtree(tmp_path / "rank-1-of-2")  # rank 0 still has its part: worth nothing alone
     with LLM(**TIERS, **disk) as llm:
+        assert tokens(llm) == plain
+        assert llm.stats().cached_tokens_by_tier_total["l4"] == 0
+
+
+def test_a_key_reaches_both_ranks_and_is_in_no_process_list(plain, tmp_path):
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_bytes(b"a-secret-of-more-than-32-bytes-in-all")
+    disk = {"disk_cache_size": "64MiB", "disk_cache_dir": str(tmp_path / "kv")}
+    with LLM(**TIERS, **disk, disk_cache_key_file=str(key)) as llm:
+        assert tokens(llm) == plain
+        for pid in (os.getpid(), *llm._core.link.pids):
+            assert not any(b"a-secret" in (Path(f"/proc/{pid}") / name).read_bytes() for name in ("cmdline", "environ"))
+    with LLM(**TIERS, **disk, disk_cache_key_file=str(key)) as llm:
+        assert tokens(llm) == plain
+        assert llm.stats().cached_tokens_by_tier_total["l4"] > 0
+    ranks = [tmp_path / "kv" / f"rank-{rank}-of-2" for rank in (0, 1)]
+    shutil.rmtree(ranks[1])
+    shutil.copytree(ranks[0], ranks[1])  # the same blocks in the same slots, of another rank
+    with LLM(**TIERS, **disk, disk_cache_key_file=str(key)) as llm:
         assert tokens(llm) == plain
         assert llm.stats().cached_tokens_by_tier_total["l4"] == 0
 

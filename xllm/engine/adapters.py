@@ -64,7 +64,7 @@ class AdapterNames:
             return request
         found = self._adapters.get(request.lora)
         if found is None:
-            raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="model")
+            raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="lora")
         return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
 
     def load(self, name: str, folder: Path, on_done: OnDone) -> None:

@@ -109,7 +109,12 @@ class PauseGate(Held):
 
     @property
     def has_work(self) -> bool:
-        return bool(self._ended) or (self.mode is None and bool(self._held))
+        return bool(self._ended) or (self._is_open and bool(self._held))
+
+    @property
+    def _is_open(self) -> bool:
+        """Requests that were held when it was put to sleep wait for both: that it is woken, and resumed."""
+        return self.mode is None and not self.is_asleep
 
     def hear(self) -> None:
         """It asks nothing of the workers."""
@@ -127,8 +132,8 @@ class PauseGate(Held):
         return True
 
     def take_passed(self) -> list[Request]:
-        """All of them, first come first served, once the engine is resumed."""
-        if self.mode is not None:
+        """All of them, first come first served, once the engine is resumed and awake."""
+        if not self._is_open:
             return []
         passed, self._held = list(self._held.values()), {}
         return passed

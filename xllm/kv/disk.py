@@ -40,13 +40,15 @@ from xllm.kv.disk_format import (
     pack_header,
     unpack_good_header,
 )
+from xllm.kv.disk_seal import Seal
 from xllm.kv.disk_segment import DiskSegment
 
 SEGMENT_BYTES = 256 << 20
 
 # torn: nothing complete is there (never written, cut short, truncated); corrupt: a checksum says so;
-# foreign: a good header of another store or slot; wrong_digest: a good block, but another one.
-MISS_KINDS = ("torn", "corrupt", "foreign", "wrong_digest")
+# foreign: a header of another store, slot or key, or one that was planted; wrong_digest: a good block, but another one;
+# forged: a good header, and a payload that was made to fit its checksum.
+MISS_KINDS = ("torn", "corrupt", "foreign", "wrong_digest", "forged")
 _KIND_NAMES = {TORN: "torn", CORRUPT: "corrupt", FOREIGN: "foreign"}
 
 
@@ -86,8 +88,11 @@ class DiskStore:
     One thread calls `write`, `erase`, `scan`, `flush`; any number of threads call `read`, for slots that are
     not being written (the index pins them). No lock is held across I/O. `close` comes after all of them.
 
-    Raises ConfigError if the capacity holds no block or the folder has a writer already, and DiskError if the
-    folder cannot be used. Folders are created with mode 0700 and files with 0600: they hold users' text.
+    seal: with a key, blocks that were not written with it are misses.
+
+    Raises ConfigError if the capacity holds no block, the folder has a writer already or others may write to it, and
+    DiskError if the folder cannot be used. Folders are created with mode 0700 and files with 0600: they hold users'
+    text.
     """
 
     def __init__(
@@ -98,9 +103,11 @@ class DiskStore:
         payload_bytes: int,
         capacity_bytes: int,
         segment_bytes: int = SEGMENT_BYTES,
+        seal: Seal | None = None,
     ):
         assert len(fingerprint) == FINGERPRINT_BYTES and payload_bytes > 0
         self._geometry = make_geometry(fingerprint, payload_bytes, segment_bytes)
+        self._seal = seal or Seal()
         self.payload_bytes = payload_bytes
         self.num_slots = self._geometry.slots_for(capacity_bytes)
         if not self.num_slots:
@@ -132,7 +139,7 @@ class DiskStore:
         if self._next_sequence is None:
             self.scan()
         assert self._next_sequence is not None
-        header = pack_header(self._geometry, slot, self._next_sequence, digest, parent, zlib.crc32(data))
+        header = pack_header(self._geometry, self._seal, slot, self._next_sequence, digest, parent, data)
         self._next_sequence += 1
         with self._disk_errors():
             segment, index = self._segment_to_write(slot)
@@ -171,15 +178,19 @@ class DiskStore:
         if segment is None:
             return "torn"
         header = segment.read_header(index)
-        found = unpack_good_header(header, self._geometry, slot)
+        found = unpack_good_header(header, self._geometry, self._seal, slot)
         if found is None:
             table = np.frombuffer(header.ljust(len(BLANK_HEADER), b"\0"), HEADER_DTYPE)
-            return _KIND_NAMES.get(int(classify_headers(table, self._geometry, slot)[0]), "torn")
-        if found[0] != digest:
+            return _KIND_NAMES.get(int(classify_headers(table, self._geometry, self._seal, slot)[0]), "torn")
+        if found.digest != digest:
             return "wrong_digest"
         if not segment.read_payload(index, data):
             return "torn"
-        return None if zlib.crc32(data) == found[1] else "corrupt"
+        if self._seal.has_key and self._seal.fits_payload(data, found.payload_tag):
+            return None
+        if zlib.crc32(data) != found.payload_crc:
+            return "corrupt"
+        return "forged" if self._seal.has_key else None
 
     def _locate(self, slot: int) -> tuple[DiskSegment | None, int]:
         assert 0 <= slot < self.num_slots
@@ -210,7 +221,7 @@ class DiskStore:
         return entries
 
     def _classify(self, segment: DiskSegment, table: np.ndarray) -> np.ndarray:
-        kinds = classify_headers(table, self._geometry, segment.first_slot)
+        kinds = classify_headers(table, self._geometry, self._seal, segment.first_slot)
         beyond = kinds[segment.num_stored :]
         beyond[beyond == GOOD] = TORN  # the file is truncated
         return kinds

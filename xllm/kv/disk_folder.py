@@ -20,6 +20,7 @@ from xllm.kv.disk_segment import (
     open_segment,
     temporary_path,
 )
+from xllm.private_files import open_private_folder
 
 PID_FILE = "writer.pid"
 SPARE_FILES = 512  # descriptors left for everything else in the process
@@ -31,14 +32,13 @@ class DiskFolder:
     """Holds the folder's lock, and opens and creates its segments. Raises OSError unless it says otherwise.
 
     The lock is a flock on the folder itself, so deleting a file in it lets nobody else in, and the kernel drops
-    it with the process. Raises ConfigError if another process (or store) has it.
+    it with the process. Raises ConfigError if another process (or store) has it, or others may write to it.
     """
 
     def __init__(self, path: Path):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
         self.num_ignored_files = 0
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._fd = open_private_folder(path)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -62,15 +62,20 @@ class DiskFolder:
         os.fsync(self._fd)
 
     def _write_pid(self) -> None:
-        fd = os.open(self.path / PID_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        path = self.path / PID_FILE
+        path.unlink(missing_ok=True)  # whatever it is: a link would lead elsewhere
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
             file.write(f"{os.getpid()}\n")
 
     def _read_pid(self) -> str:
         try:
-            return (self.path / PID_FILE).read_text().strip() or "unknown"
+            fd = os.open(self.path / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as file:
+                text = file.read(20).decode("ascii", "replace").strip()
         except OSError:
-            return "unknown"
+            text = ""
+        return text if text.isdecimal() else "unknown"
 
     def open_segments(self, geometry: Geometry, num_slots: int) -> list[DiskSegment | None]:
         """The segments that are there, by number, for a store of `num_slots`; None where there is none yet.

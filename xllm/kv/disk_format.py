@@ -8,11 +8,12 @@ It is in one of three states:
 
     blank      all zero: the slot holds nothing
     writing    the magic WRITING, then zeros: a payload is on its way
-    complete   the magic COMPLETE, all fields, and a checksum over them
+    complete   the magic COMPLETE, all fields, the tags of the store's key, and a checksum over them
 
 A complete header names its own slot and the store's fingerprint, so that neither a header nor a file that
 was copied elsewhere is believed. Checksums are CRC-32 (zlib): it releases the GIL on payloads, finds every
-error burst of up to 32 bits, and passes 1 in 2^32 of all other damage.
+error burst of up to 32 bits, and passes 1 in 2^32 of all other damage. They protect from accidents; from what others
+write, tags do (`disk_seal.py`). Without a key the tags are zeros.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import cached_property
 import numpy as np
 
 from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.disk_seal import HEADER_TAG_BYTES, PAYLOAD_TAG_BYTES, Seal
 
 VERSION = 1
 PAGE_BYTES = 4096
@@ -33,18 +35,21 @@ FINGERPRINT_BYTES = 32
 SUPERBLOCK_MAGIC = b"xLLM-KVS"
 COMPLETE = b"xLLM-KVB"
 WRITING = b"xLLM-KVw"
+MAX_SEQUENCE = 1 << 62  # no store writes that often
 MAX_SEGMENT_SLOTS = 16384  # bounds the table, and with it the smallest capacity, where blocks are small
 
 # magic, version, segment number, fingerprint, payload bytes, slot bytes, slots per segment; then the checksum
 _SUPERBLOCK = struct.Struct("<8sII32sQQQ")
 _CHECKSUM = struct.Struct("<I")
-# magic, sequence number, digest, parent, fingerprint, payload bytes, slot, payload's checksum; padding; checksum
-_HEADER = struct.Struct("<8sq16s16s32sQII28xI")
+# magic, sequence number, digest, parent, fingerprint, payload bytes, slot, payload's checksum, payload's tag, the
+# header's tag over all of it; checksum
+_HEADER = struct.Struct(f"<8sq16s16s32sQII{PAYLOAD_TAG_BYTES}s{HEADER_TAG_BYTES}sI")
 _CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
+_SEALED_BYTES = _CHECKED_BYTES - HEADER_TAG_BYTES
 HEADER_DTYPE = np.dtype([
     ("magic", "<u8"), ("sequence", "<i8"), ("digest", "u1", DIGEST_BYTES), ("parent", "u1", DIGEST_BYTES),
     ("fingerprint", "u1", FINGERPRINT_BYTES), ("payload_bytes", "<u8"), ("slot", "<u4"), ("payload_crc", "<u4"),
-    ("padding", "u1", 28), ("crc", "<u4"),
+    ("payload_tag", "u1", PAYLOAD_TAG_BYTES), ("tag", "u1", HEADER_TAG_BYTES), ("crc", "<u4"),
 ])  # fmt: skip
 assert HEADER_DTYPE.itemsize == _HEADER.size == HEADER_BYTES
 
@@ -109,26 +114,40 @@ def unpack_superblock(page: bytes, geometry: Geometry) -> int | None:
     return segment if page[:used_bytes] == pack_superblock(geometry, segment)[:used_bytes] else None
 
 
-def pack_header(geometry: Geometry, slot: int, sequence: int, digest: bytes, parent: bytes, payload_crc: int) -> bytes:
+def pack_header(geometry: Geometry, seal: Seal, slot: int, sequence: int, digest: bytes, parent: bytes,
+                payload: memoryview) -> bytes:
     """A complete header: bytes [HEADER_BYTES]."""
     packed = _HEADER.pack(COMPLETE, sequence, digest, parent, geometry.fingerprint, geometry.payload_bytes,
-                          slot, payload_crc, 0)  # fmt: skip
-    return packed[:_CHECKED_BYTES] + _CHECKSUM.pack(_header_crc(packed))
+                          slot, zlib.crc32(payload), seal.payload_tag(payload), b"", 0)  # fmt: skip
+    checked = packed[:_SEALED_BYTES] + seal.header_tag(packed[:_SEALED_BYTES])
+    return checked + _CHECKSUM.pack(_header_crc(checked))
 
 
-def unpack_good_header(header: bytes, geometry: Geometry, slot: int) -> tuple[bytes, int] | None:
-    """(digest, payload's checksum) of a header that is GOOD for this slot, otherwise None."""
+@dataclass(frozen=True)
+class GoodHeader:
+    """What a header that is GOOD says about its payload."""
+
+    digest: bytes
+    payload_crc: int
+    payload_tag: bytes
+
+
+def unpack_good_header(header: bytes, geometry: Geometry, seal: Seal, slot: int) -> GoodHeader | None:
+    """None if the header is not GOOD for this slot."""
     if len(header) != HEADER_BYTES:
         return None
-    magic, _, digest, _, fingerprint, payload_bytes, own_slot, payload_crc, crc = _HEADER.unpack(header)
+    (magic, sequence, digest, _, fingerprint, payload_bytes, own_slot, payload_crc, payload_tag, tag,
+     crc) = _HEADER.unpack(header)  # fmt: skip
     if magic != COMPLETE or crc != _header_crc(header):
         return None
     if (fingerprint, payload_bytes, own_slot) != (geometry.fingerprint, geometry.payload_bytes, slot):
         return None
-    return digest, payload_crc
+    if not 0 <= sequence < MAX_SEQUENCE or not seal.fits_header(header[:_SEALED_BYTES], tag):
+        return None
+    return GoodHeader(digest, payload_crc, payload_tag)
 
 
-def classify_headers(table: np.ndarray, geometry: Geometry, first_slot: int) -> np.ndarray:
+def classify_headers(table: np.ndarray, geometry: Geometry, seal: Seal, first_slot: int) -> np.ndarray:
     """What each header of a table is (HEADER_DTYPE [N] -> int8 [N] of BLANK, GOOD, ...).
 
     The i-th is expected to be that of slot `first_slot + i`. A header of which only the first part was
@@ -141,12 +160,15 @@ def classify_headers(table: np.ndarray, geometry: Geometry, first_slot: int) -> 
     kinds[~table.view(np.uint8).reshape(len(table), HEADER_BYTES).any(axis=1)] = BLANK
     complete = np.flatnonzero((magic == _as_int(COMPLETE)) & (crc != 0))
     raw = table.view(np.uint8).data
-    sums = [_header_crc(raw[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]) for i in complete.tolist()]
+    headers = [raw[i * HEADER_BYTES : (i + 1) * HEADER_BYTES] for i in range(len(table))]
+    sums = [_header_crc(headers[i]) for i in complete.tolist()]
     intact = complete[np.array(sums, dtype=np.uint32) == crc[complete]]
     own = table["slot"][intact] == first_slot + intact
     own &= table["payload_bytes"][intact] == geometry.payload_bytes
     own &= (table["fingerprint"][intact] == np.frombuffer(geometry.fingerprint, np.uint8)).all(axis=1)
-    kinds[intact] = np.where(own, GOOD, FOREIGN)
+    own &= (table["sequence"][intact] >= 0) & (table["sequence"][intact] < MAX_SEQUENCE)
+    sealed = [seal.fits_header(headers[i][:_SEALED_BYTES], table["tag"][i].tobytes()) for i in intact.tolist()]
+    kinds[intact] = np.where(own & np.array(sealed, dtype=bool), GOOD, FOREIGN)
     return kinds
 
 

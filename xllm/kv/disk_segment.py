@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from xllm.kv.disk_format import (
     pack_superblock,
     unpack_superblock,
 )
+from xllm.private_files import is_own_file
 
 SUFFIX = ".kv"
 TEMPORARY_SUFFIX = ".tmp"
@@ -174,12 +174,14 @@ def temporary_path(path: Path) -> Path:
 
 
 def open_segment(path: Path, geometry: Geometry, num_store_slots: int) -> DiskSegment | None:
-    """None if this is not a segment of this geometry and fingerprint."""
-    if not stat.S_ISREG(path.lstat().st_mode):
+    """None if this is not a segment of this geometry and fingerprint, or no file of this user alone (`is_own_file`)."""
+    if not is_own_file(path.lstat()):
         return None
     fd = os.open(path, _OPEN_FLAGS)
     number = None
     try:
+        if not is_own_file(os.fstat(fd)):  # another one by now
+            return None
         page = bytearray(PAGE_BYTES)
         count = read_into(fd, memoryview(page), 0)
         number = unpack_superblock(bytes(page[:count]), geometry)

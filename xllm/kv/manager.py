@@ -312,6 +312,13 @@ class KVManager:
         """Bring what follows the hit on disk to the device past host memory."""
         return self.source.lift(match.block_ids, extension, priority)
 
+    def lifted(self, lift: Lift) -> np.ndarray:
+        """The device blocks of a lift that is done, as far as they still hold what it brought: it has let go of them,
+        and others may have taken some since."""
+        pairs = zip(lift.path.tolist(), lift.digests)
+        num = next((i for i, (block, digest) in enumerate(pairs) if self._index.find(digest) != block), len(lift.path))
+        return lift.path[:num]
+
     def load(self, key: int, match: PrefixMatch, extension: Extension, priority: int) -> tuple[int, ...]:
         """Bring what host memory has behind the hit to the device, and `hold` the whole path under `key`; returns the
         loads to wait for. The blocks needed must be free."""

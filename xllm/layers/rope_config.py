@@ -79,8 +79,9 @@ def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, defaul
     original = values.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if rope_type not in ("llama3", "yarn") or original is None:
         original = max_position_embeddings
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ModelError(f"original_max_position_embeddings must be a positive integer, got {original!r}")
+    if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= MAX_NUMBER:
+        raise ModelError(f"original_max_position_embeddings must be a positive integer up to {MAX_NUMBER:g}, got "
+                         f"{original!r}")
     common = {"rope_type": rope_type, "theta": theta, "original_max_len": original}
     if rope_type == "default":
         return RopeConfig(**common)

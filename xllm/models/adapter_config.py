@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from xllm.errors import ModelError
-from xllm.models.raw_config import read_json
 
-CONFIG_FILE = "adapter_config.json"
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # what PEFT means where a config does not say it
 ALL_LINEAR = "all-linear"
+MAX_NUMBER = 1e12  # far beyond any real alpha or rank, and safe to divide
 Patterns = list[tuple[re.Pattern[str], float]]
+Names = re.Pattern[str] | frozenset[str]
 
 # Members that change what is computed, with the values under which they do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -125,16 +125,16 @@ class AdapterConfig:
                 for key, number in (value or {}).items()]
 
     def _number(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.error(f"{name} {value!r} is no number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+            raise self.error(f"{name} must be a number within {MAX_NUMBER:g} of zero, got {value!r}")
         return value
 
     def _whole(self, name: str, value: Any) -> float:
-        if type(value) is not int or value < 1:
-            raise self.error(f"{name} must be a whole number from 1 on, got {value!r}")
+        if type(value) is not int or not 1 <= value <= MAX_NUMBER:
+            raise self.error(f"{name} must be a whole number in [1, {MAX_NUMBER:g}], got {value!r}")
         return value
 
-    def _names(self, name: str, value: Any) -> re.Pattern[str] | tuple[str, ...] | None:
+    def _names(self, name: str, value: Any) -> Names | None:
         """An expression for the whole name, or names that a layer's name may end with."""
         if value is None:
             return None
@@ -142,13 +142,13 @@ class AdapterConfig:
             return self._compiled(name, ".*" if name == "target_modules" and value.lower() == ALL_LINEAR else value)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.error(f"{name} must be a text or a list of texts, got {value!r}")
-        return tuple(value)
+        return frozenset(value)
 
-    def _layer_numbers(self, value: Any) -> tuple[int, ...] | None:
+    def _layer_numbers(self, value: Any) -> frozenset[int] | None:
         numbers = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(number) is not int for number in numbers):
             raise self.error(f"layers_to_transform must be numbers of layers, got {value!r}")
-        return tuple(numbers) or None
+        return frozenset(numbers) or None
 
     def _compiled(self, name: str, expression: str) -> re.Pattern[str]:
         try:
@@ -157,17 +157,13 @@ class AdapterConfig:
             raise self.error(f"{name}: {expression!r} is no regular expression: {error}") from None
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Raises ModelError."""
-    return AdapterConfig(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-
-
 def _first_match(patterns: Patterns, layer: str, default: float) -> float:
     """Each key is a regular expression for the whole name, or for its end from a dot on; the first that fits counts."""
     return next((value for pattern, value in patterns if pattern.match(layer)), default)
 
 
-def _names_layer(names: re.Pattern[str] | tuple[str, ...], layer: str) -> bool:
+def _names_layer(names: Names, layer: str) -> bool:
     if isinstance(names, re.Pattern):
         return names.fullmatch(layer) is not None
-    return layer in names or any(layer.endswith(f".{name}") for name in names)
+    parts = layer.split(".")
+    return any(".".join(parts[first:]) in names for first in range(len(parts)))

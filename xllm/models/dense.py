@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from xllm.layers.context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
 
+# The tables of rotations, which no tensor of the checkpoint vouches for, are as wide as a head.
+MAX_HEAD_DIM = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(DecoderConfig):
@@ -49,11 +52,11 @@ def read_dense(
     common = read_common(raw, architecture)
     num_heads = raw.integer("num_attention_heads")
     num_kv_heads = raw.optional_integer("num_key_value_heads") or num_heads
-    head_dim = raw.optional_integer("head_dim") or common["hidden_size"] // num_heads
+    head_dim = raw.optional_integer("head_dim", high=MAX_HEAD_DIM) or common["hidden_size"] // num_heads
     if num_heads % num_kv_heads:
         raise raw.error(f"num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})")
-    if head_dim % 2 or head_dim < 4:
-        raise raw.error(f"head_dim must be even and at least 4, got {head_dim}")
+    if head_dim % 2 or not 4 <= head_dim <= MAX_HEAD_DIM:
+        raise raw.error(f"head_dim must be even and in [4, {MAX_HEAD_DIM}], got {head_dim}")
     return DenseConfig(
         **common, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         ffn_size=raw.integer("intermediate_size"), sliding_windows=sliding_windows, qkv_bias=qkv_bias, o_bias=o_bias,

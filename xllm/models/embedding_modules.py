@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xllm.errors import ModelError
-from xllm.models.raw_config import read_json
+from xllm.model_files import as_json, is_there, read_bounded, read_json
 from xllm.models.weights import WeightSource
 from xllm.pooling import KINDS, PoolingDefaults
 
-MODULES_FILE, POOLING_FOLDER = "modules.json", "1_Pooling"
+MODULES_FILE, POOLING_FOLDER, SENTENCE_FILE = "modules.json", "1_Pooling", "sentence_bert_config.json"
+MAX_MODULES = 64
 WAY_OUT = "--pooling-type last (or another) embeds without the checkpoint's own modules"
 LEGACY_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
                 "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
@@ -32,7 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "SiLU": F.silu,
 }
 SENTENCE = "sentence_embedding"
-log = logging.getLogger(__name__)
 
 Layer = Callable[[Tensor], Tensor]  # vector_D -> another, fp32, in host memory
 
@@ -54,9 +52,9 @@ def read_embedding_modules(folder: Path, setting: str, hidden_size: int) -> Embe
     modules, pooling = folder / MODULES_FILE, folder / POOLING_FOLDER
     if setting != "auto":
         return EmbeddingModules(defaults=PoolingDefaults(kind=setting, width=hidden_size))
-    if modules.is_file():
+    if is_there(modules):
         return _read_modules(modules, hidden_size)
-    if (pooling / "config.json").is_file():
+    if is_there(pooling / "config.json"):
         return EmbeddingModules(defaults=PoolingDefaults(kind=_read_pooling(pooling, hidden_size), width=hidden_size))
     return EmbeddingModules(defaults=PoolingDefaults(width=hidden_size))
 
@@ -87,12 +85,9 @@ def _read_modules(file: Path, width: int) -> EmbeddingModules:
 
 
 def _module_list(file: Path) -> list[Any]:
-    try:
-        modules = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(modules, list) or not modules:
-        raise ModelError(f"{file} must hold a list of modules")
+    modules = as_json(file, read_bounded(file))
+    if not isinstance(modules, list) or not 0 < len(modules) <= MAX_MODULES:
+        raise ModelError(f"{file} must hold a list of modules, {MAX_MODULES} at most")
     return modules
 
 
@@ -106,7 +101,7 @@ def _kind_and_folder(file: Path, index: int, module: Any) -> tuple[str, Path]:
         raise _refused(file, f"module {index}: kwargs {members['kwargs']!r} is not built")
     if not name.startswith("sentence_transformers."):
         raise _refused(file, f"module {index} is {name}, code of the checkpoint's own, which is never run")
-    if Path(path).name != path or (index == 0) != (path == ""):
+    if Path(path).name != path or path == ".." or (index == 0) != (path == ""):
         raise _refused(file, f"module {index}: path {path!r} is not built; the model is in the folder itself, every "
                              "other module in a folder below it")
     return name.rpartition(".")[2], file.parent / path
@@ -168,19 +163,32 @@ def _check_members(file: Path, values: Mapping[str, Any], built: Mapping[str, tu
 
 
 def _optional_json(file: Path) -> Mapping[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if is_there(file) else {}
 
 
 def _check_model_settings(folder: Path) -> None:
-    """What sentence-transformers does to a text before the model sees it. Prompts by name are for the caller to put in
-    front of a text: requests have no field for them."""
-    file = folder / "sentence_bert_config.json"
+    """Refuse what sentence-transformers does to a text before the model sees it."""
+    file = folder / SENTENCE_FILE
     if _optional_json(file).get("do_lower_case"):
         raise _refused(file, "do_lower_case true is not built")
-    name = _optional_json(folder / "config_sentence_transformers.json").get("default_prompt_name")
-    if name is not None:
-        log.warning("config_sentence_transformers.json has default_prompt_name %r: texts are embedded as they come, "
-                    "without that prompt", name)
+    file = folder / "config_sentence_transformers.json"
+    settings = _optional_json(file)
+    name, prompts = settings.get("default_prompt_name"), settings.get("prompts")
+    if name is not None and (not isinstance(prompts, dict) or prompts.get(name) != ""):
+        raise _refused(file, f"default_prompt_name {name!r}: to put that prompt before every text is not built; with "
+                             "null there, requests put it before theirs")
+
+
+def max_text_tokens(folder: Path, setting: str) -> int | None:
+    """To how many tokens sentence-transformers cuts a text, special ones included; None: it does not say, or `setting`
+    (`pooling_type`) replaces what the checkpoint says. Raises ModelError."""
+    file = folder / SENTENCE_FILE
+    if setting != "auto" or not (folder / MODULES_FILE).is_file():
+        return None
+    length = _optional_json(file).get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise _refused(file, f"max_seq_length must be a positive integer, got {length!r}")
+    return length
 
 
 def _refused(file: Path, message: str) -> ModelError:

@@ -1,11 +1,10 @@
-"""`RawConfig`: a checkpoint's JSON files, read with plain json and typed getters. No torch here.
+"""`RawConfig`: the object in a checkpoint's JSON file, with typed getters. No torch here.
 
 Nothing of a checkpoint folder is ever executed: `auto_map` and any .py file are ignored.
 """
 
 from __future__ import annotations
 
-import json
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +37,8 @@ class RawConfig:
             raise self.error(f"{key} must be an integer in [1, {high}], got {value!r}")
         return value
 
-    def optional_integer(self, key: str) -> int | None:
-        return None if self.values.get(key) is None else self.integer(key)
+    def optional_integer(self, key: str, *, high: int = MAX_SIZE) -> int | None:
+        return None if self.values.get(key) is None else self.integer(key, high=high)
 
     def fraction(self, key: str) -> float:
         """A number in (0, 1]."""
@@ -62,18 +61,3 @@ class RawConfig:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise self.error(f"{key} must be token ids, got {token_id!r}")
         return tuple(token_ids)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ModelError if there is none."""
-    try:
-        values = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{file} does not exist") from None
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} must hold a JSON object")
-    return values

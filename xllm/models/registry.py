@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from xllm.config import nearest
-from xllm.errors import ModelError
+from xllm.errors import ModelError, shortened
+from xllm.model_files import is_there, read_json
 from xllm.models.config import ModelConfig
 from xllm.models.family import Family
 from xllm.models.overrides import Overrides, ReadMembers
-from xllm.models.raw_config import RawConfig, read_json
+from xllm.models.raw_config import RawConfig
 
+log = logging.getLogger(__name__)
 NO_OVERRIDES = Overrides()
 FAMILIES = {
     "LlamaForCausalLM": "xllm.models.llama",
@@ -58,10 +61,20 @@ def _read(values: ReadMembers, path: Path) -> ModelConfig:
     _check_unquantised(raw)
     generation = path / "generation_config.json"
     extra_eos: tuple[int, ...] = ()
-    if generation.is_file():
+    if is_there(generation):
         extra_eos = RawConfig(read_json(generation), {}, generation).token_ids("eos_token_id")
     config = family.read_config(raw, architecture)
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(extra_eos + config.eos_token_ids)))
+    return replace(config, eos_token_ids=_within(config.vocab_size, extra_eos + config.eos_token_ids, path))
+
+
+def _within(vocab_size: int, eos_token_ids: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """Those that can be drawn, each once. Tiny models are published with the ids of the large ones they stand for."""
+    kept = tuple(token_id for token_id in dict.fromkeys(eos_token_ids) if 0 <= token_id < vocab_size)
+    beyond = next((token_id for token_id in eos_token_ids if not 0 <= token_id < vocab_size), None)
+    if beyond is not None:
+        log.warning("%s: eos_token_id %s is outside the vocabulary of %d tokens and never ends a text", path,
+                    shortened(str(beyond)), vocab_size)
+    return kept
 
 
 def _known_architecture(architectures: object, file: Path) -> str:
@@ -74,7 +87,7 @@ def _known_architecture(architectures: object, file: Path) -> str:
     if not named:
         raise ModelError(f"{file}: 'architectures' is missing or empty; known architectures: {known}")
     raise ModelError(f"{file}: architecture {named[0]!r} is not supported; known: {known}"
-                     f"{nearest(named[0], list(FAMILIES))}")
+                     f"{nearest(named[0][:64], list(FAMILIES))}")
 
 
 def _check_unquantised(raw: RawConfig) -> None:

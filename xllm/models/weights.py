@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xllm.errors import ModelError
-from xllm.models.raw_config import read_json
+from xllm.model_files import read_json
 from xllm.parallel.shard import Shard
 
 Progress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_FILES = 4096  # each stays mapped while the layers are built
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 BASE_PREFIX, HEAD_PREFIX, BARE_TABLE = "model.", "lm_head.", "embed_tokens.weight"
@@ -106,7 +107,7 @@ class WeightSource:
             try:
                 handle = self._stack.enter_context(safe_open(str(file), framework="pt"))
                 found = set(handle.keys())
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, MemoryError) as error:
                 raise ModelError(f"{file} is truncated or corrupt: {error}") from None
             absent = sorted(names - found)
             if absent:
@@ -152,6 +153,8 @@ def _read_index(folder: Path) -> dict[Path, set[str]]:
         if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
             raise ModelError(f"{index}: tensor {name!r} is placed in {file_name!r}, which is not a plain file name")
         placed.setdefault(folder / file_name, set()).add(name)
+    if len(placed) > MAX_FILES:
+        raise ModelError(f"{index} names {len(placed)} files; {MAX_FILES} at most are read")
     for file in placed:
         if not file.is_file():
             raise ModelError(f"{index} names {file.name}, which does not exist")

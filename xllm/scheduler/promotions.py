@@ -91,7 +91,7 @@ class Promotions:
             lift, _ = self._lifting.pop(seq)
             self.give_up(seq)
             if lift.is_done:
-                self._kv.hold(seq.arrival_index, lift.path)
+                self._kv.hold(seq.arrival_index, self._kv.lifted(lift))
             seq.num_disk_tokens += lift.num_read * self._kv.block_size
         return ready
 

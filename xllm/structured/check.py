@@ -14,6 +14,7 @@ from xllm.structured.regexes import RegexError, check_regex
 from xllm.structured.spec import StructuredOutput
 
 SEARCH_CPU_S = 0.05
+SHOWN_CHARS = 80
 
 
 def check_form(spec: StructuredOutput, dead_ends: DeadEnds) -> None:
@@ -39,23 +40,57 @@ def _check_schema(schema: dict[str, Any], dead_ends: DeadEnds, share: float = 1.
     try:
         dead_ends.look(schema_grammar(json.dumps(ready)), share)
     except GrammarError as error:
-        raise GrammarError(_innermost(str(error), ready, dead_ends)) from None
+        raise GrammarError(_innermost(str(error), schema, dead_ends)) from None
 
 
 def _innermost(reason: str, schema: dict[str, Any], dead_ends: DeadEnds) -> str:
     """What is wrong with the innermost part that is refused alike when it stands alone, behind the JSON pointer to it;
     the reason as it is if that is the whole, or takes more than SEARCH_CPU_S to find."""
-    around = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    around: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     expires_s = time.thread_time() + SEARCH_CPU_S
     for pointer, node in sorted(reachable(schema), key=lambda found: -found[0].count("/")):
-        if time.thread_time() > expires_s or not pointer:
+        found = _fault({**around, **node}, dead_ends) if pointer else reason
+        if found is not None and found.partition(":")[0] == reason.partition(":")[0]:
+            return _of_pattern(pointer, node, dead_ends) or (f"{pointer}: {found}" if pointer else reason)
+        if time.thread_time() > expires_s:
             break
-        try:
-            dead_ends.look(schema_grammar(json.dumps({**around, **node})), share=0)
-        except GrammarError as error:
-            if str(error).partition(":")[0] == reason.partition(":")[0]:
-                return f"{pointer}: {error}"
     return reason
+
+
+def _fault(schema: dict[str, Any], dead_ends: DeadEnds) -> str | None:
+    """Why llguidance refuses a schema."""
+    try:
+        dead_ends.look(schema_grammar(json.dumps(prepared(schema))), share=0)
+    except GrammarError as error:
+        return str(error)
+    return None
+
+
+def _of_pattern(pointer: str, node: dict[str, Any], dead_ends: DeadEnds) -> str | None:
+    """What is wrong with the schema's regular expressions, as they came and not as llguidance was given them."""
+    patterns: dict[str, Any] = {f"{pointer}/pattern": node.get("pattern")}
+    if isinstance(node.get("patternProperties"), dict):
+        patterns |= {f"{pointer}/patternProperties/{name[:64]}": name for name in node["patternProperties"]}
+    for place, pattern in patterns.items():
+        if not isinstance(pattern, str):
+            continue
+        reason = _fault({"type": "string", "pattern": pattern}, dead_ends)
+        if reason is not None:
+            return f"{place}: the regular expression {_shown(pattern)}: {_worded(reason)}"
+    return None
+
+
+def _worded(reason: str) -> str:
+    """llguidance's reason without the expression that it was given."""
+    if "Regex is empty" in reason:
+        return "no text matches it"
+    if "lookarounds not supported" in reason:
+        return "^ and $ can stand at its beginning and end only"
+    return reason.rpartition("error: ")[2].partition(" in regex /")[0]
+
+
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= SHOWN_CHARS else f"{pattern[:SHOWN_CHARS]}...")
 
 
 def _check_lark(source: str, dead_ends: DeadEnds) -> None:
@@ -65,6 +100,12 @@ def _check_lark(source: str, dead_ends: DeadEnds) -> None:
             check_regex(pattern)
         except RegexError as error:
             raise GrammarError(f"line {line}: {error}") from None
-    for _, _, schema in schemas_of(text):
+    schemas = [schema for _, _, schema in schemas_of(text)]
+    for schema in schemas:
         prepared(schema, dead_ends.has_more_names)
-    dead_ends.look(grammar_text(StructuredOutput(grammar=source)))
+    try:
+        dead_ends.look(grammar_text(StructuredOutput(grammar=source)))
+    except GrammarError:
+        for schema in schemas:  # it is named as if it stood alone, if it is at fault
+            _check_schema(schema, dead_ends, share=0)
+        raise

@@ -120,7 +120,7 @@ def build_matcher(vocabulary: LLTokenizer, text: str) -> LLMatcher:
 
     # A step is a mask: the first two bound what it costs to some 10 ms, nearly always. The others bound memory.
     limits = LLParserLimits(step_lexer_fuel=50_000, step_max_items=30_000, initial_lexer_fuel=1_000_000,
-                            max_lexer_states=50_000, max_grammar_size=300_000, verbose_errors=False)
+                            max_lexer_states=20_000, max_grammar_size=300_000, verbose_errors=False)
     matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -139,4 +139,7 @@ def _short(reason: str) -> str:
     reason = reason.partition("\n<non-verbose/>")[0].partition("\n<state>")[0].strip()
     if reason.startswith("NoExtension"):
         return "no text is of this form"
+    if reason.startswith("oneOf constraints are not supported"):
+        return ("oneOf: a value may be of two of these schemas; say anyOf, or tell them apart by a required property "
+                "with a const of its own in each, or by a discriminator")
     return reason if len(reason) <= _MAX_REASON_CHARS else reason[:_MAX_REASON_CHARS] + "..."

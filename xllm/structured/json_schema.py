@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from xllm.structured.regexes import RegexError, check_regex, json_regex
+from xllm.structured.dialect import translate
+from xllm.structured.ecma import rust_pattern
+from xllm.structured.regexes import RegexError, check_regex
 
 Schema = dict[str, Any]
 # Whether an object with these names, and no others but those of these patterns, has room for one more.
@@ -35,16 +37,18 @@ class SchemaError(ValueError):
 def prepared(schema: Schema, has_more_names: HasMoreNames | None = None) -> Schema:
     """A copy of the schema as llguidance must be given it; checked if has_more_names is given. Raises SchemaError."""
     schema = copy.deepcopy(schema)
-    nodes = dict(reachable(schema))
-    for node in nodes.values():
-        if node.get("nullable") is True and isinstance(node.get("type"), str):  # OpenAPI 3.0's way
-            node["type"] = [node["type"], "null"]
+    nodes = list(reachable(schema))
+    for pointer, node in nodes:
+        _check_dialect(pointer, node)
+    for pointer, node in nodes[:]:
+        if (inner := translate(node, lambda reference: referred(schema, reference))) is not None:
+            nodes.append((pointer, inner))
     if has_more_names is not None:
-        for pointer, node in nodes.items():
+        for pointer, node in nodes:
             _check_node(pointer, node, has_more_names)
         for pointer in _endless(schema, nodes):
             raise _error(pointer, "a value of this form contains another one of it, without end")
-    for pointer, node in nodes.items():
+    for pointer, node in nodes:
         _rewrite(pointer, node)
     return schema
 
@@ -91,10 +95,21 @@ def referred(root: Schema, reference: str) -> Any:
     return node if reference[1:2] in ("", "/") else None
 
 
-def _check_node(pointer: str, node: Schema, has_more_names: HasMoreNames) -> None:
+def _check_dialect(pointer: str, node: Schema) -> None:
+    """Refuse what other drafts and OpenAPI say without effect here."""
     for keyword, instead in FOREIGN.items():
         if node.get(keyword):
             raise _error(f"{pointer}/{keyword}", f"it is no keyword of JSON Schema any more: {instead}")
+    if node.get("required") is True:
+        raise _error(f"{pointer}/required", "it must be a list of names, beside properties; true is of draft 3")
+    for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
+        if node.get(keyword) is True:
+            raise _error(f"{pointer}/{keyword}", "it must be a number; true is of draft 4")
+    if node.get("nullable") is True and "type" not in node and ("enum" in node or "const" in node):
+        raise _error(f"{pointer}/nullable", "it has no effect without a type beside it; null belongs among the values")
+
+
+def _check_node(pointer: str, node: Schema, has_more_names: HasMoreNames) -> None:
     required = node.get("required")
     names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
     least = node.get("minProperties")
@@ -106,7 +121,7 @@ def _check_node(pointer: str, node: Schema, has_more_names: HasMoreNames) -> Non
         known = node.get("properties")
         names |= set(known) if isinstance(known, dict) else set()
         for pattern in patterns:
-            _regex(f"{pointer}/patternProperties/{_escaped(pattern)}", pattern, json_regex)
+            _regex(f"{pointer}/patternProperties/{_escaped(pattern)}", pattern, rust_pattern)
         allowed = [pattern for pattern, child in patterns.items() if not _is_never(child)]
         if names and allowed and not has_more_names(sorted(names), allowed):
             raise _error(f"{pointer}/patternProperties", "it matches no names but those of properties and required; "
@@ -121,10 +136,10 @@ def _rewrite(pointer: str, node: Schema) -> None:
     """Give its patterns the form that llguidance honours. Raises SchemaError."""
     pattern, patterns, guidance = node.get("pattern"), node.get("patternProperties"), node.get("x-guidance")
     if isinstance(pattern, str):
-        node["pattern"] = _regex(f"{pointer}/pattern", pattern, json_regex)
+        node["pattern"] = _regex(f"{pointer}/pattern", pattern, rust_pattern)
     if isinstance(patterns, dict):
         node["patternProperties"] = {
-            _regex(f"{pointer}/patternProperties/{_escaped(name)}", name, json_regex): child
+            _regex(f"{pointer}/patternProperties/{_escaped(name)}", name, rust_pattern): child
             for name, child in patterns.items()}
     if isinstance(guidance, dict) and isinstance(guidance.get("whitespace_pattern"), str):
         _regex(f"{pointer}/x-guidance/whitespace_pattern", guidance["whitespace_pattern"], check_regex)
@@ -137,12 +152,12 @@ def _regex(pointer: str, pattern: str, read: Callable[[str], Any]) -> Any:
         raise _error(pointer, str(error)) from None
 
 
-def _endless(root: Schema, nodes: dict[str, Schema]) -> list[str]:
+def _endless(root: Schema, nodes: list[tuple[str, Schema]]) -> list[str]:
     """Pointers to schemas none of whose values ends. What no value fulfils for another reason counts as ending."""
     endings = _Endings(root)
     while True:
         before, endings.visited = endings.num_known, set()
-        endless = [pointer for pointer, node in nodes.items() if not endings.look(node, TYPES)]
+        endless = [pointer for pointer, node in nodes if not endings.look(node, TYPES)]
         if endings.num_known == before:
             return endless
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xllm.structured.ecma import rust_pattern
 from xllm.structured.grammar import GrammarError, build_matcher, check_matcher, schema_grammar
-from xllm.structured.regexes import json_regex
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -89,7 +89,7 @@ class DeadEnds:
         Where llguidance cannot say, it is taken to have."""
         nought: dict[str, Any] = {"const": 0}
         schema = {"type": "object", "properties": dict.fromkeys(names, nought), "required": names,
-                  "patternProperties": {json_regex(pattern): nought for pattern in patterns},
+                  "patternProperties": {rust_pattern(pattern): nought for pattern in patterns},
                   "additionalProperties": False}
         try:
             matcher = build_matcher(self._bytes, schema_grammar(json.dumps(schema)))

@@ -1,7 +1,8 @@
 """Regular expressions as users mean them: what llguidance's parser lets pass although it is a mistake is refused.
 
-llguidance reads the syntax of Rust's `regex` crate, which takes `foo**` for a repetition of a repetition and `[]a]` for
-a class that holds a bracket. Python and ECMA-262 refuse the first; to ECMA-262 the second is a class without members.
+llguidance reads the syntax of Rust's `regex` crate, which takes `foo**` for a repetition of a repetition; Python and
+ECMA-262 refuse it. `[]a]` is a class that holds a bracket to the crate and to Python; to ECMA-262 it is a class without
+members, and `a]`. A JSON schema's `pattern` is read by `ecma.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ _COUNT = re.compile(r"\{\s*\d*\s*(,\s*\d*\s*)?\}")
 _ESCAPE = re.compile(r"\\(?:[pP](?:\{[^}]*\}|.)|[xuU]\{[^}]*\}|x..|u.{4}|U.{8}|.)", re.DOTALL)
 _GROUP = re.compile(r"\((?:\?(?:P?<\w+>|(?P<flags>[a-zA-Z-]*)(?P<end>[:)])))?")
 _POSIX = re.compile(r"\[:\^?[a-z]+:\]")
-_OPERATIONS = ("&&", "--", "~~")
-NOT_NUL = r"--\x00]"
 # What a repetition cannot stand behind, besides the beginning.
 _NOTHING = frozenset({"open", "bar", "anchor", "flags"})
 _SHOWN_CHARS = 12
@@ -34,52 +33,31 @@ class _Part(NamedTuple):
 def check_regex(pattern: str) -> None:
     """Raise RegexError for what no other syntax than the `regex` crate's would take. Whether it is an expression at all
     is for llguidance to say."""
-    _read(pattern, is_ecma=False)
+    _read(pattern)
 
 
-def json_regex(pattern: str) -> str:
-    """A JSON schema's `pattern`, checked as ECMA-262 would, as llguidance must be given it. Raises RegexError.
-
-    A class that holds all control characters but not the quote or the backslash, as `[^"]` does, is written as JSON
-    with these two nevertheless (llguidance 1.9). NUL is taken out of every class: then it is not.
-    """
-    shown, begin = "", 0
-    for part in _read(pattern, is_ecma=True):
-        if part.kind == "class" and _may_hold_nul(pattern[part.start:part.end]):
-            shown += f"{pattern[begin:part.start]}[{pattern[part.start:part.end]}{NOT_NUL}"
-            begin = part.end
-    return shown + pattern[begin:]
-
-
-def _may_hold_nul(members: str) -> bool:
-    return members.startswith("[^") or "\\" in members or "\0" in members
-
-
-def _read(pattern: str, *, is_ecma: bool) -> list[_Part]:
+def _read(pattern: str) -> None:
     before = ""
-    parts = []
-    for part in _parts(pattern, is_ecma=is_ecma):
+    for part in _parts(pattern):
         if part.kind == "repetition":
             if before == "repetition":
-                raise _error(pattern, part.start, "a repetition cannot be repeated; put it in a group, or escape it")
+                raise mistake(pattern, part.start, "a repetition cannot be repeated; put it in a group, or escape it")
             if before in _NOTHING or not before:
-                raise _error(pattern, part.start, "there is nothing to repeat; escape it if it stands for itself")
+                raise mistake(pattern, part.start, "there is nothing to repeat; escape it if it stands for itself")
         before = part.kind
-        parts.append(part)
-    return parts
 
 
-def _parts(pattern: str, *, is_ecma: bool) -> Iterator[_Part]:
+def _parts(pattern: str) -> Iterator[_Part]:
     place = 0
     while place < len(pattern):
-        kind, end = _part(pattern, place, is_ecma=is_ecma)
+        kind, end = _part(pattern, place)
         if kind == "unknown":  # a group that llguidance will refuse, or (?x), after which blanks mean nothing
             return
         yield _Part(kind, place, end)
         place = end
 
 
-def _part(pattern: str, place: int, *, is_ecma: bool) -> tuple[str, int]:
+def _part(pattern: str, place: int) -> tuple[str, int]:
     """Kind and end of what begins there."""
     first = pattern[place]
     if first == "\\":
@@ -88,7 +66,7 @@ def _part(pattern: str, place: int, *, is_ecma: bool) -> tuple[str, int]:
         name = pattern[place + 1:place + 2]
         return "class" if name in ("p", "P") else "anchor" if name and name in "AzbB<>" else "atom", end
     if first == "[":
-        end = _class_end(pattern, place, is_ecma=is_ecma)
+        end = _class_end(pattern, place)
         return "class" if pattern[end - 1] == "]" else "atom", end
     if first == "(":
         found = _GROUP.match(pattern, place)
@@ -110,33 +88,31 @@ def _repetition_end(pattern: str, place: int) -> int:
     if count := _COUNT.match(pattern, place):
         end = count.end()
         if any(char.isspace() for char in count[0]):
-            raise _error(pattern, place, "a count holds no blanks")
+            raise mistake(pattern, place, "a count holds no blanks")
     return end + pattern.startswith("?", end)
 
 
-def _class_end(pattern: str, place: int, *, is_ecma: bool) -> int:
+def _class_end(pattern: str, place: int, *, is_inner: bool = False) -> int:
     """The end of the class that begins there; of the pattern if it does not end. Raises RegexError."""
     inside = place + (2 if pattern.startswith("[^", place) else 1)
     if pattern.startswith("]", inside):
-        raise _error(pattern, place, r"a class needs members; a bracket is written \]")
+        raise mistake(pattern, place, r"a bracket within a class begins another class; one that stands for itself is "
+                      r"written \[" if is_inner else r"a class needs members; a bracket is written \]")
     while inside < len(pattern):
         char = pattern[inside]
         if char == "]":
             return inside + 1
-        if is_ecma and pattern[inside:inside + 2] in _OPERATIONS:
-            raise _error(pattern, inside, r"a class holds no operators; a sign is written with \ before it")
         if char == "\\":
             inside += 2
         elif char != "[":
             inside += 1
-        elif is_ecma:
-            raise _error(pattern, inside, r"a class holds no other class; a bracket is written \[")
         else:
             posix = _POSIX.match(pattern, inside)
-            inside = posix.end() if posix else _class_end(pattern, inside, is_ecma=is_ecma)
+            inside = posix.end() if posix else _class_end(pattern, inside, is_inner=True)
     return len(pattern)
 
 
-def _error(pattern: str, place: int, reason: str) -> RegexError:
+def mistake(pattern: str, place: int, reason: str) -> RegexError:
+    """The error for what is wrong at a place of a pattern."""
     shown = pattern[max(0, place - _SHOWN_CHARS):place + _SHOWN_CHARS]
     return RegexError(f"position {place} of the regular expression, in {shown!r}: {reason}")

@@ -9,17 +9,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from xllm.structured.grammar import build_matcher, grammar_text
+from xllm.structured.heap import allocated_bytes
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, need_llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_GRAMMARS = 64  # of GRAMMAR_BYTES (`worker.py`) at most, though most have far less than a tenth of it
+MAX_GRAMMARS = 64
+# Most need less than a tenth of GRAMMAR_BYTES (`worker.py`); the states of a lexer, which are added while texts are
+# written, come to 1 KB each.
+MAX_GROWTH_BYTES = 2**27
 
 
 class GrammarStore:
-    """Builds matchers in a thread of its own and keeps the last MAX_GRAMMARS. Usable from several threads."""
+    """Builds matchers in a thread of its own and keeps the last MAX_GRAMMARS, or the last one alone once the heap has
+    grown by MAX_GROWTH_BYTES. Usable from several threads."""
 
     def __init__(self, source: Callable[[], VocabularySource]):
         """source: asked once, in that thread, when the first grammar comes."""
@@ -27,6 +32,7 @@ class GrammarStore:
         self._vocabulary: LLTokenizer | None = None
         self._built: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()
+        self._heap_bytes = 0  # when the first grammar came, or the others were last let go
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-grammar")
 
     def prepare(self, spec: StructuredOutput) -> Future[LLMatcher]:
@@ -34,11 +40,19 @@ class GrammarStore:
         with self._lock:
             built = self._built.get(spec)
             if built is None:
+                self._make_room()
                 built = self._built[spec] = self._pool.submit(self._build, spec)
                 if len(self._built) > MAX_GRAMMARS:
                     self._built.popitem(last=False)
             self._built.move_to_end(spec)
             return built
+
+    def _make_room(self) -> None:
+        if not self._built:
+            self._heap_bytes = allocated_bytes()
+        elif allocated_bytes() - self._heap_bytes > MAX_GROWTH_BYTES:
+            self._built.clear()  # rows that use them keep what they use
+            self._heap_bytes = allocated_bytes()
 
     def matcher(self, spec: StructuredOutput) -> LLMatcher:
         """A matcher at its beginning, for the caller alone. Waits for it. Raises GrammarError or RequestError."""

@@ -7,7 +7,6 @@ kernel's limits on CPU time and address space are set for that, and how it ended
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.structured.check import check_form
 from xllm.structured.grammar import build_matcher, grammar_text
+from xllm.structured.heap import allocated_bytes
 from xllm.structured.probe import DeadEnds, probe_cost
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _judge(vocabulary: LLTokenizer, dead_ends: DeadEnds, line: str) -> str | None:
     """Why a specification cannot be honoured; None: it can."""
-    before_bytes = _allocated_bytes()
+    before_bytes = allocated_bytes()
     try:
         spec = StructuredOutput(**json.loads(line))
         check_form(spec, dead_ends)
@@ -58,7 +58,7 @@ def _judge(vocabulary: LLTokenizer, dead_ends: DeadEnds, line: str) -> str | Non
         return "it is nested too deep"
     except ValueError as error:  # GrammarError and RequestError among them
         return str(error) or type(error).__name__
-    return TOO_MUCH_MEMORY if _allocated_bytes() - before_bytes > GRAMMAR_BYTES else None
+    return TOO_MUCH_MEMORY if allocated_bytes() - before_bytes > GRAMMAR_BYTES else None
 
 
 def _answer(content: dict[str, Any]) -> None:
@@ -77,23 +77,6 @@ def _limit_cpu_time() -> None:
     """COMPILE_CPU_S from here on (whole seconds are all that the kernel takes); then SIGXCPU ends the process."""
     soft_s = math.ceil(time.process_time() + COMPILE_CPU_S)
     resource.setrlimit(resource.RLIMIT_CPU, (soft_s, resource.RLIM_INFINITY))
-
-
-class _MallInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
-
-
-def _allocated_bytes() -> int:
-    """What is allocated on the heap now; 0 where the C library does not say."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo is None:
-        return 0
-    mallinfo.restype = _MallInfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
 
 
 if __name__ == "__main__":

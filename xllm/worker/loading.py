@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
@@ -49,8 +51,9 @@ class LoadedModel:
         self.backend = _open_backend(config)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
-        self.config = config.resolve(model_max_len=_length_limit(config, self.model_config),
-                                     default_block_size=self.backend.default_block_size)
+        limit = _length_limit(config, self.model_config)
+        self.config = _with_text_length(config, self.path, limit).resolve(
+            model_max_len=limit, default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
 
@@ -121,6 +124,21 @@ def _overrides(config: EngineConfig) -> Overrides:
 
     return Overrides(members=parse_object("hf_overrides", config.model.hf_overrides) or {},
                      rope_scaling=parse_object("rope_scaling", config.model.rope_scaling))
+
+
+def _with_text_length(config: EngineConfig, path: Path, limit: int) -> EngineConfig:
+    """Where nobody says `max_model_len`: longer texts than sentence-transformers would read whole are refused."""
+    from xllm.models.embedding_modules import max_text_tokens
+
+    model = config.model
+    if model.max_model_len is not None or model.load_format == "dummy":
+        return config
+    length = max_text_tokens(path, model.pooling_type)
+    if length is None or length >= limit:
+        return config
+    _log.info("the longest text is %d tokens, as the checkpoint's max_seq_length says; --max-model-len allows more",
+              length)
+    return replace(config, model=replace(model, max_model_len=length + 1))  # a prompt and one token, as everywhere
 
 
 def _length_limit(config: EngineConfig, model: ModelConfig) -> int:

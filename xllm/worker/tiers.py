@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 from xllm.config import CacheSettings
 from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
+from xllm.kv.disk_seal import Seal, read_key
 from xllm.kv.lanes import ThreadLanes
 from xllm.kv.moves import LOAD, READ, SAVE, WRITE, MoveDone, TierFacts
 from xllm.kv.performer import MovePerformer
 from xllm.models.fingerprint import fingerprint
+from xllm.private_files import open_private_folder
 from xllm.runner.kv_codec import KVCodec
 from xllm.runner.model_runner import ModelRunner
 from xllm.runner.mover import HostMover, Populator
@@ -71,18 +74,23 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
     cache, num_ranks = model.config.cache, model.config.device.worker_ranks
     if cache.disk_cache_dir is None:
         return None
+    seal = Seal()
+    if cache.disk_cache_key_file is not None:
+        seal = Seal(read_key(Path(cache.disk_cache_key_file)), b"rank %d of %d" % (rank, num_ranks))
     folder = Path(cache.disk_cache_dir)
-    if num_ranks > 1:  # each stores its own bytes
-        folder /= f"rank-{rank}-of-{num_ranks}"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(open_private_folder(folder))
+        if num_ranks > 1:  # each stores its own bytes
+            folder /= f"rank-{rank}-of-{num_ranks}"
+            os.close(open_private_folder(folder))
         free = shutil.disk_usage(folder).free // num_ranks
     except OSError as error:
         raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
     capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
     mark = fingerprint(model.path, backend=model.backend.name, stored=codec.name, block_size=cache.block_size,
                        quantization=model.config.model.quantization, dtype=str(codec.cache_dtype), **_overrides(model))
-    return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity)
+    return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity,
+                     seal=seal)
 
 
 def _overrides(model: LoadedModel) -> dict[str, str]:

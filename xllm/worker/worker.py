@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
+from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, XllmError
 from xllm.kv.moves import Move
 from xllm.runner.check import StepChecker
 from xllm.step import ScheduleOutput, StepOutput
@@ -229,17 +229,18 @@ class Worker:
         self._adapter_reader.submit(self._read_adapter, command)
 
     def _read_adapter(self, command: ReadAdapter) -> None:
-        from xllm.models.adapter import adapter_digest, read_adapter
+        from xllm.models.adapter import read_adapter
 
         folder, digest, failed = Path(command.folder), "", None
         try:
             assert self.model is not None and self.model.adapters is not None
-            self._adapters[command.number] = read_adapter(folder, self.model.adapters.shapes(), command.max_rank)
-            digest = adapter_digest(folder)
-        except OSError as error:
-            failed = as_failed(ModelError(f"{folder} cannot be read: {error.strerror}"))
-        except Exception as error:
+            adapter, digest = read_adapter(folder, self.model.adapters.shapes(), command.max_rank)
+            self._adapters[command.number] = adapter
+        except XllmError as error:
             failed = as_failed(error)
+        except Exception as error:  # nothing of the engine has changed: no reason to end it
+            logger.exception("reading the adapter in %s failed", folder)
+            failed = as_failed(ModelError(f"{folder} cannot be read: {error}"))
         self._report(AdapterRead(command.number, digest, failed))
 
     def _put_adapter(self, command: PutAdapter) -> None:

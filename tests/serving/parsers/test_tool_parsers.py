@@ -50,6 +50,15 @@ def test_cut_off_anywhere(sample: Recorded) -> None:
             assert late.arguments.startswith(sure), (early, late)
 
 
+@pytest.mark.parametrize("sample", [s for s in ALL.values() if s.calls and not s.content], ids=lambda s: s.parser)
+def test_blanks_beside_calls_are_no_content(sample: Recorded) -> None:
+    """As sentencepiece models write one before their first token."""
+    for before in (" ", "\n", " \n "):
+        for pieces in ([before + sample.text], before + sample.text):
+            found = answer(lambda: make(sample.parser), pieces)
+            assert (found.content, len(found.calls)) == ("", len(sample.calls))
+
+
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 def test_arguments_stream(name: str) -> None:
     """A long argument comes out while it comes in; only the pythonic format waits for the closing bracket."""
