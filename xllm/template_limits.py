@@ -185,6 +185,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif name == "join" and given and isinstance(given[0], (list, tuple)):
             separators = [len(value) for value in given[1:2] if isinstance(value, str)]
             check_product(len(given[0]), max(separators, default=0), MAX_TEXT_CHARS)
+        elif name == "join" and given and isinstance(given[0], str) and len(given[0]) > MAX_VALUES:
+            raise TemplateLimitError(f"it joins more than {MAX_VALUES} characters")
         elif name == "sum" and not all(value is None or isinstance(value, (int, float, str)) for value in given[1:]):
             raise TemplateLimitError("it adds lists up")  # each addition copies all that came before
         elif name == "round" and numbers and max(numbers) > MAX_INDENT:

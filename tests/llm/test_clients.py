@@ -83,7 +83,7 @@ async def test_all_of_a_call_or_nothing(client: EngineClient) -> None:
     stream = client.submit([make_request("a"), make_request("b", lora="nobody")])
     with pytest.raises(RequestError, match="no adapter") as caught:
         await stream.admitted()
-    assert caught.value.field == "model"
+    assert caught.value.field == "lora"
     with pytest.raises(RequestError, match="no adapter"):
         await stream.next()
     with pytest.raises(EngineBusyError, match="queue is full"):

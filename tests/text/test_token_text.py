@@ -174,7 +174,8 @@ def test_bytes_of_a_token_are_those_within_a_text(tokenizers):
 @given(data=st.data())
 def test_offsets_of_a_text_point_at_its_tokens(tokenizers, kind, data):
     tokenizer = tokenizers[kind]
-    alphabet = "aob .o T" if kind == "metaspace" else "aob \n机😀é fox"
+    # Not "fox", which is a special token of byte_level_bos.
+    alphabet = "aob .o T" if kind == "metaspace" else "aob \n机😀é foz"
     text = data.draw(st.text(st.sampled_from(alphabet), max_size=12)).lstrip(" ")
     ids, offsets = tokenizer.encode(text), tokenizer.offsets(text)
     assert len(ids) == len(offsets)
