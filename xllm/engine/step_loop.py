@@ -70,12 +70,13 @@ class StepLoop:
 
     def _settle_oldest(self) -> list[OutputDelta]:
         oldest = self._in_flight.popleft()
+        num_reads = self.scheduler.rows.num_reads(oldest.rows_S, oldest.num_tokens_S)
         outputs = self.scheduler.update(oldest, self.steps.result())
         self._count_step()
         if failpoints.armed is not None:
             failpoints.hit("engine.settled")
         num_tokens = int(oldest.num_tokens_S.sum())
-        self.scheduler.rates.note(num_tokens, self.step_time_s)
+        self.scheduler.rates.note(num_tokens, num_reads, self.step_time_s)
         self.finished = self.last_step_s, self.step_time_s, num_tokens, oldest.num_rows
         return outputs
 

@@ -49,9 +49,9 @@ class StepRates:
     step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
 
-    def note(self, num_tokens: int, seconds: float) -> None:
-        """A step computed so many tokens in that time."""
-        self.cost.note(num_tokens, seconds)
+    def note(self, num_tokens: int, num_reads: int, seconds: float) -> None:
+        """A step computed so many tokens, which attended to so many before them, in that time."""
+        self.cost.note(num_tokens, num_reads, seconds)
         self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
         if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0.0:
             rate = num_tokens / seconds

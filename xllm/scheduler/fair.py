@@ -5,9 +5,9 @@ weights. Whoever has been served least among those that wait is admitted next, s
 delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
 
 The counters order the queue only. That a tenant's running sequences leave the others room is not in the paper: whoever
-holds more than its share of the rows or blocks gives its latest row to one that waits with less (`row_to_yield`), and
-no tenant's part of a step makes the step so long that another falls below its share of the time (`limit_tokens`).
-Nothing is left idle.
+holds more than its share of the rows or blocks gives its latest row to one that waits with less (`row_to_yield`) and to
+one that runs and needs more blocks (`rows_to_give`), and no tenant's part of a step makes the step so long that another
+falls below its share of the time (`limit_tokens`). Nothing is left idle.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from xllm.scheduler.policy import Key, tenant_key
 from xllm.scheduler.queues import WaitingQueue
-from xllm.scheduler.shares import limit_rows, longest_step, tokens_of_step, who_yields
+from xllm.scheduler.shares import LONGEST_STEP_S, SHORTEST_S, limit_rows, seconds_of_step, sums, who_gives, who_yields
 from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
@@ -112,28 +112,46 @@ class FairQueue(WaitingQueue):
         if seq.num_preemptions == 0:
             self._served_T[slot] += (len(seq.token_ids) - num_computed) * PROMPT_COST / weight
 
-    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, last_step_R: np.ndarray, max_tokens: int,
-                     cost: StepCost) -> tuple[np.ndarray, int] | None:
-        slot_R, line = self._slot_R[rows_R], cost.line()
-        if line is None:
+    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, context_R: np.ndarray, last_step_R: np.ndarray,
+                     max_tokens: int, cost: StepCost) -> tuple[np.ndarray, int] | None:
+        prices, slot_R, num_tenants = cost.prices(), self._slot_R[rows_R], len(self._served_T)
+        if prices is None:
             return None
         wanted_R = np.minimum(wanted_R, max_tokens)
-        demand_T = np.bincount(slot_R, weights=wanted_R, minlength=len(self._served_T))
+        price_R = prices.token + prices.read * (context_R + wanted_R / 2)
+        tokens_T = sums(slot_R, wanted_R, num_tenants)
+        demand_T = sums(slot_R, wanted_R * price_R, num_tenants)
         for tenant, queue in self._queues.items():
             if (head := queue.peek()) is not None:
-                demand_T[self._slots[tenant]] += len(head.token_ids)
-        demand_T = np.minimum(demand_T, max_tokens)
-        allowed_T = tokens_of_step(demand_T, self._weight_T, line)
-        longest = max(longest_step(line), len(rows_R))  # every row can have a token
+                num, slot = len(head.token_ids), self._slots[tenant]
+                tokens_T[slot] += num
+                demand_T[slot] += num * (prices.token + prices.read * num / 2)
+        demand_T *= np.minimum(1.0, max_tokens / np.maximum(tokens_T, 1.0))
+        mean_price = max(float(demand_T.sum()) / max(float(np.minimum(tokens_T, max_tokens).sum()), 1.0), SHORTEST_S)
+        longest = max(int(min(max(LONGEST_STEP_S - prices.step, 0.0) / mean_price, 2**31)), len(rows_R))
+        allowed_T = seconds_of_step(demand_T, self._weight_T, prices.step)
         if allowed_T is None:
-            return wanted_R, longest
-        return limit_rows(wanted_R, slot_R, last_step_R, demand_T, allowed_T), min(int(allowed_T.sum()), longest)
+            return wanted_R, longest  # every row can have a token
+        limit_R = limit_rows(wanted_R, price_R, slot_R, last_step_R, demand_T, allowed_T)
+        left_s = max(float(allowed_T.sum() - (limit_R * price_R).sum()), 0.0)
+        num_new = int(min(left_s / max(prices.token, SHORTEST_S), max_tokens))
+        return limit_R, min(int(limit_R.sum()) + num_new, longest)
+
+    def rows_to_give(self, row: int, rows_R: np.ndarray, blocks_R: np.ndarray, num_blocks: int) -> np.ndarray:
+        slot_R, num_tenants = self._slot_R[rows_R], len(self._served_T)
+        use_T = sums(slot_R, blocks_R, num_tenants) / num_blocks
+        slot = int(self._slot_R[row])
+        tenant = who_gives(slot, use_T, np.bincount(slot_R, minlength=num_tenants), self._weight_T)
+        if tenant is None or tenant == slot:
+            after = rows_R[int(np.flatnonzero(rows_R == row)[0]) + 1:]
+            return after[::-1] if tenant is None else after[self._slot_R[after] == slot][::-1]
+        return rows_R[slot_R == tenant][::-1]
 
     def row_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray,
                      num_blocks: int) -> int | None:
         slot_R, num_tenants = self._slot_R[rows_R], len(self._served_T)
         num_rows_T = np.bincount(slot_R, minlength=num_tenants)
-        blocks_T = np.bincount(slot_R, weights=blocks_R, minlength=num_tenants)
+        blocks_T = sums(slot_R, blocks_R, num_tenants)
         one_row = 1 / len(self._slot_R)
         tenant = who_yields(self._slots[seq.request.tenant], np.maximum(num_rows_T * one_row, blocks_T / num_blocks),
                             num_rows_T, self._weight_T, self._served_T, one_row)

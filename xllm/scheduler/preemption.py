@@ -38,7 +38,7 @@ class Preemption:
     # --- too few blocks for the rows that run
 
     def make_fit(self, plan: PlanBuilder, share: Share, need: np.ndarray) -> tuple[Share, np.ndarray]:
-        """Row by row: give up drafts, preempt rows that are served later, or leave the row out (`plan.stalled`).
+        """Row by row: give up drafts, preempt other rows, or leave the row out (`plan.stalled`).
 
         need: blocks per row of the share. Returns what is left of both.
         Blocks freed here are often PENDING until the step in flight settles; a row that waits for
@@ -46,43 +46,36 @@ class Preemption:
         """
         self._promotions.give_up_all()  # running rows come before requests that wait with blocks in their hands
         kv, cursor = self._kv, self._rows.cursor
-        kept = np.zeros(len(share.rows), dtype=bool)
+        kept, place = np.zeros(len(share.rows), dtype=bool), {row: i for i, row in enumerate(share.rows.tolist())}
         drafts, need = share.drafts.copy(), need.copy()
-        taken = 0
-        gone: set[int] = set()
-        for i, row in enumerate(share.rows.tolist()):
+        gone, taken = set[int](), 0
+        for row, i in place.items():
             if row in gone:
                 continue
             if need[i] > kv.num_free_blocks - taken and drafts[i]:
                 drafts[i] = 0
                 need[i] = kv.blocks_needed(np.array([row]), np.array([cursor[row] + share.tokens[i]]))[0]
-            if not self._make_room(plan, row, int(need[i]) + taken, gone):
+            while need[i] + taken > kv.num_free_blocks + kv.num_pending_blocks:
+                victim = self._victim(plan, row)
+                if victim is None:
+                    break
+                gone.add(victim)
+                self._preempt(victim)
+                if victim in place and kept[place[victim]]:
+                    kept[place[victim]] = False
+                    taken -= int(need[place[victim]])
+            if need[i] + taken > kv.num_free_blocks:
                 plan.stalled = True
                 continue
             kept[i] = True
             taken += int(need[i])
         return Share(share.rows, share.tokens, drafts, share.wanted).only(kept), need[kept]
 
-    def _make_room(self, plan: PlanBuilder, row: int, num_blocks: int, gone: set[int]) -> bool:
-        """Preempt rows that are served after `row`, into `gone`, until so many blocks are available or on their way.
-        Whether they are available."""
-        kv = self._kv
-        while num_blocks > kv.num_free_blocks + kv.num_pending_blocks:
-            victim = self._victim(plan, after=row)
-            if victim is None:
-                break
-            gone.add(victim)
-            self._preempt(victim)
-        return num_blocks <= kv.num_free_blocks
-
-    def _victim(self, plan: PlanBuilder, after: int) -> int | None:
-        """The running row that is served last, if that is after row `after` and not planned in this step."""
-        for row in self._running.last_first():
-            if row == after:
-                return None
-            if not plan.has(row):
-                return row
-        return None
+    def _victim(self, plan: PlanBuilder, row: int) -> int | None:
+        """The running row whose blocks `row` takes, which is not planned in this step."""
+        rows = self._running.rows()
+        givers = self._waiting.rows_to_give(row, rows, self._kv.num_blocks_R[rows], self._kv.num_usable_blocks)
+        return next((giver for giver in givers.tolist() if not plan.has(giver)), None)
 
     # --- a request that cannot get in, and one that has to make room for it
 

@@ -60,11 +60,18 @@ class WaitingQueue:
     def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
         """For the same: a step gave these rows so many tokens."""
 
-    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, last_step_R: np.ndarray, max_tokens: int,
-                     cost: StepCost) -> tuple[np.ndarray, int] | None:
+    def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, context_R: np.ndarray, last_step_R: np.ndarray,
+                     max_tokens: int, cost: StepCost) -> tuple[np.ndarray, int] | None:
         """For queues that share a step out: how many tokens each running row may have (int64 [R]) of those that it
-        wants, and how many there may be in all, with what is set apart for the waiting. None: no limit."""
+        wants behind its `context_R`, and how many there may be in all, with what is set apart for the waiting. None: no
+        limit."""
         return None
+
+    def rows_to_give(self, row: int, rows_R: np.ndarray, blocks_R: np.ndarray, num_blocks: int) -> np.ndarray:
+        """The running rows whose blocks may be taken for `row`, which needs more, in that order. rows_R: in order of
+        service, with the blocks that each holds, of `num_blocks`. Here those that are served after it, the last first.
+        """
+        return rows_R[int(np.flatnonzero(rows_R == row)[0]) + 1:][::-1]
 
     def row_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray,
                      num_blocks: int) -> int | None:

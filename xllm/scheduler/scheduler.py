@@ -199,8 +199,8 @@ class Scheduler:
             eligible &= wanted > 1
         if not eligible.all():
             rows, room, wanted = rows[eligible], room[eligible], wanted[eligible]
-        limited = self.waiting.limit_tokens(rows, wanted, table.last_step[rows], self._budget.max_tokens,
-                                            self.rates.cost)
+        limited = self.waiting.limit_tokens(rows, wanted, table.cursor[rows], table.last_step[rows],
+                                            self._budget.max_tokens, self.rates.cost)
         limit, in_all = limited or (None, self._budget.max_tokens)
         self._budget.lower(in_all)
         share = self._budget.share(rows, wanted, room, limit)

@@ -8,41 +8,36 @@ from __future__ import annotations
 import numpy as np
 
 SLOWER = 2.0  # a step may take so many times what a tenant's exact share of the time allows: larger batches are cheaper
+SHORTEST_S = 1e-12  # nothing is cheaper than that
 LONGEST_STEP_S = 0.2  # that is planned: whoever comes waits for up to two of them
 QUANTUM = 1024.0  # weighted tokens that a tenant's only row may be ahead before it makes room
 
 
-def tokens_of_step(demand_T: np.ndarray, weight_T: np.ndarray, line: tuple[float, float]) -> np.ndarray | None:
-    """How many tokens of a step each tenant may have, so that none of them is slowed down beyond its share.
+def sums(slot_R: np.ndarray, of_R: np.ndarray, num: int) -> np.ndarray:
+    """The rows' numbers added up by tenant: float64 [T], also where there is no row."""
+    return np.bincount(slot_R, weights=of_R, minlength=num).astype(np.float64)
 
-    demand_T: what each would have in this step; 0: it asks for nothing. line: a step's cost, (base, per token). Alone a
-    tenant's step would take base + per_token * demand; beside others it has its weight's share of the time, so it may
-    take that much longer, and `SLOWER` times that. The tokens which fit into the shortest such time are dealt out by
-    weight, what one does not want going to the others. None: everybody may have what it wants.
+
+def seconds_of_step(demand_T: np.ndarray, weight_T: np.ndarray, step_s: float) -> np.ndarray | None:
+    """How many seconds of a step each tenant may have, so that none of them is slowed down beyond its share.
+
+    demand_T: seconds that each would take of this step; 0: it asks for nothing. step_s: what a step costs by itself.
+    Alone a tenant's step would take step_s + demand; beside others it has its weight's share of the time, so it may
+    take that much longer, and `SLOWER` times that. What fits into the shortest such time is dealt out by weight, what
+    one does not want going to the others. None: everybody may have what it wants.
     """
     asks = demand_T > 0
     if np.count_nonzero(asks) < 2:
         return None
-    base, per_token = line
-    if per_token <= 0.0:
+    allowed_s = (step_s + demand_T[asks]) * SLOWER * weight_T[asks].sum() / weight_T[asks]
+    seconds = float(allowed_s.min()) - step_s
+    if demand_T.sum() <= seconds:
         return None
-    alone_s = base + per_token * demand_T[asks]
-    allowed_s = float((alone_s * SLOWER * weight_T[asks].sum() / weight_T[asks]).min())
-    num_tokens = (allowed_s - base) / per_token
-    if demand_T.sum() <= num_tokens:
-        return None
-    return deal(demand_T, np.where(asks, weight_T, 0.0), num_tokens)
-
-
-def longest_step(line: tuple[float, float]) -> int:
-    """How many tokens a step of LONGEST_STEP_S has."""
-    base, per_token = line
-    return 2**31 if per_token <= 0.0 else int(max(LONGEST_STEP_S - base, 0.0) / per_token)
+    return deal(demand_T, np.where(asks, weight_T, 0.0), seconds)
 
 
 def deal(demand_T: np.ndarray, weight_T: np.ndarray, total: float) -> np.ndarray:
-    """Deal `total` out by weight, nobody getting more than its demand (max-min fairness). Whole numbers, at least one
-    for each that asks."""
+    """Deal `total` out by weight, nobody getting more than its demand (max-min fairness)."""
     given, open_T = np.zeros(len(demand_T)), demand_T > 0
     while open_T.any() and total > 0:
         part = total * weight_T / weight_T[open_T].sum()
@@ -53,19 +48,23 @@ def deal(demand_T: np.ndarray, weight_T: np.ndarray, total: float) -> np.ndarray
         given[sated] = demand_T[sated]
         total -= float(demand_T[sated].sum())
         open_T &= ~sated
-    return np.where(demand_T > 0, np.maximum(given.astype(np.int64), 1), 0)
+    return given
 
 
-def limit_rows(wanted_R: np.ndarray, slot_R: np.ndarray, last_step_R: np.ndarray, demand_T: np.ndarray,
-               allowed_T: np.ndarray) -> np.ndarray:
-    """How many tokens each row may have (int64 [R]): within a tenant that may not have all, the rows that were served
-    longest ago come first."""
+def limit_rows(wanted_R: np.ndarray, price_R: np.ndarray, slot_R: np.ndarray, last_step_R: np.ndarray,
+               demand_T: np.ndarray, allowed_T: np.ndarray) -> np.ndarray:
+    """How many tokens each row may have (int64 [R]), at `price_R` seconds each: within a tenant that may not have all,
+    the rows that were served longest ago come first, and the first of them has one token at least."""
     limit = wanted_R.copy()
     for slot in np.flatnonzero(allowed_T < demand_T).tolist():
         rows = np.flatnonzero(slot_R == slot)
+        if not len(rows):
+            continue
         rows = rows[np.argsort(last_step_R[rows], kind="stable")]
-        before = np.cumsum(wanted_R[rows]) - wanted_R[rows]
-        limit[rows] = np.clip(allowed_T[slot] - before, 0, wanted_R[rows])
+        cost = wanted_R[rows] * price_R[rows]
+        left = np.maximum(allowed_T[slot] - (np.cumsum(cost) - cost), 0.0)
+        limit[rows] = np.minimum(left // np.maximum(price_R[rows], SHORTEST_S), wanted_R[rows])
+        limit[rows[0]] = max(limit[rows[0]], 1)
     return limit
 
 
@@ -90,3 +89,17 @@ def who_yields(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: n
         return None
     ahead = (num_rows_T == 1) & (served_T - served_T[slot] > QUANTUM)
     return int(np.argmax(np.where(ahead, served_T, -np.inf))) if ahead.any() else None
+
+
+def who_gives(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: np.ndarray) -> int | None:
+    """The tenant that gives up a running row's blocks for a row of `slot`, which needs more of them; None: whoever comes
+    last of all, as without tenants.
+
+    use_T: share of the blocks that each holds. It is the tenant farthest beyond its share, `slot` itself if it is that
+    one, and never another's only row.
+    """
+    asks = num_rows_T > 0
+    fair_T = np.where(asks, weight_T, 0.0) / weight_T[asks].sum()
+    over = np.where((num_rows_T > 1) & (use_T > fair_T), use_T / weight_T, -1.0)
+    most = int(np.argmax(over))
+    return most if over[most] >= 0.0 else None
