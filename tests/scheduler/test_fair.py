@@ -179,6 +179,24 @@ def test_a_newcomer_gets_blocks_that_another_has_too_many_of():
     simulation.check_idle()
 
 
+def test_whoever_holds_most_blocks_makes_room_for_the_others_growth():
+    """Blocks are short because one tenant's sequences grow: the other's, which came later, are not preempted for them."""
+    simulation = fair(max_num_seqs=8, num_blocks=60)
+    for i in range(6):
+        simulation.add(f"long{i}", prompt_of(20, i), tenant="many", max_tokens=60)
+    for _ in range(8):
+        simulation.step()
+    for i in range(2):
+        simulation.add(f"quick{i}", prompt_of(8, 10 + i), tenant="few", max_tokens=40)
+    while not all(f"quick{i}" in simulation.finished for i in range(2)):
+        simulation.step()
+    assert all(simulation.finished[f"quick{i}"].num_preemptions == 0 for i in range(2))
+    assert simulation.scheduler.counters.preemptions > 0, "else nobody was short of blocks"
+    simulation.run()
+    simulation.check_outputs()
+    simulation.check_idle()
+
+
 def test_more_tenants_than_rows_take_turns():
     simulation = fair(max_num_seqs=2, num_blocks=1024, max_model_len=2048, max_num_batched_tokens=64)
     for name in "abc":

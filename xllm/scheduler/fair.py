@@ -5,7 +5,7 @@ weights. Whoever has been served least among those that wait is admitted next, s
 delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
 
 The counters order the queue only. That a tenant's running sequences leave the others room is not in the paper: whoever
-holds more than its share of the rows or blocks gives its latest row to one that waits with less (`row_to_yield`) and to
+holds more than its share of the rows or blocks gives its latest row to one that waits with less (`rows_to_yield`) and to
 one that runs and needs more blocks (`rows_to_give`), and no tenant's part of a step makes the step so long that another
 falls below its share of the time (`limit_tokens`). Nothing is left idle.
 """
@@ -23,6 +23,7 @@ from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # of a token; the paper's
+MAX_LEAVING = 4  # rows that make room at once: what they computed is lost
 
 
 class FairQueue(WaitingQueue):
@@ -147,15 +148,18 @@ class FairQueue(WaitingQueue):
             return after[::-1] if tenant is None else after[self._slot_R[after] == slot][::-1]
         return rows_R[slot_R == tenant][::-1]
 
-    def row_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray,
-                     num_blocks: int) -> int | None:
-        slot_R, num_tenants = self._slot_R[rows_R], len(self._served_T)
+    def rows_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray, num_blocks: int,
+                      num_leaving: int) -> np.ndarray:
+        slot, slot_R, num_tenants = self._slots[seq.request.tenant], self._slot_R[rows_R], len(self._served_T)
+        if num_leaving >= min(len(self._queues[seq.request.tenant]), MAX_LEAVING):
+            return rows_R[:0]
         num_rows_T = np.bincount(slot_R, minlength=num_tenants)
+        num_rows_T[slot] += num_leaving  # which are for this tenant
         blocks_T = sums(slot_R, blocks_R, num_tenants)
         one_row = 1 / len(self._slot_R)
-        tenant = who_yields(self._slots[seq.request.tenant], np.maximum(num_rows_T * one_row, blocks_T / num_blocks),
-                            num_rows_T, self._weight_T, self._served_T, one_row)
-        return None if tenant is None else int(rows_R[np.flatnonzero(slot_R == tenant)[-1]])
+        tenant = who_yields(slot, np.maximum(num_rows_T * one_row, blocks_T / num_blocks), num_rows_T, self._weight_T,
+                            self._served_T, one_row)
+        return rows_R[:0] if tenant is None else rows_R[slot_R == tenant][::-1]
 
     def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
         """A step gave each row so many tokens."""

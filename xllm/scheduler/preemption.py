@@ -80,29 +80,32 @@ class Preemption:
     # --- a request that cannot get in, and one that has to make room for it
 
     def yield_for(self, plan: PlanBuilder, seq: SequenceState) -> bool:
-        """Preempt the row that is to make room for `seq`, if there is one, unless one is on its way out.
+        """Preempt a row that is to make room for `seq`, if there is one and not enough are on their way out.
         Whether that freed anything at once; otherwise it does when the step in flight settles."""
-        if self._leaving or self._kv.num_pending_blocks:
+        rows = self._rows_to_yield(seq)
+        unplanned = [row for row in rows if not plan.has(row)]
+        if not unplanned:  # goes before the next step
+            self._yielding = self._rows.seqs[rows[0]] if rows else None
             return False
-        row = self._row_to_yield(seq)
-        if row is None:
-            return False
-        if plan.has(row):  # goes before the next step
-            self._yielding = self._rows.seqs[row]
-            return False
-        at_once = not self._rows.in_flight[row]
-        self._preempt(row)
-        return at_once
+        at_once = not self._rows.in_flight[unplanned[0]]
+        self._preempt(unplanned[0])
+        return at_once or bool(self._rows_to_yield(seq))
 
-    def _row_to_yield(self, seq: SequenceState) -> int | None:
-        """An offline row for an online request; else one that the queue's policy names."""
-        if self._offline_yields and not seq.request.offline:
-            for row in self._running.last_first():
-                owner = self._rows.seqs[row]
-                if owner is not None and owner.request.offline:
-                    return row
+    def _rows_to_yield(self, seq: SequenceState) -> list[int]:
+        """In the order in which they would make room: offline rows for an online request; else what the queue's policy
+        names."""
+        num_leaving = len(self._leaving)
+        if self._offline_yields and not seq.request.offline and not num_leaving and not self._kv.num_pending_blocks:
+            offline = [row for row in self._running.last_first() if self._is_offline(row)]
+            if offline:
+                return offline
         rows = self._running.rows()
-        return self._waiting.row_to_yield(seq, rows, self._kv.num_blocks_R[rows], self._kv.num_usable_blocks)
+        return self._waiting.rows_to_yield(seq, rows, self._kv.num_blocks_R[rows], self._kv.num_usable_blocks,
+                                           num_leaving).tolist()
+
+    def _is_offline(self, row: int) -> bool:
+        owner = self._rows.seqs[row]
+        return owner is not None and owner.request.offline
 
     def begin_step(self) -> None:
         """Preempt the sequence that was found too late for the last step, if it is still to make room."""
@@ -110,7 +113,7 @@ class Preemption:
         if owner is None or owner.status is not Status.RUNNING:
             return
         head = self._waiting.peek()
-        if head is not None and self._row_to_yield(head) == owner.row:
+        if head is not None and owner.row in self._rows_to_yield(head)[:1]:
             self._preempt(owner.row)
 
     # --- away and back
