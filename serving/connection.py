@@ -106,6 +106,6 @@ class Connection(H11Protocol):
             timer.cancel()
 
 
-def connection_class(others: Connections) -> Callable[..., H11Protocol]:
+def connection_class(others: Connections) -> Callable[..., asyncio.Protocol]:
     """For uvicorn's `http`."""
     return type("BoundConnection", (Connection,), {"others": others})

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ from serving.api.app import create_app
 from serving.config import ServerConfig
 from serving.connection import connection_class
 from serving.connections import ACCEPTED_AT_ONCE, Connections
+from serving.handshake import with_tls
 from serving.log_rate import bound_logs
-from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_options
+from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_context
 from serving.security.keys import KeyRing
 from serving.startup import StartupView
 from serving.state import ServerState
@@ -50,7 +52,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     if engine_config.model.generation_config not in ("auto", "vllm"):
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
-    tls_options(server_config.http)
+    tls = tls_context(server_config.http)
     for warning in check_key_files(server_config.http):
         logger.warning("%s", warning)
     tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
@@ -59,7 +61,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         check_exposure(listener, server_config.http, keys)
         if not is_local(listener) and not server_config.http.ssl_certfile:
             logger.warning("keys and texts cross the network in the clear: --ssl-certfile makes it HTTPS")
-        return asyncio.run(_Server(engine_config, _without_keys(server_config), listener, keys, tracer).run())
+        return asyncio.run(_Server(engine_config, _without_keys(server_config), listener, keys, tracer, tls).run())
     finally:
         listener.close()
 
@@ -98,8 +100,8 @@ class _Server:
     """The life of one server: start the engine behind an open port, serve, drain, stop."""
 
     def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket, keys: KeyRing,
-                 tracer: Tracer | None):
-        self._config = config
+                 tracer: Tracer | None, tls: ssl.SSLContext | None):
+        self._config, self._tls = config, tls
         self._engine_config = engine_config
         self._listener = listener
         self._keys = keys
@@ -122,14 +124,17 @@ class _Server:
             logger.warning("at most %d connections at a time: the limit of open files (ulimit -n) allows no more",
                            connections.max_open)
         bound_logs()
+        connection = connection_class(connections)
+        if self._tls is not None:
+            connection = with_tls(connections, self._tls, connection)
         self._http = _QuietServer(uvicorn.Config(
             create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
             # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
-            http=connection_class(connections),  # type: ignore[arg-type]
+            http=connection,  # type: ignore[arg-type]
             backlog=ACCEPTED_AT_ONCE,
             ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
-            proxy_headers=False, **tls_options(http)))
+            proxy_headers=False))
         self._engine.launch()
         serving = asyncio.create_task(self._serve_http())
         loading = asyncio.create_task(self._load())

@@ -6,7 +6,6 @@ import ipaddress
 import socket
 import ssl
 from pathlib import Path
-from typing import TypedDict
 
 from serving.config import HttpSettings
 from serving.security.hosts import HostRule
@@ -57,36 +56,25 @@ def host_rule(http: HttpSettings, keys: KeyRing) -> HostRule:
     return HostRule((*http.allowed_host, http.host), any_name=keys.has_user_keys or http.insecure)
 
 
-class TlsOptions(TypedDict, total=False):
-    """uvicorn's, by its names for them."""
+def tls_context(http: HttpSettings) -> ssl.SSLContext | None:
+    """None: plain HTTP. With CA certificates clients must show one of theirs.
 
-    ssl_certfile: str
-    ssl_keyfile: str | None
-    ssl_ca_certs: str | None
-    ssl_cert_reqs: int
-
-
-def tls_options(http: HttpSettings) -> TlsOptions:
-    """uvicorn's options for TLS; empty: plain HTTP. With CA certificates clients must show one of theirs.
-
-    Raises ConfigError for files that cannot be used, before anything has started.
+    Raises ConfigError for files that cannot be used.
     """
     if not http.ssl_certfile:
         if http.ssl_keyfile or http.ssl_ca_certs:
             raise ConfigError("ssl_keyfile and ssl_ca_certs need ssl_certfile")
-        return {}
+        return None
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         file = getattr(http, name)
         if file and not Path(file).is_file():
             raise ConfigError(f"{name}: there is no file {file}")
-    options: TlsOptions = {
-        "ssl_certfile": http.ssl_certfile, "ssl_keyfile": http.ssl_keyfile, "ssl_ca_certs": http.ssl_ca_certs,
-        "ssl_cert_reqs": ssl.CERT_REQUIRED if http.ssl_ca_certs else ssl.CERT_NONE}
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(http.ssl_certfile, http.ssl_keyfile, password=lambda: "")
         if http.ssl_ca_certs:
             context.load_verify_locations(http.ssl_ca_certs)
+            context.verify_mode = ssl.CERT_REQUIRED
     except (ssl.SSLError, OSError, ValueError) as error:
         raise ConfigError(f"ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used: {error}") from None
-    return options
+    return context

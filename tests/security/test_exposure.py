@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from serving.config import HttpSettings
-from serving.security.exposure import check_exposure, is_local, tls_options
+from serving.security.exposure import check_exposure, is_local, tls_context
 from serving.security.keys import KeyRing, build_key_ring
 from serving.serve import bind
 from tests.serving.server_process import ROOT, ServerProcess
@@ -89,7 +89,7 @@ def tls_server(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     files = {name: str(certificates / name) for name in ("server.pem", "server.key", "ca.pem")}
     with ServerProcess(tmp_path_factory.mktemp("log") / "log.txt", "--ssl-certfile", files["server.pem"],
                        "--ssl-keyfile", files["server.key"], "--ssl-ca-certs", files["ca.pem"],
-                       "--api-key", "tls-key") as running:
+                       "--api-key", "tls-key", "--max-connections", "40", "--head-timeout", "6") as running:
         yield running
 
 
@@ -143,6 +143,22 @@ def _hello_of_tls_1_0(port: int) -> bytes:
         return connection.recv(100)
 
 
+def test_handshakes_that_do_not_end_keep_nobody_out(tls_server: ServerProcess, certificates: Path) -> None:
+    """More of them than there are places: the oldest goes, those who ask are answered, and what is left ends in time."""
+    address = ("127.0.0.1", int(tls_server.url.rpartition(":")[2]))
+    with httpx.Client(verify=trusting(certificates, identified=True)) as http:
+        silent = []
+        for index in range(100):
+            silent.append(socket.create_connection(address, timeout=10))
+            silent[-1].sendall(b"\x16\x03\x01\x02\x00\x01" if index % 2 else b"")
+            if index % 10 == 9:
+                assert http.get(f"{tls_server.url}/health").status_code == 200
+        assert all(connection.recv(1) == b"" for connection in silent)
+        assert http.get(f"{tls_server.url}/health").status_code == 200
+        for connection in silent:
+            connection.close()
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ({"ssl_keyfile": "x"}, "need ssl_certfile"), ({"ssl_ca_certs": "x"}, "need ssl_certfile"),
     ({"ssl_certfile": "none.pem"}, "there is no file none.pem"), ({"ssl_certfile": "ca.key"}, "cannot be used"),
@@ -153,8 +169,8 @@ def test_files_that_cannot_be_used_are_said_at_once(certificates: Path, monkeypa
                                                     settings: dict[str, str], says: str) -> None:
     monkeypatch.chdir(certificates)
     with pytest.raises(ConfigError, match=says):
-        tls_options(HttpSettings(**settings))
-    assert tls_options(HttpSettings()) == {}
+        tls_context(HttpSettings(**settings))
+    assert tls_context(HttpSettings()) is None
 
 
 # --- CORS
