@@ -180,7 +180,7 @@ def test_a_newcomer_gets_blocks_that_another_has_too_many_of():
 
 
 def test_whoever_holds_most_blocks_makes_room_for_the_others_growth():
-    """Blocks are short because one tenant's sequences grow: the other's, which came later, are not preempted for them."""
+    """Blocks are short because one tenant's sequences grow: the other's, which came later, are not preempted."""
     simulation = fair(max_num_seqs=8, num_blocks=60)
     for i in range(6):
         simulation.add(f"long{i}", prompt_of(20, i), tenant="many", max_tokens=60)

@@ -144,7 +144,7 @@ def _hello_of_tls_1_0(port: int) -> bytes:
 
 
 def test_handshakes_that_do_not_end_keep_nobody_out(tls_server: ServerProcess, certificates: Path) -> None:
-    """More of them than there are places: the oldest goes, those who ask are answered, and what is left ends in time."""
+    """More of them than there are places: the oldest goes, those who ask are answered, the rest ends in time."""
     address = ("127.0.0.1", int(tls_server.url.rpartition(":")[2]))
     with httpx.Client(verify=trusting(certificates, identified=True)) as http:
         silent = []

@@ -98,6 +98,74 @@ def test_a_reader_that_does_not_read(strict: ServerProcess) -> None:
     body = (b'{"prompt": "x", "max_tokens": 480, "n": 32, "stream": true, "ignore_eos": true, "logprobs": 5,'
             b' "return_token_ids": true}')
     with connect(strict) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        peer.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: strict.gauge("xllm:num_requests_running") > 0, what="the stream")
+        assert strict.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        wait_for(lambda: strict.gauge("xllm:num_requests_running") == 0, 60.0, "the end of the stream")
+        strict.wait_idle()
+        wait_for(lambda: strict.http.get("/load").json()["server_load"] == 0, 10.0, "the end of the call")
+
+
+def test_a_crowd_of_silent_peers_keeps_nobody_out_for_long(strict: ServerProcess) -> None:
+    peers = [connect(strict) for _ in range(60)]
+    try:
+        wait_for(lambda: _is_served(strict), 10.0, "a place")
+    finally:
+        for peer in peers:
+            peer.close()
+    assert strict.http.get("/health").status_code == 200
+
+
+def _is_served(server: ServerProcess) -> bool:
+    try:
+        with connect(server) as peer:
+            peer.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return b"200 OK" in peer.recv(4096)
+    except OSError:
+        return False
+
+
+def test_a_newcomer_takes_the_place_of_the_longest_silent_peer(patient: ServerProcess) -> None:
+    peers = [connect(patient) for _ in range(39)]
+    try:
+        for peer in peers:
+            peer.sendall(b"GET /version HTTP/1.1\r\n")
+        patient.http.get("/version")  # it keeps its connection: the fortieth, and the last that waits
+        for _ in range(5):
+            peers.append(connect(patient))
+            peers[-1].sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in peers[-1].recv(4096)
+        assert [index for index, peer in enumerate(peers) if _is_gone(peer)] == [0, 1, 2, 3, 4]
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def test_health_is_told_while_every_place_is_in_use(patient: ServerProcess) -> None:
+    """Forty bodies are on their way: further callers are turned away with a word, a look at the health is not."""
+    patient.http.close()  # its kept connection would be one of the forty
+    patient.http = httpx.Client(base_url=patient.url, timeout=60)
+    peers = [connect(patient) for _ in range(40)]
+    try:
+        for peer in peers:
+            peer.sendall(HEAD + b"Content-Length: 500\r\n\r\n{")
+        time.sleep(0.5)  # until their heads are read
+        assert patient.http.get("/health").status_code == 200
+        refused = httpx.get(f"{patient.url}/v1/models")
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert "too many connections" in refused.json()["error"]["message"]
+    finally:
+        for peer in peers:
+            peer.close()
+    wait_for(lambda: httpx.get(f"{patient.url}/v1/models").status_code == 200, what="a place")
+    patient.wait_idle()
+
+
+def test_a_slow_reader_who_reads(strict: ServerProcess) -> None:
+    """It takes an answer of 2 MB in four times the write time-out."""
+    body = json.dumps({"prompt": [list(range(5, 105))] * 32, "max_tokens": 1, "prompt_logprobs": 20}).encode()
+    with connect(strict) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         peer.sendall(HEAD + f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         answer, started_s = HTTPResponse(peer), time.monotonic()
@@ -106,7 +174,7 @@ def test_a_reader_that_does_not_read(strict: ServerProcess) -> None:
         while piece := answer.read(32768):
             content += piece
             time.sleep(0.02)
-    assert answer.isclosed() and len(json.loads(content)["choices"]) == 32, "an end that was not cut off"
+    assert len(json.loads(content)["choices"]) == 32, "all of it"
     assert len(content) > 2_000_000 and time.monotonic() - started_s > 2
 
 

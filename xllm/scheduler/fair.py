@@ -5,8 +5,8 @@ weights. Whoever has been served least among those that wait is admitted next, s
 delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
 
 The counters order the queue only. That a tenant's running sequences leave the others room is not in the paper: whoever
-holds more than its share of the rows or blocks gives its latest row to one that waits with less (`rows_to_yield`) and to
-one that runs and needs more blocks (`rows_to_give`), and no tenant's part of a step makes the step so long that another
+holds more than its share of the rows or blocks gives its latest row to one that waits with less (`rows_to_yield`), and
+to one that runs and needs more blocks (`rows_to_give`); no tenant's part of a step makes the step so long that another
 falls below its share of the time (`limit_tokens`). Nothing is left idle.
 """
 

@@ -76,8 +76,8 @@ class WaitingQueue:
     def rows_to_yield(self, seq: SequenceState, rows_R: np.ndarray, blocks_R: np.ndarray, num_blocks: int,
                       num_leaving: int) -> np.ndarray:
         """For queues that share rows out: the running rows one of which is to make room for `seq`, which cannot get in,
-        the first first. rows_R: in order of service, with the blocks that each holds, of `num_blocks`. num_leaving: rows
-        that make room already."""
+        the first first. rows_R: in order of service, with the blocks that each holds, of `num_blocks`. num_leaving:
+        rows that make room already."""
         return rows_R[:0]
 
     def remove(self, seq: SequenceState) -> None:

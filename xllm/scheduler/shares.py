@@ -92,8 +92,8 @@ def who_yields(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: n
 
 
 def who_gives(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: np.ndarray) -> int | None:
-    """The tenant that gives up a running row's blocks for a row of `slot`, which needs more of them; None: whoever comes
-    last of all, as without tenants.
+    """The tenant that gives up a running row's blocks for a row of `slot`, which needs more of them; None: whoever
+    comes last of all, as without tenants.
 
     use_T: share of the blocks that each holds. It is the tenant farthest beyond its share, `slot` itself if it is that
     one, and never another's only row.
