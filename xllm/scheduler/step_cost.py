@@ -14,7 +14,7 @@ _RIDGE = np.array([1e-2, 1e-3, 1e-3])  # where steps cannot tell them apart, the
 
 
 class Prices(NamedTuple):
-    """Seconds, none negative: of a step, of a token that it computes, of a token before it that such a one attends to."""
+    """Seconds, none negative: of a step, of a token that it computes, and of one before it that it attends to."""
 
     step: float
     token: float
