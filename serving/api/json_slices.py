@@ -48,10 +48,13 @@ def json_pieces(value: Any) -> Iterator[bytes]:
     elif isinstance(value, Items):
         yield from _array(map(json_pieces, value.items))
     elif isinstance(value, Mapping):
-        mark = b"{"
+        mark, encode = b"{", msgspec.json.encode
         for name, member in value.items():
-            yield mark + msgspec.json.encode(name) + b":"
-            yield from json_pieces(member)
+            if isinstance(member, (Slices, Items, Mapping)):
+                yield mark + encode(name) + b":"
+                yield from json_pieces(member)
+            else:
+                yield mark + encode(name) + b":" + encode(member)
             mark = b","
         yield b"}" if value else b"{}"
     else:
