@@ -47,6 +47,8 @@ class FlagParser(argparse.ArgumentParser):
         name = self._unknown_flag()
         if name is not None:
             message = f"unknown flag {name}{self._hint(name)}"
+        elif message.startswith("unrecognized arguments"):
+            message += "; a flag with several values is given once for each"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _hint(self, name: str) -> str:

@@ -91,6 +91,7 @@ def test_wrong_speculative_config(text: str) -> None:
     (("serve", "--dtype", "float8"), "float8"),
     (("serve", "--enable-prefix-caching=maybe"), "true or false"),
     (("serv",), "did you mean 'serve'"),
+    (("serve", "model", "--api-key", "a", "b"), "once for each"),
     (("serve", "--dtype", "bfloat61"), "did you mean 'bfloat16'"),
     (("serve", "--compilation-config.level", "3"), "--compilation-config one JSON object"),
 ])

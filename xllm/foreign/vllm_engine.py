@@ -249,8 +249,8 @@ OBSERVABILITY = (
     refused("show_hidden_metrics_for_version", "no metrics are hidden"),
     refused_switch("enable_layerwise_nvtx_tracing", "NVTX is not used"),
     refused_switch("enable_mfu_metrics", "there are no such metrics"),
-    always_on("kv_cache_metrics", "metrics of the KV cache are always there"),
-    ignored("kv_cache_metrics_sample", "every block is counted"),
+    refused_switch("kv_cache_metrics", "how long a block stays is not measured; use and hits of the KV cache are"),
+    ignored("kv_cache_metrics_sample", "how long a block stays is not measured"),
     always_on("cudagraph_metrics", "metrics of captured graphs are always there"),
     refused("profiler_config", "profiles are not taken over HTTP yet"),
 )

@@ -56,6 +56,7 @@ VLLM_SERVER: tuple[ForeignFlag, ...] = (
     always_on("enable_prompt_tokens_details", "usage always has prompt_tokens_details"),
     always_on("enable_server_load_tracking", "/load is always there"),
     always_on("enable_tokenizer_info_endpoint", "/tokenizer_info is always there, for users"),
+    refused_switch("enable_request_id_headers", "a call's id is in its answer's body"),
     always_on("disable_uvicorn_access_log", "the HTTP server's lines come with --uvicorn-log-level info only"),
     refused("chat_template", "put it into the model's folder as chat_template.jinja"),
     refused("chat_template_content_format", "each template gets the content that it reads", unless=("auto",)),
@@ -78,7 +79,7 @@ VLLM_SERVER: tuple[ForeignFlag, ...] = (
     refused_switch("enable_ssl_refresh", "a new certificate is read at the next start"),
     refused("h11_max_incomplete_event_size", "a request's head is bounded by --max-header-bytes, its body by "
             "--max-body-bytes"),
-    ignored_switch("disable_fastapi_docs", "there is no Swagger UI and no ReDoc; /openapi.json asks for a key"),
+    ignored_switch("disable_fastapi_docs", "there is no Swagger UI and no ReDoc; /openapi.json is for users"),
     ignored_switch("enable_offline_docs", "there is no Swagger UI and no ReDoc"),
     ignored("max_log_len", "prompts are never logged"),
     refused_switch("enable_log_outputs", "answers are never logged"),
