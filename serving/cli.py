@@ -8,9 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from serving.config import ServerConfig
-from serving.flags import FlagParser, add_flags, apply_speculative_config, tree_from
+from serving.flags import FlagParser, add_flags, add_foreign_flags, apply_speculative_config, tree_from
+from xllm import __version__, env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
+from xllm.foreign.table import ENGINE, FOREIGN, SERVER
+from xllm.suggestion import nearest
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype")
 
@@ -18,6 +21,12 @@ BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xte
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 fine, 1 failed, 2 used wrongly."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for name in env.mistyped_names():
+        print(f"xllm: warning: environment variable {name} is not read; those that are: {', '.join(env.NAMES)}",
+              file=sys.stderr)
+    if not args:  # as pip does
+        build_parser().print_help()
+        return 0
     if args[:1] == ["bench"]:
         return _bench(args[1:])
     try:
@@ -34,17 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> FlagParser:
     parser = FlagParser(prog="xllm", description="An LLM inference engine for Ascend NPUs, CUDA GPUs and CPUs.")
+    parser.add_argument("-V", "--version", action="version", version=f"xllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=FlagParser)
     serve = commands.add_parser("serve", help="serve the OpenAI API over HTTP")
     _add_engine_flags(serve)
     add_flags(serve, ServerConfig)
+    add_foreign_flags(serve, FOREIGN)
     generate = commands.add_parser("generate", help="complete one or more prompts in this process")
     _add_engine_flags(generate)
+    add_foreign_flags(generate, ENGINE)
     _add_sampling_flags(generate)
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--stats", action="store_true", help="say at the end how fast it was")
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     _add_engine_flags(chat)
+    add_foreign_flags(chat, ENGINE)
     _add_sampling_flags(chat)
     chat.add_argument("--url", help="use this running server instead of loading a model here")
     chat.add_argument("--api-key", help="the server's key, with --url")
@@ -98,14 +111,14 @@ def engine_config(namespace: argparse.Namespace) -> EngineConfig:
         if "model" in namespace:
             raise SystemExit("xllm: error: the model is given twice")
         namespace.model = namespace.model_positional
-    config: EngineConfig = tree_from(namespace, EngineConfig)
+    config: EngineConfig = tree_from(namespace, EngineConfig, ENGINE)
     return config
 
 
 def _serve(namespace: argparse.Namespace) -> int:
     from serving import serve
 
-    config, server = engine_config(namespace), tree_from(namespace, ServerConfig)
+    config, server = engine_config(namespace), tree_from(namespace, ServerConfig, SERVER)
     return serve.run(config, server)
 
 
@@ -143,9 +156,13 @@ def _doctor(namespace: argparse.Namespace) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    if not args or args[0] not in BENCHES:
-        print(f"usage: xllm bench {{{','.join(BENCHES)}}} ...", file=sys.stderr)
-        return 0 if args[:1] in (["-h"], ["--help"]) else 2
+    usage = f"usage: xllm bench {{{','.join(BENCHES)}}} ..."
+    if not args or args[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if args[0] not in BENCHES:
+        print(f"{usage}\nxllm bench: error: unknown benchmark {args[0]!r}{nearest(args[0], BENCHES)}", file=sys.stderr)
+        return 2
     try:
         return int(importlib.import_module(f"serving.bench.{args[0].replace('-', '_')}").main(args[1:]))
     except (XllmError, OSError) as error:

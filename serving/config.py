@@ -16,23 +16,26 @@ LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 class HttpSettings:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one")
-    api_key: tuple[str, ...] = option((), "require one of these keys as bearer token; may be given several times")
+    api_key: tuple[str, ...] = option((), "require one of these keys as bearer token; may be given several times",
+                                      is_guard=True)
     admin_api_key: tuple[str, ...] = option((), "keys for the routes that change the server, which are closed without; "
-                                            "may be given several times")
+                                            "may be given several times", is_guard=True)
     api_key_file: str | None = option(None, "file of keys with names, weights and quotas, one a line; see "
-                                      "docs/security.md")
-    insecure: bool = option(False, "serve other machines without a key")
+                                      "docs/security.md", is_guard=True)
+    insecure: bool = option(False, "serve other machines without a key", is_guard=True)
     allowed_host: tuple[str, ...] = option((), "without keys: Host names to answer to, beside localhost and addresses; "
-                                           "may be given several times")
+                                           "may be given several times", is_guard=True)
     cors_origin: tuple[str, ...] = option((), "web sites whose pages may call this server (CORS); may be given several "
-                                          "times; none: no page may")
-    ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain (PEM)")
-    ssl_keyfile: str | None = option(None, "the certificate's private key (PEM), if it is not in ssl_certfile")
-    ssl_ca_certs: str | None = option(None, "let in only clients with a certificate of these authorities (PEM)")
+                                          "times; none: no page may", is_guard=True)
+    ssl_certfile: str | None = option(None, "serve HTTPS with this certificate chain (PEM)", is_guard=True)
+    ssl_keyfile: str | None = option(None, "the certificate's private key (PEM), if it is not in ssl_certfile",
+                                     is_guard=True)
+    ssl_ca_certs: str | None = option(None, "let in only clients with a certificate of these authorities (PEM)",
+                                      is_guard=True)
     served_model_name: tuple[str, ...] = option((), "names that requests may use for the model; the first is shown",
                                                 aliases=("model_id",))
     lora_folder: str | None = option(None, "folder below which /v1/load_lora_adapter finds adapters; none: the route "
-                                     "is closed")
+                                     "is closed", is_guard=True)
     otlp_traces_endpoint: str | None = option(None, "send traces of requests there over OTLP/HTTP, such as "
                                               "http://127.0.0.1:4318/v1/traces; needs the extra 'otel'")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
@@ -48,7 +51,7 @@ class ChatSettings:
     reasoning_parser: str = option("auto", "format of the model's reasoning, see docs/tools.md; auto: from its chat "
                                    "template; none: reasoning stays in the content")
     chat_template_timeout: float = option(10.0, "seconds that rendering a chat template may take")
-    trust_request_chat_template: bool = option(False, "let requests bring their own chat_template")
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat_template", is_guard=True)
 
 
 END_REASONS = ("head_timeout", "body_timeout", "write_timeout", "max_connections")  # of connections, by the server

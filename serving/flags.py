@@ -11,11 +11,14 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-from xllm.config import all_options, build_tree, nearest
+from xllm.config import all_options, build_tree
 from xllm.errors import ConfigError
+from xllm.foreign.flag import ForeignFlag
+from xllm.foreign.table import FOREIGN
+from xllm.suggestion import nearest
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 SPECULATIVE_KEYS = {"method": "speculative_method", "num_speculative_tokens": "num_speculative_tokens",
@@ -28,6 +31,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
         self.booleans: set[str] = set()
+        self.never_suggested: set[str] = set()
         self._given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -42,9 +46,23 @@ class FlagParser(argparse.ArgumentParser):
         """An unknown flag is said before what it led to, such as a required one that is missing."""
         name = self._unknown_flag()
         if name is not None:
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            message = f"unknown flag {name}{nearest(name, known)}"
+            message = f"unknown flag {name}{self._hint(name)}"
+        elif message.startswith("unrecognized arguments"):
+            message += "; a flag with several values is given once for each"
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _hint(self, name: str) -> str:
+        whole, dot, _ = name.partition(".")
+        if dot and whole in self._option_string_actions:
+            return f"; give {whole} one JSON object"
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        return nearest(name, known, never=self.never_suggested)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{hint}")
 
     def _unknown_flag(self) -> str | None:
         for word in self._given:
@@ -112,6 +130,8 @@ def default_text(value: Any) -> str:
 def _add_flag(parser: FlagParser, group: argparse._ArgumentGroup, name: str, leaf: dataclasses.Field,
               hint: Any) -> None:
     flags = ["--" + spelling.replace("_", "-") for spelling in (name, *leaf.metadata["aliases"])]
+    if leaf.metadata["is_guard"]:
+        parser.never_suggested.update(flags + ["--no-" + flag[2:] for flag in flags])
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     help_text = f"{leaf.metadata['help']} (default: {default_text(leaf.default)})".replace("%", "%%")
     scalars = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
@@ -126,8 +146,29 @@ def _add_flag(parser: FlagParser, group: argparse._ArgumentGroup, name: str, lea
         kinds: dict[type, Callable[[str], Any]] = {int: parse_int, float: float}
         kind = kinds.get(scalars[0], str)
         choices = leaf.metadata["choices"] or None
+        if (foreign := FOREIGN.get(name)) is not None:
+            flags += foreign.short
+            if words := foreign.values:
+                kind = lambda text: words.get(text, text)  # noqa: E731
         group.add_argument(*flags, type=kind, choices=choices, help=help_text,
                            metavar=None if choices else scalars[0].__name__.upper(), **options)
+
+
+def add_foreign_flags(parser: FlagParser, table: Mapping[str, ForeignFlag]) -> None:
+    """The flags of other engines that are not names of ours: taken here as they come, judged by `build_tree`. After
+    `add_flags`. They are not in the help, and only those that set something are suggested."""
+    for name, entry in table.items():
+        if entry.flag in parser._option_string_actions:
+            continue
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if entry.takes == "switch":
+            parser.booleans.add(entry.flag)
+            parser.add_argument(entry.flag, *entry.short, action="store_const", const="true", **options)
+            parser.add_argument("--no-" + entry.flag[2:], action="store_const", const="false", **options)
+        else:
+            parser.add_argument(entry.flag, *entry.short, nargs="*" if entry.takes == "list" else None, **options)
+        if entry.ours is None or "--" + entry.ours.replace("_", "-") in parser.never_suggested:
+            parser.never_suggested.update((entry.flag, "--no-" + entry.flag[2:]))
 
 
 def parse_int(text: str) -> int:
@@ -139,9 +180,10 @@ def parse_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
-def tree_from(namespace: argparse.Namespace, tree: type) -> Any:
-    """Build `tree` from the flags that were given. Raises ConfigError."""
-    given = {name: value for name, value in vars(namespace).items() if name in all_options(tree)}
+def tree_from(namespace: argparse.Namespace, tree: type, foreign: Collection[str] = ()) -> Any:
+    """Build `tree` from the flags that were given, those in `foreign` too. Raises ConfigError."""
+    own = all_options(tree)
+    given = {name: value for name, value in vars(namespace).items() if name in own or name in foreign}
     return build_tree(tree, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 

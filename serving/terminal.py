@@ -201,7 +201,7 @@ def _message_of(body: bytes, otherwise: str) -> str:
 def _load(config: EngineConfig) -> AsyncLLM:
     from xllm.async_llm import AsyncLLM
 
-    return AsyncLLM(config)
+    return AsyncLLM(config=config)
 
 
 def _sampling(llm: AsyncLLM, flags: argparse.Namespace) -> SamplingParams:

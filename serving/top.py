@@ -22,11 +22,15 @@ from xllm.errors import ConfigError, EngineDeadError
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 SPARK_CHARS = 40
+GAUGE_CHARS = 46  # of name, figure and unit beside a curve, with gaps
 RATE_WINDOW_S = 2.0
 MAX_SAMPLES = 240
 MAX_STEPS = 4096
 BAR_CHARS = 24
 LANE_CHARS = 32
+MIN_LANE_CHARS = 4
+FRAME_CHARS, PADDING_CHARS = 4, 2  # of the panel, and of each column in it
+COLUMNS = {"#": 5, "kind": 10, "prompt": 6, "cached": 6, "output": 6, "time": LANE_CHARS, "ms": 7, "tok/s": 6, "end": 8}
 CONNECT_TIMEOUT_S = 10.0
 Row = list[float]
 
@@ -60,9 +64,9 @@ class View:
     def gauge(self, name: str) -> list[float]:
         return [row[self._place[name]] for row in self._rows]
 
-    def render(self, num_requests: int = 12) -> Group:
-        """The whole screen. After the first `take`."""
-        return Group(self._head(), self._gauges(), self._tiers(), self._requests(num_requests))
+    def render(self, num_requests: int = 12, width: int = 80) -> Group:
+        """The whole screen, `width` characters wide. After the first `take`."""
+        return Group(self._head(), self._gauges(width), self._tiers(), self._requests(num_requests, width))
 
     def _head(self) -> Text:
         server = self._stats["server"]
@@ -75,7 +79,7 @@ class View:
             head.append(f"  {server['reason']}", style)
         return head
 
-    def _gauges(self) -> Table:
+    def _gauges(self, width: int) -> Table:
         engine, server = self._stats["engine"], self._stats["server"]
         queries = engine["prefix_cache_queries"]
         hit = 100 * engine["prefix_cache_hits"] / queries if queries else 0.0
@@ -84,27 +88,29 @@ class View:
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
         generated, prompt = self.rates("generation_tokens"), self.rates("prompt_tokens")
         waited = f"oldest {engine['oldest_waiting_seconds']:.1f} s" if engine["num_requests_waiting"] else ""
-        rows = (
-            ("generated", _figure(generated[-1] if generated else 0.0), "tokens/s", sparkline(generated)),
-            ("prompt", _figure(prompt[-1] if prompt else 0.0), "tokens/s", sparkline(prompt)),
+        rows: tuple[tuple[str, str, str, list[float]], ...] = (
+            ("generated", _figure(generated[-1] if generated else 0.0), "tokens/s", generated),
+            ("prompt", _figure(prompt[-1] if prompt else 0.0), "tokens/s", prompt),
             ("running", str(engine["num_requests_running"]), f"of {server.get('max_num_seqs', '-')}",
-             sparkline(self.gauge("num_requests_running"))),
-            ("waiting", str(engine["num_requests_waiting"]), waited, sparkline(self.gauge("num_requests_waiting"))),
-            ("prefix hits", f"{hit:.1f}", "% of prompt", ""),
+             self.gauge("num_requests_running")),
+            ("waiting", str(engine["num_requests_waiting"]), waited, self.gauge("num_requests_waiting")),
+            ("prefix hits", f"{hit:.1f}", "% of prompt", []),
             ("step", *self._step_figures()),
         )
-        for name, value, unit, spark in rows:
-            table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"), Text(spark, "blue"))
+        chars = max(1, min(SPARK_CHARS, width - GAUGE_CHARS))
+        for name, value, unit, values in rows:
+            table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"),
+                          Text(sparkline(values, chars), "blue"))
         return table
 
-    def _step_figures(self) -> tuple[str, str, str]:
+    def _step_figures(self) -> tuple[str, str, list[float]]:
         recent = [step for step in self._steps if step[0] > self._stats["now_s"] - 30.0]
         if not recent:
-            return "-", "ms", ""
+            return "-", "ms", []
         times_ms = sorted(1000 * step[1] for step in recent)
         p99 = times_ms[min(len(times_ms) - 1, int(0.99 * len(times_ms)))]
         last = [1000 * step[1] for step in recent[-SPARK_CHARS:]]
-        return _figure(times_ms[len(times_ms) // 2]), f"ms median, p99 {_figure(p99)}", sparkline(last)
+        return _figure(times_ms[len(times_ms) // 2]), f"ms median, p99 {_figure(p99)}", last
 
     def _tiers(self) -> Table:
         engine = self._stats["engine"]
@@ -122,13 +128,11 @@ class View:
                           Text(f"{replays:,} replays, {eager:,} eager, {graphs['num_bytes'] / 2**20:.1f} MiB", "dim"))
         return table
 
-    def _requests(self, limit: int) -> Panel:
-        table = Table(box=None, padding=(0, 1))
-        for name, width in (("#", 5), ("kind", 10), ("prompt", 6), ("cached", 6), ("output", 6), ("time", LANE_CHARS),
-                            ("ms", 7), ("tok/s", 6), ("end", 8)):
-            numeric, is_lane = name not in ("kind", "time", "end"), name == "time"
-            table.add_column(name, justify="right" if numeric else "left", no_wrap=True, header_style="dim",
-                             min_width=4 if is_lane else width, overflow="crop" if is_lane else "ellipsis")
+    def _requests(self, limit: int, width: int) -> Panel:
+        table, columns = Table(box=None, padding=(0, 1)), columns_within(width)
+        for name, chars in columns.items():
+            table.add_column(name, justify="left" if name in ("kind", "time", "end") else "right", no_wrap=True,
+                             header_style="dim", min_width=chars, overflow="crop" if name == "time" else "ellipsis")
         now, shown = self._stats["now_s"], self._stats["requests"][:limit]
         longest = max([(r["end_s"] or now) - r["arrival_s"] for r in shown], default=1.0)
         for request in shown:
@@ -137,10 +141,12 @@ class View:
             speed = (request["num_generation_tokens"] - 1) / phases[2] if phases[2] > 0 else 0.0
             state = request["finish_reason"] or ("decode" if request["first_token_s"] is not None else
                                                  "prefill" if request["scheduled_s"] is not None else "queued")
-            table.add_row(str(request["number"]), request["kind"], str(request["num_prompt_tokens"]),
-                          str(request["num_cached_tokens"]), str(request["num_generation_tokens"]),
-                          lane(phases, longest), f"{1000 * total:,.0f}", _figure(speed) if speed > 0 else "",
-                          Text(state, "" if request["finish_reason"] else "green"))
+            cells = {"#": str(request["number"]), "kind": request["kind"], "prompt": str(request["num_prompt_tokens"]),
+                     "cached": str(request["num_cached_tokens"]), "output": str(request["num_generation_tokens"]),
+                     "time": lane(phases, longest, columns.get("time", 0)), "ms": f"{1000 * total:,.0f}",
+                     "tok/s": _figure(speed) if speed > 0 else "",
+                     "end": Text(state, "" if request["finish_reason"] else "green")}
+            table.add_row(*(cells[name] for name in columns))
         title = Text.assemble("requests  ", ("█ ", "dim"), "queued ", ("█ ", "yellow"), "prefill ", ("█ ", "blue"),
                               "decode")
         return Panel(table if shown else Text("none yet", "dim"), title=title, title_align="left", border_style="dim")
@@ -154,19 +160,33 @@ def phases_of(request: dict[str, Any], now_s: float) -> tuple[float, float, floa
     return max(0.0, scheduled - request["arrival_s"]), max(0.0, first - scheduled), max(0.0, end - first)
 
 
-def lane(phases: tuple[float, float, float], longest_s: float) -> Text:
+def columns_within(width: int) -> dict[str, int]:
+    """The columns of the requests, with their characters, that fit into so many: the bars give way first."""
+    columns = dict(COLUMNS)
+    for name in ("time", "kind", "cached", "#"):
+        spare = width - FRAME_CHARS - sum(chars + PADDING_CHARS for chars in columns.values())
+        if spare >= 0:
+            break
+        if name == "time" and columns[name] + spare >= MIN_LANE_CHARS:
+            columns[name] += spare
+            break
+        del columns[name]
+    return columns
+
+
+def lane(phases: tuple[float, float, float], longest_s: float, chars: int = LANE_CHARS) -> Text:
     text, done, drawn = Text(), 0.0, 0
     for seconds, style in zip(phases, ("dim", "yellow", "blue"), strict=True):
         done += seconds
-        upto = round(LANE_CHARS * done / longest_s) if longest_s > 0 else 0
+        upto = round(chars * done / longest_s) if longest_s > 0 else 0
         text.append("█" * (upto - drawn), style)
         drawn = upto
     return text
 
 
-def sparkline(values: list[float]) -> str:
-    """The last `SPARK_CHARS` values, the highest of them as a full block."""
-    last = values[-SPARK_CHARS:]
+def sparkline(values: list[float], chars: int = SPARK_CHARS) -> str:
+    """The last `chars` values, the highest of them as a full block."""
+    last = values[-chars:]
     highest = max(last, default=0.0)
     if highest <= 0:
         return BLOCKS[1] * len(last)
@@ -211,11 +231,11 @@ def run(flags: argparse.Namespace, console: Console | None = None) -> int:
     view, snapshots = View(url), follow(url, flags.api_key, round(1000 * flags.interval))
     if flags.once:
         view.take(next(snapshots))
-        console.print(view.render())
+        console.print(view.render(width=console.width))
         return 0
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         for stats in snapshots:
             view.take(stats)
-            live.update(view.render(max(3, console.height - 16)), refresh=True)
+            live.update(view.render(max(3, console.height - 16), console.width), refresh=True)
     console.print(f"{url} ended the stream at {time.strftime('%H:%M:%S')}")
     return 0

@@ -7,21 +7,24 @@ default, help and aliases stand here and nowhere else. `resolve()` fills derived
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
+from xllm.foreign.table import translate
 from xllm.pooling import KINDS
 from xllm.sizes import is_zero, parse_amount
+from xllm.suggestion import nearest
 
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
-           is_json: bool = False) -> Any:
+           is_json: bool = False, is_guard: bool = False) -> Any:
     """A dataclass field with what the command line needs. `aliases`: other engines' names for it. is_json: the text of
-    a JSON object; in Python a dict will do."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices, "is_json": is_json})
+    a JSON object; in Python a dict will do. is_guard: it decides who may use the server, or what input of strangers
+    may do; never suggested for a mistyped name."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices, "is_json": is_json,
+                                            "is_guard": is_guard})
 
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
@@ -94,7 +97,8 @@ class CacheSettings:
                                   "share of the free space such as 25%")
     disk_cache_dir: str | None = option(None, "folder of the disk tier; survives restarts and crashes")
     disk_cache_key_file: str | None = option(None, "file of at least 32 random bytes, readable by its owner alone: "
-                                             "blocks on disk are authenticated with it; what others wrote is a miss")
+                                             "blocks on disk are authenticated with it; what others wrote is a miss",
+                                             is_guard=True)
     host_bytes_per_s: str = option("0", "limit for copies between device and host memory, each way; 0: none")
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
@@ -141,8 +145,7 @@ class SpeculativeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"),
-                         aliases=("backend", "devices"))
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"))
     num_threads: int | None = option(None, "CPU threads; none: one per core that the process may keep busy")
     strict_ops: bool | None = option(None, "refuse to run an operator that the device inherits from the reference; "
                                      "none: yes on cuda and npu")
@@ -346,17 +349,20 @@ def build_tree(tree: type, settings: dict[str, Any]) -> Any:
     options = all_options(tree)
     by_alias = {alias: name for name, (_, f) in options.items() for alias in f.metadata["aliases"]}
     groups: dict[str, dict[str, Any]] = {}
-    for given, value in settings.items():
+    for given, value in translate(settings, (*options, *by_alias)).items():
         name = by_alias.get(given, given)
         if name not in options:
-            raise ConfigError(f"unknown setting {given!r}{nearest(given, [*options, *by_alias])}")
+            guards = {known for known, (_, leaf) in options.items() if leaf.metadata["is_guard"]}
+            raise ConfigError(f"unknown setting {given!r}{nearest(given, [*options, *by_alias], never=guards)}")
         group, leaf = options[name]
         choices = leaf.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise ConfigError(f"{given} must be one of {', '.join(choices)}; got {value!r}")
         if leaf.metadata["is_json"] and isinstance(value, dict):
             value = json.dumps(value)
-        groups.setdefault(group, {})[name] = value
+        if name in groups.setdefault(group, {}):
+            raise ConfigError(f"{given} and {name} say the same thing: set one of them")
+        groups[group][name] = value
     factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
     return tree(**{name: factories[name](**values) for name, values in groups.items()})
 
@@ -372,9 +378,3 @@ def parse_object(name: str, text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must be a JSON object, got {text[:80]}")
     return value
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """'; did you mean ...?' or nothing."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""

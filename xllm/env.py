@@ -6,6 +6,10 @@ import os
 import re
 from pathlib import Path
 
+from xllm.suggestion import nearest
+
+NAMES = ("XLLM_LOG", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK", "XLLM_FAILPOINTS",
+         "XLLM_API_KEY", "XLLM_ADMIN_API_KEY")
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
@@ -61,6 +65,13 @@ def api_keys() -> tuple[str, ...]:
 def admin_api_keys() -> tuple[str, ...]:
     """XLLM_ADMIN_API_KEY: the same for --admin-api-key."""
     return _keys("XLLM_ADMIN_API_KEY")
+
+
+def mistyped_names() -> list[str]:
+    """The variables that are set, are none of `NAMES`, and look like one of them."""
+    known = [name.removeprefix("XLLM_") for name in NAMES]
+    return [name for name in sorted(os.environ) if name.startswith("XLLM_") and name not in NAMES
+            and nearest(name.removeprefix("XLLM_"), known)]
 
 
 def for_child() -> dict[str, str]:

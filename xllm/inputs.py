@@ -25,6 +25,7 @@ from xllm.tokenizer import Tokenizer, load_tokenizer
 # Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
+EMBEDDING_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices of one request share a seed
 _UINT64 = 2**64 - 1
 
@@ -208,6 +209,23 @@ def _choices(sampling: SamplingParams, shares_prompt_logprobs: bool) -> list[Sam
     if seed is None:
         return [first, *[other] * (sampling.n - 1)]
     return [first, *(other.varied(seed=(seed + index * _SEED_STEP) & _UINT64) for index in range(1, sampling.n))]
+
+
+def chat_prompt(tokenizer: Tokenizer | None, messages: Sequence[Any], *, add_generation_prompt: bool = True,
+                continue_final_message: bool = False, chat_template: str | None = None,
+                tools: Sequence[Mapping[str, Any]] | None = None,
+                chat_template_kwargs: Mapping[str, Any] | None = None) -> Prompt:
+    """A conversation as a prompt: the text that the model's chat template makes of it, and its token ids.
+
+    Raises:
+        RequestError: there is no tokenizer, or the template refuses the messages. ModelError: there is no template.
+    """
+    if tokenizer is None:
+        raise RequestError("chat needs a tokenizer, and skip_tokenizer_init is set", field="messages")
+    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools,
+                                 continue_final_message=continue_final_message, chat_template=chat_template,
+                                 **(chat_template_kwargs or {}))
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False, field="messages")}
 
 
 def engine_tokenizer(facts: EngineFacts) -> Tokenizer | None:

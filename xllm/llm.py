@@ -18,7 +18,14 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import RequestError, XllmError
 from xllm.generation_config import default_sampling
-from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
+from xllm.inputs import (
+    EMBEDDING_SAMPLING,
+    InputProcessor,
+    ProcessedInput,
+    Prompt,
+    chat_prompt,
+    engine_tokenizer,
+)
 from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
@@ -27,7 +34,6 @@ from xllm.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
-EMBEDDING_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 
 
 class LLM:
@@ -70,23 +76,20 @@ class LLM:
         return self._run(_as_batch(prompts), sampling_params, priority, use_tqdm, lora)
 
     def chat(self, messages: Sequence[Any], sampling_params: Params = None, *, use_tqdm: bool = True,
+             priority: int | Sequence[int] | None = None, lora: str | Sequence[str] = "",
              add_generation_prompt: bool = True, continue_final_message: bool = False,
              chat_template: str | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
              chat_template_kwargs: Mapping[str, Any] | None = None) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several. Raises like `generate`."""
-        if self._tokenizer is None:
-            raise RequestError("chat needs a tokenizer, and skip_tokenizer_init is set", field="messages")
+        """Answer one conversation (a list of messages) or several. The rest, and what is raised: as for `generate`."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for index, conversation in enumerate(conversations):
             with _at("messages", index, len(conversations)):
-                text = self._tokenizer.render_chat(
-                    conversation, add_generation_prompt=add_generation_prompt, tools=tools,
+                prompts.append(chat_prompt(
+                    self._tokenizer, conversation, add_generation_prompt=add_generation_prompt, tools=tools,
                     continue_final_message=continue_final_message, chat_template=chat_template,
-                    **(chat_template_kwargs or {}))
-                ids = self._tokenizer.encode(text, add_special_tokens=False, field="messages")
-                prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return self._run(prompts, sampling_params, None, use_tqdm)
+                    chat_template_kwargs=chat_template_kwargs))
+        return self._run(prompts, sampling_params, priority, use_tqdm, lora)
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises RequestError with skip_tokenizer_init."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from serving.api.errors import invalid
-from xllm.config import nearest
+from xllm.suggestion import nearest
 
 
 def check_members(given: Mapping[str, Any], known: Collection[str], where: str) -> None:

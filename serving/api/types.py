@@ -11,7 +11,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from serving.api.errors import invalid
-from xllm.config import nearest
+from xllm.suggestion import nearest
 
 Body = TypeVar("Body", bound="StrictBody")
 

@@ -1,80 +1,14 @@
 // The chat view: one conversation, streamed.
 
+import {Answer} from "./answer.js";
 import {ApiError, call, events} from "./api.js";
 import {byId, make, setText} from "./dom.js";
 import {render} from "./markdown.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const SETTINGS = "xllm.settings";
+const CONVERSATION = "xllm.conversation";
 const BOTTOM_SLACK_PX = 48;
-
-const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-
-/** Turns a stream's chunks into one assistant message, with what it cost. */
-class Answer {
-  constructor(startedMs) {
-    this.startedMs = startedMs;
-    this.firstMs = null;
-    this.lastMs = null;
-    this.firstTokens = 0;
-    this.content = "";
-    this.reasoning = "";
-    this.calls = [];
-    this.usage = null;
-    this.finish = null;
-    this.failure = "";
-  }
-
-  take(chunk) {
-    if (chunk.usage) this.usage = chunk.usage;
-    const choice = chunk.choices?.[0];
-    if (!choice) return;
-    const delta = choice.delta ?? {};
-    const reasoning = delta.reasoning_content ?? delta.reasoning ?? "";
-    if (delta.content || reasoning || delta.tool_calls?.length) {
-      this.lastMs = performance.now();
-      if (this.firstMs === null) {
-        this.firstMs = this.lastMs;
-        this.firstTokens = this.usage?.completion_tokens ?? 1; // a parser may have held back the first ones
-      }
-    }
-    this.content += delta.content ?? "";
-    this.reasoning += reasoning;
-    for (const part of delta.tool_calls ?? []) this.takeCall(part);
-    this.finish = choice.finish_reason ?? this.finish;
-  }
-
-  takeCall(part) {
-    const index = part.index ?? this.calls.length;
-    const found = (this.calls[index] ??= {id: "", type: "function", function: {name: "", arguments: ""}});
-    found.id ||= part.id ?? `call_${index}`;
-    found.function.name += part.function?.name ?? "";
-    found.function.arguments += part.function?.arguments ?? "";
-  }
-
-  message() {
-    const message = {role: "assistant", content: this.content};
-    const calls = this.calls.filter(Boolean);
-    if (calls.length) message.tool_calls = calls;
-    return message;
-  }
-
-  /** One line of figures. While it streams, tokens are those of the running usage. */
-  facts() {
-    const facts = this.finish === "stopped" ? ["stopped"] : [];
-    const tokens = this.usage?.completion_tokens;
-    if (tokens !== undefined) facts.push(plural(tokens, "token"));
-    const later = tokens - this.firstTokens;
-    if (later > 0 && this.lastMs > this.firstMs) facts.push(`${(later / (this.lastMs - this.firstMs) * 1000).toFixed(1)} tokens/s`);
-    if (this.firstMs !== null) facts.push(`first after ${Math.round(this.firstMs - this.startedMs)} ms`);
-    if (this.usage) {
-      const cached = this.usage.prompt_tokens_details?.cached_tokens ?? 0;
-      facts.push(`prompt ${this.usage.prompt_tokens}${cached ? ` (${cached} cached)` : ""}`);
-    }
-    if (this.finish === "length") facts.push("cut at max tokens");
-    return facts;
-  }
-}
 
 /** The list item of an assistant message; draws at most once a frame. */
 class AnswerView {
@@ -147,11 +81,12 @@ export class Chat {
   constructor({notice, askKey}) {
     this.notice = notice;
     this.askKey = askKey;
-    this.turns = []; // {message, element}
+    this.turns = []; // {message, element, kept: what is shown of an answer beside its message}
     this.running = null; // AbortController of the answer under way
     this.prompt = byId("prompt");
     this.form = byId("settings-form");
     this.loadSettings();
+    this.loadConversation();
     this.listen();
   }
 
@@ -271,15 +206,66 @@ export class Chat {
     this.turns.push({message, element});
     byId("log").append(element);
     this.scrollToEnd();
+    this.saveConversation();
+  }
+
+  appendUser(text) {
+    this.append({role: "user", content: text},
+      make("li", {class: "message user"}, make("span", {class: "who"}, "You: "), text));
+  }
+
+  saveConversation() {
+    try {
+      sessionStorage.setItem(CONVERSATION, JSON.stringify(this.turns.map(({message, kept}) => ({message, ...kept}))));
+    } catch { // there is no room for all of it
+      sessionStorage.removeItem(CONVERSATION);
+    }
+  }
+
+  /** After a reload. A question that got no answer goes back to where it was written. */
+  loadConversation() {
+    let stored = [];
+    try {
+      stored = JSON.parse(sessionStorage.getItem(CONVERSATION) ?? "[]");
+      while (stored.at(-1)?.message.role === "tool") stored.pop();
+      if (stored.at(-1)?.message.role === "user") this.prompt.value = stored.pop().message.content;
+      stored.forEach((turn, index) => this.loadTurn(turn, stored.slice(index + 1)));
+    } catch { // whatever it was, it was not ours
+      this.turns = [];
+      byId("log").replaceChildren();
+    }
+    this.saveConversation();
+    this.fitPrompt();
+  }
+
+  loadTurn(turn, later) {
+    const {message} = turn;
+    if (message.role === "user") return this.appendUser(message.content);
+    if (message.role === "tool") return this.turns.push({message, element: null});
+    const answer = Answer.of(turn), view = new AnswerView(answer, this);
+    this.append(message, view.element);
+    this.turns.at(-1).kept = answer.kept();
+    view.finish();
+    if (!message.tool_calls) return;
+    const results = later.slice(0, message.tool_calls.length).map((other) => other.message);
+    if (results.every(({role}) => role === "tool") && results.length) this.showResults(results, view);
+    else this.askResults(message.tool_calls, view);
+  }
+
+  showResults(results, view) {
+    results.forEach(({content}, index) => view.calls.children[index].append(
+      make("form", {}, make("input", {"aria-label": "Result", value: content, disabled: true}))));
   }
 
   send() {
     const text = this.prompt.value.trim();
     if (!text) return;
-    this.append({role: "user", content: text},
-      make("li", {class: "message user"}, make("span", {class: "who"}, "You: "), text));
+    this.appendUser(text);
     const answering = this.answer();
-    if (!answering) return this.turns.pop().element.remove();
+    if (!answering) {
+      this.turns.pop().element.remove();
+      return this.saveConversation();
+    }
     this.prompt.value = "";
     this.fitPrompt();
   }
@@ -324,7 +310,8 @@ export class Chat {
     const message = answer.message();
     view.finish();
     const {content, tool_calls: calls} = message;
-    if (content || calls) this.turns.push({message, element: view.element});
+    if (content || calls) this.turns.push({message, element: view.element, kept: answer.kept()});
+    this.saveConversation();
     if (calls && !answer.failure && answer.finish !== "stopped") this.askResults(calls, view);
     const end = answer.failure || (answer.finish === "stopped" ? "Stopped." : `Answer complete, ${answer.facts()[0] ?? ""}.`);
     setText("announce", end);
@@ -365,6 +352,7 @@ export class Chat {
   clear() {
     this.stop();
     this.turns = [];
+    this.saveConversation();
     byId("log").replaceChildren();
     byId("empty").hidden = false;
     setText("announce", "New chat.");

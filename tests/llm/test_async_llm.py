@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+import xllm.bundled
+from tests.adapters import write_adapter
 from tests.llm.conftest import SETTINGS
-from xllm import LLM, AsyncLLM, EngineConfig, SamplingParams
+from xllm import LLM, AsyncLLM, EngineConfig, PoolingParams, SamplingParams
 from xllm.client.assemble import Completion
 from xllm.client.local import CommandQueue
 from xllm.engine.commands import Answer, Outputs, Shutdown, Submit, Submitted
@@ -19,6 +23,7 @@ from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.outputs import RequestOutput
 from xllm.request import FinishReason, Request
 
+BUNDLED = Path(xllm.bundled.__file__).parent
 PROMPT = "def add(a, b):\n    return"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -59,6 +64,49 @@ async def test_streams_equal_llm(engine, llm):
     assert len(cumulative) > 1  # a slow reader gets several tokens at once
     for before, after in itertools.pairwise(cumulative):
         assert after.outputs[0].text.startswith(before.outputs[0].text)
+
+
+async def test_chat_and_embed_equal_llm(engine, llm):
+    messages = [{"role": "user", "content": "Write a loop."}]
+    (expected,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    deltas = await collect(engine.chat(messages, GREEDY, "a", output_kind="delta"))
+    assert "".join(o.outputs[0].text for o in deltas) == expected.outputs[0].text
+    assert deltas[-1].prompt == expected.prompt and deltas[-1].request_id == "a"
+    (vector,) = llm.embed(PROMPT)
+    assert (await engine.embed(PROMPT)).embedding == vector.embedding
+    with pytest.raises(RequestError, match=r"messages.0"):
+        await collect(engine.chat([{"role": "user", "content": "x", "mood": "bad"}]))
+    with pytest.raises(RequestError, match="dimensions"):
+        await engine.embed(PROMPT, PoolingParams(dimensions=2**19))
+    async for _ in engine.chat(messages, LONG):
+        break
+    await idle(engine)
+
+
+def test_what_llm_can_async_llm_can():
+    def public(kind):
+        return {name for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))}
+
+    assert public(LLM) < public(AsyncLLM)
+    for name in ("__init__", "generate", "chat", "embed", "load_adapter"):
+        ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (AsyncLLM, LLM))
+        assert theirs.keys() - ours.keys() <= {"prompts", "use_tqdm"}
+    first, second = (next(iter(inspect.signature(kind).parameters)) for kind in (LLM, AsyncLLM))
+    assert first == second == "model"
+
+
+async def test_adapters_come_and_go(tmp_path):
+    write_adapter(tmp_path / "sql", 1)
+    async with AsyncLLM(str(BUNDLED), **SETTINGS, enable_lora=True) as engine:
+        plain = (await collect(engine.generate(PROMPT, GREEDY)))[-1].outputs[0].token_ids
+        await engine.load_adapter("sql", tmp_path / "sql")
+        with pytest.raises(RequestError):
+            await engine.load_adapter("sql", tmp_path / "sql")
+        adapted = (await collect(engine.generate(PROMPT, GREEDY, lora="sql")))[-1].outputs[0].token_ids
+        assert adapted != plain
+        await engine.unload_adapter("sql")
+        with pytest.raises(RequestError, match="sql"):
+            await engine.unload_adapter("sql")
 
 
 async def test_many_at_once_equal_llm(engine, llm):
@@ -239,6 +287,10 @@ def test_a_refused_choice_takes_the_others_with_it():
 
 def test_settings():
     with pytest.raises(ConfigError, match="not both"):
-        AsyncLLM(EngineConfig(), device="cpu")
+        AsyncLLM(config=EngineConfig(), device="cpu")
+    with pytest.raises(ConfigError, match="not both"):
+        AsyncLLM("a-folder", config=EngineConfig())
+    with pytest.raises(ConfigError, match="config="):
+        AsyncLLM(EngineConfig())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown"):
         AsyncLLM(devize="cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 
@@ -12,14 +14,19 @@ from serving.cli import build_parser, engine_config, main
 from serving.config import ServerConfig
 from serving.flags import apply_speculative_config, tree_from
 from tests.serving.server_process import ROOT
-from xllm.config import EngineConfig
+from xllm import LLM, __version__, env
+from xllm.config import EngineConfig, all_options
 from xllm.errors import ConfigError
+from xllm.foreign.flag import ForeignFlag
+from xllm.foreign.table import FOREIGN, SERVER
+
+the_parser = cache(build_parser)
 
 
 def parse(*args: str) -> tuple[EngineConfig, ServerConfig]:
-    namespace = build_parser().parse_args(["serve", *args])
+    namespace = the_parser().parse_args(["serve", *args])
     apply_speculative_config(namespace)
-    return engine_config(namespace), tree_from(namespace, ServerConfig)
+    return engine_config(namespace), tree_from(namespace, ServerConfig, SERVER)
 
 
 def test_nothing_given_is_the_default() -> None:
@@ -83,8 +90,10 @@ def test_wrong_speculative_config(text: str) -> None:
     (("serve", "--port", "many"), "many"),
     (("serve", "--dtype", "float8"), "float8"),
     (("serve", "--enable-prefix-caching=maybe"), "true or false"),
-    (("serv",), "serv"),
-    ((), "COMMAND"),
+    (("serv",), "did you mean 'serve'"),
+    (("serve", "model", "--api-key", "a", "b"), "once for each"),
+    (("serve", "--dtype", "bfloat61"), "did you mean 'bfloat16'"),
+    (("serve", "--compilation-config.level", "3"), "--compilation-config one JSON object"),
 ])
 def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], says: str) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -98,6 +107,117 @@ def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str], args: tu
 def test_wrong_values_exit_with_one(capsys: pytest.CaptureFixture[str], args: tuple[str, ...]) -> None:
     assert main(["serve", *args]) == 1
     assert args[0][2:].replace("-", "_") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["--no-insecur", "--insecur", "--trust-request-chat-templat", "--cors-origins",
+                                  "--allowed-hosts", "--swap-spac"])
+def test_no_mistake_leads_to_a_guard_or_to_what_has_no_effect(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", name, "x"])
+    said = capsys.readouterr().err
+    assert f"unknown flag {name}" in said and "did you mean" not in said
+
+
+def test_alone_it_prints_its_help_and_its_version_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+    assert main(["bench"]) == 0
+    for flag in ("--version", "-V"):
+        with pytest.raises(SystemExit) as stopped:
+            main([flag])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out.endswith(f"xllm {__version__}\n")
+
+
+@pytest.mark.parametrize("package", ["xllm", "serving"])
+def test_the_package_runs_as_the_command(package: str) -> None:
+    done = subprocess.run([sys.executable, "-m", package, "-V"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"xllm {__version__}\n"
+
+
+def test_a_mistyped_variable_of_the_environment_is_told(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set(re.findall(r'[("](XLLM_[A-Z_]+)"', (ROOT / "xllm" / "env.py").read_text()))
+    assert set(env.NAMES) == read
+    monkeypatch.setenv("XLLM_APIKEY", "secret")
+    monkeypatch.setenv("XLLM_ANOTHER_PROGRAMS", "1")
+    assert env.mistyped_names() == ["XLLM_APIKEY"]
+    main([])
+    assert "XLLM_APIKEY is not read" in capsys.readouterr().err
+
+
+# --- flags of other engines
+
+OWN = {**all_options(EngineConfig), **all_options(ServerConfig)}
+NAMES = {*OWN, *(alias for _, leaf in OWN.values() for alias in leaf.metadata["aliases"]), "speculative_config"}
+SAMPLES = {"hf_overrides": "{}", "rope_scaling": "{}", "speculative_config": "{}", "api_key": "k",
+           "lora_modules": "a=b", "max_model_len": "64", "h11_max_header_count": "50", "devices": "npu:0",
+           "allowed_origins": '["https://a.example"]'}
+
+
+def spell(entry: ForeignFlag, value: str | None = None) -> tuple[str, ...]:
+    if entry.takes == "switch":
+        return (entry.flag if value != "false" else "--no-" + entry.flag[2:],)
+    return (f"{entry.flag}={'some' if value is None else value}",) if entry.takes == "value" else (entry.flag, "some")
+
+
+def sample_of(entry: ForeignFlag) -> str:
+    if entry.name in SAMPLES:
+        return SAMPLES[entry.name]
+    name = entry.ours or next(n for n, (_, leaf) in OWN.items() if entry.name in (n, *leaf.metadata["aliases"]))
+    choices = OWN[name][1].metadata["choices"]
+    return choices[0] if choices else "none" if name.endswith("parser") else "warning" if "level" in name else "1"
+
+
+@pytest.mark.parametrize("entry", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_flag_does_what_its_verdict_says(entry: ForeignFlag, caplog: pytest.LogCaptureFixture) -> None:
+    if entry.verdict == "accepted":
+        assert (entry.ours in OWN) if entry.ours else (entry.name in NAMES)
+        boolean = entry.takes == "switch" or (entry.name in OWN and isinstance(OWN[entry.name][1].default, bool))
+        parse(entry.flag) if boolean else parse(f"{entry.flag}={sample_of(entry)}")
+        assert not caplog.records
+        return
+    assert entry.name not in NAMES
+    if entry.verdict == "ignored":
+        assert parse(*spell(entry)) == (EngineConfig(), ServerConfig())
+        assert [r.message for r in caplog.records] == [f"{entry.name} is ignored: {entry.note}"]
+        if entry.only:
+            with pytest.raises(ConfigError, match=re.escape(entry.note)):
+                parse(*spell(entry, "false"))
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"{entry.name} is not supported: {entry.note}")):
+        parse(*spell(entry))
+    for value in entry.unless:
+        assert parse(*spell(entry, value)) == (EngineConfig(), ServerConfig())
+
+
+def test_foreign_flags_set_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    config, server = parse("--enforce-eager", "-tp", "1", "--dtype", "half", "--kv-offloading-size", "4",
+                           "--load-format", "safetensors", "--allowed-origins", '["https://a.example"]',
+                           "--h11-max-header-count", "50")
+    assert (config.device.graph_mode, config.model.dtype, config.model.load_format) == ("off", "float16", "auto")
+    assert config.cache.host_cache_size == "4GiB"
+    assert server.http.cors_origin == ("https://a.example",) and server.limits.max_headers == 50
+    assert parse("--no-enforce-eager", "--devices=npu:0")[0].device.graph_mode == "auto"
+    for two in (("--graph-mode", "off", "--enforce-eager"), ("--enforce-eager", "--enable-graph")):
+        with pytest.raises(ConfigError, match="say the same thing"):
+            parse(*two)
+    with pytest.raises(ConfigError, match="'many' is not a value of max_headers"):
+        parse("--h11-max-header-count", "many")
+    with pytest.raises(ConfigError, match="cors_origin"):
+        parse("--allowed-origins", '["*"]')
+    assert main(["serve", "--trust-remote-code"]) == 1
+    assert "never run" in capsys.readouterr().err
+
+
+def test_python_hears_the_same() -> None:
+    assert EngineConfig.from_flat(enforce_eager=True, trust_remote_code=False, dtype="half").device.graph_mode == "off"
+    with pytest.raises(ConfigError, match="trust_remote_code is not supported"):
+        LLM(trust_remote_code=True)
+    with pytest.raises(ConfigError, match="unknown setting 'host'"):
+        LLM(host="127.0.0.1")
+    with pytest.raises(ConfigError, match="say the same thing"):
+        LLM(max_num_seqs=2, max_seqs_per_batch=3)
 
 
 def test_unknown_bench(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,20 @@ def test_one_look(server: ServerProcess) -> None:
     assert re.search(r"completion +\d+ +0 +20 +█+ +[\d,]+ +[\d,.]+ +length", row), row
 
 
+@pytest.mark.parametrize(("width", "left_out"), [(110, set()), (80, set()), (75, {"time"}), (66, {"time", "kind"})])
+def test_a_narrow_terminal_shows_how_requests_ended(server: ServerProcess, width: int, left_out: set[str]) -> None:
+    server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 20, "ignore_eos": True})
+    server.wait_idle()
+    out = io.StringIO()
+    top.run(flags(server.url), Console(file=out, width=width, height=40))
+    lines = out.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= width
+    head = next(line for line in lines if "output" in line)
+    assert set(top.COLUMNS) - set(head.split()) == left_out
+    row = next(line for line in lines if re.search(r" 20 .*length", line))
+    assert re.search(r" 20 +█* *[\d,]+ +[\d,.]+ +length", row), row
+
+
 def test_live_on_a_terminal(server: ServerProcess) -> None:
     """It draws on the alternate screen, shows the load, and Ctrl-C gives the terminal back."""
     main, child = pty.openpty()

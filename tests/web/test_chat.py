@@ -65,8 +65,17 @@ def test_a_conversation_goes_on(open_tab: Tab) -> None:
     answered(page, 2)
     roles = [message["role"] for message in bodies[-1]["messages"]]
     assert roles == ["user", "assistant", "user"]
+    shown = page.locator("#log").inner_text()
+    page.reload()
+    expect(page.locator(".message")).to_have_count(4)
+    assert page.locator("#log").inner_text() == shown
+    ask(page, "After a reload")
+    answered(page, 3)
+    assert bodies[-1]["messages"][:3] == bodies[-2]["messages"]
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".message")).to_have_count(0)
+    expect(page.locator("#empty")).to_be_visible()
+    page.reload()
     expect(page.locator("#empty")).to_be_visible()
 
 

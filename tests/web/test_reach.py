@@ -226,3 +226,9 @@ def test_reasoning_and_tool_calls(open_tab: Tab, scripted: ServerProcess) -> Non
     assert [call["function"]["name"] for call in sent[1]["tool_calls"]] == ["weather", "time"]
     assert [message["tool_call_id"] for message in sent[2:]] == [call["id"] for call in sent[1]["tool_calls"]]
     assert sent[2]["content"] == "rain"
+    page.reload()
+    expect(page.locator(".message")).to_have_count(3)
+    assert page.locator(".reasoning .text").first.text_content().strip() == "I should look it up."
+    assert page.locator(".call b").all_inner_texts() == ["weather", "time"]
+    expect(page.locator(".call input").first).to_have_value("rain")
+    assert page.locator(".body").last.inner_text() == "It rains."

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from xllm.config import nearest
 from xllm.errors import ModelError, shortened
 from xllm.model_files import is_there, read_json
 from xllm.models.config import ModelConfig
 from xllm.models.family import Family
 from xllm.models.overrides import Overrides, ReadMembers
 from xllm.models.raw_config import RawConfig
+from xllm.suggestion import nearest
 
 log = logging.getLogger(__name__)
 NO_OVERRIDES = Overrides()

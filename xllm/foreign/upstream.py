@@ -1,0 +1,78 @@
+"""Flags of the C++ xLLM's server. Those that have our names or are aliases of our settings stand in the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, refused_switch, sets
+
+_ONE_DEVICE = "a model runs on one device: parallelism is not built yet"
+_NO_CLUSTER = "the cluster is not built yet"
+_NO_MOE = "mixtures of experts are not built yet"
+_ONE_LOOP = "one event loop answers HTTP"
+_NO_PROFILE = "steps are not planned by a profile"
+_TUNING = "it tunes what is not in this engine; answers are the same"
+
+
+def _device(value: Any) -> str:
+    """`npu:0` is `npu`; several devices, or another than the first, stay as they are and are refused by the setting."""
+    return str(value).removesuffix(":0")
+
+
+UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
+    sets("devices", "device", "one device, the first of its kind: npu:0", convert=_device),
+    sets("enable_graph", "graph_mode", "as --graph-mode auto or off", takes="switch",
+         convert=lambda value: "auto" if value in (True, "true") else "off"),
+    refused("backend", "only language models are built", unless=("llm",)),
+    refused("draft_model", "draft models are not built yet; n-gram drafts: --speculative-method ngram", unless=("",)),
+    refused("draft_devices", "draft models are not built yet", unless=("", "auto")),
+    refused("dp_size", _ONE_DEVICE, unless=("1",)),
+    refused("cp_size", _ONE_DEVICE, unless=("1",)),
+    refused("ep_size", _NO_MOE, unless=("1",)),
+    refused("expert_parallel_degree", _NO_MOE, unless=("0",)),
+    ignored("redundant_experts_num", _NO_MOE),
+    ignored("eplb_update_interval", _NO_MOE),
+    ignored("eplb_update_threshold", _NO_MOE),
+    refused("rank_tablefile", _ONE_DEVICE, unless=("",)),
+    refused("master_node_addr", _ONE_DEVICE),
+    ignored("communication_backend", "there is one device, and nothing to be sent among workers"),
+    refused("node_id", _ONE_DEVICE, unless=("0",)),
+    ignored("npu_kernel_backend", "operators are torch_npu's"),
+    ignored("prefill_scheduling_memory_usage_threshold", "admission leaves a share of the blocks free: --watermark"),
+    refused_switch("use_zero_evict", "who would be preempted is not simulated; see --watermark"),
+    refused_switch("use_mix_scheduler", "see --scheduling-policy"),
+    ignored("max_decode_token_per_sequence", "it belongs to use_zero_evict"),
+    *(ignored(name, _TUNING) for name in ("aggressive_coeff", "starve_threshold", "flashinfer_workspace_buffer_size")),
+    *(ignored_switch(name, _TUNING) for name in (
+        "enable_starve_prevent", "enable_block_copy_kernel", "enable_topk_sorted", "enable_intralayer_addnorm",
+        "enable_interlayer_addnorm", "enable_split_rmsnorm_rope", "enable_aclnn_matmul", "enable_aclnn_swiglu",
+        "enable_customize_mla_kernel", "enable_prefetch_weight", "enable_atb_spec_kernel", "enable_shm")),
+    *(ignored_switch(name, _NO_PROFILE) for name in ("enable_profile_step_time", "enable_profile_token_budget",
+                                                     "enable_profile_kv_blocks", "disable_ttft_profiling")),
+    *(ignored(name, _NO_PROFILE) for name in ("profile_max_prompt_length", "max_global_ttft_ms",
+                                              "max_global_tpot_ms")),
+    refused_switch("enable_latency_aware_schedule", "see --scheduling-policy deadline"),
+    refused_switch("enable_prefill_sp", _ONE_DEVICE),
+    refused_switch("enable_beam_search_kernel", "beam search is not built"),
+    refused("beam_width", "beam search is not built", unless=("1",)),
+    refused("limit_image_per_prompt", "models of images are not built yet"),
+    refused_switch("enable_qwen3_reranker", "scores and rankings are those of embeddings"),
+)
+
+UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
+    *(ignored(name, _ONE_LOOP) for name in ("num_request_handling_threads", "num_response_handling_threads")),
+    *(ignored(name, "there are no remote calls between processes") for name in (
+        "rpc_channel_timeout_ms", "rpc_idle_timeout_s", "max_reconnect_count")),
+    ignored("health_check_interval_ms", "the engine sends a heartbeat; --health-timeout is how long it may be silent"),
+    refused_switch("enable_service_routing", _NO_CLUSTER),
+    refused_switch("enable_disagg_pd", _NO_CLUSTER),
+    refused_switch("enable_pd_ooc", _NO_CLUSTER),
+    refused("instance_role", _NO_CLUSTER, unless=("DEFAULT",)),
+    *(refused(name, _NO_CLUSTER) for name in ("etcd_addr", "etcd_namespace", "disagg_pd_port", "instance_name",
+                                              "kv_cache_transfer_type", "kv_cache_transfer_mode",
+                                              "transfer_listen_port", "xservice_addr")),
+    refused_switch("enable_cache_upload", _NO_CLUSTER),
+    ignored_switch("use_cpp_chat_template", "templates are rendered as Hugging Face writes them"),
+    refused("config_json_file", "settings are flags; there is no configuration file"),
+    refused_switch("enable_online_profile", "profiles are not taken over HTTP yet"),
+)
