@@ -35,6 +35,29 @@ class OncePerSecond(logging.Filter):
         return True
 
 
+class AtMost:
+    """Says how much of something may be logged: so many lines a second, and then how many were left out."""
+
+    def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic):
+        self._per_second, self._clock = per_second, clock
+        self._second = self._num_shown = self._num_left_out = 0
+
+    def allow(self) -> bool:
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._num_shown = second, 0
+        if self._num_shown >= self._per_second:
+            self._num_left_out += 1
+            return False
+        self._num_shown += 1
+        return True
+
+    def complaint(self) -> str:
+        """What the next line adds."""
+        num_left_out, self._num_left_out = self._num_left_out, 0
+        return f" (and {num_left_out} more refused, without lines)" if num_left_out else ""
+
+
 def bound_logs() -> None:
     """For what strangers can cause by the thousand: the event loop's and the HTTP server's own messages."""
     for name in ("asyncio", "uvicorn.error"):

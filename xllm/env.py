@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from xllm.errors import ConfigError
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
-def log_level() -> str:
-    """XLLM_LOG: level of the engine's own log lines (default INFO)."""
-    return os.environ.get("XLLM_LOG", "INFO").upper()
+def one_of(name: str, choices: Sequence[str]) -> str | None:
+    """A variable that holds one of these words in whichever case: XLLM_LOG, the level of log lines, and
+    XLLM_LOG_FORMAT. None: it is not set. Raises ConfigError for another word."""
+    found = os.environ.get(name, "").strip().lower()
+    if found and found not in choices:
+        raise ConfigError(f"the environment variable {name} must be one of {', '.join(choices)}, got {found!r}")
+    return found or None
+
+
+def pass_on_logging(level: str, form: str) -> None:
+    """XLLM_LOG and XLLM_LOG_FORMAT for the processes that this one starts."""
+    os.environ["XLLM_LOG"], os.environ["XLLM_LOG_FORMAT"] = level, form
 
 
 def cache_dir() -> Path:
