@@ -6,6 +6,7 @@ own idea of logging, which stays as it is.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -16,8 +17,6 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
-
-import msgspec
 
 from xllm import env
 from xllm.log_writer import LogWriter
@@ -135,7 +134,7 @@ class JsonFormat(TextFormat):
         shown = {name: shown[name] for name in (*first, *(name for name in shown if name not in first))}
         if trace := self._trace(record):
             shown["exception"] = trace
-        return msgspec.json.encode(_encodable(shown)).decode()
+        return json.dumps(_encodable(shown), separators=(",", ":"))  # ASCII: no reader finds another line's end in it
 
 
 def on_one_line(text: str) -> str:

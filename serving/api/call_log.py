@@ -54,10 +54,10 @@ class CallLog:
         try:
             await self.app(scope, listen, answer)
         except Exception:
-            if not call.is_answered:  # the HTTP server says so in the log, and closes the connection
+            # Logged, and answered with 500 unless an answer had begun, by the handler of errors (`as_api_error`).
+            if not call.is_answered:  # the HTTP server closes the connection
                 call.broke_off = True
                 raise
-            # Answered with 500 and logged by the handler of errors (`as_api_error`): once is enough.
         finally:
             if self._log_requests:
                 self._write(scope, call)
