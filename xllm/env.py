@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xllm.errors import ConfigError
 
+_passed_on: dict[str, str] = {}  # what this process's own settings say to its children
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
@@ -22,8 +23,8 @@ def one_of(name: str, choices: Sequence[str]) -> str | None:
 
 
 def pass_on_logging(level: str, form: str) -> None:
-    """XLLM_LOG and XLLM_LOG_FORMAT for the processes that this one starts."""
-    os.environ["XLLM_LOG"], os.environ["XLLM_LOG_FORMAT"] = level, form
+    """XLLM_LOG and XLLM_LOG_FORMAT for the processes that this one starts (`for_child`)."""
+    _passed_on.update(XLLM_LOG=level, XLLM_LOG_FORMAT=form)
 
 
 def cache_dir() -> Path:
@@ -77,7 +78,8 @@ def admin_api_keys() -> tuple[str, ...]:
 
 def for_child() -> dict[str, str]:
     """This process's environment for a process that it starts and that serves nobody itself: without API keys."""
-    return {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+    found = {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+    return found | _passed_on
 
 
 def for_untrusted_child() -> dict[str, str]:

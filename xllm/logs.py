@@ -23,7 +23,8 @@ from xllm.log_writer import LogWriter
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 FORMATS = ("text", "json")
-OURS = ("xllm", "backends", "graph", "serving", "cuda_ops", "npu_ops")  # the first parts of our loggers' names
+# The first parts of our loggers' names; uvicorn's have a level of their own, --uvicorn-log-level.
+OURS = frozenset({"xllm", "backends", "graph", "serving", "cuda_ops", "npu_ops", "uvicorn"})
 MAX_CHARS = 16384  # of a message, and of a traceback
 CONTEXT: ContextVar[dict[str, Any] | None] = ContextVar("log_context", default=None)  # fields of each record made here
 _PLAIN = re.compile(r"[\w./:{}@+-]+", re.ASCII)
@@ -42,13 +43,11 @@ def configure(process: str, *, level: str | None = None, form: str | None = None
     for handler in [found for found in root.handlers if isinstance(found, StderrHandler)]:
         root.removeHandler(handler)
         handler.close()
-    handler = StderrHandler()
+    number = logging.getLevelNamesMapping()[level.upper()]
+    handler = StderrHandler(number)
     handler.setFormatter(JsonFormat(process) if form == "json" else TextFormat(process))
     root.addHandler(handler)
-    number = logging.getLevelNamesMapping()[level.upper()]
-    root.setLevel(max(number, logging.WARNING))  # libraries have a lot to say below
-    for name in OURS:
-        logging.getLogger(name).setLevel(number)
+    root.setLevel(min(number, logging.WARNING))
 
 
 def take_over() -> None:
@@ -75,14 +74,15 @@ def num_lost() -> int:
 
 
 class StderrHandler(logging.Handler):
-    """Formats where the record was made, and leaves the writing to a thread."""
+    """Formats where the record was made, and leaves the writing to a thread. Libraries are heard from WARNING on."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
         self.writer = LogWriter(2, self._complaint)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.writer.put(self.format(record))
+        if record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS:
+            self.writer.put(self.format(record))
 
     def flush(self) -> None:
         """Wait until all is written, for a second at most."""
