@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
 from serving.config import ServerConfig
 from serving.flags import FlagParser, add_flags, add_foreign_flags, apply_speculative_config, tree_from
-from xllm import __version__, env
+from xllm import __version__, env, logs
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
 from xllm.foreign.table import ENGINE, FOREIGN, SERVER
+from xllm.logs import FORMATS, LEVELS
 from xllm.suggestion import nearest
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype")
@@ -34,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         apply_speculative_config(namespace)
         return int(_COMMANDS[namespace.command](namespace))
     except XllmError as error:
-        print(f"xllm: error: {error}", file=sys.stderr)
+        if logs.is_json():
+            logging.getLogger("xllm.cli").critical("%s", error)
+        else:
+            print(f"xllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -53,12 +58,14 @@ def build_parser() -> FlagParser:
     _add_engine_flags(generate)
     add_foreign_flags(generate, ENGINE)
     _add_sampling_flags(generate)
+    _add_log_flags(generate)
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--stats", action="store_true", help="say at the end how fast it was")
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     _add_engine_flags(chat)
     add_foreign_flags(chat, ENGINE)
     _add_sampling_flags(chat)
+    _add_log_flags(chat)
     chat.add_argument("--url", help="use this running server instead of loading a model here")
     chat.add_argument("--api-key", help="the server's key, with --url")
     chat.add_argument("--system", metavar="TEXT", help="system message")
@@ -79,6 +86,17 @@ def _add_engine_flags(parser: FlagParser) -> None:
                         help='the speculative settings in one, as {"method": "ngram", "num_speculative_tokens": 4}')
 
 
+def _add_log_flags(parser: FlagParser) -> None:
+    parser.add_argument("--log-level", choices=LEVELS, help="log lines of this level and above (default: what "
+                        "XLLM_LOG says, or warning)")
+    parser.add_argument("--log-format", choices=FORMATS, help="of log lines (default: what XLLM_LOG_FORMAT says, or "
+                        "text)")
+
+
+def _log_quietly(namespace: argparse.Namespace) -> None:
+    logs.configure(namespace.command, level=namespace.log_level, form=namespace.log_format, default="warning")
+
+
 def _add_sampling_flags(parser: FlagParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, metavar="INT")
     parser.add_argument("--temperature", type=float, default=None, metavar="FLOAT")
@@ -90,6 +108,7 @@ def _add_batch_flags(parser: FlagParser) -> None:
     parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="answers, one JSON object a line")
     parser.add_argument("--url", help="ask this running server instead of starting one")
     parser.add_argument("--api-key", help="the server's key, with --url")
+    _add_log_flags(parser)
     parser.add_argument("--concurrency", type=int, default=64, metavar="INT",
                         help="open requests (default %(default)s)")
     parser.add_argument("--no-resume", dest="resume", action="store_false",
@@ -118,25 +137,31 @@ def engine_config(namespace: argparse.Namespace) -> EngineConfig:
 def _serve(namespace: argparse.Namespace) -> int:
     from serving import serve
 
-    config, server = engine_config(namespace), tree_from(namespace, ServerConfig, SERVER)
+    logs.configure("api")  # what is said of the settings themselves
+    server = tree_from(namespace, ServerConfig, SERVER)
+    logs.configure("api", level=server.log.log_level, form=server.log.log_format)
+    config = engine_config(namespace)
     return serve.run(config, server)
 
 
 def _generate(namespace: argparse.Namespace) -> int:
     from serving import terminal
 
+    _log_quietly(namespace)
     return terminal.generate(engine_config(namespace), namespace)
 
 
 def _chat(namespace: argparse.Namespace) -> int:
     from serving import terminal
 
+    _log_quietly(namespace)
     return terminal.chat(None if namespace.url else engine_config(namespace), namespace)
 
 
 def _run_batch(namespace: argparse.Namespace) -> int:
     from serving import run_batch
 
+    _log_quietly(namespace)
     flags = namespace.flags[1:] if namespace.flags[:1] == ["--"] else namespace.flags
     if namespace.url and flags:
         raise ConfigError("--url names a server that runs already: it takes no flags of `xllm serve`")

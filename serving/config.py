@@ -8,8 +8,7 @@ from serving.limits import LimitSettings
 from serving.parsers.registry import check_names
 from xllm.config import option
 from xllm.errors import ConfigError
-
-LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+from xllm.logs import FORMATS, LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,21 @@ class HttpSettings:
                                               "http://127.0.0.1:4318/v1/traces; needs the extra 'otel'")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
     health_timeout: float = option(9.0, "seconds without progress after which /health reports failure")
-    uvicorn_log_level: str = option("warning", "log level of the HTTP server; info: one line per request",
-                                    choices=LOG_LEVELS)
+    uvicorn_log_level: str = option("warning", "log level of the HTTP server's own messages, none of which is about "
+                                    "a request that went well", choices=LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """Of all processes of a server. See docs/observability.md."""
+
+    log_level: str | None = option(None, "log lines of this level and above; none: what XLLM_LOG says, or info",
+                                   choices=LEVELS)
+    log_format: str | None = option(None, "one line of text, or one JSON object, for each log record; none: what "
+                                    "XLLM_LOG_FORMAT says, or text", choices=FORMATS)
+    enable_log_requests: bool = option(True, "a log line for each request when it has ended: id, key's name, route, "
+                                       "status, tokens and times, no texts; vLLM's --disable-log-requests works too")
+    disable_log_stats: bool = option(False, "no log line every 10 s about throughput while there is traffic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,7 @@ class ServerConfig:
     """All settings of one server. Raises ConfigError for values that cannot work."""
 
     http: HttpSettings = field(default_factory=HttpSettings)
+    log: LogSettings = field(default_factory=LogSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
     resilience: ResilienceSettings = field(default_factory=ResilienceSettings)

@@ -7,6 +7,7 @@ uvicorn waits for ever for a request's head, for its body and for a reader; whoe
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
 
 import h11
@@ -60,7 +61,8 @@ class Connection(H11Protocol):
         """As every other error of the API is written."""
         body = msgspec.json.encode(invalid(msg).body())
         head = h11.Response(status_code=400, headers=[(b"content-type", b"application/json"), (b"connection", b"close"),
-                                                      (b"content-length", str(len(body)).encode())])
+                                                      (b"content-length", str(len(body)).encode()),
+                                                      (b"x-request-id", uuid.uuid4().hex.encode())])
         events = (head, h11.Data(data=body), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()

@@ -35,7 +35,44 @@ class OncePerSecond(logging.Filter):
         return True
 
 
+class NotAgain(logging.Filter):
+    """Drops what the HTTP server says about an error that `note_logged` was told of."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and getattr(record.exc_info[1], "was_logged", False))
+
+
+def note_logged(error: BaseException) -> None:
+    """It is in the log; the web framework raises it once more after it has been answered."""
+    error.was_logged = True  # type: ignore[attr-defined]
+
+
+class AtMost:
+    """Says how much of something may be logged: so many lines a second, and then how many were left out."""
+
+    def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic):
+        self._per_second, self._clock = per_second, clock
+        self._second = self._num_shown = self._num_left_out = 0
+
+    def allow(self) -> bool:
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._num_shown = second, 0
+        if self._num_shown >= self._per_second:
+            self._num_left_out += 1
+            return False
+        self._num_shown += 1
+        return True
+
+    def complaint(self) -> str:
+        """What the next line adds."""
+        num_left_out, self._num_left_out = self._num_left_out, 0
+        return f" (and {num_left_out} more refused, without lines)" if num_left_out else ""
+
+
 def bound_logs() -> None:
-    """For what strangers can cause by the thousand: the event loop's and the HTTP server's own messages."""
+    """For what strangers can cause by the thousand: the event loop's and the HTTP server's own messages. What we have
+    logged ourselves the latter does not say again."""
+    logging.getLogger("uvicorn.error").addFilter(NotAgain())
     for name in ("asyncio", "uvicorn.error"):
         logging.getLogger(name).addFilter(OncePerSecond())

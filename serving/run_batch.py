@@ -186,7 +186,8 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
     """(URL, key) of a server with these flags on a free port, as long as it is needed. Raises ConfigError."""
     key = secrets.token_urlsafe(24)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen([sys.executable, "-m", "serving.owned_server", "--port", "0", *flags], stdout=log,
+        process = subprocess.Popen([sys.executable, "-m", "serving.owned_server", "--port", "0",
+                                    "--no-enable-log-requests", "--disable-log-stats", *flags], stdout=log,
                                    stdin=subprocess.PIPE, stderr=subprocess.STDOUT, env=env.with_api_key(key))
         try:
             yield _address(process, Path(log.name)), key

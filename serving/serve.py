@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from serving.api.app import create_app
+from serving.api.call_log import CallLog
 from serving.config import ServerConfig
 from serving.connection import connection_class
 from serving.connections import ACCEPTED_AT_ONCE, Connections
@@ -28,10 +29,12 @@ from serving.handshake import with_tls
 from serving.log_rate import bound_logs
 from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_context
 from serving.security.keys import KeyRing
-from serving.startup import StartupView
+from serving.startup import LogStream, StartupView
 from serving.state import ServerState
 from serving.supervisor import Supervisor
+from serving.throughput_log import ThroughputLog
 from serving.tracing import Tracer
+from xllm import logs
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig
 from xllm.engine.facts import EngineFacts
@@ -49,6 +52,7 @@ KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
+    logs.take_over()
     if engine_config.model.generation_config not in ("auto", "vllm"):
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
@@ -108,7 +112,8 @@ class _Server:
         self._tracer = tracer
         self._stop = asyncio.Event()
         self._code = 0
-        self._view = StartupView(sys.stdout)
+        is_watched = sys.stdout.isatty() and not logs.is_json()
+        self._view = StartupView(sys.stdout if is_watched else LogStream(logging.getLogger("xllm.startup")))
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -128,7 +133,8 @@ class _Server:
         if self._tls is not None:
             connection = with_tls(connections, self._tls, connection)
         self._http = _QuietServer(uvicorn.Config(
-            create_app(self._state), log_level=http.uvicorn_log_level, access_log=http.uvicorn_log_level == "info",
+            CallLog(create_app(self._state), log_requests=self._config.log.enable_log_requests),
+            log_level=http.uvicorn_log_level, log_config=None, access_log=False,  # requests have lines of our own
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
             # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
             http=connection,  # type: ignore[arg-type]
@@ -141,6 +147,7 @@ class _Server:
         stopping = asyncio.create_task(self._stop.wait())
         sampling = asyncio.create_task(self._state.history.run(
             self._engine, lambda: self._state.callers.sample(self._state.requests.open_records())))
+        reporting = asyncio.create_task(self._report_throughput())
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
             loading.cancel()  # whoever dies from now on stays dead
@@ -150,11 +157,16 @@ class _Server:
             loading.cancel()
             stopping.cancel()
             sampling.cancel()
-            await asyncio.gather(serving, loading, stopping, sampling, return_exceptions=True)
+            reporting.cancel()
+            await asyncio.gather(serving, loading, stopping, sampling, reporting, return_exceptions=True)
             await self._engine.shutdown()
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.shutdown)
         return self._code
+
+    async def _report_throughput(self) -> None:
+        if not self._config.log.disable_log_stats:
+            await ThroughputLog(self._engine).run()
 
     async def _serve_http(self) -> None:
         serving = asyncio.create_task(self._http.serve(sockets=[self._listener]))
@@ -182,10 +194,9 @@ class _Server:
                 self._view.phase("tokenizer", 0.0)
                 self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, facts)
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
-            if not isinstance(error, XllmError):
-                logger.exception("loading failed")
             self._view.interrupt()
-            _say(f"error: {str(error) or type(error).__name__}", error=True)
+            logger.error("the server does not start: %s", str(error) or type(error).__name__,
+                         exc_info=not isinstance(error, XllmError))
             self._code = 1
             self._stop.set()
             return
@@ -194,8 +205,7 @@ class _Server:
             self._tracer.model = self._state.served_names[0]
         self._view.ready()
         self._announce()
-        self._state.supervisor = Supervisor(self._engine, self._config.resilience,
-                                            say=lambda text: _say(text, error=True))
+        self._state.supervisor = Supervisor(self._engine, self._config.resilience)
         await self._state.supervisor.run()
 
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
@@ -209,15 +219,19 @@ class _Server:
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         scheme = "https" if http.ssl_certfile else "http"
-        _say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
-             f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
+        self._say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
+                  f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
         path = "chat/completions" if "messages" in body else "completions"
-        _say(f"console: {scheme}://{host}:{port}/")
-        _say(f"try it:\n  curl {scheme}://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
-             f"-d {shlex.quote(body)}")
+        self._say(f"console: {scheme}://{host}:{port}/")
+        self._say(f"try it:\n  curl {scheme}://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
+                  f"-d {shlex.quote(body)}")
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
+            print(logs.as_json(logger, text) if logs.is_json() else text, flush=True)
 
     def _example_prompt(self) -> dict[str, object]:
         tokenizer = self._state.tokenizer
@@ -229,8 +243,9 @@ class _Server:
 
     def _on_signal(self, signum: int) -> None:
         if self._stop.is_set():
-            _say("second signal: stopping at once", error=True)
+            logger.warning("second signal: stopping at once")
             self._engine.kill()
+            logging.shutdown()
             os._exit(128 + signum)
         self._state.draining = True
         self._stop.set()
@@ -239,10 +254,10 @@ class _Server:
         """Let open requests finish, up to the time limit; then abort them, so that each gets its answer."""
         self._state.draining = True
         if self._state.num_open and self._engine.dead_reason is None:
-            _say(f"draining {self._state.num_open} open requests (at most {self._config.http.drain_timeout:g} s; "
-                 "a second signal stops at once)")
+            logger.info("draining %d open requests (at most %g s; a second signal stops at once)", self._state.num_open,
+                        self._config.http.drain_timeout)
             if not await self._all_closed(self._config.http.drain_timeout):
-                _say(f"drain timeout: aborting {self._state.num_open} requests", error=True)
+                logger.warning("drain timeout: aborting %d requests", self._state.num_open)
                 self._engine.abort(self._engine.request_ids)
                 await self._all_closed(ABORT_GRACE_S)
 
@@ -259,10 +274,5 @@ def _load_tokenizer(facts: EngineFacts) -> Tokenizer | None:
     from xllm.inputs import engine_tokenizer  # the import takes its time, too
 
     return engine_tokenizer(facts)
-
-
-def _say(text: str, *, error: bool = False) -> None:
-    with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 

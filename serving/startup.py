@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -13,13 +15,25 @@ REDRAW_S = 0.05
 LOG_INTERVAL_S = 5.0  # between two lines about one phase, where nothing can be drawn over
 
 
+class LogStream(io.TextIOBase):
+    """What is written becomes lines of a log."""
+
+    def __init__(self, logger: logging.Logger):
+        self._logger = logger
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            self._logger.info("%s", line)
+        return len(text)
+
+
 class StartupView:
     """Writes to `out`: on a terminal one line a phase that is drawn over as it goes on, elsewhere plain lines.
 
     clock: seconds, for tests.
     """
 
-    def __init__(self, out: TextIO, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, out: TextIO | io.TextIOBase, *, clock: Callable[[], float] = time.monotonic):
         self._out, self._clock = out, clock
         self._is_terminal = out.isatty()
         self._name = ""

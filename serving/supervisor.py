@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 
 from serving.config import ResilienceSettings
 from xllm.client.process import ProcessClient
@@ -22,10 +21,10 @@ logger = logging.getLogger("xllm.supervisor")
 
 
 class Supervisor:
-    """say(text): for the operator. `run` returns when the engine is dead for good; cancel it to end it."""
+    """`run` returns when the engine is dead for good; cancel it to end it."""
 
-    def __init__(self, engine: ProcessClient, settings: ResilienceSettings, *, say: Callable[[str], None]):
-        self._engine, self._settings, self._say = engine, settings, say
+    def __init__(self, engine: ProcessClient, settings: ResilienceSettings):
+        self._engine, self._settings = engine, settings
         self._restarts_s: deque[float] = deque()  # when, within the window
         self.num_restarts = 0
 
@@ -50,16 +49,16 @@ class Supervisor:
         limit = self._settings.engine_restarts
         if len(self._restarts_s) >= limit:
             again = f" {limit} times within {self._settings.engine_restart_window:g} s" if limit else ""
-            self._say(f"error: the engine stopped{again}: {reason}; /health says so until a restart")
+            logger.error("the engine stopped%s: %s; /health says so until a restart", again, reason)
             return False
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4**len(self._restarts_s))
         self._restarts_s.append(now)
         self.num_restarts += 1
-        self._say(f"the engine stopped: {reason}; it is started again (restart {len(self._restarts_s)} of at most "
-                  f"{limit} within {self._settings.engine_restart_window:g} s)")
+        logger.error("the engine stopped: %s; it is started again (restart %d of at most %d within %g s)", reason,
+                     len(self._restarts_s), limit, self._settings.engine_restart_window)
         try:
             await self._engine.restart(reason, pause_s)
-            self._say(f"the engine is back after {time.monotonic() - now:.1f} s")
+            logger.info("the engine is back after %.1f s", time.monotonic() - now)
         except XllmError as error:
             logger.error("the engine did not come back: %s", error)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -36,6 +37,7 @@ def _watch(folder: Path) -> None:
 
 def exit_at_once(code: int) -> NoReturn:
     """End this process: a step that hangs in a native thread must not keep it alive."""
+    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from xllm.errors import ConfigError
 from xllm.suggestion import nearest
 
-NAMES = ("XLLM_LOG", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK", "XLLM_FAILPOINTS",
-         "XLLM_API_KEY", "XLLM_ADMIN_API_KEY")
+NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
+         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY")
+_passed_on: dict[str, str] = {}  # what this process's own settings say to its children
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
-def log_level() -> str:
-    """XLLM_LOG: level of the engine's own log lines (default INFO)."""
-    return os.environ.get("XLLM_LOG", "INFO").upper()
+def one_of(name: str, choices: Sequence[str]) -> str | None:
+    """A variable that holds one of these words in whichever case: XLLM_LOG, the level of log lines, and
+    XLLM_LOG_FORMAT. None: it is not set. Raises ConfigError for another word."""
+    found = os.environ.get(name, "").strip().lower()
+    if found and found not in choices:
+        raise ConfigError(f"the environment variable {name} must be one of {', '.join(choices)}, got {found!r}")
+    return found or None
+
+
+def pass_on_logging(level: str, form: str) -> None:
+    """XLLM_LOG and XLLM_LOG_FORMAT for the processes that this one starts (`for_child`)."""
+    _passed_on.update(XLLM_LOG=level, XLLM_LOG_FORMAT=form)
 
 
 def cache_dir() -> Path:
@@ -76,7 +88,8 @@ def mistyped_names() -> list[str]:
 
 def for_child() -> dict[str, str]:
     """This process's environment for a process that it starts and that serves nobody itself: without API keys."""
-    return {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+    found = {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+    return found | _passed_on
 
 
 def for_untrusted_child() -> dict[str, str]:

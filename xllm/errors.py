@@ -24,6 +24,17 @@ def shortened(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:half]} [...] {text[-half:]}"
 
 
+def shown_error(error: BaseException) -> str:
+    """What it is and what it says."""
+    return f"{type(error).__name__}: {error}"
+
+
+def needs_traceback(error: BaseException) -> bool:
+    """Whether the log is to have its traceback: of what is raised on purpose the message says it all, and a worker's
+    errors are logged where they happened."""
+    return not isinstance(error, XllmError) and not getattr(error, "of_worker", False)
+
+
 class XllmError(Exception):
     """Root of the tree; catching it catches all that is raised on purpose."""
 

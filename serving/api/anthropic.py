@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,6 +17,7 @@ from serving.api.limits import read_json
 from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
 from serving.api.sse import ClientGone, EventStream, named, until_disconnect
 from serving.api.types import CountTokensBody, MessagesBody, parse
+from serving.call import CALL
 from serving.state import ServerState
 from xllm.client.assemble import Piece
 
@@ -31,7 +31,7 @@ class MessagesCall:
 
     def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
         self._call, self._generation = call, generation
-        self.id = f"msg_{uuid.uuid4().hex}"
+        self.id = f"msg_{call.id.removeprefix('msg-')}"
         self._blocks = Blocks(parallel=call.tools.parallel, shows_reasoning=shows_thinking)
 
     def usage(self) -> dict[str, int]:
@@ -114,7 +114,9 @@ def _arguments(text: str) -> Any:
 
 def error_body(error: ApiError) -> dict[str, Any]:
     kind = ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    call = CALL.get()
+    return {"type": "error", "error": {"type": kind, "message": error.message},
+            "request_id": None if call is None else call.request_id}
 
 
 def router(state: ServerState) -> APIRouter:

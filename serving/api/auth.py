@@ -162,20 +162,20 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
-            caller = self._admit(scope)
+            self._admit(scope)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         scope["xllm.limits"], scope["xllm.text_work"] = self._limits, self._text_work
-        CALLER.set(caller)
         await self.app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> Caller:
+    def _admit(self, scope: Scope) -> None:
         check_head(scope, self._limits)
         if complaint := self._hosts.complaint(scope["headers"]):
             raise complaint
         level = self._table.level(scope["raw_path"].decode("latin-1"), scope["path"])
         caller = NOBODY if level is Access.PUBLIC else self._identify(scope["headers"], level)
+        CALLER.set(caller)  # what is refused from here on is somebody's
         if level is None:
             raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
         if level is Access.USER and scope.get("state", {}).get(KEPT_PLACE):
@@ -185,7 +185,6 @@ class Gate:
             self._refusals.note(QUOTA, caller)
             raise ApiError(429, f"this key may use {what}; come back in {wait_s} s",
                            headers={"Retry-After": str(wait_s)})
-        return caller
 
     def _identify(self, headers: list[tuple[bytes, bytes]], level: Access | None) -> Caller:
         """The owner of the key. Raises ApiError 401 or 403. An unknown path asks for a key first, like any other."""

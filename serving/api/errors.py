@@ -14,6 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from serving.call import CALL
+from serving.log_rate import note_logged
 from serving.security.paths import hide_paths
 from xllm.client.base import EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
@@ -79,7 +81,10 @@ def as_api_error(error: Exception) -> ApiError:
         message = error.detail or HTTPStatus(error.status_code).phrase
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
     logger.error("unexpected error", exc_info=error)
-    return ApiError(500, "internal error; the server's log says more")
+    note_logged(error)
+    call = CALL.get()
+    where = "" if call is None else f" under the request id {call.request_id}"
+    return ApiError(500, f"internal error; the server's log says more{where}")
 
 
 @contextmanager

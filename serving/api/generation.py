@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
 from serving.api.errors import ApiError, invalid, unavailable
+from serving.call import CALL
 from serving.metrics.refusals import OVERLOAD, QUEUE_FULL, UNAVAILABLE
 from serving.request_log import RequestRecord
 from serving.state import ServerState
@@ -27,6 +28,8 @@ class Generation:
         self._assembly = Assembly(requests, state.tokenizer, stream.abort)
         self.choices = self._assembly.completions
         self._records = [state.requests.begin(request, stream.scheduled_s) for request in requests]
+        if (call := CALL.get()) is not None:
+            call.note_sequences(requests, self._records)
         self._stream = stream
         self._closed = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from serving.api.budget import Call, check_weight
 from serving.api.errors import invalid
 from serving.api.structured import check_structured
 from serving.api.types import GenerationBody, PoolingBody
+from serving.call import CALL, REQUEST_ID
 from serving.state import ServerState
 from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
@@ -25,7 +25,6 @@ _PASSED_ON = (
     "min_tokens", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
     "skip_special_tokens", "logit_bias", "allowed_token_ids", "prompt_logprobs",
 )
-_REQUEST_ID = re.compile(r"[\w.:\-]{1,128}", re.ASCII)
 MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024
 
@@ -74,12 +73,16 @@ def check_fan_out(state: ServerState, body: GenerationBody, num_prompts: int) ->
 
 
 def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None) -> str:
-    """The id of this call: the caller's own if it brings one. Raises ApiError if that is malformed."""
+    """The id of this call: the caller's own if it brings one, in the body or as X-Request-Id. Raises ApiError if that
+    is malformed."""
+    call = CALL.get()
     given = body.request_id if body.request_id is not None else header
     if given is None:
-        return f"{prefix}-{uuid.uuid4().hex}"
-    if not _REQUEST_ID.fullmatch(given):
+        return f"{prefix}-{uuid.uuid4().hex if call is None else call.request_id}"
+    if not REQUEST_ID.fullmatch(given):
         raise invalid("request_id must be 1 to 128 letters, digits, '_', '-', '.' or ':'", "request_id")
+    if call is not None:
+        call.rename(given)
     return given if given.startswith(prefix + "-") else f"{prefix}-{given}"
 
 

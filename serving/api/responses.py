@@ -20,6 +20,7 @@ from serving.api.limits import read_json
 from serving.api.responses_input import NAMES, Conversation, chat_body, shown_tools
 from serving.api.sse import EventStream, named, until_disconnect
 from serving.api.types import ResponsesBody, parse
+from serving.call import CALL
 from serving.security.caller import CALLER
 from serving.state import ServerState
 from xllm.client.assemble import Piece
@@ -211,6 +212,12 @@ def _logprobs_of(block: Block, entries: list[dict[str, Any]]) -> dict[str, list[
     return {"logprobs": list(entries)} if block.kind == "text" else {}
 
 
+def _new_id() -> str:
+    """A stored response is found by it: an id that the client chose may come again, and would take its place."""
+    http_call = CALL.get()
+    return f"resp_{uuid.uuid4().hex if http_call is None or http_call.is_given else http_call.request_id}"
+
+
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
@@ -236,7 +243,7 @@ def router(state: ServerState) -> APIRouter:
         with renaming(NAMES, conversation.places_after(body)):
             call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
                                                 logprob_weight=KEPT_LOGPROB)
-        answer = ResponsesCall(state, body, call, generation, conversation.messages, f"resp_{uuid.uuid4().hex}")
+        answer = ResponsesCall(state, body, call, generation, conversation.messages, _new_id())
         if body.stream:
             return EventStream(answer.events(), generation.close, done=b"", show_error=answer.error_event)
         return json_response(await until_disconnect(request.receive, answer.run()))

@@ -10,6 +10,7 @@ from serving.config import END_REASONS
 from serving.metrics.families import Families
 from serving.state import ServerState
 from serving.waiting import CLASS_NAMES
+from xllm import logs
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's names, by sleep level
 
@@ -27,5 +28,6 @@ def overload_families(make: Families, state: ServerState) -> Iterator[Metric]:
                           dict(zip(CLASS_NAMES, waiting.num_shed)))
     yield make.counter_by("reason", "connections_closed", "Connections that the server ended",
                           {reason: state.closed_connections[reason] for reason in END_REASONS})
+    yield make.counter("log_lines_lost", "Log lines of the API process that nobody read in time", logs.num_lost())
     if state.supervisor is not None:
         yield make.counter("engine_restarts", "Times that the engine was started again", state.supervisor.num_restarts)

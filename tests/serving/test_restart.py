@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_killed_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stops"])
 def test_a_rank_that_fails_is_replaced_with_the_engine(tmp_path: Path, signum: signal.Signals) -> None:
     """Also where nobody asks anything of it meanwhile."""
-    with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "2") as server:
+    with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "2", "--log-format",
+                       "json") as server:
         text, engine = answer(server), server.engine_pid
         ranks = [child.pid for child in psutil.Process(engine).children()]
         assert len(ranks) == 2
@@ -72,6 +74,13 @@ def test_a_rank_that_fails_is_replaced_with_the_engine(tmp_path: Path, signum: s
         assert answer(server) == text and server.engine_pid != engine
         assert not any(psutil.pid_exists(pid) for pid in ranks)
         assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log.splitlines()]  # of all processes, on stdout too
+    assert {line["process"] for line in lines} == {"api", "engine"}
+    assert all(list(line)[:5] == ["time", "level", "process", "logger", "message"] for line in lines)
+    said = [line for line in lines if "worker rank 1 " in line["message"]]  # once where it happened, once what follows
+    assert [(line["process"], line["logger"]) for line in said] == [("engine", "xllm.engine"),
+                                                                    ("api", "xllm.supervisor")]
+    assert not any("exception" in line for line in lines)
 
 
 def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:

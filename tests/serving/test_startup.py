@@ -19,9 +19,9 @@ PHASE_TIMES = re.compile(
 
 def test_a_log_has_a_line_for_each_phase(server: ServerProcess) -> None:
     lines = server.log.splitlines()
-    begun = [line.split()[-1] for line in lines if re.match(r"\[ *[\d.]+ s\] [\w-]+$", line)]
+    begun = [line.split()[-1] for line in lines if re.search(r" INFO api xllm.startup: \[ *[\d.]+ s\] [\w-]+$", line)]
     assert [begun[0], begun[1], begun[-1]] == ["import", "weights", "tokenizer"]
-    assert any(PHASE_TIMES.fullmatch(line) for line in lines), server.log
+    assert any(PHASE_TIMES.search(line) for line in lines), server.log
     assert f"console: {server.url}/" in lines
     assert "\x1b" not in server.log and "\r" not in server.log
 

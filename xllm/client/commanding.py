@@ -121,8 +121,8 @@ class CommandingClient(ABC):
         if self.dead_reason is not None:
             return
         self.dead_reason = reason
-        if self._streams:
-            logger.error("%d open requests end: %s", len(self._streams), reason)
+        if self._streams:  # each of them says why
+            logger.debug("%d open requests end: %s", len(self._streams), reason)
         for stream in set(self._streams.values()):
             stream.fail(EngineDeadError(reason))
         for answer in self._answers.values():

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from xllm import logs
 from xllm.child_process import end_with_parent, exit_at_once
 from xllm.client.codec import COMMANDS, REPORTS, config_from_json
 from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
 from xllm.config import EngineConfig
 from xllm.engine.commands import Command
 from xllm.engine.step_log import StepLog
-from xllm.env import log_level
-from xllm.errors import ConfigError, DeviceError, DiskError, ModelError
+from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, needs_traceback, shown_error
 
 if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
@@ -109,7 +109,8 @@ class SocketCommands:
 
 def main(argv: list[str]) -> int:
     folder = Path(argv[0])
-    logging.basicConfig(level=log_level(), stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    logs.configure("engine")
+    logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
     config = config_from_json(sys.stdin.buffer.readline())
@@ -120,11 +121,9 @@ def main(argv: list[str]) -> int:
         _serve(config, context, sender, folder)
     except Exception as error:
         user_error = isinstance(error, (ConfigError, ModelError, DeviceError, DiskError))
-        if user_error:
-            logger.error("%s", error)
-        else:
-            logger.exception("the engine failed")
-        sender.send(Fatal(str(error) if user_error else f"{type(error).__name__}: {error}", user_error))
+        if not user_error:  # of those the parent says what is to be said
+            logger.error("the engine failed: %s", shown_error(error), exc_info=needs_traceback(error))
+        sender.send(Fatal(str(error) if user_error else shown_error(error), user_error))
         return 1
     finally:
         context.destroy(linger=LINGER_MS)  # waits until the last words are out

@@ -15,7 +15,15 @@ from xllm.client.commanding import CommandingClient
 from xllm.engine.commands import Abort, Answer, Command, Outputs, Shutdown
 from xllm.engine.core import EngineCore
 from xllm.engine.loop import EngineLoop
-from xllm.errors import EngineDeadError, EngineStateError, ModelError, RequestError, XllmError
+from xllm.errors import (
+    EngineDeadError,
+    EngineStateError,
+    ModelError,
+    RequestError,
+    XllmError,
+    needs_traceback,
+    shown_error,
+)
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
 
@@ -100,8 +108,8 @@ class LocalClient(CommandingClient):
         try:
             EngineLoop(self._core, self._commands, self._report).run()
         except BaseException as error:  # whatever it was, the open requests must hear of it
-            logger.exception("the engine failed")
-            reason = f"{type(error).__name__}: {error}"
+            reason = shown_error(error)
+            logger.error("the engine failed: %s", reason, exc_info=needs_traceback(error))
         try:
             self._core.shutdown()
         finally:

@@ -15,6 +15,7 @@ from xllm.foreign.flag import (
     refused,
     refused_switch,
     sets,
+    text_of,
 )
 
 _ONE_FRONT = "one process answers HTTP; run several servers behind a balancer"
@@ -56,8 +57,12 @@ VLLM_SERVER: tuple[ForeignFlag, ...] = (
     always_on("enable_prompt_tokens_details", "usage always has prompt_tokens_details"),
     always_on("enable_server_load_tracking", "/load is always there"),
     always_on("enable_tokenizer_info_endpoint", "/tokenizer_info is always there, for users"),
-    refused_switch("enable_request_id_headers", "a call's id is in its answer's body"),
-    always_on("disable_uvicorn_access_log", "the HTTP server's lines come with --uvicorn-log-level info only"),
+    accepted("enable_log_requests", "on by default; neither prompts nor answers"),
+    sets("disable_log_requests", "enable_log_requests", "its opposite", convert=lambda value: text_of(value) != "true",
+         takes="switch"),
+    accepted("disable_log_stats"),
+    always_on("enable_request_id_headers", "every answer has an X-Request-Id"),
+    always_on("disable_uvicorn_access_log", "there is one line a call, of our own (--no-enable-log-requests)"),
     refused("chat_template", "put it into the model's folder as chat_template.jinja"),
     refused("chat_template_content_format", "each template gets the content that it reads", unless=("auto",)),
     refused("default_chat_template_kwargs", "say it in the requests: chat_template_kwargs", unless=("{}",)),
@@ -84,7 +89,7 @@ VLLM_SERVER: tuple[ForeignFlag, ...] = (
     ignored("max_log_len", "prompts are never logged"),
     refused_switch("enable_log_outputs", "answers are never logged"),
     ignored_switch("enable_log_deltas", "answers are never logged"),
-    refused("log_config_file", "levels are set by XLLM_LOG and --uvicorn-log-level"),
+    refused("log_config_file", "use --log-level and --log-format"),
     ignored_switch("log_error_stack", "the stack of an error of the server's is logged, those of requests are not"),
     refused("api_server_count", _ONE_FRONT, unless=("1",), short=("-asc",)),
     refused_switch("headless", _ONE_FRONT),

@@ -111,7 +111,9 @@ class WorkerLink:
         if report is None:
             return False
         if isinstance(report, Failed):
-            raise as_error(report)
+            error = as_error(report)
+            error.of_worker = True  # type: ignore[attr-defined]  # it has logged it
+            raise error
         if isinstance(report, StepOutput):
             self._outputs.append(report)
         else:

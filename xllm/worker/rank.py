@@ -15,7 +15,7 @@ from pathlib import Path
 
 import zmq
 
-from xllm import env
+from xllm import logs
 from xllm.child_process import end_with_parent, exit_at_once
 from xllm.worker.codec import decode, encode
 from xllm.worker.failures import as_failed
@@ -49,8 +49,8 @@ class Reporter:
 
 def main(argv: list[str]) -> int:
     folder, rank, num_ranks = Path(argv[0]), int(argv[1]), int(argv[2])
-    logging.basicConfig(level=env.log_level(), stream=sys.stderr,
-                        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    logs.configure(f"rank{rank}")
+    logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
     end_with_parent(folder)

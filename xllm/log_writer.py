@@ -1,0 +1,54 @@
+"""`LogWriter`: writes lines to a file descriptor from a thread, so that nobody waits for a reader that is slow."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import threading
+from collections.abc import Callable
+
+MAX_WAITING = 4096  # lines; more are dropped and counted
+FLUSH_S = 1.0
+
+
+class LogWriter:
+    """Usable from every thread. complaint: the line that says how many were lost, once the reader reads again."""
+
+    def __init__(self, fd: int, complaint: Callable[[int], str]):
+        self.num_lost = 0  # so far
+        self._fd, self._complaint = fd, complaint
+        self._num_told = 0
+        self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
+        threading.Thread(target=self._run, name="log-writer", daemon=True).start()
+
+    def put(self, line: str) -> None:
+        """Hand over a line without its end. Never waits."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self.num_lost += 1
+
+    def flush(self) -> None:
+        """Wait until all is written, for FLUSH_S at most."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_S)
+
+    def _run(self) -> None:
+        while True:
+            self._write(self._lines.get())
+            self._lines.task_done()
+            if (num_lost := self.num_lost) > self._num_told:
+                num_new, self._num_told = num_lost - self._num_told, num_lost
+                self._write(self._complaint(num_new))
+
+    def _write(self, line: str) -> None:
+        """A line in one call, where the system takes it whole: other processes write to the same file."""
+        rest = line.encode("utf-8", "backslashreplace") + b"\n"
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest):]
+            except BlockingIOError:  # somebody made it non-blocking
+                select.select([], [self._fd], [])
+            except OSError:  # whoever read it has gone; serving goes on
+                return
