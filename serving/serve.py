@@ -43,6 +43,9 @@ logger = logging.getLogger("xllm.serve")
 POLL_S = 0.05
 ABORT_GRACE_S = 1.0
 KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
+# A signal means "at once" only so long after the first one: supervisors signal the process and its group, wrappers pass
+# on what the terminal has sent to all already, and both come within milliseconds. A hand at Ctrl-C takes longer.
+AGAIN_S = {signal.SIGTERM: 1.5, signal.SIGINT: 0.5}
 
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -105,6 +108,7 @@ class _Server:
         self._keys = keys
         self._tracer = tracer
         self._stop = asyncio.Event()
+        self._first_signal_s: float | None = None
         self._code = 0
         self._view = StartupView(sys.stdout)
 
@@ -223,7 +227,10 @@ class _Server:
         return {"messages": [{"role": "user", "content": "Hello"}]}
 
     def _on_signal(self, signum: int) -> None:
-        if self._stop.is_set():
+        now = time.monotonic()
+        if self._first_signal_s is None:
+            self._first_signal_s = now
+        elif now - self._first_signal_s >= AGAIN_S[signal.Signals(signum)]:
             _say("second signal: stopping at once", error=True)
             self._engine.kill()
             os._exit(128 + signum)
