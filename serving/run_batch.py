@@ -31,6 +31,7 @@ from typing import IO, Any, BinaryIO
 import httpx
 
 from serving.output_file import check_output, open_locked
+from serving.signals import ECHO, EndSignals
 from xllm import env
 from xllm.errors import ConfigError
 
@@ -237,9 +238,13 @@ def run(namespace: argparse.Namespace, flags: list[str]) -> int:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds this process as Ctrl-C does, so that the server that it started is stopped."""
+    """SIGTERM unwinds this process as Ctrl-C does, so that the server that it started is stopped; its echoes do not
+    interrupt that."""
+    signals = EndSignals()
+
     def end(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+        if signals.note(signum) is not ECHO:
+            raise SystemExit(128 + signum)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

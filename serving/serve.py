@@ -26,6 +26,7 @@ from serving.connections import ACCEPTED_AT_ONCE, Connections
 from serving.log_rate import bound_logs
 from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_options
 from serving.security.keys import KeyRing
+from serving.signals import SECOND, EndSignals
 from serving.startup import StartupView
 from serving.state import ServerState
 from serving.supervisor import Supervisor
@@ -43,9 +44,6 @@ logger = logging.getLogger("xllm.serve")
 POLL_S = 0.05
 ABORT_GRACE_S = 1.0
 KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
-# A signal means "at once" only so long after the first one: supervisors signal the process and its group, wrappers pass
-# on what the terminal has sent to all already, and both come within milliseconds. A hand at Ctrl-C takes longer.
-AGAIN_S = {signal.SIGTERM: 1.5, signal.SIGINT: 0.5}
 
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -108,7 +106,7 @@ class _Server:
         self._keys = keys
         self._tracer = tracer
         self._stop = asyncio.Event()
-        self._first_signal_s: float | None = None
+        self._signals = EndSignals()
         self._code = 0
         self._view = StartupView(sys.stdout)
 
@@ -227,10 +225,7 @@ class _Server:
         return {"messages": [{"role": "user", "content": "Hello"}]}
 
     def _on_signal(self, signum: int) -> None:
-        now = time.monotonic()
-        if self._first_signal_s is None:
-            self._first_signal_s = now
-        elif now - self._first_signal_s >= AGAIN_S[signal.Signals(signum)]:
+        if self._signals.note(signum) is SECOND:
             _say("second signal: stopping at once", error=True)
             self._engine.kill()
             os._exit(128 + signum)
