@@ -12,6 +12,7 @@ from xllm import env
 from xllm.config import EngineConfig, parse_object
 from xllm.errors import ConfigError, DeviceError
 from xllm.pooling import PoolingDefaults
+from xllm.sizes import size_text
 
 if TYPE_CHECKING:
     from backends.backend import Backend
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from xllm.models.causal_lm import CausalLM
     from xllm.models.config import ModelConfig
     from xllm.models.embedding_modules import EmbeddingModules
+    from xllm.models.footprint import Footprint
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
 
@@ -57,11 +59,14 @@ class LoadedModel:
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
 
-        def plan() -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
+        def plan(others_bytes: int) -> int:
+            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype,
+                                   others_bytes=others_bytes)
 
         self.embedding = self._read_embedding()
-        plan()  # what cannot fit even without the weights is said before they are read
+        need = self._footprint()
+        self._check_weights_fit(need)
+        plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapters import AdapterSlots
@@ -69,7 +74,7 @@ class LoadedModel:
             self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
-        self.num_blocks = plan()
+        self.num_blocks = plan(need.steps)
 
     @property
     def generates(self) -> bool:
@@ -96,6 +101,31 @@ class LoadedModel:
             if self.adapters is not None:
                 self.adapters.forget_layers()
         self.backend.release_memory()
+
+    def _footprint(self) -> Footprint:
+        """Random weights have no files to look at: theirs is not counted."""
+        from xllm.models.footprint import Footprint, footprint, weight_shapes
+
+        model, scheduler = self.config.model, self.config.scheduler
+        if model.load_format == "dummy":
+            return Footprint(0)
+        assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
+        return footprint(weight_shapes(self.path), self._dtype, model.quantization,
+                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs)
+
+    def _check_weights_fit(self, need: Footprint) -> None:
+        """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
+        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        total = (need.weights + need.loading) * num_ranks
+        if total > free:
+            dtype, quantization = str(self._dtype).removeprefix("torch."), self.config.model.quantization
+            advice = "" if quantization else "quantise them (--quantization int8 takes about a quarter of float32), "
+            raise ConfigError(
+                f"the weights take {size_text(need.weights)} as {quantization or dtype}"
+                + (f" in each of {num_ranks} ranks" if num_ranks > 1 else "")
+                + f", and {size_text(need.loading)} more while they are read, but {size_text(free)} of memory is "
+                f"available (of the machine, or within this process's limits): {advice}take a smaller model, or free "
+                "memory")
 
     def _read_embedding(self) -> EmbeddingModules:
         from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
