@@ -34,6 +34,7 @@ import httpx
 from serving.output_file import check_output, open_locked, replace_locked
 from serving.signals import ECHO, EndSignals
 from xllm import env
+from xllm.child_end import ChildEnd
 from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
@@ -227,11 +228,14 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    while process.poll() is None:
+    end = ChildEnd(process)
+    while (code := process.poll()) is None:
         if found := ADDRESS.search(log.read_text(encoding="utf-8", errors="replace")):
             return found[1]
+        end.look()
         time.sleep(START_POLL_S)
-    raise ConfigError("the server did not start:\n" + log.read_text(encoding="utf-8", errors="replace").strip())
+    said = log.read_text(encoding="utf-8", errors="replace").strip()
+    raise ConfigError("the server did not start:\n" + (f"{said}\nit {end.reason(code)}" if code < 0 else said))
 
 
 def run(namespace: argparse.Namespace, flags: list[str]) -> int:
