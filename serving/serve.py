@@ -32,10 +32,10 @@ from serving.state import ServerState
 from serving.supervisor import Supervisor
 from serving.tracing import Tracer
 from xllm.client.process import ProcessClient
-from xllm.config import EngineConfig
-from xllm.engine.facts import EngineFacts
+from xllm.config import EngineConfig, ModelSettings
 from xllm.errors import ConfigError, RequestError, XllmError
 from xllm.generation_config import read_sampling_defaults
+from xllm.hub import resolve_model_path
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -172,12 +172,9 @@ class _Server:
 
     async def _load(self) -> None:
         try:
-            facts = await self._engine.start()
-            self._state.sampling_defaults = read_sampling_defaults(self._engine_config.model.generation_config,
-                                                                   Path(facts.model_path))
-            if not facts.config.model.skip_tokenizer_init:
-                self._view.phase("tokenizer", 0.0)
-                self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, facts)
+            # The tokenizer loads beside the weights; what is wrong with it ends the start at once.
+            _, (self._state.tokenizer, self._state.sampling_defaults) = await asyncio.gather(
+                self._start_engine(), asyncio.to_thread(_load_front, self._engine_config.model))
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             if not isinstance(error, XllmError):
                 logger.exception("loading failed")
@@ -194,6 +191,11 @@ class _Server:
         self._state.supervisor = Supervisor(self._engine, self._config.resilience,
                                             say=lambda text: _say(text, error=True))
         await self._state.supervisor.run()
+
+    async def _start_engine(self) -> None:
+        await self._engine.start()
+        if not self._engine_config.model.skip_tokenizer_init:
+            self._view.phase("tokenizer", 0.0)
 
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
         if name != "ready":  # the engine is; the tokenizer may not be
@@ -252,10 +254,12 @@ class _Server:
         return True
 
 
-def _load_tokenizer(facts: EngineFacts) -> Tokenizer | None:
-    from xllm.inputs import engine_tokenizer  # the import takes its time, too
+def _load_front(model: ModelSettings) -> tuple[Tokenizer | None, dict[str, object]]:
+    """All that this process reads of the checkpoint. Raises ModelError or ConfigError."""
+    from xllm.inputs import model_tokenizer  # the import takes its time, too
 
-    return engine_tokenizer(facts)
+    tokenizer = model_tokenizer(model)
+    return tokenizer, read_sampling_defaults(model.generation_config, resolve_model_path(model.model, model.revision))
 
 
 def _say(text: str, *, error: bool = False) -> None:

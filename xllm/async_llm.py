@@ -20,7 +20,7 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import ConfigError, RequestError
 from xllm.generation_config import default_sampling
-from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
+from xllm.inputs import InputProcessor, ProcessedInput, Prompt, model_tokenizer
 from xllm.metrics import EngineStats
 from xllm.outputs import RequestOutput
 from xllm.request import SamplingParams
@@ -42,10 +42,11 @@ class AsyncLLM:
                  **settings: Any):
         if config is not None and settings:
             raise ConfigError("give either a config or settings by name, not both")
-        self._core = EngineCore(config or EngineConfig.from_flat(**settings), progress=progress)
+        config = config or EngineConfig.from_flat(**settings)
+        self.tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
+        self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
         self.facts = self._core.facts
-        self.tokenizer = engine_tokenizer(self._core.facts)
         self.inputs = InputProcessor.of(self._core.facts, self.tokenizer)
         self._streams: dict[str, Stream] = {}  # by request id; touched in the event loop only
         self._serial = itertools.count()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 LOOK_S = 0.25
 ROOT = Path("/")
-ADVICE = "lower --max-model-len, --max-num-seqs or --kv-cache-memory-bytes, quantise the weights, or give it more memory"
+ADVICE = ("lower --kv-cache-memory-bytes, --max-num-seqs or --max-num-batched-tokens, quantise the weights, or give it "
+          "more memory")
 
 
 class ChildEnd:

@@ -18,7 +18,7 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import RequestError, XllmError
 from xllm.generation_config import default_sampling
-from xllm.inputs import InputProcessor, ProcessedInput, Prompt, engine_tokenizer
+from xllm.inputs import InputProcessor, ProcessedInput, Prompt, model_tokenizer
 from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
@@ -45,11 +45,11 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any):
         config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        self._tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
         self.facts = self._core.facts
         self._engine = InlineClient(self._core)
-        self._tokenizer = engine_tokenizer(self._core.facts)
         self._inputs = InputProcessor.of(self._core.facts, self._tokenizer)
         self._lock = threading.Lock()
         self._num_requests = 0

@@ -58,7 +58,7 @@ def test_a_kill_for_lack_of_memory_is_named_with_its_figures(tmp_path: Path, gro
     assert oom_kills(root) == 2
     said = end_of(root, meanwhile=lambda: counts.write_text(content.format(3)))
     assert said.startswith(LIKELY + "the kernel's count of such ends (oom_kill) rose from 2 to 3, it held 0.")
-    assert "--max-model-len" in said
+    assert "--kv-cache-memory-bytes" in said
     said = end_of(root)
     assert said.startswith("was killed by signal 9 from outside: the kernel has counted no end for lack of memory "
                            "(oom_kill is 3); it held 0.1")

@@ -1,4 +1,4 @@
-"""`Footprint`: the memory that a model takes beside its KV cache, known before it is read from the heads of its files."""
+"""`Footprint`: the memory that a model takes beside its KV cache, found out from the heads of its files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Footprint:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of a checkpoint. Files are not mapped: one that is larger than the system maps is told of, too. What
-    is broken is left out here, and refused when it is read. Raises ModelError where there is nothing to read."""
+    """Of all tensors of a checkpoint. Files are not mapped, which the system refuses for those larger than its memory.
+    What is broken is left out here, and refused when it is read. Raises ModelError where there is nothing to read."""
     found: dict[str, tuple[int, ...]] = {}
     for file in checkpoint_files(folder):
         found.update(_shapes_in(file))

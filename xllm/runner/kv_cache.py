@@ -18,8 +18,8 @@ from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
 from xllm.models.kv_spec import KVSpec
-from xllm.sizes import size_text
 from xllm.runner.arena import Arena, padded_bytes
+from xllm.sizes import size_text
 
 # A CPU's memory is also everybody else's.
 CPU_MEMORY_SHARE = 0.5

@@ -44,7 +44,7 @@ class LoadedModel:
         from backends.control_groups import usable_cpus
         from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
-        from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
+        from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
         share = max(1, usable_cpus() // config.device.worker_ranks)
@@ -75,6 +75,8 @@ class LoadedModel:
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan(need.steps)
+        self._warn_of_too_much(need, self.num_blocks * page_bytes(self.config, self.backend,
+                                                                  self.model_config.kv_specs, kv_dtype))
 
     @property
     def generates(self) -> bool:
@@ -126,6 +128,14 @@ class LoadedModel:
                 + f", and {size_text(need.loading)} more while they are read, but {size_text(free)} of memory is "
                 f"available (of the machine, or within this process's limits): {advice}take a smaller model, or free "
                 "memory")
+
+    def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
+        """A KV cache whose size was given takes its memory as it fills up: say now what may come of it."""
+        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        if (kv_bytes + need.steps) * num_ranks > free:
+            _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
+                         "up, the system may end this process. A smaller --num-kv-blocks or --kv-cache-memory-bytes avoids "
+                         "that", size_text(kv_bytes * num_ranks), size_text(need.steps * num_ranks), size_text(free))
 
     def _read_embedding(self) -> EmbeddingModules:
         from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
