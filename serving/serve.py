@@ -33,9 +33,11 @@ from serving.supervisor import Supervisor
 from serving.tracing import Tracer
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig, ModelSettings
+from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, RequestError, XllmError
 from xllm.generation_config import read_sampling_defaults
 from xllm.hub import resolve_model_path
+from xllm.sizes import size_text
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -210,6 +212,9 @@ class _Server:
         scheme = "https" if http.ssl_certfile else "http"
         _say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
              f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
+        _say(_placement_text(facts))
+        if facts.placement.advice:
+            _say(f"hint: {facts.placement.advice} (docs/performance.md)")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
@@ -252,6 +257,17 @@ class _Server:
                 return False
             await asyncio.sleep(POLL_S)
         return True
+
+
+def _placement_text(facts: EngineFacts) -> str:
+    """One line: device, threads, types, quantisation, memory."""
+    at, config = facts.placement, facts.config
+    threads = f", num_threads {at.num_threads}" if at.device == "cpu" else ""
+    ranks = f", {config.device.worker_ranks} ranks" if config.device.worker_ranks > 1 else ""
+    weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
+    quantization = config.model.quantization or "none"
+    return (f"device {at.device}{threads}{ranks}; dtype {at.dtype}, quantization {quantization}; weights {weights}, "
+            f"KV cache up to {size_text(at.kv_bytes)} in {at.kv_dtype}")
 
 
 def _load_front(model: ModelSettings) -> tuple[Tokenizer | None, dict[str, object]]:

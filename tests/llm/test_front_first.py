@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The demo model's, without weights."""
-    shutil.copytree(resolve_model_path(None), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.py"))
+    shutil.copytree(resolve_model_path(None), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / "model"
 
 

@@ -78,3 +78,17 @@ def test_a_limit_of_address_space_counts() -> None:
             "print(available_bytes())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert 0 < int(done.stdout) <= 2**26
+
+
+@pytest.mark.parametrize(("settings", "is_slow", "is_advised"), [
+    ({"dtype": "bfloat16"}, True, False), ({"dtype": "float16"}, True, False), ({}, False, True),
+    ({"dtype": "float32", "quantization": "w8a8"}, False, False)], ids=str)
+def test_a_dtype_that_no_kernel_computes_in_is_warned_of(caplog: pytest.LogCaptureFixture, settings: dict[str, str],
+                                                         is_slow: bool, is_advised: bool) -> None:
+    with LLM(device="cpu", num_kv_blocks=256, **settings) as llm:
+        at = llm.facts.placement
+    slow = [record.getMessage() for record in caplog.records if "is slow on this device" in record.getMessage()]
+    assert len(slow) == is_slow and all(f"dtype {settings['dtype']}" in text and "--dtype float32" in text
+                                        for text in slow)
+    assert (at.device, at.dtype) == ("cpu", settings.get("dtype", "float32"))
+    assert ("--quantization w8a8" in at.advice) == is_advised
