@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
 from xllm.worker.messages import Placement
@@ -23,7 +23,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     adapters: tuple[str, ...] = ()
-    placement: Placement = Placement()
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def max_model_len(self) -> int:

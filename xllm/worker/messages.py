@@ -135,7 +135,7 @@ class Loaded:
     pooling: PoolingDefaults
     generates: bool = True
     tiers: TierFacts | None = None
-    placement: Placement = Placement()
+    placement: Placement = field(default_factory=Placement)
 
 
 @dataclass(frozen=True, slots=True)
