@@ -44,9 +44,11 @@ def main() -> int:
     for finding in findings:
         print(f"{finding.state:8}{finding.what:22}{finding.detail}")
     works = all(finding.state != MISSING for finding in findings if finding.needed)
-    chosen = findings[-1].detail.partition(":")[0]
-    print("the CPU path does not work: install what is missing above" if not works else "the CPU path works"
-          if chosen not in ("cuda", "npu") else f"xllm runs on {chosen} here; the CPU path works as well (--device cpu)")
+    device = findings[-1].detail.partition(":")[0]  # of `_choice`
+    if works and device in ("cuda", "npu"):
+        print(f"xllm runs on {device} here; the CPU path works as well (--device cpu)")
+    else:
+        print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
     return 0 if works else 1
 
 

@@ -117,10 +117,10 @@ class ProcessClient(CommandingClient):
             await asyncio.sleep(pause_s)
             self.launch()
             await self.start()
+            for name, folder in self._adapter_folders.items():  # before anybody may ask for one
+                await self.control("load_adapter", name=name, folder=folder)
         finally:
             self.restarting_after = None
-        for name, folder in self._adapter_folders.items():
-            await self.control("load_adapter", name=name, folder=folder)
 
     def end_process(self, reason: str) -> None:
         """End a process that does not move any more; open requests end with this reason."""
