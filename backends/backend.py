@@ -93,6 +93,7 @@ class Backend(Protocol):
     ops: OpSet
     default_block_size: int
     dtypes: tuple[torch.dtype, ...]  # that weights, activations and KV may have
+    kernel_dtypes: tuple[torch.dtype, ...]  # of these, the ones that its own kernels compute in: others are slow
     kv_dtypes: tuple[torch.dtype, ...]  # that the KV cache may have beside the compute dtype: `reference/kv_codes.py`
     dense_kv: bool  # where blocks of a layer lie apart, they must do so by a multiple of their size
     max_cache_numbers: int | None  # of one tensor of a KV cache, as far as operators count; None: any

@@ -63,6 +63,7 @@ class CpuBackend:
     max_cache_numbers: int | None = None
     collectives = "gloo"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    kernel_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):

@@ -6,7 +6,9 @@ import ctypes
 import math
 import mmap
 import os
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,20 @@ def populate(memory: Tensor) -> None:
 
 
 def available_bytes(root: Path = ROOT) -> int:
-    """Free memory as this process sees it: the machine's, or less where a control group limits it.
+    """Free memory as this process sees it: the machine's, or less where a control group or its own limit of address
+    space (`ulimit -v`) is tighter.
 
     root: where `proc` and `sys` are found.
     """
     machine = _machine_available(root / "proc/meminfo")
-    return max(0, min([machine, *memory_headrooms(root)]))
+    return max(0, min([machine, *memory_headrooms(root), *_address_space_left(root / "proc/self/statm")]))
+
+
+def _address_space_left(statm: Path) -> Iterator[int]:
+    """The limit minus what is mapped, in bytes, if there is one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and statm.exists():
+        yield limit - int(statm.read_text().split()[0]) * mmap.PAGESIZE
 
 
 def _machine_available(meminfo: Path) -> int:

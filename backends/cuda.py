@@ -105,6 +105,7 @@ class CudaBackend:
     max_cache_numbers: int | None = None
     collectives = "nccl"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    kernel_dtypes = dtypes
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
 
     def __init__(self) -> None:

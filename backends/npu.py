@@ -189,6 +189,7 @@ class NpuBackend:
     name = "npu"
     default_block_size = 128
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)  # attention takes no others
+    kernel_dtypes = dtypes
     kv_dtypes: tuple[torch.dtype, ...] = ()
     dense_kv = True
     max_cache_numbers: int | None = kv.MAX_CACHE_NUMBERS

@@ -13,9 +13,10 @@ from backends.backend import BackendError
 
 
 def probe(name: str) -> dict[str, dict[str, str] | str]:
-    """{"facts": what the backend says of itself}, or {"problem": why there is none}."""
+    """{"name": the backend's, "facts": what it says of itself}, or {"problem": why there is none}."""
     try:
-        return {"facts": get_backend(name).describe()}
+        backend = get_backend(name)
+        return {"name": backend.name, "facts": backend.describe()}
     except (BackendError, RuntimeError, OSError) as error:
         return {"problem": str(error).strip()}
 

@@ -19,6 +19,7 @@ class CallerFigures:
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     num_preemptions: int = 0
+    cached_by_tier: Counter[str] = field(default_factory=Counter)  # prompt tokens, by where their KV was
     num_running: int = 0
     num_waiting: int = 0
     num_rows: int = 0  # so far
@@ -49,6 +50,7 @@ class CallerLog:
         figures = self.of(record.caller)
         figures.prompt_tokens_cached += record.num_cached_tokens
         figures.num_preemptions += record.num_preemptions
+        figures.cached_by_tier.update(record.cached_by_tier or {})
 
     def sample(self, open_records: Sequence[RequestRecord]) -> None:
         """Add a row for each caller that has been here."""

@@ -9,10 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -43,7 +44,11 @@ def main() -> int:
     for finding in findings:
         print(f"{finding.state:8}{finding.what:22}{finding.detail}")
     works = all(finding.state != MISSING for finding in findings if finding.needed)
-    print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
+    device = findings[-1].detail.partition(":")[0]  # of `_choice`
+    if works and device in ("cuda", "npu"):
+        print(f"xllm runs on {device} here; the CPU path works as well (--device cpu)")
+    else:
+        print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
     return 0 if works else 1
 
 
@@ -57,10 +62,11 @@ def examine() -> Iterator[Finding]:
     for name in SERVING_PACKAGES:
         yield _package(name, needed=True)
     yield from _cpu()
-    yield _cuda()
-    yield from _npu()
+    devices = [_cuda(), *_npu()]
+    yield from devices
     yield _memory()
     yield _bundled_model()
+    yield _choice(devices)
 
 
 def _package(name: str, *, needed: bool = False) -> Finding:
@@ -157,20 +163,42 @@ def cann_version(home: Path) -> str | None:
 
 
 def _backend(name: str, tool: str) -> Finding:
-    """What becomes of `--device NAME`, tried in a process of its own. tool: the driver's command that shows more."""
+    """What becomes of `--device NAME`. tool: the driver's command that shows more."""
+    answer = _probe(name, tool)
+    if "problem" in answer:
+        return Finding(MISSING, f"{name} backend", answer["problem"])
+    return Finding(OK, f"{name} backend", ", ".join(f"{key}: {value}" for key, value in answer["facts"].items()))
+
+
+def _choice(devices: Sequence[Finding]) -> Finding:
+    """What becomes of `--device auto`, the default, and why. devices: what was found out about accelerators."""
+    if importlib.util.find_spec("torch") is None:
+        return Finding(HINT, "device auto", "none: torch is missing")
+    answer = _probe("auto", "the lines above")
+    if "problem" in answer:
+        return Finding(MISSING, "device auto", f"nothing: {answer['problem']}; --device cpu works all the same")
+    name, device = answer["name"], answer["facts"]["device"]
+    if name != "cpu":
+        return Finding(OK, "device auto", f"{name}: {device}, since torch can use it; --device cpu takes the processor")
+    unused = [finding.detail for finding in devices if finding.state == MISSING]
+    if unused:
+        return Finding(HINT, "device auto", f"cpu, for another device is not usable: {'; '.join(unused)}")
+    return Finding(OK, "device auto", "cpu: no accelerator was found")
+
+
+def _probe(name: str, tool: str) -> dict[str, Any]:
+    """What `backends/probe.py` answers about a device, from a process of its own, or the problem with that."""
     command = [sys.executable, "-W", "ignore", "-m", "backends.probe", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return Finding(MISSING, f"{name} backend", f"the device does not open within {PROBE_TIMEOUT_S} s: see {tool}")
+        return {"problem": f"the device does not open within {PROBE_TIMEOUT_S} s: see {tool}"}
     found = re.search(r"\{.*\}", done.stdout)
     if found is None:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        return Finding(MISSING, f"{name} backend", f"opening the device ended the process ({done.returncode}): {last}")
-    answer = json.loads(found[0])
-    if "problem" in answer:
-        return Finding(MISSING, f"{name} backend", answer["problem"])
-    return Finding(OK, f"{name} backend", ", ".join(f"{key}: {value}" for key, value in answer["facts"].items()))
+        return {"problem": f"opening the device ended the process ({done.returncode}): {last}"}
+    answer: dict[str, Any] = json.loads(found[0])
+    return answer
 
 
 def _memory() -> Finding:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,15 +49,47 @@ def open_locked(output: Path) -> Iterator[BinaryIO]:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
     with file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a terminal or pipe takes turns by itself
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"another process is writing to {output}: wait for its end, or name another "
-                                  "output") from None
-            except OSError as error:
-                logger.warning("%s cannot be locked (%s): see to it that nothing else writes to it", output,
-                               error.strerror)
+            _lock(file, output)
         yield file
+
+
+@contextlib.contextmanager
+def replace_locked(output: Path, lines: Iterable[bytes]) -> Iterator[BinaryIO]:
+    """The file `output`, which the caller has locked and keeps open, with `lines` alone in it, open and locked as by
+    `open_locked`. Interrupted at any moment, the file is either as it was or has exactly these lines.
+
+    A link is followed; another name of the same file (a hard link) keeps the old contents. Raises ConfigError.
+    """
+    final = output.resolve()
+    partial = final.with_name(f".{final.name}.partial")  # one name: what an interrupted run left goes away
+    try:
+        partial.unlink(missing_ok=True)
+        file = partial.open("xb", buffering=0)  # which follows no link
+    except OSError as error:
+        raise ConfigError(f"{output} has lines to replace, and {partial} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            _lock(file, output)
+            with partial.open("wb") as writer:  # the same file, with a buffer
+                writer.writelines(lines)
+                writer.flush()
+                os.fsync(writer.fileno())
+            shutil.copymode(final, partial)
+            partial.replace(final)
+            file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise ConfigError(f"{output} has lines to replace, and cannot be: {error.strerror}") from None
+        yield file
+
+
+def _lock(file: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another process is writing to {output}: wait for its end, or name another "
+                          "output") from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): see to it that nothing else writes to it", output, error.strerror)
 
 
 def find_same(output: Path, reads: Iterable[Path]) -> Path | None:

@@ -2,8 +2,9 @@
 
 Each line is a request, {"custom_id", "method": "POST", "url", "body"}; each answer is written as soon as it is there,
 in the order of arrival, so that a run that was interrupted, at whatever byte, goes on where it stopped: what the output
-file holds already is not asked again. One run at a time writes to a file. The requests go through a real server, which
-runs elsewhere (`--url`) or is started here; the latter ends with this process, however that ends.
+file holds a good answer for is not asked again, and what failed is: its old lines are taken out first. One run at a
+time writes to a file. The requests go through a real server, which runs elsewhere (`--url`) or is started here; the
+latter ends with this process, however that ends.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, BinaryIO
 
 import httpx
 
-from serving.output_file import check_output, open_locked
+from serving.output_file import check_output, open_locked, replace_locked
+from serving.signals import ECHO, EndSignals
 from xllm import env
+from xllm.child_end import ChildEnd
 from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
@@ -87,31 +90,58 @@ def _read_line(text: str, number: int) -> Line:
         return Line(custom_id, error="body is nested too deeply")
 
 
-def read_done(output: Path) -> tuple[set[str], int]:
-    """The ids that an output file has answers for, and how many of its bytes are whole lines. Changes nothing.
+@dataclass
+class Found:
+    """What an output file holds. done, failed: ids. num_bytes: of whole lines."""
+
+    done: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    num_bytes: int = 0
+
+
+def read_found(output: Path) -> Found:
+    """What is in an output file. Changes nothing.
 
     Raises:
         ConfigError: the file holds anything else than answers, and the beginning of one behind them.
     """
+    found = Found()
     if not output.is_file():
-        return set(), 0
+        return found
     content = output.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
+    found.num_bytes = content.rfind(b"\n") + 1
     try:
-        done = {_id_of(json.loads(line)) for line in whole.splitlines() if line.strip()}
-        begun = content[len(whole):][:len(ANSWER_START)]
-        if not done and not ANSWER_START.startswith(begun):
+        for line in content[:found.num_bytes].splitlines():
+            if line.strip():
+                custom_id, is_good = _read_answer(line)
+                (found.done if is_good else found.failed).add(custom_id)
+        begun = content[found.num_bytes:][:len(ANSWER_START)]
+        if not (found.done or found.failed) and not ANSWER_START.startswith(begun):
             raise ValueError("the last line is no answer")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{output} exists and is no output of run-batch ({error}); --no-resume overwrites "
                           "it") from None
-    return done, len(whole)
+    return found
 
 
-def _id_of(entry: Any) -> str:
+def _read_answer(line: bytes) -> tuple[str, bool]:
+    """(its id, whether it is a good one). Raises ValueError."""
+    entry = json.loads(line)
     if not isinstance(entry, dict) or not {"custom_id", "response", "error"} <= entry.keys():
         raise ValueError("a line is no answer")
-    return str(entry["custom_id"])
+    return str(entry["custom_id"]), entry["error"] is None
+
+
+def good_lines(output: Path, again: set[str]) -> Iterator[bytes]:
+    """The whole lines of an output file, but those of errors whose ids are in `again`."""
+    with output.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # it was cut off
+                return
+            if line.strip():
+                custom_id, is_good = _read_answer(line)
+                if is_good or custom_id not in again:
+                    yield line
 
 
 def answer(line: Line, response: httpx.Response | None, error: str | None = None) -> dict[str, Any]:
@@ -199,11 +229,14 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    while process.poll() is None:
+    end = ChildEnd(process)
+    while (code := process.poll()) is None:
         if found := ADDRESS.search(log.read_text(encoding="utf-8", errors="replace")):
             return found[1]
+        end.look()
         time.sleep(START_POLL_S)
-    raise ConfigError("the server did not start:\n" + log.read_text(encoding="utf-8", errors="replace").strip())
+    said = log.read_text(encoding="utf-8", errors="replace").strip()
+    raise ConfigError("the server did not start:\n" + (f"{said}\nit {end.reason(code)}" if code < 0 else said))
 
 
 def run(namespace: argparse.Namespace, flags: list[str]) -> int:
@@ -222,25 +255,35 @@ def run(namespace: argparse.Namespace, flags: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         target = stack.enter_context(open_locked(output))
-        done, num_bytes = _begin_with(output, flags, resume=namespace.resume)
+        found = _begin_with(output, flags, resume=namespace.resume)
         _check_unique(lines)
-        lines = [line for line in lines if line.custom_id not in done]
+        lines = [line for line in lines if line.custom_id not in found.done]
+        again = found.failed & {line.custom_id for line in lines}
         url, key = namespace.url, namespace.api_key
         if url is None:
             url, key = stack.enter_context(own_server(flags))
-        if stat.S_ISREG(os.fstat(target.fileno()).st_mode):
-            os.ftruncate(target.fileno(), num_bytes)  # a line that was cut off, or all of it
-        batch = asyncio.run(_run(url, key, target, lines, namespace.concurrency, len(done)))
+        if again:
+            target = stack.enter_context(replace_locked(output, good_lines(output, again)))
+        elif stat.S_ISREG(os.fstat(target.fileno()).st_mode):
+            os.ftruncate(target.fileno(), found.num_bytes)  # a line that was cut off, or all of it
+        batch = asyncio.run(_run(url, key, target, lines, namespace.concurrency, len(found.done)))
+    num_left = len(found.failed - again - found.done)  # errors of requests that are in the batch no more
     print(f"{batch.num_done} requests answered, {batch.num_failed} of them with an error"
-          + (f"; {len(done)} were there already" if done else ""))
-    return 1 if batch.num_failed else 0
+          + (f"; {len(found.done)} were there already" if found.done else "")
+          + (f"; {len(again)} had failed before and were asked again" if again else "")
+          + (f"; {num_left} errors are there of requests that the batch does not hold" if num_left else ""))
+    return 1 if batch.num_failed or num_left else 0
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds this process as Ctrl-C does, so that the server that it started is stopped."""
+    """SIGTERM unwinds this process as Ctrl-C does, so that the server that it started is stopped; its echoes do not
+    interrupt that."""
+    signals = EndSignals()
+
     def end(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+        if signals.note(signum) is not ECHO:
+            raise SystemExit(128 + signum)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -249,19 +292,19 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _begin_with(output: Path, flags: list[str], *, resume: bool) -> tuple[set[str], int]:
-    """The ids that need no answer any more, and how much of the output file stays. Raises ConfigError.
+def _begin_with(output: Path, flags: list[str], *, resume: bool) -> Found:
+    """What of the output file may stay. Raises ConfigError.
 
     A file that the server's flags name, or a file in a folder that they name, is overwritten only if it holds answers.
     """
     try:
-        done, num_bytes = read_done(output)
+        found = read_found(output)
     except ConfigError:
         if resume:
             raise
         check_output(output, [Path(word.partition("=")[2] if word.startswith("--") else word) for word in flags])
-        return set(), 0
-    return (done, num_bytes) if resume else (set(), 0)
+        return Found()
+    return found if resume else Found()
 
 
 def _check_unique(lines: list[Line]) -> None:

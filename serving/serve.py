@@ -29,6 +29,7 @@ from serving.handshake import with_tls
 from serving.log_rate import bound_logs
 from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_context
 from serving.security.keys import KeyRing
+from serving.signals import SECOND, EndSignals
 from serving.startup import LogStream, StartupView
 from serving.state import ServerState
 from serving.supervisor import Supervisor
@@ -36,10 +37,12 @@ from serving.throughput_log import ThroughputLog
 from serving.tracing import Tracer
 from xllm import logs
 from xllm.client.process import ProcessClient
-from xllm.config import EngineConfig
+from xllm.config import EngineConfig, ModelSettings
 from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, RequestError, XllmError
 from xllm.generation_config import read_sampling_defaults
+from xllm.hub import resolve_model_path
+from xllm.sizes import size_text
 
 if TYPE_CHECKING:
     from xllm.tokenizer import Tokenizer
@@ -111,6 +114,7 @@ class _Server:
         self._keys = keys
         self._tracer = tracer
         self._stop = asyncio.Event()
+        self._signals = EndSignals()
         self._code = 0
         is_watched = sys.stdout.isatty() and not logs.is_json()
         self._view = StartupView(sys.stdout if is_watched else LogStream(logging.getLogger("xllm.startup")))
@@ -187,12 +191,9 @@ class _Server:
 
     async def _load(self) -> None:
         try:
-            facts = await self._engine.start()
-            self._state.sampling_defaults = read_sampling_defaults(self._engine_config.model.generation_config,
-                                                                   Path(facts.model_path))
-            if not facts.config.model.skip_tokenizer_init:
-                self._view.phase("tokenizer", 0.0)
-                self._state.tokenizer = await asyncio.to_thread(_load_tokenizer, facts)
+            # The tokenizer loads beside the weights; what is wrong with it ends the start at once.
+            _, (self._state.tokenizer, self._state.sampling_defaults) = await asyncio.gather(
+                self._start_engine(), asyncio.to_thread(_load_front, self._engine_config.model))
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             self._view.interrupt()
             logger.error("the server does not start: %s", str(error) or type(error).__name__,
@@ -208,6 +209,11 @@ class _Server:
         self._state.supervisor = Supervisor(self._engine, self._config.resilience)
         await self._state.supervisor.run()
 
+    async def _start_engine(self) -> None:
+        await self._engine.start()
+        if not self._engine_config.model.skip_tokenizer_init:
+            self._view.phase("tokenizer", 0.0)
+
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
         if name != "ready":  # the engine is; the tokenizer may not be
             self._view.phase(name, share)
@@ -221,6 +227,9 @@ class _Server:
         scheme = "https" if http.ssl_certfile else "http"
         self._say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
                   f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
+        self._say(_placement_text(facts))
+        if facts.placement.advice:
+            self._say(f"hint: {facts.placement.advice} (docs/performance.md)")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
         body = json.dumps({"model": self._state.served_names[0], "max_tokens": 32,
                            **self._example_prompt()})
@@ -242,7 +251,7 @@ class _Server:
         return {"messages": [{"role": "user", "content": "Hello"}]}
 
     def _on_signal(self, signum: int) -> None:
-        if self._stop.is_set():
+        if self._signals.note(signum) is SECOND:
             logger.warning("second signal: stopping at once")
             self._engine.kill()
             logging.shutdown()
@@ -270,9 +279,22 @@ class _Server:
         return True
 
 
-def _load_tokenizer(facts: EngineFacts) -> Tokenizer | None:
-    from xllm.inputs import engine_tokenizer  # the import takes its time, too
+def _placement_text(facts: EngineFacts) -> str:
+    """One line: device, threads, types, quantisation, memory."""
+    at, config = facts.placement, facts.config
+    threads = f", num_threads {at.num_threads}" if at.device == "cpu" else ""
+    ranks = f", {config.device.worker_ranks} ranks" if config.device.worker_ranks > 1 else ""
+    weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
+    quantization = config.model.quantization or "none"
+    return (f"device {at.device}{threads}{ranks}; dtype {at.dtype}, quantization {quantization}; weights {weights}, "
+            f"KV cache up to {size_text(at.kv_bytes)} in {at.kv_dtype}")
 
-    return engine_tokenizer(facts)
+
+def _load_front(model: ModelSettings) -> tuple[Tokenizer | None, dict[str, object]]:
+    """All that this process reads of the checkpoint. Raises ModelError or ConfigError."""
+    from xllm.inputs import model_tokenizer  # the import takes its time, too
+
+    tokenizer = model_tokenizer(model)
+    return tokenizer, read_sampling_defaults(model.generation_config, resolve_model_path(model.model, model.revision))
 
 

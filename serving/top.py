@@ -122,6 +122,8 @@ class View:
             share = used / total if total else 0.0
             table.add_row(Text(f"KV {name}", "dim"), Text(bar(share), "blue"), f"{share:6.1%}",
                           Text(f"{used:,} of {total:,} blocks", "dim"))
+        if found := [f"{name.upper()} {count:,}" for name, count in engine["cached_tokens_by_tier"].items() if count]:
+            table.add_row(Text("found in", "dim"), "", "", Text(f"{', '.join(found)} tokens", "dim"))
         if (graphs := engine["graphs"]) is not None:
             replays, eager = sum(graphs["replays_total"].values()), sum(graphs["fallbacks_total"].values())
             table.add_row(Text("graphs", "dim"), f"{graphs['num_graphs']}", "",

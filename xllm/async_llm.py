@@ -29,7 +29,7 @@ from xllm.inputs import (
     ProcessedInput,
     Prompt,
     chat_prompt,
-    engine_tokenizer,
+    model_tokenizer,
 )
 from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
@@ -58,10 +58,10 @@ class AsyncLLM:
             raise ConfigError("give either a config, or a model and settings by name, not both")
         if config is None:
             config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        self.tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
         self.facts = self._core.facts
-        self.tokenizer = engine_tokenizer(self._core.facts)
         self.inputs = InputProcessor.of(self._core.facts, self.tokenizer)
         self._streams: dict[str, Stream] = {}  # by request id; touched in the event loop only
         self._serial = itertools.count()

@@ -10,11 +10,13 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from xllm.config import ModelSettings
 from xllm.engine.facts import EngineFacts
-from xllm.errors import RequestError
+from xllm.errors import ModelError, RequestError
+from xllm.hub import resolve_model_path
+from xllm.model_files import read_json
 from xllm.pooling import PoolingParams
 from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
 from xllm.structured.checker import GrammarChecker
@@ -228,13 +230,21 @@ def chat_prompt(tokenizer: Tokenizer | None, messages: Sequence[Any], *, add_gen
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False, field="messages")}
 
 
-def engine_tokenizer(facts: EngineFacts) -> Tokenizer | None:
-    """The one that the engine's settings ask for. Raises ModelError."""
-    settings = facts.config.model
-    if settings.skip_tokenizer_init:
-        return None
-    if settings.tokenizer is None:
-        return load_tokenizer(Path(facts.model_path))
-    from xllm.hub import resolve_model_path
+def model_tokenizer(model: ModelSettings) -> Tokenizer | None:
+    """The tokenizer that the settings ask for, its chat templates compiled; None with skip_tokenizer_init.
 
-    return load_tokenizer(resolve_model_path(settings.tokenizer))
+    It needs no engine: call it before the weights are read, so that what is wrong is said within a second or two.
+    Raises ModelError, naming the file.
+    """
+    if model.skip_tokenizer_init:
+        return None
+    path = resolve_model_path(model.model, model.revision)
+    read_json(path / "config.json")  # what is no model's folder at all is refused as that
+    if model.tokenizer is not None:
+        path = resolve_model_path(model.tokenizer)
+    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer.compile_templates()
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return tokenizer

@@ -24,7 +24,7 @@ from xllm.inputs import (
     ProcessedInput,
     Prompt,
     chat_prompt,
-    engine_tokenizer,
+    model_tokenizer,
 )
 from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
@@ -51,11 +51,11 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any):
         config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        self._tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config
         self.facts = self._core.facts
         self._engine = InlineClient(self._core)
-        self._tokenizer = engine_tokenizer(self._core.facts)
         self._inputs = InputProcessor.of(self._core.facts, self._tokenizer)
         self._lock = threading.Lock()
         self._num_requests = 0

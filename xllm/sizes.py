@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them: `4GiB`, `512MB`, `25%`, `1000000`."""
+"""Amounts of memory as people write and read them: `4GiB`, `512MB`, `25%`, `1000000`."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def resolve_amount(name: str, text: str, available_bytes: int) -> int:
 def is_zero(name: str, text: str) -> bool:
     """Whether the amount is nothing at all. Raises like `parse_amount`."""
     return parse_amount(name, text) == (0, 0.0)
+
+
+def size_text(num_bytes: int) -> str:
+    """For people: `1.5 GiB`, `620 MiB`."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

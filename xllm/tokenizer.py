@@ -134,6 +134,15 @@ class Tokenizer:
                 self._templates[source] = compiled
         return compiled.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
 
+    def compile_templates(self) -> None:
+        """Compile all that came with the checkpoint now. Raises ModelError, naming the one that does not compile."""
+        for name, source in self._template_sources.items():
+            if source not in self._templates:
+                try:
+                    self._templates[source] = ChatTemplate(source, self.special_tokens)
+                except ModelError as error:
+                    raise ModelError(f"{error} (template {name!r})") from error
+
     def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
         """Token ids of a conversation. The template writes bos and the like itself, so none are added."""
         return self.encode(self.render_chat(messages, **kwargs), add_special_tokens=False, field="messages")

@@ -42,7 +42,8 @@ def router(state: ServerState) -> APIRouter:
     def card(name: str) -> dict[str, Any]:
         adapter = state.adapter_of(name)
         return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm", "type": "model",
-                "display_name": name, "created_at": datetime.fromtimestamp(state.started_unix_s, timezone.utc).isoformat(),
+                "display_name": name,
+                "created_at": datetime.fromtimestamp(state.started_unix_s, timezone.utc).isoformat(),
                 "root": adapter or state.served_names[0], "parent": state.served_names[0] if adapter else None,
                 "max_model_len": state.facts.max_model_len}
 

@@ -66,8 +66,7 @@ class ResponsesCall:
         details = usage.get("completion_tokens_details") or {}
         return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
                 "total_tokens": usage["total_tokens"],
-                "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-                                         "cache_write_tokens": 0},
+                "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
                 "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)}}
 
     @property

@@ -91,8 +91,8 @@ def own_json(figures: CallerFigures) -> dict[str, Any]:
         "prompt_tokens_cached": figures.prompt_tokens_cached, "generation_tokens": figures.generation_tokens,
         "num_preemptions": figures.num_preemptions, "prefix_cache_queries": figures.prompt_tokens,
         "prefix_cache_hits": figures.prompt_tokens_cached, "spec_decode_num_draft_tokens": 0,
-        "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {}, "cached_tokens_by_tier": {},
-        "kv_disk_up": None, "graphs": None,
+        "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {},
+        "cached_tokens_by_tier": dict(figures.cached_by_tier), "kv_disk_up": None, "graphs": None,
     }
 
 

@@ -11,7 +11,9 @@ from xllm.metrics import EngineStats
 
 
 def tier_families(make: Families, s: EngineStats) -> Iterator[Metric]:
-    """None where there is no tier below the device."""
+    """Where prefixes were found; the rest only where there is a tier below the device."""
+    yield make.counter_by("tier", "kv_tier_hit_tokens", "Prompt tokens whose KV was found, by where",
+                          s.cached_tokens_by_tier_total)
     if not s.kv_tiers:
         return
     tiers = s.kv_tiers
@@ -21,8 +23,6 @@ def tier_families(make: Families, s: EngineStats) -> Iterator[Metric]:
                           {k: t.evicted_total for k, t in tiers.items()})
     yield make.counter_by("tier", "kv_tier_unsaved_blocks", "KV blocks gone before they were copied further down",
                           {k: t.unsaved_total for k, t in tiers.items()})
-    yield make.counter_by("tier", "kv_tier_hit_tokens", "Prompt tokens whose KV was found, by where",
-                          s.cached_tokens_by_tier_total)
     if (disk := tiers.get("disk")) is not None:
         yield make.counter_by("kind", "kv_disk_broken_blocks", "Blocks on disk that were not good", disk.missed_total)
         yield make.gauge_by("tier", "kv_disk_up", "1 while the disk tier works", {"disk": s.kv_disk_up})

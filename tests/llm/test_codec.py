@@ -27,6 +27,7 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
+from xllm.worker.messages import Placement
 
 LOGPROBS = st.builds(TokenLogprobs, st.integers(0, 2**31), st.floats(-1e4, 0), st.integers(1, 10**6),
                      st.lists(st.integers(0, 10**6), max_size=3).map(tuple),
@@ -113,7 +114,8 @@ def test_config_and_stats() -> None:
 
 
 FACTS = EngineFacts(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=4, eos_token_ids=(1, 2),
-                    num_blocks=3, adapters=("x",))
+                    num_blocks=3, adapters=("x",),
+                    placement=Placement(device="cuda", num_threads=2, kv_bytes=2**40))
 COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown()]
 REPORT_KINDS = [
     Submitted("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),

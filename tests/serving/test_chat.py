@@ -137,6 +137,27 @@ def test_repeated_prompt_is_cached(server: ServerProcess) -> None:
     assert second["prompt_tokens_details"]["cached_tokens"] > first["prompt_tokens_details"]["cached_tokens"]
 
 
+def test_what_was_found_on_the_device_is_named_without_tiers_below_it(server: ServerProcess) -> None:
+    """In the usage of every API, in /metrics and in /v1/stats, which console and `xllm top` show."""
+    text = "a beginning that others do not have " * 20
+    for _ in range(2):
+        details = [
+            server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}],
+                             "max_tokens": 1}).json()["usage"]["prompt_tokens_details"],
+            server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 1, "n": 2})
+            .json()["usage"]["prompt_tokens_details"],
+            server.http.post("/v1/responses", json={"input": text, "max_output_tokens": 16, "store": False})
+            .json()["usage"]["input_tokens_details"]]
+    for found in details:
+        assert found["cached_tokens"] > 0
+        assert found["cached_tokens_by_tier"] == {"l1": 0, "l2": found["cached_tokens"], "l3": 0, "l4": 0}
+    server.wait_idle()
+    engine = server.http.get("/v1/stats").json()["engine"]
+    assert engine["cached_tokens_by_tier"]["l2"] == engine["prompt_tokens_cached"] > 0
+    assert (f'xllm:kv_tier_hit_tokens_total{{engine="0",model_name="demo",tier="l2"}} '
+            f'{float(engine["prompt_tokens_cached"])}') in server.http.get("/metrics").text
+
+
 def test_cache_salt_separates(server: ServerProcess) -> None:
     body = {"messages": [{"role": "user", "content": "a salted beginning " * 20}], "max_tokens": 1, "cache_salt": "one"}
     server.http.post("/v1/chat/completions", json=body)

@@ -99,6 +99,8 @@ def test_doctor() -> None:
     result = run("doctor")
     assert result.returncode == 0, result.stdout
     assert "the CPU path works" in result.stdout
+    used = next(line for line in result.stdout.splitlines() if "device auto" in line)
+    assert ("cuda: " if torch.cuda.is_available() else "cpu: no accelerator was found") in used
     assert all(line.split()[0] in ("ok", "missing", "hint") for line in result.stdout.splitlines()[:-1])
 
 
@@ -109,6 +111,16 @@ def test_doctor_says_why_a_gpu_with_a_driver_is_not_used(tmp_path: Path) -> None
         assert found.state == doctor.OK and "device: " in found.detail
     else:
         assert found.state == doctor.MISSING and found.detail.startswith("the cuda backend needs ")
+
+
+def test_doctor_says_what_is_used_and_why() -> None:
+    missing = doctor.Finding(doctor.MISSING, "cuda backend", "the cuda backend needs a CUDA build of torch")
+    found = doctor._choice([missing])
+    if torch.cuda.is_available():
+        assert found.detail.startswith("cuda: ") and "--device cpu" in found.detail
+    else:
+        assert found.state == doctor.HINT
+        assert found.detail == f"cpu, for another device is not usable: {missing.detail}"
 
 
 def test_doctor_has_nothing_to_say_of_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,10 @@ def test_one_look(server: ServerProcess) -> None:
     assert re.search(r"KV device +░+ +0\.0% +0 of 1,024 blocks", text)
     row = next(line for line in text.splitlines() if "completion" in line)
     assert re.search(r"completion +\d+ +0 +20 +█+ +[\d,]+ +[\d,.]+ +length", row), row
+    for _ in range(2):
+        server.http.post("/v1/completions", json={"prompt": "a prompt that comes twice " * 20, "max_tokens": 1})
+    server.wait_idle()
+    assert re.search(r"found in +L2 [\d,]+ tokens", look(server))
 
 
 @pytest.mark.parametrize(("width", "left_out"), [(110, set()), (80, set()), (75, {"time"}), (66, {"time", "kind"})])

@@ -49,6 +49,7 @@ SAMPLES = [
     m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
              num_reserved_blocks=1, queues_steps=True, generates=False,
              pooling=PoolingDefaults(kind="mean", normalize=False, width=8),
+             placement=m.Placement(device="cpu", dtype="float32", weights_bytes=2**40, advice="w8a8"),
              tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),
                                                      np.zeros((2, 16), dtype=np.uint8)))),
     OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from xllm import env
+from xllm.child_end import ChildEnd
 from xllm.child_process import socket_folder
 from xllm.client.codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
@@ -116,7 +117,7 @@ class ProcessClient(CommandingClient):
             await asyncio.sleep(pause_s)
             self.launch()
             await self.start()
-            for name, folder in self._adapter_folders.items():
+            for name, folder in self._adapter_folders.items():  # before anybody may ask for one
                 await self.control("load_adapter", name=name, folder=folder)
         finally:
             self.restarting_after = None
@@ -222,8 +223,8 @@ class ProcessClient(CommandingClient):
             self._hand_out(report)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
-        code = process.wait()
-        reason = f"the engine process was killed by signal {-code}" if code < 0 else f"it exited with code {code}"
+        end = ChildEnd(process)
+        reason = f"the engine process {end.reason(end.wait())}"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             # Its own last words come first.
             loop.call_soon_threadsafe(lambda: loop.call_later(0.2, self._note_end, process, reason))

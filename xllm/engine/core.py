@@ -72,7 +72,8 @@ class EngineCore:
         loaded = self._loaded
         return EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
                            hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
-                           num_blocks=loaded.num_blocks, adapters=self.adapters.names)
+                           num_blocks=loaded.num_blocks, adapters=self.adapters.names,
+                           placement=loaded.placement)
 
     # --- requests
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
+from xllm.worker.messages import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +13,7 @@ class EngineFacts:
     """These hold as long as the engine lives.
 
     config: resolved. model_path: the checkpoint's folder. num_blocks: of the KV cache on the device. adapters: names of
-    those that were loaded at the start; a running engine may have others.
+    those that were loaded at the start; a running engine may have others. placement: where and how it computes.
     """
 
     config: EngineConfig
@@ -22,6 +23,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     adapters: tuple[str, ...] = ()
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def max_model_len(self) -> int:

@@ -102,13 +102,15 @@ class WeightSource:
             self._progress(self._total_bytes, self._total_bytes)
 
     def _open_all(self, folder: Path) -> None:
-        placed = _files(folder)
+        placed = checkpoint_files(folder)
         for file, names in placed.items():
             try:
                 handle = self._stack.enter_context(safe_open(str(file), framework="pt"))
                 found = set(handle.keys())
             except (SafetensorError, OSError, MemoryError) as error:
                 raise ModelError(f"{file} is truncated or corrupt: {error}") from None
+            except RuntimeError as error:  # torch's, of a file that is larger than memory
+                raise ModelError(f"{file} cannot be read: {error}") from None
             absent = sorted(names - found)
             if absent:
                 raise ModelError(f"{file} lacks tensor {absent[0]!r}, which {INDEX_FILE} places there")
@@ -130,7 +132,7 @@ def _nbytes(tensor_slice: Any) -> int:
     return math.prod(tensor_slice.get_shape()) * ITEM_BYTES.get(tensor_slice.get_dtype(), 1)
 
 
-def _files(folder: Path) -> dict[Path, set[str]]:
+def checkpoint_files(folder: Path) -> dict[Path, set[str]]:
     """The safetensors files of a checkpoint, each with the tensors that an index places there."""
     if (folder / SINGLE_FILE).is_file():
         return {folder / SINGLE_FILE: set()}

@@ -19,6 +19,7 @@ from xllm.errors import ConfigError
 from xllm.models.config import ModelConfig
 from xllm.models.kv_spec import KVSpec
 from xllm.runner.arena import Arena, padded_bytes
+from xllm.sizes import size_text
 
 # A CPU's memory is also everybody else's.
 CPU_MEMORY_SHARE = 0.5
@@ -114,12 +115,14 @@ def page_bytes(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec
     return sum(sizes)
 
 
-def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype) -> int:
+def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype, *,
+                    others_bytes: int = 0) -> int:
     """How many KV blocks of this dtype to allocate under a resolved config.
 
     The first that is set counts: num_kv_blocks, kv_cache_memory_bytes, a share of available memory. The
     share is capped at what max_num_seqs sequences of max_model_len can hold at once (and one block). The device's own
-    blocks (`Backend.num_reserved_blocks`) are among them, beside those of num_kv_blocks.
+    blocks (`Backend.num_reserved_blocks`) are among them, beside those of num_kv_blocks. others_bytes: what weights and
+    steps will take that is still available now.
 
     Raises:
         ConfigError: not even one sequence of max_model_len fits, or the device has no such cache.
@@ -138,21 +141,25 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
         num_blocks = cache.kv_cache_memory_bytes // bytes_per_block
         origin = f"kv_cache_memory_bytes is {cache.kv_cache_memory_bytes}"
     else:
-        usable = _memory_share_bytes(config, backend)
+        usable = _memory_share_bytes(config, backend, others_bytes)
         most = config.scheduler.max_num_seqs * blocks_per_sequence + 1 + num_reserved
         num_blocks = min(usable // bytes_per_block, most)
         origin = f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves {usable} bytes"
+        if others_bytes:
+            origin += f" beside {size_text(others_bytes)} for weights and steps"
     num_usable = max(0, num_blocks - num_reserved)
     if num_usable < blocks_per_sequence:
         raise ConfigError(
             f"one sequence of max_model_len {max_model_len} needs {blocks_per_sequence} KV blocks "
             f"({blocks_per_sequence * bytes_per_block} bytes), but {origin}, which is {num_usable} blocks; "
-            f"max_model_len {num_usable * cache.block_size} would fit"
+            + (f"max_model_len {num_usable * cache.block_size} would fit" if num_usable else
+               "not even a short sequence would fit: lower max_num_batched_tokens, quantise, or free memory")
         )
     return num_blocks
 
 
-def _memory_share_bytes(config: EngineConfig, backend: Backend) -> int:
-    """All ranks are on this one device: each takes its part."""
+def _memory_share_bytes(config: EngineConfig, backend: Backend, others_bytes: int) -> int:
+    """All ranks are on this one device: each takes its part, and each has weights of its own."""
     share = config.cache.gpu_memory_utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
-    return int(backend.available_memory_bytes() * share) // config.device.worker_ranks
+    num_ranks = config.device.worker_ranks
+    return int(max(0, backend.available_memory_bytes() - num_ranks * others_bytes) * share) // num_ranks

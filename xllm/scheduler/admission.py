@@ -7,7 +7,6 @@ import numpy as np
 from xllm.config import EngineConfig
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
-from xllm.request import OutputDelta
 from xllm.scheduler.counters import Counters
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.preemption import Preemption
@@ -34,7 +33,7 @@ class Admission:
         # one of them is different.
         self._blocked: tuple[SequenceState, int, int] | None = None
         self._admitted: list[tuple[str, float]] | None = None  # see `take_admitted`; None: nobody wants them
-        self._reports: list[OutputDelta] = []
+        self._found: dict[str, dict[str, int]] = {}
 
     def take_admitted(self) -> list[tuple[str, float]]:
         """(request id, time by the clock) of requests that left the queue for the first time since the last call.
@@ -49,9 +48,10 @@ class Admission:
             self._waiting.push(seq)
             self._blocked = None
 
-    def admit(self, plan: PlanBuilder) -> list[OutputDelta]:
+    def admit(self, plan: PlanBuilder) -> dict[str, dict[str, int]]:
         """Admit from the head of the queue while tokens, rows and blocks last. Strictly in order, so that
-        nobody starves behind smaller requests. Returns what the requests shall hear of it."""
+        nobody starves behind smaller requests. Returns, by request id, where the cached tokens of those were that got
+        in for the first time."""
         while plan.budget.left > 0 and not plan.stalled:
             seq = self._waiting.peek()
             if seq is None:
@@ -59,8 +59,8 @@ class Admission:
             progress = self._try(plan, seq) if self._rows.num_free else self._preemption.yield_for(plan, seq)
             if not progress:
                 break
-        reports, self._reports = self._reports, []
-        return reports
+        found, self._found = self._found, {}
+        return found
 
     def _try(self, plan: PlanBuilder, seq: SequenceState) -> bool:
         """Whether the sequence got in, or something was freed so that another try is worth it."""
@@ -133,9 +133,10 @@ class Admission:
         if copy is not None:
             plan.copies.append(copy)
         plan.tickets.update(self._kv.open_tickets(self._kv.blocks_read(match)))
-        if seq.num_preemptions == 0 and self._kv.has_tiers:
-            self._reports.append(self._tier_report(seq, num_hot))
-            self._kv.turn_began(seq.session_key, match.block_ids, self._clock)
+        if seq.num_preemptions == 0:
+            self._found[seq.request_id] = self._count_by_tier(seq, num_hot)
+            if self._kv.has_tiers:
+                self._kv.turn_began(seq.session_key, match.block_ids, self._clock)
         self._promotions.forget(seq)
         self._running.enter(seq)
         plan.new_rows.append(self._new_row(seq, num_cached))
@@ -160,17 +161,16 @@ class Admission:
             plan.grow(rows, need)
         plan.commit(share)
 
-    def _tier_report(self, seq: SequenceState, num_hot: int) -> OutputDelta:
-        """A delta without tokens that says where the sequence's cached tokens were."""
-        delta = OutputDelta(seq.request_id, [], seq.num_cached_tokens)
+    def _count_by_tier(self, seq: SequenceState, num_hot: int) -> dict[str, int]:
+        """Where the sequence's cached tokens were; without tiers below it all of them were on the device."""
         disk = min(seq.num_disk_tokens, seq.num_cached_tokens)
         host = min(seq.num_host_tokens, seq.num_cached_tokens - disk)
         device = seq.num_cached_tokens - disk - host
         protected = min(device, num_hot * self._kv.block_size)
-        delta.cached_by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk}
-        for tier, num_tokens in delta.cached_by_tier.items():
+        by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk}
+        for tier, num_tokens in by_tier.items():
             self._counters.hits_by_tier[tier] += num_tokens
-        return delta
+        return by_tier
 
     def _length_limit(self, seq: SequenceState) -> int:
         max_tokens = seq.request.sampling.max_tokens

@@ -16,6 +16,7 @@ class OutputWriter:
     def __init__(self, rows: RowTable, counters: Counters):
         self._rows, self._counters = rows, counters
         self.num_wanting_prompt_logprobs = 0  # open requests
+        self.untold: dict[str, dict[str, int]] = {}  # where a request's cached tokens were, until its first output
 
     def append(self, result: StepOutput, rows: np.ndarray) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
         """Append the sampled tokens to their rows (the result's, int64); returns the outputs of the rows that have new
@@ -55,6 +56,9 @@ class OutputWriter:
             tokens = [ids[:n] for ids, n in zip(result.token_ids_SR[at].tolist(), counts)]
         cached = table.num_cached[producing].tolist()
         outputs = list(map(OutputDelta, table.request_ids[producing].tolist(), tokens, cached))
+        if self.untold:
+            for output in outputs:
+                output.cached_by_tier = self.untold.pop(output.request_id, None)
         for i, entries in result.prompt_logprobs.items():
             self._collect_prompt_logprobs(int(rows[i]), entries)
         if not (result.logprobs or self.num_wanting_prompt_logprobs or result.pooled or stops):

@@ -181,7 +181,7 @@ class Scheduler:
         for phase in self._phases:
             if phase is Phase.ADMISSION:
                 if len(self.waiting):
-                    self._ready += self._admission.admit(plan)
+                    self._writer.untold.update(self._admission.admit(plan))
             elif len(self.running):
                 self._plan_running(plan, phase)
         return self._seal(plan)
@@ -287,7 +287,8 @@ class Scheduler:
         self._writer.num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
         self.counters.finished[reason.value] += 1
         return OutputDelta(seq.request_id, [], seq.num_cached_tokens, finish_reason=reason, error=error,
-                           num_preemptions=seq.num_preemptions)
+                           num_preemptions=seq.num_preemptions,
+                           cached_by_tier=self._writer.untold.pop(seq.request_id, None))
 
     def _commit_blocks(self, rows: np.ndarray) -> None:
         """Offer blocks that became full in this step to the prefix index."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ NICENESS = 5
 
 def main() -> None:
     os.nice(NICENESS)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # sent to all of a service's processes; a drain still needs this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary = VocabularySource(**json.loads(sys.stdin.readline())).build()
     dead_ends = DeadEnds()

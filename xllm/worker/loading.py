@@ -12,13 +12,18 @@ from xllm import env
 from xllm.config import EngineConfig, parse_object
 from xllm.errors import ConfigError, DeviceError
 from xllm.pooling import PoolingDefaults
+from xllm.sizes import size_text
+from xllm.worker.messages import Placement
 
 if TYPE_CHECKING:
+    import torch
+
     from backends.backend import Backend
     from xllm.layers.adapters import AdapterSlots
     from xllm.models.causal_lm import CausalLM
     from xllm.models.config import ModelConfig
     from xllm.models.embedding_modules import EmbeddingModules
+    from xllm.models.footprint import Footprint
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
 
@@ -42,26 +47,31 @@ class LoadedModel:
         from backends.control_groups import usable_cpus
         from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
-        from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
+        from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
         share = max(1, usable_cpus() // config.device.worker_ranks)
         torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), share))
         self._report = report
         self.backend = _open_backend(config)
+        self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
         limit = _length_limit(config, self.model_config)
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
+        self._warn_of_slow_dtype()
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
 
-        def plan() -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
+        def plan(others_bytes: int) -> int:
+            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype,
+                                   others_bytes=others_bytes)
 
         self.embedding = self._read_embedding()
-        plan()  # what cannot fit even without the weights is said before they are read
+        need = self._footprint()
+        self._check_weights_fit(need)
+        plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapters import AdapterSlots
@@ -69,7 +79,12 @@ class LoadedModel:
             self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
-        self.num_blocks = plan()
+        self.num_blocks = plan(need.steps)
+        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
+        self._warn_of_too_much(need, kv_bytes)
+        self.placement = Placement(device=self.backend.name, dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
+                                   num_threads=torch.get_num_threads(), weights_bytes=need.weights, kv_bytes=kv_bytes,
+                                   advice=self._advice())
 
     @property
     def generates(self) -> bool:
@@ -96,6 +111,57 @@ class LoadedModel:
             if self.adapters is not None:
                 self.adapters.forget_layers()
         self.backend.release_memory()
+
+    def _footprint(self) -> Footprint:
+        """Random weights have no files to look at: theirs is not counted."""
+        from xllm.models.footprint import Footprint, footprint, weight_shapes
+
+        model, scheduler = self.config.model, self.config.scheduler
+        if model.load_format == "dummy":
+            return Footprint(0)
+        assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
+        return footprint(weight_shapes(self.path), self._dtype, model.quantization,
+                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs)
+
+    def _check_weights_fit(self, need: Footprint) -> None:
+        """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
+        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        total = (need.weights + need.loading) * num_ranks
+        if total > free:
+            dtype, quantization = _name(self._dtype), self.config.model.quantization
+            advice = "" if quantization else "quantise them (--quantization int8 takes about a quarter of float32), "
+            raise ConfigError(
+                f"the weights take {size_text(need.weights)} as {quantization or dtype}"
+                + (f" in each of {num_ranks} ranks" if num_ranks > 1 else "")
+                + f", and {size_text(need.loading)} more while they are read, but {size_text(free)} of memory is "
+                f"available (of the machine, or within this process's limits): {advice}take a smaller model, or free "
+                "memory")
+
+    def _warn_of_slow_dtype(self) -> None:
+        backend, name = self.backend, _name(self._dtype)
+        if self._dtype in backend.kernel_dtypes:
+            return
+        own = " or ".join(map(_name, backend.kernel_dtypes))
+        _log.warning("dtype %s is slow on this device: %s's own kernels compute in %s only, so that operators come "
+                     "from plain torch, whatever %s arithmetic the processor has (docs/performance.md). It saves "
+                     "memory and nothing else: --dtype %s is faster, and with --quantization w8a8 or int8 smaller as "
+                     "well", name, backend.name, own, name, own)
+
+    def _advice(self) -> str:
+        """What would be faster here, measured; empty where nothing is known. See docs/performance.md."""
+        is_plain = self.config.model.quantization is None and self._dtype in self.backend.kernel_dtypes
+        if self.backend.name != "cpu" or not is_plain or self._slow_ops:
+            return ""
+        return ("--quantization w8a8 made the bundled model 2.4 times as fast for one sequence and 2.0 times for "
+                "eight; its products take a quarter of the memory, and it cost 0.02 % in bits per byte")
+
+    def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
+        """A KV cache whose size was given takes its memory as it fills up: say now what may come of it."""
+        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        if (kv_bytes + need.steps) * num_ranks > free:
+            _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
+                         "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
+                         size_text(kv_bytes * num_ranks), size_text(need.steps * num_ranks), size_text(free))
 
     def _read_embedding(self) -> EmbeddingModules:
         from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
@@ -165,19 +231,23 @@ def _open_backend(config: EngineConfig) -> Backend:
                               check_contracts=env.check_contracts())
     except BackendError as error:
         raise DeviceError(str(error)) from error
-    _check_ops(backend, config.device.strict_ops)
     return backend
 
 
-def _check_ops(backend: Backend, strict: bool | None) -> None:
-    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`)."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
+    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`). Returns them."""
     from backends.opset import COLD_OPS
     from backends.reference import REFERENCE
 
     slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
     if not slow:
-        return
+        return slow
     message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
     if strict or (strict is None and backend.name != "cpu"):
         raise ConfigError(f"{message}. --no-strict-ops allows it")
     _log.warning(message)
+    return slow

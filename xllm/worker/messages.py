@@ -101,6 +101,20 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where and how a rank computes. num_threads: of a CPU. weights_bytes: 0 for random weights. kv_bytes: what the KV
+    cache may take. advice: what would be faster, if anything is known."""
+
+    device: str = ""
+    dtype: str = ""
+    kv_dtype: str = ""
+    num_threads: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """The model is loaded. These facts hold as long as the worker lives.
 
@@ -121,6 +135,7 @@ class Loaded:
     pooling: PoolingDefaults
     generates: bool = True
     tiers: TierFacts | None = None
+    placement: Placement = field(default_factory=Placement)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import zmq
 
 from xllm import env
+from xllm.child_end import ChildEnd
 from xllm.child_process import socket_folder
 from xllm.errors import WorkerError
 from xllm.worker.codec import decode, encode
@@ -50,6 +51,7 @@ class _Rank:
         self.commands.setsockopt(zmq.LINGER, 0)
         self.commands.bind(f"ipc://{folder / f'rank-{rank}'}")
         self.process = start_rank(folder, rank, num_ranks)
+        self.end = ChildEnd(self.process)
 
     def forget(self) -> None:
         """It has ended, or was killed; one that the system does not let go is not waited for."""
@@ -172,8 +174,8 @@ class ProcessLink(WorkerLink):
         for number, rank in enumerate(self._ranks):
             code = rank.process.poll()
             if code is not None and not (self._closed or self.has_ended):
-                raise self._failed(f"worker rank {number} was killed by signal {-code}" if code < 0
-                                   else f"worker rank {number} exited with code {code}")
+                raise self._failed(f"worker rank {number} {rank.end.reason(code)}")
+            rank.end.look()
             # Not if it was this process that did not listen.
             if rank.heard_s is not None and now - rank.heard_s > SILENT_S and now - since_s < SILENT_S / 2:
                 raise self._failed(f"worker rank {number} has said nothing for {now - rank.heard_s:.0f} s")

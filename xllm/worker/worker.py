@@ -129,7 +129,7 @@ class Worker:
                             num_reserved_blocks=model.backend.num_reserved_blocks,
                             queues_steps=self.runner is not None and self.runner.feed is not None,
                             pooling=model.embedding.defaults, generates=model.generates,
-                            tiers=None if self.tiers is None else self.tiers.facts))
+                            tiers=None if self.tiers is None else self.tiers.facts, placement=model.placement))
 
     def _make_runner(self) -> None:
         assert self.model is not None

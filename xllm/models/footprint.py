@@ -1,0 +1,77 @@
+"""`Footprint`: the memory that a model takes beside its KV cache, found out from the heads of its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from xllm.models.weights import checkpoint_files
+
+MAX_HEAD_BYTES = 10**8  # as the safetensors library has it
+TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
+# Full fp32 copies of the largest matrix while it is packed: as it was read, and its absolute values and its codes
+# before they are rounded (`quantize_rows`).
+COPIES, QUANTISED_COPIES = 1, 3
+# What a layer holds of each token at once: gate, up and their product; residual, normed, q, k, v and the result.
+WIDE_ROWS, HIDDEN_ROWS = 3, 6
+LOGIT_COPIES = 2  # fp32: as computed, and as the sampler edits them
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes. weights: as the layers keep them. loading: besides, while the largest of them is packed. steps: of the
+    longest step's activations and logits."""
+
+    weights: int
+    loading: int = 0
+    steps: int = 0
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a checkpoint. Files are not mapped, which the system refuses for those larger than its memory.
+    What is broken is left out here, and refused when it is read. Raises ModelError where there is nothing to read."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint_files(folder):
+        found.update(_shapes_in(file))
+    return found
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """A safetensors file begins with the length of its head in 8 bytes, and the head, a JSON object."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            head = json.loads(opened.read(length)) if length <= MAX_HEAD_BYTES else {}
+        return {name: tuple(int(size) for size in entry["shape"]) for name, entry in head.items()
+                if name != "__metadata__"}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def footprint(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, quantization: str | None, *, num_tokens: int,
+              num_rows: int) -> Footprint:
+    """Of a checkpoint with tensors of these shapes, whole on one device.
+
+    quantization: brings every matrix but the table of token vectors to one byte a number, and one fp32 scale a row.
+    num_tokens: of the longest step. num_rows: of it that want logits. A head that the checkpoint does not bring is a
+    second copy of the table, in its own layout.
+    """
+    weights = largest = widest = 0
+    tables = {name: shape for name, shape in shapes.items() if name.endswith(TABLE) and len(shape) == 2}
+    heads = {} if any(name.endswith(HEAD) for name in shapes) else {f"{name} as head": s for name, s in tables.items()}
+    for name, shape in (*shapes.items(), *heads.items()):
+        numbers = math.prod(shape)
+        is_product = len(shape) == 2 and name not in tables
+        weights += numbers + 4 * shape[0] if is_product and quantization else numbers * dtype.itemsize
+        largest = max(largest, numbers)
+        if is_product and name not in heads and not name.endswith(HEAD):
+            widest = max(widest, shape[0])
+    vocab_size, hidden_size = next(iter(tables.values()), (0, 0))
+    steps = num_tokens * (WIDE_ROWS * widest + HIDDEN_ROWS * hidden_size) * dtype.itemsize
+    return Footprint(weights, 4 * largest * (QUANTISED_COPIES if quantization else COPIES),
+                     steps + LOGIT_COPIES * 4 * min(num_rows, num_tokens) * vocab_size)
