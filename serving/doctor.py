@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from xllm.child_process import run_module
+
 OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 SERVING_PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq", "prometheus-client")
@@ -158,7 +160,7 @@ def cann_version(home: Path) -> str | None:
 
 def _backend(name: str, tool: str) -> Finding:
     """What becomes of `--device NAME`, tried in a process of its own. tool: the driver's command that shows more."""
-    command = [sys.executable, "-W", "ignore", "-m", "backends.probe", name]
+    command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -32,6 +32,7 @@ import httpx
 
 from serving.output_file import check_output, open_locked
 from xllm import env
+from xllm.child_process import run_module
 from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
@@ -186,8 +187,9 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
     """(URL, key) of a server with these flags on a free port, as long as it is needed. Raises ConfigError."""
     key = secrets.token_urlsafe(24)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen([sys.executable, "-m", "serving.owned_server", "--port", "0", *flags], stdout=log,
-                                   stdin=subprocess.PIPE, stderr=subprocess.STDOUT, env=env.with_api_key(key))
+        process = subprocess.Popen([sys.executable, *run_module("serving.owned_server"), "--port", "0", *flags],
+                                   stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                                   env=env.with_api_key(key))
         try:
             yield _address(process, Path(log.name)), key
         finally:

@@ -25,7 +25,7 @@ from tests.house import (
 # Which of our own modules may be imported from where; the longest matching prefix decides.
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_files", "xllm.request", "xllm.sequence",
         "xllm.step", "xllm.metrics", "xllm.child_process", "xllm.pooling", "xllm.private_files", "xllm.structured.spec",
-        "xllm.shared_params"]
+        "xllm.shared_params", "xllm.run_child"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
@@ -57,6 +57,7 @@ ALLOWED = {
     "xllm.client": [*BASE, *TEXT, "xllm.engine", "xllm.client"],
     **{name: [*BASE, *TEXT, *FRONT, "xllm.structured", "xllm.engine", "xllm.client"] for name in FRONT},
     "xllm": ["xllm", "backends", "graph"],
+    "xllm.__main__": ["serving"],  # the command
     "serving": ["serving", "xllm"],
     "serving.doctor": ["serving", "xllm", "backends"],  # it looks at devices
     "serving.bench": ["serving", "xllm", "backends"],  # it measures parts
@@ -79,8 +80,8 @@ WAITING = {
     "serving.security.media_url": "media in requests",
 }
 # The console command, the public names, and what is run by hand. A product module that is run as a process of its own
-# (`python -m xllm.client.engine_process`) is reached by its name in the module that starts it.
-ENTRY_POINTS = ["serving.cli", "xllm"]
+# (`xllm.client.engine_process`) is reached by its name in the module that starts it.
+ENTRY_POINTS = ["xllm.__main__", "xllm"]
 RUN_BY_HAND = ("benchmarks", "tools")
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 
