@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +49,23 @@ def main() -> int:
     works = all(finding.state != MISSING for finding in findings if finding.needed)
     print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
     return 0 if works else 1
+
+
+def compile_kernels() -> int:
+    """Compile the CPU's kernels, as the first start of an engine would, and say so. 0 even where there is no compiler:
+    the CPU path then works on plain torch."""
+    from xllm import env
+
+    if not env.compiled_kernels_allowed():
+        print("CPU kernels: not compiled, as XLLM_NO_COMPILED_KERNELS says")
+        return 0
+    from backends.cpu_build import load_kernels
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    began_s = time.monotonic()
+    if load_kernels(env.cache_dir()) is not None:
+        print(f"CPU kernels: ready in {time.monotonic() - began_s:.1f} s, kept in {env.cache_dir()}")
+    return 0
 
 
 def examine() -> Iterator[Finding]:
