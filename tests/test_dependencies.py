@@ -75,6 +75,12 @@ def test_what_an_import_needs_is_always_installed() -> None:
     assert not {name: packages for name, packages in found.items() if packages}
 
 
+def test_what_is_always_installed_is_used_by_what_is_shipped() -> None:
+    used = {package for name, path in MODULES if not name.startswith(("tests", "tools", "benchmarks"))
+            for package in foreign(path, ast.walk(ast.parse(path.read_text())))}
+    assert not CORE - used
+
+
 def test_every_dependency_has_the_version_that_was_tested() -> None:
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     pinned = {package_name(line) for line in lines if line and not line.startswith("#")}

@@ -23,9 +23,10 @@ CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 EXTRAS = {"serving": "serve", "dev": "dev"}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own, as its installation page names it
 AS_OFFERED = "default"  # for --torch-index: whatever pip finds, CUDA or not
-METADATA_PIP = (23, 2)  # older ones fetch a whole package to learn what it requires
-CUDA_PACKAGE = re.compile(r"(nvidia|cuda)-")
+CUDA_PACKAGE = re.compile(r"(nvidia|cuda)[-_.]", re.IGNORECASE)
 COLLECTING = re.compile(r"\s*Collecting ([A-Za-z0-9._-]+)")
+DOWNLOADING_TORCH = re.compile(r"\s*Downloading (?:\S*/)?(torch-\S+\.whl) \((\d+)(?:\.\d+)? MB\)")
+CPU_BUILD_MB = 400  # none is larger (190 MB on Linux, x86-64); CUDA builds are (530 MB without what they require)
 Environment = Mapping[str, str]
 
 
@@ -40,27 +41,26 @@ class Installer:
     def make_venv(self) -> None:
         if not Path(self.python).exists():
             subprocess.run([sys.executable, "-m", "venv", str(self.venv)], check=True)
-        version = self._pip_output("--version") or ""
-        if tuple(map(int, re.findall(r"\d+", version)[:2])) < METADATA_PIP:
-            self.pip("install", "pip>={}.{}".format(*METADATA_PIP))
 
     def cuda_packages(self) -> list[str] | None:
         """CUDA packages that an installation of torch would bring; None if pip cannot tell, as it cannot offline.
 
-        pip's report of a dry run is made after it has fetched every package of the list. What it prints meanwhile
-        names them before: the first CUDA package that it collects ends it. Where there is none, the report decides.
+        pip's report of a dry run is made after it has fetched all of them. What it prints meanwhile names them before:
+        the first CUDA package that it collects ends it. Where there is none, the report decides. fast-deps: where the
+        index does not state apart from a package what it requires, read that part of it alone.
         """
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
-            asked = subprocess.Popen([self.python, "-m", "pip", "install", "--dry-run", "--report", str(report), "-c",
-                                      str(CONSTRAINTS), "torch"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                     text=True, env={**self.env, "PYTHONUNBUFFERED": "1"})
+            asking = [self.python, "-m", "pip", "install", "--dry-run", "--use-feature=fast-deps", "--retries=1",
+                      "--timeout=15", "--report", str(report), "-c", str(CONSTRAINTS), "torch"]
+            asked = subprocess.Popen(asking, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                     env={**self.env, "PYTHONUNBUFFERED": "1"})
             assert asked.stdout is not None
             with asked:
                 for line in asked.stdout:
-                    if (found := COLLECTING.match(line)) and CUDA_PACKAGE.match(found[1]):
+                    if sign := cuda_sign(line):
                         asked.kill()
-                        return [found[1]]
+                        return [sign]
             if asked.returncode != 0 or not report.exists():
                 return None
             names = [entry["metadata"]["name"] for entry in json.loads(report.read_text())["install"]]
@@ -83,9 +83,14 @@ class Installer:
                  for path in self.venv.rglob("*") for stat in [path.lstat()]}
         return sum(stats.values())
 
-    def _pip_output(self, *arguments: str) -> str | None:
-        done = subprocess.run([self.python, "-m", "pip", *arguments], capture_output=True, text=True, env=self.env)
-        return done.stdout if done.returncode == 0 else None
+
+def cuda_sign(line: str) -> str | None:
+    """What in a line of pip's output says that it would install CUDA, if anything does."""
+    if (found := COLLECTING.match(line)) and CUDA_PACKAGE.match(found[1]):
+        return found[1]
+    if (found := DOWNLOADING_TORCH.match(line)) and int(found[2]) > CPU_BUILD_MB:
+        return found[1]
+    return None
 
 
 def has_nvidia_gpu() -> bool:
@@ -110,7 +115,7 @@ def choose_torch(installer: Installer, index: str, goal: str, *, has_gpu: bool) 
     elif packages:
         print(f"""
 This machine has no NVIDIA GPU, and what pip would take is torch's CUDA build ({packages[0]} and others): gigabytes
-that nothing here can use. Nothing of it was downloaded. For the CPU build, about 200 MB, from PyTorch's index:
+that nothing here can use. Nothing of it was installed. For the CPU build, about 200 MB, from PyTorch's index:
 
     make {goal} TORCH_INDEX={CPU_INDEX}
 
