@@ -5,21 +5,28 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 MODEL ?=
 WORKERS ?= 2
+# Where to take torch from. A machine without an NVIDIA GPU wants PyTorch's index of CPU builds (README, Installing).
+TORCH_INDEX ?=
+INSTALL = $(PYTHON) tools/install.py --venv $(VENV) --torch-index '$(TORCH_INDEX)' --goal '$(or $(MAKECMDGOALS),setup)'
+NEEDED := pyproject.toml requirements/constraints.txt
 
 .PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
 
 setup: $(VENV)/.installed
 
-# A bounded torch is what keeps pip from fetching CUDA builds onto a machine without a GPU.
-$(VENV)/.installed: pyproject.toml requirements/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c requirements/constraints.txt
+# Developers' tools, and with them all that serving needs.
+$(VENV)/.installed: $(NEEDED)
+	$(INSTALL) dev
+	touch $(VENV)/.serving $@
+
+$(VENV)/.serving: $(NEEDED)
+	$(INSTALL) serving
 	touch $@
 
-serve: setup
+serve: $(VENV)/.serving
 	$(BIN)/xllm serve $(MODEL) --port $(PORT)
 
-chat: setup
+chat: $(VENV)/.serving
 	$(BIN)/xllm chat $(MODEL)
 
 # The browser's driver keeps an event loop running, and Triton decides once for a process whether kernels are interpreted.

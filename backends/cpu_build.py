@@ -69,6 +69,7 @@ def _load_or_build(compiler: str, folder: Path) -> ctypes.CDLL:
 
 def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """Compile under another name, then rename: readers see the whole library or none."""
+    logger.info("compiling the CPU kernels with %s, once", compiler)
     handle, partial = tempfile.mkstemp(prefix=f"{library.name}.", suffix=".partial", dir=library.parent)
     os.close(handle)
     try:

@@ -48,7 +48,7 @@ def version_problem() -> str | None:
     """Why the installed torch_npu cannot go with the installed torch, or None."""
     mine = installed_version()
     if mine is None:
-        return "torch_npu is not installed: pip install 'xllm[npu]'"
+        return "torch_npu is not installed: pip install 'xllm-engine[npu]'"
     line, torch_line = _line(mine), _line(torch.__version__)
     if not LOWEST <= line < BEYOND:
         return f"torch_npu {mine} is not supported: 2.10.0.post4 to 2.14 are ({PRODUCTION} is what to run)"

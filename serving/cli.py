@@ -74,7 +74,8 @@ def build_parser() -> FlagParser:
     top = commands.add_parser("top", help="watch a running server in the terminal")
     _add_top_flags(top)
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
-    commands.add_parser("doctor", help="say what this machine can run, and what is missing")
+    doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
+    doctor.add_argument("--compile", action="store_true", help="only compile the CPU's kernels, if they are not yet")
     return parser
 
 
@@ -177,7 +178,7 @@ def _top(namespace: argparse.Namespace) -> int:
 def _doctor(namespace: argparse.Namespace) -> int:
     from serving import doctor
 
-    return doctor.main()
+    return doctor.compile_kernels() if namespace.compile else doctor.main()
 
 
 def _bench(args: list[str]) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from xllm.child_process import run_module
 
 OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -50,6 +54,23 @@ def main() -> int:
     else:
         print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
     return 0 if works else 1
+
+
+def compile_kernels() -> int:
+    """Compile the CPU's kernels, as the first start of an engine would, and say so. 0 even where there is no compiler:
+    the CPU path then works on plain torch."""
+    from xllm import env
+
+    if not env.compiled_kernels_allowed():
+        print("CPU kernels: not compiled, as XLLM_NO_COMPILED_KERNELS says")
+        return 0
+    from backends.cpu_build import load_kernels
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    began_s = time.monotonic()
+    if load_kernels(env.cache_dir()) is not None:
+        print(f"CPU kernels: ready in {time.monotonic() - began_s:.1f} s, kept in {env.cache_dir()}")
+    return 0
 
 
 def examine() -> Iterator[Finding]:
@@ -188,7 +209,7 @@ def _choice(devices: Sequence[Finding]) -> Finding:
 
 def _probe(name: str, tool: str) -> dict[str, Any]:
     """What `backends/probe.py` answers about a device, from a process of its own, or the problem with that."""
-    command = [sys.executable, "-W", "ignore", "-m", "backends.probe", name]
+    command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:

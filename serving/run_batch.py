@@ -35,6 +35,7 @@ from serving.output_file import check_output, open_locked, replace_locked
 from serving.signals import ECHO, EndSignals
 from xllm import env
 from xllm.child_end import ChildEnd
+from xllm.child_process import run_module
 from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
@@ -216,7 +217,7 @@ def own_server(flags: list[str]) -> Iterator[tuple[str, str]]:
     """(URL, key) of a server with these flags on a free port, as long as it is needed. Raises ConfigError."""
     key = secrets.token_urlsafe(24)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen([sys.executable, "-m", "serving.owned_server", "--port", "0",
+        process = subprocess.Popen([sys.executable, *run_module("serving.owned_server"), "--port", "0",
                                     "--no-enable-log-requests", "--disable-log-stats", *flags], stdout=log,
                                    stdin=subprocess.PIPE, stderr=subprocess.STDOUT, env=env.with_api_key(key))
         try:

@@ -54,7 +54,7 @@ class Tracer:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            raise ConfigError(f"otlp_traces_endpoint needs the packages of the extra: pip install 'xllm[otel]' "
+            raise ConfigError(f"otlp_traces_endpoint needs the packages of the extra: pip install 'xllm-engine[otel]' "
                               f"({error.name} is missing)") from None
         self._provider = TracerProvider(resource=Resource.create({"service.name": "xllm"}), shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def test_what_an_import_needs_is_always_installed() -> None:
     assert not {name: packages for name, packages in found.items() if packages}
 
 
+def test_what_is_always_installed_is_used_by_what_is_shipped() -> None:
+    used = {package for name, path in MODULES if not name.startswith(("tests", "tools", "benchmarks"))
+            for package in foreign(path, ast.walk(ast.parse(path.read_text())))}
+    assert not CORE - used
+
+
 def test_every_dependency_has_the_version_that_was_tested() -> None:
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     pinned = {package_name(line) for line in lines if line and not line.startswith("#")}
@@ -85,3 +92,28 @@ def test_an_undeclared_import_would_be_seen(tmp_path: Path) -> None:
     tree = ast.parse("import os, yaml\nfrom jinja2 import nodes\nfrom xllm import LLM\ndef f():\n    import PIL.Image")
     assert foreign(tmp_path / "x.py", ast.walk(tree)) == {"yaml", "jinja2", "pillow"}
     assert foreign(tmp_path / "x.py", top_level(tree)) == {"yaml", "jinja2"}
+
+
+# `xllm` on PyPI is another project's tool, which must not be what somebody installs because we said so.
+OTHERS = re.compile(r"""\bxllm\\?\[|pip3? (?:install|download|uninstall)[^\n`]*?[ '"]xllm(?=[\s'"`=<>~!;,]|$)""",
+                    re.MULTILINE)
+OWN_EXTRA = re.compile(r"xllm-engine\\?\[([\w,-]+)")
+
+
+def test_no_text_names_the_other_distribution() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    texts = {name: (ROOT / name).read_text(errors="ignore") for name in listed.split("\0")
+             if name and name != "tests/test_dependencies.py" and (ROOT / name).is_file()}
+    assert PROJECT["name"] == "xllm-engine"
+    assert not {name: found[0] for name, text in texts.items() if (found := OTHERS.search(text))}
+    named = {extra for text in texts.values() for group in OWN_EXTRA.findall(text) for extra in group.split(",")}
+    assert {"otel", "structured", "npu", "bench"} <= named <= EXTRAS.keys()
+
+
+def test_the_name_of_the_other_distribution_would_be_seen() -> None:
+    for text in ("pip install xllm", "pip install 'xllm'", "`pip install -U xllm`", "xllm[otel]",
+                 r"match='xllm\[npu\]'", "pip install torch xllm==0.1"):
+        assert OTHERS.search(text), text
+    for text in ("pip install xllm-engine", "pip install 'xllm-engine[otel]'", "pip install -e .\n   xllm doctor",
+                 "xllm serve", "pip install torch, then `xllm doctor`"):
+        assert not OTHERS.search(text), text

@@ -26,7 +26,7 @@ from tests.house import (
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_files", "xllm.request", "xllm.sequence",
         "xllm.step", "xllm.metrics", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.foreign",
-        "xllm.suggestion"]
+        "xllm.suggestion", "xllm.run_child"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
@@ -81,8 +81,8 @@ WAITING = {
     "serving.security.media_url": "media in requests",
 }
 # The console command, the public names, and what is run by hand. A product module that is run as a process of its own
-# (`python -m xllm.client.engine_process`) is reached by its name in the module that starts it.
-ENTRY_POINTS = ["serving.cli", "xllm", "xllm.__main__", "serving.__main__"]
+# (`xllm.client.engine_process`) is reached by its name in the module that starts it.
+ENTRY_POINTS = ["xllm.__main__", "xllm", "serving.__main__"]
 RUN_BY_HAND = ("benchmarks", "tools")
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from xllm.env import leave_torch_backends_asleep
+from xllm.own_packages import check_own_packages
 
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM as AsyncLLM
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from xllm.request import SamplingParams as SamplingParams
     from xllm.structured.spec import StructuredOutput as StructuredOutput
 
+check_own_packages()
 leave_torch_backends_asleep()
 __version__ = "0.1.0"
 

@@ -1,4 +1,6 @@
-"""`python -m xllm`: the command `xllm`."""
+"""The `xllm` command, also as `python -m xllm`. `xllm` is imported first and checks that `serving` is its own."""
+
+from __future__ import annotations
 
 import sys
 

@@ -11,7 +11,14 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from xllm import run_child
+
 MAX_UNIX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 elsewhere
+
+
+def run_module(name: str) -> list[str]:
+    """Arguments of Python that run a module of ours in a process of its own, as `-m` would; see `run_child`."""
+    return [run_child.__file__, name]
 
 
 def socket_folder(prefix: str, longest_name: str) -> Path:

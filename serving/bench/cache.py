@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if unknown := set(policies) - set(EVICTION_POLICIES):
         raise ConfigError(f"unknown policy {sorted(unknown)[0]!r}; known are {', '.join(EVICTION_POLICIES)}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'xllm[bench]'")
+        raise ConfigError("--plot needs matplotlib: pip install 'xllm-engine[bench]'")
     requests = read_trace(args.trace)
     rates: dict[str, dict[str, float]] = {}
     for name in policies:

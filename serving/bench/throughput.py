@@ -23,6 +23,7 @@ from serving.bench import report
 from serving.bench.engines import CONVERTERS, ENGINES
 from serving.bench.model import SHAPE, write_checkpoint
 from serving.flags import FlagParser
+from xllm.child_process import run_module
 
 GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
 DECODE_TOKENS = 128
@@ -95,7 +96,7 @@ class Worker:
     def __init__(self, name: str, folder: Path, threads: int):
         report.note(f"starting {name} ...")
         began = time.perf_counter()
-        command = [sys.executable, "-m", "serving.bench.engines", name, str(folder), str(threads)]
+        command = [sys.executable, *run_module("serving.bench.engines"), name, str(folder), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
         self.start_s = time.perf_counter() - began

@@ -76,7 +76,7 @@ def test_versions_that_nobody_looked_at(version: str, monkeypatch: pytest.Monkey
 
 def test_no_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "installed_version", lambda: None)
-    with pytest.raises(compat.NpuMissing, match=r"pip install 'xllm\[npu\]'"):
+    with pytest.raises(compat.NpuMissing, match=r"pip install 'xllm-engine\[npu\]'"):
         compat.load()
 
 

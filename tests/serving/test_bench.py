@@ -68,7 +68,7 @@ def test_a_missing_matplotlib_is_said_before_the_work(monkeypatch: pytest.Monkey
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "cache", "--trace", "/no/such/trace", "--plot", "plot.png"]) == 1
-    assert "xllm[bench]" in capsys.readouterr().err
+    assert "xllm-engine[bench]" in capsys.readouterr().err
 
 
 def test_sessions_of_a_trace_run_side_by_side(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from xllm import env
 from xllm.child_end import ChildEnd
-from xllm.child_process import socket_folder
+from xllm.child_process import run_module, socket_folder
 from xllm.client.codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_process import COMMAND_SOCKET, REPORT_SOCKET
@@ -79,7 +79,7 @@ class ProcessClient(CommandingClient):
             socket.bind(f"ipc://{self._folder / name}")
         self._started_s = time.monotonic()
         # start_new_session: a Ctrl-C in the terminal is for the parent, which drains
-        self._process = subprocess.Popen([sys.executable, "-m", "xllm.client.engine_process", str(self._folder)],
+        self._process = subprocess.Popen([sys.executable, *run_module("xllm.client.engine_process"), str(self._folder)],
                                          stdin=subprocess.PIPE, stdout=2, start_new_session=True,
                                          env=env.for_child())
         assert self._process.stdin is not None

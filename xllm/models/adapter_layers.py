@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm import env
+from xllm.child_process import run_module
 from xllm.errors import ModelError
 from xllm.model_files import ADAPTER_CONFIG, as_object
 from xllm.models.adapter_config import AdapterConfig
@@ -54,7 +55,7 @@ def read_layers(folder: Path, names: Sequence[str]) -> AdapterLayers:
     """What the folder's adapter_config.json says of the layers `names`. Takes WALL_TIMEOUT_S at most; other threads run
     meanwhile. Raises ModelError."""
     file = folder / ADAPTER_CONFIG
-    process = subprocess.Popen([sys.executable, "-m", "xllm.models.adapter_layers"], stdin=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, *run_module("xllm.models.adapter_layers")], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
                                env=env.for_untrusted_child())
     with process:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from xllm import env
+from xllm.child_process import run_module
 from xllm.errors import RequestError
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, need_llguidance
@@ -131,7 +132,7 @@ class _Worker:
 
     def __init__(self, source: VocabularySource):
         need_llguidance()
-        self._process = subprocess.Popen([sys.executable, "-m", "xllm.structured.worker"], stdin=subprocess.PIPE,
+        self._process = subprocess.Popen([sys.executable, *run_module("xllm.structured.worker")], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
                                          env=env.for_untrusted_child())
         self.stop = weakref.finalize(self, _stop, self._process)

@@ -102,5 +102,5 @@ def need_llguidance() -> None:
     try:
         import llguidance  # noqa: F401
     except ImportError:
-        raise RequestError("structured outputs need the package llguidance: pip install 'xllm[structured]'",
+        raise RequestError("structured outputs need the package llguidance: pip install 'xllm-engine[structured]'",
                            field="structured") from None

@@ -17,7 +17,7 @@ import zmq
 
 from xllm import env
 from xllm.child_end import ChildEnd
-from xllm.child_process import socket_folder
+from xllm.child_process import run_module, socket_folder
 from xllm.errors import WorkerError
 from xllm.worker.codec import decode, encode
 from xllm.worker.gather import Gatherer
@@ -37,7 +37,7 @@ CLOSE_S = 10.0  # for an orderly end
 def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
     """A rank's process, which meets us in `folder`. It ends when its stdin does."""
     # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
-    return subprocess.Popen([sys.executable, "-m", RANK_MODULE, str(folder), str(rank), str(num_ranks)],
+    return subprocess.Popen([sys.executable, *run_module(RANK_MODULE), str(folder), str(rank), str(num_ranks)],
                             stdin=subprocess.PIPE, stdout=2, start_new_session=True, env=env.for_child())
 
 
