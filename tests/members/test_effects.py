@@ -61,4 +61,4 @@ def own_part(text: str) -> str:
         if answer.get("type") == "message":
             answer["usage"]["input_tokens"] += answer["usage"].pop("cache_read_input_tokens")
         text = json.dumps(answer, separators=(",", ":"))
-    return re.sub(r'"(?:prompt|input)_tokens_details":\{[^{}]*(?:\{[^{}]*\})?\}', "", OF_THE_CALL.sub("", text))
+    return re.sub(r'"(?:prompt|input)_tokens_details":\{[^{}]*(?:\{[^{}]*\}[^{}]*)?\}', "", OF_THE_CALL.sub("", text))
