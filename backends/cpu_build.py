@@ -23,7 +23,7 @@ COMPILE_LIMIT_S = 120.0
 
 # No -ffast-math: NaN must stay NaN, and a library linked with it switches off denormals for the whole process.
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
-# From best to plainest; the first set that the compiler takes is used. Of OpenMP only hints for vectors: the threads are
+# From best to plainest; the first set that the compiler takes is used. Of OpenMP only hints for vectors: threads are
 # those of cpu_pool.c.
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"), ("-march=native",), ())
 

@@ -12,7 +12,8 @@ from serving.flags import FlagParser, add_flags, apply_speculative_config, tree_
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
 
-BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype")
+BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype",
+           "neighbours")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

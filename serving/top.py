@@ -93,6 +93,9 @@ class View:
             ("prefix hits", f"{hit:.1f}", "% of prompt", ""),
             ("step", *self._step_figures()),
         )
+        if (threads := engine.get("threads")) is not None:
+            busy = "" if threads["num_threads"] == threads["max_threads"] else ", others keep the cores busy"
+            rows = (*rows, ("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", ""))
         for name, value, unit, spark in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"), Text(spark, "blue"))
         return table

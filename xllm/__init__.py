@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xllm.env import leave_torch_backends_asleep
+from xllm.env import leave_torch_backends_asleep, let_openmp_sleep
 
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM as AsyncLLM
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xllm.structured.spec import StructuredOutput as StructuredOutput
 
 leave_torch_backends_asleep()
+let_openmp_sleep()
 __version__ = "0.1.0"
 
 _HOMES = {

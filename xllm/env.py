@@ -48,6 +48,14 @@ def leave_torch_backends_asleep() -> None:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
+def let_openmp_sleep() -> None:
+    """GOMP_SPINCOUNT=10000 (a few tenths of a millisecond) for this process and its children, unless it or
+    OMP_WAIT_POLICY is set: torch's OpenMP threads else spin for milliseconds on cores that others could use. Read when
+    torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def failpoints() -> str:
     """XLLM_FAILPOINTS: where this process shall die or fail, for tests (`xllm/kv/failpoints.py`)."""
     return os.environ.get("XLLM_FAILPOINTS", "")

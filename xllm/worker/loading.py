@@ -40,15 +40,19 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
+        from backends.cpu_threads import ThreadControl
         from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
         share = max(1, usable_cpus() // config.device.worker_ranks)
-        torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), share))
+        num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
+        torch.set_num_threads(num_threads)
         self._report = report
         self.backend = _open_backend(config)
+        is_adaptive = config.device.adaptive_threads and self.backend.device.type == "cpu"
+        self.threads = ThreadControl(num_threads) if is_adaptive else None
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
         limit = _length_limit(config, self.model_config)
