@@ -30,11 +30,13 @@ GOALS = {"alone": 0.98, "beside_1": 0.6, "beside_2": 0.5, "batch_8": 0.9, "batch
          "two_engines": 0.9}
 MEANING = {
     "alone": "decode, batch 1, no neighbour: over the baseline tree's",
-    "beside_1": "the same beside one neighbour: over alone", "beside_2": "beside two: over alone", "batch_8": "decode beside one neighbour: over one thread beside it",
+    "beside_1": "decode, batch 1, beside one neighbour: over alone", "beside_2": "beside two: over alone",
+    "batch_8": "decode beside one neighbour: over one thread beside it",
     "batch_32": "decode beside one neighbour: over one thread beside it",
     "prefill_512": "a prompt beside one neighbour: over one thread beside it",
     "two_engines": "decode, batch 8, two engines at once, tokens/s of both: over one engine",
-    "llamacpp_1": "llama.cpp, decode, batch 1, beside one neighbour: over alone", "llamacpp_2": "beside two: over alone",
+    "llamacpp_1": "llama.cpp, decode, batch 1, beside one neighbour: over alone",
+    "llamacpp_2": "beside two: over alone",
 }
 PROMPT_TOKENS = 32
 COUNTER = """
@@ -111,10 +113,9 @@ class Bench:
                 note(rates, "baseline_alone", self.decode(self.baseline))
             note(rates, "alone", self.decode(self.own))
         elif row in ("beside_1", "beside_2"):
-            self._beside(row, self.own, "beside", rates)
+            self._beside(int(row[-1]), self.own, "beside", rates)
             if self.llamacpp is not None:
-                note(rates, "llamacpp_alone", self.decode(self.llamacpp))
-                self._beside(row, self.llamacpp, "llamacpp", rates)
+                self._beside(int(row[-1]), self.llamacpp, "llamacpp", rates)
         elif row == "two_engines":
             work = prompts(8), [self._tokens] * 8
             note(rates, "one_engine", 8 * self._tokens / self.own.seconds(*work))
@@ -129,8 +130,8 @@ class Bench:
                             else self.decode(worker, int(row.removeprefix("batch_"))))
                     note(rates, name, rate)
 
-    def _beside(self, row: str, worker: Worker, name: str, rates: Rounds) -> None:
-        number = int(row[-1])
+    def _beside(self, number: int, worker: Worker, name: str, rates: Rounds) -> None:
+        note(rates, f"{name}_{number}_alone", self.decode(worker))
         with neighbours(number) as counted:
             note(rates, f"{name}_{number}", self.decode(worker))
         note(rates, f"{name}_{number}_neighbours_count", sum(counted))
@@ -174,9 +175,9 @@ def measure(bench: Bench, rows: list[str], rounds: int) -> Rounds:
 
 def summary(rates: Rounds, has_llamacpp: bool, args: argparse.Namespace) -> dict[str, Any]:
     """The median and the spread of each ratio, and of each rate."""
-    pairs = {"alone": "baseline_alone", "beside_1": "alone", "beside_2": "alone", "two_engines": "one_engine",
+    pairs = {"alone": "baseline_alone", "two_engines": "one_engine",
              **{row: f"{row}_one_thread" for row in ("batch_8", "batch_32", "prefill_512")},
-             "llamacpp_1": "llamacpp_alone", "llamacpp_2": "llamacpp_alone"}
+             **{row: f"{row}_alone" for row in ("beside_1", "beside_2", "llamacpp_1", "llamacpp_2")}}
     ratios = {}
     for row, other in pairs.items():
         if row in rates and other in rates:
