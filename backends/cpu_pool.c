@@ -4,14 +4,18 @@
  * is taken by a neighbour, the others burn their time slices for a thread that has none. Here
  *   - who waits spins for SPIN_NS and then sleeps;
  *   - parts of the range are claimed one by one, and work that a thread has not begun is taken back from it, so that the
- *     caller waits only for parts that are being computed.
+ *     caller waits only for parts that are being computed;
+ *   - a thread that was woken on the caller's core moves to another one: the system leaves threads that sleep and wake
+ *     this often on one core for tens of milliseconds, while the next core is idle.
  *
  * One caller at a time has the pool; another one, or an operator inside a part, does all of its range alone. After a
  * fork the child starts with an empty pool.
  */
+#define _GNU_SOURCE /* sched_getcpu */
 #include "cpu_pool.h"
 #include "cpu_vectors.h"
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -19,6 +23,7 @@
 #define MAX_WORKERS 255
 #define SPIN_NS 100000 /* longer than what passes between two operators of a step, far shorter than a time slice */
 #define CLOCK_EVERY 32 /* turns of the spinning loop */
+#define MOVE_EVERY_NS 2000000 /* a thread moves at most that often */
 
 enum { IDLE, POSTED, RUNNING };
 
@@ -40,11 +45,13 @@ typedef struct {
     atomic_int state;
     Work *work; /* written by the caller before POSTED */
     Bell bell;
+    int64_t moved_ns;
 } __attribute__((aligned(128))) Worker;
 
 static Worker workers[MAX_WORKERS];
 static int num_workers;
 static Bell caller_bell;
+static atomic_int caller_core;
 static atomic_flag taken = ATOMIC_FLAG_INIT;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static __thread int is_inside; /* this thread is in a part, or has the pool */
@@ -107,11 +114,30 @@ static void take_parts(Work *work) {
     }
 }
 
+/* Leave the caller's core to the caller: forbid it to this thread for a moment. What it may use afterwards is as before. */
+static void step_aside(Worker *worker) {
+#ifdef __linux__
+    const int core = atomic_load_explicit(&caller_core, memory_order_relaxed);
+    cpu_set_t allowed, others;
+    if (sched_getcpu() != core) return;
+    const int64_t now = now_ns();
+    if (now - worker->moved_ns < MOVE_EVERY_NS || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    worker->moved_ns = now;
+    others = allowed;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+    (void)worker;
+#endif
+}
+
 static void *work_forever(void *argument) {
     Worker *worker = argument;
     is_inside = 1;
     for (;;) {
         wait_change(&worker->state, IDLE, &worker->bell);
+        step_aside(worker);
         int posted = POSTED;
         if (!atomic_compare_exchange_strong(&worker->state, &posted, RUNNING)) continue; /* taken back */
         take_parts(worker->work);
@@ -159,6 +185,9 @@ void share_out(Range *range, const void *context, int64_t n, int64_t chunk, int 
     if (num_workers < num_threads - 1) grow(num_threads - 1);
     const int num_posted = (int)MIN(MIN(num_threads - 1, num_workers), (n - 1) / chunk);
     Work work = {range, context, n, chunk, 0};
+#ifdef __linux__
+    atomic_store_explicit(&caller_core, sched_getcpu(), memory_order_relaxed);
+#endif
     for (int i = 0; i < num_posted; i++) {
         workers[i].work = &work;
         atomic_store(&workers[i].state, POSTED);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import random
 import subprocess
@@ -84,6 +85,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path, scratch: Path, rows: list[str], stack: ExitStack):
         self._tokens, self._stack = args.tokens, stack
+        self._vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
         tree = Path(args.baseline).resolve() if args.baseline else None
         self.has_llamacpp = importlib.util.find_spec("llama_cpp") is not None
         self.own = self._start("xllm-w8a8", folder, args.threads)
@@ -98,12 +100,17 @@ class Bench:
     def _start(self, name: str, folder: Path, threads: int, tree: Path | None = None) -> Worker:
         worker = Worker(name, folder, threads, tree)
         self._stack.callback(worker.close)
-        worker.seconds(prompts(1), [2])  # a first step compiles and touches memory
+        worker.seconds(self._prompts(1), [2])  # a first step compiles and touches memory
         return worker
+
+    def _prompts(self, batch: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
+        rng = random.Random(batch)
+        return [[rng.randrange(1, self._vocab_size) for _ in range(length)] for _ in range(batch)]
 
     def decode(self, worker: Worker, batch: int = 1) -> float:
         """Tokens per second after the prompt."""
-        seconds = worker.seconds(prompts(batch), [self._tokens] * batch) - worker.seconds(prompts(batch), [1] * batch)
+        work = self._prompts(batch)
+        seconds = worker.seconds(work, [self._tokens] * batch) - worker.seconds(work, [1] * batch)
         return batch * (self._tokens - 1) / max(seconds, 1e-9)
 
     def row(self, row: str, rates: Rounds) -> None:
@@ -117,7 +124,7 @@ class Bench:
             if self.llamacpp is not None:
                 self._beside(int(row[-1]), self.llamacpp, "llamacpp", rates)
         elif row == "two_engines":
-            work = prompts(8), [self._tokens] * 8
+            work = self._prompts(8), [self._tokens] * 8
             note(rates, "one_engine", 8 * self._tokens / self.own.seconds(*work))
             for worker in (self.own, self.second):
                 worker.begin(*work)
@@ -126,7 +133,7 @@ class Bench:
         else:
             with neighbours(1):
                 for name, worker in ((f"{row}_one_thread", self.one_thread), (row, self.own)):
-                    rate = (512 / worker.seconds(prompts(1, 512), [1]) if row == "prefill_512"
+                    rate = (512 / worker.seconds(self._prompts(1, 512), [1]) if row == "prefill_512"
                             else self.decode(worker, int(row.removeprefix("batch_"))))
                     note(rates, name, rate)
 
@@ -152,11 +159,6 @@ def neighbours(number: int) -> Iterator[list[float]]:
         for process in processes:
             process.terminate()
         counted += [float(process.communicate()[0]) for process in processes]
-
-
-def prompts(batch: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
-    rng = random.Random(batch)
-    return [[rng.randrange(1, 32_000) for _ in range(length)] for _ in range(batch)]
 
 
 def note(rates: Rounds, name: str, rate: float) -> None:
