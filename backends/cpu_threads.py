@@ -8,9 +8,11 @@ compute.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +23,14 @@ logger = logging.getLogger("xllm.backends.cpu")
 TASKS = Path("/proc/self/task")
 MOST_LOST = 0.15  # of the busiest thread's time; a web server beside its engine stays below that
 WINDOW_S, TRIAL_S = 0.05, 0.02  # several time slices of 3 ms; a trial that fails should be short
+COMPUTES = 0.25  # of the busiest thread's time; other threads of the process are busy less than that
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0  # between trials: a failed one then costs less than 1 %
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What happened in a window of `wall_s`. busy_s: how long the busiest thread ran or was ready to run. held_s: how
-    long threads were ready to run and had no core, added up."""
+    long the threads that compute were ready to run and had no core, added up."""
 
     wall_s: float
     busy_s: float
@@ -83,12 +86,12 @@ class RunDelays:
         """What happened since the last call."""
         last, now_s, began_s = self._last, time.perf_counter(), self._began_s
         self._last, self._began_s = self._read(), now_s
-        busy_s, held_s = 0.0, 0.0
+        times: list[tuple[int, int]] = []
         for task, (ran, held) in self._last.items():
             ran_before, held_before = last.get(task, (0, 0))
-            busy_s = max(busy_s, (ran - ran_before + held - held_before) / 1e9)
-            held_s += (held - held_before) / 1e9
-        return Seen(now_s - began_s, busy_s, held_s)
+            times.append((ran - ran_before + held - held_before, held - held_before))
+        busy = max((busy for busy, _ in times), default=0)
+        return Seen(now_s - began_s, busy / 1e9, sum(held for own, held in times if own >= COMPUTES * busy) / 1e9)
 
     def _read(self) -> dict[str, tuple[int, int]]:
         """Nanoseconds by thread: those it ran, and those it was ready to run without a core."""
@@ -106,19 +109,37 @@ class RunDelays:
         return found
 
 
+def set_torch_threads(number: int) -> None:
+    """torch's number of threads, of the calling thread alone.
+
+    torch.set_num_threads also makes its other pools anew, whose threads then spin for 8 ms: where torch computes with
+    GNU OpenMP, that is told directly.
+    """
+    try:
+        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except (OSError, AttributeError):  # another OpenMP, or a system without such names
+        torch.set_num_threads(number)
+        return
+    openmp.omp_set_num_threads(number)
+    if torch.get_num_threads() != number:  # torch has a copy of another name
+        torch.set_num_threads(number)
+
+
 class ThreadControl:
-    """Sets torch's number of threads, which the compiled operators follow too. The thread that computes calls `step`.
+    """Says how many threads operators compute with. The thread that computes calls `step`, which calls `apply` with the
+    number when it changes, and at first. delays: None if the number is to stay.
 
     lowered_total: how often there was not a core for every thread.
     """
 
-    def __init__(self, max_threads: int, delays: RunDelays | None = None):
+    def __init__(self, max_threads: int, apply: Callable[[int], None], delays: RunDelays | None):
         self.max_threads = max_threads
         self.lowered_total = 0
-        self._delays = delays or RunDelays()
+        self._apply = apply
+        self._delays = delays
         self._pace = Pace(max_threads)
-        self._next_s = 0.0
-        if max_threads > 1 and not self._delays.is_known:
+        self._next_s: float | None = None  # before the first step
+        if max_threads > 1 and delays is not None and not delays.is_known:
             logger.info("how long threads wait for a core is not known here: their number stays %d", max_threads)
 
     @property
@@ -127,16 +148,22 @@ class ThreadControl:
 
     def step(self) -> None:
         """Before a step: look whether the number of threads should change, at most once in a window."""
-        if self.max_threads == 1 or not self._delays.is_known:
+        if self._next_s is None:
+            self._apply(self.max_threads)
+        if self.max_threads == 1 or self._delays is None or not self._delays.is_known:
+            self._next_s = 0.0
             return
         now_s = time.perf_counter()
+        if self._next_s is None:  # what the loading saw does not count
+            self._delays.take()
+            self._next_s = now_s + WINDOW_S
         if now_s < self._next_s:
             return
         before, self._pace = self._pace, next_pace(self._pace, self._delays.take(), self.max_threads)
         self._next_s = now_s + (TRIAL_S if self._pace.is_trial else WINDOW_S)
         if self._pace.num_threads == before.num_threads:
             return
-        torch.set_num_threads(self._pace.num_threads)
+        self._apply(self._pace.num_threads)
         if self._pace.num_threads < before.num_threads and not before.is_trial:
             self._note(before.num_threads)
 

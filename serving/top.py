@@ -84,7 +84,7 @@ class View:
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
         generated, prompt = self.rates("generation_tokens"), self.rates("prompt_tokens")
         waited = f"oldest {engine['oldest_waiting_seconds']:.1f} s" if engine["num_requests_waiting"] else ""
-        rows = (
+        rows = [
             ("generated", _figure(generated[-1] if generated else 0.0), "tokens/s", sparkline(generated)),
             ("prompt", _figure(prompt[-1] if prompt else 0.0), "tokens/s", sparkline(prompt)),
             ("running", str(engine["num_requests_running"]), f"of {server.get('max_num_seqs', '-')}",
@@ -92,10 +92,10 @@ class View:
             ("waiting", str(engine["num_requests_waiting"]), waited, sparkline(self.gauge("num_requests_waiting"))),
             ("prefix hits", f"{hit:.1f}", "% of prompt", ""),
             ("step", *self._step_figures()),
-        )
-        if (threads := engine.get("threads")) is not None:
-            busy = "" if threads["num_threads"] == threads["max_threads"] else ", others keep the cores busy"
-            rows = (*rows, ("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", ""))
+        ]
+        if (threads := engine["threads"]) is not None:
+            busy = "" if threads["num_threads"] == threads["max_threads"] else ", others use the cores"
+            rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", ""))
         for name, value, unit, spark in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"), Text(spark, "blue"))
         return table
@@ -219,6 +219,6 @@ def run(flags: argparse.Namespace, console: Console | None = None) -> int:
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         for stats in snapshots:
             view.take(stats)
-            live.update(view.render(max(3, console.height - 16)), refresh=True)
+            live.update(view.render(max(3, console.height - 17)), refresh=True)
     console.print(f"{url} ended the stream at {time.strftime('%H:%M:%S')}")
     return 0

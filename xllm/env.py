@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
@@ -50,10 +51,15 @@ def leave_torch_backends_asleep() -> None:
 
 def let_openmp_sleep() -> None:
     """GOMP_SPINCOUNT=10000 (a few tenths of a millisecond) for this process and its children, unless it or
-    OMP_WAIT_POLICY is set: torch's OpenMP threads else spin for milliseconds on cores that others could use. Read when
-    torch is imported."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    OMP_WAIT_POLICY is set: torch's OpenMP threads else spin for milliseconds on cores that others could use. It is read
+    when torch is imported: where that has happened, nothing is set."""
+    if "torch" not in sys.modules and not openmp_sleeps():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def openmp_sleeps() -> bool:
+    """Whether somebody said how long OpenMP's threads wait before they sleep."""
+    return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
 
 
 def failpoints() -> str:

@@ -90,4 +90,4 @@ class EngineStats:
     prefetched_blocks_total: dict[str, int] = field(default_factory=dict)  # right: used in time; wrong: not
     kv_disk_up: bool = False  # there is a disk tier and it has not failed
     graphs: GraphStats | None = None  # None: no graph mode
-    threads: ThreadStats | None = None  # None: on an accelerator, or without adaptive_threads
+    threads: ThreadStats | None = None  # None: on an accelerator

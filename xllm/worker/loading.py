@@ -40,7 +40,7 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
-        from backends.cpu_threads import ThreadControl
+        from backends.cpu_threads import RunDelays, ThreadControl
         from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, plan_num_blocks
@@ -51,8 +51,6 @@ class LoadedModel:
         torch.set_num_threads(num_threads)
         self._report = report
         self.backend = _open_backend(config)
-        is_adaptive = config.device.adaptive_threads and self.backend.device.type == "cpu"
-        self.threads = ThreadControl(num_threads) if is_adaptive else None
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
         limit = _length_limit(config, self.model_config)
@@ -60,6 +58,7 @@ class LoadedModel:
             model_max_len=limit, default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
+        self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
 
         def plan() -> int:
             return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
@@ -79,6 +78,18 @@ class LoadedModel:
     def generates(self) -> bool:
         """Whether the model that was read has a head."""
         return self._model is None or self._model.generates
+
+    @property
+    def _is_adaptive(self) -> bool:
+        return self.config.device.adaptive_threads and self.backend.device.type == "cpu"
+
+    def _set_threads(self, number: int) -> None:
+        """For steps. Where torch's threads would spin for milliseconds after each of its few operators beside ours, it
+        gets one."""
+        import torch
+
+        torch_spins = self._dtype is torch.float32 and self.backend.device.type == "cpu" and not env.openmp_sleeps()
+        self.backend.set_num_threads(number, torch_number=1 if torch_spins else number)
 
     def make_runner(self) -> ModelRunner:
         """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""

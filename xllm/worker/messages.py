@@ -171,7 +171,7 @@ class Done:
 class WorkerStats:
     """What a worker counts. A rank in a process of its own sends it about once a second, as a sign of life too.
 
-    graphs: None without a graph mode. threads: None on an accelerator and without adaptive_threads.
+    graphs: None without a graph mode. threads: None on an accelerator.
     disk_misses: blocks on disk that were not good, by kind.
     """
 

@@ -172,7 +172,7 @@ class Worker:
         """A snapshot; any thread may ask."""
         runner = self.runner
         graphs = None if runner is None else runner.graphs
-        threads = None if self.model is None else self.model.threads
+        threads = None if self.model is None or self.model.backend.device.type != "cpu" else self.model.threads
         return WorkerStats(graphs=None if graphs is None else graphs.stats(),
                            threads=None if threads is None else ThreadStats(
                                num_threads=threads.num_threads, max_threads=threads.max_threads,
@@ -183,8 +183,7 @@ class Worker:
 
     def _step(self, plan: ScheduleOutput) -> None:
         assert self.runner is not None and self.model is not None, "a step for a worker that is not loaded"
-        if self.model.threads is not None:
-            self.model.threads.step()
+        self.model.threads.step()
         started = self.runner.start(plan)
         if self._checker is not None:
             self._checker.note(plan, started if isinstance(started, StepOutput) else None)
