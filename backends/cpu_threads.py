@@ -20,21 +20,24 @@ import torch
 
 logger = logging.getLogger("xllm.backends.cpu")
 
-TASKS = Path("/proc/self/task")
+TASKS, CORES = Path("/proc/self/task"), Path("/proc/stat")
 MOST_LOST = 0.15  # of the busiest thread's time; a web server beside its engine stays below that
 WINDOW_S, TRIAL_S = 0.05, 0.02  # several time slices of 3 ms; a trial that fails should be short
 COMPUTES = 0.25  # of the busiest thread's time; other threads of the process are busy less than that
+IDLE = 0.7  # of a core: somebody left
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0  # between trials: a failed one then costs less than 1 %
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What happened in a window of `wall_s`. busy_s: how long the busiest thread ran or was ready to run. held_s: how
-    long the threads that compute were ready to run and had no core, added up."""
+    long the threads that compute were ready to run and had no core, added up. idle_cores: how many of the cores that
+    this process may use were idle, on average; 0 if that is not known."""
 
     wall_s: float
     busy_s: float
     held_s: float
+    idle_cores: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ def next_pace(pace: Pace, seen: Seen, max_threads: int) -> Pace:
     """The number of threads for the next window.
 
     Where more than MOST_LOST of the time was lost, as many threads go as are held back on average, at least one. One
-    more is tried after a wait, which doubles when the trial fails and shrinks with the time that all threads run.
+    more is tried after a wait, which doubles when the trial fails and shrinks with the time that all threads run; a core
+    that is idle makes it the shortest.
     """
     if seen.busy_s <= 0:
         return pace
@@ -63,19 +67,21 @@ def next_pace(pace: Pace, seen: Seen, max_threads: int) -> Pace:
         return Pace(fewer, backoff_s, backoff_s)
     if pace.num_threads >= max_threads:
         return Pace(max_threads, 0.0, max(SHORTEST_WAIT_S, pace.backoff_s - seen.wall_s))
-    wait_s = pace.wait_s - seen.wall_s
+    wait_s = min(pace.wait_s, SHORTEST_WAIT_S) if seen.idle_cores >= IDLE else pace.wait_s
+    wait_s -= seen.wall_s
     if wait_s > 0:
         return replace(pace, wait_s=wait_s, is_trial=False)
     return Pace(pace.num_threads + 1, 0.0, pace.backoff_s, is_trial=True)
 
 
 class RunDelays:
-    """Reads the threads' times from `tasks`, a folder as /proc/self/task."""
+    """Reads the threads' times from `tasks`, a folder as /proc/self/task, and the cores' from `cores`, as /proc/stat."""
 
-    def __init__(self, tasks: Path = TASKS):
-        self._tasks = tasks
+    def __init__(self, tasks: Path = TASKS, cores: Path = CORES):
+        self._tasks, self._cores = tasks, cores
         self._began_s = time.perf_counter()
         self._last = self._read()
+        self._idle_before = self._idle_s()
 
     @property
     def is_known(self) -> bool:
@@ -91,7 +97,20 @@ class RunDelays:
             ran_before, held_before = last.get(task, (0, 0))
             times.append((ran - ran_before + held - held_before, held - held_before))
         busy = max((busy for busy, _ in times), default=0)
-        return Seen(now_s - began_s, busy / 1e9, sum(held for own, held in times if own >= COMPUTES * busy) / 1e9)
+        held = sum(held for own, held in times if own >= COMPUTES * busy)
+        idle_before, self._idle_before = self._idle_before, self._idle_s()
+        idle_cores = (self._idle_before - idle_before) / max(now_s - began_s, 1e-9)
+        return Seen(now_s - began_s, busy / 1e9, held / 1e9, idle_cores)
+
+    def _idle_s(self) -> float:
+        """Of the cores that this process may use, added up: since the machine started."""
+        try:
+            allowed = {f"cpu{core}".encode() for core in os.sched_getaffinity(0)}
+            ticks = [int(fields[4]) for line in self._cores.read_bytes().splitlines()
+                     if (fields := line.split(maxsplit=5))[:1] and fields[0] in allowed]
+            return sum(ticks) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError, AttributeError):  # a system without it
+            return 0.0
 
     def _read(self) -> dict[str, tuple[int, int]]:
         """Nanoseconds by thread: those it ran, and those it was ready to run without a core."""

@@ -2,6 +2,7 @@
 
 A neighbour is a child process that only counts. In each round every row is measured once, what a ratio compares one
 after the other; a figure is the median of the rounds' ratios. Decode rates are of generated tokens without the prompt.
+Before a rate without neighbours each engine works for REST_S, before one beside them it does not.
 With `--baseline` the engine of another tree of this repository takes turns with this one.
 """
 
@@ -40,6 +41,7 @@ MEANING = {
     "llamacpp_2": "beside two: over alone",
 }
 PROMPT_TOKENS = 32
+REST_S = 0.6
 COUNTER = """
 import signal, sys, time
 def end(*_):
@@ -113,19 +115,26 @@ class Bench:
         seconds = worker.seconds(work, [self._tokens] * batch) - worker.seconds(work, [1] * batch)
         return batch * (self._tokens - 1) / max(seconds, 1e-9)
 
+    def rested(self, worker: Worker) -> Worker:
+        """It, after REST_S of work without neighbours: what it learned beside them is forgotten."""
+        seconds = 0.0
+        while seconds < REST_S:
+            seconds += worker.seconds(self._prompts(1), [self._tokens])
+        return worker
+
     def row(self, row: str, rates: Rounds) -> None:
         """One round of a row: the two rates whose ratio it is, and what neighbours counted meanwhile."""
         if row == "alone":
             if self.baseline is not None:
-                note(rates, "baseline_alone", self.decode(self.baseline))
-            note(rates, "alone", self.decode(self.own))
+                note(rates, "baseline_alone", self.decode(self.rested(self.baseline)))
+            note(rates, "alone", self.decode(self.rested(self.own)))
         elif row in ("beside_1", "beside_2"):
             self._beside(int(row[-1]), self.own, "beside", rates)
             if self.llamacpp is not None:
                 self._beside(int(row[-1]), self.llamacpp, "llamacpp", rates)
         elif row == "two_engines":
             work = self._prompts(8), [self._tokens] * 8
-            note(rates, "one_engine", 8 * self._tokens / self.own.seconds(*work))
+            note(rates, "one_engine", 8 * self._tokens / self.rested(self.own).seconds(*work))
             for worker in (self.own, self.second):
                 worker.begin(*work)
             seconds = [worker.finish(work[1]) for worker in (self.own, self.second)]
@@ -138,7 +147,7 @@ class Bench:
                     note(rates, name, rate)
 
     def _beside(self, number: int, worker: Worker, name: str, rates: Rounds) -> None:
-        note(rates, f"{name}_{number}_alone", self.decode(worker))
+        note(rates, f"{name}_{number}_alone", self.decode(self.rested(worker)))
         with neighbours(number) as counted:
             note(rates, f"{name}_{number}", self.decode(worker))
         note(rates, f"{name}_{number}_neighbours_count", sum(counted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_all_threads_come_back_soon_after_the_neighbours_left() -> None:
     assert pace.backoff_s == SHORTEST_WAIT_S  # what the next neighbour finds
 
 
+def test_an_idle_core_is_tried_soon() -> None:
+    pace, time_s = Pace(1, LONGEST_WAIT_S, LONGEST_WAIT_S), 0.0
+    while pace.num_threads < 2:
+        pace = next_pace(pace, Seen(WINDOW_S, WINDOW_S, 0.0, idle_cores=0.9), 2)
+        time_s += WINDOW_S
+    assert SHORTEST_WAIT_S <= time_s <= SHORTEST_WAIT_S + 2 * WINDOW_S
+
+
 def test_a_window_without_work_says_nothing() -> None:
     pace = Pace(1, 0.01)
     assert next_pace(pace, Seen(100.0, 0.0, 0.0), 2) == pace
@@ -87,14 +96,28 @@ def test_times_are_read_thread_by_thread(tmp_path: Path) -> None:
             (tmp_path / name / "schedstat").write_text(text)
 
     write(a="5000000000 1000000000 7", b="100 200 3")
-    delays = RunDelays(tmp_path)
+    delays = RunDelays(tmp_path, tmp_path / "none")
     # d is seldom busy: it does not compute
     write(a="5300000000 1200000000 9", b="100000100 50000200 4", c="100000000 30000000 1", d="10000000 90000000 1")
     (tmp_path / "ended").mkdir()
     seen = delays.take()
+    assert seen.idle_cores == 0
     assert delays.is_known
     assert (seen.busy_s, seen.held_s) == (pytest.approx(0.5), pytest.approx(0.28))
     assert delays.take().busy_s == 0.0
+
+
+def test_idle_cores_are_those_that_this_process_may_use(tmp_path: Path) -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no affinity here")
+    own, ticks = min(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
+    cores = tmp_path / "stat"
+    cores.write_text(f"cpu  1 2 3 9999 5\ncpu{own} 1 2 3 100 5 6\ncpu99999 1 2 3 9999 5 6\nintr 5 6\n\n")
+    delays = RunDelays(tmp_path, cores)
+    time.sleep(0.01)
+    cores.write_text(f"cpu  1 2 3 99999 5\ncpu{own} 1 2 3 {100 + ticks} 5 6\ncpu99999 1 2 3 99999 5 6\nintr 5 6\n\n")
+    seen = delays.take()
+    assert seen.idle_cores * seen.wall_s == pytest.approx(1.0)
 
 
 def test_a_system_that_does_not_tell_keeps_its_threads(tmp_path: Path) -> None:
