@@ -55,8 +55,8 @@ def next_pace(pace: Pace, seen: Seen, max_threads: int) -> Pace:
     """The number of threads for the next window.
 
     Where more than MOST_LOST of the time was lost, as many threads go as are held back on average, at least one. One
-    more is tried after a wait, which doubles when the trial fails and shrinks with the time that all threads run; a core
-    that is idle makes it the shortest.
+    more is tried after a wait, which doubles when the trial fails and shrinks with the time that all threads run; an
+    idle core makes it the shortest.
     """
     if seen.busy_s <= 0:
         return pace
@@ -75,7 +75,7 @@ def next_pace(pace: Pace, seen: Seen, max_threads: int) -> Pace:
 
 
 class RunDelays:
-    """Reads the threads' times from `tasks`, a folder as /proc/self/task, and the cores' from `cores`, as /proc/stat."""
+    """Reads the threads' times from `tasks`, a folder as /proc/self/task, the cores' from `cores`, as /proc/stat."""
 
     def __init__(self, tasks: Path = TASKS, cores: Path = CORES):
         self._tasks, self._cores = tasks, cores
