@@ -50,11 +50,11 @@ def leave_torch_backends_asleep() -> None:
 
 
 def let_openmp_sleep() -> None:
-    """GOMP_SPINCOUNT=10000 (a few tenths of a millisecond) for this process and its children, unless it or
+    """GOMP_SPINCOUNT=3000 (a tenth of a millisecond) for this process and its children, unless it or
     OMP_WAIT_POLICY is set: torch's OpenMP threads else spin for milliseconds on cores that others could use. It is read
     when torch is imported: where that has happened, nothing is set."""
     if "torch" not in sys.modules and not openmp_sleeps():
-        os.environ["GOMP_SPINCOUNT"] = "10000"
+        os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
 def openmp_sleeps() -> bool:

@@ -125,12 +125,14 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return dict(json.loads(line.removeprefix("ANSWER ")))
+        self.close()
         raise SystemExit("an engine stopped; its error is above")
 
     def close(self) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
 def measure(workers: dict[str, Worker], rows: list[str], rounds: int) -> dict[str, dict[str, list[float]]]:

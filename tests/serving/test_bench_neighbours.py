@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from serving.bench.model import write_checkpoint
 from serving.bench.neighbours import summary
 from serving.cli import main
-from xllm.hub import resolve_model_path
+
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+         "intermediate_size": 128, "vocab_size": 256}
 
 
 def test_one_round_beside_one_neighbour(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    assert main(["bench", "neighbours", "--model", str(resolve_model_path(None)), "--rows", "beside_1", "--rounds", "1",
+    file, folder = tmp_path / "result.json", write_checkpoint(tmp_path / "model", SHAPE)
+    assert main(["bench", "neighbours", "--model", str(folder), "--rows", "beside_1", "--rounds", "1",
                  "--tokens", "4", "--threads", "2", "--json", str(file)]) == 0
     result = json.loads(file.read_text(encoding="utf-8"))
     row = result["ratios"]["beside_1"]
