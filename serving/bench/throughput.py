@@ -23,6 +23,7 @@ from serving.bench import engines, report
 from serving.bench.engines import CONVERTERS, ENGINES
 from serving.bench.model import SHAPE, write_checkpoint
 from serving.flags import FlagParser
+from xllm import env
 
 GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
 DECODE_TOKENS = 128
@@ -96,7 +97,7 @@ class Worker:
         report.note(f"starting {name} ...")
         began = time.perf_counter()
         program = ["-m", "serving.bench.engines"] if tree is None else ["-P", engines.__file__]
-        environment = os.environ if tree is None else os.environ | {"PYTHONPATH": str(tree)}
+        environment = None if tree is None else env.for_child() | {"PYTHONPATH": str(tree)}
         self._process = subprocess.Popen([sys.executable, *program, name, str(folder), str(threads)], text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._read()
