@@ -102,6 +102,11 @@ class Backend(Protocol):
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none
 
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
+        """How many CPU threads operators of its own use from now on, and torch's, in the thread that calls them: the
+        caller's."""
+        ...
+
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The compute dtype for `--dtype auto`."""
         ...

@@ -14,6 +14,7 @@ from backends.backend import Capturer
 from backends.cpu_build import load_kernels
 from backends.cpu_kernels import Kernels
 from backends.cpu_memory import available_bytes, lazy_zeros, populate
+from backends.cpu_threads import set_torch_threads
 from backends.cpu_vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
@@ -71,8 +72,16 @@ class CpuBackend:
         self.vmm: VmmDriver | None = make_cpu_vmm()
         self.capturer: Capturer | None = None  # calls are cheap here
         library = load_kernels(cache_dir) if compiled else None
-        self.ops: OpSet = TORCH_OPS if library is None else compiled_ops(Kernels(library))
+        self._kernels = None if library is None else Kernels(library)
+        self.ops: OpSet = TORCH_OPS if self._kernels is None else compiled_ops(self._kernels)
         self.kernels = "plain torch" if library is None else "compiled for this processor"
+
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
+        if self._kernels is None:
+            torch_number = number
+        else:
+            self._kernels.num_threads = number
+        set_torch_threads(torch_number)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """Always float32: it is the dtype that CPUs multiply fast."""

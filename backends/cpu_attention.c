@@ -9,6 +9,7 @@
  * beforehand. Codes of fp8 count FP8_UNIT times too little: the queries and the results make up for it.
  */
 #include "cpu_kv_codes.h"
+#include "cpu_pool.h"
 
 #define ROWS 64   /* query rows (tokens * G) of a tile */
 #define FEW 16    /* rows up to which the context is cut */
@@ -356,14 +357,27 @@ static void merge(const Step *step, const Unit *unit, int k, float *out) {
     }
 }
 
+typedef struct {
+    const Step *step;
+    const float *q;
+    Cache cache;
+    float *out, scale;
+    int64_t window;
+} Attention;
+
+static void attend_items(const void *context, int64_t begin, int64_t end) {
+    const Attention *c = context;
+    const int64_t K = c->step->num_kv_heads;
+    for (int64_t i = begin; i < end; i++)
+        attend(c->step, c->step->units + i / K, i % K, c->q, &c->cache, c->out, c->scale, c->window);
+}
+
 /* format: F32, INT8 or FP8. k_stride, v_stride: numbers of it from one block of the cache to the next. */
 EXPORT void xllm_attention(const Step *step, const float *q, const char *k_cache, int64_t k_stride, const char *v_cache,
                            int64_t v_stride, int format, float *out, float scale, int64_t window, int nt) {
     const int64_t K = step->num_kv_heads, num_items = step->num_units * K, bytes = item_bytes(format);
-    const Cache cache = {k_cache, v_cache, k_stride * bytes, v_stride * bytes, format};
-#pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (step->cost > TINY_WORK)
-    for (int64_t i = 0; i < num_items; i++)
-        attend(step, step->units + i / K, i % K, q, &cache, out, scale, window);
+    const Attention c = {step, q, {k_cache, v_cache, k_stride * bytes, v_stride * bytes, format}, out, scale, window};
+    share_out(attend_items, &c, num_items, 1, step->cost > TINY_WORK ? nt : 1);
     if (step->num_partials == 0) return;
     for (int64_t i = 0; i < num_items; i++) {
         const Unit *unit = step->units + i / K;

@@ -15,16 +15,17 @@ from pathlib import Path
 logger = logging.getLogger("xllm.backends.cpu")
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("cpu_elementwise.c", "cpu_attention.c", "cpu_linear.c", "cpu_w8a8.c", "cpu_sampling.c", "cpu_transfer.c")
-HEADERS = ("cpu_vectors.h", "cpu_panels.h", "cpu_kv_codes.h")
+SOURCES = ("cpu_elementwise.c", "cpu_attention.c", "cpu_linear.c", "cpu_w8a8.c", "cpu_sampling.c", "cpu_transfer.c",
+           "cpu_pool.c")
+HEADERS = ("cpu_vectors.h", "cpu_panels.h", "cpu_kv_codes.h", "cpu_pool.h")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_LIMIT_S = 120.0
 
 # No -ffast-math: NaN must stay NaN, and a library linked with it switches off denormals for the whole process.
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC")
-# From best to plainest; the first set that the compiler takes is used. Without OpenMP the kernels run on one thread.
-# The name libgomp.so.1 is the one that torch has loaded already, so both share one pool of threads.
-OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
+# From best to plainest; the first set that the compiler takes is used. Of OpenMP only hints for vectors: threads are
+# those of cpu_pool.c.
+OPTIONAL_FLAGS = (("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"), ("-march=native",), ())
 
 
 def load_kernels(cache_dir: Path | None) -> ctypes.CDLL | None:

@@ -110,8 +110,12 @@ class Kernels:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("xllm_") + "_c", function)
+        self.num_threads: int | None = None  # None: torch's
         self.panel: int = self.panel_c()
         self.unit_bytes: int = self.unit_bytes_c()
+
+    def threads(self) -> int:
+        return self.num_threads or torch.get_num_threads()
 
     def __getattr__(self, name: str) -> Any:
         """The C functions, which `__init__` binds by name."""
@@ -135,7 +139,7 @@ class Kernels:
         num_panels = -(-num_outputs // self.panel)
         panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
         self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize,
-                    torch.get_num_threads())  # fmt: skip
+                    self.threads())  # fmt: skip
         return PanelLinear(self.linear_c, panels, scale_Y, bias_Y, num_inputs, num_outputs)
 
     def pack_w8a8(self, weight_YX: Tensor, bias_Y: Tensor | None) -> PanelLinear:
@@ -144,7 +148,7 @@ class Kernels:
         check_inputs(num_inputs)
         codes, scale_Y = quantize_rows(weight_YX, "w8a8")
         panels = torch.empty(-(-num_outputs // self.panel) * self.panel * -(-num_inputs // 4) * 4, dtype=torch.int8)
-        self.pack_w8a8_c(codes.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, torch.get_num_threads())
+        self.pack_w8a8_c(codes.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, self.threads())
         bias = None if bias_Y is None else bias_Y.float()
         return PanelLinear(self.linear_w8a8_c, panels, scale_Y, bias, num_inputs, num_outputs)
 
@@ -154,7 +158,7 @@ class Kernels:
         x = x_TX if x_TX.dtype is FP32 else x_TX.float()
         num_tokens = x.shape[0]
         y_TY = x.new_empty((num_tokens, packed.num_outputs))
-        packed.multiply(packed.packed, x.data_ptr(), x.stride(0), y_TY.data_ptr(), num_tokens, torch.get_num_threads())
+        packed.multiply(packed.packed, x.data_ptr(), x.stride(0), y_TY.data_ptr(), num_tokens, self.threads())
         return y_TY if x_TX.dtype is FP32 else y_TY.to(x_TX.dtype)
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -166,7 +170,7 @@ class Kernels:
         x_TD = x_TD.contiguous()
         out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
         self.rms_norm_c(x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), x_TD.numel() // size, size, eps,
-                        torch.get_num_threads())  # fmt: skip
+                        self.threads())  # fmt: skip
         return out_TD
 
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -174,7 +178,7 @@ class Kernels:
             return norm.add_rms_norm(x_TD, residual_TD, weight_D, eps)
         size = x_TD.shape[-1]
         self.add_rms_norm_c(x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), x_TD.numel() // size, size,
-                            eps, torch.get_num_threads())  # fmt: skip
+                            eps, self.threads())  # fmt: skip
         return x_TD
 
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
@@ -182,7 +186,7 @@ class Kernels:
             return activation.silu_mul(gate_up_TF2)
         num_tokens, width = gate_up_TF2.shape
         out_TF = gate_up_TF2.new_empty((num_tokens, width // 2))
-        self.silu_mul_c(gate_up_TF2.data_ptr(), out_TF.data_ptr(), num_tokens, width // 2, torch.get_num_threads())
+        self.silu_mul_c(gate_up_TF2.data_ptr(), out_TF.data_ptr(), num_tokens, width // 2, self.threads())
         return out_TF
 
     def qkv_rope_write(
@@ -214,7 +218,7 @@ class Kernels:
             v_cache.data_ptr(), v_cache.stride(0), DTYPES[k_cache.dtype], meta.slot_mapping_T.data_ptr(),
             q_TNH.data_ptr(), None if q_norm_H is None else q_norm_H.data_ptr(),
             None if k_norm_H is None else k_norm_H.data_ptr(), eps, num_tokens, num_heads, num_kv_heads, head_dim,
-            meta.block_size, torch.get_num_threads(),
+            meta.block_size, self.threads(),
         )  # fmt: skip
         return q_TNH
 
@@ -253,7 +257,7 @@ class Kernels:
         out_TX = q_TNH.new_empty((num_tokens, num_heads * head_dim))
         self.attention_c(plan.step, q_TNH.data_ptr(), k_cache.data_ptr(), k_cache.stride(0), v_cache.data_ptr(),
                          v_cache.stride(0), DTYPES[k_cache.dtype], out_TX.data_ptr(), scale, sliding_window or 0,
-                         torch.get_num_threads())  # fmt: skip
+                         self.threads())  # fmt: skip
         return out_TX
 
     def export_blocks(self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
@@ -272,7 +276,7 @@ class Kernels:
         assert bitmask_XW.dtype is torch.int32 and rows_X.dtype is torch.int64 and bitmask_XW.is_contiguous()
         num_masks, num_words = bitmask_XW.shape
         self.apply_token_bitmask_c(logits_SV.data_ptr(), logits_SV.stride(0), bitmask_XW.data_ptr(), rows_X.data_ptr(),
-                                   num_masks, logits_SV.shape[1], num_words, torch.get_num_threads())  # fmt: skip
+                                   num_masks, logits_SV.shape[1], num_words, self.threads())  # fmt: skip
 
     def penalise(
         self, logits_SV: Tensor, rows_X: Tensor, token_ids_T: Tensor, starts_X1: Tensor, output_starts_X: Tensor,
@@ -283,14 +287,14 @@ class Kernels:
             return logits.penalise(logits_SV, *arguments)
         assert tuple(t.dtype for t in arguments) == PENALISE_DTYPES and all(t.is_contiguous() for t in arguments)
         self.penalise_c(logits_SV.data_ptr(), logits_SV.stride(0), *(t.data_ptr() for t in arguments), len(rows_X),
-                        logits_SV.shape[1], torch.get_num_threads())  # fmt: skip
+                        logits_SV.shape[1], self.threads())  # fmt: skip
 
     def argmax(self, logits_SV: Tensor) -> Tensor:
         if logits_SV.dtype is not FP32:
             return sampling.argmax(logits_SV)
         logits_SV, num_rows, vocab_size = logits_SV.contiguous(), *logits_SV.shape
         ids_S = torch.empty(num_rows, dtype=torch.int64)
-        self.argmax_c(logits_SV.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, torch.get_num_threads())
+        self.argmax_c(logits_SV.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, self.threads())
         return ids_S
 
     def sample(
@@ -303,6 +307,6 @@ class Kernels:
         ids_S = torch.empty(num_rows, dtype=torch.int64)
         self.sample_c(
             logits_SV.data_ptr(), temperature_S.data_ptr(), top_k_S.data_ptr(), top_p_S.data_ptr(), min_p_S.data_ptr(),
-            uniform_S.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, torch.get_num_threads(),
+            uniform_S.data_ptr(), ids_S.data_ptr(), num_rows, vocab_size, self.threads(),
         )  # fmt: skip
         return ids_S

@@ -5,6 +5,7 @@
  * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
  */
 #include "cpu_panels.h"
+#include "cpu_pool.h"
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
 #define MANY_ROWS 64 /* from here on a panel of bytes is widened once for all rows */
@@ -13,11 +14,19 @@ enum { IS_FP32, IS_INT8, IS_FP8 };
 
 EXPORT int64_t xllm_panel(void) { return PANEL; }
 
-/* weight [Y, X] (fp32 or bytes) into panels; columns past Y are zero. */
-EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, int64_t item_bytes, int nt) {
-#pragma omp parallel for num_threads(nt) schedule(static)
-    for (int64_t panel = 0; panel < (Y + PANEL - 1) / PANEL; panel++) {
-        const int64_t y0 = panel * PANEL, n = MIN(PANEL, Y - y0);
+typedef struct {
+    const void *weight;
+    void *packed;
+    int64_t Y, X, item_bytes;
+} Packing;
+
+static void pack_panels(const void *context, int64_t begin, int64_t end) {
+    const Packing *c = context;
+    const void *weight = c->weight;
+    void *packed = c->packed;
+    const int64_t X = c->X, item_bytes = c->item_bytes;
+    for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t y0 = panel * PANEL, n = MIN(PANEL, c->Y - y0);
         for (int64_t x = 0; x < X; x++)
             for (int64_t j = 0; j < PANEL; j++) {
                 const int64_t to = (panel * X + x) * PANEL + j, from = (y0 + j) * X + x;
@@ -25,6 +34,13 @@ EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, in
                 else ((int8_t *)packed)[to] = j < n ? ((const int8_t *)weight)[from] : 0;
             }
     }
+}
+
+/* weight [Y, X] (fp32 or bytes) into panels; columns past Y are zero. */
+EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, int64_t item_bytes, int nt) {
+    const Packing c = {weight, packed, Y, X, item_bytes};
+    const int64_t num_panels = (Y + PANEL - 1) / PANEL;
+    share_out(pack_panels, &c, num_panels, quarter(num_panels, nt), nt);
 }
 
 /* x rows [row0, row0 + R) as [depth][R]; rows past T are zero. */
@@ -119,6 +135,28 @@ static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t
     }
 }
 
+typedef struct {
+    const Packed *p;
+    const float *x;
+    int64_t stride;
+    float *rows, *y;
+    int64_t T;
+    int B;
+} Product;
+
+static void pack_tiles(const void *context, int64_t begin, int64_t end) {
+    const Product *c = context;
+    for (int64_t tile = begin; tile < end; tile++) {
+        const int64_t row0 = tile * GEMM_ROWS;
+        pack_rows(c->x, c->stride, c->rows + row0 * c->p->X, c->T, row0, c->p->X, tile_rows(c->T - row0));
+    }
+}
+
+static void multiply_jobs(const void *context, int64_t begin, int64_t end) {
+    const Product *c = context;
+    for (int64_t job = begin; job < end; job++) multiply_panel(c->p, c->rows, c->y, c->T, job * c->B, c->B);
+}
+
 /* y [T, Y]; x [T, X] with rows `stride` apart. */
 EXPORT void xllm_linear(const Packed *p, const float *x, int64_t stride, float *y, int64_t T, int nt) {
     if (T == 0) return;
@@ -126,15 +164,9 @@ EXPORT void xllm_linear(const Packed *p, const float *x, int64_t stride, float *
     float *rows = scratch(1, num_tiles * GEMM_ROWS * X);
     const int B = T == 1 ? 2 : 1;
     const int64_t num_jobs = num_panels / B, chunk = MAX(1, num_jobs / (8 * nt));
-#pragma omp parallel num_threads(nt) if (T * X * p->Y > 65536)
-    {
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            const int64_t row0 = tile * GEMM_ROWS;
-            pack_rows(x, stride, rows + row0 * X, T, row0, X, tile_rows(T - row0));
-        }
-#pragma omp for schedule(dynamic, chunk)
-        for (int64_t job = 0; job < num_jobs; job++) multiply_panel(p, rows, y, T, job * B, B);
-    }
+    const Product c = {p, x, stride, rows, y, T, B};
+    if (T * X * p->Y <= 65536) nt = 1;
+    share_out(pack_tiles, &c, num_tiles, quarter(num_tiles, nt), nt);
+    share_out(multiply_jobs, &c, num_jobs, chunk, nt);
     if (num_jobs * B < num_panels) multiply_panel(p, rows, y, T, num_panels - 1, 1);
 }

@@ -1,4 +1,5 @@
 /* Edits of logits, argmax and sampling: one row at a time, no sorting. See opset.py for the order of work. */
+#include "cpu_pool.h"
 #include "cpu_vectors.h"
 
 #define STRETCH 256 /* tokens per partial sum of the CDF */
@@ -18,9 +19,22 @@ static int64_t argmax_row(const float *x, int64_t V) {
     return 0;
 }
 
+typedef struct {
+    const float *logits, *temperature, *top_p, *min_p;
+    const int64_t *top_k;
+    const double *uniform;
+    int64_t *out, V;
+} Sampling;
+
+static void argmax_rows(const void *context, int64_t begin, int64_t end) {
+    const Sampling *c = context;
+    for (int64_t s = begin; s < end; s++) c->out[s] = argmax_row(c->logits + s * c->V, c->V);
+}
+
 EXPORT void xllm_argmax(const float *logits, int64_t *out, int64_t S, int64_t V, int nt) {
-#pragma omp parallel for num_threads(nt) schedule(static) if (S * V > 65536)
-    for (int64_t s = 0; s < S; s++) out[s] = argmax_row(logits + s * V, V);
+    const Sampling c = {.logits = logits, .out = out, .V = V};
+    if (S * V <= 65536) nt = 1;
+    share_out(argmax_rows, &c, S, quarter(S, nt), nt);
 }
 
 /* Bits that order like the floats. */
@@ -150,20 +164,33 @@ static int64_t sample_row(const float *x, int64_t V, float temperature, int64_t 
     return start + walk(w + start, NULL, MIN(STRETCH, V - start), uniform * total - before);
 }
 
-EXPORT void xllm_sample(const float *logits, const float *temperature, const int64_t *top_k, const float *top_p,
-                        const float *min_p, const double *uniform, int64_t *out, int64_t S, int64_t V, int nt) {
-#pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (S * V > 16384)
-    for (int64_t s = 0; s < S; s++)
-        out[s] = sample_row(logits + s * V, V, temperature[s], top_k[s], top_p[s], min_p[s], uniform[s]);
+static void sample_rows(const void *context, int64_t begin, int64_t end) {
+    const Sampling *c = context;
+    for (int64_t s = begin; s < end; s++)
+        c->out[s] = sample_row(c->logits + s * c->V, c->V, c->temperature[s], c->top_k[s], c->top_p[s], c->min_p[s],
+                               c->uniform[s]);
 }
 
-/* -inf where a mask has a zero; bits past the vocabulary are not looked at, tokens past the mask are forbidden. */
-EXPORT void xllm_apply_token_bitmask(float *logits, int64_t stride, const int32_t *masks, const int64_t *rows,
-                                     int64_t X, int64_t V, int64_t W, int nt) {
-#pragma omp parallel for num_threads(nt) schedule(static) if (X * V > 65536)
-    for (int64_t x = 0; x < X; x++) {
-        float *row = logits + rows[x] * stride;
-        const uint32_t *mask = (const uint32_t *)masks + x * W;
+EXPORT void xllm_sample(const float *logits, const float *temperature, const int64_t *top_k, const float *top_p,
+                        const float *min_p, const double *uniform, int64_t *out, int64_t S, int64_t V, int nt) {
+    const Sampling c = {logits, temperature, top_p, min_p, top_k, uniform, out, V};
+    share_out(sample_rows, &c, S, 1, S * V > 16384 ? nt : 1);
+}
+
+typedef struct {
+    float *logits;
+    int64_t stride;
+    const int32_t *masks;
+    const int64_t *rows;
+    int64_t V, W;
+} Masking;
+
+static void mask_rows(const void *context, int64_t begin, int64_t end) {
+    const Masking *c = context;
+    const int64_t V = c->V, W = c->W;
+    for (int64_t x = begin; x < end; x++) {
+        float *row = c->logits + c->rows[x] * c->stride;
+        const uint32_t *mask = (const uint32_t *)c->masks + x * W;
         for (int64_t w = 0; w * 32 < V; w++) {
             const uint32_t word = w < W ? mask[w] : 0;
             if (word == UINT32_MAX) continue;
@@ -171,6 +198,14 @@ EXPORT void xllm_apply_token_bitmask(float *logits, int64_t stride, const int32_
                 if (!(word >> (t - w * 32) & 1)) row[t] = -INFINITY;
         }
     }
+}
+
+/* -inf where a mask has a zero; bits past the vocabulary are not looked at, tokens past the mask are forbidden. */
+EXPORT void xllm_apply_token_bitmask(float *logits, int64_t stride, const int32_t *masks, const int64_t *rows,
+                                     int64_t X, int64_t V, int64_t W, int nt) {
+    const Masking c = {logits, stride, masks, rows, V, W};
+    if (X * V <= 65536) nt = 1;
+    share_out(mask_rows, &c, X, quarter(X, nt), nt);
 }
 
 /* volatile: a sum must not be fused with the product before it, nor a product with the sum behind it. */
@@ -192,11 +227,26 @@ static void penalise_row(float *row, const int32_t *ids, int64_t start, int64_t 
     }
 }
 
+typedef struct {
+    float *logits;
+    int64_t stride;
+    const int64_t *rows;
+    const int32_t *ids, *starts, *output_starts;
+    const float *repetition;
+    const double *frequency, *presence;
+    int64_t V;
+} Penalties;
+
+static void penalise_rows(const void *context, int64_t begin, int64_t end) {
+    const Penalties *c = context;
+    for (int64_t x = begin; x < end; x++)
+        penalise_row(c->logits + c->rows[x] * c->stride, c->ids, c->starts[x], c->output_starts[x], c->starts[x + 1],
+                     (int32_t *)scratch(2, c->V), c->repetition[x], c->frequency[x], c->presence[x]);
+}
+
 EXPORT void xllm_penalise(float *logits, int64_t stride, const int64_t *rows, const int32_t *ids,
                           const int32_t *starts, const int32_t *output_starts, const float *repetition,
                           const double *frequency, const double *presence, int64_t X, int64_t V, int nt) {
-#pragma omp parallel for num_threads(nt) schedule(dynamic, 1) if (X > 1 && starts[X] - starts[0] > 16384)
-    for (int64_t x = 0; x < X; x++)
-        penalise_row(logits + rows[x] * stride, ids, starts[x], output_starts[x], starts[x + 1],
-                     (int32_t *)scratch(2, V), repetition[x], frequency[x], presence[x]);
+    const Penalties c = {logits, stride, rows, ids, starts, output_starts, repetition, frequency, presence, V};
+    share_out(penalise_rows, &c, X, 1, X > 1 && starts[X] - starts[0] > 16384 ? nt : 1);
 }

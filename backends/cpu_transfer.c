@@ -1,6 +1,6 @@
 /* KV blocks of one layer between the cache and their stored form. The format is `reference/stored_kv.py`'s, bit for bit.
  *
- * One thread, the caller's: these run beside the computing threads, and OpenMP would keep another pool for the caller.
+ * One thread, the caller's: these run beside the computing threads.
  *
  * A head's part of a block is a matrix [R, C]: keys are [H, P], values [P, H]. Quantised formats have one scale for a
  * group: a column of keys or a row of values, which is one position either way. A block of a quantised cache is stored

@@ -5,6 +5,7 @@
  * lane. Sums of integers do not depend on their order, so that tiles of any size give the same bits.
  */
 #include "cpu_panels.h"
+#include "cpu_pool.h"
 
 typedef int16_t vh __attribute__((vector_size(VL * 4)));
 typedef int8_t vc __attribute__((vector_size(VL * 4), aligned(1), may_alias));
@@ -44,17 +45,31 @@ INLINE vi add_products(vi acc, vi weight, const int32_t *x) {
 #endif
 }
 
-/* weight int8 [Y, X] into panels; what is past Y and X is zero. */
-EXPORT void xllm_pack_w8a8(const int8_t *weight, uint8_t *packed, int64_t Y, int64_t X, int nt) {
-    const int64_t num_fours = (X + 3) / 4;
-#pragma omp parallel for num_threads(nt) schedule(static)
-    for (int64_t panel = 0; panel < (Y + PANEL - 1) / PANEL; panel++)
+typedef struct {
+    const int8_t *weight;
+    uint8_t *packed;
+    int64_t Y, X;
+} Packing;
+
+static void pack_panels(const void *context, int64_t begin, int64_t end) {
+    const Packing *c = context;
+    const int8_t *weight = c->weight;
+    uint8_t *packed = c->packed;
+    const int64_t Y = c->Y, X = c->X, num_fours = (X + 3) / 4;
+    for (int64_t panel = begin; panel < end; panel++)
         for (int64_t j = 0; j < PANEL; j++) {
             const int64_t y = panel * PANEL + j;
             for (int64_t x = 0; x < num_fours * 4; x++)
                 packed[((panel * num_fours + x / 4) * PANEL + j) * 4 + x % 4] =
                     (y < Y && x < X ? weight[y * X + x] : 0) + OFFSET;
         }
+}
+
+/* weight int8 [Y, X] into panels; what is past Y and X is zero. */
+EXPORT void xllm_pack_w8a8(const int8_t *weight, uint8_t *packed, int64_t Y, int64_t X, int nt) {
+    const Packing c = {weight, packed, Y, X};
+    const int64_t num_panels = (Y + PANEL - 1) / PANEL;
+    share_out(pack_panels, &c, num_panels, quarter(num_panels, nt), nt);
 }
 
 /* codes [X], which are zeros before, and the row's scale. */
@@ -155,6 +170,35 @@ static void multiply_panels(const Packed *p, const int32_t *tiles, float *y, int
     }
 }
 
+typedef struct {
+    const Packed *p;
+    const float *x;
+    int64_t stride;
+    int32_t *tiles;
+    float *y;
+    int64_t T, num_panels;
+    int B;
+} Product;
+
+static void pack_tiles(const void *context, int64_t begin, int64_t end) {
+    const Product *c = context;
+    const int64_t words = tile_words(GEMM_ROWS, (c->p->X + 3) / 4);
+    for (int64_t tile = begin; tile < end; tile++) {
+        const int64_t row0 = tile * GEMM_ROWS, left = MIN(GEMM_ROWS, c->T - row0);
+        pack_tile(c->x + row0 * c->stride, c->stride, c->tiles + tile * words, c->p->X, left, tile_rows(left));
+    }
+}
+
+static void multiply_jobs(const void *context, int64_t begin, int64_t end) {
+    const Product *c = context;
+    for (int64_t job = begin; job < end; job++) {
+        const int64_t panel = job * c->B, left = c->num_panels - panel;
+        if (left >= c->B) multiply_panels(c->p, c->tiles, c->y, c->T, panel, c->B);
+        else
+            for (int64_t i = 0; i < left; i++) multiply_panels(c->p, c->tiles, c->y, c->T, panel + i, 1);
+    }
+}
+
 /* y [T, Y]; x [T, X] with rows `stride` apart. */
 EXPORT void xllm_linear_w8a8(const Packed *p, const float *x, int64_t stride, float *y, int64_t T, int nt) {
     if (T == 0) return;
@@ -163,19 +207,8 @@ EXPORT void xllm_linear_w8a8(const Packed *p, const float *x, int64_t stride, fl
     int32_t *tiles = (int32_t *)scratch(1, num_tiles * words);
     const int B = T == 1 ? 4 : T == 2 ? 2 : 1; /* as many panels as keep the multipliers busy */
     const int64_t num_jobs = (num_panels + B - 1) / B, chunk = MAX(1, num_jobs / (8 * nt));
-#pragma omp parallel num_threads(nt) if (T * p->X * p->Y > 262144)
-    {
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            const int64_t row0 = tile * GEMM_ROWS, left = MIN(GEMM_ROWS, T - row0);
-            pack_tile(x + row0 * stride, stride, tiles + tile * words, p->X, left, tile_rows(left));
-        }
-#pragma omp for schedule(dynamic, chunk)
-        for (int64_t job = 0; job < num_jobs; job++) {
-            const int64_t panel = job * B, left = num_panels - panel;
-            if (left >= B) multiply_panels(p, tiles, y, T, panel, B);
-            else
-                for (int64_t i = 0; i < left; i++) multiply_panels(p, tiles, y, T, panel + i, 1);
-        }
-    }
+    const Product c = {p, x, stride, tiles, y, T, num_panels, B};
+    if (T * p->X * p->Y <= 262144) nt = 1;
+    share_out(pack_tiles, &c, num_tiles, quarter(num_tiles, nt), nt);
+    share_out(multiply_jobs, &c, num_jobs, chunk, nt);
 }

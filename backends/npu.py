@@ -207,6 +207,9 @@ class NpuBackend:
         self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
+        torch.set_num_threads(torch_number)
+
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """bfloat16, or the checkpoint's where that is float16."""
         return torch.float16 if checkpoint_dtype is torch.float16 else torch.bfloat16

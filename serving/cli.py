@@ -17,7 +17,8 @@ from xllm.foreign.table import ENGINE, FOREIGN, SERVER
 from xllm.logs import FORMATS, LEVELS
 from xllm.suggestion import nearest
 
-BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype")
+BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype",
+           "neighbours")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,7 +88,7 @@ class View:
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
         generated, prompt = self.rates("generation_tokens"), self.rates("prompt_tokens")
         waited = f"oldest {engine['oldest_waiting_seconds']:.1f} s" if engine["num_requests_waiting"] else ""
-        rows: tuple[tuple[str, str, str, list[float]], ...] = (
+        rows: list[tuple[str, str, str, list[float]]] = [
             ("generated", _figure(generated[-1] if generated else 0.0), "tokens/s", generated),
             ("prompt", _figure(prompt[-1] if prompt else 0.0), "tokens/s", prompt),
             ("running", str(engine["num_requests_running"]), f"of {server.get('max_num_seqs', '-')}",
@@ -96,7 +96,10 @@ class View:
             ("waiting", str(engine["num_requests_waiting"]), waited, self.gauge("num_requests_waiting")),
             ("prefix hits", f"{hit:.1f}", "% of prompt", []),
             ("step", *self._step_figures()),
-        )
+        ]
+        if (threads := engine["threads"]) is not None:
+            busy = "" if threads["num_threads"] == threads["max_threads"] else ", others use the cores"
+            rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", []))
         chars = max(1, min(SPARK_CHARS, width - GAUGE_CHARS))
         for name, value, unit, values in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"),

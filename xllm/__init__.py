@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xllm.env import leave_torch_backends_asleep
+from xllm.env import leave_torch_backends_asleep, let_openmp_sleep
 from xllm.own_packages import check_own_packages
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 check_own_packages()
 leave_torch_backends_asleep()
+let_openmp_sleep()
 __version__ = "0.1.0"
 
 _HOMES = {

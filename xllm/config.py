@@ -147,6 +147,8 @@ class SpeculativeSettings:
 class DeviceSettings:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"))
     num_threads: int | None = option(None, "CPU threads; none: one per core that the process may keep busy")
+    adaptive_threads: bool = option(True, "compute with fewer CPU threads while other processes keep the cores busy; "
+                                    "num_threads is the most")
     strict_ops: bool | None = option(None, "refuse to run an operator that the device inherits from the reference; "
                                      "none: yes on cuda and npu")
     graph_mode: str = option("auto", "whether decode steps are captured once and replayed; auto: where the device can; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def leave_torch_backends_asleep() -> None:
     """TORCH_DEVICE_BACKEND_AUTOLOAD=0 for this process and its children, unless it is set: with torch_npu installed and
     no CANN, `import torch` fails otherwise. Backends are imported when they are asked for."""
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
+def let_openmp_sleep() -> None:
+    """GOMP_SPINCOUNT=3000 (a tenth of a millisecond) for this process and its children, unless it or
+    OMP_WAIT_POLICY is set: torch's OpenMP threads else spin for milliseconds on cores that others could use. It is read
+    when torch is imported: where that has happened, nothing is set."""
+    if "torch" not in sys.modules and not openmp_sleeps():
+        os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
+def openmp_sleeps() -> bool:
+    """Whether somebody said how long OpenMP's threads wait before they sleep."""
+    return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
 
 
 def failpoints() -> str:

@@ -50,6 +50,15 @@ class GraphStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadStats:
+    """CPU threads that compute: now, and at most. lowered: how often there was not a core for each of them."""
+
+    num_threads: int = 0
+    max_threads: int = 0
+    lowered_total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """One look at a running engine. Times are seconds; `last_step_s` is on the `time.monotonic()` clock."""
 
@@ -81,3 +90,4 @@ class EngineStats:
     prefetched_blocks_total: dict[str, int] = field(default_factory=dict)  # right: used in time; wrong: not
     kv_disk_up: bool = False  # there is a disk tier and it has not failed
     graphs: GraphStats | None = None  # None: no graph mode
+    threads: ThreadStats | None = None  # None: on an accelerator

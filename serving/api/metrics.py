@@ -18,6 +18,7 @@ from serving.metrics.lora import lora_families
 from serving.metrics.overload import overload_families
 from serving.metrics.scheduler import scheduler_families
 from serving.metrics.speculation import speculation_families
+from serving.metrics.threads import thread_families
 from serving.metrics.tiers import tier_families
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ServerCollector:
         yield from state.refusals.families(make, state.keys.kinds)
         yield from tier_families(make, engine.stats)
         yield from graph_families(make, engine.stats.graphs)
+        yield from thread_families(make, engine.stats.threads)
         if engine.facts is not None:
             yield from lora_families(make, engine.facts.config.lora, state.requests.open_records())
         yield from state.metrics.families(make)

@@ -48,7 +48,7 @@ def engine_json(state: ServerState) -> dict[str, Any]:
         "spec_decode_num_accepted_tokens": s.spec_accepted_tokens_total,
         "kv_tiers": msgspec.to_builtins(s.kv_tiers), "kv_lanes": msgspec.to_builtins(s.kv_lanes),
         "cached_tokens_by_tier": dict(s.cached_tokens_by_tier_total), "kv_disk_up": s.kv_disk_up,
-        "graphs": msgspec.to_builtins(s.graphs),
+        "graphs": msgspec.to_builtins(s.graphs), "threads": msgspec.to_builtins(s.threads),
     }
 
 
@@ -93,6 +93,7 @@ def own_json(figures: CallerFigures) -> dict[str, Any]:
         "prefix_cache_hits": figures.prompt_tokens_cached, "spec_decode_num_draft_tokens": 0,
         "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {},
         "cached_tokens_by_tier": dict(figures.cached_by_tier), "kv_disk_up": None, "graphs": None,
+        "threads": None,
     }
 
 

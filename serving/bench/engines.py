@@ -212,6 +212,7 @@ class LlamacppEngine:
 
 ENGINES: dict[str, Any] = {
     "xllm": XllmEngine,
+    "xllm-w8a8": lambda folder, threads: XllmEngine(folder, threads, "w8a8"),
     "xllm-int8": lambda folder, threads: XllmEngine(folder, threads, "int8"),
     "xllm-xtensor": lambda folder, threads: XllmEngine(folder, threads, kv_layout="xtensor"),
     "transformers": TransformersEngine,

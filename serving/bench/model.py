@@ -1,4 +1,4 @@
-"""The benchmark's checkpoint: Qwen3 shape, random fp32 weights, written once into a folder."""
+"""The benchmarks' checkpoints: Qwen3 architecture, random fp32 weights, written once into a folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
          "head_dim": 64, "intermediate_size": 1536, "vocab_size": 32_000}
+SHAPE_135M = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+              "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49_152}  # SmolLM2-135M's
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Make the checkpoint in `folder` unless it is there; returns the folder. 232 MB, seeded."""
+def write_checkpoint(folder: Path, shape: dict[str, int] = SHAPE) -> Path:
+    """Make the checkpoint in `folder` unless it is there; returns the folder. 232 MB, 652 MB of SHAPE_135M; seeded."""
     import torch
     from safetensors.torch import save_file
 
@@ -20,19 +22,19 @@ def write_checkpoint(folder: Path) -> Path:
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
               "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "attention_bias": False,
               "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "float32",
-              "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, **SHAPE}
+              "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, **shape}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(0)
     # A spread of weights at which random logits are neither flat nor extreme.
     tensors = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
-               for name, shape in _tensor_shapes().items()}
+               for name, shape in _tensor_shapes(shape).items()}
     save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     (folder / "model.safetensors.tmp").rename(folder / "model.safetensors")
     return folder
 
 
-def _tensor_shapes() -> dict[str, tuple[int, ...]]:
-    s = SHAPE
+def _tensor_shapes(shape: dict[str, int] = SHAPE) -> dict[str, tuple[int, ...]]:
+    s = shape
     hidden, ffn, head = s["hidden_size"], s["intermediate_size"], s["head_dim"]
     q, kv = s["num_attention_heads"] * head, s["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s["vocab_size"], hidden),

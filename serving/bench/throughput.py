@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from serving.bench import report
+from serving.bench import engines, report
 from serving.bench.engines import CONVERTERS, ENGINES
 from serving.bench.model import SHAPE, write_checkpoint
 from serving.flags import FlagParser
+from xllm import env
 from xllm.child_process import run_module
 
 GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
@@ -91,21 +92,33 @@ def make_work(name: str) -> Work:
 
 
 class Worker:
-    """One engine in a child process."""
+    """One engine in a child process. tree: the folder of another version of this repository, whose engine it is."""
 
-    def __init__(self, name: str, folder: Path, threads: int):
+    def __init__(self, name: str, folder: Path, threads: int, tree: Path | None = None):
         report.note(f"starting {name} ...")
         began = time.perf_counter()
-        command = [sys.executable, *run_module("serving.bench.engines"), name, str(folder), str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if tree is None:
+            program, environment = run_module("serving.bench.engines"), None
+        else:
+            program, environment = ["-P", str(engines.__file__)], env.for_child() | {"PYTHONPATH": str(tree)}
+        self._process = subprocess.Popen([sys.executable, *program, name, str(folder), str(threads)], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._read()
         self.start_s = time.perf_counter() - began
         self.peak_gib = 0.0
 
     def seconds(self, prompts: list[list[int]], max_tokens: list[int]) -> float:
+        self.begin(prompts, max_tokens)
+        return self.finish(max_tokens)
+
+    def begin(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
+        """`finish` waits for its end."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
         self._process.stdin.flush()
+
+    def finish(self, max_tokens: list[int]) -> float:
+        """Seconds of what was begun."""
         answer = self._read()
         assert answer["num_tokens"] == sum(max_tokens), "the engine did not generate what it was asked for"
         self.peak_gib = answer["peak_gib"]
@@ -116,12 +129,14 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return dict(json.loads(line.removeprefix("ANSWER ")))
+        self.close()
         raise SystemExit("an engine stopped; its error is above")
 
     def close(self) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
 def measure(workers: dict[str, Worker], rows: list[str], rounds: int) -> dict[str, dict[str, list[float]]]:

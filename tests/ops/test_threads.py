@@ -30,6 +30,11 @@ def fp8_linear(ops: OpSet) -> Tensor:
     return torch.cat([ops.linear(torch.randn(rows, 200), packed) for rows in (1, 9, 100)])
 
 
+def w8a8_linear(ops: OpSet) -> Tensor:
+    packed = ops.pack_linear(torch.randn(700, 400), quantization="w8a8")
+    return torch.cat([ops.linear(torch.randn(rows, 400), packed) for rows in (1, 2, 9, 100)])
+
+
 def attention(ops: OpSet) -> Tensor:
     case = Paged(ops=ops, query_lens=[1, 90, 1, 1], seq_lens=[700, 200, 33, 600], num_heads=6, num_kv_heads=2,
                  head_dim=32, block_size=16)  # fmt: skip
@@ -51,7 +56,7 @@ def sampling(ops: OpSet) -> Tensor:
     return torch.stack((ops.argmax(logits), drawn))
 
 
-@pytest.mark.parametrize("work", [linear, int8_linear, fp8_linear, attention, norms, silu, sampling])
+@pytest.mark.parametrize("work", [linear, int8_linear, fp8_linear, w8a8_linear, attention, norms, silu, sampling])
 def test_threads(op_sets: dict[str, OpSet], work: Callable[[OpSet], Tensor]) -> None:
     if "compiled" not in op_sets:
         pytest.skip("no C compiler here")

@@ -134,6 +134,12 @@ def test_accepted_drafts_by_position(server: ServerProcess) -> None:
     assert by_position == sorted(by_position, reverse=True) and by_position[0] <= drafts, "the first ones first"
 
 
+def test_threads_that_compute(server: ServerProcess) -> None:
+    ((now,), (most,)) = (series(server, name).values() for name in ("cpu_threads", "cpu_threads_max"))
+    assert 1 <= now <= most
+    assert server.gauge("xllm:cpu_threads_lowered_total") >= 0
+
+
 def test_adapters_of_open_requests(server: ServerProcess, admin: httpx.Client) -> None:
     """vLLM's form: names in labels, the value is the time."""
     labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")

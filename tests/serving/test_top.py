@@ -44,6 +44,7 @@ def test_one_look(server: ServerProcess) -> None:
     assert f"xLLM demo  ok  {server.url}" in text
     assert re.search(r"running +0 +of 256", text)
     assert re.search(r"KV device +░+ +0\.0% +0 of 1,024 blocks", text)
+    assert re.search(r"threads +\d+ +of \d+", text)
     row = next(line for line in text.splitlines() if "completion" in line)
     assert re.search(r"completion +\d+ +0 +20 +█+ +[\d,]+ +[\d,.]+ +length", row), row
     for _ in range(2):

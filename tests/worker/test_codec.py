@@ -10,7 +10,7 @@ import pytest
 
 from xllm.config import EngineConfig
 from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, StoredBlocks, TierFacts
-from xllm.metrics import GraphStats
+from xllm.metrics import GraphStats, ThreadStats
 from xllm.pooling import PoolingDefaults, PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.step import NewRow, ScheduleOutput, StepCheck, StepOutput
@@ -54,7 +54,8 @@ SAMPLES = [
                                                      np.zeros((2, 16), dtype=np.uint8)))),
     OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
     m.AdapterRead(1, "d", m.Failed("ModelError", "x")), m.Done("Sleep"),
-    m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1}),
+    m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1},
+                  threads=ThreadStats(num_threads=1, max_threads=2, lowered_total=3)),
 ]
 
 

@@ -29,5 +29,5 @@ def collect_stats(loop: StepLoop, gates: Sequence[Gate] = (), worker: WorkerStat
         spec_accepted_tokens_by_position_total=list(c.accepted_by_position),
         requests_finished_total=dict(c.finished), swaps_total=c.swaps, cached_tokens_by_tier_total=dict(c.hits_by_tier),
         kv_tiers=source.tiers, kv_lanes=source.lanes, prefetched_blocks_total=source.prefetched_blocks,
-        kv_disk_up=source.is_disk_up, graphs=worker.graphs,
+        kv_disk_up=source.is_disk_up, graphs=worker.graphs, threads=worker.threads,
     )

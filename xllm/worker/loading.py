@@ -45,13 +45,15 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
+        from backends.cpu_threads import RunDelays, ThreadControl
         from xllm.hub import resolve_model_path
         from xllm.models.registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
         share = max(1, usable_cpus() // config.device.worker_ranks)
-        torch.set_num_threads(config.device.num_threads or min(torch.get_num_threads(), share))
+        num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
+        torch.set_num_threads(num_threads)
         self._report = report
         self.backend = _open_backend(config)
         self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
@@ -63,6 +65,7 @@ class LoadedModel:
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
         self._warn_of_slow_dtype()
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
+        self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
 
         def plan(others_bytes: int) -> int:
             return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype,
@@ -90,6 +93,18 @@ class LoadedModel:
     def generates(self) -> bool:
         """Whether the model that was read has a head."""
         return self._model is None or self._model.generates
+
+    @property
+    def _is_adaptive(self) -> bool:
+        return self.config.device.adaptive_threads and self.backend.device.type == "cpu"
+
+    def _set_threads(self, number: int) -> None:
+        """For steps. Where torch's threads would spin for milliseconds after each of its few operators beside ours, it
+        gets one."""
+        import torch
+
+        torch_spins = self._dtype is torch.float32 and self.backend.device.type == "cpu" and not env.openmp_sleeps()
+        self.backend.set_num_threads(number, torch_number=1 if torch_spins else number)
 
     def make_runner(self) -> ModelRunner:
         """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""

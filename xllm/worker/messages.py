@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
 from xllm.kv.moves import Move, MoveDone, TierFacts
-from xllm.metrics import GraphStats
+from xllm.metrics import GraphStats, ThreadStats
 from xllm.pooling import PoolingDefaults
 from xllm.step import ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
@@ -186,10 +186,12 @@ class Done:
 class WorkerStats:
     """What a worker counts. A rank in a process of its own sends it about once a second, as a sign of life too.
 
-    graphs: None without a graph mode. disk_misses: blocks on disk that were not good, by kind.
+    graphs: None without a graph mode. threads: None on an accelerator.
+    disk_misses: blocks on disk that were not good, by kind.
     """
 
     graphs: GraphStats | None = None
+    threads: ThreadStats | None = None
     disk_misses: dict[str, int] = field(default_factory=dict)
 
 

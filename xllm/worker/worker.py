@@ -19,6 +19,7 @@ from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, XllmError
 from xllm.kv.moves import Move
+from xllm.metrics import ThreadStats
 from xllm.runner.check import StepChecker
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.store import GrammarStore
@@ -171,13 +172,18 @@ class Worker:
         """A snapshot; any thread may ask."""
         runner = self.runner
         graphs = None if runner is None else runner.graphs
+        threads = None if self.model is None or self.model.backend.device.type != "cpu" else self.model.threads
         return WorkerStats(graphs=None if graphs is None else graphs.stats(),
+                           threads=None if threads is None else ThreadStats(
+                               num_threads=threads.num_threads, max_threads=threads.max_threads,
+                               lowered_total=threads.lowered_total),
                            disk_misses={} if self.tiers is None else self.tiers.missed_total)
 
     # --- steps
 
     def _step(self, plan: ScheduleOutput) -> None:
-        assert self.runner is not None, "a step for a worker that is not loaded"
+        assert self.runner is not None and self.model is not None, "a step for a worker that is not loaded"
+        self.model.threads.step()
         started = self.runner.start(plan)
         if self._checker is not None:
             self._checker.note(plan, started if isinstance(started, StepOutput) else None)
