@@ -5,8 +5,8 @@
  *   - who waits spins for SPIN_NS and then sleeps;
  *   - parts of the range are claimed one by one, and work that a thread has not begun is taken back from it, so that the
  *     caller waits only for parts that are being computed;
- *   - a thread that was woken on the caller's core moves to another one: the system leaves threads that sleep and wake
- *     this often on one core for tens of milliseconds, while the next core is idle.
+ *   - a thread that was woken on the caller's core moves to another one, as both cannot run there. (Seen while a third
+ *     thread of the process was busy as well; what it brings alone has not been measured.)
  *
  * One caller at a time has the pool; another one, or an operator inside a part, does all of its range alone. After a
  * fork the child starts with an empty pool.

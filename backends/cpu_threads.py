@@ -131,8 +131,8 @@ class RunDelays:
 def set_torch_threads(number: int) -> None:
     """torch's number of threads, of the calling thread alone.
 
-    torch.set_num_threads also makes its other pools anew, whose threads then spin for 8 ms: where torch computes with
-    GNU OpenMP, that is told directly.
+    After torch.set_num_threads a thread that is not ours was seen to run for 8 ms beside the next step, perhaps of
+    another pool of torch's: where torch computes with GNU OpenMP, that is told directly.
     """
     try:
         openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
