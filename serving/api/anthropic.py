@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,13 +11,15 @@ from pydantic_core import from_json
 
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat, prepare_chat
+from serving.api.drive import drive
 from serving.api.errors import ApiError, as_api_error, json_response, renaming
 from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
-from serving.api.sse import ClientGone, EventStream, named, until_disconnect
+from serving.api.sse import ClientGone
 from serving.api.types import CountTokensBody, MessagesBody, parse
 from serving.call import CALL
+from serving.parsers.events import Event
 from serving.state import ServerState
 from xllm.client.assemble import Piece
 
@@ -26,53 +28,55 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
                413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
 
-class MessagesCall:
-    """Writes a chat's answer as a message."""
+class MessagesWriter:
+    """Writes a chat's answer as a message, or as its events (`drive.Writer`)."""
+
+    is_named = True
 
     def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
+        self.parsers = call.parsers
         self._call, self._generation = call, generation
-        self.id = f"msg_{call.id.removeprefix('msg-')}"
+        self._id = f"msg_{call.id.removeprefix('msg-')}"
         self._blocks = Blocks(parallel=call.tools.parallel, shows_reasoning=shows_thinking)
 
-    def usage(self) -> dict[str, int]:
+    def take(self, piece: Piece, found: list[Event]) -> None:
+        self._blocks.feed(found)
+
+    def body(self) -> dict[str, Any]:
+        self._blocks.end()
+        return {**self._envelope([_whole(block) for block in self._blocks.all]), **self._ending()}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": self._envelope([])}
+
+    def piece(self, piece: Piece, found: list[Event]) -> Iterator[dict[str, Any]]:
+        return map(_event, self._blocks.feed(found))
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        yield from map(_event, self._blocks.end())
+        yield {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
+        yield {"type": "message_stop"}
+
+    def error(self, error: Exception) -> dict[str, Any]:
+        return error_body(as_api_error(error))
+
+    def _envelope(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "type": "message", "role": "assistant", "model": self._call.model, "content": content,
+                "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
+
+    def _usage(self) -> dict[str, int]:
         usage: dict[str, Any] = self._call.usage(self._generation)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached,
                 "cache_creation_input_tokens": 0, "output_tokens": usage["completion_tokens"]}
 
-    def envelope(self, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "type": "message", "role": "assistant", "model": self._call.model, "content": content,
-                "stop_reason": None, "stop_sequence": None, "usage": self.usage()}
-
-    def ending(self) -> dict[str, Any]:
+    def _ending(self) -> dict[str, Any]:
         """stop_reason and stop_sequence."""
         choice = self._generation.choices[0]
         if isinstance(choice.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
         reason = "tool_calls" if choice.finish_reason == "stop" and self._blocks.has_calls else choice.finish_reason
         return {"stop_reason": STOP_REASONS.get(reason or "", "end_turn"), "stop_sequence": None}
-
-    def read(self, piece: Piece) -> list[Change]:
-        return self._blocks.feed(self._call.read(piece))
-
-    async def run(self) -> dict[str, Any]:
-        """The whole message."""
-        async with self._generation as pieces:
-            async for piece in pieces:
-                self.read(piece)
-        self._blocks.end()
-        return {**self.envelope([_whole(block) for block in self._blocks.all]), **self.ending()}
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        yield named({"type": "message_start", "message": self.envelope([])})
-        async with self._generation as pieces:
-            async for piece in pieces:
-                for change in self.read(piece):
-                    yield named(_event(change))
-            for change in self._blocks.end():
-                yield named(_event(change))
-            yield named({"type": "message_delta", "delta": self.ending(), "usage": self.usage()})
-            yield named({"type": "message_stop"})
 
 
 def _event(change: Change) -> dict[str, Any]:
@@ -134,11 +138,8 @@ def router(state: ServerState) -> APIRouter:
             chat = Chat.of(body)
             with renaming(NAMES, chat.places):
                 call, generation = await begin_chat(state, request, chat_body(state, body, chat), "msg")
-            message = MessagesCall(call, generation, shows_thinking=not hides_thinking(body))
-            if body.stream:
-                return EventStream(message.events(), generation.close, done=b"",
-                                   show_error=lambda error: named(error_body(as_api_error(error))))
-            return json_response(await until_disconnect(request.receive, message.run()))
+                writer = MessagesWriter(call, generation, shows_thinking=not hides_thinking(body))
+                return await drive(request, generation, writer, stream=body.stream)
         except ClientGone:
             raise
         except Exception as error:  # the client knows one shape of errors only

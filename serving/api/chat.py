@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +12,12 @@ from fastapi.responses import Response
 from serving.api import params
 from serving.api.budget import LOGPROB, Call, affordable_tokens
 from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
-from serving.api.errors import invalid
+from serving.api.drive import drive
+from serving.api.errors import as_api_error, invalid
 from serving.api.generation import Generation
-from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
+from serving.api.json_slices import Items, Sliced, Slices, sliced
 from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs
-from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.tools import ToolWish, read_tools
 from serving.api.types import ChatBody, parse
@@ -28,13 +27,13 @@ from serving.parsers.reasoning.base import CLOSE, ThinkParser
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.errors import RequestError
-from xllm.request import MAX_LOGPROBS, TokenLogprobs
+from xllm.request import MAX_LOGPROBS
 from xllm.structured.spec import StructuredOutput
 
 
 @dataclass
 class ChatCall:
-    """One call: what was asked for, and how its answers are written."""
+    """One call: what was asked for, and what reads its answers."""
 
     state: ServerState
     body: ChatBody
@@ -47,7 +46,6 @@ class ChatCall:
     def __post_init__(self) -> None:
         self.structured = self._structured()
         self.parsers = [self._parser() for _ in range(self.n)]
-        self.created = int(time.time())
         self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
 
     def _structured(self) -> StructuredOutput | None:
@@ -88,66 +86,131 @@ class ChatCall:
             overrides["skip_special_tokens"] = False
         return overrides
 
-    def envelope(self, kind: str, choices: Items | list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
     def usage(self, generation: Generation) -> dict[str, object]:
         usage = generation.usage(self.n)
         if num_tokens := sum(parser.num_reasoning_tokens for parser in self.parsers):
             usage["completion_tokens_details"] = {"reasoning_tokens": num_tokens}
         return usage
 
-    def response(self, generation: Generation) -> dict[str, Any]:
-        """For `sliced_response`."""
-        choices = Items(map(self._choice_json, generation.choices))
-        answer = {**self.envelope("chat.completion", choices), "usage": self.usage(generation)}
-        if self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
-        if self.body.return_token_ids:
-            answer["prompt_token_ids"] = self.prompt.token_ids
+
+class ChatWriter:
+    """Writes a chat's answers as a chat completion, or as its chunks (`drive.Writer`)."""
+
+    is_named = False
+
+    def __init__(self, call: ChatCall, generation: Generation):
+        self.parsers = call.parsers
+        self._call, self._generation, self._body = call, generation, call.body
+        self._created = int(time.time())
+        self._chunk_head = self._head("chat.completion.chunk")
+        options = call.body.stream_options
+        self._shows_usage = bool(options and options.include_usage)
+        self._shows_every_usage = bool(options and options.continuous_usage_stats)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._call.id, "object": kind, "created": self._created, "model": self._call.model}
+
+    # --- the whole
+
+    def take(self, piece: Piece, found: list[Event]) -> None:
+        """Choices and parsers hold all of it."""
+
+    def body(self) -> Sliced:
+        choices = self._generation.choices
+        answer = Sliced(self._head("chat.completion"), choices=Items(map(self._choice_json, choices)),
+                        usage=self._call.usage(self._generation))
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._prompt_logprobs(choices[0])
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = self._call.prompt.token_ids
         return answer
 
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
-            "logprobs": self._whole_logprobs(choice) if self.body.logprobs else None,
+            "logprobs": self._whole_logprobs(choice) if self._body.logprobs else None,
             "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
-        if self.body.return_token_ids:
+        if self._body.return_token_ids:
             shown["token_ids"] = Slices(sliced(choice.token_ids))
         return shown
 
     def _prompt_logprobs(self, choice: Completion) -> Slices:
-        return Slices(self.logprobs.of_prompt(choice).prompt_slices(self.prompt.token_ids, choice.prompt_logprobs))
+        writer = self._call.logprobs.of_prompt(choice)
+        return Slices(writer.prompt_slices(self._call.prompt.token_ids, choice.prompt_logprobs))
 
     def _whole_logprobs(self, choice: Completion) -> dict[str, Any]:
-        writer = self.logprobs.of(choice)
-        return {"content": Slices(writer.chat_slices(choice.logprobs, self.body.top_logprobs or 0)), "refusal": None}
-
-    def _logprobs_json(self, choice: Completion, entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
-        return self.logprobs.of(choice).chat(entries, self.body.top_logprobs or 0)
+        writer = self._call.logprobs.of(choice)
+        return {"content": Slices(writer.chat_slices(choice.logprobs, self._body.top_logprobs or 0)), "refusal": None}
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
-        if answer.reasoning and self.body.include_reasoning:
+        if answer.reasoning and self._body.include_reasoning:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message["content"] = answer.content or None
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in (answer.calls if self.tools.parallel else answer.calls[:1])]
+                for call in (answer.calls if self._call.tools.parallel else answer.calls[:1])]
         return message
 
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
         return "tool_calls" if reason == "stop" and self.parsers[index].has_calls else reason
+
+    # --- as a stream
+
+    def begin(self) -> tuple[()]:
+        """Nothing: each choice begins with its first piece."""
+        return ()
+
+    def piece(self, piece: Piece, found: list[Event]) -> list[dict[str, Any]]:
+        """The role before a choice's first text, then the text, then the finish reason on a chunk of its own."""
+        chunks = [self._first_chunk(piece)] if piece.is_first else []
+        deltas = [delta for event in found if (delta := self._delta(event)) is not None]
+        if not deltas and piece.token_ids and (self._body.logprobs or self._body.return_token_ids):
+            deltas = [{"content": ""}]
+        text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
+        if text_chunks and (self._body.logprobs or self._body.return_token_ids):
+            self._add_token_details(text_chunks[0]["choices"][0], piece)
+        chunks += text_chunks
+        if piece.finish_reason is not None:
+            chunk = self._chunk(piece.index, {})
+            reason = self._finish_reason(piece.index, piece.finish_reason)
+            chunk["choices"][0].update(finish_reason=reason, stop_reason=piece.stop_reason)
+            chunks.append(chunk)
+        if self._shows_every_usage:
+            for chunk in chunks:
+                chunk["usage"] = self._call.usage(self._generation)
+        return chunks
+
+    def end(self) -> list[dict[str, Any]]:
+        """What all of it took, if that was asked for."""
+        if not self._shows_usage:
+            return []
+        return [{**self._chunk_head, "choices": [], "usage": self._call.usage(self._generation)}]
+
+    def error(self, error: Exception) -> dict[str, Any]:
+        return as_api_error(error).body()
+
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {**self._chunk_head, "choices": [choice]}
+
+    def _first_chunk(self, piece: Piece) -> dict[str, Any]:
+        chunk = self._chunk(piece.index, {"role": "assistant", "content": ""})
+        if self._body.return_token_ids and piece.index == 0:
+            chunk["prompt_token_ids"] = self._call.prompt.token_ids
+        if self._body.prompt_logprobs is not None and piece.index == 0:
+            chunk = Sliced(chunk, prompt_logprobs=self._prompt_logprobs(self._generation.choices[0]))
+        return chunk
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         """An event as a client wants it: a call's id and name once, then pieces of its arguments."""
         if isinstance(event, Content):
             return {"content": event.text}
         if isinstance(event, Reasoning):
-            return {"reasoning_content": event.text} if self.body.include_reasoning else None
-        if event.index and not self.tools.parallel:
+            return {"reasoning_content": event.text} if self._body.include_reasoning else None
+        if event.index and not self._call.tools.parallel:
             return None
         if isinstance(event, CallStart):
             function = {"name": event.name, "arguments": ""}
@@ -156,65 +219,12 @@ class ChatCall:
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
         return None
 
-    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self.envelope("chat.completion.chunk", [choice])
-
-    def piece_chunks(self, generation: Generation, piece: Piece) -> list[dict[str, Any]]:
-        """The role before a choice's first text, then the text, then the finish reason on a chunk of its own."""
-        chunks = []
-        if piece.is_first:
-            chunks.append(self._chunk(piece.index, {"role": "assistant", "content": ""}))
-            if self.body.return_token_ids and piece.index == 0:
-                chunks[0]["prompt_token_ids"] = self.prompt.token_ids
-            if self.body.prompt_logprobs is not None and piece.index == 0:
-                chunks[0]["prompt_logprobs"] = self._prompt_logprobs(generation.choices[0])
-        deltas = [delta for event in self.read(piece) if (delta := self._delta(event)) is not None]
-        if not deltas and piece.token_ids and (self.body.logprobs or self.body.return_token_ids):
-            deltas = [{"content": ""}]
-        text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
-        if text_chunks:
-            self._add_token_details(text_chunks[0]["choices"][0], generation.choices[piece.index], piece)
-        chunks += text_chunks
-        if piece.finish_reason is not None:
-            chunk = self._chunk(piece.index, {})
-            reason = self._finish_reason(piece.index, piece.finish_reason)
-            chunk["choices"][0].update(finish_reason=reason, stop_reason=piece.stop_reason)
-            chunks.append(chunk)
-        return chunks
-
-    def _add_token_details(self, shown: dict[str, Any], choice: Completion, piece: Piece) -> None:
-        if self.body.logprobs:
-            shown["logprobs"] = self._logprobs_json(choice, piece.logprobs or ())
-        if self.body.return_token_ids:
+    def _add_token_details(self, shown: dict[str, Any], piece: Piece) -> None:
+        if self._body.logprobs:
+            writer = self._call.logprobs.of(self._generation.choices[piece.index])
+            shown["logprobs"] = writer.chat(piece.logprobs or (), self._body.top_logprobs or 0)
+        if self._body.return_token_ids:
             shown["token_ids"] = piece.token_ids
-
-    def read(self, piece: Piece) -> list[Event]:
-        """What a piece's text says; each piece once, in order."""
-        return self.parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids),
-                                              last=piece.finish_reason is not None)
-
-    async def run(self, generation: Generation) -> dict[str, Any]:
-        """The whole answer. Its text is read as it comes, so that a long one never stops the event loop."""
-        async with generation as pieces:
-            async for piece in pieces:
-                self.read(piece)
-        return self.response(generation)
-
-    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        async with generation as pieces:
-            async for piece in pieces:
-                for chunk in self.piece_chunks(generation, piece):
-                    if options and options.continuous_usage_stats:
-                        chunk["usage"] = self.usage(generation)
-                    if "prompt_logprobs" in chunk:
-                        async for part in event_parts(chunk):
-                            yield part
-                    else:
-                        yield event(chunk)
-            if options and options.include_usage:
-                yield event({**self.envelope("chat.completion.chunk", []), "usage": self.usage(generation)})
 
 
 def _read_max_tokens(body: ChatBody) -> tuple[int | None, str]:
@@ -253,7 +263,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, Ch
 
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
                      logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
-    """Check a chat and submit it. Raises ApiError, RequestError, EngineDeadError or ClientGone."""
+    """Check a chat; its generation is for `drive` to start. Raises ApiError or RequestError."""
     state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
@@ -271,7 +281,7 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
                    logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob=logprob_weight)
     requests = await params.engine_requests(state, body, call.id, [prompt.token_ids], [sampling], weighed)
     state.metrics.request_params_n.observe(n)
-    return call, await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+    return call, Generation(state, requests, body.timeout_s)
 
 
 def router(state: ServerState) -> APIRouter:
@@ -282,8 +292,6 @@ def router(state: ServerState) -> APIRouter:
         state.check_accepting()
         body = parse(await read_json(request, state.config.limits.max_json_depth), ChatBody)
         call, generation = await begin_chat(state, request, body, "chatcmpl")
-        if body.stream:
-            return EventStream(call.events(generation), generation.close)
-        return await sliced_response(await until_disconnect(request.receive, call.run(generation)))
+        return await drive(request, generation, ChatWriter(call, generation), stream=body.stream)
 
     return routes

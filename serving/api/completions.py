@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,15 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.budget import Call, affordable_tokens, check_texts
-from serving.api.errors import invalid
+from serving.api.drive import drive
+from serving.api.errors import as_api_error, invalid
 from serving.api.generation import Generation
-from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
+from serving.api.json_slices import Items, Sliced, Slices, sliced
 from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, TokenPlaces, finite_slices
-from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody, parse
+from serving.parsers.events import Event
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.detokenizer import Detokenizer
@@ -60,7 +61,7 @@ class _LogprobsPart:
 
 @dataclass
 class CompletionCall:
-    """One call: what was asked for, and how its answers are written."""
+    """One call: what was asked for."""
 
     state: ServerState
     body: CompletionBody
@@ -69,12 +70,10 @@ class CompletionCall:
     n: int
     model: str
 
-    def __post_init__(self) -> None:
-        self.created = int(time.time())
-        self.logprobs = ChoiceLogprobs(self.state.tokenizer, as_ids=bool(self.body.return_tokens_as_token_ids))
-        self.unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
-        self.places: dict[int, TokenPlaces] = {}  # by choice
-        self.hides_output = self.body.max_tokens == 0  # echo only: one token is made and not shown
+    @property
+    def hides_output(self) -> bool:
+        """Echo only: one token is made and not shown."""
+        return self.body.max_tokens == 0
 
     def samplings(self) -> list[SamplingParams]:
         body = self.body
@@ -94,36 +93,78 @@ class CompletionCall:
         made = {length: first.varied(max_tokens=length) for length in set(lengths)}
         return [made[length] for length in lengths]
 
-    def prompt_of(self, choice: Completion) -> Prompt:
-        return self.prompts[choice.index // self.n]
 
-    def envelope(self, choices: Items | list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-                "choices": choices}
+class CompletionWriter:
+    """Writes a call's answers as a text completion, or as its chunks (`drive.Writer`)."""
 
-    def usage(self, generation: Generation) -> dict[str, object]:
-        return generation.usage(self.n, hidden_tokens=int(self.hides_output))
+    parsers: tuple[()] = ()
+    is_named = False
 
-    def choice_json(self, choice: Completion) -> dict[str, Any]:
+    def __init__(self, call: CompletionCall, generation: Generation):
+        self._call, self._generation, self._body = call, generation, call.body
+        self._hides_output = call.hides_output
+        self._logprobs = ChoiceLogprobs(call.state.tokenizer, as_ids=bool(call.body.return_tokens_as_token_ids))
+        self._unfinished: dict[int, str] = {}  # by choice: the end of its echoed prompt, which its text may complete
+        self._places: dict[int, TokenPlaces] = {}  # by choice
+        self._head = {"id": call.id, "object": "text_completion", "created": int(time.time()), "model": call.model}
+
+    def take(self, piece: Piece, found: list[Event]) -> None:
+        """The choices hold all of it."""
+
+    def body(self) -> Sliced:
+        return Sliced(self._head, choices=Items(map(self._choice_json, self._generation.choices)), usage=self._usage())
+
+    def begin(self) -> tuple[()]:
+        """Nothing: each choice begins with its first piece."""
+        return ()
+
+    def piece(self, piece: Piece, found: list[Event]) -> list[dict[str, Any]]:
+        """One chunk, or none: of tokens that do not make a character yet."""
+        body, options = self._body, self._body.stream_options
+        shown = self._piece_json(self._generation.choices[piece.index], piece)
+        if not (piece.text or piece.is_first or piece.finish_reason or body.return_token_ids
+                or (shown["logprobs"] or {}).get("tokens")):
+            return []
+        is_sliced = piece.is_first and (body.logprobs is not None or body.prompt_logprobs is not None)
+        chunk = Sliced(self._head, choices=Items([shown])) if is_sliced else {**self._head, "choices": [shown]}
+        if options and options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        return [chunk]
+
+    def end(self) -> list[dict[str, Any]]:
+        """What all of it took, if that was asked for."""
+        options = self._body.stream_options
+        return [{**self._head, "choices": [], "usage": self._usage()}] if options and options.include_usage else []
+
+    def error(self, error: Exception) -> dict[str, Any]:
+        return as_api_error(error).body()
+
+    def _prompt_of(self, choice: Completion) -> Prompt:
+        return self._call.prompts[choice.index // self._call.n]
+
+    def _usage(self) -> dict[str, object]:
+        return self._generation.usage(self._call.n, hidden_tokens=int(self._hides_output))
+
+    def _choice_json(self, choice: Completion) -> dict[str, Any]:
         """A finished choice, for `json_pieces`."""
-        return self.piece_json(choice, Piece(
+        return self._piece_json(choice, Piece(
             choice.index, choice.text, choice.token_ids, choice.logprobs or None, choice.finish_reason,
             choice.stop_reason, is_first=True, offsets=choice.offsets))
 
-    def piece_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
+    def _piece_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
         """One piece, with the echoed prompt before the first."""
-        body, prompt = self.body, self.prompt_of(choice)
-        text = self._echo(choice, piece) + ("" if self.hides_output else piece.text)
+        body, prompt = self._body, self._prompt_of(choice)
+        text = self._echo(choice, piece) + ("" if self._hides_output else piece.text)
         shown = {"index": piece.index, "text": text, "logprobs": None,
-                 "finish_reason": "length" if self.hides_output else piece.finish_reason,
+                 "finish_reason": "length" if self._hides_output else piece.finish_reason,
                  "stop_reason": piece.stop_reason}
         if body.logprobs is not None:
             shown["logprobs"] = self._logprobs_json(choice, piece)
         if piece.is_first and body.prompt_logprobs is not None:
             shown["prompt_logprobs"] = Slices(
-                self.logprobs.of_prompt(choice).prompt_slices(prompt.token_ids, choice.prompt_logprobs))
+                self._logprobs.of_prompt(choice).prompt_slices(prompt.token_ids, choice.prompt_logprobs))
         if body.return_token_ids:
-            shown["token_ids"] = [] if self.hides_output else piece.token_ids
+            shown["token_ids"] = [] if self._hides_output else piece.token_ids
             if piece.is_first:
                 shown["prompt_token_ids"] = prompt.token_ids
         return shown
@@ -131,35 +172,35 @@ class CompletionCall:
     def _echo(self, choice: Completion, piece: Piece) -> str:
         """What is echoed before a piece's text. A prompt that ends within a character is shown without it until it is
         known whether the answer completes it."""
-        if not self.body.echo:
+        if not self._body.echo:
             return ""
-        text = self.prompt_of(choice).echo if piece.is_first else ""
-        if text.endswith(REPLACEMENT) and self.prompt_of(choice).text is None:
+        text = self._prompt_of(choice).echo if piece.is_first else ""
+        if text.endswith(REPLACEMENT) and self._prompt_of(choice).text is None:
             whole = text.rstrip(REPLACEMENT)
-            self.unfinished[choice.index], text = text[len(whole):], whole
+            self._unfinished[choice.index], text = text[len(whole):], whole
         if piece.text or piece.finish_reason:
-            unfinished = self.unfinished.pop(choice.index, "")
+            unfinished = self._unfinished.pop(choice.index, "")
             text += unfinished[: len(unfinished) - self._num_replaced(choice)]
         return text
 
     def _num_replaced(self, choice: Completion) -> int:
-        return 0 if self.hides_output else choice.num_replaced
+        return 0 if self._hides_output else choice.num_replaced
 
     def _logprobs_json(self, choice: Completion, piece: Piece) -> dict[str, Any]:
-        body, prompt, writer = self.body, self.prompt_of(choice), self.logprobs.of(choice)
+        body, prompt, writer = self._body, self._prompt_of(choice), self._logprobs.of(choice)
         num_echoed = len(prompt.echo) - self._num_replaced(choice) if body.echo else 0
-        places = self.places.setdefault(choice.index, TokenPlaces())
-        token_ids, entries, offsets = ([], [], ()) if self.hides_output else places.take(piece, choice.offsets)
+        places = self._places.setdefault(choice.index, TokenPlaces())
+        token_ids, entries, offsets = ([], [], ()) if self._hides_output else places.take(piece, choice.offsets)
         if not piece.is_first:  # a few tokens of a stream
             return writer.completion(token_ids, entries, [num_echoed + offset for offset in offsets])
         parts: list[_LogprobsPart] = []
         if body.echo:
-            at_start = functools.partial(self.logprobs.at_start,
+            at_start = functools.partial(self._logprobs.at_start,
                                          VISIBLE if prompt.text is None else choice.request.sampling)
             parts.append(_LogprobsPart(prompt.token_ids, choice.prompt_logprobs, prompt.offsets, 0, at_start(),
                                        at_start()))
-        if not self.hides_output:
-            parts.append(_LogprobsPart(token_ids, entries, offsets, num_echoed, self.logprobs.behind_prompt(choice),
+        if not self._hides_output:
+            parts.append(_LogprobsPart(token_ids, entries, offsets, num_echoed, self._logprobs.behind_prompt(choice),
                                        writer))
         return {
             "text_offset": Slices(slice for part in parts for slice in part.offset_slices()),
@@ -168,26 +209,6 @@ class CompletionCall:
             "top_logprobs": Slices(slice for part in parts
                                    for slice in part.tops.top_slices(part.token_ids, part.entries)),
         }
-
-    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        body, options = self.body, self.body.stream_options
-        async with generation as pieces:
-            async for piece in pieces:
-                shown = self.piece_json(generation.choices[piece.index], piece)
-                if not (piece.text or piece.is_first or piece.finish_reason or body.return_token_ids
-                        or (shown["logprobs"] or {}).get("tokens")):
-                    continue  # tokens that do not make a character yet
-                is_sliced = piece.is_first and (body.logprobs is not None or body.prompt_logprobs is not None)
-                chunk = self.envelope(Items([shown]) if is_sliced else [shown])
-                if options and options.continuous_usage_stats:
-                    chunk["usage"] = self.usage(generation)
-                if is_sliced:
-                    async for part in event_parts(chunk):
-                        yield part
-                else:
-                    yield event(chunk)
-            if options and options.include_usage:
-                yield event({**self.envelope([]), "usage": self.usage(generation)})
 
 
 def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | list[list[int]]:
@@ -274,11 +295,7 @@ def router(state: ServerState) -> APIRouter:
         requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
                                                 weighed)
         state.metrics.request_params_n.observe(n)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
-        if body.stream:
-            return EventStream(call.events(generation), generation.close)
-        await until_disconnect(request.receive, generation.run())
-        choices = Items(map(call.choice_json, generation.choices))
-        return await sliced_response({**call.envelope(choices), "usage": call.usage(generation)})
+        generation = Generation(state, requests, body.timeout_s)
+        return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
 
     return routes

@@ -60,7 +60,7 @@ async def embed(state: ServerState, request: Request, body: PoolingBody, inputs:
     size = max(sum(map(len, token_ids)), params.SEQUENCE_SIZE * len(token_ids))
     requests = await state.text_work.run(
         size, lambda: params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling, field))
-    generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+    generation = Generation(state, requests, body.timeout_s)
     await until_disconnect(request.receive, generation.run())
     vectors = []
     for choice in generation.choices:

@@ -13,46 +13,51 @@ from serving.call import CALL
 from serving.metrics.refusals import OVERLOAD, QUEUE_FULL, UNAVAILABLE
 from serving.request_log import RequestRecord
 from serving.state import ServerState
-from xllm.client.assemble import Assembly, Piece
+from xllm.client.assemble import Assembly, Completion, Piece
 from xllm.client.base import EngineBusyError, Stream
-from xllm.request import OWN_FAULTS, OutputDelta, Request
+from xllm.request import OWN_FAULTS, Request
 
 DELTAS_AT_ONCE = 32  # that are read before other calls have their turn
 
 
 class Generation:
-    """choices: one for each request, in their order. Used in `async with`, which gives its pieces and closes it."""
+    """The requests of one call, from their submission to their ends: `start` it, then read it in `async with`, which
+    gives its pieces and closes it.
 
-    def __init__(self, state: ServerState, requests: Sequence[Request], stream: Stream):
+    choices: one for each request, in their order, once it is started. timeout_s: in which they must be done; None: the
+    server's own limit.
+    """
+
+    def __init__(self, state: ServerState, requests: Sequence[Request], timeout_s: float | None = None):
         self.state = state
-        self._assembly = Assembly(requests, state.tokenizer, stream.abort)
-        self.choices = self._assembly.completions
-        self._records = [state.requests.begin(request, stream.scheduled_s) for request in requests]
-        if (call := CALL.get()) is not None:
-            call.note_sequences(requests, self._records)
-        self._stream = stream
-        self._closed = False
+        self.choices: list[Completion] = []
+        self._requests, self._timeout_s = requests, timeout_s
+        self._stream: Stream | None = None
 
-    @classmethod
-    async def start(cls, state: ServerState, requests: Sequence[Request], timeout_s: float | None = None) -> Generation:
-        """Submit the requests; the caller enters it or calls `close`. timeout_s: in which they must be done; None: the
-        server's own limit. Raises RequestError or EngineDeadError."""
-        expires_s = expiry_s(timeout_s, state.config.resilience.request_timeout)
+    async def start(self) -> None:
+        """Submit the requests; whoever calls this enters the generation or calls `close`. Raises ApiError, RequestError
+        or EngineDeadError."""
+        state, expires_s = self.state, expiry_s(self._timeout_s, self.state.config.resilience.request_timeout)
         try:
-            stream = await state.admission.submit(requests)
+            stream = await state.admission.submit(self._requests)
         except EngineBusyError:
             state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
             raise
         stream.expires_s = expires_s
         state.num_open += 1
-        return cls(state, requests, stream)
+        self._stream = stream
+        self._assembly = Assembly(self._requests, state.tokenizer, stream.abort)
+        self.choices = self._assembly.completions
+        self._records = [state.requests.begin(request, stream.scheduled_s) for request in self._requests]
+        if (call := CALL.get()) is not None:
+            call.note_sequences(self._requests, self._records)
 
     def close(self) -> None:
-        """Abort what is still running. Idempotent."""
-        if self._closed:
+        """Abort what is still running. Idempotent; does nothing before `start`."""
+        stream, self._stream = self._stream, None
+        if stream is None:
             return
-        self._closed = True
-        self._stream.close()
+        stream.close()
         self.state.num_open -= 1
         for choice, record in zip(self.choices, self._records, strict=True):
             if record.end_s is None:
@@ -71,26 +76,26 @@ class Generation:
         await self._pieces.aclose()
 
     async def _read(self) -> AsyncGenerator[Piece, None]:
-        while deltas := await self._next():
-            for start in range(0, len(deltas), DELTAS_AT_ONCE):
-                pieces = self._assembly.feed(deltas[start : start + DELTAS_AT_ONCE])
-                for piece in pieces:
-                    self._note(piece)
-                for piece in pieces:
-                    if piece.token_ids or piece.finish_reason is not None:  # else: a chunk of prompt_logprobs only
-                        yield piece
-                if start + DELTAS_AT_ONCE < len(deltas):
-                    await asyncio.sleep(0)
-
-    async def _next(self) -> list[OutputDelta]:
+        stream = self._stream
+        assert stream is not None, "it is started first"
         try:
-            return await self._stream.next()
+            while deltas := await stream.next():
+                for start in range(0, len(deltas), DELTAS_AT_ONCE):
+                    pieces = self._assembly.feed(deltas[start : start + DELTAS_AT_ONCE])
+                    for piece in pieces:
+                        self._note(piece)
+                    for piece in pieces:
+                        if piece.token_ids or piece.finish_reason is not None:  # else: a chunk of prompt_logprobs only
+                            yield piece
+                    if start + DELTAS_AT_ONCE < len(deltas):
+                        await asyncio.sleep(0)
         except EngineBusyError:
             self.state.refusals.note(OVERLOAD)
             raise
 
     async def run(self) -> None:
-        """Run to the end without looking at the pieces, then close."""
+        """Start it and run it to its end without looking at the pieces."""
+        await self.start()
         async with self as pieces:
             async for _ in pieces:
                 pass

@@ -34,6 +34,10 @@ class Items:
         self.items = items
 
 
+class Sliced(dict[str, Any]):
+    """An event or a body that holds `Slices` or `Items`: it is written in parts."""
+
+
 def sliced(values: Sequence[Any], width: int = 1) -> Iterator[Sequence[Any]]:
     """The values in slices. width: how many plain values each stands for."""
     step = max(1, SLICE_VALUES // max(1, width))

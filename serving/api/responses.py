@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,25 +14,28 @@ from fastapi.responses import Response
 from serving.api.blocks import Block, Blocks, Change, Grew, Opened
 from serving.api.budget import KEPT_LOGPROB
 from serving.api.chat import ChatCall, begin_chat
+from serving.api.drive import drive
 from serving.api.errors import ApiError, as_api_error, invalid, json_response, renaming
 from serving.api.generation import Generation
 from serving.api.limits import read_json
 from serving.api.responses_input import NAMES, Conversation, chat_body, shown_tools
-from serving.api.sse import EventStream, named, until_disconnect
 from serving.api.types import ResponsesBody, parse
 from serving.call import CALL
+from serving.parsers.events import Event
 from serving.security.caller import CALLER
 from serving.state import ServerState
 from xllm.client.assemble import Piece
 
 
-class ResponsesCall:
-    """Writes a chat's answer as a response."""
+class ResponsesWriter:
+    """Writes a chat's answer as a response, or as its events (`drive.Writer`)."""
+
+    is_named = True
 
     def __init__(self, state: ServerState, body: ResponsesBody, call: ChatCall, generation: Generation,
                  messages: list[dict[str, Any]], response_id: str):
         self._state, self._body, self._call, self._generation = state, body, call, generation
-        self._messages, self.id = messages, response_id
+        self._messages, self._id, self.parsers = messages, response_id, call.parsers
         self._owner = CALLER.get().name
         self._created, self._number = int(time.time()), 0
         self._blocks = Blocks(parallel=call.tools.parallel)
@@ -42,11 +45,11 @@ class ResponsesCall:
 
     # --- the whole
 
-    def response(self, status: str, output: list[dict[str, Any]], *, with_usage: bool) -> dict[str, Any]:
+    def _response(self, status: str, output: list[dict[str, Any]], *, with_usage: bool) -> dict[str, Any]:
         body = self._body
         cut = status == "incomplete"
         return {
-            "id": self.id, "object": "response", "created_at": self._created, "status": status, "error": None,
+            "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens, "model": self._call.model, "output": output,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -73,12 +76,12 @@ class ResponsesCall:
     def _is_cut(self) -> bool:
         return self._generation.choices[0].finish_reason == "length"
 
-    def finished(self) -> dict[str, Any]:
+    def _finished(self) -> dict[str, Any]:
         """The response at its end, which is kept for later calls unless they said not to."""
         blocks = self._blocks.all
         items = [self._item(block, "incomplete" if self._is_cut and block is blocks[-1] else "completed")
                  for block in blocks]
-        response = self.response("incomplete" if self._is_cut else "completed", items, with_usage=True)
+        response = self._response("incomplete" if self._is_cut else "completed", items, with_usage=True)
         if self._body.store is not False:
             self._state.responses.put(response, [*self._messages, self._answer_message()], self._owner)
         return response
@@ -110,7 +113,7 @@ class ResponsesCall:
         return {"type": "output_text", "text": block.text, "annotations": [],
                 "logprobs": list(self._logprobs[block.index])}
 
-    def _read(self, piece: Piece) -> list[tuple[Change, list[dict[str, Any]]]]:
+    def _read(self, piece: Piece, found: list[Event]) -> list[tuple[Change, list[dict[str, Any]]]]:
         """What a piece changes, and the logprobs that go with each change.
 
         A token counts to a text if some of it comes out there. One that is held back until its meaning is known waits;
@@ -119,7 +122,7 @@ class ResponsesCall:
         if self._call.body.logprobs:
             writer = self._call.logprobs.of(self._generation.choices[piece.index])
             self._unplaced += writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
-        changes = self._blocks.feed(self._call.read(piece))
+        changes = self._blocks.feed(found)
         grown = [change for change in changes if isinstance(change, Grew)]
         texts = [change for change in grown if change.block.kind == "text"]
         entries: list[dict[str, Any]] = []
@@ -131,41 +134,40 @@ class ResponsesCall:
             self._logprobs[texts[0].block.index] += entries
         return [(change, entries if texts and change is texts[0] else []) for change in changes]
 
-    async def run(self) -> dict[str, Any]:
-        async with self._generation as pieces:
-            async for piece in pieces:
-                self._read(piece)
+    def take(self, piece: Piece, found: list[Event]) -> None:
+        self._read(piece, found)
+
+    def body(self) -> dict[str, Any]:
         self._blocks.end()
-        return self.finished()
+        return self._finished()
 
     # --- as a stream
 
-    def _event(self, kind: str, **content: Any) -> bytes:
-        self._number += 1
-        return named({"type": f"response.{kind}", "sequence_number": self._number - 1, **content})
-
-    def error_event(self, error: Exception) -> bytes:
-        shown = as_api_error(error)
-        response = self.response("failed", [], with_usage=False)
-        response["error"] = {"code": "server_error", "message": shown.message}
-        return self._event("failed", response=response)
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        begun = self.response("in_progress", [], with_usage=False)
+    def begin(self) -> Iterator[dict[str, Any]]:
+        begun = self._response("in_progress", [], with_usage=False)
         yield self._event("created", response=begun)
         yield self._event("in_progress", response=begun)
-        async with self._generation as pieces:
-            async for piece in pieces:
-                for change, entries in self._read(piece):
-                    for event in self._changed(change, entries, "completed"):
-                        yield event
-            for change in self._blocks.end():
-                for event in self._changed(change, [], "incomplete" if self._is_cut else "completed"):
-                    yield event
-            response = self.finished()
-            yield self._event(response["status"], response=response)
 
-    def _changed(self, change: Change, entries: list[dict[str, Any]], status: str) -> Iterator[bytes]:
+    def piece(self, piece: Piece, found: list[Event]) -> Iterator[dict[str, Any]]:
+        for change, entries in self._read(piece, found):
+            yield from self._changed(change, entries, "completed")
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        for change in self._blocks.end():
+            yield from self._changed(change, [], "incomplete" if self._is_cut else "completed")
+        response = self._finished()
+        yield self._event(response["status"], response=response)
+
+    def error(self, error: Exception) -> dict[str, Any]:
+        response = self._response("failed", [], with_usage=False)
+        response["error"] = {"code": "server_error", "message": as_api_error(error).message}
+        return self._event("failed", response=response)
+
+    def _event(self, kind: str, **content: Any) -> dict[str, Any]:
+        self._number += 1
+        return {"type": f"response.{kind}", "sequence_number": self._number - 1, **content}
+
+    def _changed(self, change: Change, entries: list[dict[str, Any]], status: str) -> Iterator[dict[str, Any]]:
         """entries: logprobs of the text that is new. status: of an item that is closed."""
         block = change.block
         place: dict[str, Any] = {"output_index": block.index}
@@ -242,10 +244,8 @@ def router(state: ServerState) -> APIRouter:
         with renaming(NAMES, conversation.places_after(body)):
             call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
                                                 logprob_weight=KEPT_LOGPROB)
-        answer = ResponsesCall(state, body, call, generation, conversation.messages, _new_id())
-        if body.stream:
-            return EventStream(answer.events(), generation.close, done=b"", show_error=answer.error_event)
-        return json_response(await until_disconnect(request.receive, answer.run()))
+            writer = ResponsesWriter(state, body, call, generation, conversation.messages, _new_id())
+            return await drive(request, generation, writer, stream=body.stream)
 
     @routes.get("/v1/responses/{name}")
     async def get_response(name: str) -> Response:

@@ -97,7 +97,7 @@ def router(state: ServerState) -> APIRouter:
                                   prompt_logprobs=body.logprobs)
         call = params.call_id(body, "sample", request.headers.get("x-request-id"))
         requests = params.plain_requests(state, body, call, [token_ids], sampling)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+        generation = Generation(state, requests, body.timeout_s)
         await until_disconnect(request.receive, generation.run())
         choice: Completion = generation.choices[0]
         # As delivered, the first entry is the prompt's first token's, which has none.

@@ -24,23 +24,20 @@ class ClientGone(Exception):
 
 
 def event(content: dict[str, Any]) -> bytes:
-    return b"data: " + event_json(content) + b"\n\n"
+    return b"data: " + escape_line_ends(msgspec.json.encode(content)) + b"\n\n"
 
 
 def named(content: dict[str, Any]) -> bytes:
     """An event whose name is its type."""
-    return f"event: {content['type']}\ndata: ".encode() + event_json(content) + b"\n\n"
-
-
-def event_json(content: dict[str, Any]) -> bytes:
-    """JSON without a byte that any reader of lines takes for a line's end (evalscope#1642): the standard ends lines at
-    CR and LF only, but the readers of httpx and requests split where `str.splitlines` does. JSON escapes the control
-    characters among those; the other three are escaped here."""
-    return escape_line_ends(msgspec.json.encode(content))
+    return f"event: {content['type']}\ndata: ".encode() + escape_line_ends(msgspec.json.encode(content)) + b"\n\n"
 
 
 def escape_line_ends(encoded: bytes) -> bytes:
-    """JSON, or a part of it that ends between two characters, without those three."""
+    """JSON, or a part of it that ends between two characters, without a byte that any reader of lines takes for a
+    line's end (evalscope#1642): the standard ends lines at CR and LF only, but the readers of httpx and requests split
+    where `str.splitlines` does. JSON escapes the control characters among those; the other three are escaped here."""
+    if encoded.isascii():
+        return encoded
     for character, escaped in LINE_ENDS.items():
         encoded = encoded.replace(character, escaped)
     return encoded

@@ -12,7 +12,7 @@ from serving.parsers.tools.base import ToolParser
 
 
 class AnswerParser(Protocol):
-    """What reads the text of the answer: a `ToolParser`, or `PlainParser`. `markers`: texts that it looks for."""
+    """What reads the text of the answer, such as a `ToolParser`. `markers`: texts that it looks for."""
 
     @property
     def markers(self) -> tuple[str, ...]: ...
@@ -22,30 +22,19 @@ class AnswerParser(Protocol):
     def finish(self) -> list[Event]: ...
 
 
-class PlainParser:
-    """All text is content."""
-
-    markers: tuple[str, ...] = ()
-
-    def feed(self, text: str) -> list[Event]:
-        return [Content(text)] if text else []
-
-    def finish(self) -> list[Event]:
-        return []
-
-
 class OutputParser:
-    """Feed it with text as it comes; the events together do not depend on how the text was cut."""
+    """Feed it with text as it comes; the events together do not depend on how the text was cut. Without an `answer`
+    parser all text of the answer is content."""
 
     def __init__(self, thinking: ThinkParser | None, answer: AnswerParser | None):
         self._thinking = thinking
-        self._answer = answer or PlainParser()
+        self._answer = answer
         if thinking is not None and isinstance(answer, ToolParser) and answer.endings:
             thinking.expect_calls(answer.opening.texts, answer.endings)
         self.has_calls = False
         self._events: list[Event] = []
         self.num_reasoning_tokens = 0
-        self.markers = (*(thinking.markers if thinking else ()), *self._answer.markers)
+        self.markers = (*(thinking.markers if thinking else ()), *(answer.markers if answer else ()))
 
     def feed(self, text: str, *, num_tokens: int = 0, last: bool = False) -> list[Event]:
         """Read more text, of `num_tokens` tokens; `last`: there is no more after it."""
@@ -57,10 +46,14 @@ class OutputParser:
             if last:
                 more, rest = self._thinking.finish()
                 events, text = events + more, text + rest
-        events += self._answer.feed(text)
-        if last:
-            events += self._answer.finish()
-        events = merged(events)
+        if self._answer is None:
+            events += [Content(text)] if text else []
+        else:
+            events += self._answer.feed(text)
+            if last:
+                events += self._answer.finish()
+        if len(events) > 1:
+            events = merged(events)
         self.has_calls = self.has_calls or any(isinstance(event, CallStart) for event in events)
         self._events += events
         if self._thinking is not None and not (self._thinking.is_thinking or self._has_thought):

@@ -1,0 +1,100 @@
+"""`drive`: a generation becomes an answer, whole or as a stream of events, in the same way for every API.
+
+What an API's events and bodies look like is its `Writer`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from serving.api.errors import json_response
+from serving.api.generation import Generation
+from serving.api.json_slices import Sliced, event_parts, sliced_response
+from serving.api.sse import DONE, EventStream, event, named, until_disconnect
+from serving.parsers.events import Event
+from serving.parsers.output import OutputParser
+from xllm.client.assemble import Piece
+
+
+class Writer(Protocol):
+    """Writes one generation's answers in the form of one API. It is shown every piece once, in their order: by `piece`
+    in a stream, else by `take`. Events and bodies are data for JSON; a large one is `Sliced`.
+
+    parsers: of each choice; empty if the text is not read. is_named: events bear their type as their name, and the last
+    of them ends the stream; else `[DONE]` does.
+    """
+
+    is_named: bool
+
+    @property
+    def parsers(self) -> Sequence[OutputParser]: ...
+
+    def begin(self) -> Iterable[dict[str, Any]]:
+        """The events before the first piece; none of them is large."""
+
+    def piece(self, piece: Piece, found: list[Event]) -> Iterable[dict[str, Any]]:
+        """The events of a piece. found: what the choice's parser read in it."""
+
+    def end(self) -> Iterable[dict[str, Any]]:
+        """The events behind the last piece; none of them is large."""
+
+    def error(self, error: Exception) -> dict[str, Any]:
+        """The last event of a stream that fails."""
+
+    def take(self, piece: Piece, found: list[Event]) -> None:
+        """Keep of a piece what `body` needs and neither the choice nor its parser holds."""
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer, once every choice has ended."""
+
+
+async def drive(request: Request, generation: Generation, writer: Writer, *, stream: bool | None) -> Response:
+    """Start a generation and answer with it; it is closed when the answer is complete, fails or has no reader any more.
+
+    Raises:
+        ApiError, RequestError, EngineDeadError: it was refused, or it failed before an answer had begun.
+        ClientGone: the client left before.
+    """
+    if stream:
+        await until_disconnect(request.receive, generation.start())
+        encode = named if writer.is_named else event
+        return EventStream(_events(generation, writer, encode), generation.close, done=b"" if writer.is_named else DONE,
+                           show_error=lambda error: encode(writer.error(error)))
+    await until_disconnect(request.receive, _collect(generation, writer))
+    body = writer.body()
+    return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)
+
+
+async def _events(generation: Generation, writer: Writer,
+                  encode: Callable[[dict[str, Any]], bytes]) -> AsyncGenerator[bytes, None]:
+    async with generation as pieces:
+        for content in writer.begin():
+            yield encode(content)
+        async for piece in pieces:
+            for content in writer.piece(piece, _read(writer.parsers, piece)):
+                if isinstance(content, Sliced):
+                    async for part in event_parts(content):
+                        yield part
+                else:
+                    yield encode(content)
+        for content in writer.end():
+            yield encode(content)
+
+
+async def _collect(generation: Generation, writer: Writer) -> None:
+    """The text is read as it comes, so that a long one never stops the event loop."""
+    await generation.start()
+    async with generation as pieces:
+        async for piece in pieces:
+            writer.take(piece, _read(writer.parsers, piece))
+
+
+def _read(parsers: Sequence[OutputParser], piece: Piece) -> list[Event]:
+    """What a piece's text says; each piece once, in order."""
+    if not parsers:
+        return []
+    return parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids), last=piece.finish_reason is not None)
