@@ -18,6 +18,7 @@ from serving.api.sse import ClientGone, escape_line_ends, until_disconnect
 
 SLICE_VALUES = 256  # that are made and encoded without a pause: about half a millisecond's work
 PART_BYTES = 2**15  # that are sent together
+WHOLE_BYTES = 2**24  # of an answer that is made before it is sent: clients like to know how much comes
 
 
 class Slices:
@@ -96,12 +97,14 @@ async def event_parts(content: Any) -> AsyncGenerator[bytes, None]:
 
 
 async def sliced_response(content: Any) -> Response:
-    """The answer with `content`: a plain one if it is short, else one that is made while it is sent."""
-    made = parts(content)
-    first = await anext(made)
-    if len(first) < PART_BYTES:
-        return Response(first, media_type="application/json")
-    return _SlicedResponse(first, made)
+    """The answer with `content`, whose length is told; beyond WHOLE_BYTES one that is made while it is sent."""
+    made, ready, num_bytes = parts(content), list[bytes](), 0
+    async for part in made:
+        ready.append(part)
+        num_bytes += len(part)
+        if num_bytes > WHOLE_BYTES:
+            return _SlicedResponse(b"".join(ready), made)
+    return Response(b"".join(ready), media_type="application/json")
 
 
 class _SlicedResponse(Response):
