@@ -8,19 +8,21 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.auth import Access
 from serving.api.budget import Call, affordable_tokens, check_texts
 from serving.api.errors import invalid
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, Slices, event_parts, sliced, sliced_response
-from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, TokenPlaces, finite_slices
+from serving.api.route import Route
 from serving.api.sse import EventStream, event, until_disconnect
 from serving.api.structured import read_structured
-from serving.api.types import CompletionBody, parse
+from serving.api.types import CompletionBody
+from serving.request_log import RequestKind
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.detokenizer import Detokenizer
@@ -253,32 +255,27 @@ def _encoded(state: ServerState, body: CompletionBody, item: str | list[int]) ->
     return Prompt(token_ids, text, echo, offsets)
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def create_completion(state: ServerState, request: Request, body: CompletionBody) -> Response:
+    prompts = await encode_prompts(state, body)
+    n = params.check_fan_out(state, body, len(prompts))
+    if body.best_of not in (None, n):
+        raise invalid("best_of other than n is not supported", "best_of")
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options needs stream", "stream_options")
+    call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
+                          n, body.model or state.served_names[0])
+    samplings = call.samplings()
+    weighed = Call([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
+    requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
+                                            weighed)
+    state.metrics.request_params_n.observe(n)
+    generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
+    if body.stream:
+        return EventStream(call.events(generation), generation.close)
+    await until_disconnect(request.receive, generation.run())
+    choices = Items(map(call.choice_json, generation.choices))
+    return await sliced_response({**call.envelope(choices), "usage": call.usage(generation)})
 
-    @routes.post("/v1/completions")
-    async def create_completion(request: Request) -> Response:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), CompletionBody)
-        state.check_model(body.model)
-        prompts = await encode_prompts(state, body)
-        n = params.check_fan_out(state, body, len(prompts))
-        if body.best_of not in (None, n):
-            raise invalid("best_of other than n is not supported", "best_of")
-        if body.stream_options and not body.stream:
-            raise invalid("stream_options needs stream", "stream_options")
-        call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
-                              n, body.model or state.served_names[0])
-        samplings = call.samplings()
-        weighed = Call([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
-        requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
-                                                weighed)
-        state.metrics.request_params_n.observe(n)
-        generation = await until_disconnect(request.receive, Generation.start(state, requests, body.timeout_s))
-        if body.stream:
-            return EventStream(call.events(generation), generation.close)
-        await until_disconnect(request.receive, generation.run())
-        choices = Items(map(call.choice_json, generation.choices))
-        return await sliced_response({**call.envelope(choices), "usage": call.usage(generation)})
 
-    return routes
+ROUTES = (Route("POST", "/v1/completions", Access.USER, CompletionBody, create_completion,
+                kind=RequestKind("completion", "text_completion")),)
