@@ -147,7 +147,7 @@ def failed(error: Exception) -> Response:
 
 ROUTES = (
     Route("POST", "/v1/messages", Access.USER, MessagesBody, create_message, kind=RequestKind("message", "chat"),
-          show_error=failed),
+          checks_model=False, show_error=failed),
     Route("POST", "/v1/messages/count_tokens", Access.USER, CountTokensBody, count_tokens, Needs.MODEL,
           show_error=failed),
 )

@@ -256,6 +256,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, Ch
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
                      logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
     """Check a chat and submit it. Raises ApiError, RequestError, EngineDeadError or ClientGone."""
+    state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
     asked, asked_field = _read_max_tokens(body)
@@ -283,4 +284,4 @@ async def create_chat_completion(state: ServerState, request: Request, body: Cha
 
 
 ROUTES = (Route("POST", "/v1/chat/completions", Access.USER, ChatBody, create_chat_completion,
-                kind=RequestKind("chat", "chat")),)
+                kind=RequestKind("chat", "chat"), checks_model=False),)

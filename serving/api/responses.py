@@ -261,7 +261,8 @@ async def delete_response(state: ServerState, request: Request) -> Response:
 
 
 ROUTES = (
-    Route("POST", "/v1/responses", Access.USER, ResponsesBody, create_response, kind=RequestKind("response", "chat")),
+    Route("POST", "/v1/responses", Access.USER, ResponsesBody, create_response, kind=RequestKind("response", "chat"),
+          checks_model=False),
     Route("GET", "/v1/responses/{name}", Access.USER, None, get_response, Needs.NOTHING),
     Route("DELETE", "/v1/responses/{name}", Access.USER, None, delete_response, Needs.NOTHING, is_listed=False),
 )

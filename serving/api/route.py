@@ -38,9 +38,9 @@ class Route:
     against its type, and the model that it names is served here. A body of an ADMIN route may be left out, and query
     parameters count as members of it. GET answers HEAD, too.
 
-    kind: of the generations that it begins, for `/v1/stats` and traces. is_listed: in `/openapi.json`. is_quiet:
-    machines ask it every few seconds, and only its errors are logged. show_error: writes errors in another shape than
-    the API's usual one.
+    kind: of the generations that it begins, for `/v1/stats` and traces. checks_model: else the handler does it, later.
+    is_listed: in `/openapi.json`. is_quiet: machines ask it every few seconds, and only its errors are logged.
+    show_error: writes errors in another shape than the API's usual one.
     """
 
     method: str
@@ -50,6 +50,7 @@ class Route:
     handler: Callable[..., Awaitable[Response]]
     needs: Needs = Needs.ENGINE
     kind: RequestKind = PLAIN
+    checks_model: bool = True
     is_listed: bool = True
     is_quiet: bool = False
     show_error: Callable[[Exception], Response] | None = None
@@ -89,7 +90,8 @@ class Route:
             body: Any = await body_of(state, request, self.body)
         else:
             body = parse(await read_json(request, state.config.limits.max_json_depth), self.body)
-        state.check_model(getattr(body, "model", None))
+        if self.checks_model:
+            state.check_model(getattr(body, "model", None))
         return await self.handler(state, request, body)
 
 
