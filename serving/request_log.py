@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -13,7 +14,18 @@ from xllm.client.assemble import Completion
 from xllm.request import Request, SamplingParams
 
 MAX_FINISHED = 256
-KINDS = {"chatcmpl": "chat", "cmpl": "completion", "resp": "response", "msg": "message"}  # by the id's prefix
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKind:
+    """What a route calls the requests that it makes. operation: the `gen_ai.operation.name` of their spans."""
+
+    name: str = "request"
+    operation: str = "request"
+
+
+PLAIN = RequestKind()
+REQUEST_KIND: ContextVar[RequestKind] = ContextVar("request_kind", default=PLAIN)  # of the call at hand
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,10 +52,7 @@ class RequestRecord:
     trace_headers: dict[str, str] | None = None  # the caller's trace context
     caller: str = ""  # whose it is, on a server with keys
     adapter: str = ""  # its name; "": the model itself
-
-    @property
-    def kind(self) -> str:
-        return KINDS.get(self.request_id.partition("-")[0], "request")
+    kind: RequestKind = PLAIN
 
     @property
     def decode_s(self) -> float | None:
@@ -87,7 +96,8 @@ class RequestLog:
         self._num_begun += 1
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
-                               trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora)
+                               trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora,
+                               kind=REQUEST_KIND.get())
         self._open[record.number] = record, scheduled_s
         return record
 

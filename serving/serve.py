@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from serving.api.app import create_app
+from serving.api.app import QUIET, create_app
 from serving.api.call_log import CallLog
 from serving.config import ServerConfig
 from serving.connection import connection_class
@@ -137,7 +137,7 @@ class _Server:
         if self._tls is not None:
             connection = with_tls(connections, self._tls, connection)
         self._http = _QuietServer(uvicorn.Config(
-            CallLog(create_app(self._state), log_requests=self._config.log.enable_log_requests),
+            CallLog(create_app(self._state), log_requests=self._config.log.enable_log_requests, quiet=QUIET),
             log_level=http.uvicorn_log_level, log_config=None, access_log=False,  # requests have lines of our own
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
             # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.

@@ -56,6 +56,7 @@ class ServerState:
     callers: CallerLog = field(default_factory=CallerLog)
     history: EngineHistory = field(default_factory=EngineHistory)
     tracer: Tracer | None = None
+    num_viewers: Counter[str] = field(default_factory=Counter)  # of `/v1/stats/stream`, by caller
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
     responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
     text_work: TextWork = field(default_factory=TextWork)

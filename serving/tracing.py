@@ -21,7 +21,6 @@ HEADERS = (b"traceparent", b"tracestate")
 MAX_HEADER_CHARS = 1024
 EXPORT_TIMEOUT_S = 3.0
 EXPORT_INTERVAL_MS = 1000
-OPERATIONS = {"chat": "chat", "message": "chat", "response": "chat", "completion": "text_completion"}
 
 
 class TraceContext:
@@ -92,7 +91,7 @@ class Tracer:
         sampling = record.sampling
         assert record.end_s is not None
         found: dict[str, Any] = {
-            "gen_ai.provider.name": "xllm", "gen_ai.operation.name": OPERATIONS.get(record.kind, record.kind),
+            "gen_ai.provider.name": "xllm", "gen_ai.operation.name": record.kind.operation,
             "gen_ai.request.id": record.request_id, "gen_ai.response.id": record.request_id,
             "gen_ai.request.model": self.model, "gen_ai.response.model": self.model,
             "gen_ai.request.max_tokens": sampling.max_tokens, "gen_ai.request.temperature": sampling.temperature,

@@ -1,17 +1,19 @@
 """`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters come and go while the server runs.
 
-Both need an admin key (`serving/api/auth.py`).
+Both need an admin key.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
-from serving.api.control import body_of, control
+from serving.api.auth import Access
+from serving.api.control import control
 from serving.api.errors import ApiError, invalid, json_response
+from serving.api.route import Needs, Route
 from serving.api.types import LoadAdapterBody, UnloadAdapterBody
 from serving.security.paths import contained
 from serving.state import ServerState
@@ -19,24 +21,16 @@ from xllm.errors import RequestError
 from xllm.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def load_adapter(state: ServerState, request: Request, body: LoadAdapterBody) -> Response:
+    state.check_adapter_name(body.lora_name, "lora_name")
+    folder = adapter_folder(state.config.http.lora_folder, body.lora_path)
+    done = await control(state, "load_adapter", name=body.lora_name, folder=str(folder))
+    return json_response({"adapters": done.state.adapters})
 
-    @routes.post("/v1/load_lora_adapter")
-    async def load_adapter(request: Request) -> Response:
-        body = await body_of(state, request, LoadAdapterBody)
-        state.check_adapter_name(body.lora_name, "lora_name")
-        folder = adapter_folder(state.config.http.lora_folder, body.lora_path)
-        done = await control(state, "load_adapter", name=body.lora_name, folder=str(folder))
-        return json_response({"adapters": done.state.adapters})
 
-    @routes.post("/v1/unload_lora_adapter")
-    async def unload_adapter(request: Request) -> Response:
-        body = await body_of(state, request, UnloadAdapterBody)
-        done = await control(state, "unload_adapter", name=body.lora_name)
-        return json_response({"adapters": done.state.adapters})
-
-    return routes
+async def unload_adapter(state: ServerState, request: Request, body: UnloadAdapterBody) -> Response:
+    done = await control(state, "unload_adapter", name=body.lora_name)
+    return json_response({"adapters": done.state.adapters})
 
 
 def adapter_folder(root: str | None, wish: str) -> Path:
@@ -59,3 +53,9 @@ def _leads_out(file: Path, root: Path) -> bool:
         return not file.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # links in a circle
         return True
+
+
+ROUTES = (
+    Route("POST", "/v1/load_lora_adapter", Access.ADMIN, LoadAdapterBody, load_adapter, Needs.NOTHING),
+    Route("POST", "/v1/unload_lora_adapter", Access.ADMIN, UnloadAdapterBody, unload_adapter, Needs.NOTHING),
+)

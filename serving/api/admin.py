@@ -1,6 +1,6 @@
 """Routes that act on the engine as a whole: hold it, put it to sleep, wake it, forget what is cached, end requests.
 
-All of them need an admin key (`serving/api/auth.py`).
+All of them need an admin key.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import asyncio
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
-from serving.api.control import body_of, control
+from serving.api.auth import Access
+from serving.api.control import control
 from serving.api.errors import invalid, json_response
 from serving.api.health import package_version
+from serving.api.route import Needs, Route
 from serving.api.types import AbortBody, PauseBody, SleepBody
 from serving.state import ServerState
 from xllm.engine.commands import EngineState
@@ -24,66 +26,48 @@ SLEEP_LEVELS = (1, 2)  # without the KV cache; without the weights too
 POLL_S = 0.02
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
-    _add_holding(routes, state)
-    _add_sleeping(routes, state)
-
-    @routes.post("/flush_cache")
-    @routes.post("/reset_prefix_cache")
-    async def reset_prefix_cache() -> Response:
-        done = await control(state, "reset_prefix_cache")
-        return json_response({"success": True, "num_blocks": done.num_blocks})
-
-    @routes.post("/abort_requests")
-    @routes.post("/abort_request")
-    @routes.post("/abort")
-    async def abort(request: Request) -> Response:
-        return json_response({"aborted": _abort(state, await body_of(state, request, AbortBody))})
-
-    @routes.get("/get_server_info")
-    @routes.get("/server_info")
-    async def server_info() -> Response:
-        state.check_loaded()
-        return json_response(_server_info(state))
-
-    return routes
+async def reset_prefix_cache(state: ServerState, request: Request) -> Response:
+    done = await control(state, "reset_prefix_cache")
+    return json_response({"success": True, "num_blocks": done.num_blocks})
 
 
-def _add_holding(routes: APIRouter, state: ServerState) -> None:
-    @routes.post("/pause")
-    async def pause(request: Request) -> Response:
-        mode = (await body_of(state, request, PauseBody)).mode
-        if mode not in PAUSE_MODES:
-            raise invalid(f"mode must be one of {', '.join(PAUSE_MODES)}", "mode")
-        done = await control(state, "pause", mode=mode)
-        while mode == "wait" and done.state.num_open and state.engine.stats.num_running:
-            if await request.is_disconnected():
-                break
-            await asyncio.sleep(POLL_S)
-        return json_response(_shown(done.state))
-
-    @routes.post("/resume")
-    async def resume() -> Response:
-        return json_response(_shown((await control(state, "resume")).state))
+async def abort(state: ServerState, request: Request, body: AbortBody) -> Response:
+    return json_response({"aborted": _abort(state, body)})
 
 
-def _add_sleeping(routes: APIRouter, state: ServerState) -> None:
-    @routes.post("/sleep")
-    async def sleep(request: Request) -> Response:
-        level = (await body_of(state, request, SleepBody)).level
-        if level not in SLEEP_LEVELS:
-            raise invalid(f"level must be one of {', '.join(map(str, SLEEP_LEVELS))}", "level")
-        return json_response(_shown((await control(state, "sleep", level=level)).state))
+async def server_info(state: ServerState, request: Request) -> Response:
+    return json_response(_server_info(state))
 
-    @routes.post("/wake_up")
-    @routes.post("/wakeup")
-    async def wake_up() -> Response:
-        return json_response(_shown((await control(state, "wakeup")).state))
 
-    @routes.get("/is_sleeping")
-    async def is_sleeping() -> Response:
-        return json_response(_shown((await control(state, "state")).state))
+async def pause(state: ServerState, request: Request, body: PauseBody) -> Response:
+    mode = body.mode
+    if mode not in PAUSE_MODES:
+        raise invalid(f"mode must be one of {', '.join(PAUSE_MODES)}", "mode")
+    done = await control(state, "pause", mode=mode)
+    while mode == "wait" and done.state.num_open and state.engine.stats.num_running:
+        if await request.is_disconnected():
+            break
+        await asyncio.sleep(POLL_S)
+    return json_response(_shown(done.state))
+
+
+async def resume(state: ServerState, request: Request) -> Response:
+    return json_response(_shown((await control(state, "resume")).state))
+
+
+async def sleep(state: ServerState, request: Request, body: SleepBody) -> Response:
+    level = body.level
+    if level not in SLEEP_LEVELS:
+        raise invalid(f"level must be one of {', '.join(map(str, SLEEP_LEVELS))}", "level")
+    return json_response(_shown((await control(state, "sleep", level=level)).state))
+
+
+async def wake_up(state: ServerState, request: Request) -> Response:
+    return json_response(_shown((await control(state, "wakeup")).state))
+
+
+async def is_sleeping(state: ServerState, request: Request) -> Response:
+    return json_response(_shown((await control(state, "state")).state))
 
 
 def _abort(state: ServerState, body: AbortBody) -> int:
@@ -108,3 +92,18 @@ def _server_info(state: ServerState) -> dict[str, Any]:
 def _shown(engine: EngineState) -> dict[str, Any]:
     return {"is_paused": engine.paused is not None, "pause_mode": engine.paused,
             "is_sleeping": engine.sleep_level > 0, "sleep_level": engine.sleep_level, "num_open": engine.num_open}
+
+
+ROUTES = (
+    Route("POST", "/pause", Access.ADMIN, PauseBody, pause, Needs.NOTHING),
+    Route("POST", "/resume", Access.ADMIN, None, resume, Needs.NOTHING),
+    Route("POST", "/sleep", Access.ADMIN, SleepBody, sleep, Needs.NOTHING),
+    *(Route("POST", path, Access.ADMIN, None, wake_up, Needs.NOTHING) for path in ("/wakeup", "/wake_up")),
+    Route("GET", "/is_sleeping", Access.ADMIN, None, is_sleeping, Needs.NOTHING),
+    *(Route("POST", path, Access.ADMIN, None, reset_prefix_cache, Needs.NOTHING)
+      for path in ("/reset_prefix_cache", "/flush_cache")),
+    *(Route("POST", path, Access.ADMIN, AbortBody, abort, Needs.NOTHING)
+      for path in ("/abort", "/abort_request", "/abort_requests")),
+    *(Route("GET", path, Access.ADMIN, None, server_info, Needs.MODEL)
+      for path in ("/server_info", "/get_server_info")),
+)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import from_json
 
+from serving.api.auth import Access
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
 from serving.api.chat import ChatCall, begin_chat, prepare_chat
 from serving.api.drive import drive
 from serving.api.errors import ApiError, as_api_error, json_response, renaming
 from serving.api.generation import Generation
-from serving.api.limits import read_json
 from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
-from serving.api.sse import ClientGone
-from serving.api.types import CountTokensBody, MessagesBody, parse
+from serving.api.route import Needs, Route
+from serving.api.types import CountTokensBody, MessagesBody
 from serving.call import CALL
 from serving.parsers.events import Event
+from serving.request_log import RequestKind
 from serving.state import ServerState
 from xllm.client.assemble import Piece
 
@@ -123,41 +124,30 @@ def error_body(error: ApiError) -> dict[str, Any]:
             "request_id": None if call is None else call.request_id}
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def create_message(state: ServerState, request: Request, body: MessagesBody) -> Response:
+    chat = Chat.of(body)
+    with renaming(NAMES, chat.places):
+        call, generation = await begin_chat(state, request, chat_body(state, body, chat), "msg")
+        writer = MessagesWriter(call, generation, shows_thinking=not hides_thinking(body))
+        return await drive(request, generation, writer, stream=body.stream)
 
-    def failed(error: Exception) -> Response:
-        shown = as_api_error(error)
-        return json_response(error_body(shown), shown.status, shown.headers)
 
-    @routes.post("/v1/messages")
-    async def create_message(request: Request) -> Response:
-        try:
-            state.check_accepting()
-            body = parse(await read_json(request, state.config.limits.max_json_depth), MessagesBody)
-            chat = Chat.of(body)
-            with renaming(NAMES, chat.places):
-                call, generation = await begin_chat(state, request, chat_body(state, body, chat), "msg")
-                writer = MessagesWriter(call, generation, shows_thinking=not hides_thinking(body))
-                return await drive(request, generation, writer, stream=body.stream)
-        except ClientGone:
-            raise
-        except Exception as error:  # the client knows one shape of errors only
-            return failed(error)
+async def count_tokens(state: ServerState, request: Request, body: CountTokensBody) -> Response:
+    chat = Chat.of(body)
+    with renaming(NAMES, chat.places):
+        _, prompt = await prepare_chat(state, chat_body(state, body, chat))
+    return json_response({"input_tokens": len(prompt.token_ids)})
 
-    @routes.post("/v1/messages/count_tokens")
-    async def count_tokens(request: Request) -> Response:
-        try:
-            state.check_loaded()
-            body = parse(await read_json(request, state.config.limits.max_json_depth), CountTokensBody)
-            state.check_model(body.model)
-            chat = Chat.of(body)
-            with renaming(NAMES, chat.places):
-                _, prompt = await prepare_chat(state, chat_body(state, body, chat))
-            return json_response({"input_tokens": len(prompt.token_ids)})
-        except ClientGone:
-            raise
-        except Exception as error:
-            return failed(error)
 
-    return routes
+def failed(error: Exception) -> Response:
+    """The one shape of errors that these clients know."""
+    shown = as_api_error(error)
+    return json_response(error_body(shown), shown.status, shown.headers)
+
+
+ROUTES = (
+    Route("POST", "/v1/messages", Access.USER, MessagesBody, create_message, kind=RequestKind("message", "chat"),
+          checks_model=False, show_error=failed),
+    Route("POST", "/v1/messages/count_tokens", Access.USER, CountTokensBody, count_tokens, Needs.MODEL,
+          show_error=failed),
+)

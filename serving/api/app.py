@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route
 
 from serving.api import (
     adapters,
@@ -30,6 +28,7 @@ from serving.api import (
 from serving.api.auth import Gate, check_declared, declared_paths
 from serving.api.errors import install_handlers
 from serving.api.limits import BodyLimit
+from serving.api.route import access_table
 from serving.api.sse import ClientGone
 from serving.security.exposure import host_rule
 from serving.state import ServerState
@@ -37,6 +36,8 @@ from serving.tracing import TraceContext
 
 MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin, adapters,
            models, tokenize, health, metrics, stats, console, openapi)
+ROUTES = tuple(route for module in MODULES for route in module.ROUTES)
+QUIET = frozenset(route.path for route in ROUTES if route.is_quiet)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 logger = logging.getLogger("xllm.api")
 
@@ -44,14 +45,14 @@ logger = logging.getLogger("xllm.api")
 def create_app(state: ServerState) -> FastAPI:
     """All routes. No documentation pages: they would load scripts from elsewhere.
 
-    Raises ConfigError if a route has no access level (`serving/api/auth.py:ROUTES`).
+    Raises ConfigError if a route is there without a `Route` that declares it, or two contradict each other.
     """
     app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for module in MODULES:
-        router = module.router(state)
-        check_declared(declared_paths(router.routes))
-        answer_head(router.routes)
-        app.include_router(router)
+    access = access_table(ROUTES)
+    for route in ROUTES:
+        route.add_to(app, state)
+    check_declared(declared_paths(app.routes), access)
+    app.state.routes = ROUTES
     install_handlers(app)
 
     @app.exception_handler(ClientGone)
@@ -61,7 +62,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     http, limits = state.config.http, state.config.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits,
+    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits, routes=access,
                        refusals=state.refusals, text_work=state.text_work)
     if state.tracer is not None:
         app.add_middleware(TraceContext)
@@ -72,10 +73,3 @@ def create_app(state: ServerState) -> FastAPI:
                            allow_methods=["GET", "HEAD", "POST", "DELETE"],
                            expose_headers=["retry-after", "x-request-id"])
     return app
-
-
-def answer_head(routes: Iterable[BaseRoute]) -> None:
-    """Let HEAD have what GET would answer, without its body, which the HTTP server leaves out (RFC 9110, 9.3.2)."""
-    for route in routes:
-        if isinstance(route, Route) and route.methods and "GET" in route.methods:
-            route.methods.add("HEAD")

@@ -1,6 +1,6 @@
-"""Who may call which route: every route's level in one table, and the gate that holds requests against it.
+"""Who may call which route: the levels, and the gate that holds requests against the table of all routes' levels.
 
-A path that is not in `ROUTES` does not exist, whatever is mounted behind it; `create_app` refuses to start when the
+A path that no `Route` declares does not exist, whatever is mounted behind it; `create_app` refuses to start when the
 two disagree. The path is looked at as it came over the wire and as the router will read it; both must name a declared
 route, and the stricter level counts. No URL is ever rebuilt from headers.
 """
@@ -28,65 +28,16 @@ from xllm.errors import ConfigError
 
 
 class Access(enum.IntEnum):
-    """Who may call a route. USER: everybody on a server without API keys, else their owners. ADMIN: owners of an
-    admin key only; without one the route is closed. MONITOR, for what tells of all callers together: everybody on a
-    server without API keys, else owners of an admin key or of one with the option `metrics`, and a server's only
-    caller."""
+    """Who may call a route. PUBLIC: everybody; it is for what a load balancer asks. USER: everybody on a server
+    without API keys, else their owners. ADMIN: owners of an admin key only; without one the route is closed. MONITOR,
+    for what tells of all callers together: everybody on a server without API keys, else owners of an admin key or of
+    one with the option `metrics`, and a server's only caller."""
 
     PUBLIC = 0
     USER = 1
     MONITOR = 2
     ADMIN = 3
 
-
-# One line a route, as it is written at its `@routes.get(...)`. PUBLIC is for what a load balancer asks.
-ROUTES: dict[str, Access] = {
-    "/health": Access.PUBLIC,
-    "/ready": Access.PUBLIC,
-    "/ping": Access.PUBLIC,
-    "/version": Access.PUBLIC,
-    "/": Access.PUBLIC,
-    "/web/{name}": Access.PUBLIC,
-    "/load": Access.USER,
-    "/v1/stats": Access.USER,
-    "/v1/stats/stream": Access.USER,
-    "/metrics": Access.MONITOR,
-    "/openapi.json": Access.USER,
-    "/v1/models": Access.USER,
-    "/v1/models/{name:path}": Access.USER,
-    "/v1/completions": Access.USER,
-    "/v1/chat/completions": Access.USER,
-    "/v1/responses": Access.USER,
-    "/v1/responses/{name}": Access.USER,
-    "/v1/messages": Access.USER,
-    "/v1/messages/count_tokens": Access.USER,
-    "/v1/embeddings": Access.USER,
-    "/pooling": Access.USER,
-    "/v1/sample": Access.USER,
-    "/score": Access.USER,
-    "/v1/score": Access.USER,
-    "/rerank": Access.USER,
-    "/v1/rerank": Access.USER,
-    "/v2/rerank": Access.USER,
-    "/pause": Access.ADMIN,
-    "/resume": Access.ADMIN,
-    "/sleep": Access.ADMIN,
-    "/wakeup": Access.ADMIN,
-    "/wake_up": Access.ADMIN,
-    "/is_sleeping": Access.ADMIN,
-    "/v1/load_lora_adapter": Access.ADMIN,
-    "/v1/unload_lora_adapter": Access.ADMIN,
-    "/reset_prefix_cache": Access.ADMIN,
-    "/flush_cache": Access.ADMIN,
-    "/abort": Access.ADMIN,
-    "/abort_request": Access.ADMIN,
-    "/abort_requests": Access.ADMIN,
-    "/server_info": Access.ADMIN,
-    "/get_server_info": Access.ADMIN,
-    "/tokenize": Access.USER,
-    "/detokenize": Access.USER,
-    "/tokenizer_info": Access.USER,
-}
 
 _PARAMETER = re.compile(r"\{\w+(:path)?\}")
 
@@ -131,12 +82,12 @@ def declared_paths(routes: Iterable[Any]) -> set[str]:
     return paths
 
 
-def check_declared(paths: set[str], table: dict[str, Access] = ROUTES) -> None:
+def check_declared(paths: set[str], table: dict[str, Access]) -> None:
     """Raise ConfigError for routes without an access level."""
     levels = RouteTable(table)
     if missing := sorted(path for path in paths - table.keys() if "{" in path or levels.level(path, path) is None):
-        raise ConfigError(f"no access level is declared for {', '.join(missing)}: add a line to ROUTES in "
-                          "serving/api/auth.py")
+        raise ConfigError(f"no access level is declared for {', '.join(missing)}: add a line to ROUTES "
+                          "of its module in serving/api/")
 
 
 class Gate:
@@ -148,7 +99,7 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, hosts: HostRule, limits: LimitSettings,
-                 routes: dict[str, Access] = ROUTES, refusals: Refusals | None = None,
+                 routes: dict[str, Access], refusals: Refusals | None = None,
                  text_work: TextWork | None = None):
         self.app, self._text_work = app, text_work
         self._keys, self._hosts, self._limits, self._table = keys, hosts, limits, RouteTable(routes)

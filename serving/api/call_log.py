@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,9 +12,6 @@ from serving.call import CALL, REQUEST_ID, Call
 from serving.log_rate import AtMost
 from serving.security.caller import CALLER
 
-# What machines ask every few seconds; only their errors are worth a line.
-QUIET = frozenset({"/health", "/ready", "/ping", "/version", "/load", "/metrics", "/v1/stats", "/v1/stats/stream", "/",
-                   "/web/{name}"})
 MAX_REFUSALS_PER_SECOND = 50  # in the log
 MAX_PATH_CHARS = 128
 logger = logging.getLogger("xllm.request")
@@ -22,11 +20,11 @@ logger = logging.getLogger("xllm.request")
 class CallLog:
     """ASGI middleware around everything, so that what fails outside of all routes has its id and its line, too.
 
-    log_requests: else there are ids only.
+    log_requests: else there are ids only. quiet: paths of routes of which only errors are worth a line.
     """
 
-    def __init__(self, app: ASGIApp, *, log_requests: bool):
-        self.app, self._log_requests = app, log_requests
+    def __init__(self, app: ASGIApp, *, log_requests: bool, quiet: Collection[str] = ()):
+        self.app, self._log_requests, self._quiet = app, log_requests, quiet
         self._refusals = AtMost(MAX_REFUSALS_PER_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +63,7 @@ class CallLog:
     def _write(self, scope: Scope, call: Call) -> None:
         route = getattr(scope.get("route"), "path", None)
         outcome, key = call.outcome, CALLER.get().name or None
-        is_quiet = (route or scope["path"]) in QUIET or scope["method"] == "OPTIONS"
+        is_quiet = (route or scope["path"]) in self._quiet or scope["method"] == "OPTIONS"
         if is_quiet and (outcome in ("finished", "client_left") or call.status == 503):
             return
         level = logging.WARNING if outcome == "failed" else logging.INFO

@@ -6,24 +6,26 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.auth import Access
 from serving.api.budget import LOGPROB, Call, affordable_tokens
 from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, Sliced, Slices, sliced
-from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs
+from serving.api.route import Route
 from serving.api.structured import read_structured
 from serving.api.tools import ToolWish, read_tools
-from serving.api.types import ChatBody, parse
+from serving.api.types import ChatBody
 from serving.parsers.events import Answer, CallArguments, CallStart, Content, Event, Reasoning
 from serving.parsers.output import OutputParser
 from serving.parsers.reasoning.base import CLOSE, ThinkParser
+from serving.request_log import RequestKind
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.errors import RequestError
@@ -284,14 +286,10 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
     return call, Generation(state, requests, body.timeout_s)
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def create_chat_completion(state: ServerState, request: Request, body: ChatBody) -> Response:
+    call, generation = await begin_chat(state, request, body, "chatcmpl")
+    return await drive(request, generation, ChatWriter(call, generation), stream=body.stream)
 
-    @routes.post("/v1/chat/completions")
-    async def create_chat_completion(request: Request) -> Response:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), ChatBody)
-        call, generation = await begin_chat(state, request, body, "chatcmpl")
-        return await drive(request, generation, ChatWriter(call, generation), stream=body.stream)
 
-    return routes
+ROUTES = (Route("POST", "/v1/chat/completions", Access.USER, ChatBody, create_chat_completion,
+                kind=RequestKind("chat", "chat"), checks_model=False),)

@@ -8,20 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.auth import Access
 from serving.api.budget import Call, affordable_tokens, check_texts
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, Sliced, Slices, sliced
-from serving.api.limits import read_json
 from serving.api.logprobs import ChoiceLogprobs, LogprobsWriter, TokenPlaces, finite_slices
+from serving.api.route import Route
 from serving.api.structured import read_structured
-from serving.api.types import CompletionBody, parse
+from serving.api.types import CompletionBody
 from serving.parsers.events import Event
+from serving.request_log import RequestKind
 from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.detokenizer import Detokenizer
@@ -274,28 +276,23 @@ def _encoded(state: ServerState, body: CompletionBody, item: str | list[int]) ->
     return Prompt(token_ids, text, echo, offsets)
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def create_completion(state: ServerState, request: Request, body: CompletionBody) -> Response:
+    prompts = await encode_prompts(state, body)
+    n = params.check_fan_out(state, body, len(prompts))
+    if body.best_of not in (None, n):
+        raise invalid("best_of other than n is not supported", "best_of")
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options needs stream", "stream_options")
+    call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
+                          n, body.model or state.served_names[0])
+    samplings = call.samplings()
+    weighed = Call([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
+    requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
+                                            weighed)
+    state.metrics.request_params_n.observe(n)
+    generation = Generation(state, requests, body.timeout_s)
+    return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
 
-    @routes.post("/v1/completions")
-    async def create_completion(request: Request) -> Response:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), CompletionBody)
-        state.check_model(body.model)
-        prompts = await encode_prompts(state, body)
-        n = params.check_fan_out(state, body, len(prompts))
-        if body.best_of not in (None, n):
-            raise invalid("best_of other than n is not supported", "best_of")
-        if body.stream_options and not body.stream:
-            raise invalid("stream_options needs stream", "stream_options")
-        call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
-                              n, body.model or state.served_names[0])
-        samplings = call.samplings()
-        weighed = Call([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
-        requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
-                                                weighed)
-        state.metrics.request_params_n.observe(n)
-        generation = Generation(state, requests, body.timeout_s)
-        return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
 
-    return routes
+ROUTES = (Route("POST", "/v1/completions", Access.USER, CompletionBody, create_completion,
+                kind=RequestKind("completion", "text_completion")),)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
+from serving.api.auth import Access
 from serving.api.errors import ApiError
-
-if TYPE_CHECKING:
-    from serving.state import ServerState
+from serving.api.route import Needs, Route
+from serving.state import ServerState
 
 FOLDER = Path(__file__).resolve().parents[1] / "web"
 MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
@@ -53,18 +52,21 @@ def read_assets() -> dict[str, Asset]:
     return {path.name: Asset(path) for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
-    assets = read_assets()
+ASSETS = read_assets()
 
-    @routes.get("/")
-    async def page(request: Request) -> Response:
-        return assets["index.html"].answer(request)
 
-    @routes.get("/web/{name}")
-    async def asset(request: Request, name: str) -> Response:
-        if name not in assets:
-            raise ApiError(404, f"Not Found: {request.method} /web/{name[:64]}")
-        return assets[name].answer(request)
+async def page(state: ServerState, request: Request) -> Response:
+    return ASSETS["index.html"].answer(request)
 
-    return routes
+
+async def asset(state: ServerState, request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in ASSETS:
+        raise ApiError(404, f"Not Found: {request.method} /web/{name[:64]}")
+    return ASSETS[name].answer(request)
+
+
+ROUTES = (
+    Route("GET", "/", Access.PUBLIC, None, page, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/web/{name}", Access.PUBLIC, None, asset, Needs.NOTHING, is_quiet=True, is_listed=False),
+)

@@ -12,19 +12,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.auth import Access
 from serving.api.budget import check_texts
 from serving.api.completions import check_adds_nothing, read_prompts
 from serving.api.errors import invalid, json_response
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, sliced_response
-from serving.api.limits import read_json
 from serving.api.members import check_members
+from serving.api.route import Route
 from serving.api.sse import until_disconnect
-from serving.api.types import EmbeddingBody, PoolingBody, RerankBody, ScoreBody, parse
+from serving.api.types import EmbeddingBody, PoolingBody, RerankBody, ScoreBody
 from serving.state import ServerState
 from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
@@ -142,61 +143,57 @@ def document_text(document: str | dict[str, Any], index: int) -> str:
     return text
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def _pooled(state: ServerState, request: Request, body: EmbeddingBody, prefix: str, kind: str,
+                  key: str) -> Response:
+    """kind: what a vector calls itself; key: its member that holds the numbers."""
+    call = params.call_id(body, prefix, request.headers.get("x-request-id"))
+    inputs = read_prompts(body.input, state.config.limits.max_sequences_per_request, field="input")
+    found = await embed(state, request, body, inputs, call, "input", body.dimensions)
+    data = Items({"object": kind, "index": index, key: encoded(vector, body.encoding_format)}
+                 for index, vector in enumerate(found.vectors))
+    return await sliced_response({"id": call, "object": "list", "data": data,
+                                  "model": body.model or state.served_names[0], "usage": found.usage})
 
-    async def begin(request: Request, kind: type[Any], prefix: str) -> tuple[Any, str, str]:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), kind)
-        state.check_model(body.model)
-        call = params.call_id(body, prefix, request.headers.get("x-request-id"))
-        return body, call, body.model or state.served_names[0]
 
-    async def pooled(request: Request, prefix: str, kind: str, key: str) -> Response:
-        """kind: what a vector calls itself; key: its member that holds the numbers."""
-        body, call, model = await begin(request, EmbeddingBody, prefix)
-        inputs = read_prompts(body.input, state.config.limits.max_sequences_per_request, field="input")
-        found = await embed(state, request, body, inputs, call, "input", body.dimensions)
-        data = Items({"object": kind, "index": index, key: encoded(vector, body.encoding_format)}
-                     for index, vector in enumerate(found.vectors))
-        return await sliced_response({"id": call, "object": "list", "data": data, "model": model,
-                                      "usage": found.usage})
+async def create_embeddings(state: ServerState, request: Request, body: EmbeddingBody) -> Response:
+    return await _pooled(state, request, body, "embd", "embedding", "embedding")
 
-    @routes.post("/v1/embeddings")
-    async def create_embeddings(request: Request) -> Response:
-        return await pooled(request, "embd", "embedding", "embedding")
 
-    @routes.post("/pooling")
-    async def create_pooling(request: Request) -> Response:
-        return await pooled(request, "pool", "pooling", "data")
+async def create_pooling(state: ServerState, request: Request, body: EmbeddingBody) -> Response:
+    return await _pooled(state, request, body, "pool", "pooling", "data")
 
-    @routes.post("/v1/score")
-    @routes.post("/score")
-    async def create_score(request: Request) -> Response:
-        body, call, model = await begin(request, ScoreBody, "score")
-        texts_1, texts_2 = as_texts(body.text_1, "text_1"), as_texts(body.text_2, "text_2")
-        pairs = score_pairs(texts_1, texts_2)
-        found = await embed(state, request, body, [*texts_1, *texts_2], call, TEXT_PARAM)
-        firsts, seconds = found.vectors[:len(texts_1)], found.vectors[len(texts_1):]
-        scores = await state.text_work.run(
-            found.num_values, lambda: [cosine(firsts[i], seconds[j]) for i, j in pairs])
-        data = [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)]
-        return json_response({"id": call, "object": "list", "data": data, "model": model, "usage": found.usage})
 
-    @routes.post("/v2/rerank")
-    @routes.post("/v1/rerank")
-    @routes.post("/rerank")
-    async def create_rerank(request: Request) -> Response:
-        body, call, model = await begin(request, RerankBody, "rerank")
-        texts = [document_text(document, index) for index, document in enumerate(body.documents)]
-        if body.top_n is not None and body.top_n < 1:
-            raise invalid("top_n must be at least 1", "top_n")
-        found = await embed(state, request, body, [body.query, *texts], call, "documents")
-        query, *vectors = found.vectors
-        scores = await state.text_work.run(found.num_values, lambda: [cosine(query, vector) for vector in vectors])
-        order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n]
-        results = [{"index": index, "relevance_score": scores[index],
-                    **({"document": {"text": texts[index]}} if body.return_documents else {})} for index in order]
-        return json_response({"id": call, "model": model, "results": results, "usage": found.usage})
+async def create_score(state: ServerState, request: Request, body: ScoreBody) -> Response:
+    call = params.call_id(body, "score", request.headers.get("x-request-id"))
+    texts_1, texts_2 = as_texts(body.text_1, "text_1"), as_texts(body.text_2, "text_2")
+    pairs = score_pairs(texts_1, texts_2)
+    found = await embed(state, request, body, [*texts_1, *texts_2], call, TEXT_PARAM)
+    firsts, seconds = found.vectors[:len(texts_1)], found.vectors[len(texts_1):]
+    scores = await state.text_work.run(
+        found.num_values, lambda: [cosine(firsts[i], seconds[j]) for i, j in pairs])
+    data = [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)]
+    return json_response({"id": call, "object": "list", "data": data,
+                          "model": body.model or state.served_names[0], "usage": found.usage})
 
-    return routes
+
+async def create_rerank(state: ServerState, request: Request, body: RerankBody) -> Response:
+    call = params.call_id(body, "rerank", request.headers.get("x-request-id"))
+    texts = [document_text(document, index) for index, document in enumerate(body.documents)]
+    if body.top_n is not None and body.top_n < 1:
+        raise invalid("top_n must be at least 1", "top_n")
+    found = await embed(state, request, body, [body.query, *texts], call, "documents")
+    query, *vectors = found.vectors
+    scores = await state.text_work.run(found.num_values, lambda: [cosine(query, vector) for vector in vectors])
+    order = sorted(range(len(texts)), key=lambda index: -scores[index])[:body.top_n]
+    results = [{"index": index, "relevance_score": scores[index],
+                **({"document": {"text": texts[index]}} if body.return_documents else {})} for index in order]
+    return json_response({"id": call, "model": body.model or state.served_names[0], "results": results,
+                          "usage": found.usage})
+
+
+ROUTES = (
+    Route("POST", "/v1/embeddings", Access.USER, EmbeddingBody, create_embeddings),
+    Route("POST", "/pooling", Access.USER, EmbeddingBody, create_pooling),
+    *(Route("POST", path, Access.USER, ScoreBody, create_score) for path in ("/score", "/v1/score")),
+    *(Route("POST", path, Access.USER, RerankBody, create_rerank) for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+)

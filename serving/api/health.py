@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import Request
 from fastapi.responses import Response
 
+from serving.api.auth import Access
 from serving.api.errors import RETRY_AFTER_S, json_response
+from serving.api.route import Needs, Route
 from serving.security.paths import hide_paths
 from serving.state import ServerState
 
@@ -37,35 +39,33 @@ def package_version() -> str:
         return "0.1.0"
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def health(state: ServerState, request: Request) -> Response:
+    status, body = health_of(state)
+    return json_response(body, status)
 
-    @routes.get("/health")
-    async def health() -> Response:
-        status, body = health_of(state)
-        return json_response(body, status)
 
-    @routes.get("/ready")
-    async def ready() -> Response:
-        status, body = health_of(state)
-        if status == 200 and not state.draining:
-            return json_response({"status": "ready"})
-        if state.draining:
-            body = {"status": "draining", "reason": "the server is shutting down"}
-        return json_response({**body, "phase": state.engine.phase}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+async def ready(state: ServerState, request: Request) -> Response:
+    status, body = health_of(state)
+    if status == 200 and not state.draining:
+        return json_response({"status": "ready"})
+    if state.draining:
+        body = {"status": "draining", "reason": "the server is shutting down"}
+    return json_response({**body, "phase": state.engine.phase}, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
-    @routes.get("/ping")
-    @routes.post("/ping")
-    async def ping() -> Response:
-        status, body = health_of(state)
-        return json_response(body, status)
 
-    @routes.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": package_version()}
+async def show_version(state: ServerState, request: Request) -> Response:
+    return json_response({"version": package_version()})
 
-    @routes.get("/load")
-    async def load() -> dict[str, int]:
-        return {"server_load": state.num_open}
 
-    return routes
+async def load(state: ServerState, request: Request) -> Response:
+    return json_response({"server_load": state.num_open})
+
+
+ROUTES = (
+    Route("GET", "/health", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/ready", Access.PUBLIC, None, ready, Needs.NOTHING, is_quiet=True),
+    Route("POST", "/ping", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True, is_listed=False),
+    Route("GET", "/ping", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/version", Access.PUBLIC, None, show_version, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/load", Access.USER, None, load, Needs.NOTHING, is_quiet=True),
+)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
+from fastapi import Request
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from serving.api.auth import Access
+from serving.api.route import Needs, Route
 from serving.metrics.cache import cache_families
 from serving.metrics.families import Families
 from serving.metrics.graphs import graph_families
@@ -20,9 +21,7 @@ from serving.metrics.scheduler import scheduler_families
 from serving.metrics.speculation import speculation_families
 from serving.metrics.threads import thread_families
 from serving.metrics.tiers import tier_families
-
-if TYPE_CHECKING:
-    from serving.state import ServerState
+from serving.state import ServerState
 
 PREFIXES = ("xllm", "vllm")
 
@@ -53,13 +52,10 @@ class ServerCollector:
         yield from state.metrics.families(make)
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def metrics(state: ServerState, request: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ServerCollector(state))  # type: ignore[arg-type]
+    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    return routes
+ROUTES = (Route("GET", "/metrics", Access.MONITOR, None, metrics, Needs.NOTHING, is_quiet=True),)

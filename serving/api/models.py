@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
+from fastapi.responses import Response
 
-from serving.api.errors import invalid
+from serving.api.auth import Access
+from serving.api.errors import invalid, json_response
+from serving.api.route import Needs, Route
 from serving.state import ServerState
 
 MAX_LIMIT = 1000  # Anthropic's
@@ -36,28 +39,28 @@ def page_of(names: Sequence[str], query: Mapping[str, str]) -> tuple[Sequence[st
     return found[:limit], len(found) > limit
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+def card(state: ServerState, name: str) -> dict[str, Any]:
+    adapter = state.adapter_of(name)
+    return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm", "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(state.started_unix_s, timezone.utc).isoformat(),
+            "root": adapter or state.served_names[0], "parent": state.served_names[0] if adapter else None,
+            "max_model_len": state.facts.max_model_len}
 
-    def card(name: str) -> dict[str, Any]:
-        adapter = state.adapter_of(name)
-        return {"id": name, "object": "model", "created": state.started_unix_s, "owned_by": "xllm", "type": "model",
-                "display_name": name,
-                "created_at": datetime.fromtimestamp(state.started_unix_s, timezone.utc).isoformat(),
-                "root": adapter or state.served_names[0], "parent": state.served_names[0] if adapter else None,
-                "max_model_len": state.facts.max_model_len}
 
-    @routes.get("/v1/models")
-    async def list_models(request: Request) -> dict[str, Any]:
-        state.check_loaded()
-        names, has_more = page_of((*state.served_names, *state.engine.adapters), request.query_params)
-        return {"object": "list", "data": [card(name) for name in names], "has_more": has_more,
-                "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+async def list_models(state: ServerState, request: Request) -> Response:
+    names, has_more = page_of((*state.served_names, *state.engine.adapters), request.query_params)
+    return json_response({"object": "list", "data": [card(state, name) for name in names], "has_more": has_more,
+                          "first_id": names[0] if names else None, "last_id": names[-1] if names else None})
 
-    @routes.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        state.check_loaded()
-        state.check_model(name)
-        return card(name)
 
-    return routes
+async def get_model(state: ServerState, request: Request) -> Response:
+    name = request.path_params["name"]
+    state.check_model(name)
+    return json_response(card(state, name))
+
+
+ROUTES = (
+    Route("GET", "/v1/models", Access.USER, None, list_models, Needs.MODEL),
+    Route("GET", "/v1/models/{name:path}", Access.USER, None, get_model, Needs.MODEL),
+)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import Request
+from fastapi.responses import Response
 from pydantic.json_schema import models_json_schema
 
-from serving.api import types
-from serving.api.auth import ROUTES, Access
+from serving.api.auth import Access
+from serving.api.errors import json_response
 from serving.api.health import package_version
+from serving.api.route import Needs, Route
 from serving.state import ServerState
 
-# The bodies of POST routes. Routes without an entry are GETs, but for those that take no body.
-BODIES: dict[str, type[types.StrictBody]] = {
-    "/v1/completions": types.CompletionBody, "/v1/chat/completions": types.ChatBody,
-    "/v1/responses": types.ResponsesBody,
-    "/v1/messages": types.MessagesBody, "/v1/messages/count_tokens": types.CountTokensBody,
-    "/v1/embeddings": types.EmbeddingBody, "/pooling": types.EmbeddingBody, "/v1/sample": types.SampleBody,
-    "/v1/score": types.ScoreBody, "/score": types.ScoreBody,
-    "/rerank": types.RerankBody, "/v1/rerank": types.RerankBody, "/v2/rerank": types.RerankBody,
-    "/tokenize": types.TokenizeBody, "/detokenize": types.DetokenizeBody,
-    "/pause": types.PauseBody, "/sleep": types.SleepBody,
-    "/abort": types.AbortBody, "/abort_request": types.AbortBody, "/abort_requests": types.AbortBody,
-    "/v1/load_lora_adapter": types.LoadAdapterBody, "/v1/unload_lora_adapter": types.UnloadAdapterBody,
-}
 PROMPTS = (("CompletionBody", "prompt"), ("EmbeddingBody", "input"))
-WITHOUT_BODY = frozenset({"/resume", "/wakeup", "/wake_up", "/reset_prefix_cache", "/flush_cache"})
-HIDDEN = ("/web/", "/v1/stats/stream")  # files of the console, and a stream that does not end
 ERROR_STATUSES = (400, 401, 403, 404, 409, 413, 415, 429, 500, 503, 504)
+PARAMETER = re.compile(r"\{(\w+)")
 PREFIX = "#/components/schemas/{model}"
 ERROR_SCHEMA = {
     "type": "object", "required": ["error"],
@@ -39,17 +28,21 @@ ERROR_SCHEMA = {
 }
 
 
-def document(models: Sequence[str] = (), vocab_size: int = 2**31) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of all routes. models: what is served; none: any name."""
-    kinds = sorted({*BODIES.values()}, key=lambda kind: kind.__name__)
+def document(routes: Sequence[Route], models: Sequence[str] = (), vocab_size: int = 2**31) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of the routes that are listed. models: what is served; none: any name."""
+    kinds = sorted({route.body for route in routes if route.body}, key=lambda kind: kind.__name__)
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=PREFIX)
     for kind, field in PROMPTS:
-        schemas["$defs"][kind]["properties"][field] = _prompt_schema(vocab_size)
+        if kind in schemas["$defs"]:
+            schemas["$defs"][kind]["properties"][field] = _prompt_schema(vocab_size)
     for kind in schemas["$defs"].values():
         if models and "model" in kind.get("properties", {}):
             kind["properties"]["model"] = {"enum": [*models, None]}
-    paths = {path.replace(":path", ""): _operations(path, level)
-             for path, level in ROUTES.items() if not path.startswith(HIDDEN)}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if route.is_listed:
+            operations = paths.setdefault(route.path.replace(":path", ""), {})
+            operations[route.method.lower()] = _operation(route, is_first=not operations)
     return {
         "openapi": "3.1.0", "info": {"title": "xLLM", "version": package_version()},
         "paths": paths,
@@ -66,31 +59,30 @@ def _prompt_schema(vocab_size: int) -> dict[str, Any]:
     return {"anyOf": [text, token_ids, *several]}
 
 
-def _operations(path: str, level: Access) -> dict[str, Any]:
+def _operation(route: Route, *, is_first: bool) -> dict[str, Any]:
+    """is_first: of its path; the others have their method in their ids."""
+    name = route.path.strip("/").replace("/", "_") or "console"
     shape = {"schema": {"$ref": PREFIX.format(model="Error")}}
     failed = {"description": "error", "content": {"application/json": shape}}
     operation: dict[str, Any] = {
-        "operationId": path.strip("/").replace("/", "_") or "console", "tags": [level.name.lower()],
+        "operationId": name if is_first else f"{route.method.lower()}_{name}", "tags": [route.access.name.lower()],
         "responses": {"200": {"description": "done"}, **{str(status): failed for status in ERROR_STATUSES}},
-        "security": [] if level is Access.PUBLIC else [{"key": []}],
+        "security": [] if route.access is Access.PUBLIC else [{"key": []}],
     }
-    if "{name" in path:
-        path_parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        operation["parameters"] = [path_parameter]
-    if path not in BODIES:
-        return {"post" if path in WITHOUT_BODY else "get": operation}
-    schema = {"$ref": PREFIX.format(model=BODIES[path].__name__)}
-    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"post": operation}
+    if names := PARAMETER.findall(route.path):
+        operation["parameters"] = [{"name": name, "in": "path", "required": True,
+                                    "schema": {"type": "string", "minLength": 1}} for name in names]
+    if route.body is not None:
+        schema = {"$ref": PREFIX.format(model=route.body.__name__)}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def show(state: ServerState, request: Request) -> Response:
+    routes = request.app.state.routes
+    if not state.loaded:
+        return json_response(document(routes))
+    return json_response(document(routes, (*state.served_names, *state.engine.adapters), state.facts.vocab_size))
 
-    @routes.get("/openapi.json")
-    async def show() -> dict[str, Any]:
-        if not state.loaded:
-            return document()
-        return document((*state.served_names, *state.engine.adapters), state.facts.vocab_size)
 
-    return routes
+ROUTES = (Route("GET", "/openapi.json", Access.USER, None, show, Needs.NOTHING),)

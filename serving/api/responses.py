@@ -8,20 +8,22 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
+from serving.api.auth import Access
 from serving.api.blocks import Block, Blocks, Change, Grew, Opened
 from serving.api.budget import KEPT_LOGPROB
 from serving.api.chat import ChatCall, begin_chat
 from serving.api.drive import drive
 from serving.api.errors import ApiError, as_api_error, invalid, json_response, renaming
 from serving.api.generation import Generation
-from serving.api.limits import read_json
 from serving.api.responses_input import NAMES, Conversation, chat_body, shown_tools
-from serving.api.types import ResponsesBody, parse
+from serving.api.route import Needs, Route
+from serving.api.types import ResponsesBody
 from serving.call import CALL
 from serving.parsers.events import Event
+from serving.request_log import RequestKind
 from serving.security.caller import CALLER
 from serving.state import ServerState
 from xllm.client.assemble import Piece
@@ -219,45 +221,48 @@ def _new_id() -> str:
     return f"resp_{uuid.uuid4().hex if http_call is None or http_call.is_given else http_call.request_id}"
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+def not_found(response_id: str) -> ApiError:
+    return ApiError(404, f"there is no response {response_id[:128]!r}; the server keeps the latest in memory only",
+                    param="response_id")
 
-    def not_found(response_id: str) -> ApiError:
-        return ApiError(404, f"there is no response {response_id[:128]!r}; the server keeps the latest in memory only",
-                        param="response_id")
 
-    @routes.post("/v1/responses")
-    async def create_response(request: Request) -> Response:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), ResponsesBody)
-        before: list[dict[str, Any]] = []
-        if body.previous_response_id is not None:
-            stored = state.responses.get(body.previous_response_id, CALLER.get().name)
-            if stored is None:
-                raise not_found(body.previous_response_id)
-            before = stored.messages
-        if body.background:
-            raise invalid("background is not supported", "background")
-        if body.stream_options and not body.stream:
-            raise invalid("stream_options needs stream", "stream_options")
-        conversation = Conversation.of(body, before)
-        with renaming(NAMES, conversation.places_after(body)):
-            call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
-                                                logprob_weight=KEPT_LOGPROB)
-            writer = ResponsesWriter(state, body, call, generation, conversation.messages, _new_id())
-            return await drive(request, generation, writer, stream=body.stream)
-
-    @routes.get("/v1/responses/{name}")
-    async def get_response(name: str) -> Response:
-        stored = state.responses.get(name, CALLER.get().name)
+async def create_response(state: ServerState, request: Request, body: ResponsesBody) -> Response:
+    before: list[dict[str, Any]] = []
+    if body.previous_response_id is not None:
+        stored = state.responses.get(body.previous_response_id, CALLER.get().name)
         if stored is None:
-            raise not_found(name)
-        return json_response(stored.response)
+            raise not_found(body.previous_response_id)
+        before = stored.messages
+    if body.background:
+        raise invalid("background is not supported", "background")
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options needs stream", "stream_options")
+    conversation = Conversation.of(body, before)
+    with renaming(NAMES, conversation.places_after(body)):
+        call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
+                                            logprob_weight=KEPT_LOGPROB)
+        writer = ResponsesWriter(state, body, call, generation, conversation.messages, _new_id())
+        return await drive(request, generation, writer, stream=body.stream)
 
-    @routes.delete("/v1/responses/{name}")
-    async def delete_response(name: str) -> Response:
-        if not state.responses.delete(name, CALLER.get().name):
-            raise not_found(name)
-        return json_response({"id": name, "object": "response", "deleted": True})
 
-    return routes
+async def get_response(state: ServerState, request: Request) -> Response:
+    name = request.path_params["name"]
+    stored = state.responses.get(name, CALLER.get().name)
+    if stored is None:
+        raise not_found(name)
+    return json_response(stored.response)
+
+
+async def delete_response(state: ServerState, request: Request) -> Response:
+    name = request.path_params["name"]
+    if not state.responses.delete(name, CALLER.get().name):
+        raise not_found(name)
+    return json_response({"id": name, "object": "response", "deleted": True})
+
+
+ROUTES = (
+    Route("POST", "/v1/responses", Access.USER, ResponsesBody, create_response, kind=RequestKind("response", "chat"),
+          checks_model=False),
+    Route("GET", "/v1/responses/{name}", Access.USER, None, get_response, Needs.NOTHING),
+    Route("DELETE", "/v1/responses/{name}", Access.USER, None, delete_response, Needs.NOTHING, is_listed=False),
+)

@@ -10,18 +10,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
+from serving.api.auth import Access
 from serving.api.budget import check_texts
 from serving.api.errors import invalid
 from serving.api.generation import Generation
 from serving.api.json_slices import Items, sliced_response
-from serving.api.limits import read_json
 from serving.api.logprobs import LogprobsWriter
+from serving.api.route import Route
 from serving.api.sse import until_disconnect
-from serving.api.types import SampleBody, parse
+from serving.api.types import SampleBody
 from serving.state import ServerState
 from serving.text_work import LARGE
 from xllm.client.assemble import Completion
@@ -63,49 +64,43 @@ def choice_json(writer: LogprobsWriter, index: int, place: int, entry: TokenLogp
             "logprobs": writer.chat([likeliest], len(top)), "finish_reason": SELECTOR_MATCH}
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def create_sample(state: ServerState, request: Request, body: SampleBody) -> Response:
+    for name in ("pooling", "normalize", "truncate_prompt_tokens"):
+        if getattr(body, name) is not None:
+            raise invalid(f"{name} is for embeddings", name)
+    if not 1 <= body.logprobs <= MAX_LOGPROBS:
+        raise invalid(f"logprobs must be in 1 to {MAX_LOGPROBS}", "logprobs")
+    if not body.selector.value:
+        raise invalid("selector.value must not be empty", "selector")
+    tokenizer = state.need_tokenizer("prompt")
+    special = True if body.add_special_tokens is None else body.add_special_tokens
+    check_texts(state, [body.prompt], "prompt")
 
-    @routes.post("/v1/sample")
-    async def create_sample(request: Request) -> Response:
-        state.check_accepting()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), SampleBody)
-        state.check_model(body.model)
-        for name in ("pooling", "normalize", "truncate_prompt_tokens"):
-            if getattr(body, name) is not None:
-                raise invalid(f"{name} is for embeddings", name)
-        if not 1 <= body.logprobs <= MAX_LOGPROBS:
-            raise invalid(f"logprobs must be in 1 to {MAX_LOGPROBS}", "logprobs")
-        if not body.selector.value:
-            raise invalid("selector.value must not be empty", "selector")
-        tokenizer = state.need_tokenizer("prompt")
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        check_texts(state, [body.prompt], "prompt")
+    def find() -> tuple[list[int], list[int]]:
+        if len(body.prompt) > LARGE:  # the places of a text that is too long are not looked for
+            check_length(tokenizer.encode(body.prompt, add_special_tokens=special))
+        found = find_places(tokenizer, body.prompt, body.selector.value, add_special_tokens=special)
+        check_length(found[0])
+        return found
 
-        def find() -> tuple[list[int], list[int]]:
-            if len(body.prompt) > LARGE:  # the places of a text that is too long are not looked for
-                check_length(tokenizer.encode(body.prompt, add_special_tokens=special))
-            found = find_places(tokenizer, body.prompt, body.selector.value, add_special_tokens=special)
-            check_length(found[0])
-            return found
+    def check_length(ids: list[int]) -> None:
+        params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field="prompt")
 
-        def check_length(ids: list[int]) -> None:
-            params.choose_max_tokens(state, 1, len(ids), default=1, prompt_field="prompt")
+    token_ids, places = await state.text_work.run(len(body.prompt), find)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False,
+                              prompt_logprobs=body.logprobs)
+    call = params.call_id(body, "sample", request.headers.get("x-request-id"))
+    requests = params.plain_requests(state, body, call, [token_ids], sampling)
+    generation = Generation(state, requests, body.timeout_s)
+    await until_disconnect(request.receive, generation.run())
+    choice: Completion = generation.choices[0]
+    # As delivered, the first entry is the prompt's first token's, which has none.
+    choices = Items(choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
+                                index, place, choice.prompt_logprobs[place])
+                    for index, place in enumerate(places))
+    return await sliced_response({"id": call, "object": "sample_completion", "created": int(time.time()),
+                          "model": body.model or state.served_names[0], "choices": choices,
+                          "usage": generation.usage(1, hidden_tokens=1)})
 
-        token_ids, places = await state.text_work.run(len(body.prompt), find)
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False,
-                                  prompt_logprobs=body.logprobs)
-        call = params.call_id(body, "sample", request.headers.get("x-request-id"))
-        requests = params.plain_requests(state, body, call, [token_ids], sampling)
-        generation = Generation(state, requests, body.timeout_s)
-        await until_disconnect(request.receive, generation.run())
-        choice: Completion = generation.choices[0]
-        # As delivered, the first entry is the prompt's first token's, which has none.
-        choices = Items(choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
-                                    index, place, choice.prompt_logprobs[place])
-                        for index, place in enumerate(places))
-        return await sliced_response({"id": call, "object": "sample_completion", "created": int(time.time()),
-                              "model": body.model or state.served_names[0], "choices": choices,
-                              "usage": generation.usage(1, hidden_tokens=1)})
 
-    return routes
+ROUTES = (Route("POST", "/v1/sample", Access.USER, SampleBody, create_sample),)

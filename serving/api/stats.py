@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
+from serving.api.auth import Access
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.health import health_of, package_version
+from serving.api.route import Needs, Route
 from serving.api.sse import EVENT_HEADERS, EventStream, event
 from serving.caller_log import CallerFigures
 from serving.history import HISTORY_COLUMNS
@@ -67,7 +68,7 @@ def server_json(state: ServerState) -> dict[str, Any]:
 def request_json(record: RequestRecord) -> dict[str, Any]:
     """A record for everybody's eyes: no id that its caller chose, no text."""
     return {
-        "number": record.number, "kind": record.kind, "arrival_s": record.arrival_s,
+        "number": record.number, "kind": record.kind.name, "arrival_s": record.arrival_s,
         "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,
         "num_prompt_tokens": record.num_prompt_tokens, "num_cached_tokens": record.num_cached_tokens,
         "num_generation_tokens": record.num_output_tokens, "max_tokens": record.sampling.max_tokens,
@@ -126,30 +127,23 @@ def _interval_s(request: Request) -> float:
     return int(given) / 1000
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
-    num_viewers: Counter[str] = Counter()  # by caller
+async def stats(state: ServerState, request: Request) -> Response:
+    return json_response(snapshot(state), headers={"Cache-Control": "no-store"})
 
-    @routes.get("/v1/stats")
-    async def stats() -> Response:
-        return json_response(snapshot(state), headers={"Cache-Control": "no-store"})
 
-    @routes.get("/v1/stats/stream")
-    async def stream(request: Request) -> Response:
-        interval_s, name = _interval_s(request), CALLER.get().name
-        if request.method == "HEAD":  # the head alone: nobody would read the stream
-            return Response(media_type="text/event-stream", headers=EVENT_HEADERS)
-        if num_viewers[name] >= MAX_VIEWERS:
-            state.refusals.note(OVERLOAD)
-            raise ApiError(429, f"{MAX_VIEWERS} streams of this caller are open already", headers={"Retry-After": "10"})
-        num_viewers[name] += 1
+async def stream(state: ServerState, request: Request) -> Response:
+    interval_s, name = _interval_s(request), CALLER.get().name
+    if request.method == "HEAD":  # the head alone: nobody would read the stream
+        return Response(media_type="text/event-stream", headers=EVENT_HEADERS)
+    if state.num_viewers[name] >= MAX_VIEWERS:
+        state.refusals.note(OVERLOAD)
+        raise ApiError(429, f"{MAX_VIEWERS} streams of this caller are open already", headers={"Retry-After": "10"})
+    state.num_viewers[name] += 1
 
-        def leave() -> None:
-            num_viewers[name] -= 1
+    def leave() -> None:
+        state.num_viewers[name] -= 1
 
-        return EventStream(_events(state, interval_s), leave)
-
-    return routes
+    return EventStream(_events(state, interval_s), leave)
 
 
 async def _events(state: ServerState, interval_s: float) -> AsyncGenerator[bytes, None]:
@@ -166,3 +160,9 @@ async def _sleep(state: ServerState, seconds: float) -> None:
     end_s = time.monotonic() + seconds
     while not state.draining and (left_s := end_s - time.monotonic()) > 0:
         await asyncio.sleep(min(left_s, NAP_S))
+
+
+ROUTES = (
+    Route("GET", "/v1/stats", Access.USER, None, stats, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/v1/stats/stream", Access.USER, None, stream, Needs.NOTHING, is_quiet=True, is_listed=False),
+)

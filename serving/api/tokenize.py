@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
+from serving.api.auth import Access
 from serving.api.budget import check_texts
 from serving.api.chat_prompt import encode_chat
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.json_slices import Slices, sliced, sliced_response
-from serving.api.limits import read_json
+from serving.api.route import Needs, Route
 from serving.api.tools import read_tools
-from serving.api.types import DetokenizeBody, TokenizeBody, parse
+from serving.api.types import DetokenizeBody, TokenizeBody
 from serving.state import ServerState
 from xllm.request import SamplingParams
 from xllm.token_text import TextContext
@@ -23,46 +24,34 @@ from xllm.tokenizer import NAMED_SPECIAL_TOKENS, Tokenizer
 CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
 
 
-def router(state: ServerState) -> APIRouter:
-    routes = APIRouter()
+async def tokenize(state: ServerState, request: Request, body: TokenizeBody) -> Response:
+    if "messages" in body.model_fields_set and "add_special_tokens" not in body.model_fields_set:
+        body.add_special_tokens = False  # a chat template writes them itself
+    token_ids = await _token_ids(state, body)
+    answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": state.facts.max_model_len,
+                              "tokens": Slices(sliced(token_ids)), "token_strs": None}
+    if body.return_token_strs:
+        tokenizer = state.need_tokenizer("return_token_strs")
+        answer["token_strs"] = Slices(text_slices(tokenizer, token_ids))
+    return await sliced_response(answer)
 
-    @routes.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        state.check_loaded()
-        content = await read_json(request, state.config.limits.max_json_depth)
-        body = parse({"add_special_tokens": "messages" not in content, **content}, TokenizeBody)
-        state.check_model(body.model)
-        token_ids = await _token_ids(state, body)
-        answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": state.facts.max_model_len,
-                                  "tokens": Slices(sliced(token_ids)), "token_strs": None}
-        if body.return_token_strs:
-            tokenizer = state.need_tokenizer("return_token_strs")
-            answer["token_strs"] = Slices(text_slices(tokenizer, token_ids))
-        return await sliced_response(answer)
 
-    @routes.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        state.check_loaded()
-        body = parse(await read_json(request, state.config.limits.max_json_depth), DetokenizeBody)
-        state.check_model(body.model)
-        vocab_size, tokenizer = state.facts.vocab_size, state.need_tokenizer("tokens")
+async def detokenize(state: ServerState, request: Request, body: DetokenizeBody) -> Response:
+    vocab_size, tokenizer = state.facts.vocab_size, state.need_tokenizer("tokens")
 
-        def decode() -> str:
-            if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
-                raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
-            return tokenizer.decode(body.tokens)
+    def decode() -> str:
+        if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
+            raise invalid(f"tokens must be in 0 to {vocab_size - 1}", "tokens")
+        return tokenizer.decode(body.tokens)
 
-        text = await state.text_work.run(len(body.tokens), decode)
-        return json_response({"prompt": text})
+    text = await state.text_work.run(len(body.tokens), decode)
+    return json_response({"prompt": text})
 
-    @routes.get("/tokenizer_info")
-    async def tokenizer_info() -> Response:
-        state.check_loaded()
-        if state.tokenizer is None:
-            raise ApiError(404, "this server runs without a tokenizer")
-        return json_response(info_json(state.tokenizer, state.facts.max_model_len))
 
-    return routes
+async def tokenizer_info(state: ServerState, request: Request) -> Response:
+    if state.tokenizer is None:
+        raise ApiError(404, "this server runs without a tokenizer")
+    return json_response(info_json(state.tokenizer, state.facts.max_model_len))
 
 
 def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
@@ -109,3 +98,10 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
     check_texts(state, [body.prompt], "prompt")
     text, add_special = body.prompt, body.add_special_tokens
     return await state.text_work.run(len(text), lambda: tokenizer.encode(text, add_special))
+
+
+ROUTES = (
+    Route("POST", "/tokenize", Access.USER, TokenizeBody, tokenize, Needs.MODEL),
+    Route("POST", "/detokenize", Access.USER, DetokenizeBody, detokenize, Needs.MODEL),
+    Route("GET", "/tokenizer_info", Access.USER, None, tokenizer_info, Needs.MODEL),
+)

@@ -21,12 +21,15 @@ import psutil
 import pytest
 import zmq
 
-from serving.api.auth import ROUTES, Access
+from serving.api.app import ROUTES
+from serving.api.auth import Access
+from serving.api.route import access_table
 from serving.security.keys import build_key_ring
 from tests.security.advisories import advisory
 from tests.security.wire import ALICE, BOB, ROOT_KEY, bearer, request, send
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 
+LEVELS = access_table(ROUTES)
 SHIPPED = ("xllm", "serving", "backends", "graph", "cuda_ops", "npu_ops")
 LOADERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "jsonpickle", "yaml"}
 CALLS = {"recv_pyobj", "send_pyobj", "unsafe_load", "full_load", "load_module", "send_serialized", "recv_serialized"}
@@ -155,7 +158,7 @@ def test_an_empty_secret_fails_closed(advisory_id: str, flags: tuple[str, ...]) 
 @pytest.mark.parametrize("host", ["x/health?", "x/?", "127.0.0.1/health?", "127.0.0.1/health#", "x@127.0.0.1",
                                   "127.0.0.1:80/health?"])
 def test_a_host_header_does_not_change_the_path(keyed: ServerProcess, advisory_id: str, host: str) -> None:
-    for path, level in ROUTES.items():
+    for path, level in LEVELS.items():
         if level is not Access.PUBLIC:
             status, _ = request(keyed.url, "GET", re.sub(r"\{[^}]*\}", "demo", path), host=host)
             assert status == 400
@@ -190,7 +193,7 @@ def test_every_route_has_a_level_and_what_changes_the_server_needs_an_admin(keye
                  "/resume", "/abort", "/abort_request", "/server_info", "/get_server_info", "/v1/load_lora_adapter",
                  "/v1/unload_lora_adapter", "/load_lora_adapter", "/set_internal_state", "/configure_logging",
                  "/shutdown", "/kv_cache", "/encode", "/docs", "/redoc", "/debug", "/invocations"):
-        assert ROUTES.get(path, Access.ADMIN) is Access.ADMIN, path
+        assert LEVELS.get(path, Access.ADMIN) is Access.ADMIN, path
         for method in ("GET", "POST", "DELETE"):
             assert request(keyed.url, method, path)[0] == 401
             assert request(keyed.url, method, path, list(bearer(BOB).items()))[0] in (403, 404)

@@ -14,7 +14,9 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse
 from starlette.routing import Mount
 
-from serving.api.auth import ROUTES, Access, Gate, RouteTable, check_declared, declared_paths, presented_key
+from serving.api.app import ROUTES
+from serving.api.auth import Access, Gate, RouteTable, check_declared, declared_paths, presented_key
+from serving.api.route import Needs, Route, access_table
 from serving.config import LimitSettings
 from serving.security.caller import CALLER
 from serving.security.hosts import HostRule
@@ -25,6 +27,7 @@ from xllm.errors import ConfigError
 
 TABLE = {"/open": Access.PUBLIC, "/use": Access.USER, "/use/{name:path}": Access.USER, "/use/admin": Access.ADMIN,
          "/item/{id}/part": Access.USER, "/admin": Access.ADMIN}
+LEVELS = access_table(ROUTES)
 KEYS = build_key_ring(api_keys=["user-key", "other-key"], admin_keys=["root-key"])
 PATH_TRICKS = ("//{0}", "/{0}/", "/{0}//", "/./{0}", "/x/../{0}", "/{0}/.", "/{0}/..", "/{0}.", "/{0};a=b", "/{0};",
                "/{0}%00", "/{0}%20", "/%2e/{0}", "/{0}%2f", "/%2f{0}", "/{0}%3f", "/{0}%23", "/{0}\\", "/\\{0}",
@@ -123,8 +126,24 @@ def test_a_route_without_a_level_stops_the_start() -> None:
     async def brand_new() -> None: ...
 
     with pytest.raises(ConfigError, match=r"/v1/brand_new: add a line to ROUTES"):
-        check_declared(declared_paths(routes.routes))
-    check_declared(declared_paths(routes.routes), {**ROUTES, "/v1/brand_new": Access.USER})
+        check_declared(declared_paths(routes.routes), LEVELS)
+    check_declared(declared_paths(routes.routes), {**LEVELS, "/v1/brand_new": Access.USER})
+
+
+def test_declarations_that_contradict_each_other_stop_the_start() -> None:
+    def route(method: str, access: Access) -> Route:
+        async def answer(state: Any, request: Any) -> JSONResponse:
+            return JSONResponse({})
+
+        return Route(method, "/x", access, None, answer, Needs.NOTHING)
+
+    assert access_table([route("GET", Access.USER), route("POST", Access.USER)]) == {"/x": Access.USER}
+    with pytest.raises(ConfigError, match="different access levels"):
+        access_table([route("GET", Access.USER), route("POST", Access.ADMIN)])
+    with pytest.raises(ConfigError, match="GET /x is declared twice"):
+        access_table([route("GET", Access.USER), route("GET", Access.USER)])
+    with pytest.raises(ConfigError, match="method 'FETCH' is none of"):
+        route("FETCH", Access.USER)
 
 
 def test_what_hides_routes_cannot_be_mounted() -> None:
@@ -143,7 +162,7 @@ def test_a_level_is_a_level() -> None:
 
 
 def test_only_these_are_public() -> None:
-    public = {path for path, level in ROUTES.items() if level is Access.PUBLIC}
+    public = {path for path, level in LEVELS.items() if level is Access.PUBLIC}
     assert public == {"/health", "/ready", "/ping", "/version", "/", "/web/{name}"}
 
 
@@ -151,7 +170,7 @@ def test_only_these_are_public() -> None:
 
 
 def test_every_route_without_a_key(keyed: ServerProcess) -> None:
-    for path, level in ROUTES.items():
+    for path, level in LEVELS.items():
         concrete = re.sub(r"\{[^}]*\}", "demo", path)
         for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "BREW"):
             for headers in ([], [("Authorization", "Bearer wrong")], [("Authorization", f"Bearer {ALICE}x")],
@@ -162,7 +181,7 @@ def test_every_route_without_a_key(keyed: ServerProcess) -> None:
 
 
 def test_admin_routes_take_admin_keys_only(keyed: ServerProcess, open_server: ServerProcess) -> None:
-    for path in (path for path, level in ROUTES.items() if level is Access.ADMIN):
+    for path in (path for path, level in LEVELS.items() if level is Access.ADMIN):
         for method in ("GET", "POST"):
             assert request(keyed.url, method, path, list(bearer(BOB).items()))[0] == 403
             assert request(open_server.url, method, path)[0] == 403, "closed where there is no admin key"

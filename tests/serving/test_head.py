@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from serving.api.auth import ROUTES, Access
-from serving.api.openapi import BODIES, WITHOUT_BODY
+from serving.api.app import ROUTES
+from serving.api.auth import Access
+from serving.api.route import access_table
 from tests.security.wire import request
 from tests.serving.server_process import ServerProcess, wait_for
 from xllm.tokenizer import load_tokenizer
 
-GETS = sorted(path for path, level in ROUTES.items() if level is not Access.ADMIN and "{" not in path
-              and path not in BODIES and path not in WITHOUT_BODY)
+LEVELS = access_table(ROUTES)
+GETS = sorted(route.path for route in ROUTES
+              if route.method == "GET" and route.access is not Access.ADMIN and "{" not in route.path)
 CHANGING = {"/metrics", "/v1/stats"}  # times and counts: two answers have different lengths
 
 
@@ -51,7 +53,7 @@ def test_a_head_of_the_stream_takes_no_viewers_place(server: ServerProcess) -> N
 def test_the_levels_hold_for_head(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.txt", "--api-key", "a-key-of-some-length", key="another") as keyed:
         for path in GETS:
-            assert keyed.http.head(path).status_code == (200 if ROUTES[path] is Access.PUBLIC else 401), path
+            assert keyed.http.head(path).status_code == (200 if LEVELS[path] is Access.PUBLIC else 401), path
         wait_for(lambda: keyed.health().status_code == 200)
 
 

@@ -1,0 +1,109 @@
+"""`Route`: one declaration, from which a route's handler, its access level, its OpenAPI entry and its HEAD come."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from serving.api.auth import Access
+from serving.api.control import body_of
+from serving.api.limits import read_json
+from serving.api.sse import ClientGone
+from serving.api.types import StrictBody, parse
+from serving.request_log import PLAIN, REQUEST_KIND, RequestKind
+from serving.state import ServerState
+from xllm.errors import ConfigError
+
+METHODS = ("GET", "POST", "DELETE")
+
+
+class Needs(enum.Enum):
+    """What a route cannot do without; it answers 503 while that is missing. ENGINE: one that takes new requests."""
+
+    NOTHING = enum.auto()
+    MODEL = enum.auto()
+    ENGINE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`handler(state, request)`, with a body type `handler(state, request, body)`, answers requests to the path.
+
+    Before it is called, in this order: what the route needs is there, the body is read within the limits and checked
+    against its type, and the model that it names is served here. A body of an ADMIN route may be left out, and query
+    parameters count as members of it. GET answers HEAD, too.
+
+    kind: of the generations that it begins, for `/v1/stats` and traces. checks_model: else the handler does it, later.
+    is_listed: in `/openapi.json`. is_quiet: machines ask it every few seconds, and only its errors are logged.
+    show_error: writes errors in another shape than the API's usual one.
+    """
+
+    method: str
+    path: str
+    access: Access
+    body: type[StrictBody] | None
+    handler: Callable[..., Awaitable[Response]]
+    needs: Needs = Needs.ENGINE
+    kind: RequestKind = PLAIN
+    checks_model: bool = True
+    is_listed: bool = True
+    is_quiet: bool = False
+    show_error: Callable[[Exception], Response] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"route {self.path}: method {self.method!r} is none of {', '.join(METHODS)}")
+
+    @property
+    def methods(self) -> list[str]:
+        """HEAD is what GET would answer without its body, which the HTTP server leaves out (RFC 9110, 9.3.2)."""
+        return ["GET", "HEAD"] if self.method == "GET" else [self.method]
+
+    def add_to(self, app: FastAPI, state: ServerState) -> None:
+        """Let the app answer this route."""
+        async def endpoint(request: Request) -> Response:
+            try:
+                return await self._answer(state, request)
+            except ClientGone:
+                raise
+            except Exception as error:
+                if self.show_error is None:
+                    raise
+                return self.show_error(error)
+
+        app.add_api_route(self.path, endpoint, methods=self.methods)
+
+    async def _answer(self, state: ServerState, request: Request) -> Response:
+        REQUEST_KIND.set(self.kind)
+        if self.needs is Needs.ENGINE:
+            state.check_accepting()
+        elif self.needs is Needs.MODEL:
+            state.check_loaded()
+        if self.body is None:
+            return await self.handler(state, request)
+        if self.access is Access.ADMIN:
+            body: Any = await body_of(state, request, self.body)
+        else:
+            body = parse(await read_json(request, state.config.limits.max_json_depth), self.body)
+        if self.checks_model:
+            state.check_model(getattr(body, "model", None))
+        return await self.handler(state, request, body)
+
+
+def access_table(routes: Iterable[Route]) -> dict[str, Access]:
+    """Path -> level, which covers all of its methods. Raises ConfigError for a path with two levels, or a route that is
+    there twice."""
+    table: dict[str, Access] = {}
+    seen: set[tuple[str, str]] = set()
+    for route in routes:
+        if (route.method, route.path) in seen:
+            raise ConfigError(f"route {route.method} {route.path} is declared twice")
+        seen.add((route.method, route.path))
+        if table.setdefault(route.path, route.access) is not route.access:
+            raise ConfigError(f"route {route.path}: its methods are declared with different access levels")
+    return table
