@@ -215,6 +215,8 @@ class _Server:
             self._view.phase("tokenizer", 0.0)
 
     def _show_phase(self, name: str, share: float, seconds: float) -> None:
+        if self._stop.is_set():
+            return  # what was said last is why it ends
         if name != "ready":  # the engine is; the tokenizer may not be
             self._view.phase(name, share)
         elif self._state.loaded:  # the engine was started again

@@ -11,7 +11,7 @@ import pytest
 
 from serving.cli import main
 from serving.output_file import check_output
-from serving.run_batch import answer, read_done, read_lines
+from serving.run_batch import answer, read_found, read_lines
 from xllm.errors import ConfigError
 
 LINES = [json.dumps({"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}})
@@ -85,7 +85,8 @@ def test_answers_are_read_up_to_where_they_were_cut(tmp_path: Path) -> None:
     first = json.dumps(answer(next(read_lines(LINES)), None, "no")) + "\n"  # type: ignore[arg-type]
     for cut in range(len(first)):
         output.write_text(first + first[:cut])
-        assert read_done(output) == ({"r0"}, len(first))
+        found = read_found(output)
+        assert (found.done, found.failed, found.num_bytes) == (set(), {"r0"}, len(first))
         assert output.read_text() == first + first[:cut], "reading changes nothing"
 
 
