@@ -78,7 +78,8 @@ def test_every_field_of_a_delta_is_carried() -> None:
 ], ids=["defaults", "everything"])
 def test_requests(sampling: SamplingParams) -> None:
     request = Request(request_id="r", prompt_token_ids=token_array([1, 2, 3]), sampling=sampling,
-                      eos_token_ids=(7,), arrival_s=1.5, priority=-3, offline=True, deadline_s=math.pi, cache_salt="s", session_id="c")
+                      eos_token_ids=(7,), arrival_s=1.5, priority=-3, offline=True, deadline_s=math.pi, cache_salt="s",
+                      session_id="c")
     received = COMMANDS.decode(COMMANDS.encode(Submit([request])))
     assert received == Submit([request])
 
