@@ -7,14 +7,14 @@ is written.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from serving.api.sse import ClientGone, escape_line_ends, until_disconnect
+from serving.api.sse import MadeWhileSent, escape_line_ends
 
 SLICE_VALUES = 256  # that are made and encoded without a pause: about half a millisecond's work
 PART_BYTES = 2**15  # that are sent together
@@ -103,29 +103,18 @@ async def sliced_response(content: Any) -> Response:
         ready.append(part)
         num_bytes += len(part)
         if num_bytes > WHOLE_BYTES:
-            return _SlicedResponse(b"".join(ready), made)
+            return _SlicedResponse(_again(ready, made))
     return Response(b"".join(ready), media_type="application/json")
 
 
-class _SlicedResponse(Response):
+async def _again(ready: list[bytes], made: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """What was made already, then the rest."""
+    async with contextlib.aclosing(made):
+        while ready:
+            yield ready.pop(0)
+        async for part in made:
+            yield part
+
+
+class _SlicedResponse(MadeWhileSent):
     media_type = "application/json"
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]):
-        super().__init__()
-        del self.headers["content-length"]
-        self._first, self._rest = first, rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await until_disconnect(receive, self._pump(send))
-        except ClientGone:
-            pass
-        finally:
-            await self._rest.aclose()
-
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for part in self._rest:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,21 +68,17 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Sends the events of a generator and closes it when the client leaves.
+class MadeWhileSent(Response):
+    """Sends what a generator makes, and closes it when the client leaves.
 
-    An exception of the generator becomes an error event (`show_error`); `done` always ends the stream. on_end: called
-    when all is over; a generator that was never begun does not run its `finally`.
+    on_end: called when all is over; a generator that was never begun does not run its `finally`.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None], *, done: bytes = DONE,
-                 show_error: Callable[[Exception], bytes] | None = None):
-        super().__init__(headers=EVENT_HEADERS)
+    def __init__(self, made: AsyncGenerator[bytes, None], on_end: Callable[[], None] = lambda: None,
+                 headers: Mapping[str, str] | None = None):
+        super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._events, self._on_end, self._done = events, on_end, done
-        self._show_error = show_error or (lambda error: event(as_api_error(error).body()))
+        self._made, self._on_end = made, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -91,12 +87,30 @@ class EventStream(Response):
             pass
         finally:
             self._on_end()
-            await self._events.aclose()
+            await self._made.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for part in self._made:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(MadeWhileSent):
+    """An exception of the generator becomes an error event (`show_error`); `done` always ends the stream."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None], *, done: bytes = DONE,
+                 show_error: Callable[[Exception], bytes] | None = None):
+        super().__init__(events, on_end, EVENT_HEADERS)
+        self._done = done
+        self._show_error = show_error or (lambda error: event(as_api_error(error).body()))
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for chunk in self._events:
+            async for chunk in self._made:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:  # the status line is out: the error travels as an event
             await send({"type": "http.response.body", "body": self._show_error(error), "more_body": True})
