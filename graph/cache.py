@@ -50,7 +50,7 @@ class GraphBudget:
 
 @dataclass(slots=True)
 class GraphCounters:
-    """Totals; replays by the key's kind and variant, fallbacks (eager steps) by reason."""
+    """Totals; replays by the key's name, fallbacks (eager steps) by reason."""
 
     captures: int = 0
     evictions: int = 0
@@ -112,7 +112,7 @@ class GraphCache(Generic[P]):
         if entry is None:
             return None
         self.turn = (self.turn + 1) % self._num_sets
-        self.counters.replays[f"{key.kind}-{key.variant}" if key.variant else key.kind] += 1
+        self.counters.replays[key.name] += 1
         return program
 
     def clear(self) -> None:

@@ -21,15 +21,22 @@ class GraphKey:
     """What determines the launches of a step, and nothing else: everything else lies in static buffers.
 
     kind: "decode" (one token a row), "verify" (up to 1 + draft_length tokens a row), "mixed" (any).
-    num_tokens, num_seqs: the bucket. variant: names what else differs in launches, such as what is computed at the end;
-    its meaning is the caller's.
+    num_tokens, num_seqs: the bucket. layout: how the KV blocks of a row are found. ends_with: what is computed last.
+    lora: each token has an adapter. What layout and ends_with may say is the runner's (`xllm/runner/graphs.py`).
     """
 
     kind: str
     num_tokens: int
     num_seqs: int
     draft_length: int = 0
-    variant: str = ""
+    layout: str = ""
+    ends_with: str = ""
+    lora: bool = False
+
+    @property
+    def name(self) -> str:
+        """Without the sizes, as metrics show it: "decode-table-tokens", with "-lora" behind it."""
+        return "-".join(part for part in (self.kind, self.layout, self.ends_with, "lora" if self.lora else "") if part)
 
     @property
     def max_query_len(self) -> int:
@@ -69,13 +76,13 @@ class BucketRules:
     max_mixed_tokens: int = 0
     step: int = 16
 
-    def find(self, num_tokens: int, num_seqs: int, longest: int, variant: str = "") -> GraphKey | None:
+    def find(self, num_tokens: int, num_seqs: int, longest: int) -> GraphKey | None:
         """The smallest key that a step fits: `num_seqs` rows with `num_tokens` tokens in all, `longest` at most."""
         if num_seqs > self.max_seqs:
             return None
         if longest == 1:
             size = at_least(self._seq_sizes(), num_seqs)
-            return None if size is None else GraphKey(kind=DECODE, num_tokens=size, num_seqs=size, variant=variant)
+            return None if size is None else GraphKey(kind=DECODE, num_tokens=size, num_seqs=size)
         if longest <= 1 + self.draft_length:
             kind, token_sizes, draft_length = VERIFY, self._verify_sizes(), self.draft_length
         else:
@@ -83,13 +90,13 @@ class BucketRules:
         found = self._fit(num_tokens, num_seqs, token_sizes, 1 + draft_length if draft_length else None)
         if found is None:
             return None
-        return GraphKey(kind=kind, num_tokens=found[0], num_seqs=found[1], draft_length=draft_length, variant=variant)
+        return GraphKey(kind=kind, num_tokens=found[0], num_seqs=found[1], draft_length=draft_length)
 
-    def decode_keys(self, num_seqs: int, variant: str = "") -> list[GraphKey]:
+    def decode_keys(self, num_seqs: int) -> list[GraphKey]:
         """The keys of decode steps of up to so many rows, the smallest first."""
         sizes = self._seq_sizes()
         end = at_least(sizes, min(num_seqs, self.max_seqs)) if num_seqs else 0
-        return [GraphKey(kind=DECODE, num_tokens=size, num_seqs=size, variant=variant)
+        return [GraphKey(kind=DECODE, num_tokens=size, num_seqs=size)
                 for size in sizes if end is not None and size <= end]
 
     def _fit(self, num_tokens: int, num_seqs: int, token_sizes: tuple[int, ...],

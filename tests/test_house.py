@@ -25,8 +25,8 @@ from tests.house import (
 # Which of our own modules may be imported from where; the longest matching prefix decides.
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_files", "xllm.request", "xllm.sequence",
         "xllm.step", "xllm.metrics", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
-        "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.foreign",
-        "xllm.suggestion", "xllm.run_child"]
+        "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
+        "xllm.foreign", "xllm.suggestion", "xllm.run_child"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]

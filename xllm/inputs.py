@@ -5,9 +5,11 @@ Everything that can be wrong with a request and is known without the queue is fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
 from xllm.structured.checker import GrammarChecker
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.vocabulary import VocabularySource, vocabulary_source
+from xllm.token_ids import are_integers, are_within, check_prompt_length, token_array
 from xllm.tokenizer import Tokenizer, load_tokenizer
 
 # Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
@@ -77,13 +80,14 @@ class InputProcessor:
             RequestError: names the parameter that is wrong.
         """
         text, token_ids = self.encode_prompt(prompt)
-        self._check_length(token_ids)
+        check_prompt_length(len(token_ids), self.max_model_len)
+        packed_ids = self._packed(token_ids)
         sampling = self._complete(sampling)
         arrival_s = time.monotonic()
         requests = tuple(
-            Request(request_id=child_id, prompt_token_ids=token_ids, sampling=choice, eos_token_ids=self.eos_token_ids,
-                    arrival_s=arrival_s, priority=priority, offline=offline, deadline_s=deadline_s,
-                    cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora)
+            Request(request_id=child_id, prompt_token_ids=packed_ids, sampling=choice,
+                    eos_token_ids=self.eos_token_ids, arrival_s=arrival_s, priority=priority, offline=offline,
+                    deadline_s=deadline_s, cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora)
             for child_id, choice in zip(self._engine_ids(request_id, sampling.n),
                                         _choices(sampling, shares_prompt_logprobs))
         )
@@ -96,7 +100,7 @@ class InputProcessor:
             return self._encode_mapping(prompt)
         if isinstance(prompt, str):
             return prompt, self._needs_tokenizer("prompt", "a text prompt").encode(prompt)
-        return None, self.check_ids(prompt)
+        return None, as_token_ids(prompt)
 
     def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
@@ -104,33 +108,25 @@ class InputProcessor:
             raise RequestError(f"prompt: unknown key {min(unknown)!r}; known are prompt and prompt_token_ids",
                                field="prompt")
         if token_ids is not None:
-            return text if isinstance(text, str) else None, self.check_ids(token_ids)
+            return text if isinstance(text, str) else None, as_token_ids(token_ids)
         if not isinstance(text, str):
             raise RequestError("prompt: give {'prompt': text} or {'prompt_token_ids': [...]}", field="prompt")
         return text, self._needs_tokenizer("prompt", "a text prompt").encode(text)
 
-    def check_ids(self, token_ids: Any) -> list[int]:
-        """A prompt's token ids as a list. Raises RequestError."""
-        if hasattr(token_ids, "tolist"):  # numpy arrays and tensors
-            token_ids = token_ids.tolist()
-        if isinstance(token_ids, (bytes, str)) or not isinstance(token_ids, Sequence):
-            raise RequestError(f"prompt must be text or token ids, got {type(token_ids).__name__}", field="prompt")
-        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
-            return list(token_ids)
-        for token_id in token_ids:
-            if type(token_id) is not int:
-                raise RequestError(f"prompt: token ids must be integers, got {token_id!r}", field="prompt")
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestError(f"prompt: token id {token_id} is outside the vocabulary (0 to "
-                                   f"{self.vocab_size - 1})", field="prompt")
-        return list(token_ids)
+    def check_ids(self, token_ids: list[int]) -> None:
+        """Raise RequestError for an id outside the vocabulary."""
+        self._packed(token_ids)
 
-    def _check_length(self, token_ids: Sequence[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty", field="prompt")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} it "
-                               f"may have at most {self.max_model_len - 1}", field="prompt")
+    def _packed(self, token_ids: list[int]) -> array[int]:
+        """The ids as `Request.prompt_token_ids`. Raises RequestError for one outside the vocabulary."""
+        packed: array[int] | None = None
+        with contextlib.suppress(OverflowError):
+            packed = token_array(token_ids)
+        if packed is None or not are_within(packed, self.vocab_size):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+            raise RequestError(f"prompt: token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})",
+                               field="prompt")
+        return packed
 
     def _complete(self, sampling: SamplingParams) -> SamplingParams:
         """`_checked`, once for all sequences of a call."""
@@ -195,6 +191,20 @@ class InputProcessor:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer, and skip_tokenizer_init is set; use token ids", field=field)
         return self.tokenizer
+
+
+def as_token_ids(given: Any) -> list[int]:
+    """A list of ints of any sequence, numpy array or tensor. Raises RequestError for what is none, or holds anything
+    but integers."""
+    if hasattr(given, "tolist"):  # numpy arrays and tensors
+        given = given.tolist()
+    if isinstance(given, (bytes, str)) or not isinstance(given, Sequence):
+        raise RequestError(f"prompt must be text or token ids, got {type(given).__name__}", field="prompt")
+    token_ids = list(given)
+    if not are_integers(token_ids):
+        wrong = next((token_id for token_id in token_ids if type(token_id) is not int), token_ids)
+        raise RequestError(f"prompt: token ids must be integers, got {wrong!r}", field="prompt")
+    return token_ids
 
 
 def _choices(sampling: SamplingParams, shares_prompt_logprobs: bool) -> list[SamplingParams]:

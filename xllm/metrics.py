@@ -37,7 +37,7 @@ class LaneStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphStats:
-    """Captured graphs. replays: steps through one, by kind and variant. fallbacks: steps that ran eagerly although the
+    """Captured graphs. replays: steps through one, by `GraphKey.name`. fallbacks: steps that ran eagerly although the
     device has a graph mode, by reason. fed_steps: those queued before the host knew the tokens of the one before."""
 
     num_graphs: int = 0

@@ -231,6 +231,15 @@ def _check_collections(p: SamplingParams) -> None:
                                field="logit_bias")
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """dtype: numpy's and torch's name. unused: what a place that is not sampled gets; with all of them the operator
+    takes the largest logit."""
+
+    dtype: str
+    unused: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate. `n > 1` becomes n requests before it gets here.
@@ -240,7 +249,7 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Sequence[int]  # as `token_ids.py:token_array` makes them where anybody waits
     sampling: SamplingParams = field(default_factory=SamplingParams)
     pooling: PoolingParams | None = None  # an embedding beside the one token that the request then is for
     eos_token_ids: tuple[int, ...] = ()
@@ -288,6 +297,10 @@ class OutputDelta:
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+# Parameters that `OpSet.sample` takes as a column, a value a row, in the order of its arguments. The rest edits logits
+# (`xllm/runner/logit_edits.py`) or decides what comes after the draw.
+SAMPLING_COLUMNS = {"temperature": Column("float32", 0.0), "top_k": Column("int32", 0), "top_p": Column("float32", 1.0),
+                    "min_p": Column("float32", 0.0)}
 COLLECTIONS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "allowed_token_ids",
                "structured")
 _PLAIN = SamplingParams()

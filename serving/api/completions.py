@@ -28,6 +28,7 @@ from serving.state import ServerState
 from xllm.client.assemble import Completion, Piece
 from xllm.detokenizer import Detokenizer
 from xllm.request import SamplingParams, TokenLogprobs
+from xllm.token_ids import are_integers
 
 REPLACEMENT = "\ufffd"
 VISIBLE = SamplingParams(skip_special_tokens=False, logprobs=0)  # how a prompt of token ids is echoed
@@ -222,13 +223,13 @@ def read_prompts(value: Any, limit: int, field: str = "prompt") -> list[str] | l
                       field)
     if not value:
         raise invalid(f"{field} must not be empty", field)
-    if set(map(type, value)) == {int}:
+    if type(value[0]) is int and are_integers(value):
         return [value]
     if len(value) > limit:
         raise invalid(f"{field} holds {len(value)} prompts, more than {limit}", field)
     if all(isinstance(item, str) for item in value):
         return value
-    if all(isinstance(item, list) and all(type(token_id) is int for token_id in item) for item in value):
+    if all(isinstance(item, list) and are_integers(item) for item in value):
         return value
     raise invalid(f"{field} mixes strings, token ids and lists, or holds something else", field)
 
@@ -261,7 +262,7 @@ def _encoded(state: ServerState, body: CompletionBody, item: str | list[int]) ->
         text, tokenizer = item, state.need_tokenizer("prompt")
         token_ids = tokenizer.encode(item, add_special_tokens=add_special)
     else:
-        token_ids = list(item)
+        token_ids = item
     if not body.echo or tokenizer is None or len(token_ids) >= state.facts.max_model_len:
         return Prompt(token_ids, text, (text or "") if body.echo else "")
     state.inputs.check_ids(token_ids)

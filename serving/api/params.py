@@ -12,19 +12,15 @@ from typing import Any
 from serving.api.budget import Call, check_weight
 from serving.api.errors import invalid
 from serving.api.structured import check_structured
-from serving.api.types import GenerationBody, PoolingBody
+from serving.api.types import PASSED_ON, GenerationBody, PoolingBody
 from serving.call import CALL, REQUEST_ID
 from serving.state import ServerState
 from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
+from xllm.token_ids import check_prompt_length
 
 COMPLETION_MAX_TOKENS = 16
 SEQUENCE_SIZE = 64  # making a sequence is as much work as so many characters
-_PASSED_ON = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "min_tokens", "stop", "stop_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
-    "skip_special_tokens", "logit_bias", "allowed_token_ids", "prompt_logprobs",
-)
 MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024
 
@@ -32,7 +28,7 @@ MAX_SALT_CHARS = 1024
 def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int, logprobs: int | None,
                     **overrides: Any) -> SamplingParams:
     """The body's wishes over the model's defaults; overrides: over both. Raises RequestError naming the field."""
-    given = {name: value for name in _PASSED_ON if (value := getattr(body, name)) is not None}
+    given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
     settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
     if state.tokenizer is None:
@@ -44,17 +40,14 @@ def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int
 
 def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: int, *, default: int | None,
                       prompt_field: str, asked_field: str = "max_tokens", affordable: int | None = None) -> int:
-    """How many tokens to generate. Raises ApiError if the prompt, or prompt and output, exceed the model's length.
+    """How many tokens to generate. Raises RequestError or ApiError if the prompt, or prompt and output, exceed
+    the model's length.
 
     default: used when nothing is asked for, cut to what fits and is affordable; None: all of that.
     """
     longest = state.facts.max_model_len
     room = longest - num_prompt_tokens
-    if num_prompt_tokens < 1:
-        raise invalid(f"{prompt_field} must not be empty", prompt_field)
-    if room < 1:
-        raise invalid(f"{prompt_field} has {num_prompt_tokens} tokens; the model's longest sequence is {longest}, "
-                      "output included", prompt_field)
+    check_prompt_length(num_prompt_tokens, longest, prompt_field)
     if asked is None:
         return min(room, default or room, affordable or room)
     if asked > room:

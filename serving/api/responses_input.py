@@ -7,11 +7,9 @@ from typing import Any
 
 from serving.api.errors import invalid
 from serving.api.members import check_members, check_values
-from serving.api.types import ChatBody, ResponsesBody, parse
+from serving.api.types import PASSED_ON, ChatBody, ResponsesBody, parse
 
-# Called alike here and in a chat. The second line is not OpenAI's, but load tools send it.
-SAMPLING = ("temperature", "top_p", "top_k", "seed",
-            "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
+SAMPLING = tuple(name for name in PASSED_ON if name in ResponsesBody.model_fields)  # called alike here and in a chat
 LOGPROBS = "message.output_text.logprobs"
 # A chat's paths by the names that they have here, for errors.
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", r"response_format\.json_schema": "text.format",

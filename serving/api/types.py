@@ -11,6 +11,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from serving.api.errors import invalid
+from xllm.request import SAMPLING_FIELDS
 from xllm.suggestion import nearest
 
 Body = TypeVar("Body", bound="StrictBody")
@@ -97,6 +98,11 @@ class GenerationBody(StrictBody):
     prompt_cache_key: str | None = None
     request_id: str | None = None
     add_special_tokens: bool | None = None
+
+
+# Fields that a body hands on to `SamplingParams` as they are. `n` and `max_tokens` are decided by more than them.
+PASSED_ON = tuple(name for name in SAMPLING_FIELDS
+                  if name in GenerationBody.model_fields and name not in ("n", "max_tokens"))
 
 
 class CompletionBody(GenerationBody):

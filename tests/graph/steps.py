@@ -28,8 +28,8 @@ def allocate(num_bytes: int) -> Tensor:
     return torch.zeros(num_bytes, dtype=torch.uint8)
 
 
-def key(size: int, variant: str = "") -> GraphKey:
-    return GraphKey(kind="decode", num_tokens=size, num_seqs=size, variant=variant)
+def key(size: int, ends_with: str = "") -> GraphKey:
+    return GraphKey(kind="decode", num_tokens=size, num_seqs=size, ends_with=ends_with)
 
 
 def expected(ids: Sequence[int], scale: float = 1.0) -> Tensor:

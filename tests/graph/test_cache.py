@@ -18,7 +18,7 @@ from tests.graph.steps import Lookup, compute, expected, key, make_set
 
 
 class World:
-    """A cache over steps of one size, told apart by their variant."""
+    """A cache over steps of one size, told apart by what they end with."""
 
     def __init__(self, budget: GraphBudget | None = None, *, capturer: CheckingCapturer | None = None,
                  num_sets: int = 2, function: Callable[[Lookup], None] = compute):
@@ -79,7 +79,7 @@ def test_the_least_recently_used_goes_and_nothing_thrashes(room: int, names: lis
     world, model = World(GraphBudget(num_graphs=room), num_sets=1), SlowModel(room)
     for i, name in enumerate(names):
         assert world.check(key(4, name), [i % 11]) == model.replays(name)
-        assert [k.variant for k, _ in world.cache._entries] == model.order
+        assert [k.ends_with for k, _ in world.cache._entries] == model.order
     counters = world.cache.counters
     assert counters.captures - counters.evictions == len(model.order)
     assert sum(counters.replays.values()) + counters.fallbacks["cache_full"] == len(names)
@@ -96,7 +96,7 @@ def test_bytes_bound_the_cache() -> None:
     assert small.cache.num_bytes == 2 * one
     for _ in range(MISSES_BEFORE_EVICTION - 1):
         went = small.check(key(4, "c"), [1])
-    assert went and [k.variant for k, _ in small.cache._entries] == ["b", "c"]
+    assert went and [k.ends_with for k, _ in small.cache._entries] == ["b", "c"]
     assert small.cache.counters.evictions == 1
 
 

@@ -31,11 +31,11 @@ def test_the_next_size_is_the_smallest_that_holds(limit: int, step: int, size: i
 
 @given(RULES, st.integers(1, 80))
 def test_decode_pads_to_the_next_size(rules: BucketRules, num_seqs: int) -> None:
-    key = rules.find(num_seqs, num_seqs, 1, "x")
+    key = rules.find(num_seqs, num_seqs, 1)
     assert (key is None) == (num_seqs > rules.max_seqs)
     if key is not None:
         size = at_least(bucket_sizes(rules.max_seqs, rules.step), num_seqs)
-        assert key == GraphKey(kind="decode", num_tokens=size, num_seqs=size, variant="x")
+        assert key == GraphKey(kind="decode", num_tokens=size, num_seqs=size)
         assert padding_lengths(key, num_seqs, num_seqs).tolist() == [1] * (size - num_seqs)
 
 

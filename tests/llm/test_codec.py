@@ -27,6 +27,7 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
+from xllm.token_ids import token_array
 from xllm.worker.messages import Placement
 
 LOGPROBS = st.builds(TokenLogprobs, st.integers(0, 2**31), st.floats(-1e4, 0), st.integers(1, 10**6),
@@ -76,8 +77,9 @@ def test_every_field_of_a_delta_is_carried() -> None:
                    logprobs=3, prompt_logprobs=0, max_tokens=None, min_tokens=3, ignore_eos=True),
 ], ids=["defaults", "everything"])
 def test_requests(sampling: SamplingParams) -> None:
-    request = Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=sampling, eos_token_ids=(7,), arrival_s=1.5,
-                      priority=-3, offline=True, deadline_s=math.pi, cache_salt="s", session_id="c")
+    request = Request(request_id="r", prompt_token_ids=token_array([1, 2, 3]), sampling=sampling,
+                      eos_token_ids=(7,), arrival_s=1.5, priority=-3, offline=True, deadline_s=math.pi, cache_salt="s",
+                      session_id="c")
     received = COMMANDS.decode(COMMANDS.encode(Submit([request])))
     assert received == Submit([request])
 
@@ -85,7 +87,7 @@ def test_requests(sampling: SamplingParams) -> None:
 def test_what_requests_share_is_one_object_again_and_written_once() -> None:
     """A thousand sequences with large parameters and one prompt weigh hardly more than one."""
     params = SamplingParams(stop=["x" * 4000], allowed_token_ids=range(3000), logit_bias=dict.fromkeys(range(500), 1.0))
-    prompt = list(range(500))
+    prompt = token_array(range(500))
     sent = [Request(request_id=str(i), prompt_token_ids=prompt, sampling=params.varied(seed=i)) for i in range(1000)]
     frame = COMMANDS.encode(Submit(sent))
     assert len(frame) < len(COMMANDS.encode(Submit(sent[:1]))) + 1000 * 400
@@ -100,7 +102,7 @@ def test_what_requests_share_is_one_object_again_and_written_once() -> None:
 
 def test_a_set_of_requests_that_refers_to_nothing_is_refused() -> None:
     frame = COMMANDS.encode(Submit([Request(request_id="r", prompt_token_ids=[1])] * 2))
-    name, prompts, params, heads = b"prompts", b"\x91\x91\x01", b"\x90", b"heads"
+    name, prompts, params, heads = b"prompts", b"\x91\xc4\x04\x01\x00\x00\x00", b"\x90", b"heads"
     assert name in frame and prompts in frame and heads in frame
     with pytest.raises(msgspec.DecodeError):
         COMMANDS.decode(frame.replace(prompts, params))

@@ -6,6 +6,7 @@ A decoder knows the type of what it may read; nothing else is ever constructed.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, S
 from xllm.errors import RequestError
 from xllm.request import Request
 from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
+from xllm.token_ids import TYPE, token_array
 
 M = TypeVar("M")
 
@@ -52,7 +54,7 @@ _HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not i
 class _PackedSubmit:
     """A `Submit` whose prompts and sampling parameters are written once; requests refer to them."""
 
-    prompts: list[list[int]]
+    prompts: list[bytes]  # int32 each
     params: SharedParams
     heads: list[_RequestHead]
 
@@ -61,13 +63,11 @@ class _CommandCodec:
     """As `Codec`, for commands."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(0, Submit, Abort, Control, Shutdown, _PackedSubmit)
+        self._codec: Codec[Any] = Codec(0, _PackedSubmit, Abort, Control, Shutdown)
 
     def encode(self, command: Command) -> bytes:
         """One frame."""
-        if isinstance(command, Submit) and len(command.requests) > 1:
-            return self._codec.encode(_packed(command.requests))
-        return self._codec.encode(command)
+        return self._codec.encode(_packed(command.requests) if isinstance(command, Submit) else command)
 
     def decode(self, frame: bytes) -> Command:
         """See `Codec.decode`. What requests share is one object."""
@@ -76,12 +76,12 @@ class _CommandCodec:
 
 
 def _packed(requests: list[Request]) -> _PackedSubmit:
-    params, places, prompts, heads = ParamsWriter(), dict[int, int](), list[Any](), []
+    params, places, prompts, heads = ParamsWriter(), dict[int, int](), list[bytes](), []
     for request in requests:
         prompt = request.prompt_token_ids
         if (place := places.get(id(prompt))) is None:
             place = places[id(prompt)] = len(prompts)
-            prompts.append(prompt)
+            prompts.append(token_array(prompt).tobytes())
         heads.append(_RequestHead(*(getattr(request, name) for name in _HEAD_FIELDS), place,
                                   params.add(request.sampling)))
     return _PackedSubmit(prompts, params.shared(), heads)
@@ -89,10 +89,10 @@ def _packed(requests: list[Request]) -> _PackedSubmit:
 
 def _unpacked(packed: _PackedSubmit) -> list[Request]:
     try:
-        samplings = read_shared(packed.params)
-        return [Request(prompt_token_ids=packed.prompts[head.prompt], sampling=samplings[head.variant],
+        samplings, prompts = read_shared(packed.params), [array(TYPE, ids) for ids in packed.prompts]
+        return [Request(prompt_token_ids=prompts[head.prompt], sampling=samplings[head.variant],
                         **{name: getattr(head, name) for name in _HEAD_FIELDS}) for head in packed.heads]
-    except (IndexError, RequestError) as error:
+    except (IndexError, ValueError, RequestError) as error:  # ValueError: bytes that are no whole ids
         raise msgspec.DecodeError(f"no set of requests: {error}") from None
 
 

@@ -22,6 +22,7 @@ from xllm.kv import failpoints
 from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
+from xllm.token_ids import are_within
 from xllm.worker.link import Progress, WorkerLink
 from xllm.worker.messages import Loaded
 
@@ -82,7 +83,8 @@ class EngineCore:
         if not request.sampling.shares_collections(self._checked):  # once for all sequences of a call
             request.sampling.check_vocabulary(self._loaded.vocab_size)
             self._checked = request.sampling
-        _check_prompt_ids(request, self._loaded.vocab_size)
+        if not are_within(request.prompt_token_ids, self._loaded.vocab_size):  # a device would read beyond its table
+            raise RequestError(f"prompt: token ids must be in 0 to {self._loaded.vocab_size - 1}", field="prompt")
         if request.pooling is None and not self._loaded.generates:
             raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")
         if request.pooling is not None:
@@ -216,9 +218,3 @@ class EngineCore:
             logger.exception("the KV cache was not stored")
         finally:
             self.link.close()
-
-
-def _check_prompt_ids(request: Request, vocab_size: int) -> None:
-    ids = request.prompt_token_ids
-    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise RequestError(f"prompt: token ids must be in 0 to {vocab_size - 1}", field="prompt")

@@ -9,7 +9,8 @@ from backends.backend import Backend, Capturer
 from xllm.layers.adapters import AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
-from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, sampling_columns
+from xllm.runner.columns import sampling_columns
+from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into
 from xllm.runner.graphs import Forwarded
 from xllm.runner.rows import RowState
 from xllm.runner.staging import Staging

@@ -20,12 +20,9 @@ from backends.opset import OpSet
 from xllm.runner.batch import SampleSlots
 from xllm.runner.rows import NO_LOGPROBS, RowState
 from xllm.runner.sampler import NOT_FINITE, Draws
-from xllm.runner.uniform import uniforms
 
 NUM_BUFFERS = 2
 NOT_A_TOKEN = -1  # sampled from logits that were not finite
-# Sampling parameters, with what a place that is not sampled gets: they make it an argmax.
-SAMPLING_INPUTS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.0}
 
 
 class TokenFeed:
@@ -83,13 +80,6 @@ def sample_into(sink: Tensor, ops: OpSet, logits_TV: Tensor, parameters: Iterabl
     sink.copy_(torch.where(finite_T, token_ids_T, NOT_A_TOKEN))
 
 
-def sampling_columns(rows: RowState, slots: SampleSlots) -> dict[str, np.ndarray]:
-    """Values of SAMPLING_INPUTS for the slots, each [Q]."""
-    return {"temperature": rows.temperature[slots.rows], "top_k": rows.top_k[slots.rows],
-            "top_p": rows.top_p[slots.rows], "min_p": rows.min_p[slots.rows],
-            "uniform": uniforms(rows.seed[slots.rows], rows.num_tokens[slots.rows] + slots.offsets)}
-
-
 def wants_hidden_states(rows: RowState, rows_S: np.ndarray) -> bool:
     """Whether the step computes places of a prompt for which a row asked logprobs or an embedding."""
     asks_S = (rows.num_prompt_logprobs[rows_S] != NO_LOGPROBS) | rows.pools[rows_S]
@@ -97,7 +87,7 @@ def wants_hidden_states(rows: RowState, rows_S: np.ndarray) -> bool:
 
 
 def samples_plainly(rows: RowState, slots: SampleSlots) -> bool:
-    """Whether no slot wants more than SAMPLING_INPUTS: no logprobs, nothing that edits logits."""
+    """Whether no slot wants more than SAMPLE_INPUTS: no logprobs, nothing that edits logits."""
     plain_Q = ((rows.num_logprobs[slots.rows] == NO_LOGPROBS) & ~rows.edits_logits[slots.rows]
                & (rows.min_output_tokens[slots.rows] == 0))
     return bool(plain_Q.all())

@@ -1,6 +1,6 @@
 """`GraphedForward`: a step's forward pass through captured graphs, from the embedding to the sampled tokens if it can.
 
-The runner asks for each step; None means: run it eagerly. What a graph computes last is its variant: "tokens" (sampled,
+The runner asks for each step; None means: run it eagerly. A graph ends with "tokens" (sampled,
 on the device), "logits", or "hidden" (where only some places are wanted, or all logits would be too large).
 
 Letters: T tokens of the bucket (L where there are logits for each), S its rows, M blocks per row, D hidden,
@@ -28,15 +28,8 @@ from xllm.layers.adapters import AdapterSlots
 from xllm.metrics import GraphStats
 from xllm.models.causal_lm import CausalLM
 from xllm.runner.batch import HostBatch
-from xllm.runner.feed import (
-    SAMPLING_INPUTS,
-    QueuedTokens,
-    TokenFeed,
-    sample_into,
-    samples_plainly,
-    sampling_columns,
-    wants_hidden_states,
-)
+from xllm.runner.columns import SAMPLE_INPUTS, sampling_columns
+from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, samples_plainly, wants_hidden_states
 from xllm.runner.rows import RowState
 from xllm.sizes import parse_amount
 
@@ -44,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 NUM_SETS = 2  # as `feed.py:NUM_BUFFERS`
 LOGITS_BYTES = 256 * 2**20  # static memory for logits; longer steps end with the hidden states
-HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"
+HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"  # what a graph ends with
+TABLE, BASE = "table", "base"  # layouts: block ids of each row, or where its blocks begin
 LORA = "lora"  # each token's adapter
 _NOTHING = np.zeros(0, dtype=np.int32)
 # Reasons for an eager step, beside those of `graph/cache.py`.
@@ -134,7 +128,7 @@ class StepProgram:
         if LOGITS in outputs:
             outputs[LOGITS].copy_(logits_TV)
             return
-        sample_into(outputs[TOKENS], owner.ops, logits_TV, (inputs[name] for name in SAMPLING_INPUTS))
+        sample_into(outputs[TOKENS], owner.ops, logits_TV, (inputs[name] for name in SAMPLE_INPUTS))
 
 
 class GraphedForward:
@@ -177,8 +171,8 @@ class GraphedForward:
         if key is None:
             self.cache.fall_back(NO_BUCKET)
             return None
-        key = replace(key, variant=f"{_layout(batch)}-{self._ends_with(batch, rows_S, key.num_tokens)}"
-                      f"{'' if batch.lora_T is None else '-' + LORA}")
+        key = replace(key, layout=_layout(batch), ends_with=self._ends_with(batch, rows_S, key.num_tokens),
+                      lora=batch.lora_T is not None)
         self.cache.turn = self.feed.turn
         program = self.cache.run(key, lambda program: self._fill(program, key, batch))
         return None if program is None else self._results(program, batch)
@@ -186,7 +180,8 @@ class GraphedForward:
     def capture_ahead(self, num_seqs: int, *, has_table: bool) -> None:
         """Capture plain decode steps of up to `num_seqs` rows, over both sets, before a request waits for one."""
         empty = HostBatch.empty(self.rows.block_size, has_table=has_table)
-        for key in self._rules.decode_keys(num_seqs, f"{_layout(empty)}-{TOKENS}"):
+        for bucket in self._rules.decode_keys(num_seqs):
+            key = replace(bucket, layout=_layout(empty), ends_with=TOKENS)
             for index in range(NUM_SETS):
                 self.cache.turn = index
                 self.cache.run(key, lambda program, key=key: self._fill(program, key, empty))  # type: ignore[misc]
@@ -200,12 +195,11 @@ class GraphedForward:
         return TOKENS if samples_plainly(self.rows, batch.slots) else LOGITS
 
     def _build(self, key: GraphKey, index: int) -> StepProgram:
-        layout, ends_with, *lora = key.variant.split("-")
-        names = [*STEP_INPUTS, "kv_base" if layout == "base" else "block_table", *lora,
-                 *(SAMPLING_INPUTS if ends_with == TOKENS else ())]
+        names = [*STEP_INPUTS, "kv_base" if key.layout == BASE else "block_table", *((LORA,) if key.lora else ()),
+                 *(SAMPLE_INPUTS if key.ends_with == TOKENS else ())]
         sizes = {"T": key.num_tokens, "L": key.num_tokens, "Q": key.num_tokens, "S": key.num_seqs,
                  "S1": key.num_seqs + 1}
-        return StepProgram(self, key, index, StepMemory(self._sets[index], names, [ends_with], sizes))
+        return StepProgram(self, key, index, StepMemory(self._sets[index], names, [key.ends_with], sizes))
 
     def _fill(self, program: StepProgram, key: GraphKey, batch: HostBatch) -> None:
         memory = program.memory
@@ -230,7 +224,7 @@ class GraphedForward:
         if "uniform" in memory.inputs:
             for name, value_Q in sampling_columns(self.rows, batch.slots).items():
                 array_T = memory.host_array(name)
-                array_T.fill(SAMPLING_INPUTS[name])
+                array_T.fill(SAMPLE_INPUTS[name].unused)
                 array_T[batch.slots.hidden] = value_Q
 
     def _results(self, program: StepProgram, batch: HostBatch) -> Forwarded:
@@ -243,18 +237,18 @@ class GraphedForward:
 
 
 def _layout(batch: HostBatch) -> str:
-    return "table" if batch.kv_base_S is None else "base"
+    return TABLE if batch.kv_base_S is None else BASE
 
 
 def _inputs() -> list[Field]:
     """Static inputs, the largest last. The table has a column more than a row can need: kernels that fetch the next
     block's id ahead may read the one behind the last."""
-    int32, float32 = torch.int32, torch.float32
+    int32 = torch.int32
     by_token = ("input_ids", "feed", LORA, "positions", "slot_mapping")
     return [*(Field(name, int32, ("T",)) for name in by_token), Field("query_start", int32, ("S1",)),
-            Field("seq_lens", int32, ("S",)), Field("kv_base", int32, ("S",)), Field("temperature", float32, ("T",)),
-            Field("top_k", int32, ("T",)), Field("top_p", float32, ("T",)), Field("min_p", float32, ("T",)),
-            Field("uniform", float32, ("T",)), Field("block_table", int32, ("S", "M"))]
+            Field("seq_lens", int32, ("S",)), Field("kv_base", int32, ("S",)),
+            *(Field(name, getattr(torch, column.dtype), ("T",)) for name, column in SAMPLE_INPUTS.items()),
+            Field("block_table", int32, ("S", "M"))]
 
 
 def _outputs(dtype: torch.dtype) -> list[Field]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.pooling import PoolingParams
-from xllm.request import SamplingParams
+from xllm.request import SAMPLING_COLUMNS, SamplingParams
 from xllm.step import NewRow
 
 NO_LOGPROBS = -1
@@ -26,7 +26,7 @@ class RowState:
     num_tokens, num_prompt_tokens, num_computed int32 [R]: known tokens, the prompt among them, and how
     many have their KV in the cache.
     block_table int32 [R, max_blocks], valid below `num_blocks`.
-    temperature, top_p, min_p float32; top_k int32; seed uint64: sampling parameters.
+    columns: each [R], as `request.py:SAMPLING_COLUMNS` says. seed uint64.
     num_logprobs, num_prompt_logprobs int32: NO_LOGPROBS where the row asked for none.
     min_output_tokens int32: end tokens are forbidden before that many output tokens.
     edits_logits bool: the row's logits are changed by more than temperature and truncation.
@@ -47,10 +47,8 @@ class RowState:
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int32)
         self.block_table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
-        self.temperature = np.zeros(max_num_seqs, dtype=np.float32)
-        self.top_k = np.zeros(max_num_seqs, dtype=np.int32)
-        self.top_p = np.ones(max_num_seqs, dtype=np.float32)
-        self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self.columns = {name: np.full(max_num_seqs, column.unused, dtype=column.dtype)
+                        for name, column in SAMPLING_COLUMNS.items()}
         self.seed = np.zeros(max_num_seqs, dtype=np.uint64)
         self.num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
         self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
@@ -80,10 +78,10 @@ class RowState:
 
     def _set_sampling(self, row: int, sampling: SamplingParams, seed: int) -> None:
         self.sampling[row] = sampling
-        self.temperature[row] = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
+        for name, column in self.columns.items():
+            column[row] = getattr(sampling, name)
+        if sampling.temperature < MIN_TEMPERATURE:
+            self.columns["temperature"][row] = 0.0
         self.seed[row] = seed & (2**64 - 1)
         self.num_logprobs[row] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         self.num_prompt_logprobs[row] = NO_LOGPROBS if sampling.prompt_logprobs is None else sampling.prompt_logprobs

@@ -15,10 +15,10 @@ from torch import Tensor
 from backends.opset import OpSet
 from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, TokenLogprobs
 from xllm.runner.batch import SampleSlots
+from xllm.runner.columns import sampling_columns
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.rows import NO_LOGPROBS, RowState
-from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
 from xllm.structured.matchers import RowMatchers, SlotMasks
 
@@ -127,12 +127,9 @@ class Sampler:
 
     def _choose(self, logits_QV: Tensor, slots: SampleSlots) -> np.ndarray:
         """Greedy slots by argmax, the others by inverting the CDF at their own uniform number."""
-        rows, rows_Q = self._rows, slots.rows
-        temperature_Q = rows.temperature[rows_Q]
-        if not temperature_Q.any():
+        if not self._rows.columns["temperature"][slots.rows].any():
             return self._ops.argmax(logits_QV).cpu().numpy()
-        uniform_Q = uniforms(rows.seed[rows_Q], rows.num_tokens[rows_Q] + slots.offsets)
-        columns = (temperature_Q, rows.top_k[rows_Q], rows.top_p[rows_Q], rows.min_p[rows_Q], uniform_Q)
+        columns = sampling_columns(self._rows, slots).values()
         return self._ops.sample(logits_QV, *(torch.from_numpy(c).to(self._device) for c in columns)).cpu().numpy()
 
 

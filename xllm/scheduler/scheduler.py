@@ -35,6 +35,7 @@ from xllm.scheduler.rows import RowTable
 from xllm.scheduler.running import Running
 from xllm.sequence import SequenceState, Status
 from xllm.step import ScheduleOutput, StepOutput
+from xllm.token_ids import check_prompt_length
 
 
 class Scheduler:
@@ -85,11 +86,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if it can never run or the queue is full."""
         num_tokens = len(request.prompt_token_ids)
-        if num_tokens == 0:
-            raise RequestError("the prompt is empty", field="prompt")
-        if num_tokens >= self.max_model_len:
-            raise RequestError(f"the prompt has {num_tokens} tokens; with max_model_len {self.max_model_len} it may "
-                               f"have at most {self.max_model_len - 1}", field="prompt")
+        check_prompt_length(num_tokens, self.max_model_len)
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
         self.check_room()

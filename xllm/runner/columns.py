@@ -1,0 +1,23 @@
+"""What `OpSet.sample` reads beside the logits: the columns of `request.py:SAMPLING_COLUMNS`, and a uniform number.
+
+Letters: Q slots to sample.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm.request import SAMPLING_COLUMNS, Column
+from xllm.runner.batch import SampleSlots
+from xllm.runner.rows import RowState
+from xllm.runner.uniform import uniforms
+
+# In the order of `OpSet.sample`.
+SAMPLE_INPUTS = {**SAMPLING_COLUMNS, "uniform": Column("float32", 0.0)}
+
+
+def sampling_columns(rows: RowState, slots: SampleSlots) -> dict[str, np.ndarray]:
+    """Values of SAMPLE_INPUTS for the slots, in its order, each [Q]."""
+    found = {name: column[slots.rows] for name, column in rows.columns.items()}
+    found["uniform"] = uniforms(rows.seed[slots.rows], rows.num_tokens[slots.rows] + slots.offsets)
+    return found

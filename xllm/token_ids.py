@@ -1,0 +1,48 @@
+"""A prompt's token ids as one array of int32, and what makes a prompt one that the engine can run.
+
+`InputProcessor` makes the array once; it crosses into the engine's process as bytes, and the scheduler reads the same
+memory through numpy. A list of as many ints would be made, decoded and converted element by element.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from xllm.errors import RequestError
+
+TYPE = "i"  # C int: 32 bits on every platform that Python runs on today
+assert array(TYPE).itemsize == 4
+
+
+def token_array(token_ids: Sequence[int]) -> array[int]:
+    """The ids as an array, itself if it is one. Raises OverflowError for an id that int32 cannot hold."""
+    return token_ids if isinstance(token_ids, array) else array(TYPE, token_ids)
+
+
+def are_integers(values: list[Any]) -> bool:
+    """Whether all are ints, no bool among them. One pass in C."""
+    try:
+        msgspec.convert(values, list[int])
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def are_within(token_ids: Sequence[int], vocab_size: int) -> bool:
+    """Whether all ids lie in [0, vocab_size). Fast for what `token_array` made."""
+    ids = np.asarray(token_ids)
+    return not len(ids) or bool(ids.min() >= 0 and ids.max() < vocab_size)
+
+
+def check_prompt_length(num_tokens: int, max_model_len: int, field: str = "prompt") -> None:
+    """Raise RequestError, naming `field`, for a prompt that is empty or leaves no room for one token."""
+    if not num_tokens:
+        raise RequestError("the prompt is empty", field=field)
+    if num_tokens >= max_model_len:
+        raise RequestError(f"the prompt has {num_tokens} tokens; with max_model_len {max_model_len} it may have at "
+                           f"most {max_model_len - 1}", field=field)
