@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serving.cli import main
@@ -104,7 +105,8 @@ def test_a_file_of_the_server_is_not_overwritten(source: Path, place: str, tmp_p
 
 def test_answers_may_lie_in_the_models_folder(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = source.with_name("answers")
-    output.write_text("".join(json.dumps(answer(line, None, "no")) + "\n" for line in read_lines(LINES)))  # type: ignore[arg-type]
+    good = httpx.Response(200, json={})
+    output.write_text("".join(json.dumps(answer(line, good)) + "\n" for line in read_lines(LINES)))  # type: ignore[arg-type]
     before = output.read_text()
     assert main(["run-batch", "-i", str(source), "-o", str(output), *NOBODY]) == 0
     assert "3 were there already" in capsys.readouterr().out and output.read_text() == before
