@@ -27,7 +27,7 @@ def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = Tr
 
         return NpuBackend(check_contracts=check_contracts)
     if name in ("auto", "cpu"):
-        from backends.cpu import CpuBackend
+        from backends.cpu.cpu import CpuBackend
 
         return CpuBackend(cache_dir=cache_dir, compiled=compiled)
     raise BackendError(f"unknown device {name!r}; known are {', '.join(NAMES)}")

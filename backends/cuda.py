@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from backends.backend import BackendError, Capturer
-from backends.cpu_memory import available_bytes
+from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet

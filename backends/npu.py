@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import BackendError, Capturer
-from backends.cpu_memory import available_bytes
+from backends.cpu.memory import available_bytes
 from backends.metadata import AttentionMetadata
 from backends.npu_graphs import NpuCapturer
 from backends.opset import OpSet

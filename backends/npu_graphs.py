@@ -22,7 +22,7 @@ RESERVED_STREAMS = 128
 
 
 @dataclass(slots=True)
-class Pool:
+class GraphPool:
     """Memory that graphs share. A handle is dead once its last graph is gone: then the next graph has another."""
 
     handle: Any = None
@@ -84,8 +84,8 @@ class NpuCapturer:
             return None
         return max(0, self.num_streams + self._count_streams() - RESERVED_STREAMS)
 
-    def make_pool(self) -> Pool:
-        return Pool()
+    def make_pool(self) -> GraphPool:
+        return GraphPool()
 
     def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> NpuGraph:
         """Streams are the runtime's count, bytes what the driver has less."""
@@ -111,7 +111,7 @@ class NpuCapturer:
             function()
         current.wait_stream(self._stream)
 
-    def _record(self, function: Callable[[], None], pool: Pool) -> tuple[Any, TaskRecorder]:
+    def _record(self, function: Callable[[], None], pool: GraphPool) -> tuple[Any, TaskRecorder]:
         """The capture itself. However it ends, the stream captures no more."""
         graph, recorder = torch.npu.NPUGraph(), TaskRecorder()
         if not any(graph.is_alive for graph in pool.graphs):

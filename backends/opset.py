@@ -23,7 +23,7 @@ from torch import Tensor
 from backends.metadata import AttentionMetadata
 
 
-class PackLinear(Protocol):
+class PackLinearOp(Protocol):
     def __call__(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
         """Bring a weight into the form that `linear` wants; done once at load time.
 
@@ -37,7 +37,7 @@ class PackLinear(Protocol):
         ...
 
 
-class Linear(Protocol):
+class LinearOp(Protocol):
     def __call__(self, x_TX: Tensor, packed: Any) -> Tensor:
         """y_TY = x @ weight.T + bias, in x's dtype; x may be a view whose last axis is contiguous.
 
@@ -54,7 +54,7 @@ class Linear(Protocol):
         ...
 
 
-class PackLora(Protocol):
+class PackLoraOp(Protocol):
     def __call__(self, a_LRX: Tensor, b_LYR: Tensor, parts: tuple[int, ...]) -> Any:
         """Bring the adapters of a linear layer into the form that `lora_add` wants; done when one comes or goes.
 
@@ -64,7 +64,7 @@ class PackLora(Protocol):
         ...
 
 
-class LoraAdd(Protocol):
+class LoraAddOp(Protocol):
     def __call__(self, y_TY: Tensor, x_TX: Tensor, packed: Any, slots_T: Tensor,
                  present: Sequence[int] | None = None) -> None:
         """y += b[slot] @ (a[slot] @ x), in place, each output by its own part of the inner product; tokens of slot 0
@@ -75,13 +75,13 @@ class LoraAdd(Protocol):
         ...
 
 
-class Embedding(Protocol):
+class EmbeddingOp(Protocol):
     def __call__(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         """Rows of the table: [T, D]. ids int32 or int64, all in [0, V)."""
         ...
 
 
-class FeedTokens(Protocol):
+class FeedTokensOp(Protocol):
     def __call__(self, input_ids_T: Tensor, feed_T: Tensor, sampled_Q: Tensor) -> Tensor:
         """sampled_Q[feed_T] where feed_T >= 0, else input_ids_T: int32 [T]. Negative entries of sampled_Q count as 0.
 
@@ -90,7 +90,7 @@ class FeedTokens(Protocol):
         ...
 
 
-class RMSNorm(Protocol):
+class RMSNormOp(Protocol):
     def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight, over the last axis, into a new tensor.
 
@@ -99,13 +99,13 @@ class RMSNorm(Protocol):
         ...
 
 
-class AddRMSNorm(Protocol):
+class AddRMSNormOp(Protocol):
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """residual += x (in place), then rms_norm(residual) into a new tensor (or into x)."""
         ...
 
 
-class QKVRopeWrite(Protocol):
+class QKVRopeWriteOp(Protocol):
     def __call__(
         self,
         qkv_TX: Tensor,
@@ -133,13 +133,13 @@ class QKVRopeWrite(Protocol):
         ...
 
 
-class Plan(Protocol):
+class PlanOp(Protocol):
     def __call__(self, meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
         """What `attention` wants computed once per step; the runner stores it in `meta.plan`."""
         ...
 
 
-class Attention(Protocol):
+class AttentionOp(Protocol):
     def __call__(
         self,
         q_TNH: Tensor,
@@ -159,25 +159,25 @@ class Attention(Protocol):
         ...
 
 
-class SiluMul(Protocol):
+class SiluMulOp(Protocol):
     def __call__(self, gate_up_TF2: Tensor) -> Tensor:
         """silu(gate) * up for x = [gate | up] on the last axis: [T, 2F] -> [T, F]."""
         ...
 
 
-class CopyBlocks(Protocol):
+class CopyBlocksOp(Protocol):
     def __call__(self, cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
         """cache[dst] = cache[src], in place. src and dst int64, disjoint, dst without repeats."""
         ...
 
 
-class StoredBytes(Protocol):
+class StoredBytesOp(Protocol):
     def __call__(self, caches: Sequence[Tensor], *, format: str) -> int:
         """Bytes of one block of one layer in the stored form of `export_blocks`."""
         ...
 
 
-class ExportBlocks(Protocol):
+class ExportBlocksOp(Protocol):
     def __call__(
         self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
     ) -> None:
@@ -197,7 +197,7 @@ class ExportBlocks(Protocol):
         ...
 
 
-class ImportBlocks(Protocol):
+class ImportBlocksOp(Protocol):
     def __call__(
         self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *, format: str
     ) -> None:
@@ -205,7 +205,7 @@ class ImportBlocks(Protocol):
         ...
 
 
-class ApplyTokenBitmask(Protocol):
+class ApplyTokenBitmaskOp(Protocol):
     def __call__(self, logits_SV: Tensor, bitmask_XW: Tensor, rows_X: Tensor) -> None:
         """logits[rows[x], t] = -inf for every token t that mask x forbids, in place; rows without a mask stay.
 
@@ -215,7 +215,7 @@ class ApplyTokenBitmask(Protocol):
         ...
 
 
-class Penalise(Protocol):
+class PenaliseOp(Protocol):
     def __call__(
         self, logits_SV: Tensor, rows_X: Tensor, token_ids_T: Tensor, starts_X1: Tensor, output_starts_X: Tensor,
         repetition_X: Tensor, frequency_X: Tensor, presence_X: Tensor,
@@ -231,13 +231,13 @@ class Penalise(Protocol):
         ...
 
 
-class Argmax(Protocol):
+class ArgmaxOp(Protocol):
     def __call__(self, logits_SV: Tensor) -> Tensor:
         """Index of each row's largest value, the smallest index among equals: int64 [S]."""
         ...
 
 
-class Sample(Protocol):
+class SampleOp(Protocol):
     def __call__(
         self, logits_SV: Tensor, temperature_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor,
         uniform_S: Tensor,
@@ -263,26 +263,26 @@ class OpSet:
     """The operators of one backend. Ops know no request and no layer."""
 
     name: str
-    pack_linear: PackLinear
-    linear: Linear
-    pack_lora: PackLora
-    lora_add: LoraAdd
-    embedding: Embedding
-    feed_tokens: FeedTokens
-    rms_norm: RMSNorm
-    add_rms_norm: AddRMSNorm
-    qkv_rope_write: QKVRopeWrite
-    plan: Plan
-    attention: Attention
-    silu_mul: SiluMul
-    copy_blocks: CopyBlocks
-    stored_bytes: StoredBytes
-    export_blocks: ExportBlocks
-    import_blocks: ImportBlocks
-    apply_token_bitmask: ApplyTokenBitmask
-    penalise: Penalise
-    argmax: Argmax
-    sample: Sample
+    pack_linear: PackLinearOp
+    linear: LinearOp
+    pack_lora: PackLoraOp
+    lora_add: LoraAddOp
+    embedding: EmbeddingOp
+    feed_tokens: FeedTokensOp
+    rms_norm: RMSNormOp
+    add_rms_norm: AddRMSNormOp
+    qkv_rope_write: QKVRopeWriteOp
+    plan: PlanOp
+    attention: AttentionOp
+    silu_mul: SiluMulOp
+    copy_blocks: CopyBlocksOp
+    stored_bytes: StoredBytesOp
+    export_blocks: ExportBlocksOp
+    import_blocks: ImportBlocksOp
+    apply_token_bitmask: ApplyTokenBitmaskOp
+    penalise: PenaliseOp
+    argmax: ArgmaxOp
+    sample: SampleOp
 
     def inherited_from(self, other: OpSet) -> list[str]:
         """Names of the operators that are the very ones of `other`."""

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from backends import get_backend
-from backends.cpu_linear import has_onednn
-from backends.cpu_linear import linear as onednn_linear
-from backends.cpu_linear import pack_linear as onednn_pack
+from backends.cpu.linear import has_onednn
+from backends.cpu.linear import linear as onednn_linear
+from backends.cpu.linear import pack_linear as onednn_pack
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE

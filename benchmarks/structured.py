@@ -24,8 +24,8 @@ from xllm.step import NewRow
 from xllm.structured.matchers import RowMatchers
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.store import GrammarStore
-from xllm.structured.vocabulary import VocabularySource, vocabulary_source
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.structured.token_trie import VocabularySource, vocabulary_source
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 STEPS, WARM_UP = 60, 5
 LETTERS = "abcdefghijklmnopqrstuvwxyzĠETAOIN0123456789\"{}:,._-"

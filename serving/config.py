@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serving.limits import LimitSettings
-from serving.parsers.registry import check_names
+from serving.parsers.parser_registry import check_names
 from xllm.config import option
 from xllm.errors import ConfigError
 from xllm.logs import FORMATS, LEVELS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -201,6 +202,38 @@ def complaints_of_collaborators(modules: Modules, known: Iterable[str] = ()) -> 
                                                     for name in sorted({*known} - much)]
 
 
+# --- names that exist twice
+
+
+def twin_modules(modules: Modules) -> dict[str, list[str]]:
+    """Last names of modules that occur more than once, with the modules. Packages and `__main__` are not counted."""
+    named: dict[str, list[str]] = {}
+    for name, path in modules.items():
+        if path.name not in ("__init__.py", "__main__.py"):
+            named.setdefault(name.rpartition(".")[2], []).append(name)
+    return {name: sorted(places) for name, places in named.items() if len(places) > 1}
+
+
+def twin_classes(modules: Modules) -> dict[str, list[str]]:
+    """Public classes and type aliases of that name in more than one module, with the modules."""
+    named: dict[str, list[str]] = {}
+    for name, path in modules.items():
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef):
+                named.setdefault(node.name, []).append(name)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, (ast.Subscript, ast.BinOp)):
+                named.setdefault(ast.unparse(node.targets[0]), []).append(name)
+    return {name: sorted(places) for name, places in named.items()
+            if len(places) > 1 and re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)}
+
+
+def complaints_of_twins(found: Mapping[str, list[str]], known: Iterable[str] = ()) -> list[str]:
+    """Names of two things, and known ones that are none (any more)."""
+    return [f"{name} is {' and '.join(places)}: one of them says too little" for name, places in sorted(found.items())
+            if name not in known] + [f"not there twice, take it off the list: {name}"
+                                     for name in sorted({*known} - found.keys())]
+
+
 # --- what is reached
 
 
@@ -208,8 +241,8 @@ def reached_from(modules: Modules, roots: Iterable[str]) -> set[str]:
     """The modules that these lead to: by imports (a module brings the packages that it lies in) and by name.
 
     By name: a string that is a module's dotted name (`"xllm.models.llama"`, an entry of a registry or an argument of
-    `python -m`) names that module. An f-string `f"serving.bench.{name}"` names those modules below `serving.bench`
-    whose last names stand in strings of the same file or of one that it imports.
+    `python -m`) names that module. An f-string `f"serving.bench.{name}_bench"` names those modules below
+    `serving.bench` whose last names, but for `_bench`, stand in strings of the same file or of one that it imports.
     """
     graph = import_graph(modules)
     strings = {name: set(_strings(parse(path))) for name, path in modules.items()}
@@ -222,8 +255,9 @@ def reached_from(modules: Modules, roots: Iterable[str]) -> set[str]:
         reached.add(name)
         spelt = strings[name].union(*(strings[other] for other in graph[name]))
         open_names += graph[name] | _packages(name, modules) | (strings[name] & modules.keys())
-        open_names += [module for prefix in _patterns(parse(modules[name])) for module in modules
-                       if module.startswith(prefix) and module.rpartition(".")[2] in spelt]
+        open_names += [module for prefix, end in _patterns(parse(modules[name])) for module in modules
+                       if module.startswith(prefix) and module.endswith(end)
+                       and module.removesuffix(end).rpartition(".")[2] in spelt]
     return reached
 
 
@@ -240,13 +274,13 @@ def _strings(tree: ast.Module) -> Iterator[str]:
             yield node.value.partition(":")[0].replace("-", "_")
 
 
-def _patterns(tree: ast.Module) -> Iterator[str]:
-    """`serving.bench.` of f"serving.bench.{name}"."""
+def _patterns(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """`serving.bench.` and `_bench` of f"serving.bench.{name}_bench"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
-            prefix = str(node.values[0].value)
+            prefix, last = str(node.values[0].value), node.values[-1]
             if prefix.endswith(".") and prefix.partition(".")[0] in OWN:
-                yield prefix
+                yield prefix, str(last.value) if isinstance(last, ast.Constant) else ""
 
 
 def complaints_of_reach(modules: Modules, roots: Iterable[str], waiting: Iterable[str] = ()) -> list[str]:

@@ -13,8 +13,11 @@ from tests.house import (
     complaints_of_collaborators,
     complaints_of_reach,
     complaints_of_sizes,
+    complaints_of_twins,
     modules_of,
     parse,
+    twin_classes,
+    twin_modules,
 )
 
 
@@ -82,6 +85,39 @@ def test_a_known_circle_may_shrink_and_must_be_taken_off_when_it_is_cut(house: H
     assert complaints_of_circles(house.modules, known) == []
     assert complaints_of_circles(house.modules, [frozenset({"xllm.a", "xllm.c"})]) == [
         "a circle of 2: xllm.a -> xllm.b -> xllm.a", "no circle any more, take it off the list: xllm.a, xllm.c"]
+
+
+# --- names that exist twice
+
+
+def test_a_module_name_that_stands_for_two_things(house: House) -> None:
+    house.write("xllm.kv.rows", "").write("xllm.kv.", "").write("xllm.runner.", "").write("xllm.__main__", "")
+    house.write("xllm.runner.row", "").write("npu_ops.__main__", "")
+    assert complaints_of_twins(twin_modules(house.modules)) == []
+    assert complaints_of_twins(twin_modules(house.modules), ["rows"]) == ["not there twice, take it off the list: rows"]
+    house.write("xllm.runner.rows", "")
+    assert complaints_of_twins(twin_modules(house.modules)) == [
+        "rows is xllm.kv.rows and xllm.runner.rows: one of them says too little"]
+    assert complaints_of_twins(twin_modules(house.modules), ["rows"]) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("class Step: ...", "class Step: ..."), ("class Step: ...", "Step = int | str"),
+    ("Step = dict[str, int]", "Step = tuple[int, str]"),
+])
+def test_a_class_name_that_stands_for_two_things(house: House, one: str, other: str) -> None:
+    house.write("xllm.a", one).write("npu_ops.b", other)
+    assert complaints_of_twins(twin_classes(house.modules)) == [
+        "Step is npu_ops.b and xllm.a: one of them says too little"]
+    assert complaints_of_twins(twin_classes(house.modules), ["Step"]) == []
+
+
+@pytest.mark.parametrize("text", [
+    "class _Step: ...", "T = TypeVar('T')", "NAMES = A | B", "def f():\n    class Step: ...",
+])
+def test_names_that_are_nobody_elses_business(house: House, text: str) -> None:
+    house.write("xllm.a", text).write("npu_ops.b", text)
+    assert twin_classes(house.modules) == {}
 
 
 # --- sizes

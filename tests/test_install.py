@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import xllm
-from serving import doctor
+from serving.commands import doctor
 from tests.house import ROOT
 from tests.installed import installed_sizes
 from tests.test_dependencies import EXTRAS, PROJECT
@@ -34,7 +34,7 @@ def test_importing_xllm_is_cheap():
 
 
 def test_help_is_quick():
-    assert run_python("from serving.cli import build_parser; build_parser().format_help()") < 1.0
+    assert run_python("from serving.commands.cli import build_parser; build_parser().format_help()") < 1.0
 
 
 def test_public_names_are_those_that_are_documented():

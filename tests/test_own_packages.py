@@ -87,5 +87,5 @@ def test_processes_of_ours_do_not_look_into_the_working_directory(tmp_path: Path
     for name in (*NAMES, "torch", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('it was executed')\n")
     for path in (ROOT, tmp_path / "none"):  # the latter: the parent found xLLM by other means
-        done = run(*run_module("serving.cli"), "--help", cwd=tmp_path, path=path)
+        done = run(*run_module("serving.commands.cli"), "--help", cwd=tmp_path, path=path)
         assert done.stdout.startswith("usage: xllm"), done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serving.api import budget  # noqa: E402
+from serving.api import call_weight  # noqa: E402
 from serving.limits import BODY, CHATS, FIXED, GENERATION, HARD_MAXIMA, HEAD, MEDIA, SAME_AS, Limit  # noqa: E402
 
 TARGET = ROOT / "docs" / "limits.md"
@@ -21,18 +21,22 @@ is hit exactly at the limit and one beyond it by `tests/security/test_limits.py`
 `test_image_header.py`).
 """
 WEIGHTS = (
-    ("a sequence (`n` times prompts)", budget.SEQUENCE, ""),
-    ("a prompt token", budget.PROMPT_TOKEN, f"and {budget.PROMPT_COPY} for each choice"),
-    ("a token that may be generated", budget.OUTPUT_TOKEN, ""),
-    ("a log-probability of such a token", budget.LOGPROB, f"the token itself counts as two; {budget.KEPT_LOGPROB} with "
+    ("a sequence (`n` times prompts)", call_weight.SEQUENCE, ""),
+    ("a prompt token", call_weight.PROMPT_TOKEN, f"and {call_weight.PROMPT_COPY} for each choice"),
+    ("a token that may be generated", call_weight.OUTPUT_TOKEN, ""),
+    ("a log-probability of such a token", call_weight.LOGPROB,
+     f"the token itself counts as two; {call_weight.KEPT_LOGPROB} with "
      "the Responses API, which keeps answers"),
-    ("a log-probability of a prompt token", budget.PROMPT_LOGPROB, "for each choice; the token itself counts as two"),
-    ("an echoed character", budget.ECHO_CHAR, "for each choice"),
-    ("a character of a stop string", budget.STOP_CHAR, f"and {budget.STOP_OF_SEQUENCE} a string for each sequence"),
-    ("a character of a bad word", budget.BAD_WORD_CHAR, f"and {budget.BAD_WORD_OF_SEQUENCE} a word for each sequence"),
-    ("an id of `allowed_token_ids`", budget.ALLOWED_ID, ""),
-    ("an entry of `logit_bias`", budget.BIAS, f"and {budget.BIAS_OF_SEQUENCE} for each sequence"),
-    ("a number of an embedding", budget.EMBEDDING_NUMBER, ""),
+    ("a log-probability of a prompt token", call_weight.PROMPT_LOGPROB,
+     "for each choice; the token itself counts as two"),
+    ("an echoed character", call_weight.ECHO_CHAR, "for each choice"),
+    ("a character of a stop string", call_weight.STOP_CHAR,
+     f"and {call_weight.STOP_OF_SEQUENCE} a string for each sequence"),
+    ("a character of a bad word", call_weight.BAD_WORD_CHAR,
+     f"and {call_weight.BAD_WORD_OF_SEQUENCE} a word for each sequence"),
+    ("an id of `allowed_token_ids`", call_weight.ALLOWED_ID, ""),
+    ("an entry of `logit_bias`", call_weight.BIAS, f"and {call_weight.BIAS_OF_SEQUENCE} for each sequence"),
+    ("a number of an embedding", call_weight.EMBEDDING_NUMBER, ""),
 )
 WEIGHT_TEXT = """
 ## What a call weighs
@@ -49,7 +53,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Limit, ...]], ...] = (
     ("Bodies", "The body is counted while it streams in, its values before it is parsed.", BODY),
     ("Generation", "Checked before tokenising. A flag with a largest value can only be made stricter.", GENERATION),
     ("Chats", "Besides them, rendering may take `--chat-template-timeout` seconds (10; status 400), and what a\n"
-     "template makes on its way is bounded by what a machine can bear (`xllm/template_limits.py`).", CHATS),
+     "template makes on its way is bounded by what a machine can bear (`xllm/text/template_limits.py`).", CHATS),
     ("Fixed", "What the engine was built for.", FIXED),
     ("Media", "For `serving/security/media_fetch.py`. No route takes media yet; the flags come with the first.", MEDIA),
 )

@@ -11,8 +11,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from serving.commands.flags import default_text, leaf_types  # noqa: E402
 from serving.config import ServerConfig  # noqa: E402
-from serving.flags import default_text, leaf_types  # noqa: E402
 from xllm.config import EngineConfig, all_options  # noqa: E402
 from xllm.foreign.flag import ForeignFlag  # noqa: E402
 from xllm.foreign.upstream import UPSTREAM_ENGINE, UPSTREAM_SERVER  # noqa: E402

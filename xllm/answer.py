@@ -9,8 +9,8 @@ from xllm.errors import EngineDeadError
 from xllm.inputs import ProcessedInput
 from xllm.outputs import CompletionOutput, EmbeddingOutput, Logprob, LogprobsOfToken, RequestMetrics, RequestOutput
 from xllm.request import TokenLogprobs
-from xllm.token_text import TextContext
-from xllm.tokenizer import Tokenizer
+from xllm.text.token_text import TextContext
+from xllm.text.tokenizer import Tokenizer
 
 
 class Answer:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from xllm.answer import Answer
 from xllm.client.assemble import Assembly
-from xllm.client.base import Stream
+from xllm.client.engine_client import Stream
 from xllm.client.local import LocalClient
 from xllm.config import EngineConfig
 from xllm.engine.commands import Action
@@ -31,11 +31,11 @@ from xllm.inputs import (
     chat_prompt,
     model_tokenizer,
 )
-from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
-from xllm.tokenizer import Tokenizer
+from xllm.stats import EngineStats
+from xllm.text.tokenizer import Tokenizer
 
 OutputKind = Literal["cumulative", "delta", "final"]
 _LONG_PROMPT_CHARS = 20_000  # tokenising more than this would hold up the event loop for milliseconds

@@ -23,9 +23,9 @@ from xllm.pooling import PoolingParams
 from xllm.request import MAX_BAD_WORDS, Request, SamplingParams
 from xllm.structured.checker import GrammarChecker
 from xllm.structured.spec import StructuredOutput
-from xllm.structured.vocabulary import VocabularySource, vocabulary_source
+from xllm.structured.token_trie import VocabularySource, vocabulary_source
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 from xllm.token_ids import are_integers, are_within, check_prompt_length, token_array
-from xllm.tokenizer import Tokenizer, load_tokenizer
 
 # Text, token ids, {"prompt": text}, or {"prompt_token_ids": ids}, which may bring its "prompt" along to be shown.
 Prompt = str | Sequence[int] | Mapping[str, Any]

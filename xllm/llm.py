@@ -26,11 +26,11 @@ from xllm.inputs import (
     chat_prompt,
     model_tokenizer,
 )
-from xllm.metrics import EngineStats
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
-from xllm.tokenizer import Tokenizer
+from xllm.stats import EngineStats
+from xllm.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
 Params = SamplingParams | Sequence[SamplingParams] | None

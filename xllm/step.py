@@ -1,7 +1,7 @@
 """The two crossings of a step: `ScheduleOutput` goes down to the runner, `StepOutput` comes up.
 
 Both hold plain values and numpy arrays only, never tensors, so that they can cross into another
-process (`worker/codec.py`). Rows: every admitted sequence owns one row index until it finishes or is
+process (`worker/message_codec.py`). Rows: every admitted sequence owns one row index until it finishes or is
 preempted; the runner keeps per-row state under that index, so a plan carries only what is new.
 
 Letters: S rows scheduled in the step, B blocks appended in the step, R tokens sampled at most per

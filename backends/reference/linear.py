@@ -54,7 +54,7 @@ def check_inputs(num_inputs: int) -> None:
 
 
 def quantise_tokens(x_TX: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 codes [T, X], fp32 scale [T]) of the rows of x, as `Linear` says for "w8a8"."""
+    """(int8 codes [T, X], fp32 scale [T]) of the rows of x, as `LinearOp` says for "w8a8"."""
     x = x_TX.float()
     largest_T = x.abs().amax(dim=1)
     finite_T = largest_T.isfinite()

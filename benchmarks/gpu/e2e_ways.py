@@ -9,8 +9,8 @@ from typing import Any
 
 from backends.reference.kv_codes import QUANTISED
 from benchmarks.gpu.device import Device
-from xllm.metrics import EngineStats
 from xllm.request import OutputDelta
+from xllm.stats import EngineStats
 
 Proof = Callable[[EngineStats, list[list[OutputDelta]]], bool]
 TOLERANCE = 2e-3  # of a log-probability

@@ -8,7 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.api import (
+from serving.api.body import BodyLimit
+from serving.api.errors import install_handlers
+from serving.api.gate import AccessGate, check_declared, declared_paths
+from serving.api.route import access_table
+from serving.api.routes import (
     adapters,
     admin,
     anthropic,
@@ -25,14 +29,10 @@ from serving.api import (
     stats,
     tokenize,
 )
-from serving.api.auth import Gate, check_declared, declared_paths
-from serving.api.errors import install_handlers
-from serving.api.limits import BodyLimit
-from serving.api.route import access_table
 from serving.api.sse import ClientGone
+from serving.api.state import ServerState
+from serving.observe.tracing import TraceContext
 from serving.security.exposure import host_rule
-from serving.state import ServerState
-from serving.tracing import TraceContext
 
 MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin, adapters,
            models, tokenize, health, metrics, stats, console, openapi)
@@ -62,7 +62,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     http, limits = state.config.http, state.config.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.add_middleware(Gate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits, routes=access,
+    app.add_middleware(AccessGate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits, routes=access,
                        refusals=state.refusals, text_work=state.text_work)
     if state.tracer is not None:
         app.add_middleware(TraceContext)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.api.budget import check_texts
+from serving.api.call_weight import check_texts
 from serving.api.effort import effort_variables, verbosity_variables
 from serving.api.errors import invalid
 from serving.api.members import check_members
+from serving.api.state import ServerState
+from serving.api.text_work import LONG
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
-from serving.state import ServerState
-from serving.text_work import LONG
 from xllm.errors import ModelError
 
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.

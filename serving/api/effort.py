@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from serving.api.errors import invalid
-from serving.state import ServerState
-from xllm.chat_template import template_variables
+from serving.api.state import ServerState
+from xllm.text.chat_template import template_variables
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")

@@ -14,10 +14,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from serving.call import CALL
-from serving.log_rate import note_logged
+from serving.observe.call import CALL
+from serving.observe.log_rate import note_logged
 from serving.security.paths import hide_paths
-from xllm.client.base import EngineBusyError, RequestTimeoutError
+from xllm.client.engine_client import EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
 from serving.api.errors import ApiError, invalid, unavailable
-from serving.call import CALL
-from serving.metrics.refusals import OVERLOAD, QUEUE_FULL, UNAVAILABLE
-from serving.request_log import RequestRecord
-from serving.state import ServerState
+from serving.api.state import ServerState
+from serving.observe.call import CALL
+from serving.observe.metrics.refusals import OVERLOAD, QUEUE_FULL, UNAVAILABLE
+from serving.observe.request_log import RequestRecord
 from xllm.client.assemble import Assembly, Completion, Piece
-from xllm.client.base import EngineBusyError, Stream
+from xllm.client.engine_client import EngineBusyError, Stream
 from xllm.request import OWN_FAULTS, Request
 
 DELTAS_AT_ONCE = 32  # that are read before other calls have their turn

@@ -9,8 +9,8 @@ from typing import Any
 from serving.api.effort import read_variables, thinking_switches
 from serving.api.errors import invalid
 from serving.api.members import check_members, check_values
+from serving.api.state import ServerState
 from serving.api.types import ChatBody, CountTokensBody, MessagesBody, parse
-from serving.state import ServerState
 
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # A chat's paths by the names that they have here, for errors.

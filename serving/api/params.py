@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from serving.api.budget import Call, check_weight
+from serving.api.call_weight import PlannedCall, check_weight
 from serving.api.errors import invalid
+from serving.api.state import ServerState
 from serving.api.structured import check_structured
 from serving.api.types import PASSED_ON, GenerationBody, PoolingBody
-from serving.call import CALL, REQUEST_ID
-from serving.state import ServerState
+from serving.observe.call import CALL, REQUEST_ID
 from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
 from xllm.token_ids import check_prompt_length
@@ -82,8 +82,8 @@ def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None)
 def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                      sampling: SamplingParams, pooling: PoolingParams, prompt_field: str) -> list[Request]:
     """One `Request` per text, for its embedding. Raises RequestError or ApiError."""
-    check_weight(state, Call(list(map(len, prompts)), [sampling] * len(prompts), prompt_field=prompt_field,
-                             embedding_size=state.facts.hidden_size))
+    check_weight(state, PlannedCall(list(map(len, prompts)), [sampling] * len(prompts), prompt_field=prompt_field,
+                                    embedding_size=state.facts.hidden_size))
     options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
@@ -92,14 +92,14 @@ def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: 
 def plain_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                    sampling: SamplingParams) -> list[Request]:
     """One `Request` per text, all sampled alike. Raises RequestError or ApiError."""
-    check_weight(state, Call(list(map(len, prompts)), [sampling] * len(prompts)))
+    check_weight(state, PlannedCall(list(map(len, prompts)), [sampling] * len(prompts)))
     options = _request_options(state, body)
     return [request for prompt in prompts
             for request in state.inputs.process(call, prompt, sampling, **options).requests]
 
 
 async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                          samplings: Sequence[SamplingParams], weighed: Call) -> list[Request]:
+                          samplings: Sequence[SamplingParams], weighed: PlannedCall) -> list[Request]:
     """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
     check_weight(state, weighed)
     await check_structured(state, body, samplings)

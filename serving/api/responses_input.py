@@ -35,7 +35,7 @@ TOOLS_NOT_BUILT: dict[str, tuple[Any, ...]] = {"allowed_callers": (["direct"],),
 
 
 @dataclass
-class Conversation:
+class ChatConversation:
     """messages: as a chat has them. places: the path in the request that each came from."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Conversation:
     _reasoning: str = ""
 
     @classmethod
-    def of(cls, body: ResponsesBody, before: list[dict[str, Any]]) -> Conversation:
+    def of(cls, body: ResponsesBody, before: list[dict[str, Any]]) -> ChatConversation:
         """The messages of a request, behind those of the response that it continues. Raises ApiError."""
         made = cls()
         for message in before:
@@ -136,7 +136,7 @@ def _text_of(content: Any, place: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def chat_body(body: ResponsesBody, conversation: Conversation) -> ChatBody:
+def chat_body(body: ResponsesBody, conversation: ChatConversation) -> ChatBody:
     """The same wish as a chat request. Raises ApiError."""
     messages = conversation.messages
     if body.instructions:

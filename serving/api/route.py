@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from serving.api.auth import Access
-from serving.api.control import body_of
-from serving.api.limits import read_json
+from serving.api.admin_calls import body_of
+from serving.api.body import read_json
+from serving.api.gate import Access
 from serving.api.sse import ClientGone
+from serving.api.state import ServerState
 from serving.api.types import StrictBody, parse
-from serving.request_log import PLAIN, REQUEST_KIND, RequestKind
-from serving.state import ServerState
+from serving.observe.request_log import PLAIN, REQUEST_KIND, RequestKind
 from xllm.errors import ConfigError
 
 METHODS = ("GET", "POST", "DELETE")

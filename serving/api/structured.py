@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from serving.api.errors import ApiError, invalid, unavailable
+from serving.api.state import ServerState
 from serving.api.types import GenerationBody
-from serving.metrics.refusals import OVERLOAD
-from serving.state import ServerState
+from serving.observe.metrics.refusals import OVERLOAD
 from xllm.errors import RequestError
 from xllm.request import SamplingParams
 from xllm.structured.checker import GrammarBusyError

@@ -11,8 +11,8 @@ from serving.api.errors import invalid
 from serving.api.members import check_members
 from serving.parsers.output import AnswerParser
 from serving.parsers.tool_set import ToolSet
-from serving.parsers.tools.base import ToolParser
 from serving.parsers.tools.forced import NamedParser, RequiredParser
+from serving.parsers.tools.tool_parser import ToolParser
 
 _NAME = re.compile(r"[\w.\-:/]{1,128}")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -20,7 +20,7 @@ from serving.bench.openvino_model import write_openvino
 Prompts = list[list[int]]
 
 
-class Engine(Protocol):
+class BenchEngine(Protocol):
     """Greedy generation that ignores end tokens."""
 
     def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
@@ -228,7 +228,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], Path]] = {"openvino": write_openvin
 
 def worker(name: str, folder: str, threads: int) -> None:
     """Load an engine, say so, and answer requests until standard input ends."""
-    engine: Engine = ENGINES[name](folder, threads)
+    engine: BenchEngine = ENGINES[name](folder, threads)
     _answer({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)

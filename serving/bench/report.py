@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serving.output_file import check_output
+from serving.commands.output_file import check_output
 
 
 def environment() -> dict[str, Any]:

@@ -53,7 +53,7 @@ class ToolCall:
 
 
 @dataclass
-class Answer:
+class ParsedOutput:
     """Events put together."""
 
     content: str = ""
@@ -87,9 +87,9 @@ def _join(found: list[Event], run: list[str]) -> None:
         found[-1] = CallArguments(last.index, text) if isinstance(last, CallArguments) else type(last)(text)  # type: ignore[call-arg, arg-type]
 
 
-def assemble(events: Iterable[Event]) -> Answer:
+def assemble(events: Iterable[Event]) -> ParsedOutput:
     """All events of one answer as one."""
-    answer = Answer()
+    answer = ParsedOutput()
     content, reasoning = [], []
     arguments: list[list[str]] = []
     for event in events:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from serving.parsers import registry
-from serving.parsers.events import Answer, CallStart, Content, Event, Reasoning, assemble, merged
-from serving.parsers.reasoning.base import ThinkParser
-from serving.parsers.tools.base import ToolParser
+from serving.parsers import parser_registry
+from serving.parsers.events import CallStart, Content, Event, ParsedOutput, Reasoning, assemble, merged
+from serving.parsers.reasoning.think_parser import ThinkParser
+from serving.parsers.tools.tool_parser import ToolParser
 
 
 class AnswerParser(Protocol):
@@ -64,7 +64,7 @@ class OutputParser:
     def _has_thought(self) -> bool:
         return any(isinstance(event, Reasoning) for event in self._events[:1])
 
-    def answer(self) -> Answer:
+    def answer(self) -> ParsedOutput:
         """All that has been found so far."""
         return assemble(self._events)
 
@@ -79,9 +79,9 @@ class Parsers:
     @classmethod
     def chosen(cls, tools: str, reasoning: str, templates: str) -> Parsers:
         """By name; "auto" looks into the model's chat templates. Raises ConfigError for an unknown name."""
-        if tools == registry.AUTO:
-            tools = registry.guess_tool_parser(templates) or registry.NONE
-        if reasoning == registry.AUTO:
-            reasoning = registry.guess_reasoning_parser(templates) or registry.NONE
-        return cls(None if tools == registry.NONE else registry.tool_parser(tools),
-                   None if reasoning == registry.NONE else registry.reasoning_parser(reasoning))
+        if tools == parser_registry.AUTO:
+            tools = parser_registry.guess_tool_parser(templates) or parser_registry.NONE
+        if reasoning == parser_registry.AUTO:
+            reasoning = parser_registry.guess_reasoning_parser(templates) or parser_registry.NONE
+        return cls(None if tools == parser_registry.NONE else parser_registry.tool_parser(tools),
+                   None if reasoning == parser_registry.NONE else parser_registry.reasoning_parser(reasoning))

@@ -15,7 +15,7 @@ from typing import TypeVar
 from serving.parsers.json_scan import JsonScanner
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]
+ParserSteps = Generator[None, None, T]
 Sink = Callable[[str], None]
 
 MAX_NAME_CHARS = 256
@@ -106,21 +106,21 @@ class Source:
         """All that has come and not been read; read now."""
         return self._take(len(self._text))
 
-    def more(self) -> Steps[bool]:
+    def more(self) -> ParserSteps[bool]:
         """Wait for more text. False: there is none."""
         if self._closed:
             return False
         yield
         return True
 
-    def peek(self) -> Steps[str]:
+    def peek(self) -> ParserSteps[str]:
         """The next character, not read; empty at the end."""
         while self._position == len(self._text):
             if not (yield from self.more()):
                 return ""
         return self._text[self._position]
 
-    def expect(self, text: str) -> Steps[bool]:
+    def expect(self, text: str) -> ParserSteps[bool]:
         """Read `text` if it comes next; else read nothing."""
         while True:
             seen = self._text[self._position: self._position + len(text)]
@@ -131,7 +131,7 @@ class Source:
             if not text.startswith(seen) or not (yield from self.more()):
                 return False
 
-    def expect_any(self, texts: Sequence[str]) -> Steps[str | None]:
+    def expect_any(self, texts: Sequence[str]) -> ParserSteps[str | None]:
         """Read the one of `texts` that comes next and return it, the longest of several; else read nothing."""
         longest = max(map(len, texts), default=0)
         while True:
@@ -144,7 +144,7 @@ class Source:
             self._take(self._position + len(found))
         return found
 
-    def layout(self) -> Steps[None]:
+    def layout(self) -> ParserSteps[None]:
         """Read white space between tags, a few characters at most."""
         for _ in range(MAX_LAYOUT_CHARS):
             char = yield from self.peek()
@@ -156,11 +156,11 @@ class Source:
         """The next `num` characters, which must have come; read now."""
         return self._take(self._position + num)
 
-    def require(self, text: str) -> Steps[None]:
+    def require(self, text: str) -> ParserSteps[None]:
         if not (yield from self.expect(text)):
             raise UnreadableError
 
-    def run_of(self, pattern: re.Pattern[str], sink: Sink) -> Steps[None]:
+    def run_of(self, pattern: re.Pattern[str], sink: Sink) -> ParserSteps[None]:
         """Read as long as `pattern`, which is of the form [...]*, goes on."""
         while True:
             match = pattern.match(self._text, self._position)
@@ -170,14 +170,14 @@ class Source:
             if self._position < len(self._text) or not (yield from self.more()):
                 return
 
-    def space(self) -> Steps[None]:
+    def space(self) -> ParserSteps[None]:
         yield from self.run_of(_SPACE, _ignore)
 
-    def drain(self, sink: Sink) -> Steps[None]:
+    def drain(self, sink: Sink) -> ParserSteps[None]:
         """Pass on all text up to the end."""
         yield from self.run_of(_ANYTHING, sink)
 
-    def until(self, markers: Markers, sink: Sink) -> Steps[str | None]:
+    def until(self, markers: Markers, sink: Sink) -> ParserSteps[str | None]:
         """Pass text to `sink` up to the first marker, which is not read but returned; None: the end came first."""
         while True:
             match = markers.pattern.search(self._text, self._position)
@@ -192,13 +192,13 @@ class Source:
                     sink(self._take(len(self._text)))
                 return None
 
-    def name(self) -> Steps[str]:
+    def name(self) -> ParserSteps[str]:
         """A function's name."""
         parts: list[str] = []
         yield from self.run_of(_NAME, parts.append)
         return checked_name("".join(parts))
 
-    def json_string(self) -> Steps[str]:
+    def json_string(self) -> ParserSteps[str]:
         """A JSON string, decoded."""
         if (yield from self.peek()) != '"':
             raise UnreadableError
@@ -208,7 +208,7 @@ class Source:
         text: str = json.loads("".join(parts))
         return text
 
-    def json_value(self, sink: Sink) -> Steps[bool]:
+    def json_value(self, sink: Sink) -> ParserSteps[bool]:
         """Pass one JSON value to `sink`. False: it broke off or turned wrong; what is wrong has not been read."""
         scanner = JsonScanner()
         while True:

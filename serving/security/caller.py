@@ -2,7 +2,7 @@
 
 The gate sets `CALLER` for each HTTP call, and with tracing `TRACE_HEADERS` is set as well; what the call awaits or
 hands to a thread sees them. The caller is applied where all requests pass on their way to the engine
-(`serving/admission.py`), so that no endpoint can forget it.
+(`serving/engine/intake.py`), so that no endpoint can forget it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import backends
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from cuda_ops.kv import cache_shape
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backends.cpu_linear import int8_product
+from backends.cpu.linear import int8_product
 from backends.reference import linear as reference
 from cuda_ops import linear
 from tests.ops.test_linear import spread_rows, w8a8_truth, weights

@@ -32,10 +32,10 @@ from tests.adapters import write_adapter
 from tests.engine.covering import covering_rows
 from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput, bundled
-from xllm.metrics import EngineStats
+from xllm.stats import EngineStats
 from xllm.structured.grammar import build_matcher, grammar_text
-from xllm.structured.vocabulary import vocabulary_source
-from xllm.tokenizer import load_tokenizer
+from xllm.structured.token_trie import vocabulary_source
+from xllm.text.tokenizer import load_tokenizer
 from xllm.worker.processes import HEARTBEAT_S
 
 _FOLDERS = contextlib.ExitStack()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from backends.reference import REFERENCE
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.micro_cases import all_cases

@@ -147,7 +147,7 @@ def test_what_is_wrong_is_found_at_real_sizes_too(device: Device, name: str) -> 
 
 INTERPRETED = """
 import sys, torch
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from backends.cuda import OPS
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.op_cases import World

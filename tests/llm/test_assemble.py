@@ -11,7 +11,7 @@ from xllm.answer import Answer
 from xllm.client.assemble import Assembly, Piece
 from xllm.inputs import InputProcessor
 from xllm.request import FinishReason, OutputDelta, SamplingParams, TokenLogprobs
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.llm.conftest import SETTINGS
 from xllm import LLM, AsyncLLM, EngineConfig, PoolingParams, SamplingParams
 from xllm.client.assemble import Completion
 from xllm.client.local import CommandQueue
-from xllm.engine.commands import Answer, Outputs, Shutdown, Submit, Submitted
+from xllm.engine.commands import CommandReply, Outputs, Shutdown, Submit, Submitted
 from xllm.engine.loop import EngineLoop
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.outputs import RequestOutput
@@ -271,7 +271,7 @@ def test_a_refused_choice_takes_the_others_with_it():
     with LLM(**SETTINGS, max_waiting_requests=2) as llm:
         commands, answers = CommandQueue(), []
 
-        def report(answer: Answer) -> None:
+        def report(answer: CommandReply) -> None:
             answers.append(answer)
             if isinstance(answer, Outputs):
                 commands.put(Shutdown())

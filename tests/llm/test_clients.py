@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.llm.conftest import SETTINGS
-from xllm.client.base import EngineBusyError, EngineClient, RequestTimeoutError, Stream
+from xllm.client.engine_client import EngineBusyError, EngineClient, RequestTimeoutError, Stream
 from xllm.client.local import LocalClient
 from xllm.client.process import ProcessClient
 from xllm.config import EngineConfig

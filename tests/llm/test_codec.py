@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xllm.client.codec import COMMANDS, REPORTS, config_from_json, config_to_json
-from xllm.client.reports import Fatal, Heartbeat, Phase, Ready
+from xllm.client.command_codec import COMMANDS, REPORTS, config_from_json, config_to_json
+from xllm.client.reports import Fatal, Heartbeat, Ready, StartPhase
 from xllm.config import EngineConfig
 from xllm.engine.commands import (
     Abort,
@@ -25,8 +25,8 @@ from xllm.engine.commands import (
 )
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
-from xllm.metrics import EngineStats
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
+from xllm.stats import EngineStats
 from xllm.token_ids import token_array
 from xllm.worker.messages import Placement
 
@@ -121,7 +121,7 @@ FACTS = EngineFacts(config=EngineConfig(), model_path="/m", vocab_size=9, hidden
 COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown()]
 REPORT_KINDS = [
     Submitted("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
-    Outputs([FULL], [("a", 1.5)]), Phase("weights", 0.5), Ready(FACTS), Fatal("why", True),
+    Outputs([FULL], [("a", 1.5)]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
     Heartbeat(None, EngineStats(), StepReport(recent=[(1.0, 0.5, 8, 2)])),
 ]
 

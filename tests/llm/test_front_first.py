@@ -63,7 +63,8 @@ async def test_the_commands(folder: Path) -> None:
     FAULTS["tokenizer"][0](folder)
     began_s = time.monotonic()
     running = [await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "serving.cli", *command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        sys.executable, "-m", "serving.commands.cli", *command, cwd=ROOT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT)
         for command in (("serve", str(folder), "--port", "0"), ("generate", str(folder), "--prompt", "x"),
                         ("chat", str(folder)))]

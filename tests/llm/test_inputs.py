@@ -11,7 +11,7 @@ import xllm
 from xllm.errors import RequestError
 from xllm.inputs import InputProcessor
 from xllm.request import MAX_BAD_WORDS, SamplingParams
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB = 4096
 

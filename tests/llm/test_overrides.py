@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from serving.cli import main
+from serving.commands.cli import main
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
 from xllm.errors import ConfigError, ModelError

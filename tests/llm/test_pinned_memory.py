@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.cpu import CpuBackend
-from backends.cpu_memory import lazy_zeros
+from backends.cpu.cpu import CpuBackend
+from backends.cpu.memory import lazy_zeros
 from backends.pinned_memory import PinnedMemory
 from xllm import LLM, SamplingParams
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from backends import cpu_threads
+from backends.cpu import threads as cpu_threads
 from tests.llm.conftest import SETTINGS
 from tests.ops.test_cpu_threads import Flapping
 from xllm import LLM, SamplingParams

@@ -28,8 +28,8 @@ from xllm.generation_config import read_sampling_defaults
 from xllm.layers.rope_config import read_rope
 from xllm.models.adapter_config import AdapterConfig
 from xllm.models.embedding_modules import LEGACY_MODES, read_embedding_modules
-from xllm.models.registry import read_model_config
-from xllm.tokenizer import load_tokenizer
+from xllm.models.model_registry import read_model_config
+from xllm.text.tokenizer import load_tokenizer
 
 TABLES = read_tables("members-files.md")
 ROWS = [(title, member) for title, table in TABLES.items() for member in table.values()]

@@ -12,7 +12,7 @@ import pytest
 
 from xllm.errors import ModelError
 from xllm.models.dense import DenseConfig
-from xllm.models.registry import read_model_config
+from xllm.models.model_registry import read_model_config
 
 PLAIN = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
          "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
@@ -148,7 +148,7 @@ def test_broken_generation_config(tmp_path: Path) -> None:
 
 def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
-    code = ("import sys, pathlib; from xllm.models.registry import read_model_config; "
+    code = ("import sys, pathlib; from xllm.models.model_registry import read_model_config; "
             f"read_model_config(pathlib.Path({str(tmp_path)!r})); "
             "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from backends.backend import Backend
-from backends.cpu_kernels import PanelLinear
-from backends.cpu_memory import available_bytes
+from backends.cpu.kernels import PanelLinear
+from backends.cpu.memory import available_bytes
 from tests.models.checkpoints import BY_ID, save_checkpoint
 from xllm import LLM
 from xllm.errors import ConfigError
@@ -72,7 +72,7 @@ def test_steps_that_cannot_fit_are_refused() -> None:
 
 
 def test_a_limit_of_address_space_counts() -> None:
-    code = ("import resource; from backends.cpu_memory import available_bytes\n"
+    code = ("import resource; from backends.cpu.memory import available_bytes\n"
             "mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**26,) * 2)\n"
             "print(available_bytes())")

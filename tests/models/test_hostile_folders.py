@@ -113,7 +113,7 @@ WRONG_SIZES = (10**9, 10**12, 10**400, -1, 0, 2.5, float("inf"), float("nan"), "
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_that_cannot_be(tmp_path: Path, name: str) -> None:
     from xllm.errors import ModelError
-    from xllm.models.registry import read_model_config
+    from xllm.models.model_registry import read_model_config
 
     for value in WRONG_SIZES:
         (tmp_path / "config.json").write_text(json.dumps({**json.loads((BUNDLED / "config.json").read_text()),
@@ -180,7 +180,7 @@ def test_files_that_are_no_files(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize("value", [10**12, -1, -10**12, 4096, [2, 10**30]], ids=str)
 def test_ends_outside_the_vocabulary(tmp_path: Path, file: str, value: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Tiny models are published with the ids of large ones: they never end a text, and harm nobody."""
-    from xllm.models.registry import read_model_config
+    from xllm.models.model_registry import read_model_config
 
     folder = folder_with(tmp_path, **{file.replace(".", "__"): members(eos_token_id=value)})
     assert set(read_model_config(folder).eos_token_ids) <= {0, 2}

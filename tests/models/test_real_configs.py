@@ -10,7 +10,7 @@ import pytest
 
 from xllm.layers.rope_config import RopeConfig
 from xllm.models.dense import DenseConfig
-from xllm.models.registry import read_model_config
+from xllm.models.model_registry import read_model_config
 
 from .checkpoints import VARIANTS, Variant, save_checkpoint
 

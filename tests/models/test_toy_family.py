@@ -13,7 +13,7 @@ from tests.models.harness import PagedRunner, greedy
 from tests.models.toy_checkpoint import LAYERS, Naive, V, save_toy
 from tests.models.toy_family import ARCHITECTURE
 from xllm import LLM, SamplingParams
-from xllm.models import registry
+from xllm.models import model_registry
 from xllm.models.kv_spec import KVSpec
 from xllm.models.loader import load_model
 
@@ -24,7 +24,7 @@ NUM_TOKENS = 24
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.FAMILIES, ARCHITECTURE, "tests.models.toy_family")
+    monkeypatch.setitem(model_registry.FAMILIES, ARCHITECTURE, "tests.models.toy_family")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xllm.errors import ModelError
-from xllm.layers.context import Weights
+from xllm.layers.layer_context import Weights
 from xllm.models.dummy_weights import DummyWeights
 from xllm.models.weights import WeightSource
 from xllm.parallel.shard import Shard

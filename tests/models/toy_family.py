@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
-from xllm.models.config import DecoderConfig, ModelConfig, read_common
 from xllm.models.kv_spec import KVSpec
+from xllm.models.model_config import DecoderConfig, ModelConfig, read_common
 from xllm.models.raw_config import RawConfig
 
 if TYPE_CHECKING:
     from xllm.layers.attention import Attention, AttentionPlan
-    from xllm.layers.context import LayerContext, Weights
+    from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
     from xllm.models.decoder import AttentionBlock, FeedForward
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from npu_ops import compat
-from serving.doctor import HINT, MISSING, OK, cann_findings, cann_version
+from serving.commands.doctor import HINT, MISSING, OK, cann_findings, cann_version
 from tests.emulated_npu.wheel import ROOT, SITE
 from tests.npu.engines import IS_REAL
 
@@ -30,8 +30,8 @@ def run(code: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 def doctor(env: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "serving.cli", "doctor"], env=env, capture_output=True, text=True,
-                          timeout=200, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "doctor"], env=env, capture_output=True,
+                          text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr  # the CPU path works all the same
     return done.stdout
 

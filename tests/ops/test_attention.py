@@ -90,7 +90,7 @@ def test_a_sequence_does_not_see_its_neighbours(ops: OpSet, step: str) -> None:
         )  # fmt: skip
         alone = case.attend(ops, q_TNH[rows].contiguous())
         begin += query_len
-        if ops.attention.__module__ == "backends.cpu_kernels":
+        if ops.attention.__module__ == "backends.cpu.kernels":
             assert torch.equal(alone, together[rows])
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-5)
 

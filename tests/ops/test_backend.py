@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends import cpu_build, get_backend
+from backends import get_backend
 from backends.backend import Backend, BackendError
 from backends.control_groups import usable_cpus
-from backends.cpu_build import load_kernels
-from backends.cpu_kernels import Kernels
-from backends.cpu_memory import available_bytes
+from backends.cpu import build as cpu_build
+from backends.cpu.build import load_kernels
+from backends.cpu.kernels import Kernels
+from backends.cpu.memory import available_bytes
 from backends.reference import REFERENCE
 from xllm import env
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from backends import cpu_threads
-from backends.cpu_threads import (
+from backends.cpu import threads
+from backends.cpu.threads import (
     LONGEST_WAIT_S,
     SHORTEST_WAIT_S,
     TRIAL_S,
@@ -155,8 +155,8 @@ class Flapping(RunDelays):
 
 
 def test_lowering_is_said_once_and_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(cpu_threads, "WINDOW_S", 0.0)
-    monkeypatch.setattr(cpu_threads, "TRIAL_S", 0.0)
+    monkeypatch.setattr(threads, "WINDOW_S", 0.0)
+    monkeypatch.setattr(threads, "TRIAL_S", 0.0)
     before = torch.get_num_threads()
     try:
         with caplog.at_level(logging.WARNING):

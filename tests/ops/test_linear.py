@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.cpu_kernels import PanelLinear
+from backends.cpu.kernels import PanelLinear
 from backends.opset import OpSet
 from backends.reference.linear import quantize_rows
 from tests.ops.conftest import INTERPRETED, NAN, sizes
@@ -117,7 +117,7 @@ def test_unknown_quantization(ops: OpSet) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [3, 70])
 def test_half_precision(ops: OpSet, num_rows: int, dtype: torch.dtype, quantization: str | None) -> None:
-    """Many rows of x may be brought to fp8 too, where the weight is (`Linear`)."""
+    """Many rows of x may be brought to fp8 too, where the weight is (`LinearOp`)."""
     weight_YX, _ = weights((48, 208))
     x = torch.randn(num_rows, 208).to(dtype)
     y = ops.linear(x, ops.pack_linear(weight_YX.to(dtype), quantization=quantization))
@@ -131,7 +131,7 @@ def test_half_precision(ops: OpSet, num_rows: int, dtype: torch.dtype, quantizat
 
 
 def in_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes as int64, fp32 scale) of each row, as `Linear` says."""
+    """(codes as int64, fp32 scale) of each row, as `LinearOp` says."""
     largest = np.abs(rows).max(1)
     small = largest < np.float32(2.0**-100)
     factor = np.where(small, np.float32(0), np.float32(127) / np.where(small, np.float32(1), largest))

@@ -62,7 +62,7 @@ def penalised(logits: list[float], history: list[int], num_prompt: int, penaltie
 
 def arguments(histories: list[list[int]], num_prompts: list[int], penalties: list[tuple[float, float, float]],
               rows: list[int]) -> tuple[Tensor, ...]:
-    """As `Penalise` takes them, behind the logits; there is something before the first history."""
+    """As `PenaliseOp` takes them, behind the logits; there is something before the first history."""
     lengths = torch.tensor([3, *map(len, histories)])
     starts = lengths.cumsum(0).int()
     columns = list(zip(*penalties))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from backends.cpu_build import load_kernels
+from backends.cpu.build import load_kernels
 from xllm import env
 
 RANGE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
@@ -20,7 +20,7 @@ LIMIT_S = 60
 
 FORKS = """
 import ctypes, os, sys, threading, time
-from backends.cpu_build import load_kernels
+from backends.cpu.build import load_kernels
 from xllm import env
 RANGE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 share_out = load_kernels(env.cache_dir()).xllm_share_out

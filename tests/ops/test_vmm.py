@@ -22,10 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import cpu_vmm, get_backend
+from backends import get_backend
 from backends.backend import BackendError
-from backends.cpu_build import COMPILERS
-from backends.cpu_vmm import CpuVmm, make_cpu_vmm
+from backends.cpu import vmm
+from backends.cpu.build import COMPILERS
+from backends.cpu.vmm import CpuVmm, make_cpu_vmm
 from backends.opset import OpSet
 from backends.vmm import VmmDriver
 from cuda_ops.vmm import CudaVmm
@@ -225,11 +226,11 @@ def test_the_limit_on_mappings_is_the_system_s() -> None:
     allowed = CpuVmm().max_mappings()
     assert allowed is not None
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    assert 0 <= allowed <= max(0, limit - num_mappings() - cpu_vmm.MAPPINGS_MARGIN // 2)
+    assert 0 <= allowed <= max(0, limit - num_mappings() - vmm.MAPPINGS_MARGIN // 2)
 
 
 def test_another_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_vmm.sys, "platform", "darwin")
+    monkeypatch.setattr(vmm.sys, "platform", "darwin")
     with pytest.raises(BackendError, match=r"memfd_create.*darwin"):
         CpuVmm()
     assert make_cpu_vmm() is None

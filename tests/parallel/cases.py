@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backends import get_backend
 from backends.backend import Backend
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from xllm.errors import ConfigError
 from xllm.parallel.groups import Group, open_group
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from backends import get_backend
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from backends.reference import REFERENCE
 from tests.models.checkpoints import PROMPT
 from tests.models.harness import PagedRunner, greedy, weight_bytes
 from tests.parallel.cases import TIMEOUT_S
 from tests.parallel.memory_weights import MemoryWeights
 from tests.runner.harness import Driver, make_config
-from xllm.layers.context import LayerContext
+from xllm.layers.layer_context import LayerContext
 from xllm.layers.linear import column_linear, row_linear
 from xllm.layers.mlp import GatedMLP
 from xllm.layers.vocabulary import LMHead, make_embedding, take_vocabulary
 from xllm.models.loader import load_model
-from xllm.parallel.context import ParallelContext
 from xllm.parallel.groups import ALONE, Group, open_group
+from xllm.parallel.parallel_context import ParallelContext
 from xllm.parallel.shard import Shard
 from xllm.runner.model_runner import ModelRunner
 

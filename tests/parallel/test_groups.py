@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from backends.cpu import CpuBackend
+from backends.cpu.cpu import CpuBackend
 from backends.cuda import CudaBackend
 from backends.npu import NpuBackend
 from tests.parallel.ranks import Ranks

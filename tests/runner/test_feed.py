@@ -11,7 +11,7 @@ from tests.runner.harness import Driver
 from tests.runner.tiny_model import PROMPT
 from xllm.request import SamplingParams
 from xllm.runner.model_runner import QueuedStep
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.runner.sampler import NOT_FINITE
 from xllm.step import ScheduleOutput, StepOutput
 

@@ -13,8 +13,8 @@ from backends.backend import Backend
 from tests.runner.harness import make_config
 from xllm.errors import ConfigError
 from xllm.models.causal_lm import CausalLM
-from xllm.models.config import ModelConfig
 from xllm.models.kv_spec import KVSpec
+from xllm.models.model_config import ModelConfig
 from xllm.runner.kv_cache import KVCache, block_bytes, cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
 Specs = tuple[KVSpec, ...]

@@ -22,9 +22,9 @@ from tests.runner.harness import make_config
 from xllm.errors import ConfigError
 from xllm.models.kv_spec import KVSpec
 from xllm.runner.arena import Arena, padded_bytes
+from xllm.runner.host_mover import HostMover
 from xllm.runner.kv_cache import KVCache, block_bytes, page_bytes, plan_num_blocks
 from xllm.runner.kv_codec import KVCodec
-from xllm.runner.mover import HostMover
 
 P, NUM_BLOCKS = 8, 6
 LATENT = (KVSpec(num_heads=1, widths=(40,)),) * 3

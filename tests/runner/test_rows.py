@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from xllm.request import SamplingParams
 from xllm.runner.batch import as_tensor, gather_batch
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.step import NewRow
 
 BLOCK_SIZE = 4

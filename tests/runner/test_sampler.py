@@ -15,7 +15,7 @@ from tests.runner.naive_sampling import edited_logits, invert, kept_probabilitie
 from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, SamplingParams
 from xllm.runner.batch import SampleSlots
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.runner.sampler import NOT_FINITE, Draws, Sampler
 from xllm.runner.uniform import uniforms
 from xllm.step import NewRow

@@ -13,7 +13,7 @@ from tests.runner.harness import MAX_MODEL_LEN, Driver
 from tests.runner.tiny_model import PROMPT
 from xllm.request import SamplingParams
 from xllm.runner.batch import SampleSlots
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.runner.sampler import Sampler
 from xllm.speculative.proposer import TokenHistory
 from xllm.speculative.verify import num_accepted

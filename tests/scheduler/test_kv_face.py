@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import xllm
+from xllm.kv.kv_source import NO_EXTENSION, KVSource, NoSource
 from xllm.kv.manager import KVManager
 from xllm.kv.moves import LOAD
-from xllm.kv.source import NO_EXTENSION, KVSource, NoSource
 from xllm.kv.tiers import TieredStore
 
 ROOT = Path(xllm.__file__).parent

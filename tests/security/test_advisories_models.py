@@ -24,8 +24,8 @@ from tests.security.advisories import advisory
 from tests.security.test_advisories_wire import Bomb
 from tests.security.test_image_header import jpeg, png
 from tests.serving.server_process import ROOT, ServerProcess
-from xllm.chat_template import ChatTemplate
 from xllm.errors import RequestError, XllmError
+from xllm.text.chat_template import ChatTemplate
 
 BUNDLED = ROOT / "xllm" / "bundled"
 # What reaches Python, and with it this machine, from inside a template that is not kept in a sandbox.
@@ -266,7 +266,7 @@ def test_other_formats_are_not_read(advisory_id: str, tmp_path: Path) -> None:
         (folder / name).write_bytes(gguf if name.endswith("gguf") else pickle.dumps(Bomb(tmp_path / "canary")))
         with pytest.raises(ModelError):
             WeightSource(folder, dtype=torch.float32, device=torch.device("cpu")).__enter__()
-    result = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0",
+    result = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0",
                              str(tmp_path / "model.gguf" / "model.gguf")], cwd=ROOT, capture_output=True, text=True,
                             timeout=120, check=False)
     assert result.returncode == 1

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.tools.tool_parser import ToolParser
 from tests.security.advisories import advisory
 from tests.security.wire import send
 from tests.serving.server_process import ServerProcess, wait_for
@@ -157,7 +157,7 @@ def reads_in_linear_time(kind: type[ToolParser], unit: str) -> bool:
 @advisory("CVE-2025-48887", "CVE-2025-46560")
 def test_parsers_of_model_output_are_linear(advisory_id: str) -> None:
     """A megabyte of what each format almost is: every tool parser and reasoning parser reads it in linear time."""
-    from serving.parsers.registry import TOOL_PARSERS, tool_parser
+    from serving.parsers.parser_registry import TOOL_PARSERS, tool_parser
     from tests.security.hostile_output import HOSTILE
 
     for name in TOOL_PARSERS:

@@ -22,7 +22,7 @@ import pytest
 import zmq
 
 from serving.api.app import ROUTES
-from serving.api.auth import Access
+from serving.api.gate import Access
 from serving.api.route import access_table
 from serving.security.keys import build_key_ring
 from tests.security.advisories import advisory
@@ -148,7 +148,7 @@ def test_other_addresses_of_this_machine_do_not_answer(open_server: ServerProces
                                    ("--api-key-file", "/dev/null"), ("--host", "0.0.0.0")], ids=" ".join)
 def test_an_empty_secret_fails_closed(advisory_id: str, flags: tuple[str, ...]) -> None:
     """An empty secret was falsy there, so nothing was checked."""
-    result = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0", *flags], cwd=ROOT,
+    result = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags], cwd=ROOT,
                             capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "api_key" in result.stderr or "--api-key" in result.stderr

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount
 
 from serving.api.app import ROUTES
-from serving.api.auth import Access, Gate, RouteTable, check_declared, declared_paths, presented_key
+from serving.api.gate import Access, AccessGate, RouteTable, check_declared, declared_paths, presented_key
 from serving.api.route import Needs, Route, access_table
 from serving.config import LimitSettings
 from serving.security.caller import CALLER
@@ -35,14 +35,14 @@ PATH_TRICKS = ("//{0}", "/{0}/", "/{0}//", "/./{0}", "/x/../{0}", "/{0}/.", "/{0
                "http://127.0.0.1/{0}", "http://x/health?/{0}", "*", "{0}", "/health%0a/{0}")
 
 
-def asgi(app: Any = None, keys: KeyRing = KEYS) -> Gate:
+def asgi(app: Any = None, keys: KeyRing = KEYS) -> AccessGate:
     async def answer(asked: dict[str, Any], receive: Any, send: Any) -> None:
         await JSONResponse({"caller": CALLER.get().name})(asked, receive, send)
 
-    return Gate(app or answer, keys, HostRule(any_name=True), LimitSettings(), TABLE)
+    return AccessGate(app or answer, keys, HostRule(any_name=True), LimitSettings(), TABLE)
 
 
-async def status(gate: Gate, method: str, path: str, key: str | None = None, **options: Any) -> int:
+async def status(gate: AccessGate, method: str, path: str, key: str | None = None, **options: Any) -> int:
     headers = [("Authorization", f"Bearer {key}")] if key is not None else []
     return (await call(gate, scope(method, path, headers=headers, **options)))[0]
 

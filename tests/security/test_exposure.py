@@ -14,10 +14,10 @@ import httpx
 import openai
 import pytest
 
+from serving.commands.serve import bind
 from serving.config import HttpSettings
 from serving.security.exposure import check_exposure, is_local, tls_context
 from serving.security.keys import KeyRing, build_key_ring
-from serving.serve import bind
 from tests.serving.server_process import ROOT, ServerProcess
 from xllm.errors import ConfigError
 
@@ -44,7 +44,7 @@ def test_beyond_this_machine_only_with_a_key(host: str, local: bool) -> None:
 
 
 def test_the_command_refuses(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--host", "0.0.0.0"],
+    result = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--host", "0.0.0.0"],
                             cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "can be reached from other machines: set --api-key, or say --insecure" in result.stderr.splitlines()[-1]

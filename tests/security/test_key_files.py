@@ -81,7 +81,7 @@ def test_keys_that_come_through_a_pipe_are_read_once(tmp_path: Path) -> None:
 
 def test_the_command_says_so(tmp_path: Path) -> None:
     path = file(tmp_path, 0o666)
-    command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--api-key-file", path]
+    command = [sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--api-key-file", path]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 1 and "every user can change it" in refused.stderr.splitlines()[-1]
     os.chmod(path, 0o644)

@@ -85,7 +85,8 @@ def test_keys_that_cannot_be(user: list[str], admin: list[str]) -> None:
     ({"XLLM_API_KEY": "a", "XLLM_ADMIN_API_KEY": "a"}, "given twice"),
 ])
 def test_the_environment_fails_closed_too(variables: dict[str, str], says: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0"], cwd=ROOT, timeout=60,
-                            capture_output=True, text=True, check=False, env={"PATH": "/usr/bin", **variables})
+    result = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0"], cwd=ROOT,
+                            timeout=60, capture_output=True, text=True, check=False,
+                            env={"PATH": "/usr/bin", **variables})
     assert result.returncode == 1
     assert says in result.stderr.splitlines()[-1]

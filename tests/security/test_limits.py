@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from serving.api.budget import OUTPUT_TOKEN, PROMPT_COPY, PROMPT_TOKEN, SEQUENCE
-from serving.api.limits import _JSON_STRING
+from serving.api.body import _JSON_STRING
+from serving.api.call_weight import OUTPUT_TOKEN, PROMPT_COPY, PROMPT_TOKEN, SEQUENCE
 from serving.config import LimitSettings, ServerConfig
+from serving.engine.waiting import WaitingTokens
 from serving.limits import BY_NAME, HARD_MAXIMA, MEDIA, TABLE
-from serving.waiting import WaitingTokens
 from tests.security.wire import request, send
 from tests.serving.server_process import ROOT, ServerProcess
-from xllm.client.base import EngineBusyError
+from xllm.client.engine_client import EngineBusyError
 from xllm.errors import ConfigError
 from xllm.request import Request
 

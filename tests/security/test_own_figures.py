@@ -114,7 +114,7 @@ def test_keys_in_the_environment_stay_with_the_server(tmp_path: Path, monkeypatc
         for child in psutil.Process(run.process.pid).children(recursive=True):
             name = next((word for word in child.cmdline() if word.startswith("xllm.")), "other")
             found[name] = Path(f"/proc/{child.pid}/environ").read_bytes()
-    assert {"xllm.client.engine_process", "xllm.worker.rank", "xllm.structured.worker"} <= found.keys()
-    assert os.environb[b"PATH"] in found["xllm.structured.worker"]
+    assert {"xllm.client.engine_process", "xllm.worker.rank", "xllm.structured.grammar_compiler"} <= found.keys()
+    assert os.environb[b"PATH"] in found["xllm.structured.grammar_compiler"]
     assert not any(b"sk-env" in environment for environment in found.values())
-    assert b"hf-env-secret" not in found["xllm.structured.worker"]
+    assert b"hf-env-secret" not in found["xllm.structured.grammar_compiler"]

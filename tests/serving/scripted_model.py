@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from xllm.tokenizer import _ALPHABET
+from xllm.text.tokenizer import _ALPHABET
 
 HIDDEN = 256
 EOS = "<|end|>"

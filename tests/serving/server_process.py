@@ -43,7 +43,7 @@ class ServerProcess:
         self._log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--max-model-len", "512",
+                [sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--max-model-len", "512",
                  "--num-kv-blocks", "1024", *flags],
                 cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         if max_files is not None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.bench.cache import plot, read_trace
+from serving.bench.cache_bench import plot, read_trace
 from serving.bench.optimum import optimum
-from serving.cli import main
+from serving.commands.cli import main
 from tests.serving.server_process import ServerProcess
 from xllm.config import EVICTION_POLICIES
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from serving.bench import kv_dtype
-from serving.cli import main
+from serving.bench import kv_dtype_bench
+from serving.commands.cli import main
 from tools.train_demo import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_formats_are_ordered_by_what_they_cost(tmp_path: Path) -> None:
 def test_every_token_behind_the_prefix_is_scored_once() -> None:
     text = "import os\n\n\ndef f(é):\n    return é\n" * 40
     tokenizer = Tokenizer.from_file(str(ROOT / "xllm" / "bundled" / "tokenizer.json"))
-    found = list(kv_dtype.windows(ROOT / "xllm" / "bundled", iter([text]), 16, 32))
+    found = list(kv_dtype_bench.windows(ROOT / "xllm" / "bundled", iter([text]), 16, 32))
     whole = found[0].token_ids + [token for window in found[1:] for token in window.token_ids[16:]]
     assert whole == tokenizer.encode(text).ids
     assert sum(window.num_bytes for window in found) == len(text.encode()) - len(tokenizer.decode(whole[:16]).encode())
@@ -42,7 +42,7 @@ def test_every_token_behind_the_prefix_is_scored_once() -> None:
 
 def test_the_same_files_as_the_training_script() -> None:
     _, held_out = corpus.split_files(corpus.stdlib_files())
-    assert [file.text for file in held_out] == list(kv_dtype.held_out_texts())
+    assert [file.text for file in held_out] == list(kv_dtype_bench.held_out_texts())
 
 
 @pytest.mark.parametrize(("args", "code", "says"), [

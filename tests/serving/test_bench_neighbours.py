@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from serving.bench.model import write_checkpoint
-from serving.bench.neighbours import summary
-from serving.cli import main
+from serving.bench.neighbours_bench import summary
+from serving.commands.cli import main
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
          "intermediate_size": 128, "vocab_size": 256}

@@ -11,7 +11,7 @@ import pytest
 from serving.bench import gguf
 from serving.bench.engines import CONVERTERS, ENGINES, LlamacppEngine
 from serving.bench.model import SHAPE, _tensor_shapes
-from serving.bench.throughput import weights_for
+from serving.bench.throughput_bench import weights_for
 
 
 def test_every_tensor_has_a_gguf_name_of_its_own() -> None:

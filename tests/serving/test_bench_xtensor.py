@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.cli import main
+from serving.commands.cli import main
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 

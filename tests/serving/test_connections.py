@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from serving.api.connections import FULL, KEPT_PLACES, Connections
 from serving.config import ConnectionSettings
-from serving.connections import FULL, KEPT_PLACES, Connections
-from serving.log_rate import OncePerSecond
+from serving.observe.log_rate import OncePerSecond
 
 
 class FakePeer:

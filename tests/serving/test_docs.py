@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serving.cli import build_parser
+from serving.commands.cli import build_parser
 from serving.security.keys import read_key_file
 from tests.adapters import write_adapter
 from tests.serving.server_process import ROOT, ServerProcess

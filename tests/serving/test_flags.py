@@ -10,9 +10,9 @@ from functools import cache
 
 import pytest
 
-from serving.cli import build_parser, engine_config, main
+from serving.commands.cli import build_parser, engine_config, main
+from serving.commands.flags import apply_speculative_config, tree_from
 from serving.config import ServerConfig
-from serving.flags import apply_speculative_config, tree_from
 from tests.serving.server_process import ROOT
 from xllm import LLM, __version__, env
 from xllm.config import EngineConfig, all_options
@@ -226,7 +226,7 @@ def test_unknown_bench(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_is_quick_and_brings_nothing_heavy() -> None:
-    code = ("import sys; from serving.cli import main\n"
+    code = ("import sys; from serving.commands.cli import main\n"
             "try: main(['serve', '--help'])\n"
             "except SystemExit: pass\n"
             "heavy = {'torch', 'transformers', 'numpy', 'fastapi', 'pydantic', 'zmq'} & set(sys.modules)\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 
 from serving.api.app import ROUTES
-from serving.api.openapi import document
+from serving.api.routes.openapi import document
 from tests.serving.server_process import ServerProcess
 
 NUM_EXAMPLES = 12

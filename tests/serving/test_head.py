@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from serving.api.app import ROUTES
-from serving.api.auth import Access
+from serving.api.gate import Access
 from serving.api.route import access_table
 from tests.security.wire import request
 from tests.serving.server_process import ServerProcess, wait_for
-from xllm.tokenizer import load_tokenizer
+from xllm.text.tokenizer import load_tokenizer
 
 LEVELS = access_table(ROUTES)
 GETS = sorted(route.path for route in ROUTES

@@ -20,7 +20,7 @@ import openai
 import psutil
 import pytest
 
-from serving.signals import SECOND_AFTER_S
+from serving.commands.signals import SECOND_AFTER_S
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 
 LONG = {"prompt": "def main():", "max_tokens": 450, "ignore_eos": True}
@@ -155,8 +155,8 @@ def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 
 def _serve(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "serving.cli", "serve", *flags], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", *flags], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_port_in_use_is_said_before_anything_is_loaded() -> None:

@@ -15,16 +15,16 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from serving.api.call_log import CallLog
 from serving.api.errors import install_handlers
-from serving.log_rate import AtMost, NotAgain
-from serving.throughput_log import ThroughputLog
+from serving.observe.call_log import CallLog
+from serving.observe.log_rate import AtMost, NotAgain
+from serving.observe.throughput_log import ThroughputLog
 from tests.serving.server_process import ROOT
 from xllm import logs
 from xllm.errors import ConfigError
 from xllm.log_writer import MAX_WAITING, LogWriter
 from xllm.logs import JsonFormat, TextFormat
-from xllm.metrics import EngineStats
+from xllm.stats import EngineStats
 
 HOSTILE = 'a"b\\c\n2026-01-01 00:00:00.000 INFO api x: forged\r\x1b[2J\u2028\u0085\ud800é'
 

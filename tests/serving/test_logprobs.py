@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from serving.api.logprobs import LOWEST, LogprobsWriter
+from serving.api.logprob_shapes import LOWEST, LogprobsWriter
 from tests.serving.sentencepiece_model import write_checkpoint
 from xllm.request import SamplingParams, TokenLogprobs
-from xllm.token_text import TextContext
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.token_text import TextContext
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -98,8 +98,9 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     out = tmp_path / "out.txt"
     with out.open("wb") as stdout:
-        process = subprocess.Popen([sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--max-model-len",
-                                    "128", "--num-kv-blocks", "64"], cwd=ROOT, stdout=stdout, stderr=writer)
+        process = subprocess.Popen([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0",
+                                    "--max-model-len", "128", "--num-kv-blocks", "64"], cwd=ROOT, stdout=stdout,
+                                   stderr=writer)
     os.close(writer)
     try:
         wait_for(lambda: "curl" in out.read_text() or process.poll() is not None, 90.0, "start-up")

@@ -88,8 +88,9 @@ def test_an_adapter_may_not_have_the_models_name(tmp_path: Path, names: tuple[st
             assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name", answer.text
         assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == list(names)
     for name in names:
-        refused = subprocess.run([sys.executable, "-m", "serving.cli", "serve", "--port", "0", *flags, "--lora-modules",
-                                  f"{name}={folder / 'v1'}"], capture_output=True, text=True, timeout=60, check=False)
+        refused = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags,
+                                  "--lora-modules", f"{name}={folder / 'v1'}"], capture_output=True, text=True,
+                                 timeout=60, check=False)
         assert refused.returncode == 1 and f"lora_modules: {name!r} is the served model's own" in refused.stderr
 
 

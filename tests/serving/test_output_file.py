@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.cli import main
-from serving.output_file import check_output
-from serving.run_batch import answer, read_found, read_lines
+from serving.commands.cli import main
+from serving.commands.output_file import check_output
+from serving.commands.run_batch import answer, read_found, read_lines
 from xllm.errors import ConfigError
 
 LINES = [json.dumps({"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}})

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.waiting import LOW, OFFLINE, ONLINE, WaitingTokens, rank_of
+from serving.engine.waiting import LOW, OFFLINE, ONLINE, WaitingTokens, rank_of
 from tests.serving.server_process import ServerProcess, wait_for
-from xllm.client.base import EngineBusyError
+from xllm.client.engine_client import EngineBusyError
 from xllm.request import Request
 
 # Seconds of work: the gauges are asked for meanwhile.

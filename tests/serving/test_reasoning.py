@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serving.parsers.events import Reasoning
 from serving.parsers.output import OutputParser, Parsers
-from serving.parsers.registry import REASONING_ALIASES, REASONING_PARSERS, reasoning_parser
+from serving.parsers.parser_registry import REASONING_ALIASES, REASONING_PARSERS, reasoning_parser
 from tests.serving.parsers.feeding import byte_cut, make
 
 CALL = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'

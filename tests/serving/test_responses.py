@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
-from serving.api.responses import _covering
-from serving.api.responses_input import Conversation, chat_body
+from serving.api.responses_input import ChatConversation, chat_body
+from serving.api.responses_store import ResponseStore
+from serving.api.routes.responses import _covering
 from serving.api.types import ResponsesBody, parse
-from serving.responses_store import ResponseStore
 from tests.serving.recorded_tools import SCRIPTS, TEMPLATE, TOOLS
 from tests.serving.scripted_model import go, write_checkpoint
 from tests.serving.server_process import ServerProcess
@@ -252,7 +252,7 @@ def test_what_a_chat_has_too_reaches_it() -> None:
                "text": ("verbosity", "high")}
     body = parse({"input": "x", **alike, "max_output_tokens": 7, "reasoning": {"effort": "low"},
                   "text": {"verbosity": "high"}}, ResponsesBody)
-    chat = chat_body(body, Conversation.of(body, []))
+    chat = chat_body(body, ChatConversation.of(body, []))
     expected = alike | dict(renamed.values())
     assert {name: getattr(chat, name) for name in expected} == expected
 

@@ -19,7 +19,7 @@ def line(name: str, url: str = "/v1/completions", **body: object) -> str:
 
 
 def command(source: Path, output: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "serving.cli", "run-batch", "-i", str(source), "-o", str(output), *flags]
+    return [sys.executable, "-m", "serving.commands.cli", "run-batch", "-i", str(source), "-o", str(output), *flags]
 
 
 def run(source: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:

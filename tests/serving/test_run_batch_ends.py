@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import run_batch
-from serving.cli import main
-from serving.output_file import open_locked
+from serving.commands import run_batch
+from serving.commands.cli import main
+from serving.commands.output_file import open_locked
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 from tests.serving.test_run_batch import answers, command, line
 from xllm.errors import ConfigError
@@ -267,8 +267,8 @@ def test_interrupted_while_failed_lines_are_replaced(tmp_path: Path) -> None:
 DIE_AT = """
 import os, signal, sys
 from pathlib import Path
-from serving.output_file import open_locked, replace_locked
-from serving.run_batch import good_lines
+from serving.commands.output_file import open_locked, replace_locked
+from serving.commands.run_batch import good_lines
 stop, count, output, *again = sys.argv[1:]
 left = int(count)
 def audit(event, args):

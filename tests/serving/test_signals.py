@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from serving.signals import ECHO, FIRST, SECOND, SECOND_AFTER_S, EndSignals
+from serving.commands.signals import ECHO, FIRST, SECOND, SECOND_AFTER_S, EndSignals
 
 
 @pytest.mark.parametrize(("signum", "later_s"), [(signal.SIGTERM, 1.5), (signal.SIGINT, 0.5)])

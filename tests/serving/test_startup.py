@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 
-from serving.startup import StartupView
+from serving.commands.startup import StartupView
 from tests.serving.server_process import ROOT, ServerProcess
 
 PHASE_TIMES = re.compile(
@@ -31,8 +31,8 @@ def test_a_log_has_a_line_for_each_phase(server: ServerProcess) -> None:
 
 def test_a_terminal_sees_phases_with_times() -> None:
     main, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "serving.cli", "serve", "--port", "0", "--max-model-len", "128",
-                                "--num-kv-blocks", "64"], cwd=ROOT, stdin=child, stdout=child, stderr=child)
+    process = subprocess.Popen([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--max-model-len",
+                                "128", "--num-kv-blocks", "64"], cwd=ROOT, stdin=child, stdout=child, stderr=child)
     os.close(child)
     text = b""
     while b"curl" not in text:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving.history import MAX_STEPS, EngineHistory
+from serving.observe.engine_history import MAX_STEPS, EngineHistory
 from tests.serving.server_process import ServerProcess, wait_for
 from xllm.engine.step_log import MAX_STEPS_A_BEAT, STEP_TIME_S, StepLog, StepReport
 

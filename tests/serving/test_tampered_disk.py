@@ -129,8 +129,8 @@ def test_what_others_can_reach_ends_the_start(tmp_path: Path, what: str) -> None
     public = folder if what == "folder" else key
     public.chmod(0o777 if what == "folder" else 0o644)
     flags = ("--port", "0", *FLAGS, "--disk-cache-dir", str(folder), "--disk-cache-key-file", str(key))
-    refused = subprocess.run([sys.executable, "-m", "serving.cli", "serve", *flags], cwd=ROOT, capture_output=True,
-                             text=True, timeout=90, check=False)
+    refused = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", *flags], cwd=ROOT,
+                             capture_output=True, text=True, timeout=90, check=False)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     last = refused.stderr.splitlines()[-1]
     assert str(public) in last and "has mode 0" in last and "chmod" in last

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving import doctor, terminal
+from serving.commands import doctor, terminal
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 from xllm import AsyncLLM, SamplingParams
 
 
 def run(*args: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "serving.cli", *args], cwd=ROOT, input=text, capture_output=True,
-                          text=True, timeout=90, check=False, env={**os.environ, **environment})
+    return subprocess.run([sys.executable, "-m", "serving.commands.cli", *args], cwd=ROOT, input=text,
+                          capture_output=True, text=True, timeout=90, check=False, env={**os.environ, **environment})
 
 
 def test_generate_prints_what_the_server_answers(server: ServerProcess) -> None:

@@ -169,8 +169,8 @@ def test_serving_goes_on_without_a_disk_that_fails(tmp_path: Path, monkeypatch: 
 
 
 def serve(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "serving.cli", "serve", *flags], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", *flags], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_folder_that_cannot_be_used_ends_the_start(tmp_path: Path) -> None:

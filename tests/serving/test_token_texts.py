@@ -14,7 +14,7 @@ import pytest
 from tests.serving.sentencepiece_model import write_checkpoint
 from tests.serving.server_process import ServerProcess
 from xllm import LLM, AsyncLLM, SamplingParams, StructuredOutput
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 SMILE = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
 CHAINS = [

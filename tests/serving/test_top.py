@@ -19,8 +19,8 @@ import time
 import pytest
 from rich.console import Console
 
-from serving import top
-from serving.top import LANE_CHARS, bar, lane, phases_of, sparkline
+from serving.commands import top
+from serving.commands.top import LANE_CHARS, bar, lane, phases_of, sparkline
 from tests.serving.server_process import ROOT, ServerProcess
 from xllm.errors import ConfigError, EngineDeadError
 
@@ -71,7 +71,8 @@ def test_live_on_a_terminal(server: ServerProcess) -> None:
     """It draws on the alternate screen, shows the load, and Ctrl-C gives the terminal back."""
     main, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 110, 0, 0))
-    process = subprocess.Popen([sys.executable, "-m", "serving.cli", "top", "--url", server.url, "--interval", "0.2"],
+    process = subprocess.Popen([sys.executable, "-m", "serving.commands.cli", "top", "--url", server.url, "--interval",
+                                "0.2"],
                                cwd=ROOT, stdin=child, stdout=child, stderr=child,
                                env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "110", "LINES": "40"})
     os.close(child)

@@ -115,9 +115,9 @@ def test_a_request_to_the_real_server(tmp_path: Path) -> None:
                            "256", "--num-kv-blocks", "64"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    way = [["api", "serving.connection", "Connection.data_received"], ["api", "serving.api.chat", "begin_chat"],
-           ["engine", "xllm.scheduler.scheduler", "Scheduler.add"],
-           ["engine", "xllm.models.decoder", "Decoder.forward"], ["api", "xllm.detokenizer", "Detokenizer.feed"]]
+    way = [["api", "serving.api.connection", "Connection.data_received"],
+           ["api", "serving.api.routes.chat", "begin_chat"], ["engine", "xllm.scheduler.scheduler", "Scheduler.add"],
+           ["engine", "xllm.models.decoder", "Decoder.forward"], ["api", "xllm.text.detokenizer", "Detokenizer.feed"]]
     assert sorted(way, key=found["hops"].index) == way
     assert {"serving.api.types.ChatBody", "xllm.request.Request", "xllm.step.ScheduleOutput", "xllm.step.StepOutput",
             "xllm.request.OutputDelta"} <= {*found["types"]}

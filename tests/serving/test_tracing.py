@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from serving.request_log import RequestLog
-from serving.tracing import EXPORT_TIMEOUT_S, Tracer
+from serving.observe.request_log import RequestLog
+from serving.observe.tracing import EXPORT_TIMEOUT_S, Tracer
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
 from xllm.errors import ConfigError
 from xllm.request import Request
@@ -173,7 +173,8 @@ def test_wrong_endpoints_are_refused_at_once(endpoint: str) -> None:
 
 
 def test_off_means_not_even_imported() -> None:
-    code = "import sys, serving.serve; print(*[name for name in sys.modules if name.startswith('opentelemetry.')])"
+    code = ("import sys, serving.commands.serve\n"
+            "print(*[name for name in sys.modules if name.startswith('opentelemetry.')])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     assert not [name for name in loaded if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xllm.config import SpeculativeSettings
 from xllm.speculative.ngram import NgramProposer
-from xllm.speculative.registry import make_proposer
+from xllm.speculative.proposer_registry import make_proposer
 
 
 def history_of(rows: list[list[int]]) -> SimpleNamespace:

@@ -11,8 +11,8 @@ import xllm.bundled
 from tests.serving.conftest import client, server  # noqa: F401
 from xllm import LLM
 from xllm.structured.checker import GrammarChecker
-from xllm.structured.vocabulary import VocabularySource, vocabulary_source
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.structured.token_trie import VocabularySource, vocabulary_source
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE, EOS = 4096, 2
 

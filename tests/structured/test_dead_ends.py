@@ -13,9 +13,9 @@ import pytest
 from tests.structured.schema_shapes import HONOURED, REFUSED, products
 from xllm import StructuredOutput
 from xllm.errors import RequestError
-from xllm.structured.check import check_form
+from xllm.structured.form_check import check_form
 from xllm.structured.grammar import build_matcher, grammar_text
-from xllm.structured.probe import DeadEnds
+from xllm.structured.grammar_probe import DeadEnds
 
 NUM_SEEDS, MAX_TOKENS = 32, 150
 CHECK_CPU_S = 0.3  # a few times what a check takes; the walks alone may take 0.03

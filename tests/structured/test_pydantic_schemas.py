@@ -18,8 +18,8 @@ from pydantic import AnyUrl, BaseModel, ConfigDict, Field, Json, SecretStr, Type
 from tests.structured.test_dead_ends import NUM_SEEDS, Writer
 from xllm import StructuredOutput
 from xllm.errors import RequestError
-from xllm.structured.check import check_form
-from xllm.structured.probe import DeadEnds
+from xllm.structured.form_check import check_form
+from xllm.structured.grammar_probe import DeadEnds
 
 Item = TypeVar("Item")
 

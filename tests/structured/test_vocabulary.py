@@ -13,11 +13,11 @@ import tokenizers
 
 from tests.text.tiny_tokenizers import KINDS
 from xllm import SamplingParams, StructuredOutput
-from xllm.detokenizer import Detokenizer
 from xllm.errors import RequestError
 from xllm.structured.grammar import build_matcher, grammar_text
-from xllm.structured.vocabulary import vocabulary_source
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.structured.token_trie import vocabulary_source
+from xllm.text.detokenizer import Detokenizer
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 READABLE = ["bundled", "byte_level", "byte_level_bos", "sentencepiece_like", "metaspace"]
 PADDING = 37

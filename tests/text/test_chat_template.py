@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from serving.parsers.registry import guess_tool_parser
+from serving.parsers.parser_registry import guess_tool_parser
 from tests.serving.parsers import templates
-from xllm.chat_template import ChatTemplate
 from xllm.errors import ModelError, RequestError
+from xllm.text.chat_template import ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TOOLS = [{"type": "function", "function": {

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.tiny_tokenizers import KINDS
-from xllm.detokenizer import Detokenizer
 from xllm.request import SamplingParams
-from xllm.text_stream import ByteStream, WindowStream
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.detokenizer import Detokenizer
+from xllm.text.text_stream import ByteStream, WindowStream
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 CHARACTERS = st.one_of(st.sampled_from("ab .,\n▁�é机器学🇩🇪😀👩\u200d👧e\u0301ش한"),
                        st.characters(exclude_categories=["Cs"]))

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm import SamplingParams
-from xllm.detokenizer import Detokenizer
-from xllm.stop_filter import StopFilter
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.detokenizer import Detokenizer
+from xllm.text.stop_filter import StopFilter
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 SEP, END = "<s>", "<e>"
 SEGMENTS = st.lists(st.one_of(st.text("ab<s>", min_size=1, max_size=4).map(lambda text: (text, True)),

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from jinja2.exceptions import TemplateError
 
-from xllm.chat_template import ChatTemplate, _environment
 from xllm.errors import ModelError, RequestError
-from xllm.template_limits import MAX_NODES, MAX_TEXT_CHARS
-from xllm.template_weights import MAX_VALUES, TemplateLimitError, Weights
+from xllm.text.chat_template import ChatTemplate, _environment
+from xllm.text.template_limits import MAX_NODES, MAX_TEXT_CHARS
+from xllm.text.template_weights import MAX_VALUES, TemplateLimitError, TemplateWeights
 
 BOUNDS_ALL = os.environ.get("BOUNDS_ALL") == "1"  # every text, list and argument; minutes
 LONGEST_S = 0.25 if BOUNDS_ALL else 1.5  # that another thread waits for the interpreter; CI's machine is not ours alone
@@ -180,7 +180,7 @@ def test_what_is_weighed_once_is_weighed_no_more() -> None:
     started_s = time.monotonic()
     assert ChatTemplate(source, {}).render(messages) == "x" * 4096 + "4096"
     assert time.monotonic() - started_s < 3
-    weights = Weights(1000)
+    weights = TemplateWeights(1000)
     inner = ["ab"] * 20
     weights.check([inner] * 20)
     assert (weights.num_values([inner] * 2), weights.num_chars([inner] * 2)) == (43, 80)

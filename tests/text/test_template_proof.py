@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.serving.parsers import templates
-from xllm.chat_template import ChatTemplate, template_variables
 from xllm.errors import ModelError, RequestError
+from xllm.text.chat_template import ChatTemplate, template_variables
 
 END = "{% if add_generation_prompt %}<assistant>{% endif %}"
 LOOP = "{% for m in messages %}{% if m.role in [ROLES] %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}" + END

@@ -13,9 +13,9 @@ from tokenizers import processors
 
 from tests.text.tiny_tokenizers import KINDS
 from xllm import SamplingParams, StructuredOutput
-from xllm.detokenizer import Detokenizer
-from xllm.token_text import TextContext
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.detokenizer import Detokenizer
+from xllm.text.token_text import TextContext
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 REPLACEMENT = "\ufffd"
 SPECIAL = {"byte_level": "<|endoftext|>", "byte_level_bos": "<|endoftext|>", "sentencepiece_like": "<s>",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.text.tiny_tokenizers import CORPUS
 from xllm.errors import ModelError, RequestError
-from xllm.tokenizer import Tokenizer, load_tokenizer
+from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [*dict.fromkeys(CORPUS), "", " ", "  two  blanks ", "\n\n\ttab", "<|im_start|>user\nhi<|im_end|>", "<s>x</s>",
          "a<|late|>  b", "a fox<|pad|><|extra|>fox", "unseen: Ω ᚠ 한국어 עברית \x00 \u200d", "x" * 400]
@@ -202,7 +202,7 @@ def test_vocab_and_merges_are_converted_by_transformers(folders, tmp_path):
 
 
 def test_loading_does_not_import_transformers(folders):
-    code = (f"import sys; from pathlib import Path; from xllm.tokenizer import load_tokenizer;"
+    code = (f"import sys; from pathlib import Path; from xllm.text.tokenizer import load_tokenizer;"
             f"t = load_tokenizer(Path({str(folders['byte_level'])!r}));"
             "t.encode_chat([{'role': 'user', 'content': 'x'}]);"
             "assert not {'transformers', 'torch'} & sys.modules.keys()")

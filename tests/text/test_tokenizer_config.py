@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from tests.text.tiny_tokenizers import KINDS, byte_level, wordpiece
 from xllm.errors import ModelError
-from xllm.tokenizer import load_tokenizer
-from xllm.tokenizer_config import FORCED_CLEAN_UP
+from xllm.text.tokenizer import load_tokenizer
+from xllm.text.tokenizer_config import FORCED_CLEAN_UP
 
 TEXT = "<|im_start|>user\nthe fox <s>, <late>, [SEP] [X] isn't it ?<|im_end|></s>"
 

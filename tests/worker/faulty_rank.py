@@ -10,8 +10,8 @@ import os
 import sys
 import threading
 
-from xllm.runner.check import StepChecker
 from xllm.runner.model_runner import ModelRunner
+from xllm.runner.step_checker import StepChecker
 from xllm.worker.rank import main
 
 

@@ -48,7 +48,7 @@ class ForkedRank:
 def context() -> Any:
     """One pool for this process; it ends with it."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.worker.pool", "xllm.models.decoder", "xllm.models.loader", "backends.cpu"])
+    found.set_forkserver_preload(["tests.worker.pool", "xllm.models.decoder", "xllm.models.loader", "backends.cpu.cpu"])
     return found
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from xllm.config import EngineConfig
 from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, StoredBlocks, TierFacts
-from xllm.metrics import GraphStats, ThreadStats
 from xllm.pooling import PoolingDefaults, PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
+from xllm.stats import GraphStats, ThreadStats
 from xllm.step import NewRow, ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 from xllm.worker import messages as m
-from xllm.worker.codec import KINDS, decode, encode
+from xllm.worker.message_codec import KINDS, decode, encode
 
 
 def ints(*values: int) -> np.ndarray:
@@ -45,7 +45,7 @@ SAMPLES = [
                              ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
     MoveDone(3, 1, 0.5, 1.5, MoveError("disk", "full")),
     m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
-    m.Sleep(True), m.Wake(), m.Shutdown(), m.LoadProgress("weights", 0.5),
+    m.Sleep(True), m.Wake(), m.StopWorker(), m.LoadProgress("weights", 0.5),
     m.Loaded(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=8, eos_token_ids=(1, 2), num_blocks=7,
              num_reserved_blocks=1, queues_steps=True, generates=False,
              pooling=PoolingDefaults(kind="mean", normalize=False, width=8),

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 # What speaks to other processes.
-NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.codec", "xllm.worker.processes",
-              "xllm.worker.rank", "xllm.worker.codec", "xllm.shared_params")
+NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.command_codec", "xllm.worker.processes",
+              "xllm.worker.rank", "xllm.worker.message_codec", "xllm.shared_params")
 CODE = """
 import sys
 

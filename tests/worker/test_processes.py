@@ -16,7 +16,7 @@ import zmq
 from tests.adapters import write_adapter
 from xllm import LLM, SamplingParams, StructuredOutput
 from xllm.errors import ConfigError, EngineDeadError, ModelError, WorkerError
-from xllm.worker.codec import encode
+from xllm.worker.message_codec import encode
 from xllm.worker.messages import Settle
 from xllm.worker.processes import CLOSE_S
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from serving.output_file import check_output
+from serving.commands.output_file import check_output
 from tools.trace_request.recorder import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ ADDRESS = re.compile(r"on (http://127\.0\.0\.1:\d+)")
 SITE = "from tools.trace_request.recorder import install\n\ninstall()\n"
 START_S, ANSWER_S, IDLE_S, SETTLE_S = 180.0, 120.0, 3.0, 0.5
 MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
-PROCESSES = {"serving.cli": "api", "engine_process": "engine"}  # by a word of the command
+PROCESSES = {"serving.commands.cli": "api", "engine_process": "engine"}  # by a word of the command
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Traced:
         (folder / "sitecustomize.py").write_text(SITE)
         path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._log = folder / "log"
-        command = [sys.executable, "-m", "serving.cli", "serve", "--port", "0", *flags]
+        command = [sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags]
         with self._log.open("wb") as out:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                                              env={**os.environ, "PYTHONPATH": path, FOLDER: str(folder)})

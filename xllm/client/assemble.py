@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from xllm.detokenizer import Detokenizer
 from xllm.request import FinishReason, OutputDelta, Request, TokenLogprobs
-from xllm.tokenizer import Tokenizer
+from xllm.text.detokenizer import Detokenizer
+from xllm.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

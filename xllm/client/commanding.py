@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from xllm.client.base import EngineBusyError, Stream
-from xllm.engine.commands import Abort, Action, Answer, Command, Control, Controlled, Outputs, Submit, Submitted
+from xllm.client.engine_client import EngineBusyError, Stream
+from xllm.engine.commands import Abort, Action, Command, CommandReply, Control, Controlled, Outputs, Submit, Submitted
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
@@ -85,7 +85,7 @@ class CommandingClient(ABC):
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)
 
-    def _hand_out(self, answer: Answer) -> None:
+    def _hand_out(self, answer: CommandReply) -> None:
         """Give an answer of the engine to those who wait for it. What nobody waits for any more is ignored."""
         if isinstance(answer, Outputs):
             for request_id, at_s in answer.admitted:

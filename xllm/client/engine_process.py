@@ -1,7 +1,7 @@
 """The engine's own process: `python -m xllm.client.engine_process FOLDER`, started by `ProcessClient`.
 
-Reads its config as one JSON line from stdin, then takes commands and sends reports (`codec.py`) over the two unix
-sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
+Reads its config as one JSON line from stdin, then takes commands and sends reports (`command_codec.py`) over the two
+unix sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import zmq
 
 from xllm import logs
 from xllm.child_process import end_with_parent, exit_at_once
-from xllm.client.codec import COMMANDS, REPORTS, config_from_json
-from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
+from xllm.client.command_codec import COMMANDS, REPORTS, config_from_json
+from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
 from xllm.engine.commands import Command
 from xllm.engine.step_log import StepLog
@@ -134,7 +134,7 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     from xllm.engine.core import EngineCore  # imports torch: only after the sockets stand
     from xllm.engine.loop import EngineLoop
 
-    core = EngineCore(config, progress=lambda name, share: sender.send(Phase(name, share)))
+    core = EngineCore(config, progress=lambda name, share: sender.send(StartPhase(name, share)))
     commands = SocketCommands(context, folder)
     sender.send(Ready(core.facts))
     steps = StepLog()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from xllm.client.commanding import CommandingClient
-from xllm.engine.commands import Abort, Answer, Command, Outputs, Shutdown
+from xllm.engine.commands import Abort, Command, CommandReply, Outputs, Shutdown
 from xllm.engine.core import EngineCore
 from xllm.engine.loop import EngineLoop
 from xllm.errors import (
@@ -24,8 +24,8 @@ from xllm.errors import (
     needs_traceback,
     shown_error,
 )
-from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request
+from xllm.stats import EngineStats
 
 SHUT_DOWN = "it was shut down"
 logger = logging.getLogger("xllm.client")
@@ -94,7 +94,7 @@ class LocalClient(CommandingClient):
     def _send(self, command: Command) -> None:
         self._commands.put(command)
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: CommandReply) -> None:
         try:
             self._hand_out(answer)
         except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
@@ -116,7 +116,7 @@ class LocalClient(CommandingClient):
             self._end = end = f"the engine is gone: {reason}"
             self._post(lambda: self._die(end))
 
-    def _report(self, answer: Answer) -> None:
+    def _report(self, answer: CommandReply) -> None:
         if not self._post(lambda: self._take(answer)) and isinstance(answer, Outputs):
             # Nobody listens any more.
             self._commands.put(Abort([d.request_id for d in answer.deltas if d.finish_reason is None]))

@@ -19,16 +19,16 @@ import zmq.asyncio
 from xllm import env
 from xllm.child_end import ChildEnd
 from xllm.child_process import run_module, socket_folder
-from xllm.client.codec import COMMANDS, REPORTS, config_to_json
+from xllm.client.command_codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_process import COMMAND_SOCKET, REPORT_SOCKET
-from xllm.client.reports import Fatal, Heartbeat, Phase, Ready, Report
+from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
 from xllm.engine.commands import Action, Command, Controlled, Shutdown
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import ConfigError, EngineDeadError
-from xllm.metrics import EngineStats
+from xllm.stats import EngineStats
 
 SHUTDOWN_TIMEOUT_S = 5.0
 _LARGE_FRAME_BYTES = 2**15
@@ -208,7 +208,7 @@ class ProcessClient(CommandingClient):
         if isinstance(report, Heartbeat):
             self.stats, self._step_age_s, self.steps = report.stats, report.step_age_s, report.steps
             self.on_steps(report.steps)
-        elif isinstance(report, Phase):
+        elif isinstance(report, StartPhase):
             self.phase = report.name
             self._on_phase(report.name, report.share, time.monotonic() - self._started_s)
         elif isinstance(report, Ready):

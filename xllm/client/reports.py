@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from xllm.engine.commands import Controlled, Outputs, Submitted
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
-from xllm.metrics import EngineStats
+from xllm.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class StartPhase:
     """Start-up goes on: `share` of `name` is done."""
 
     name: str
@@ -42,4 +42,4 @@ class Fatal:
     user_error: bool
 
 
-Report = Submitted | Controlled | Outputs | Phase | Ready | Heartbeat | Fatal
+Report = Submitted | Controlled | Outputs | StartPhase | Ready | Heartbeat | Fatal

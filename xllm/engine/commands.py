@@ -87,4 +87,4 @@ class Outputs:
 
 
 Command = Submit | Abort | Control | Shutdown
-Answer = Submitted | Controlled | Outputs
+CommandReply = Submitted | Controlled | Outputs

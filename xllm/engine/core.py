@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from xllm.config import EngineConfig
-from xllm.engine.adapters import AdapterNames, OnDone
+from xllm.engine.adapter_names import AdapterNames, OnDone
+from xllm.engine.collect_stats import collect_stats
 from xllm.engine.control import EngineControl
 from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
-from xllm.engine.stats import collect_stats
 from xllm.engine.step_log import StepTiming
 from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers
 from xllm.errors import EngineStateError, RequestError
 from xllm.kv import failpoints
-from xllm.metrics import EngineStats
 from xllm.request import OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
+from xllm.stats import EngineStats
 from xllm.token_ids import are_within
 from xllm.worker.link import Progress, WorkerLink
 from xllm.worker.messages import Loaded

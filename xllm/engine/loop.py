@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from xllm.engine.commands import (
     Abort,
-    Answer,
     Command,
+    CommandReply,
     Control,
     Controlled,
     EngineState,
@@ -39,7 +39,7 @@ class EngineLoop:
     before it waits, so that who looks from another thread can tell a step that hangs from an idle engine. steps: takes
     down how long each step took."""
 
-    def __init__(self, core: EngineCore, source: CommandSource, report: Callable[[Answer], None], *,
+    def __init__(self, core: EngineCore, source: CommandSource, report: Callable[[CommandReply], None], *,
                  on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None):
         self._core, self._source, self._report, self._on_busy = core, source, report, on_busy
         self._steps = StepLog() if steps is None else steps

@@ -1,4 +1,5 @@
-"""Builds the engine's side of the KV tiers below the device; their bytes are with the workers (`worker/tiers.py`)."""
+"""Builds the engine's side of the KV tiers below the device; their bytes are with the workers
+(`worker/worker_tiers.py`)."""
 
 from __future__ import annotations
 

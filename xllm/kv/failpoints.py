@@ -55,11 +55,11 @@ NAMES = {
     "tier.flush": "at shutdown, before one more path of the device is queued to be copied down",
 }
 
-Action = Callable[[], None]
+FailAction = Callable[[], None]
 
 
 class _Armed:
-    def __init__(self, action: Action, first_pass: int):
+    def __init__(self, action: FailAction, first_pass: int):
         self.action = action
         self.first_pass = first_pass
         self.num_passes = 0
@@ -82,7 +82,7 @@ def hit(name: str) -> None:
         point.action()
 
 
-def arm(name: str, action: str | Action, first_pass: int = 1) -> None:
+def arm(name: str, action: str | FailAction, first_pass: int = 1) -> None:
     """From the `first_pass`-th pass on, `name` does `action`: `kill`, an errno's name, or a callable.
 
     Raises ConfigError for an unknown name or action. Passes are counted from here.
@@ -113,7 +113,7 @@ def disarm(name: str | None = None) -> None:
     armed = kept or None
 
 
-def _action(word: str) -> Action:
+def _action(word: str) -> FailAction:
     if word == "kill":
         return _kill
     number = getattr(errno, word, None)

@@ -40,7 +40,7 @@ class Fetcher(Protocol):
 
 
 @dataclass(slots=True)
-class Conversation:
+class IdleConversation:
     """One conversation between two turns. Times are seconds of the owner's clock."""
 
     session_id: str | None
@@ -57,9 +57,9 @@ class Prefetcher:
 
     def __init__(self, fetcher: Fetcher):
         self._fetcher = fetcher
-        self._by_tail: OrderedDict[bytes, Conversation] = OrderedDict()
-        self._by_session: dict[str, Conversation] = {}
-        self._due: list[tuple[float, int, Conversation]] = []
+        self._by_tail: OrderedDict[bytes, IdleConversation] = OrderedDict()
+        self._by_session: dict[str, IdleConversation] = {}
+        self._due: list[tuple[float, int, IdleConversation]] = []
         self._order = itertools.count()
         self._gaps: deque[float] = deque(maxlen=NUM_GAPS)
         self._accuracy = 1.0
@@ -86,7 +86,7 @@ class Prefetcher:
         if known is None:
             known = next((self._by_tail[d] for d in reversed(before) if d in self._by_tail), None)
         if known is None:
-            known = Conversation(session_id, tail, now_s)
+            known = IdleConversation(session_id, tail, now_s)
         self._forget(known)
         if tail in self._by_tail:  # another one ended in the very same words: one prefetch serves both
             self._forget(self._by_tail[tail])
@@ -101,12 +101,12 @@ class Prefetcher:
         if expected_s is not None:
             heapq.heappush(self._due, (now_s + LEAD_SHARE * expected_s, next(self._order), known))
 
-    def _expected_gap_s(self, conversation: Conversation) -> float | None:
+    def _expected_gap_s(self, conversation: IdleConversation) -> float | None:
         if conversation.gap_s is not None:
             return conversation.gap_s
         return median(self._gaps) if self._gaps else None
 
-    def _forget(self, conversation: Conversation) -> None:
+    def _forget(self, conversation: IdleConversation) -> None:
         """Neither its tail nor its session is expected any more."""
         self._settle(conversation, used=False)
         if self._by_tail.get(conversation.tail) is conversation:
@@ -114,7 +114,7 @@ class Prefetcher:
         if conversation.session_id is not None:
             self._by_session.pop(conversation.session_id, None)
 
-    def _settle(self, conversation: Conversation, *, used: bool) -> None:
+    def _settle(self, conversation: IdleConversation, *, used: bool) -> None:
         """Count what became of its prefetch."""
         blocks, conversation.fetched_blocks = conversation.fetched_blocks, 0
         if not blocks:
@@ -147,7 +147,7 @@ class Prefetcher:
                 continue
             self._fetch(conversation, now_s)
 
-    def _fetch(self, conversation: Conversation, now_s: float) -> None:
+    def _fetch(self, conversation: IdleConversation, now_s: float) -> None:
         room = self.max_unused_blocks - self._unused_blocks
         num_blocks, again = self._fetcher.fetch(conversation.tail, room)
         if num_blocks:

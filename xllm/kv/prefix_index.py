@@ -11,7 +11,7 @@ import numpy as np
 
 from xllm.errors import IntegrityError
 from xllm.kv.block import ROOT, Hasher, root_hasher, token_bytes
-from xllm.kv.events import EventSink
+from xllm.kv.kv_events import EventSink
 
 STRIDE_BLOCKS = 64  # how many blocks one look-up skips while everything matches
 NO_BLOCK = -1

@@ -24,7 +24,7 @@ CHUNK_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Load:
+class BlockLoad:
     """A load that is not complete. path: the device blocks that it holds; `new`, its last ones, are loaded.
     host_path: the slots of the same blocks, held too."""
 
@@ -41,7 +41,7 @@ class Loader:
         self._index, self._pool, self._host, self._moves = index, pool, host, moves
         self.ticket_of = np.full(pool.num_blocks, NO_TICKET, dtype=np.int64)
         self.num_loaded = 0
-        self._open: dict[int, Load] = {}  # by ticket
+        self._open: dict[int, BlockLoad] = {}  # by ticket
         self._passing: dict[int, np.ndarray] = {}  # by ticket: the blocks of loads from slots that keep nothing
         self._last_ticket = NO_TICKET
 
@@ -50,7 +50,7 @@ class Loader:
         return len(self._open) + len(self._passing)
 
     @property
-    def open_loads(self) -> list[Load]:
+    def open_loads(self) -> list[BlockLoad]:
         return list(self._open.values())
 
     def is_open(self, ticket: int) -> bool:
@@ -67,7 +67,7 @@ class Loader:
         self._host.hold(host_path)
         digests = [self._host.digest_of(slot) for slot in slots.tolist()]
         new, ticket = self._begin(int(resident[-1]) if len(resident) else NO_BLOCK, digests)
-        load = Load(ticket, np.concatenate((resident, new)).astype(np.int32), new, host_path)
+        load = BlockLoad(ticket, np.concatenate((resident, new)).astype(np.int32), new, host_path)
         self._open[ticket] = load
         if failpoints.armed is not None:
             failpoints.hit("tier.load_begun")
@@ -101,7 +101,7 @@ class Loader:
         self.ticket_of[new] = ticket
         return new, ticket
 
-    def _finish(self, load: Load, done: MoveDone) -> None:
+    def _finish(self, load: BlockLoad, done: MoveDone) -> None:
         """All layers have arrived, or the device has failed."""
         if done.error is not None:
             raise DeviceError(f"KV could not be loaded to the device: {done.error.message}")

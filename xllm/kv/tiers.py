@@ -24,6 +24,7 @@ from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
+from xllm.kv.kv_source import NO_EXTENSION, Extension, SourceStats
 from xllm.kv.lift import Lift, Lifter
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
@@ -31,9 +32,8 @@ from xllm.kv.passage import Passage
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
-from xllm.kv.source import NO_EXTENSION, Extension, SourceStats
 from xllm.kv.tier_index import NO_SLOT, TierIndex
-from xllm.metrics import LaneStats, TierStats
+from xllm.stats import LaneStats, TierStats
 
 MAX_WRITING_SHARE = 0.5  # of the host slots held: then no further path begins to be saved while disk is written
 MAX_WAITING_SHARE = 0.5  # of the device's blocks in paths that wait to be saved: then host memory goes before disk

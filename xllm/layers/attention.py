@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
-from xllm.layers.context import LayerContext, Weights
+from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import column_linear, row_linear
 from xllm.parallel.shard import share_heads
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from xllm.errors import ConfigError
-from xllm.layers.adapters import AdapterSlots
-from xllm.layers.context import LayerContext, Weights
+from xllm.layers.adapter_slots import AdapterSlots
+from xllm.layers.layer_context import LayerContext, Weights
 from xllm.parallel.shard import Shard
 
 

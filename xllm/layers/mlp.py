@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xllm.layers.context import LayerContext, Weights
+from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import column_linear, row_linear
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xllm.layers.context import LayerContext, Weights
+from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import Linear
 
 

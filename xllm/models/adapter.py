@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xllm.errors import ModelError
-from xllm.layers.adapters import Adapter
+from xllm.layers.adapter_slots import Adapter
 from xllm.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from xllm.models.adapter_layers import AdapterLayer, AdapterLayers, read_layers
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
-from xllm.models.config import ModelConfig
 from xllm.models.kv_spec import KVSpec
+from xllm.models.model_config import ModelConfig
 
 KVCaches = Iterable[tuple[Tensor, ...]]  # of each layer in order, its parts as its `KVSpec` says
 

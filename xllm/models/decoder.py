@@ -15,11 +15,11 @@ from torch import Tensor
 from backends.metadata import AttentionMetadata
 from xllm.errors import ModelError
 from xllm.layers.attention import AttentionPlan
-from xllm.layers.context import LayerContext, Weights
+from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.norm import RMSNorm
 from xllm.layers.vocabulary import LMHead, make_embedding, take_vocabulary
 from xllm.models.causal_lm import KVCaches
-from xllm.models.config import DecoderConfig, ModelConfig
+from xllm.models.model_config import DecoderConfig, ModelConfig
 
 log = logging.getLogger(__name__)
 

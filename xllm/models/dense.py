@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xllm.models.config import MAX_LAYERS, DecoderConfig, ModelConfig, read_common
 from xllm.models.kv_spec import KVSpec
+from xllm.models.model_config import MAX_LAYERS, DecoderConfig, ModelConfig, read_common
 from xllm.models.raw_config import RawConfig
 
 if TYPE_CHECKING:
-    from xllm.layers.context import LayerContext, Weights
+    from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
 
 # The tables of rotations, which no tensor of the checkpoint vouches for, are as wide as a head.

@@ -1,15 +1,15 @@
-"""`Family`: what a module named in `models/registry.py` has."""
+"""`Family`: what a module named in `models/model_registry.py` has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xllm.models.config import ModelConfig
+from xllm.models.model_config import ModelConfig
 from xllm.models.raw_config import RawConfig
 
 if TYPE_CHECKING:  # they bring torch
-    from xllm.layers.context import LayerContext, Weights
+    from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
 
 

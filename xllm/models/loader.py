@@ -9,14 +9,14 @@ import torch
 
 from backends.backend import Backend
 from xllm.errors import ConfigError
-from xllm.layers.adapters import AdapterSlots
-from xllm.layers.context import LayerContext
+from xllm.layers.adapter_slots import AdapterSlots
+from xllm.layers.layer_context import LayerContext
 from xllm.models.causal_lm import CausalLM
-from xllm.models.config import ModelConfig
 from xllm.models.dummy_weights import DummyWeights
-from xllm.models.registry import family_of, read_model_config
-from xllm.models.weights import Progress, WeightSource
-from xllm.parallel.context import ONE_RANK, ParallelContext
+from xllm.models.model_config import ModelConfig
+from xllm.models.model_registry import family_of, read_model_config
+from xllm.models.weights import ReadProgress, WeightSource
+from xllm.parallel.parallel_context import ONE_RANK, ParallelContext
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def load_model(
     load_format: str = "auto",
     adapters: AdapterSlots | None = None,
     parallel: ParallelContext = ONE_RANK,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 

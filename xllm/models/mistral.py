@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from xllm.models.config import MAX_LAYERS
 from xllm.models.dense import DenseConfig, read_dense
 from xllm.models.dense import build as build
+from xllm.models.model_config import MAX_LAYERS
 from xllm.models.raw_config import RawConfig
 
 DEFAULTS = {

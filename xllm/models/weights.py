@@ -22,7 +22,7 @@ from xllm.errors import ModelError
 from xllm.model_files import read_json
 from xllm.parallel.shard import Shard
 
-Progress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
+ReadProgress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ class WeightSource:
     Raises ModelError, naming the file and the tensor, for anything that is missing, broken or left over.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None):
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: ReadProgress | None = None):
         self._dtype, self._device, self._progress = dtype, device, progress
         self._stack = ExitStack()
         self._left: dict[str, tuple[Path, Any, str]] = {}  # name -> its file, the open handle, its name there
@@ -65,7 +65,7 @@ class WeightSource:
         self._stack.close()
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """See `xllm.layers.context.Weights`."""
+        """See `xllm.layers.layer_context.Weights`."""
         if name not in self._left:
             raise ModelError(f"tensor {name!r} is missing in {self._location}")
         file, handle, stored = self._left.pop(name)
@@ -88,7 +88,7 @@ class WeightSource:
         return tensor
 
     def has(self, name: str) -> bool:
-        """See `xllm.layers.context.Weights`."""
+        """See `xllm.layers.layer_context.Weights`."""
         return name in self._left
 
     def check_all_taken(self) -> None:

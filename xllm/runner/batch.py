@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata, HostLengths
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

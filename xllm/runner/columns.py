@@ -9,7 +9,7 @@ import numpy as np
 
 from xllm.request import SAMPLING_COLUMNS, Column
 from xllm.runner.batch import SampleSlots
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.runner.uniform import uniforms
 
 # In the order of `OpSet.sample`.

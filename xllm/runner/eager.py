@@ -6,14 +6,14 @@ import numpy as np
 from torch import Tensor
 
 from backends.backend import Backend, Capturer
-from xllm.layers.adapters import AdapterSlots
+from xllm.layers.adapter_slots import AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
 from xllm.runner.columns import sampling_columns
-from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into
 from xllm.runner.graphs import Forwarded
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.runner.staging import Staging
+from xllm.runner.token_feed import QueuedTokens, TokenFeed, sample_into
 
 
 class EagerForward:

@@ -24,18 +24,18 @@ from graph.cache import GraphBudget, GraphCache
 from graph.checking import CheckingCapturer
 from graph.key import BucketRules, GraphKey, padding_lengths
 from xllm.config import EngineConfig
-from xllm.layers.adapters import AdapterSlots
-from xllm.metrics import GraphStats
+from xllm.layers.adapter_slots import AdapterSlots
 from xllm.models.causal_lm import CausalLM
 from xllm.runner.batch import HostBatch
 from xllm.runner.columns import SAMPLE_INPUTS, sampling_columns
-from xllm.runner.feed import QueuedTokens, TokenFeed, sample_into, samples_plainly, wants_hidden_states
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
+from xllm.runner.token_feed import QueuedTokens, TokenFeed, sample_into, samples_plainly, wants_hidden_states
 from xllm.sizes import parse_amount
+from xllm.stats import GraphStats
 
 _log = logging.getLogger(__name__)
 
-NUM_SETS = 2  # as `feed.py:NUM_BUFFERS`
+NUM_SETS = 2  # as `token_feed.py:NUM_BUFFERS`
 LOGITS_BYTES = 256 * 2**20  # static memory for logits; longer steps end with the hidden states
 HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"  # what a graph ends with
 TABLE, BASE = "table", "base"  # layouts: block ids of each row, or where its blocks begin

@@ -16,8 +16,8 @@ from backends.backend import Backend
 from backends.reference.kv_codes import QUANTISED, row_width
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
-from xllm.models.config import ModelConfig
 from xllm.models.kv_spec import KVSpec
+from xllm.models.model_config import ModelConfig
 from xllm.runner.arena import Arena, padded_bytes
 from xllm.sizes import size_text
 

@@ -32,7 +32,7 @@ class EditTables:
     """What is prepared once for all rows of a call: nothing of it changes afterwards.
 
     always, ends: pairs of int64 token ids and fp32 values, to be added at any time and before `min_tokens`.
-    allowed_W: int32 on the device, as `ApplyTokenBitmask` wants it; None: all tokens.
+    allowed_W: int32 on the device, as `ApplyTokenBitmaskOp` wants it; None: all tokens.
     """
 
     def __init__(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int, device: torch.device):
@@ -130,7 +130,7 @@ def _additions(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
 
 
 def _penalties(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
-    """What `Penalise` takes behind the logits."""
+    """What `PenaliseOp` takes behind the logits."""
     found = [(s, begin) for s in todo if (begin := s.edits.counted(len(s.history), s.num_prompt)) is not None]
     sampling = [s.edits.sampling for s, _ in found]
     lengths = np.array([0, *(len(s.history) - begin for s, begin in found)])

@@ -15,22 +15,22 @@ import torch
 from backends.backend import Backend
 from xllm.config import EngineConfig
 from xllm.kv.tickets import TicketBoard
-from xllm.layers.adapters import Adapter, AdapterSlots
+from xllm.layers.adapter_slots import Adapter, AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
-from xllm.runner.feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
 from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
+from xllm.runner.host_mover import gated
 from xllm.runner.kv_cache import KVCache, cache_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
-from xllm.runner.mover import gated
 from xllm.runner.pooler import Pooler
-from xllm.runner.rows import NO_LOGPROBS, RowState
+from xllm.runner.row_state import NO_LOGPROBS, RowState
 from xllm.runner.sampler import Draws, Sampler
 from xllm.runner.staging import Staging, step_bytes
+from xllm.runner.token_feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
 from xllm.runner.virtual_rows import make_virtual_rows
-from xllm.speculative.registry import make_proposer
+from xllm.speculative.proposer_registry import make_proposer
 from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.matchers import RowMatchers

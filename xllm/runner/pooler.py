@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xllm.pooling import PoolingParams
 from xllm.runner.batch import HostBatch
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 from xllm.step import NewRow, ScheduleOutput
 
 

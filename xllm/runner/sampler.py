@@ -18,7 +18,7 @@ from xllm.runner.batch import SampleSlots
 from xllm.runner.columns import sampling_columns
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
 from xllm.runner.logprobs import token_logprobs
-from xllm.runner.rows import NO_LOGPROBS, RowState
+from xllm.runner.row_state import NO_LOGPROBS, RowState
 from xllm.step import NewRow
 from xllm.structured.matchers import RowMatchers, SlotMasks
 

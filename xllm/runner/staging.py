@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.backend import Backend, Capturer
 from xllm.config import EngineConfig
-from xllm.runner.rows import RowState
+from xllm.runner.row_state import RowState
 
 NUM_PIECES = 2
 ALIGNMENT_BYTES = 16

@@ -8,11 +8,11 @@ from xllm.config import EngineConfig
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.scheduler.counters import Counters
+from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.preemption import Preemption
-from xllm.scheduler.promotions import Promotions
 from xllm.scheduler.queues import WaitingQueue
-from xllm.scheduler.rows import RowTable
+from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
 from xllm.sequence import SequenceState, Status
 from xllm.step import NewRow

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.kv.manager import KVManager
-from xllm.scheduler.budget import Share, TokenBudget
-from xllm.scheduler.rows import RowTable
+from xllm.scheduler.row_table import RowTable
+from xllm.scheduler.token_budget import Share, TokenBudget
 from xllm.step import NewRow, ScheduleOutput
 
 NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)

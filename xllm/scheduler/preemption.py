@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.kv.manager import KVManager
-from xllm.scheduler.budget import Share
 from xllm.scheduler.counters import Counters
+from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.plan import PlanBuilder
-from xllm.scheduler.promotions import Promotions
 from xllm.scheduler.queues import WaitingQueue
-from xllm.scheduler.rows import RowTable
+from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
+from xllm.scheduler.token_budget import Share
 from xllm.sequence import SequenceState, Status
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from xllm.errors import IntegrityError
 from xllm.kv.manager import KVManager
 from xllm.scheduler.policy import Key
-from xllm.scheduler.rows import RowTable
+from xllm.scheduler.row_table import RowTable
 from xllm.sequence import SequenceState, Status
 
 

@@ -1,7 +1,7 @@
 """`Scheduler`: which rows compute which tokens, step by step.
 
 There is no prefill phase and no decode phase: every sequence has tokens whose KV is not computed
-yet, and each step computes some of them (`rows.py`). `schedule()` decides and returns a value;
+yet, and each step computes some of them (`row_table.py`). `schedule()` decides and returns a value;
 `update()` takes in what came of it. With overlapped scheduling `schedule()` for step n + 1 runs
 before `update()` for step n.
 
@@ -23,16 +23,16 @@ from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.admission import Admission
-from xllm.scheduler.budget import TokenBudget
 from xllm.scheduler.counters import Counters, StepRates
 from xllm.scheduler.fair import make_queue
-from xllm.scheduler.outputs import OutputWriter
+from xllm.scheduler.kv_waits import Promotions
+from xllm.scheduler.output_writer import OutputWriter
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.policy import Phase, phases, request_key
 from xllm.scheduler.preemption import Preemption
-from xllm.scheduler.promotions import Promotions
-from xllm.scheduler.rows import RowTable
+from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
+from xllm.scheduler.token_budget import TokenBudget
 from xllm.sequence import SequenceState, Status
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.token_ids import check_prompt_length

@@ -20,9 +20,9 @@ from dataclasses import asdict
 from xllm import env
 from xllm.child_process import run_module
 from xllm.errors import RequestError
+from xllm.structured.grammar_compiler import COMPILE_CPU_S, TOO_MUCH_MEMORY
 from xllm.structured.spec import StructuredOutput
-from xllm.structured.vocabulary import VocabularySource, need_llguidance
-from xllm.structured.worker import COMPILE_CPU_S, TOO_MUCH_MEMORY
+from xllm.structured.token_trie import VocabularySource, need_llguidance
 
 WALL_TIMEOUT_S = 15.0  # when the machine is so busy that the limit on CPU time does not come
 START_TIMEOUT_S = 60.0
@@ -132,15 +132,15 @@ class _Worker:
 
     def __init__(self, source: VocabularySource):
         need_llguidance()
-        self._process = subprocess.Popen([sys.executable, *run_module("xllm.structured.worker")], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-                                         env=env.for_untrusted_child())
+        self._process = subprocess.Popen([sys.executable, *run_module("xllm.structured.grammar_compiler")],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         start_new_session=True, env=env.for_untrusted_child())
         self.stop = weakref.finalize(self, _stop, self._process)
         self._send(json.dumps(asdict(source)))
         if self._read(START_TIMEOUT_S) is None:
             self.stop()
-            _log.error("the process that compiles grammars does not start; `%s -m xllm.structured.worker` says why",
-                       sys.executable)
+            _log.error("the process that compiles grammars does not start; "
+                       "`%s -m xllm.structured.grammar_compiler` says why", sys.executable)
             raise RequestError("structured outputs cannot be compiled: the process for it does not start",
                                field="structured")
 

@@ -1,7 +1,7 @@
 """From a `StructuredOutput` to llguidance's matcher of it.
 
-All that llguidance may spend is bounded here; what it spends in spite of that is found out by `probe.py`, in a process
-that may be killed for it (`worker.py`).
+All that llguidance may spend is bounded here; what it spends in spite of that is found out by `grammar_probe.py`, in a
+process that may be killed for it (`grammar_compiler.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class GrammarError(ValueError):
 
 
 def grammar_text(spec: StructuredOutput) -> str:
-    """The specification as llguidance takes it; `check.py` finds what is wrong with it. Raises GrammarError."""
+    """The specification as llguidance takes it; `form_check.py` finds what is wrong with it. Raises GrammarError."""
     return _form(spec) if spec.after is None else _behind(spec.after, _form(spec))
 
 

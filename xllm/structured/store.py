@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from xllm.structured.grammar import build_matcher, grammar_text
 from xllm.structured.heap import allocated_bytes
 from xllm.structured.spec import StructuredOutput
-from xllm.structured.vocabulary import VocabularySource, need_llguidance
+from xllm.structured.token_trie import VocabularySource, need_llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_GRAMMARS = 64
-# Most need less than a tenth of GRAMMAR_BYTES (`worker.py`); the states of a lexer, which are added while texts are
-# written, come to 1 KB each.
+# Most need less than a tenth of GRAMMAR_BYTES (`grammar_compiler.py`); the states of a lexer, which are added while
+# texts are written, come to 1 KB each.
 MAX_GROWTH_BYTES = 2**27
 
 

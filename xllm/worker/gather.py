@@ -13,7 +13,7 @@ from xllm.errors import IntegrityError
 from xllm.kv.moves import MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Report, Settled
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Settled, WorkerReport
 
 LOADED = "Loaded"  # ranks may load at different speeds
 
@@ -22,7 +22,7 @@ LOADED = "Loaded"  # ranks may load at different speeds
 class _Pending:
     """One answer that is not complete: what each rank has sent of it, in order, and when the first of them did."""
 
-    by_rank: list[deque[Report]]
+    by_rank: list[deque[WorkerReport]]
     since_s: float
     missing: set[int] = field(default_factory=set)
 
@@ -34,7 +34,7 @@ class Gatherer:
         self._num_ranks, self._clock = num_ranks, clock
         self._pending: dict[Hashable, _Pending] = {}
 
-    def add(self, rank: int, report: Report) -> Report | None:
+    def add(self, rank: int, report: WorkerReport) -> WorkerReport | None:
         """Take in a rank's report; returns what the engine shall hear now: of phases those of rank 0, of failures each
         with its rank, of answers one when all ranks have given theirs."""
         if self._num_ranks == 1:
@@ -52,7 +52,7 @@ class Gatherer:
         pending.missing.discard(rank)
         return None if pending.missing else self._complete(key, pending)
 
-    def _complete(self, key: Hashable, pending: _Pending) -> Report:
+    def _complete(self, key: Hashable, pending: _Pending) -> WorkerReport:
         reports = [by_rank.popleft() for by_rank in pending.by_rank]
         pending.missing = {rank for rank, by_rank in enumerate(pending.by_rank) if not by_rank}
         if len(pending.missing) == self._num_ranks:
@@ -72,7 +72,7 @@ class Gatherer:
         return None
 
 
-def _key(report: Report) -> Hashable:
+def _key(report: WorkerReport) -> Hashable:
     if isinstance(report, (StepOutput, Settled)):
         return report.step
     if isinstance(report, GrammarDone):
@@ -86,7 +86,7 @@ def _key(report: Report) -> Hashable:
     return type(report).__name__  # LOADED
 
 
-def _merge(reports: list[Report]) -> Report:
+def _merge(reports: list[WorkerReport]) -> WorkerReport:
     """One answer of all ranks': rank 0's, where they agree; the first error, if there is one."""
     first = reports[0]
     if isinstance(first, StepOutput):
@@ -126,7 +126,7 @@ def _entry(stored: StoredBlocks, index: int) -> tuple[int, bytes, bytes]:
     return int(stored.slots[index]), stored.digests[index].tobytes(), stored.parents[index].tobytes()
 
 
-def _merge_steps(output: StepOutput, others: list[Report]) -> Report:
+def _merge_steps(output: StepOutput, others: list[WorkerReport]) -> WorkerReport:
     for rank, other in enumerate(others, 1):
         assert isinstance(other, Settled)
         if output.check is not None and other.check is not None:

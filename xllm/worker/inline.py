@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from xllm.runner.model_runner import ModelRunner
 from xllm.worker.link import WorkerLink
-from xllm.worker.messages import Command, Report, Shutdown, WorkerStats
+from xllm.worker.messages import StopWorker, WorkerCommand, WorkerReport, WorkerStats
 from xllm.worker.worker import Worker
 
 
@@ -16,8 +16,8 @@ from xllm.worker.worker import Worker
 class Wire:
     """What a message becomes on its way."""
 
-    down: Callable[[Command], Command]
-    up: Callable[[Report], Report]
+    down: Callable[[WorkerCommand], WorkerCommand]
+    up: Callable[[WorkerReport], WorkerReport]
 
 
 DIRECT = Wire(down=lambda command: command, up=lambda report: report)  # the same object
@@ -30,11 +30,11 @@ class InlineLink(WorkerLink):
         super().__init__()
         self._wire = wire
         # Not only the caller's thread reports: moves between the KV tiers and grammars have threads of their own.
-        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[WorkerReport] = queue.SimpleQueue()
         self.worker = Worker(self._report)
         self._closed = False
 
-    def send(self, command: Command) -> None:
+    def send(self, command: WorkerCommand) -> None:
         command = self._wire.down(command)
         if self.worker.receive(command):
             self.worker.perform(command)
@@ -42,15 +42,15 @@ class InlineLink(WorkerLink):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.send(Shutdown())
+            self.send(StopWorker())
 
     def stats(self) -> WorkerStats:
         return self.worker.stats()
 
-    def _report(self, report: Report) -> None:
+    def _report(self, report: WorkerReport) -> None:
         self._reports.put(self._wire.up(report))
 
-    def _next(self, timeout_s: float | None) -> Report | None:
+    def _next(self, timeout_s: float | None) -> WorkerReport | None:
         try:
             return self._reports.get(timeout=timeout_s) if timeout_s != 0.0 else self._reports.get_nowait()
         except queue.Empty:

@@ -9,9 +9,19 @@ from typing import TypeVar
 from xllm.config import EngineConfig
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.worker.failures import as_error
-from xllm.worker.messages import Command, Failed, Load, Loaded, LoadProgress, Report, Settle, Step, WorkerStats
+from xllm.worker.messages import (
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    Settle,
+    Step,
+    WorkerCommand,
+    WorkerReport,
+    WorkerStats,
+)
 
-R = TypeVar("R", bound=Report)
+R = TypeVar("R", bound=WorkerReport)
 Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
@@ -28,11 +38,11 @@ class WorkerLink:
     def __init__(self) -> None:
         self._queues_steps = False
         self._outputs: deque[StepOutput] = deque()
-        self._taken: dict[type, list[Report]] = {}  # the reports that nobody has asked for yet
+        self._taken: dict[type, list[WorkerReport]] = {}  # the reports that nobody has asked for yet
 
     # --- what a way to the workers provides
 
-    def send(self, command: Command) -> None:
+    def send(self, command: WorkerCommand) -> None:
         """Hand a command to every rank."""
         raise NotImplementedError
 
@@ -53,7 +63,7 @@ class WorkerLink:
         while self._take(0.0):
             pass
 
-    def _next(self, timeout_s: float | None) -> Report | None:
+    def _next(self, timeout_s: float | None) -> WorkerReport | None:
         """The next report, None if none comes in time. timeout_s None: wait for it."""
         raise NotImplementedError
 
@@ -85,7 +95,7 @@ class WorkerLink:
         self._queues_steps = loaded.queues_steps
         return loaded
 
-    def call(self, command: Command, answer: type[R]) -> R:
+    def call(self, command: WorkerCommand, answer: type[R]) -> R:
         """Send a command and wait for its answer; none of that kind is on its way."""
         self.send(command)
         while not self._taken.get(answer):

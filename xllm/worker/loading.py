@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from backends.backend import Backend
-    from xllm.layers.adapters import AdapterSlots
+    from xllm.layers.adapter_slots import AdapterSlots
     from xllm.models.causal_lm import CausalLM
-    from xllm.models.config import ModelConfig
     from xllm.models.embedding_modules import EmbeddingModules
     from xllm.models.footprint import Footprint
+    from xllm.models.model_config import ModelConfig
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
 
@@ -45,9 +45,9 @@ class LoadedModel:
         import torch
 
         from backends.control_groups import usable_cpus
-        from backends.cpu_threads import RunDelays, ThreadControl
+        from backends.cpu.threads import RunDelays, ThreadControl
         from xllm.hub import resolve_model_path
-        from xllm.models.registry import read_model_config
+        from xllm.models.model_registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
@@ -77,7 +77,7 @@ class LoadedModel:
         plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
-            from xllm.layers.adapters import AdapterSlots
+            from xllm.layers.adapter_slots import AdapterSlots
 
             self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
                                          device=self.backend.device)

@@ -1,4 +1,4 @@
-"""What the engine and its workers say to each other. One type is one message; `codec.py` makes bytes of them.
+"""What the engine and its workers say to each other. One type is one message; `message_codec.py` makes bytes of them.
 
 Plain values only (numbers, text, numpy arrays, dataclasses of them), so that every message can cross into another
 process. Down go the commands: every rank gets the same ones in the same order. Up come the reports; what every rank
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
 from xllm.kv.moves import Move, MoveDone, TierFacts
-from xllm.metrics import GraphStats, ThreadStats
 from xllm.pooling import PoolingDefaults
+from xllm.stats import GraphStats, ThreadStats
 from xllm.step import ScheduleOutput, StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 
@@ -85,7 +85,7 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True)
-class Shutdown:
+class StopWorker:
     """End what runs beside the steps, and stop. `Done` answers."""
 
 
@@ -195,6 +195,7 @@ class WorkerStats:
     disk_misses: dict[str, int] = field(default_factory=dict)
 
 
-Command = Load | Step | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake | Shutdown
-Report = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
-          | WorkerStats)
+WorkerCommand = (Load | Step | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake
+                 | StopWorker)
+WorkerReport = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
+                | WorkerStats)

@@ -18,7 +18,7 @@ def open_link(config: EngineConfig) -> WorkerLink:
 
     wire = DIRECT
     if way == "codec":
-        from xllm.worker.codec import CODED
+        from xllm.worker.message_codec import CODED
 
         wire = CODED
     if way == "thread" or (way != "inline" and depth):

@@ -19,10 +19,10 @@ from xllm import env
 from xllm.child_end import ChildEnd
 from xllm.child_process import run_module, socket_folder
 from xllm.errors import WorkerError
-from xllm.worker.codec import decode, encode
 from xllm.worker.gather import Gatherer
 from xllm.worker.link import WorkerLink
-from xllm.worker.messages import Command, Done, Failed, Loaded, Report, Shutdown, WorkerStats
+from xllm.worker.message_codec import decode, encode
+from xllm.worker.messages import Done, Failed, Loaded, StopWorker, WorkerCommand, WorkerReport, WorkerStats
 
 RANK_MODULE = "xllm.worker.rank"
 HEARTBEAT_S = 0.5
@@ -91,7 +91,7 @@ class ProcessLink(WorkerLink):
         """The ranks' processes."""
         return [rank.process.pid for rank in self._ranks]
 
-    def send(self, command: Command) -> None:
+    def send(self, command: WorkerCommand) -> None:
         if self.has_ended:
             raise WorkerError("the workers have ended")
         frame = encode(command)
@@ -127,7 +127,7 @@ class ProcessLink(WorkerLink):
         self._context.destroy(linger=0)
 
     def _end_in_order(self) -> None:
-        self.send(Shutdown())
+        self.send(StopWorker())
         until_s = time.monotonic() + CLOSE_S
         while not self._pop(Done) and time.monotonic() < until_s:
             if any(rank.process.poll() for rank in self._ranks):  # killed, or failed: it will not answer
@@ -137,7 +137,7 @@ class ProcessLink(WorkerLink):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(max(0.0, until_s - time.monotonic()))
 
-    def _next(self, timeout_s: float | None) -> Report | None:
+    def _next(self, timeout_s: float | None) -> WorkerReport | None:
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if time.monotonic() - self._checked_s > CHECK_S:
@@ -152,7 +152,7 @@ class ProcessLink(WorkerLink):
             elif until_s is not None and time.monotonic() >= until_s:
                 return None
 
-    def _receive(self) -> Report | None:
+    def _receive(self) -> WorkerReport | None:
         try:
             origin, frame = self._reports.recv_multipart()
             number, report = origin[0], decode(frame)

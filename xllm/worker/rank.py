@@ -17,9 +17,9 @@ import zmq
 
 from xllm import logs
 from xllm.child_process import end_with_parent, exit_at_once
-from xllm.worker.codec import decode, encode
 from xllm.worker.failures import as_failed
-from xllm.worker.messages import Command, Report, Shutdown
+from xllm.worker.message_codec import decode, encode
+from xllm.worker.messages import StopWorker, WorkerCommand, WorkerReport
 from xllm.worker.processes import HEARTBEAT_S
 from xllm.worker.worker import Worker
 
@@ -37,7 +37,7 @@ class Reporter:
         self._socket.set_hwm(0)
         self._socket.connect(f"ipc://{folder / 'reports'}")
 
-    def send(self, report: Report) -> None:
+    def send(self, report: WorkerReport) -> None:
         frame = encode(report)
         with self._lock:
             self._socket.send_multipart((self._origin, frame))
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = Reporter(rank, folder, context)
     worker = Worker(reporter.send, rank=rank, num_ranks=num_ranks)
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    commands: queue.SimpleQueue[WorkerCommand] = queue.SimpleQueue()
     socket = context.socket(zmq.PULL)
     socket.set_hwm(0)
     socket.connect(f"ipc://{folder / f'rank-{rank}'}")
@@ -67,13 +67,13 @@ def main(argv: list[str]) -> int:
     while True:
         command = commands.get()
         worker.perform(command)
-        if isinstance(command, Shutdown):
+        if isinstance(command, StopWorker):
             reporter.close()
             context.destroy(linger=LINGER_MS)
             return 0
 
 
-def _take_commands(socket: zmq.Socket[bytes], worker: Worker, commands: queue.SimpleQueue[Command],
+def _take_commands(socket: zmq.Socket[bytes], worker: Worker, commands: queue.SimpleQueue[WorkerCommand],
                    reporter: Reporter) -> None:
     while True:
         frame = socket.recv()
@@ -85,7 +85,7 @@ def _take_commands(socket: zmq.Socket[bytes], worker: Worker, commands: queue.Si
             logger.exception("a command could not be taken")
             reporter.send(as_failed(error))
             continue
-        if isinstance(command, Shutdown):
+        if isinstance(command, StopWorker):
             socket.close(linger=0)
             return
 

@@ -6,7 +6,7 @@ import queue
 import threading
 
 from xllm.worker.inline import DIRECT, InlineLink, Wire
-from xllm.worker.messages import Command, Shutdown
+from xllm.worker.messages import StopWorker, WorkerCommand
 
 CLOSE_S = 30.0  # for what was begun; a step that hangs is left behind
 
@@ -19,11 +19,11 @@ class ThreadLink(InlineLink):
     def __init__(self, *, depth: int, wire: Wire = DIRECT):
         super().__init__(wire=wire)
         self.depth = depth
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[WorkerCommand] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="xllm-worker", daemon=True)
         self._thread.start()
 
-    def send(self, command: Command) -> None:
+    def send(self, command: WorkerCommand) -> None:
         command = self._wire.down(command)
         if self.worker.receive(command):
             self._commands.put(command)
@@ -36,5 +36,5 @@ class ThreadLink(InlineLink):
         while True:
             command = self._commands.get()
             self.worker.perform(command)
-            if isinstance(command, Shutdown):
+            if isinstance(command, StopWorker):
                 return

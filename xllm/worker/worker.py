@@ -19,17 +19,16 @@ from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, XllmError
 from xllm.kv.moves import Move
-from xllm.metrics import ThreadStats
-from xllm.runner.check import StepChecker
+from xllm.runner.step_checker import StepChecker
+from xllm.stats import ThreadStats
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.store import GrammarStore
-from xllm.structured.vocabulary import VocabularySource, vocabulary_source
-from xllm.tokenizer import load_tokenizer
+from xllm.structured.token_trie import VocabularySource, vocabulary_source
+from xllm.text.tokenizer import load_tokenizer
 from xllm.worker.failures import as_failed
 from xllm.worker.loading import LoadedModel
 from xllm.worker.messages import (
     AdapterRead,
-    Command,
     Done,
     Foreground,
     GrammarDone,
@@ -39,19 +38,20 @@ from xllm.worker.messages import (
     PutAdapter,
     PutGrammar,
     ReadAdapter,
-    Report,
     Settle,
     Settled,
-    Shutdown,
     Sleep,
     Step,
+    StopWorker,
     Wake,
+    WorkerCommand,
+    WorkerReport,
     WorkerStats,
 )
-from xllm.worker.tiers import WorkerTiers
+from xllm.worker.worker_tiers import WorkerTiers
 
 if TYPE_CHECKING:
-    from xllm.layers.adapters import Adapter
+    from xllm.layers.adapter_slots import Adapter
     from xllm.runner.model_runner import ModelRunner, QueuedStep
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)  # the message says
 class Worker:
     """One rank of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's results."""
 
-    def __init__(self, report: Callable[[Report], None], *, rank: int = 0, num_ranks: int = 1):
+    def __init__(self, report: Callable[[WorkerReport], None], *, rank: int = 0, num_ranks: int = 1):
         self._report, self._rank = report, rank
         self._is_compared = num_ranks > 1 and env.check_integrity()
         self.model: LoadedModel | None = None
@@ -74,7 +74,7 @@ class Worker:
         self._checker: StepChecker | None = None
         self.tiers: WorkerTiers | None = None
 
-    def receive(self, command: Command) -> bool:
+    def receive(self, command: WorkerCommand) -> bool:
         """Begin what need not wait for the steps before it; whether there is more, for `perform`."""
         if isinstance(command, Step):
             assert self.runner is not None
@@ -95,7 +95,7 @@ class Worker:
             return False
         return True
 
-    def perform(self, command: Command) -> None:
+    def perform(self, command: WorkerCommand) -> None:
         """Do it and report. What fails is reported as well: as the command's answer where it has one that can say so,
         else as the end of this worker."""
         try:
@@ -109,7 +109,7 @@ class Worker:
                 self._load(command.config)
             elif isinstance(command, (Sleep, Wake)):
                 self._sleep_or_wake(command)
-            elif isinstance(command, Shutdown):
+            elif isinstance(command, StopWorker):
                 self._shut_down()
         except Exception as error:
             if not isinstance(error, EXPECTED):

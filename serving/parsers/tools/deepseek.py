@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps
+from serving.parsers.tools.tool_parser import ToolParser
 
 SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -22,7 +22,7 @@ class DeepSeekV31Parser(ToolParser):
     def frame(cls, name: str) -> tuple[str, str]:
         return f"{CALL}{name}{SEPARATOR}", CALL_END
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         while True:
             yield from self.source.space()
             if not (yield from self.source.expect(CALL)):
@@ -33,7 +33,7 @@ class DeepSeekV31Parser(ToolParser):
         if self.num_calls and (yield from self.source.expect(SECTION_END)):
             self.source.commit()
 
-    def read_call(self) -> Steps[None]:
+    def read_call(self) -> ParserSteps[None]:
         name = yield from self.source.name()
         yield from self.source.require(SEPARATOR)
         self.begin_call(name)
@@ -53,7 +53,7 @@ class DeepSeekV3Parser(DeepSeekV31Parser):
     def frame(cls, name: str) -> tuple[str, str]:
         return f"{CALL}function{SEPARATOR}{name}\n```json\n", "\n```" + CALL_END
 
-    def read_call(self) -> Steps[None]:
+    def read_call(self) -> ParserSteps[None]:
         source = self.source
         yield from source.require("function")
         yield from source.require(SEPARATOR)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from serving.parsers.source import Steps, UnreadableError
+from serving.parsers.source import ParserSteps, UnreadableError
 from serving.parsers.tool_set import ToolSet
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.tools.tool_parser import ToolParser
 
 
 class RequiredParser(ToolParser):
     """`tool_choice` "required": a list of {"name": ..., "parameters": {...}}."""
 
-    def read(self) -> Steps[None]:
+    def read(self) -> ParserSteps[None]:
         source = self.source
         source.hold()
         try:
@@ -39,7 +39,7 @@ class NamedParser(ToolParser):
         self._name = name
         super().__init__(tools)
 
-    def read(self) -> Steps[None]:
+    def read(self) -> ParserSteps[None]:
         if not (yield from self.source.peek()):
             return
         self.begin_call(self._name)

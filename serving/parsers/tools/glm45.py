@@ -10,7 +10,7 @@ GLM-4.7 writes it without line breaks. Closing tags may be missing.
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps, UnreadableError
+from serving.parsers.source import Markers, ParserSteps, UnreadableError
 from serving.parsers.tools.markup import MarkupParser
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -27,7 +27,7 @@ class Glm45Parser(MarkupParser):
     _key_end = Markers(KEY_END, VALUE, KEY, CLOSE, OPEN)
     _closing = Markers(CLOSE, OPEN)
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         source = self.source
         yield from source.space()
         name = yield from source.name()
@@ -40,7 +40,7 @@ class Glm45Parser(MarkupParser):
         yield from self.pairs(name)
         yield from self.after_call(self._closing)
 
-    def key(self) -> Steps[str]:
+    def key(self) -> ParserSteps[str]:
         source, parts = self.source, list[str]()
         yield from source.require(KEY)
         if (yield from source.until(self._key_end, parts.append)) == KEY_END:
@@ -50,11 +50,11 @@ class Glm45Parser(MarkupParser):
         source.commit()
         return "".join(parts).strip()
 
-    def value_markers(self) -> Steps[Markers]:
+    def value_markers(self) -> ParserSteps[Markers]:
         yield from ()
         return self._in_value
 
-    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> ParserSteps[bool]:
         source = self.source
         if tag == KEY:
             heads = [key + follows for key in next_keys for follows in (KEY_END, VALUE, "\n" + VALUE)]

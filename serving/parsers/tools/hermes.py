@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps, UnreadableError
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, UnreadableError
+from serving.parsers.tools.tool_parser import ToolParser
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -18,7 +18,7 @@ class HermesParser(ToolParser):
     def frame(cls, name: str) -> tuple[str, str]:
         return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         yield from self.source.space()
         try:
             yield from self.call_object(self._closing)

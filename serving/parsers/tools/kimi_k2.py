@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps, UnreadableError, checked_name
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, UnreadableError, checked_name
+from serving.parsers.tools.tool_parser import ToolParser
 
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
@@ -15,7 +15,7 @@ class KimiK2Parser(ToolParser):
     markers = (SECTION, SECTION_END, CALL, ARGUMENTS, CALL_END)
     _closing = Markers(CALL_END, CALL, SECTION_END)
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         source = self.source
         while True:
             yield from source.space()
@@ -27,7 +27,7 @@ class KimiK2Parser(ToolParser):
         if self.num_calls and (yield from source.expect(SECTION_END)):
             source.commit()
 
-    def _read_call(self) -> Steps[None]:
+    def _read_call(self) -> ParserSteps[None]:
         source = self.source
         yield from source.space()
         call_id = yield from source.name()

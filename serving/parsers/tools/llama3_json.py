@@ -6,8 +6,8 @@ beginning and only if it names a function that the request offers.
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps, UnreadableError
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, UnreadableError
+from serving.parsers.tools.tool_parser import ToolParser
 
 TAG = "<|python_tag|>"
 
@@ -17,7 +17,7 @@ class Llama3JsonParser(ToolParser):
     markers = (TAG,)
     _end = Markers(TAG)
 
-    def read(self) -> Steps[None]:
+    def read(self) -> ParserSteps[None]:
         self.source.hold()
         yield from self.source.space()
         self.content(self.source.release())
@@ -25,7 +25,7 @@ class Llama3JsonParser(ToolParser):
             yield from self.attempt("")
         yield from super().read()
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         source = self.source
         while True:
             yield from source.space()

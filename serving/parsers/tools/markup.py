@@ -13,8 +13,8 @@ import json
 from collections.abc import Callable
 from typing import ClassVar
 
-from serving.parsers.source import Markers, Steps, UnreadableError
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, UnreadableError
+from serving.parsers.tools.tool_parser import ToolParser
 
 
 class MarkupParser(ToolParser):
@@ -25,23 +25,23 @@ class MarkupParser(ToolParser):
     value_end: ClassVar[Markers]
     value_begin: ClassVar[str] = ""
 
-    def key(self) -> Steps[str]:
+    def key(self) -> ParserSteps[str]:
         """Read a pair from its beginning to its value; `source.commit` as soon as it stands. Raises UnreadableError:
         then what the source holds is content."""
         raise NotImplementedError
 
-    def value_markers(self) -> Steps[Markers]:
+    def value_markers(self) -> ParserSteps[Markers]:
         """What to look for in the value that begins here: `value_end`, and tags that stand where its end is missing."""
         raise NotImplementedError
 
-    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> ParserSteps[bool]:
         """Read on behind `tag`, which does not close a value: whether the value ends before it all the same.
 
         next_keys: the parameters that the call does not have yet.
         """
         raise NotImplementedError
 
-    def pairs(self, function: str) -> Steps[str | None]:
+    def pairs(self, function: str) -> ParserSteps[str | None]:
         """All arguments of a call, up to what ends them, which is returned and not read; None: the text ended."""
         self.arguments("{")
         given: list[str] = []
@@ -64,7 +64,7 @@ class MarkupParser(ToolParser):
             self.arguments("}")
         return part
 
-    def _value(self, function: str, given: list[str]) -> Steps[bool]:
+    def _value(self, function: str, given: list[str]) -> ParserSteps[bool]:
         """The value of the last key; False: the text ended within it."""
         key, markers = given[-1], (yield from self.value_markers())
         next_keys = tuple(name for name in self.tools.parameters(function) if name not in given)
@@ -82,7 +82,8 @@ class MarkupParser(ToolParser):
                 self.arguments_text("".join(parts))
         return ended
 
-    def _until_end(self, markers: Markers, next_keys: tuple[str, ...], sink: Callable[[str], None]) -> Steps[bool]:
+    def _until_end(self, markers: Markers, next_keys: tuple[str, ...],
+                   sink: Callable[[str], None]) -> ParserSteps[bool]:
         """Pass a value to `sink` and read its closing tag, if it has one; False: the text ended before the value."""
         source, is_first = self.source, True
 

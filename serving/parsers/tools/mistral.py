@@ -10,8 +10,8 @@ import re
 import secrets
 import string
 
-from serving.parsers.source import Markers, Steps, UnreadableError
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, UnreadableError
+from serving.parsers.tools.tool_parser import ToolParser
 
 OPEN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _ID_ALPHABET = string.ascii_letters + string.digits
@@ -24,14 +24,14 @@ class MistralParser(ToolParser):
     markers = (OPEN, CALL_ID, ARGS)
     _end = Markers(OPEN)
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         yield from self.source.space()
         if (yield from self.source.peek()) == "[":
             yield from self._read_list()
         else:
             yield from self._read_call()
 
-    def _read_list(self) -> Steps[None]:
+    def _read_list(self) -> ParserSteps[None]:
         source = self.source
         yield from source.require("[")
         while True:
@@ -45,7 +45,7 @@ class MistralParser(ToolParser):
         yield from source.require("]")
         source.commit()
 
-    def _read_call(self) -> Steps[None]:
+    def _read_call(self) -> ParserSteps[None]:
         source, call_id = self.source, list[str]()
         name = yield from source.name()
         if (yield from source.expect(CALL_ID)):

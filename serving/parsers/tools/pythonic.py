@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 
-from serving.parsers.source import Markers, Source, Steps, UnreadableError, checked_name
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.source import Markers, ParserSteps, Source, UnreadableError, checked_name
+from serving.parsers.tools.tool_parser import ToolParser
 
 OPEN, CLOSE = "<|python_start|>", "<|python_end|>"
 MAX_DEPTH = 32
@@ -30,7 +30,7 @@ class PythonicParser(ToolParser):
     opening = Markers(OPEN)
     markers = (OPEN, CLOSE)
 
-    def read(self) -> Steps[None]:
+    def read(self) -> ParserSteps[None]:
         self.source.hold()
         yield from self.source.space()
         self.content(self.source.release())
@@ -38,7 +38,7 @@ class PythonicParser(ToolParser):
             yield from self.attempt("")
         yield from super().read()
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         source = self.source
         yield from source.space()
         yield from source.require("[")
@@ -55,7 +55,7 @@ class PythonicParser(ToolParser):
             yield from source.expect(CLOSE)
         source.commit()
 
-    def _call(self, *, known_only: bool) -> Steps[None]:
+    def _call(self, *, known_only: bool) -> ParserSteps[None]:
         source = self.source
         name = yield from source.name()
         if known_only and not self.tools.knows(name):
@@ -66,7 +66,7 @@ class PythonicParser(ToolParser):
         self.arguments(arguments)
         self.end_call()
 
-    def _keywords(self) -> Steps[str]:
+    def _keywords(self) -> ParserSteps[str]:
         """`key=value, ...)` as a JSON object."""
         source, out = self.source, ["{"]
         yield from source.space()
@@ -84,11 +84,11 @@ class PythonicParser(ToolParser):
         out.append("}")
         return "".join(out)
 
-    def _comma(self, closer: str) -> Steps[None]:
+    def _comma(self, closer: str) -> ParserSteps[None]:
         yield from comma(self.source, closer)
 
 
-def comma(source: Source, closer: str) -> Steps[None]:
+def comma(source: Source, closer: str) -> ParserSteps[None]:
     """A comma, or nothing before `closer`, and the white space around it."""
     yield from source.space()
     if not (yield from source.expect(",")) and (yield from source.peek()) != closer:
@@ -96,7 +96,7 @@ def comma(source: Source, closer: str) -> Steps[None]:
     yield from source.space()
 
 
-def literal(source: Source, out: list[str], depth: int) -> Steps[None]:
+def literal(source: Source, out: list[str], depth: int) -> ParserSteps[None]:
     """One Python literal, as JSON. Raises UnreadableError."""
     char = yield from source.peek()
     if depth > MAX_DEPTH:
@@ -128,7 +128,7 @@ def _scalar(word: str) -> str:
     return repr(number)
 
 
-def _list(source: Source, out: list[str], opener: str, depth: int) -> Steps[None]:
+def _list(source: Source, out: list[str], opener: str, depth: int) -> ParserSteps[None]:
     closer = "]" if opener == "[" else ")"
     yield from source.require(opener)
     yield from source.space()
@@ -143,7 +143,7 @@ def _list(source: Source, out: list[str], opener: str, depth: int) -> Steps[None
     out.append("]")
 
 
-def _dict(source: Source, out: list[str], depth: int) -> Steps[None]:
+def _dict(source: Source, out: list[str], depth: int) -> ParserSteps[None]:
     yield from source.require("{")
     yield from source.space()
     out.append("{")
@@ -165,7 +165,7 @@ def _dict(source: Source, out: list[str], depth: int) -> Steps[None]:
     out.append("}")
 
 
-def _string(source: Source, out: list[str], quote: str) -> Steps[None]:
+def _string(source: Source, out: list[str], quote: str) -> ParserSteps[None]:
     """A string without prefix in single or double quotes."""
     parts: list[str] = []
     yield from source.require(quote)
@@ -181,7 +181,7 @@ def _string(source: Source, out: list[str], quote: str) -> Steps[None]:
     out.append(json.dumps("".join(parts), ensure_ascii=False))
 
 
-def _escape(source: Source, parts: list[str]) -> Steps[None]:
+def _escape(source: Source, parts: list[str]) -> ParserSteps[None]:
     char = yield from source.peek()
     if not char:
         raise UnreadableError

@@ -14,7 +14,7 @@ ends it without `</parameter>` must do so too.
 
 from __future__ import annotations
 
-from serving.parsers.source import Markers, Steps
+from serving.parsers.source import Markers, ParserSteps
 from serving.parsers.tools.markup import MarkupParser
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -34,7 +34,7 @@ class Qwen3CoderParser(MarkupParser):
     _closing = Markers(CLOSE, OPEN, FUNCTION)
     _num_inner = 0  # functions that the value itself speaks of, and whose end comes before its own
 
-    def read_calls(self, marker: str) -> Steps[None]:
+    def read_calls(self, marker: str) -> ParserSteps[None]:
         if marker == OPEN:
             yield from self.source.space()
             yield from self.source.require(FUNCTION)
@@ -47,7 +47,7 @@ class Qwen3CoderParser(MarkupParser):
             yield from self.after_call(self._closing)
         self.end_call()
 
-    def key(self) -> Steps[str]:
+    def key(self) -> ParserSteps[str]:
         source = self.source
         yield from source.require(PARAMETER)
         name = yield from source.name()
@@ -55,11 +55,11 @@ class Qwen3CoderParser(MarkupParser):
         source.commit()
         return name
 
-    def value_markers(self) -> Steps[Markers]:
+    def value_markers(self) -> ParserSteps[Markers]:
         self._num_inner = 0
         return self._in_lines if (yield from self.source.peek()) == "\n" else self._inline
 
-    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> Steps[bool]:
+    def ends_value(self, tag: str, next_keys: tuple[str, ...]) -> ParserSteps[bool]:
         source = self.source
         if tag == PARAMETER:
             return (yield from source.expect_any([key + ">" for key in next_keys])) is not None
@@ -74,7 +74,7 @@ class Qwen3CoderParser(MarkupParser):
                 return True
         return (yield from self._text_goes_on())
 
-    def _text_goes_on(self) -> Steps[bool]:
+    def _text_goes_on(self) -> ParserSteps[bool]:
         """Whether, behind the end of a call, there is nothing or another call."""
         yield from self.source.layout()
         if not (yield from self.source.peek()):
@@ -82,7 +82,7 @@ class Qwen3CoderParser(MarkupParser):
         tag = yield from self.source.expect_any((OPEN, FUNCTION))
         return tag is not None and (yield from self._opens_call(tag))
 
-    def _opens_call(self, tag: str) -> Steps[bool]:
+    def _opens_call(self, tag: str) -> ParserSteps[bool]:
         """Whether the tag, which has been read, begins a call of a function that the request offers."""
         source = self.source
         if tag == OPEN:

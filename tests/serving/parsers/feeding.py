@@ -6,10 +6,10 @@ import codecs
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from serving.parsers.events import Answer, CallArguments, CallEnd, CallStart, Event, assemble
-from serving.parsers.registry import tool_parser
+from serving.parsers.events import CallArguments, CallEnd, CallStart, Event, ParsedOutput, assemble
+from serving.parsers.parser_registry import tool_parser
 from serving.parsers.tool_set import ToolSet
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.tools.tool_parser import ToolParser
 from tests.serving.parsers.recorded import FUNCTIONS
 
 TOOLS = ToolSet(FUNCTIONS)
@@ -31,7 +31,7 @@ def run(parser: Parser, pieces: Iterable[str]) -> list[Event]:
     return events
 
 
-def answer(make_parser: Callable[[], Parser], pieces: Iterable[str]) -> Answer:
+def answer(make_parser: Callable[[], Parser], pieces: Iterable[str]) -> ParsedOutput:
     """What the text means, without the random ids."""
     found = assemble(run(make_parser(), pieces))
     for call in found.calls:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serving.parsers.registry import tool_parser
+from serving.parsers.parser_registry import tool_parser
 from serving.parsers.tool_set import ToolSet
-from serving.parsers.tools.base import ToolParser
+from serving.parsers.tools.tool_parser import ToolParser
 from tests.serving.parsers.feeding import answer, byte_cut
 
 EDIT = {"name": "edit", "parameters": {"type": "object", "properties": {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.parsers.events import CallArguments, CallStart
-from serving.parsers.registry import TOOL_PARSERS
+from serving.parsers.parser_registry import TOOL_PARSERS
 from serving.parsers.tools.forced import NamedParser, RequiredParser
 from tests.serving.parsers.feeding import TOOLS, answer, byte_cut, make, run
 from tests.serving.parsers.recorded import ALL, Recorded

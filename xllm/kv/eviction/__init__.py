@@ -7,11 +7,11 @@ from collections.abc import Callable
 from xllm.errors import ConfigError
 from xllm.kv.eviction.arc import ARC
 from xllm.kv.eviction.duel import Duel
+from xllm.kv.eviction.eviction_policy import EvictionPolicy
 from xllm.kv.eviction.fifo import FIFO
 from xllm.kv.eviction.lfu import LFU
 from xllm.kv.eviction.lru import LRU
 from xllm.kv.eviction.lru_k import LRUK
-from xllm.kv.eviction.policy import EvictionPolicy
 from xllm.kv.eviction.protected import Protected
 from xllm.kv.eviction.s3_fifo import S3FIFO
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xllm.kv.eviction.policy import EvictionPolicy
+from xllm.kv.eviction.eviction_policy import EvictionPolicy
 from xllm.kv.eviction.ring import Ring, Stamps
 
 HOT_USES = 2

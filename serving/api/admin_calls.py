@@ -1,0 +1,38 @@
+"""What the routes for administrators share: reading their bodies, and asking the engine to do something."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from serving.api.body import read_json
+from serving.api.errors import ApiError
+from serving.api.state import ServerState
+from serving.api.types import StrictBody, parse
+from serving.security.paths import hide_paths
+from xllm.engine.commands import Action, Controlled
+
+Body = TypeVar("Body", bound=StrictBody)
+
+
+async def body_of(state: ServerState, request: Request, kind: type[Body]) -> Body:
+    """A JSON body; none is an empty one, and query parameters count as members. Raises ApiError."""
+    content = await read_json(request, state.config.limits.max_json_depth) if await request.body() else {}
+    return parse({**{name: _number(value) for name, value in request.query_params.items()}, **content}, kind)
+
+
+async def control(state: ServerState, action: Action, **options: Any) -> Controlled:
+    """`EngineClient.control`; what was refused becomes an ApiError."""
+    state.check_loaded()
+    done = await state.engine.control(action, **options)
+    if done.error is not None:
+        raise ApiError(409 if done.is_state else 400, hide_paths(done.error), param=done.field)
+    return done
+
+
+def _number(value: str) -> str | int | bool:
+    """A query parameter as JSON would have it."""
+    if value in ("true", "false"):
+        return value == "true"
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value

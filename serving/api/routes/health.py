@@ -1,0 +1,71 @@
+"""How the server is: `/health` (progress, not mere life), `/ready`, `/ping`, `/version`, `/load`."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from serving.api.errors import RETRY_AFTER_S, json_response
+from serving.api.gate import Access
+from serving.api.route import Needs, Route
+from serving.api.state import ServerState
+from serving.security.paths import hide_paths
+
+
+def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body. 200 means: the engine answers, and if it has work, that work moves on."""
+    engine = state.engine
+    if engine.dead_reason is not None:
+        return 503, {"status": "dead", "reason": hide_paths(engine.dead_reason)}
+    if engine.restarting_after is not None:
+        return 503, {"status": "restarting", "reason": hide_paths(engine.restarting_after), "phase": engine.phase}
+    if engine.facts is None or not state.loaded:
+        return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
+    silent_s = engine.silent_for_s()
+    facts = {"running": engine.stats.num_running, "waiting": engine.stats.num_waiting, "steps": engine.stats.num_steps}
+    if silent_s >= state.config.http.health_timeout:
+        reason = f"no progress for {silent_s:.1f} s since step {facts['steps']}"
+        return 503, {"status": "stuck", "reason": reason, **facts}
+    return 200, {"status": "draining" if state.draining else "ok", **facts}
+
+
+def package_version() -> str:
+    try:
+        return version("xllm")
+    except PackageNotFoundError:
+        return "0.1.0"
+
+
+async def health(state: ServerState, request: Request) -> Response:
+    status, body = health_of(state)
+    return json_response(body, status)
+
+
+async def ready(state: ServerState, request: Request) -> Response:
+    status, body = health_of(state)
+    if status == 200 and not state.draining:
+        return json_response({"status": "ready"})
+    if state.draining:
+        body = {"status": "draining", "reason": "the server is shutting down"}
+    return json_response({**body, "phase": state.engine.phase}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+
+async def show_version(state: ServerState, request: Request) -> Response:
+    return json_response({"version": package_version()})
+
+
+async def load(state: ServerState, request: Request) -> Response:
+    return json_response({"server_load": state.num_open})
+
+
+ROUTES = (
+    Route("GET", "/health", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/ready", Access.PUBLIC, None, ready, Needs.NOTHING, is_quiet=True),
+    Route("POST", "/ping", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True, is_listed=False),
+    Route("GET", "/ping", Access.PUBLIC, None, health, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/version", Access.PUBLIC, None, show_version, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/load", Access.USER, None, load, Needs.NOTHING, is_quiet=True),
+)

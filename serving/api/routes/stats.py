@@ -1,0 +1,168 @@
+"""`GET /v1/stats` and `/v1/stats/stream`: the engine, its last steps and its latest requests, for people to look at.
+
+What monitoring needs is in `/metrics`; this is the same under the same names, with what a live view wants besides.
+All times are on one clock, `now_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response
+
+from serving.api.errors import ApiError, invalid, json_response
+from serving.api.gate import Access
+from serving.api.route import Needs, Route
+from serving.api.routes.health import health_of, package_version
+from serving.api.sse import EVENT_HEADERS, EventStream, event
+from serving.api.state import ServerState
+from serving.observe.caller_log import CallerFigures
+from serving.observe.engine_history import HISTORY_COLUMNS
+from serving.observe.metrics.refusals import OVERLOAD
+from serving.observe.request_log import RequestRecord
+from serving.security.caller import CALLER
+from serving.security.keys import NOBODY
+from xllm.engine.step_log import STEP_COLUMNS
+
+MAX_REQUESTS = 40
+MAX_VIEWERS = 32  # of one caller
+MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
+NAP_S = 0.5
+
+
+def engine_json(state: ServerState) -> dict[str, Any]:
+    """The engine's gauges and totals under the names that they have in `/metrics`."""
+    s = state.engine.stats
+    return {
+        "num_requests_running": s.num_running, "num_requests_waiting": s.num_waiting,
+        "kv_cache_usage_perc": s.kv_usage, "num_kv_blocks": s.num_blocks, "num_free_kv_blocks": s.num_free_blocks,
+        "engine_steps": s.num_steps, "step_time_seconds": s.step_time_s, "oldest_waiting_seconds": s.oldest_waiting_s,
+        "prompt_tokens": s.prompt_tokens_total, "prompt_tokens_cached": s.cached_prompt_tokens_total,
+        "generation_tokens": s.generation_tokens_total, "num_preemptions": s.preemptions_total,
+        "prefix_cache_queries": s.prefix_queries_total, "prefix_cache_hits": s.prefix_hits_total,
+        "spec_decode_num_draft_tokens": s.spec_draft_tokens_total,
+        "spec_decode_num_accepted_tokens": s.spec_accepted_tokens_total,
+        "kv_tiers": msgspec.to_builtins(s.kv_tiers), "kv_lanes": msgspec.to_builtins(s.kv_lanes),
+        "cached_tokens_by_tier": dict(s.cached_tokens_by_tier_total), "kv_disk_up": s.kv_disk_up,
+        "graphs": msgspec.to_builtins(s.graphs), "threads": msgspec.to_builtins(s.threads),
+    }
+
+
+def server_json(state: ServerState) -> dict[str, Any]:
+    status, health = health_of(state)
+    facts: dict[str, Any] = {"version": package_version(), "status": health["status"], "ok": status == 200,
+                             "reason": health.get("reason"), "phase": state.engine.phase,
+                             "started": state.started_unix_s, "server_load": state.num_open}
+    if (known := state.engine.facts) is not None:
+        facts.update(model=state.served_names[0], max_model_len=known.max_model_len,
+                     block_size=known.config.cache.block_size, max_num_seqs=known.config.scheduler.max_num_seqs,
+                     num_speculative_tokens=known.config.speculative.num_speculative_tokens)
+    return facts
+
+
+def request_json(record: RequestRecord) -> dict[str, Any]:
+    """A record for everybody's eyes: no id that its caller chose, no text."""
+    return {
+        "number": record.number, "kind": record.kind.name, "arrival_s": record.arrival_s,
+        "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,
+        "num_prompt_tokens": record.num_prompt_tokens, "num_cached_tokens": record.num_cached_tokens,
+        "num_generation_tokens": record.num_output_tokens, "max_tokens": record.sampling.max_tokens,
+        "num_preemptions": record.num_preemptions, "finish_reason": record.finish_reason,
+    }
+
+
+def _may_see(record: RequestRecord) -> bool:
+    """A caller sees its own requests; on a server without keys, and as an administrator, all. Who may only see how much
+    goes on does not see whose it is."""
+    caller = CALLER.get()
+    return caller is NOBODY or caller.is_admin or record.caller == caller.name
+
+
+def own_json(figures: CallerFigures) -> dict[str, Any]:
+    """`engine_json` for one caller's eyes: what it used itself; what others could be told from is left out or zero."""
+    return {
+        "num_requests_running": figures.num_running, "num_requests_waiting": figures.num_waiting,
+        "kv_cache_usage_perc": 0.0, "num_kv_blocks": 0, "num_free_kv_blocks": 0, "engine_steps": 0,
+        "step_time_seconds": 0.0, "oldest_waiting_seconds": 0.0, "prompt_tokens": figures.prompt_tokens,
+        "prompt_tokens_cached": figures.prompt_tokens_cached, "generation_tokens": figures.generation_tokens,
+        "num_preemptions": figures.num_preemptions, "prefix_cache_queries": figures.prompt_tokens,
+        "prefix_cache_hits": figures.prompt_tokens_cached, "spec_decode_num_draft_tokens": 0,
+        "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {},
+        "cached_tokens_by_tier": dict(figures.cached_by_tier), "kv_disk_up": None, "graphs": None,
+        "threads": None,
+    }
+
+
+def cursor_of(state: ServerState) -> tuple[int, int]:
+    """Where the next snapshot goes on."""
+    caller = CALLER.get()
+    return state.history.cursor if caller.may_monitor else (state.callers.of(caller.name).num_rows, 0)
+
+
+def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Everything that the caller may see, but of history and steps only what came after `cursor`."""
+    if CALLER.get().may_monitor:
+        engine, (rows, steps) = engine_json(state), state.history.since(cursor)
+    else:
+        figures = state.callers.of(CALLER.get().name)
+        engine, rows, steps = own_json(figures), figures.since(cursor[0]), []
+    return {
+        "object": "stats", "scope": "server" if CALLER.get().may_monitor else "own", "now_s": time.monotonic(),
+        "server": server_json(state), "engine": engine,
+        "history": {"columns": HISTORY_COLUMNS, "rows": rows},
+        "steps": {"columns": STEP_COLUMNS, "rows": steps},
+        "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],
+    }
+
+
+def _interval_s(request: Request) -> float:
+    given = request.query_params.get("interval_ms", "500")
+    if not given.isascii() or not given.isdigit() or not MIN_INTERVAL_MS <= int(given[:9]) <= MAX_INTERVAL_MS:
+        raise invalid(f"interval_ms must be in {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}", "interval_ms")
+    return int(given) / 1000
+
+
+async def stats(state: ServerState, request: Request) -> Response:
+    return json_response(snapshot(state), headers={"Cache-Control": "no-store"})
+
+
+async def stream(state: ServerState, request: Request) -> Response:
+    interval_s, name = _interval_s(request), CALLER.get().name
+    if request.method == "HEAD":  # the head alone: nobody would read the stream
+        return Response(media_type="text/event-stream", headers=EVENT_HEADERS)
+    if state.num_viewers[name] >= MAX_VIEWERS:
+        state.refusals.note(OVERLOAD)
+        raise ApiError(429, f"{MAX_VIEWERS} streams of this caller are open already", headers={"Retry-After": "10"})
+    state.num_viewers[name] += 1
+
+    def leave() -> None:
+        state.num_viewers[name] -= 1
+
+    return EventStream(_events(state, interval_s), leave)
+
+
+async def _events(state: ServerState, interval_s: float) -> AsyncGenerator[bytes, None]:
+    """A snapshot at each interval; each but the first with news only. Ends when the server drains."""
+    cursor = (0, 0)
+    while not state.draining:
+        content, cursor = snapshot(state, cursor), cursor_of(state)
+        yield event(content)
+        await _sleep(state, interval_s)
+
+
+async def _sleep(state: ServerState, seconds: float) -> None:
+    """In short naps, so that a long interval does not hold up the shutdown."""
+    end_s = time.monotonic() + seconds
+    while not state.draining and (left_s := end_s - time.monotonic()) > 0:
+        await asyncio.sleep(min(left_s, NAP_S))
+
+
+ROUTES = (
+    Route("GET", "/v1/stats", Access.USER, None, stats, Needs.NOTHING, is_quiet=True),
+    Route("GET", "/v1/stats/stream", Access.USER, None, stream, Needs.NOTHING, is_quiet=True, is_listed=False),
+)

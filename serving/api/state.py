@@ -1,0 +1,156 @@
+"""`ServerState`: what all endpoints share."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.api.errors import ApiError, unavailable
+from serving.api.responses_store import ResponseStore
+from serving.api.text_work import TextWork
+from serving.config import ServerConfig
+from serving.engine.intake import Intake
+from serving.engine.waiting import WaitingTokens
+from serving.observe.caller_log import CallerLog
+from serving.observe.engine_history import EngineHistory
+from serving.observe.metrics.refusals import UNAVAILABLE, Refusals
+from serving.observe.metrics.request_histograms import RequestHistograms
+from serving.observe.request_log import RequestLog, RequestRecord
+from serving.observe.tracing import Tracer
+from serving.parsers.output import Parsers
+from serving.security.keys import KeyRing
+from serving.security.paths import hide_paths
+from xllm.client.engine_client import WatchedEngine
+from xllm.engine.facts import EngineFacts
+from xllm.errors import RequestError
+
+if TYPE_CHECKING:
+    from serving.engine.supervisor import Supervisor
+    from xllm.inputs import InputProcessor
+    from xllm.text.tokenizer import Tokenizer
+
+MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20  # that /v1/responses keeps for later calls
+
+
+@dataclass
+class ServerState:
+    """Filled in while the server starts; `tokenizer` stays None with `skip_tokenizer_init`."""
+
+    engine: WatchedEngine
+    config: ServerConfig
+    keys: KeyRing = field(default_factory=KeyRing)
+    tokenizer: Tokenizer | None = None
+    model_name: str | None = None  # as it was given on the command line
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    loaded: bool = False
+    draining: bool = False
+    num_open: int = 0  # HTTP calls that are generating
+    started_unix_s: int = field(default_factory=lambda: int(time.time()))
+    metrics: RequestHistograms = field(default_factory=RequestHistograms)
+    refusals: Refusals = field(default_factory=Refusals)
+    requests: RequestLog = field(default_factory=RequestLog)
+    callers: CallerLog = field(default_factory=CallerLog)
+    history: EngineHistory = field(default_factory=EngineHistory)
+    tracer: Tracer | None = None
+    num_viewers: Counter[str] = field(default_factory=Counter)  # of `/v1/stats/stream`, by caller
+    closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
+    responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
+    text_work: TextWork = field(default_factory=TextWork)
+    supervisor: Supervisor | None = None  # once the model is loaded
+    admission: Intake = field(init=False)  # requests reach the engine through it
+
+    def __post_init__(self) -> None:
+        resilience = self.config.resilience
+        self.admission = Intake(self.engine, WaitingTokens(
+            self.config.limits.max_queue_tokens, low_share=resilience.low_priority_watermark,
+            offline_share=resilience.offline_watermark), self.callers)
+        self.requests.on_end = self.note_end
+
+    def note_end(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        self.callers.note_end(record)
+        if self.tracer is not None:
+            self.tracer.record(record)
+
+    @cached_property
+    def inputs(self) -> InputProcessor:
+        """Makes the engine's requests; only after loading."""
+        from xllm.inputs import InputProcessor
+
+        return InputProcessor.of(self.facts, self.tokenizer)
+
+    @cached_property
+    def parsers(self) -> Parsers:
+        """How this model's output is taken apart; only after loading."""
+        templates = "" if self.tokenizer is None else "\n".join(self.tokenizer.chat_template_sources)
+        return Parsers.chosen(self.config.chat.tool_call_parser, self.config.chat.reasoning_parser, templates)
+
+    @property
+    def facts(self) -> EngineFacts:
+        assert self.engine.facts is not None, "only after the engine is ready"
+        return self.engine.facts
+
+    @cached_property
+    def served_names(self) -> tuple[str, ...]:
+        if self.config.http.served_model_name:
+            return self.config.http.served_model_name
+        given = self.model_name or Path(self.facts.model_path).name
+        return (given if hide_paths(given) == given else Path(given).resolve().name,)
+
+    @cached_property
+    def _accepted_names(self) -> frozenset[str]:
+        """A local model's path is a name for those who know it, but it is not shown."""
+        given = () if self.config.http.served_model_name else (self.model_name,)
+        return frozenset(name for name in (*self.served_names, *given) if name is not None)
+
+    def check_accepting(self) -> None:
+        """Raise ApiError 503 unless new requests can be taken."""
+        try:
+            self._check_available()
+        except ApiError:
+            self.refusals.note(UNAVAILABLE)
+            raise
+
+    def _check_available(self) -> None:
+        if self.engine.dead_reason is not None:
+            raise ApiError(503, hide_paths(f"the engine stopped: {self.engine.dead_reason}"))
+        if self.engine.restarting_after is not None:
+            raise unavailable(hide_paths(f"the engine is starting again after: {self.engine.restarting_after}"))
+        if self.draining:
+            raise unavailable("the server is shutting down")
+        if not self.loaded:
+            raise unavailable(f"the model is still loading (phase: {self.engine.phase})")
+
+    def check_loaded(self) -> None:
+        """Raise ApiError 503 while there is no model to speak of."""
+        if not self.loaded:
+            self.check_accepting()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
+        if name is not None and name not in self._accepted_names and name not in self.engine.adapters:
+            served = ", ".join((*self.served_names, *self.engine.adapters))
+            raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {served}", param="model")
+
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a request's model names; "" for the model itself, whose names come first. Raises ApiError
+        404 as `check_model` does: it may have been unloaded while the request's text was read."""
+        if model is None or model in self._accepted_names:
+            return ""
+        self.check_model(model)
+        return model
+
+    def check_adapter_name(self, name: str, field: str) -> None:
+        """Raise RequestError if requests by that name get the model itself; the adapter would never be used."""
+        if name in self._accepted_names:
+            raise RequestError(f"{field}: {name[:256]!r} is the served model's own name; an adapter needs another one",
+                               field=field)
+
+    def need_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
+        return self.tokenizer

@@ -1,0 +1,25 @@
+"""`xllm serve` for another command of ours: it ends as if by SIGTERM when its stdin does.
+
+Whoever starts it keeps the other end of a pipe open for as long as it lives, so that one that was killed leaves no
+server behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+from serving.commands.cli import main
+
+
+def _watch() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
+    sys.exit(main(["serve", *sys.argv[1:]]))

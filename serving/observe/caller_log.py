@@ -1,0 +1,63 @@
+"""`CallerLog`: what each caller of a server with keys has used, for its own eyes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from serving.observe.engine_history import MAX_SAMPLES
+from serving.observe.request_log import RequestRecord
+
+
+@dataclass(slots=True)
+class CallerFigures:
+    """Totals since the start, and the last two minutes of them as rows of `HISTORY_COLUMNS`."""
+
+    prompt_tokens: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    num_preemptions: int = 0
+    cached_by_tier: Counter[str] = field(default_factory=Counter)  # prompt tokens, by where their KV was
+    num_running: int = 0
+    num_waiting: int = 0
+    num_rows: int = 0  # so far
+    rows: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
+
+    def row(self, now_s: float) -> tuple[float, ...]:
+        """What is the server's and not the caller's is zero."""
+        return (now_s, self.num_running, self.num_waiting, 0.0, self.prompt_tokens, self.generation_tokens,
+                self.prompt_tokens, self.prompt_tokens_cached, 0)
+
+    def since(self, num_rows: int) -> list[tuple[float, ...]]:
+        """Rows after the first `num_rows`, as far as they are still here."""
+        rows = list(self.rows)
+        return rows[max(0, len(rows) - (self.num_rows - num_rows)):]
+
+
+class CallerLog:
+    """Single-threaded: the event loop's. There are as many callers as the server has names of keys."""
+
+    def __init__(self) -> None:
+        self._figures: dict[str, CallerFigures] = {}
+
+    def of(self, name: str) -> CallerFigures:
+        return self._figures.setdefault(name, CallerFigures())
+
+    def note_end(self, record: RequestRecord) -> None:
+        """A request of somebody's has ended."""
+        figures = self.of(record.caller)
+        figures.prompt_tokens_cached += record.num_cached_tokens
+        figures.num_preemptions += record.num_preemptions
+        figures.cached_by_tier.update(record.cached_by_tier or {})
+
+    def sample(self, open_records: Sequence[RequestRecord]) -> None:
+        """Add a row for each caller that has been here."""
+        waiting = Counter(record.caller for record in open_records if record.scheduled_s is None)
+        begun = Counter(record.caller for record in open_records)
+        now_s = time.monotonic()
+        for name, figures in self._figures.items():
+            figures.num_waiting, figures.num_running = waiting[name], begun[name] - waiting[name]
+            figures.rows.append(figures.row(now_s))
+            figures.num_rows += 1

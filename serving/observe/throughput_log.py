@@ -1,0 +1,48 @@
+"""`ThroughputLog`: a line every ten seconds about what the engine does, while it does something."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from xllm.client.engine_client import WatchedEngine
+from xllm.stats import EngineStats
+
+INTERVAL_S = 10.0
+logger = logging.getLogger("xllm.throughput")
+
+
+class ThroughputLog:
+    """The event loop's. clock: seconds, for tests."""
+
+    def __init__(self, engine: WatchedEngine, *, clock: Callable[[], float] = time.monotonic):
+        self._engine, self._clock = engine, clock
+        self._before, self._before_s = engine.stats, clock()
+
+    def fields(self) -> dict[str, Any] | None:
+        """What happened since the last call; None: nothing."""
+        now, now_s = self._engine.stats, self._clock()
+        before, seconds = self._before, now_s - self._before_s
+        self._before, self._before_s = now, now_s
+        if now.num_steps < before.num_steps:  # another engine process, which counts from 0
+            before = EngineStats()
+        prompt_tokens = now.prompt_tokens_total - before.prompt_tokens_total
+        generated_tokens = now.generation_tokens_total - before.generation_tokens_total
+        if seconds <= 0 or not (prompt_tokens or generated_tokens or now.num_running or now.num_waiting):
+            return None
+        looked_up = now.prefix_queries_total - before.prefix_queries_total
+        found = now.prefix_hits_total - before.prefix_hits_total
+        return {"prompt_tokens_per_s": round(prompt_tokens / seconds, 1),
+                "generated_tokens_per_s": round(generated_tokens / seconds, 1),
+                "running": now.num_running, "waiting": now.num_waiting, "kv_usage": round(now.kv_usage, 4),
+                "prefix_hit_rate": round(found / looked_up, 4) if looked_up > 0 else None}
+
+    async def run(self) -> None:
+        """Log until cancelled."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            if (fields := self.fields()) is not None:
+                logger.info("throughput", extra={"fields": fields})

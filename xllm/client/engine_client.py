@@ -1,0 +1,164 @@
+"""How anything reaches an engine: `EngineClient`, and the `Stream` of what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from xllm.engine.commands import Action, Controlled
+from xllm.engine.facts import EngineFacts
+from xllm.engine.step_log import StepReport
+from xllm.errors import RequestError
+from xllm.request import OutputDelta, Request
+from xllm.stats import EngineStats
+
+
+class EngineBusyError(RequestError):
+    """There is no room in the queue; the same request may succeed later."""
+
+
+class RequestTimeoutError(RequestError):
+    """A request was not done in the time that it was given."""
+
+
+class EngineClient(Protocol):
+    """An engine, or several that look like one, for one event loop. It knows requests and tokens; who may send them,
+    how many, and what text they make is not its business."""
+
+    facts: EngineFacts | None  # None until the engine has been loaded
+    dead_reason: str | None  # why nothing is taken any more
+    adapters: tuple[str, ...]  # names that requests may ask for
+    sleep_level: int  # 0: awake
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest that is known."""
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of the requests that have not ended."""
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Hand the requests of one call over: all of them are run or none. The caller closes the stream; whether they
+        were taken `Stream.admitted` tells, or else `Stream.next`.
+
+        Raises:
+            RequestError: an id is in use. EngineDeadError: there is no engine.
+        """
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests; each reader gets the terminal delta. Unknown ids are ignored."""
+
+    async def control(self, action: Action, **options: Any) -> Controlled:
+        """Do something to the engine as a whole (`commands.Control`); returns what came of it.
+
+        Raises:
+            EngineDeadError: no engine, or it ended meanwhile.
+        """
+
+
+class WatchedEngine(EngineClient, Protocol):
+    """What a server wants to know of its engine besides."""
+
+    phase: str  # of the start-up; "ready" or "dead" after it
+    restarting_after: str | None  # why the last engine died, while another one starts
+    steps: StepReport  # the latest that has come
+    on_steps: Callable[[StepReport], None]  # called with each that comes
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests are taken."""
+
+    def silent_for_s(self) -> float:
+        """How long there has been no sign of progress; 0 while the engine idles and answers."""
+
+
+class Stream:
+    """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted.
+
+    drop(request ids): aborts requests and forgets them. on_news(request id, number of tokens): called whenever
+    something came for a request, and when it left without more.
+    """
+
+    def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
+        self.open_ids = {request.request_id for request in requests}
+        self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
+        self.expires_s: float | None = None  # on the `time.monotonic()` clock
+        self.on_news: Callable[[str, int], None] = lambda request_id, num_tokens: None
+        self._drop = drop
+        self._is_admitted = False
+        self._failure: Exception | None = None
+        self._deltas: list[OutputDelta] = []
+        self._news = asyncio.Event()
+
+    async def admitted(self) -> None:
+        """Wait until the engine has taken all requests. Raises RequestError or EngineDeadError."""
+        while not self._is_admitted and self._failure is None:
+            await self._wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def next(self) -> list[OutputDelta]:
+        """The deltas that have come since the last call, at least one; empty once every request has ended.
+
+        Raises:
+            RequestError: the requests were refused. EngineDeadError: the engine is gone while requests are open.
+            EngineBusyError: they had to make room. RequestTimeoutError: their time is over.
+        """
+        while not self._deltas:
+            if self._failure is not None:
+                raise self._failure
+            if not self.open_ids:
+                return []
+            await self._wait()
+        taken, self._deltas = self._deltas, []
+        return taken
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        if self.expires_s is None:
+            await self._news.wait()
+            return
+        try:
+            await asyncio.wait_for(self._news.wait(), self.expires_s - time.monotonic())
+        except asyncio.TimeoutError:
+            raise RequestTimeoutError("the time that this request was given is over") from None
+
+    def abort(self, request_id: str) -> None:
+        """End one request now; no more deltas of it will come."""
+        if request_id in self.open_ids:
+            self._leave([request_id])
+            self._deltas = [d for d in self._deltas if d.request_id != request_id]
+
+    def close(self) -> None:
+        """Abort what is still open. Idempotent."""
+        self._leave(list(self.open_ids))
+
+    def _leave(self, request_ids: Sequence[str]) -> None:
+        self._drop(request_ids)
+        self.open_ids.difference_update(request_ids)
+        for request_id in request_ids:
+            self.on_news(request_id, 0)
+
+    # --- for the client that made it
+
+    def fail(self, error: Exception) -> None:
+        """End what is still open; the reader gets the error after what has come."""
+        self.close()
+        self._failure = error
+        self._news.set()
+
+    def admit(self) -> None:
+        """The engine has taken the requests."""
+        self._is_admitted = True
+        self._news.set()
+
+    def push(self, delta: OutputDelta) -> None:
+        """Take in what came for one of the requests."""
+        if delta.finish_reason is not None:
+            self.open_ids.discard(delta.request_id)
+        self._deltas.append(delta)
+        self._news.set()
+        self.on_news(delta.request_id, len(delta.token_ids))

@@ -1,0 +1,52 @@
+"""What a layer is given when it is built: a `LayerContext`, and `Weights` to take its tensors from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from backends.opset import OpSet
+from xllm.layers.adapter_slots import AdapterSlots
+from xllm.parallel.parallel_context import ONE_RANK, ParallelContext
+from xllm.parallel.shard import Shard
+
+
+class Weights(Protocol):
+    """Where layers get their tensors. Each name can be taken once.
+
+    is_bare: the checkpoint was saved from a model without a head; its names lack the `model.` of those asked for here.
+    """
+
+    is_bare: bool
+
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        """The tensor in the compute dtype, on the device, contiguous, owned by the caller.
+
+        shape: of the whole tensor. shard: the part to return, of which alone the bytes are read; None: all of it.
+        Raises:
+            ModelError: it is missing or has another shape; the message names tensor and file.
+        """
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor can be taken."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """Handed down a model's constructors; layers keep the ops and groups they call and nothing else of it.
+
+    max_model_len: positions are below it. adapters: told of every layer that adapters may change; None: none can be
+    loaded.
+    """
+
+    ops: OpSet
+    device: torch.device
+    max_model_len: int
+    parallel: ParallelContext = ONE_RANK
+    quantization: str | None = None
+    adapters: AdapterSlots | None = None

@@ -1,0 +1,100 @@
+"""`WorkerTiers`: a worker's host memory and disk below its device, as an engine's settings ask for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from xllm.config import CacheSettings
+from xllm.errors import ConfigError
+from xllm.kv.disk import DiskStore
+from xllm.kv.disk_seal import Seal, read_key
+from xllm.kv.lanes import ThreadLanes
+from xllm.kv.moves import LOAD, READ, SAVE, WRITE, MoveDone, TierFacts
+from xllm.kv.performer import MovePerformer
+from xllm.models.fingerprint import fingerprint
+from xllm.private_files import open_private_folder
+from xllm.runner.host_mover import HostMover, Populator
+from xllm.runner.kv_codec import KVCodec
+from xllm.runner.model_runner import ModelRunner
+from xllm.sizes import resolve_amount
+from xllm.worker.loading import LoadedModel
+
+
+class WorkerTiers:
+    """Performs moves in lanes of its own; `report` is told of each that has ended.
+
+    Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
+    cannot be used.
+    """
+
+    def __init__(self, model: LoadedModel, runner: ModelRunner, report: Callable[[MoveDone], None], *, rank: int = 0):
+        cache, backend = model.config.cache, model.backend
+        codec = KVCodec.for_cache(cache.kv_store_dtype, runner.kv_cache.layers, backend.ops)
+        num_slots = _num_host_slots(model, codec.payload_bytes)
+        mover = HostMover(backend, runner.kv_cache, codec, num_slots)
+        self.performer = MovePerformer(mover, _open_disk(model, codec, rank), runner.board)
+        self.facts: TierFacts = self.performer.facts()
+        host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
+        disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
+        # On a CPU the cores that copy are the cores that compute.
+        self.lanes = ThreadLanes(self.performer, report,
+                                 {SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
+                                 rides=backend.device.type == "cpu")
+        self._populator = Populator(mover, lambda: self.lanes.foreground)
+
+    @property
+    def missed_total(self) -> dict[str, int]:
+        """Reads that found no good block on disk, by the reason."""
+        return self.performer.missed_total
+
+    def close(self) -> None:
+        """Let running moves end, drop the queued ones, and give the disk's folder back."""
+        self._populator.stop()
+        self.lanes.close()
+
+
+def _num_host_slots(model: LoadedModel, payload_bytes: int) -> int:
+    cache: CacheSettings = model.config.cache
+    if cache.host_blocks_factor > 0:
+        num_slots = int(cache.host_blocks_factor * model.num_blocks)
+    else:
+        available = model.backend.available_host_bytes() // model.config.device.worker_ranks
+        num_slots = resolve_amount("host_cache_size", cache.host_cache_size, available) // payload_bytes
+        if num_slots * payload_bytes > available:
+            raise ConfigError(f"host_cache_size {cache.host_cache_size} is more than the {available} bytes available")
+    if num_slots < 1:
+        raise ConfigError(f"host_cache_size must hold at least one KV block of {payload_bytes} bytes")
+    return num_slots
+
+
+def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | None:
+    cache, num_ranks = model.config.cache, model.config.device.worker_ranks
+    if cache.disk_cache_dir is None:
+        return None
+    seal = Seal()
+    if cache.disk_cache_key_file is not None:
+        seal = Seal(read_key(Path(cache.disk_cache_key_file)), b"rank %d of %d" % (rank, num_ranks))
+    folder = Path(cache.disk_cache_dir)
+    try:
+        os.close(open_private_folder(folder))
+        if num_ranks > 1:  # each stores its own bytes
+            folder /= f"rank-{rank}-of-{num_ranks}"
+            os.close(open_private_folder(folder))
+        free = shutil.disk_usage(folder).free // num_ranks
+    except OSError as error:
+        raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
+    capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
+    mark = fingerprint(model.path, backend=model.backend.name, stored=codec.name, block_size=cache.block_size,
+                       quantization=model.config.model.quantization, dtype=str(codec.cache_dtype), **_overrides(model))
+    return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity,
+                     seal=seal)
+
+
+def _overrides(model: LoadedModel) -> dict[str, str]:
+    """The settings that change what the checkpoint's KV is, as far as they are given."""
+    settings = model.config.model
+    return {name: text for name, text in (("hf_overrides", settings.hf_overrides),
+                                          ("rope_scaling", settings.rope_scaling)) if text is not None}
