@@ -25,7 +25,9 @@ MOST_LOST = 0.15  # of the busiest thread's time; a web server beside its engine
 WINDOW_S, TRIAL_S = 0.05, 0.02  # several time slices of 3 ms; a trial that fails should be short
 COMPUTES = 0.25  # of the busiest thread's time; other threads of the process are busy less than that
 IDLE = 0.7  # of a core: somebody left
-SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0  # between trials: a failed one then costs less than 1 %
+# Until one more thread is tried. Beside two neighbours a trial that fails costs as much as six steps: without an idle
+# core in sight it is worth that seldom, with one at once.
+IDLE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Pace:
 
     num_threads: int
     wait_s: float = 0.0
-    backoff_s: float = SHORTEST_WAIT_S
+    backoff_s: float = FIRST_WAIT_S
     is_trial: bool = False
 
 
@@ -66,8 +68,8 @@ def next_pace(pace: Pace, seen: Seen, max_threads: int) -> Pace:
         fewer = max(1, pace.num_threads - max(1, round(lost)))
         return Pace(fewer, backoff_s, backoff_s)
     if pace.num_threads >= max_threads:
-        return Pace(max_threads, 0.0, max(SHORTEST_WAIT_S, pace.backoff_s - seen.wall_s))
-    wait_s = min(pace.wait_s, SHORTEST_WAIT_S) if seen.idle_cores >= IDLE else pace.wait_s
+        return Pace(max_threads, 0.0, max(FIRST_WAIT_S, pace.backoff_s - seen.wall_s))
+    wait_s = min(pace.wait_s, IDLE_WAIT_S) if seen.idle_cores >= IDLE else pace.wait_s
     wait_s -= seen.wall_s
     if wait_s > 0:
         return replace(pace, wait_s=wait_s, is_trial=False)

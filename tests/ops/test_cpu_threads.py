@@ -13,8 +13,9 @@ import torch
 
 from backends.cpu import threads
 from backends.cpu.threads import (
+    FIRST_WAIT_S,
+    IDLE_WAIT_S,
     LONGEST_WAIT_S,
-    SHORTEST_WAIT_S,
     TRIAL_S,
     WINDOW_S,
     Pace,
@@ -60,7 +61,7 @@ def test_trials_become_rare_while_they_fail() -> None:
         held = wall_s if pace.num_threads > 1 else 0.0
         pace = next_pace(pace, Seen(wall_s, wall_s, held), 2)
     gaps = np.diff(trials)
-    assert trials[0] == pytest.approx(SHORTEST_WAIT_S, abs=2 * WINDOW_S)
+    assert trials[0] == pytest.approx(FIRST_WAIT_S, abs=2 * WINDOW_S)
     assert (gaps[1:] >= gaps[:-1] - WINDOW_S).all() and gaps[-1] == pytest.approx(LONGEST_WAIT_S, abs=2 * WINDOW_S)
     assert len(trials) * TRIAL_S / time_s < 0.01
 
@@ -73,7 +74,7 @@ def test_all_threads_come_back_soon_after_the_neighbours_left() -> None:
     assert time_s <= LONGEST_WAIT_S + 10 * WINDOW_S
     for _ in range(int(LONGEST_WAIT_S / WINDOW_S)):
         pace = next_pace(pace, FREE, 8)
-    assert pace.backoff_s == SHORTEST_WAIT_S  # what the next neighbour finds
+    assert pace.backoff_s == FIRST_WAIT_S  # what the next neighbour finds
 
 
 def test_an_idle_core_is_tried_soon() -> None:
@@ -81,7 +82,7 @@ def test_an_idle_core_is_tried_soon() -> None:
     while pace.num_threads < 2:
         pace = next_pace(pace, Seen(WINDOW_S, WINDOW_S, 0.0, idle_cores=0.9), 2)
         time_s += WINDOW_S
-    assert SHORTEST_WAIT_S <= time_s <= SHORTEST_WAIT_S + 2 * WINDOW_S
+    assert IDLE_WAIT_S <= time_s <= IDLE_WAIT_S + 2 * WINDOW_S
 
 
 def test_a_window_without_work_says_nothing() -> None:
