@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -220,10 +221,12 @@ ENGINES: dict[str, Any] = {
     "vllm": VllmEngine,
     "openvino": OpenvinoEngine,
     "llamacpp": LlamacppEngine,
+    "llamacpp-q8": LlamacppEngine,
 }
 
 # Engines that do not read the checkpoint: what makes their files of it, given (checkpoint, new path).
-CONVERTERS: dict[str, Callable[[Path, Path], Path]] = {"openvino": write_openvino, "llamacpp": write_gguf}
+CONVERTERS: dict[str, Callable[[Path, Path], Path]] = {
+    "openvino": write_openvino, "llamacpp": write_gguf, "llamacpp-q8": partial(write_gguf, q8=True)}
 
 
 def worker(name: str, folder: str, threads: int) -> None:

@@ -23,7 +23,10 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    # What a virtual machine calls its processor may be no more than the maker's name.
+    numbers = " ".join(f"{name} {found[name]}" for name in ("cpu family", "model", "stepping") if name in found)
+    return f"{found.get('model name', 'unknown')} ({numbers})" if numbers else found.get("model name", "unknown")
 
 
 def check(path: str | None, *reads: str | Path | None) -> None:

@@ -25,7 +25,7 @@ def test_every_tensor_has_a_gguf_name_of_its_own() -> None:
 
 
 def test_engines_that_read_the_checkpoint_get_it(tmp_path: Path) -> None:
-    assert set(CONVERTERS) == {"openvino", "llamacpp"} < set(ENGINES)
+    assert set(CONVERTERS) == {"openvino", "llamacpp", "llamacpp-q8"} < set(ENGINES)
     assert weights_for("xllm", tmp_path / "model", tmp_path) == tmp_path / "model"
 
 
