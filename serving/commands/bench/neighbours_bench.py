@@ -3,14 +3,12 @@
 A neighbour is a child process that only counts. In each round every row is measured once, what a ratio compares one
 after the other; a figure is the median of the rounds' ratios. Decode rates are of generated tokens without the prompt.
 Before a rate without neighbours each engine works for REST_S, before one beside them it does not.
-With `--baseline` the engine of another tree of this repository takes turns with this one.
 OMP_NUM_THREADS is not passed on: each process has the threads that the flags say.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -20,37 +18,56 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
-from serving.bench import report
-from serving.bench.model import SHAPE_135M, write_checkpoint
-from serving.bench.servers import Servers
-from serving.bench.throughput_bench import ChildEngine, weights_for
+from serving.commands.bench import report
+from serving.commands.bench.engines import OWN, EngineSet
+from serving.commands.bench.random_model import SHAPE_135M, write_checkpoint
+from serving.commands.bench.servers import Servers
+from serving.commands.bench.throughput_bench import ChildEngine
 from serving.commands.flags import FlagParser
 from xllm import env
 from xllm.errors import ConfigError
 
-GOALS = {"alone": 0.98, "beside_1": 0.6, "beside_2": 0.5, "batch_8": 0.9, "batch_32": 0.9, "prefill_512": 0.9,
-         "two_engines": 0.9, "two_servers": 0.9}
-MEANING = {
-    "alone": "decode, batch 1, no neighbour: over the baseline tree's",
-    "beside_1": "decode, batch 1, beside one neighbour: over alone", "beside_2": "beside two: over alone",
-    "batch_8": "decode beside one neighbour: over one thread beside it",
-    "batch_32": "decode beside one neighbour: over one thread beside it",
-    "prefill_512": "a prompt beside one neighbour: over one thread beside it",
-    "two_engines": "decode, batch 8, two engines at once, tokens/s of both: over one engine",
-    "two_servers": "8 streams each over HTTP, two servers at once, tokens/s of both: over one server",
-    "neighbour_keeps_1": "what a neighbour counts beside decode, batch 1: over what it counts on an idle machine",
-    "neighbour_keeps_2": "what two count: over what they count on an idle machine",
-    "llamacpp_1": "llama.cpp, decode, batch 1, beside one neighbour: over alone",
-    "llamacpp_2": "beside two: over alone",
-    "llamacpp_neighbour_keeps_1": "what a neighbour counts beside llama.cpp: over what it counts on an idle machine",
-    "llamacpp_neighbour_keeps_2": "what two count: over what they count on an idle machine",
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two rates of the same round. goal: what its median should reach."""
+
+    over: str
+    under: str
+    what: str
+    goal: float | None = None
+
+
+def _one_thread(row: str, what: str) -> Ratio:
+    return Ratio(row, f"{row}_one_thread", f"{what} beside one neighbour: over one thread beside it", 0.9)
+
+
+def beside(name: str, start: str, engine: str, goals: tuple[float | None, float | None]) -> dict[str, Ratio]:
+    """What an engine, and what its neighbours keep of their speed. name: of its rates. start: of the latter's names."""
+    decode = f"{engine}decode, batch 1"
+    return {
+        f"{name}_1": Ratio(f"{name}_1", f"{name}_1_alone", f"{decode}, beside one neighbour: over alone", goals[0]),
+        f"{name}_2": Ratio(f"{name}_2", f"{name}_2_alone", f"{decode}, beside two: over alone", goals[1]),
+        **{f"{start}neighbour_keeps_{n}": Ratio(f"{name}_{n}_neighbours_count", f"neighbours_alone_{n}_count",
+                                                f"what {who} beside {decode}: over the count on an idle machine")
+           for n, who in ((1, "a neighbour counts"), (2, "two neighbours count"))}}
+
+
+RATIOS = {
+    **beside("beside", "", "", (0.6, 0.5)),
+    "batch_8": _one_thread("batch_8", "decode"), "batch_32": _one_thread("batch_32", "decode"),
+    "prefill_512": _one_thread("prefill_512", "a prompt"),
+    "two_engines": Ratio("two_engines", "one_engine",
+                         "decode, batch 8, two engines at once, tokens/s of both: over one engine", 0.9),
+    "two_servers": Ratio("two_servers", "one_server",
+                         "8 streams each over HTTP, two servers at once, tokens/s of both: over one server", 0.9),
 }
 PROMPT_TOKENS = 32
-LLAMACPP = "llamacpp-q8"
 REST_S = 0.6
 COUNT_S = 0.6  # that neighbours count alone
 COUNTER = """
@@ -68,56 +85,79 @@ Rounds = dict[str, list[float]]
 
 
 def main(argv: list[str]) -> int:
-    parser = FlagParser(prog="xllm bench neighbours", description=__doc__.splitlines()[0])
+    return run(Bench, argv)
+
+
+def run(kind: type[Bench], argv: list[str]) -> int:
+    """Measure the rows that the flags choose of this kind of bench, and write what they gave."""
+    parser = FlagParser(prog=kind.PROG, description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a checkpoint; none: random weights of SmolLM2-135M's shape")
-    parser.add_argument("--baseline", help="folder of another tree of this repository, for the row `alone` and for one "
-                        "thread; none: this tree with one thread, and no row `alone`")
-    parser.add_argument("--rows", default=",".join(GOALS))
+    parser.add_argument("--rows", default=",".join(kind.ROWS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64, help="generated by each sequence of a decode row")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each engine")
     parser.add_argument("--server-threads", type=int, help="CPU threads of each server of the row `two_servers`; none: "
                         "as many as a server takes by itself")
     parser.add_argument("--json", help="write the result to this file as well")
+    kind.add_flags(parser)
     args = parser.parse_args(argv)
-    report.check(args.json, args.model, args.baseline)
+    report.check(args.json, args.model, *kind.reads(args))
     rows = args.rows.split(",")
-    if unknown := sorted(set(rows) - set(GOALS)):
-        raise ConfigError(f"rows: {', '.join(unknown)} unknown; there are {', '.join(GOALS)}")
+    if unknown := sorted(set(rows) - set(kind.ROWS)):
+        raise ConfigError(f"rows: {', '.join(unknown)} unknown; there are {', '.join(kind.ROWS)}")
     for name, least in (("rounds", 1), ("tokens", 2), ("threads", 1), ("server_threads", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     with (tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch, ExitStack() as stack,
           env.openmp_number_unset()):
         folder = Path(args.model) if args.model else write_checkpoint(Path(scratch) / "model", SHAPE_135M)
-        bench = Bench(args, folder, Path(scratch), rows, stack)
+        bench = kind(args, folder, Path(scratch), rows, stack)
         rates = measure(bench, rows, args.rounds)
-    report.write(summary(rates, bench.has_llamacpp, args), args.json)
+    facts = {"threads": args.threads, "server_threads": args.server_threads, "rounds": args.rounds,
+             "tokens": args.tokens, "model": args.model or SHAPE_135M, "quantization": "w8a8", **bench.facts()}
+    report.write({**summary(rates, kind.RATIOS), **facts}, args.json)
     return 0
 
 
 class Bench:
-    """The engines that the rows compare."""
+    """The engines that the rows compare. An heir may add rows, their ratios and their flags."""
+
+    PROG: str = "xllm bench neighbours"
+    ROWS: tuple[str, ...] = ("beside_1", "beside_2", "batch_8", "batch_32", "prefill_512", "two_engines", "two_servers")
+    RATIOS: ClassVar[dict[str, Ratio]] = RATIOS
 
     def __init__(self, args: argparse.Namespace, folder: Path, scratch: Path, rows: list[str], stack: ExitStack):
-        self._tokens, self._stack = args.tokens, stack
+        self._args, self._folder, self._stack = args, folder, stack
+        self._tokens = args.tokens
         self._vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
-        tree = Path(args.baseline).resolve() if args.baseline else None
-        self.has_llamacpp = importlib.util.find_spec("llama_cpp") is not None
         self.servers = Servers(folder, 2, args.server_threads, stack) if "two_servers" in rows else None
         if set(rows) == {"two_servers"}:
             return
-        self.own = self._start("xllm-w8a8", folder, args.threads)
-        self.baseline = self._start("xllm-w8a8", folder, args.threads, tree) if tree and "alone" in rows else None
-        one = {"batch_8", "batch_32", "prefill_512"} & set(rows)
-        self.one_thread = self._start("xllm-w8a8", folder, 1, tree) if one else self.own
-        self.second = self._start("xllm-w8a8", folder, args.threads) if "two_engines" in rows else self.own
-        self.llamacpp = None
-        if self.has_llamacpp and {"beside_1", "beside_2"} & set(rows):
-            self.llamacpp = self._start(LLAMACPP, weights_for(LLAMACPP, folder, scratch), args.threads)
+        self.own = self._start("xllm-w8a8", args.threads)
+        is_held_against_one = {"batch_8", "batch_32", "prefill_512"} & set(rows)
+        self.one_thread = self._start("xllm-w8a8", 1, tree=self._tree()) if is_held_against_one else self.own
+        self.second = self._start("xllm-w8a8", args.threads) if "two_engines" in rows else self.own
 
-    def _start(self, name: str, folder: Path, threads: int, tree: Path | None = None) -> ChildEngine:
-        worker = ChildEngine(name, folder, threads, tree)
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Those of an heir."""
+
+    @classmethod
+    def reads(cls, args: argparse.Namespace) -> list[str | None]:
+        """Files and folders, beside the model, that its flags name."""
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the result needs to know beside the flags."""
+        return {}
+
+    def _tree(self) -> Path | None:
+        """Where the engine with one thread comes from; None: this tree."""
+        return None
+
+    def _start(self, name: str, threads: int, engine_set: EngineSet = OWN, *, weights: Path | None = None,
+               tree: Path | None = None) -> ChildEngine:
+        worker = ChildEngine(name, weights or self._folder, threads, engine_set, tree)
         self._stack.callback(worker.close)
         worker.seconds(self._prompts(1), [2])  # a first step compiles and touches memory
         return worker
@@ -141,17 +181,12 @@ class Bench:
 
     def row(self, row: str, rates: Rounds) -> None:
         """One round of a row: the two rates whose ratio it is, and what neighbours counted meanwhile."""
-        if row == "alone":
-            if self.baseline is not None:
-                note(rates, "baseline_alone", self.decode(self.rested(self.baseline)))
-            note(rates, "alone", self.decode(self.rested(self.own)))
-        elif row in ("beside_1", "beside_2"):
-            self._beside(int(row[-1]), self.own, "beside", rates)
-            with neighbours(int(row[-1])) as counted:
+        if row in ("beside_1", "beside_2"):
+            number = int(row[-1])
+            self._beside(number, self.own, "beside", rates)
+            with neighbours(number) as counted:
                 time.sleep(COUNT_S)
-            note(rates, f"neighbours_alone_{row[-1]}_count", sum(counted))
-            if self.llamacpp is not None:
-                self._beside(int(row[-1]), self.llamacpp, "llamacpp", rates)
+            note(rates, f"neighbours_alone_{number}_count", sum(counted))
         elif row == "two_engines":
             work = self._prompts(8), [self._tokens] * 8
             note(rates, "one_engine", 8 * self._tokens / self.rested(self.own).seconds(*work))
@@ -214,27 +249,16 @@ def measure(bench: Bench, rows: list[str], rounds: int) -> Rounds:
     return rates
 
 
-def summary(rates: Rounds, has_llamacpp: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """The median and the spread of each ratio, and of each rate."""
-    pairs = {"alone": "baseline_alone", "two_engines": "one_engine", "two_servers": "one_server",
-             **{row: f"{row}_one_thread" for row in ("batch_8", "batch_32", "prefill_512")},
-             **{row: f"{row}_alone" for row in ("beside_1", "beside_2", "llamacpp_1", "llamacpp_2")}}
-    kept = {f"{start}neighbour_keeps_{n}": (f"{name}_{n}_neighbours_count", f"neighbours_alone_{n}_count")
-            for start, name in (("", "beside"), ("llamacpp_", "llamacpp")) for n in (1, 2)}
-    ratios = {}
-    for row, (over, under) in ({row: (row, other) for row, other in pairs.items()} | kept).items():
-        if over in rates and under in rates:
-            found = spread([a / b for a, b in zip(rates[over], rates[under])], 3)
-            goal = GOALS.get(row)
-            ratios[row] = {**found, "goal": goal, "is_met": goal is None or found["median"] >= goal,
-                           "what": MEANING[row]}
-    return {"ratios": ratios, "tokens_per_s": {n: spread(r, 1) for n, r in rates.items() if not n.endswith("_count")},
-            "neighbours_count_per_s": {n: spread(r, 0) for n, r in rates.items() if n.endswith("_count")},
-            "llamacpp": (f"weights in Q8_0, KV in fp32, {args.threads} threads" if has_llamacpp
-                         else "llama-cpp-python is not installed: not measured"),
-            "threads": args.threads, "server_threads": args.server_threads, "rounds": args.rounds,
-            "tokens": args.tokens, "model": args.model or SHAPE_135M,
-            "quantization": "w8a8", "baseline": "another tree" if args.baseline else "this tree, one thread"}
+def summary(rates: Rounds, ratios: dict[str, Ratio]) -> dict[str, Any]:
+    """The median and the spread of each ratio that was measured, and of each rate."""
+    found = {}
+    for name, ratio in ratios.items():
+        if ratio.over in rates and ratio.under in rates:
+            values = spread([a / b for a, b in zip(rates[ratio.over], rates[ratio.under])], 3)
+            is_met = ratio.goal is None or values["median"] >= ratio.goal
+            found[name] = {**values, "goal": ratio.goal, "is_met": is_met, "what": ratio.what}
+    return {"ratios": found, "tokens_per_s": {n: spread(r, 1) for n, r in rates.items() if not n.endswith("_count")},
+            "neighbours_count_per_s": {n: spread(r, 0) for n, r in rates.items() if n.endswith("_count")}}
 
 
 def spread(values: list[float], digits: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from serving.bench.serve_bench import connect, model_name, send
+from serving.commands.bench.serve_bench import connect, model_name, send
 from serving.commands.run_batch import own_server
 from xllm.errors import XllmError
 
