@@ -56,6 +56,8 @@ def main(argv: list[str], engine_set: EngineSet = OWN, prog: str = "xllm bench t
         workers: dict[str, ChildEngine] = {}
         try:
             for name in ["xllm", *(args.vs or [])]:
+                if name in engine_set.converters:
+                    report.note(f"converting the checkpoint for {name} ...")
                 weights = engine_set.weights_for(name, folder, Path(scratch))
                 workers[name] = ChildEngine(name, weights, args.threads, engine_set)
             rates = measure(workers, args.rows.split(","), args.rounds)
