@@ -241,8 +241,9 @@ def reached_from(modules: Modules, roots: Iterable[str]) -> set[str]:
     """The modules that these lead to: by imports (a module brings the packages that it lies in) and by name.
 
     By name: a string that is a module's dotted name (`"xllm.models.llama"`, an entry of a registry or an argument of
-    `python -m`) names that module. An f-string `f"serving.bench.{name}_bench"` names those modules below
-    `serving.bench` whose last names, but for `_bench`, stand in strings of the same file or of one that it imports.
+    `python -m`) names that module. An f-string `f"serving.commands.bench.{name}_bench"` names those modules below
+    `serving.commands.bench` whose last names, but for `_bench`, stand in strings of the same file or of one that it
+    imports.
     """
     graph = import_graph(modules)
     strings = {name: set(_strings(parse(path))) for name, path in modules.items()}
@@ -275,7 +276,7 @@ def _strings(tree: ast.Module) -> Iterator[str]:
 
 
 def _patterns(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """`serving.bench.` and `_bench` of f"serving.bench.{name}_bench"."""
+    """`serving.commands.bench.` and `_bench` of f"serving.commands.bench.{name}_bench"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
             prefix, last = str(node.values[0].value), node.values[-1]

@@ -75,7 +75,7 @@ ALLOWED = {
                     *SETTINGS, "xllm"],
     "serving.commands": ["serving", "xllm"],
     "serving.commands.doctor": ["serving", "xllm", "backends"],  # it looks at devices
-    "serving.bench": ["serving", "xllm", "backends"],  # it measures parts
+    "serving.commands.bench": ["serving", "xllm", "backends"],  # it measures parts
     "benchmarks": ["benchmarks", "serving", "xllm", "backends", "graph", "cuda_ops", "npu_ops"],
     "tools": ["tools", "serving", "xllm"],
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from xllm.errors import ConfigError
@@ -76,6 +77,17 @@ def let_openmp_sleep() -> None:
 def openmp_sleeps() -> bool:
     """Whether somebody said how long OpenMP's threads wait before they sleep."""
     return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
+
+
+@contextmanager
+def openmp_number_unset() -> Iterator[None]:
+    """Inside, OMP_NUM_THREADS is not set, for processes that are started there: their settings alone decide."""
+    found = os.environ.pop("OMP_NUM_THREADS", None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            os.environ["OMP_NUM_THREADS"] = found
 
 
 def failpoints() -> str:

@@ -190,14 +190,10 @@ def _bench(args: list[str]) -> int:
     if args[0] not in BENCHES:
         print(f"{usage}\nxllm bench: error: unknown benchmark {args[0]!r}{nearest(args[0], BENCHES)}", file=sys.stderr)
         return 2
-    try:
-        return int(importlib.import_module(f"serving.bench.{args[0].replace('-', '_')}_bench").main(args[1:]))
-    except (XllmError, OSError) as error:
-        print(f"xllm: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    from serving.commands.bench import report
+
+    name = args[0].replace("-", "_")
+    return report.ended(lambda: int(importlib.import_module(f"serving.commands.bench.{name}_bench").main(args[1:])))
 
 
 _COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "run-batch": _run_batch, "top": _top,

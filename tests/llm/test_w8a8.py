@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from serving.bench.kv_dtype_bench import held_out_texts, windows
+from serving.commands.bench.kv_dtype_bench import held_out_texts, windows
 from tests.llm.conftest import SETTINGS
 from tests.llm.test_adapters import RANKS, write_adapter
 from tests.runner.tiny_model import PROMPT, save_checkpoint

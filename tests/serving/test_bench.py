@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.bench.cache_bench import plot, read_trace
-from serving.bench.optimum import optimum
+from serving.commands.bench.cache_bench import plot, read_trace
+from serving.commands.bench.optimum import optimum
 from serving.commands.cli import main
 from tests.serving.server_process import ServerProcess
 from xllm.config import EVICTION_POLICIES

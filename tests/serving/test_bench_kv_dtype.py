@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from serving.bench import kv_dtype_bench
+from serving.commands.bench import kv_dtype_bench
 from serving.commands.cli import main
 from tools.train_demo import corpus
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.bench import gguf
-from serving.bench.engines import CONVERTERS, ENGINES, LlamacppEngine
-from serving.bench.model import SHAPE, _tensor_shapes
-from serving.bench.throughput_bench import weights_for
+from benchmarks.cpu import gguf
+from benchmarks.cpu.peers import ENGINES, PEERS, LlamacppEngine
+from serving.commands.bench.engines import OWN
+from serving.commands.bench.random_model import SHAPE, _tensor_shapes
 
 
 def test_every_tensor_has_a_gguf_name_of_its_own() -> None:
@@ -25,8 +25,8 @@ def test_every_tensor_has_a_gguf_name_of_its_own() -> None:
 
 
 def test_engines_that_read_the_checkpoint_get_it(tmp_path: Path) -> None:
-    assert set(CONVERTERS) == {"openvino", "llamacpp"} < set(ENGINES)
-    assert weights_for("xllm", tmp_path / "model", tmp_path) == tmp_path / "model"
+    assert set(PEERS.converters) == {"openvino", "llamacpp", "llamacpp-q8"} < set(ENGINES) - set(OWN.names)
+    assert PEERS.weights_for("xllm", tmp_path / "model", tmp_path) == tmp_path / "model"
 
 
 class Slots:

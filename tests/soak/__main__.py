@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from serving.bench import report
+from serving.commands.bench import report
 from tests.soak.run import run
 
 

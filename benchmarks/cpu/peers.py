@@ -1,91 +1,16 @@
-"""The engines that `xllm bench throughput` compares, each in a process of its own.
-
-A worker reads JSON lines on standard input and answers on standard output:
-{"prompts": [[id, ...], ...], "max_tokens": [n, ...]} -> {"seconds": s, "num_tokens": n, "peak_gib": g}
-"""
+"""Engines of other houses for the benchmarks, each in a process of its own, as `serving/commands/bench/engines.py` has
+them. The extra `bench-peers` installs what they need, but for vLLM."""
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
-from serving.bench.gguf import write_gguf
-from serving.bench.openvino_model import write_openvino
-
-Prompts = list[list[int]]
-
-
-class BenchEngine(Protocol):
-    """Greedy generation that ignores end tokens."""
-
-    def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
-        """Generate exactly `max_tokens[i]` tokens for each prompt; returns how many in all."""
-        ...
-
-
-class XllmEngine:
-    """This engine, by its Python API."""
-
-    def __init__(self, folder: str, threads: int, quantization: str | None = None, kv_layout: str = "paged"):
-        from xllm import LLM
-
-        # Repetitions reuse their prompts; a prefix cache would make every one but the first a cache test.
-        self._llm = LLM(folder, skip_tokenizer_init=True, num_threads=threads, max_model_len=2304, max_num_seqs=32,
-                        quantization=quantization, enable_prefix_caching=False, kv_layout=kv_layout)
-
-    def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
-        from xllm import SamplingParams
-
-        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in max_tokens]
-        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return sum(len(o.outputs[0].token_ids) for o in outputs)
-
-
-class TransformersEngine:
-    """`generate` with a padded static batch and its default dynamic cache."""
-
-    def __init__(self, folder: str, threads: int):
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
-        torch, longest = self._torch, max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        new = max(max_tokens)
-        with torch.inference_mode():
-            out = self._model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new,
-                                       min_new_tokens=new, pad_token_id=0)
-        assert out.shape[1] == longest + new
-        return sum(max_tokens)
-
-
-class TransformersBatching:
-    """transformers' own continuous batching, `generate_batch`."""
-
-    def __init__(self, folder: str, threads: int):
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                           attn_implementation="sdpa").eval()
-
-    def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
-        from transformers import GenerationConfig
-
-        config = GenerationConfig(do_sample=False, max_new_tokens=max(max_tokens), eos_token_id=-1, pad_token_id=0)
-        outputs = self._model.generate_batch(prompts, generation_config=config)
-        return min(sum(max_tokens), sum(len(o.generated_tokens) for o in outputs.values()))
+from benchmarks.cpu.gguf import write_gguf
+from benchmarks.cpu.openvino_model import write_openvino
+from serving.commands.bench import engines
+from serving.commands.bench.engines import EngineSet, Prompts
 
 
 class VllmEngine:
@@ -211,37 +136,15 @@ class LlamacppEngine:
 
 
 ENGINES: dict[str, Any] = {
-    "xllm": XllmEngine,
-    "xllm-w8a8": lambda folder, threads: XllmEngine(folder, threads, "w8a8"),
-    "xllm-int8": lambda folder, threads: XllmEngine(folder, threads, "int8"),
-    "xllm-xtensor": lambda folder, threads: XllmEngine(folder, threads, kv_layout="xtensor"),
-    "transformers": TransformersEngine,
-    "transformers-batching": TransformersBatching,
+    **engines.ENGINES,
     "vllm": VllmEngine,
     "openvino": OpenvinoEngine,
     "llamacpp": LlamacppEngine,
+    "llamacpp-q8": LlamacppEngine,
 }
 
-# Engines that do not read the checkpoint: what makes their files of it, given (checkpoint, new path).
-CONVERTERS: dict[str, Callable[[Path, Path], Path]] = {"openvino": write_openvino, "llamacpp": write_gguf}
-
-
-def worker(name: str, folder: str, threads: int) -> None:
-    """Load an engine, say so, and answer requests until standard input ends."""
-    engine: BenchEngine = ENGINES[name](folder, threads)
-    _answer({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
-        began = time.perf_counter()
-        num_tokens = engine.generate(request["prompts"], request["max_tokens"])
-        seconds = time.perf_counter() - began
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _answer({"seconds": seconds, "num_tokens": num_tokens, "peak_gib": peak_kib / 2**20})
-
-
-def _answer(message: dict[str, Any]) -> None:
-    print("ANSWER " + json.dumps(message), flush=True)  # libraries print to standard output as well
-
+PEERS = EngineSet("benchmarks.cpu.peers", tuple(ENGINES), {
+    "openvino": write_openvino, "llamacpp": write_gguf, "llamacpp-q8": partial(write_gguf, q8=True)})
 
 if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    engines.worker(ENGINES, sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -7,11 +7,16 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.errors import XllmError
+
+if TYPE_CHECKING:
+    import httpx
 
 
 @dataclass
@@ -42,34 +47,56 @@ def main(argv: list[str]) -> int:
 
 async def run(args: argparse.Namespace) -> dict:
     """Send everything, wait for all of it, sum up."""
-    import httpx
     from tqdm import tqdm
 
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     rng = random.Random(0)
-    base_url = args.url.rstrip("/").removesuffix("/v1")
-    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None,
-                                 limits=httpx.Limits(max_connections=None)) as client:
-        try:
-            name = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
-            raise XllmError(f"{base_url}/v1/models does not answer as it should: {error}") from None
-        progress = tqdm(total=args.num_requests, desc="requests")
-        began, tasks = time.perf_counter(), []
-        for _ in range(args.num_requests):
-            body = {"model": name, "prompt": [rng.randrange(3, 1000) for _ in range(args.input_len)], "stream": True,
-                    "max_tokens": args.output_len, "temperature": 0, "ignore_eos": True,
-                    "stream_options": {"include_usage": True}}
-            tasks.append(asyncio.create_task(_one(client, body, progress)))
-            if args.request_rate:
-                await asyncio.sleep(rng.expovariate(args.request_rate))
-        measured = await asyncio.gather(*tasks)
-        elapsed = time.perf_counter() - began
-        progress.close()
+    prompts = [[rng.randrange(3, 1000) for _ in range(args.input_len)] for _ in range(args.num_requests)]
+    async with connect(args.url.rstrip("/").removesuffix("/v1"), args.api_key) as client:
+        name = await model_name(client)
+        with tqdm(total=args.num_requests, desc="requests") as progress:
+            began = time.perf_counter()
+            measured = await send(client, name, prompts, args.output_len, rate=args.request_rate,
+                                  advance=progress.update)
+            elapsed = time.perf_counter() - began
     return _summary(measured, elapsed)
 
 
-async def _one(client, body: dict, progress) -> Measured:  # type: ignore[no-untyped-def]
+def connect(base_url: str, api_key: str | None) -> httpx.AsyncClient:
+    """A client of any number of connections that waits for as long as it takes."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.AsyncClient(base_url=base_url, headers=headers, timeout=None,
+                             limits=httpx.Limits(max_connections=None))
+
+
+async def model_name(client: httpx.AsyncClient) -> str:
+    """What the server's model is called. Raises XllmError."""
+    import httpx
+
+    try:
+        return str((await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        raise XllmError(f"{str(client.base_url).rstrip('/')}/v1/models does not answer as it should: {error}") from None
+
+
+async def send(client: httpx.AsyncClient, model: str, prompts: Iterable[list[int]], num_tokens: int, *,
+               rate: float = 0.0, advance: Callable[[int], object] = lambda number: None) -> list[Measured]:
+    """Each prompt as a streamed completion of num_tokens, whatever end tokens come; waits for all of them.
+
+    rate: requests per second, Poisson; 0: all at once. advance: called with 1 as each one ends.
+    """
+    rng, tasks = random.Random(0), []
+    for prompt in prompts:
+        body = {"model": model, "prompt": prompt, "stream": True, "max_tokens": num_tokens, "temperature": 0,
+                "ignore_eos": True, "stream_options": {"include_usage": True}}
+        tasks.append(asyncio.create_task(_one(client, body, advance)))
+        if rate:
+            await asyncio.sleep(rng.expovariate(rate))
+    return await asyncio.gather(*tasks)
+
+
+async def _one(client: httpx.AsyncClient, body: dict, advance: Callable[[int], object]) -> Measured:
     import httpx
 
     m = Measured(sent_s=time.perf_counter())
@@ -81,7 +108,7 @@ async def _one(client, body: dict, progress) -> Measured:  # type: ignore[no-unt
                 _take_event(m, line)
     except httpx.HTTPError as error:
         m.error = f"{type(error).__name__}: {error}"
-    progress.update(1)
+    advance(1)
     return m
 
 

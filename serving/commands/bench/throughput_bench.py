@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from serving.bench import engines, report
-from serving.bench.engines import CONVERTERS, ENGINES
-from serving.bench.model import SHAPE, write_checkpoint
+from serving.commands.bench import engines, report
+from serving.commands.bench.engines import OWN, EngineSet
+from serving.commands.bench.random_model import SHAPE, write_checkpoint
 from serving.commands.flags import FlagParser
 from xllm import env
 from xllm.child_process import run_module
@@ -40,9 +40,9 @@ class Work:
     subtract_prefill: bool = False
 
 
-def main(argv: list[str]) -> int:
-    parser = FlagParser(prog="xllm bench throughput", description=__doc__.splitlines()[0])
-    parser.add_argument("--vs", action="append", choices=sorted(set(ENGINES) - {"xllm"}), default=None,
+def main(argv: list[str], engine_set: EngineSet = OWN, prog: str = "xllm bench throughput") -> int:
+    parser = FlagParser(prog=prog, description=__doc__.splitlines()[0])
+    parser.add_argument("--vs", action="append", choices=sorted({*engine_set.names} - {"xllm"}), default=None,
                         help="an engine to compare with; may be given several times (default: none)")
     parser.add_argument("--rows", default="decode_b1,decode_b8,decode_b32,prefill_512,prefill_2048,mix")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each row and engine")
@@ -56,21 +56,16 @@ def main(argv: list[str]) -> int:
         workers: dict[str, ChildEngine] = {}
         try:
             for name in ["xllm", *(args.vs or [])]:
-                workers[name] = ChildEngine(name, weights_for(name, folder, Path(scratch)), args.threads)
+                if name in engine_set.converters:
+                    report.note(f"converting the checkpoint for {name} ...")
+                weights = engine_set.weights_for(name, folder, Path(scratch))
+                workers[name] = ChildEngine(name, weights, args.threads, engine_set)
             rates = measure(workers, args.rows.split(","), args.rounds)
         finally:
             for worker in workers.values():
                 worker.close()
     report.write(summary(workers, rates, args), args.json)
     return 0
-
-
-def weights_for(name: str, checkpoint: Path, scratch: Path) -> Path:
-    """The path that an engine loads: the checkpoint, or the same weights in the engine's own format."""
-    if name not in CONVERTERS:
-        return checkpoint
-    report.note(f"converting the checkpoint for {name} ...")
-    return CONVERTERS[name](checkpoint, scratch / name)
 
 
 def make_work(name: str) -> Work:
@@ -94,11 +89,11 @@ def make_work(name: str) -> Work:
 class ChildEngine:
     """One engine in a child process. tree: the folder of another version of this repository, whose engine it is."""
 
-    def __init__(self, name: str, folder: Path, threads: int, tree: Path | None = None):
+    def __init__(self, name: str, folder: Path, threads: int, engine_set: EngineSet = OWN, tree: Path | None = None):
         report.note(f"starting {name} ...")
         began = time.perf_counter()
         if tree is None:
-            program, environment = run_module("serving.bench.engines"), None
+            program, environment = run_module(engine_set.module), None
         else:
             program, environment = ["-P", str(engines.__file__)], env.for_child() | {"PYTHONPATH": str(tree)}
         self._process = subprocess.Popen([sys.executable, *program, name, str(folder), str(threads)], text=True,

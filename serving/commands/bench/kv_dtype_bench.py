@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.errors import ConfigError
 

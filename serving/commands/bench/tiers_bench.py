@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from serving.bench import report
-from serving.bench.optimum import optimum
+from serving.commands.bench import report
+from serving.commands.bench.optimum import optimum
 from serving.commands.flags import FlagParser, parse_int
 from xllm.config import EVICTION_POLICIES
 from xllm.errors import ConfigError

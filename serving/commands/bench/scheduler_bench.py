@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.config import EngineConfig
 from xllm.kv.manager import KVManager

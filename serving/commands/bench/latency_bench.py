@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.errors import ConfigError
 

@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from serving.commands.output_file import check_output
+from xllm.errors import XllmError
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +25,22 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    # What a virtual machine calls its processor may be no more than the maker's name.
+    numbers = " ".join(f"{name} {found[name]}" for name in ("cpu family", "model", "stepping") if name in found)
+    return f"{found.get('model name', 'unknown')} ({numbers})" if numbers else found.get("model name", "unknown")
+
+
+def ended(work: Callable[[], int]) -> int:
+    """The exit status of a benchmark; what is wrong with its input, or an interruption, is told in a line."""
+    try:
+        return work()
+    except (XllmError, OSError) as error:
+        print(f"xllm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 def check(path: str | None, *reads: str | Path | None) -> None:

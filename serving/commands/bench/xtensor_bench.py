@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.bench import report
+from serving.commands.bench import report
 from serving.commands.flags import FlagParser
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
@@ -284,8 +284,8 @@ def steady_decode(core: EngineCore, batch: int = 8, num_tokens: int = 400) -> di
 
 def compare_decode(args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a decode step, each layout in a process of its own, in turns; medians over the rounds."""
-    from serving.bench.model import write_checkpoint
-    from serving.bench.throughput_bench import ChildEngine, measure
+    from serving.commands.bench.random_model import write_checkpoint
+    from serving.commands.bench.throughput_bench import ChildEngine, measure
 
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch:
         folder = write_checkpoint(Path(scratch) / "model")

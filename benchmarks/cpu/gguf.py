@@ -1,4 +1,4 @@
-"""The benchmark's checkpoint as a GGUF file in fp32, for llama.cpp."""
+"""The benchmark's checkpoint as a GGUF file for llama.cpp: in fp32, or its matrices in Q8_0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ LAYER = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
          "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
-def write_gguf(checkpoint: Path, file: Path) -> Path:
-    """Convert a Qwen3 checkpoint with untied embeddings to `file`, without a vocabulary; returns the file."""
+def write_gguf(checkpoint: Path, file: Path, *, q8: bool = False) -> Path:
+    """Convert a Qwen3 checkpoint with untied embeddings to `file`, without a vocabulary; returns the file.
+
+    q8: matrices as signed bytes with a scale for each 32 of a row, which llama.cpp multiplies with activations that it
+    rounds likewise: what it has that is nearest to w8a8.
+    """
     import numpy as np
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
     from safetensors.numpy import load_file
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -34,7 +39,8 @@ def write_gguf(checkpoint: Path, file: Path) -> Path:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        writer.add_tensor(gguf_name(name), tensor.astype(np.float32))
+        kind = GGMLQuantizationType.Q8_0 if q8 and tensor.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), quantize(tensor.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
