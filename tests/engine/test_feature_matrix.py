@@ -315,10 +315,11 @@ def chosen_cases() -> Iterator[Case]:
     for layout in LAYOUTS:
         if layout != "xtensor-capped":
             yield from (Case(frozenset(features), way, layout) for way, features in triples)
-        yield from (Case(features, "thread", layout) for features in everything)
-    for way in WAYS:
-        if WAYS[way].overlaps:
-            yield from (Case(features, way) for features in everything)
+    places = [(way, layout) for way, layout in itertools.product(WAYS, LAYOUTS) if WAYS[way].overlaps]
+    if os.environ.get("MATRIX_ALL"):
+        yield from (Case(features, way, layout) for way, layout in places for features in everything)
+    else:  # each somewhere, and something in each place
+        yield from (Case(features, way, layout) for (way, layout), features in zip(places, itertools.cycle(everything)))
 
 
 def isolated_cases() -> Iterator[Case]:

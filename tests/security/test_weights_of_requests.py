@@ -101,9 +101,8 @@ def _cases() -> Iterator[tuple[str, str, dict[str, Any], int]]:
 
 CASES = list(_cases())
 WEIGHTS_ALL = os.environ.get("WEIGHTS_ALL") == "1"
-HEAVIEST = {"stop x n x prompts", "bad_words x prompts", "allowed_token_ids x n x prompts", "logit_bias x n, chat",
-            "prompt of one text", "prompt of token ids", "logprobs x n", "logprobs x n, streamed",
-            "prompt_logprobs x prompts", "responses: top_logprobs", "embeddings", "sample of one text", "detokenize"}
+HEAVIEST = {"stop x n x prompts", "allowed_token_ids x n x prompts", "prompt of one text", "logprobs x n, streamed",
+            "prompt_logprobs x prompts", "detokenize"}
 # Fields whose value is a number, a flag or a short text, or is bounded by the templates' and schemas' own tests.
 LIGHT = {
     "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "presence_penalty",

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.commands import run_batch
 from serving.commands.cli import main
 from serving.commands.output_file import check_output
 from serving.commands.run_batch import answer, read_found, read_lines
@@ -69,7 +70,9 @@ def test_a_batch_is_not_its_own_output(source: Path, spell: Callable[[Path], Pat
     json.dumps({"architectures": ["LlamaForCausalLM"]}),  # one line without an end: not one that was cut off
     '{"id": "cmpl-1", "custom', "[1]\n", "null\n", '"text"\n', "\n\n{", "\xff\n",
 ])
-def test_a_foreign_file_stays(source: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_file_stays(source: Path, content: str, capsys: pytest.CaptureFixture[str],
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_batch, "RETRY_S", 0.0)
     output = source.with_name("other")
     output.write_bytes(content.encode("latin-1"))
     status = main(["run-batch", "-i", str(source), "-o", str(output), *NOBODY])

@@ -18,7 +18,7 @@ from tests.serving.test_tiers import metric
 from xllm.kv.disk_format import COMPLETE, HEADER_BYTES, PAGE_BYTES
 
 # Six prompts of 400 tokens take more than the device and host memory hold together: most of each comes from disk.
-NUM_PROMPTS, PROMPT_TOKENS, WANTED_TOKENS = 6, 400, 3000
+NUM_PROMPTS, PROMPT_TOKENS, WANTED_TOKENS = 6, 400, 1500
 FLAGS = ("--num-kv-blocks", "34", "--max-model-len", "512", "--max-num-seqs", "1", "--host-cache-size", "1MiB",
          "--disk-cache-size", "64MiB", "--no-kv-prefetch")
 
@@ -104,14 +104,14 @@ def test_every_answer_is_the_right_one(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "second.txt", *flags) as server:
         attacker.start()
         from_disk = rounds = 0
-        while (from_disk < WANTED_TOKENS or misses(server) < 20) and rounds < 40:
+        while (from_disk < WANTED_TOKENS or misses(server) < 10) and rounds < 40:
             rounds += 1
             for prompt, expected in zip(prompts(), wanted, strict=True):
                 found, num_tokens = ask(server, prompt)
                 assert found == expected
                 from_disk += num_tokens
         attacker.stop()
-        assert from_disk >= WANTED_TOKENS and misses(server) >= 20, (from_disk, misses(server))
+        assert from_disk >= WANTED_TOKENS and misses(server) >= 10, (from_disk, misses(server))
         assert attacker.num_flips > 20 and attacker.num_forged > 20
         assert server.stop() == 0
         assert "Traceback" not in server.log
