@@ -74,26 +74,34 @@ static uint32_t threshold(const float *x, const float *weights, int64_t n, doubl
     return prefix;
 }
 
-/* exp((x - top) / temperature) into w for x >= floor, else 0; the sums of stretches into sums; returns the total. */
+/* exp((x - top) / temperature) of each x >= floor, else 0. Equal values weigh the same to the last bit wherever they
+ * stand in the row: which of them top_p keeps is decided by their ids. */
+INLINE vf weights_of(vf x, vf top, vf inverse, vf floor) {
+    return blend(x >= floor, exp_v((x - top) * inverse), splat(0.0f));
+}
+
+/* Those of a row into w; the sums of stretches into sums; returns the total. */
 static double weigh(const float *x, float *w, double *sums, int64_t V, float top, float temperature, float floor) {
-    const vf inverse = splat(1.0f / temperature);
+    const vf inverse = splat(1.0f / temperature), tops = splat(top), floors = splat(floor);
     double total = 0;
     for (int64_t start = 0; start < V; start += STRETCH) {
         const int64_t end = MIN(start + STRETCH, V);
         vf part = {0};
         int64_t i = start;
         for (; i + VL <= end; i += VL) {
-            const vf v = load(x + i), e = exp_v((v - splat(top)) * inverse);
-            const vf kept = blend(v >= splat(floor), e, splat(0.0f));
+            const vf kept = weights_of(load(x + i), tops, inverse, floors);
             store(w + i, kept);
             part += kept;
         }
+        if (i < end) {
+            vf rest = splat(-INFINITY);
+            for (int64_t j = i; j < end; j++) rest[j - i] = x[j];
+            rest = weights_of(rest, tops, inverse, floors);
+            for (int64_t j = i; j < end; j++) w[j] = rest[j - i];
+            part += rest;
+        }
         double stretch = 0;
         for (int j = 0; j < VL; j++) stretch += part[j];
-        for (; i < end; i++) {
-            w[i] = x[i] >= floor ? expf((x[i] - top) / temperature) : 0.0f;
-            stretch += w[i];
-        }
         sums[start / STRETCH] = stretch;
         total += stretch;
     }

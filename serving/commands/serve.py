@@ -242,7 +242,8 @@ class _Server:
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
-            print(logs.as_json(logger, text) if logs.is_json() else text, flush=True)
+            # With the line break in one write: another process writes to the same file.
+            print((logs.as_json(logger, text) if logs.is_json() else text) + "\n", end="", flush=True)
 
     def _example_prompt(self) -> dict[str, object]:
         tokenizer = self._state.tokenizer

@@ -115,12 +115,12 @@ def test_aliases_name_parsers() -> None:
 
 
 @pytest.mark.parametrize(("template", "tools", "reasoning"), [
-    ("<|im_start|> <tool_call> arguments <think></think>", "HermesParser", "Qwen3Parser"),
+    ("<|im_start|> <tool_call> arguments <think></think>", "HermesParser", "Qwen3ThinkParser"),
     ("<|im_start|> <tool_call> <function=x> <parameter=y>", "Qwen3CoderParser", None),
-    ("<|observation|> <tool_call> <arg_key> </think>", "Glm45Parser", "Glm45Parser"),
-    ("<|tool_calls_section_begin|> <think></think>", "KimiK2Parser", "KimiK2Parser"),
-    ("<｜Assistant｜> <｜tool▁sep｜> ```json </think>", "DeepSeekV3Parser", "DeepSeekR1Parser"),
-    ("<｜Assistant｜> <｜tool▁sep｜> thinking </think>", "DeepSeekV31Parser", "Qwen3Parser"),
+    ("<|observation|> <tool_call> <arg_key> </think>", "Glm45Parser", "Glm45ThinkParser"),
+    ("<|tool_calls_section_begin|> <think></think>", "KimiK2Parser", "KimiK2ThinkParser"),
+    ("<｜Assistant｜> <｜tool▁sep｜> ```json </think>", "DeepSeekV3Parser", "DeepSeekR1ThinkParser"),
+    ("<｜Assistant｜> <｜tool▁sep｜> thinking </think>", "DeepSeekV31Parser", "Qwen3ThinkParser"),
     ("[INST] [TOOL_CALLS]", "MistralParser", None),
     ("<|eot_id|> <|python_tag|>", "Llama3JsonParser", None),
     ("<|python_start|>", "PythonicParser", None),
