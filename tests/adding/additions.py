@@ -58,14 +58,14 @@ ADDITIONS = (
         Edit("xllm/runner/logit_edits.py", "def _forbidden(", NGRAM_FUNCTION),
     )),
     Addition(name="a sampling parameter of the draw", most=8, edits=MAX_GAP),
-    Addition(name="a dense model family", most=2, new=("xllm/models/seed_oss.py",), edits=(
+    Addition(name="a model family, dense", most=2, new=("xllm/models/seed_oss.py",), edits=(
         after(REGISTRY, '    "Qwen3ForCausalLM": "xllm.models.qwen3",',
               '    "SeedOssForCausalLM": "xllm.models.seed_oss",'),
     )),
-    Addition(name="a model family that is not dense", most=2,
+    Addition(name="a model family, not dense", most=2,
              new=("xllm/models/toy_family.py = tests/models/toy_family.py",),
              edits=(after(REGISTRY, "FAMILIES = {", '    "ToyForCausalLM": "xllm.models.toy_family",'),)),
-    Addition(name="an operator, on the CPU", most=6, edits=(
+    Addition(name="an operator", most=6, edits=(
         Edit("backends/opset.py", "# Not in every step", SOFTCAP),
         after("backends/opset.py", "    silu_mul: SiluMulOp", "    softcap: SoftcapOp"),
         Edit("backends/reference/activation.py", "    return F.silu(gate_TF) * up_TF\n", SOFTCAP_TRUTH),
@@ -102,11 +102,12 @@ ADDITIONS = (
               "        return PlainBackend()"),
         Edit(CONFIG, 'choices=("auto", "cpu", "cuda", "npu"))', 'choices=("auto", "cpu", "cuda", "npu", "plain"))'),
     )),
-    Addition(name="a proposer", most=3, new=("xllm/speculative/repeat.py",), edits=(
+    Addition(name="a proposer of drafts", most=3, new=("xllm/speculative/repeat.py",), edits=(
         after("xllm/speculative/proposer_registry.py", "from xllm.speculative.proposer import Proposer",
               "from xllm.speculative.repeat import RepeatProposer"),
-        Edit("xllm/speculative/proposer_registry.py", '{"ngram": _ngram}',
-             '{"ngram": _ngram, "repeat": lambda settings: RepeatProposer()}'),
+        Edit("xllm/speculative/proposer_registry.py", "PROPOSERS:", "def _repeat(settings: SpeculativeSettings) -> "
+             "Proposer:\n    return RepeatProposer()\n\n\nPROPOSERS:"),
+        Edit("xllm/speculative/proposer_registry.py", '{"ngram": _ngram}', '{"ngram": _ngram, "repeat": _repeat}'),
         Edit(CONFIG, 'choices=("ngram",))', 'choices=("ngram", "repeat"))'),
     )),
     Addition(name="a scheduling policy", most=2, edits=(

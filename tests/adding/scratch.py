@@ -14,7 +14,7 @@ from tests.house import ROOT
 
 NEW = Path(__file__).parent / "new"  # files as they lie in the tree to which they are added
 PRODUCT = ("backends", "cuda_ops", "graph", "npu_ops", "serving", "xllm")
-COPIED = (*PRODUCT, "tests", "tools", "pyproject.toml")
+COPIED = (*PRODUCT, "benchmarks", "tests", "tools", "pyproject.toml")
 LARGE = "xllm/bundled/model.safetensors"
 
 

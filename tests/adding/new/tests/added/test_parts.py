@@ -11,6 +11,7 @@ import torch
 
 from backends import get_backend
 from backends.reference import REFERENCE
+from serving.commands import doctor
 from serving.parsers.parser_registry import guess_tool_parser
 from tests.kv.eviction_owner import Content, Model, Owner, drive
 from tests.models.checkpoints import PROMPT, Variant, save_checkpoint, transformers_greedy
@@ -35,6 +36,10 @@ def test_operator(name: str, shape: tuple[int, int]) -> None:
     truth = 30 * torch.tanh(x.double() / 30)
     ops.softcap(x, 30.0)
     torch.testing.assert_close(x.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_doctor_looks_at_the_backend() -> None:
+    assert [(found.state, found.what) for found in doctor._others()] == [(doctor.OK, "plain backend")]
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_out_bias": True, "attention_bias": False}], ids=str)
