@@ -66,6 +66,7 @@ nightly: setup
 	ABORTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/security/test_mass_aborts.py --timeout 600
 	BOUNDS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/text/test_template_bounds.py --timeout 1200
 	WEIGHTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/security/test_weights_of_requests.py --timeout 600
+	ADDING_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/adding
 	FAIRNESS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/security/test_fairness.py --timeout 600
 	HOSTILE_ALL=1 RACES_S=300 RACES_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 \
 		tests/models/test_hostile_folders.py tests/serving/test_hostile_regexes.py tests/serving/test_races.py

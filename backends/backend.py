@@ -86,7 +86,19 @@ class Capturer(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A device: its operators, memory and layouts. See `backends/__init__.py:get_backend`."""
+    """A device: its operators, memory and layouts. See `backends/__init__.py:get_backend`.
+
+    What the engine does on one device and not on another is asked here as a fact, never by the device's name:
+
+    computes_on_host: operators run on the cores of this machine, in their caller's thread, so that copies between the
+    KV tiers, torch's own threads and other processes compete with them.
+    kv_memory_share: the part of the available memory that `gpu_memory_utilization` is a share of; below 1 where all
+    processes of the machine live in that memory.
+    warm_up_seqs: decode steps of up to so many sequences are captured, and kernels compiled, before the first request,
+    unless `graph_warmup_seqs` says otherwise; 0: none.
+    strict_ops: an engine does not start with a hot operator of the reference, unless `strict_ops` says otherwise.
+    quantization_advice: what quantising a model gains on this device, measured, for who starts one; empty: not known.
+    """
 
     name: str
     device: torch.device
@@ -99,6 +111,11 @@ class Backend(Protocol):
     max_cache_numbers: int | None  # of one tensor of a KV cache, as far as operators count; None: any
     collectives: str  # the backend of torch.distributed for its tensors: "gloo", "nccl", "hccl"
     num_reserved_blocks: int  # the first ones of the KV cache, which hold no tokens: the device's own use
+    computes_on_host: bool
+    kv_memory_share: float
+    warm_up_seqs: int
+    strict_ops: bool
+    quantization_advice: str
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none
 

@@ -107,6 +107,11 @@ class CudaBackend:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kernel_dtypes = dtypes
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
+    computes_on_host = False
+    kv_memory_share = 1.0
+    warm_up_seqs = 16
+    strict_ops = True
+    quantization_advice = ""
 
     def __init__(self) -> None:
         check_device()

@@ -195,6 +195,11 @@ class NpuBackend:
     max_cache_numbers: int | None = kv.MAX_CACHE_NUMBERS
     collectives = "hccl"
     num_reserved_blocks = 1  # block 0, where padding is written
+    computes_on_host = False
+    kv_memory_share = 1.0
+    warm_up_seqs = 16
+    strict_ops = True
+    quantization_advice = ""
 
     def __init__(self, *, check_contracts: bool = False) -> None:
         open_torch_npu()

@@ -12,11 +12,12 @@ from backends import get_backend
 from backends.backend import BackendError
 
 
-def probe(name: str) -> dict[str, dict[str, str] | str]:
-    """{"name": the backend's, "facts": what it says of itself}, or {"problem": why there is none}."""
+def probe(name: str) -> dict[str, dict[str, str] | str | bool]:
+    """{"name": the backend's, "is_accelerator": whether it has cores of its own, "facts": what it says of itself}, or
+    {"problem": why there is none}."""
     try:
         backend = get_backend(name)
-        return {"name": backend.name, "facts": backend.describe()}
+        return {"name": backend.name, "is_accelerator": not backend.computes_on_host, "facts": backend.describe()}
     except (BackendError, RuntimeError, OSError) as error:
         return {"problem": str(error).strip()}
 

@@ -164,6 +164,16 @@ def test_what_is_forbidden_by_name(name, path):
         assert node.attr not in ("recv_pyobj", "send_pyobj"), f"{where} sends pickles"
 
 
+def test_nothing_above_the_devices_asks_which_one_it_is():
+    """What differs is a fact of `Backend`, so that one more device changes nothing up there."""
+    names = {"cpu", "cuda", "npu"}
+    for name, path in SHIPPED:
+        for node in ast.walk(parse(path)) if name.startswith(("graph", "xllm", "serving")) else ():
+            if isinstance(node, ast.Compare):
+                asked = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)} & names
+                assert not asked, f"{path.name}:{node.lineno} asks whether the device is {asked}"
+
+
 @pytest.mark.parametrize(("name", "path"), SHIPPED, ids=[name for name, _ in SHIPPED])
 def test_light_modules_do_not_pull_torch_at_import(name, path):
     if any(within(name, prefix) for prefix in NO_TORCH):

@@ -66,6 +66,13 @@ class CpuBackend:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     kernel_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     kv_dtypes: tuple[torch.dtype, ...] = tuple(QUANTISED)
+    computes_on_host = True
+    kv_memory_share = 0.5  # the memory is also everybody else's
+    warm_up_seqs = 0
+    strict_ops = False  # without a C compiler there is plain torch alone
+    quantization_advice = (
+        "--quantization w8a8 made the bundled model 2.4 times as fast for one sequence and 2.0 times for eight; its "
+        "products take a quarter of the memory, and it cost 0.02 % in bits per byte")
 
     def __init__(self, *, cache_dir: Path | None = None, compiled: bool = True):
         self.device = torch.device("cpu")

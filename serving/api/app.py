@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 from fastapi import FastAPI, Request
@@ -11,32 +12,32 @@ from starlette.middleware.cors import CORSMiddleware
 from serving.api.body import BodyLimit
 from serving.api.errors import install_handlers
 from serving.api.gate import AccessGate, check_declared, declared_paths
-from serving.api.route import access_table
-from serving.api.routes import (
-    adapters,
-    admin,
-    anthropic,
-    chat,
-    completions,
-    console,
-    embeddings,
-    health,
-    metrics,
-    models,
-    openapi,
-    responses,
-    sample,
-    stats,
-    tokenize,
-)
+from serving.api.route import Route, access_table
 from serving.api.sse import ClientGone
 from serving.api.state import ServerState
 from serving.observe.tracing import TraceContext
 from serving.security.exposure import host_rule
 
-MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin, adapters,
-           models, tokenize, health, metrics, stats, console, openapi)
-ROUTES = tuple(route for module in MODULES for route in module.ROUTES)
+# Those of `serving/api/routes/`, in the order of `/openapi.json`.
+MODULES = (
+    "chat",
+    "completions",
+    "responses",
+    "anthropic",
+    "embeddings",
+    "sample",
+    "admin",
+    "adapters",
+    "models",
+    "tokenize",
+    "health",
+    "metrics",
+    "stats",
+    "console",
+    "openapi",
+)
+ROUTES: tuple[Route, ...] = tuple(
+    route for name in MODULES for route in importlib.import_module(f"serving.api.routes.{name}").ROUTES)
 QUIET = frozenset(route.path for route in ROUTES if route.is_quiet)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 logger = logging.getLogger("xllm.api")

@@ -29,17 +29,19 @@ CANN_VERSION_FILES = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.i
 CANN_OF = {"2.10": ("9.0", "9.1"), "2.9": ("8.5",)}
 CANN_VERSION = re.compile(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.]*)")
 PROBE_TIMEOUT_S = 120
+EXAMINED = ("auto", "cpu", "cuda", "npu")  # values of --device that have findings of their own
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`needed`: without it the CPU path does not work."""
+    """needed: without it the CPU path does not work. accelerator: the one that `--device auto` takes."""
 
     state: str
     what: str
     detail: str
     needed: bool = False
+    accelerator: str = ""
 
 
 def main() -> int:
@@ -48,9 +50,9 @@ def main() -> int:
     for finding in findings:
         print(f"{finding.state:8}{finding.what:22}{finding.detail}")
     works = all(finding.state != MISSING for finding in findings if finding.needed)
-    device = findings[-1].detail.partition(":")[0]  # of `_choice`
-    if works and device in ("cuda", "npu"):
-        print(f"xllm runs on {device} here; the CPU path works as well (--device cpu)")
+    accelerator = findings[-1].accelerator  # of `_choice`
+    if works and accelerator:
+        print(f"xllm runs on {accelerator} here; the CPU path works as well (--device cpu)")
     else:
         print("the CPU path works" if works else "the CPU path does not work: install what is missing above")
     return 0 if works else 1
@@ -83,7 +85,7 @@ def examine() -> Iterator[Finding]:
     for name in SERVING_PACKAGES:
         yield _package(name, needed=True)
     yield from _cpu()
-    devices = [_cuda(), *_npu()]
+    devices = [_cuda(), *_npu(), *_others()]
     yield from devices
     yield _memory()
     yield _bundled_model()
@@ -145,6 +147,17 @@ def _npu() -> Iterator[Finding]:
     yield _backend("npu", "npu-smi info")
 
 
+def _others() -> Iterator[Finding]:
+    """Devices whose drivers are not known here: whether they open."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    from backends import NAMES
+
+    for name in NAMES:
+        if name not in EXAMINED:
+            yield _backend(name, "its driver")
+
+
 def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding]:
     """Whether CANN is there, its environment set, and its version the one that torch_npu is made for.
 
@@ -199,8 +212,9 @@ def _choice(devices: Sequence[Finding]) -> Finding:
     if "problem" in answer:
         return Finding(MISSING, "device auto", f"nothing: {answer['problem']}; --device cpu works all the same")
     name, device = answer["name"], answer["facts"]["device"]
-    if name != "cpu":
-        return Finding(OK, "device auto", f"{name}: {device}, since torch can use it; --device cpu takes the processor")
+    if answer["is_accelerator"]:
+        return Finding(OK, "device auto", f"{name}: {device}, since torch can use it; --device cpu takes the processor",
+                       accelerator=name)
     unused = [finding.detail for finding in devices if finding.state == MISSING]
     if unused:
         return Finding(HINT, "device auto", f"cpu, for another device is not usable: {'; '.join(unused)}")

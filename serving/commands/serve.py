@@ -285,7 +285,7 @@ class _Server:
 def _placement_text(facts: EngineFacts) -> str:
     """One line: device, threads, types, quantisation, memory."""
     at, config = facts.placement, facts.config
-    threads = f", num_threads {at.num_threads}" if at.device == "cpu" else ""
+    threads = f", num_threads {at.num_threads}" if at.num_threads else ""
     ranks = f", {config.device.worker_ranks} ranks" if config.device.worker_ranks > 1 else ""
     weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
     quantization = config.model.quantization or "none"

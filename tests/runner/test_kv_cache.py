@@ -33,9 +33,9 @@ def model_config(model: CausalLM) -> ModelConfig:
     return model.config
 
 
-def device(backend: Backend, *, kind: str = "cpu", memory_bytes: int = 10**9, num_reserved: int = 0) -> Any:
-    """The backend, with another amount of memory."""
-    return SimpleNamespace(device=torch.device(kind), available_memory_bytes=lambda: memory_bytes,
+def device(backend: Backend, *, share: float = 0.5, memory_bytes: int = 10**9, num_reserved: int = 0) -> Any:
+    """The backend, with another amount of memory, of which a KV cache may have a share."""
+    return SimpleNamespace(kv_memory_share=share, available_memory_bytes=lambda: memory_bytes,
                            kv_cache_shape=backend.kv_cache_shape, num_reserved_blocks=num_reserved)
 
 
@@ -46,16 +46,16 @@ def test_bytes_of_a_block(backend: Backend, specs: Specs) -> None:
     assert sum(t.nbytes for layer in cache.layers for t in layer) == 5 * BLOCK_BYTES
 
 
-@pytest.mark.parametrize(("settings", "kind", "num_blocks"), [
-    ({"num_kv_blocks": 21}, "cpu", 21),
-    ({"num_kv_blocks": 100_000}, "cpu", 100_000),
-    ({"num_kv_blocks": None, "kv_cache_memory_bytes": 20 * BLOCK_BYTES - 1}, "cpu", 19),
-    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, "cpu", 25),
-    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, "cuda", 50),
-    ({"num_kv_blocks": None, "max_num_seqs": 1}, "cpu", 17),  # 128 tokens are 16 blocks
+@pytest.mark.parametrize(("settings", "share", "num_blocks"), [
+    ({"num_kv_blocks": 21}, 0.5, 21),
+    ({"num_kv_blocks": 100_000}, 0.5, 100_000),
+    ({"num_kv_blocks": None, "kv_cache_memory_bytes": 20 * BLOCK_BYTES - 1}, 0.5, 19),
+    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, 0.5, 25),
+    ({"num_kv_blocks": None, "gpu_memory_utilization": 0.5}, 1.0, 50),
+    ({"num_kv_blocks": None, "max_num_seqs": 1}, 0.5, 17),  # 128 tokens are 16 blocks
 ], ids=str)
-def test_how_many(backend: Backend, specs: Specs, settings: dict[str, Any], kind: str, num_blocks: int) -> None:
-    machine = device(backend, kind=kind, memory_bytes=100 * BLOCK_BYTES + 5)
+def test_how_many(backend: Backend, specs: Specs, settings: dict[str, Any], share: float, num_blocks: int) -> None:
+    machine = device(backend, share=share, memory_bytes=100 * BLOCK_BYTES + 5)
     assert plan_num_blocks(make_config(**settings), machine, specs, torch.float32) == num_blocks
 
 

@@ -21,9 +21,6 @@ from xllm.models.model_config import ModelConfig
 from xllm.runner.arena import Arena, padded_bytes
 from xllm.sizes import size_text
 
-# A CPU's memory is also everybody else's.
-CPU_MEMORY_SHARE = 0.5
-
 
 def compute_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> torch.dtype:
     """The dtype of weights, activations and KV: the one that is set, or the device's best for the checkpoint.
@@ -160,6 +157,6 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
 
 def _memory_share_bytes(config: EngineConfig, backend: Backend, others_bytes: int) -> int:
     """All ranks are on this one device: each takes its part, and each has weights of its own."""
-    share = config.cache.gpu_memory_utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
+    share = config.cache.gpu_memory_utilization * backend.kv_memory_share
     num_ranks = config.device.worker_ranks
     return int(max(0, backend.available_memory_bytes() - num_ranks * others_bytes) * share) // num_ranks

@@ -38,7 +38,7 @@ from xllm.structured.matchers import RowMatchers
 # Logits of that many bytes at most exist at a time; with more slots they are made in slices.
 SAMPLE_LOGITS_BYTES = 256 * 2**20
 PROMPT_LOGITS_BYTES = 32 * 2**20
-WARM_UP_TOKENS, WARM_UP_SEQS = 512, 16
+WARM_UP_TOKENS = 512
 
 
 class QueuedStep:
@@ -105,7 +105,7 @@ class ModelRunner:
                                              self.feed, adapters)
         num_seqs = config.device.graph_warmup_seqs
         if num_seqs is None:
-            num_seqs = 0 if backend.device.type == "cpu" else WARM_UP_SEQS
+            num_seqs = backend.warm_up_seqs
         longest = config.scheduler.max_num_batched_tokens or max_model_len
         self._warm_up = min(WARM_UP_TOKENS, longest, max_model_len), num_seqs
         self._eager = EagerForward(backend, model, self.feed, staging, adapters)

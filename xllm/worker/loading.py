@@ -86,8 +86,8 @@ class LoadedModel:
         kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
         self._warn_of_too_much(need, kv_bytes)
         self.placement = Placement(device=self.backend.name, dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
-                                   num_threads=torch.get_num_threads(), weights_bytes=need.weights, kv_bytes=kv_bytes,
-                                   advice=self._advice())
+                                   num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
+                                   weights_bytes=need.weights, kv_bytes=kv_bytes, advice=self._advice())
 
     @property
     def generates(self) -> bool:
@@ -96,14 +96,14 @@ class LoadedModel:
 
     @property
     def _is_adaptive(self) -> bool:
-        return self.config.device.adaptive_threads and self.backend.device.type == "cpu"
+        return self.config.device.adaptive_threads and self.backend.computes_on_host
 
     def _set_threads(self, number: int) -> None:
         """For steps. Where torch's threads would spin for milliseconds after each of its few operators beside ours, it
         gets one."""
         import torch
 
-        torch_spins = self._dtype is torch.float32 and self.backend.device.type == "cpu" and not env.openmp_sleeps()
+        torch_spins = self._dtype is torch.float32 and self.backend.computes_on_host and not env.openmp_sleeps()
         self.backend.set_num_threads(number, torch_number=1 if torch_spins else number)
 
     def make_runner(self) -> ModelRunner:
@@ -165,10 +165,7 @@ class LoadedModel:
     def _advice(self) -> str:
         """What would be faster here, measured; empty where nothing is known. See docs/performance.md."""
         is_plain = self.config.model.quantization is None and self._dtype in self.backend.kernel_dtypes
-        if self.backend.name != "cpu" or not is_plain or self._slow_ops:
-            return ""
-        return ("--quantization w8a8 made the bundled model 2.4 times as fast for one sequence and 2.0 times for "
-                "eight; its products take a quarter of the memory, and it cost 0.02 % in bits per byte")
+        return self.backend.quantization_advice if is_plain and not self._slow_ops else ""
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
         """A KV cache whose size was given takes its memory as it fills up: say now what may come of it."""
@@ -262,7 +259,7 @@ def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
     if not slow:
         return slow
     message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
-    if strict or (strict is None and backend.name != "cpu"):
+    if backend.strict_ops if strict is None else strict:
         raise ConfigError(f"{message}. --no-strict-ops allows it")
     _log.warning(message)
     return slow

@@ -102,8 +102,8 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where and how a rank computes. num_threads: of a CPU. weights_bytes: 0 for random weights. kv_bytes: what the KV
-    cache may take. advice: what would be faster, if anything is known."""
+    """Where and how a rank computes. num_threads: 0 where those are not the host's cores. weights_bytes: 0 for random
+    weights. kv_bytes: what the KV cache may take. advice: what would be faster, if anything is known."""
 
     device: str = ""
     dtype: str = ""

@@ -172,7 +172,7 @@ class Worker:
         """A snapshot; any thread may ask."""
         runner = self.runner
         graphs = None if runner is None else runner.graphs
-        threads = None if self.model is None or self.model.backend.device.type != "cpu" else self.model.threads
+        threads = None if self.model is None or not self.model.backend.computes_on_host else self.model.threads
         return WorkerStats(graphs=None if graphs is None else graphs.stats(),
                            threads=None if threads is None else ThreadStats(
                                num_threads=threads.num_threads, max_threads=threads.max_threads,

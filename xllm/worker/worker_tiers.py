@@ -39,10 +39,9 @@ class WorkerTiers:
         self.facts: TierFacts = self.performer.facts()
         host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
         disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
-        # On a CPU the cores that copy are the cores that compute.
         self.lanes = ThreadLanes(self.performer, report,
                                  {SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
-                                 rides=backend.device.type == "cpu")
+                                 rides=backend.computes_on_host)
         self._populator = Populator(mover, lambda: self.lanes.foreground)
 
     @property
