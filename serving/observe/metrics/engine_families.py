@@ -1,0 +1,54 @@
+"""What the engine says about itself: its stats as `xllm/stats.py` declares them, its steps, its KV cache's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import Metric
+
+from serving.observe.metrics.families import Families
+from xllm.client.engine_client import WatchedEngine
+from xllm.engine.step_log import STEP_TIME_S, STEP_TOKENS
+from xllm.shown import Shown, shown_in
+
+
+def engine_families(make: Families, engine: WatchedEngine) -> Iterator[Metric]:
+    yield from stats_families(make, engine.stats)
+    yield make.histogram("iteration_tokens_total", "Tokens computed in a step", engine.steps.tokens, STEP_TOKENS)
+    yield make.histogram("engine_step_duration_seconds", "Duration of a step", engine.steps.time_s, STEP_TIME_S)
+    if engine.facts is not None:  # None until it has sent its settings
+        cache = engine.facts.config.cache
+        yield make.info("cache_config_info", "The KV cache's settings, as labels", {
+            "block_size": str(cache.block_size), "num_gpu_blocks": str(engine.facts.num_blocks),
+            "enable_prefix_caching": str(cache.enable_prefix_caching)})
+
+
+def stats_families(make: Families, stats: object) -> Iterator[Metric]:
+    """The families of a stats struct and of its parts, as `xllm/shown.py` says."""
+    for attribute, shown in shown_in(type(stats)).items():
+        value = getattr(stats, attribute)
+        if value is None or (shown.only and not getattr(stats, shown.only)):
+            continue
+        if shown.part is None:
+            yield from _families(make, shown, value)
+        elif not shown.label:
+            yield from stats_families(make, value)
+        elif value:
+            for name, number in shown_in(shown.part).items():
+                yield _by(make, number, shown.label, {key: getattr(part, name) for key, part in value.items()})
+
+
+def _families(make: Families, shown: Shown, value: Any) -> Iterator[Metric]:
+    if shown.label:
+        yield _by(make, shown, shown.label,
+                  value if isinstance(value, dict) else {str(place): number for place, number in enumerate(value)})
+    elif shown.name:
+        one = make.gauge if shown.kind == "gauge" else make.counter
+        yield one(shown.name, shown.text, value)
+        if shown.older:
+            yield one(shown.older, f"Older name of {shown.name}", value)
+
+
+def _by(make: Families, shown: Shown, label: str, values: Mapping[str, float]) -> Metric:
+    return (make.gauge_by if shown.kind == "gauge" else make.counter_by)(label, shown.name, shown.text, values)
