@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
-Kind = Literal["gauge", "counter"]
+MetricKind = Literal["gauge", "counter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Shown:
     name of the family. part: the struct that the attribute is, or that its values are.
     """
 
-    kind: Kind = "gauge"
+    kind: MetricKind = "gauge"
     name: str = ""
     text: str = ""
     key: str = ""
@@ -58,7 +58,7 @@ def part(default: Any, struct: type, key: str, *, by: str = "") -> Any:
     return _field(default, Shown(key=key, label=by, part=struct))
 
 
-def derived(kind: Kind, name: str, text: str, *, by: str = "") -> Callable[[F], F]:
+def derived(kind: MetricKind, name: str, text: str, *, by: str = "") -> Callable[[F], F]:
     """Below `@property`: what follows from other fields has a family too, and none while it is None."""
     def mark(function: F) -> F:
         function.shown = _shown(kind, name, text, by, "")  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def shown_in(struct: type) -> dict[str, Shown]:
     return found
 
 
-def _shown(kind: Kind, name: str, text: str, by: str, key: str | None, only: str = "", older: str = "") -> Shown:
+def _shown(kind: MetricKind, name: str, text: str, by: str, key: str | None, only: str = "", older: str = "") -> Shown:
     return Shown(kind=kind, name=name, text=text, key=("" if by else name) if key is None else key, label=by, only=only,
                  older=older)
 

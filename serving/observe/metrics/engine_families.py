@@ -27,27 +27,28 @@ def engine_families(make: Families, engine: WatchedEngine) -> Iterator[Metric]:
 def stats_families(make: Families, stats: object) -> Iterator[Metric]:
     """The families of a stats struct and of its parts, as `xllm/shown.py` says."""
     for attribute, shown in shown_in(type(stats)).items():
-        value = getattr(stats, attribute)
+        value: Any = getattr(stats, attribute)
         if value is None or (shown.only and not getattr(stats, shown.only)):
             continue
-        if shown.part is None:
-            yield from _families(make, shown, value)
-        elif not shown.label:
-            yield from stats_families(make, value)
-        elif value:
-            for name, number in shown_in(shown.part).items():
-                yield _by(make, number, shown.label, {key: getattr(part, name) for key, part in value.items()})
+        if shown.part is not None:
+            yield from _parts(make, shown.part, shown.label, value)
+        elif shown.label:
+            yield _by(make, shown, shown.label,
+                      value if isinstance(value, dict) else {str(place): number for place, number in enumerate(value)})
+        elif shown.name:
+            one = make.gauge if shown.kind == "gauge" else make.counter
+            yield one(shown.name, shown.text, value)
+            if shown.older:
+                yield one(shown.older, f"Older name of {shown.name}", value)
 
 
-def _families(make: Families, shown: Shown, value: Any) -> Iterator[Metric]:
-    if shown.label:
-        yield _by(make, shown, shown.label,
-                  value if isinstance(value, dict) else {str(place): number for place, number in enumerate(value)})
-    elif shown.name:
-        one = make.gauge if shown.kind == "gauge" else make.counter
-        yield one(shown.name, shown.text, value)
-        if shown.older:
-            yield one(shown.older, f"Older name of {shown.name}", value)
+def _parts(make: Families, struct: type, label: str, value: Any) -> Iterator[Metric]:
+    """Of a struct, or of a dict of them by `label`; of an empty one none."""
+    if not label:
+        yield from stats_families(make, value)
+    elif value:
+        for attribute, shown in shown_in(struct).items():
+            yield _by(make, shown, label, {key: getattr(part, attribute) for key, part in value.items()})
 
 
 def _by(make: Families, shown: Shown, label: str, values: Mapping[str, float]) -> Metric:
