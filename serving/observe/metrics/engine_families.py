@@ -26,7 +26,7 @@ def engine_families(make: Families, engine: WatchedEngine) -> Iterator[Metric]:
 
 def stats_families(make: Families, stats: object) -> Iterator[Metric]:
     """The families of a stats struct and of its parts, as `xllm/shown.py` says."""
-    for attribute, shown in shown_in(type(stats)).items():
+    for attribute, shown in shown_in(type(stats)).items():  # type: ignore[arg-type]  # mypy: a type has no hash
         value: Any = getattr(stats, attribute)
         if value is None or (shown.only and not getattr(stats, shown.only)):
             continue
