@@ -27,7 +27,7 @@ from tests.house import (
 
 # Which of our own modules may be imported from where; the longest matching prefix decides.
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_files", "xllm.request", "xllm.sequence",
-        "xllm.step", "xllm.stats", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
+        "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
         "xllm.foreign", "xllm.suggestion", "xllm.run_child"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]

@@ -7,8 +7,9 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serving.observe.engine_history import MAX_SAMPLES
+from serving.observe.engine_history import MAX_SAMPLES, history_row
 from serving.observe.request_log import RequestRecord
+from xllm.stats import EngineStats
 
 
 @dataclass(slots=True)
@@ -25,10 +26,15 @@ class CallerFigures:
     num_rows: int = 0  # so far
     rows: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
 
-    def row(self, now_s: float) -> tuple[float, ...]:
-        """What is the server's and not the caller's is zero."""
-        return (now_s, self.num_running, self.num_waiting, 0.0, self.prompt_tokens, self.generation_tokens,
-                self.prompt_tokens, self.prompt_tokens_cached, 0)
+    def stats(self) -> EngineStats:
+        """The engine's stats for the caller's eyes: what it used itself; what is the server's, or others could be told
+        from, is zero or left out."""
+        return EngineStats(
+            num_running=self.num_running, num_waiting=self.num_waiting, prompt_tokens_total=self.prompt_tokens,
+            cached_prompt_tokens_total=self.prompt_tokens_cached, generation_tokens_total=self.generation_tokens,
+            preemptions_total=self.num_preemptions, prefix_queries_total=self.prompt_tokens,
+            prefix_hits_total=self.prompt_tokens_cached, cached_tokens_by_tier_total=dict(self.cached_by_tier),
+            kv_disk_up=None)
 
     def since(self, num_rows: int) -> list[tuple[float, ...]]:
         """Rows after the first `num_rows`, as far as they are still here."""
@@ -59,5 +65,5 @@ class CallerLog:
         now_s = time.monotonic()
         for name, figures in self._figures.items():
             figures.num_waiting, figures.num_running = waiting[name], begun[name] - waiting[name]
-            figures.rows.append(figures.row(now_s))
+            figures.rows.append(history_row(figures.stats(), now_s))
             figures.num_rows += 1

@@ -9,12 +9,20 @@ from collections.abc import Callable
 
 from xllm.client.engine_client import WatchedEngine
 from xllm.engine.step_log import StepReport, StepTiming
+from xllm.shown import shown_in
+from xllm.stats import EngineStats
 
 SAMPLE_INTERVAL_S = 0.5
 MAX_SAMPLES = 240
 MAX_STEPS = 2048
-HISTORY_COLUMNS = ("time_s", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens",
-                   "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "engine_steps")
+HISTORY = ("num_running", "num_waiting", "kv_usage", "prompt_tokens_total", "generation_tokens_total",
+           "prefix_queries_total", "prefix_hits_total", "num_steps")  # of `EngineStats`
+HISTORY_COLUMNS = ("time_s", *(shown_in(EngineStats)[name].key for name in HISTORY))
+
+
+def history_row(stats: EngineStats, now_s: float) -> tuple[float, ...]:
+    """As `HISTORY_COLUMNS`."""
+    return (now_s, *(getattr(stats, name) for name in HISTORY))
 
 
 class EngineHistory:
@@ -31,9 +39,7 @@ class EngineHistory:
         self.cursor = (self.cursor[0], self.cursor[1] + len(report.recent))
 
     def sample(self, engine: WatchedEngine) -> None:
-        s = engine.stats
-        self._rows.append((time.monotonic(), s.num_running, s.num_waiting, s.kv_usage, s.prompt_tokens_total,
-                           s.generation_tokens_total, s.prefix_queries_total, s.prefix_hits_total, s.num_steps))
+        self._rows.append(history_row(engine.stats, time.monotonic()))
         self.cursor = (self.cursor[0] + 1, self.cursor[1])
 
     async def run(self, engine: WatchedEngine, also: Callable[[], None]) -> None:

@@ -155,7 +155,7 @@ def test_a_newcomer_gets_a_row_that_another_has_too_many_of():
         simulation.step()
         num_steps += 1
     assert num_steps <= 16
-    assert simulation.scheduler.counters.preemptions == 2, "two of four are its part, no more are taken"
+    assert simulation.scheduler.counters.preemptions_total == 2, "two of four are its part, no more are taken"
     simulation.run()
     simulation.check_outputs()
     simulation.check_idle()
@@ -173,7 +173,7 @@ def test_a_newcomer_gets_blocks_that_another_has_too_many_of():
     while not simulation.outputs["quick"]:
         simulation.step()
         num_steps += 1
-    assert num_steps <= 16 and simulation.scheduler.counters.preemptions == 1
+    assert num_steps <= 16 and simulation.scheduler.counters.preemptions_total == 1
     simulation.run()
     simulation.check_outputs()
     simulation.check_idle()
@@ -191,7 +191,7 @@ def test_whoever_holds_most_blocks_makes_room_for_the_others_growth():
     while not all(f"quick{i}" in simulation.finished for i in range(2)):
         simulation.step()
     assert all(simulation.finished[f"quick{i}"].num_preemptions == 0 for i in range(2))
-    assert simulation.scheduler.counters.preemptions > 0, "else nobody was short of blocks"
+    assert simulation.scheduler.counters.preemptions_total > 0, "else nobody was short of blocks"
     simulation.run()
     simulation.check_outputs()
     simulation.check_idle()

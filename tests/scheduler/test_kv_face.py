@@ -62,7 +62,7 @@ def test_without_a_source_nothing_is_found_nothing_moves_and_nothing_is_waited_f
     assert kv.num_loading == 0 and kv.open_tickets(np.arange(4)) == () and not kv.is_loading((1,))
     assert kv.load_s(1) == kv.swap_s(1) == kv.source.move_s(LOAD, 1) == float("inf")
     assert kv.poll(1.0) == 0 and not kv.wait(1.0) and kv.idle_s(1.0) is None
-    assert kv.source_stats({}).tiers == {}
+    assert kv.source_stats({}).kv_tiers == {}
     with pytest.raises(AssertionError):
         kv.load(0, match, NO_EXTENSION, 0)
     kv.close(1.0)

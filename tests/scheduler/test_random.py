@@ -65,13 +65,13 @@ def test_random_workloads(start):
 
 def test_the_workloads_reach_what_they_are_meant_to_reach():
     """Otherwise the test above proves little."""
-    totals = {"preemptions": 0, "prefix_hits": 0, "accepted_tokens": 0}
+    totals = {"preemptions_total": 0, "prefix_hits_total": 0, "spec_accepted_tokens_total": 0}
     aborted = evicted = 0
     for seed in range(60):
         simulation = run_workload(seed)
         for name in totals:
             totals[name] += getattr(simulation.scheduler.counters, name)
-        aborted += simulation.scheduler.counters.finished["abort"]
+        aborted += simulation.scheduler.counters.requests_finished_total["abort"]
         evicted += simulation.scheduler.kv.pool.num_evicted
     assert all(totals.values())
     assert aborted

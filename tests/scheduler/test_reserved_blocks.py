@@ -35,7 +35,7 @@ def test_a_crowd_uses_all_others(num_reserved: int) -> None:
     simulation.run()
     simulation.check_outputs()
     simulation.check_idle()
-    assert simulation.scheduler.counters.preemptions and simulation.scheduler.kv.pool.num_evicted
+    assert simulation.scheduler.counters.preemptions_total and simulation.scheduler.kv.pool.num_evicted
     assert simulation.seen == set(range(num_reserved, 24 + num_reserved))
     assert simulation.scheduler.kv.usage == 0.0
 

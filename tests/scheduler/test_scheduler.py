@@ -95,7 +95,7 @@ def test_too_few_blocks_preempt_the_last_and_lose_nothing(overlap):
     simulation.run()
     simulation.check_outputs()
     simulation.check_idle()
-    assert simulation.scheduler.counters.preemptions > 0
+    assert simulation.scheduler.counters.preemptions_total > 0
     assert simulation.finished["r0"].num_preemptions == 0
 
 
@@ -107,7 +107,7 @@ def test_watermark_keeps_blocks_free_at_admission():
             simulation.add(f"r{i}", prompt_of(36, i * 7), max_tokens=40)
         simulation.run()
         simulation.check_outputs()
-        counts[watermark] = simulation.scheduler.counters.preemptions
+        counts[watermark] = simulation.scheduler.counters.preemptions_total
     assert counts[0.4] < counts[0.0]
 
 

@@ -103,7 +103,7 @@ def test_the_conversations_reach_what_they_are_meant_to_reach(tmp_path):
         totals["written"] += tiers.writer.num_written
         totals["staged"] += tiers.stager.num_staged
         totals["disk_evicted"] += tiers.disk.num_evicted
-        totals["swaps"] += simulation.scheduler.counters.swaps
+        totals["swaps"] += simulation.scheduler.counters.swaps_total
         totals["cut"] += tiers.saver.num_cut
         simulation.close()
     assert all(totals.values()), totals

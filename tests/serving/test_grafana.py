@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.server_process import ROOT, ServerProcess
@@ -32,19 +33,25 @@ QUERIES = dict(queries())
 
 
 @pytest.fixture(scope="module")
-def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, set[str]]]:
-    """Sample name -> (type of its family, labels), of a server that has everything switched on and has worked."""
+def families(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
+    """Of a server that has everything switched on and has worked."""
     folder = tmp_path_factory.mktemp("grafana")
     flags = ("--graph-mode", "checked", "--host-cache-size", "8MiB", "--disk-cache-size", "64MiB", "--disk-cache-dir",
              str(folder / "kv"), "--speculative-method", "ngram", "--enable-lora")
     with ServerProcess(folder / "log.txt", *flags) as server:
         server.http.post("/v1/completions", json={"prompt": "def f():" * 20, "max_tokens": 12, "ignore_eos": True})
         server.wait_idle()
-        found: dict[str, tuple[str, set[str]]] = {}
-        for family in text_string_to_metric_families(server.http.get("/metrics").text):
-            for sample in family.samples:
-                found[sample.name] = (family.type, set(sample.labels) | found.get(sample.name, ("", set()))[1])
-        return found
+        return list(text_string_to_metric_families(server.http.get("/metrics").text))
+
+
+@pytest.fixture(scope="module")
+def series(families: list[Metric]) -> dict[str, tuple[str, set[str]]]:
+    """Sample name -> (type of its family, labels)."""
+    found: dict[str, tuple[str, set[str]]] = {}
+    for family in families:
+        for sample in family.samples:
+            found[sample.name] = (family.type, set(sample.labels) | found.get(sample.name, ("", set()))[1])
+    return found
 
 
 def test_there_are_queries() -> None:
@@ -105,6 +112,20 @@ def test_vllm_dashboards_find_the_same_under_its_names(series: dict[str, tuple[s
     for name, labels in (("lora_requests_info", {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}),
                          ("engine_sleep_state", {"sleep_state"}), ("cache_config_info", {"block_size"})):
         assert series[f"vllm:{name}"][0] == "gauge" and labels <= series[f"vllm:{name}"][1]
+
+
+def test_the_page_names_what_exists(families: list[Metric]) -> None:
+    """What docs/observability.md says of metrics: families, labels and their values."""
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    titles = ("Metrics\n", "Overload and faults\n")
+    sections = [section for section in page.split("\n## ") if section.startswith(titles)]
+    named = {word for section in sections for code in re.findall(r"`([^`\n]+)`", section)
+             for word in re.findall(r"(?<![\w:-])[a-z][a-z0-9]*_\w+", code)}
+    samples = [sample for family in families for sample in family.samples]
+    known = {family.name.partition(":")[2] for family in families} | {
+        word for sample in samples for pair in sample.labels.items() for word in pair}
+    assert len(sections) == 2 and len(named) > 30
+    assert named <= known
 
 
 def test_the_file_is_what_the_tool_writes() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from xllm.kv.lift import Lift
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
-from xllm.stats import LaneStats, TierStats
+from xllm.stats import SourceStats
 
 _NO_SLOTS = np.zeros(0, dtype=np.int32)
 
@@ -35,16 +35,6 @@ class Extension:
 
 
 NO_EXTENSION = Extension(_NO_SLOTS, _NO_SLOTS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceStats:
-    """The fields of `EngineStats` that speak of a source."""
-
-    tiers: dict[str, TierStats] = field(default_factory=dict)
-    lanes: dict[str, LaneStats] = field(default_factory=dict)
-    prefetched_blocks: dict[str, int] = field(default_factory=dict)
-    is_disk_up: bool = False
 
 
 class KVSource(Protocol):

@@ -16,11 +16,12 @@ from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
 from xllm.kv.kv_events import EventSink
-from xllm.kv.kv_source import Extension, KVSource, NoSource, SourceStats
+from xllm.kv.kv_source import Extension, KVSource, NoSource
 from xllm.kv.lift import Lift
 from xllm.kv.moves import LOAD, SAVE
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Stage
+from xllm.stats import SourceStats
 
 S = TypeVar("S", bound=KVSource)
 DEFAULT_POLICY = "duel"

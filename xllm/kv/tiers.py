@@ -24,7 +24,7 @@ from xllm.kv.block import DIGEST_BYTES, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
-from xllm.kv.kv_source import NO_EXTENSION, Extension, SourceStats
+from xllm.kv.kv_source import NO_EXTENSION, Extension
 from xllm.kv.lift import Lift, Lifter
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
@@ -33,7 +33,7 @@ from xllm.kv.prefetch import Prefetcher
 from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
 from xllm.kv.tier_index import NO_SLOT, TierIndex
-from xllm.stats import LaneStats, TierStats
+from xllm.stats import LaneStats, SourceStats, TierStats
 
 MAX_WRITING_SHARE = 0.5  # of the host slots held: then no further path begins to be saved while disk is written
 MAX_WAITING_SHARE = 0.5  # of the device's blocks in paths that wait to be saved: then host memory goes before disk
@@ -366,8 +366,8 @@ class TieredStore:
                  for name, lane in self.moves.stats.items()}
         prefetcher = self.prefetcher
         prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
-        return SourceStats(tiers=tiers, lanes=lanes, prefetched_blocks=prefetched,
-                           is_disk_up=disk is not None and not self.writer.disabled)
+        return SourceStats(kv_tiers=tiers, kv_lanes=lanes, prefetched_blocks_total=prefetched,
+                           kv_disk_up=disk is not None and not self.writer.disabled)
 
     def held_paths(self) -> list[np.ndarray]:
         lifts = [] if self.disk is None else self.lifter.open_lifts

@@ -7,7 +7,6 @@ import numpy as np
 from xllm.config import EngineConfig
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
-from xllm.scheduler.counters import Counters
 from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.preemption import Preemption
@@ -15,6 +14,7 @@ from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
 from xllm.sequence import SequenceState, Status
+from xllm.stats import Counters
 from xllm.step import NewRow
 
 
@@ -145,11 +145,11 @@ class Admission:
     def _count(self, seq: SequenceState, num_cached: int) -> None:
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = num_cached
-            self._counters.cached_prompt_tokens += num_cached
+            self._counters.cached_prompt_tokens_total += num_cached
             if self._admitted is not None:
                 self._admitted.append((seq.request_id, self._clock()))
-        self._counters.prefix_queries += len(seq.token_ids)
-        self._counters.prefix_hits += num_cached
+        self._counters.prefix_queries_total += len(seq.token_ids)
+        self._counters.prefix_hits_total += num_cached
 
     def _plan_first(self, plan: PlanBuilder, row: int, num_cached: int) -> None:
         """The row's first tokens, and the blocks for them."""
@@ -169,7 +169,7 @@ class Admission:
         protected = min(device, num_hot * self._kv.block_size)
         by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk}
         for tier, num_tokens in by_tier.items():
-            self._counters.hits_by_tier[tier] += num_tokens
+            self._counters.cached_tokens_by_tier_total[tier] += num_tokens
         return by_tier
 
     def _length_limit(self, seq: SequenceState) -> int:

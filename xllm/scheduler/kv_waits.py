@@ -15,7 +15,7 @@ from xllm.kv.lift import Lift
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
-from xllm.scheduler.counters import StepRates
+from xllm.scheduler.step_rates import StepRates
 from xllm.sequence import SequenceState
 
 MAX_WAIT_S = 10.0  # for disk; then the prompt is computed

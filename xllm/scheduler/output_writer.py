@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.request import OutputDelta
-from xllm.scheduler.counters import Counters
 from xllm.scheduler.row_table import RowTable
+from xllm.stats import Counters
 from xllm.step import StepOutput
 
 
@@ -42,7 +42,7 @@ class OutputWriter:
                 ended = np.arange(len(rows))[at][ends]
                 kept[ended] = column + 1
                 stops += ended.tolist()
-        self._counters.generation_tokens += int(kept.sum())
+        self._counters.generation_tokens_total += int(kept.sum())
         return self._write(result, rows, kept, producing, stops)
 
     def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray, at: np.ndarray | slice,

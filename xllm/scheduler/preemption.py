@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.kv.manager import KVManager
-from xllm.scheduler.counters import Counters
 from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.plan import PlanBuilder
 from xllm.scheduler.queues import WaitingQueue
@@ -19,6 +18,7 @@ from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
 from xllm.scheduler.token_budget import Share
 from xllm.sequence import SequenceState, Status
+from xllm.stats import Counters
 
 
 class Preemption:
@@ -123,10 +123,10 @@ class Preemption:
         seq = self._rows.seqs[row]
         assert seq is not None
         swap = self._promotions.swap_beats_recompute(int(self._rows.computed[row]))
-        self._counters.swaps += swap
+        self._counters.swaps_total += swap
         self._running.leave(seq, used=False, swap=swap)
         seq.num_preemptions += 1
-        self._counters.preemptions += 1
+        self._counters.preemptions_total += 1
         seq.move(Status.PREEMPTED)
         if self._rows.in_flight[row]:
             self._leaving.append(row)

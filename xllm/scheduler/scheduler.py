@@ -23,7 +23,6 @@ from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.admission import Admission
-from xllm.scheduler.counters import Counters, StepRates
 from xllm.scheduler.fair import make_queue
 from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.output_writer import OutputWriter
@@ -32,8 +31,10 @@ from xllm.scheduler.policy import Phase, phases, request_key
 from xllm.scheduler.preemption import Preemption
 from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
+from xllm.scheduler.step_rates import StepRates
 from xllm.scheduler.token_budget import TokenBudget
 from xllm.sequence import SequenceState, Status
+from xllm.stats import Counters
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.token_ids import check_prompt_length
 
@@ -58,8 +59,11 @@ class Scheduler:
                             policy=make_policy(cache.eviction_policy, num_blocks, lru_k=cache.lru_k,
                                                history=cache.eviction_history, l1_share=cache.l1_share))
         self.rows = RowTable(s.max_num_seqs, self.max_model_len)
-        self.counters = Counters()
-        self.counters.accepted_by_position = [0] * (spec.num_speculative_tokens if spec.speculative_method else 0)
+        max_drafts = spec.num_speculative_tokens if spec.speculative_method else 0
+        self.counters = Counters(
+            spec_accepted_tokens_by_position_total=[0] * max_drafts,
+            requests_finished_total={reason.value: 0 for reason in FinishReason},
+            cached_tokens_by_tier_total=dict.fromkeys(("l1", "l2", "l3", "l4"), 0))
         self._writer = OutputWriter(self.rows, self.counters)
         self.rates = StepRates()
         self.promotions = Promotions(self.kv, self.rates, clock, cache.preemption_mode)
@@ -68,7 +72,7 @@ class Scheduler:
         self._phases = phases(s.scheduling_policy)
         self._budget = TokenBudget(max_tokens=s.max_num_batched_tokens, max_chunk=s.long_prefill_token_threshold,
                                    allow_partial=s.enable_chunked_prefill,
-                                   max_drafts=spec.num_speculative_tokens if spec.speculative_method else 0)
+                                   max_drafts=max_drafts)
         key = request_key(s.scheduling_policy, offline_last=s.online_preempts_offline)
         self.waiting = make_queue(s.scheduling_policy, key, s.max_num_seqs)
         self.running = Running(key, self.rows, self.kv, clock)
@@ -98,7 +102,7 @@ class Scheduler:
         self._sequences[request.request_id] = seq
         self.waiting.push(seq)
         self.promotions.prefetch(seq)
-        self.counters.prompt_tokens += num_tokens
+        self.counters.prompt_tokens_total += num_tokens
 
     def check_room(self, num_held: int = 0) -> None:
         """Raise RequestError if no more requests are taken. num_held: those that are still to come."""
@@ -253,7 +257,16 @@ class Scheduler:
             unused = np.where(plan.samples_S, plan.max_drafts_S - accepted, 0)
             table.upper[rows] -= unused
             table.cursor[rows] -= unused
-            self.counters.note_drafts(result.num_drafts_S, accepted)
+            self._note_drafts(result.num_drafts_S, accepted)
+
+    def _note_drafts(self, num_drafts_S: np.ndarray, num_accepted_S: np.ndarray) -> None:
+        """What became of a step's drafts, row by row; the accepted ones of a row are its first."""
+        c = self.counters
+        c.spec_drafts_total += int(np.count_nonzero(num_drafts_S))
+        c.spec_draft_tokens_total += int(num_drafts_S.sum())
+        c.spec_accepted_tokens_total += int(num_accepted_S.sum())
+        for position in range(int(num_accepted_S.max(initial=0))):
+            c.spec_accepted_tokens_by_position_total[position] += int(np.count_nonzero(num_accepted_S > position))
 
     def _finish_at(self, row: int, output: OutputDelta) -> None:
         """The row's last token, in `output`, ended it."""
@@ -282,7 +295,7 @@ class Scheduler:
             self.rows.alive[seq.row] = False
         del self._sequences[seq.request_id]
         self._writer.num_wanting_prompt_logprobs -= seq.prompt_logprobs is not None
-        self.counters.finished[reason.value] += 1
+        self.counters.requests_finished_total[reason.value] += 1
         return OutputDelta(seq.request_id, [], seq.num_cached_tokens, finish_reason=reason, error=error,
                            num_preemptions=seq.num_preemptions,
                            cached_by_tier=self._writer.untold.pop(seq.request_id, None))

@@ -15,13 +15,8 @@ from serving.api.overload_families import overload_families
 from serving.api.route import Needs, Route
 from serving.api.state import ServerState
 from serving.observe.metrics.adapter_families import lora_families
-from serving.observe.metrics.cache_families import cache_families
+from serving.observe.metrics.engine_families import engine_families
 from serving.observe.metrics.families import Families
-from serving.observe.metrics.graph_families import graph_families
-from serving.observe.metrics.scheduler_families import scheduler_families
-from serving.observe.metrics.speculation_families import speculation_families
-from serving.observe.metrics.thread_families import thread_families
-from serving.observe.metrics.tier_families import tier_families
 
 PREFIXES = ("xllm", "vllm")
 
@@ -39,14 +34,9 @@ class ServerCollector:
 
     def _families(self, make: Families) -> Iterator[Metric]:
         state, engine = self._state, self._state.engine
-        yield from scheduler_families(make, engine)
-        yield from cache_families(make, engine.stats, engine.facts)
-        yield from speculation_families(make, engine.stats)
+        yield from engine_families(make, engine)
         yield from overload_families(make, state)
         yield from state.refusals.families(make, state.keys.kinds)
-        yield from tier_families(make, engine.stats)
-        yield from graph_families(make, engine.stats.graphs)
-        yield from thread_families(make, engine.stats.threads)
         if engine.facts is not None:
             yield from lora_families(make, engine.facts.config.lora, state.requests.open_records())
         yield from state.metrics.families(make)

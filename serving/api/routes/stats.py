@@ -21,13 +21,14 @@ from serving.api.route import Needs, Route
 from serving.api.routes.health import health_of, package_version
 from serving.api.sse import EVENT_HEADERS, EventStream, event
 from serving.api.state import ServerState
-from serving.observe.caller_log import CallerFigures
 from serving.observe.engine_history import HISTORY_COLUMNS
 from serving.observe.metrics.refusals import OVERLOAD
 from serving.observe.request_log import RequestRecord
 from serving.security.caller import CALLER
 from serving.security.keys import NOBODY
 from xllm.engine.step_log import STEP_COLUMNS
+from xllm.shown import shown_in
+from xllm.stats import EngineStats
 
 MAX_REQUESTS = 40
 MAX_VIEWERS = 32  # of one caller
@@ -35,22 +36,10 @@ MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
 NAP_S = 0.5
 
 
-def engine_json(state: ServerState) -> dict[str, Any]:
-    """The engine's gauges and totals under the names that they have in `/metrics`."""
-    s = state.engine.stats
-    return {
-        "num_requests_running": s.num_running, "num_requests_waiting": s.num_waiting,
-        "kv_cache_usage_perc": s.kv_usage, "num_kv_blocks": s.num_blocks, "num_free_kv_blocks": s.num_free_blocks,
-        "engine_steps": s.num_steps, "step_time_seconds": s.step_time_s, "oldest_waiting_seconds": s.oldest_waiting_s,
-        "prompt_tokens": s.prompt_tokens_total, "prompt_tokens_cached": s.cached_prompt_tokens_total,
-        "generation_tokens": s.generation_tokens_total, "num_preemptions": s.preemptions_total,
-        "prefix_cache_queries": s.prefix_queries_total, "prefix_cache_hits": s.prefix_hits_total,
-        "spec_decode_num_draft_tokens": s.spec_draft_tokens_total,
-        "spec_decode_num_accepted_tokens": s.spec_accepted_tokens_total,
-        "kv_tiers": msgspec.to_builtins(s.kv_tiers), "kv_lanes": msgspec.to_builtins(s.kv_lanes),
-        "cached_tokens_by_tier": dict(s.cached_tokens_by_tier_total), "kv_disk_up": s.kv_disk_up,
-        "graphs": msgspec.to_builtins(s.graphs), "threads": msgspec.to_builtins(s.threads),
-    }
+def engine_json(stats: EngineStats) -> dict[str, Any]:
+    """The engine's gauges and totals under the names that they have in `/metrics`, as `xllm/stats.py` declares them."""
+    return {shown.key: msgspec.to_builtins(getattr(stats, attribute))
+            for attribute, shown in shown_in(EngineStats).items() if shown.key}
 
 
 def server_json(state: ServerState) -> dict[str, Any]:
@@ -83,21 +72,6 @@ def _may_see(record: RequestRecord) -> bool:
     return caller is NOBODY or caller.is_admin or record.caller == caller.name
 
 
-def own_json(figures: CallerFigures) -> dict[str, Any]:
-    """`engine_json` for one caller's eyes: what it used itself; what others could be told from is left out or zero."""
-    return {
-        "num_requests_running": figures.num_running, "num_requests_waiting": figures.num_waiting,
-        "kv_cache_usage_perc": 0.0, "num_kv_blocks": 0, "num_free_kv_blocks": 0, "engine_steps": 0,
-        "step_time_seconds": 0.0, "oldest_waiting_seconds": 0.0, "prompt_tokens": figures.prompt_tokens,
-        "prompt_tokens_cached": figures.prompt_tokens_cached, "generation_tokens": figures.generation_tokens,
-        "num_preemptions": figures.num_preemptions, "prefix_cache_queries": figures.prompt_tokens,
-        "prefix_cache_hits": figures.prompt_tokens_cached, "spec_decode_num_draft_tokens": 0,
-        "spec_decode_num_accepted_tokens": 0, "kv_tiers": {}, "kv_lanes": {},
-        "cached_tokens_by_tier": dict(figures.cached_by_tier), "kv_disk_up": None, "graphs": None,
-        "threads": None,
-    }
-
-
 def cursor_of(state: ServerState) -> tuple[int, int]:
     """Where the next snapshot goes on."""
     caller = CALLER.get()
@@ -107,13 +81,13 @@ def cursor_of(state: ServerState) -> tuple[int, int]:
 def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """Everything that the caller may see, but of history and steps only what came after `cursor`."""
     if CALLER.get().may_monitor:
-        engine, (rows, steps) = engine_json(state), state.history.since(cursor)
+        stats, (rows, steps) = state.engine.stats, state.history.since(cursor)
     else:
         figures = state.callers.of(CALLER.get().name)
-        engine, rows, steps = own_json(figures), figures.since(cursor[0]), []
+        stats, rows, steps = figures.stats(), figures.since(cursor[0]), []
     return {
         "object": "stats", "scope": "server" if CALLER.get().may_monitor else "own", "now_s": time.monotonic(),
-        "server": server_json(state), "engine": engine,
+        "server": server_json(state), "engine": engine_json(stats),
         "history": {"columns": HISTORY_COLUMNS, "rows": rows},
         "steps": {"columns": STEP_COLUMNS, "rows": steps},
         "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],

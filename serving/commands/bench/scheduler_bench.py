@@ -169,4 +169,5 @@ def overload(num_seqs: int) -> dict[str, Any]:
             began = time.perf_counter()
             scheduler.update(*plans.pop(0))
             times.append((spent + time.perf_counter() - began) * 1e3)
-    return {"step_ms": {**report.quantiles(times), "max": max(times)}, "preemptions": scheduler.counters.preemptions}
+    return {"step_ms": {**report.quantiles(times), "max": max(times)},
+            "preemptions": scheduler.counters.preemptions_total}
