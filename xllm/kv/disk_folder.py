@@ -23,7 +23,8 @@ from xllm.kv.disk_segment import (
 from xllm.private_files import open_private_folder
 
 PID_FILE = "writer.pid"
-SPARE_FILES = 512  # descriptors left for everything else in the process
+# File descriptors left for everything else in the process (the model's shards, sockets, pipes): chosen, not counted.
+SPARE_FILES = 512
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class DiskFolder:
             self._write_pid()
 
     def close(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder's lock; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

@@ -12,7 +12,7 @@ from xllm.scheduler.step_cost import StepCost
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """Totals since the start, for metrics."""
+    """Totals since the start: tokens, unless the name says otherwise. Written by the scheduler's parts."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -29,7 +29,7 @@ class Counters:
     finished: dict[str, int] = dataclasses.field(default_factory=lambda: {r.value: 0 for r in FinishReason})
 
     def note_drafts(self, num_drafts_S: np.ndarray, num_accepted_S: np.ndarray) -> None:
-        """What became of a step's drafts, row by row; the accepted ones of a row are its first."""
+        """Count a step's drafts and how many of them each row accepted; a row accepts its first ones. int32 [S]."""
         self.drafts += int(np.count_nonzero(num_drafts_S))
         self.draft_tokens += int(num_drafts_S.sum())
         self.accepted_tokens += int(num_accepted_S.sum())
@@ -37,8 +37,9 @@ class Counters:
             self.accepted_by_position[position] += int(np.count_nonzero(num_accepted_S > position))
 
 
-RATE_WEIGHT = 0.1  # of the newest step in a running mean
-MIN_PREFILL_TOKENS = 64  # a step with fewer says nothing about how fast prompts are computed
+RATE_WEIGHT = 0.1  # of the newest step in a running mean; chosen: about the last ten steps decide
+# Chosen: a step of fewer tokens is mostly decode rows, and says nothing about how fast prompts are computed.
+MIN_PREFILL_TOKENS = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,7 +51,7 @@ class StepRates:
     prefill_tokens_per_s: float = 0.0
 
     def note(self, num_tokens: int, num_reads: int, seconds: float) -> None:
-        """A step computed so many tokens, which attended to so many before them, in that time."""
+        """Take in a step: it computed `num_tokens` tokens, which attended to `num_reads` before them, in `seconds`."""
         self.cost.note(num_tokens, num_reads, seconds)
         self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
         if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0.0:

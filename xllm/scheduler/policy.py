@@ -70,7 +70,8 @@ def request_key(policy: str, *, offline_last: bool) -> Callable[[SequenceState],
 
 
 def tenant_key(seq: SequenceState) -> Key:
-    """The order of one tenant's own requests where tenants share fairly: priority is no means against the others."""
+    """The sort key of one tenant's requests under the policy "fair": offline last, then by priority and arrival. There
+    priority orders a tenant's own requests only, not those of others."""
     return (float(seq.request.offline), seq.request.priority, seq.arrival_index)
 
 
