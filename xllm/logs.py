@@ -25,7 +25,8 @@ LEVELS = ("critical", "error", "warning", "info", "debug")
 FORMATS = ("text", "json")
 # The first parts of our loggers' names; uvicorn's have a level of their own, --uvicorn-log-level.
 OURS = frozenset({"xllm", "backends", "graph", "serving", "cuda_ops", "npu_ops", "uvicorn"})
-MAX_CHARS = 16384  # of a message, and of a traceback
+# Of a message, and of a traceback. Chosen: longer than any of ours; a message may quote what strangers sent.
+MAX_CHARS = 16384
 CONTEXT: ContextVar[dict[str, Any] | None] = ContextVar("log_context", default=None)  # fields of each record made here
 _PLAIN = re.compile(r"[\w./:{}@+-]+", re.ASCII)
 

@@ -34,21 +34,17 @@ from xllm.kv.promotion import Loader, Stage, Stager
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 from xllm.stats import LaneStats, TierStats
 
-# Of the host slots: while more are held and disk is being written, no further path begins to be saved. Chosen: half of
-# host memory stays evictable for prefixes that requests load.
-MAX_WRITING_SHARE = 0.5
-# Of the device's blocks: if more wait to be saved, paths are saved over what disk has not taken yet. Chosen: the other
-# half of the device is room to wait in before running requests find too few blocks.
-MAX_WAITING_SHARE = 0.5
-# Of a lane that has not moved anything yet. Chosen, a guess: a slow memory or a fast disk; the first move corrects it.
-ASSUMED_BYTES_PER_S = 1e9
+# Of the host slots: while more are held and disk is being written, no further path begins to be saved.
+MAX_WRITING_SHARE = 0.5  # chosen: half of host memory stays evictable
+# Of the device's blocks: if more wait to be saved, paths are saved over what disk has not taken yet.
+MAX_WAITING_SHARE = 0.5  # chosen: running requests have the other half
+ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 # How long a swap's blocks are kept for their copy to begin. Chosen: the swap was begun because copying is sooner than
 # computing anew; after this long it is not, and the lane in front of it is stuck.
 SWAP_LEASE_S = 10.0
 PREFETCH = 2**40  # priority: behind the moves of every request (`kv_waits.py:_priority`; HTTP bounds theirs to 2^31)
-# From the end of a turn's path, by which its earlier turn is found. Chosen: 4,096 tokens of new turn at a block size of
-# 16; more would cost each admission more look-ups.
-RECOGNISED_BLOCKS = 256
+# From the end of a turn's path, by which its earlier turn is found.
+RECOGNISED_BLOCKS = 256  # chosen: more find longer turns, and cost each admission more look-ups
 BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open. Chosen: a move's end is noticed that late
 _NO_SLOTS = np.zeros(0, dtype=np.int32)
 
@@ -124,8 +120,8 @@ class TieredStore:
         return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
 
     def _saved(self, path: Path) -> bool:
-        """Called when no more of a path is saved to host memory: queue its saved part for disk, and pass the rest, if
-        there was no room for it, to `passage`; returns whether it did that."""
+        """Called when no more of a path is saved to host memory: queue the saved part for disk, and pass a rest that
+        found no room to `passage`; returns whether it did that."""
         if path.done:
             self.write_down(path.slots[: path.done])
         if path.done == len(path.items) or self.disk is None or self.writer.disabled:
@@ -136,8 +132,7 @@ class TieredStore:
         return True
 
     def write_down(self, slots: np.ndarray) -> None:
-        """Queue a path of host slots to be written to disk, unless it is there already or disk is given up. Under
-        pressure (`_is_pressed`) the path is dropped and counted in `writer.num_cut`."""
+        """Queue a path of host slots to be written to disk, if disk lacks it; under pressure it is dropped instead."""
         if self.disk is None:
             return
         on_disk = self.disk_of_slot[slots]
@@ -152,8 +147,7 @@ class TieredStore:
         self.writer.add(Path(slots, [self.host.digest_of(slot) for slot in slots.tolist()], NORMAL))
 
     def _shall_wait(self, path: Path, begun: bool) -> bool:
-        """Whether a path to be saved waits until more of host memory is on disk, rather than evict what is not. Not if
-        sequences end faster than disk takes them (`_is_pressed`)."""
+        """Whether a path to be saved waits until more of host memory is on disk, rather than evict what is not."""
         if self.disk is None or self.writer.is_idle or self._is_pressed:
             return False
         return begun or (path.priority > URGENT and self._is_writing_much(len(path.items)))

@@ -1,4 +1,4 @@
-"""`read_layers`: what an `adapter_config.json` says of each layer, found out in a process beside this one.
+"""`read_layers`: evaluates an `adapter_config.json` for each layer, in a process beside this one.
 
 Its members that choose layers are expressions of Python's `re`. Matching one can take for ever, and stops every other
 thread meanwhile: `python -m xllm.models.adapter_layers` does it within the kernel's limits on CPU time and memory. JSON
@@ -26,10 +26,10 @@ from xllm.errors import ModelError
 from xllm.model_files import ADAPTER_CONFIG, as_object
 from xllm.models.adapter_config import AdapterConfig
 
-CPU_S = 2
-MEMORY_BYTES = 2**29
-WALL_TIMEOUT_S = 60.0  # for a disk that does not answer
-MAX_CONFIG_BYTES = 2**20
+CPU_S = 2  # of CPU time for one adapter. Chosen: real configs take milliseconds after the start
+MEMORY_BYTES = 2**29  # of address space. Chosen: Python and its imports need a small part of it
+WALL_TIMEOUT_S = 60.0  # for a disk that does not answer. Chosen
+MAX_CONFIG_BYTES = 2**20  # of adapter_config.json. Chosen: real ones have some KB
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from xllm.models.weights import WeightSource
 from xllm.pooling import KINDS, PoolingDefaults
 
 MODULES_FILE, POOLING_FOLDER, SENTENCE_FILE = "modules.json", "1_Pooling", "sentence_bert_config.json"
-MAX_MODULES = 64
+MAX_MODULES = 64  # chosen: real checkpoints have a handful
 WAY_OUT = "--pooling-type last (or another) embeds without the checkpoint's own modules"
 LEGACY_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
                 "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",

@@ -26,7 +26,7 @@ ReadProgress = Callable[[int, int], None]  # (bytes of the files read so far, by
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_FILES = 4096  # each stays mapped while the layers are built
+MAX_FILES = 4096  # chosen: the largest checkpoints have some hundreds; each stays mapped while the layers are built
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 BASE_PREFIX, HEAD_PREFIX, BARE_TABLE = "model.", "lm_head.", "embed_tokens.weight"

@@ -21,7 +21,7 @@ from xllm.models.model_config import ModelConfig
 from xllm.runner.arena import Arena, padded_bytes
 from xllm.sizes import size_text
 
-# A CPU's memory is also everybody else's.
+# Of available memory, on a CPU, whose memory other programs use too. Chosen: half is left to them.
 CPU_MEMORY_SHARE = 0.5
 
 
@@ -159,7 +159,8 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
 
 
 def _memory_share_bytes(config: EngineConfig, backend: Backend, others_bytes: int) -> int:
-    """All ranks are on this one device: each takes its part, and each has weights of its own."""
+    """Bytes for the KV cache of one rank, by the share of available memory. All ranks are on this device: each takes
+    its part, and each has weights of its own."""
     share = config.cache.gpu_memory_utilization * (CPU_MEMORY_SHARE if backend.device.type == "cpu" else 1.0)
     num_ranks = config.device.worker_ranks
     return int(max(0, backend.available_memory_bytes() - num_ranks * others_bytes) * share) // num_ranks
