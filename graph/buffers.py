@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Of each field: what CUDA's allocator gives, so that kernels find the alignment that they were compiled for.
 ALIGNMENT_BYTES = 256
 
 Sizes = Mapping[str, int]  # axis letter -> length

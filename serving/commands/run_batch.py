@@ -40,9 +40,11 @@ from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
 ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
+# Of a request that a busy server refused, and seconds before the first, which double each time. Chosen: a minute in
+# all.
 RETRIES, RETRY_S = 8, 0.25
-BUSY = (429, 503)
-START_POLL_S = 0.1
+BUSY = (429, 503)  # HTTP statuses with which a server asks to come back
+START_POLL_S = 0.1  # between looks whether the server is ready. Chosen
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to readers that use `str.splitlines`
 JSON = {"Content-Type": "application/json"}
 ID_PREFIX = "batch_req_"

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-BAR_CHARS = 30
-REDRAW_S = 0.05
-LOG_INTERVAL_S = 5.0  # between two lines about one phase, where nothing can be drawn over
+BAR_CHARS = 30  # the width of the bar
+REDRAW_S = 0.05  # between two drawings of the line. Chosen: smooth enough
+LOG_INTERVAL_S = 5.0  # between two lines about one phase, where nothing can be drawn over. Chosen
 
 
 class LogStream(io.TextIOBase):

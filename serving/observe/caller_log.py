@@ -1,4 +1,4 @@
-"""`CallerLog`: what each caller of a server with keys has used, for its own eyes."""
+"""`CallerLog`: counts what each caller of a server with keys has used, for that caller to see."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CallerFigures:
     rows: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
 
     def row(self, now_s: float) -> tuple[float, ...]:
-        """What is the server's and not the caller's is zero."""
+        """The figures as a row of `HISTORY_COLUMNS`; columns that are the server's and not the caller's are zero."""
         return (now_s, self.num_running, self.num_waiting, 0.0, self.prompt_tokens, self.generation_tokens,
                 self.prompt_tokens, self.prompt_tokens_cached, 0)
 
@@ -46,7 +46,7 @@ class CallerLog:
         return self._figures.setdefault(name, CallerFigures())
 
     def note_end(self, record: RequestRecord) -> None:
-        """A request of somebody's has ended."""
+        """Add a request that has ended to its caller's figures."""
         figures = self.of(record.caller)
         figures.prompt_tokens_cached += record.num_cached_tokens
         figures.num_preemptions += record.num_preemptions

@@ -1,4 +1,5 @@
-"""`KeyRing`: who may call. Keys are held as SHA-256 digests only, and compared in constant time.
+"""`KeyRing`: the keys of a server, each with its caller. Keys are held as SHA-256 digests only, and compared in
+constant time.
 
 Keys come from flags, from the environment and from a file; an empty key, a key that is both a user's and an
 administrator's, or a file that says nothing is a ConfigError: a server that was meant to be closed must not start open.
@@ -24,7 +25,7 @@ _QUOTAS = ("requests_per_minute", "tokens_per_minute")
 
 @dataclass(frozen=True)
 class Caller:
-    """Whom a request is for: the unit of cache isolation, fair share and quotas. Keys of one name are one caller."""
+    """The owner of a key: the unit of cache isolation, fair share and quotas. Keys of one name are one caller."""
 
     name: str = ""  # "": nobody in particular, on a server without keys
     is_admin: bool = False
