@@ -22,8 +22,8 @@ from xllm.sequence import SequenceState
 # How long a request waits for disk before its prompt is computed. Chosen: longer than any healthy disk needs for a
 # prompt, short enough that a request behind a stuck one is answered.
 MAX_WAIT_S = 10.0
-# At most, for storing the KV cache when the engine stops. Chosen: what is not stored by then is computed again, and a
-# shutdown that takes longer may be killed.
+# At most, for storing the KV cache when the engine stops; a server gives its engine process less (`client/process.py:
+# SHUTDOWN_TIMEOUT_S`). Chosen: what is not stored by then is computed again.
 FLUSH_S = 10.0
 # Of a step's mean time: a load that is expected to take less is not waited for, its layers arrive before the step reads
 # them. Chosen: the other half allows for loads that are slower than the mean.

@@ -25,7 +25,7 @@ from xllm.worker.message_codec import decode, encode
 from xllm.worker.messages import Done, Failed, Loaded, StopWorker, WorkerCommand, WorkerReport, WorkerStats
 
 RANK_MODULE = "xllm.worker.rank"
-HEARTBEAT_S = 0.5
+HEARTBEAT_S = 0.5  # between a rank's signs of life. Chosen
 # A rank that, once loaded, sends nothing for that long is taken for stopped. Chosen: twelve heartbeats (`rank.py`), so
 # that a busy machine is not mistaken for a stopped process.
 SILENT_S = 6.0
