@@ -38,7 +38,7 @@ MODULES = (chat, completions, responses, anthropic, embeddings, sample, admin, a
            models, tokenize, health, metrics, stats, console, openapi)
 ROUTES = tuple(route for module in MODULES for route in module.ROUTES)
 QUIET = frozenset(route.path for route in ROUTES if route.is_quiet)
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
+CLIENT_CLOSED_REQUEST = 499  # the status of a call whose client has gone, as nginx has it; it shows in logs only
 logger = logging.getLogger("xllm.api")
 
 

@@ -1,4 +1,4 @@
-"""How much a model shall think and say: the wishes of the APIs as variables of its chat template.
+"""Translates what the APIs say about how much a model shall think and say into variables of its chat template.
 
 A wish is honoured where the template reads a variable for it, and refused by name where it does not.
 """
@@ -17,7 +17,7 @@ SWITCHES = ("enable_thinking", "thinking")  # Qwen's and GLM's name, DeepSeek's 
 
 
 def read_variables(state: ServerState, template: str | None = None) -> frozenset[str]:
-    """What the model's chat templates read, or the request's own. Raises ApiError without a tokenizer."""
+    """The variables that the model's chat templates read, or the request's own. Raises ApiError without a tokenizer."""
     sources = state.need_tokenizer("messages").chat_template_sources if template is None else (template,)
     return template_variables(sources)
 

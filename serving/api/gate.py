@@ -1,4 +1,4 @@
-"""Who may call which route: the levels, and the gate that holds requests against the table of all routes' levels.
+"""Decides who may call which route: the access levels, and the gate that checks each request against them.
 
 A path that no `Route` declares does not exist, whatever is mounted behind it; `create_app` refuses to start when the
 two disagree. The path is looked at as it came over the wire and as the router will read it; both must name a declared

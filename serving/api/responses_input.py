@@ -1,4 +1,4 @@
-"""From a body of the Responses API to the chat that it stands for."""
+"""Translates a body of the Responses API into a chat request."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _text_of(content: Any, place: str) -> str:
 
 
 def chat_body(body: ResponsesBody, conversation: ChatConversation) -> ChatBody:
-    """The same wish as a chat request. Raises ApiError."""
+    """The chat request that means the same. Raises ApiError."""
     messages = conversation.messages
     if body.instructions:
         messages = [{"role": "system", "content": body.instructions}, *messages]

@@ -31,7 +31,8 @@ from xllm.text.token_text import TextContext
 from xllm.text.tokenizer import Tokenizer
 
 SELECTOR_MATCH, EMPTY_LOGPROBS = "selector_match", "empty_logprobs"
-MAX_LOGPROBS, MAX_MATCHES = 5, 1024
+# Tokens of a place, and places of a prompt. Chosen: upstream's default of tokens; a bound on the answer.
+MAX_LOGPROBS, MAX_MATCHES = 5, 1024  # tokens of a place, and places of a prompt. Chosen: they bound the answer
 
 
 def find_places(tokenizer: Tokenizer, prompt: str, literal: str, *,

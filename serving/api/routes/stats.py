@@ -29,10 +29,11 @@ from serving.security.caller import CALLER
 from serving.security.keys import NOBODY
 from xllm.engine.step_log import STEP_COLUMNS
 
-MAX_REQUESTS = 40
-MAX_VIEWERS = 32  # of one caller
+MAX_REQUESTS = 40  # in a snapshot: more than a screen shows
+MAX_VIEWERS = 32  # streams of one caller. Chosen: each costs a snapshot an interval
+# Of a stream. Chosen: ten a second look smooth; a minute keeps a connection alive.
 MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
-NAP_S = 0.5
+NAP_S = 0.5  # that a shutdown may wait for a sleeping stream. Chosen
 
 
 def engine_json(state: ServerState) -> dict[str, Any]:
