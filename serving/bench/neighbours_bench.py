@@ -40,8 +40,8 @@ MEANING = {
     "llamacpp_1": "llama.cpp, decode, batch 1, beside one neighbour: over alone",
     "llamacpp_2": "beside two: over alone",
 }
-PROMPT_TOKENS = 32
-REST_S = 0.6
+PROMPT_TOKENS = 32  # short: it is the decode steps that neighbours disturb
+REST_S = 0.6  # of work before a rate without neighbours: what the engine learned beside them is forgotten by then
 COUNTER = """
 import signal, sys, time
 def end(*_):

@@ -12,7 +12,7 @@ from xllm.stats import EngineStats
 
 
 def cache_families(make: Families, s: EngineStats, facts: EngineFacts | None) -> Iterator[Metric]:
-    """facts: None until the engine has sent its settings."""
+    """The families of the device's KV cache. facts: None until the engine has sent its settings."""
     yield make.gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", s.kv_usage)
     yield make.gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc", s.kv_usage)
     yield make.gauge("num_kv_blocks", "KV blocks", s.num_blocks)

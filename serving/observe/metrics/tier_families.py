@@ -11,7 +11,7 @@ from xllm.stats import EngineStats
 
 
 def tier_families(make: Families, s: EngineStats) -> Iterator[Metric]:
-    """Where prefixes were found; the rest only where there is a tier below the device."""
+    """Where prefixes were found; the other families only if there is a tier below the device."""
     yield make.counter_by("tier", "kv_tier_hit_tokens", "Prompt tokens whose KV was found, by where",
                           s.cached_tokens_by_tier_total)
     if not s.kv_tiers:
@@ -37,7 +37,7 @@ def tier_families(make: Families, s: EngineStats) -> Iterator[Metric]:
 
 
 def _external_families(make: Families, s: EngineStats) -> Iterator[Metric]:
-    """What is found below the device, under vLLM's names for a cache outside of it."""
+    """Prefix hits below the device, under vLLM's names for a cache outside of it."""
     hits = s.cached_tokens_by_tier_total
     yield make.counter("external_prefix_cache_queries", "Tokens that the device did not have, looked up below it",
                        s.prefix_queries_total - hits.get("l1", 0) - hits.get("l2", 0))
