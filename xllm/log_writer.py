@@ -50,7 +50,7 @@ class LogWriter:
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest):]
-            except BlockingIOError:  # somebody made it non-blocking
+            except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._fd], [])
-            except OSError:  # whoever read it has gone; serving goes on
+            except OSError:  # its reader has gone; serving goes on
                 return

@@ -66,7 +66,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # filled from bad_words by whoever tokenises
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # made of bad_words by `InputProcessor`
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None

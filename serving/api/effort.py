@@ -40,7 +40,7 @@ def effort_variables(state: ServerState, effort: str | None, field: str,
         return switches  # without either the model does not think at all
     if "reasoning_effort" in variables:
         return {**switches, "reasoning_effort": effort}
-    if effort == "medium":  # as it thinks when nobody says how much
+    if effort == "medium":  # as the model thinks without being told
         return switches
     known = "none and medium: its chat template only switches thinking on and off" if switches else (
         "medium only: its chat template has no variable for it")

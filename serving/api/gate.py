@@ -126,7 +126,7 @@ class AccessGate:
             raise complaint
         level = self._table.level(scope["raw_path"].decode("latin-1"), scope["path"])
         caller = NOBODY if level is Access.PUBLIC else self._identify(scope["headers"], level)
-        CALLER.set(caller)  # what is refused from here on is somebody's
+        CALLER.set(caller)  # refusals from here on are counted for this caller
         if level is None:
             raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
         if level is Access.USER and scope.get("state", {}).get(KEPT_PLACE):

@@ -36,8 +36,8 @@ class Generation:
         self._stream: Stream | None = None
 
     async def start(self) -> None:
-        """Submit the requests; whoever calls this enters the generation or calls `close`. Raises ApiError, RequestError
-        or EngineDeadError."""
+        """Submit the requests. The caller then enters the generation or calls `close`. Raises ApiError, RequestError or
+        EngineDeadError."""
         state, expires_s = self.state, expiry_s(self._timeout_s, self.state.config.resilience.request_timeout)
         try:
             stream = await state.admission.submit(self._requests)

@@ -183,7 +183,7 @@ class BatchRun:
             await asyncio.gather(*senders, return_exceptions=True)
 
     async def _answer(self, lines: Iterator[RequestLine]) -> None:
-        for line in lines:  # the iterator is everybody's: each takes the next
+        for line in lines:  # all senders share the iterator: each takes the next line
             self._write(answer(line, None, line.error) if line.error else await self._send(line))
 
     async def _send(self, line: RequestLine) -> dict[str, Any]:

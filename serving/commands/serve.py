@@ -155,7 +155,7 @@ class _Server:
         reporting = asyncio.create_task(self._report_throughput())
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
-            loading.cancel()  # whoever dies from now on stays dead
+            loading.cancel()  # an engine that dies from now on stays dead
             await self._drain()
         finally:
             self._http.should_exit = True
@@ -242,7 +242,7 @@ class _Server:
                   f"-d {shlex.quote(body)}")
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
+        with contextlib.suppress(BrokenPipeError):  # the reader of our output has gone; serving goes on
             print(logs.as_json(logger, text) if logs.is_json() else text, flush=True)
 
     def _example_prompt(self) -> dict[str, object]:

@@ -84,7 +84,7 @@ def _origin(text: str) -> tuple[str, str, int]:
 @dataclass(frozen=True)
 class Medium:
     content: bytes
-    media_type: str  # as the sender says; not believed by whoever decodes it
+    media_type: str  # as the sender says; a decoder does not rely on it
 
 
 class MediaFetcher:

@@ -77,7 +77,7 @@ class LocalClient(CommandingClient):
             return
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("this engine is used in another event loop")
-        for stream in set(self._streams.values()):  # their event loop is gone, and with it whoever listened
+        for stream in set(self._streams.values()):  # their event loop is gone, and with it their readers
             stream.close()
         self._loop = loop
 
@@ -99,7 +99,7 @@ class LocalClient(CommandingClient):
     def _take(self, answer: CommandReply) -> None:
         try:
             self._hand_out(answer)
-        except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
+        except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
             self._die(f"its outputs cannot be read: {type(error).__name__}: {error}")
             raise
 
@@ -120,7 +120,7 @@ class LocalClient(CommandingClient):
 
     def _report(self, answer: CommandReply) -> None:
         if not self._post(lambda: self._take(answer)) and isinstance(answer, Outputs):
-            # Nobody listens any more.
+            # No reader is left.
             self._commands.put(Abort([d.request_id for d in answer.deltas if d.finish_reason is None]))
 
     def _post(self, callback: Callable[[], object]) -> bool:

@@ -204,7 +204,7 @@ class ProcessClient(CommandingClient):
                 self._take(REPORTS.decode(frame))
                 if len(frame) > _LARGE_FRAME_BYTES:  # others that are there would be read in the same turn
                     await asyncio.sleep(0)
-        except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
+        except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
             logger.exception("reading the engine's reports failed")
             self._die(f"its reports cannot be read: {type(error).__name__}")
 

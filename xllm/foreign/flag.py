@@ -67,7 +67,7 @@ def ignored(name: str, note: str, **more: Any) -> ForeignFlag:
 
 
 def refused(name: str, note: str, **more: Any) -> ForeignFlag:
-    """Ends the start: whoever gave it would get something else than he asked for."""
+    """Ends the start: the engine would do something other than the flag asks for."""
     return ForeignFlag(name=name, verdict="refused", note=note, **more)
 
 

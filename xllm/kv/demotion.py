@@ -27,7 +27,7 @@ MAX_CHUNK_BLOCKS = 32
 # wait where copies take the cores that compute. The step-time figures there were measured with it.
 CHUNK_BYTES = 768 << 10
 MAX_QUEUED_PATHS = 1024  # chosen: bounds the queue's memory; a path beyond it is not saved, and counted in num_cut
-NORMAL = URGENT + 1  # priority of copies that nobody waits for
+NORMAL = URGENT + 1  # priority of copies that no request waits for
 
 
 class Origin(Protocol):

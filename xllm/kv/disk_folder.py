@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 class DiskFolder:
     """Holds the folder's lock, and opens and creates its segments. Raises OSError unless it says otherwise.
 
-    The lock is a flock on the folder itself, so deleting a file in it lets nobody else in, and the kernel drops
+    The lock is a flock on the folder itself, so deleting a file in it lets no other process in, and the kernel drops
     it with the process. Raises ConfigError if another process (or store) has it, or others may write to it.
     """
 
@@ -81,7 +81,7 @@ class DiskFolder:
     def open_segments(self, geometry: Geometry, num_slots: int) -> list[DiskSegment | None]:
         """The segments that are there, by number, for a store of `num_slots`; None where there is none yet.
 
-        Segments beyond `num_slots` are deleted: the capacity was lowered, and nobody would ever use or free
+        Segments beyond `num_slots` are deleted: the capacity was lowered, and nothing would ever use or free
         them. So are files that a crash left under a temporary name. All else is left alone, and counted.
         Raises ConfigError if they are more files than the process may open.
         """

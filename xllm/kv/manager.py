@@ -94,7 +94,7 @@ class KVManager:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that somebody holds or that are still in flight."""
+        """Share of the blocks, 0 to 1, that are held or still in flight."""
         return 1.0 - self.pool.num_available / self.pool.num_usable
 
     # --- finding a prefix

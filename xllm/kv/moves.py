@@ -16,8 +16,8 @@ import numpy as np
 RATE_WEIGHT = 0.2  # of the newest move in a lane's running bandwidth; chosen: the last five moves or so decide
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
-PATIENT = (SAVE, WRITE)  # nobody waits for these, unless their priority says so
-URGENT = 0  # priority of moves that somebody waits for; lower goes first
+PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
+URGENT = 0  # priority of moves that a request waits for; lower goes first
 NO_TICKET = 0  # tickets count from 1
 
 

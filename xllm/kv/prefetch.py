@@ -50,7 +50,7 @@ class IdleConversation:
     tail: bytes
     ended_s: float
     gap_s: float | None = None  # a running mean of its own gaps
-    fetched_blocks: int = 0  # by a prefetch that nobody has used yet
+    fetched_blocks: int = 0  # by a prefetch that no request has used yet
     fresh_until_s: float = field(default=0.0)
     num_retries: int = 0
 

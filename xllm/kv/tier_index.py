@@ -4,7 +4,7 @@ The slots of a tier and their life:
 
     FREE      holds nothing
     WRITING   reserved; its bytes are on their way
-    RESIDENT  complete and findable; evictable while nobody holds it
+    RESIDENT  complete and findable; evictable while it is not held
     DOOMED    found to be broken while held: not findable any more, FREE as soon as it is let go
 
 A tier is closed under prefixes: the parent of a resident block is resident. A block is held only together with its

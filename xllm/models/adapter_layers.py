@@ -92,7 +92,7 @@ def main() -> None:
 
 def _read(file: Path, names: list[str]) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:  # of a disk, or of whoever else writes the file just now
+        with file.open("rb") as opened:  # of a disk, or of another process that writes the file just now
             content = opened.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist") from None

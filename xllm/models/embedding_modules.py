@@ -38,7 +38,7 @@ Layer = Callable[[Tensor], Tensor]  # vector_D -> another, fp32, in host memory
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingModules:
     """defaults: how the hidden states of a text become a vector, for requests that do not say it. layers: what the
-    vector passes through then, whoever says the rest."""
+    vector then passes through, also for requests that do."""
 
     defaults: PoolingDefaults
     layers: tuple[Layer, ...] = ()

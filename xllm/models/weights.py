@@ -92,7 +92,7 @@ class WeightSource:
         return name in self._left
 
     def check_all_taken(self) -> None:
-        """Raise ModelError if tensors are left that no layer took or skipped, but for buffers that nobody needs."""
+        """Raise ModelError if tensors are left that no layer took or skipped, except buffers that are never needed."""
         unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
         if unexpected:
             file, _, stored = self._left[unexpected[0]]

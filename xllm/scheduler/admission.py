@@ -32,7 +32,7 @@ class Admission:
         # (the head that did not fit, the blocks there were, `running.num_changes` then): the head is not tried again
         # before one of the three is different.
         self._blocked: tuple[SequenceState, int, int] | None = None
-        self._admitted: list[tuple[str, float]] | None = None  # see `take_admitted`; None: nobody wants them
+        self._admitted: list[tuple[str, float]] | None = None  # see `take_admitted`; None: not wanted
         self._found: dict[str, dict[str, int]] = {}
 
     def take_admitted(self) -> list[tuple[str, float]]:

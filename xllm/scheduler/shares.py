@@ -42,7 +42,7 @@ def seconds_of_step(demand_T: np.ndarray, weight_T: np.ndarray, step_s: float) -
 
 
 def deal(demand_T: np.ndarray, weight_T: np.ndarray, total: float) -> np.ndarray:
-    """Deal `total` out by weight, nobody getting more than its demand (max-min fairness)."""
+    """Deal `total` out by weight, no tenant getting more than its demand (max-min fairness): float64 [T]."""
     given, open_T = np.zeros(len(demand_T)), demand_T > 0
     while open_T.any() and total > 0:
         part = total * weight_T / weight_T[open_T].sum()

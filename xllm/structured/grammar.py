@@ -80,7 +80,8 @@ def as_lark(source: str) -> str:
 
 
 def checked_structures(tag: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of vLLM's and SGLang's structural tag, whose form nobody else would complain about. Raises GrammarError."""
+    """The structures of a structural tag in vLLM's and SGLang's form. Raises GrammarError for a malformed tag, which is
+    not checked anywhere else."""
     _check_keys(tag, ("structures", "triggers"), "a structural tag")
     structures, triggers = tag.get("structures"), tag.get("triggers")
     if not isinstance(structures, list) or not structures or not all(isinstance(s, dict) for s in structures):

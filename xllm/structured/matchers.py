@@ -72,7 +72,7 @@ class RowMatchers:
     """One thread at a time may call it; between `begin` and `masks` the masks are computed in threads of its own."""
 
     def __init__(self, rows: RowTokens, vocab_size: int):
-        self.store: GrammarStore | None = None  # whoever loads the engine provides it
+        self.store: GrammarStore | None = None  # set by the worker before the first row
         self._rows = rows
         self._num_words = -(-vocab_size // 32)
         self._matchers: dict[int, _RowMatcher] = {}

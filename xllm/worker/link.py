@@ -38,7 +38,7 @@ class WorkerLink:
     def __init__(self) -> None:
         self._queues_steps = False
         self._outputs: deque[StepOutput] = deque()
-        self._taken: dict[type, list[WorkerReport]] = {}  # the reports that nobody has asked for yet
+        self._taken: dict[type, list[WorkerReport]] = {}  # reports that have come and were not taken yet
 
     # --- what a way to the workers provides
 

@@ -67,7 +67,7 @@ def server_json(state: ServerState) -> dict[str, Any]:
 
 
 def request_json(record: RequestRecord) -> dict[str, Any]:
-    """A record for everybody's eyes: no id that its caller chose, no text."""
+    """A record as every viewer may see it: without the id that its caller chose, without text."""
     return {
         "number": record.number, "kind": record.kind.name, "arrival_s": record.arrival_s,
         "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,
