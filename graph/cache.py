@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Reasons of the cache for an eager step; its callers have more.
 CAPTURE_FAILED, OVER_BUDGET, CACHE_FULL = "capture_failed", "over_budget", "cache_full"
-# In a full cache a key must be missed that often before another makes room, because a capture costs as much as many
-# steps. Chosen.
+# In a full cache a key must be missed that often before another makes room. Chosen: a capture costs as much as many
+# steps, so that keys in turns must not push each other out.
 MISSES_BEFORE_EVICTION = 8
 
 

@@ -25,7 +25,7 @@ PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_POPULATE = 0x1, 0x2, 0x10, 0x20, 0x4000, 0x8000
 FAILED = ctypes.c_void_p(-1).value
 # Of vm.max_map_count (65,530 by default): left for libraries, allocators and thread stacks of this process, which go on
-# making mappings of their own. Chosen.
+# making mappings of their own. Chosen: an eighth; running out would fail their calls.
 MAPPINGS_MARGIN = 8192
 
 

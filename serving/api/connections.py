@@ -18,11 +18,13 @@ HEAD, BODY, WRITE, FULL = END_REASONS
 # Connections that asyncio accepts in one turn; they are counted a turn or two later. Chosen: small, so that the count
 # is hardly exceeded.
 ACCEPTED_AT_ONCE = 32
-KEPT_PLACES = 32  # beyond max_connections, for health and admin routes. Chosen
+KEPT_PLACES = 32  # beyond max_connections, for health and admin routes. Chosen: more than probes and operators need
 # Files, pipes and sockets that are no connections (chosen: 128), and connections not yet counted.
 OTHER_FILES = 128 + 4 * ACCEPTED_AT_ONCE
-_SHORTENED_FROM = 0.5  # share of max_connections in use from which a head gets less time. Chosen
-_SHORTEST = 0.05  # of head_timeout, when all places are in use: one second of the default 20. Chosen
+# Share of max_connections in use from which a head gets less time. Chosen: slow clients are spared below.
+_SHORTENED_FROM = 0.5
+# Of head_timeout, when all are in use. Chosen: one second of the default 20 is enough for an honest client.
+_SHORTEST = 0.05
 
 
 class Peer(Protocol):

@@ -20,7 +20,8 @@ from xllm.request import Request, SamplingParams
 from xllm.token_ids import check_prompt_length
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
-SEQUENCE_SIZE = 64  # making a sequence is as much work as so many characters of text. Chosen
+# Making a sequence counts as so many characters of text (`text_work.py: LONG`). Chosen: 64 of them are worth a thread.
+SEQUENCE_SIZE = 64
 # Either way: the moves of the KV tiers add at most as much again, and stay below `kv/tiers.py: PREFETCH`.
 MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024  # chosen: a salt is an id or a digest

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 LONG = 4096  # characters or values: more is worth a thread. Chosen: a thread costs about as much as tokenising so many
-LARGE = 2**18  # of more, one after the other is done: a thread for each that comes would fill the memory. Chosen
+LARGE = 2**18  # of more, one after the other is done. Chosen: a thread for each that comes would fill the memory
 THREADS = 4  # for long work. Chosen: it is short enough to need no more
 
 

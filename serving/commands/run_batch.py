@@ -44,7 +44,7 @@ ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
 # all.
 RETRIES, RETRY_S = 8, 0.25
 BUSY = (429, 503)  # HTTP statuses with which a server asks to come back
-START_POLL_S = 0.1  # between looks whether the server is ready. Chosen
+START_POLL_S = 0.1  # between looks whether the server is ready. Chosen: a start takes a second or more
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to readers that use `str.splitlines`
 JSON = {"Content-Type": "application/json"}
 ID_PREFIX = "batch_req_"

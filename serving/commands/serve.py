@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from xllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("xllm.serve")
-POLL_S = 0.05  # between looks at what is awaited while starting and draining. Chosen
-ABORT_GRACE_S = 1.0  # for aborted requests to send their last words. Chosen
+POLL_S = 0.05  # between looks at what is awaited while starting and draining. Chosen: hardly noticed by a person
+ABORT_GRACE_S = 1.0  # for aborted requests to send their last words. Chosen: a reader that takes longer is cut off
 # Connections that may wait until they are accepted. Chosen; the kernel cuts it to net.core.somaxconn (4096 by default).
 KERNEL_QUEUE = 2048
 

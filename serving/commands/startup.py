@@ -12,7 +12,8 @@ from typing import TextIO
 
 BAR_CHARS = 30  # the width of the bar
 REDRAW_S = 0.05  # between two drawings of the line. Chosen: smooth enough
-LOG_INTERVAL_S = 5.0  # between two lines about one phase, where nothing can be drawn over. Chosen
+# Between two lines about one phase, where nothing can be drawn over. Chosen: a log shows progress, and stays short.
+LOG_INTERVAL_S = 5.0
 
 
 class LogStream(io.TextIOBase):

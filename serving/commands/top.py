@@ -31,8 +31,8 @@ LANE_CHARS = 32  # the width of a request's bar on a wide screen
 MIN_LANE_CHARS = 4  # the least width at which that bar still says something
 FRAME_CHARS, PADDING_CHARS = 4, 2  # of the panel, and of each column in it
 COLUMNS = {"#": 5, "kind": 10, "prompt": 6, "cached": 6, "output": 6, "time": LANE_CHARS, "ms": 7, "tok/s": 6, "end": 8}
-# Also between two snapshots of the stream, which come at least once a second unless asked otherwise. Chosen.
-CONNECT_TIMEOUT_S = 10.0  # of each wait for the server. Chosen
+# Of each wait for the server. Chosen: a server that says nothing for that long is taken for gone.
+CONNECT_TIMEOUT_S = 10.0
 Row = list[float]
 
 

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-_KIND_CHARS = 60  # of a message that tell its kind: what follows names the case. Chosen
+# Of a message that tell its kind; what follows names the case. Chosen: longer than the fixed beginnings of messages.
+_KIND_CHARS = 60
 _MAX_KINDS = 1024  # kinds that are remembered. Chosen: bounds memory; the messages are our own and few
 
 

@@ -19,7 +19,8 @@ ParserSteps = Generator[None, None, T]
 Sink = Callable[[str], None]
 
 MAX_NAME_CHARS = 256  # of a function. Chosen: OpenAI allows 64; text that is longer is no name
-MAX_LAYOUT_CHARS = 16  # of white space between tags: models write a line break and an indentation. Chosen
+# Of white space between tags. Chosen: models write a line break and an indentation; more is no layout.
+MAX_LAYOUT_CHARS = 16
 _SPACE = re.compile(r"\s*")
 _ANYTHING = re.compile(r".*", re.DOTALL)
 _NAME = re.compile(r"[\w.\-:/]*")

@@ -24,7 +24,7 @@ from serving.security.addresses import Address, Network, is_allowed
 from serving.security.media_url import MediaError, MediaUrl, parse_url, resolve_redirect
 from xllm.errors import ConfigError
 
-READ_BYTES = 65536  # of one read. Chosen
+READ_BYTES = 65536  # of one read, after which the bounds are checked again. Chosen
 MAX_HEAD_BYTES = 16384  # of an answer's head: h11's own default
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 Resolver = Callable[[str, int], Awaitable[list[str]]]

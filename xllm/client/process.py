@@ -35,7 +35,9 @@ from xllm.stats import EngineStats
 # (`scheduler/kv_waits.py: FLUSH_S`) that takes longer.
 SHUTDOWN_TIMEOUT_S = 5.0
 # Beyond it a frame's handling is followed by a turn of the event loop. Chosen: about a millisecond's work.
-_LARGE_FRAME_BYTES = 2**15  # after a larger frame the event loop gets a turn before the next one is read. Chosen
+# After a larger frame the event loop gets a turn before the next one is read. Chosen: a small frame costs less than a
+# turn.
+_LARGE_FRAME_BYTES = 2**15
 logger = logging.getLogger("xllm.client")
 
 

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 # How long a step waits for a grammar if nothing else can be done. Chosen: the caller is asked for new commands that
 # often.
 MAX_GRAMMAR_WAIT_S = 0.05
-READING_POLL_S = 0.02  # how soon an adapter that has been read is noticed while there is nothing else to do. Chosen
+# How soon an adapter that has been read is noticed by an idle engine. Chosen: reading one takes longer.
+READING_POLL_S = 0.02
 
 
 class EngineCore:

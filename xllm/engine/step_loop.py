@@ -14,7 +14,9 @@ from xllm.request import OutputDelta
 from xllm.scheduler.scheduler import Scheduler
 from xllm.step import ScheduleOutput, StepOutput
 
-MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the loop looks for new commands again. Chosen
+# For moves between the KV tiers, before the loop looks for new commands again. Chosen: a command waits that long at
+# most.
+MAX_IDLE_WAIT_S = 0.05
 
 
 class Steps(Protocol):

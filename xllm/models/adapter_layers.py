@@ -28,7 +28,7 @@ from xllm.models.adapter_config import AdapterConfig
 
 CPU_S = 2  # of CPU time for one adapter. Chosen: real configs take milliseconds after the start
 MEMORY_BYTES = 2**29  # of address space. Chosen: Python and its imports need a small part of it
-WALL_TIMEOUT_S = 60.0  # for a disk that does not answer. Chosen
+WALL_TIMEOUT_S = 60.0  # for a disk that does not answer. Chosen: far longer than CPU_S on a busy machine
 MAX_CONFIG_BYTES = 2**20  # of adapter_config.json. Chosen: real ones have some KB
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Weights up to this size are hashed whole. Chosen: a second or two of reading; larger ones are sampled.
 FULL_READ_BYTES = 2 << 30
-SAMPLE_BYTES = 64 << 10  # of each piece of a larger file. Chosen
+SAMPLE_BYTES = 64 << 10  # of each piece of a larger file. Chosen: a read of a disk costs as much for less
 CONFIG_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                 "model.safetensors.index.json")
 

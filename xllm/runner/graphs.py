@@ -37,8 +37,8 @@ from xllm.stats import GraphStats
 _log = logging.getLogger(__name__)
 
 NUM_SETS = 2  # of buffers, used in turn: as many as `token_feed.py:NUM_BUFFERS`
-# Static memory for logits; steps with more end with the hidden states. As `model_runner.py:SAMPLE_LOGITS_BYTES`.
-# Chosen.
+# Static memory for logits; steps with more end with the hidden states. Chosen: as
+# `model_runner.py:SAMPLE_LOGITS_BYTES`.
 LOGITS_BYTES = 256 * 2**20
 HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"  # what a graph ends with
 TABLE, BASE = "table", "base"  # layouts: block ids of each row, or where its blocks begin

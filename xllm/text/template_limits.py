@@ -30,7 +30,7 @@ MAX_NUMBER = 10**6  # as an argument: a width, an indent, a count. Chosen: beyon
 MAX_INTEGER_BITS = 4096  # of a result. Chosen: multiplying and printing such a number takes microseconds
 # Of a template: the compiler, too, runs inside C. Chosen: several times the largest templates in use.
 MAX_NODES = 2**15
-MAX_PRETTY_VALUES = 2**14  # that `pprint` lays out, which takes long. Chosen
+MAX_PRETTY_VALUES = 2**14  # that `pprint` lays out. Chosen: far beyond templates' use; laying out takes long, inside C
 # Between two looks at the clock. Chosen: a look costs more than a tick, and so many ticks take microseconds.
 _TICKS_PER_LOOK = 64
 _EACH, _SHOWN, _SIZED, _CONCAT = "xllm_each", "xllm_shown", "xllm_sized", "xllm_concat"

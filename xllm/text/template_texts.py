@@ -11,7 +11,7 @@ from xllm.text.template_weights import MAX_VALUES, TemplateLimitError, TemplateW
 MAX_INDENT = 64  # chosen: more than any layout needs; each level of nesting repeats it
 # Of a longer text only what copies or searches it once is allowed. Chosen: one such pass is short.
 LONG_TEXT_CHARS = 2**20
-MARKUP_CHARS = 2**16  # for filters whose time grows with the square of the text. Chosen
+MARKUP_CHARS = 2**16  # for filters whose time grows with the square of the text. Chosen: 2^32 cheap steps at most
 # Of a search that compares every place with every character. Chosen: some tenths of a second at a step a nanosecond.
 MAX_STEPS = 2**28
 _LONG_FIELD = re.compile(r"\d{5}")

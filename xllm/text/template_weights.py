@@ -14,8 +14,9 @@ from jinja2.utils import Namespace
 # In one value, each counted as often as it occurs. Chosen: bounds what runs inside C, where no clock is looked at.
 MAX_VALUES = 2**19
 MAX_DEPTH = 200  # of nesting. Chosen: below Python's limit on recursion, far beyond real conversations
-_OF_NAMESPACE = 512  # values that one counts as, because it is weighed again each time. Chosen
-_REMEMBERED = 16  # values from which a weight is kept: counting fewer is as fast as looking the weight up. Chosen
+# Values that one counts as. Chosen: it is weighed again each time, so that many of them in a value must count.
+_OF_NAMESPACE = 512
+_REMEMBERED = 16  # values from which a weight is kept. Chosen: counting fewer is as fast as looking the weight up
 _MAX_REMEMBERED = 2**14  # weights kept. Chosen: bounds memory
 
 

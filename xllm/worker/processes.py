@@ -25,14 +25,15 @@ from xllm.worker.message_codec import decode, encode
 from xllm.worker.messages import Done, Failed, Loaded, StopWorker, WorkerCommand, WorkerReport, WorkerStats
 
 RANK_MODULE = "xllm.worker.rank"
-HEARTBEAT_S = 0.5  # between a rank's signs of life. Chosen
+HEARTBEAT_S = 0.5  # between a rank's signs of life. Chosen: a dozen of them fit into SILENT_S
 # A rank that, once loaded, sends nothing for that long is taken for stopped. Chosen: twelve heartbeats (`rank.py`), so
 # that a busy machine is not mistaken for a stopped process.
 SILENT_S = 6.0
 # A rank that has not finished a step which another finished that long ago is stuck. Chosen: a little more than
 # `SILENT_S`, so that a stopped process is reported as stopped.
 LATE_S = 7.0
-# The same for answers that may take long by themselves: a move, a grammar, waking up. Chosen generously.
+# The same for answers that may take long by themselves: a move, a grammar, waking up. Chosen: longer than reading
+# weights again takes from a local disk.
 LATE_ANSWER_S = 60.0
 # Between two looks at the processes. Chosen: far below the limits above, and rare enough to cost nothing.
 CHECK_S = 0.2

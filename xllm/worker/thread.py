@@ -8,7 +8,8 @@ import threading
 from xllm.worker.inline import DIRECT, InlineLink, Wire
 from xllm.worker.messages import StopWorker, WorkerCommand
 
-CLOSE_S = 30.0  # for the step in progress to end at shutdown; a thread that hangs longer is left behind. Chosen
+# For the step in progress to end at shutdown. Chosen: longer than any step; a thread that hangs is left behind.
+CLOSE_S = 30.0
 
 
 class ThreadLink(InlineLink):

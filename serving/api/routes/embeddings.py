@@ -31,7 +31,7 @@ from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
-VECTORS_AT_ONCE = 16  # that are made into JSON before the event loop has a turn. Chosen
+VECTORS_AT_ONCE = 16  # that are made into JSON before the event loop has a turn. Chosen: each has thousands of numbers
 TEXT_PARAM = "text_1 or text_2"
 
 
