@@ -13,7 +13,7 @@ from backends.backend import BackendError
 
 
 def probe(name: str) -> dict[str, dict[str, str] | str]:
-    """{"name": the backend's, "facts": what it says of itself}, or {"problem": why there is none}."""
+    """{"name": the backend's, "facts": `Backend.describe()`}, or {"problem": why there is none}."""
     try:
         backend = get_backend(name)
         return {"name": backend.name, "facts": backend.describe()}

@@ -117,6 +117,7 @@ def _renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -
 
 
 def install_handlers(app: FastAPI) -> None:
+    """Have the app answer every exception in the API's error shape (`as_api_error`)."""
     async def handle(request: Request, error: Exception) -> Response:
         answer = as_api_error(error)
         if answer.status in (404, 405) and isinstance(error, HTTPException):

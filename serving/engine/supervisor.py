@@ -31,6 +31,7 @@ class Supervisor:
         self.num_restarts = 0
 
     async def run(self) -> None:
+        """Watch the engine: end one that is stuck, start one that died again. Returns when it is dead for good."""
         while True:
             await asyncio.sleep(LOOK_S)
             if self._engine.dead_reason is None:

@@ -83,6 +83,8 @@ def _origin(text: str) -> tuple[str, str, int]:
 
 @dataclass(frozen=True)
 class Medium:
+    """A fetched medium: its bytes and the type that its sender names."""
+
     content: bytes
     media_type: str  # as the sender says; a decoder does not rely on it
 

@@ -1,4 +1,4 @@
-"""All foreign flags by name, and what becomes of those that are given."""
+"""All foreign flags by name, and how those that are given are treated."""
 
 from __future__ import annotations
 

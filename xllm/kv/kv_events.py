@@ -1,4 +1,6 @@
-"""`EventSink`: is told which KV blocks the device's prefix index can find, so that routers and caches can know it."""
+"""`EventSink`: receives every change in which KV blocks the device's prefix index can find, for routers and the
+like.
+"""
 
 from __future__ import annotations
 

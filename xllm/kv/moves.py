@@ -126,6 +126,7 @@ class LaneTotals:
         self.bytes_per_s = 0.0
 
     def count(self, num_bytes: int, busy_s: float, wait_s: float) -> None:
+        """Add a move that has ended, and update `bytes_per_s`."""
         self.num_moves += 1
         self.num_bytes += num_bytes
         self.busy_s += busy_s

@@ -55,6 +55,8 @@ class FairQueue(WaitingQueue):
         return float(self._served_T[self._slot(tenant)])
 
     def push(self, seq: SequenceState) -> None:
+        """Queue a sequence. A tenant that did not wait before gets its counter raised (`_lift`), unless it is back from
+        a preemption."""
         tenant = seq.request.tenant
         slot = self._slot(tenant)
         self._weight_T[slot] = seq.request.tenant_weight
@@ -79,6 +81,7 @@ class FairQueue(WaitingQueue):
         self._served_T[slot] = max(self._served_T[slot], floor)
 
     def peek(self) -> SequenceState | None:
+        """The first request: online before offline, then of the tenant served least, then by its own order."""
         first: tuple[tuple, SequenceState] | None = None
         for tenant, queue in self._queues.items():
             seq = queue.peek()

@@ -49,7 +49,7 @@ _KEYS: dict[str, Callable[[SequenceState], Key]] = {
     "prefill-first": _fcfs,
     "decode-first": _fcfs,
     "online-first": _fcfs,
-    "fair": _fcfs,  # once they run; who gets in is up to `fair.py`
+    "fair": _fcfs,  # of running requests; `fair.py` decides which waiting one is admitted
 }
 
 _PHASES: dict[str, tuple[Phase, ...]] = {

@@ -29,7 +29,7 @@ def seconds_of_step(demand_T: np.ndarray, weight_T: np.ndarray, step_s: float) -
     demand_T: seconds that each would take of this step; 0: it asks for nothing. step_s: what a step costs by itself.
     Alone a tenant's step would take step_s + demand; beside others it has its weight's share of the time, so it may
     take that much longer, and `SLOWER` times that. What fits into the shortest such time is dealt out by weight, what
-    one does not want going to the others. None: everybody may have what it wants.
+    one does not want going to the others. None: every tenant may have what it wants.
     """
     asks = demand_T > 0
     if np.count_nonzero(asks) < 2:

@@ -25,8 +25,8 @@ class TemplateLimitError(Exception):
 
 
 class TemplateWeights:
-    """For one rendering. A template cannot change lists and dicts, so the weight of one stays what it is; that of a
-    namespace, which it can change, is never kept, nor that of what holds one.
+    """The weights of one rendering's values. A template cannot change lists and dicts, so their weight is kept; that of
+    a namespace, which it can change, is never kept, nor that of a value that holds one.
 
     max_chars: characters that one value may have.
     """

@@ -168,6 +168,7 @@ async def create_pooling(state: ServerState, request: Request, body: EmbeddingBo
 
 
 async def create_score(state: ServerState, request: Request, body: ScoreBody) -> Response:
+    """`POST /score`: the cosine of each pair of texts."""
     call = params.call_id(body, "score", request.headers.get("x-request-id"))
     texts_1, texts_2 = as_texts(body.text_1, "text_1"), as_texts(body.text_2, "text_2")
     pairs = score_pairs(texts_1, texts_2)
@@ -181,6 +182,7 @@ async def create_score(state: ServerState, request: Request, body: ScoreBody) ->
 
 
 async def create_rerank(state: ServerState, request: Request, body: RerankBody) -> Response:
+    """`POST /rerank`: the documents by their cosine with the query, the nearest first, `top_n` of them."""
     call = params.call_id(body, "rerank", request.headers.get("x-request-id"))
     texts = [document_text(document, index) for index, document in enumerate(body.documents)]
     if body.top_n is not None and body.top_n < 1:

@@ -66,6 +66,8 @@ def choice_json(writer: LogprobsWriter, index: int, place: int, entry: TokenLogp
 
 
 async def create_sample(state: ServerState, request: Request, body: SampleBody) -> Response:
+    """`POST /v1/sample`: the likeliest tokens at each match of the selector in the prompt. Raises ApiError naming the
+    field."""
     for name in ("pooling", "normalize", "truncate_prompt_tokens"):
         if getattr(body, name) is not None:
             raise invalid(f"{name} is for embeddings", name)

@@ -100,6 +100,7 @@ class LeafFirst:
                 self._revived(place)
 
     def victims(self, num_places: int) -> np.ndarray:
+        """See `EvictionPolicy.victims`. Takes candidates until enough of them can go; the others are parked."""
         chosen: list[int] = []
         while len(chosen) < num_places and self._count:
             self.num_looked_at += 1
