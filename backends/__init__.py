@@ -1,4 +1,6 @@
-"""Devices behind one face. `get_backend` is the closed registry; a backend is imported when asked for."""
+"""The devices behind one interface (`backend.py`). `get_backend` makes one by name; its module is imported only
+then.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ NPU_MANAGER = Path("/dev/davinci_manager")  # there with Ascend's driver
 
 def get_backend(name: str, *, cache_dir: Path | None = None, compiled: bool = True,
                 check_contracts: bool = False) -> Backend:
-    """The backend called `name`; "auto" is the best one here.
+    """Make the backend called `name`; "auto" is the best one here.
 
-    cache_dir: where compiled kernels are kept; None: built anew for this process.
-    compiled: False runs plain torch only. check_contracts: see `NpuBackend`.
-    Raises BackendError for a name that is unknown, or whose device or libraries are missing; the message says which.
+    cache_dir: where compiled kernels are kept; None: built anew for this process. compiled: False runs plain torch
+    only. check_contracts: see `NpuBackend`. Raises BackendError for a name that is unknown, or whose device or
+    libraries are missing; the message says which.
     """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return _cuda()

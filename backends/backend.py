@@ -1,4 +1,4 @@
-"""`Backend`: all that the engine asks of a device. One process uses one backend."""
+"""`Backend`: the interface of a device. One process uses one backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backends.vmm import VmmDriver
 
 
 class BackendError(RuntimeError):
-    """A backend is not known, not built, or its device or libraries are missing; the message says which."""
+    """A backend is unknown, is not built, or lacks its device or libraries; the message says which."""
 
 
 class GraphMemory(Protocol):
@@ -42,7 +42,7 @@ class CapturedGraph(Protocol):
         ...
 
     def release(self) -> None:
-        """Give back what the graph holds. It is not running, and never replayed again."""
+        """Free what the graph holds. It must not be running, and must not be replayed again."""
         ...
 
 
@@ -63,12 +63,12 @@ class Capturer(Protocol):
 
     @property
     def max_streams(self) -> int | None:
-        """How many streams all graphs together may hold, as things are now; None: graphs need none."""
+        """How many streams all graphs together may hold now; None: graphs need none."""
         ...
 
     def make_pool(self) -> Any:
-        """A memory pool for what captured functions allocate. Graphs of one pool overwrite each other's memory, so they
-        never run at the same time, and only `GraphMemory.outputs` outlive a replay."""
+        """Make a memory pool for what captured functions allocate. Graphs of one pool overwrite each other's memory, so
+        they never run at the same time, and only `GraphMemory.outputs` outlive a replay."""
         ...
 
     def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> CapturedGraph:
@@ -80,7 +80,7 @@ class Capturer(Protocol):
         ...
 
     def fence(self) -> Callable[[], None]:
-        """A call that returns once all that this thread has queued until now is done."""
+        """Returns a function that blocks until everything that this thread has queued so far is done."""
         ...
 
 
@@ -120,8 +120,7 @@ class Backend(Protocol):
     capturer: Capturer | None  # None: the device has no graph mode, or needs none
 
     def set_num_threads(self, number: int, *, torch_number: int) -> None:
-        """How many CPU threads operators of its own use from now on, and torch's, in the thread that calls them: the
-        caller's."""
+        """Set how many CPU threads its own operators use from now on, and how many torch uses in the calling thread."""
         ...
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
@@ -136,7 +135,8 @@ class Backend(Protocol):
         ...
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for one cache tensor. May be touched lazily; its contents start undefined but finite."""
+        """Allocate one cache tensor. Memory may be taken only when it is touched; contents start undefined but
+        finite."""
         ...
 
     def available_memory_bytes(self) -> int:
@@ -144,12 +144,13 @@ class Backend(Protocol):
         ...
 
     def allocate_host(self, num_bytes: int) -> Tensor:
-        """Host memory that the device copies to and from at full speed (pinned where that matters): uint8 [num_bytes].
-        May be touched lazily; contents undefined."""
+        """Allocate host memory that the device copies to and from at full speed (pinned where that matters): uint8
+        [num_bytes]. Memory may be taken only when it is touched; contents undefined."""
         ...
 
     def populate_host(self, memory: Tensor) -> None:
-        """Have the system give a piece of such memory now rather than at its first use. Changes no contents."""
+        """Have the system provide the memory of such a tensor now rather than at its first use. Contents stay as they
+        are."""
         ...
 
     def available_host_bytes(self) -> int:
@@ -165,7 +166,7 @@ class Backend(Protocol):
         ...
 
     def release_memory(self) -> None:
-        """Give memory of the device that no tensor uses any more back to it, for other processes."""
+        """Return device memory that no tensor uses to the device, for other processes."""
         ...
 
     def describe(self) -> dict[str, str]:

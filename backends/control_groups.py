@@ -1,5 +1,5 @@
-"""What Linux control groups allow this process, versions 1 and 2: a container's limits, which the machine's own figures
-do not show.
+"""Reads what Linux control groups (versions 1 and 2) allow this process: a container's limits, which the machine's own
+figures do not show.
 
 root: where `proc` and `sys` are found.
 """

@@ -27,8 +27,10 @@ from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, s
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
-LEAST_CAPABILITY = (8, 0)
-POOLED_BYTES = 1 << 20  # of pinned memory at once that torch's pool gives
+LEAST_CAPABILITY = (8, 0)  # ampere: the kernels need bfloat16 and asynchronous copies to shared memory
+# Pinned allocations up to this size come from torch's pool, larger ones are made singly. Chosen: the pool rounds up to
+# a power of two and keeps what is dropped, which wastes little where allocations are small.
+POOLED_BYTES = 1 << 20
 
 
 def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> Any:
@@ -142,14 +144,14 @@ class CudaBackend:
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
-        """Pinned. What is large does not come from torch's own pool, which would round it up to a power of two and keep
-        it when it is dropped."""
+        """Allocate pinned memory. Large allocations do not come from torch's own pool, which would round them up to a
+        power of two and keep them when they are dropped."""
         if num_bytes <= POOLED_BYTES:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         return self._pinned.allocate(num_bytes)
 
     def populate_host(self, memory: Tensor) -> None:
-        """Pinned memory is there from the start."""
+        """Nothing to do: pinned memory is there from the start."""
 
     def available_host_bytes(self) -> int:
         return available_bytes()

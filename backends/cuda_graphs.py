@@ -52,8 +52,8 @@ class CudaCapturer:
         return CudaGraph(graph, max(0, free - torch.cuda.mem_get_info(self._device)[0]))
 
     def _run_once(self, function: Callable[[], None]) -> None:
-        """Kernels that are compiled or loaded for the first time, and libraries that make their handles, may not do so
-        during a capture."""
+        """Run the function once before its capture: kernels are compiled or loaded and libraries make their handles at
+        their first use, which is not allowed during a capture."""
         self._stream = self._stream or own_stream(torch.cuda, self._device)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)

@@ -235,7 +235,7 @@ class NpuBackend:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def populate_host(self, memory: Tensor) -> None:
-        """Pinned memory is there from the start."""
+        """Nothing to do: pinned memory is there from the start."""
 
     def available_host_bytes(self) -> int:
         return available_bytes()

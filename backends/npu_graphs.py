@@ -17,8 +17,7 @@ from backends.streams import own_stream
 from npu_ops.recording import CAPTURE_LOCK, REPLAY_LOCK, TaskRecorder, recording
 
 RUNTIME = "libascendcl.so"
-# Streams that the engine, its copies and collective communication may yet want.
-RESERVED_STREAMS = 128
+RESERVED_STREAMS = 128  # left for the engine, its copies and collective communication. Chosen, not counted
 
 
 @dataclass(slots=True)

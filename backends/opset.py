@@ -8,7 +8,7 @@ Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden,
 P tokens per block, B blocks. X and Y are any sizes. Tensors are contiguous unless said otherwise.
 
 KV caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
-layout a block that nobody owns may have no memory behind it. An operator touches the blocks that the metadata or its
+layout a block without an owner may have no memory behind it. An operator touches the blocks that the metadata or its
 arguments name and no others.
 """
 

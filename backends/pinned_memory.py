@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class PinningDriver(Protocol):
-    """What is asked of the driver. The numbers that it returns are its error codes, 0 for none."""
+    """The driver's calls. They return its error codes, 0 for none."""
 
     def register(self, address: int, num_bytes: int) -> int:
         """Pin whole pages."""
@@ -41,7 +41,7 @@ class PinningDriver(Protocol):
 
 
 class PinnedMemory:
-    """Gives pinned tensors; their views keep the memory as well. Any thread may drop the last one."""
+    """Allocates pinned tensors, whose views keep the memory alive as well. Any thread may drop the last one."""
 
     def __init__(self, driver: PinningDriver):
         self._driver = driver
@@ -66,7 +66,8 @@ class PinnedMemory:
         self.collect()
 
     def collect(self) -> None:
-        """Give back what no tensor uses; while this thread records a graph, some time later."""
+        """Free the memory that no tensor uses; does nothing while this thread records a graph, a later call does it
+        then."""
         if not self._dropped or self._driver.is_capturing():
             return
         mappings = []

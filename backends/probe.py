@@ -1,4 +1,4 @@
-"""`python -m backends.probe NAME`: opens a device in a process of its own and says in one line of JSON how that went.
+"""`python -m backends.probe NAME`: opens a device in a process of its own and reports the result as one line of JSON.
 
 For `xllm doctor`: libraries of drivers may end a process, and torch is loaded once.
 """

@@ -13,16 +13,17 @@ from weakref import WeakSet
 
 import torch
 
-RING_SIZE = 32  # streams that torch makes for a device and priority; it hands them out in turn, again and again
+# How many streams torch makes for a device and priority (c10's StreamPool); it hands them out in turn, again and again.
+RING_SIZE = 32
 
 _LOCK = threading.Lock()
 _OWNED: WeakSet[Any] = WeakSet()
 
 
 def own_stream(device_module: Any, device: torch.device) -> Any:
-    """A stream that nobody else has from here, as long as the returned object lives. A new object of torch's may be a
-    stream that somebody has already: then his work would wait for the caller's, or be part of the caller's capture.
-    When all have an owner, one is shared."""
+    """A stream that no other caller has got from here, for as long as the returned object lives. A new object of
+    torch's may be a stream that somebody uses already: their work would then wait for the caller's, or be part of the
+    caller's capture. When all streams have an owner, one is shared."""
     with _LOCK:
         for _ in range(RING_SIZE):
             stream = device_module.Stream(device)
@@ -33,7 +34,7 @@ def own_stream(device_module: Any, device: torch.device) -> Any:
 
 
 class CopyStreams:
-    """A stream for each thread that copies. using: entered while a thread touches the device."""
+    """One stream for each thread that copies. using: entered while a thread touches the device."""
 
     def __init__(self, device_module: Any, device: torch.device, *,
                  using: Callable[[], AbstractContextManager[None]] = nullcontext):
@@ -41,14 +42,14 @@ class CopyStreams:
         self._local = threading.local()
 
     def current(self) -> Any:
-        """This thread's. The first use makes the device the thread's own."""
+        """This thread's stream. The first use makes the device current in the thread."""
         if not hasattr(self._local, "stream"):
             self._module.set_device(self._device)
             self._local.stream = own_stream(self._module, self._device)
         return self._local.stream
 
     def queued(self, op: Callable[..., None]) -> Callable[..., None]:
-        """`op`, on this thread's stream instead of the current one, behind what the default stream has queued."""
+        """A function that runs `op` on this thread's stream, after what the default stream has queued."""
 
         def run(*arguments: Any, **options: Any) -> None:
             with self._using():

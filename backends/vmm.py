@@ -1,9 +1,9 @@
-"""`VmmDriver`: virtual memory management of a device, the ground under the xtensor KV layout.
+"""`VmmDriver`: virtual memory management of a device, which the xtensor KV layout is built on.
 
-A range of addresses is reserved without memory behind it; a pool of physical pages is created once; pages are
-mapped at any page of the range, one page at several addresses if wanted, and unmapped again. One tensor lies over
-the whole range. **Touching an address without a page behind it kills the process**, so nobody may print, sum, copy
-or make contiguous such a tensor; only views that lie on mapped pages may be read or written.
+A range of addresses is reserved without memory behind it; a pool of physical pages is created once; pages are mapped at
+any page of the range, one page at several addresses if wanted, and unmapped again. One tensor lies over the whole
+range. **Touching an address without a page behind it kills the process**, so nobody may print, sum, copy or make
+contiguous such a tensor; only views that lie on mapped pages may be read or written.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class VmmDriver(Protocol):
     granularity_bytes: int
 
     def max_mappings(self) -> int | None:
-        """How many more mappings this process may hold, with a margin for everybody else; None: no limit.
+        """How many more mappings this process may hold, with a margin for other users of mappings; None: no limit.
         Pages that are neighbours both in the range and in the pool count as one."""
         ...
 
     def reserve(self, num_bytes: int) -> int:
-        """Take a range of addresses; returns its start. Raises MemoryError if there is none of that size."""
+        """Reserve a range of addresses; returns its start. Raises MemoryError if there is none of that size."""
         ...
 
     def create(self, num_pages: int, page_bytes: int) -> Any:
-        """A pool of physical pages, numbered from 0; contents finite. Memory may be taken at first touch.
-        The result is opaque. Raises MemoryError."""
+        """Create a pool of physical pages, numbered from 0; contents finite. Memory may be taken at first touch. The
+        result is opaque. Raises MemoryError."""
         ...
 
     def map(self, address: int, pool: Any, first_page: int, num_pages: int, *, touch: bool = True) -> None:
@@ -47,15 +47,16 @@ class VmmDriver(Protocol):
         ...
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """No page shows there any more; the addresses stay reserved. Parts that show none are left as they are."""
+        """Unmap every page in this part of the range; the addresses stay reserved. Parts without a page are left as
+        they are."""
         ...
 
     def release(self, address: int, num_bytes: int) -> None:
-        """Give back a whole reservation, with all that is mapped in it. No tensor over it may be used again."""
+        """Free a whole reservation and unmap everything in it. No tensor over it may be used again."""
         ...
 
     def destroy(self, pool: Any) -> None:
-        """Give back a pool. Pages that are still mapped stay until they are unmapped."""
+        """Free a pool. Pages that are still mapped stay until they are unmapped."""
         ...
 
     def tensor(self, address: int, num_bytes: int, dtype: torch.dtype, owner: object) -> Tensor:

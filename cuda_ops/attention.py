@@ -31,7 +31,7 @@ from cuda_ops.kv import block_stride, for_kernels, scale_bytes
 from cuda_ops.kv_codes import widen
 from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_previous
 
-LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634  # log2 of e: the softmax is computed in base 2
 RANKED = tl.constexpr(8)  # sequences that all others are compared with at once
 DECODE_ROWS = 16  # queries times group up to which a sequence is decoded: the least rows of a tensor core's dot
 

@@ -26,6 +26,7 @@ from torch import Tensor
 # True in a process that runs kernels as Python on CPU tensors (TRITON_INTERPRET=1). Its bfloat16 is raw bits, so that
 # kernels compute in fp32 there; compiled, they multiply what they loaded.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+# Multiprocessors of the interpreter: the least number with which work is split over several programs.
 INTERPRETED_SMS = 2
 AMPERE, HOPPER = "sm80", "sm90"
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from cuda_ops.kv_codes import size_bits, to_e4m3, widen_e4m3
 from cuda_ops.launch import INTERPRETED, config, launch, wait_for_previous
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # up to so many rows reading the weight is the cost, and the kernel for weights of one byte is taken
 FP8 = torch.float8_e4m3fn
-FP8_CAPABILITY = (8, 9)
-FP8_MULTIPLE = 16  # sizes of a product of fp8 numbers
-INT8_MULTIPLE = 8  # and of one of int8 numbers, which has more than 16 rows
+FP8_CAPABILITY = (8, 9)  # ada: the first whose tensor cores multiply fp8 numbers
+FP8_MULTIPLE = 16  # sizes of cuBLAS's product of fp8 numbers are multiples of it
+INT8_MULTIPLE = 8  # sizes of torch's int8 product (`_int_mm`) are multiples of it; it also wants more than 16 rows
 
 
 @triton.jit(do_not_specialize=["T"])

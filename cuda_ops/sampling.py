@@ -24,7 +24,7 @@ from cuda_ops.launch import config, launch
 # May lie anywhere.
 COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "values_ptr", "counts_ptr",
            "sums_ptr", "out_ptr"]  # fmt: skip
-PIVOTS = 8
+PIVOTS = 8  # thresholds tried in one pass over a row. Chosen: more take fewer passes, and more registers in each
 CANDIDATES = tl.constexpr(4096)
 NOTHING = tl.constexpr(-2147483648)  # below the key of every number
 

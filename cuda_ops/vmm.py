@@ -30,7 +30,8 @@ class Span:
 
 
 class CudaVmm:
-    """One device's driver. Raises RuntimeError without cuda-bindings or where the device lacks the calls.
+    """A `VmmDriver` over one CUDA device; the contract of each method stands in `backends/vmm.py`. Raises RuntimeError
+    without cuda-bindings or where the device lacks the calls.
 
     Nothing on the device may use addresses while they are mapped or unmapped: wait for the streams before.
     """
@@ -77,7 +78,7 @@ class CudaVmm:
         return pool
 
     def _clear(self, pool: Pool) -> None:
-        """Zeros: fresh memory may hold anything, NaN as well."""
+        """Fill the pool with zeros: fresh memory may hold anything, NaN as well."""
         size = pool.num_pages * pool.page_bytes
         address = self.reserve(size)
         try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Of each field: what CUDA's allocator gives, so that kernels find the alignment that they were compiled for.
 ALIGNMENT_BYTES = 256
 
 Sizes = Mapping[str, int]  # axis letter -> length
@@ -39,7 +40,7 @@ class StaticBuffers:
 
     capacity: the longest axis of any bucket. inputs: put the largest last, copies end behind the last one in use.
     allocate_host: bytes that the device copies from at full speed (`Backend.allocate_host`). given: outputs, of full
-    capacity, that belong to somebody else.
+    capacity, that belong to the caller.
     """
 
     def __init__(self, inputs: Sequence[Field], outputs: Sequence[Field], capacity: Sizes, *, device: torch.device,
@@ -88,7 +89,7 @@ class StepMemory:
     """A `GraphMemory`: the views of a set that one captured step uses.
 
     inputs, outputs: on the device; they never move. hosts: the twins of the inputs, which `fill` writes.
-    num_live: how many rows of the step, by axis, are no padding. Set by whoever fills; a graph cannot see it.
+    num_live: how many rows of the step, by axis, are no padding. Set by the code that fills; a graph cannot see it.
     """
 
     def __init__(self, buffers: StaticBuffers, inputs: Sequence[str], outputs: Sequence[str], sizes: Sizes):

@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Reasons of the cache for an eager step; its callers have more.
 CAPTURE_FAILED, OVER_BUDGET, CACHE_FULL = "capture_failed", "over_budget", "cache_full"
-# In a full cache a key must be missed that often before another makes room: a capture costs as much as many steps.
+# In a full cache a key must be missed that often before another makes room. Chosen: a capture costs as much as many
+# steps, so that keys in turns must not push each other out.
 MISSES_BEFORE_EVICTION = 8
 
 
@@ -139,7 +140,8 @@ class GraphCache(Generic[P]):
                 or (max_streams is not None and num_streams > max_streams))
 
     def _capture(self, key: GraphKey, program: P) -> _Entry[P] | None:
-        """Capture, at the cost of the least recently used graphs. None: it failed, or does not fit by itself."""
+        """Capture a graph, evicting the least recently used ones for it. Returns None if that fails, or it does not fit
+        by itself."""
         while self._is_full():
             self._evict()
         try:

@@ -46,7 +46,7 @@ class GraphCheckError(AssertionError):
 
 
 def poison(tensor: Tensor) -> None:
-    """Overwrite a tensor with what nobody may read."""
+    """Overwrite a tensor with values that must never be read."""
     if tensor.numel():
         _bits(tensor).fill_(POISON[tensor.itemsize])
 

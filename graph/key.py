@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 DECODE, VERIFY, MIXED = "decode", "verify", "mixed"
-FINE = (1, 2, 4, 8, 16)
+FINE = (1, 2, 4, 8, 16)  # buckets up to 16, powers of two: padding stays below a factor of two where a step is short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from npu_ops.contracts import MASK_SIZE, check
 from npu_ops.recording import TaskRecorder, current_recorder, weak
 
 CAUSAL, BAND = 3, 4  # sparse modes
-UNBOUNDED = 2**31 - 1
+UNBOUNDED = 2**31 - 1  # tokens before or behind a query, where a band has no limit: the operator's own default
 _masks: dict[torch.device, Tensor] = {}
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-LOWEST, BEYOND = (2, 10), (2, 15)
+LOWEST, BEYOND = (2, 10), (2, 15)  # versions of torch_npu, first and first not, whose operator schemas were looked at
 PRODUCTION = "CANN 9.1.0 with torch_npu 2.10.0.post4"
 LIBRARY_HINTS = {
     "libhccl": "the CANN toolkit is not installed, or its set_env.sh was not sourced in this shell",

@@ -30,7 +30,7 @@ from npu_ops.quant_contracts import QUANT_CONTRACTS
 
 DOC = "torch_npu operator docs"
 MASK_SIZE = 2048  # of the mask that sparse modes 2 to 4 want
-BLOCK_SIZES = (128, 256, 384, 512)
+BLOCK_SIZES = (128, 256, 384, 512)  # tokens of a KV block that the attention operator is documented for
 MASKS = (torch.bool, torch.int8, torch.uint8)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_ops.activation import swiglu
 from npu_ops.contracts import check
 
+# Numbers of the operators' modes, as their documentation has them.
 COUNTS, EACH_ROW, SOFTMAX, SIGMOID, BEST, BEST_TWO = 1, 0, 0, 1, 0, 1
 
 

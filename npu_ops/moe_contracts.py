@@ -7,7 +7,7 @@ import torch
 from npu_ops.contract import FLOATS, Contract, Rule, contiguous, dtypes, on_one_device, one_of, ranks, same_dtype
 
 DOC = "torch_npu operator docs"
-INNER_LIMIT = 65536
+INNER_LIMIT = 65536  # of the inner axis of a grouped product, as its documentation has it
 INT8_OUTPUTS = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16))  # of scale and result
 
 GATING_SOFTMAX = (

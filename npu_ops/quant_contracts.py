@@ -7,8 +7,8 @@ import torch
 from npu_ops.contract import HALVES, Contract, Rule, contiguous, dtypes, on_one_device, one_of, ranks, same_dtype
 
 DOC = "torch_npu operator docs"
-ND, FRACTAL_NZ = 2, 29
-LARGEST_AXIS = 65535
+ND, FRACTAL_NZ = 2, 29  # numbers of memory formats (aclFormat)
+LARGEST_AXIS = 65535  # of a quantised product, as its documentation has it
 
 WEIGHT_QUANT = (
     on_one_device("x", "weight", "antiquant_scale"),

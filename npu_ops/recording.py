@@ -34,7 +34,7 @@ class CaptureLock:
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """Hold captures off. A thread that is inside already, either way, just goes on."""
+        """Hold captures off. A thread that is inside already, either way, continues at once."""
         if getattr(self._local, "inside", False):
             yield
             return
@@ -52,7 +52,7 @@ class CaptureLock:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Wait until nobody uses the device and keep everybody out. Not inside `using`."""
+        """Wait until no thread uses the device and keep all others out. Not inside `using`."""
         assert not getattr(self._local, "inside", False)
         with self._condition:
             self._num_waiting += 1

@@ -58,7 +58,8 @@ class Pool:
 
 
 class AclVmm:
-    """One device's driver. Raises RuntimeError without the library or its calls.
+    """A `VmmDriver` over one Ascend device; the contract of each method stands in `backends/vmm.py`. Raises
+    RuntimeError without the library or its calls.
 
     Nothing on the device may use addresses while they are mapped or unmapped: synchronise before. Calls wait while a
     graph is captured, which they would break.

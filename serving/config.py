@@ -13,6 +13,8 @@ from xllm.logs import FORMATS, LEVELS
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
+    """Where the server listens, who may call it, and under which names it serves the model."""
+
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one")
     api_key: tuple[str, ...] = option((), "require one of these keys as bearer token; may be given several times",
@@ -58,6 +60,8 @@ class LogSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
+    """Chat templates, tools and reasoning."""
+
     tool_call_parser: str = option("auto", "format of the model's tool calls, see docs/tools.md; auto: from its chat "
                                    "template; none: tools are refused")
     reasoning_parser: str = option("auto", "format of the model's reasoning, see docs/tools.md; auto: from its chat "
@@ -71,6 +75,8 @@ END_REASONS = ("head_timeout", "body_timeout", "write_timeout", "max_connections
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
+    """Bounds on connections: how many, and how long a peer may take."""
+
     head_timeout: float = option(20.0, "seconds in which a request's head must arrive, fewer when more than half of "
                                  "max_connections are in use; 0: any")
     body_timeout: float = option(120.0, "seconds in which its body must follow; 0: any")
@@ -82,6 +88,8 @@ class ConnectionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ResilienceSettings:
+    """What is refused first under load, time limits, and restarts of the engine."""
+
     engine_restarts: int = option(5, "times that an engine that died is started again within engine_restart_window; 0: "
                                   "never")
     engine_restart_window: float = option(600.0, "seconds")

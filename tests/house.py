@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -163,6 +165,54 @@ def complaints_of_sizes(root: Path, tops: Iterable[str] = OWN) -> list[str]:
                 if num_lines > most:
                     found.append(f"{path.relative_to(root)} has {num_lines} lines, and {most} at most are allowed")
     return found
+
+
+# --- numbers
+
+
+def bare_numbers(tree: ast.Module, source: str) -> list[str]:
+    """Constants that are numbers without a comment, which would say the unit and where the value comes from.
+
+    A constant: an upper-case name, assigned in a module or a class that is no enumeration. A number: int and float
+    literals alone, their sums and products, and tuples of these. What is computed from another name has its reason
+    there; strings, tables, calls (`range(4)`, a list of states; a `Struct`) and enumerations are no numbers. The
+    comment stands on the same line, or ends on the line above.
+    """
+    comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT and not re.match(r"#\s*(-|noqa|type:|fmt:)", token.string)}
+    alone = {number for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
+    found = []
+    for body in [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+                              and not any("Enum" in ast.unparse(base) for base in node.bases))]:
+        for node in body:
+            names, value = _assigned(node)
+            if names and value is not None and all(re.fullmatch(r"_?[A-Z][A-Z0-9_]*", name) for name in names):
+                said = any(line in comments for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
+                above = node.lineno - 1 in alone and node.lineno - 1 in comments
+                if _is_number(value) and not said and not above:
+                    found.append(", ".join(names))
+    return found
+
+
+def _assigned(node: ast.stmt) -> tuple[list[str], ast.expr | None]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+    return [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)], value
+
+
+def _is_number(value: ast.expr) -> bool:
+    if isinstance(value, ast.Tuple):
+        return bool(value.elts) and all(map(_is_number, value.elts))
+    if isinstance(value, ast.BinOp):
+        return _is_number(value.left) and _is_number(value.right)
+    if isinstance(value, ast.UnaryOp):
+        return _is_number(value.operand)
+    return isinstance(value, ast.Constant) and type(value.value) in (int, float)
+
+
+def complaints_of_numbers(modules: Modules) -> list[str]:
+    return [f"{module}.{name} is a number without a comment: its unit, and where the value comes from"
+            for module, path in modules.items() for name in bare_numbers(parse(path), path.read_text())]
 
 
 # --- collaborators

@@ -13,6 +13,7 @@ from tests.house import (
     ROOT,
     complaints_of_circles,
     complaints_of_collaborators,
+    complaints_of_numbers,
     complaints_of_reach,
     complaints_of_sizes,
     complaints_of_twins,
@@ -216,6 +217,11 @@ def test_no_file_is_too_long():
 
 def test_no_class_needs_too_many_others():
     assert complaints_of_collaborators(dict(SHIPPED), KNOWN_COLLABORATORS) == []
+
+
+def test_every_number_says_where_it_comes_from():
+    product = {name: path for name, path in SHIPPED if not name.startswith(RUN_BY_HAND)}
+    assert complaints_of_numbers(product) == []
 
 
 def test_no_name_stands_for_two_things():

@@ -11,6 +11,7 @@ from tests.house import (
     MAX_LINES,
     complaints_of_circles,
     complaints_of_collaborators,
+    complaints_of_numbers,
     complaints_of_reach,
     complaints_of_sizes,
     complaints_of_twins,
@@ -168,6 +169,31 @@ def test_a_known_class_must_be_taken_off_when_it_is_mended(house: House) -> None
     house.write("xllm.b", "class Chair:\n    def __init__(self, a):\n        pass\n")
     assert complaints_of_collaborators(house.modules, ["xllm.a.Desk", "xllm.b.Chair", "xllm.c.Gone"]) == [
         "no longer so, take it off the list: xllm.b.Chair", "no longer so, take it off the list: xllm.c.Gone"]
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("text", [
+    "MAX_WAIT_S = 10.0", "_CHUNK = 3 << 10", "LOW, HIGH = 0.25, -4.0", "SIZES = (1, 2, 4)", "A = B = 8",
+    "NONE: int = -1", "class Desk:\n    WIDTH = 3", "# of a desk\n\nWIDTH = 3", "X = 'a'  # a text\nWIDTH = 3",
+    "# --- sizes\nWIDTH = 3", "WIDTH = 3  # noqa", "WORD = '#'; WIDTH = 3",
+])
+def test_a_number_without_a_comment(house: House, text: str) -> None:
+    [complaint] = complaints_of_numbers(house.write("xllm.a", text).modules)
+    assert complaint.startswith("xllm.a.") and "is a number without a comment" in complaint
+
+
+@pytest.mark.parametrize("text", [
+    "MAX_WAIT_S = 10.0  # for disk; chosen", "# Of a desk, chosen:\n# wide enough.\nWIDTH = 3",
+    "SIZES = (1, 2,\n         4)  # powers of two", "class Desk:\n    WIDTH = 3  # chosen",
+    "import os\nHALF = os.cpu_count() / 2", "WIDE = 3  # chosen\nTWICE = 2 * WIDE", "FREE, HELD = range(2)",
+    "NAME, NAMES, ON = 'a', ('b',), True", "KINDS = {'a': 0}",
+    "from enum import IntEnum\nclass Access(IntEnum):\n    A = 0",
+    "width = 3", "def f():\n    WIDTH = 3", "NO_NUMBER = ()", "Letters = 3",
+])
+def test_what_is_no_number_or_has_its_comment(house: House, text: str) -> None:
+    assert complaints_of_numbers(house.write("xllm.a", text).modules) == []
 
 
 # --- what is reached

@@ -169,7 +169,8 @@ class AsyncLLM:
 
     @contextlib.asynccontextmanager
     async def _running(self, source: ProcessedInput) -> AsyncIterator[tuple[Answer, Callable[[], Awaitable[bool]]]]:
-        """Submits it; gives what it has answered, and a function that takes in more: False once all has ended."""
+        """Submit a prompt; yields its answer and a function that takes in more deltas, which returns False once all has
+        ended."""
         self._engine.bind()
         request_id = source.request_id
         if request_id in self._streams and self._streams[request_id].open_ids:

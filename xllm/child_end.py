@@ -1,7 +1,7 @@
-"""`ChildEnd`: waits for a process that this one started, and says how it ended, by lack of memory above all.
+"""`ChildEnd`: waits for a process that this one started, and says how it ended, for lack of memory above all.
 
-The kernel ends a process that takes more memory than there is by SIGKILL, without a word to it or to its parent. What
-is known is how much it held shortly before, and how many such ends the kernel has counted.
+The kernel ends a process that takes more memory than there is by SIGKILL, without a message to it or to its parent.
+What is known is how much memory it held shortly before, and how many such ends the kernel has counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-LOOK_S = 0.25
+LOOK_S = 0.25  # between two looks at the process's memory. Chosen: one small file in /proc is read each time
 ROOT = Path("/")
 ADVICE = ("lower --kv-cache-memory-bytes, --max-num-seqs or --max-num-batched-tokens, quantise the weights, or give it "
           "more memory")
@@ -39,7 +39,7 @@ class ChildEnd:
                 pass
 
     def reason(self, code: int) -> str:
-        """How it ended, to follow its name: "exited with code 3"."""
+        """How the process ended, as the end of a sentence about it: "exited with code 3"."""
         if code >= 0:
             return f"exited with code {code}"
         if code != -signal.SIGKILL:

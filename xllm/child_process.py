@@ -1,4 +1,4 @@
-"""What processes of ours that other processes of ours start have in common."""
+"""Functions shared by the processes of ours that start other processes of ours."""
 
 from __future__ import annotations
 

@@ -41,6 +41,8 @@ KV_STORE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "float32", "bf
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
+    """Which checkpoint is served, and how it is read."""
+
     model: str | None = option(None, "local folder or Hub id; none: the bundled demo model")
     tokenizer: str | None = option(None, "folder or Hub id of the tokenizer, if it is not the model's")
     dtype: str = option("auto", "compute type; auto: the device's best for this checkpoint", choices=DTYPES)
@@ -71,6 +73,8 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
+    """The KV cache on the device, and the tiers below it."""
+
     block_size: int | None = option(None, "tokens per KV block; none: the device's own (CPU 16)")
     num_kv_blocks: int | None = option(None, "KV blocks, instead of a share of memory",
                                        aliases=("num_gpu_blocks_override",))
@@ -117,6 +121,8 @@ class CacheSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
+    """How many requests and tokens are computed at a time, and in which order."""
+
     max_num_seqs: int = option(256, "sequences that run at once", aliases=("max_seqs_per_batch",))
     max_num_batched_tokens: int | None = option(None, "tokens computed in one step; none: 2048 with chunked prefill, "
                                                 "else the longest sequence", aliases=("max_tokens_per_batch",))
@@ -136,6 +142,8 @@ class SchedulerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeSettings:
+    """Which drafts are proposed, and how many."""
+
     speculative_method: str | None = option(None, "proposer of draft tokens", aliases=("speculative_algorithm",),
                                             choices=("ngram",))
     num_speculative_tokens: int = option(0, "draft tokens per step; 0 with a method: 4")
@@ -145,6 +153,8 @@ class SpeculativeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
+    """Where the model computes: device, graphs, workers, threads."""
+
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"))
     num_threads: int | None = option(None, "CPU threads; none: one per core that the process may keep busy")
     adaptive_threads: bool = option(True, "compute with fewer CPU threads while other processes keep the cores busy; "
@@ -173,6 +183,8 @@ class DeviceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
+    """Which adapters may be loaded, and how many."""
+
     enable_lora: bool = option(False, "take adapters; also set by --lora-modules")
     lora_modules: tuple[str, ...] = option((), "NAME=FOLDER of an adapter (PEFT format) that requests may name as "
                                            "their model; may be given several times")

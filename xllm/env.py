@@ -75,7 +75,7 @@ def let_openmp_sleep() -> None:
 
 
 def openmp_sleeps() -> bool:
-    """Whether somebody said how long OpenMP's threads wait before they sleep."""
+    """Whether the environment says how long OpenMP's threads wait before they sleep."""
     return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
 
 
@@ -113,7 +113,7 @@ def mistyped_names() -> list[str]:
 
 
 def for_child() -> dict[str, str]:
-    """This process's environment for a process that it starts and that serves nobody itself: without API keys."""
+    """This process's environment without API keys, for a process that it starts and that has no callers."""
     found = {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
     return found | _passed_on
 

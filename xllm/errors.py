@@ -15,23 +15,24 @@ Broken invariants of our own are `assert`s or `IntegrityError`, never one of the
 """
 
 
+# Chosen: a screenful; a message may quote a checkpoint's or a caller's text, which has no bound.
 MAX_MESSAGE_CHARS = 2000
 
 
 def shortened(text: str) -> str:
-    """At most MAX_MESSAGE_CHARS of a text, and the mark that stands for its middle."""
+    """The text if it has at most MAX_MESSAGE_CHARS; else its beginning and end, with a mark between."""
     half = MAX_MESSAGE_CHARS // 2
     return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:half]} [...] {text[-half:]}"
 
 
 def shown_error(error: BaseException) -> str:
-    """What it is and what it says."""
+    """The error's class and message, on one line."""
     return f"{type(error).__name__}: {error}"
 
 
 def needs_traceback(error: BaseException) -> bool:
-    """Whether the log is to have its traceback: of what is raised on purpose the message says it all, and a worker's
-    errors are logged where they happened."""
+    """Whether the log should have the error's traceback. Not for errors raised on purpose, whose message says all, nor
+    for a worker's, which are logged where they happened."""
     return not isinstance(error, XllmError) and not getattr(error, "of_worker", False)
 
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: the bundled model, a local folder, or the Hub's cache."""
+"""Finds a model's files: the bundled model, a local folder, or the Hub's cache."""
 
 from __future__ import annotations
 

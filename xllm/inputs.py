@@ -1,6 +1,6 @@
-"""`InputProcessor`: a user's prompt and sampling parameters to `Request`s that the engine cannot misread.
+"""`InputProcessor`: makes `Request`s of a user's prompt and sampling parameters.
 
-Everything that can be wrong with a request and is known without the queue is found here.
+Everything that can be wrong with a request and does not depend on the queue is found here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 EMBEDDING_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two choices of one request share a seed
-_UINT64 = 2**64 - 1
+_UINT64 = 2**64 - 1  # the largest seed: seeds are uint64 on the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class InputProcessor:
         return packed
 
     def _complete(self, sampling: SamplingParams) -> SamplingParams:
-        """`_checked`, once for all sequences of a call."""
+        """The result of `_checked`, computed once for all sequences of a call with the same parameters."""
         given, completed = self._completed
         if sampling.detokenize != given.detokenize or not sampling.shares_collections(given):
             completed = self._checked(sampling)
@@ -139,7 +139,8 @@ class InputProcessor:
         return sampling.varied(bad_words_token_ids=completed.bad_words_token_ids)
 
     def _checked(self, sampling: SamplingParams) -> SamplingParams:
-        """Stop strings need text; bad words become token ids, and all ids are the vocabulary's. Raises RequestError."""
+        """The parameters with bad words tokenised. Raises RequestError for stop strings without a tokenizer, and for
+        ids outside the vocabulary."""
         if sampling.stop:
             self._needs_tokenizer("stop", "a stop string")
             if not sampling.detokenize:
@@ -159,10 +160,9 @@ class InputProcessor:
         return sampling.varied(bad_words_token_ids=tuple(found))
 
     def check_structured(self, spec: StructuredOutput) -> None:
-        """Compile it, in another process, unless that was done lately; waits for it, seconds perhaps.
+        """Compile a form in another process, unless that was done lately; blocks until it is done, for seconds perhaps.
 
-        Raises:
-            RequestError: it cannot be honoured.
+        Raises: RequestError: it cannot be honoured.
         """
         self._needs_tokenizer("structured", "a structured output")
         self.grammars.check(spec)
@@ -172,7 +172,7 @@ class InputProcessor:
         return vocabulary_source(tokenizer, self.vocab_size, self.eos_token_ids)
 
     def close(self) -> None:
-        """End the processes beside this one."""
+        """End the processes that compile forms."""
         self.grammars.close()
 
     def _encode_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -183,7 +183,7 @@ class InputProcessor:
         return tuple(ids for ids in encoded if ids)
 
     def _engine_ids(self, request_id: str, n: int) -> list[str]:
-        """Ids that the engine never sees twice, even when a user's id is used again."""
+        """Ids for `n` sequences that the engine has never seen, even when a user's id is used again."""
         serial = next(self._serial)
         return [f"{request_id}/{serial}"] if n == 1 else [f"{request_id}/{serial}/{index}" for index in range(n)]
 

@@ -1,4 +1,4 @@
-"""`LogWriter`: writes lines to a file descriptor from a thread, so that nobody waits for a reader that is slow."""
+"""`LogWriter`: writes lines to a file descriptor from a thread, so that no caller waits for a slow reader."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import select
 import threading
 from collections.abc import Callable
 
-MAX_WAITING = 4096  # lines; more are dropped and counted
-FLUSH_S = 1.0
+# Lines; more are dropped and counted. Chosen: a reader may pause for a moment, and memory stays bounded.
+MAX_WAITING = 4096
+FLUSH_S = 1.0  # that `flush` waits at most. Chosen: a reader that has stopped must not keep the process from ending
 
 
 class LogWriter:
@@ -23,7 +24,8 @@ class LogWriter:
         threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
     def put(self, line: str) -> None:
-        """Hand over a line without its end. Never waits."""
+        """Queue a line, given without its line end. Never waits; a line that finds the queue full is dropped and
+        counted."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -48,7 +50,7 @@ class LogWriter:
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest):]
-            except BlockingIOError:  # somebody made it non-blocking
+            except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._fd], [])
-            except OSError:  # whoever read it has gone; serving goes on
+            except OSError:  # its reader has gone; serving goes on
                 return

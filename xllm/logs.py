@@ -25,7 +25,8 @@ LEVELS = ("critical", "error", "warning", "info", "debug")
 FORMATS = ("text", "json")
 # The first parts of our loggers' names; uvicorn's have a level of their own, --uvicorn-log-level.
 OURS = frozenset({"xllm", "backends", "graph", "serving", "cuda_ops", "npu_ops", "uvicorn"})
-MAX_CHARS = 16384  # of a message, and of a traceback
+# Of a message, and of a traceback. Chosen: longer than any of ours; a message may quote what strangers sent.
+MAX_CHARS = 16384
 CONTEXT: ContextVar[dict[str, Any] | None] = ContextVar("log_context", default=None)  # fields of each record made here
 _PLAIN = re.compile(r"[\w./:{}@+-]+", re.ASCII)
 
@@ -51,7 +52,7 @@ def configure(process: str, *, level: str | None = None, form: str | None = None
 
 
 def take_over() -> None:
-    """Warnings and exceptions that nobody catches, in this process, become lines of the log."""
+    """Log warnings and uncaught exceptions of this process as lines of the log."""
     warnings.showwarning = _log_warning
     sys.excepthook = _log_exception
     threading.excepthook = _log_thread_exception
@@ -68,7 +69,7 @@ def as_json(logger: logging.Logger, text: str) -> str:
 
 
 def num_lost() -> int:
-    """Lines of this process that were dropped because nobody read stderr."""
+    """How many lines of this process were dropped because stderr was not read in time."""
     return sum(handler.writer.num_lost for handler in logging.getLogger().handlers
                if isinstance(handler, StderrHandler))
 
@@ -150,7 +151,7 @@ def _escape(character: str) -> str:
 def _message(record: logging.LogRecord) -> str:
     try:
         text = record.getMessage()
-    except (TypeError, ValueError):  # a mistake of whoever logs must not end what it does
+    except (TypeError, ValueError):  # a mistake in a log call must not end the work that logs
         text = f"{record.msg} {record.args!r}"
     return text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " ..."
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's folder, read within bounds: whoever published them may have meant harm. No torch here."""
+"""Reads the files of a checkpoint's folder within bounds: a checkpoint may come from a stranger. No torch here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from xllm.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_JSON_BYTES = 2**25  # the largest in use, indices of hundreds of shards, have 10 MB
-MAX_TEXT_BYTES = 2**22  # of a chat template
-MAX_TOKENIZER_BYTES = 2**28  # the largest in use have 35 MB
+MAX_JSON_BYTES = 2**25  # chosen: the largest in use, indices of hundreds of shards, have 10 MB
+MAX_TEXT_BYTES = 2**22  # of a chat template. Chosen: the largest in use have some tens of KB
+MAX_TOKENIZER_BYTES = 2**28  # chosen: the largest in use have 35 MB
 
 
 def read_bounded(file: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
@@ -31,7 +31,7 @@ def read_bounded(file: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def check_size(file: Path, max_bytes: int) -> None:
-    """Raises ModelError as `read_bounded` does, for a file that somebody else will read."""
+    """Raise ModelError as `read_bounded` does, for a file that a library reads."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def check_size(file: Path, max_bytes: int) -> None:
 
 
 def is_there(file: Path) -> bool:
-    """Whether there is anything by that name, though it be a link to nowhere: what is there is read or refused."""
+    """Whether the name exists, even as a link to nothing: what exists is read or refused, never ignored."""
     return os.path.lexists(file)
 
 

@@ -43,7 +43,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When things happened to a request; None: not yet."""
+    """Times of a request and counts of its output, in `time.monotonic()` seconds; None: not yet."""
 
     arrival_time: float
     first_token_time: float | None = None

@@ -1,4 +1,4 @@
-"""Whether an import finds the packages that xLLM brings beside `xllm`, or somebody else's of the same name."""
+"""Checks that an import finds the packages that xLLM brings beside `xllm`, rather than others of the same names."""
 
 from __future__ import annotations
 

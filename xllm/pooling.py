@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from xllm.errors import RequestError
 
 KINDS = ("last", "cls", "mean", "max", "weightedmean", "mean_sqrt_len_tokens")
-MAX_DIMENSIONS = 2**20
+MAX_DIMENSIONS = 2**20  # A bound on nonsense, far beyond any model; `resolve` refuses more than the model has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Whether files and folders are out of the reach of other users of this machine: owners and permission bits."""
+"""Checks that files and folders are out of the reach of other users of this machine: owners and permission bits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A user's wish: tokens in, sampling parameters, and what comes back.
+"""`Request`, the engine's input: token ids and `SamplingParams`; and `OutputDelta`, what comes back of it.
 
-Nothing here knows text: tokenising happens before a `Request` is made, detokenising after its
-`OutputDelta`s come back.
+Nothing here knows text: tokenising happens before a `Request` is made, detokenising after its `OutputDelta`s come back.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ from xllm.errors import RequestError
 from xllm.pooling import PoolingParams
 from xllm.structured.spec import KINDS, StructuredOutput
 
-MAX_LOGPROBS = 64
-MAX_STOP_STRINGS = 64
-MAX_STOP_TOKEN_IDS = 256
-MAX_BAD_WORDS = 1024
-MAX_LOGIT_BIAS = 4096
-MAX_CHOICES = 128
+# Limits of a request; `serving/limits.py` and docs/limits.md name the flags that lower or raise them over HTTP. Chosen,
+# not measured: each is beyond what clients send, and bounds what one request can cost beside its tokens.
+MAX_LOGPROBS = 64  # top log-probabilities of a token; OpenAI's limit is 20
+MAX_STOP_STRINGS = 64  # OpenAI's limit is 4
+MAX_STOP_TOKEN_IDS = 256  # the scheduler compares each sampled token with all of a row's
+MAX_BAD_WORDS = 1024  # each is tokenised, with a blank before it and without
+MAX_LOGIT_BIAS = 4096  # token ids
+MAX_CHOICES = 128  # sequences of one call; OpenAI's limit is 128
 MAX_ALLOWED_TOKEN_IDS = 2**18  # more than any vocabulary has
-MAX_STOP_STRING_CHARS = 4096
-MAX_RENDERED_CHARS = 2**25  # that a chat template may make
+MAX_STOP_STRING_CHARS = 4096  # of one: so much text may be held back
+MAX_RENDERED_CHARS = 2**25  # that a chat template may make: more than the text of the longest prompt
 
 
 class FinishReason(str, enum.Enum):
@@ -65,7 +66,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # filled from bad_words by whoever tokenises
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # made of bad_words by `InputProcessor`
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -102,17 +103,17 @@ class SamplingParams:
 
     @property
     def has_collections(self) -> bool:
-        """Whether anything in it may be large."""
+        """Whether any field holds a collection or text, which may be large."""
         return not self.shares_collections(_PLAIN)
 
     def without_collections(self) -> SamplingParams:
-        """For a record of what was asked for: nothing in it is large."""
+        """A copy without its collections, for records of past requests: it is small."""
         if not self.has_collections:
             return self
         return self.varied(**{name: getattr(_PLAIN, name) for name in COLLECTIONS})
 
     def shares_collections(self, other: SamplingParams) -> bool:
-        """Whether all that may be large is the very same in both."""
+        """Whether the collections of both are the same objects."""
         return all(getattr(self, name) is getattr(other, name) for name in COLLECTIONS)
 
     def check_vocabulary(self, vocab_size: int) -> None:

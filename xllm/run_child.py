@@ -1,4 +1,4 @@
-"""Runs a module as `python -m` does, with this installation of xLLM and never with what lies in the working directory.
+"""Runs a module as `python -m` does, from this installation of xLLM and never from the working directory.
 
 `python -m` looks for modules in the working directory first, where a user's graph.py would take the place of ours. Run
 as a file; see `child_process.run_module`.

@@ -1,7 +1,7 @@
-"""`SequenceState`: where one request stands, and the table of moves it may make.
+"""`SequenceState`: the state of one request in the scheduler, and the changes of status that are allowed.
 
-Per-step counters of running sequences do not live here but in the scheduler's row table, as numpy
-arrays; this object is touched only when a sequence changes state.
+Per-step counters of running sequences do not live here but in the scheduler's row table, as numpy arrays; this object
+is touched only when a sequence changes state.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SequenceState:
         self.finish_reason: FinishReason | None = None
 
     def restart_prompt_logprobs(self) -> None:
-        """Before the first chunk: nothing collected."""
+        """Drop the prompt log-probabilities collected so far: the first chunk is computed again."""
         self.prompt_logprobs = None if self.request.sampling.prompt_logprobs is None else [None]
 
     @property
@@ -66,11 +66,12 @@ class SequenceState:
 
     @property
     def session_key(self) -> str | None:
-        """The conversation that it is a turn of; tenants (cache salts) may use the same session ids."""
+        """The conversation that this request is a turn of, or None. It includes the cache salt, because tenants may use
+        the same session ids."""
         salt, session_id = self.request.cache_salt, self.request.session_id
         return None if session_id is None else f"{len(salt)}:{salt}:{session_id}"
 
     def move(self, status: Status) -> None:
-        """Change status; a move that the table does not list is a bug."""
+        """Change the status; asserts that `ALLOWED_MOVES` lists the change."""
         assert status in ALLOWED_MOVES[self.status], f"{self.request_id}: {self.status} -> {status}"
         self.status = status

@@ -19,7 +19,7 @@ from xllm.request import COLLECTIONS, SAMPLING_FIELDS, SamplingParams
 VARIED = ("max_tokens", "seed", "prompt_logprobs")
 _SAME = tuple(name for name in SAMPLING_FIELDS if name not in (*VARIED, *COLLECTIONS))
 _UNSET: dict[str, Any] = dict.fromkeys(VARIED)  # so that a base is the same bytes whichever variant came first
-_KEPT = 4  # that were read last: rows of one call enter in several steps
+_KEPT = 4  # decoded sets that are kept: rows of one call enter in several steps. Chosen: a few large calls at a time
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(SamplingParams)
 

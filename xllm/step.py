@@ -1,11 +1,10 @@
-"""The two crossings of a step: `ScheduleOutput` goes down to the runner, `StepOutput` comes up.
+"""The messages of a step: `ScheduleOutput` goes down to the runner, `StepOutput` comes up.
 
-Both hold plain values and numpy arrays only, never tensors, so that they can cross into another
-process (`worker/message_codec.py`). Rows: every admitted sequence owns one row index until it finishes or is
-preempted; the runner keeps per-row state under that index, so a plan carries only what is new.
+Both hold plain values and numpy arrays only, never tensors, so that they can cross into another process
+(`worker/message_codec.py`). Rows: every admitted sequence owns one row index until it finishes or is preempted; the
+runner keeps per-row state under that index, so a plan carries only what is new.
 
-Letters: S rows scheduled in the step, B blocks appended in the step, R tokens sampled at most per
-row (1 + drafts).
+Letters: S rows scheduled in the step, B blocks appended in the step, R tokens sampled at most per row (1 + drafts).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nearest`: what somebody may have meant by a name that does not exist."""
+"""`nearest`: suggests the name that somebody may have meant by one that does not exist."""
 
 from __future__ import annotations
 

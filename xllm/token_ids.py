@@ -1,4 +1,4 @@
-"""A prompt's token ids as one array of int32, and what makes a prompt one that the engine can run.
+"""A prompt's token ids as one array of int32, and the checks that a prompt must pass.
 
 `InputProcessor` makes the array once; it crosses into the engine's process as bytes, and the scheduler reads the same
 memory through numpy. A list of as many ints would be made, decoded and converted element by element.

@@ -18,6 +18,8 @@ SOURCE_FOLDER = Path(__file__).parent
 SOURCES = ("elementwise.c", "attention.c", "linear.c", "w8a8.c", "sampling.c", "transfer.c", "pool.c")
 HEADERS = ("vectors.h", "panels.h", "kv_codes.h", "pool.h")
 COMPILERS = ("cc", "gcc", "clang")
+# For one run of the compiler. Chosen: it takes some seconds; a compiler that hangs must not keep the engine from
+# starting.
 COMPILE_LIMIT_S = 120.0
 
 # No -ffast-math: NaN must stay NaN, and a library linked with it switches off denormals for the whole process.

@@ -103,7 +103,8 @@ class PanelLinear:
 
 
 class Kernels:
-    """The operators of one loaded library; methods honour the contracts of `opset.py`."""
+    """The operators of one loaded library. Each method honours the contract of the operator of its name in
+    `opset.py`."""
 
     def __init__(self, library: ctypes.CDLL):
         for name, (result, arguments) in SIGNATURES.items():

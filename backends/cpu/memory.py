@@ -1,4 +1,4 @@
-"""How much memory the CPU can still give, and memory that is taken only when it is touched."""
+"""Tells how much memory the CPU can still give, and makes tensors whose memory is taken only when it is touched."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from backends.control_groups import ROOT, memory_headrooms
 
-_MADV_POPULATE_WRITE = 23
+_MADV_POPULATE_WRITE = 23  # linux's number for it (since 5.14); Python's mmap module does not have it
 ALIGNMENT_BYTES = 64  # one cache line, and the widest vector
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the kernel maps at the first write (calloc); `torch.zeros` would touch all of them."""
+    """A tensor of zeros whose pages the kernel provides at the first write (calloc); `torch.zeros` would touch all of
+    them."""
     num_bytes = math.prod(shape) * dtype.itemsize
     raw = np.zeros(num_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT_BYTES
@@ -30,9 +31,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def populate(memory: Tensor) -> None:
-    """Have the kernel give every page of a contiguous tensor now, without changing its contents; others may use it
-    meanwhile. Where the kernel cannot (before Linux 5.14), nothing happens: pages come at the first write, as ever.
-    """
+    """Have the kernel provide every page of a contiguous tensor now, without changing its contents; others may use it
+    meanwhile. Where the kernel cannot (before Linux 5.14), nothing happens: pages come at the first write."""
     start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = memory.data_ptr() + memory.nbytes - start
     if sys.platform == "linux" and length > 0:

@@ -1,9 +1,9 @@
-"""How many threads the CPU computes with: fewer while other processes keep the cores busy, more when they leave.
+"""Chooses how many threads the CPU computes with: fewer while other processes keep the cores busy, more when they
+leave.
 
-Threads that wait for each other at every operator are as slow as the one that the system holds back, so that beside
-one busy neighbour two threads are slower than one. What is held back is seen in Linux's `schedstat`: how long each
-thread was ready to run and had no core. Priorities and affinities stay as they are. Results do not depend on how many
-compute.
+Threads that wait for each other at every operator are as slow as the one that the system holds back, so that beside one
+busy neighbour two threads are slower than one. What is held back is seen in Linux's `schedstat`: how long each thread
+was ready to run and had no core. Priorities and affinities stay as they are. Results do not depend on how many compute.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 logger = logging.getLogger("xllm.backends.cpu")
 
 TASKS, CORES = Path("/proc/self/task"), Path("/proc/stat")
+# Chosen, all of them; what they give beside a busy neighbour is in docs/performance.md (`xllm bench neighbours`).
 MOST_LOST = 0.15  # of the busiest thread's time; a web server beside its engine stays below that
 WINDOW_S, TRIAL_S = 0.05, 0.02  # several time slices of 3 ms; a trial that fails should be short
 COMPUTES = 0.25  # of the busiest thread's time; other threads of the process are busy less than that
-IDLE = 0.7  # of a core: somebody left
+IDLE = 0.7  # of a core: a neighbour has left
 # Until one more thread is tried. Beside two neighbours a trial that fails costs as much as six steps: without an idle
 # core in sight it is worth that seldom, with one at once.
 IDLE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0, 8.0
@@ -87,7 +88,7 @@ class RunDelays:
 
     @property
     def is_known(self) -> bool:
-        """Whether the system tells."""
+        """Whether the system has these numbers."""
         return bool(self._last)
 
     def take(self) -> Seen:
@@ -147,7 +148,7 @@ def set_torch_threads(number: int) -> None:
 
 
 class ThreadControl:
-    """Says how many threads operators compute with. The thread that computes calls `step`, which calls `apply` with the
+    """Sets how many threads operators compute with. The computing thread calls `step`, which calls `apply` with the
     number when it changes, and at first. delays: None if the number is to stay.
 
     lowered_total: how often there was not a core for every thread.
@@ -168,7 +169,7 @@ class ThreadControl:
         return self._pace.num_threads
 
     def step(self) -> None:
-        """Before a step: look whether the number of threads should change, at most once in a window."""
+        """Called before each step: changes the number of threads if it should, at most once in a window."""
         if self._next_s is None:
             self._apply(self.max_threads)
         if self.max_threads == 1 or self._delays is None or not self._delays.is_known:

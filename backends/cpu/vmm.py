@@ -19,10 +19,13 @@ from torch import Tensor
 
 from backends.backend import BackendError
 
+# Linux's numbers, as mmap(2) and sys/mman.h have them; Python's mmap module lacks some.
 PROT_NONE, PROT_READ_WRITE = 0, 3
+# The same of mmap's flags.
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_POPULATE = 0x1, 0x2, 0x10, 0x20, 0x4000, 0x8000
 FAILED = ctypes.c_void_p(-1).value
-# Libraries, allocators and thread stacks of this process go on making mappings of their own.
+# Of vm.max_map_count (65,530 by default): left for libraries, allocators and thread stacks of this process, which go on
+# making mappings of their own. Chosen: an eighth; running out would fail their calls.
 MAPPINGS_MARGIN = 8192
 
 
@@ -76,7 +79,7 @@ class CpuVmm:
         self._call(address, num_pages * size, PROT_READ_WRITE, flags, pool.file, first_page * size)
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """Another reservation in its place: a hole could be taken by anybody's next mapping."""
+        """See `VmmDriver.unmap`. Puts another reservation in its place: a hole could be taken by any other mapping."""
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
         self._call(address, num_bytes, PROT_NONE, flags, -1, 0)
 

@@ -22,8 +22,8 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 QUANTISED: dict[torch.dtype, str] = {torch.int8: "int8", FP8: "fp8"}
 SCALE_BYTES = {"int8": 4, "fp8": 1}
-TINY = 2.0**-100
-FP8_NAN = 255
+TINY = 2.0**-100  # groups whose largest number is below are kept as zeros: their scale might not be a normal fp32
+FP8_NAN = 255  # the E8M0 scale that stands for NaN (OCP MX 1.0)
 
 
 def row_width(head_dim: int, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""What the routes for administrators share: reading their bodies, and asking the engine to do something."""
+"""Functions shared by the routes for administrators: reading their bodies, and sending the engine a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def body_of(state: ServerState, request: Request, kind: type[Body]) -> Bod
 
 
 async def control(state: ServerState, action: Action, **options: Any) -> Controlled:
-    """`EngineClient.control`; what was refused becomes an ApiError."""
+    """Send a command to the engine as a whole (`EngineClient.control`). Raises ApiError if it is refused."""
     state.check_loaded()
     done = await state.engine.control(action, **options)
     if done.error is not None:

@@ -39,7 +39,7 @@ MODULES = (
 ROUTES: tuple[Route, ...] = tuple(
     route for name in MODULES for route in importlib.import_module(f"serving.api.routes.{name}").ROUTES)
 QUIET = frozenset(route.path for route in ROUTES if route.is_quiet)
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
+CLIENT_CLOSED_REQUEST = 499  # the status of a call whose client has gone, as nginx has it; it shows in logs only
 logger = logging.getLogger("xllm.api")
 
 

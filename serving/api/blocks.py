@@ -25,20 +25,22 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A change is a value: what comes after it leaves it as it is, whenever it is read."""
+    """A block begins. The event keeps its values, whatever comes after it."""
 
     block: Block
 
 
 @dataclass(frozen=True, slots=True)
 class Grew:
+    """Text was added to the open block."""
+
     block: Block
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """block: with its whole text."""
+    """A block is complete. block: with its whole text."""
 
     block: Block
 
@@ -47,7 +49,8 @@ Change = Opened | Grew | Closed
 
 
 class Blocks:
-    """parallel: whether calls behind the first count. Thinking that nobody may see is left out (`shows_reasoning`)."""
+    """Turns a parser's events into changes of blocks. parallel: whether calls after the first count. Thinking that
+    nobody may see is left out (`shows_reasoning`)."""
 
     def __init__(self, *, parallel: bool = True, shows_reasoning: bool = True):
         self.all: list[Block] = []
@@ -60,7 +63,7 @@ class Blocks:
         return any(block.kind == "call" for block in self.all)
 
     def feed(self, events: Iterable[Event]) -> list[Change]:
-        """What the parser's events change. Every block is closed before the next one opens."""
+        """The changes that these events make. Every block is closed before the next one opens."""
         changes: list[Change] = []
         for event in events:
             if isinstance(event, Reasoning):
@@ -75,7 +78,7 @@ class Blocks:
         return changes
 
     def end(self) -> list[Change]:
-        """The answer is complete, and so is every block of `all`."""
+        """Close the open block: the answer is complete."""
         if self._open is None:
             return []
         closed, self._open = replace(self._open, text="".join(self._pieces)), None

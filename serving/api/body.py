@@ -15,8 +15,11 @@ from serving.api.sse import ClientGone
 from serving.api.text_work import TextWork
 from serving.limits import FIELD_LIMITS, LimitSettings
 
-LARGE_BODY_BYTES = 2**16  # more is read beside the event loop
-DISCARD_FACTOR = 8  # of a body that is too large, this many limits are read and thrown away
+# From which a body is parsed in a thread. Chosen: smaller ones take the event loop well below a millisecond.
+LARGE_BODY_BYTES = 2**16
+# Of a body that is too large, so many limits are read and thrown away before the connection is closed. Chosen: clients
+# see why up to there, and a stream without an end is not followed.
+DISCARD_FACTOR = 8
 # Matches from any quote to the string's end or the body's, so that no input makes it scan anything twice.
 _JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""What a call weighs, added up before the engine hears of it: no request weighs more than it says.
+"""Computes what a call weighs before the engine gets it, so that no call costs more than the limit on its weight.
 
 A weight is in bytes: about what a call makes both processes hold at once, and work is weighed by the bytes whose making
 takes as long. Every field that is multiplied by sequences or tokens has its place here.
@@ -13,16 +13,17 @@ from serving.api.errors import invalid
 from serving.api.state import ServerState
 from xllm.request import SamplingParams
 
+# Bytes, chosen as upper estimates of what both processes hold; powers of two unless an object's size is plain.
 SEQUENCE = 2**13  # a request, its record, its row and the reader of its text
 PROMPT_TOKEN, PROMPT_COPY = 72, 4  # once in a call, and again for each choice
-OUTPUT_TOKEN = 16
+OUTPUT_TOKEN = 16  # of each choice
 LOGPROB, PROMPT_LOGPROB = 128, 160  # one token's at one place; two more stand for the place itself
 KEPT_LOGPROB = 1024  # where an answer is kept for later calls, as objects
-STOP_CHAR, STOP_OF_SEQUENCE = 16, 256
+STOP_CHAR, STOP_OF_SEQUENCE = 16, 256  # the automaton's table; the state of each sequence
 BAD_WORD_CHAR, BAD_WORD_OF_SEQUENCE = 512, 64  # tokenised, checked and sorted
-ALLOWED_ID, BIAS, BIAS_OF_SEQUENCE = 128, 512, 64
-ECHO_CHAR = 4
-EMBEDDING_NUMBER = 64
+ALLOWED_ID, BIAS, BIAS_OF_SEQUENCE = 128, 512, 64  # an id of a list; of a mapping, once and for each sequence
+ECHO_CHAR = 4  # as Python stores the widest characters
+EMBEDDING_NUMBER = 64  # of a vector
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class PlannedCall:
     embedding_size: int = 0
 
     def terms(self) -> list[Term]:
+        """The weights of the call, field by field."""
         one, num_prompt = self.samplings[0], sum(self.prompts)
         num = one.n * len(self.prompts)
         num_tokens = one.n * sum(sampling.max_tokens or 0 for sampling in self.samplings)
@@ -74,7 +76,7 @@ class PlannedCall:
 
 
 def _lists(sampling: SamplingParams, num: int) -> list[Term]:
-    """Of the fields that are lists, for so many sequences."""
+    """The weights of fields that are lists, for `num` sequences."""
     times, found = f"for {num} sequences", list[Term]()
     if sampling.stop:
         num_chars, longest = sum(map(len, sampling.stop)), max(map(len, sampling.stop))
@@ -109,15 +111,15 @@ def check_weight(state: ServerState, call: PlannedCall) -> None:
 
 
 def affordable_tokens(state: ServerState, num_sequences: int, logprobs: int | None, logprob: int = LOGPROB) -> int:
-    """How many tokens a sequence gets where nobody says how many, so that answers take half of what a call may
-    weigh."""
+    """How many tokens a sequence gets where the request does not say it: as many as let the answers take half of what a
+    call may weigh."""
     weight = OUTPUT_TOKEN + (0 if logprobs is None else (2 + logprobs) * logprob)
     return max(1, state.config.limits.max_call_weight // 2 // (num_sequences * weight))
 
 
 def check_texts(state: ServerState, texts: Iterable[str], field: str) -> None:
-    """Raise ApiError 400 for a text that is too long to be tokenised. One that a model of long context can take never
-    is."""
+    """Raise ApiError 400 for a text that is too long to be tokenised; texts that the model's context can take never
+    are."""
     longest = max_text_chars(state)
     for text in texts:
         if len(text) > longest:
@@ -125,5 +127,6 @@ def check_texts(state: ServerState, texts: Iterable[str], field: str) -> None:
 
 
 def max_text_chars(state: ServerState) -> int:
-    """The limit, or eight for each token of the model's longest sequence if that is more."""
+    """The longest text in characters: the limit, or eight for each token of the model's longest sequence if that is
+    more."""
     return max(state.config.limits.max_text_chars, 8 * state.facts.max_model_len)

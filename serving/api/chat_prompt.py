@@ -1,4 +1,4 @@
-"""From the messages of a request to the prompt's tokens, through the model's chat template."""
+"""Turns the messages of a request into the prompt's tokens, by the model's chat template."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "
                              "max_seconds", "needs_tools", "needs_calls"})
 PART_MEMBERS = frozenset({"type", "text", "cache_control", "prompt_cache_breakpoint"})  # caching needs no marks here
 CALL_MEMBERS = frozenset({"id", "type", "function", "index"})  # index: in calls put together from a stream
-TAIL_CHARS = 64
+TAIL_CHARS = 64  # of the prompt's end that are kept. Chosen: a thinking tag and the line breaks around it are shorter
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
+    """A rendered conversation: its token ids and the end of its text."""
+
     token_ids: list[int]
     tail: str  # the end of the text, which may open or close the model's thinking
 
@@ -119,7 +121,7 @@ def checked_template(state: ServerState, template: str | None) -> str | None:
 
 
 def num_chars(message: Mapping[str, Any]) -> int:
-    """About how long its text is."""
+    """About how many characters the message's text has."""
     content = message["content"]
     return len(content) if isinstance(content, str) else sum(len(part.get("text") or "") for part in content)
 

@@ -1,7 +1,7 @@
 """`Connection`: uvicorn's HTTP/1.1 protocol with bounds on how long a peer may take, and on how many peers there are.
 
-uvicorn waits for ever for a request's head, for its body and for a reader; whoever opens connections and says little
-(slow-loris), or reads nothing, would hold sockets and memory as long as they like.
+uvicorn waits without a limit for a request's head, for its body and for a reader; peers that open connections and say
+little (slow-loris), or read nothing, would hold sockets and memory as long as they like.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serving.api.connections import BODY, HEAD, WRITE, Connections
 from serving.api.errors import invalid
 
-SLOWEST_READER = 1024  # bytes a second that a reader must take, on average over write_timeout
+# Bytes a second that a reader must take, on average over write_timeout. Chosen: slower than any modem.
+SLOWEST_READER = 1024
 KEPT_PLACE = "kept_place"  # in the scope's state: this connection is beyond max_connections
 
 
@@ -68,7 +69,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def end(self, reason: str) -> None:
-        """Close it now, whatever is unsent."""
+        """Close the connection now, whatever is unsent."""
         self.others.closed[reason] += 1
         self.transport.abort()
 

@@ -1,8 +1,8 @@
-"""`Connections`: which connections are open, how many may be, and which one goes when there are too many.
+"""`Connections`: the open connections, how many there may be, and which one is closed when there are too many.
 
-A connection that waits for a head (a silent newcomer, half a head, keep-alive) costs its peer nothing, so it is the
-first to go, the longest waiting one before others. A few places beyond the limit are kept for those who look after the
-server, so that its health can be asked while every other place is in use.
+A connection that waits for a head (a silent newcomer, half a head, keep-alive) costs its peer nothing, so it is closed
+first, the longest waiting one before others. A few places beyond the limit are kept for health and admin routes, so
+that the server's health can be asked while every other place is in use.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from serving.config import END_REASONS, ConnectionSettings
 from xllm.errors import ConfigError
 
 HEAD, BODY, WRITE, FULL = END_REASONS
-ACCEPTED_AT_ONCE = 32  # connections that asyncio takes in one turn; they are counted a turn or two later
-KEPT_PLACES = 32  # beyond max_connections: for health and admin routes
-OTHER_FILES = 128 + 4 * ACCEPTED_AT_ONCE  # files, pipes and sockets that are no connections, and those not yet counted
-_SHORTENED_FROM = 0.5  # share of max_connections in use from which a head gets less time
-_SHORTEST = 0.05  # of head_timeout, when all are in use
+# Connections that asyncio accepts in one turn; they are counted a turn or two later. Chosen: small, so that the count
+# is hardly exceeded.
+ACCEPTED_AT_ONCE = 32
+KEPT_PLACES = 32  # beyond max_connections, for health and admin routes. Chosen: more than probes and operators need
+# Files, pipes and sockets that are no connections (chosen: 128), and connections not yet counted.
+OTHER_FILES = 128 + 4 * ACCEPTED_AT_ONCE
+# Share of max_connections in use from which a head gets less time. Chosen: slow clients are spared below.
+_SHORTENED_FROM = 0.5
+# Of head_timeout, when all are in use. Chosen: one second of the default 20 is enough for an honest client.
+_SHORTEST = 0.05
 
 
 class Peer(Protocol):
-    """What is known here of a connection."""
+    """The part of a connection that is used here."""
 
     def end(self, reason: str) -> None:
         """Close it now; `reason` is one of END_REASONS."""
@@ -44,7 +49,8 @@ class Connections:
         return self._max_open
 
     def enter(self, peer: Peer) -> bool:
-        """A new connection. Returns False for one that got one of the kept places. It may be ended in here."""
+        """Count a new connection in, perhaps closing another (or this one). Returns False if it got one of the kept
+        places."""
         self._open.add(peer)
         self._headless[peer] = None
         if len(self._open) <= self._max_open:
@@ -55,19 +61,19 @@ class Connections:
         return len(self._open) <= self._max_open
 
     def note_head(self, peer: Peer, waiting: bool) -> None:
-        """Whether it waits for a head, now."""
+        """Note whether a connection waits for a request's head now."""
         if not waiting:
             self._headless.pop(peer, None)
         elif peer in self._open and peer not in self._headless:
             self._headless[peer] = None
 
     def leave(self, peer: Peer) -> None:
-        """It is closed. May be said twice."""
+        """Count a closed connection out. May be called twice."""
         self._open.discard(peer)
         self._headless.pop(peer, None)
 
     def head_timeout_s(self) -> float:
-        """How long the next head may take: less, the fuller it is; 0: any time."""
+        """How many seconds the next head may take: fewer, the fuller the server is; 0: any time."""
         free = 1 - len(self._open) / self._max_open
         return self.settings.head_timeout * max(_SHORTEST, min(1.0, free / (1 - _SHORTENED_FROM)))
 

@@ -1,6 +1,6 @@
-"""`drive`: a generation becomes an answer, whole or as a stream of events, in the same way for every API.
+"""`drive`: turns a generation into an answer, whole or as a stream of events, in the same way for every API.
 
-What an API's events and bodies look like is its `Writer`'s.
+A `Writer` decides what an API's events and bodies look like.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much a model shall think and say: the wishes of the APIs as variables of its chat template.
+"""Translates what the APIs say about how much a model shall think and say into variables of its chat template.
 
 A wish is honoured where the template reads a variable for it, and refused by name where it does not.
 """
@@ -17,7 +17,7 @@ SWITCHES = ("enable_thinking", "thinking")  # Qwen's and GLM's name, DeepSeek's 
 
 
 def read_variables(state: ServerState, template: str | None = None) -> frozenset[str]:
-    """What the model's chat templates read, or the request's own. Raises ApiError without a tokenizer."""
+    """The variables that the model's chat templates read, or the request's own. Raises ApiError without a tokenizer."""
     sources = state.need_tokenizer("messages").chat_template_sources if template is None else (template,)
     return template_variables(sources)
 
@@ -40,7 +40,7 @@ def effort_variables(state: ServerState, effort: str | None, field: str,
         return switches  # without either the model does not think at all
     if "reasoning_effort" in variables:
         return {**switches, "reasoning_effort": effort}
-    if effort == "medium":  # as it thinks when nobody says how much
+    if effort == "medium":  # as the model thinks without being told
         return switches
     known = "none and medium: its chat template only switches thinking on and off" if switches else (
         "medium only: its chat template has no variable for it")

@@ -1,4 +1,4 @@
-"""`ApiError` and the one shape that every error of the API has: {"error": {message, type, param, code}}."""
+"""`ApiError`, and the shape of every error of the API: {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xllm.client.engine_client import EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")
-RETRY_AFTER_S = 5
+RETRY_AFTER_S = 5  # that a client is told to wait. Chosen: loading and restarts take about that long with small models
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -42,19 +42,22 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     def response(self) -> Response:
+        """The error as an HTTP response."""
         return json_response(self.body(), self.status, self.headers)
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with `content` as JSON."""
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
+    """An ApiError 400 about the field `param`."""
     return ApiError(400, message, param=param)
 
 
 def unavailable(message: str) -> ApiError:
-    """503; the client may come back soon."""
+    """An ApiError 503 with Retry-After."""
     return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
@@ -114,6 +117,7 @@ def _renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -
 
 
 def install_handlers(app: FastAPI) -> None:
+    """Have the app answer every exception in the API's error shape (`as_api_error`)."""
     async def handle(request: Request, error: Exception) -> Response:
         answer = as_api_error(error)
         if answer.status in (404, 405) and isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""Who may call which route: the levels, and the gate that holds requests against the table of all routes' levels.
+"""Decides who may call which route: the access levels, and the gate that checks each request against them.
 
 A path that no `Route` declares does not exist, whatever is mounted behind it; `create_app` refuses to start when the
 two disagree. The path is looked at as it came over the wire and as the router will read it; both must name a declared
@@ -126,7 +126,7 @@ class AccessGate:
             raise complaint
         level = self._table.level(scope["raw_path"].decode("latin-1"), scope["path"])
         caller = NOBODY if level is Access.PUBLIC else self._identify(scope["headers"], level)
-        CALLER.set(caller)  # what is refused from here on is somebody's
+        CALLER.set(caller)  # refusals from here on are counted for this caller
         if level is None:
             raise ApiError(404, f"Not Found: {scope['method']} {scope['path'][:256]}")
         if level is Access.USER and scope.get("state", {}).get(KEPT_PLACE):

@@ -1,4 +1,4 @@
-"""`Generation`: a call's sequences while the engine produces them; what comes is measured and taken down."""
+"""`Generation`: the sequences of one call while the engine produces them, with their measurements and records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from xllm.client.assemble import Assembly, Completion, Piece
 from xllm.client.engine_client import EngineBusyError, Stream
 from xllm.request import OWN_FAULTS, Request
 
-DELTAS_AT_ONCE = 32  # that are read before other calls have their turn
+# That are read before other calls have their turn. Chosen: a call of many sequences must not hold up the others.
+DELTAS_AT_ONCE = 32
 
 
 class Generation:
@@ -35,8 +36,8 @@ class Generation:
         self._stream: Stream | None = None
 
     async def start(self) -> None:
-        """Submit the requests; whoever calls this enters the generation or calls `close`. Raises ApiError, RequestError
-        or EngineDeadError."""
+        """Submit the requests. The caller then enters the generation or calls `close`. Raises ApiError, RequestError or
+        EngineDeadError."""
         state, expires_s = self.state, expiry_s(self._timeout_s, self.state.config.resilience.request_timeout)
         try:
             stream = await state.admission.submit(self._requests)
@@ -94,14 +95,14 @@ class Generation:
             raise
 
     async def run(self) -> None:
-        """Start it and run it to its end without looking at the pieces."""
+        """Start it and read it to its end without using the pieces."""
         await self.start()
         async with self as pieces:
             async for _ in pieces:
                 pass
 
     def _note(self, piece: Piece) -> None:
-        """Raises ApiError for what did not end well."""
+        """Record a piece. Raises ApiError for a sequence that did not end well."""
         choice, record = self.choices[piece.index], self._records[piece.index]
         previous_s = record.last_token_s
         record.read(choice)
@@ -136,7 +137,8 @@ class Generation:
 
 
 def expiry_s(wish_s: float | None, limit_s: float) -> float | None:
-    """On the `time.monotonic()` clock. Raises ApiError for a wish that is no duration."""
+    """When a call expires, on the `time.monotonic()` clock: after the request's own limit or the server's. Raises
+    ApiError for a limit that is no duration."""
     if wish_s is not None and not 0 < wish_s < math.inf:
         raise invalid("timeout_s must be a positive number", "timeout_s")
     given = [seconds for seconds in (wish_s, limit_s or None) if seconds is not None]

@@ -1,7 +1,7 @@
 """`Handshake`: a new TLS connection until its handshake is done; only then there is an HTTP connection.
 
-asyncio would tell nobody of a connection before that: whoever opens many and says nothing would hold files that nobody
-counts, each for a minute. Here such a one is a peer like any other that waits for a head.
+asyncio reports no connection before that: peers that open many and say nothing would hold files that are not counted,
+each for a minute. Here such a connection is a peer like any other that waits for a head.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Answers that are too large to be made at once: written slice by slice, and the event loop has other turns between.
+"""Writes answers that are too large to be made at once slice by slice; the event loop runs between the slices.
 
-`Slices` and `Items` stand for a JSON array in a dict; what is in them is made when its turn comes and is gone once it
-is written.
+`Slices` and `Items` stand for a JSON array in a dict; what is in them is made when its turn comes and is dropped once
+it is written.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fastapi.responses import Response
 from serving.api.sse import MadeWhileSent, escape_line_ends
 
 SLICE_VALUES = 256  # that are made and encoded without a pause: about half a millisecond's work
-PART_BYTES = 2**15  # that are sent together
-WHOLE_BYTES = 2**24  # of an answer that is made before it is sent: clients like to know how much comes
+PART_BYTES = 2**15  # that are sent together. Chosen: few system calls, little memory
+# Of an answer that is made before it is sent: clients like to know its length. Chosen: bounds the memory of one.
+WHOLE_BYTES = 2**24
 
 
 class Slices:
@@ -40,13 +41,13 @@ class Sliced(dict[str, Any]):
 
 
 def sliced(values: Sequence[Any], width: int = 1) -> Iterator[Sequence[Any]]:
-    """The values in slices. width: how many plain values each stands for."""
+    """Cut the values into slices. width: how many plain values each stands for."""
     step = max(1, SLICE_VALUES // max(1, width))
     return (values[start : start + step] for start in range(0, len(values), step))
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:
-    """The JSON of a value, in pieces of which each took little time."""
+    """The JSON of a value in pieces, each of which takes little time to make."""
     if isinstance(value, Slices):
         encoded = (msgspec.json.encode(values)[1:-1] for values in value.slices)
         yield from _array([piece] for piece in encoded if piece)
@@ -76,7 +77,7 @@ def _array(members: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
 
 
 async def parts(content: Any) -> AsyncGenerator[bytes, None]:
-    """The JSON of `content` in parts of a size that is good to send; the event loop runs between them."""
+    """The JSON of `content` in parts of PART_BYTES or more; the event loop runs between them."""
     pending, num_bytes = list[bytes](), 0
     for piece in json_pieces(content):
         pending.append(piece)
@@ -97,7 +98,7 @@ async def event_parts(content: Any) -> AsyncGenerator[bytes, None]:
 
 
 async def sliced_response(content: Any) -> Response:
-    """The answer with `content`, whose length is told; beyond WHOLE_BYTES one that is made while it is sent."""
+    """A response with `content`. Up to WHOLE_BYTES its length is sent; a larger one is made while it is sent."""
     made, ready, num_bytes = parts(content), list[bytes](), 0
     async for part in made:
         ready.append(part)

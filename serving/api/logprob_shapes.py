@@ -13,13 +13,13 @@ from xllm.request import SamplingParams, TokenLogprobs
 from xllm.text.token_text import TextContext
 from xllm.text.tokenizer import Tokenizer
 
-LOWEST = -9999.0  # JSON has no infinity
+LOWEST = -9999.0  # stands for minus infinity, which JSON lacks; vLLM's number
 
 
 class LogprobsWriter:
-    """Writes those of one sequence, piece after piece.
+    """Writes the log-probabilities of one sequence, piece after piece.
 
-    context: where the first token stands; moves on with what is written. None: tokens have no texts. `as_ids`: show
+    context: the place of the first token; moves on with what is written. None: tokens have no texts. `as_ids`: show
     tokens as `token_id:N`, which no two tokens share.
     """
 
@@ -43,6 +43,7 @@ class LogprobsWriter:
                 "top_logprobs": tops}
 
     def chat(self, entries: Iterable[TokenLogprobs], num_top: int) -> dict[str, Any]:
+        """The chat shape. num_top: how many of the likeliest tokens to name."""
         content = []
         for entry in entries:
             top = list(zip(entry.top_ids, entry.top_logprobs))[:num_top]
@@ -63,11 +64,11 @@ class LogprobsWriter:
     # The same in slices, each of which is written when its turn comes.
 
     def chat_slices(self, entries: Sequence[TokenLogprobs], num_top: int) -> Iterator[list[dict[str, Any]]]:
-        """Of the chat shape the content."""
+        """The content of the chat shape, in slices."""
         return (self.chat(some, num_top)["content"] for some in sliced(entries, 1 + num_top))
 
     def name_slices(self, token_ids: Sequence[int]) -> Iterator[list[str]]:
-        """Of the completions shape the tokens."""
+        """The tokens of the completions shape, in slices."""
         for some in sliced(token_ids):
             names = []
             for token_id in some:
@@ -77,14 +78,15 @@ class LogprobsWriter:
 
     def top_slices(self, token_ids: Sequence[int],
                    entries: Sequence[TokenLogprobs | None]) -> Iterator[list[dict[str, float] | None]]:
-        """Of the completions shape the top log-probabilities. For another writer than the names'."""
+        """The top log-probabilities of the completions shape, in slices. For another writer than the one of the
+        names."""
         width = _width(entries)
         for some, theirs in zip(sliced(token_ids, width), _endless(sliced(entries, width))):
             yield self.completion(some, theirs, ())["top_logprobs"]
 
     def prompt_slices(self, token_ids: Sequence[int],
                       entries: Sequence[TokenLogprobs | None]) -> Iterator[list[dict[str, Any] | None]]:
-        """Of vLLM's shape."""
+        """vLLM's prompt shape, in slices."""
         width = _width(entries)
         for some, theirs in zip(sliced(token_ids, width), sliced(entries, width)):
             yield self.prompt(some, theirs)
@@ -176,7 +178,7 @@ def _endless(slices: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
 
 
 def finite_slices(entries: Sequence[TokenLogprobs | None]) -> Iterator[list[float | None]]:
-    """Of the completions shape the tokens' own log-probabilities."""
+    """The tokens' own log-probabilities in the completions shape, in slices."""
     return ([None if entry is None else _finite(entry.logprob) for entry in some] for some in sliced(entries))
 @dataclass
 class TokenPlaces:

@@ -1,4 +1,4 @@
-"""From a body of the Messages API to the chat that it stands for."""
+"""Translates a body of the Messages API into a chat request."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _clear_thinking(messages: list[dict[str, Any]], body: CountTokensBody) -> No
 
 
 def chat_body(state: ServerState, body: MessagesBody | CountTokensBody, chat: Chat) -> ChatBody:
-    """The same wish as a chat request. Raises ApiError."""
+    """The chat request that means the same. Raises ApiError."""
     choice = body.tool_choice
     fields: dict[str, Any] = {
         "messages": chat.messages, "model": body.model, "tools": _tools(body.tools),
@@ -193,7 +193,8 @@ def _variables(state: ServerState, body: CountTokensBody) -> dict[str, Any]:
 
 
 def hides_thinking(body: MessagesBody) -> bool:
-    """Whether thinking is left out of the answer, as it is where a model that cannot but think was told not to."""
+    """Whether thinking is left out of the answer: it is to be omitted, or was turned off, and the model may think all
+    the same."""
     return body.thinking is not None and (body.thinking.display == "omitted" or body.thinking.type == "disabled")
 
 

@@ -1,4 +1,4 @@
-"""From a request body to the engine's `Request`s: sampling parameters, limits, ids."""
+"""Makes the engine's `Request`s of a request body: sampling parameters, limits, ids."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from xllm.pooling import PoolingParams
 from xllm.request import Request, SamplingParams
 from xllm.token_ids import check_prompt_length
 
-COMPLETION_MAX_TOKENS = 16
-SEQUENCE_SIZE = 64  # making a sequence is as much work as so many characters
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
+# Making a sequence counts as so many characters of text (`text_work.py: LONG`). Chosen: 64 of them are worth a thread.
+SEQUENCE_SIZE = 64
+# Either way: the moves of the KV tiers add at most as much again, and stay below `kv/tiers.py: PREFETCH`.
 MAX_PRIORITY = 2**31
-MAX_SALT_CHARS = 1024
+MAX_SALT_CHARS = 1024  # chosen: a salt is an id or a digest
 
 
 def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int, logprobs: int | None,
                     **overrides: Any) -> SamplingParams:
-    """The body's wishes over the model's defaults; overrides: over both. Raises RequestError naming the field."""
+    """The body's parameters over the model's defaults; overrides: over both. Raises RequestError naming the field."""
     given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
     defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
     settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
@@ -141,5 +143,5 @@ def _deadline_s(wish_ms: float | None) -> float | None:
 
 
 def _hash_salt(salt: str | None) -> str:
-    """A fixed-size stand-in, so that a long salt costs nothing later."""
+    """A digest of the salt, so that a long one costs nothing later."""
     return "" if salt is None else hashlib.sha256(salt.encode()).hexdigest()

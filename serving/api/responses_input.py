@@ -1,4 +1,4 @@
-"""From a body of the Responses API to the chat that it stands for."""
+"""Translates a body of the Responses API into a chat request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {"messages": "input", "max_tokens": "max_output_tokens", r"response_form
          "response_format": "text.format", "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
          r"tools\.(\d+)\.function": r"tools.\1", r"tool_choice\.allowed_tools": "tool_choice"}
 
-# The members of each type of item and part. Ids, states and phases are marks of whoever wrote an item, and annotations
+# The members of each type of item and part. Ids, states and phases are marks of an item's writer, and annotations
 # and logprobs remarks on a text: neither says anything that a template could show to the model.
 MARKS = ("type", "id", "status")
 ITEMS = {
@@ -137,7 +137,7 @@ def _text_of(content: Any, place: str) -> str:
 
 
 def chat_body(body: ResponsesBody, conversation: ChatConversation) -> ChatBody:
-    """The same wish as a chat request. Raises ApiError."""
+    """The chat request that means the same. Raises ApiError."""
     messages = conversation.messages
     if body.instructions:
         messages = [{"role": "system", "content": body.instructions}, *messages]

@@ -20,8 +20,9 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """What belongs to another owner is not there. When it is full, the owner who keeps most (entries or characters,
-    whichever is exceeded) loses what it has not used for longest: nobody can push out another's."""
+    """Keeps responses by owner; those of another owner are not found. When it is full, the owner who keeps most
+    (entries or characters, whichever is exceeded) loses what it has not used for longest: nobody can push out
+    another's."""
 
     def __init__(self, max_entries: int, max_chars: int):
         self.max_entries, self.max_chars = max_entries, max_chars
@@ -32,7 +33,8 @@ class ResponseStore:
         return sum(len(kept.entries) for kept in self._kept.values())
 
     def put(self, response: dict[str, Any], messages: list[dict[str, Any]], owner: str) -> None:
-        """Keep one; nothing is kept of one that alone is too large."""
+        """Keep a response and its conversation, dropping others as needed. One that is too large by itself is not
+        kept."""
         entry = StoredResponse(response, messages, owner, _size(response) + _size(messages))
         if entry.num_chars > self.max_chars:
             return
@@ -45,6 +47,8 @@ class ResponseStore:
             self._drop_oldest(max(self._kept, key=lambda name: self._kept[name].num_chars))
 
     def get(self, response_id: str, owner: str) -> StoredResponse | None:
+        """The owner's response, or None if there is none. It becomes the owner's most recently used, which is dropped
+        last."""
         kept = self._kept.get(owner)
         if kept is None or response_id not in kept.entries:
             return None
@@ -52,7 +56,7 @@ class ResponseStore:
         return kept.entries[response_id]
 
     def delete(self, response_id: str, owner: str) -> bool:
-        """Whether it was there."""
+        """Drop the owner's response; returns whether there was one."""
         kept = self._kept.get(owner)
         if kept is None or response_id not in kept.entries:
             return False
@@ -77,7 +81,7 @@ def _size(value: Any) -> int:
 
 @dataclass(slots=True)
 class _Kept:
-    """One owner's, the least recently used first."""
+    """What one owner keeps, the least recently used first."""
 
     entries: OrderedDict[str, StoredResponse] = field(default_factory=OrderedDict)
     num_chars: int = 0

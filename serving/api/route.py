@@ -23,7 +23,7 @@ METHODS = ("GET", "POST", "DELETE")
 
 
 class Needs(enum.Enum):
-    """What a route cannot do without; it answers 503 while that is missing. ENGINE: one that takes new requests."""
+    """What must be there for a route; it answers 503 otherwise. ENGINE: one that takes new requests."""
 
     NOTHING = enum.auto()
     MODEL = enum.auto()
@@ -61,11 +61,12 @@ class Route:
 
     @property
     def methods(self) -> list[str]:
-        """HEAD is what GET would answer without its body, which the HTTP server leaves out (RFC 9110, 9.3.2)."""
+        """The HTTP methods. HEAD is what GET would answer without its body, which the HTTP server leaves out (RFC 9110,
+        9.3.2)."""
         return ["GET", "HEAD"] if self.method == "GET" else [self.method]
 
     def add_to(self, app: FastAPI, state: ServerState) -> None:
-        """Let the app answer this route."""
+        """Add the route to the app."""
         async def endpoint(request: Request) -> Response:
             try:
                 return await self._answer(state, request)

@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that the client has gone."""
+"""Writes server-sent events, and notices that a client has gone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class ClientGone(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection: the call is over."""
 
 
 def event(content: dict[str, Any]) -> bytes:
+    """An event without a name: `data: JSON`."""
     return b"data: " + escape_line_ends(msgspec.json.encode(content)) + b"\n\n"
 
 
@@ -69,7 +70,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class MadeWhileSent(Response):
-    """Sends what a generator makes, and closes it when the client leaves.
+    """A response whose body a generator makes while it is sent; the generator is closed when the client leaves.
 
     on_end: called when all is over; a generator that was never begun does not run its `finally`.
     """

@@ -1,4 +1,4 @@
-"""`ServerState`: what all endpoints share."""
+"""`ServerState`: the objects that all routes share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from xllm.inputs import InputProcessor
     from xllm.text.tokenizer import Tokenizer
 
-MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20  # that /v1/responses keeps for later calls
+# That /v1/responses keeps for later calls, over all callers. Chosen: bounds memory.
+MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20
 
 
 @dataclass
@@ -71,7 +72,7 @@ class ServerState:
         self.requests.on_end = self.note_end
 
     def note_end(self, record: RequestRecord) -> None:
-        """A request has ended."""
+        """Record that a request has ended, in its caller's figures and in traces."""
         self.callers.note_end(record)
         if self.tracer is not None:
             self.tracer.record(record)
@@ -96,6 +97,7 @@ class ServerState:
 
     @cached_property
     def served_names(self) -> tuple[str, ...]:
+        """The names under which the model is served, the first its main one."""
         if self.config.http.served_model_name:
             return self.config.http.served_model_name
         given = self.model_name or Path(self.facts.model_path).name
@@ -151,6 +153,7 @@ class ServerState:
                                field=field)
 
     def need_tokenizer(self, param: str) -> Tokenizer:
+        """The tokenizer. Raises ApiError naming `param` if there is none."""
         if self.tokenizer is None:
             raise ApiError(400, f"{param}: this server runs without a tokenizer; send token ids", param=param)
         return self.tokenizer

@@ -32,7 +32,7 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
 
 
 def read_structured(body: GenerationBody) -> StructuredOutput | None:
-    """What the body asks for. Raises ApiError that names the field."""
+    """The form that the body asks for, or None. Raises ApiError that names the field."""
     by_format = None if body.response_format is None else _read_format(body.response_format)
     wishes = {k: v for k, v in (body.structured_outputs or {}).items() if v is not None}
     if not wishes:
@@ -111,7 +111,8 @@ def field_of(body: GenerationBody) -> str:
 
 
 async def check_structured(state: ServerState, body: GenerationBody, samplings: Sequence[SamplingParams]) -> None:
-    """Have it compiled in another process. Raises ApiError that names the field, or 503 if too many ask."""
+    """Have the form compiled in another process, and wait for it. Raises ApiError that names the field, or 503 if too
+    many ask."""
     for spec in {sampling.structured for sampling in samplings} - {None}:
         assert spec is not None
         state.need_tokenizer(field_of(body))

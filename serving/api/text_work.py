@@ -1,4 +1,6 @@
-"""`TextWork`: what takes longer than a moment (tokenising, reading large bodies) runs beside the event loop."""
+"""`TextWork`: runs work on text that takes longer than a moment (tokenising, reading large bodies) beside the event
+loop.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-LONG = 4096  # characters or values: more is worth a thread
-LARGE = 2**18  # more is done one after the other: a thread for each that comes would fill the memory
-THREADS = 4
+LONG = 4096  # characters or values: more is worth a thread. Chosen: a thread costs about as much as tokenising so many
+LARGE = 2**18  # of more, one after the other is done. Chosen: a thread for each that comes would fill the memory
+THREADS = 4  # for long work. Chosen: it is short enough to need no more
 
 
 class TextWork:
-    """Belongs to one event loop. Large work waits its turn, in the order in which it came; what is only long goes past
-    it."""
+    """Belongs to one event loop. Large work is done one after the other, in the order in which it came; work that is
+    only long passes it."""
 
     def __init__(self) -> None:
         self._long = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-text")  # a thread keeps memory of its own
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` returns. size: of what it is about, in characters or values."""
+        """Run `work`, in a thread if it is long, and return its result. size: of what it is about, in characters or
+        values."""
         if size <= LONG:
             return work()
         threads = self._long if size <= LARGE else self._large

@@ -1,4 +1,4 @@
-"""What a chat request says about tools: checked, then a parser of the output, or the form that it must have."""
+"""Reads what a chat request says about tools, and makes the parser of its output or the form that it must have."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class ToolWish:
 
     @property
     def is_forced(self) -> bool:
+        """Whether the output must be a call."""
         return self.choice in ("required", "named")
 
     @property
     def functions(self) -> list[Mapping[str, Any]]:
+        """The functions of the tools, as `ToolSet` takes them."""
         return [tool["function"] for tool in self.tools]
 
     def form(self, model_parser: type[ToolParser] | None, hidden: frozenset[str]) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> FlagParser:
+    """The parser of all commands and their flags. Imports nothing heavy."""
     parser = FlagParser(prog="xllm", description="An LLM inference engine for Ascend NPUs, CUDA GPUs and CPUs.")
     parser.add_argument("-V", "--version", action="version", version=f"xllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=FlagParser)

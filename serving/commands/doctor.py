@@ -28,6 +28,7 @@ CANN_VERSION_FILES = ("*/ascend_toolkit_install.info", "ascend_toolkit_install.i
 # Which CANN a line of torch_npu is made for, as vllm-ascend's releases pair them; later ones are not known.
 CANN_OF = {"2.10": ("9.0", "9.1"), "2.9": ("8.5",)}
 CANN_VERSION = re.compile(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.]*)")
+# For torch to load and a device to open. Chosen: a slow disk takes a minute; a hanging driver is reported.
 PROBE_TIMEOUT_S = 120
 EXAMINED = ("auto", "cpu", "cuda", "npu")  # values of --device that have findings of their own
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
@@ -187,7 +188,7 @@ def cann_findings(torch_npu: str, folders: tuple[Path, ...]) -> Iterator[Finding
 
 
 def cann_version(home: Path) -> str | None:
-    """As its files state it."""
+    """The version of the CANN toolkit in `home`, from its files; None if none says it."""
     for pattern in CANN_VERSION_FILES:
         for path in sorted(home.glob(pattern)):
             found = CANN_VERSION.search(path.read_text(errors="replace"))
@@ -197,7 +198,7 @@ def cann_version(home: Path) -> str | None:
 
 
 def _backend(name: str, tool: str) -> Finding:
-    """What becomes of `--device NAME`. tool: the driver's command that shows more."""
+    """What `--device NAME` does here, as a finding. tool: the driver's command that shows more."""
     answer = _probe(name, tool)
     if "problem" in answer:
         return Finding(MISSING, f"{name} backend", answer["problem"])
@@ -205,7 +206,7 @@ def _backend(name: str, tool: str) -> Finding:
 
 
 def _choice(devices: Sequence[Finding]) -> Finding:
-    """What becomes of `--device auto`, the default, and why. devices: what was found out about accelerators."""
+    """What `--device auto`, the default, chooses here and why. devices: the findings about accelerators."""
     if importlib.util.find_spec("torch") is None:
         return Finding(HINT, "device auto", "none: torch is missing")
     answer = _probe("auto", "the lines above")
@@ -222,7 +223,8 @@ def _choice(devices: Sequence[Finding]) -> Finding:
 
 
 def _probe(name: str, tool: str) -> dict[str, Any]:
-    """What `backends/probe.py` answers about a device, from a process of its own, or the problem with that."""
+    """Open a device in another process (`backends/probe.py`); returns its answer, or {"problem": what went wrong with
+    that}."""
     command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)

@@ -43,7 +43,7 @@ class FlagParser(argparse.ArgumentParser):
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
-        """An unknown flag is said before what it led to, such as a required one that is missing."""
+        """Report an unknown flag first, before what it led to, such as a required one that is missing."""
         name = self._unknown_flag()
         if name is not None:
             message = f"unknown flag {name}{self._hint(name)}"

@@ -39,7 +39,8 @@ def check_output(output: Path, reads: Iterable[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def open_locked(output: Path) -> Iterator[BinaryIO]:
-    """The file, created if it is not there, open to append to, without a buffer; nobody else has it open in this way.
+    """Open a file to append to, without a buffer; it is created if it is not there. No other process has it open in
+    this way.
 
     The lock is a flock, which the kernel drops with the process. Raises ConfigError if another process has it.
     """

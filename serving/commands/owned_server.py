@@ -1,6 +1,6 @@
 """`xllm serve` for another command of ours: it ends as if by SIGTERM when its stdin does.
 
-Whoever starts it keeps the other end of a pipe open for as long as it lives, so that one that was killed leaves no
+The command that starts it keeps the other end of a pipe open for as long as it lives, so that a killed one leaves no
 server behind.
 """
 

@@ -40,9 +40,11 @@ from xllm.errors import ConfigError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank")
 ADDRESS = re.compile(r"on (https?://127\.0\.0\.1:\d+)")
+# Of a request that a busy server refused, and seconds before the first, which double each time. Chosen: a minute in
+# all.
 RETRIES, RETRY_S = 8, 0.25
-BUSY = (429, 503)
-START_POLL_S = 0.1
+BUSY = (429, 503)  # HTTP statuses with which a server asks to come back
+START_POLL_S = 0.1  # between looks whether the server is ready. Chosen: a start takes a second or more
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to readers that use `str.splitlines`
 JSON = {"Content-Type": "application/json"}
 ID_PREFIX = "batch_req_"
@@ -181,7 +183,7 @@ class BatchRun:
             await asyncio.gather(*senders, return_exceptions=True)
 
     async def _answer(self, lines: Iterator[RequestLine]) -> None:
-        for line in lines:  # the iterator is everybody's: each takes the next
+        for line in lines:  # all senders share the iterator: each takes the next line
             self._write(answer(line, None, line.error) if line.error else await self._send(line))
 
     async def _send(self, line: RequestLine) -> dict[str, Any]:

@@ -48,9 +48,10 @@ if TYPE_CHECKING:
     from xllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("xllm.serve")
-POLL_S = 0.05
-ABORT_GRACE_S = 1.0
-KERNEL_QUEUE = 2048  # connections that may wait until they are accepted
+POLL_S = 0.05  # between looks at what is awaited while starting and draining. Chosen: hardly noticed by a person
+ABORT_GRACE_S = 1.0  # for aborted requests to send their last words. Chosen: a reader that takes longer is cut off
+# Connections that may wait until they are accepted. Chosen; the kernel cuts it to net.core.somaxconn (4096 by default).
+KERNEL_QUEUE = 2048
 
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -154,7 +155,7 @@ class _Server:
         reporting = asyncio.create_task(self._report_throughput())
         try:
             await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
-            loading.cancel()  # whoever dies from now on stays dead
+            loading.cancel()  # an engine that dies from now on stays dead
             await self._drain()
         finally:
             self._http.should_exit = True

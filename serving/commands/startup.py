@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-BAR_CHARS = 30
-REDRAW_S = 0.05
-LOG_INTERVAL_S = 5.0  # between two lines about one phase, where nothing can be drawn over
+BAR_CHARS = 30  # the width of the bar
+REDRAW_S = 0.05  # between two drawings of the line. Chosen: smooth enough
+# Between two lines about one phase, where nothing can be drawn over. Chosen: a log shows progress, and stays short.
+LOG_INTERVAL_S = 5.0
 
 
 class LogStream(io.TextIOBase):
@@ -72,7 +73,7 @@ class StartupView:
         self._times, self._start_s = [], None
 
     def interrupt(self) -> None:
-        """Leave the line that is being drawn, before somebody else writes."""
+        """End the line that is being drawn, before other output is written."""
         if self._is_drawn:
             self._is_drawn = False
             self._write("\n")
@@ -95,6 +96,6 @@ class StartupView:
         self._write(f"\r\x1b[K{self._name:<12}{now - self._began_s:8.2f} s{bar}")
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone; serving goes on
+        with contextlib.suppress(BrokenPipeError):  # the reader of our output has gone; serving goes on
             self._out.write(text)
             self._out.flush()

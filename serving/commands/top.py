@@ -21,16 +21,17 @@ from rich.text import Text
 from xllm.errors import ConfigError, EngineDeadError
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-SPARK_CHARS = 40
+SPARK_CHARS = 40  # the width of a curve
 GAUGE_CHARS = 46  # of name, figure and unit beside a curve, with gaps
-RATE_WINDOW_S = 2.0
-MAX_SAMPLES = 240
-MAX_STEPS = 4096
-BAR_CHARS = 24
-LANE_CHARS = 32
-MIN_LANE_CHARS = 4
+RATE_WINDOW_S = 2.0  # over which rates are averaged. Chosen: steady enough to read
+MAX_SAMPLES = 240  # as `observe/engine_history.py` keeps: two minutes
+MAX_STEPS = 4096  # steps that are kept; more than the screen shows
+BAR_CHARS = 24  # the width of a bar
+LANE_CHARS = 32  # the width of a request's bar on a wide screen
+MIN_LANE_CHARS = 4  # the least width at which that bar still says something
 FRAME_CHARS, PADDING_CHARS = 4, 2  # of the panel, and of each column in it
 COLUMNS = {"#": 5, "kind": 10, "prompt": 6, "cached": 6, "output": 6, "time": LANE_CHARS, "ms": 7, "tok/s": 6, "end": 8}
+# Of each wait for the server. Chosen: a server that says nothing for that long is taken for gone.
 CONNECT_TIMEOUT_S = 10.0
 Row = list[float]
 

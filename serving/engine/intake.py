@@ -1,4 +1,6 @@
-"""`Intake`: the one way from the HTTP API to the engine. Requests are signed here, and what they use is counted."""
+"""`Intake`: passes every request from the HTTP API to the engine. It signs requests for their caller and counts what
+they use.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ class Intake:
         return stream
 
     def _shed(self, request_ids: Sequence[str]) -> None:
-        """End requests that wait, to make room for better ones; their calls fail whole."""
+        """End waiting requests to make room for better ones; each call that one belongs to fails as a whole."""
         for request_id in request_ids:
             if (stream := self._streams.get(request_id)) is not None:
                 stream.fail(EngineBusyError("the server is overloaded: this request gave its place in the queue to one "

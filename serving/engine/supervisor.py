@@ -1,7 +1,7 @@
-"""`Supervisor`: an engine that died or hangs is started again: a fault costs the requests that it had, and no more.
+"""`Supervisor`: starts the engine again when it has died or hangs, so that a fault costs only the requests that it had.
 
-A step that takes for ever is ended by force, with its number as the reason. Restarts are bounded within a window: a
-fault that comes back at once would otherwise be repeated for ever, model load included.
+An engine whose step takes longer than `step_timeout` is ended by force, with the step's number as the reason. Restarts
+are bounded within a window: a fault that comes back at once would otherwise be repeated for ever, model load included.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from serving.config import ResilienceSettings
 from xllm.client.process import ProcessClient
 from xllm.errors import XllmError
 
-LOOK_S = 0.1
+LOOK_S = 0.1  # between two looks at the engine. Chosen: a fault is noticed that late
+# Before a restart: four times as long each time within the window. Chosen: a passing fault costs little, a lasting one
+# does not keep the machine busy.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 logger = logging.getLogger("xllm.supervisor")
 
 
 class Supervisor:
-    """`run` returns when the engine is dead for good; cancel it to end it."""
+    """Watches one engine. `run` returns when the engine is dead for good; cancel it to stop watching."""
 
     def __init__(self, engine: ProcessClient, settings: ResilienceSettings):
         self._engine, self._settings = engine, settings
@@ -29,6 +31,7 @@ class Supervisor:
         self.num_restarts = 0
 
     async def run(self) -> None:
+        """Watch the engine: end one that is stuck, start one that died again. Returns when it is dead for good."""
         while True:
             await asyncio.sleep(LOOK_S)
             if self._engine.dead_reason is None:

@@ -1,9 +1,9 @@
-"""`WaitingTokens`: the prompts that have been handed to the engine and have produced nothing yet, and who goes first
-when there are too many.
+"""`WaitingTokens`: counts the prompts that the engine has been given and has not answered yet, and decides which
+requests are refused or ended when there are too many.
 
-The queue is measured in prompt tokens, which is what time to first token grows with. As it fills up, work that can
-wait is refused first: offline requests from one watermark on, those of low priority from another. When it is full, a
-request of a better class takes the place of waiting ones of the worst.
+The queue is measured in prompt tokens, which is what time to first token grows with. As it fills up, work that can wait
+is refused first: offline requests from one watermark on, those of low priority from another. When it is full, a request
+of a better class takes the place of waiting ones of the worst.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class WaitingTokens:
         self._num_entered = 0
 
     def enter(self, requests: Sequence[Request]) -> None:
-        """Count a call's requests in, all or none; others may have to go for them. Raises EngineBusyError."""
+        """Count a call's requests in, all or none; worse waiting requests may be shed for them. Raises
+        EngineBusyError."""
         total = sum(len(request.prompt_token_ids) for request in requests)
         worst = max((class_of(request) for request in requests), default=ONLINE)
         if self.limit is not None:
@@ -76,7 +77,7 @@ class WaitingTokens:
         return True
 
     def leave(self, request_id: str) -> None:
-        """It has begun, or ended; unknown ids are ignored."""
+        """Count a request out: it has begun to answer, or ended. Unknown ids are ignored."""
         if (waiting := self._by_id.pop(request_id, None)) is not None:
             self.num_tokens -= waiting.num_tokens
 
@@ -86,7 +87,7 @@ class WaitingTokens:
 
 
 def class_of(request: Request) -> int:
-    """A priority above 0 is low: smaller ones run first."""
+    """The class of a request; a priority above 0 is low, since smaller ones run first."""
     return OFFLINE if request.offline else LOW if request.priority > 0 else ONLINE
 
 

@@ -1,4 +1,4 @@
-"""`Call`: one HTTP call from its head to its end, and what its log line will say."""
+"""`Call`: one HTTP call from its head to its end, with the numbers of its log line."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Call:
         return self._context["request_id"]
 
     def rename(self, request_id: str) -> None:
-        """The request's body names it."""
+        """Take the id that the request's body gives."""
         self._context["request_id"], self.is_given = request_id, True
 
     def note_sequences(self, requests: Sequence[Request], records: Sequence[RequestRecord]) -> None:
-        """Sequences have begun; the choices of one prompt share its list of tokens."""
+        """Add sequences that have begun; the choices of one prompt share its list of tokens."""
         self._pools = any(request.pooling is not None for request in requests)
         seen: set[int] = set()
         for request, record in zip(requests, records, strict=True):

@@ -1,4 +1,4 @@
-"""`CallLog`: gives every answer its `X-Request-Id`, and the log a line for each call that has ended."""
+"""`CallLog`: gives every answer its `X-Request-Id`, and logs a line for each call that has ended."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from serving.observe.call import CALL, REQUEST_ID, Call
 from serving.observe.log_rate import AtMost
 from serving.security.caller import CALLER
 
-MAX_REFUSALS_PER_SECOND = 50  # in the log
-MAX_PATH_CHARS = 128
+# In the log; the others are counted in one line. Chosen: a flood of refused calls must not fill the disk.
+MAX_REFUSALS_PER_SECOND = 50
+MAX_PATH_CHARS = 128  # of a path that no route has, in the log
 logger = logging.getLogger("xllm.request")
 
 

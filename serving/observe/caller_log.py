@@ -1,4 +1,4 @@
-"""`CallerLog`: what each caller of a server with keys has used, for its own eyes."""
+"""`CallerLog`: counts what each caller of a server with keys has used, for that caller to see."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CallerLog:
         return self._figures.setdefault(name, CallerFigures())
 
     def note_end(self, record: RequestRecord) -> None:
-        """A request of somebody's has ended."""
+        """Add a request that has ended to its caller's figures."""
         figures = self.of(record.caller)
         figures.prompt_tokens_cached += record.num_cached_tokens
         figures.num_preemptions += record.num_preemptions

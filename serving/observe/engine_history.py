@@ -1,4 +1,6 @@
-"""`EngineHistory`: what the engine did in the last minutes, so that a live view begins with more than this moment."""
+"""`EngineHistory`: keeps the engine's gauges and steps of the last minutes, so that a live view does not begin
+empty.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from xllm.engine.step_log import StepReport, StepTiming
 from xllm.shown import shown_in
 from xllm.stats import EngineStats
 
-SAMPLE_INTERVAL_S = 0.5
-MAX_SAMPLES = 240
-MAX_STEPS = 2048
+SAMPLE_INTERVAL_S = 0.5  # chosen: fine enough for a curve, and rare enough to cost nothing
+MAX_SAMPLES = 240  # two minutes of them
+MAX_STEPS = 2048  # steps that are kept: some seconds of short ones. Chosen: bounds memory
 HISTORY = ("num_running", "num_waiting", "kv_usage", "prompt_tokens_total", "generation_tokens_total",
            "prefix_queries_total", "prefix_hits_total", "num_steps")  # of `EngineStats`
 HISTORY_COLUMNS = ("time_s", *(shown_in(EngineStats)[name].key for name in HISTORY))
@@ -43,7 +45,7 @@ class EngineHistory:
         self.cursor = (self.cursor[0] + 1, self.cursor[1])
 
     async def run(self, engine: WatchedEngine, also: Callable[[], None]) -> None:
-        """Sample until cancelled, and let somebody else do the same."""
+        """Sample until cancelled; `also` is called after each sample."""
         engine.on_steps = self.take_steps
         while True:
             self.sample(engine)

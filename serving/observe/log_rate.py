@@ -1,4 +1,4 @@
-"""`OncePerSecond`: errors that come by the thousand are logged once a second, with how many there were."""
+"""`OncePerSecond`: logs errors that come by the thousand once a second, with how many there were."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-_KIND_CHARS = 60  # of a message: what follows names the case
-_MAX_KINDS = 1024
+# Of a message that tell its kind; what follows names the case. Chosen: longer than the fixed beginnings of messages.
+_KIND_CHARS = 60
+_MAX_KINDS = 1024  # kinds that are remembered. Chosen: bounds memory; the messages are our own and few
 
 
 class OncePerSecond(logging.Filter):
@@ -36,19 +37,19 @@ class OncePerSecond(logging.Filter):
 
 
 class NotAgain(logging.Filter):
-    """Drops what the HTTP server says about an error that `note_logged` was told of."""
+    """A log filter: drops what the HTTP server says about an error that `note_logged` was told of."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and getattr(record.exc_info[1], "was_logged", False))
 
 
 def note_logged(error: BaseException) -> None:
-    """It is in the log; the web framework raises it once more after it has been answered."""
+    """Note that an error is in the log; the web framework raises it once more after it has been answered."""
     error.was_logged = True  # type: ignore[attr-defined]
 
 
 class AtMost:
-    """Says how much of something may be logged: so many lines a second, and then how many were left out."""
+    """Limits how much of something is logged: so many lines a second, then one that says how many were left out."""
 
     def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic):
         self._per_second, self._clock = per_second, clock
@@ -65,14 +66,14 @@ class AtMost:
         return True
 
     def complaint(self) -> str:
-        """What the next line adds."""
+        """The text about left-out lines, for the next line."""
         num_left_out, self._num_left_out = self._num_left_out, 0
         return f" (and {num_left_out} more refused, without lines)" if num_left_out else ""
 
 
 def bound_logs() -> None:
-    """For what strangers can cause by the thousand: the event loop's and the HTTP server's own messages. What we have
-    logged ourselves the latter does not say again."""
+    """Limit the log lines of the event loop and the HTTP server, which strangers can cause by the thousand, and drop
+    those that repeat what we have logged ourselves."""
     logging.getLogger("uvicorn.error").addFilter(NotAgain())
     for name in ("asyncio", "uvicorn.error"):
         logging.getLogger(name).addFilter(OncePerSecond())

@@ -1,4 +1,4 @@
-"""`RequestLog`: what became of the latest requests and when, for `/v1/stats` and for traces."""
+"""`RequestLog`: records the latest requests and their times, for `/v1/stats` and for traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.security.caller import CALLER, TRACE_HEADERS
 from xllm.client.assemble import Completion
 from xllm.request import Request, SamplingParams
 
-MAX_FINISHED = 256
+MAX_FINISHED = 256  # requests that have ended and are still kept. Chosen: more than a view shows, and small
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class RequestRecord:
 
 
     def read(self, completion: Completion) -> None:
-        """Take over how far the request has come."""
+        """Copy the completion's times, counts and reason into the record."""
         self.first_token_s, self.last_token_s = completion.first_token_s, completion.last_token_s
         self.num_output_tokens, self.num_cached_tokens = len(completion.token_ids), completion.num_cached_tokens
         self.num_preemptions, self.cached_by_tier = completion.num_preemptions, completion.cached_by_tier

@@ -11,7 +11,7 @@ from typing import Any
 from xllm.client.engine_client import WatchedEngine
 from xllm.stats import EngineStats
 
-INTERVAL_S = 10.0
+INTERVAL_S = 10.0  # between two lines. Chosen: as vLLM's
 logger = logging.getLogger("xllm.throughput")
 
 

@@ -18,9 +18,9 @@ from serving.security.caller import TRACE_HEADERS
 from xllm.errors import ConfigError
 
 HEADERS = (b"traceparent", b"tracestate")
-MAX_HEADER_CHARS = 1024
-EXPORT_TIMEOUT_S = 3.0
-EXPORT_INTERVAL_MS = 1000
+MAX_HEADER_CHARS = 1024  # of a trace header that is kept; W3C asks that 512 of `tracestate` are passed on at least
+EXPORT_TIMEOUT_S = 3.0  # for one export. Chosen: the shutdown waits for the last one
+EXPORT_INTERVAL_MS = 1000  # chosen: spans show soon; the SDK's default is 5000
 
 
 class TraceContext:

@@ -1,4 +1,4 @@
-"""What parsers find in a model's text, in the order in which it stands there."""
+"""The events that parsers find in a model's text, in the order in which they stand there."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
+    """The call `index` is complete."""
+
     index: int
 
 
@@ -47,6 +49,8 @@ Event = Content | Reasoning | CallStart | CallArguments | CallEnd
 
 @dataclass
 class ToolCall:
+    """A whole tool call; `arguments` is JSON text as far as the model wrote JSON."""
+
     id: str
     name: str
     arguments: str = ""
@@ -54,7 +58,7 @@ class ToolCall:
 
 @dataclass
 class ParsedOutput:
-    """Events put together."""
+    """All events of one answer, joined: text, reasoning and calls."""
 
     content: str = ""
     reasoning: str = ""
@@ -62,7 +66,7 @@ class ParsedOutput:
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
-    """The same with neighbours of one kind joined, so that a piece of text gives few events."""
+    """The same events, with neighbours of one kind joined: a piece of text then gives few."""
     found: list[Event] = []
     run: list[str] = []
     for event in events:
@@ -88,7 +92,7 @@ def _join(found: list[Event], run: list[str]) -> None:
 
 
 def assemble(events: Iterable[Event]) -> ParsedOutput:
-    """All events of one answer as one."""
+    """Join all events of one answer."""
     answer = ParsedOutput()
     content, reasoning = [], []
     arguments: list[list[str]] = []

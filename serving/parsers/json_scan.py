@@ -32,14 +32,14 @@ class JsonScanner:
         self._out: list[str] = []
 
     def advance(self, text: str, position: int) -> tuple[str, int]:
-        """(what may be passed on, where in `text` reading stopped)."""
+        """Read on in `text` from `position`; returns (what may be passed on, where reading stopped)."""
         while position < len(text) and not self.done and not self.failed:
             position = self._state(text, position)
         out, self._out = "".join(self._out), []
         return out, position
 
     def finish(self) -> str:
-        """No more text comes: what was held back. A scalar may be complete only now."""
+        """Return what was held back: no more text comes. A scalar may be complete only now."""
         if self._state == self._number and not self.failed:
             self._end_scalar()
         held, self._escape = self._escape, ""

@@ -1,4 +1,4 @@
-"""`OutputParser`: one choice's text to events, reasoning first, then tool calls."""
+"""`OutputParser`: turns one choice's text into events, reasoning first, then tool calls."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class OutputParser:
         return any(isinstance(event, Reasoning) for event in self._events[:1])
 
     def answer(self) -> ParsedOutput:
-        """All that has been found so far."""
+        """All that has been found so far, joined."""
         return assemble(self._events)
 
 
 @dataclass(frozen=True)
 class Parsers:
-    """The formats of one model; None where it has none, or none is known."""
+    """The parsers of one model's formats; None where the model has no such format, or it is not known."""
 
     tools: type[ToolParser] | None
     reasoning: type[ThinkParser] | None

@@ -18,7 +18,8 @@ T = TypeVar("T")
 ParserSteps = Generator[None, None, T]
 Sink = Callable[[str], None]
 
-MAX_NAME_CHARS = 256
+MAX_NAME_CHARS = 256  # of a function. Chosen: OpenAI allows 64; text that is longer is no name
+# Of white space between tags. Chosen: models write a line break and an indentation; more is no layout.
 MAX_LAYOUT_CHARS = 16
 _SPACE = re.compile(r"\s*")
 _ANYTHING = re.compile(r".*", re.DOTALL)
@@ -26,7 +27,7 @@ _NAME = re.compile(r"[\w.\-:/]*")
 
 
 class UnreadableError(Exception):
-    """The text is not what the format says. What has been read of it is held by the source."""
+    """The text does not follow the format. The source holds what has been read of it."""
 
 
 class Markers:
@@ -61,6 +62,7 @@ class Source:
         self._mark: int | None = None  # position to which `reset` goes back
 
     def push(self, text: str) -> None:
+        """Append text that has arrived."""
         begin = self._position if self._mark is None else self._mark
         self._text = self._text[begin:] + text
         self._position -= begin
@@ -73,15 +75,15 @@ class Source:
         self._closed = True
 
     def hold(self, first: str = "") -> None:
-        """Remember from here on what is read; `first` has been read already."""
+        """Begin to remember what is read; `first` has been read already."""
         self._held = [first]
 
     def commit(self) -> None:
-        """What was held is markup, or passed on otherwise."""
+        """Forget what was held: it is markup, or was passed on otherwise."""
         self._held = None
 
     def release(self) -> str:
-        """What was held, which is then no longer held."""
+        """Return what was held, and hold it no longer."""
         held, self._held = "".join(self._held or ()), None
         return held
 
@@ -92,6 +94,7 @@ class Source:
         self._mark = self._position
 
     def reset(self) -> None:
+        """Go back to `mark`: what was read since is read again."""
         assert self._mark is not None
         self._position, self._mark = self._mark, None
 
@@ -103,25 +106,25 @@ class Source:
         return text
 
     def rest(self) -> str:
-        """All that has come and not been read; read now."""
+        """Read and return everything that has come."""
         return self._take(len(self._text))
 
     def more(self) -> ParserSteps[bool]:
-        """Wait for more text. False: there is none."""
+        """Wait for more text; returns False if there is none."""
         if self._closed:
             return False
         yield
         return True
 
     def peek(self) -> ParserSteps[str]:
-        """The next character, not read; empty at the end."""
+        """The next character without reading it; empty at the end."""
         while self._position == len(self._text):
             if not (yield from self.more()):
                 return ""
         return self._text[self._position]
 
     def expect(self, text: str) -> ParserSteps[bool]:
-        """Read `text` if it comes next; else read nothing."""
+        """Read `text` if it comes next, and return whether it does."""
         while True:
             seen = self._text[self._position: self._position + len(text)]
             self.num_handled += len(seen)
@@ -153,10 +156,11 @@ class Source:
             self._take(self._position + 1)
 
     def characters(self, num: int) -> str:
-        """The next `num` characters, which must have come; read now."""
+        """Read the next `num` characters, which must have come."""
         return self._take(self._position + num)
 
     def require(self, text: str) -> ParserSteps[None]:
+        """Read `text`. Raises UnreadableError if something else comes next."""
         if not (yield from self.expect(text)):
             raise UnreadableError
 
@@ -171,6 +175,7 @@ class Source:
                 return
 
     def space(self) -> ParserSteps[None]:
+        """Read all white space that comes next."""
         yield from self.run_of(_SPACE, _ignore)
 
     def drain(self, sink: Sink) -> ParserSteps[None]:
@@ -193,13 +198,13 @@ class Source:
                 return None
 
     def name(self) -> ParserSteps[str]:
-        """A function's name."""
+        """Read a function's name. Raises UnreadableError."""
         parts: list[str] = []
         yield from self.run_of(_NAME, parts.append)
         return checked_name("".join(parts))
 
     def json_string(self) -> ParserSteps[str]:
-        """A JSON string, decoded."""
+        """Read a JSON string and return it decoded. Raises UnreadableError."""
         if (yield from self.peek()) != '"':
             raise UnreadableError
         parts: list[str] = []

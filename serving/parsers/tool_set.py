@@ -1,4 +1,4 @@
-"""`ToolSet`: the functions that a request offers, as far as parsers need to know them."""
+"""`ToolSet`: the functions that a request offers, with the names and types of their parameters, for parsers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _KIND_OF = {dict: "object", list: "array", str: "string", bool: "boolean", int: 
 _SPELLINGS = {"str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean",
               "dict": "object", "list": "array"}
 _ANY_KIND = frozenset(_KIND_OF.values())
-_MAX_UNION_DEPTH = 8
+_MAX_UNION_DEPTH = 8  # of nested anyOf and the like in a parameter's schema. Chosen: beyond it any type is assumed
 
 
 class ToolSet:

@@ -1,4 +1,4 @@
-"""Which IP addresses a server may be sent to by a stranger: public unicast only.
+"""Decides which IP addresses this server may be sent to by a stranger: public unicast only.
 
 The tables are IANA's special-purpose registries. `ipaddress.is_global` is not enough: it calls NAT64 and 6to4 addresses
 global whatever IPv4 address they wrap, and a cloud's metadata service may have a public one.

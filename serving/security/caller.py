@@ -1,4 +1,4 @@
-"""Whom the running task works for, and what that means for the requests that it makes.
+"""The caller of the running task, and how requests are signed for it.
 
 The gate sets `CALLER` for each HTTP call, and with tracing `TRACE_HEADERS` is set as well; what the call awaits or
 hands to a thread sees them. The caller is applied where all requests pass on their way to the engine
@@ -20,7 +20,8 @@ TRACE_HEADERS: ContextVar[dict[str, str] | None] = ContextVar("trace_headers", d
 
 
 def sign(requests: Sequence[Request], caller: Caller) -> list[Request]:
-    """The requests as the caller's: their cached KV is its own, and the scheduler knows whose turn it is.
+    """Copies of the requests that belong to the caller: its cached KV is found by itself only, and the scheduler counts
+    what it is served.
 
     Raises RequestError for a priority that would put others behind, unless the caller may.
     """
@@ -34,5 +35,5 @@ def sign(requests: Sequence[Request], caller: Caller) -> list[Request]:
 
 
 def num_prompt_tokens(requests: Sequence[Request]) -> int:
-    """Of a call; the choices of one prompt share it."""
+    """The prompt tokens of a call; the choices of one prompt share it."""
     return sum({id(request.prompt_token_ids): len(request.prompt_token_ids) for request in requests}.values())

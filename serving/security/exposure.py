@@ -1,4 +1,4 @@
-"""Whether a server may listen where it was told to: beyond this machine only with keys, or with --insecure."""
+"""Decides whether a server may listen where it was told to: beyond this machine only with keys, or with --insecure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`HostRule`: which `Host` headers are believed.
+"""`HostRule`: decides which `Host` headers are accepted.
 
 A malformed one is refused always. On a server without keys a browser is the danger: a page on another site can point
 its own name at this machine (DNS rebinding) and then read answers as its own. Such a request carries that name.

@@ -1,4 +1,4 @@
-"""An image's size from its first bytes, so that what is too large never meets a decoder.
+"""Reads an image's size from its first bytes, so that an image that is too large never reaches a decoder.
 
 Only formats that are named here are images at all: a decoder that nobody needs (JPEG 2000, TIFF, ICNS, ...) is one
 whose bugs nobody can use.

@@ -1,4 +1,5 @@
-"""`KeyRing`: who may call. Keys are held as SHA-256 digests only, and compared in constant time.
+"""`KeyRing`: the keys of a server, each with its caller. Keys are held as SHA-256 digests only, and compared in
+constant time.
 
 Keys come from flags, from the environment and from a file; an empty key, a key that is both a user's and an
 administrator's, or a file that says nothing is a ConfigError: a server that was meant to be closed must not start open.
@@ -24,11 +25,11 @@ _QUOTAS = ("requests_per_minute", "tokens_per_minute")
 
 @dataclass(frozen=True)
 class Caller:
-    """Whom a request is for: the unit of cache isolation, fair share and quotas. Keys of one name are one caller."""
+    """The owner of a key: the unit of cache isolation, fair share and quotas. Keys of one name are one caller."""
 
     name: str = ""  # "": nobody in particular, on a server without keys
     is_admin: bool = False
-    is_urgent: bool = True  # may send a negative priority, which goes before everybody's
+    is_urgent: bool = True  # may send a negative priority, which goes before those of all others
     may_monitor: bool = True  # may see what all callers together do
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota, compare=False)
@@ -39,7 +40,7 @@ class Caller:
         return "none" if not self.name else "admin" if self.is_admin else "user"
 
     def cache_salt(self, wish: str | None) -> str:
-        """What is mixed into the digests of this caller's KV blocks: nobody else can find them, whatever they send.
+        """The text that is mixed into the digests of this caller's KV blocks, so that no other caller can find them.
 
         wish: the request's own `cache_salt`, which separates a caller's users from each other.
         """
@@ -62,7 +63,7 @@ class KeyRing:
     def __init__(self, entries: Iterable[tuple[bytes, Caller]] = ()):
         self._entries = list(entries)
         users = {caller.name for _, caller in self._entries if not caller.is_admin}
-        if len(users) == 1:  # there is nobody to hide from it
+        if len(users) == 1:  # there is no other caller to hide from it
             self._entries = [(known, replace(caller, may_monitor=True)) for known, caller in self._entries]
         digests = [known for known, _ in self._entries]
         if len(set(digests)) != len(digests):
@@ -146,7 +147,8 @@ def read_key_file(file: Path) -> list[tuple[bytes, Caller]]:
 
 
 def holds_plain_keys(file: Path) -> bool:
-    """Whether a key file that can be read holds any key that is no digest: then whoever reads it has the key."""
+    """Whether a readable key file holds any key in clear rather than its digest: reading the file is then having the
+    key."""
     lines = (line.partition("#")[0].split() for line in file.read_text(encoding="utf-8").splitlines())
     return any(not _HASHED.fullmatch(words[min(1, len(words) - 1)]) for words in lines if words)
 

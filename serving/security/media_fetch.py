@@ -24,8 +24,8 @@ from serving.security.addresses import Address, Network, is_allowed
 from serving.security.media_url import MediaError, MediaUrl, parse_url, resolve_redirect
 from xllm.errors import ConfigError
 
-READ_BYTES = 65536
-MAX_HEAD_BYTES = 16384
+READ_BYTES = 65536  # of one read, after which the bounds are checked again. Chosen
+MAX_HEAD_BYTES = 16384  # of an answer's head: h11's own default
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
@@ -83,8 +83,10 @@ def _origin(text: str) -> tuple[str, str, int]:
 
 @dataclass(frozen=True)
 class Medium:
+    """A fetched medium: its bytes and the type that its sender names."""
+
     content: bytes
-    media_type: str  # as the sender says; not believed by whoever decodes it
+    media_type: str  # as the sender says; a decoder does not rely on it
 
 
 class MediaFetcher:

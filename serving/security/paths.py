@@ -1,4 +1,4 @@
-"""Paths: those that come from outside stay inside a folder, and those of this machine stay inside the log."""
+"""Keeps paths that come from outside inside a folder, and paths of this machine out of what is sent."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From an engine's deltas to text: one `Completion` per sequence, whose new parts are `Piece`s.
+"""Turns an engine's deltas into text: one `Completion` per sequence, whose new parts are `Piece`s.
 
-The one place where tokens become text, stop strings are found and log-probabilities are cut to the tokens that count.
+Only here tokens become text, stop strings are found, and log-probabilities are cut to the tokens that count.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """All of its text so far."""
         return self._detokenizer.text if self._detokenizer else ""
 
     @property
     def offsets(self) -> Sequence[int]:
-        """Of each token the characters of `text` before it, where log-probabilities were asked for; else none."""
+        """For each token the number of characters of `text` before it, if log-probabilities were asked for; else
+        empty."""
         return (self._detokenizer.offsets or ()) if self._detokenizer else ()
 
     @property
@@ -71,7 +72,7 @@ class Completion:
         return self._detokenizer.num_replaced if self._detokenizer else 0
 
     def feed(self, delta: OutputDelta, now_s: float) -> Piece:
-        """Take a delta in; not after the end."""
+        """Take in a delta and return what it adds; not to be called after the end."""
         text, token_ids, logprobs, is_first = "", delta.token_ids, delta.logprobs, not self.token_ids
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason.value, delta.stop_reason
@@ -125,7 +126,7 @@ class Assembly:
 
     @property
     def open_ids(self) -> tuple[str, ...]:
-        """Of the requests that have not ended."""
+        """The ids of the requests that have not ended."""
         return tuple(self._open)
 
     @property
@@ -134,7 +135,8 @@ class Assembly:
         return not self._open
 
     def feed(self, deltas: Iterable[OutputDelta]) -> list[Piece]:
-        """What deltas bring, in their order. Those of requests that have ended, or of others, are left out."""
+        """Take in deltas and return the pieces that they add, in order. Deltas of requests that have ended, or of
+        others, are left out."""
         now_s = time.monotonic()
         pieces = []
         for delta in deltas:

@@ -1,6 +1,6 @@
-"""Commands and reports as bytes: a byte that says which message it is, then its fields as msgpack.
+"""Encodes commands and reports as bytes: a byte that names the type of the message, then its fields as msgpack.
 
-A decoder knows the type of what it may read; nothing else is ever constructed.
+A decoder knows the types that it may read; nothing else is ever constructed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Codec(Generic[M]):
         self._decoders = [msgspec.msgpack.Decoder(kind) for kind in kinds]
 
     def encode(self, message: M) -> bytes:
-        """One frame."""
+        """The message as one frame."""
         return self._marks[type(message)] + self._encoder.encode(message)
 
     def decode(self, frame: bytes) -> M:
-        """Raises msgspec.DecodeError (which a ValidationError is) for anything but a frame of one of the kinds."""
+        """The message of a frame. Raises msgspec.DecodeError (which a ValidationError is) for anything but a frame of
+        one of the kinds."""
         index = frame[0] - self._first if frame else -1
         if not 0 <= index < len(self._decoders):
             raise msgspec.DecodeError("no such message")
@@ -101,10 +102,10 @@ REPORTS: Codec[Report] = Codec(64, Submitted, Controlled, Outputs, StartPhase, R
 
 
 def config_to_json(config: EngineConfig) -> bytes:
-    """One line."""
+    """The config as one line of JSON."""
     return msgspec.json.encode(config)
 
 
 def config_from_json(text: bytes) -> EngineConfig:
-    """Raises msgspec.DecodeError."""
+    """The config again. Raises msgspec.DecodeError."""
     return msgspec.json.decode(text, type=EngineConfig)

@@ -1,4 +1,4 @@
-"""`CommandingClient`: the half that all clients share whose engine obeys the commands of `xllm/engine/commands.py`."""
+"""`CommandingClient`: the part that all clients share whose engine takes the commands of `xllm/engine/commands.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ logger = logging.getLogger("xllm.client")
 
 
 class CommandingClient(ABC):
-    """Gives every caller what concerns it. One event loop's; every request ends with a terminal delta or an error."""
+    """Passes each answer of the engine to the call that waits for it. Belongs to one event loop; every request ends
+    with a terminal delta or an error."""
 
     def __init__(self) -> None:
         self.facts: EngineFacts | None = None
@@ -32,7 +33,7 @@ class CommandingClient(ABC):
 
     @abstractmethod
     def _send(self, command: Command) -> None:
-        """Hand a command to the engine, without waiting for anything."""
+        """Send a command to the engine, without waiting for anything."""
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -81,12 +82,12 @@ class CommandingClient(ABC):
         return done
 
     def _check_up(self) -> None:
-        """Raise EngineDeadError unless requests are taken."""
+        """Raise EngineDeadError if the engine takes no requests."""
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)
 
     def _hand_out(self, answer: CommandReply) -> None:
-        """Give an answer of the engine to those who wait for it. What nobody waits for any more is ignored."""
+        """Pass an answer of the engine to the call that waits for it; ignore it if that has gone."""
         if isinstance(answer, Outputs):
             for request_id, at_s in answer.admitted:
                 if (stream := self._streams.get(request_id)) is not None:
@@ -117,7 +118,7 @@ class CommandingClient(ABC):
         stream.fail((RequestError if answer.field else EngineBusyError)(answer.error, field=answer.field))
 
     def _die(self, reason: str) -> None:
-        """Everybody who waits gets EngineDeadError. The first reason stands."""
+        """Give every waiting call an EngineDeadError. If it is called again, the first reason stays."""
         if self.dead_reason is not None:
             return
         self.dead_reason = reason

@@ -1,4 +1,4 @@
-"""How anything reaches an engine: `EngineClient`, and the `Stream` of what it answers."""
+"""`EngineClient`, the interface to an engine in this process or another, and `Stream`, the deltas of one call."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xllm.stats import EngineStats
 
 
 class EngineBusyError(RequestError):
-    """There is no room in the queue; the same request may succeed later."""
+    """The queue has no room; the same request may succeed later."""
 
 
 class RequestTimeoutError(RequestError):
-    """A request was not done in the time that it was given."""
+    """A request was not done within its time limit."""
 
 
 class EngineClient(Protocol):
-    """An engine, or several that look like one, for one event loop. It knows requests and tokens; who may send them,
-    how many, and what text they make is not its business."""
+    """An engine, or several that look like one, for one event loop. It handles requests and tokens only: who may send
+    them, how many, and which text they make is decided elsewhere."""
 
     facts: EngineFacts | None  # None until the engine has been loaded
     dead_reason: str | None  # why nothing is taken any more
@@ -41,26 +41,24 @@ class EngineClient(Protocol):
         """Of the requests that have not ended."""
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Hand the requests of one call over: all of them are run or none. The caller closes the stream; whether they
-        were taken `Stream.admitted` tells, or else `Stream.next`.
+        """Send the requests of one call: all of them are run or none. The caller closes the stream; `Stream.admitted`,
+        or else `Stream.next`, tells whether they were taken.
 
-        Raises:
-            RequestError: an id is in use. EngineDeadError: there is no engine.
+        Raises: RequestError: an id is in use. EngineDeadError: there is no engine.
         """
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests; each reader gets the terminal delta. Unknown ids are ignored."""
 
     async def control(self, action: Action, **options: Any) -> Controlled:
-        """Do something to the engine as a whole (`commands.Control`); returns what came of it.
+        """Send a command about the engine as a whole (`commands.Control`) and return its answer.
 
-        Raises:
-            EngineDeadError: no engine, or it ended meanwhile.
+        Raises: EngineDeadError: no engine, or it ended meanwhile.
         """
 
 
 class WatchedEngine(EngineClient, Protocol):
-    """What a server wants to know of its engine besides."""
+    """An `EngineClient` with what a server wants to know of its engine besides."""
 
     phase: str  # of the start-up; "ready" or "dead" after it
     restarting_after: str | None  # why the last engine died, while another one starts
@@ -72,11 +70,11 @@ class WatchedEngine(EngineClient, Protocol):
         """Whether requests are taken."""
 
     def silent_for_s(self) -> float:
-        """How long there has been no sign of progress; 0 while the engine idles and answers."""
+        """For how many seconds there has been no sign of progress; 0 while the engine idles and answers."""
 
 
 class Stream:
-    """The deltas of the requests of one call, merged. Close it when done: what is still open is aborted.
+    """The deltas of the requests of one call, merged. Close it when done: requests that have not ended are aborted.
 
     drop(request ids): aborts requests and forgets them. on_news(request id, number of tokens): called whenever
     something came for a request, and when it left without more.
@@ -133,7 +131,7 @@ class Stream:
             self._deltas = [d for d in self._deltas if d.request_id != request_id]
 
     def close(self) -> None:
-        """Abort what is still open. Idempotent."""
+        """Abort the requests that have not ended. Idempotent."""
         self._leave(list(self.open_ids))
 
     def _leave(self, request_ids: Sequence[str]) -> None:
@@ -145,18 +143,18 @@ class Stream:
     # --- for the client that made it
 
     def fail(self, error: Exception) -> None:
-        """End what is still open; the reader gets the error after what has come."""
+        """End the requests that have not ended; the reader gets the error after the deltas that have come."""
         self.close()
         self._failure = error
         self._news.set()
 
     def admit(self) -> None:
-        """The engine has taken the requests."""
+        """Note that the engine has taken the requests."""
         self._is_admitted = True
         self._news.set()
 
     def push(self, delta: OutputDelta) -> None:
-        """Take in what came for one of the requests."""
+        """Add a delta of one of the requests."""
         if delta.finish_reason is not None:
             self.open_ids.discard(delta.request_id)
         self._deltas.append(delta)

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
 
 COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
+# For the last reports to be sent when the process ends. Chosen: a parent that does not read must not keep it.
 LINGER_MS = 2000
+# Between heartbeats while the engine has work and while it has none. Chosen: live views look smooth, and an idle engine
+# wakes up seldom.
 BUSY_HEARTBEAT_S, IDLE_HEARTBEAT_S = 0.25, 1.0
 logger = logging.getLogger("xllm.engine")
 

@@ -1,4 +1,6 @@
-"""An engine in this process: `LocalClient` runs it in a thread of its own, `InlineClient` in its caller's."""
+"""Clients of an engine in this process: `LocalClient` runs it in a thread of its own, `InlineClient` in its
+caller's.
+"""
 
 from __future__ import annotations
 
@@ -69,18 +71,18 @@ class LocalClient(CommandingClient):
         return self._core.stats()
 
     def bind(self) -> None:
-        """Use the running event loop from now on. Raises RuntimeError while another one is in use."""
+        """Serve the running event loop from now on. Raises RuntimeError while another one is in use."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("this engine is used in another event loop")
-        for stream in set(self._streams.values()):  # their event loop is gone, and with it whoever listened
+        for stream in set(self._streams.values()):  # their event loop is gone, and with it their readers
             stream.close()
         self._loop = loop
 
     def shutdown(self) -> None:
-        """Finish the step in progress, end the thread and free what the engine holds. Waits for it; idempotent."""
+        """End the thread after the step in progress, and free what the engine holds. Blocks; idempotent."""
         self._commands.put(Shutdown())
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -97,7 +99,7 @@ class LocalClient(CommandingClient):
     def _take(self, answer: CommandReply) -> None:
         try:
             self._hand_out(answer)
-        except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
+        except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
             self._die(f"its outputs cannot be read: {type(error).__name__}: {error}")
             raise
 
@@ -118,11 +120,11 @@ class LocalClient(CommandingClient):
 
     def _report(self, answer: CommandReply) -> None:
         if not self._post(lambda: self._take(answer)) and isinstance(answer, Outputs):
-            # Nobody listens any more.
+            # No reader is left.
             self._commands.put(Abort([d.request_id for d in answer.deltas if d.finish_reason is None]))
 
     def _post(self, callback: Callable[[], object]) -> bool:
-        """Call it in the event loop. False: there is none, or it is closed."""
+        """Call `callback` in the event loop. Returns False if there is none, or it is closed."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return False
@@ -136,8 +138,8 @@ class LocalClient(CommandingClient):
 
 
 class InlineClient:
-    """Steps `core` in the caller's thread; one thread at a time. What the engine fails with is raised as
-    EngineDeadError, by whichever method met it first."""
+    """Runs the steps of `core` in the caller's thread; one thread at a time. If the engine fails, the method that meets
+    it first raises EngineDeadError."""
 
     def __init__(self, core: EngineCore):
         self.core = core
@@ -164,13 +166,14 @@ class InlineClient:
         self.core.abort(request_id)
 
     def step(self) -> list[OutputDelta]:
-        """What one step changed, for all requests."""
+        """Run one step; returns the outputs of all requests that changed."""
         with self._failing():
             return self.core.step()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """What is raised inside ends the engine, unless it says that the caller asked for what cannot be."""
+        """A context: an exception inside ends the engine, unless it says that the caller asked for something
+        impossible."""
         try:
             yield
         except (RequestError, ModelError, EngineStateError):
@@ -187,7 +190,8 @@ class InlineClient:
             self.step()
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Waits until it is loaded. Raises as `EngineCore.load_adapter` says and as reading it does."""
+        """Load an adapter; blocks until it is loaded. Raises as `EngineCore.load_adapter` says and as reading it
+        does."""
         self.check_up()
         done: list[XllmError | None] = []
         with self._failing():
@@ -199,7 +203,7 @@ class InlineClient:
             raise done[0]
 
     def unload_adapter(self, name: str) -> None:
-        """Raises as `EngineCore.unload_adapter` says."""
+        """Unload an adapter. Raises as `EngineCore.unload_adapter` says."""
         self.check_up()
         with self._failing():
             self.core.unload_adapter(name)

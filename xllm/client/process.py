@@ -1,4 +1,4 @@
-"""`ProcessClient`: an engine in a process of its own, which it starts, listens to and may start again."""
+"""`ProcessClient`: a client that runs its engine in a process of its own, and can start it again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ from xllm.engine.step_log import StepReport
 from xllm.errors import ConfigError, EngineDeadError
 from xllm.stats import EngineStats
 
+# For the process to end in order before it is killed. Chosen; longer only where it has the KV cache to store.
+# For the process to end in order before it is killed. Chosen; it also ends a flush of the KV cache
+# (`scheduler/kv_waits.py: FLUSH_S`) that takes longer.
 SHUTDOWN_TIMEOUT_S = 5.0
+# Beyond it a frame's handling is followed by a turn of the event loop. Chosen: about a millisecond's work.
+# After a larger frame the event loop gets a turn before the next one is read. Chosen: a small frame costs less than a
+# turn.
 _LARGE_FRAME_BYTES = 2**15
 logger = logging.getLogger("xllm.client")
 
@@ -38,7 +44,7 @@ logger = logging.getLogger("xllm.client")
 class ProcessClient(CommandingClient):
     """One engine process. Make it, `await start()`, use it, `await shutdown()`.
 
-    `on_phase(name, share, seconds since start)` hears of the start-up as it goes on.
+    `on_phase(name, share, seconds since start)` is called as the start-up goes on.
     """
 
     def __init__(self, config: EngineConfig, *, on_phase: Callable[[str, float, float], None] | None = None):
@@ -123,13 +129,13 @@ class ProcessClient(CommandingClient):
             self.restarting_after = None
 
     def end_process(self, reason: str) -> None:
-        """End a process that does not move any more; open requests end with this reason."""
+        """Kill a process that makes no progress; open requests end with this reason."""
         if self._process is not None:
             self._process.kill()
         self._die(reason)
 
     def silent_for_s(self) -> float:
-        """How long there has been no sign of progress; 0 while the engine idles and answers."""
+        """For how many seconds there has been no sign of progress; 0 while the engine idles and answers."""
         unheard = time.monotonic() - self._heard_s
         return unheard + self._step_age_s if self._step_age_s is not None else unheard
 
@@ -155,7 +161,7 @@ class ProcessClient(CommandingClient):
         await self._bury()
 
     async def _bury(self) -> None:
-        """End the process by force if it has not ended, and remove the sockets."""
+        """Kill the process if it has not ended, reap it, and remove the sockets."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -200,7 +206,7 @@ class ProcessClient(CommandingClient):
                 self._take(REPORTS.decode(frame))
                 if len(frame) > _LARGE_FRAME_BYTES:  # others that are there would be read in the same turn
                     await asyncio.sleep(0)
-        except Exception as error:  # a bug of ours; no reader may wait for what nobody hears
+        except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
             logger.exception("reading the engine's reports failed")
             self._die(f"its reports cannot be read: {type(error).__name__}")
 

@@ -1,4 +1,4 @@
-"""What an engine process says besides the answers of its loop: how it starts, that it lives, and why it ends."""
+"""The reports of an engine process beside the answers of its loop: start-up, heartbeats and the reason of its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xllm.stats import EngineStats
 
 @dataclass(frozen=True, slots=True)
 class StartPhase:
-    """Start-up goes on: `share` of `name` is done."""
+    """Progress of the start-up: `share` of `name` is done."""
 
     name: str
     share: float
@@ -27,7 +27,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """step_age_s: how long ago the last step ended (or the work began), while there is work; else None."""
+    """A sign of life. step_age_s: seconds since the last step ended (or the work began), while there is work; else
+    None."""
 
     step_age_s: float | None
     stats: EngineStats
@@ -36,7 +37,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The engine stops because of this. user_error: a setting or a checkpoint is wrong, rather than the engine."""
+    """The engine ends for this reason. user_error: a setting or a checkpoint is wrong, rather than the engine."""
 
     reason: str
     user_error: bool

@@ -1,4 +1,4 @@
-"""`AdapterNames`: which adapters are loaded, under which names, and what that means for a request."""
+"""`AdapterNames`: the adapters that are loaded, by name, and the slot that a request with one gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xllm.worker.failures import as_error
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import AdapterRead, PutAdapter, ReadAdapter
 
-MAX_NAME_CHARS = 256
+MAX_NAME_CHARS = 256  # chosen: names stand in log lines, metrics and answers
 OnDone = Callable[[XllmError | None], None]
 
 
@@ -32,11 +32,12 @@ class _Reading:
 
 
 class AdapterNames:
-    """Workers read adapters beside the steps, and fill their slots between two steps once all of them have read one.
+    """Workers read adapters beside the steps, and fill their slots between two steps once every rank has read them.
     Belongs to the core's thread."""
 
     def __init__(self, settings: LoraSettings, link: WorkerLink, *, is_used: Callable[[str], bool]):
-        """Loads what the settings name. is_used(name): whether an open request computes with it. Raises ConfigError."""
+        """Load the adapters that the settings name. is_used(name): whether an open request computes with it. Raises
+        ConfigError."""
         self._settings, self._link, self._is_used = settings, link, is_used
         self._adapters: dict[str, LoadedAdapter] = {}
         self._reading: dict[int, _Reading] = {}
@@ -52,11 +53,11 @@ class AdapterNames:
 
     @property
     def is_reading(self) -> bool:
-        """Whether answers of the workers are to come."""
+        """Whether the workers still have to answer about an adapter."""
         return bool(self._reading)
 
     def bind(self, request: Request) -> Request:
-        """The request with its adapter's slot, and with a cache of its own: keys and values depend on the adapter.
+        """The request with its adapter's slot and a cache of its own, because keys and values depend on the adapter.
 
         Raises RequestError if there is no such adapter.
         """
@@ -81,7 +82,7 @@ class AdapterNames:
                                     max_rank=self._settings.max_lora_rank))
 
     def hear(self) -> None:
-        """Take in what the workers have read."""
+        """Take in the adapters that the workers have read: give each a slot and call its `on_done`."""
         for answer in self._link.take(AdapterRead) if self._reading else ():
             reading = self._reading.pop(answer.number)
             try:
@@ -97,7 +98,8 @@ class AdapterNames:
             reading.on_done(None)
 
     def unload(self, name: str) -> None:
-        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it."""
+        """Free an adapter's slot. Raises RequestError if there is no such adapter, EngineStateError while a request
+        uses it."""
         if name not in self._adapters:
             raise RequestError(f"no adapter is called {name[:MAX_NAME_CHARS]!r}", field="lora_name")
         if self._is_used(name):
@@ -116,7 +118,7 @@ class AdapterNames:
             raise failed[0]
 
     def _check(self, name: str) -> int:
-        """The slot that an adapter of this name would get now."""
+        """The slot that a new adapter of this name would get. Raises RequestError or EngineStateError, as `load`."""
         if not self._settings.is_on:
             raise EngineStateError("this engine takes no adapters; start it with --enable-lora")
         if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():

@@ -1,4 +1,4 @@
-"""What an engine says about itself, gathered from its parts."""
+"""`collect_stats`: makes the `EngineStats` of an engine from its parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xllm.worker.messages import WorkerStats
 
 
 def collect_stats(loop: StepLoop, gates: Sequence[Gate] = (), worker: WorkerStats | None = None) -> EngineStats:
-    """Gauges and totals; reads only, so another thread may call it."""
+    """The engine's gauges and totals now. Reads only, so another thread may call it."""
     scheduler, kv, worker = loop.scheduler, loop.scheduler.kv, worker or WorkerStats()
     waiting = {"capacity": len(scheduler.waiting), "kv": len(scheduler.promotions),
                **{gate.reason: len(gate.requests) for gate in gates}}

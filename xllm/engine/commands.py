@@ -1,4 +1,6 @@
-"""What an engine's loop is told, and what it answers. The same whether the loop runs in this process or another one."""
+"""The commands that an engine's loop takes and its answers, the same whether the loop runs in this process or
+another.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """What became of a `Submit`. request_id: of its first request. error: why none of its requests runs; field: the
+    """The answer to a `Submit`. request_id: of its first request. error: why none of its requests runs; field: the
     parameter that is at fault, None where the queue is."""
 
     request_id: str
@@ -67,8 +69,8 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class Controlled:
-    """What came of a `Control`. error: why nothing was done; is_state: because of the state that the engine is in,
-    rather than what was asked. num_blocks: KV blocks that were forgotten."""
+    """The answer to a `Control`. error: why nothing was done; is_state: because of the state that the engine is in,
+    rather than what was asked. num_blocks: KV blocks that were dropped from the prefix cache."""
 
     number: int
     state: EngineState
@@ -80,7 +82,7 @@ class Controlled:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """All that one step produced. admitted: (request id, `time.monotonic()`) of those that left the queue."""
+    """The outputs of one step. admitted: (request id, `time.monotonic()`) of the requests that left the queue."""
 
     deltas: list[OutputDelta]
     admitted: list[tuple[str, float]] = field(default_factory=list)

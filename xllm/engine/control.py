@@ -1,4 +1,4 @@
-"""`EngineControl`: an engine that is held, put to sleep and woken while it keeps its settings and its queue."""
+"""`EngineControl`: pauses an engine, puts it to sleep and wakes it, while it keeps its settings and its queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xllm.worker.failures import as_error
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import Done, Sleep, Wake
 
-KEEP_WEIGHTS, DROP_WEIGHTS = 1, 2
+KEEP_WEIGHTS, DROP_WEIGHTS = 1, 2  # levels of sleep; vLLM's numbers
 
 
 class EngineControl:
@@ -26,26 +26,26 @@ class EngineControl:
 
     @property
     def mode(self) -> PauseMode | None:
-        """How the engine is held; None: it runs."""
+        """How the engine is paused; None: it is not."""
         return self._gate.mode
 
     def pause(self, mode: PauseMode) -> None:
-        """Hold the engine; when already held, in another way. A step in progress is finished."""
+        """Pause the engine, or change how it is paused. A step in progress is finished."""
         self._gate.mode = mode
         self._loop.frozen = mode is PauseMode.KEEP
         if mode is PauseMode.ABORT:
             self._abort_all()
 
     def resume(self) -> None:
-        """Go on; the next step takes in what was held, first come first served."""
+        """End the pause; the next step takes in the requests that were held, first come first served."""
         self._gate.mode, self._loop.frozen = None, False
 
     def sleep(self, level: int) -> None:
-        """Give the memory of the KV cache and the captured graphs back, at level 2 that of the weights too. What was
-        cached is lost.
+        """Free the memory of the KV cache and the captured graphs, at level 2 that of the weights too. Cached KV is
+        lost.
 
-        Raises:
-            RequestError: the level is unknown. EngineStateError: requests are open, or the KV cache has lower tiers.
+        Raises: RequestError: the level is unknown. EngineStateError: requests are open, or the KV cache has lower
+        tiers.
         """
         if level not in (KEEP_WEIGHTS, DROP_WEIGHTS):
             raise RequestError(f"level must be {KEEP_WEIGHTS} or {DROP_WEIGHTS}, got {level}", field="level")
@@ -60,14 +60,15 @@ class EngineControl:
         self.sleep_level, self._gate.is_asleep = level, True
 
     def wake_up(self) -> None:
-        """Take the memory again, and read the weights from the checkpoint where they were dropped. Raises as loading
+        """Allocate the memory again, and read the weights from the checkpoint if they were dropped. Raises as loading
         does; the engine then still sleeps."""
         if self.sleep_level:
             self._call(Wake())
             self.sleep_level, self._gate.is_asleep = 0, False
 
     def reset_prefix_cache(self) -> int:
-        """Forget every cached block that no request uses, but those on disk; returns how many of the device's."""
+        """Drop every cached block that no request uses, on the device and in host memory, not on disk; returns how many
+        on the device."""
         return self._loop.scheduler.kv.reset_prefix_cache()
 
     def _call(self, command: Sleep | Wake) -> None:

@@ -1,4 +1,6 @@
-"""`EngineCore`: requests come in, pass the gates, are scheduled and computed, and go out as deltas."""
+"""`EngineCore`: takes requests in, passes them through the gates to the scheduler, runs steps, and returns output
+deltas.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,11 @@ from xllm.worker.link import Progress, WorkerLink
 from xllm.worker.messages import Loaded
 
 logger = logging.getLogger(__name__)
-MAX_GRAMMAR_WAIT_S = 0.05  # before the caller is asked for news again
-READING_POLL_S = 0.02  # how soon an adapter that has been read is noticed while there is nothing else to do
+# How long a step waits for a grammar if nothing else can be done. Chosen: the caller is asked for new commands that
+# often.
+MAX_GRAMMAR_WAIT_S = 0.05
+# How soon an adapter that has been read is noticed by an idle engine. Chosen: reading one takes longer.
+READING_POLL_S = 0.02
 
 
 class EngineCore:
@@ -69,7 +74,7 @@ class EngineCore:
 
     @property
     def facts(self) -> EngineFacts:
-        """What the outside needs to know; `adapters` are those of this moment."""
+        """What clients need to know of the engine; `adapters` are those loaded now."""
         loaded = self._loaded
         return EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
                            hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
@@ -97,7 +102,7 @@ class EngineCore:
         self._pass_on(request, self._gates)
 
     def _pass_on(self, request: Request, gates: Sequence[Gate]) -> None:
-        """To the first gate that keeps the request, else to the scheduler. Raises RequestError."""
+        """Give the request to the first gate that keeps it, else to the scheduler. Raises RequestError."""
         if not any(gate.hold(request) for gate in gates):
             self.scheduler.add(request)
 
@@ -113,7 +118,7 @@ class EngineCore:
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended, wherever they wait."""
+        """Requests that have not ended, at the gates and in the scheduler."""
         return len(self._open_requests())
 
     def _open_requests(self) -> list[Request]:
@@ -124,13 +129,13 @@ class EngineCore:
         return any(request.lora == name for request in self._open_requests())
 
     def take_step(self) -> StepTiming | None:
-        """The step that ended last, once."""
+        """The timing of the step that ended last, once; else None."""
         step, self.loop.finished = self.loop.finished, None
         return step
 
     def take_admissions(self) -> list[tuple[str, float]]:
-        """(request id, `time.monotonic()`) of requests that left the queue for the first time since the last call. Kept
-        from the first call on."""
+        """(request id, `time.monotonic()`) of the requests that were admitted for the first time since the last call.
+        They are recorded from the first call on."""
         return self.scheduler.take_admissions()
 
     # --- turns
@@ -140,7 +145,8 @@ class EngineCore:
         return self.loop.has_work() or any(gate.has_work for gate in self._gates)
 
     def step(self) -> list[OutputDelta]:
-        """One step of the loop: what changed, for all requests."""
+        """Run one turn of the step loop; returns the outputs of all requests that changed, also of those that ended at
+        a gate."""
         ended = self._pass_gates()
         if ended and not self.loop.has_work():
             return ended
@@ -151,7 +157,7 @@ class EngineCore:
         return ended + outputs if ended else outputs
 
     def _pass_gates(self) -> list[OutputDelta]:
-        """Move on what need not wait any longer; returns the outputs of requests that ended in a gate."""
+        """Move requests on that need not wait at a gate any longer; returns the outputs of those that ended there."""
         self._hear()
         ended: list[OutputDelta] = []
         for index, gate in enumerate(self._gates):
@@ -166,7 +172,7 @@ class EngineCore:
         return ended
 
     def _hear(self) -> None:
-        """What the workers have answered beside steps and moves."""
+        """Take in the workers' answers about grammars and adapters."""
         for gate in self._gates:
             gate.hear()
         self.adapters.hear()
@@ -175,13 +181,14 @@ class EngineCore:
         return self.has_work() or self.adapters.is_reading
 
     def idle_s(self) -> float | None:
-        """How long the caller may sleep before it calls `tick`, while there is no work; None: as long as he likes."""
+        """In how many seconds the caller should call `tick` while there is no work; None: not before there is."""
         waits = [self.scheduler.promotions.idle_s(), self.link.idle_s(),
                  READING_POLL_S if self.adapters.is_reading else None]
         return min((wait for wait in waits if wait is not None), default=None)
 
     def tick(self) -> None:
-        """Carry on what goes on beside requests while there are none. Raises what a worker failed with."""
+        """Carry on moves between KV tiers and adapters while there are no requests. Raises what a worker failed
+        with."""
         self.link.check()
         self._hear()
         self.scheduler.promotions.tick()
@@ -201,7 +208,8 @@ class EngineCore:
         self.adapters.load(name, folder, on_done)
 
     def unload_adapter(self, name: str) -> None:
-        """Raises RequestError if there is no such adapter, EngineStateError while a request uses it or it sleeps."""
+        """Free an adapter's slot. Raises RequestError if there is no such adapter, EngineStateError while a request
+        uses it or the engine sleeps."""
         self._check_awake()
         self.adapters.unload(name)
 
@@ -210,7 +218,7 @@ class EngineCore:
             raise EngineStateError("the engine sleeps; POST /wakeup wakes it")
 
     def shutdown(self) -> None:
-        """Copy the KV cache to disk, where there is one, and stop the workers once they have done as told."""
+        """Copy the KV cache to disk, if there is one, and end the workers after the commands sent so far."""
         try:
             if not self.link.has_ended:
                 self.scheduler.promotions.close()

@@ -1,4 +1,4 @@
-"""`EngineFacts`: what anybody outside needs to know of a loaded engine."""
+"""`EngineFacts`: the facts about a loaded engine that its clients need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xllm.worker.messages import Placement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """These hold as long as the engine lives.
+    """Constant for the life of the engine.
 
     config: resolved. model_path: the checkpoint's folder. num_blocks: of the KV cache on the device. adapters: names of
     those that were loaded at the start; a running engine may have others. placement: where and how it computes.

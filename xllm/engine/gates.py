@@ -1,7 +1,7 @@
-"""`Gate`: where a request waits for something else than room before the scheduler may see it.
+"""`Gate`: keeps a request from the scheduler while it waits for something other than room.
 
-The core asks its gates in their order; the first that wants the request keeps it until `take_passed` gives it back, and
-the gates behind it are asked then. `PauseGate` stands first; `grammars.py` has the one for compiled grammars.
+The core asks its gates in their order; the first that wants the request keeps it until `take_passed` returns it, and
+then the gates after it are asked. `PauseGate` is first; `grammars.py` has the one for compiled grammars.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from xllm.request import FinishReason, OutputDelta, Request
 
 
 class Gate(Protocol):
-    """Owned by the core's thread."""
+    """Interface of the gates. Every method belongs to the core's thread."""
 
     reason: str  # what its requests wait for, as the gauges call it
 
     def hold(self, request: Request) -> bool:
-        """Keep the request if it has to wait; False: it may go on. Raises RequestError for one that never may."""
+        """Keep the request if it has to wait; returns False if it may go on. Raises RequestError if it never may."""
         ...
 
     def abort(self, request_id: str) -> bool:
-        """End a request that waits here; its terminal output comes from `take_ended`. False: it does not wait here."""
+        """End a request that waits here; its terminal output comes from `take_ended`. Returns False if it does not wait
+        here."""
         ...
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """Those that wait here, in the order in which they came."""
+        """The requests that wait here, in the order in which they came."""
         ...
 
     def hear(self) -> None:
@@ -37,25 +38,25 @@ class Gate(Protocol):
         ...
 
     def take_passed(self) -> list[Request]:
-        """Requests that need not wait here any longer; they are the caller's again."""
+        """Return the requests that need not wait here any longer, and keep them no more."""
         ...
 
     def refuse(self, request: Request, error: RequestError) -> None:
-        """A request that has passed could not go on: end it with the error as its reason."""
+        """End a request that has passed this gate but cannot go on, with the error as its reason."""
         ...
 
     def take_ended(self) -> list[OutputDelta]:
-        """Terminal outputs of requests that ended here since the last call."""
+        """The terminal outputs of requests that ended here since the last call."""
         ...
 
     @property
     def has_work(self) -> bool:
-        """Whether `take_passed` or `take_ended` has something to give now or will have soon."""
+        """Whether `take_passed` or `take_ended` has something to return now or soon."""
         ...
 
 
 class Held:
-    """The requests that one gate keeps, and the terminal outputs of those that ended there."""
+    """The requests that one gate keeps, and the terminal outputs of those that ended there; shared by the gates."""
 
     def __init__(self) -> None:
         self._held: dict[str, Request] = {}
@@ -101,7 +102,7 @@ class PauseGate(Held):
     reason = "paused"
 
     def __init__(self, check_room: Callable[[int], None]):
-        """check_room(num_held): raises RequestError if no more requests are taken beside those held here."""
+        """check_room(num_held): raises RequestError if no more requests are taken beside `num_held` held here."""
         super().__init__()
         self._check_room = check_room
         self.mode: PauseMode | None = None  # None: it runs
@@ -117,10 +118,11 @@ class PauseGate(Held):
         return self.mode is None and not self.is_asleep
 
     def hear(self) -> None:
-        """It asks nothing of the workers."""
+        """Nothing to do: it asks nothing of the workers."""
 
     def hold(self, request: Request) -> bool:
-        """Whether the request has to wait for the engine to be resumed. Raises RequestError while it sleeps."""
+        """Keep the request if the engine is paused, or earlier ones still wait. Raises RequestError while the engine
+        sleeps."""
         if self.is_asleep:
             raise RequestError("the engine sleeps; POST /wakeup wakes it")
         if self.mode is None and not self._held:  # nobody overtakes those that still wait
@@ -132,7 +134,7 @@ class PauseGate(Held):
         return True
 
     def take_passed(self) -> list[Request]:
-        """All of them, first come first served, once the engine is resumed and awake."""
+        """Return all held requests, first come first served, once the engine is resumed and awake."""
         if not self._is_open:
             return []
         passed, self._held = list(self._held.values()), {}

@@ -1,4 +1,4 @@
-"""`GrammarGate`: requests wait here until every worker has compiled their grammar, so that no step waits for that."""
+"""`GrammarGate`: keeps requests until every worker has compiled their grammar, so that no step waits for a compiler."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from xllm.structured.spec import StructuredOutput
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import GrammarDone, PutGrammar
 
-MAX_KNOWN = 64  # as many as workers keep (`structured/store.py: MAX_GRAMMARS`)
+MAX_KNOWN = 64  # grammars whose result is remembered: as many as workers keep (`structured/store.py: MAX_GRAMMARS`)
 
 
 class GrammarGate(Held):
-    """has_tokenizer: without one nothing can be compiled."""
+    """A `Gate`. has_tokenizer: without one no grammar can be compiled, and requests with one are refused."""
 
     reason = "grammar"
 
@@ -31,7 +31,8 @@ class GrammarGate(Held):
         return bool(self._held or self._passed or self._ended)
 
     def hold(self, request: Request) -> bool:
-        """Whether the request has to wait for its grammar. Raises RequestError if that cannot be compiled."""
+        """Have the request's grammar compiled, and keep the request until it is. Raises RequestError if it cannot be
+        compiled."""
         spec = request.sampling.structured
         if spec is None:
             return False
@@ -67,7 +68,7 @@ class GrammarGate(Held):
                     self.refuse(request, _cannot_compile(answer.error))
 
     def take_passed(self) -> list[Request]:
-        """Requests whose grammar every worker has."""
+        """Return the requests whose grammar every worker has compiled."""
         passed, self._passed = self._passed, []
         return passed
 

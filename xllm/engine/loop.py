@@ -1,4 +1,4 @@
-"""`EngineLoop`: takes commands, steps and hands out results, in the thread that owns an `EngineCore`."""
+"""`EngineLoop`: takes commands, runs steps and reports results, in the thread that owns an `EngineCore`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 
 class CommandSource(Protocol):
-    """Where commands come from."""
+    """Where an engine's loop gets its commands."""
 
     def take(self, timeout_s: float | None) -> Command | None:
-        """The next command, waiting for at most so long (None: for ever); None if none came."""
+        """The next command, waiting up to `timeout_s` for it (None: without limit); None if none came."""
 
 
 class EngineLoop:
-    """report(answer): called in this thread with all that goes out. on_busy(busy): called before the loop steps and
-    before it waits, so that who looks from another thread can tell a step that hangs from an idle engine. steps: takes
-    down how long each step took."""
+    """report(answer): called in this thread with everything that goes out. on_busy(busy): called with True before the
+    loop steps and with False before it waits, so that another thread can tell a hanging step from an idle engine.
+    steps: records how long each step took."""
 
     def __init__(self, core: EngineCore, source: CommandSource, report: Callable[[CommandReply], None], *,
                  on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None):
@@ -46,7 +46,7 @@ class EngineLoop:
         core.take_admissions()  # from now on they are kept
 
     def run(self) -> None:
-        """Until `Shutdown` comes. Raises what a step raises; the core is then not to be used any more."""
+        """Run until `Shutdown` comes. Raises what a step raises; the core must not be used any more then."""
         while True:
             idle = not self._core.has_work()
             if idle:
@@ -60,7 +60,8 @@ class EngineLoop:
                 self._core.tick()
 
     def _obey(self, timeout_s: float | None) -> bool:
-        """Carry out the commands that are there, waiting for the first. False: stop."""
+        """Carry out the commands that have come, waiting up to `timeout_s` for the first. Returns False after
+        `Shutdown`."""
         command = self._source.take(timeout_s)
         while command is not None:
             if isinstance(command, Shutdown):
@@ -108,7 +109,7 @@ class EngineLoop:
             answer(error)
 
     def _act(self, command: Control) -> int:
-        """Returns how many KV blocks were forgotten. Raises XllmError."""
+        """Carry out a control command; returns how many cached KV blocks were dropped. Raises XllmError."""
         control = self._core.control
         if command.action == "pause":
             control.pause(PauseMode(command.mode))

@@ -1,4 +1,4 @@
-"""`StepLog`: how long the engine's steps took and how many tokens they computed."""
+"""`StepLog`: records how long the engine's steps took and how many tokens they computed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
+# Steps in one report. Chosen: all steps of a beat of 0.25 s unless they take less than a millisecond.
 MAX_STEPS_A_BEAT = 256
 StepTiming = tuple[float, float, int, int]  # end on the `time.monotonic()` clock, seconds, tokens computed, sequences
 STEP_COLUMNS = ("end_s", "seconds", "num_tokens", "num_seqs")
@@ -13,17 +14,20 @@ STEP_COLUMNS = ("end_s", "seconds", "num_tokens", "num_seqs")
 # Bounds of the buckets. Fine below 10 ms, where a fast device's step lies.
 STEP_TIME_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
                0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+# Bounds of the buckets, in tokens: powers of two, as the sizes of steps are.
 STEP_TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 
 @dataclass(slots=True)
 class Buckets:
-    """A histogram as it travels: one count per bound, one more for what lies above, and the sum of the values."""
+    """A histogram's data: one count per bound (not cumulative), one more for values above all bounds, and the sum of
+    the values."""
 
     counts: list[int]
     sum: float = 0.0
 
     def observe(self, value: float, bounds: tuple[float, ...]) -> None:
+        """Add a value. bounds: the upper bounds of the buckets, rising; a value on a bound belongs below it."""
         self.counts[bisect_left(bounds, value)] += 1
         self.sum += value
 
@@ -52,12 +56,13 @@ class StepLog:
         self._recent: deque[StepTiming] = deque(maxlen=MAX_STEPS_A_BEAT)
 
     def note(self, end_s: float, time_s: float, num_tokens: int, num_seqs: int) -> None:
+        """Add a step. end_s: on the `time.monotonic()` clock; time_s: seconds; num_seqs: rows."""
         self._time_s.observe(time_s, STEP_TIME_S)
         self._tokens.observe(num_tokens, STEP_TOKENS)
         self._recent.append((end_s, time_s, num_tokens, num_seqs))
 
     def take(self) -> StepReport:
-        """The totals, and the steps since the last call."""
+        """The totals, and the steps since the last call, the newest `MAX_STEPS_A_BEAT` of them."""
         recent = []
         while self._recent:  # popleft and append are atomic, iterating is not
             recent.append(self._recent.popleft())

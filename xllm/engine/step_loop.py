@@ -1,4 +1,4 @@
-"""`StepLoop`: schedule, run, update."""
+"""`StepLoop`: schedules a step, submits it, and takes in the results of the oldest one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from xllm.request import OutputDelta
 from xllm.scheduler.scheduler import Scheduler
 from xllm.step import ScheduleOutput, StepOutput
 
-MAX_IDLE_WAIT_S = 0.05  # for moves between the KV tiers, before the step loop looks again
+# For moves between the KV tiers, before the loop looks for new commands again. Chosen: a command waits that long at
+# most.
+MAX_IDLE_WAIT_S = 0.05
 
 
 class Steps(Protocol):
-    """Whoever computes plans: `worker/link.py: WorkerLink`, or a simulation of one.
+    """Computes plans: `worker/link.py: WorkerLink`, or a simulation of one.
 
-    Steps are computed one after the other in the order of `submit`; `result` returns them in that order.
-    depth: how many steps may be in flight while the next one is scheduled.
+    Steps are computed one after the other in the order of `submit`; `result` returns them in that order. depth: how
+    many steps may be in flight while the next one is scheduled.
     """
 
     depth: int
@@ -29,7 +31,7 @@ class Steps(Protocol):
     def submit(self, plan: ScheduleOutput) -> None: ...
 
     def result(self) -> StepOutput:
-        """Wait for the oldest step. Raises what it failed with."""
+        """Wait for the results of the oldest step. Raises what it failed with."""
         ...
 
 
@@ -53,7 +55,8 @@ class StepLoop:
         return bool(self._in_flight) or (self.scheduler.has_ready if self.frozen else self.scheduler.has_requests)
 
     def step(self) -> list[OutputDelta]:
-        """One turn. Returns what changed; nothing on the turn that only fills the pipeline."""
+        """One turn: schedule, submit, take in. Returns the outputs that changed; none on the turn that only fills the
+        pipeline."""
         if failpoints.armed is not None:
             failpoints.hit("engine.step")
         if self.frozen:

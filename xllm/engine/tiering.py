@@ -1,5 +1,6 @@
-"""Builds the engine's side of the KV tiers below the device; their bytes are with the workers
-(`worker/worker_tiers.py`)."""
+"""Builds the engine's side of the KV tiers below the device; the workers hold their bytes
+(`worker/worker_tiers.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,28 +20,29 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerMoves:
-    """A `MoveLink` to the workers: every rank performs a move on its own memory, and it is done when all have."""
+    """A `MoveLink` to the workers: every rank performs a move on its own memory, and the move is done when all ranks
+    have done it."""
 
     def __init__(self, link: WorkerLink):
         self._link = link
 
     def send(self, move: Move) -> None:
-        """Have it performed. A step that is submitted later may name the move's ticket."""
+        """Send a move to every rank. A step that is submitted later may name the move's ticket."""
         self._link.send(move)
 
     def receive(self, timeout_s: float) -> list[MoveDone]:
-        """The results that have come since the last call; where there are none, wait for one until the time is over."""
+        """The results that have come since the last call; if there are none, waits up to `timeout_s` for one."""
         done, until_s = self._link.take(MoveDone), time.monotonic() + timeout_s
         while not done and (left_s := until_s - time.monotonic()) > 0.0 and self._link.wait(left_s):
             done = self._link.take(MoveDone)
         return done
 
     def set_foreground(self, steps_run: bool) -> None:
-        """Steps are running: what nobody waits for goes slowly."""
+        """Say whether steps are running: moves that no request waits for are then slowed down."""
         self._link.send(Foreground(steps_run))
 
     def close(self) -> None:
-        """The workers end their moves when they are shut down (`WorkerLink.close`)."""
+        """Nothing to do: the workers end their moves when they are shut down (`WorkerLink.close`)."""
 
 
 def attach_tiers(scheduler: Scheduler, link: WorkerLink, cache: CacheSettings, facts: TierFacts) -> None:

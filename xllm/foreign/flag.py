@@ -62,12 +62,12 @@ def sets(name: str, ours: str, note: str = "", **more: Any) -> ForeignFlag:
 
 
 def ignored(name: str, note: str, **more: Any) -> ForeignFlag:
-    """Without it answers are the same: it is said once, with the note, and has no effect."""
+    """A flag without effect, since answers are the same without it; its note is logged once."""
     return ForeignFlag(name=name, verdict="ignored", note=note, **more)
 
 
 def refused(name: str, note: str, **more: Any) -> ForeignFlag:
-    """Ends the start: whoever gave it would get something else than he asked for."""
+    """A flag that ends the start, because the engine would do something other than it asks for."""
     return ForeignFlag(name=name, verdict="refused", note=note, **more)
 
 

@@ -1,4 +1,4 @@
-"""All foreign flags by name, and what becomes of those that are given."""
+"""All foreign flags by name, and how those that are given are treated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def translate(settings: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]
         if name in known:
             translated[name] = entry.values.get(text_of(value), value) if entry else value
         elif entry is None or (entry.verdict == "accepted" and entry.ours is None):
-            translated[name] = value  # none of these settings: whoever asked says so
+            translated[name] = value  # none of these settings: the caller complains about it
         elif (note := entry.judge(value)) is not None:
             logger.warning("%s", note)
     for name, value in settings.items():

@@ -16,10 +16,10 @@ The states of a block:
 A transfer may guard a cached block to copy it. Where eviction meets such a block it is no longer
 findable, and PENDING until the last guard is gone.
 
-A lease has a deadline: whoever took it may be stuck, and must not keep blocks from the others for ever. A pin has
-none, because the copy reads the block whatever the clock says: it ends with the move, or with the engine if its
-worker dies. So an expired lease never lets a block be overwritten under a copy: what is in flight is pinned as well,
-and what is not looks for its blocks again before it begins (`DeviceOrigin.take`).
+A lease has a deadline: the transfer that took it may be stuck, and must not keep blocks from other requests for ever.
+A pin has none, because the copy reads the block whatever the clock says: it ends with the move, or with the engine if
+its worker dies. So an expired lease never lets a block be overwritten under a copy: a copy in flight has pinned its
+blocks as well, and one that has not begun looks for its blocks again before it begins (`DeviceOrigin.take`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ FREE, HELD, PENDING, CACHED = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lease:
-    """Blocks kept for a transfer until a deadline. Made by `BlockPool.lease`, and to be given back to it."""
+    """Blocks kept for a transfer until a deadline (by the clock of `expire_leases`). Made by `BlockPool.lease`; ended
+    by `BlockPool.end_lease`, or by `expire_leases` once the deadline has passed."""
 
     block_ids: np.ndarray
     deadline_s: float
@@ -102,7 +103,8 @@ class BlockPool:
     # --- taking and giving back
 
     def allocate(self, num_blocks: int) -> np.ndarray:
-        """Take blocks for one holder: int32 [num_blocks]. The caller has checked `num_available`."""
+        """Take `num_blocks` blocks, evicting cached ones where too few are free; returns their ids, int32 [num_blocks].
+        Each is HELD by one holder, who gives it back with `release`. The caller has checked `num_available`."""
         assert 0 <= num_blocks <= self.num_available
         if num_blocks > self._num_free:
             self._evict(num_blocks - self._num_free)
@@ -119,7 +121,7 @@ class BlockPool:
         self._policy.admit(block_ids, digests, parents)
 
     def share(self, block_ids: np.ndarray) -> None:
-        """One more holder for cached (or held) blocks, as a prefix hit does. No repeats."""
+        """Add one holder to each of these blocks (CACHED, PENDING or HELD), as a prefix hit does. No repeats."""
         assert not np.any(self._state[block_ids] == FREE)
         self._policy.revive(block_ids)
         if self._num_guarded:
@@ -139,8 +141,8 @@ class BlockPool:
         return int(np.count_nonzero((self._state[block_ids] == CACHED) & (self._num_guards[block_ids] > 0)))
 
     def release(self, block_ids: np.ndarray, fence: int) -> None:
-        """A holder lets go. `block_ids` from the root on, without repeats; `fence`: the last step that
-        was planned with them (-1: none)."""
+        """Take one holder off each block. A block without holders becomes PENDING, and CACHED or FREE once `fence` has
+        settled. block_ids: root first, without repeats. fence: the last step planned with them (-1: none)."""
         self._ref_count[block_ids] -= 1
         assert not np.any(self._ref_count[block_ids] < 0), "released more often than held"
         self._fence[block_ids] = np.maximum(self._fence[block_ids], fence)
@@ -159,7 +161,8 @@ class BlockPool:
         self._drain()
 
     def settle(self, step: int) -> None:
-        """Step `step` and all before it are done on the device."""
+        """Note that step `step` and all before it are done on the device; blocks that waited for them become CACHED or
+        FREE."""
         self.settled_step = step
         self._drain()
 
@@ -209,7 +212,7 @@ class BlockPool:
         self._is_doomed[block_ids] = True
 
     def drop_cached(self) -> int:
-        """Forget every cached block that nobody uses; returns how many."""
+        """Evict every cached block that no transfer guards; returns how many."""
         count = len(self._policy) - self._num_guarded
         self._evict(count)
         return count
@@ -217,13 +220,14 @@ class BlockPool:
     # --- transfers
 
     def pin(self, block_ids: np.ndarray) -> None:
-        """A move in flight reads these until `unpin`. Pins add up; no repeats."""
+        """Guard these blocks for a move that reads them, until `unpin`. Pins add up; no repeats."""
         assert not np.any(self._state[block_ids] == FREE)
         self._num_guarded += self.num_idle(block_ids)
         self._num_guards[block_ids] += 1
 
     def unpin(self, block_ids: np.ndarray) -> None:
-        """That move is over."""
+        """End one pin of each block: its move is over. A block that was evicted meanwhile becomes FREE with its last
+        guard."""
         self._num_guards[block_ids] -= 1
         assert not np.any(self._num_guards[block_ids] < 0), "unpinned more often than pinned"
         bare = block_ids[self._num_guards[block_ids] == 0]
@@ -241,7 +245,7 @@ class BlockPool:
         return lease
 
     def end_lease(self, lease: Lease) -> None:
-        """The transfer has what it needs. Does nothing if the lease has expired."""
+        """End a lease early and unguard its blocks. Does nothing if it has ended or expired."""
         if lease in self._leases:
             del self._leases[lease]
             self.unpin(lease.block_ids)

@@ -1,8 +1,8 @@
 """`Demoter`: copies paths of KV blocks into the next tier, root first, a chunk at a time.
 
-A path is the blocks of one sequence from the root on. It is written root first, so that the target tier is
-closed under prefixes at every moment, and what a crash or a full tier cuts off is always a tail. One path is
-written at a time; a more urgent one may overtake between two chunks.
+A path is the blocks of one sequence, root first. It is written in that order, so that at every moment the target tier
+holds each block's parent too, and a crash or a full tier only ever cuts off a tail. One path is written at a time; a
+more urgent one may overtake it between two chunks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from xllm.kv.block_pool import Lease
 from xllm.kv.moves import URGENT, WRITE, MoveDone, MoveError, OpenMoves
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-MAX_CHUNK_BLOCKS = 32  # of one move: enough to amortise its overhead, few enough to be overtaken
-CHUNK_BYTES = 768 << 10  # and as many bytes, so that what computes on the same cores is never away for long
-MAX_QUEUED_PATHS = 1024
-NORMAL = URGENT + 1  # priority of copies that nobody waits for
+# Of one move. Chosen: more blocks amortise its overhead better, fewer let an urgent path overtake sooner.
+MAX_CHUNK_BLOCKS = 32
+# Of one move too: about 0.4 ms of copying at the 1.9 GB/s measured in docs/performance.md, which is how long a step may
+# wait where copies take the cores that compute. The step-time figures there were measured with it.
+CHUNK_BYTES = 768 << 10
+MAX_QUEUED_PATHS = 1024  # chosen: bounds the queue's memory; a path beyond it is not saved, and counted in num_cut
+NORMAL = URGENT + 1  # priority of copies that no request waits for
 
 
 class Origin(Protocol):
@@ -33,30 +36,31 @@ class Origin(Protocol):
     lane: str  # of the copies from here
 
     def take(self, items: np.ndarray, digests: Sequence[bytes]) -> int:
-        """Protect items for a copy; returns how many from the start still hold these contents (and are protected)."""
+        """Protect items for a copy, up to the first that does not hold its digest any more; returns how many."""
         ...
 
     def is_coming(self, item: int, digest: bytes) -> bool:
-        """Whether it could not be taken only because its contents are on their way to it."""
+        """Whether `take` refused this item only because a load is still filling it with these contents."""
         ...
 
     def give_back(self, items: np.ndarray) -> None:
-        """The copy is over."""
+        """End the protection of `take`: the copy is over, or was not begun."""
         ...
 
     def written(self, items: np.ndarray, digests: Sequence[bytes], slots: np.ndarray) -> None:
-        """These contents now lie in those slots as well."""
+        """Record that the target's `slots` now hold the same contents as `items`."""
         ...
 
     def ended(self, path: Path) -> bool:
-        """The path will be written no further; whether what is not written goes down another way."""
+        """Release what is held for a path that this demoter writes no further. Returns whether another part of the
+        store copies the blocks that were not written; else they are lost to the tier."""
         ...
 
 
 class Path:
-    """A path to write: `items` int32 and `digests` from the root on. The demoter writes the rest: `done` of the items
-    are in the target, at `slots`; `submitted` are there or on their way; `cut`: nothing more will be submitted.
-    lease: what keeps its blocks while it waits, if anything does; its origin ends it."""
+    """A path to write: `items` int32 and their `digests`, root first. The demoter writes the other fields: the first
+    `done` items are in the target, at `slots`; the first `submitted` are there or on their way; `cut`: nothing more
+    will be submitted. lease: keeps the blocks while the path waits, if it has one; the origin ends it."""
 
     __slots__ = ("cut", "digests", "done", "items", "lease", "overtaken", "priority", "slots", "submitted")
 
@@ -72,7 +76,7 @@ class Path:
         self.overtaken = False
 
     def names(self, first: int, last: int) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """The digests of the items [first, last), and those of their parents."""
+        """(digests of the items [first, last), digests of their parents); the first item's parent is `ROOT`."""
         parents = self.digests[first - 1 : last - 1] if first else (ROOT, *self.digests[: last - 1])
         return tuple(self.digests[first:last]), tuple(parents)
 
@@ -82,8 +86,9 @@ class Demoter:
 
     def __init__(self, origin: Origin, target: TierIndex, moves: OpenMoves,
                  on_error: Callable[[MoveError], None], shall_wait: Callable[[Path, bool], bool] = lambda *_: False):
-        """on_error: told why a copy failed. shall_wait(path, begun): whether a path shall not begin now, or, begun and
-        without a slot to go on to, not end now; `pump` then has to be called when that may have changed."""
+        """on_error: called with the reason when a copy fails. shall_wait(path, begun): with begun False, whether the
+        path must not begin yet; with begun True, whether a path that finds no slot waits rather than ends. The caller
+        then calls `pump` when the answer may have changed."""
         self._shall_wait = shall_wait
         self._origin, self._target, self._moves, self._on_error = origin, target, moves, on_error
         self._queue: list[tuple[int, int, Path]] = []
@@ -108,7 +113,8 @@ class Demoter:
         return sum(len(path.items) for _, _, path in self._queue)
 
     def add(self, path: Path) -> bool:
-        """Queue a path; False if the queue is full or the tier has failed."""
+        """Queue a path and begin what can begin. Returns False, and drops the path, if the queue is full or the target
+        has failed."""
         if self.disabled or len(self._queue) >= MAX_QUEUED_PATHS:
             if not self._origin.ended(path):
                 self.num_cut += len(path.items)
@@ -118,13 +124,13 @@ class Demoter:
         return True
 
     def disable(self) -> None:
-        """The target has failed: nothing more is written."""
+        """Stop writing for good, because the target has failed: drop all queued paths, refuse new ones."""
         self.disabled = True
         while self._queue:
             self._origin.ended(heapq.heappop(self._queue)[2])
 
     def pump(self) -> None:
-        """Keep two moves in flight, so that the lane never waits for the bookkeeping."""
+        """Submit chunks until two moves are in flight: the lane then never waits for the bookkeeping."""
         while self._in_flight < 2:
             path = self._active
             if path is None:
@@ -143,7 +149,7 @@ class Demoter:
                 self._end(path)
 
     def _begin(self, path: Path) -> None:
-        """Skip what the target has already, and hold it until the path ends."""
+        """Skip the path's blocks that the target has already, and hold those there until the path ends."""
         target, known = self._target, 0
         while known < len(path.items):
             slot = target.find(path.digests[known])
@@ -157,7 +163,7 @@ class Demoter:
         path.done = path.submitted = known
 
     def _submit(self, path: Path) -> bool:
-        """Begin the next chunk, or cut the path. False: it waits for slots."""
+        """Submit the next chunk, or cut the path. Returns False if it waits for slots."""
         first = path.submitted
         last = min(first + self._chunk, len(path.items))
         items, digests = path.items[first:last], path.digests[first:last]
@@ -181,7 +187,7 @@ class Demoter:
         return True
 
     def _finish(self, path: Path, first: int, last: int, done: MoveDone) -> None:
-        """A chunk has been written, or not."""
+        """Take in the end of a move: publish the chunk in the target, or cut the path if the copy failed."""
         self._in_flight -= 1
         items, slots, digests = path.items[first:last], path.slots[first:last], path.digests[first:last]
         if done.error is not None or path.done < first:  # an earlier chunk failed: this one lacks its parent

@@ -1,8 +1,8 @@
-"""`DiskStore`: blocks of a fixed size in numbered slots on a local disk; it outlives the process, however that ends.
+"""`DiskStore`: blocks of a fixed size in numbered slots on a local disk; they outlive the process, even one killed.
 
-What is where and what goes first is the index's business; here are bytes. A slot is written in three steps: its
-header is invalidated, then comes the payload, then the header (`disk_format.py`). Nothing is believed that does not
-check out, so:
+The store moves bytes; which slot holds which block, and which is evicted, `TierIndex` decides. A slot is written in
+three steps: its header is invalidated, then the payload is written, then the new header (`disk_format.py`). A block
+whose header or checksum does not fit is a miss, so:
 
 - Killed at any point, a restart finds exactly the blocks whose `write` got as far as the header.
 - After a power loss, what the kernel had not yet written back may be missing or old. The block's own checksums make
@@ -43,6 +43,7 @@ from xllm.kv.disk_format import (
 from xllm.kv.disk_seal import Seal
 from xllm.kv.disk_segment import DiskSegment
 
+# Of one file. Chosen: larger files need fewer descriptors (each stays open), smaller ones waste less of a capacity.
 SEGMENT_BYTES = 256 << 20
 
 # torn: nothing complete is there (never written, cut short, truncated); corrupt: a checksum says so;
@@ -54,7 +55,7 @@ _KIND_NAMES = {TORN: "torn", CORRUPT: "corrupt", FOREIGN: "foreign"}
 
 @dataclass(slots=True)
 class DiskCounters:
-    """Since the store was opened. Bytes are payload bytes; `misses` are reads that found no good block."""
+    """Totals since the store was opened. Bytes are payload bytes; `misses`: reads that found no good block, by kind."""
 
     num_writes: int = 0
     written_bytes: int = 0
@@ -149,16 +150,17 @@ class DiskStore:
             self.counters.written_bytes += self.payload_bytes
 
     def erase(self, slot: int) -> None:
-        """The slot holds nothing from now on. Raises DiskError: it may still hold what it held."""
+        """Empty the slot. Raises DiskError; the slot may then still hold its block."""
         segment, index = self._locate(slot)
         if segment is not None:
             with self._disk_errors():
                 segment.erase(index)
 
     def read(self, slot: int, digest: bytes, out: memoryview) -> bool:
-        """Copy the block `digest` into `out` (writable, `payload_bytes` long).
+        """Copy the block `digest` from `slot` into `out` (writable, `payload_bytes` long); returns whether it is good.
 
-        False: it is not there whole, a miss counted by its kind; `out` then holds anything. Raises DiskError.
+        False: the slot does not hold that block whole. The miss is counted by its kind, and `out` holds garbage.
+        Raises DiskError.
         """
         data = memoryview(out).cast("B")
         assert len(data) == self.payload_bytes
@@ -209,7 +211,8 @@ class DiskStore:
     # --- the whole store
 
     def scan(self) -> DiskEntries:
-        """Read every header. Raises DiskError."""
+        """Read every header and list the complete blocks; later writes get sequence numbers above theirs. Raises
+        DiskError."""
         with self._disk_errors():
             segments = [segment for segment in self._segments if segment is not None]
             tables = [segment.read_table() for segment in segments]
@@ -227,7 +230,7 @@ class DiskStore:
         return kinds
 
     def flush(self) -> None:
-        """All that is written so far outlives a power loss when this returns. Raises DiskError."""
+        """Sync everything written so far: it outlives a power loss once this returns. Raises DiskError."""
         with self._disk_errors():
             for segment in filter(None, self._segments):
                 segment.sync()
@@ -243,7 +246,8 @@ class DiskStore:
                 self.abandon()
 
     def abandon(self) -> None:
-        """Give the folder back without a flush, for a disk that fails; nothing is lost but by a power loss."""
+        """Close the files and release the folder without a flush, for a disk that fails. A power loss soon after may
+        lose blocks; nothing else does."""
         segments, self._segments = self._segments, [None] * len(self._segments)
         for segment in filter(None, segments):
             segment.close()

@@ -23,7 +23,8 @@ from xllm.kv.disk_segment import (
 from xllm.private_files import open_private_folder
 
 PID_FILE = "writer.pid"
-SPARE_FILES = 512  # descriptors left for everything else in the process
+# File descriptors left for everything else in the process (the model's shards, sockets, pipes): chosen, not counted.
+SPARE_FILES = 512
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 class DiskFolder:
     """Holds the folder's lock, and opens and creates its segments. Raises OSError unless it says otherwise.
 
-    The lock is a flock on the folder itself, so deleting a file in it lets nobody else in, and the kernel drops
+    The lock is a flock on the folder itself, so deleting a file in it lets no other process in, and the kernel drops
     it with the process. Raises ConfigError if another process (or store) has it, or others may write to it.
     """
 
@@ -49,7 +50,7 @@ class DiskFolder:
             self._write_pid()
 
     def close(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder's lock; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -80,7 +81,7 @@ class DiskFolder:
     def open_segments(self, geometry: Geometry, num_slots: int) -> list[DiskSegment | None]:
         """The segments that are there, by number, for a store of `num_slots`; None where there is none yet.
 
-        Segments beyond `num_slots` are deleted: the capacity was lowered, and nobody would ever use or free
+        Segments beyond `num_slots` are deleted: the capacity was lowered, and nothing would ever use or free
         them. So are files that a crash left under a temporary name. All else is left alone, and counted.
         Raises ConfigError if they are more files than the process may open.
         """

@@ -28,15 +28,16 @@ import numpy as np
 from xllm.kv.block import DIGEST_BYTES
 from xllm.kv.disk_seal import HEADER_TAG_BYTES, PAYLOAD_TAG_BYTES, Seal
 
-VERSION = 1
-PAGE_BYTES = 4096
-HEADER_BYTES = 128
-FINGERPRINT_BYTES = 32
+VERSION = 1  # of this format; files of another version are left alone
+PAGE_BYTES = 4096  # payloads begin on multiples of it: the page of Linux on x86-64, and the sector of most disks
+HEADER_BYTES = 128  # the fields below, exactly; a power of two, so that no header straddles a sector of 512 bytes
+FINGERPRINT_BYTES = 32  # a 256-bit digest (`models/fingerprint.py`)
 SUPERBLOCK_MAGIC = b"xLLM-KVS"
 COMPLETE = b"xLLM-KVB"
 WRITING = b"xLLM-KVw"
-MAX_SEQUENCE = 1 << 62  # no store writes that often
-MAX_SEGMENT_SLOTS = 16384  # bounds the table, and with it the smallest capacity, where blocks are small
+MAX_SEQUENCE = 1 << 62  # far beyond what a store writes in its life, and safe to add to in an int64
+# Chosen: bounds the table of headers to 2 MiB, and with it the smallest capacity, where blocks are small.
+MAX_SEGMENT_SLOTS = 16384
 
 # magic, version, segment number, fingerprint, payload bytes, slot bytes, slots per segment; then the checksum
 _SUPERBLOCK = struct.Struct("<8sII32sQQQ")

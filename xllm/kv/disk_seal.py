@@ -1,9 +1,10 @@
-"""`Seal`: keyed tags over headers and payloads on disk, which nobody makes who does not have the key.
+"""`Seal`: keyed tags over headers and payloads on disk, which cannot be made without the key.
 
-A checksum finds accidents: whoever can write to the disk can compute it. With a key every payload and every header has
-a tag of keyed BLAKE2b (RFC 7693; hashlib's releases the GIL on payloads). The payload's lies in the header, and the
-header's is over all fields before it, so that neither is believed in another slot, under another digest or parent, in
-another store, or beside another payload. A header is checked without its payload: a scan lists none that was planted.
+A checksum finds accidents only: anybody who can write to the disk can compute one. With a key every payload and every
+header has a tag of keyed BLAKE2b (RFC 7693; hashlib's releases the GIL on payloads). The payload's tag is a field of
+the header, and the header's tag covers all fields before it. So neither is accepted in another slot, under another
+digest or parent, in another store, or beside another payload. A header is checked without its payload: a scan lists no
+planted one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from xllm.errors import ConfigError
 from xllm.private_files import read_secret
 
-MIN_KEY_BYTES, MAX_KEY_BYTES = 32, 4096
-PAYLOAD_TAG_BYTES = 16
-HEADER_TAG_BYTES = 12
+MIN_KEY_BYTES, MAX_KEY_BYTES = 32, 4096  # 256 bits of a random file; the upper bound refuses a file given by mistake
+PAYLOAD_TAG_BYTES = 16  # 128 bits, as a digest has
+HEADER_TAG_BYTES = 12  # what is left of the 128 bytes of a header: 96 bits, as truncated MACs have (RFC 2404)
 
 
 class Seal:
@@ -35,9 +36,11 @@ class Seal:
             self._key = hashlib.blake2b(purpose, key=master, person=b"xLLM-KV store").digest()
 
     def payload_tag(self, payload: memoryview) -> bytes:
+        """The tag of a payload: PAYLOAD_TAG_BYTES long, zeros without a key."""
         return self._tag(payload, PAYLOAD_TAG_BYTES, b"xLLM-KV payload")
 
     def header_tag(self, fields: bytes | memoryview) -> bytes:
+        """The tag of a header's fields: HEADER_TAG_BYTES long, zeros without a key."""
         return self._tag(fields, HEADER_TAG_BYTES, b"xLLM-KV header")
 
     def fits_payload(self, payload: memoryview, tag: bytes) -> bool:

@@ -48,7 +48,7 @@ class DiskSegment:
     # --- one slot; `index` counts from the segment's first
 
     def write(self, index: int, header: bytes, payload: memoryview) -> None:
-        """Replace a slot: until all of it is written its header says that nothing is there."""
+        """Replace a slot's block. Until all of it is written, the slot's header says that a write is under way."""
         self.resize()
         self.is_dirty = True
         self._put_header(index, WRITING_HEADER, "disk.header_invalidated")
@@ -66,6 +66,7 @@ class DiskSegment:
         self._put_header(index, header, "disk.header_written")
 
     def erase(self, index: int) -> None:
+        """Zero the slot's header: it holds nothing."""
         self.is_dirty = True
         self._put_header(index, BLANK_HEADER, "disk.erased")
 
@@ -76,7 +77,7 @@ class DiskSegment:
         return bytes(header[:count])
 
     def read_payload(self, index: int, out: memoryview) -> bool:
-        """False: the file ends before the payload does."""
+        """Read the slot's payload into `out`; returns False if the file ends before the payload does."""
         return read_into(self._fd, out, self._geometry.payload_offset(index)) == len(out)
 
     def _put_header(self, index: int, header: bytes, point: str) -> None:
@@ -98,6 +99,7 @@ class DiskSegment:
 
     @property
     def wanted_bytes(self) -> int:
+        """How long the file must be to hold all its slots."""
         return self._geometry.payload_offset(self.num_slots)
 
     @property
@@ -105,8 +107,8 @@ class DiskSegment:
         return self._size_bytes > self.wanted_bytes
 
     def resize(self) -> None:
-        """Make the file as long as its slots need, if it is not. A slot without its payload loses its header,
-        so that none is believed when the file is long enough again."""
+        """Make the file as long as its slots need, if it is not. A slot whose payload the file did not hold loses its
+        header first: else the header would be trusted once the file is long enough again."""
         if self._size_bytes == self.wanted_bytes:
             return
         self.is_dirty = True
@@ -120,7 +122,7 @@ class DiskSegment:
         _pass("disk.segment_resized")
 
     def shrink(self) -> None:
-        """Give back what lies beyond its slots."""
+        """Cut the file after its last slot, if it is longer."""
         if self.is_too_large:
             self.resize()
 
@@ -131,7 +133,7 @@ class DiskSegment:
         _pass("disk.segment_deleted")
 
     def sync(self) -> None:
-        """Everything written is on the device when this returns."""
+        """Sync what was written since the last sync (fdatasync): it is on the disk once this returns."""
         if self.is_dirty:
             self.is_dirty = False
             _pass("disk.sync")

@@ -1,6 +1,6 @@
-"""`KVSource`: what stands behind the device's KV cache: where the rest of a prefix may come from.
+"""`KVSource`: the storage below the device's KV cache, from which more of a prompt's prefix may be loaded.
 
-`NoSource` stands for nothing; `TieredStore` (`tiers.py`) for host memory and disk.
+Implementations: `NoSource` (there is none) and `TieredStore` (`tiers.py`: host memory and disk).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NO_SLOTS = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extension:
-    """Where a prompt's prefix goes on below the device: slots of its whole path, root first, int32. Empty: nowhere.
+    """The part of a prompt's prefix that is stored below the device: slots of the whole path, root first, int32.
 
-    host_path: as far as host memory has it. disk_path: as far as disk has it, if that is farther.
+    host_path: the blocks that host memory has. disk_path: the blocks that disk has, if they are more; else empty.
     """
 
     host_path: np.ndarray
@@ -38,65 +38,70 @@ NO_EXTENSION = Extension(_NO_SLOTS, _NO_SLOTS)
 
 
 class KVSource(Protocol):
-    """Every method belongs to the KV manager's thread, but for `stats`. Paths are device blocks, root first, int32."""
+    """Called by `KVManager` only, in its thread; `stats` in any. Paths are device blocks, root first, int32."""
 
-    has_tiers: bool  # KV that leaves the device may be found again
+    has_tiers: bool  # KV that is evicted from the device may be found again
 
-    # --- what the KV manager tells
+    # --- what the KV manager reports
 
     def committed(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
-        """These device blocks hold these contents from now on."""
+        """Called when these device blocks have become findable under these digests."""
         ...
 
     def released(self, path: np.ndarray, *, swap: bool) -> None:
-        """A row is about to give back its findable blocks. swap: it will be back soon."""
+        """Called before a row gives back its findable blocks: the source may begin to copy them. swap: the row was
+        preempted, and its request will want them again soon."""
         ...
 
     def turn_began(self, session_id: str | None, path: np.ndarray, clock: Callable[[], float]) -> None:
-        """A request got in with this hit."""
+        """Called when a request is admitted for the first time; `path`: the blocks of its prefix hit."""
         ...
 
     def turn_ended(self, session_id: str | None, path: np.ndarray, clock: Callable[[], float]) -> None:
-        """A request ended well and leaves these findable blocks, at least one."""
+        """Called when a request has ended normally; `path`: the findable blocks that it leaves, at least one."""
         ...
 
     # --- finding and bringing up
 
     @property
     def can_stage(self) -> bool:
-        """Whether `extend` may find anything that has to be staged first."""
+        """Whether `extend` may find blocks on disk, which `stage` must bring to host memory first."""
         ...
 
     def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
-        """Where the prefix of `token_ids` (int32; its last token is left to compute) goes on below the device."""
+        """Find the blocks stored below the device that continue the device hit `match` of `token_ids` (int32). The last
+        token is never matched: it is left to compute. Changes nothing."""
         ...
 
     def stage(self, extension: Extension, priority: int) -> Stage:
-        """Bring what lies on disk to host memory, or join whoever does already."""
+        """Begin to copy the disk blocks of `extension` to host memory; returns the stage, or the one already open for
+        the same path. Lower priorities go first."""
         ...
 
     def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
-        """Bring what lies on disk to the device past host memory, which has no room for it.
+        """Begin to copy the disk blocks of `extension` to the device through a few host slots, for a path that does not
+        fit into host memory.
 
-        resident: the device blocks that begin the path; the lift holds them, and what it brings, until it is done.
+        resident: the device blocks that begin the path; the lift holds them, and those that it loads, until it is done.
         """
         ...
 
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
-        """Bring what host memory has to the device; returns the whole path there, which is findable now.
+        """Begin to copy the host blocks of `extension` to the device; returns the device blocks of the whole path
+        (int32), which are findable at once.
 
-        resident: the device blocks that begin it. The blocks needed must be available. The load holds the path until
-        it is complete.
+        resident: the device blocks that begin the path. The blocks needed must be available. The load holds the path
+        until it is complete.
         """
         ...
 
     @property
     def num_loading(self) -> int:
-        """Loads that are not complete."""
+        """How many loads and lifts are not complete."""
         ...
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
-        """The loads that whoever reads these blocks must wait for."""
+        """The tickets of incomplete loads into these blocks; a step that reads the blocks must wait for them."""
         ...
 
     def is_open(self, ticket: int) -> bool:
@@ -104,33 +109,33 @@ class KVSource(Protocol):
         ...
 
     def move_s(self, lane: str, num_blocks: int) -> float:
-        """How long so many blocks are expected to take on a lane."""
+        """The expected time in seconds to move `num_blocks` blocks on a lane."""
         ...
 
     # --- turns of the owner
 
     def poll(self, now_s: float) -> int:
-        """Take in what has moved and begin what is due; returns how many moves ended."""
+        """Take in the moves that have ended and begin those that are due; returns how many ended."""
         ...
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a move has ended or the time is over. False, at once: none is under way."""
+        """Sleep until a move has ended, at most `timeout_s`. Returns False at once if none is under way."""
         ...
 
     def idle_s(self, now_s: float) -> float | None:
-        """How soon `poll` is worth calling while the engine has nothing else to do; None: never."""
+        """In how many seconds an otherwise idle engine should call `poll`; None: not before something else happens."""
         ...
 
     def set_foreground(self, steps_run: bool) -> None:
-        """While steps run, moves that nobody waits for go slowly."""
+        """Say whether steps are running: moves that no request waits for are then slowed down."""
         ...
 
     def clear(self) -> None:
-        """Forget what nobody uses, but for what is on disk."""
+        """Drop the blocks in host memory that nothing holds. What is on disk stays."""
         ...
 
     def close(self, flush_s: float) -> None:
-        """End all moves; first spend up to `flush_s` on storing what shall outlive the process."""
+        """End all moves. With a disk, first spend up to `flush_s` seconds on copying the device's blocks there."""
         ...
 
     # --- audit
@@ -140,7 +145,7 @@ class KVSource(Protocol):
         ...
 
     def held_paths(self) -> list[np.ndarray]:
-        """The device blocks that open loads hold."""
+        """The device blocks that open loads and lifts hold, a path each."""
         ...
 
     def check_integrity(self) -> None:
@@ -149,7 +154,7 @@ class KVSource(Protocol):
 
 
 class NoSource:
-    """Nothing stands below the device: what it evicts is computed again."""
+    """The `KVSource` of an engine without KV tiers: it finds nothing, and evicted KV is computed again."""
 
     has_tiers = False
     can_stage = False

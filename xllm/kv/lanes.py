@@ -1,4 +1,4 @@
-"""`ThreadLanes`: worker threads that perform moves, one lane each way, the most urgent first, within a bandwidth."""
+"""`ThreadLanes`: threads that perform moves, one for each lane, the most urgent first, within a limit of bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Performer(Protocol):
-    """What the lanes ask of whoever holds the bytes; see `MovePerformer`."""
+    """The part of `MovePerformer` that the lanes call."""
 
     def begin(self, move: Move) -> None: ...
 
@@ -31,13 +31,13 @@ _STOP_PRIORITY = -(2**62)  # before every move
 
 
 class ThreadLanes:
-    """One thread for each lane.
+    """One thread for each lane, started with the first move.
 
-    `send`, `set_foreground` and `close` belong to one thread. report: told of each move that has ended, in the thread
-    that ran it. max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. rides: while steps
-    run, moves in `PATIENT` that nobody waits for are not given to the lanes' threads but run by the thread that
-    computes, between two steps (`ride`). Where copies take the very cores that compute, a second thread costs the steps
-    far more than the copy does: all workers of an operator wait for the one that was interrupted.
+    `send`, `set_foreground` and `close` are called by one thread. report: called with each move that has ended, in the
+    thread that ran it. max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. rides: while
+    steps run, moves in `PATIENT` that no request waits for are not given to the lanes' threads; the computing thread
+    runs them between two steps (`ride`). Where copies take the cores that compute, a second thread costs the steps far
+    more than the copy does: all workers of an operator wait for the one that was interrupted (docs/performance.md).
     """
 
     def __init__(self, performer: Performer, report: Callable[[MoveDone], None],
@@ -54,7 +54,7 @@ class ThreadLanes:
         self._threads: list[threading.Thread] = []
 
     def _start(self) -> None:
-        """At the first move, so that an engine without moves has no threads."""
+        """Start the threads: at the first move, so that an engine without moves has none."""
         for name in LANES:
             thread = threading.Thread(target=self._work, args=(name,), name=f"xllm-kv-{name}", daemon=True)
             thread.start()
@@ -66,7 +66,7 @@ class ThreadLanes:
         return self._foreground
 
     def set_foreground(self, steps_run: bool) -> None:
-        """When the steps end, the threads take over what waits for `ride`."""
+        """Say whether steps are running. When they end, the lanes' threads take over the moves that wait for `ride`."""
         self._foreground = steps_run
         while not steps_run and self._riding:
             try:
@@ -93,7 +93,8 @@ class ThreadLanes:
         return len(self._riding)
 
     def ride(self, budget_s: float) -> None:
-        """Run moves for about that long, at least one. Called by the thread that computes, between two steps."""
+        """Run waiting moves for about `budget_s` seconds, at least one if any is due. Called by the computing thread,
+        between two steps."""
         until_s = time.monotonic() + budget_s
         while True:
             try:
@@ -141,7 +142,7 @@ class ThreadLanes:
 
 
 def _told(move: Move, raised: BaseException) -> MoveError:
-    """As data; of what is not the disk's, the log keeps where it was raised."""
+    """The error as data. Logs the traceback, unless the disk raised it."""
     error = error_of(move.lane, raised)
     if error.kind != "disk":
         _log.error("a move of KV blocks failed (%s)", move.lane, exc_info=raised)

@@ -1,7 +1,7 @@
-"""`Lifter`: brings KV blocks from disk to the device that follow a path's beginning and find no room in host memory.
+"""`Lifter`: copies KV blocks from disk to the device when a path is too long for host memory.
 
-What `Passage` is on the way down: the blocks go through host slots that are free again as soon as their contents are on
-the device, a chunk at a time.
+The counterpart of `Passage`, which does the same on the way down: the blocks go, a chunk at a time, through host slots
+that are free again as soon as their contents are on the device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from xllm.kv.tier_index import NO_SLOT, TierIndex
 
 
 class Lift:
-    """One path on its way. path: the device blocks that are there or loading, which the lift holds until it is done;
-    num_read: how many of them it has read. Written by the `Lifter` only."""
+    """One path on its way up. path: the device blocks (int32, root first) that hold its beginning or are being loaded;
+    the lift holds them until `is_done`. num_read: how many of them it has read. Written by the `Lifter` only."""
 
     __slots__ = ("digests", "disk_path", "host_slots", "is_done", "num_read", "path", "priority")
 
@@ -32,7 +32,7 @@ class Lift:
 
 
 class Lifter:
-    """Owned by the KV manager's thread."""
+    """Runs any number of lifts at once. Every method belongs to the KV manager's thread."""
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, host: TierIndex, disk: TierIndex, loader: Loader,
                  moves: OpenMoves, slot_of_block: np.ndarray):
@@ -48,7 +48,8 @@ class Lifter:
         return list(self._open)
 
     def lift(self, resident: np.ndarray, disk_path: np.ndarray, priority: int) -> Lift:
-        """Begin. resident: the device blocks that begin the path; disk_path: the whole path on disk."""
+        """Begin a lift. resident: the device blocks that begin the path; disk_path: the disk slots of the whole path.
+        The lift is done at once where no block can be read."""
         digests = [self._disk.digest_of(slot) for slot in disk_path.tolist()]
         lift = Lift(disk_path, digests, resident.astype(np.int32), priority)
         self._pool.share(lift.path)
@@ -58,13 +59,13 @@ class Lifter:
         return lift
 
     def pump(self) -> None:
-        """Go on with what found no host slot; called whenever a move has ended."""
+        """Continue the lifts that found no host slot. Called whenever a move has ended."""
         for lift in self.open_lifts:
             if not len(lift.host_slots) and not lift.is_done:
                 self._next(lift)
 
     def _next(self, lift: Lift) -> None:
-        """Skip what others have brought or computed meanwhile, then read the next chunk."""
+        """Skip blocks that have reached the device meanwhile, then submit the next read, or end the lift."""
         while len(lift.path) < len(lift.digests):
             block = self._index.find(lift.digests[len(lift.path)])
             if block == NO_BLOCK:
@@ -83,8 +84,8 @@ class Lifter:
                            digests=tuple(lift.digests[part]))
 
     def _read(self, lift: Lift, first: int, done: MoveDone) -> None:
-        """A chunk is in host memory: the block behind the good ones, if there is one, is broken."""
-        if done.error is not None:  # a bug: what the disk does is not one
+        """Take in a read: load the good blocks on to the device, and drop the first bad one from the disk's index."""
+        if done.error is not None:  # a bug: errors of the disk are reported as bad blocks
             raise DeviceError(f"KV could not be read into host memory: {done.error.message}")
         digests, slots = lift.digests[first : first + done.num_done], lift.host_slots
         if done.num_done < len(slots):

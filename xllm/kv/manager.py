@@ -1,7 +1,7 @@
-"""`KVManager`: the one face of the KV cache that the scheduler sees.
+"""`KVManager`: the interface of the KV cache for scheduler and engine.
 
-It keeps each row's block table, finds prefix hits, makes full blocks findable, and gives everything
-back when a row leaves. Letters: R rows, M blocks per row, P tokens per block, B blocks.
+It keeps each row's block table, finds prefix hits, makes full blocks findable, and releases a row's
+blocks when the row leaves. Letters: R rows, M blocks per row, B blocks.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _NO_BLOCKS = np.zeros(0, dtype=np.int32)
 
 
 class KVManager:
-    """Block tables over one `BlockPool`, and what stands below it. Not thread-safe: the scheduler's thread owns it.
+    """Block tables over one `BlockPool`, with an optional `KVSource` below. Not thread-safe: owned by the scheduler's
+    thread.
 
-    Scheduler and engine use nothing beneath: `pool` and `source` are for tests and benchmarks.
+    Scheduler and engine call these methods only: `pool` and `source` are public for tests and benchmarks.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int, num_rows: int, max_tokens_per_row: int,
                  num_reserved_blocks: int = 0, enable_prefix_caching: bool = True,
                  policy: EvictionPolicy | None = None):
-        """policy: who is evicted first; None: the default one. num_reserved_blocks: the first ones of `num_blocks`
-        belong to no row."""
+        """policy: the eviction policy; None: `DEFAULT_POLICY`. num_reserved_blocks: how many of `num_blocks`, from
+        block 0 on, no row gets."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._index = PrefixIndex(num_blocks, block_size)
@@ -56,7 +57,7 @@ class KVManager:
         self._held_paths: dict[int, np.ndarray] = {}  # blocks that a waiting request keeps, by its key
 
     def attach(self, make_source: Callable[[PrefixIndex, BlockPool], S]) -> S:
-        """Put something below the device, and return it. Once, before the first request."""
+        """Make a source, put it below the device and return it. Called at most once, before the first request."""
         assert not self.source.has_tiers and self.enable_prefix_caching
         self.source = source = make_source(self._index, self.pool)
         return source
@@ -69,7 +70,7 @@ class KVManager:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the device, with those that it keeps to itself."""
+        """All blocks of the device, reserved ones included."""
         return self.pool.num_blocks
 
     @property
@@ -79,7 +80,7 @@ class KVManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be had now: empty ones, and those that hold only evictable prefixes."""
+        """Blocks that can be taken now: empty ones, and those that hold only evictable prefixes."""
         return self.pool.num_available
 
     @property
@@ -94,7 +95,7 @@ class KVManager:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that somebody holds or that are still in flight."""
+        """Share of the blocks, 0 to 1, that are held or still in flight."""
         return 1.0 - self.pool.num_available / self.pool.num_usable
 
     # --- finding a prefix
@@ -116,11 +117,11 @@ class KVManager:
         return match
 
     def num_hot(self, match: PrefixMatch) -> int:
-        """How many of the hit's blocks are in the protected tier L1. To be asked before anybody takes them."""
+        """How many of the hit's blocks are in the protected tier L1. Must be called before the blocks are shared."""
         return self._policy.num_hot(match.block_ids) if isinstance(self._policy, Protected) else 0
 
     def num_idle(self, match: PrefixMatch) -> int:
-        """How many of the hit's blocks count as available until somebody takes them."""
+        """How many of the hit's blocks count in `num_free_blocks` now and would not after `enter`."""
         return self.pool.num_idle(match.block_ids) + (match.tail != NO_BLOCK)
 
     def num_cached_tokens(self, match: PrefixMatch) -> int:
@@ -129,10 +130,11 @@ class KVManager:
         return whole + (self.block_size - 1 if match.tail != NO_BLOCK else 0)
 
     def enter(self, row: int, match: PrefixMatch, step: int) -> tuple[int, int] | None:
-        """Give an empty row its prefix hit; returns a block to copy in step `step`, (src, dst), or None.
+        """Put the blocks of a prefix hit into an empty row's table; returns (src, dst), a block that step `step` must
+        copy, or None.
 
-        The last token is computed again and so written again: where it lies in a cached block, the row
-        gets a copy of that block (copy-on-write), for which a block must be available.
+        The last token is computed again, so its KV is written again: where it lies in a cached block, the row
+        gets a copy of that block (copy-on-write), for which one block must be available.
         """
         assert self.num_blocks_R[row] == 0
         block_ids, copy = match.block_ids, None
@@ -154,7 +156,8 @@ class KVManager:
     # --- paths held for requests that have no row yet
 
     def hold(self, key: int, path: np.ndarray) -> None:
-        """Keep a path of findable blocks, root first, for a request that has no row yet."""
+        """Hold a path of findable blocks (int32, root first) under `key`, for a request that has no row yet, until
+        `let_go`."""
         assert key not in self._held_paths
         self.pool.share(path)
         self._held_paths[key] = path
@@ -168,7 +171,7 @@ class KVManager:
         return list(self._held_paths)
 
     def let_go(self, key: int) -> None:
-        """End a `hold`."""
+        """Release the path held under `key`."""
         self.pool.release(self._held_paths.pop(key), fence=-1)
 
     # --- rows
@@ -186,7 +189,8 @@ class KVManager:
         return np.maximum(-(-num_tokens // self.block_size) - self.num_blocks_R[rows], 0)
 
     def grow(self, rows: np.ndarray, num_new_blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Append blocks to rows: (rows int32 [B], block ids int32 [B]) in table order. Must be available."""
+        """Take new blocks and append them to the rows' tables; returns (rows, block ids), both int32 [B], in table
+        order. As many blocks must be available."""
         total = int(num_new_blocks.sum())
         block_ids = self.pool.allocate(total)
         if len(rows) == total:  # one each, the usual case
@@ -201,11 +205,11 @@ class KVManager:
         return repeated.astype(np.int32), block_ids
 
     def commit(self, row: int, token_ids: np.ndarray, num_computed: int, fence: int) -> None:
-        """Offer the row's blocks that are now full and settled to the index.
+        """Make the row's blocks that are full and settled findable in the prefix index.
 
         token_ids: the row's tokens; the first `num_computed` have their KV written by settled steps.
-        fence: the last step planned with the row. Where somebody cached the same tokens first, the row
-        takes over that block and gives its own back (`take_replaced`).
+        fence: the last step planned with the row. Where another row made the same tokens findable first, this row's
+        table is pointed at that block and its own is released (`take_replaced`).
         """
         hasher, index, size = self._hashers[row], self._index, self.block_size
         assert hasher is not None
@@ -234,7 +238,7 @@ class KVManager:
             self.source.committed(new_blocks, new_digests)
 
     def _admit(self) -> None:
-        """Tell the policy what has been committed: in one go, before any of it can be evicted."""
+        """Pass the blocks committed since the last call to the eviction policy, before any of them can be evicted."""
         blocks, digests, parents = self._admitted
         if blocks:
             self._policy.admit(np.array(blocks, dtype=np.int32), digests, np.array(parents, dtype=np.int32))
@@ -252,19 +256,19 @@ class KVManager:
         return np.array(replaced, dtype=np.int32).reshape(-1, 3)
 
     def turn_began(self, session_id: str | None, block_ids: np.ndarray, clock: Callable[[], float]) -> None:
-        """A request got in with this hit."""
+        """Report to the source that a request was admitted with this hit; see `KVSource.turn_began`."""
         self.source.turn_began(session_id, block_ids, clock)
 
     def turn_ended(self, session_id: str | None, row: int, clock: Callable[[], float]) -> None:
-        """A row's request has ended well and is about to leave."""
+        """Report to the source that a row's request has ended normally; called before `leave`."""
         if self.num_committed_R[row]:
             self.source.turn_ended(session_id, self.block_table_RM[row, : self.num_committed_R[row]], clock)
 
     def leave(self, row: int, fence: int, *, used: bool = True, swap: bool = False) -> None:
-        """Give back all that the row holds. `fence`: the last step planned with it, -1 for none.
+        """Release all blocks of the row and empty its table. `fence`: the last step planned with it, -1 for none.
 
-        used: it counts as a use of its blocks; not if the row will be back. swap: it will, and what it has computed
-        is copied to host memory before its blocks are reused.
+        used: whether this counts as a use of its findable blocks; not for a preempted row. swap: the row was preempted,
+        and its findable blocks are to be copied to host memory before they are reused.
         """
         if self.enable_prefix_caching:
             self._admit()
@@ -281,11 +285,12 @@ class KVManager:
             self._replaced = [entry for entry in self._replaced if entry[0] != row]
 
     def settle(self, step: int) -> None:
-        """Step `step` and all before it are done on the device."""
+        """Note that step `step` and all before it are done on the device: blocks that waited for them can be reused."""
         self.pool.settle(step)
 
     def reset_prefix_cache(self) -> int:
-        """Forget every cached block that nobody uses, but those on disk; returns how many of the device's."""
+        """Drop every cached block that nothing holds, on the device and in host memory, not on disk; returns how many
+        on the device."""
         self.source.clear()
         return self.pool.drop_cached()
 
@@ -293,47 +298,47 @@ class KVManager:
 
     @property
     def has_tiers(self) -> bool:
-        """Whether KV that leaves the device may be found again."""
+        """Whether KV that is evicted from the device may be found again."""
         return self.source.has_tiers
 
     @property
     def can_stage(self) -> bool:
-        """Whether `extend` may find anything that has to be staged first."""
+        """Whether `extend` may find blocks on disk, which `stage` must bring to host memory first."""
         return self.source.can_stage
 
     def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
-        """Where the prefix of `token_ids` goes on below the device; its last token is left to compute."""
+        """Find the blocks stored below the device that continue the hit; see `KVSource.extend`."""
         return self.source.extend(match, token_ids)
 
     def stage(self, extension: Extension, priority: int) -> Stage:
-        """Bring what lies on disk to host memory."""
+        """Begin to copy the disk blocks of `extension` to host memory; see `KVSource.stage`."""
         return self.source.stage(extension, priority)
 
     def lift(self, match: PrefixMatch, extension: Extension, priority: int) -> Lift:
-        """Bring what follows the hit on disk to the device past host memory."""
+        """Begin to copy the disk blocks that follow the hit to the device; see `KVSource.lift`."""
         return self.source.lift(match.block_ids, extension, priority)
 
     def lifted(self, lift: Lift) -> np.ndarray:
-        """The device blocks of a lift that is done, as far as they still hold what it brought: it has let go of them,
-        and others may have taken some since."""
+        """The device blocks of a lift that is done, up to the first that no longer holds what was loaded: the lift has
+        released them, and some may have been evicted since."""
         pairs = zip(lift.path.tolist(), lift.digests)
         num = next((i for i, (block, digest) in enumerate(pairs) if self._index.find(digest) != block), len(lift.path))
         return lift.path[:num]
 
     def load(self, key: int, match: PrefixMatch, extension: Extension, priority: int) -> tuple[int, ...]:
-        """Bring what host memory has behind the hit to the device, and `hold` the whole path under `key`; returns the
-        loads to wait for. The blocks needed must be free."""
+        """Begin to copy the host blocks that follow the hit to the device, and `hold` the whole path under `key`;
+        returns the tickets of the loads to wait for. The blocks needed must be available."""
         path = self.source.load(match.block_ids, extension, priority)
         self.hold(key, path)
         return self.source.open_tickets(path)
 
     @property
     def num_loading(self) -> int:
-        """Loads that are not complete: each holds blocks until it is."""
+        """How many loads and lifts are not complete: each holds blocks until it is."""
         return self.source.num_loading
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
-        """The loads that whoever reads these blocks still waits for."""
+        """The tickets of incomplete loads into these blocks; a step that reads the blocks must wait for them."""
         return self.source.open_tickets(block_ids)
 
     def is_loading(self, tickets: tuple[int, ...]) -> bool:
@@ -341,37 +346,38 @@ class KVManager:
         return any(map(self.source.is_open, tickets))
 
     def load_s(self, num_blocks: int) -> float:
-        """How long it takes to load so many blocks."""
+        """The expected time in seconds to copy `num_blocks` blocks from host memory to the device."""
         return self.source.move_s(LOAD, num_blocks)
 
     def swap_s(self, num_blocks: int) -> float:
-        """How long it takes to copy so many blocks down and up again."""
+        """The expected time in seconds to copy `num_blocks` blocks to host memory and back."""
         return self.source.move_s(SAVE, num_blocks) + self.source.move_s(LOAD, num_blocks)
 
     def poll(self, now_s: float) -> int:
-        """Take in what has moved and begin what is due; returns how many moves ended. now_s: by the owner's clock."""
+        """Take in the moves that have ended, begin those that are due and end the leases that have expired; returns how
+        many moves ended. now_s: by the owner's clock."""
         done = self.source.poll(now_s)
         self.pool.expire_leases(now_s)
         return done
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a move has ended or the time is over. False, at once: none is under way."""
+        """Sleep until a move has ended, at most `timeout_s`. Returns False at once if none is under way."""
         return self.source.wait(timeout_s)
 
     def idle_s(self, now_s: float) -> float | None:
-        """How soon `poll` is worth calling while there is nothing else to do; None: never."""
+        """In how many seconds an otherwise idle engine should call `poll`; None: not before something else happens."""
         return self.source.idle_s(now_s)
 
     def set_foreground(self, steps_run: bool) -> None:
-        """While steps run, moves that nobody waits for go slowly."""
+        """Say whether steps are running: moves that no request waits for are then slowed down."""
         self.source.set_foreground(steps_run)
 
     def close(self, flush_s: float) -> None:
-        """End all moves; first spend up to `flush_s` on storing what shall outlive the process."""
+        """End all moves; with a disk, first spend up to `flush_s` seconds on copying the device's blocks there."""
         self.source.close(flush_s)
 
     def source_stats(self, missed_total: dict[str, int]) -> SourceStats:
-        """May be called from another thread. missed_total: see `MovePerformer.missed_total`."""
+        """The source's numbers; may be called from another thread. missed_total: see `MovePerformer.missed_total`."""
         return self.source.stats(missed_total)
 
     def check_integrity(self) -> None:

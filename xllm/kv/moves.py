@@ -1,6 +1,6 @@
 """Copies of KV blocks between two tiers as data, and the engine's side of them.
 
-The engine decides what is copied where and says so in a `Move`. Whoever holds the bytes performs it
+The engine decides what is copied where and sends a `Move`. The worker, which holds the bytes, performs it
 (`performer.py`, `lanes.py`), in this process or in several others, and answers with a `MoveDone`.
 """
 
@@ -13,12 +13,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-RATE_WEIGHT = 0.2  # of the newest move in a lane's running bandwidth
+RATE_WEIGHT = 0.2  # of the newest move in a lane's running bandwidth; chosen: the last five moves or so decide
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
-PATIENT = (SAVE, WRITE)  # nobody waits for these, unless their priority says so
-URGENT = 0  # priority of moves that somebody waits for; lower goes first
-NO_TICKET = 0
+PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
+URGENT = 0  # priority of moves that a request waits for; lower goes first
+NO_TICKET = 0  # tickets count from 1
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -54,8 +54,8 @@ class MoveError:
 
 @dataclass(frozen=True, slots=True)
 class MoveDone:
-    """What became of the move `number`. num_done: how many of its blocks, from the first on, are where they should be.
-    busy_s: while bytes moved; wait_s: from its arrival at whoever performs it to its end."""
+    """The result of the move `number`. num_done: how many of its blocks, from the first on, were copied and are good.
+    busy_s: seconds while bytes moved; wait_s: seconds from its arrival in the lane to its end."""
 
     number: int
     num_done: int
@@ -65,7 +65,7 @@ class MoveDone:
 
 
 def error_of(lane: str, error: BaseException) -> MoveError:
-    """What a move on `lane` raised, as data."""
+    """The exception that a move on `lane` raised, as data: an OSError in a disk lane is the disk's, all else is not."""
     if lane in (WRITE, READ) and isinstance(error, OSError):
         return MoveError("disk", str(error))
     return MoveError("device", f"{type(error).__name__}: {error}")
@@ -93,22 +93,22 @@ class TierFacts:
 
 
 class MoveLink(Protocol):
-    """The way to whoever holds the bytes. Every method belongs to the thread that owns the KV manager."""
+    """The way to the worker that performs moves. Every method belongs to the thread that owns the KV manager."""
 
     def send(self, move: Move) -> None:
-        """Have it performed, some time. A step that is submitted later may name the move's ticket."""
+        """Queue a move. A step that is submitted later may name the move's ticket."""
         ...
 
     def receive(self, timeout_s: float) -> list[MoveDone]:
-        """The results that have come since the last call; where there are none, wait for one until the time is over."""
+        """The results that have come since the last call; if there are none, waits up to `timeout_s` for one."""
         ...
 
     def set_foreground(self, steps_run: bool) -> None:
-        """Steps are running: what nobody waits for goes slowly."""
+        """Say whether steps are running: moves that no request waits for are then slowed down."""
         ...
 
     def close(self) -> None:
-        """Let running moves end, drop the queued ones, give memory and disk back. No result is received any more."""
+        """Let running moves end, drop the queued ones, release memory and disk. No result is received any more."""
         ...
 
 
@@ -126,6 +126,7 @@ class LaneTotals:
         self.bytes_per_s = 0.0
 
     def count(self, num_bytes: int, busy_s: float, wait_s: float) -> None:
+        """Add a move that has ended, and update `bytes_per_s`."""
         self.num_moves += 1
         self.num_bytes += num_bytes
         self.busy_s += busy_s
@@ -139,7 +140,7 @@ Finish = Callable[[MoveDone], None]
 
 
 class OpenMoves:
-    """The moves of one engine that have not ended: numbers them, and tells whoever submitted one what became of it.
+    """The moves of one engine that have not ended: numbers them, and calls each one's `finish` with its result.
 
     Every method belongs to the thread that owns the KV manager. payload_bytes: of one block.
     """
@@ -158,7 +159,7 @@ class OpenMoves:
 
     def submit(self, lane: str, priority: int, sources: np.ndarray, targets: np.ndarray, finish: Finish, *,
                ticket: int = NO_TICKET, digests: tuple[bytes, ...] = (), parents: tuple[bytes, ...] = ()) -> None:
-        """Begin a move (see `Move`). finish: called by `poll` when it has ended."""
+        """Send a move (see `Move`). finish: called with its result by the `poll` after it has ended."""
         self._last_number += 1
         move = Move(number=self._last_number, lane=lane, priority=priority, sources=sources, targets=targets,
                     num_bytes=len(sources) * self.payload_bytes, ticket=ticket, digests=digests, parents=parents)
@@ -167,7 +168,7 @@ class OpenMoves:
         self._link.send(move)
 
     def poll(self) -> int:
-        """Tell the submitters of the moves that have ended; returns how many there were."""
+        """Call `finish` of each move that has ended, then `on_ended`; returns how many moves ended."""
         self._ready.extend(self._link.receive(0.0))
         count = 0
         while self._ready:
@@ -181,14 +182,14 @@ class OpenMoves:
         return count
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a move has ended or the time is over; whether `poll` has something to do."""
+        """Sleep until a move has ended, at most `timeout_s`; returns whether `poll` has something to do."""
         if not self._ready:
             self._ready.extend(self._link.receive(timeout_s))
         return bool(self._ready)
 
     @property
     def foreground(self) -> bool:
-        """Whether steps are running: what nobody waits for then goes slowly."""
+        """Whether steps are running: moves that no request waits for are then slowed down."""
         return self._foreground
 
     @foreground.setter
@@ -198,6 +199,5 @@ class OpenMoves:
             self._link.set_foreground(steps_run)
 
     def close(self) -> None:
-        """No move is begun any more. Running ones end and queued ones are dropped, at the latest with the workers;
-        nobody is told."""
+        """Close the link: running moves end, queued ones are dropped, and no `finish` is called any more."""
         self._link.close()

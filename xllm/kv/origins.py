@@ -22,8 +22,8 @@ class DeviceOrigin:
                  ticket_of: np.ndarray, on_saved: Callable[[Path], bool]):
         """ticket_of: int64 [num_blocks], the load that a block waits for, or NO_TICKET. slot_of_block: int32
         [num_blocks], the host slot that holds the same contents; written here.
-        on_saved(path): it is in host memory as far as it is done; whether somebody else copies the rest, and ends its
-        lease."""
+        on_saved(path): called when the path's first `done` blocks are in host memory and no more will be saved there.
+        Returns whether it has passed the path on to be copied to disk; the lease is then ended there."""
         self._index, self._pool, self._slot_of_block, self._on_saved = index, pool, slot_of_block, on_saved
         self._ticket_of = ticket_of
 
@@ -54,6 +54,7 @@ class DeviceOrigin:
         return goes_on
 
     def end_lease(self, path: Path) -> None:
+        """End the path's lease, if it has one."""
         if path.lease is not None:
             self._pool.end_lease(path.lease)
 

@@ -1,7 +1,7 @@
-"""`Passage`: copies to disk what follows a path's beginning in host memory and finds no room there.
+"""`Passage`: copies the rest of a path to disk when host memory has room for its beginning only.
 
-A sequence may be longer than host memory is. Its beginning goes down as every path does and stays in host memory; the
-rest goes through slots there that are free again as soon as their contents are on disk, a chunk at a time.
+A sequence may be longer than host memory. Its beginning is saved as every path is and stays in host memory; the rest
+goes, a chunk at a time, through host slots that are free again as soon as their contents are on disk.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from xllm.kv.tier_index import NO_SLOT, TierIndex
 
 @dataclass(slots=True)
 class Rest:
-    """What is to follow the first `done` blocks of `path` on disk. slots: on disk, held: of the blocks before `done`,
-    from the root on, once it has begun; `host_slots`: those in use by the chunk under way."""
+    """The blocks of `path` after its first `done`, which are still to be written to disk. slots: the disk slots of the
+    first `done` blocks, held there; None before the passage has begun it. host_slots: those that the chunk under way
+    uses."""
 
     path: Path
     done: int
@@ -32,12 +33,12 @@ class Rest:
 
 
 class Passage:
-    """Device to disk, one path at a time, one chunk at a time. Owned by the KV manager's thread."""
+    """Copies device blocks to disk, one path at a time, one chunk at a time. Belongs to the KV manager's thread."""
 
     def __init__(self, origin: DeviceOrigin, host: TierIndex, disk: TierIndex, moves: OpenMoves,
                  on_error: Callable[[MoveError], None], is_writing: Callable[[], bool]):
-        """is_writing: whether paths are still being written from host memory, as the beginning of one may be.
-        on_error: told why a copy to disk failed."""
+        """is_writing: whether paths are still being written from host memory to disk; the beginning of a rest may be
+        among them. on_error: called with the reason when a copy fails."""
         self._origin, self._host, self._disk, self._moves = origin, host, disk, moves
         self._on_error, self._is_writing = on_error, is_writing
         self._queue: deque[Rest] = deque()
@@ -56,7 +57,7 @@ class Passage:
         return [*self._queue, *([] if self._active is None else [self._active])]
 
     def add(self, path: Path, done: int) -> None:
-        """Queue what follows the first `done` blocks of a path, which are on disk or on their way there."""
+        """Queue the blocks after the first `done` of a path; those first ones are on disk or on their way there."""
         rest = Rest(path, done)
         if self._disabled or len(self._queue) >= MAX_QUEUED_PATHS:
             self._end(rest)
@@ -65,13 +66,13 @@ class Passage:
         self.pump()
 
     def disable(self) -> None:
-        """The disk has failed: nothing more is written."""
+        """Stop writing for good, because the disk has failed: drop all queued rests, refuse new ones."""
         self._disabled = True
         while self._queue:
             self._end(self._queue.popleft())
 
     def pump(self) -> None:
-        """Go on, as far as that is possible now; called whenever a move has ended."""
+        """Begin or continue the rest at the head of the queue, until it must wait. Called whenever a move has ended."""
         while True:
             if self._active is None and (not self._queue or not self._begin(self._queue[0])):
                 return
@@ -84,7 +85,8 @@ class Passage:
                 return
 
     def _begin(self, rest: Rest) -> bool:
-        """Hold what is on disk, and make it the active one; or drop it. False: its beginning is not there yet."""
+        """Make a rest the active one and hold its beginning on disk, or drop it if that was lost. Returns False if the
+        beginning is still being written."""
         disk, digests = self._disk, rest.path.digests
         known = 0
         while known < len(digests) and disk.find(digests[known]) != NO_SLOT:
@@ -102,7 +104,8 @@ class Passage:
         return True
 
     def _submit(self, rest: Rest) -> bool:
-        """Begin the next chunk, or end. False: there is no host slot now, but moves that may free one are under way."""
+        """Submit the next chunk, or end the rest. Returns False if it waits for a host slot that a move under way may
+        free."""
         first = rest.done
         last = min(first + self._chunk, len(rest.path.items))
         items, digests = rest.path.items[first:last], rest.path.digests[first:last]
@@ -122,7 +125,7 @@ class Passage:
         return True
 
     def _saved(self, rest: Rest, items: np.ndarray, done: MoveDone) -> None:
-        """A chunk is in host memory."""
+        """Take in the end of a save: write the chunk on to disk, or end the rest if that cannot be."""
         self._origin.give_back(items)
         slots = np.zeros(0, dtype=np.int32)
         if done.error is not None:
@@ -141,7 +144,7 @@ class Passage:
 
     def _written(self, rest: Rest, slots: np.ndarray, digests: tuple[bytes, ...], done: MoveDone, *,
                  full: bool) -> None:
-        """A chunk is on disk, or not."""
+        """Take in the end of a write: publish the chunk, then go on with the next or end the rest."""
         assert rest.slots is not None
         if done.error is not None:
             self._disk.abandon(slots)
@@ -163,7 +166,7 @@ class Passage:
         self.pump()
 
     def _finish(self, rest: Rest) -> None:
-        """No chunk is under way any more."""
+        """End the active rest and begin the next one."""
         self._host.abandon(rest.host_slots)
         self._active = None
         self._end(rest)

@@ -1,4 +1,4 @@
-"""`MovePerformer`: does what a `Move` says, for whoever holds the bytes of the device, host memory and disk."""
+"""`MovePerformer`: performs moves: copies KV blocks between device, host memory and disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class MovePerformer:
-    """Owns the mover and the disk store (None: no disk); `board` is the one that the runner waits at.
+    """Owns the mover and the disk store (None: no disk); the runner waits for loads at `board`.
 
     `begin` is called in the thread that receives the moves, in their order; `run` in a lane's thread, one at a time
     in each lane.
@@ -26,7 +26,7 @@ class MovePerformer:
         self._mover, self._store = mover, store
 
     def facts(self) -> TierFacts:
-        """What the engine needs to know before its first move. Reads the disk's headers; raises DiskError."""
+        """The sizes of the tiers and the blocks found on disk. Reads the disk's headers; raises DiskError."""
         mover, store = self._mover, self._store
         if store is None:
             return TierFacts(mover.num_host_slots, mover.payload_bytes)
@@ -36,16 +36,17 @@ class MovePerformer:
 
     @property
     def missed_total(self) -> dict[str, int]:
-        """Reads that found no good block on disk, by the reason."""
+        """Totals of reads that found no good block on disk, by reason (`disk.MISS_KINDS`)."""
         return {} if self._store is None else dict(self._store.counters.misses)
 
     def begin(self, move: Move) -> None:
-        """The move has arrived: from now on a step may wait for its ticket."""
+        """Open the ticket of a load, so that a step may wait for it."""
         if move.lane == LOAD:
             self.board.open(move.ticket, self._mover.num_layers)
 
     def run(self, move: Move) -> int:
-        """Copy the blocks; returns how many from the first on are good. Raises what the mover or the disk raises."""
+        """Copy the blocks of a move; returns how many of them, from the first on, are good. A read stops at the first
+        bad block; the other lanes raise what the mover or the disk raises."""
         if move.lane == LOAD:
             self._load(move)
         elif move.lane == SAVE:
@@ -103,7 +104,7 @@ class MovePerformer:
         return len(move.targets)
 
     def close(self) -> None:
-        """Sync the disk and give its folder back. No move is running, and none will come."""
+        """Sync the disk and release its folder. No move is running, and none will come. Logs a failed sync."""
         if self._store is not None:
             try:
                 self._store.close()

@@ -1,11 +1,11 @@
 """`Prefetcher`: brings a conversation's blocks back to the device while its user types.
 
 When a turn ends, its last block is remembered, under the session id if the client gave one. When the next turn comes
-(same session, or a prompt that contains that very block), the gap between the two teaches how long people think. A
-quarter of the way through the gap that is expected, what has left the device meanwhile is brought back.
+(same session, or a prompt that contains that block), the gap between the two updates the expected gap. A quarter of the
+expected gap after a turn's end, the blocks that were evicted from the device meanwhile are loaded again.
 
-A prefetch is right if the turn comes while it is fresh, else wrong. Blocks of prefetches that nobody has used yet
-are bounded by a share of the device, and the share shrinks with the share of wrong ones.
+A prefetch is right if the next turn comes while it is fresh, else wrong. Prefetched blocks that no request has used yet
+are bounded by a share of the device, which shrinks as prefetches prove wrong.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
-MAX_CONVERSATIONS = 65_536
-MAX_SHARE = 0.125  # of the device's blocks in prefetches that nobody has used yet, if all of them prove right
-MIN_ACCURACY = 0.05  # so that it may learn better again
-ACCURACY_WEIGHT = 0.05
-LEAD_SHARE = 0.25  # of the expected gap
-FRESH_GAPS = 4.0  # expected gaps after which a prefetch counts as wrong
-NUM_GAPS = 256  # the latest of all conversations, for those without a history
-RETRY_S = 0.02  # while a path is on its way from disk
-MAX_RETRIES = 500  # a disk that fails is not asked for ever
+# Chosen, not measured, all of them; each says what it trades.
+MAX_CONVERSATIONS = 65_536  # remembered at a time: memory against conversations that are not recognised
+# Of the device's blocks in prefetches that no request has used yet, while all of them prove right: with more of them
+# more blocks are ready in time, and more cached prefixes are evicted for guesses.
+MAX_SHARE = 0.125
+MIN_ACCURACY = 0.05  # a floor, so that a few prefetches go on and the accuracy can rise again
+ACCURACY_WEIGHT = 0.05  # of the newest prefetch in the running accuracy: about the last twenty decide
+LEAD_SHARE = 0.25  # of the expected gap: an early prefetch is seldom too late, and holds blocks longer
+FRESH_GAPS = 4.0  # expected gaps after which a prefetch counts as wrong: patience against blocks held in vain
+NUM_GAPS = 256  # the latest gaps of all conversations, whose median serves those without a history
+RETRY_S = 0.02  # between tries while a path is on its way from disk, which takes milliseconds
+MAX_RETRIES = 500  # ten seconds of them: a disk that fails is not asked for ever
 
 
 class Fetcher(Protocol):
@@ -34,8 +37,8 @@ class Fetcher(Protocol):
     num_device_blocks: int
 
     def fetch(self, tail: bytes, max_blocks: int) -> tuple[int, bool]:
-        """Bring the path that ends in `tail` to the device, at low priority. (blocks under way to the device,
-        whether to ask again because a part is still on its way from disk)."""
+        """Begin to load the path that ends in `tail`, at low priority, if that takes at most `max_blocks` blocks.
+        Returns (blocks under way to the device, whether to call again because a part is still coming from disk)."""
         ...
 
 
@@ -47,13 +50,13 @@ class IdleConversation:
     tail: bytes
     ended_s: float
     gap_s: float | None = None  # a running mean of its own gaps
-    fetched_blocks: int = 0  # by a prefetch that nobody has used yet
+    fetched_blocks: int = 0  # by a prefetch that no request has used yet
     fresh_until_s: float = field(default=0.0)
     num_retries: int = 0
 
 
 class Prefetcher:
-    """Owned by the KV manager's thread."""
+    """Remembers conversations between their turns and prefetches their blocks. Belongs to the KV manager's thread."""
 
     def __init__(self, fetcher: Fetcher):
         self._fetcher = fetcher
@@ -69,7 +72,8 @@ class Prefetcher:
         self.num_refused = 0  # prefetches given up because of the bound
 
     def turn_began(self, session_id: str | None, digests: list[bytes], now_s: float) -> None:
-        """A request gets in; `digests`: of its findable blocks, root first."""
+        """Recognise the conversation of a request that is being admitted, take in its gap, and count its prefetch as
+        right or wrong. digests: of the request's findable blocks, root first."""
         known = self._by_session.get(session_id) if session_id is not None else None
         if known is None and self._by_tail:
             known = next((self._by_tail[d] for d in reversed(digests) if d in self._by_tail), None)
@@ -81,7 +85,8 @@ class Prefetcher:
         self._settle(known, used=known.tail in digests)
 
     def turn_ended(self, session_id: str | None, tail: bytes, before: list[bytes], now_s: float) -> None:
-        """A request ended well. `before`: digests of its findable blocks, by which an earlier turn is recognised."""
+        """Remember a conversation whose request has ended normally, and schedule its prefetch. tail: the digest of its
+        last block. before: digests of its findable blocks, by which its earlier turn is recognised."""
         known = self._by_session.get(session_id) if session_id is not None else None
         if known is None:
             known = next((self._by_tail[d] for d in reversed(before) if d in self._by_tail), None)
@@ -107,7 +112,7 @@ class Prefetcher:
         return median(self._gaps) if self._gaps else None
 
     def _forget(self, conversation: IdleConversation) -> None:
-        """Neither its tail nor its session is expected any more."""
+        """Forget a conversation: an unused prefetch of it counts as wrong."""
         self._settle(conversation, used=False)
         if self._by_tail.get(conversation.tail) is conversation:
             del self._by_tail[conversation.tail]
@@ -115,7 +120,7 @@ class Prefetcher:
             self._by_session.pop(conversation.session_id, None)
 
     def _settle(self, conversation: IdleConversation, *, used: bool) -> None:
-        """Count what became of its prefetch."""
+        """Count its prefetch as right (`used`) or wrong, if there was one, and update the accuracy."""
         blocks, conversation.fetched_blocks = conversation.fetched_blocks, 0
         if not blocks:
             return
@@ -127,16 +132,16 @@ class Prefetcher:
             self.num_wrong += blocks
 
     def next_s(self, now_s: float) -> float | None:
-        """How soon `step` is worth calling; None: nothing is expected."""
+        """In how many seconds `step` has something to do; None: nothing is scheduled."""
         return max(0.0, self._due[0][0] - now_s) if self._due else None
 
     @property
     def max_unused_blocks(self) -> int:
-        """The bound on prefetched blocks that nobody has used yet."""
+        """The bound on prefetched blocks that no request has used yet."""
         return int(MAX_SHARE * max(MIN_ACCURACY, self._accuracy) * self._fetcher.num_device_blocks)
 
     def step(self, now_s: float) -> None:
-        """Begin what is due, and give up what has become stale."""
+        """Begin the prefetches that are due, and count those that are not fresh any more as wrong."""
         while self._due and self._due[0][0] <= now_s:
             due_s, _, conversation = heapq.heappop(self._due)
             if self._by_tail.get(conversation.tail) is not conversation or conversation.ended_s > due_s:

@@ -1,6 +1,6 @@
 """Finds the longest cached prefix of a prompt: digest -> block, and each block's parent.
 
-Only the tree of cached blocks lives here; who may evict what is the pool's business.
+It keeps only the tree of cached blocks; `BlockPool` decides which of them may be evicted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from xllm.errors import IntegrityError
 from xllm.kv.block import ROOT, Hasher, root_hasher, token_bytes
 from xllm.kv.kv_events import EventSink
 
-STRIDE_BLOCKS = 64  # how many blocks one look-up skips while everything matches
-NO_BLOCK = -1
+# How many blocks one look-up skips while everything matches. Chosen: a hit of n blocks takes n / 64 look-ups in strides
+# and up to 63 single ones at the end.
+STRIDE_BLOCKS = 64
+NO_BLOCK = -1  # stands for the parent of a first block, and for a look-up that finds nothing
 
 
 class PrefixMatch:
@@ -46,7 +48,7 @@ class PrefixIndex:
         self._sink: EventSink | None = None  # None: nobody listens, which costs one test for each change
 
     def listen(self, sink: EventSink) -> None:
-        """Tell `sink` what is findable now, and from now on what changes. One sink at a time."""
+        """Report every block that is findable now to `sink`, and from now on every change. One sink at a time."""
         told = np.zeros(len(self._parent_of), dtype=bool)
         for leaf in self.leaves().tolist():
             path = self.path_to(leaf)
@@ -138,7 +140,7 @@ class PrefixIndex:
         return np.setdiff1d(cached, parents).astype(np.int32)
 
     def remove(self, block_ids: np.ndarray) -> None:
-        """Forget evicted blocks."""
+        """Make evicted blocks unfindable."""
         digests = None if self._sink is None else [self.digest_of(block) for block in block_ids.tolist()]
         self._is_cached[block_ids] = False
         if self._sink is not None and digests:

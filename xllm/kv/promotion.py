@@ -1,8 +1,8 @@
 """`Loader` (host memory to device) and `Stager` (disk to host memory): KV blocks on their way up.
 
-A load goes layer by layer: the device blocks are findable at once, and whoever uses them before they are complete
-waits for each layer by the load's ticket. Staging from disk checks every block; a broken one is a miss, and is
-forgotten with all that follows it.
+A load goes layer by layer: the device blocks are findable at once, and a step that reads them before they are complete
+waits for each layer by the load's ticket. Staging from disk checks every block; a broken one is a miss, and is dropped
+from the index with all its descendants.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xllm.kv.moves import LOAD, NO_TICKET, READ, MoveDone, OpenMoves
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-CHUNK_BLOCKS = 32
+CHUNK_BLOCKS = 32  # of one read from disk: as `demotion.MAX_CHUNK_BLOCKS`, and for the same reasons
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockLoad:
-    """A load that is not complete. path: the device blocks that it holds; `new`, its last ones, are loaded.
-    host_path: the slots of the same blocks, held too."""
+    """A load that is not complete. path: the device blocks that it holds, of which the last, `new`, are being loaded.
+    host_path: the host slots of the same blocks, held too."""
 
     ticket: int
     path: np.ndarray
@@ -57,10 +57,12 @@ class Loader:
         return ticket in self._open or ticket in self._passing
 
     def load(self, resident: np.ndarray, host_path: np.ndarray, priority: int) -> np.ndarray:
-        """Bring the rest of a path to the device; returns the device blocks of the whole path, which are findable now.
+        """Begin to copy the rest of a path to the device; returns the device blocks of the whole path (int32), findable
+        at once.
 
-        resident: the device blocks that begin the path. host_path: the slots of the whole path. The blocks needed
-        must be available. The load holds the path until it is complete; a caller who needs it longer shares it.
+        resident: the device blocks that begin the path. host_path: the host slots of the whole path. The blocks needed
+        must be available. The load holds the path until it is complete; a caller that needs it longer holds it itself
+        (`BlockPool.share`).
         """
         slots = host_path[len(resident) :]
         self._pool.share(resident)
@@ -76,9 +78,9 @@ class Loader:
 
     def load_through(self, parent: int, digests: Sequence[bytes], slots: np.ndarray, priority: int,
                      on_loaded: Callable[[], None]) -> np.ndarray:
-        """Bring blocks that follow the device block `parent` (NO_BLOCK: the first ones) from host slots whose contents
-        cannot be found there; returns the device blocks, which are findable now and held by the caller. on_loaded: told
-        when the slots are free."""
+        """Begin to copy blocks to the device from host slots that are not in the host's index; returns the new device
+        blocks, findable at once and held by the caller. parent: the device block before the first one, or NO_BLOCK.
+        on_loaded: called when the slots are free."""
         new, ticket = self._begin(parent, digests)
         self._passing[ticket] = new
         finish = functools.partial(self._passed, ticket, on_loaded)
@@ -92,7 +94,8 @@ class Loader:
         on_loaded()
 
     def _begin(self, parent: int, digests: Sequence[bytes]) -> tuple[np.ndarray, int]:
-        """Device blocks for these contents, behind `parent`, and the ticket by which they are waited for."""
+        """Take device blocks for these contents and make them findable behind `parent`; returns (blocks, the ticket by
+        which readers wait for them)."""
         new = self._pool.allocate(len(digests))
         parents = np.concatenate(([parent], new[:-1])).astype(np.int32)
         self._index.insert_many(digests, new, parents)
@@ -102,7 +105,7 @@ class Loader:
         return new, ticket
 
     def _finish(self, load: BlockLoad, done: MoveDone) -> None:
-        """All layers have arrived, or the device has failed."""
+        """Take in the end of a load: release what it held. Raises DeviceError if the copy failed."""
         if done.error is not None:
             raise DeviceError(f"KV could not be loaded to the device: {done.error.message}")
         del self._open[load.ticket]
@@ -114,13 +117,13 @@ class Loader:
             failpoints.hit("tier.loaded")
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
-        """The loads that whoever reads these blocks must wait for."""
+        """The tickets of incomplete loads into these blocks; a step that reads the blocks must wait for them."""
         return tuple(int(ticket) for ticket in np.unique(self.ticket_of[block_ids]) if ticket != NO_TICKET)
 
 
 class Stage:
-    """One path on its way from disk to host memory: `done` blocks from the root on are there, `num_read` of them by
-    this stage. Written by the `Stager` only."""
+    """One path on its way from disk to host memory: its first `done` blocks are there, `num_read` of them read by this
+    stage. Written by the `Stager` only."""
 
     __slots__ = ("digests", "disk_path", "done", "host_slots", "is_done", "num_read", "priority")
 
@@ -139,7 +142,7 @@ class Stager:
 
     def __init__(self, host: TierIndex, disk: TierIndex, moves: OpenMoves,
                  on_staged: Callable[[np.ndarray, np.ndarray], None]):
-        """on_staged(host slots, disk slots): these hold the same contents now."""
+        """on_staged(host slots, disk slots): called when these slots hold the same contents."""
         self._host, self._disk, self._moves, self._on_staged = host, disk, moves, on_staged
         self._staging: dict[bytes, Stage] = {}  # by the digest of their last block
         self.num_staged = 0
@@ -150,11 +153,12 @@ class Stager:
         return len(self._staging)
 
     def find(self, last_digest: bytes) -> Stage | None:
-        """The open stage of this path."""
+        """The open stage of the path that ends in this digest, or None."""
         return self._staging.get(last_digest)
 
     def stage(self, disk_path: np.ndarray, known: np.ndarray, priority: int) -> Stage:
-        """Begin. disk_path: the slots of the whole path on disk; known: the host slots that begin it."""
+        """Begin a stage, which holds both paths until it is done. disk_path: the disk slots of the whole path; known:
+        the host slots that begin it. It is done at once if host memory has no slot for more."""
         digests = [self._disk.digest_of(slot) for slot in disk_path.tolist()]
         stage = Stage(disk_path, digests, known, priority)
         self._staging[digests[-1]] = stage
@@ -164,7 +168,7 @@ class Stager:
         return stage
 
     def _next(self, stage: Stage) -> None:
-        """Skip what others have brought meanwhile, then read the next chunk."""
+        """Skip blocks that have reached host memory meanwhile, then submit the next read, or end the stage."""
         while stage.done < len(stage.digests):
             slot = self._host.find(stage.digests[stage.done])
             if slot == NO_SLOT:
@@ -183,8 +187,8 @@ class Stager:
                            functools.partial(self._finish, stage, first, slots), digests=tuple(stage.digests[part]))
 
     def _finish(self, stage: Stage, first: int, slots: np.ndarray, done: MoveDone) -> None:
-        """A chunk has been read: the block behind the good ones, if there is one, is broken."""
-        if done.error is not None:  # a bug: what the disk does is not one
+        """Take in a read: publish the good blocks in host memory, and drop the first bad one from the disk's index."""
+        if done.error is not None:  # a bug: errors of the disk are reported as bad blocks
             raise DeviceError(f"KV could not be read into host memory: {done.error.message}")
         num_good = done.num_done
         broken = num_good < len(slots)

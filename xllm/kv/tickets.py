@@ -1,4 +1,4 @@
-"""`Ticket` and `TicketBoard`: how a forward pass waits for KV that is still on its way from host memory."""
+"""`Ticket` and `TicketBoard`: let a forward pass wait, layer by layer, for KV that is being loaded from host memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xllm.errors import DeviceError
 
 
 class Ticket:
-    """How far a load has come: layer l may be read once `wait(l)` returns. A lane writes it, the runner reads it."""
+    """The progress of one load: layer l may be read once `wait(l)` returns. A lane writes it, the runner reads it."""
 
     __slots__ = ("_condition", "_error", "_layers_done", "num_layers", "ticket_id")
 
@@ -24,13 +24,13 @@ class Ticket:
         return self._layers_done
 
     def advance(self) -> None:
-        """One more layer has arrived."""
+        """Note that one more layer has arrived, and wake the waiters."""
         with self._condition:
             self._layers_done += 1
             self._condition.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """The rest will not come."""
+        """Note that the rest will not come: waiters raise DeviceError."""
         with self._condition:
             self._error = error
             self._condition.notify_all()
@@ -58,12 +58,12 @@ class TicketBoard:
         return len(self._tickets)
 
     def open(self, ticket_id: int, num_layers: int) -> None:
-        """A load of that number is on its way. The number is new."""
+        """Open the ticket of a load that has arrived. The number must be new."""
         assert ticket_id not in self._tickets
         self._tickets[ticket_id] = Ticket(ticket_id, num_layers)
 
     def close(self, ticket: Ticket) -> None:
-        """All its layers have arrived."""
+        """Take a ticket off the board: all its layers have arrived."""
         del self._tickets[ticket.ticket_id]
 
     def __contains__(self, ticket_id: int) -> bool:
@@ -73,6 +73,6 @@ class TicketBoard:
         return self._tickets[ticket_id]
 
     def tickets(self, ticket_ids: tuple[int, ...]) -> list[Ticket]:
-        """Those of the numbers that are still open."""
+        """The tickets among these numbers that are still open."""
         found = (self._tickets.get(ticket_id) for ticket_id in ticket_ids)
         return [ticket for ticket in found if ticket is not None]

@@ -1,14 +1,14 @@
-"""`TierIndex`: what lies where in one storage tier (host memory, or disk), and what goes first.
+"""`TierIndex`: which block lies in which slot of one storage tier (host memory, or disk), and which is evicted first.
 
 The slots of a tier and their life:
 
     FREE      holds nothing
     WRITING   reserved; its bytes are on their way
-    RESIDENT  complete and findable; evictable while nobody holds it
+    RESIDENT  complete and findable; evictable while it is not held
     DOOMED    found to be broken while held: not findable any more, FREE as soon as it is let go
 
-A tier is closed under prefixes: the parent of a resident block is resident. Who holds a block holds its
-ancestors in the tier too, and lets them go tail first, so that eviction meets children before parents.
+A tier is closed under prefixes: the parent of a resident block is resident. A block is held only together with its
+ancestors in the tier, and released tail first, so that eviction meets children before parents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xllm.errors import IntegrityError
 from xllm.kv.eviction import EvictionPolicy
 
 FREE, WRITING, RESIDENT, DOOMED = range(4)
-NO_SLOT = -1
+NO_SLOT = -1  # stands for the parent of a first block, and for a look-up that finds nothing
 
 
 class TierIndex:
@@ -83,10 +83,10 @@ class TierIndex:
         return slots
 
     def publish(self, slots: np.ndarray, digests: Sequence[bytes], parent: int) -> np.ndarray:
-        """Reserved slots are complete: a chain behind the resident slot `parent` (NO_SLOT: from the root).
+        """Make reserved slots findable: a chain of blocks behind the resident slot `parent` (NO_SLOT: from the root).
 
-        Returns where these contents are now, held by the caller: their own slots, but where somebody else was
-        faster, his; the own slot is free again then. Fewer, if a parent turned out to be broken meanwhile.
+        Returns the slots that hold these contents now, int32, held by the caller. Where another slot already has a
+        block, that slot is returned and the reserved one becomes FREE. Fewer slots, if a parent was dropped meanwhile.
         """
         places, own, parents = slots.copy(), [], []
         for i, (slot, digest) in enumerate(zip(slots.tolist(), digests)):
@@ -115,13 +115,13 @@ class TierIndex:
         return places
 
     def abandon(self, slots: np.ndarray) -> None:
-        """What was to be written to reserved slots did not come."""
+        """Free reserved slots that were not filled."""
         assert np.all(self._state[slots] == WRITING)
         self._state[slots] = FREE
         self._free.extend(slots.tolist())
 
     def adopt(self, slots: Sequence[int], digests: Sequence[bytes], parents: Sequence[bytes]) -> int:
-        """Take over what an earlier life left, oldest first; returns how many blocks. The index must be empty.
+        """List the blocks that an earlier process left, oldest first; returns how many. The index must be empty.
 
         parents: digests, zeros for a root. Of several slots with the same contents the newest counts; a block without
         its parent, or on a cycle of parents, is not taken.
@@ -164,7 +164,7 @@ class TierIndex:
 
     @property
     def num_held(self) -> int:
-        """Slots that somebody reads or writes: not evictable now."""
+        """Slots that are being read or written or are held: not evictable now."""
         return self.num_slots - self.num_available
 
     # --- holding
@@ -186,7 +186,7 @@ class TierIndex:
         self._policy.retire(idle)
 
     def use(self, path: np.ndarray) -> None:
-        """A request used these, root first: what the eviction policy counts, and what makes them recent."""
+        """Count one use of these slots by one request, root first, and make them the most recent."""
         broken = self._state[path] != RESIDENT
         if broken.any():
             path = path[: int(broken.argmax())]
@@ -198,7 +198,7 @@ class TierIndex:
     # --- emptying
 
     def drop(self, slot: int) -> int:
-        """The slot's bytes are not what they should be: forget it and all that follows it; returns how many."""
+        """Remove a slot whose bytes are bad, and all its descendants; returns how many. Held ones become DOOMED."""
         resident = self._state == RESIDENT
         nowhere = self.num_slots
         ancestor = np.append(np.where(resident & (self.parent_of != NO_SLOT), self.parent_of, nowhere), nowhere)
@@ -219,7 +219,7 @@ class TierIndex:
         return len(slots)
 
     def clear(self) -> None:
-        """Evict all that nobody holds."""
+        """Evict every slot that is not held."""
         self._remove(self._policy.victims(len(self._policy)))
 
     def _remove(self, slots: np.ndarray) -> None:

@@ -2,12 +2,11 @@
 
 Down: when a row leaves, its full blocks are copied to host memory in the background, root first, and from there to
 disk; so the device evicts without waiting, each tier is closed under prefixes, and disk holds what a restart needs.
-Up: a prompt whose prefix goes on in host memory gets those blocks loaded to the device, one on disk is staged into
-host memory first. Copies stay below when blocks go up: host memory includes what it gave to the device, disk what it
-gave to host memory, and so most evictions need no copy at all.
+Up: a prompt whose prefix continues in host memory gets those blocks loaded to the device; blocks on disk are staged
+into host memory first. A block that is copied up stays in the tier below, so most evictions need no copy at all.
 
-Here are the facts about what lies where; the bytes lie with whoever performs the moves (`moves.py`). Everything belongs
-to the thread that owns the KV manager.
+This module keeps the books; the worker holds the bytes and performs the moves (`moves.py`). Everything belongs to the
+thread that owns the KV manager.
 """
 
 from __future__ import annotations
@@ -35,15 +34,18 @@ from xllm.kv.promotion import Loader, Stage, Stager
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 from xllm.stats import LaneStats, SourceStats, TierStats
 
-MAX_WRITING_SHARE = 0.5  # of the host slots held: then no further path begins to be saved while disk is written
-MAX_WAITING_SHARE = 0.5  # of the device's blocks in paths that wait to be saved: then host memory goes before disk
-ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet
-# A swap's blocks are kept so long for their copy to begin. It was begun because copying is sooner than computing anew:
-# after this long it is not, and the lane in front of it is stuck. A hung worker is declared dead after the same time.
+# Of the host slots: while more are held and disk is being written, no further path begins to be saved.
+MAX_WRITING_SHARE = 0.5  # chosen: half of host memory stays evictable
+# Of the device's blocks: if more wait to be saved, paths are saved over what disk has not taken yet.
+MAX_WAITING_SHARE = 0.5  # chosen: running requests have the other half
+ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
+# How long a swap's blocks are kept for their copy to begin. Chosen: the swap was begun because copying is sooner than
+# computing anew; after this long it is not, and the lane in front of it is stuck.
 SWAP_LEASE_S = 10.0
-PREFETCH = 2**40  # priority: behind everything that somebody waits for
-RECOGNISED_BLOCKS = 256  # from the end of a turn's path, by which the turn before it is found
-BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open
+PREFETCH = 2**40  # priority: behind the moves of every request (`kv_waits.py:_priority`; HTTP bounds theirs to 2^31)
+# From the end of a turn's path, by which its earlier turn is found.
+RECOGNISED_BLOCKS = 256  # chosen: more find longer turns, and cost each admission more look-ups
+BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open. Chosen: a move's end is noticed that late
 _NO_SLOTS = np.zeros(0, dtype=np.int32)
 
 
@@ -55,8 +57,8 @@ class TieredStore:
     def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
                  make_policy: Callable[[int], EvictionPolicy],
                  on_disk_error: Callable[[str], None] = lambda message: None):
-        """link: performs the moves. make_policy: an eviction policy for so many slots. on_disk_error: told once, with
-        the reason, when disk is given up."""
+        """link: the way to the worker that performs the moves. make_policy: makes an eviction policy for so many slots.
+        on_disk_error: called once, with the reason, when the disk tier is given up."""
         self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
         self.moves = moves = OpenMoves(link, facts.payload_bytes)
         self.num_device_blocks = pool.num_blocks
@@ -81,15 +83,15 @@ class TieredStore:
             self.stager = Stager(self.host, self.disk, moves, self._staged)
             self._warm_start(facts.stored)
 
-    # --- what the KV manager tells
+    # --- what the KV manager reports
 
     def committed(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
         find = self.host.find
         self.slot_of_block[block_ids] = [find(digest) for digest in digests] if len(self.host) else NO_SLOT
 
     def released(self, path: np.ndarray, *, swap: bool) -> None:
-        """Copies down what is not there yet. The blocks of a swap go first, and are kept for it while it waits, but
-        not longer than `SWAP_LEASE_S`: what is gone then is computed anew."""
+        """Queue the blocks that host memory or disk lacks to be copied there. The blocks of a swap are copied first and
+        leased until they are, at most `SWAP_LEASE_S`: what has been evicted then is computed anew."""
         if not len(path):
             return
         slots = self.slot_of_block[path]
@@ -114,11 +116,12 @@ class TieredStore:
             self.prefetcher.turn_ended(session_id, digests[-1], digests, clock())
 
     def _last_digests(self, path: np.ndarray) -> list[bytes]:
-        """Of the last blocks of a path: a turn adds few, so that the end of the one before is among them."""
+        """The digests of a path's last blocks: a turn adds few, so the end of the turn before is among them."""
         return [self._index.digest_of(block) for block in path[-RECOGNISED_BLOCKS:].tolist()]
 
     def _saved(self, path: Path) -> bool:
-        """A path lies in host memory, up to its end or as far as there was room. Whether the rest goes to disk."""
+        """Called when no more of a path is saved to host memory: queue the saved part for disk, and pass a rest that
+        found no room to `passage`; returns whether it did that."""
         if path.done:
             self.write_down(path.slots[: path.done])
         if path.done == len(path.items) or self.disk is None or self.writer.disabled:
@@ -129,7 +132,7 @@ class TieredStore:
         return True
 
     def write_down(self, slots: np.ndarray) -> None:
-        """Copy a path of host slots to disk, as far as it is not there and the queue allows."""
+        """Queue a path of host slots to be written to disk, if disk lacks it; under pressure it is dropped instead."""
         if self.disk is None:
             return
         on_disk = self.disk_of_slot[slots]
@@ -144,14 +147,13 @@ class TieredStore:
         self.writer.add(Path(slots, [self.host.digest_of(slot) for slot in slots.tolist()], NORMAL))
 
     def _shall_wait(self, path: Path, begun: bool) -> bool:
-        """Whether a path on its way to host memory waits until what lies there is on disk, rather than take its place:
-        unless sequences end faster than disk takes them."""
+        """Whether a path to be saved waits until more of host memory is on disk, rather than evict what is not."""
         if self.disk is None or self.writer.is_idle or self._is_pressed:
             return False
         return begun or (path.priority > URGENT and self._is_writing_much(len(path.items)))
 
     def _go_on(self) -> None:
-        """Moves have ended: what waited for slots may find some."""
+        """Continue everything that waited for slots: moves have ended, and some may be free."""
         self.saver.pump()
         self.passage.pump()
         self.lifter.pump()
@@ -161,7 +163,7 @@ class TieredStore:
 
     @property
     def _is_pressed(self) -> bool:
-        """Whether so much waits to be saved that the device may have to give it up."""
+        """Whether so many blocks wait to be saved that the device may evict some before their copy."""
         return not self.flushing and self.saver.num_queued_blocks > MAX_WAITING_SHARE * self._pool.num_usable
 
     # --- finding and bringing up
@@ -219,7 +221,7 @@ class TieredStore:
         return path
 
     def fetch(self, tail: bytes, max_blocks: int) -> tuple[int, bool]:
-        """For the prefetcher: see `prefetch.Fetcher.fetch`. Takes only blocks that nobody holds."""
+        """For the prefetcher: see `prefetch.Fetcher.fetch`. Takes only blocks that nothing holds."""
         if self._index.find(tail) != NO_BLOCK or not self._has(tail):
             return 0, False
         paths = self._paths(tail)
@@ -248,7 +250,7 @@ class TieredStore:
         return self.loader.is_open(ticket)
 
     def move_s(self, lane: str, num_blocks: int) -> float:
-        """By what the lane has done so far."""
+        """By the lane's running bandwidth; `ASSUMED_BYTES_PER_S` before its first move."""
         return num_blocks * self.moves.payload_bytes / (self.moves.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
 
     # --- turns of the owner
@@ -278,7 +280,7 @@ class TieredStore:
         return None if self.prefetcher is None else self.prefetcher.next_s(now_s)
 
     def flush(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> bool:
-        """Copy every findable block of the device down, as far as there is time and room; whether all was done."""
+        """Copy every findable block of the device down, while time and room last; returns whether all moves ended."""
         self.flushing = True
         for path in self._device_paths():
             if failpoints.armed is not None:
@@ -291,7 +293,7 @@ class TieredStore:
         return len(self.moves) == 0
 
     def begin_flush(self) -> None:
-        """Queue every findable block of the device to be copied down, as far as the queue has room."""
+        """Queue every findable block of the device to be copied down, until the queue is full."""
         for path in self._device_paths():
             if not self.saver.add(path):
                 return
@@ -306,7 +308,7 @@ class TieredStore:
         self.moves.poll()
 
     def close(self, flush_s: float) -> None:
-        """Without a disk nothing is flushed: host memory ends with the process."""
+        """See `KVSource.close`. Without a disk nothing is flushed: host memory ends with the process."""
         self.moves.foreground = False
         if self.disk is not None and flush_s and not self.writer.disabled:
             self.flush(time.monotonic() + flush_s)
@@ -335,7 +337,7 @@ class TieredStore:
                 self.disk_of_slot[slot] = disk_slot
 
     def _save_failed(self, error: MoveError) -> None:
-        """Host memory does not fail: a bug, or the device is lost."""
+        """Raise DeviceError: host memory does not fail, so this is a bug or the device is lost."""
         raise DeviceError(f"KV could not be saved to host memory: {error.message}")
 
     def _disk_failed(self, error: MoveError) -> None:
@@ -347,7 +349,7 @@ class TieredStore:
             self._on_disk_error(error.message)
 
     def _warm_start(self, stored: StoredBlocks) -> None:
-        """Make findable what an earlier life left on disk: every block whose parent is there as well."""
+        """Make the blocks that an earlier process left on disk findable: those whose ancestors are all there."""
         assert self.disk is not None
         self.disk.adopt(stored.slots.tolist(), _digests(stored.digests), _digests(stored.parents))
 

@@ -5,8 +5,8 @@ The arena's pages, by number: the first `num_blocks` show the physical blocks th
 row's block m, mapped on demand. Who holds which block stays the business of `BlockPool`: a prefix shared by rows is one
 block shown in several ranges.
 
-A range outlives its row with all it shows. A new row takes the range that agrees with most of its blocks, so that a
-conversation's next turn, or a set of freed blocks that was handed on whole, needs no mapping at all.
+A range keeps its mappings when its row has ended. A new row takes the range that already shows most of its blocks, so
+that a conversation's next turn, or a set of freed blocks that was handed on whole, needs no mapping at all.
 
 A physical block is, as the xLLM technical report (section 4.3) has it,
 
@@ -27,8 +27,8 @@ import numpy as np
 from xllm.errors import IntegrityError
 from xllm.step import ScheduleOutput
 
-NONE = -1
-UNMAPPED = -2  # one more is not a block either, so that no unmapped page seems to continue another
+NONE = -1  # no row, or no range
+UNMAPPED = -2  # a page that shows no block; -2 + 1 is no block either, so that it never seems to continue another
 
 _NO_CELLS = np.zeros(0, dtype=np.int64)
 
@@ -64,7 +64,8 @@ class XTensorCounters:
 
 
 class XTensor:
-    """Fed with plans in their order. Not thread-safe: whoever submits the steps owns it.
+    """The books of the arena's ranges; `prepare` is called with every plan, in order. Not thread-safe: it belongs to
+    the thread that submits the steps.
 
     max_mappings: most mappings to hold at a time; pages that are neighbours in the range and in the pool are one.
     Beyond it ranges without a row are unmapped, the oldest first; if that is not enough, the row falls back to its
@@ -109,7 +110,7 @@ class XTensor:
     # --- a step
 
     def prepare(self, plan: ScheduleOutput, done_step: int = -1) -> StepMaps:
-        """Take in the plan of the next step; plans come in order, each once.
+        """Take in the plan of the next step and return the maps that it needs; each plan once, in order.
 
         done_step: the last step whose late maps were made. Released rows take part in no step in flight.
         """
@@ -219,7 +220,8 @@ class XTensor:
         self.counters.fallbacks += 1
 
     def give_up(self, pages: np.ndarray) -> None:
-        """The system refused to map these pages of the arena: nobody uses their ranges any more."""
+        """Stop using the ranges of these arena pages, which the system refused to map: their rows fall back to block
+        tables until they end."""
         groups = np.unique((pages - self.num_blocks) // self.pages_per_row)
         self._usable_G[groups] = False
         for row in self._row_of_G[groups].tolist():

@@ -21,7 +21,7 @@ MEMBERS = {
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate", "finetuned"),  # the last says how the weights came to be, and no more
 }
-MAX_NUMBER = 1e12  # far beyond any real theta or factor, and safe to multiply
+MAX_NUMBER = 1e12  # far beyond any real theta or factor, and safe to multiply in a float
 
 
 @dataclass(frozen=True, kw_only=True)

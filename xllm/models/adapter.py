@@ -19,7 +19,9 @@ from xllm.models.adapter_layers import AdapterLayer, AdapterLayers, read_layers
 
 PREFIX, BASE = "base_model.model.", "model."
 DTYPES = ("F32", "F16", "BF16", "F64")
-MAX_KEY_BYTES, MAX_METADATA_BYTES = 512, 2**16  # of a header: for a tensor, and for all else
+# Of a header: for each tensor, and for all else. Chosen: several times what PEFT writes.
+MAX_KEY_BYTES, MAX_METADATA_BYTES = 512, 2**16
+# Of a file that is hashed at a time. Chosen: bounds memory, and is large enough to hash at full speed.
 DIGEST_PIECE_BYTES = 2**20
 TENSOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 log = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], max_rank: 
 
 
 def _check_header(file: Path, max_bytes: int) -> None:
-    """Parsing one takes time and memory in the engine's own process, where every other thread waits for it."""
+    """Raise ModelError for a header larger than `max_bytes`: parsing one takes time and memory in the engine's own
+    process, where every other thread waits for it."""
     if not file.is_file():
         raise ModelError(f"{file} does not exist; adapters in other formats than safetensors are not read")
     try:
@@ -123,12 +126,13 @@ def _read_pair(file: Path, handle: Any, layer: str, keys: Mapping[str, str], sha
 
 
 def _own_name(layer: str, shapes: Mapping[str, tuple[int, int]]) -> str:
-    """Adapters of a bare model, without a head, leave out the first part of the name."""
+    """The layer's name in this model: adapters of a bare model, without a head, leave out the first part."""
     return layer if layer in shapes else BASE + layer
 
 
 def _warn_of_missing(file: Path, said: AdapterLayers, absent: set[str], *, is_bare: bool) -> None:
-    """A layer that the config names and the file lacks stays as it is, as in PEFT; that may be a torn file."""
+    """Log the layers that the config names and the file lacks. They stay as they are, as in PEFT, but the file may be
+    torn."""
     if not said.says_targets:
         return
     missing = [name for name in sorted(absent)

@@ -13,7 +13,7 @@ from typing import Any
 
 from xllm.errors import ModelError
 
-DEFAULT_RANK = DEFAULT_ALPHA = 8  # what PEFT means where a config does not say it
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # PEFT's defaults, for a config without them
 ALL_LINEAR = "all-linear"
 MAX_NUMBER = 1e12  # far beyond any real alpha or rank, and safe to divide
 Patterns = list[tuple[re.Pattern[str], float]]

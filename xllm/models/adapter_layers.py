@@ -1,4 +1,4 @@
-"""`read_layers`: what an `adapter_config.json` says of each layer, found out in a process beside this one.
+"""`read_layers`: evaluates an `adapter_config.json` for each layer, in a process beside this one.
 
 Its members that choose layers are expressions of Python's `re`. Matching one can take for ever, and stops every other
 thread meanwhile: `python -m xllm.models.adapter_layers` does it within the kernel's limits on CPU time and memory. JSON
@@ -26,10 +26,10 @@ from xllm.errors import ModelError
 from xllm.model_files import ADAPTER_CONFIG, as_object
 from xllm.models.adapter_config import AdapterConfig
 
-CPU_S = 2
-MEMORY_BYTES = 2**29
-WALL_TIMEOUT_S = 60.0  # for a disk that does not answer
-MAX_CONFIG_BYTES = 2**20
+CPU_S = 2  # of CPU time for one adapter. Chosen: real configs take milliseconds after the start
+MEMORY_BYTES = 2**29  # of address space. Chosen: Python and its imports need a small part of it
+WALL_TIMEOUT_S = 60.0  # for a disk that does not answer. Chosen: far longer than CPU_S on a busy machine
+MAX_CONFIG_BYTES = 2**20  # of adapter_config.json. Chosen: real ones have some KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def main() -> None:
 
 def _read(file: Path, names: list[str]) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:  # of a disk, or of whoever else writes the file just now
+        with file.open("rb") as opened:  # of a disk, or of another process that writes the file just now
             content = opened.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise ModelError(f"{file} does not exist") from None

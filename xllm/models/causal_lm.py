@@ -1,4 +1,4 @@
-"""`CausalLM`: the face of any model in memory. The runner knows nothing else of it.
+"""`CausalLM`: the interface of every model in memory; the runner uses nothing else of it.
 
 Letters: T tokens in the step, S rows that want logits, D hidden, V vocabulary.
 """

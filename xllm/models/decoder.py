@@ -87,7 +87,7 @@ class Decoder:
         self._embedding, self.dtype = make_embedding(context, table_UD), table_UD.dtype
         self._first_norm = RMSNorm(context, weights, "model.layers.0.input_layernorm", size, eps)
         self._layers = [layer(index) for index in range(config.num_layers)]
-        # Without a head the table stands in for it: nobody may ask for what it says (`generates`).
+        # Without a head the table stands in for it, and its logits must not be used (`generates`).
         self._lm_head = LMHead(context, table_UD if head_UD is None else head_UD, config.vocab_size)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, kv_caches: KVCaches, meta: AttentionMetadata) -> Tensor:

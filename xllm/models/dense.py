@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
 
-# The tables of rotations, which no tensor of the checkpoint vouches for, are as wide as a head.
+# Chosen, far beyond any model: the tables of rotations are as wide as a head, and no tensor of the checkpoint bounds
+# them.
 MAX_HEAD_DIM = 4096
 
 

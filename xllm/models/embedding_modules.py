@@ -21,7 +21,7 @@ from xllm.models.weights import WeightSource
 from xllm.pooling import KINDS, PoolingDefaults
 
 MODULES_FILE, POOLING_FOLDER, SENTENCE_FILE = "modules.json", "1_Pooling", "sentence_bert_config.json"
-MAX_MODULES = 64
+MAX_MODULES = 64  # chosen: real checkpoints have a handful
 WAY_OUT = "--pooling-type last (or another) embeds without the checkpoint's own modules"
 LEGACY_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
                 "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
@@ -38,7 +38,7 @@ Layer = Callable[[Tensor], Tensor]  # vector_D -> another, fp32, in host memory
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingModules:
     """defaults: how the hidden states of a text become a vector, for requests that do not say it. layers: what the
-    vector passes through then, whoever says the rest."""
+    vector then passes through, also for requests that do."""
 
     defaults: PoolingDefaults
     layers: tuple[Layer, ...] = ()

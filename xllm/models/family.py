@@ -1,4 +1,4 @@
-"""`Family`: what a module named in `models/model_registry.py` has."""
+"""`Family`: the interface of the modules named in `models/model_registry.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stored KV block was computed with, as 32 bytes: blocks of one model must never be read by another."""
+"""A digest of everything that a stored KV block depends on, so that one model's blocks are never read by another."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-FULL_READ_BYTES = 2 << 30  # weights up to this size are hashed whole
-SAMPLE_BYTES = 64 << 10
+# Weights up to this size are hashed whole. Chosen: a second or two of reading; larger ones are sampled.
+FULL_READ_BYTES = 2 << 30
+SAMPLE_BYTES = 64 << 10  # of each piece of a larger file. Chosen: a read of a disk costs as much for less
 CONFIG_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                 "model.safetensors.index.json")
 

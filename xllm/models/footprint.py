@@ -1,4 +1,4 @@
-"""`Footprint`: the memory that a model takes beside its KV cache, found out from the heads of its files."""
+"""`Footprint`: the memory that a model takes beside its KV cache, computed from the headers of its files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from xllm.models.weights import checkpoint_files
 
-MAX_HEAD_BYTES = 10**8  # as the safetensors library has it
+MAX_HEAD_BYTES = 10**8  # the safetensors library's own limit
 TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
 # Full fp32 copies of the largest matrix while it is packed: as it was read, and its absolute values and its codes
 # before they are rounded (`quantize_rows`).

@@ -15,7 +15,7 @@ from xllm.models.kv_spec import KVSpec
 from xllm.models.raw_config import MAX_SIZE, RawConfig
 
 CHECKPOINT_DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 4096
+MAX_LAYERS = 4096  # chosen, far beyond any model: a config's number alone must not make millions of layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Overrides:
         return {**merged, "rope_scaling": None, "rope_parameters": {**kept, **scaling}}
 
     def check_used(self, read: ReadMembers, architecture: str) -> None:
-        """Raise ConfigError for a member that nobody asked for: it would change nothing."""
+        """Raise ConfigError for a member that was never read: it would change nothing."""
         unused = [key for key in self.members if key not in read.asked_for]
         if unused:
             raise ConfigError(f"hf_overrides: {unused[0]!r} is no member of config.json that {architecture} reads")

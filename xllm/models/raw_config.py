@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm.errors import ModelError
 
-MAX_SIZE = 2**31 - 1
+MAX_SIZE = 2**31 - 1  # the largest int32: sizes and positions are int32 on the device
 
 
 class RawConfig:

@@ -26,7 +26,7 @@ ReadProgress = Callable[[int, int], None]  # (bytes of the files read so far, by
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_FILES = 4096  # each stays mapped while the layers are built
+MAX_FILES = 4096  # chosen: the largest checkpoints have some hundreds; each stays mapped while the layers are built
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 BASE_PREFIX, HEAD_PREFIX, BARE_TABLE = "model.", "lm_head.", "embed_tokens.weight"
@@ -92,7 +92,7 @@ class WeightSource:
         return name in self._left
 
     def check_all_taken(self) -> None:
-        """Raise ModelError if tensors are left that no layer took or skipped, but for buffers that nobody needs."""
+        """Raise ModelError if tensors are left that no layer took or skipped, except buffers that are never needed."""
         unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
         if unexpected:
             file, _, stored = self._left[unexpected[0]]

@@ -1,8 +1,8 @@
 """`Arena`: one reserved range of a device's virtual memory that holds all KV blocks and every row's view of them.
 
 A page holds one block of *all* layers, part after part, layer by layer, padded up to what the device can map. The first
-`num_blocks` pages show the physical blocks, for good; what the others show is `XTensor`'s business. A page that
-shows nothing must not be touched (`backends/vmm.py`).
+`num_blocks` pages show the physical blocks, for good; `XTensor` decides what the others show. A page that shows nothing
+must not be touched (`backends/vmm.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def padded_bytes(num_bytes: int, driver: VmmDriver, unit: int = 1) -> int:
 
 
 class Arena:
-    """`num_pages` virtual pages over `num_blocks` physical ones. All is given back when nobody has a view any more.
+    """`num_pages` virtual pages over `num_blocks` physical ones. Range and memory are freed when the last view is
+    dropped.
 
     Raises MemoryError if the range or the pool cannot be had.
     """
@@ -65,7 +66,7 @@ class Arena:
         return [tuple(next_view(shape) for shape in parts) for parts in block_shapes]
 
     def map(self, pages_B: np.ndarray, blocks_B: np.ndarray) -> np.ndarray:
-        """Show blocks at pages, which rise; returns the pages where the system refused."""
+        """Map blocks at pages (both int64 [B], pages rising); returns the pages where the system refused."""
         refused = []
         for start, stop in _runs((np.diff(pages_B) != 1) | (np.diff(blocks_B) != 1), len(pages_B)):
             try:
@@ -75,7 +76,7 @@ class Arena:
         return np.concatenate(refused) if refused else pages_B[:0]
 
     def unmap(self, pages_B: np.ndarray) -> np.ndarray:
-        """Show nothing at pages, which rise; returns those where the system refused."""
+        """Unmap pages (int64 [B], rising); returns those where the system refused."""
         refused = []
         for start, stop in _runs(np.diff(pages_B) != 1, len(pages_B)):
             try:
@@ -89,7 +90,7 @@ class Arena:
 
 
 def _runs(breaks: np.ndarray, length: int) -> list[tuple[int, int]]:
-    """Cut [0, length) behind each i where `breaks[i]`."""
+    """Cut [0, length) into (start, stop) pieces, after each i where `breaks[i]`."""
     if not length:
         return []
     return list(pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), length]))

@@ -73,7 +73,7 @@ class HostBatch:
 
     @classmethod
     def empty(cls, block_size: int, *, has_table: bool) -> HostBatch:
-        """A step of no rows: in a graph, of padding alone."""
+        """A batch without rows. A graph that is filled with it computes padding alone."""
         none, indices = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         return cls(input_ids_T=none, feed_T=None, lora_T=None, positions_T=none,
                    query_start_S1=np.zeros(1, dtype=np.int32), seq_lens_S=none,
@@ -150,14 +150,15 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
 
 
 def _feed(fed_from_S: np.ndarray, query_start_S1: np.ndarray, samples_S: np.ndarray) -> np.ndarray:
-    """The last token of a row that samples is its last known one."""
+    """Places in the step before of each token that is still on the device, [T]; only a sampling row's last known token
+    can be."""
     feed_T = np.full(query_start_S1[-1], -1, dtype=np.int32)
     feed_T[query_start_S1[1:][samples_S] - 1] = fed_from_S[samples_S]
     return feed_T
 
 
 def _spread(lora_S: np.ndarray, num_queries_S: np.ndarray) -> np.ndarray | None:
-    """A row's adapter for each of its tokens; None if no row has one."""
+    """Each token's adapter, [T], from its row's; None if no row has one."""
     return np.repeat(lora_S, num_queries_S) if lora_S.any() else None
 
 
@@ -175,7 +176,7 @@ def _sample_slots(rows_S: np.ndarray, query_start_S1: np.ndarray, num_drafts_S: 
 
 def _check(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, seq_lens_S: np.ndarray,
            samples_S: np.ndarray) -> None:
-    """The plan and the row state must agree; a difference is a bug of the scheduler or of ours."""
+    """Assert that plan and row state agree; if they do not, scheduler or runner has a bug."""
     assert (seq_lens_S <= rows.num_blocks[rows_S] * rows.block_size).all(), "a row lacks blocks for this step"
     known_S = rows.num_tokens[rows_S]
     reached_S = rows.num_computed[rows_S] + num_tokens_S
@@ -184,5 +185,5 @@ def _check(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, seq_len
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """In host memory, without a copy if it can be."""
+    """The array as a tensor in host memory, without a copy where numpy's memory can be used."""
     return torch.from_numpy(np.ascontiguousarray(array))

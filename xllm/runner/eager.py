@@ -1,4 +1,4 @@
-"""`EagerForward`: a step's forward pass and plain sampling, operator by operator. Nothing here waits for the device."""
+"""`EagerForward`: a step's forward pass and plain sampling, operator by operator, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class EagerForward:
         self._adapters = adapters
 
     def run(self, host: HostBatch, layers: KVCaches) -> Forwarded:
-        """The hidden states of all places. layers: the KV caches, each asked for when its turn comes."""
+        """Queue the forward pass; returns the hidden states of all places. layers: the KV caches; each is taken from
+        the iterator when its layer is reached, so that it may wait for a load."""
         if self._staging is not None:
             self._staging.next_step()
         batch = host.to_device(self._put)
@@ -40,7 +41,8 @@ class EagerForward:
             return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
 
     def sample(self, rows: RowState, slots: SampleSlots, hidden_TD: Tensor) -> QueuedTokens:
-        """Draw a token for each slot, none of which wants more; they stay on the device."""
+        """Queue the drawing of a token for each slot; the tokens stay on the device. For slots that want nothing more
+        than a token (`samples_plainly`)."""
         assert self._feed is not None
         num_slots = len(slots)
         if num_slots:
@@ -50,12 +52,13 @@ class EagerForward:
         return self._feed.queue_read(num_slots, np.arange(num_slots))
 
     def _put(self, array: np.ndarray) -> Tensor:
-        """An array of the step, on the device."""
+        """Queue the copy of one of the step's arrays to the device."""
         return as_tensor(array) if self._staging is None else self._staging.put(array)
 
 
 def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_table: bool) -> HostBatch:
-    """One row of so many tokens that stores nothing, for a first step; its last token is to be sampled."""
+    """A batch of one row of `num_tokens` tokens whose KV is stored nowhere, for warming up; its last token is
+    sampled."""
     def int32(*values: int) -> np.ndarray:
         return np.array(values, dtype=np.int32)
 

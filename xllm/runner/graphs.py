@@ -1,10 +1,11 @@
-"""`GraphedForward`: a step's forward pass through captured graphs, from the embedding to the sampled tokens if it can.
+"""`GraphedForward`: a step's forward pass through captured graphs, from the embedding to the sampled tokens if
+possible.
 
-The runner asks for each step; None means: run it eagerly. A graph ends with "tokens" (sampled,
-on the device), "logits", or "hidden" (where only some places are wanted, or all logits would be too large).
+The runner calls it for each step; it returns None for a step that must run eagerly. A graph ends with "tokens"
+(sampled, on the device), "logits", or "hidden" (where only some places are wanted, or all logits would be too large).
 
-Letters: T tokens of the bucket (L where there are logits for each), S its rows, M blocks per row, D hidden,
-V vocabulary, Q slots to sample.
+Letters: T tokens of the bucket (L where there are logits for each), S its rows, M blocks per row, D hidden, V
+vocabulary, Q slots to sample.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from xllm.stats import GraphStats
 
 _log = logging.getLogger(__name__)
 
-NUM_SETS = 2  # as `token_feed.py:NUM_BUFFERS`
-LOGITS_BYTES = 256 * 2**20  # static memory for logits; longer steps end with the hidden states
+NUM_SETS = 2  # of buffers, used in turn: as many as `token_feed.py:NUM_BUFFERS`
+# Static memory for logits; steps with more end with the hidden states. Chosen: as
+# `model_runner.py:SAMPLE_LOGITS_BYTES`.
+LOGITS_BYTES = 256 * 2**20
 HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"  # what a graph ends with
 TABLE, BASE = "table", "base"  # layouts: block ids of each row, or where its blocks begin
 LORA = "lora"  # each token's adapter
@@ -49,8 +52,8 @@ STEP_INPUTS = ("input_ids", "feed", "positions", "slot_mapping", "query_start", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forwarded:
-    """What a forward pass gave, as far as it went: hidden_TD of all places, or logits_TV fp32 of all, or the tokens of
-    the slots. A graph's tensors are overwritten by the next step."""
+    """The result of a forward pass, one of: hidden_TD of all places, logits_TV fp32 of all, or the tokens of the slots.
+    A graph's tensors are overwritten by the next step."""
 
     hidden_TD: Tensor | None = None
     logits_TV: Tensor | None = None
@@ -66,7 +69,8 @@ class Forwarded:
 
 
 def make_capturer(config: EngineConfig, backend: Backend) -> Capturer | None:
-    """The device's own, or the one that checks; None: what is queued on the device is done at once."""
+    """The device's capturer, or with graph_mode "checked" the one that checks; None: the device queues nothing, a step
+    is done at once."""
     if config.device.graph_mode != "checked":
         return backend.capturer
     _log.warning("graph_mode checked: steps are run in poisoned memory and checked; this is slow")
@@ -82,7 +86,7 @@ def bucket_rules(config: EngineConfig, capturer: Capturer) -> BucketRules:
 
 
 def most_samples(config: EngineConfig, capturer: Capturer) -> int:
-    """Tokens that a step samples at most, padding included."""
+    """The most tokens that a step samples, padding included."""
     return max(bucket_rules(config, capturer).max_num_tokens, config.scheduler.max_num_seqs)
 
 
@@ -101,7 +105,7 @@ class StepProgram:
             host=HostLengths(memory.host_array("query_start"), memory.host_array("seq_lens")))
 
     def prepare(self) -> None:
-        """Attention's parameters, where the host makes them."""
+        """Compute attention's parameters, where the host makes them. Called before each capture and replay."""
         if not self._owner.capturer.plans_in_graph:
             self.meta.plan = self._owner.model.plan(self.meta)
 
@@ -187,7 +191,7 @@ class GraphedForward:
                 self.cache.run(key, lambda program, key=key: self._fill(program, key, empty))  # type: ignore[misc]
 
     def _ends_with(self, batch: HostBatch, rows_S: np.ndarray, num_tokens: int) -> str:
-        """How far the graph of a step with a bucket of that many tokens goes."""
+        """What the graph of a step with a bucket of `num_tokens` tokens ends with: TOKENS, LOGITS or HIDDEN."""
         if 2 * len(batch.slots) < batch.num_tokens or num_tokens > self._max_logits:
             return HIDDEN
         if wants_hidden_states(self.rows, rows_S):

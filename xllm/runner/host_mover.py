@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from xllm.runner.kv_codec import KVCodec
 
 
-POPULATED_BYTES = 1 << 20  # at a time
+# At a time, before `is_busy` is asked again. Chosen: 5 ms at the 0.2 GB/s measured in docs/performance.md.
+POPULATED_BYTES = 1 << 20
 
 
 class HostMover:
@@ -55,8 +56,9 @@ class HostMover:
 
 
     def populate(self, is_busy: Callable[[], bool], stopping: threading.Event) -> None:
-        """Have the system give the host memory piece by piece while the engine is not busy, so that copies need not
-        wait for it. Its first touch is ten times slower than a copy on some machines."""
+        """Touch the host memory piece by piece while the engine is not busy, so that the system provides it before
+        copies need it: the first touch is about nine times slower than a copy where it was measured
+        (docs/performance.md)."""
         flat = self._host.view(-1)
         for start in range(0, len(flat), POPULATED_BYTES):
             while is_busy() and not stopping.wait(0.05):
@@ -67,7 +69,7 @@ class HostMover:
 
 
 class Populator(threading.Thread):
-    """Runs `HostMover.populate` beside everything else until it is done or told to stop."""
+    """A thread that runs `HostMover.populate` until it is done or told to stop."""
 
     def __init__(self, mover: HostMover, is_busy: Callable[[], bool]):
         super().__init__(name="xllm-kv-populate", daemon=True)
@@ -84,7 +86,7 @@ class Populator(threading.Thread):
 
 
 def gated(layers: Sequence[tuple[Tensor, ...]], tickets: Sequence[Ticket]) -> Iterator[tuple[Tensor, ...]]:
-    """The layers' caches in order, each as soon as every load has brought that layer."""
+    """Yield the layers' caches in order, each once every ticket's load has brought that layer; blocks until then."""
     for layer, caches in enumerate(layers):
         for ticket in tickets:
             ticket.wait(layer)

@@ -16,7 +16,7 @@ FORMATS = {
     "fp16": "fp16", "float16": "fp16", "half": "fp16", "int8": "int8", "fp8": "fp8", "fp8_e4m3": "fp8",
 }  # fmt: skip
 DTYPE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", **QUANTISED}
-VERSION = 1  # of the formats' bytes
+VERSION = 1  # of the stored bytes, part of `name`: blocks that another version stored on disk are not found
 
 
 class KVCodec:
@@ -43,13 +43,13 @@ class KVCodec:
 
     def export_layer(self, ops: OpSet, caches: tuple[Tensor, ...], block_ids_B: Tensor, host_SX: Tensor,
                      slots_B: Tensor, layer: int) -> None:
-        """One layer of device blocks into payloads. caches: the layer's parts. host_SX: uint8 [any, payload_bytes] in
-        host memory; ids: int64."""
+        """Copy one layer of device blocks into payloads. caches: the layer's parts. host_SX: uint8 [any, payload_bytes]
+        in host memory, written at slots_B; ids: int64."""
         first, end = self._ranges[layer]
         ops.export_blocks(caches, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)
 
     def import_layer(self, ops: OpSet, caches: tuple[Tensor, ...], block_ids_B: Tensor, host_SX: Tensor,
                      slots_B: Tensor, layer: int) -> None:
-        """One layer of payloads into device blocks; the reverse of `export_layer`."""
+        """Copy one layer of payloads into device blocks; the reverse of `export_layer`."""
         first, end = self._ranges[layer]
         ops.import_blocks(caches, block_ids_B, host_SX[:, first:end], slots_B, format=self.format)

@@ -25,14 +25,14 @@ from xllm.request import COLLECTIONS, SamplingParams
 from xllm.runner.bad_words import BadWords
 
 _FORBIDDEN = float("-inf")
-_ALIGNMENT_BYTES = 16
+_ALIGNMENT_BYTES = 16  # of each array in the common buffer: enough for any dtype, and for vector loads
 
 
 class EditTables:
-    """What is prepared once for all rows of a call: nothing of it changes afterwards.
+    """The parts of a request's edits that all its rows share. Immutable.
 
-    always, ends: pairs of int64 token ids and fp32 values, to be added at any time and before `min_tokens`.
-    allowed_W: int32 on the device, as `ApplyTokenBitmaskOp` wants it; None: all tokens.
+    always, ends: pairs of int64 token ids and fp32 values, to be added at any time and before `min_tokens`. allowed_W:
+    int32 on the device, as `ApplyTokenBitmaskOp` takes it; None: all tokens.
     """
 
     def __init__(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int, device: torch.device):
@@ -51,13 +51,14 @@ class EditTables:
 
 
 class TableStore:
-    """The tables of the rows that are there; rows whose parameters share their collections share a table."""
+    """Keeps the tables of the rows in use; rows whose parameters share their collections share a table."""
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._vocab_size, self._device = vocab_size, device
         self._tables: WeakValueDictionary[tuple[object, ...], EditTables] = WeakValueDictionary()
 
     def of(self, sampling: SamplingParams, eos_token_ids: tuple[int, ...]) -> EditTables:
+        """The tables for these parameters: shared ones if there are any, else new ones."""
         key = (*(id(getattr(sampling, name)) for name in COLLECTIONS), eos_token_ids)
         tables = self._tables.get(key)
         if tables is None:
@@ -66,7 +67,7 @@ class TableStore:
 
 
 class LogitEdits:
-    """Of one row; made when it enters."""
+    """The edits of one row; made when the row enters."""
 
     def __init__(self, sampling: SamplingParams, tables: EditTables):
         self.sampling, self._tables = sampling, tables
@@ -79,7 +80,7 @@ class LogitEdits:
                 or sampling.min_tokens > 0)
 
     def additions(self, output: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What is added after that output: pairs of int64 token ids and fp32 values."""
+        """What is to be added to the logits after `output` (int32): pairs of int64 token ids and fp32 values."""
         tables = self._tables
         found = [tables.always]
         if len(output) < self.sampling.min_tokens:
@@ -89,7 +90,8 @@ class LogitEdits:
         return [pair for pair in found if len(pair[0])]
 
     def counted(self, num_history: int, num_prompt: int) -> int | None:
-        """Where the part of the history begins that penalties look at; None: they change nothing."""
+        """Where the part of the history that penalties count begins: 0, or `num_prompt` if only the output counts;
+        None: they change nothing."""
         p = self.sampling
         if p.repetition_penalty != 1.0:
             return 0
@@ -97,7 +99,7 @@ class LogitEdits:
 
 
 class SlotEdits(NamedTuple):
-    """history int32: prompt and output that precede the token to draw."""
+    """One slot's edits. history int32: prompt and output before the token to draw."""
 
     slot: int
     edits: LogitEdits
@@ -122,7 +124,7 @@ def edit_logits(ops: OpSet, logits_QV: Tensor, todo: Sequence[SlotEdits]) -> Non
 
 
 def _additions(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
-    """Slot, token and value of each, [A]."""
+    """The additions of all slots, packed: arrays [A] of slot, token and value."""
     found = [(s.slot, ids, values) for s in todo for ids, values in s.edits.additions(s.history[s.num_prompt:])]
     slots = np.array([slot for slot, _, _ in found], dtype=np.int64)
     ids_A, values_A = _joined([(ids, values) for _, ids, values in found])
@@ -130,7 +132,7 @@ def _additions(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
 
 
 def _penalties(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
-    """What `PenaliseOp` takes behind the logits."""
+    """The arguments of `PenaliseOp` after the logits."""
     found = [(s, begin) for s in todo if (begin := s.edits.counted(len(s.history), s.num_prompt)) is not None]
     sampling = [s.edits.sampling for s, _ in found]
     lengths = np.array([0, *(len(s.history) - begin for s, begin in found)])
@@ -148,7 +150,7 @@ def _penalties(todo: Sequence[SlotEdits]) -> list[np.ndarray]:
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors, by one copy of all."""
+    """The arrays as tensors on the device, by one copy for all."""
     ends = np.cumsum([-(-a.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for a in arrays]).tolist()
     host = np.zeros(ends[-1], dtype=np.uint8)
     parts = [slice(start, start + a.nbytes) for start, a in zip([0, *ends], arrays)]

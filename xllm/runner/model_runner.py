@@ -35,14 +35,16 @@ from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.matchers import RowMatchers
 
-# Logits of that many bytes at most exist at a time; with more slots they are made in slices.
+# Of logits that exist at a time; with more slots they are made in slices. Chosen: 441 slots of a vocabulary of 152,000
+# in fp32 are one slice.
 SAMPLE_LOGITS_BYTES = 256 * 2**20
+# The same for prompt_logprobs, whose log-softmax needs several copies. Chosen smaller for that.
 PROMPT_LOGITS_BYTES = 32 * 2**20
-WARM_UP_TOKENS = 512
+WARM_UP_TOKENS = 512  # of the first prefill. Chosen: a usual size, so that the first requests' kernels exist
 
 
 class QueuedStep:
-    """A step that the device may still be busy with. All but the tokens is known; no drafts."""
+    """A step that the device may still be computing. Everything but the tokens is known; it has no drafts."""
 
     def __init__(self, rows: RowState, plan: ScheduleOutput, slots: SampleSlots, tokens: QueuedTokens):
         self._rows, self._plan, self._slots, self._tokens = rows, plan, slots, tokens
@@ -55,7 +57,7 @@ class QueuedStep:
         return self._output is not None
 
     def finish(self) -> StepOutput:
-        """Wait for the tokens, once, and take them into the rows."""
+        """Wait for the tokens and write them into the rows. Called once."""
         if self._output is None:
             draws, slots = self._tokens.read(), self._slots
             self._rows.read(slots.rows, self._positions_Q, draws.token_ids_Q)
@@ -70,9 +72,9 @@ class QueuedStep:
 
 
 class ModelRunner:
-    """Owns the rows, the KV tensors, the sampler and the proposer. `start` and `run` are all it does.
+    """Owns the rows, the KV tensors, the sampler and the proposer; `prepare` and `start` (or `run`) compute a step.
 
-    One thread at a time may call it.
+    One thread at a time may call it, but for `prepare`.
     """
 
     def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int,
@@ -156,7 +158,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def start(self, plan: ScheduleOutput) -> StepOutput | QueuedStep:
-        """Do one step, or queue it. The step before the last one started is finished."""
+        """Run a step, or queue it on the device. Finishes the step before the last one started, if that is still
+        queued."""
         kv_base_S = None if self.virtual_rows is None else self.virtual_rows.take(plan, self._finish_last)
         self._apply(plan)
         if not plan.num_rows:
@@ -190,7 +193,7 @@ class ModelRunner:
             self._queued.finish()
 
     def _apply(self, plan: ScheduleOutput) -> None:
-        """What a plan changes before the forward pass, in the order that `ScheduleOutput` states."""
+        """Carry out what a plan changes before the forward pass, in the order that `ScheduleOutput` states."""
         for row in plan.released_rows:
             self.rows.release(row)
             self._sampler.release(row)
@@ -206,7 +209,8 @@ class ModelRunner:
         self.kv_cache.copy_blocks(plan.copy_src, plan.copy_dst)
 
     def _propose(self, plan: ScheduleOutput) -> tuple[np.ndarray, np.ndarray]:
-        """Drafts [S, R] (R may be 0) and their counts; they are laid behind the known tokens."""
+        """Ask the proposer for drafts and write them after the known tokens. Returns (drafts [S, R], R may be 0; their
+        counts)."""
         if self.proposer is not None and plan.max_drafts_S.any():
             self._finish_last()
             room_S = self.rows.room_for_drafts(plan.rows_S)
@@ -218,7 +222,7 @@ class ModelRunner:
         return np.zeros((plan.num_rows, 0), dtype=np.int32), np.zeros(plan.num_rows, dtype=np.int32)
 
     def _forward(self, host: HostBatch, plan: ScheduleOutput) -> Forwarded:
-        """Through a captured graph where there is one for the step, else eagerly."""
+        """Run the forward pass through a captured graph if there is one for the step, else eagerly."""
         if self.graphs is not None:
             done = self.graphs.run(host, plan.rows_S, waits_for_loads=bool(plan.tickets))
             if done is not None:
@@ -229,7 +233,8 @@ class ModelRunner:
         return self._eager.run(host, layers)
 
     def _queue_sampling(self, plan: ScheduleOutput, batch: HostBatch, done: Forwarded) -> QueuedTokens | None:
-        """Leave the tokens of an eager step on the device, if the device works on its own and nobody wants more."""
+        """Queue plain sampling after an eager forward pass, so that the tokens stay on the device; None if some slot
+        wants more or the device does not work on its own."""
         slots = batch.slots
         if (self.feed is None or done.hidden_TD is None or self._slices(len(slots), SAMPLE_LOGITS_BYTES)[1:]
                 or wants_hidden_states(self.rows, plan.rows_S) or not samples_plainly(self.rows, slots)):
@@ -237,7 +242,8 @@ class ModelRunner:
         return self._eager.sample(self.rows, slots, done.hidden_TD)
 
     def _draw(self, slots: SampleSlots, done: Forwarded) -> Draws:
-        """Logits and one token for every slot, in slices of bounded memory. Slots do not know each other."""
+        """Compute logits and draw one token for every slot, in slices of bounded memory. Slots are independent of each
+        other."""
         token_ids, logprobs, failed = [], {}, {}
         for part in self._slices(len(slots), SAMPLE_LOGITS_BYTES):
             draws = self._sampler.draw(done.logits(slots.hidden[part], self._model), slots[part])
@@ -253,7 +259,8 @@ class ModelRunner:
 
     def _prompt_logprobs(self, plan: ScheduleOutput, batch: HostBatch,
                          done: Forwarded) -> dict[int, list[TokenLogprobs]]:
-        """For each row that asked: every prompt token that this chunk's places predict."""
+        """For each row that asked for them (by its index in the plan): the log-probabilities of the prompt tokens that
+        this chunk predicts."""
         rows, found = self.rows, {}
         asked_S = rows.num_prompt_logprobs[plan.rows_S] != NO_LOGPROBS
         for i in np.flatnonzero(asked_S).tolist():
@@ -278,10 +285,10 @@ class ModelRunner:
 
     def _settle(self, plan: ScheduleOutput, drafts_SR: np.ndarray, num_drafts_S: np.ndarray, slots: SampleSlots,
                 draws: Draws, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepOutput:
-        """Accept drafts, move the rows on, and report.
+        """Accept drafts, advance the rows, and make the step's output.
 
-        A failed row reports the tokens before the place that failed but takes that one in too: an overlapped
-        scheduler has planned its next step already, and that step needs something to compute.
+        A failed row reports the tokens before the place that failed but takes that one in too: an overlapped scheduler
+        has planned its next step already, and that step needs something to compute.
         """
         drawn_SR = np.full((plan.num_rows, drafts_SR.shape[1] + 1), -1, dtype=np.int32)
         drawn_SR[slots.steps, slots.offsets] = draws.token_ids_Q

@@ -9,7 +9,8 @@ from xllm.step import ScheduleOutput, StepOutput
 
 
 class NullRunner:
-    """Fixed tokens on a virtual clock. `accept(rows, positions, max_drafts)` says how many drafts are accepted."""
+    """Answers steps with fixed tokens, without a model. `accept(rows, positions, max_drafts)` says how many drafts each
+    row accepts."""
 
     def __init__(self, num_rows: int, *, vocab_size: int = 32_000, clock: VirtualClock | None = None,
                  cost: CostModel | None = None):

@@ -18,7 +18,7 @@ from xllm.step import NewRow, ScheduleOutput
 
 
 class Pooler:
-    """Sums are fp64, on the device that computes them."""
+    """Accumulates the vectors of rows that ask for an embedding. Sums are fp64, on the device that computes them."""
 
     def __init__(self, rows: RowState, layers: Sequence[Callable[[Tensor], Tensor]] = ()):
         """layers: what a vector passes through in host memory, fp32."""
@@ -30,8 +30,8 @@ class Pooler:
         self._kept.pop(new.row, None)
 
     def pool(self, plan: ScheduleOutput, batch: HostBatch, hidden_TD: Tensor) -> dict[int, np.ndarray]:
-        """Take in a step's hidden states, before the rows advance; fp32 vectors of the rows that end with it, by their
-        index in the plan."""
+        """Take in a step's hidden states, before the rows advance; returns the fp32 vectors of the rows whose text ends
+        with this step, by their index in the plan."""
         found = {}
         for i in np.flatnonzero(self._rows.pools[plan.rows_S]).tolist():
             row = int(plan.rows_S[i])

@@ -12,7 +12,7 @@ from xllm.pooling import PoolingParams
 from xllm.request import SAMPLING_COLUMNS, SamplingParams
 from xllm.step import NewRow
 
-NO_LOGPROBS = -1
+NO_LOGPROBS = -1  # in num_logprobs: the row asked for none (0 asks for the drawn token's alone)
 # Below this, dividing by the temperature may overflow fp32, and all probability is on the largest logit anyway.
 MIN_TEMPERATURE = 1e-5
 
@@ -90,7 +90,7 @@ class RowState:
                                   or sampling.allowed_token_ids is not None or sampling.structured is not None)
 
     def release(self, row: int) -> None:
-        """The sequence left: finished, aborted or preempted."""
+        """Free the row: its sequence has finished, was aborted or was preempted."""
         assert self.sampling[row] is not None, f"row {row} is free already"
         self.sampling[row] = None
         self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
@@ -137,7 +137,7 @@ class RowState:
         self.fed_from[rows_Q] = places_Q
 
     def read(self, rows_Q: np.ndarray, positions_Q: np.ndarray, token_ids_Q: np.ndarray) -> None:
-        """The tokens of `advance_unread` have arrived."""
+        """Write the tokens of `advance_unread`, which have arrived from the device."""
         self.token_ids[rows_Q, positions_Q] = token_ids_Q
 
     def _write_behind(self, rows_S: np.ndarray, token_ids_SR: np.ndarray) -> None:

@@ -35,7 +35,7 @@ class Draws:
 
 
 class Sampler:
-    """Reads the rows, writes nothing but its own per-row preparations."""
+    """Draws tokens from logits. Reads the rows; writes only its own preparations for each row."""
 
     def __init__(self, ops: OpSet, rows: RowState, vocab_size: int, device: torch.device):
         self._ops = ops
@@ -61,8 +61,8 @@ class Sampler:
         self.matchers.release(row)
 
     def begin(self, slots: SampleSlots) -> None:
-        """Prepare beside the forward pass what `draw` needs for these slots. Only where all known tokens are known to
-        the host, drafts behind them."""
+        """Start preparing, beside the forward pass, what `draw` needs for these slots. All known tokens must be known
+        to the host, with drafts after them."""
         self.matchers.begin(slots)
 
     def draw(self, logits_QV: Tensor, slots: SampleSlots) -> Draws:
@@ -111,7 +111,7 @@ class Sampler:
         return failed
 
     def _largest(self, logits_QV: Tensor, slots_X: np.ndarray) -> np.ndarray:
-        """The largest logit of some slots, NaN if one of theirs is."""
+        """The largest logit of each of some slots, NaN if any of a slot's logits is."""
         if len(slots_X) < len(logits_QV):
             logits_QV = logits_QV[torch.from_numpy(slots_X).to(self._device)]
         return logits_QV.amax(dim=1).cpu().numpy()
@@ -121,7 +121,7 @@ class Sampler:
         self._ops.apply_token_bitmask(logits_QV, mask_XW, slots_X)
 
     def _may_end(self, row: int, slot: int, masks: SlotMasks | None) -> bool:
-        """Whether the row's grammar is complete there: then it ends, whatever else its logits were edited by."""
+        """Whether the row's grammar is complete at this slot: the row then ends, whatever else edited its logits."""
         eos_ids = self._eos_ids.get(row)
         return bool(masks is not None and eos_ids and slot not in masks.failed and masks.allows(slot, eos_ids[0]))
 

@@ -1,7 +1,8 @@
-"""`Staging`: the way of an eager step's arrays to the device, through memory that the device copies from by itself.
+"""`Staging`: copies an eager step's arrays to the device without waiting for the step before it.
 
-From memory of other kinds a copy is done, or at least begun, only when all that was queued before it is: the host would
-wait for the step before. Two pieces of memory are used in turn; one is written again when the copies from it are done.
+The arrays go through memory that the device copies from by itself (pinned). From other memory a copy is done, or at
+least begun, only when all that was queued before it is: the host would wait for the step before. Two pieces of memory
+are used in turn; one is written again when the copies from it are done.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from backends.backend import Backend, Capturer
 from xllm.config import EngineConfig
 from xllm.runner.row_state import RowState
 
-NUM_PIECES = 2
-ALIGNMENT_BYTES = 16
+NUM_PIECES = 2  # of pinned memory: one is copied from while the other is filled
+ALIGNMENT_BYTES = 16  # of each array in a piece: enough for any dtype, and for vector loads
 
 
 class Staging:
-    """`put` copies; what does not fit goes the slow way."""
+    """`put` copies through pinned memory; arrays that do not fit are copied directly, and counted in `num_slow`."""
 
     def __init__(self, backend: Backend, capturer: Capturer, num_bytes: int):
-        """num_bytes: of a step's arrays."""
+        """num_bytes: of all arrays of a step."""
         self._device, self._fence = backend.device, capturer.fence
         self._pieces = [backend.allocate_host(num_bytes) for _ in range(NUM_PIECES)]
         self._waits: list[Callable[[], None]] = [lambda: None] * NUM_PIECES
@@ -32,7 +33,7 @@ class Staging:
         self.num_slow = 0  # arrays that did not fit
 
     def next_step(self) -> None:
-        """The arrays of another step follow."""
+        """Begin the arrays of another step, in the other piece of memory; waits until the copies from it are done."""
         if self._end:
             self._waits[self._turn] = self._fence()
             self._turn = (self._turn + 1) % NUM_PIECES
@@ -40,7 +41,7 @@ class Staging:
             self._end = 0
 
     def put(self, array: np.ndarray) -> Tensor:
-        """Queue the copy of an array; it may be changed at once."""
+        """Queue the copy of an array to the device; the caller may change the array at once."""
         piece, start = self._pieces[self._turn], self._end
         source = torch.from_numpy(np.ascontiguousarray(array))
         if start + source.nbytes > len(piece):

@@ -1,4 +1,4 @@
-"""`StepChecker`: digests of what a rank has computed, by which the engine sees that all ranks computed the same."""
+"""`StepChecker`: digests of what a rank has computed, which the engine compares across ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xllm.step import ScheduleOutput, StepCheck, StepOutput
 
 
 class StepChecker:
-    """`note` follows each step as soon as it is started, `checked` when its results are there, in the same order."""
+    """`note` is called for each step when it is started, `checked` when its results are there, in the same order."""
 
     def __init__(self, rows: RowState, kv_cache: KVCache):
         self._rows, self._kv_cache = rows, kv_cache

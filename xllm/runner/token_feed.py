@@ -21,13 +21,13 @@ from xllm.runner.batch import SampleSlots
 from xllm.runner.row_state import NO_LOGPROBS, RowState
 from xllm.runner.sampler import NOT_FINITE, Draws
 
-NUM_BUFFERS = 2
+NUM_BUFFERS = 2  # one is written by the running step while the next step, which reads it, is queued
 NOT_A_TOKEN = -1  # sampled from logits that were not finite
 
 
 class TokenFeed:
-    """`buffers`: int64, on the device. `turn`: the one that the step being queued writes; it reads the other, the
-    step's before it."""
+    """Two token buffers on the device (`buffers`, int64), used in turn: the step being queued writes buffer `turn` and
+    reads the other, which the step before it wrote."""
 
     def __init__(self, backend: Backend, capturer: Capturer, num_places: int):
         """num_places: the most tokens that a step samples, padding included."""
@@ -44,11 +44,11 @@ class TokenFeed:
 
     @property
     def sink(self) -> Tensor:
-        """Where the step being queued leaves its tokens."""
+        """The buffer that the step being queued writes its tokens to."""
         return self.buffers[self.turn]
 
     def next_step(self) -> None:
-        """From now on the next step is being queued."""
+        """Begin to queue the next step: the buffers change their roles."""
         self.turn = 1 - self.turn
 
     def queue_read(self, num_places: int, places_Q: np.ndarray) -> QueuedTokens:
@@ -59,14 +59,15 @@ class TokenFeed:
 
 
 class QueuedTokens:
-    """The tokens of a step's slots, on their way. To be read before the buffer's next turn has ended."""
+    """The tokens of a step's slots, on their way to the host. Must be read before the buffer is written again, two
+    steps on."""
 
     def __init__(self, tokens: np.ndarray, places_Q: np.ndarray, wait: Callable[[], None]):
         self.places_Q = places_Q
         self._tokens, self._wait = tokens, wait
 
     def read(self) -> Draws:
-        """Waits until they are there."""
+        """Wait until the tokens have arrived, and return them."""
         self._wait()
         token_ids_Q = self._tokens[self.places_Q]
         bad = np.flatnonzero(token_ids_Q == NOT_A_TOKEN)

@@ -1,8 +1,8 @@
-"""`VirtualRows`: carries out on the device what `XTensor` decides, ahead of the step that needs it.
+"""`VirtualRows`: maps and unmaps the arena's pages as `XTensor` decides, ahead of the step that needs it.
 
-A step's plan is submitted while the step before it still runs: that is when its pages are mapped (`prepare`, in the
-submitter's thread, which would only wait otherwise). What the running step may still read is changed when its turn is
-over (`take`, in the runner's thread): a page of a running row that is to show another block with the same contents.
+A step's plan is submitted while the step before it still runs: then its pages are mapped (`prepare`, in the submitter's
+thread, which would only wait otherwise). A page that the running step may still read is changed after that step
+(`take`, in the runner's thread): one of a running row that is to show another block with the same contents.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from xllm.step import ScheduleOutput
 
 _log = logging.getLogger(__name__)
 
-SLOTS = 2**31 - 1  # tokens that an int32 can number
-# Addresses cost nothing, and each range of an ended row may be the next turn of a conversation.
+SLOTS = 2**31 - 1  # tokens that an int32 can number, as the operators do
+# Chosen: address space costs nothing, and each range of an ended row may be the next turn of a conversation.
 RANGES_PER_ROW = 4
 
 
 def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
                       pages_per_row: int, number_bytes: int) -> VirtualRows | None:
-    """What `--kv-layout xtensor` needs, or None: block tables.
+    """Make the rows of `--kv-layout xtensor`; None: rows run on block tables.
 
     page_bytes: see `kv_cache.py:page_bytes`. number_bytes: of one number of the cache. Raises ConfigError if so many
     addresses cannot be had, or are more than the device's operators can count.
@@ -89,7 +89,8 @@ class VirtualRows:
         self._warned = False
 
     def prepare(self, plan: ScheduleOutput) -> None:
-        """Map what the step needs, as far as no step in flight may read it. In the order of submission."""
+        """Map the pages that the step needs, except those that a step in flight may read. Called in the order of
+        submission."""
         while self._refused_pages:
             self.xtensor.give_up(self._refused_pages.popleft())
         maps = self.xtensor.prepare(plan, self._done_step)
@@ -103,8 +104,8 @@ class VirtualRows:
         self._prepared[plan.step] = maps
 
     def take(self, plan: ScheduleOutput, finish_last: Callable[[], None] = lambda: None) -> np.ndarray | None:
-        """Finish the step's maps. int32 [S]: the page of each row's first block, or None: the step runs on block
-        tables. The step before it is done, or `finish_last` waits for it."""
+        """Do the step's remaining maps. Returns the page of each row's first block, int32 [S], or None: the step runs
+        on block tables. The step before it must be done; `finish_last` is called to wait for it."""
         if plan.step not in self._prepared:
             self.prepare(plan)
         maps = self._prepared.pop(plan.step)
@@ -120,7 +121,8 @@ class VirtualRows:
         return (pages - self.xtensor.num_blocks) // self.xtensor.pages_per_row
 
     def _note_refused(self, pages: np.ndarray) -> None:
-        """The system gave no mapping in spite of the cap: nobody may read these ranges from now on."""
+        """Note pages that the system refused to map in spite of the cap: their ranges are given up with the next
+        `prepare`."""
         if len(pages):
             self._refused_G[self._ranges(pages)] = True
             self._refused_pages.append(pages)

@@ -1,4 +1,4 @@
-"""`Admission`: how requests get from the queue into a row, strictly in the queue's order."""
+"""`Admission`: takes requests from the queue, strictly in its order, and gives each a row."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ class Admission:
         self._kv, self._rows, self._running, self._waiting = kv, rows, running, waiting
         self._promotions, self._preemption = promotions, preemption
         self._counters, self._clock = counters, running.clock
-        # The head that did not fit, the blocks there were, and how often `running` had changed: not tried anew before
-        # one of them is different.
+        # (the head that did not fit, the blocks there were, `running.num_changes` then): the head is not tried again
+        # before one of the three is different.
         self._blocked: tuple[SequenceState, int, int] | None = None
-        self._admitted: list[tuple[str, float]] | None = None  # see `take_admitted`; None: nobody wants them
+        self._admitted: list[tuple[str, float]] | None = None  # see `take_admitted`; None: not wanted
         self._found: dict[str, dict[str, int]] = {}
 
     def take_admitted(self) -> list[tuple[str, float]]:
-        """(request id, time by the clock) of requests that left the queue for the first time since the last call.
-        Kept from the first call on."""
+        """(request id, time by the clock) of the requests that were admitted for the first time since the last call.
+        They are recorded from the first call on."""
         taken, self._admitted = self._admitted or [], []
         return taken
 
     def take_promoted(self) -> None:
-        """Requests that need not wait for stored blocks any longer go back to their place in the queue."""
+        """Put requests that need not wait for stored blocks any longer back into the queue, at their place in its
+        order."""
         for seq in self._promotions.take_ready():
             seq.move(Status.WAITING)
             self._waiting.push(seq)
             self._blocked = None
 
     def admit(self, plan: PlanBuilder) -> dict[str, dict[str, int]]:
-        """Admit from the head of the queue while tokens, rows and blocks last. Strictly in order, so that
-        nobody starves behind smaller requests. Returns, by request id, where the cached tokens of those were that got
-        in for the first time."""
+        """Admit requests from the head of the queue while tokens, rows and blocks last. Strictly in order, so that no
+        request starves behind smaller ones. Returns, for each request admitted for the first time, by id: how many of
+        its cached tokens came from each tier."""
         while plan.budget.left > 0 and not plan.stalled:
             seq = self._waiting.peek()
             if seq is None:
@@ -63,7 +64,8 @@ class Admission:
         return found
 
     def _try(self, plan: PlanBuilder, seq: SequenceState) -> bool:
-        """Whether the sequence got in, or something was freed so that another try is worth it."""
+        """Try to admit the head of the queue. Returns whether it left the queue, or blocks were freed so that another
+        try is worth it."""
         unreserved = self._kv.num_free_blocks - self._reserved_blocks()
         others = self._has_others()
         if others and self._is_still_blocked(seq, unreserved):
@@ -71,7 +73,7 @@ class Admission:
         tokens = self._reusable_tokens(seq)
         match = self._kv.lookup(tokens, seq.request.cache_salt)
         num_tokens = len(seq.token_ids)
-        # The whole prompt and its first output are reserved: a prompt half computed helps nobody.
+        # Blocks for the whole prompt and its first output are reserved: a prompt half computed is of no use.
         need = num_tokens // self._kv.block_size + 1 - len(match.block_ids)
         spare = self._watermark_blocks if len(self._running) else 0
         if need + spare > unreserved - self._kv.num_idle(match):
@@ -95,7 +97,7 @@ class Admission:
         return True
 
     def _has_others(self) -> bool:
-        """Whether anybody else has blocks that will come back."""
+        """Whether other requests, transfers or loads have blocks or rows that will become free."""
         return bool(len(self._running) or self._kv.num_pending_blocks or self._kv.num_loading
                     or self._rows.num_free < self._rows.num_rows)
 
@@ -106,15 +108,15 @@ class Admission:
         return owner is seq and unreserved <= had and num_changes == self._running.num_changes
 
     def _reserved_blocks(self) -> int:
-        """Blocks that admitted prompts will still take."""
+        """How many blocks the prompts of admitted requests will still take."""
         rows = self._running.rows()
         if not len(rows):
             return 0
         return int(self._kv.blocks_needed(rows, self._rows.known[rows]).sum())
 
     def _reusable_tokens(self, seq: SequenceState) -> np.ndarray:
-        """Its tokens, as far as their KV may come from a cache: prompt_logprobs and some embeddings need every position
-        computed."""
+        """The sequence's tokens whose KV may come from a cache: none where prompt_logprobs or its pooling needs every
+        position of the prompt computed."""
         tokens = seq.token_ids
         pooling = seq.request.pooling
         needs_all = seq.request.sampling.prompt_logprobs is not None or (pooling and pooling.needs_every_token)
@@ -152,7 +154,7 @@ class Admission:
         self._counters.prefix_hits_total += num_cached
 
     def _plan_first(self, plan: PlanBuilder, row: int, num_cached: int) -> None:
-        """The row's first tokens, and the blocks for them."""
+        """Plan the row's first tokens and take the blocks for them."""
         table, rows = self._rows, np.array([row])
         share = plan.budget.share(rows, table.upper[rows] - num_cached, table.limit[rows] - table.upper[rows])
         share.drafts[:] = 0
@@ -162,7 +164,8 @@ class Admission:
         plan.commit(share)
 
     def _count_by_tier(self, seq: SequenceState, num_hot: int) -> dict[str, int]:
-        """Where the sequence's cached tokens were; without tiers below it all of them were on the device."""
+        """How many of the sequence's cached tokens came from each tier: l1 and l2 on the device, l3 host memory, l4
+        disk. Adds them to the counters."""
         disk = min(seq.num_disk_tokens, seq.num_cached_tokens)
         host = min(seq.num_host_tokens, seq.num_cached_tokens - disk)
         device = seq.num_cached_tokens - disk - host

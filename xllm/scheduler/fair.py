@@ -1,13 +1,14 @@
-"""`FairQueue`: the waiting requests of several tenants, whose turn goes by the tokens that they have been served.
+"""`FairQueue`: orders the waiting requests of several tenants by the tokens that each tenant has been served.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), algorithm 2, with
-weights. Whoever has been served least among those that wait is admitted next, so that a tenant that floods the queue
-delays itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
+weights. Of the tenants that wait, the one served least is admitted next, so that a tenant that floods the queue delays
+itself. Two tenants that both always wait differ by a bounded number of tokens, whatever they send.
 
-The counters order the queue only. That a tenant's running sequences leave the others room is not in the paper: whoever
-holds more than its share of the rows or blocks gives its latest row to one that waits with less (`rows_to_yield`), and
-to one that runs and needs more blocks (`rows_to_give`); no tenant's part of a step makes the step so long that another
-falls below its share of the time (`limit_tokens`). Nothing is left idle.
+The counters order the queue only. Three rules that are not in the paper keep running sequences from crowding others
+out: a tenant that holds more than its share of the rows or blocks gives its latest row to a tenant that waits with less
+(`rows_to_yield`), or to one that runs and needs more blocks (`rows_to_give`); no tenant's part of a step makes the step
+so long that another falls below its share of the time (`limit_tokens`). A share that its tenant does not use goes to
+the others.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from xllm.scheduler.shares import LONGEST_STEP_S, SHORTEST_S, limit_rows, second
 from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
-PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # of a token; the paper's
-MAX_LEAVING = 4  # rows that make room at once: what they computed is lost
+PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # of a token, in served tokens; the paper's
+# Rows that may make room at the same time. Chosen: more let a waiting tenant in sooner, and what they computed is lost.
+MAX_LEAVING = 4
 
 
 class FairQueue(WaitingQueue):
@@ -53,6 +55,8 @@ class FairQueue(WaitingQueue):
         return float(self._served_T[self._slot(tenant)])
 
     def push(self, seq: SequenceState) -> None:
+        """Queue a sequence. A tenant that did not wait before gets its counter raised (`_lift`), unless it is back from
+        a preemption."""
         tenant = seq.request.tenant
         slot = self._slot(tenant)
         self._weight_T[slot] = seq.request.tenant_weight
@@ -70,12 +74,14 @@ class FairQueue(WaitingQueue):
         return slot
 
     def _lift(self, slot: int) -> None:
-        """Whoever comes back has no credit for the time away: it starts where those who waited stand."""
+        """Raise the counter of a tenant that waits again to the lowest of those waiting: it gets no credit for the time
+        in which it asked for nothing."""
         floor = min((self._served_T[self._slots[tenant]] for tenant in self._queues),
                     default=self._served_T[self._last_left])
         self._served_T[slot] = max(self._served_T[slot], floor)
 
     def peek(self) -> SequenceState | None:
+        """The first request: online before offline, then of the tenant served least, then by its own order."""
         first: tuple[tuple, SequenceState] | None = None
         for tenant, queue in self._queues.items():
             seq = queue.peek()
@@ -105,8 +111,8 @@ class FairQueue(WaitingQueue):
             self._last_left = self._slots[tenant]
 
     def note_admission(self, seq: SequenceState, row: int, num_computed: int) -> None:
-        """It got in, and its tokens from `num_computed` on will be computed; what was found in a cache costs nothing,
-        nor does what is computed again after a preemption."""
+        """Charge the tenant for the prompt tokens from `num_computed` on. Tokens found in a cache cost nothing, nor do
+        those computed again after a preemption."""
         weight = seq.request.tenant_weight
         slot = self._slot_R[row] = self._slot(seq.request.tenant)
         self._cost_R[row] = OUTPUT_COST / weight
@@ -162,10 +168,10 @@ class FairQueue(WaitingQueue):
         return rows_R[:0] if tenant is None else rows_R[slot_R == tenant][::-1]
 
     def note_outputs(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> None:
-        """A step gave each row so many tokens."""
+        """Charge each row's tenant for the tokens that a step gave the row."""
         np.add.at(self._served_T, self._slot_R[rows_S], num_tokens_S * self._cost_R[rows_S])
 
 
 def make_queue(policy: str, key: Callable[[SequenceState], Key], num_rows: int) -> WaitingQueue:
-    """The queue that a scheduling policy needs."""
+    """Make the queue of a scheduling policy: a `FairQueue` for "fair", else a `WaitingQueue` ordered by `key`."""
     return FairQueue(key, num_rows) if policy == "fair" else WaitingQueue(key)

@@ -1,7 +1,8 @@
-"""`Promotions`: requests whose prefix is on its way up from host memory or disk (status WAITING_KV).
+"""`Promotions`: the requests that wait for KV from host memory or disk (status WAITING_KV).
 
-Such a request has left the queue and owns no row; nobody waits behind it. When its blocks are there, or so near that
-the step would not wait for them, it goes back to its place in the queue, and its blocks are kept until it gets in.
+Such a request has left the queue and owns no row, so no other request waits behind it. When its blocks are on the
+device, or will be before a step would have to wait for them, it goes back to its place in the queue, and its blocks are
+held until it is admitted.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from xllm.kv.promotion import Stage
 from xllm.scheduler.step_rates import StepRates
 from xllm.sequence import SequenceState
 
-MAX_WAIT_S = 10.0  # for disk; then the prompt is computed
-FLUSH_S = 10.0  # at most, for storing the KV cache when the engine stops
-EARLY_SHARE = 0.5  # of a step's time that a load may take if its request is admitted before it is complete
+# How long a request waits for disk before its prompt is computed. Chosen: longer than any healthy disk needs for a
+# prompt, short enough that a request behind a stuck one is answered.
+MAX_WAIT_S = 10.0
+# At most, for storing the KV cache when the engine stops; a server gives its engine process less (`client/process.py:
+# SHUTDOWN_TIMEOUT_S`). Chosen: what is not stored by then is computed again.
+FLUSH_S = 10.0
+# Of a step's mean time: a load that is expected to take less is not waited for, its layers arrive before the step reads
+# them. Chosen: the other half allows for loads that are slower than the mean.
+EARLY_SHARE = 0.5
 
 
 class Promotions:
-    """Decides whether a request waits for stored blocks and when it goes on: the scheduler's side of the KV tiers."""
+    """Decides whether a request waits for stored blocks, and for how long: the scheduler's side of the KV tiers. Holds
+    the blocks of waiting requests; belongs to the scheduler's thread."""
 
     def __init__(self, kv: KVManager, rates: StepRates, clock: Callable[[], float], preemption_mode: str):
         self._kv, self._rates, self._clock, self._mode = kv, rates, clock, preemption_mode
@@ -38,7 +46,7 @@ class Promotions:
         return len(self._staging) + len(self._loading) + len(self._lifting)
 
     def prefetch(self, seq: SequenceState) -> None:
-        """The request has just arrived: begin to read what is on disk."""
+        """Begin to read the blocks of a request that has just arrived from disk, if it has any there."""
         if not self._kv.can_stage:
             return
         match = self._kv.lookup(seq.token_ids, seq.request.cache_salt)
@@ -47,9 +55,12 @@ class Promotions:
             self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
 
     def begin(self, seq: SequenceState, tokens: np.ndarray, match: PrefixMatch) -> bool:
-        """Whether the request at the head of the queue shall wait for stored blocks that follow its device hit.
+        """Begin to bring up the stored blocks that follow the device hit of the request at the head of the queue.
+        Returns whether the request must wait for them; at most three attempts are made for one request (a stage, a
+        load, a lift).
 
-        tokens: those whose KV it may reuse. It has been found to fit, so the blocks to load to are available.
+        tokens: those whose KV it may reuse. The caller has checked that the request fits, so the blocks to load into
+        are available.
         """
         if self._tried.get(seq, 0) >= 3:
             return False
@@ -74,7 +85,8 @@ class Promotions:
         return True
 
     def _begin_lift(self, seq: SequenceState, match: PrefixMatch, extension: Extension) -> bool:
-        """Whether to wait for what host memory had no room for. Its blocks fit, as all of the request's do."""
+        """Begin to lift the disk blocks that host memory had no room for; returns whether the request must wait. Device
+        blocks for them are available, as for the whole request."""
         if len(extension.disk_path) <= len(match.block_ids):
             return False
         self._tried[seq] = 3
@@ -85,7 +97,8 @@ class Promotions:
         return True
 
     def _take_lifted(self, now: float) -> list[SequenceState]:
-        """Those whose lift is done, or has taken too long. What it brought is kept until they get in."""
+        """The requests whose lift is done, or has taken too long; the lifted blocks are held until they are
+        admitted."""
         ready = [seq for seq, (lift, give_up_s) in self._lifting.items() if lift.is_done or now >= give_up_s]
         for seq in ready:
             lift, _ = self._lifting.pop(seq)
@@ -96,14 +109,15 @@ class Promotions:
         return ready
 
     def _count(self, seq: SequenceState, num_blocks: int) -> None:
-        """Where the blocks that are loaded for it came from."""
+        """Record on the sequence how many of the tokens loaded for it come from disk and how many from host memory."""
         stage = self._stage_of.get(seq)
         from_disk = min(num_blocks, stage.num_read) if stage is not None else 0
         seq.num_disk_tokens = from_disk * self._kv.block_size
         seq.num_host_tokens = (num_blocks - from_disk) * self._kv.block_size
 
     def take_ready(self) -> list[SequenceState]:
-        """Take in what has moved; returns the requests that need not wait any longer."""
+        """Take in the moves that have ended (`KVManager.poll`); returns the requests that need not wait any longer, and
+        stops tracking them as waiting."""
         now = self._clock()
         self._kv.poll(now)
         if not len(self):
@@ -120,24 +134,27 @@ class Promotions:
         return ready
 
     def wait(self, timeout_s: float) -> bool:
-        """No step can be planned: sleep until moves between the tiers change that. False: none is on its way."""
+        """Sleep until a move between the tiers has ended, at most `timeout_s`; for when no step can be planned. Returns
+        False if no move is under way and no request waits for one."""
         return self._kv.wait(timeout_s) or bool(len(self))
 
     def idle_s(self) -> float | None:
-        """How soon `tick` should be called while there is nothing to schedule; None: never."""
+        """In how many seconds `tick` should be called while there is nothing to schedule; None: not at all."""
         return self._kv.idle_s(self._clock())
 
     def tick(self) -> None:
-        """Carry on with what the KV tiers do in the background."""
+        """Let the KV tiers go on with their background moves at full speed; called while nothing is scheduled."""
         self._kv.set_foreground(False)
         self._kv.poll(self._clock())
 
     def close(self) -> None:
-        """No step is planned any more: store what the device still has, as far as there is a disk for it."""
+        """Copy the device's blocks to disk, if there is one, for at most `FLUSH_S`, and end all moves. No step may be
+        planned afterwards."""
         self._kv.close(FLUSH_S)
 
     def swap_beats_recompute(self, num_tokens: int) -> bool:
-        """Whether a preempted row's KV is sooner copied to host memory and back than computed again."""
+        """Whether a preempted row's KV should be copied to host memory and back rather than computed again: as
+        `preemption_mode` says, with "auto" whichever is expected to be sooner."""
         rate = self._rates.prefill_tokens_per_s
         if not self._kv.has_tiers or self._mode == "recompute":
             return False
@@ -150,7 +167,8 @@ class Promotions:
             self._kv.let_go(seq.arrival_index)
 
     def forget(self, seq: SequenceState) -> None:
-        """The request got in or has ended. Loads that run go on; what they bring stays cached."""
+        """Stop waiting for a request that was admitted or has ended, and release the blocks held for it. Loads that run
+        go on; what they bring stays cached."""
         self._stage_of.pop(seq, None)
         if self._tried.pop(seq, 0):
             self._staging.pop(seq, None)
@@ -159,7 +177,8 @@ class Promotions:
             self.give_up(seq)
 
     def give_up_all(self, but: SequenceState | None = None) -> bool:
-        """Blocks are short: waiting requests (all, or all but one) lose their claim; whether there was any."""
+        """Release the blocks held for all waiting requests, or all but `but`, because blocks are short. Returns whether
+        any were held."""
         spared = None if but is None else but.arrival_index
         keys = [key for key in self._kv.held_keys if key != spared]
         for key in keys:
@@ -168,5 +187,5 @@ class Promotions:
 
 
 def _priority(seq: SequenceState) -> int:
-    """Of its moves: online before offline, then by the request's own priority."""
+    """The priority of the request's moves: online before offline, then by its own priority."""
     return (2**31 if seq.request.offline else 0) + seq.request.priority

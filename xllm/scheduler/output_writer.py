@@ -1,4 +1,4 @@
-"""`OutputWriter`: takes a step's sampled tokens in and writes what goes out to the requests."""
+"""`OutputWriter`: appends a step's sampled tokens to their rows and makes the requests' `OutputDelta`s."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xllm.step import StepOutput
 
 
 class OutputWriter:
-    """Works on the row table's arrays; Python sees one output a row. Owned by the scheduler."""
+    """Works on the row table's arrays; only the outputs themselves are made row by row. Owned by the scheduler."""
 
     def __init__(self, rows: RowTable, counters: Counters):
         self._rows, self._counters = rows, counters
@@ -19,8 +19,8 @@ class OutputWriter:
         self.untold: dict[str, dict[str, int]] = {}  # where a request's cached tokens were, until its first output
 
     def append(self, result: StepOutput, rows: np.ndarray) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
-        """Append the sampled tokens to their rows (the result's, int64); returns the outputs of the rows that have new
-        tokens, and (row, its output) of those that end with them."""
+        """Append the sampled tokens to their rows. rows: int64 [S], the row of each of the result's places. Returns
+        (the outputs of the rows that have new tokens, (row, its output) of each row that ends with them)."""
         table = self._rows
         kept = np.where(table.alive[rows], result.num_sampled_S, 0)  # tokens that count
         at = producing = _places(kept)
@@ -47,7 +47,7 @@ class OutputWriter:
 
     def _write(self, result: StepOutput, rows: np.ndarray, kept: np.ndarray, at: np.ndarray | slice,
                stops: list[int]) -> tuple[list[OutputDelta], list[tuple[int, OutputDelta]]]:
-        """at: places in the result of the rows that have new tokens."""
+        """Make the outputs. at: places in the result of the rows that have new tokens."""
         table, producing = self._rows, rows[at]
         if result.token_ids_SR.shape[1] == 1:
             tokens = result.token_ids_SR[at].tolist()
@@ -90,5 +90,5 @@ class OutputWriter:
 
 
 def _places(kept: np.ndarray) -> np.ndarray | slice:
-    """Where `kept` is not 0; of all, a slice: arrays are then read and written where they lie."""
+    """The places where `kept` is not 0: int64, or a slice if that is everywhere, which spares numpy the copies."""
     return slice(None) if kept.all() else np.flatnonzero(kept)

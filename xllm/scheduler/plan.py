@@ -13,8 +13,8 @@ NOTHING_REPLACED = np.zeros((0, 3), dtype=np.int32)
 
 
 class PlanBuilder:
-    """Filled while the scheduler decides; every list is in the order of deciding. What is planned is taken at once: the
-    row table's counters, the budget and the blocks stand as after the step."""
+    """Filled while the scheduler decides; every list is in the order of the decisions. `grow` and `commit` take effect
+    at once: the row table's counters, the budget and the block tables then stand as after the step."""
 
     __slots__ = ("_kv", "_table", "budget", "copies", "grown_ids", "grown_rows", "new_rows", "shares", "stalled",
                  "step", "tickets")
@@ -35,14 +35,15 @@ class PlanBuilder:
         return bool(self._table.last_step[row] == self.step)
 
     def grow(self, rows: np.ndarray, need: np.ndarray) -> None:
-        """Give each row so many more blocks; they must be available."""
+        """Append `need[i]` new blocks to the table of `rows[i]`; they must be available."""
         growing = need > 0
         grown_rows, grown_ids = self._kv.grow(rows[growing], need[growing])
         self.grown_rows.append(grown_rows)
         self.grown_ids.append(grown_ids)
 
     def commit(self, share: Share) -> None:
-        """The share stands: move the rows' counters as if every draft were accepted."""
+        """Add a share to the step: take it from the budget, and move its rows' `upper` and `cursor` as if every draft
+        were accepted."""
         table, rows = self._table, share.rows
         self.budget.take(share)
         samples = share.tokens == share.wanted

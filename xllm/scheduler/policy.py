@@ -49,7 +49,7 @@ _KEYS: dict[str, Callable[[SequenceState], Key]] = {
     "prefill-first": _fcfs,
     "decode-first": _fcfs,
     "online-first": _fcfs,
-    "fair": _fcfs,  # once they run; who gets in is up to `fair.py`
+    "fair": _fcfs,  # of running requests; `fair.py` decides which waiting one is admitted
 }
 
 _PHASES: dict[str, tuple[Phase, ...]] = {
@@ -70,7 +70,8 @@ def request_key(policy: str, *, offline_last: bool) -> Callable[[SequenceState],
 
 
 def tenant_key(seq: SequenceState) -> Key:
-    """The order of one tenant's own requests where tenants share fairly: priority is no means against the others."""
+    """The sort key of one tenant's requests under the policy "fair": offline last, then by priority and arrival. There
+    priority orders a tenant's own requests only, not those of others."""
     return (float(seq.request.offline), seq.request.priority, seq.arrival_index)
 
 

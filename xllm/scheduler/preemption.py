@@ -1,9 +1,9 @@
-"""`Preemption`: whose blocks are taken away when there are too few, and how those sequences come back.
+"""`Preemption`: takes the blocks of running sequences away when there are too few, and queues those sequences again.
 
-The scheduler asks two things. `make_fit`: which part of a share can have its blocks. `yield_for`: can a request get in
-where another runs: an online one for an offline one, or with the fair policy one of a tenant that has too little. What
-is preempted goes back to the queue, at once or when the last step planned with it has settled; its KV is computed anew,
-or copied to host memory and back if that is sooner.
+It is called in two cases. `make_fit`: running rows need more blocks than there are. `yield_for`: a waiting request may
+take the place of a running one: an online request that of an offline one, or with the fair policy a tenant with too
+little that of a tenant with too much. A preempted sequence goes back to the queue, at once or when the last step
+planned with it has settled; its KV is computed anew, or copied to host memory and back if that is sooner.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Preemption:
     # --- too few blocks for the rows that run
 
     def make_fit(self, plan: PlanBuilder, share: Share, need: np.ndarray) -> tuple[Share, np.ndarray]:
-        """Row by row: give up drafts, preempt other rows, or leave the row out (`plan.stalled`).
+        """Cut a share down to the blocks there are, row by row: drop the row's drafts, preempt other rows for it, or
+        leave it out of the step (`plan.stalled`).
 
-        need: blocks per row of the share. Returns what is left of both.
+        need: blocks that each row of the share needs. Returns (the share, need) of the rows that stay.
         Blocks freed here are often PENDING until the step in flight settles; a row that waits for
-        them is left out of this step, and nobody else is preempted for it meanwhile.
+        them is left out of this step, and no further row is preempted for it meanwhile.
         """
         self._promotions.give_up_all()  # running rows come before requests that wait with blocks in their hands
         kv, cursor = self._kv, self._rows.cursor
@@ -72,7 +73,7 @@ class Preemption:
         return Share(share.rows, share.tokens, drafts, share.wanted).only(kept), need[kept]
 
     def _victim(self, plan: PlanBuilder, row: int) -> int | None:
-        """The running row whose blocks `row` takes, which is not planned in this step."""
+        """The running row to preempt for `row`: the first that the queue's policy names and this step does not plan."""
         rows = self._running.rows()
         givers = self._waiting.rows_to_give(row, rows, self._kv.num_blocks_R[rows], self._kv.num_usable_blocks)
         return next((giver for giver in givers.tolist() if not plan.has(giver)), None)
@@ -80,8 +81,9 @@ class Preemption:
     # --- a request that cannot get in, and one that has to make room for it
 
     def yield_for(self, plan: PlanBuilder, seq: SequenceState) -> bool:
-        """Preempt a row that is to make room for `seq`, if there is one and not enough are on their way out.
-        Whether that freed anything at once; otherwise it does when the step in flight settles."""
+        """Preempt a running row to make room for `seq`, if the policy names one. A row that this step plans already is
+        preempted before the next one instead (`begin_step`). Returns whether admission should try again now; if not,
+        the row's blocks become free when the step in flight settles."""
         rows = self._rows_to_yield(seq)
         unplanned = [row for row in rows if not plan.has(row)]
         if not unplanned:  # goes before the next step
@@ -92,8 +94,8 @@ class Preemption:
         return at_once or bool(self._rows_to_yield(seq))
 
     def _rows_to_yield(self, seq: SequenceState) -> list[int]:
-        """In the order in which they would make room: offline rows for an online request; else what the queue's policy
-        names."""
+        """The rows that could make room for `seq`, the first to go first: offline rows for an online request, else
+        those that the queue's policy names."""
         num_leaving = len(self._leaving)
         if self._offline_yields and not seq.request.offline and not num_leaving and not self._kv.num_pending_blocks:
             offline = [row for row in self._running.last_first() if self._is_offline(row)]
@@ -108,7 +110,8 @@ class Preemption:
         return owner is not None and owner.request.offline
 
     def begin_step(self) -> None:
-        """Preempt the sequence that was found too late for the last step, if it is still to make room."""
+        """Preempt the sequence that `yield_for` chose when the last step had planned it already, if it would still be
+        chosen."""
         owner, self._yielding = self._yielding, None
         if owner is None or owner.status is not Status.RUNNING:
             return
@@ -119,7 +122,7 @@ class Preemption:
     # --- away and back
 
     def _preempt(self, row: int) -> None:
-        """Take a row's blocks away; its sequence will compute its tokens anew later."""
+        """Release a row's blocks, and queue its sequence again as soon as no step in flight uses the row."""
         seq = self._rows.seqs[row]
         assert seq is not None
         swap = self._promotions.swap_beats_recompute(int(self._rows.computed[row]))
@@ -144,11 +147,11 @@ class Preemption:
         self._waiting.push(seq)
 
     def settle(self) -> None:
-        """A step has settled: sequences whose row no step in flight knows any longer go back to the queue."""
+        """Queue the preempted sequences whose row no step in flight uses any longer. Called when a step has settled."""
         for row in [r for r in self._leaving if self._rows.in_flight[r] == 0]:
             self._leaving.remove(row)
             self._requeue(row)
 
     def forget(self, seq: SequenceState) -> None:
-        """A preempted sequence ends before it came back."""
+        """Do not queue a preempted sequence again: it has ended."""
         self._leaving.remove(seq.row)

@@ -18,7 +18,7 @@ import numpy as np
 
 from xllm.sequence import SequenceState
 
-NO_TOKEN = -1
+NO_TOKEN = -1  # fills `stop_ids_RE` where a row has fewer stop tokens; no token has that id
 
 
 class RowTable:
@@ -76,21 +76,22 @@ class RowTable:
         self.stop_ids_RE[row, : len(stops)] = sorted(stops)
 
     def _drop_stop_ids(self, row: int) -> None:
-        """Every step looks at the whole table, so its width goes with the row that needed it."""
+        """Narrow the table of stop tokens if this row was the widest: every step compares the whole of it."""
         was_widest = self._num_stops[row] == self.stop_ids_RE.shape[1] > 1
         self._num_stops[row] = 0
         if was_widest:
             self.stop_ids_RE = self.stop_ids_RE[:, : max(1, int(self._num_stops.max()))].copy()
 
     def leave(self, row: int) -> None:
-        """Take the row back. No step in flight may know it."""
+        """Free the row. No step in flight may use it."""
         assert self.in_flight[row] == 0
         self.seqs[row], self.request_ids[row], self.alive[row] = None, "", False
         self._drop_stop_ids(row)
         self._free.append(row)
 
     def num_reads(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> int:
-        """How many tokens before them the next ones of these rows attend to, in sum."""
+        """How many earlier tokens the next `num_tokens_S` of these rows attend to, over all rows (approximately: each
+        new token counted as in the middle of its chunk)."""
         return int(num_tokens_S @ (self.computed[rows_S] + num_tokens_S // 2))
 
     def tokens_of(self, row: int) -> np.ndarray:

@@ -15,10 +15,10 @@ from xllm.sequence import SequenceState, Status
 
 
 class Running:
-    """The order of service, and the giving back of what a sequence holds while it is in it. Owned by the scheduler.
+    """Keeps the order of service, and releases blocks and row of a sequence that leaves it. Owned by the scheduler.
 
-    A sequence goes in two steps: `leave` gives its blocks back at once, `release` its row when no step in flight knows
-    the row any longer.
+    A sequence leaves in two steps: `leave` releases its blocks at once, `release` frees its row when no step in flight
+    uses the row any longer.
     """
 
     def __init__(self, key: Callable[[SequenceState], Key], rows: RowTable, kv: KVManager, clock: Callable[[], float]):
@@ -38,18 +38,19 @@ class Running:
         return self._rows
 
     def last_first(self) -> Iterator[int]:
-        """The rows, from the one that is served last. Ends with the first `enter` or `leave`."""
+        """The rows, the one that is served last first. Invalid after the next `enter` or `leave`."""
         return (row for _, row in reversed(self._entries))
 
     def enter(self, seq: SequenceState) -> None:
-        """It has its row."""
+        """Add a sequence, which has its row, to the order of service."""
         bisect.insort(self._entries, (self._key(seq), seq.row))
         self._changed()
 
     def leave(self, seq: SequenceState, *, commit: bool = True, used: bool = True, swap: bool = False,
               ended_well: bool = False) -> None:
-        """Off the order, and its blocks given back. `commit`: those now full go to the prefix index. `used`: not if it
-        will be back. `swap`: they are copied to host memory first. `ended_well`: there may be a next turn."""
+        """Take a sequence out of the order and release its blocks. commit: make those that are full findable first.
+        used: count this as a use of them (not for a preempted sequence). swap: have them copied to host memory, for a
+        preempted sequence. ended_well: the request ended normally, and its conversation may go on."""
         at = bisect.bisect_left(self._entries, (self._key(seq), seq.row))
         assert self._entries[at][1] == seq.row
         del self._entries[at]
@@ -65,14 +66,14 @@ class Running:
         self.num_changes += 1
 
     def commit(self, row: int) -> None:
-        """Offer the row's full blocks to the prefix index. Where a stop token stands among accepted drafts, KV is
-        computed behind the last known token: not offered."""
+        """Make the row's full blocks findable, if prefix caching is on. KV beyond the last known token, which there is
+        if a stop token was among accepted drafts, is left out."""
         if self._kv.enable_prefix_caching:
             num_tokens = int(min(self._table.computed[row], self._table.known[row]))
             self._kv.commit(row, self._table.token_ids[row], num_tokens, int(self._table.last_step[row]))
 
     def release(self, row: int) -> None:
-        """The row is free again. Its owner has left, and no step in flight knows it."""
+        """Free the row, and note it for the next plan. Its owner has left, and no step in flight uses it."""
         seq = self._table.seqs[row]
         assert seq is not None
         seq.row = -1

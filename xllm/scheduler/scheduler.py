@@ -1,9 +1,9 @@
 """`Scheduler`: which rows compute which tokens, step by step.
 
 There is no prefill phase and no decode phase: every sequence has tokens whose KV is not computed
-yet, and each step computes some of them (`row_table.py`). `schedule()` decides and returns a value;
-`update()` takes in what came of it. With overlapped scheduling `schedule()` for step n + 1 runs
-before `update()` for step n.
+yet, and each step computes some of them (`row_table.py`). `schedule()` plans a step and returns the
+plan as a value; `update()` takes in the step's results. With overlapped scheduling `schedule()` for
+step n + 1 runs before `update()` for step n.
 
 Neither touches the sequences one by one while they merely decode: the work is done on the row
 table's arrays, and Python sees only the sequences whose state changes.
@@ -105,7 +105,8 @@ class Scheduler:
         self.counters.prompt_tokens_total += num_tokens
 
     def check_room(self, num_held: int = 0) -> None:
-        """Raise RequestError if no more requests are taken. num_held: those that are still to come."""
+        """Raise RequestError if the queue or the engine is full. num_held: requests that wait at a gate and will be
+        added later; they count too."""
         if len(self.waiting) + num_held >= self._max_waiting:
             raise RequestError(f"the queue is full ({self._max_waiting} requests)")
         if 0 < self._max_requests <= len(self._sequences) + num_held:
@@ -126,13 +127,13 @@ class Scheduler:
             self.running.release(row)
 
     def take_ready(self) -> list[OutputDelta]:
-        """Terminal outputs of requests that ended outside a step."""
+        """The terminal outputs of requests that ended outside a step, since the last call."""
         ready, self._ready = self._ready, []
         return ready
 
     def take_admissions(self) -> list[tuple[str, float]]:
-        """(request id, time by the scheduler's clock) of requests that left the queue for the first time since the last
-        call. Kept from the first call on."""
+        """(request id, time by the scheduler's clock) of the requests that were admitted for the first time since the
+        last call. They are recorded from the first call on."""
         return self._admission.take_admitted()
 
     @property
@@ -140,24 +141,25 @@ class Scheduler:
         return len(self.running)
 
     def oldest_waiting_s(self) -> float:
-        """How long the head of the queue has waited, by the scheduler's clock; 0 if nobody waits."""
+        """How long the head of the queue has waited, in seconds of the scheduler's clock; 0 if the queue is empty."""
         head = self.waiting.head
         return max(0.0, self._clock() - head.request.arrival_s) if head is not None else 0.0
 
     def forget_runner(self) -> None:
-        """No request is open, and the next plan goes to a runner that knows nothing yet."""
+        """Drop the cached blocks and what the runner was to be told: the next plan goes to a runner without any state.
+        No request may be open."""
         assert not self._sequences and not len(self.running)
         self.running.take_released()
         self.kv.reset_prefix_cache()
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Of all that have not ended."""
+        """The ids of the requests that have not ended."""
         return tuple(self._sequences)
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """Those that have not ended."""
+        """The requests that have not ended."""
         return tuple(seq.request for seq in self._sequences.values())
 
     @property
@@ -167,7 +169,7 @@ class Scheduler:
 
     @property
     def has_requests(self) -> bool:
-        """Whether any request has not ended, or has and its output was not taken."""
+        """Whether any request has not ended, or its terminal output was not taken (`take_ready`)."""
         return bool(self._sequences or self._ready)
 
     # --- deciding a step
@@ -226,7 +228,9 @@ class Scheduler:
     # --- taking in a step's results
 
     def update(self, plan: ScheduleOutput, result: StepOutput) -> list[OutputDelta]:
-        """Take in the results of a step, in the order of planning. Returns what changed, for all requests."""
+        """Take in the results of a step; steps come in the order in which they were planned. Appends the sampled
+        tokens, ends sequences, makes full blocks findable, frees rows. Returns an output for each request that
+        changed."""
         assert plan.step == result.step
         table, rows = self.rows, plan.rows_S.astype(np.int64)
         self.kv.settle(plan.step)
@@ -247,7 +251,8 @@ class Scheduler:
         return self.take_ready() + outputs if self._ready else outputs
 
     def _settle_counters(self, plan: ScheduleOutput, result: StepOutput, rows: np.ndarray) -> None:
-        """Take back what was counted for drafts that were not accepted."""
+        """Advance the rows' settled counters, and take back what `upper` and `cursor` counted for drafts that were not
+        accepted."""
         table = self.rows
         table.computed[rows] += plan.num_tokens_S
         self.waiting.note_outputs(rows, result.num_sampled_S)
@@ -269,7 +274,8 @@ class Scheduler:
             c.spec_accepted_tokens_by_position_total[position] += int(np.count_nonzero(num_accepted_S > position))
 
     def _finish_at(self, row: int, output: OutputDelta) -> None:
-        """The row's last token, in `output`, ended it."""
+        """End the row's sequence, whose last token in `output` is a stop token or reached the length limit; writes the
+        reason into `output`."""
         seq = self.rows.seqs[row]
         assert seq is not None
         last, params = output.token_ids[-1], seq.request.sampling
@@ -282,9 +288,10 @@ class Scheduler:
         self._finish(seq, reason)
 
     def _finish(self, seq: SequenceState, reason: FinishReason, *, error: str | None = None) -> OutputDelta:
-        """End a sequence; returns a terminal output for the caller that has none yet."""
+        """End a sequence: release its blocks and forget it. Returns a terminal output, which a caller that has one
+        already ignores."""
         if seq.status is Status.RUNNING:
-            # What a failed step computed may not be finite either: nobody else must find it.
+            # The KV of a failed step may not be finite either: no other request may find it.
             self.running.leave(seq, commit=reason is not FinishReason.ERROR,
                                ended_well=reason in (FinishReason.STOP, FinishReason.LENGTH))
         elif seq.status is Status.PREEMPTED:
@@ -301,7 +308,7 @@ class Scheduler:
                            cached_by_tier=self._writer.untold.pop(seq.request_id, None))
 
     def _commit_blocks(self, rows: np.ndarray) -> None:
-        """Offer blocks that became full in this step to the prefix index."""
+        """Make the blocks that became full in this step findable in the prefix index."""
         table = self.rows
         full = table.computed[rows] // self.kv.block_size > self.kv.num_committed_R[rows]
         for row in rows[full].tolist():
@@ -310,7 +317,7 @@ class Scheduler:
                 self.running.commit(row)
 
     def _leave_settled(self, rows: np.ndarray) -> None:
-        """Rows whose owner is gone and that no step in flight knows are free again."""
+        """Free the rows whose sequence has ended or was preempted and that no step in flight uses."""
         gone = rows[~self.rows.alive[rows] & (self.rows.in_flight[rows] == 0)]
         for row in gone.tolist():
             if self.rows.seqs[row] is not None:

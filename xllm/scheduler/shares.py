@@ -1,4 +1,4 @@
-"""What each tenant's share of a step, of the rows and of the blocks is, where tenants share fairly. Pure functions.
+"""Computes each tenant's share of a step, of the rows and of the blocks, for the policy "fair". Pure functions.
 
 Letters: T tenants, R rows in order of service. Arrays are float64 or int64.
 """
@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-SLOWER = 2.0  # a step may take so many times what a tenant's exact share of the time allows: larger batches are cheaper
-SHORTEST_S = 1e-12  # nothing is cheaper than that
-LONGEST_STEP_S = 0.2  # that is planned: whoever comes waits for up to two of them
-QUANTUM = 1024.0  # weighted tokens that a tenant's only row may be ahead before it makes room
+# A step may take so many times what a tenant's exact share of the time allows. Chosen: larger batches are cheaper, and
+# each tenant is at most that much slower than with its exact share.
+SLOWER = 2.0
+SHORTEST_S = 1e-12  # a floor under prices of a token, so that nothing is divided by zero
+# That is planned, in seconds. Chosen: a request that arrives waits for up to two such steps before its first.
+LONGEST_STEP_S = 0.2
+# Weighted tokens that a tenant's only row may be ahead before it makes room. Chosen: smaller turns are fairer, and each
+# change of turns computes a row anew.
+QUANTUM = 1024.0
 
 
 def sums(slot_R: np.ndarray, of_R: np.ndarray, num: int) -> np.ndarray:
-    """The rows' numbers added up by tenant: float64 [T], also where there is no row."""
+    """Add the rows' numbers up by tenant: float64 [num], 0 for a tenant without rows."""
     return np.bincount(slot_R, weights=of_R, minlength=num).astype(np.float64)
 
 
@@ -24,7 +29,7 @@ def seconds_of_step(demand_T: np.ndarray, weight_T: np.ndarray, step_s: float) -
     demand_T: seconds that each would take of this step; 0: it asks for nothing. step_s: what a step costs by itself.
     Alone a tenant's step would take step_s + demand; beside others it has its weight's share of the time, so it may
     take that much longer, and `SLOWER` times that. What fits into the shortest such time is dealt out by weight, what
-    one does not want going to the others. None: everybody may have what it wants.
+    one does not want going to the others. None: every tenant may have what it wants.
     """
     asks = demand_T > 0
     if np.count_nonzero(asks) < 2:
@@ -37,7 +42,7 @@ def seconds_of_step(demand_T: np.ndarray, weight_T: np.ndarray, step_s: float) -
 
 
 def deal(demand_T: np.ndarray, weight_T: np.ndarray, total: float) -> np.ndarray:
-    """Deal `total` out by weight, nobody getting more than its demand (max-min fairness)."""
+    """Deal `total` out by weight, no tenant getting more than its demand (max-min fairness): float64 [T]."""
     given, open_T = np.zeros(len(demand_T)), demand_T > 0
     while open_T.any() and total > 0:
         part = total * weight_T / weight_T[open_T].sum()
@@ -92,8 +97,8 @@ def who_yields(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: n
 
 
 def who_gives(slot: int, use_T: np.ndarray, num_rows_T: np.ndarray, weight_T: np.ndarray) -> int | None:
-    """The tenant that gives up a running row's blocks for a row of `slot`, which needs more of them; None: whoever
-    comes last of all, as without tenants.
+    """The tenant that gives up a running row's blocks for a row of `slot`, which needs more of them; None: the row that
+    is served last of all gives its blocks, as without tenants.
 
     use_T: share of the blocks that each holds. It is the tenant farthest beyond its share, `slot` itself if it is that
     one, and never another's only row.

@@ -1,4 +1,4 @@
-"""`StepCost`: how long a step takes by what it computes, learnt from the steps so far."""
+"""`StepCost`: estimates how long a step takes from what it computes, fitted to the steps so far."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WINDOW = 1024  # steps that are remembered: some seconds of short ones
-_FEWEST = 8  # before anything is said
+# Chosen, not measured, all of them.
+_WINDOW = 1024  # steps that are remembered: some seconds of short ones, enough to see steps of several sizes
+_FEWEST = 8  # steps before a price is given: three prices want more than three of them
 _FRESH = 16  # steps between two fits, and those whose level counts: the machine may have become slower meanwhile
-_RIDGE = np.array([1e-2, 1e-3, 1e-3])  # where steps cannot tell them apart, the step itself is what costs nothing
+# Penalty on the three prices: where the steps cannot tell them apart, the step itself is taken to cost nothing.
+_RIDGE = np.array([1e-2, 1e-3, 1e-3])
 
 
 class Prices(NamedTuple):
@@ -22,11 +24,11 @@ class Prices(NamedTuple):
 
 
 class StepCost:
-    """The least squares of the relative error over the last steps: relative, because a long step would outweigh all the
-    short ones, which say more of what a step costs by itself.
+    """A least-squares fit of the relative error over the last steps: relative, because a long step would outweigh all
+    the short ones, which say more of what a step costs by itself.
 
-    Steps that were all of about one size tell nothing of that; it is then taken for cheap. A caller that believes it
-    plans smaller steps, and so finds out.
+    Steps of about one size do not show what a step costs by itself; that is then estimated as cheap. A caller that goes
+    by it plans smaller steps, which give the fit what it lacks.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class StepCost:
         self._prices: Prices | None = None
 
     def note(self, num_tokens: int, num_reads: int, seconds: float) -> None:
-        """A step computed so many tokens, which attended to so many before them, in that time."""
+        """Take in a step: it computed `num_tokens` tokens, which attended to `num_reads` before them, in `seconds`."""
         if seconds <= 0.0:
             return
         at = self._num % _WINDOW
@@ -45,7 +47,7 @@ class StepCost:
         self._num += 1
 
     def prices(self) -> Prices | None:
-        """None while too few steps are known."""
+        """The fitted prices, at most `_FRESH` steps old; None before `_FEWEST` steps."""
         if self._num >= _FEWEST and (self._prices is None or self._num - self._num_fitted >= _FRESH):
             self._prices, self._num_fitted = self._fit(), self._num
         return self._prices
@@ -62,7 +64,7 @@ class StepCost:
 
 
 def _positive_least_squares(gram_PP: np.ndarray, target_P: np.ndarray) -> np.ndarray:
-    """The x >= 0 of the least x' gram x - 2 target' x, by trying which of them are zero: there are few."""
+    """The x >= 0 that minimises x' gram x - 2 target' x, by trying every choice of zeros: x is short."""
     best, best_loss = np.zeros(len(target_P)), 0.0
     for kept in itertools.product((False, True), repeat=len(target_P)):
         at = np.flatnonzero(kept)

@@ -11,7 +11,8 @@ _EMPTY = np.zeros(0, dtype=np.int64)
 
 @dataclass(slots=True)
 class Share:
-    """What some rows get. Aligned int64 arrays; `wanted` tells whether a row reaches its last known token."""
+    """What some rows get of a step: int64 arrays of one length. tokens: known tokens to compute; drafts: draft tokens
+    besides; wanted: what the row wants: where `tokens == wanted` it reaches its last known token and samples."""
 
     rows: np.ndarray
     tokens: np.ndarray
@@ -19,10 +20,12 @@ class Share:
     wanted: np.ndarray
 
     def only(self, mask: np.ndarray) -> Share:
+        """The share of the rows where `mask` (bool) is true."""
         return Share(self.rows[mask], self.tokens[mask], self.drafts[mask], self.wanted[mask])
 
     @property
     def cost(self) -> int:
+        """Tokens of the step's budget that it takes."""
         return int(self.tokens.sum() + self.drafts.sum())
 
 
@@ -31,7 +34,7 @@ EMPTY_SHARE = Share(_EMPTY, _EMPTY, _EMPTY, _EMPTY)
 
 @dataclass(slots=True)
 class TokenBudget:
-    """How many tokens a step may compute, and how a row's part of them is limited."""
+    """The tokens that a step may still compute (`left`), and the limits on one row's part of them."""
 
     max_tokens: int
     max_chunk: int  # longest prefill chunk of one row; 0: no limit
@@ -43,10 +46,12 @@ class TokenBudget:
         self.left = self.max_tokens
 
     def reset(self) -> None:
+        """Begin a new step: `left` is `max_tokens` again."""
         self.left = self.max_tokens
 
     def share(self, rows: np.ndarray, wanted: np.ndarray, room: np.ndarray, limit: np.ndarray | None = None) -> Share:
-        """Give the rows, in their order, what they want as far as the budget goes; takes nothing yet.
+        """Share the budget out to the rows in their order: each gets what it wants while the budget lasts. Takes
+        nothing from the budget yet (`take`).
 
         wanted: tokens until the row's last known one. room: tokens it may still produce (> 0). limit: tokens that the
         row may have in this step, 0: none; where prompts are not computed in parts it leaves them alone.
@@ -76,11 +81,12 @@ class TokenBudget:
         return Share(share.rows, tokens, drafts, share.wanted).only(tokens > 0)
 
     def lower(self, max_tokens: int) -> None:
-        """The step at hand may have so many tokens in all; where prompts are not computed in parts that would keep a
-        long one out for ever, and nothing changes."""
+        """Lower `left` to `max_tokens`. Without chunked prefill nothing changes: a prompt longer than that would never
+        be admitted."""
         if self.allow_partial:
             self.left = min(self.left, max_tokens)
 
     def take(self, share: Share) -> None:
+        """Subtract a share's cost from `left`."""
         self.left -= share.cost
         assert self.left >= 0

@@ -1,4 +1,4 @@
-"""N-gram prompt lookup: what followed the last time the same tokens were seen?"""
+"""N-gram prompt lookup: drafts the tokens that followed the last occurrence of the same tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from xllm.speculative.proposer import TokenHistory
 
-PADDING = -1
+PADDING = -1  # no token has that id
 
 
 class NgramProposer:

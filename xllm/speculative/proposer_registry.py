@@ -1,4 +1,4 @@
-"""The closed set of proposers. A new one is an entry here."""
+"""The proposers by name. A new one is an entry here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`GrammarChecker`: finds out, without harm to anybody, whether a `StructuredOutput` can be honoured."""
+"""`GrammarChecker`: finds out whether a `StructuredOutput` can be compiled, in processes that may be killed for it."""
 
 from __future__ import annotations
 
@@ -24,27 +24,32 @@ from xllm.structured.grammar_compiler import COMPILE_CPU_S, TOO_MUCH_MEMORY
 from xllm.structured.spec import StructuredOutput
 from xllm.structured.token_trie import VocabularySource, need_llguidance
 
-WALL_TIMEOUT_S = 15.0  # when the machine is so busy that the limit on CPU time does not come
+# For an answer, where a busy machine keeps the limit on CPU time from being reached. Chosen: several times
+# `COMPILE_CPU_S`.
+WALL_TIMEOUT_S = 15.0
+# For the process to read the vocabulary, which takes about a second for 150,000 tokens; chosen for slow machines.
 START_TIMEOUT_S = 60.0
-MAX_WORKERS = 2
+MAX_WORKERS = 2  # processes. Chosen: a slow grammar does not hold up all others, and the cores are left to the steps
+# Checks that wait at a time, at up to COMPILE_CPU_S each. Chosen: more callers than that are told to come back.
 MAX_WAITING = 32
-MAX_REMEMBERED = 1024
+MAX_REMEMBERED = 1024  # verdicts, a digest and a reason each. Chosen: small, and more forms than an application has
 _log = logging.getLogger(__name__)
 TOO_SLOW = f"it takes more than {COMPILE_CPU_S} s to compile"
 
 
 class GrammarBusyError(RequestError):
-    """So many grammars wait to be compiled that no more are taken."""
+    """Raised when as many grammars wait to be compiled as are allowed (MAX_WAITING)."""
 
 
 class GrammarChecker:
-    """Compiles in processes beside this one. The first is started at the first call, and killed if it takes too long.
+    """Compiles grammars in processes beside this one, to see whether they can be. A process is started when it is first
+    needed, and killed if it takes too long.
 
     Usable from several threads. Remembers the last MAX_REMEMBERED verdicts.
     """
 
     def __init__(self, source: Callable[[], VocabularySource]):
-        """source: asked once, at the first check."""
+        """source: called once, at the first check."""
         self._source = source
         self._lock = threading.Lock()  # of the next three
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
@@ -53,11 +58,13 @@ class GrammarChecker:
         self._pool = ThreadPoolExecutor(max_workers=MAX_WORKERS, thread_name_prefix="xllm-grammar-check")
 
     def check(self, spec: StructuredOutput) -> None:
-        """Wait for the verdict. Raises RequestError with `field` one of spec's, GrammarBusyError."""
+        """Wait for the verdict on `spec`. Raises RequestError whose `field` is one of spec's fields, or
+        GrammarBusyError."""
         self.submit(spec).result()
 
     def submit(self, spec: StructuredOutput) -> Future[None]:
-        """A future that holds nothing, or `check`'s error. Raises GrammarBusyError."""
+        """Begin a check; the future's result is None, or it raises what `check` raises. Raises GrammarBusyError at
+        once."""
         done: Future[None] = Future()
         key = hashlib.blake2b(f"{spec.kind}\0{spec.after or ''}\0{spec.source}".encode(), digest_size=16).digest()
         with self._lock:
@@ -98,7 +105,7 @@ class GrammarChecker:
                     self._idle.append(worker)
 
     def _take_idle(self) -> _Worker | None:
-        """One whose process still lives; somebody may have killed it."""
+        """Take an idle worker whose process still lives; None if there is none."""
         with self._lock:
             while self._idle:
                 worker = self._idle.pop()
@@ -108,7 +115,7 @@ class GrammarChecker:
         return None
 
     def close(self) -> None:
-        """Wait for what is being compiled and end the processes."""
+        """Wait for what is being compiled, then end the processes."""
         self._pool.shutdown(wait=True)
         while self._idle:
             self._idle.pop().stop()
@@ -128,7 +135,7 @@ def _raise(spec: StructuredOutput, verdict: str | None) -> None:
 
 
 class _Worker:
-    """The process. One thread at a time."""
+    """A compiling process (`grammar_compiler.py`). Used by one thread at a time."""
 
     def __init__(self, source: VocabularySource):
         need_llguidance()
@@ -149,7 +156,8 @@ class _Worker:
         return self.stop.alive and self._process.poll() is None
 
     def ask(self, spec: StructuredOutput) -> str | None:
-        """Why it cannot be honoured; None: it can."""
+        """Why `spec` cannot be honoured; None: it can. Blocks until the process answers, ends, or is killed for its
+        slowness."""
         self._send(json.dumps({spec.kind: getattr(spec, spec.kind), "after": spec.after}))
         answer = self._read(WALL_TIMEOUT_S)
         if answer is not None:
@@ -166,7 +174,7 @@ class _Worker:
             self._process.stdin.flush()
 
     def _read(self, timeout_s: float) -> bytes | None:
-        """One line; None if it does not come or the process ends."""
+        """Read one line; None if it does not come in time or the process ends."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if ready else b""

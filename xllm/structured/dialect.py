@@ -1,4 +1,4 @@
-"""`translate`: what schemas of pydantic, zod and OpenAPI say, in keywords that llguidance honours alike."""
+"""`translate`: rewrites what schemas of pydantic, zod and OpenAPI say in keywords that llguidance honours alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname
 ANNOTATIONS = frozenset({"title", "description", "examples", "default", "deprecated", "$comment"})
 # They are for the whole schema, wherever the rest of its root goes.
 _OF_ROOT = ("$defs", "definitions", "$schema", "$id", "x-guidance")
-_MAX_REFERENCES = 64
+_MAX_REFERENCES = 64  # in a chain, so that a circle of them ends. Chosen: far beyond any real schema
 
 
 def translate(node: Schema, refer: Refer) -> Schema | None:

@@ -21,14 +21,14 @@ _SETS = {"d": f"[{_DIGIT}]", "D": f"[^{_DIGIT}]", "w": f"[{_WORD}]", "W": f"[^{_
 _CONTROLS = {"t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"}
 _DOT = r"[^\x{a}\x{d}\x{2028}\x{2029}]"
 _COUNT = re.compile(r"\{[0-9]+(?:,[0-9]*)?\}")
-_MAX_COUNT_DIGITS = 9
+_MAX_COUNT_DIGITS = 9  # of a repetition's count: below 2^32, beyond which the `regex` crate cannot read it
 _PROPERTY = re.compile(r"\\[pP](?:\{[^{}]+\}|[A-Za-z])")
 _HEX = "[0-9a-fA-F]"
 _CODE = re.compile(rf"\\(?:x({_HEX}{{2}})|[xu]\{{({_HEX}+)\}}|u([dD][89abAB]{_HEX}{{2}})\\u([dD][c-fC-F]{_HEX}{{2}})"
                    rf"|u({_HEX}{{4}}))")
 _GROUP = re.compile(r"\((?:\?(?:P?<[^\W\d]\w*>|:|(?P<flags>[a-zA-Z-]+)(?P<end>[:)])))?")
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
-_MAX_CODE = 0x10FFFF
+_MAX_CODE = 0x10FFFF  # the last code point of Unicode
 
 # What pydantic 2 wrote for a Decimal: digits, of which the look-ahead says that there is one at least.
 _DECIMAL = re.compile(r"\^\(\?!\^\[-\+\.\]\*\$\)\[\+-\]\?0\*\\d\*\\\.\?\\d(?:\*|\{0,([1-9]\d*)\}0\*)\$")

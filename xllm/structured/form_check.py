@@ -1,4 +1,4 @@
-"""`check_form`: finds in a `StructuredOutput` what llguidance lets pass, although not every output of it can end."""
+"""`check_form`: finds forms that llguidance compiles although some of their outputs cannot end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from xllm.structured.lark import regexes_of, schemas_of
 from xllm.structured.regexes import RegexError, check_regex
 from xllm.structured.spec import StructuredOutput
 
+# For finding the innermost wrong part of a schema. Chosen: a better message is worth that much and no more.
 SEARCH_CPU_S = 0.05
-SHOWN_CHARS = 80
+SHOWN_CHARS = 80  # of an expression, in a message
 
 
 def check_form(spec: StructuredOutput, dead_ends: DeadEnds) -> None:
-    """Raise ValueError that names the place. `after` makes no difference: it is the form behind it that is checked."""
+    """Raise ValueError that names the place of such a mistake. With `after` the form behind it is checked."""
     source = spec.source
     if spec.kind == "json":
         _check_schema(json.loads(source), dead_ends)

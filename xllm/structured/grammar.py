@@ -1,4 +1,4 @@
-"""From a `StructuredOutput` to llguidance's matcher of it.
+"""Makes llguidance's grammar text and matcher of a `StructuredOutput`.
 
 All that llguidance may spend is bounded here; what it spends in spite of that is found out by `grammar_probe.py`, in a
 process that may be killed for it (`grammar_compiler.py`).
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 # blanks, a model that likes them never comes back.
 JSON_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,24}"
 FREE_TEXT = r"(.|\n)*"
-_MAX_REASON_CHARS = 400
+_MAX_REASON_CHARS = 400  # of llguidance's reason in a message, which may repeat the whole grammar
 
 
 class GrammarError(ValueError):
-    """What is asked for cannot be compiled, allows no text at all, or costs too much."""
+    """The grammar cannot be compiled, allows no text at all, or costs too much."""
 
 
 def grammar_text(spec: StructuredOutput) -> str:
-    """The specification as llguidance takes it; `form_check.py` finds what is wrong with it. Raises GrammarError."""
+    """The specification as llguidance reads it. Raises GrammarError. What llguidance accepts wrongly, `form_check.py`
+    finds."""
     return _form(spec) if spec.after is None else _behind(spec.after, _form(spec))
 
 
@@ -79,7 +80,8 @@ def as_lark(source: str) -> str:
 
 
 def checked_structures(tag: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of vLLM's and SGLang's structural tag, whose form nobody else would complain about. Raises GrammarError."""
+    """The structures of a structural tag in vLLM's and SGLang's form. Raises GrammarError for a malformed tag, which is
+    not checked anywhere else."""
     _check_keys(tag, ("structures", "triggers"), "a structural tag")
     structures, triggers = tag.get("structures"), tag.get("triggers")
     if not isinstance(structures, list) or not structures or not all(isinstance(s, dict) for s in structures):

@@ -27,10 +27,14 @@ from xllm.structured.token_trie import VocabularySource
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-COMPILE_CPU_S = 2
+COMPILE_CPU_S = 2  # for one grammar. Chosen: real schemas take milliseconds
+# For compiling one grammar. Chosen: two workers of it fit beside a model on a machine of the smallest kind.
+# For compiling one grammar. Chosen: far more than real schemas need; two workers may use it at once.
 COMPILE_MEMORY_BYTES = 2**30
-GRAMMAR_BYTES = 32 * 2**20  # what may stay of one, for as long as the engine keeps it
+# What one grammar may keep allocated, for as long as the engine keeps it. Chosen: most need less than a tenth of it.
+GRAMMAR_BYTES = 32 * 2**20
 TOO_MUCH_MEMORY = "it needs too much memory"
+# Of the process, so that steps go first. Chosen: beside one busy thread, Linux gives 5 about a quarter of a core.
 NICENESS = 5
 
 
@@ -71,14 +75,15 @@ def _answer(content: dict[str, Any]) -> None:
 
 
 def _limit_memory() -> None:
-    """COMPILE_MEMORY_BYTES from here on."""
+    """Limit the address space to COMPILE_MEMORY_BYTES more than is used now."""
     with open("/proc/self/statm", encoding="ascii") as file:
         used_bytes = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + COMPILE_MEMORY_BYTES,) * 2)
 
 
 def _limit_cpu_time() -> None:
-    """COMPILE_CPU_S from here on (whole seconds are all that the kernel takes); then SIGXCPU ends the process."""
+    """Limit CPU time to COMPILE_CPU_S more than is used now (the kernel takes whole seconds); then SIGXCPU ends the
+    process."""
     soft_s = math.ceil(time.process_time() + COMPILE_CPU_S)
     resource.setrlimit(resource.RLIMIT_CPU, (soft_s, resource.RLIM_INFINITY))
 

@@ -1,4 +1,4 @@
-"""Random texts of a grammar, written to see what its masks cost and whether it has dead ends."""
+"""Writes random texts of a grammar to see what its masks cost and whether it has dead ends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from xllm.structured.grammar import GrammarError, build_matcher, check_matcher, 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_STEP_CPU_S = 0.1
+MAX_STEP_CPU_S = 0.1  # for one mask. Chosen: every running request waits for the slowest mask of a step
+# Texts and their tokens. Chosen: enough to leave the grammar's beginning, at some ms for a usual grammar.
+# Texts and their tokens. Chosen: enough to leave the grammar's beginning, few enough to cost little.
 NUM_WALKS, WALK_TOKENS = 2, 24
+# Texts, their bytes, and the time for all of them. Chosen: within it dead ends near a grammar's beginning are met.
 NUM_BYTE_WALKS, WALK_BYTES, BYTE_WALKS_CPU_S = 32, 300, 0.03
 _STRUCTURE, _BLANKS = b'"{}[],:', b" \t\r\n"
-_SHOWN_BYTES = 80
+_SHOWN_BYTES = 80  # of a text that has come to a dead end, in the message
 
 
 def probe_cost(matcher: LLMatcher, vocabulary: LLTokenizer) -> None:

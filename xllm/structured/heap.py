@@ -1,4 +1,4 @@
-"""How much of the heap is in use, as the C library says it."""
+"""How much of the heap is in use, by glibc's own count."""
 
 from __future__ import annotations
 

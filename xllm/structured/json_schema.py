@@ -1,4 +1,4 @@
-"""What is wrong with a JSON schema before llguidance reads it: what it lets pass, but cannot or should not honour.
+"""Finds mistakes in a JSON schema that llguidance does not: what it accepts but cannot or should not honour.
 
 llguidance finds by itself what it does not know and most of what no value fulfils. It does not find values that contain
 themselves without end, or names that run out (llguidance#265).

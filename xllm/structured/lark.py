@@ -1,4 +1,4 @@
-"""What stands within a grammar in llguidance's Lark: its regular expressions and its JSON schemas."""
+"""Finds the regular expressions and JSON schemas in a grammar in llguidance's Lark."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`RowMatchers`: where each running row stands in its grammar, and the masks that follow from that.
+"""`RowMatchers`: keeps each running row's position in its grammar, and computes the masks that follow from it.
 
-A matcher takes tokens in when its next mask is wanted, from the row's own tokens: so a row that comes back after a
-preemption, a draft that was not accepted and a step planned ahead need no word to it.
+A matcher reads the row's own tokens when its next mask is wanted. So a row that comes back after a preemption, a draft
+that was not accepted and a step planned ahead need not be reported to it.
 
 Letters: Q slots of a step, X those of rows with a grammar, K slots of one row (1 + its drafts), W words of 32 tokens.
 """
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 # llguidance lets other Python threads run. The more cores, the fewer of them the forward pass misses.
 NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
-MIN_SHARE = 8  # rows worth a thread
-ALL = -1  # a word whose 32 tokens may all be drawn
-# A grammar that turns out to be as slow as that holds up everybody's steps: its request ends.
+MIN_SHARE = 8  # rows that are worth a thread. Chosen: a mask of a usual grammar takes less time than handing it over
+ALL = -1  # an int32 word whose 32 bits are set: all its tokens may be drawn
+# A grammar whose mask takes that long ends its request: every other row of the step waits for it. Chosen: five times
+# what `grammar_probe.MAX_STEP_CPU_S` allows at the door.
 MAX_MASK_CPU_S = 0.5
 
 
 class RowTokens(Protocol):
-    """What is read of the rows: known tokens, and behind them the drafts of the running step."""
+    """The part of the rows that is read: known tokens, and after them the drafts of the running step."""
 
     token_ids: np.ndarray
     num_tokens: np.ndarray
@@ -54,8 +55,8 @@ class Slots(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotMasks:
-    """slots_X: indices into the slots asked about. mask_XW int32. failed: by slot, of rows whose grammar gave up; their
-    mask allows all."""
+    """Masks of some slots. slots_X: indices into the slots of the call. mask_XW int32. failed: by slot, for rows whose
+    grammar has failed; their mask allows all tokens."""
 
     slots_X: np.ndarray
     mask_XW: np.ndarray
@@ -68,10 +69,10 @@ class SlotMasks:
 
 
 class RowMatchers:
-    """One thread at a time may call it; masks are computed in threads of its own where `begin` was called."""
+    """One thread at a time may call it; between `begin` and `masks` the masks are computed in threads of its own."""
 
     def __init__(self, rows: RowTokens, vocab_size: int):
-        self.store: GrammarStore | None = None  # whoever loads the engine provides it
+        self.store: GrammarStore | None = None  # set by the worker before the first row
         self._rows = rows
         self._num_words = -(-vocab_size // 32)
         self._matchers: dict[int, _RowMatcher] = {}
@@ -99,7 +100,8 @@ class RowMatchers:
             self._masked[row] = False
 
     def begin(self, slots: Slots) -> None:
-        """Start computing the masks of these slots; the rows' known tokens are known, and drafts lie behind them."""
+        """Start computing the masks of these slots. The host must know all known tokens of the rows, with drafts after
+        them."""
         if not self._matchers or not self._masked[slots.rows].any():
             return
         if self._pool is None:
@@ -117,7 +119,8 @@ class RowMatchers:
                 filling.done = done
 
     def masks(self, slots: Slots) -> SlotMasks | None:
-        """The masks of these slots, computed now where `begin` has not; None: no slot has one."""
+        """The masks of these slots; those that `begin` has not started are computed now. None: no slot has a
+        grammar."""
         if not self._matchers:
             return None
         slots_X = np.flatnonzero(self._masked[slots.rows])
@@ -176,7 +179,7 @@ class _RowMatcher:
         self._has_ended = False
 
     def take(self, token_ids: list[int]) -> None:
-        """Move on. Raises GrammarError or RequestError."""
+        """Advance by these tokens. Raises GrammarError or RequestError."""
         if self._matcher is None:
             self._matcher = self._built.result().deep_copy()
         self.num_taken += len(token_ids)
@@ -192,7 +195,8 @@ class _RowMatcher:
         self._has_ended |= self._matcher.is_stopped()
 
     def fill(self, mask_KW: np.ndarray, drafts: list[int]) -> None:
-        """The masks here and behind each draft, as far as the drafts are of the grammar. Raises GrammarError."""
+        """Write the masks here and after each draft, up to the first draft that the grammar does not allow. Raises
+        GrammarError."""
         matcher = self._matcher
         assert matcher is not None, "take() first"
         if self._has_ended:
@@ -227,7 +231,7 @@ def _in_mask(mask_W: np.ndarray, token_id: int) -> bool:
 
 
 class _Filling:
-    """The masks of a row that stands at `position`: computed by `run`, in whichever thread."""
+    """The masks of a row at `position`. `run` computes them, in any thread."""
 
     def __init__(self, matcher: _RowMatcher, position: int, new_tokens: list[int], drafts: list[int],
                  mask_KW: np.ndarray):

@@ -1,4 +1,4 @@
-"""Regular expressions as users mean them: what llguidance's parser lets pass although it is a mistake is refused.
+"""Refuses mistakes in regular expressions that llguidance's parser would accept with another meaning.
 
 llguidance reads the syntax of Rust's `regex` crate, which takes `foo**` for a repetition of a repetition; Python and
 ECMA-262 refuse it. `[]a]` is a class that holds a bracket to the crate and to Python; to ECMA-262 it is a class without
@@ -17,7 +17,7 @@ _GROUP = re.compile(r"\((?:\?(?:P?<\w+>|(?P<flags>[a-zA-Z-]*)(?P<end>[:)])))?")
 _POSIX = re.compile(r"\[:\^?[a-z]+:\]")
 # What a repetition cannot stand behind, besides the beginning.
 _NOTHING = frozenset({"open", "bar", "anchor", "flags"})
-_SHOWN_CHARS = 12
+_SHOWN_CHARS = 12  # of the expression around a mistake, in its message
 
 
 class RegexError(ValueError):
@@ -31,8 +31,8 @@ class _Part(NamedTuple):
 
 
 def check_regex(pattern: str) -> None:
-    """Raise RegexError for what no other syntax than the `regex` crate's would take. Whether it is an expression at all
-    is for llguidance to say."""
+    """Raise RegexError for what only the `regex` crate's syntax accepts. Whether it is a valid expression at all,
+    llguidance checks."""
     _read(pattern)
 
 

@@ -1,4 +1,4 @@
-"""`GrammarStore`: compiled grammars of the engine. What comes here has passed a `GrammarChecker`."""
+"""`GrammarStore`: keeps the engine's compiled grammars. Only grammars that have passed a `GrammarChecker` come here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from xllm.structured.token_trie import VocabularySource, need_llguidance
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+# Kept at a time. Chosen: more forms than most applications use at once; their memory is bounded by the next line.
 MAX_GRAMMARS = 64
 # Most need less than a tenth of GRAMMAR_BYTES (`grammar_compiler.py`); the states of a lexer, which are added while
 # texts are written, come to 1 KB each.
@@ -23,11 +24,11 @@ MAX_GROWTH_BYTES = 2**27
 
 
 class GrammarStore:
-    """Builds matchers in a thread of its own and keeps the last MAX_GRAMMARS, or the last one alone once the heap has
+    """Builds matchers in a thread of its own. Keeps the MAX_GRAMMARS last used, or only the last one once the heap has
     grown by MAX_GROWTH_BYTES. Usable from several threads."""
 
     def __init__(self, source: Callable[[], VocabularySource]):
-        """source: asked once, in that thread, when the first grammar comes."""
+        """source: called once, in that thread, when the first grammar comes."""
         self._source = source
         self._vocabulary: LLTokenizer | None = None
         self._built: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()
@@ -36,7 +37,8 @@ class GrammarStore:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-grammar")
 
     def prepare(self, spec: StructuredOutput) -> Future[LLMatcher]:
-        """Begin to build it, if that has not begun. The future's matcher must not be used, only copied."""
+        """Begin to build a grammar's matcher, unless that has begun. The future's matcher must only be copied, never
+        used itself."""
         with self._lock:
             built = self._built.get(spec)
             if built is None:
@@ -55,7 +57,8 @@ class GrammarStore:
             self._heap_bytes = allocated_bytes()
 
     def matcher(self, spec: StructuredOutput) -> LLMatcher:
-        """A matcher at its beginning, for the caller alone. Waits for it. Raises GrammarError or RequestError."""
+        """A new matcher at the beginning of its grammar, for the caller alone. Waits until it is built. Raises
+        GrammarError or RequestError."""
         return self.prepare(spec).result().deep_copy()
 
     def _build(self, spec: StructuredOutput) -> LLMatcher:

@@ -1,4 +1,4 @@
-"""The tokenizer as llguidance sees it: every token's bytes in a trie."""
+"""The tokenizer in the form that llguidance reads: every token's bytes, in a trie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESERVED = b"\xff"  # llguidance marks special tokens with it; no text has it
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularySource:
-    """What a vocabulary is made of, as JSON may hold it, so that another process can be given it.
+    """The facts that a vocabulary is built from, as plain JSON values, so that they can be sent to another process.
 
     tokenizer_json: a `tokenizers.Tokenizer` that puts no blank before a text, serialised. token_bytes: in hexadecimal,
     one a logit: none where the model knows a token that the tokenizer does not know, or must never be drawn.

@@ -38,7 +38,7 @@ Message = Mapping[str, Any]
 
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-MAX_PROVEN = 4096  # shapes of conversations, 16 bytes each
+MAX_PROVEN = 4096  # shapes of conversations that are remembered, 16 bytes each. Chosen: bounds memory
 _CONTINUE_MARK = "\u2063continue\u2063"
 
 
@@ -112,16 +112,16 @@ class ChatTemplate:
         return text
 
     def _is_said_otherwise(self, name: str, value: Any, variables: Mapping[str, Any]) -> bool:
-        """Whether a switch for thinking that the template does not read asks for nothing: it says what another one
-        says, or turns off what the model does not do."""
+        """Whether a thinking switch that the template does not read asks for nothing new: another switch says the same,
+        or it turns off what the model does not do."""
         if name not in _THINKING_SWITCHES:
             return False
         said = [variables[other] for other in _THINKING_SWITCHES if other in self._variables and other in variables]
         return value in said if said else value is False and not self._thinks
 
     def _first_proven(self, ways: Sequence[Sequence[Message]], wish: _Wish) -> tuple[int | None, str]:
-        """The first way of which the template shows every message, and its text; None for one that is proven for these
-        words only. Raises the first way's RequestError."""
+        """The first way in which the template shows every message: (its number, or None if that is proven for these
+        words only; its text). Raises the first way's RequestError if there is none."""
         first: RequestError | None = None
         for index, way in enumerate(ways):
             try:
@@ -143,7 +143,8 @@ class ChatTemplate:
         return _cut_at_mark(text) if wish.continues else text
 
     def _missing(self, messages: Sequence[Message], wish: _Wish, text: str) -> tuple[RequestError | None, bool]:
-        """What the template drops of them, and whether that holds for other words too. text: what it made of them."""
+        """What the template drops of the messages, and whether that holds for other words too. text: the rendered
+        messages."""
         chat = [_normalised(message, self._content_form) for message in messages]
         copy = MarkedCopy(chat, wish.scope["tools"] or () if wish.needs_tools else (), shows_calls=wish.needs_calls)
         scope = {**wish.scope, "messages": copy.chat, "tools": copy.tools or wish.scope["tools"]}

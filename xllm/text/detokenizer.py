@@ -1,8 +1,8 @@
-"""`Detokenizer`: one request's tokens to text, as they come.
+"""`Detokenizer`: turns one request's tokens into text as they come.
 
-What has been emitted never changes: a character is held back until all its bytes are there, and text
-that could turn into a stop string until it does or does not. All deltas together are the text that the
-answer adds to its prompt (`text_stream.py`).
+What has been emitted never changes: a character is held back until all its bytes are there, and text that could turn
+into a stop string until it does or does not. All deltas together are the text that the answer adds to its prompt
+(`text_stream.py`).
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class Detokenizer:
         return self._emit("".join(deltas))
 
     def _read(self, token_id: int, *, shown: bool) -> str:
-        """What may be shown behind one more token."""
+        """The text that may be shown after one more token."""
         if self._reads_hidden and token_id in (self._hidden if shown else self._tokenizer.special_token_ids):
             delta = self._pass(self._stream.settle())
             return delta if self.stopped else delta + self._pass(self._tokenizer.token_text(token_id), shown=False)
         return self._pass(self._stream.push(token_id)) if shown else ""
 
     def _pass(self, text: str, *, shown: bool = True) -> str:
-        """What the stop strings let through of a text."""
+        """The part of a text that the stop strings let through."""
         if self.offsets is not None and shown:
             self._num_read += len(text)
         if self._stops is None:
@@ -90,7 +90,7 @@ class Detokenizer:
         return passed
 
     def finish(self) -> str:
-        """No more tokens: return what was held back. A stop string can still be completed by it."""
+        """Return what was held back: there are no more tokens. It may still complete a stop string."""
         if self.stopped is not None:
             return ""
         delta = self._pass(self._stream.flush())

@@ -30,7 +30,7 @@ class StopFilter:
         self.stopped: str | None = None
 
     def feed(self, text: str, *, shown: bool = True, may_stop: bool = True) -> str:
-        """Read more text; what may be shown now. shown: False for the text of a special token that is hidden.
+        """Read more text; returns what may be shown now. shown: False for the text of a special token that is hidden.
         may_stop: False where no stop string may end, though one may begin."""
         if not text or not (shown or self.reads_hidden):
             return ""
@@ -50,11 +50,11 @@ class StopFilter:
         return self._release(self._num_free(num_before + len(text)))
 
     def rest(self) -> str:
-        """What is held back: there is no more text."""
+        """Return what is held back: there is no more text."""
         return self._release(sum(len(text) for text, _ in self._held))
 
     def _up_to(self, end: int, stop: str, *, shown_only: bool) -> str:
-        """What is shown of the held text when `stop` ends `end` characters into it."""
+        """The shown part of the held text, cut where `stop` ends, `end` characters into it."""
         if shown_only:
             text = self._release(end)
             return text if self._include_stop else text[: len(text) - len(stop)]
@@ -75,7 +75,7 @@ class StopFilter:
         return free
 
     def _release(self, count: int) -> str:
-        """Take `count` characters from the front; those that are shown."""
+        """Remove `count` characters from the front of the held text; returns those that are shown."""
         shown_texts, rest = [], []
         for text, shown in self._held:
             taken = text[:count]

@@ -24,18 +24,20 @@ from xllm.request import MAX_RENDERED_CHARS
 from xllm.text.template_texts import MAX_INDENT, check_format, check_product, check_text_call
 from xllm.text.template_weights import MAX_VALUES, TemplateLimitError, TemplateWeights
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 10.0  # of one rendering. Chosen: real templates take milliseconds
 MAX_TEXT_CHARS = MAX_RENDERED_CHARS
-MAX_NUMBER = 10**6  # as an argument: a width, an indent, a count
-MAX_INTEGER_BITS = 4096
-MAX_NODES = 2**15  # of a template: the compiler, too, runs inside C
-MAX_PRETTY_VALUES = 2**14  # what `pprint` lays out takes long
+MAX_NUMBER = 10**6  # as an argument: a width, an indent, a count. Chosen: beyond what templates use
+MAX_INTEGER_BITS = 4096  # of a result. Chosen: multiplying and printing such a number takes microseconds
+# Of a template: the compiler, too, runs inside C. Chosen: several times the largest templates in use.
+MAX_NODES = 2**15
+MAX_PRETTY_VALUES = 2**14  # that `pprint` lays out. Chosen: far beyond templates' use; laying out takes long, inside C
+# Between two looks at the clock. Chosen: a look costs more than a tick, and so many ticks take microseconds.
 _TICKS_PER_LOOK = 64
 _EACH, _SHOWN, _SIZED, _CONCAT = "xllm_each", "xllm_shown", "xllm_sized", "xllm_concat"
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Bounds hold for what runs within `limited`, sizes everywhere."""
+    """Jinja's sandbox with bounds. The bound on time holds within `limited`, those on sizes everywhere."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 

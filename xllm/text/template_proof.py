@@ -1,16 +1,16 @@
-"""Proof that a chat template shows what it is given, by rendering a copy of the conversation made of marks.
+"""Proves that a chat template shows what it is given, by rendering a copy of the conversation made of marks.
 
 Many templates write the roles that they know and drop the others without a word (sglang#40082, llama.cpp#20215), or
 drop a second system message, the calls of an assistant, or tools. In the copy every text is a word that occurs nowhere
-else: what does not come out was dropped. What a template does depends on the shape of a conversation and hardly ever
-on its words, so that one proof serves for all conversations of a shape.
+else: what does not come out was dropped. What a template does depends on the shape of a conversation and hardly ever on
+its words, so that one proof serves for all conversations of a shape.
 
 Not looked for: the thinking of earlier turns, and text that an assistant wrote beside its calls. Both are the model's
 own words, and its template decides which of them it is used to seeing again. Nor is the `name` of a participant, which
 many clients send with every message: it tells two of one role apart where a template shows it.
 
-Templates want the same conversation in different clothes, and a message that one way of writing it loses another way
-shows; `plans` are these ways, the best first.
+Templates want the same conversation in different forms, and a message that one form loses another shows; `plans` are
+these forms, the best first.
 """
 
 from __future__ import annotations

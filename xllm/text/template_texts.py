@@ -1,4 +1,4 @@
-"""What methods and filters of text may be asked for, so that none of them makes too much or runs for long inside C."""
+"""Checks what methods and filters of text are given, so that none makes too much or runs for long inside C."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from xllm.text.template_weights import MAX_VALUES, TemplateLimitError, TemplateWeights
 
-MAX_INDENT = 64
-LONG_TEXT_CHARS = 2**20  # beyond it only what copies or searches the text once is done with it
-MARKUP_CHARS = 2**16  # for filters whose time grows with the square of the text
-MAX_STEPS = 2**28  # of a search that compares every place with every character
+MAX_INDENT = 64  # chosen: more than any layout needs; each level of nesting repeats it
+# Of a longer text only what copies or searches it once is allowed. Chosen: one such pass is short.
+LONG_TEXT_CHARS = 2**20
+MARKUP_CHARS = 2**16  # for filters whose time grows with the square of the text. Chosen: 2^32 cheap steps at most
+# Of a search that compares every place with every character. Chosen: some tenths of a second at a step a nanosecond.
+MAX_STEPS = 2**28
 _LONG_FIELD = re.compile(r"\d{5}")
 _WHITESPACE = " \n\t\r\v\f\x1c\x1d\x1e\x85\xa0\u2028\u2029\u3000"
 # They take about as long as copying the text does, or look at each pair of places at worst, which is counted.

@@ -1,7 +1,7 @@
-"""`TemplateWeights`: how much a template's values are in print, so that none is made which takes long to look at.
+"""`TemplateWeights`: counts how much a template's values hold, so that none is made that takes long to look at.
 
-A list that holds itself many times over is small in memory and endless for who compares, sorts, hashes or prints it;
-all of these run to their end inside C, where no clock is looked at. So a value is weighed when it is made.
+A list that holds itself many times over is small in memory and endless to compare, sort, hash or print; all of these
+run to their end inside C, where no clock is looked at. So a value is weighed when it is made.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MAX_VALUES = 2**19  # in one value, each counted as often as it occurs
-MAX_DEPTH = 200
-_OF_NAMESPACE = 512  # values that one counts as: it is weighed again each time
-_REMEMBERED = 16  # values from which the weight is kept
-_MAX_REMEMBERED = 2**14  # weights
+# In one value, each counted as often as it occurs. Chosen: bounds what runs inside C, where no clock is looked at.
+MAX_VALUES = 2**19
+MAX_DEPTH = 200  # of nesting. Chosen: below Python's limit on recursion, far beyond real conversations
+# Values that one counts as. Chosen: it is weighed again each time, so that many of them in a value must count.
+_OF_NAMESPACE = 512
+_REMEMBERED = 16  # values from which a weight is kept. Chosen: counting fewer is as fast as looking the weight up
+_MAX_REMEMBERED = 2**14  # weights kept. Chosen: bounds memory
 
 
 class TemplateLimitError(Exception):
@@ -23,8 +25,8 @@ class TemplateLimitError(Exception):
 
 
 class TemplateWeights:
-    """For one rendering. A template cannot change lists and dicts, so the weight of one stays what it is; that of a
-    namespace, which it can change, is never kept, nor that of what holds one.
+    """The weights of one rendering's values. A template cannot change lists and dicts, so their weight is kept; that of
+    a namespace, which it can change, is never kept, nor that of a value that holds one.
 
     max_chars: characters that one value may have.
     """

@@ -1,4 +1,4 @@
-"""`TextStream`: an answer's tokens to text, one at a time, behind the tokens of its prompt.
+"""`TextStream`: decodes an answer's tokens to text one at a time, in the context of its prompt.
 
 The text is what decoding prompt and answer together adds to the decoded prompt. Where the answer completes a character
 that the prompt left unfinished, that character is the answer's: the prompt's last U+FFFD is replaced (`num_replaced`).
@@ -16,7 +16,8 @@ from xllm.text.token_text import context_tokens, hidden_tokens
 from xllm.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_MAX_HELD_TOKENS = 8  # four bytes make a character; what is still broken after twice that stays broken
+# Four bytes make a character, at most a token each; what is still broken after twice that stays broken.
+_MAX_HELD_TOKENS = 8
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -29,13 +30,13 @@ class TextStream(Protocol):
     num_replaced: int
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, maybe none."""
+        """The text that this token completes, perhaps none."""
 
     def settle(self) -> str:
-        """What was held back and is complete by itself; the next token is no part of it."""
+        """Return held text that is complete by itself: the next token is not part of it."""
 
     def flush(self) -> str:
-        """What was held back; the stream is over."""
+        """Return what was held back: the stream is over."""
 
     def begins(self, token_id: int | None) -> int:
         """How many characters of text that is held back lie before a token that is not pushed yet; None: before the
@@ -43,7 +44,7 @@ class TextStream(Protocol):
 
 
 def text_stream(tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> TextStream:
-    """The fast one where the tokenizer allows it."""
+    """The fast stream if the tokenizer allows it (`ByteStream`), else `WindowStream`."""
     if tokenizer.is_byte_level:
         return ByteStream(tokenizer, prompt, sampling)
     return WindowStream(tokenizer, prompt, sampling)

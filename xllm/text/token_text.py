@@ -1,4 +1,4 @@
-"""`TextContext`: what a token's text is where the token stands.
+"""`TextContext`: gives a token's text at its place in a sequence.
 
 A token has no text of its own. Decoders of sentencepiece models drop the blank of a text's first token, WordPiece puts
 one before each word but the first, and a byte of a character shows only when the others are there. So an answer is read
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from xllm.request import SamplingParams
 from xllm.text.tokenizer import Tokenizer
 
-MAX_CONTEXT_TOKENS = 64  # of a run of byte tokens; any other token is context enough by itself
+# Of a run of byte tokens; any other token is context enough by itself. Chosen: a word of such bytes is shorter.
+MAX_CONTEXT_TOKENS = 64
 _NONE: frozenset[int] = frozenset()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+# from which tokenising lets other threads run; chosen: releasing the interpreter costs shorter texts more than it helps
 _LONG_TEXT_CHARS = 2048
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Where a part says what it puts before a text, and what it says for nothing.

@@ -1,4 +1,4 @@
-"""Errors as messages: `Failed` says of which class an error was and what it said."""
+"""Errors as messages: `Failed` holds an error's class and text."""
 
 from __future__ import annotations
 

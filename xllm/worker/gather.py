@@ -1,4 +1,4 @@
-"""`Gatherer`: what all ranks have to confirm reaches the engine once, when the last of them has."""
+"""`Gatherer`: passes an answer that every rank must give on to the engine once, when the last rank has given it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class Gatherer:
         self._pending: dict[Hashable, _Pending] = {}
 
     def add(self, rank: int, report: WorkerReport) -> WorkerReport | None:
-        """Take in a rank's report; returns what the engine shall hear now: of phases those of rank 0, of failures each
-        with its rank, of answers one when all ranks have given theirs."""
+        """Take in a report of `rank`. Returns what the engine is to get now, or None: load phases from rank 0 only, a
+        failure at once with its rank's number, any other answer merged from all ranks when the last has given its
+        own."""
         if self._num_ranks == 1:
             return report
         if isinstance(report, Failed):
@@ -61,8 +62,8 @@ class Gatherer:
         return _merge(reports)
 
     def late_ranks(self, step_s: float, answer_s: float) -> tuple[str, set[int], float] | None:
-        """(what has not been finished, the ranks that have not, since when others have) if that is longer than
-        `step_s` for a step, `answer_s` for anything else but loading."""
+        """The ranks that are behind the first by more than `step_s` for a step, or `answer_s` for any other answer but
+        loading: (what is not finished, those ranks, by how many seconds), or None."""
         now = self._clock()
         for key, pending in self._pending.items():
             late_s = now - pending.since_s

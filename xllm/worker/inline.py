@@ -14,7 +14,7 @@ from xllm.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What a message becomes on its way."""
+    """How messages cross to the worker and back: as they are, or encoded and decoded."""
 
     down: Callable[[WorkerCommand], WorkerCommand]
     up: Callable[[WorkerReport], WorkerReport]
@@ -24,7 +24,7 @@ DIRECT = Wire(down=lambda command: command, up=lambda report: report)  # the sam
 
 
 class InlineLink(WorkerLink):
-    """`worker`: the one of this process."""
+    """A `WorkerLink` to a worker in this process, whose commands run in the caller's thread."""
 
     def __init__(self, *, wire: Wire = DIRECT):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`WorkerLink`: the engine's end of the way to its workers, whatever lies between (`open.py` chooses)."""
+"""`WorkerLink`: the engine's connection to its workers, in any of the ways of `open.py`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
 class WorkerLink:
-    """Sends commands in order and sorts the reports that come back. One thread owns it.
+    """Sends commands in order and sorts the reports that come back by type. Belongs to one thread.
 
-    Every method that takes in reports raises what a worker failed with; it must not be used any more then, but for
-    `close`. depth: how many steps may be in flight while the next one is scheduled.
+    Every method that takes in reports raises what a worker failed with; afterwards only `close` may be called. depth:
+    how many steps may be in flight while the next one is scheduled.
     """
 
     depth = 0
@@ -38,7 +38,7 @@ class WorkerLink:
     def __init__(self) -> None:
         self._queues_steps = False
         self._outputs: deque[StepOutput] = deque()
-        self._taken: dict[type, list[WorkerReport]] = {}  # the reports that nobody has asked for yet
+        self._taken: dict[type, list[WorkerReport]] = {}  # reports that have come and were not taken yet
 
     # --- what a way to the workers provides
 
@@ -55,22 +55,23 @@ class WorkerLink:
         raise NotImplementedError
 
     def idle_s(self) -> float | None:
-        """How soon `check` wants to be called while nothing is sent; None: never."""
+        """In how many seconds `check` should be called while nothing is sent; None: not at all."""
         return None
 
     def check(self) -> None:
-        """Take in what has come. Raises what a worker failed with, and WorkerError for one that is gone or stuck."""
+        """Take in the reports that have come. Raises what a worker failed with, and WorkerError for a worker that has
+        ended or is stuck."""
         while self._take(0.0):
             pass
 
     def _next(self, timeout_s: float | None) -> WorkerReport | None:
-        """The next report, None if none comes in time. timeout_s None: wait for it."""
+        """The next report, waiting up to `timeout_s` for it (None: without limit); None if none comes in time."""
         raise NotImplementedError
 
     # --- steps
 
     def submit(self, plan: ScheduleOutput) -> None:
-        """Have a step computed."""
+        """Send a step to the workers; `result` returns its output."""
         self.send(Step(plan))
 
     def result(self) -> StepOutput:
@@ -96,7 +97,7 @@ class WorkerLink:
         return loaded
 
     def call(self, command: WorkerCommand, answer: type[R]) -> R:
-        """Send a command and wait for its answer; none of that kind is on its way."""
+        """Send a command and wait for its answer of type `answer`. No other answer of that type may be on its way."""
         self.send(command)
         while not self._taken.get(answer):
             self._take(None)
@@ -109,7 +110,7 @@ class WorkerLink:
         return self._pop(kind)
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a report comes, or for that long; whether one has come."""
+        """Sleep until a report comes, at most `timeout_s`; returns whether one has come."""
         return self._take(timeout_s)
 
     def _pop(self, kind: type[R]) -> list[R]:

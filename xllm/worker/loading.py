@@ -33,8 +33,8 @@ Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
 class LoadedModel:
-    """path, model_config, config (resolved), num_blocks, backend: what loading found out. All methods are called in the
-    thread that runs the steps."""
+    """A loaded checkpoint and the backend that it runs on; makes runners of it. path, model_config, config (resolved),
+    num_blocks and backend are what loading found out. All methods are called in the thread that runs the steps."""
 
     def __init__(self, config: EngineConfig, report: Progress):
         """Import torch, choose the backend, read the checkpoint.
@@ -99,15 +99,15 @@ class LoadedModel:
         return self.config.device.adaptive_threads and self.backend.computes_on_host
 
     def _set_threads(self, number: int) -> None:
-        """For steps. Where torch's threads would spin for milliseconds after each of its few operators beside ours, it
-        gets one."""
+        """Set how many threads steps use. Where torch's threads would spin for milliseconds after each of its few
+        operators beside ours, torch gets one."""
         import torch
 
         torch_spins = self._dtype is torch.float32 and self.backend.computes_on_host and not env.openmp_sleeps()
         self.backend.set_num_threads(number, torch_number=1 if torch_spins else number)
 
     def make_runner(self) -> ModelRunner:
-        """One with empty KV caches, warmed up. Reads the weights again if they were dropped."""
+        """Make a runner with empty KV caches and warm it up. Reads the weights again if they were dropped."""
         from xllm.runner.model_runner import ModelRunner
 
         if self._model is None:
@@ -120,7 +120,7 @@ class LoadedModel:
         return runner
 
     def free(self, *, keep_weights: bool) -> None:
-        """Give back what no runner uses any more."""
+        """Free the memory that no runner uses any more; with `keep_weights` False the weights too."""
         if not keep_weights:
             self._model = None
             if self.adapters is not None:
@@ -128,7 +128,8 @@ class LoadedModel:
         self.backend.release_memory()
 
     def _footprint(self) -> Footprint:
-        """Random weights have no files to look at: theirs is not counted."""
+        """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as
+        0."""
         from xllm.models.footprint import Footprint, footprint, weight_shapes
 
         model, scheduler = self.config.model, self.config.scheduler
@@ -168,7 +169,7 @@ class LoadedModel:
         return self.backend.quantization_advice if is_plain and not self._slow_ops else ""
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
-        """A KV cache whose size was given takes its memory as it fills up: say now what may come of it."""
+        """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
         num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
         if (kv_bytes + need.steps) * num_ranks > free:
             _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
@@ -205,7 +206,8 @@ def _overrides(config: EngineConfig) -> Overrides:
 
 
 def _with_text_length(config: EngineConfig, path: Path, limit: int) -> EngineConfig:
-    """Where nobody says `max_model_len`: longer texts than sentence-transformers would read whole are refused."""
+    """The config with `max_model_len` set to what sentence-transformers would read of a text, if it is not set: longer
+    texts are then refused rather than cut."""
     from xllm.models.embedding_modules import max_text_tokens
 
     model = config.model
@@ -251,7 +253,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
-    """No silent slow path: say which hot operators come from the reference, or refuse (`strict_ops`). Returns them."""
+    """List the hot operators that the backend takes from the reference (slow), and log them. Raises ConfigError instead
+    with `strict`."""
     from backends.opset import COLD_OPS
     from backends.reference import REFERENCE
 

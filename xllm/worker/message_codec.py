@@ -71,7 +71,7 @@ def encode(message: WorkerCommand | WorkerReport) -> bytes:
 
 
 def decode(frame: bytes | memoryview) -> Any:
-    """The message again, a `WorkerCommand` or a `WorkerReport`. Raises ValueError if the bytes are none."""
+    """The message from its bytes: a `WorkerCommand` or a `WorkerReport`. Raises ValueError for anything else."""
     view = memoryview(frame)
     if not len(view) or view[0] > len(KINDS):
         raise ValueError("a message of an unknown type")

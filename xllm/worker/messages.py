@@ -37,19 +37,20 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """The results of the oldest step are waited for: where it is only queued on the device, read them now."""
+    """Asks for the results of the oldest step now: where it is only queued on the device, read them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Foreground:
-    """Whether steps run: if they do, moves between the KV tiers that nobody waits for go slowly."""
+    """Says whether steps run: if they do, moves between the KV tiers that no request waits for are slowed down."""
 
     steps_run: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PutGrammar:
-    """Compile a grammar, if it is not; rows that need it come later. `GrammarDone` answers."""
+    """Compile a grammar, unless it is compiled already; steps with rows that need it come later. `GrammarDone`
+    answers."""
 
     spec: StructuredOutput
 
@@ -86,7 +87,7 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """End what runs beside the steps, and stop. `Done` answers."""
+    """End everything that runs beside the steps, then the worker. `Done` answers."""
 
 
 # --- up
@@ -148,9 +149,9 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What was asked for could not be done; kind: the name of the error's class.
+    """A command could not be carried out; kind: the name of the error's class.
 
-    Where it answers no message that has an answer of its own, the worker is not to be used any more.
+    If the command has no answer type of its own, the worker must not be used any more.
     """
 
     kind: str
@@ -159,7 +160,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class GrammarDone:
-    """error: why it cannot be compiled."""
+    """A grammar was compiled. error: why it cannot be, else None."""
 
     spec: StructuredOutput
     error: str | None = None
@@ -167,7 +168,7 @@ class GrammarDone:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRead:
-    """digest: of its files, on which everything that is computed with it depends."""
+    """An adapter's files were read. digest: of the files; the KV of requests with the adapter depends on it."""
 
     number: int
     digest: str = ""
@@ -184,10 +185,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStats:
-    """What a worker counts. A rank in a process of its own sends it about once a second, as a sign of life too.
+    """A worker's counters. A rank in a process of its own sends them about twice a second, as a sign of life too.
 
-    graphs: None without a graph mode. threads: None on an accelerator.
-    disk_misses: blocks on disk that were not good, by kind.
+    graphs: None without a graph mode. threads: None on an accelerator. disk_misses: reads of blocks on disk that were
+    not good, by kind.
     """
 
     graphs: GraphStats | None = None

@@ -1,4 +1,4 @@
-"""Chooses the way to the workers."""
+"""`open_link`: makes the link to the workers that `--worker` asks for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from xllm.worker.link import WorkerLink
 
 
 def open_link(config: EngineConfig) -> WorkerLink:
-    """The way to the workers that `--worker` asks for. Nothing is loaded yet."""
+    """Make the link that `config` asks for. In-process workers are made, processes are started; no model is loaded
+    yet."""
     way, depth = config.device.worker, 1 if config.scheduler.async_scheduling else 0
     if way == "processes":
         from xllm.worker.processes import ProcessLink

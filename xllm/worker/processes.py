@@ -25,24 +25,32 @@ from xllm.worker.message_codec import decode, encode
 from xllm.worker.messages import Done, Failed, Loaded, StopWorker, WorkerCommand, WorkerReport, WorkerStats
 
 RANK_MODULE = "xllm.worker.rank"
-HEARTBEAT_S = 0.5
-SILENT_S = 6.0  # once it is loaded, a rank that says nothing for that long has stopped
-LATE_S = 7.0  # a rank that has not finished a step that another finished so long ago is stuck
-LATE_ANSWER_S = 60.0  # the same of what may take long by itself: a move, a grammar, waking up
-CHECK_S = 0.2  # between looks at the processes
-KILL_S = 2.0  # for a process that was killed
-CLOSE_S = 10.0  # for an orderly end
+HEARTBEAT_S = 0.5  # between a rank's signs of life. Chosen: a dozen of them fit into SILENT_S
+# A rank that, once loaded, sends nothing for that long is taken for stopped. Chosen: twelve heartbeats (`rank.py`), so
+# that a busy machine is not mistaken for a stopped process.
+SILENT_S = 6.0
+# A rank that has not finished a step which another finished that long ago is stuck. Chosen: a little more than
+# `SILENT_S`, so that a stopped process is reported as stopped.
+LATE_S = 7.0
+# The same for answers that may take long by themselves: a move, a grammar, waking up. Chosen: longer than reading
+# weights again takes from a local disk.
+LATE_ANSWER_S = 60.0
+# Between two looks at the processes. Chosen: far below the limits above, and rare enough to cost nothing.
+CHECK_S = 0.2
+KILL_S = 2.0  # for the system to end a process that was killed; then it is left behind
+# For the ranks to end in order, before they are killed. Chosen: what they still do at the end is seldom of use.
+CLOSE_S = 10.0
 
 
 def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
-    """A rank's process, which meets us in `folder`. It ends when its stdin does."""
+    """Start a rank's process; it connects to the sockets in `folder`, and ends when its stdin is closed."""
     # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
     return subprocess.Popen([sys.executable, *run_module(RANK_MODULE), str(folder), str(rank), str(num_ranks)],
                             stdin=subprocess.PIPE, stdout=2, start_new_session=True, env=env.for_child())
 
 
 class _Rank:
-    """One process. heard_s: when it last said something."""
+    """The process of one rank. heard_s: when it last sent something, on the monotonic clock."""
 
     def __init__(self, rank: int, num_ranks: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]]):
         self.heard_s: float | None = None  # None: it is not loaded yet, and may be silent
@@ -54,7 +62,7 @@ class _Rank:
         self.end = ChildEnd(self.process)
 
     def forget(self) -> None:
-        """It has ended, or was killed; one that the system does not let go is not waited for."""
+        """Reap the process, which has ended or was killed; waits at most `KILL_S`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_S)
         assert self.process.stdin is not None
@@ -99,7 +107,8 @@ class ProcessLink(WorkerLink):
             self._send_to(rank, frame)
 
     def _send_to(self, rank: _Rank, frame: bytes) -> None:
-        """Sockets take everything at once, but not without a peer: before the rank has come, and once it is gone."""
+        """Send to one rank. A socket takes everything at once, but only with a peer: before the rank has connected, and
+        once it has gone, this waits and checks the ranks."""
         while True:
             try:
                 rank.commands.send(frame, zmq.NOBLOCK, copy=False)
@@ -168,7 +177,7 @@ class ProcessLink(WorkerLink):
         return self._gatherer.add(number, report)
 
     def _check_ranks(self) -> None:
-        """Raise WorkerError for a rank that has ended or does not go on."""
+        """Raise WorkerError for a rank that has ended, is silent, or is stuck behind the others."""
         now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S, LATE_ANSWER_S)
         since_s, self._checked_s = self._checked_s, now
         for number, rank in enumerate(self._ranks):
@@ -189,7 +198,7 @@ class ProcessLink(WorkerLink):
         return WorkerError(reason)
 
     def _end_ranks(self) -> None:
-        """By force: nothing that they still do is of use."""
+        """Kill the ranks: nothing that they still do is of use."""
         if not self.has_ended:
             self.has_ended = True
             for rank in self._ranks:

@@ -23,7 +23,7 @@ from xllm.worker.messages import StopWorker, WorkerCommand, WorkerReport
 from xllm.worker.processes import HEARTBEAT_S
 from xllm.worker.worker import Worker
 
-LINGER_MS = 2000
+LINGER_MS = 2000  # for the last reports to be sent when the process ends. Chosen: as in `client/engine_process.py`
 logger = logging.getLogger(__name__)
 
 

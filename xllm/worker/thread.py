@@ -8,13 +8,14 @@ import threading
 from xllm.worker.inline import DIRECT, InlineLink, Wire
 from xllm.worker.messages import StopWorker, WorkerCommand
 
-CLOSE_S = 30.0  # for what was begun; a step that hangs is left behind
+# For the step in progress to end at shutdown. Chosen: longer than any step; a thread that hangs is left behind.
+CLOSE_S = 30.0
 
 
 class ThreadLink(InlineLink):
-    """One thread computes everything, the loading of the model included: OpenMP keeps a pool of workers for each thread
-    that ever computed, and with two pools on the same cores its workers stop spinning between operators (measured, a
-    decode step then takes half as long again)."""
+    """A `WorkerLink` to a worker in one thread of this process, which computes everything, the loading of the model
+    included. OpenMP keeps a pool of workers for each thread that ever computed, and with two pools on the same cores
+    its workers stop spinning between operators (measured: a decode step then takes half as long again)."""
 
     def __init__(self, *, depth: int, wire: Wire = DIRECT):
         super().__init__(wire=wire)

@@ -1,8 +1,8 @@
-"""`Worker`: owns what a device holds, and does what the engine's messages say.
+"""`Worker`: owns what a device holds, and carries out the engine's messages.
 
-A message is first given to `receive`, by the thread that takes it from the way, and then, if there is anything left to
-do, to `perform`, by the thread that computes. Messages are performed in their order; what may go on beside the steps
-(reading adapters, compiling grammars, moving KV between the tiers) begins in `receive` and has threads of its own.
+Each message is given to `receive` first, by the thread that takes messages in, and then, if `receive` says so, to
+`perform`, by the thread that computes. Messages are performed in order; work that may go on beside the steps (reading
+adapters, compiling grammars, moving KV between the tiers) begins in `receive` and has threads of its own.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner, QueuedStep
 
 logger = logging.getLogger(__name__)
-RIDE_S = 100e-6  # for moves between the KV tiers, after each step
-EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)  # the message says it all
+# For patient moves between the KV tiers after each step (`kv/lanes.py:ride`), in seconds; at least one move runs.
+# Chosen: well below a step's time, so that steps are hardly longer; docs/performance.md has the measured p99 of steps
+# with it.
+RIDE_S = 100e-6
+# Errors whose message says all; others are logged with their traceback.
+EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)
 
 
 class Worker:
@@ -75,7 +79,8 @@ class Worker:
         self.tiers: WorkerTiers | None = None
 
     def receive(self, command: WorkerCommand) -> bool:
-        """Begin what need not wait for the steps before it; whether there is more, for `perform`."""
+        """Begin the part of a command that need not wait for the steps before it; returns whether `perform` must be
+        called too."""
         if isinstance(command, Step):
             assert self.runner is not None
             self.runner.prepare(command.plan)
@@ -96,8 +101,8 @@ class Worker:
         return True
 
     def perform(self, command: WorkerCommand) -> None:
-        """Do it and report. What fails is reported as well: as the command's answer where it has one that can say so,
-        else as the end of this worker."""
+        """Carry out a command and report the result. An error is reported too: as the command's answer if that has a
+        place for one, else as the end of this worker."""
         try:
             if isinstance(command, Step):
                 self._step(command.plan)
@@ -196,7 +201,7 @@ class Worker:
             self.tiers.lanes.ride(RIDE_S)
 
     def _settle(self, count: int) -> None:
-        """Report the oldest steps that are only queued, as many as there are of `count`."""
+        """Read and report the oldest queued steps, at most `count`."""
         while count and self._queued:
             self._report_step(self._queued.popleft().finish())
             count -= 1

@@ -1,4 +1,4 @@
-"""`WorkerTiers`: a worker's host memory and disk below its device, as an engine's settings ask for."""
+"""`WorkerTiers`: a worker's KV tiers below its device: host memory and, if the settings ask for it, disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xllm.worker.loading import LoadedModel
 
 
 class WorkerTiers:
-    """Performs moves in lanes of its own; `report` is told of each that has ended.
+    """Performs moves in threads of its own (`kv/lanes.py`); calls `report` with each that has ended.
 
     Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
     cannot be used.
@@ -46,11 +46,11 @@ class WorkerTiers:
 
     @property
     def missed_total(self) -> dict[str, int]:
-        """Reads that found no good block on disk, by the reason."""
+        """Totals of reads that found no good block on disk, by reason."""
         return self.performer.missed_total
 
     def close(self) -> None:
-        """Let running moves end, drop the queued ones, and give the disk's folder back."""
+        """Let running moves end, drop the queued ones, and release the disk's folder."""
         self._populator.stop()
         self.lanes.close()
 
@@ -93,7 +93,7 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
 
 
 def _overrides(model: LoadedModel) -> dict[str, str]:
-    """The settings that change what the checkpoint's KV is, as far as they are given."""
+    """The settings that change how the checkpoint computes KV, those that are set only, as text."""
     settings = model.config.model
     return {name: text for name, text in (("hf_overrides", settings.hf_overrides),
                                           ("rope_scaling", settings.rope_scaling)) if text is not None}

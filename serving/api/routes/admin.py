@@ -22,8 +22,8 @@ from serving.api.types import AbortBody, PauseBody, SleepBody
 from xllm.engine.commands import EngineState
 
 PAUSE_MODES = ("keep", "abort", "wait")
-SLEEP_LEVELS = (1, 2)  # without the KV cache; without the weights too
-POLL_S = 0.02
+SLEEP_LEVELS = (1, 2)  # 1: without the KV cache; 2: without the weights too. vLLM's numbers
+POLL_S = 0.02  # between looks whether running requests have ended. Chosen: hardly noticed by the caller
 
 
 async def reset_prefix_cache(state: ServerState, request: Request) -> Response:

@@ -257,7 +257,7 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, Ch
     """Its tools and its prompt. Raises ApiError or RequestError."""
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     if tools.choice == "auto":
-        tools.answer_parser(state.parsers.tools)  # a format that nobody can read is said before anything else
+        tools.answer_parser(state.parsers.tools)  # refuse tools whose calls cannot be read, before anything else
     # A forced call is held to its function by the form of the output, whatever the template shows.
     needs_tools = not tools.is_forced and shows_tools(state)
     return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)

@@ -79,6 +79,8 @@ class CompletionCall:
         return self.body.max_tokens == 0
 
     def samplings(self) -> list[SamplingParams]:
+        """Sampling parameters for each prompt, its `max_tokens` fitted to the model's length. Raises ApiError or
+        RequestError."""
         body = self.body
         if body.max_tokens == 0 and not body.echo:
             raise invalid("max_tokens must be at least 1 unless echo is set", "max_tokens")

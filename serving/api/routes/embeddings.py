@@ -31,7 +31,7 @@ from xllm.pooling import PoolingParams
 from xllm.request import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
-VECTORS_AT_ONCE = 16
+VECTORS_AT_ONCE = 16  # that are made into JSON before the event loop has a turn. Chosen: each has thousands of numbers
 TEXT_PARAM = "text_1 or text_2"
 
 
@@ -53,7 +53,7 @@ class Embedded:
 
 async def embed(state: ServerState, request: Request, body: PoolingBody, inputs: Sequence[str] | Sequence[list[int]],
                 call: str, field: str, dimensions: int | None = None) -> Embedded:
-    """Raises ApiError naming the field."""
+    """The vectors of the inputs, in order. field: the inputs' name in the request. Raises ApiError naming the field."""
     pooling = PoolingParams(kind=body.pooling, dimensions=dimensions, normalize=body.normalize)
     token_ids = await _encode(state, body, inputs, field)
     for ids in token_ids:
@@ -94,7 +94,8 @@ async def _encode(state: ServerState, body: PoolingBody, inputs: Sequence[str] |
 
 
 def _cut(body: PoolingBody, token_ids: list[int], field: str, state: ServerState) -> list[int]:
-    """The first tokens, where the caller allows that a text is cut (-1: to what the model takes)."""
+    """The tokens that are embedded: the first `truncate_prompt_tokens`, if the request says it (-1: as many as the
+    model takes)."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return token_ids
@@ -105,20 +106,21 @@ def _cut(body: PoolingBody, token_ids: list[int], field: str, state: ServerState
 
 
 def encoded(vector: np.ndarray, form: Literal["float", "base64"]) -> Any:
-    """As OpenAI writes it: numbers, or the base64 of little-endian fp32."""
+    """A vector as OpenAI writes it: numbers, or the base64 of little-endian fp32."""
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
 
 
 def cosine(a_D: np.ndarray, b_D: np.ndarray) -> float:
-    """0 where a vector is 0."""
+    """The cosine of the angle between two vectors; 0 if one of them is 0."""
     norms = float(np.linalg.norm(a_D)) * float(np.linalg.norm(b_D))
     return float(a_D @ b_D) / norms if norms else 0.0
 
 
 def score_pairs(texts_1: list[str], texts_2: list[str]) -> list[tuple[int, int]]:
-    """Which text is held against which: one against all, or each against its own. Raises ApiError."""
+    """(index of text_1, index of text_2) of each score: one text against all, or each against its own. Raises
+    ApiError."""
     if len(texts_1) == 1:
         return [(0, index) for index in range(len(texts_2))]
     if len(texts_1) != len(texts_2):
@@ -128,6 +130,7 @@ def score_pairs(texts_1: list[str], texts_2: list[str]) -> list[tuple[int, int]]
 
 
 def as_texts(value: str | list[str], field: str) -> list[str]:
+    """The texts of a field that holds one or a list. Raises ApiError 400 naming `field` for an empty list."""
     texts = [value] if isinstance(value, str) else value
     if not texts:
         raise invalid(f"{field} must not be empty", field)
@@ -135,6 +138,7 @@ def as_texts(value: str | list[str], field: str) -> list[str]:
 
 
 def document_text(document: str | dict[str, Any], index: int) -> str:
+    """The text of one document of a rerank request. Raises ApiError naming it if it has none."""
     text = document if isinstance(document, str) else document.get("text")
     if isinstance(document, dict):
         check_members(document, ("text",), f"documents.{index}")
@@ -164,6 +168,7 @@ async def create_pooling(state: ServerState, request: Request, body: EmbeddingBo
 
 
 async def create_score(state: ServerState, request: Request, body: ScoreBody) -> Response:
+    """`POST /score`: the cosine of each pair of texts."""
     call = params.call_id(body, "score", request.headers.get("x-request-id"))
     texts_1, texts_2 = as_texts(body.text_1, "text_1"), as_texts(body.text_2, "text_2")
     pairs = score_pairs(texts_1, texts_2)
@@ -177,6 +182,7 @@ async def create_score(state: ServerState, request: Request, body: ScoreBody) ->
 
 
 async def create_rerank(state: ServerState, request: Request, body: RerankBody) -> Response:
+    """`POST /rerank`: the documents by their cosine with the query, the nearest first, `top_n` of them."""
     call = params.call_id(body, "rerank", request.headers.get("x-request-id"))
     texts = [document_text(document, index) for index, document in enumerate(body.documents)]
     if body.top_n is not None and body.top_n < 1:

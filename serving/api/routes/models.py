@@ -14,7 +14,7 @@ from serving.api.gate import Access
 from serving.api.route import Needs, Route
 from serving.api.state import ServerState
 
-MAX_LIMIT = 1000  # Anthropic's
+MAX_LIMIT = 1000  # models on a page; Anthropic's limit
 
 
 def page_of(names: Sequence[str], query: Mapping[str, str]) -> tuple[Sequence[str], bool]:

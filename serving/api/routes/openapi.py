@@ -17,6 +17,7 @@ from serving.api.routes.health import package_version
 from serving.api.state import ServerState
 
 PROMPTS = (("CompletionBody", "prompt"), ("EmbeddingBody", "input"))
+# That any route may answer with, in the API's error shape.
 ERROR_STATUSES = (400, 401, 403, 404, 409, 413, 415, 429, 500, 503, 504)
 PARAMETER = re.compile(r"\{(\w+)")
 PREFIX = "#/components/schemas/{model}"

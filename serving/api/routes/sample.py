@@ -31,7 +31,8 @@ from xllm.text.token_text import TextContext
 from xllm.text.tokenizer import Tokenizer
 
 SELECTOR_MATCH, EMPTY_LOGPROBS = "selector_match", "empty_logprobs"
-MAX_LOGPROBS, MAX_MATCHES = 5, 1024
+# Tokens of a place, and places of a prompt. Chosen: upstream's default of tokens; a bound on the answer.
+MAX_LOGPROBS, MAX_MATCHES = 5, 1024  # tokens of a place, and places of a prompt. Chosen: they bound the answer
 
 
 def find_places(tokenizer: Tokenizer, prompt: str, literal: str, *,
@@ -65,6 +66,8 @@ def choice_json(writer: LogprobsWriter, index: int, place: int, entry: TokenLogp
 
 
 async def create_sample(state: ServerState, request: Request, body: SampleBody) -> Response:
+    """`POST /v1/sample`: the likeliest tokens at each match of the selector in the prompt. Raises ApiError naming the
+    field."""
     for name in ("pooling", "normalize", "truncate_prompt_tokens"):
         if getattr(body, name) is not None:
             raise invalid(f"{name} is for embeddings", name)

@@ -30,10 +30,11 @@ from xllm.engine.step_log import STEP_COLUMNS
 from xllm.shown import shown_in
 from xllm.stats import EngineStats
 
-MAX_REQUESTS = 40
-MAX_VIEWERS = 32  # of one caller
+MAX_REQUESTS = 40  # in a snapshot: more than a screen shows
+MAX_VIEWERS = 32  # streams of one caller. Chosen: each costs a snapshot an interval
+# Of a stream. Chosen: ten a second look smooth; a minute keeps a connection alive.
 MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
-NAP_S = 0.5
+NAP_S = 0.5  # that a shutdown may wait for a sleeping stream. Chosen: hardly noticed, and wakes up seldom
 
 
 def engine_json(stats: EngineStats) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def server_json(state: ServerState) -> dict[str, Any]:
 
 
 def request_json(record: RequestRecord) -> dict[str, Any]:
-    """A record for everybody's eyes: no id that its caller chose, no text."""
+    """A record as every viewer may see it: without the id that its caller chose, without text."""
     return {
         "number": record.number, "kind": record.kind.name, "arrival_s": record.arrival_s,
         "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,

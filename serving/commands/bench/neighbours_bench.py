@@ -67,8 +67,8 @@ RATIOS = {
     "two_servers": Ratio("two_servers", "one_server",
                          "8 streams each over HTTP, two servers at once, tokens/s of both: over one server", 0.9),
 }
-PROMPT_TOKENS = 32
-REST_S = 0.6
+PROMPT_TOKENS = 32  # short: it is the decode steps that neighbours disturb
+REST_S = 0.6  # of work before a rate without neighbours: what the engine learned beside them is forgotten by then
 COUNT_S = 0.6  # that neighbours count alone
 COUNTER = """
 import signal, sys, time

@@ -20,8 +20,8 @@ from xllm.request import Request, SamplingParams
 from xllm.runner.null_runner import NullRunner
 from xllm.scheduler.scheduler import Scheduler
 
-BLOCK_SIZE = 16
-PROMPT_TOKENS = 512
+BLOCK_SIZE = 16  # tokens; chosen: a usual size
+PROMPT_TOKENS = 512  # chosen: 32 blocks
 
 
 def main(argv: list[str]) -> int:

@@ -27,7 +27,7 @@ from xllm import env
 from xllm.child_process import run_module
 
 GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
-DECODE_TOKENS = 128
+DECODE_TOKENS = 128  # of each sequence. Chosen: long enough for a steady rate, short enough for many rounds
 
 
 @dataclass(frozen=True)

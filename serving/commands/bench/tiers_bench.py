@@ -31,7 +31,7 @@ from xllm.request import Request, SamplingParams
 PARTS = ("turns", "overhead", "stall")
 GOALS = {"ttft_ratio_tiers": 0.5, "ttft_ratio_restart": 0.6, "decode_ratio": 0.98, "p99_step_ratio": 1.3}
 HOST_BYTES = "1GiB"
-STEPS_PER_TURN = 8
+STEPS_PER_TURN = 8  # tokens that each turn generates. Chosen: the prompts are what is measured
 
 
 def main(argv: list[str]) -> int:

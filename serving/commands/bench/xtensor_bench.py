@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
     from xllm.runner.virtual_rows import VirtualRows
 
-NUM_ROWS, MAX_LEN, BLOCK_SIZE = 32, 2048, 16
-RUN_PAGES = 64
+NUM_ROWS, MAX_LEN, BLOCK_SIZE = 32, 2048, 16  # chosen: 128 blocks a row
+RUN_PAGES = 64  # pages of one call or sequence
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from xllm.config import LoraSettings
 def lora_families(make: Families, settings: LoraSettings, requests: Iterable[RequestRecord]) -> Iterator[Metric]:
     """One series whose value is the present, in Unix seconds: readers take the newest of those that they find.
 
-    requests: that are open. None without adapters.
+    requests: the open ones. No family without adapters.
     """
     if not settings.is_on:
         return

@@ -14,12 +14,13 @@ LABELS = ("model_name", "engine")
 
 @dataclass(frozen=True)
 class Families:
-    """Makes what one scrape asks for. values: of `LABELS`."""
+    """Makes the metric families of one scrape. values: of `LABELS`, which all families have."""
 
     prefix: str
     values: tuple[str, str]
 
     def gauge(self, name: str, text: str, value: float) -> Metric:
+        """A gauge of one series. text: its help."""
         return self._made(GaugeMetricFamily, name, text, (), [((), value)])
 
     def counter(self, name: str, text: str, value: float) -> Metric:
@@ -31,10 +32,12 @@ class Families:
         return self._made(GaugeMetricFamily, name, text, (label,), [((key,), v) for key, v in values.items()])
 
     def counter_by(self, label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
+        """A counter with one series for each value of `label`."""
         return self._made(CounterMetricFamily, name, text, (label,), [((key,), v) for key, v in values.items()])
 
     def counter_by_all(self, labels: tuple[str, ...], name: str, text: str,
                        values: Mapping[tuple[str, ...], float]) -> Metric:
+        """A counter with one series for each tuple of values of `labels`."""
         return self._made(CounterMetricFamily, name, text, labels, values.items())
 
     def info(self, name: str, text: str, facts: Mapping[str, str], value: float = 1.0) -> Metric:
@@ -42,6 +45,8 @@ class Families:
         return self._made(GaugeMetricFamily, name, text, tuple(facts), [(tuple(facts.values()), value)])
 
     def histogram(self, name: str, text: str, buckets: Buckets, bounds: tuple[float, ...]) -> Metric:
+        """A histogram. buckets: counts that are not cumulative (`step_log.Buckets`); they are added up here, as
+        Prometheus has them. bounds: the upper bounds, one fewer than there are counts."""
         total, cumulated = 0, []
         for bound, count in zip((*map(str, bounds), "+Inf"), buckets.counts, strict=True):
             total += count

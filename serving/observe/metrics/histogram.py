@@ -1,4 +1,4 @@
-"""`Histogram`: what the HTTP process observes itself."""
+"""`Histogram`: a histogram that the HTTP process fills itself."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ REASONS = (QUOTA, QUEUE_FULL, OVERLOAD, UNAVAILABLE)
 
 
 class Refusals:
-    """Not thread-safe; the event loop owns it.
+    """Counts calls that were turned away, by reason and kind of caller. Not thread-safe; the event loop owns it.
 
     quota: the key has used up its share. queue_full: too many prompt tokens or requests wait. overload: it waited and
     had to make room, or too many grammars are being compiled. unavailable: the model loads, the engine sleeps, starts
@@ -27,7 +27,7 @@ class Refusals:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def note(self, reason: str, caller: Caller | None = None) -> None:
-        """caller: None is whom the running task works for."""
+        """Count a refusal. caller: None means the caller of the running task."""
         self._counts[reason, (caller or CALLER.get()).kind] += 1
 
     def families(self, make: Families, kinds: Sequence[str]) -> Iterator[Metric]:

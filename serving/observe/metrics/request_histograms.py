@@ -1,4 +1,4 @@
-"""`RequestHistograms`: how requests went, measured where their clients are served."""
+"""`RequestHistograms`: the latencies and lengths of requests, measured in the process that serves their clients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from serving.observe.metrics.histogram import Histogram
 from serving.observe.request_log import RequestRecord
 from xllm.engine.step_log import STEP_TIME_S as SHORT_S
 
+# Bounds of buckets in seconds. Chosen: from a fast device's first token to a long answer on a slow one.
 LONG_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
           1280.0)
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
-COUNTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+COUNTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # bounds of buckets for small whole numbers
 GOOD_ENDS = ("stop", "length")
 
 

@@ -1,4 +1,4 @@
-"""The families of models that think between `<think>` and `</think>`, and in what they differ."""
+"""The families of models that think between `<think>` and `</think>`, and their differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ThinkParser`: splits what a model thinks from what it answers, where tags say so."""
+"""`ThinkParser`: splits reasoning from the answer, for models that put it between tags."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ class ThinkParser:
         return self._source.num_handled
 
     def feed(self, text: str) -> tuple[list[Event], str]:
+        """Read more text; returns (events of reasoning, text of the answer)."""
         if self._ended:
             return [], text
         self._source.push(text)
         return self._advance()
 
     def finish(self) -> tuple[list[Event], str]:
-        """The text is over; what was held back comes out."""
+        """As `feed`, at the end of the text: what was held back comes out."""
         self._source.close()
         return self._advance()
 

@@ -1,4 +1,7 @@
-"""DeepSeek V3.1: calls between markers, the name and bare JSON."""
+"""DeepSeek V3, R1-0528 and V3.1: calls between markers, one section of them at the end of the answer.
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ SEPARATOR = "<｜tool▁sep｜>"
 
 
 class DeepSeekV31Parser(ToolParser):
+    """DeepSeek V3.1: the name, the separator and bare JSON, as in the sample above."""
+
     opening = Markers(SECTION)
     endings = (SECTION_END, CALL_END)
     markers = (SECTION, SECTION_END, CALL, CALL_END, SEPARATOR)
@@ -45,7 +50,13 @@ class DeepSeekV31Parser(ToolParser):
 
 
 class DeepSeekV3Parser(DeepSeekV31Parser):
-    """DeepSeek V3 and R1-0528: the kind of tool before the name, the JSON in a fenced block."""
+    """DeepSeek V3 and R1-0528: the kind of tool before the name, the JSON in a fenced block.
+
+            <｜tool▁call▁begin｜>function<｜tool▁sep｜>f
+            ```json
+            {"city": "Paris"}
+            ```<｜tool▁call▁end｜>
+    """
 
     _fence_end = Markers("\n```" + CALL_END, "```" + CALL_END, CALL_END, CALL, SECTION_END)
 

@@ -19,6 +19,9 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 
 
 class Glm45Parser(MarkupParser):
+    """Reads the sample above; a value ends at `</arg_value>`, or at a tag that stands where the next pair or call
+    begins."""
+
     opening = Markers(OPEN)
     endings = (CLOSE,)
     parts = Markers(KEY, CLOSE, OPEN)

@@ -9,6 +9,8 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class HermesParser(ToolParser):
+    """Reads the sample above, once for each call."""
+
     opening = Markers(OPEN)
     endings = (CLOSE,)
     trigger = OPEN

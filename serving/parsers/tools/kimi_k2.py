@@ -1,4 +1,8 @@
-"""Kimi K2: calls between markers, an id that holds the name (`functions.f:0`), and JSON."""
+"""Kimi K2: calls between markers, an id that holds the name, and JSON.
+
+    <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"city": "Paris"}
+    <|tool_call_end|><|tool_calls_section_end|>
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>
 
 
 class KimiK2Parser(ToolParser):
+    """Reads the sample above; the model's own id is passed on as the call's."""
+
     opening = Markers(SECTION)
     endings = (SECTION_END, CALL_END)
     markers = (SECTION, SECTION_END, CALL, ARGUMENTS, CALL_END)

@@ -13,6 +13,8 @@ TAG = "<|python_tag|>"
 
 
 class Llama3JsonParser(ToolParser):
+    """Reads such objects; see above."""
+
     opening = Markers(TAG)
     markers = (TAG,)
     _end = Markers(TAG)

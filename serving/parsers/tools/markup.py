@@ -42,7 +42,7 @@ class MarkupParser(ToolParser):
         raise NotImplementedError
 
     def pairs(self, function: str) -> ParserSteps[str | None]:
-        """All arguments of a call, up to what ends them, which is returned and not read; None: the text ended."""
+        """Read all arguments of a call; returns the text that ends them, not read, or None if the text ended first."""
         self.arguments("{")
         given: list[str] = []
         while True:
@@ -65,7 +65,7 @@ class MarkupParser(ToolParser):
         return part
 
     def _value(self, function: str, given: list[str]) -> ParserSteps[bool]:
-        """The value of the last key; False: the text ended within it."""
+        """Read the value of the last key; returns False if the text ended within it."""
         key, markers = given[-1], (yield from self.value_markers())
         next_keys = tuple(name for name in self.tools.parameters(function) if name not in given)
         if self.tools.is_text(function, key):

@@ -15,11 +15,13 @@ from serving.parsers.tools.tool_parser import ToolParser
 
 OPEN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _ID_ALPHABET = string.ascii_letters + string.digits
-_ID_CHARS = 9  # the templates accept nothing else
+_ID_CHARS = 9  # of a call's id: Mistral's chat templates accept nothing else
 _ID = re.compile(r"[A-Za-z0-9]*")
 
 
 class MistralParser(ToolParser):
+    """Reads all three spellings, told apart by what follows the marker."""
+
     opening = Markers(OPEN)
     markers = (OPEN, CALL_ID, ARGS)
     _end = Markers(OPEN)

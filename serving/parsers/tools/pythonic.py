@@ -14,11 +14,11 @@ from serving.parsers.source import Markers, ParserSteps, Source, UnreadableError
 from serving.parsers.tools.tool_parser import ToolParser
 
 OPEN, CLOSE = "<|python_start|>", "<|python_end|>"
-MAX_DEPTH = 32
+MAX_DEPTH = 32  # of nested lists and dicts. Chosen: far beyond real arguments, below Python's limit on recursion
 _WORD = re.compile(r"[\w.+\-]*", re.ASCII)
 _KEY = re.compile(r"\w*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
-_MAX_INT_CHARS = 4000  # beyond it Python refuses to read integers
+_MAX_INT_CHARS = 4000  # below 4,300 digits, beyond which Python refuses to read an integer
 _PLAIN = {'"': re.compile(r'[^"\\\n]*'), "'": re.compile(r"[^'\\\n]*")}
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\\": "\\", "'": "'", '"': '"', "\n": ""}
@@ -27,6 +27,8 @@ _HEX = "0123456789abcdefABCDEF"
 
 
 class PythonicParser(ToolParser):
+    """Reads such a list, between markers or bare."""
+
     opening = Markers(OPEN)
     markers = (OPEN, CLOSE)
 

@@ -24,6 +24,8 @@ TAGS = (PARAMETER, FUNCTION_END, CLOSE, OPEN, FUNCTION)
 
 
 class Qwen3CoderParser(MarkupParser):
+    """Reads the sample above."""
+
     opening = Markers(OPEN, FUNCTION)
     endings = (CLOSE, FUNCTION_END)
     parts = Markers(*TAGS)

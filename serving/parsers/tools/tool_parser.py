@@ -25,7 +25,7 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 
 
 class ToolParser:
-    """Text in, events out. A subclass says which markers open a call and reads what follows them."""
+    """Text in, events out. A subclass states which markers open a call, and reads what follows them (`read_calls`)."""
 
     opening: ClassVar[Markers]
     endings: ClassVar[tuple[str, ...]] = ()  # what an answer ends with whose last part is a call, if that is certain
@@ -45,7 +45,7 @@ class ToolParser:
 
     @classmethod
     def frame(cls, name: str) -> tuple[str, str]:
-        """What stands before and behind the JSON of the arguments in a call of the function; only with `trigger`."""
+        """(text before, text after) the JSON of the arguments in a call of the function; only with `trigger`."""
         raise NotImplementedError
 
     def feed(self, text: str) -> list[Event]:
@@ -54,7 +54,7 @@ class ToolParser:
         return self._advance()
 
     def finish(self) -> list[Event]:
-        """The text is over; what was held back comes out."""
+        """Read to the end: there is no more text, and what was held back comes out."""
         self.source.close()
         return self._advance()
 
@@ -95,6 +95,7 @@ class ToolParser:
         raise NotImplementedError
 
     def content(self, text: str) -> None:
+        """Add text of the answer. White space alone, beside a call, is layout and is dropped."""
         if not text:
             return
         if self._blank is not None:
@@ -105,7 +106,7 @@ class ToolParser:
         self._events.append(Content(text))
 
     def begin_call(self, name: str, call_id: str | None = None) -> None:
-        """From here on there is a call; what was held was its beginning."""
+        """Begin a call; what was held was its beginning."""
         self._events.append(CallStart(self.num_calls, call_id or self.new_id(), name))
         self.num_calls += 1
         self.in_call = True
@@ -113,15 +114,16 @@ class ToolParser:
         self.source.commit()
 
     def arguments(self, text: str) -> None:
+        """Add text to the arguments of the open call."""
         if text:
             self._events.append(CallArguments(self.num_calls - 1, text))
 
     def arguments_text(self, text: str) -> None:
-        """Arguments that are the inside of a JSON string."""
+        """Add text to the arguments that came as the inside of a JSON string."""
         self.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def end_call(self) -> None:
-        """Idempotent."""
+        """End the open call, if there is one."""
         if self.in_call:
             self._events.append(CallEnd(self.num_calls - 1))
             self.in_call = False
@@ -130,7 +132,7 @@ class ToolParser:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def stream_arguments(self, end: Markers | None) -> ParserSteps[None]:
-        """The call's arguments: a JSON value, or whatever stands before `end`, None being the end of the text."""
+        """Pass the call's arguments on: a JSON value, or all text before `end` (None: before the end of the text)."""
         if (yield from self.source.json_value(self.arguments)):
             return
         if end is None:
@@ -139,12 +141,11 @@ class ToolParser:
             yield from self.source.until(end, self.arguments)
 
     def call_object(self, end: Markers | None, *, known_only: bool = False) -> ParserSteps[None]:
-        """One call written as {"name": ..., "arguments": {...}}, in any order.
+        """Read one call written as {"name": ..., "arguments": {...}}, in any order.
 
         end: what to look for when the arguments are not JSON. known_only: names that were not offered make no call.
 
-        Raises:
-            UnreadableError: it is no call; or, when `in_call`, the call is over and what is held follows it.
+        Raises: UnreadableError: it is no call; or, when `in_call`, the call is over and what is held follows it.
         """
         source = self.source
         name, held = "", ""
@@ -193,7 +194,8 @@ class ToolParser:
         return "".join(parts)
 
     def _pass_whole(self, value: str) -> None:
-        """Arguments that are a string hold their JSON in it; null and an empty string mean none."""
+        """Pass on arguments that came as one string: the string holds their JSON; null and an empty string mean
+        none."""
         if value.startswith('"'):
             text: str = json.loads(value)
             value = text if text.isascii() or _is_unicode(text) else value

@@ -1,4 +1,5 @@
-"""Which contents of a tier go first: `make_policy` by name, `EvictionPolicy` the interface."""
+"""Eviction policies: which contents of a tier are evicted first. `make_policy` makes one by name; `EvictionPolicy` is
+the interface."""
 
 from __future__ import annotations
 

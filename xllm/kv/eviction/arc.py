@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from xllm.kv.eviction.tree import QUEUED, LeafFirst
 
-ONCE, OFTEN = 0, 1
+ONCE, OFTEN = 0, 1  # the class of a place: whether it is in T1 or in T2
 
 
 class ARC(LeafFirst):

@@ -1,4 +1,4 @@
-"""`EvictionPolicy`: the interface of everything that decides what goes first."""
+"""`EvictionPolicy`: the interface of the policies that decide what a tier evicts first."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ class EvictionPolicy(Protocol):
     Ids are int32 arrays without repeats. A use is one request's, however many of its blocks it touches. Policies
     copy what they keep of the arrays that they are given. Not thread-safe: the tier's owner calls.
 
-    Whoever holds a place holds its ancestors too, and lets them go tail first; so a retired place has only retired
-    children. In return `victims` is leaf first: no place whose child remains, and a child before its parent.
+    The owner holds a place only together with its ancestors, and retires them tail first; so a retired place has only
+    retired children. In return `victims` is leaf first: no place whose child remains, and a child before its parent.
     """
 
     def admit(self, ids: Sequence[int] | np.ndarray, digests: Sequence[bytes],
               parents: Sequence[int] | np.ndarray) -> None:
-        """Contents (16-byte digests) have entered the tier at these places, parents before their children.
+        """Note that contents (16-byte digests) have entered the tier at these places, parents before their children.
 
-        parents: the place of each one's parent, or -1. Nobody may evict them until they are retired.
+        parents: the place of each one's parent, or -1. The places are not evictable until they are retired.
         """
         ...
 
     def use(self, ids: np.ndarray) -> None:
-        """One request used these resident contents, root first, hits and its own new ones alike.
+        """Count one use of these resident contents by one request, root first, hits and its own new ones alike.
 
-        It moves nothing that is evictable already: such places come to where they belong when they are retired anew.
+        The order of what is evictable already does not change: a place gets its new position when it is retired again.
         """
         ...
 
     def retire(self, ids: np.ndarray) -> None:
-        """Nobody holds these any more, tail first: they may be evicted."""
+        """Make these places evictable, because nothing holds them any more. Tail first."""
         ...
 
     def revive(self, ids: np.ndarray) -> None:
-        """These are held again: not evictable until they are retired anew. Those that are not evictable are ignored."""
+        """Make these places not evictable until they are retired again: they are held. Ignores those that are not
+        evictable already."""
         ...
 
     def victims(self, num_places: int) -> np.ndarray:
-        """Remove and return the evictable places to empty first: int32 (fewer if there are not as many)."""
+        """Choose the evictable places to empty first and forget them; returns int32, fewer than `num_places` if there
+        are not as many."""
         ...
 
     def forget(self, ids: np.ndarray) -> None:
-        """The owner has emptied these places himself, with everything below them."""
+        """Drop these places from the order: the owner has emptied them itself, with all their descendants."""
         ...
 
     def __len__(self) -> int:

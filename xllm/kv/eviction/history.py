@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WAYS = 16
+WAYS = 16  # of a set. Chosen: more ways forget more nearly by age, fewer compare fewer keys for each block of a path
 
 
 def content_keys(digests: Sequence[bytes]) -> np.ndarray:
@@ -35,7 +35,8 @@ class History:
         self._last_SW = self._uses[0].reshape(num_sets, WAYS)
 
     def touch(self, keys: np.ndarray, now: int) -> tuple[np.ndarray, np.ndarray]:
-        """One request uses these contents, without repeats: (content ids, those of them that were new), int32.
+        """Record that one request uses these contents at time `now`; no repeats. Returns (content ids, those of them
+        that were new), int32.
 
         New contents take over ids of old ones. Fewer ids than keys (from the start) if so many keys fall into one set
         that it cannot hold them, as those of a path much longer than the table do.
@@ -73,7 +74,7 @@ class History:
         return ids
 
     def kth_use(self, ids: np.ndarray) -> np.ndarray:
-        """When each content was used K uses ago: int64, 0 if it was not used as often (or that is forgotten)."""
+        """The time of each content's K-th last use: int64, 0 if it has fewer than K remembered uses."""
         return self._uses[-1][ids]
 
 

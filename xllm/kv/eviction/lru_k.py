@@ -1,4 +1,4 @@
-"""`LRUK`: the one whose K-th last use is the longest ago goes first.
+"""`LRUK`: evicts first the content whose K-th last use is the longest ago.
 
 E. O'Neil, P. O'Neil, G. Weikum: The LRU-K page replacement algorithm for database disk buffering, SIGMOD 1993.
 """
@@ -66,7 +66,7 @@ class PlaceUses:
         self._admitted.append((ids, digests))
 
     def settle(self) -> None:
-        """Take in what was admitted. Due before anything is asked of those places."""
+        """Enter what `admit` noted into the arrays. Must be called before these places are used or looked up."""
         admitted, self._admitted = self._admitted, []
         ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in admitted])
         if len(ids):
@@ -78,7 +78,7 @@ class PlaceUses:
         return not self._admitted
 
     def use(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One request used these places, root first; returns what `History.touch` does."""
+        """Count one use of these places by one request, root first; returns what `History.touch` does."""
         self.now += 1
         content_ids, new = self.history.touch(self._keys[ids], self.now)
         kth = self.kth_use[ids]

@@ -1,4 +1,4 @@
-"""`Protected`: the hot part of a tier (L1), which is not evicted while there is anything else (L2)."""
+"""`Protected`: keeps the hot part of a tier (L1) from eviction while anything else (L2) can be evicted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from xllm.kv.eviction.eviction_policy import EvictionPolicy
 from xllm.kv.eviction.ring import Ring, Stamps
 
-HOT_USES = 2
+HOT_USES = 2  # uses from which a content is hot: the least that tells a shared prefix from one that came once
 
 
 class Protected:

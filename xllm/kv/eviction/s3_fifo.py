@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 from xllm.kv.eviction.tree import PARKED, QUEUED, LeafFirst, Line
 
-SMALL_SHARE = 0.1
-MAX_FREQUENCY = 3
-SMALL, MAIN = 0, 1
+SMALL_SHARE = 0.1  # of the places; the paper's
+MAX_FREQUENCY = 3  # what a counter of two bits holds; the paper's
+SMALL, MAIN = 0, 1  # the class of a place: its queue's index in `_lines`
 
 
 class S3FIFO(LeafFirst):

@@ -1,4 +1,4 @@
-"""`Shadow`: what a cache would have hit under some order, without the cache."""
+"""`Shadow`: counts what a cache would have hit under some order, without holding any content."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Shadow:
         self._order = order
 
     def forget(self, content_ids: np.ndarray) -> None:
-        """These ids stand for other contents from now on."""
+        """Drop these ids from the shadow: they stand for other contents from now on."""
         self._stamps.clear(content_ids)
 
     def use(self, path: np.ndarray, kth_uses: np.ndarray) -> int:
-        """A request uses these contents, root first, which are then cached; returns how many were found.
+        """Look up and then cache the contents that one request uses, root first; returns how many were found.
 
         A block is found only with all its ancestors. What does not fit is cut off at the end.
         """

@@ -1,4 +1,4 @@
-"""`LeafFirst`: keeps a parent back until its last child has gone, for policies whose order does not do it by itself."""
+"""`LeafFirst`: evicts no place before its last child, for policies whose own order does not ensure that."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 QUEUED, PARKED, READY = range(3)
-NO_PLACE = -1
+NO_PLACE = -1  # stands for the parent of a root; no place has that number
 
 
 class Line:
-    """A queue of places in which those forgotten meanwhile are skipped."""
+    """A first-in, first-out queue of places. `discard` is O(1): the entry stays and is skipped by `pop`."""
 
     def __init__(self, num_places: int):
         self._entries: deque[tuple[int, int]] = deque()
@@ -24,7 +24,7 @@ class Line:
         return self._count
 
     def push(self, place: int) -> None:
-        """To the end. It must not be in the line."""
+        """Append a place, which must not be in the line."""
         assert not self._ticket_of[place]
         self._ticket_of[place] = self._next_ticket
         self._entries.append((place, self._next_ticket))
@@ -32,7 +32,7 @@ class Line:
         self._count += 1
 
     def pop(self) -> int:
-        """Take out the first. The line must not be empty."""
+        """Remove and return the first place. The line must not be empty."""
         while True:
             place, ticket = self._entries.popleft()
             if self._ticket_of[place] == ticket:
@@ -40,7 +40,7 @@ class Line:
                 return place
 
     def discard(self, place: int) -> None:
-        """Take it out, if it is in."""
+        """Remove the place, if it is in the line."""
         self._count -= self._ticket_of[place] != 0
         self._ticket_of[place] = 0
         if len(self._entries) > 2 * self._count + 64:
@@ -48,10 +48,12 @@ class Line:
 
 
 class LeafFirst:
-    """The base of such policies. A subclass chooses candidates in its own order, held ones and parents included.
+    """Base class of such policies: implements `EvictionPolicy` over a subclass's order of candidates (`_candidate`),
+    which may name held places and parents too.
 
-    A candidate that cannot go yet is parked, out of the subclass's order. It is next as soon as it can go (when its
-    last child has gone, or it is retired), unless the subclass takes it back in `_retired`. O(1) per place.
+    A candidate that is held or has children is parked, out of the subclass's order. It is evicted next as soon as it
+    can be (its last child is evicted, or it is retired), unless the subclass takes it back in `_retired`. O(1) per
+    place.
     """
 
     def __init__(self, num_places: int):
@@ -98,6 +100,7 @@ class LeafFirst:
                 self._revived(place)
 
     def victims(self, num_places: int) -> np.ndarray:
+        """See `EvictionPolicy.victims`. Takes candidates until enough of them can go; the others are parked."""
         chosen: list[int] = []
         while len(chosen) < num_places and self._count:
             self.num_looked_at += 1
@@ -138,25 +141,25 @@ class LeafFirst:
     # --- what a subclass says
 
     def _admitted(self, place: int, digest: bytes) -> None:
-        """A new content; not evictable."""
+        """Called when a content has entered at `place`; it is not evictable yet."""
 
     def _used(self, place: int) -> None:
-        """A request used it."""
+        """Called when a request used the place's content."""
 
     def _retired(self, place: int) -> None:
-        """It is evictable now. A parked one may be taken back: set `_where` to QUEUED."""
+        """Called when the place became evictable. To take a parked one back into the order, set `_where` to QUEUED."""
 
     def _revived(self, place: int) -> None:
-        """It is evictable no more."""
+        """Called when the place is held again: not evictable any more."""
 
     def _evicted(self, place: int) -> None:
-        """It was the next candidate and has gone."""
+        """Called when the place, which was the next candidate, has been evicted."""
 
     def _forgotten(self, place: int) -> None:
-        """The owner has emptied it; it may still stand in the order."""
+        """Called when the owner has emptied the place; the order may still contain it."""
 
     def _candidate(self) -> int:
-        """Take the next one out of the order. Asked only while some place is evictable."""
+        """Remove and return the next place of the order. Called only while some place is evictable."""
         raise NotImplementedError
 
 
