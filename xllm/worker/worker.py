@@ -41,7 +41,6 @@ from xllm.worker.messages import (
     Settle,
     Settled,
     Sleep,
-    Step,
     StopWorker,
     Wake,
     WorkerCommand,
@@ -76,9 +75,9 @@ class Worker:
 
     def receive(self, command: WorkerCommand) -> bool:
         """Begin what need not wait for the steps before it; whether there is more, for `perform`."""
-        if isinstance(command, Step):
+        if isinstance(command, ScheduleOutput):
             assert self.runner is not None
-            self.runner.prepare(command.plan)
+            self.runner.prepare(command)
         elif isinstance(command, Move):
             assert self.tiers is not None
             self.tiers.lanes.send(command)
@@ -99,8 +98,8 @@ class Worker:
         """Do it and report. What fails is reported as well: as the command's answer where it has one that can say so,
         else as the end of this worker."""
         try:
-            if isinstance(command, Step):
-                self._step(command.plan)
+            if isinstance(command, ScheduleOutput):
+                self._step(command)
             elif isinstance(command, Settle):
                 self._settle(1)
             elif isinstance(command, PutAdapter):
