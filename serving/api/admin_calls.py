@@ -18,7 +18,7 @@ Body = TypeVar("Body", bound=StrictBody)
 
 async def body_of(state: ServerState, request: Request, kind: type[Body]) -> Body:
     """A JSON body; none is an empty one, and query parameters count as members. Raises ApiError."""
-    content = await read_json(request, state.config.limits.max_json_depth) if await request.body() else {}
+    content = await read_json(request, state.config.limits.max_json_depth, is_optional=True)
     return parse({**{name: _number(value) for name, value in request.query_params.items()}, **content}, kind)
 
 

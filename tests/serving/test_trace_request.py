@@ -116,7 +116,8 @@ WAY = (Station("api", "door", at=("s.door:open",), holds=("s.door",), makes=("s.
        Station("api", "thanks", at=("s.door:thank",), is_answer=True),
        Station("api", "back", at=("s.door:close",), makes=("s.Piece",)))
 VISITS = [("api", "s.door", "open"), ("api", "s.door", "look"), ("engine", "x.loop", "run"),
-          ("engine", "x.room", "enter"), ("engine", "x.kv.pool", "Pool.take"), ("api", "s.door", "thank"), ("api", "s.door", "close")]
+          ("engine", "x.room", "enter"), ("engine", "x.kv.pool", "Pool.take"),
+          ("api", "s.door", "thank"), ("api", "s.door", "close")]
 
 
 def found_wrong(visits=VISITS, types=("s.Body", "s.Piece", "s.Part"), way=WAY) -> list[str]:

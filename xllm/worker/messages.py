@@ -189,7 +189,7 @@ class WorkerStats:
     disk_misses: dict[str, int] = field(default_factory=dict)
 
 
-WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake
-                 | StopWorker)
+WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep
+                 | Wake | StopWorker)
 WorkerReport = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
                 | WorkerStats)
