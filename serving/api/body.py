@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope
 from serving.api.errors import ApiError, invalid
 from serving.api.sse import ClientGone
 from serving.api.text_work import TextWork
+from serving.api.types import Body, parse
 from serving.limits import FIELD_LIMITS, LimitSettings
 
 LARGE_BODY_BYTES = 2**16  # more is read beside the event loop
@@ -53,21 +54,30 @@ async def refuse_body(receive: Receive, limits: LimitSettings) -> ApiError:
                     headers={"Connection": "close"})
 
 
-async def read_json(request: Request, max_depth: int, *, is_optional: bool = False) -> dict[str, Any]:
-    """The body as a JSON object; an optional one may be left out, and is empty then. Raises ApiError 415, 413 or
-    400."""
+async def read_body(request: Request, kind: type[Body], max_depth: int, *,
+                    beside: dict[str, Any] | None = None) -> Body:
+    """The body, a JSON object of that type; a long one is read and checked beside the event loop.
+
+    beside: members that are given elsewhere and that the body goes before; it may then be left out.
+
+    Raises:
+        ApiError: 415, 413, or 400 naming the field. ClientGone: the client left before the end.
+    """
     limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
-    if not is_optional:
+    if beside is None:
         _check_type(request)
-    body = await _whole(request, limits)
-    if is_optional:
-        if not body:
-            return {}
+    whole = await _whole(request, limits)
+    if beside is not None and whole:
         _check_type(request)
+
+    def read() -> Body:
+        content = {} if beside is not None and not whole else _read(whole, limits, max_depth)
+        return parse({**(beside or {}), **content}, kind)
+
     text_work: TextWork | None = request.scope.get("xllm.text_work")
-    if text_work is None or len(body) <= LARGE_BODY_BYTES:
-        return _read(body, limits, max_depth)
-    return await text_work.run(len(body), lambda: _read(body, limits, max_depth))
+    if text_work is None or len(whole) <= LARGE_BODY_BYTES:
+        return read()
+    return await text_work.run(len(whole), read)
 
 
 def _check_type(request: Request) -> None:

@@ -94,7 +94,7 @@ class AccessGate:
     """ASGI middleware, the outermost but for CORS: what it does not let through reaches nothing.
 
     In this order: a head within its limits, a sane Host, a declared path, a key for its level, the key's quota, a body
-    that is not too large by what the head says (`read_json` counts it as it comes). It
+    that is not too large by what the head says (`read_body` counts it as it comes). It
     leaves the caller in `CALLER` and the limits in the scope (`xllm.limits`), and
     what reads large bodies beside the event loop (`xllm.text_work`).
     """

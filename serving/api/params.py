@@ -26,26 +26,6 @@ MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024
 
 
-def samplings(state: ServerState, body: GenerationBody, lengths: Sequence[int], *, n: int, asked: int | None,
-              asked_field: str, default: int | None, prompt_field: str, logprobs: int | None,
-              logprob_weight: int = LOGPROB, **overrides: Any) -> list[SamplingParams]:
-    """For each prompt, of so many tokens: the body's wishes over the model's defaults; overrides: over both. They differ
-    in `max_tokens` only; asked, default: see `choose_max_tokens`. Raises RequestError or ApiError naming the field."""
-    affordable = affordable_tokens(state, n * len(lengths), logprobs, logprob_weight)
-    most = [choose_max_tokens(state, asked, length, default=default, prompt_field=prompt_field,
-                              asked_field=asked_field, affordable=affordable) for length in lengths]
-    given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
-    defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
-    settings: dict[str, Any] = {**defaults, **given, "logprobs": logprobs, **overrides}
-    if state.tokenizer is None:
-        for name in ("stop", "bad_words"):
-            if settings.get(name):
-                state.need_tokenizer(name)
-    first = SamplingParams(n=n, max_tokens=most[0], detokenize=state.tokenizer is not None, **settings)
-    made = {length: first.varied(max_tokens=length) for length in set(most) - {most[0]}}
-    return [made.get(length, first) for length in most]
-
-
 def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: int, *, default: int | None,
                       prompt_field: str, asked_field: str = "max_tokens", affordable: int | None = None) -> int:
     """How many tokens to generate. Raises RequestError or ApiError if the prompt, or prompt and output, exceed
@@ -106,11 +86,27 @@ def plain_requests(state: ServerState, body: PoolingBody, call: str, prompts: Se
     return [request for prompt in prompts for request in state.inputs.requests(call, prompt, sampling, **options)]
 
 
-async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                          samplings: Sequence[SamplingParams], **weighed: Any) -> list[Request]:
-    """One `Request` per prompt and choice, in the order of the choices. weighed: what else `check_weight` wants to
-    know. Raises RequestError or ApiError."""
-    check_weight(state, list(map(len, prompts)), samplings, **weighed)
+async def engine_requests(
+        state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]], *, n: int,
+        max_tokens: int | None, default: int | None, logprobs: int | None, prompt_field: str = "prompt",
+        max_tokens_field: str = "max_tokens", logprobs_field: str = "logprobs", logprob_weight: int = LOGPROB,
+        num_echoed: int = 0, **settings: Any) -> list[Request]:
+    """One `Request` per prompt and choice, in the order of the choices: sampled as the body says, weighed, and signed.
+
+    max_tokens: as it was asked for; default: where it was not, see `choose_max_tokens`. logprobs: how many, None: none.
+    The fields' names are those of the API, for what is refused. logprob_weight, num_echoed: see `check_weight`.
+    settings: sampling parameters over the body's.
+
+    Raises:
+        RequestError, ApiError: naming the field.
+    """
+    lengths = list(map(len, prompts))
+    affordable = affordable_tokens(state, n * len(prompts), logprobs, logprob_weight)
+    longest = [choose_max_tokens(state, max_tokens, length, default=default, prompt_field=prompt_field,
+                                 asked_field=max_tokens_field, affordable=affordable) for length in lengths]
+    samplings = _samplings(state, body, n, longest, {"logprobs": logprobs, **settings})
+    check_weight(state, lengths, samplings, prompt_field=prompt_field, max_tokens_field=max_tokens_field,
+                 logprobs_field=logprobs_field, num_echoed=num_echoed, logprob=logprob_weight)
     await check_structured(state, body, samplings)
     options = _request_options(state, body)
 
@@ -119,9 +115,24 @@ async def engine_requests(state: ServerState, body: GenerationBody, call: str, p
         return [request for prompt, sampling in zip(prompts, samplings, strict=True)
                 for request in state.inputs.requests(call, prompt, sampling, shares_prompt_logprobs=False, **options)]
 
-    size = max(sum(map(len, body.bad_words or ())), sum(map(len, prompts)),
-               SEQUENCE_SIZE * len(prompts) * samplings[0].n)
-    return await state.text_work.run(size, make)
+    return await state.text_work.run(
+        max(sum(map(len, body.bad_words or ())), sum(lengths), SEQUENCE_SIZE * len(prompts) * n), make)
+
+
+def _samplings(state: ServerState, body: GenerationBody, n: int, lengths: Sequence[int],
+               settings: dict[str, Any]) -> list[SamplingParams]:
+    """One for each prompt, alike but for `max_tokens`: the body's wishes over the model's defaults; settings: over
+    both. Raises RequestError naming the field."""
+    given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
+    defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
+    settings = {**defaults, **given, **settings}
+    if state.tokenizer is None:
+        for name in ("stop", "bad_words"):
+            if settings.get(name):
+                state.need_tokenizer(name)
+    first = SamplingParams(n=n, max_tokens=lengths[0], detokenize=state.tokenizer is not None, **settings)
+    made = {length: first.varied(max_tokens=length) for length in set(lengths) - {lengths[0]}}
+    return [made.get(length, first) for length in lengths]
 
 
 def _request_options(state: ServerState, body: GenerationBody | PoolingBody) -> dict[str, Any]:

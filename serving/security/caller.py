@@ -20,8 +20,8 @@ TRACE_HEADERS: ContextVar[dict[str, str] | None] = ContextVar("trace_headers", d
 
 
 def signature(caller: Caller, priority: int, cache_salt: str) -> dict[str, Any]:
-    """What makes a request the caller's, as fields of `Request`: its cached KV is its own, and the scheduler knows whose
-    turn it is. cache_salt: the request's own; "": none.
+    """What makes a request the caller's, as fields of `Request`: its cached KV is its own, and the scheduler knows
+    whose turn it is. cache_salt: the request's own; "": none.
 
     Raises RequestError for a priority that would put others behind, unless the caller may.
     """

@@ -269,17 +269,16 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
     state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
-    asked, asked_field = _read_max_tokens(body)
+    max_tokens, max_tokens_field = _read_max_tokens(body)
     tools, prompt = await prepare_chat(state, body)
     call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
                     body.model or state.served_names[0])
-    samplings = params.samplings(
-        state, body, [len(prompt.token_ids)], n=n, asked=asked, asked_field=asked_field, prompt_field="messages",
-        default=state.sampling_defaults.get("max_tokens"), logprob_weight=logprob_weight,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None, **call.sampling_overrides())
     requests = await params.engine_requests(
-        state, body, call.id, [prompt.token_ids], samplings, prompt_field="messages", max_tokens_field=asked_field,
-        logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob=logprob_weight)
+        state, body, call.id, [prompt.token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
+        max_tokens_field=max_tokens_field, default=state.sampling_defaults.get("max_tokens"),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,
+        **call.sampling_overrides())
     state.metrics.request_params_n.observe(n)
     return call, Generation(state, requests, body.timeout_s)
 

@@ -78,19 +78,6 @@ class CompletionCall:
         """Echo only: one token is made and not shown."""
         return self.body.max_tokens == 0
 
-    def samplings(self) -> list[SamplingParams]:
-        body = self.body
-        if body.max_tokens == 0 and not body.echo:
-            raise invalid("max_tokens must be at least 1 unless echo is set", "max_tokens")
-        overrides: dict[str, Any] = {}
-        if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-            overrides["prompt_logprobs"] = body.logprobs
-        return params.samplings(
-            self.state, body, [len(prompt.token_ids) for prompt in self.prompts], n=self.n, prompt_field="prompt",
-            asked=body.max_tokens or (1 if self.hides_output else None), asked_field="max_tokens",
-            default=self.state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS),
-            logprobs=body.logprobs, structured=read_structured(body), **overrides)
-
 
 class CompletionWriter:
     """Writes a call's answers as a text completion, or as its chunks (`drive.Writer`)."""
@@ -281,8 +268,16 @@ async def create_completion(state: ServerState, request: Request, body: Completi
         raise invalid("stream_options needs stream", "stream_options")
     call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
                           n, body.model or state.served_names[0])
-    requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], call.samplings(),
-                                            num_echoed=sum(len(p.echo) for p in prompts))
+    if call.hides_output and not body.echo:
+        raise invalid("max_tokens must be at least 1 unless echo is set", "max_tokens")
+    settings: dict[str, Any] = {"structured": read_structured(body)}
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        settings["prompt_logprobs"] = body.logprobs
+    requests = await params.engine_requests(
+        state, body, call.id, [prompt.token_ids for prompt in prompts], n=n,
+        max_tokens=body.max_tokens or (1 if call.hides_output else None),
+        default=state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS), logprobs=body.logprobs,
+        num_echoed=sum(len(prompt.echo) for prompt in prompts), **settings)
     state.metrics.request_params_n.observe(n)
     generation = Generation(state, requests, body.timeout_s)
     return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
