@@ -14,6 +14,7 @@ import pytest
 
 from tests.serving.server_process import ROOT, wait_for
 from tools.trace_request.__main__ import Trace, Visit, merged
+from tools.trace_request.docs import TARGET, section
 from tools.trace_request.recorder import Recorder
 from tools.trace_request.stations import STATIONS, Station, complaints, num_crossings, owner_of
 
@@ -148,9 +149,10 @@ def test_what_is_said_of_a_way_that_is_another(change: dict[str, object], compla
 
 
 def test_the_length_of_the_way() -> None:
-    assert len(STATIONS) <= 49
-    assert sum(len(station.makes) for station in STATIONS) <= 29
+    assert len(STATIONS) <= 38
+    assert sum(len(station.makes) for station in STATIONS) <= 25
     assert num_crossings(STATIONS) == 2
+    assert section() in TARGET.read_text(encoding="utf-8"), "run python -m tools.trace_request.docs"
 
 
 def test_a_request_to_the_real_server(tmp_path: Path) -> None:

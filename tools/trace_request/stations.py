@@ -262,10 +262,10 @@ STATIONS = (
             at=(), waits=("serving.observe.call_log:CallLog.__call__.answer",)),
 )
 ASIDE = {
-    "a part of what carries": (
+    "parts of what carries it": (
         "serving.api.types.ChatMessage", "serving.parsers.tool_set.ToolSet", "serving.api.call_weight.Term",
         "xllm.shared_params.SharedParams", "backends.metadata.AttentionMetadata", "backends.cpu.kernels.StepPlan"),
-    "it reads or writes what carries": (
+    "what reads or writes it": (
         "serving.api.connection.BoundConnection", "xllm.text.chat_template._Wish",
         "serving.parsers.output.OutputParser", "serving.api.logprob_shapes.ChoiceLogprobs",
         "serving.api.routes.chat.ChatWriter",
