@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tools.trace_request.recorder import FOREIGN
@@ -29,8 +30,8 @@ carries the request if it holds it, or its output, as it goes from station to st
 {rows}
 
 - Most of what is wrong with a request ends before it is submitted, always as a 4xx that names the field.
-- The engine's answer that it has taken a request (station {answer}) is waited for, because a refusal is a status and not
-  an event. It is no crossing of the request. Here the answer's assembly begins.
+- The engine's answer that it has taken a request (station {answer}) is waited for, because a refusal is a status and
+  not an event. It is no crossing of the request. Here the answer's assembly begins.
 - If the prefix of a request goes on in host memory or on disk it waits for those blocks first
   (`scheduler/kv_waits.py`).
 - Deltas go back in one list for each step, and are the same objects from the scheduler to `Assembly`, which detokenises
@@ -46,19 +47,19 @@ def section() -> str:
     """From its heading to the next."""
     return HEAD + TEXT.format(
         hops=len(STATIONS), types=sum(len(station.makes) for station in STATIONS), crossings=num_crossings(STATIONS),
-        modules=MAX_MODULES, aside="\n".join(f"- {why}: {', '.join(map(_type, names))}" for why, names in ASIDE.items()),
+        modules=MAX_MODULES, aside="\n".join(f"- {why}: {_types(names)}" for why, names in ASIDE.items()),
         rows="\n".join(_row(number, station) for number, station in enumerate(STATIONS, 1)),
         answer=next(number for number, station in enumerate(STATIONS, 1) if station.is_answer))
 
 
 def _row(number: int, station: Station) -> str:
     where = ", ".join(map(_place, (*station.at, *station.waits)))
-    return f"| {number} | {PROCESSES[station.process]}: {station.name} | {where} | {', '.join(map(_type, station.makes))} |"
+    return f"| {number} | {PROCESSES[station.process]}: {station.name} | {where} | {_types(station.makes)} |"
 
 
-def _type(name: str) -> str:
-    """Without its module, if it is one of ours."""
-    return f"`{name if name in FOREIGN else name.rpartition('.')[2]}`"
+def _types(names: Iterable[str]) -> str:
+    """Those of ours without their modules."""
+    return ", ".join(f"`{name if name in FOREIGN else name.rpartition('.')[2]}`" for name in names)
 
 
 def _place(place: str) -> str:
