@@ -1,4 +1,4 @@
-"""What the routes for administrators share: reading their bodies, and asking the engine to do something."""
+"""What the routes for administrators share: members of a body in the query, and asking the engine to do something."""
 
 from __future__ import annotations
 
