@@ -17,7 +17,7 @@ The way of one streamed chat request has {hops} stations, {types} types that car
 processes. The list is `tools/trace_request/stations.py`, from which `python -m tools.trace_request.docs` writes this
 section. `make trace` holds it against the real server, and fails if a function of ours was called that belongs to no
 station, if a station was not visited or not in its order, or if a type came that is not listed;
-`python -m tools.trace_request --functions` shows every function.
+`python -m tools.trace_request` can show every function, too.
 
 A station is a place where the data is handed on or takes a new form: one or a few functions in at most {modules}
 modules, with what they call on the way. What comes back to a module for something else is another station. A type
