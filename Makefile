@@ -105,6 +105,7 @@ docs: setup
 	$(BIN)/python tools/gen_settings.py --check
 	$(BIN)/python tools/gen_grafana.py --check
 	$(BIN)/python tools/gen_limits.py --check
+	$(BIN)/python -m tools.trace_request.docs --check
 
 demo-model: setup
 	$(BIN)/python -m tools.train_demo

@@ -68,31 +68,40 @@ class InputProcessor:
         return cls(tokenizer, vocab_size=facts.vocab_size, max_model_len=facts.max_model_len,
                    eos_token_ids=facts.eos_token_ids)
 
-    def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, priority: int = 0,
-                offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
-                session_id: str | None = None, pooling: PoolingParams | None = None,
-                lora: str = "", shares_prompt_logprobs: bool = True) -> ProcessedInput:
-        """Everything the engine needs to run `prompt`; `sampling.n` becomes that many requests.
-
-        shares_prompt_logprobs: of the `n`, the first alone computes those of the prompt.
+    def process(self, request_id: str, prompt: Prompt, sampling: SamplingParams, **options: Any) -> ProcessedInput:
+        """Everything the engine needs to run `prompt`; options: those of `requests`.
 
         Raises:
             RequestError: names the parameter that is wrong.
         """
         text, token_ids = self.encode_prompt(prompt)
         check_prompt_length(len(token_ids), self.max_model_len)
+        requests = self.requests(request_id, token_ids, sampling, **options)
+        return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,
+                              requests=requests)
+
+    def requests(self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, *, priority: int = 0,
+                 offline: bool = False, deadline_s: float | None = None, cache_salt: str = "",
+                 session_id: str | None = None, pooling: PoolingParams | None = None, lora: str = "", tenant: str = "",
+                 tenant_weight: float = 1.0, shares_prompt_logprobs: bool = True) -> tuple[Request, ...]:
+        """The engine's requests for a prompt whose length was checked; `sampling.n` becomes that many.
+
+        shares_prompt_logprobs: of the `n`, the first alone computes those of the prompt.
+
+        Raises:
+            RequestError: names the parameter that is wrong.
+        """
         packed_ids = self._packed(token_ids)
         sampling = self._complete(sampling)
         arrival_s = time.monotonic()
-        requests = tuple(
+        return tuple(
             Request(request_id=child_id, prompt_token_ids=packed_ids, sampling=choice,
                     eos_token_ids=self.eos_token_ids, arrival_s=arrival_s, priority=priority, offline=offline,
-                    deadline_s=deadline_s, cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora)
+                    deadline_s=deadline_s, cache_salt=cache_salt, session_id=session_id, pooling=pooling, lora=lora,
+                    tenant=tenant, tenant_weight=tenant_weight)
             for child_id, choice in zip(self._engine_ids(request_id, sampling.n),
                                         _choices(sampling, shares_prompt_logprobs))
         )
-        return ProcessedInput(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling=sampling,
-                              requests=requests)
 
     def encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text if there is one, token ids)."""
@@ -113,11 +122,11 @@ class InputProcessor:
             raise RequestError("prompt: give {'prompt': text} or {'prompt_token_ids': [...]}", field="prompt")
         return text, self._needs_tokenizer("prompt", "a text prompt").encode(text)
 
-    def check_ids(self, token_ids: list[int]) -> None:
+    def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raise RequestError for an id outside the vocabulary."""
         self._packed(token_ids)
 
-    def _packed(self, token_ids: list[int]) -> array[int]:
+    def _packed(self, token_ids: Sequence[int]) -> array[int]:
         """The ids as `Request.prompt_token_ids`. Raises RequestError for one outside the vocabulary."""
         packed: array[int] | None = None
         with contextlib.suppress(OverflowError):

@@ -193,7 +193,12 @@ def _check_numbers(p: SamplingParams) -> None:
 
 def _in_range(p: SamplingParams, name: str, low: float, high: float, *,
               whole: bool = False, low_open: bool = False) -> None:
-    value = getattr(p, name)
+    check_number(name, getattr(p, name), low, high, whole=whole, low_open=low_open)
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False,
+                 low_open: bool = False) -> None:
+    """Raise RequestError, naming the field, unless the value is a number from low (or above it) to high."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise RequestError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}", field=name)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
-from serving.api.body import read_json
 from serving.api.errors import ApiError
 from serving.api.state import ServerState
-from serving.api.types import StrictBody, parse
 from serving.security.paths import hide_paths
 from xllm.engine.commands import Action, Controlled
 
-Body = TypeVar("Body", bound=StrictBody)
 
-
-async def body_of(state: ServerState, request: Request, kind: type[Body]) -> Body:
-    """A JSON body; none is an empty one, and query parameters count as members. Raises ApiError."""
-    content = await read_json(request, state.config.limits.max_json_depth) if await request.body() else {}
-    return parse({**{name: _number(value) for name, value in request.query_params.items()}, **content}, kind)
+def query_members(request: Request) -> dict[str, Any]:
+    """The query's parameters as members of a body."""
+    return {name: _number(value) for name, value in request.query_params.items()}
 
 
 async def control(state: ServerState, action: Action, **options: Any) -> Controlled:

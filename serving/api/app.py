@@ -9,7 +9,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.api.body import BodyLimit
 from serving.api.errors import install_handlers
 from serving.api.gate import AccessGate, check_declared, declared_paths
 from serving.api.route import Route, access_table
@@ -62,7 +61,6 @@ def create_app(state: ServerState) -> FastAPI:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     http, limits = state.config.http, state.config.limits
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(AccessGate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits, routes=access,
                        refusals=state.refusals, text_work=state.text_work)
     if state.tracer is not None:

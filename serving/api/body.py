@@ -8,11 +8,12 @@ import re
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from serving.api.errors import ApiError, invalid
 from serving.api.sse import ClientGone
 from serving.api.text_work import TextWork
+from serving.api.types import Body, parse
 from serving.limits import FIELD_LIMITS, LimitSettings
 
 # From which a body is parsed in a thread. Chosen: smaller ones take the event loop well below a millisecond.
@@ -38,63 +39,68 @@ def check_head(scope: Scope, limits: LimitSettings) -> None:
         raise ApiError(431, f"the headers are larger than {limits.max_header_bytes} bytes")
 
 
-class BodyLimit:
-    """ASGI middleware: a body larger than `max_bytes` is answered with 413, counted while it streams in.
+def declares_too_much(scope: Scope, limits: LimitSettings) -> bool:
+    """Whether the head says that the body is larger than one may be."""
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    return len(declared) > 20 or (declared.isdigit() and int(declared) > limits.max_body_bytes)
 
-    The rest is read and dropped first, within reason: a server that closes on unread data resets the
-    connection, and the client never sees why.
+
+async def refuse_body(receive: Receive, limits: LimitSettings) -> ApiError:
+    """413 for a body that is too large, once the rest of it is read and dropped, within reason: a server that closes
+    on unread data resets the connection, and the client never sees why."""
+    num_bytes, more = 0, True
+    while more and num_bytes < limits.max_body_bytes * DISCARD_FACTOR:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    return ApiError(413, f"the request body is larger than {limits.max_body_bytes} bytes",
+                    headers={"Connection": "close"})
+
+
+async def read_body(request: Request, kind: type[Body], max_depth: int, *,
+                    beside: dict[str, Any] | None = None) -> Body:
+    """The body, a JSON object of that type; a long one is read and checked beside the event loop.
+
+    beside: members that are given elsewhere and that the body goes before; it may then be left out.
+
+    Raises:
+        ApiError: 415, 413, or 400 naming the field. ClientGone: the client left before the end.
     """
+    limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
+    if beside is None:
+        _check_type(request)
+    whole = await _whole(request, limits)
+    if beside is not None and whole:
+        _check_type(request)
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def read() -> Body:
+        content = {} if beside is not None and not whole else _read(whole, limits, max_depth)
+        return parse({**(beside or {}), **content}, kind)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if len(declared) > 20 or (declared.isdigit() and int(declared) > self.max_bytes):
-            await self._discard(receive)
-            await self._too_large().response()(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
-                await self._discard(receive)
-                raise self._too_large()
-            return message
-
-        await self.app(scope, counted, send)
-
-    async def _discard(self, receive: Receive) -> None:
-        num_bytes, more = 0, True
-        while more and num_bytes < self.max_bytes * DISCARD_FACTOR:
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            more = message.get("more_body", False)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request body is larger than {self.max_bytes} bytes", headers={"Connection": "close"})
+    text_work: TextWork | None = request.scope.get("xllm.text_work")
+    if text_work is None or len(whole) <= LARGE_BODY_BYTES:
+        return read()
+    return await text_work.run(len(whole), read)
 
 
-async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
-    """The body as a JSON object. Raises ApiError 415 or 400."""
+def _check_type(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {media_type or 'none'!r}")
+
+
+async def _whole(request: Request, limits: LimitSettings) -> bytes:
+    """The body, counted while it streams in. Raises ApiError 413."""
+    parts, num_bytes = list[bytes](), 0
     try:
-        body = await request.body()
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes > limits.max_body_bytes:
+                raise await refuse_body(request.receive, limits)
+            parts.append(part)
     except ClientDisconnect:
         raise ClientGone from None
-    limits: LimitSettings = request.scope.get("xllm.limits") or LimitSettings()
-    text_work: TextWork | None = request.scope.get("xllm.text_work")
-    if text_work is None or len(body) <= LARGE_BODY_BYTES:
-        return _read(body, limits, max_depth)
-    return await text_work.run(len(body), lambda: _read(body, limits, max_depth))
+    return b"".join(parts)
 
 
 def _read(body: bytes, limits: LimitSettings, max_depth: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from serving.api.errors import invalid
 from serving.api.state import ServerState
@@ -35,44 +36,29 @@ class Term:
     what: str
 
 
-@dataclass(frozen=True)
-class PlannedCall:
-    """What is known of a call before it is submitted. prompts: their lengths in tokens; samplings: one for each.
-
-    fields: how this API calls `prompt`, `max_tokens` and `logprobs`. num_echoed: characters. logprob: weight of one.
-    """
-
-    prompts: Sequence[int]
-    samplings: Sequence[SamplingParams]
-    prompt_field: str = "prompt"
-    max_tokens_field: str = "max_tokens"
-    logprobs_field: str = "logprobs"
-    num_echoed: int = 0
-    logprob: int = LOGPROB
-    embedding_size: int = 0
-
-    def terms(self) -> list[Term]:
-        """The weights of the call, field by field."""
-        one, num_prompt = self.samplings[0], sum(self.prompts)
-        num = one.n * len(self.prompts)
-        num_tokens = one.n * sum(sampling.max_tokens or 0 for sampling in self.samplings)
-        times = f"{num} sequences"
-        found = [
-            Term("n" if one.n > 1 else self.prompt_field, num * SEQUENCE, times),
-            Term(self.prompt_field, num_prompt * (PROMPT_TOKEN + one.n * PROMPT_COPY), f"{num_prompt} prompt tokens"),
-            Term(self.max_tokens_field, num_tokens * OUTPUT_TOKEN, f"{num_tokens} tokens of {times}"),
-            Term("echo", one.n * self.num_echoed * ECHO_CHAR, f"{one.n} times {self.num_echoed} characters"),
-            Term(self.prompt_field, num * self.embedding_size * EMBEDDING_NUMBER,
-                 f"{num} vectors of {self.embedding_size} numbers"),
-        ]
-        if one.logprobs is not None:
-            found.append(Term(self.logprobs_field, num_tokens * (2 + one.logprobs) * self.logprob,
-                              f"{num_tokens} tokens of {times} with {one.logprobs} others each"))
-        if one.prompt_logprobs is not None:
-            num_places = one.n * num_prompt
-            found.append(Term("prompt_logprobs", num_places * (2 + one.prompt_logprobs) * PROMPT_LOGPROB,
-                              f"{num_places} prompt tokens with {one.prompt_logprobs} others each"))
-        return found + _lists(one, num)
+def _terms(prompts: Sequence[int], samplings: Sequence[SamplingParams], *, prompt_field: str = "prompt",
+           max_tokens_field: str = "max_tokens", logprobs_field: str = "logprobs", num_echoed: int = 0,
+           logprob: int = LOGPROB, embedding_size: int = 0) -> list[Term]:
+    """Of all fields; see `check_weight`."""
+    one, num_prompt = samplings[0], sum(prompts)
+    num = one.n * len(prompts)
+    num_tokens = one.n * sum(sampling.max_tokens or 0 for sampling in samplings)
+    times = f"{num} sequences"
+    found = [
+        Term("n" if one.n > 1 else prompt_field, num * SEQUENCE, times),
+        Term(prompt_field, num_prompt * (PROMPT_TOKEN + one.n * PROMPT_COPY), f"{num_prompt} prompt tokens"),
+        Term(max_tokens_field, num_tokens * OUTPUT_TOKEN, f"{num_tokens} tokens of {times}"),
+        Term("echo", one.n * num_echoed * ECHO_CHAR, f"{one.n} times {num_echoed} characters"),
+        Term(prompt_field, num * embedding_size * EMBEDDING_NUMBER, f"{num} vectors of {embedding_size} numbers"),
+    ]
+    if one.logprobs is not None:
+        found.append(Term(logprobs_field, num_tokens * (2 + one.logprobs) * logprob,
+                          f"{num_tokens} tokens of {times} with {one.logprobs} others each"))
+    if one.prompt_logprobs is not None:
+        num_places = one.n * num_prompt
+        found.append(Term("prompt_logprobs", num_places * (2 + one.prompt_logprobs) * PROMPT_LOGPROB,
+                          f"{num_places} prompt tokens with {one.prompt_logprobs} others each"))
+    return found + _lists(one, num)
 
 
 def _lists(sampling: SamplingParams, num: int) -> list[Term]:
@@ -95,9 +81,14 @@ def _lists(sampling: SamplingParams, num: int) -> list[Term]:
     return found
 
 
-def check_weight(state: ServerState, call: PlannedCall) -> None:
-    """Raise ApiError 400 for a call that weighs more than one may, naming the field that weighs most."""
-    terms, limit = call.terms(), state.config.limits.max_call_weight
+def check_weight(state: ServerState, prompts: Sequence[int], samplings: Sequence[SamplingParams],
+                 **more: Any) -> None:
+    """Raise ApiError 400 for a call that weighs more than one may, naming the field that weighs most.
+
+    prompts: their lengths in tokens; samplings: one for each. more: prompt_field, max_tokens_field and logprobs_field
+    say how this API calls those; num_echoed: characters; logprob: weight of one; embedding_size: numbers of a vector.
+    """
+    terms, limit = _terms(prompts, samplings, **more), state.config.limits.max_call_weight
     total = sum(term.weight for term in terms)
     if total <= limit:
         return

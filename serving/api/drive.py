@@ -5,7 +5,7 @@ A `Writer` decides what an API's events and bodies look like.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serving.api.errors import json_response
 from serving.api.generation import Generation
 from serving.api.json_slices import Sliced, event_parts, sliced_response
-from serving.api.sse import DONE, EventStream, event, named, until_disconnect
+from serving.api.sse import EventStream, until_disconnect
 from serving.parsers.events import Event
 from serving.parsers.output import OutputParser
 from xllm.client.assemble import Piece
@@ -61,28 +61,26 @@ async def drive(request: Request, generation: Generation, writer: Writer, *, str
     """
     if stream:
         await until_disconnect(request.receive, generation.start())
-        encode = named if writer.is_named else event
-        return EventStream(_events(generation, writer, encode), generation.close, done=b"" if writer.is_named else DONE,
-                           show_error=lambda error: encode(writer.error(error)))
+        return EventStream(_events(generation, writer), generation.close, is_named=writer.is_named,
+                           show_error=writer.error)
     await until_disconnect(request.receive, _collect(generation, writer))
     body = writer.body()
     return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)
 
 
-async def _events(generation: Generation, writer: Writer,
-                  encode: Callable[[dict[str, Any]], bytes]) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[dict[str, Any] | bytes, None]:
     async with generation as pieces:
         for content in writer.begin():
-            yield encode(content)
+            yield content
         async for piece in pieces:
             for content in writer.piece(piece, _read(writer.parsers, piece)):
                 if isinstance(content, Sliced):
                     async for part in event_parts(content):
                         yield part
                 else:
-                    yield encode(content)
+                    yield content
         for content in writer.end():
-            yield encode(content)
+            yield content
 
 
 async def _collect(generation: Generation, writer: Writer) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.api.body import check_head
+from serving.api.body import check_head, declares_too_much, refuse_body
 from serving.api.connection import KEPT_PLACE
 from serving.api.errors import ApiError
 from serving.api.text_work import TextWork
@@ -93,7 +93,8 @@ def check_declared(paths: set[str], table: dict[str, Access]) -> None:
 class AccessGate:
     """ASGI middleware, the outermost but for CORS: what it does not let through reaches nothing.
 
-    In this order: a head within its limits, a sane Host, a declared path, a key for its level, the key's quota. It
+    In this order: a head within its limits, a sane Host, a declared path, a key for its level, the key's quota, a body
+    that is not too large by what the head says (`read_body` counts it as it comes). It
     leaves the caller in `CALLER` and the limits in the scope (`xllm.limits`), and
     what reads large bodies beside the event loop (`xllm.text_work`).
     """
@@ -114,6 +115,8 @@ class AccessGate:
             return
         try:
             self._admit(scope)
+            if declares_too_much(scope, self._limits):
+                raise await refuse_body(receive, self._limits)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return

@@ -9,14 +9,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from serving.api.call_weight import PlannedCall, check_weight
+from serving.api.call_weight import LOGPROB, affordable_tokens, check_weight
 from serving.api.errors import invalid
 from serving.api.state import ServerState
 from serving.api.structured import check_structured
 from serving.api.types import PASSED_ON, GenerationBody, PoolingBody
 from serving.observe.call import CALL, REQUEST_ID
+from serving.security.caller import CALLER, signature
 from xllm.pooling import PoolingParams
-from xllm.request import Request, SamplingParams
+from xllm.request import MAX_CHOICES, Request, SamplingParams, check_number
 from xllm.token_ids import check_prompt_length
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
@@ -25,19 +26,6 @@ SEQUENCE_SIZE = 64
 # Either way: the moves of the KV tiers add at most as much again, and stay below `kv/tiers.py: PREFETCH`.
 MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024  # chosen: a salt is an id or a digest
-
-
-def sampling_params(state: ServerState, body: GenerationBody, *, max_tokens: int, logprobs: int | None,
-                    **overrides: Any) -> SamplingParams:
-    """The body's parameters over the model's defaults; overrides: over both. Raises RequestError naming the field."""
-    given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
-    defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
-    settings: dict[str, Any] = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs, **overrides}
-    if state.tokenizer is None:
-        for name in ("stop", "bad_words"):
-            if settings.get(name):
-                state.need_tokenizer(name)
-    return SamplingParams(n=1 if body.n is None else body.n, detokenize=state.tokenizer is not None, **settings)
 
 
 def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: int, *, default: int | None,
@@ -59,8 +47,9 @@ def choose_max_tokens(state: ServerState, asked: int | None, num_prompt_tokens: 
 
 
 def check_fan_out(state: ServerState, body: GenerationBody, num_prompts: int) -> int:
-    """The checked `n`. Raises ApiError when one call asks for too many sequences."""
-    n = SamplingParams(n=1 if body.n is None else body.n).n
+    """The checked `n`. Raises RequestError or ApiError when one call asks for too many sequences."""
+    n = 1 if body.n is None else body.n
+    check_number("n", n, 1, MAX_CHOICES, whole=True)
     limit = state.config.limits.max_sequences_per_request
     if n * num_prompts > limit:
         raise invalid(f"{num_prompts} prompts times n={n} is more than {limit} sequences in one request", "n")
@@ -84,44 +73,73 @@ def call_id(body: GenerationBody | PoolingBody, prefix: str, header: str | None)
 def pooling_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                      sampling: SamplingParams, pooling: PoolingParams, prompt_field: str) -> list[Request]:
     """One `Request` per text, for its embedding. Raises RequestError or ApiError."""
-    check_weight(state, PlannedCall(list(map(len, prompts)), [sampling] * len(prompts), prompt_field=prompt_field,
-                                    embedding_size=state.facts.hidden_size))
+    check_weight(state, list(map(len, prompts)), [sampling] * len(prompts), prompt_field=prompt_field,
+                 embedding_size=state.facts.hidden_size)
     options = _request_options(state, body)
     return [request for prompt in prompts
-            for request in state.inputs.process(call, prompt, sampling, pooling=pooling, **options).requests]
+            for request in state.inputs.requests(call, prompt, sampling, pooling=pooling, **options)]
 
 
 def plain_requests(state: ServerState, body: PoolingBody, call: str, prompts: Sequence[list[int]],
                    sampling: SamplingParams) -> list[Request]:
     """One `Request` per text, all sampled alike. Raises RequestError or ApiError."""
-    check_weight(state, PlannedCall(list(map(len, prompts)), [sampling] * len(prompts)))
+    check_weight(state, list(map(len, prompts)), [sampling] * len(prompts))
     options = _request_options(state, body)
-    return [request for prompt in prompts
-            for request in state.inputs.process(call, prompt, sampling, **options).requests]
+    return [request for prompt in prompts for request in state.inputs.requests(call, prompt, sampling, **options)]
 
 
-async def engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                          samplings: Sequence[SamplingParams], weighed: PlannedCall) -> list[Request]:
-    """One `Request` per prompt and choice, in the order of the choices. Raises RequestError or ApiError."""
-    check_weight(state, weighed)
+async def engine_requests(
+        state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]], *, n: int,
+        max_tokens: int | None, default: int | None, logprobs: int | None, prompt_field: str = "prompt",
+        max_tokens_field: str = "max_tokens", logprobs_field: str = "logprobs", logprob_weight: int = LOGPROB,
+        num_echoed: int = 0, **settings: Any) -> list[Request]:
+    """One `Request` per prompt and choice, in the order of the choices: sampled as the body says, weighed, and signed.
+
+    max_tokens: as it was asked for; default: where it was not, see `choose_max_tokens`. logprobs: how many, None: none.
+    The fields' names are those of the API, for what is refused. logprob_weight, num_echoed: see `check_weight`.
+    settings: sampling parameters over the body's.
+
+    Raises:
+        RequestError, ApiError: naming the field.
+    """
+    lengths = list(map(len, prompts))
+    affordable = affordable_tokens(state, n * len(prompts), logprobs, logprob_weight)
+    longest = [choose_max_tokens(state, max_tokens, length, default=default, prompt_field=prompt_field,
+                                 asked_field=max_tokens_field, affordable=affordable) for length in lengths]
+    samplings = _samplings(state, body, n, longest, {"logprobs": logprobs, **settings})
+    check_weight(state, lengths, samplings, prompt_field=prompt_field, max_tokens_field=max_tokens_field,
+                 logprobs_field=logprobs_field, num_echoed=num_echoed, logprob=logprob_weight)
     await check_structured(state, body, samplings)
-    size = max(sum(map(len, body.bad_words or ())), sum(map(len, prompts)),
-               SEQUENCE_SIZE * len(prompts) * samplings[0].n)
-    return await state.text_work.run(size, lambda: _engine_requests(state, body, call, prompts, samplings))
-
-
-def _engine_requests(state: ServerState, body: GenerationBody, call: str, prompts: Sequence[Sequence[int]],
-                     samplings: Sequence[SamplingParams]) -> list[Request]:
     options = _request_options(state, body)
-    requests: list[Request] = []
-    for prompt, sampling in zip(prompts, samplings, strict=True):
+
+    def make() -> list[Request]:
         # Every choice shows its prompt's logprobs when it comes, so every one of them computes them.
-        requests += state.inputs.process(call, prompt, sampling, shares_prompt_logprobs=False, **options).requests
-    return requests
+        return [request for prompt, sampling in zip(prompts, samplings, strict=True)
+                for request in state.inputs.requests(call, prompt, sampling, shares_prompt_logprobs=False, **options)]
+
+    return await state.text_work.run(
+        max(sum(map(len, body.bad_words or ())), sum(lengths), SEQUENCE_SIZE * len(prompts) * n), make)
+
+
+def _samplings(state: ServerState, body: GenerationBody, n: int, lengths: Sequence[int],
+               settings: dict[str, Any]) -> list[SamplingParams]:
+    """One for each prompt, alike but for `max_tokens`: the body's wishes over the model's defaults; settings: over
+    both. Raises RequestError naming the field."""
+    given = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
+    defaults = {name: value for name, value in state.sampling_defaults.items() if name != "max_tokens"}
+    settings = {**defaults, **given, **settings}
+    if state.tokenizer is None:
+        for name in ("stop", "bad_words"):
+            if settings.get(name):
+                state.need_tokenizer(name)
+    first = SamplingParams(n=n, max_tokens=lengths[0], detokenize=state.tokenizer is not None, **settings)
+    made = {length: first.varied(max_tokens=length) for length in set(lengths) - {lengths[0]}}
+    return [made.get(length, first) for length in lengths]
 
 
 def _request_options(state: ServerState, body: GenerationBody | PoolingBody) -> dict[str, Any]:
-    """What a body says about its requests beside prompt and sampling. Raises ApiError."""
+    """What a body says about its requests beside prompt and sampling, and whose they are. Raises ApiError or
+    RequestError."""
     if abs(body.priority) > MAX_PRIORITY:
         raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
@@ -130,8 +148,8 @@ def _request_options(state: ServerState, body: GenerationBody | PoolingBody) -> 
         if len(getattr(body, name) or "") > MAX_SALT_CHARS:
             raise invalid(f"{name} may have at most {MAX_SALT_CHARS} characters", name)
     return {"priority": body.priority, "offline": body.offline, "deadline_s": _deadline_s(body.ttlt_slo_ms),
-            "cache_salt": _hash_salt(body.cache_salt), "session_id": body.session_id or body.prompt_cache_key,
-            "lora": state.adapter_of(body.model)}
+            "session_id": body.session_id or body.prompt_cache_key, "lora": state.adapter_of(body.model),
+            **signature(CALLER.get(), body.priority, _hash_salt(body.cache_salt))}
 
 
 def _deadline_s(wish_ms: float | None) -> float | None:

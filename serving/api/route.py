@@ -5,17 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from serving.api.admin_calls import body_of
-from serving.api.body import read_json
+from serving.api.admin_calls import query_members
+from serving.api.body import read_body
 from serving.api.gate import Access
 from serving.api.sse import ClientGone
 from serving.api.state import ServerState
-from serving.api.types import StrictBody, parse
+from serving.api.types import StrictBody
 from serving.observe.request_log import PLAIN, REQUEST_KIND, RequestKind
 from xllm.errors import ConfigError
 
@@ -87,10 +86,8 @@ class Route:
             state.check_loaded()
         if self.body is None:
             return await self.handler(state, request)
-        if self.access is Access.ADMIN:
-            body: Any = await body_of(state, request, self.body)
-        else:
-            body = parse(await read_json(request, state.config.limits.max_json_depth), self.body)
+        body = await read_body(request, self.body, state.config.limits.max_json_depth,
+                               beside=query_members(request) if self.access is Access.ADMIN else None)
         if self.checks_model:
             state.check_model(getattr(body, "model", None))
         return await self.handler(state, request, body)

@@ -75,7 +75,7 @@ class MadeWhileSent(Response):
     on_end: called when all is over; a generator that was never begun does not run its `finally`.
     """
 
-    def __init__(self, made: AsyncGenerator[bytes, None], on_end: Callable[[], None] = lambda: None,
+    def __init__(self, made: AsyncGenerator[Any, None], on_end: Callable[[], None] = lambda: None,
                  headers: Mapping[str, str] | None = None):
         super().__init__(headers=headers)
         del self.headers["content-length"]
@@ -98,21 +98,28 @@ class MadeWhileSent(Response):
 
 
 class EventStream(MadeWhileSent):
-    """An exception of the generator becomes an error event (`show_error`); `done` always ends the stream."""
+    """Sends each event that a generator makes, data for JSON; bytes, the parts of a large one, go out as they are.
+
+    is_named: events bear their type as their name, and the last of them ends the stream; else `[DONE]` does. An
+    exception of the generator becomes an event (`show_error`).
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None], *, done: bytes = DONE,
-                 show_error: Callable[[Exception], bytes] | None = None):
+    def __init__(self, events: AsyncGenerator[dict[str, Any] | bytes, None], on_end: Callable[[], None], *,
+                 is_named: bool = False,
+                 show_error: Callable[[Exception], dict[str, Any]] = lambda error: as_api_error(error).body()):
         super().__init__(events, on_end, EVENT_HEADERS)
-        self._done = done
-        self._show_error = show_error or (lambda error: event(as_api_error(error).body()))
+        self._encode, self._done = (named, b"") if is_named else (event, DONE)
+        self._show_error = show_error
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for chunk in self._made:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async for made in self._made:
+                body = made if isinstance(made, bytes) else self._encode(made)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         except Exception as error:  # the status line is out: the error travels as an event
-            await send({"type": "http.response.body", "body": self._show_error(error), "more_body": True})
+            shown = self._encode(self._show_error(error))
+            await send({"type": "http.response.body", "body": shown, "more_body": True})
         await send({"type": "http.response.body", "body": self._done, "more_body": False})

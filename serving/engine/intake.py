@@ -1,6 +1,4 @@
-"""`Intake`: passes every request from the HTTP API to the engine. It signs requests for their caller and counts what
-they use.
-"""
+"""`Intake`: passes every request from the HTTP API to the engine, signed ones only, and counts what they use."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Sequence
 
 from serving.engine.waiting import WaitingTokens
 from serving.observe.caller_log import CallerLog
-from serving.security.caller import CALLER, num_prompt_tokens, sign
+from serving.security.caller import CALLER, check_signed, num_prompt_tokens
 from xllm.client.engine_client import EngineBusyError, EngineClient, Stream
 from xllm.request import Request
 
@@ -28,10 +26,10 @@ class Intake:
 
         Raises:
             RequestError: one was refused; none of them runs. EngineBusyError: the queue is full.
-            EngineDeadError: no engine.
+            EngineDeadError: no engine. IntegrityError: one is not in the caller's name.
         """
         caller = CALLER.get()
-        requests = sign(requests, caller)
+        check_signed(requests, caller)
         figures = self._callers.of(caller.name)
         request_ids = [request.request_id for request in requests]
         self.waiting.enter(requests)

@@ -1,4 +1,4 @@
-"""`RowState` and `ForwardBatch` against plain loops."""
+"""`RowState` and `HostBatch` against plain loops."""
 
 from __future__ import annotations
 
@@ -75,19 +75,17 @@ def test_a_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> None:
     samples_S = np.array([tokens == computed + chunk for tokens, computed, chunk, _ in step])
     rows.write_drafts(rows_S, drafts_SR)
     host = gather_batch(rows, rows_S, chunks_S, drafts_S, samples_S)
-    batch = host.to_device(as_tensor)
-
-    meta, s = batch.meta, host.slots
-    assert batch.input_ids_T.tolist() == ids
-    assert batch.positions_T.tolist() == positions
+    meta, s = host.metadata(as_tensor), host.slots
+    assert host.input_ids_T.tolist() == ids
+    assert host.positions_T.tolist() == positions
     assert meta.slot_mapping_T.tolist() == slots
     assert meta.query_start_S1.tolist() == starts == host.query_start_S1.tolist()
     assert meta.seq_lens_S.tolist() == [c + n + d for _, c, n, d in step]
     assert list(zip(s.rows.tolist(), s.steps.tolist(), s.offsets.tolist(), s.hidden.tolist())) == hidden
     assert meta.max_query_len == max(n + d for _, _, n, d in step)
     assert (meta.num_tokens, meta.max_seq_len, meta.block_size) == (len(ids), max(meta.seq_lens_S.tolist()), BLOCK_SIZE)
-    tensors = (batch.input_ids_T, batch.positions_T, meta.slot_mapping_T, meta.query_start_S1, meta.seq_lens_S,
-               meta.block_table_SM)
+    tensors = (as_tensor(host.input_ids_T), as_tensor(host.positions_T), meta.slot_mapping_T, meta.query_start_S1,
+               meta.seq_lens_S, meta.block_table_SM)
     assert {t.dtype for t in tensors} == {torch.int32}
     assert all(t.is_contiguous() for t in tensors)
     for i, length in enumerate(meta.seq_lens_S.tolist()):

@@ -8,11 +8,12 @@ import math
 import httpx
 import pytest
 
-from serving.security.caller import CALLER, num_prompt_tokens, sign
+from serving.security.caller import CALLER, check_signed, num_prompt_tokens, signature
 from serving.security.keys import NOBODY, Caller
 from serving.security.quotas import Bucket, Quota
 from tests.security.wire import ALICE, CAROL, ROOT_KEY, bearer
 from tests.serving.server_process import ServerProcess
+from xllm.errors import IntegrityError
 from xllm.request import Request
 
 
@@ -87,14 +88,19 @@ def test_salts_tell_callers_and_their_users_apart() -> None:
 
 
 def test_signed_requests() -> None:
-    prompt, other = [1, 2, 3], [1, 2, 3]
-    requests = [Request(request_id=str(i), prompt_token_ids=ids, cache_salt=salt)
-                for i, (ids, salt) in enumerate([(prompt, ""), (prompt, "s"), (other, "")])]
-    assert sign(requests, NOBODY) == requests
-    signed = sign(requests, Caller("a", weight=2.0))
+    prompt, other, caller = [1, 2, 3], [1, 2, 3], Caller("a", weight=2.0)
+    given = [(prompt, ""), (prompt, "s"), (other, "")]
+    plain, signed = ([Request(request_id=str(i), prompt_token_ids=ids, **signature(whose, 0, salt))
+                      for i, (ids, salt) in enumerate(given)] for whose in (NOBODY, caller))
+    assert [(request.tenant, request.cache_salt) for request in plain] == [("", salt) for _, salt in given]
     assert [(request.tenant, request.tenant_weight) for request in signed] == [("a", 2.0)] * 3
     assert len({request.cache_salt for request in signed}) == 2
     assert num_prompt_tokens(signed) == 6, "two choices of one prompt pay for it once"
+    check_signed(plain, NOBODY)
+    check_signed(signed, caller)
+    for requests, other_caller in ((plain, caller), (signed, NOBODY), ([*signed, plain[0]], caller)):
+        with pytest.raises(IntegrityError):
+            check_signed(requests, other_caller)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -42,9 +42,9 @@ class Connection:
         self.sent.append(message.get("body", b""))
 
 
-async def _events(error: Exception | None, ends: list[str]) -> AsyncGenerator[bytes, None]:
+async def _events(error: Exception | None, ends: list[str]) -> AsyncGenerator[dict[str, int], None]:
     try:
-        yield b"data: 1\n\n"
+        yield {"number": 1}
         if error is not None:
             raise error
         await asyncio.Event().wait()
@@ -79,7 +79,7 @@ async def test_an_error_becomes_an_event() -> None:
     connection, ends = Connection(), []
     await EventStream(_events(ValueError("secret"), ends), lambda: ends.append("generation"))(
         {"type": "http"}, connection.receive, connection.send)
-    assert connection.sent[-1] == DONE
+    assert connection.sent[1] == event({"number": 1}) and connection.sent[-1] == DONE
     assert b'"code":500' in connection.sent[-2]
     assert b"secret" not in b"".join(connection.sent)
     assert "generation" in ends

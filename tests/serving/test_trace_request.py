@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.serving.server_process import ROOT, wait_for
-from tools.trace_request.__main__ import Hop, Trace, merged
+from tools.trace_request.__main__ import Trace, Visit, merged
+from tools.trace_request.docs import TARGET, section
 from tools.trace_request.recorder import Recorder
+from tools.trace_request.stations import STATIONS, Station, complaints, num_crossings, owner_of
 
 SOURCE = '''
 from dataclasses import dataclass
@@ -103,23 +105,63 @@ def test_processes_are_merged_by_the_clock() -> None:
                 "types": {"serving.a.Body": 1, "serving.a.Beat": 2, "xllm.Request": 3}},
         "engine": {"idle": [], "idle_types": [], "visits": [["xllm.c", "k", 5]],
                    "types": {"xllm.Request": 5, "xllm.Plan": 6}}})
-    assert [hop.function for hop in found.hops] == ["f", "k", "h", "g"]
+    assert [visit.function for visit in found.visits] == ["f", "k", "h", "g"]
     assert found.types == ["serving.a.Body", "xllm.Request", "xllm.Plan"]
-    assert found.numbers() == {"hops": 4, "modules": 3, "rooms_entered": 4, "returns": 1, "types": 3, "left_out": 1}
-    assert Trace([Hop("api", "m", "f"), Hop("engine", "n", "k"), Hop("api", "m", "g")], [], 0).rooms == ["m", "n"]
+    counted = {"functions": 4, "modules": 3, "rooms_entered": 4, "returns": 1, "types_met": 3, "left_out": 1}
+    assert counted.items() <= found.numbers().items()
+    assert Trace([Visit("api", "m", "f"), Visit("engine", "n", "k"), Visit("api", "m", "g")], [], 0).rooms == ["m", "n"]
+
+
+WAY = (Station("api", "door", at=("s.door:open",), holds=("s.door",), makes=("s.Body",)),
+       Station("engine", "room", at=("x.room:enter",), waits=("x.loop:run",), holds=("x.room", "x.kv.*")),
+       Station("api", "thanks", at=("s.door:thank",), is_answer=True),
+       Station("api", "back", at=("s.door:close",), makes=("s.Piece",)))
+VISITS = [("api", "s.door", "open"), ("api", "s.door", "look"), ("engine", "x.loop", "run"),
+          ("engine", "x.room", "enter"), ("engine", "x.kv.pool", "Pool.take"),
+          ("api", "s.door", "thank"), ("api", "s.door", "close")]
+
+
+def found_wrong(visits=VISITS, types=("s.Body", "s.Piece", "s.Part"), way=WAY) -> list[str]:
+    return complaints(visits, types, way, {"a part": ("s.Part",)}, by_the_clock=("s.beat",))
+
+
+def test_a_way_as_it_is_listed() -> None:
+    assert found_wrong() == []
+    assert found_wrong([*VISITS, ("api", "s.beat", "beat")]) == []
+    assert owner_of("s.door", "close.inner", WAY) is WAY[3] and owner_of("s.door", "look", WAY) is WAY[0]
+    assert num_crossings(WAY) == 2 and num_crossings(WAY[:2]) == 1
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    ({"visits": [*VISITS, ("api", "s.yard", "walk")]}, "s.yard:walk belongs to no station"),
+    ({"visits": VISITS[:-1]}, "back: s.door:close is not visited"),
+    ({"visits": [*VISITS[:2], *VISITS[3:]]}, "room: x.loop:run is not visited"),
+    ({"visits": [VISITS[-1], *VISITS[:-1]]}, "back: s.door:close is visited before s.door:thank"),
+    ({"types": ("s.Body", "s.Piece", "s.Crate")}, "s.Crate carries the request or does not: it is in no list"),
+    ({"types": ("s.Piece",)}, "s.Body is made at 'door' and did not come"),
+    ({"way": (*WAY, Station("api", "hall", at=("s.door:open", "a:f", "b:f"), waits=("c:f",)))},
+     "hall: more than 3 modules are no single station"),
+    ({"way": (*WAY[:3], Station("api", "back", at=("s.door:close",), makes=("s.Piece", "s.Body")))},
+     "s.Body is listed twice"),
+])
+def test_what_is_said_of_a_way_that_is_another(change: dict[str, object], complaint: str) -> None:
+    assert complaint in found_wrong(**change)
+
+
+def test_the_length_of_the_way() -> None:
+    assert len(STATIONS) <= 38
+    assert sum(len(station.makes) for station in STATIONS) <= 25
+    assert num_crossings(STATIONS) == 2
+    assert section() in TARGET.read_text(encoding="utf-8"), "run python -m tools.trace_request.docs"
 
 
 def test_a_request_to_the_real_server(tmp_path: Path) -> None:
+    """It goes by the stations, all of them and no other: else the tool fails."""
     out = tmp_path / "trace.json"
     done = subprocess.run([sys.executable, "-m", "tools.trace_request", "--json", str(out), "--", "--max-model-len",
                            "256", "--num-kv-blocks", "64"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    way = [["api", "serving.api.connection", "Connection.data_received"],
-           ["api", "serving.api.routes.chat", "begin_chat"], ["engine", "xllm.scheduler.scheduler", "Scheduler.add"],
-           ["engine", "xllm.models.decoder", "Decoder.forward"], ["api", "xllm.text.detokenizer", "Detokenizer.feed"]]
-    assert sorted(way, key=found["hops"].index) == way
-    assert {"serving.api.types.ChatBody", "xllm.request.Request", "xllm.step.ScheduleOutput", "xllm.step.StepOutput",
-            "xllm.request.OutputDelta"} <= {*found["types"]}
-    assert found["numbers"]["hops"] == len(found["hops"]) > found["numbers"]["modules"] > 40
-    assert f"hops            {found['numbers']['hops']:5}" in done.stdout
+    assert found["numbers"]["functions"] == len(found["functions"]) > found["numbers"]["modules"] > 40
+    assert found["numbers"]["hops"] == len(STATIONS)
+    assert f"hops          {len(STATIONS):5}" in done.stdout

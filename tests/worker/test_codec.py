@@ -40,7 +40,7 @@ OUTPUT = StepOutput(
     pooled={0: np.array([0.5, np.nan], dtype=np.float32)},
     check=StepCheck(ids=2**64 - 1, blocks_B=ints(4), digests_B=np.array([2**64 - 1], dtype=np.uint64)))
 SAMPLES = [
-    m.Load(config=EngineConfig.from_flat(lora_modules=("a=b",), num_kv_blocks=3)), m.Step(PLAN), m.Settle(),
+    m.Load(config=EngineConfig.from_flat(lora_modules=("a=b",), num_kv_blocks=3)), PLAN, m.Settle(),
     m.Foreground(True), Move(number=3, lane=WRITE, priority=-1, num_bytes=2**40, sources=ints(1), targets=ints(2),
                              ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
     MoveDone(3, 1, 0.5, 1.5, MoveError("disk", "full")),
@@ -84,11 +84,11 @@ def test_there_is_a_sample_of_every_message():
 
 
 def test_arrays_that_arrive_may_be_written_to():
-    plan = decode(encode(m.Step(PLAN))).plan
+    plan = decode(encode(PLAN))
     plan.rows_S[0] = 1
 
 
-@pytest.mark.parametrize("frame", [b"", bytes([len(KINDS)]), b"\xff", encode(m.Step(PLAN))[:-1], b"\x01\xc0"])
+@pytest.mark.parametrize("frame", [b"", bytes([len(KINDS)]), b"\xff", encode(PLAN)[:-1], b"\x01\xc0"])
 def test_bytes_that_are_no_message_are_refused(frame):
     with pytest.raises(ValueError):
         decode(frame)
@@ -112,8 +112,8 @@ def test_rows_of_a_call_share_their_parameters_even_across_steps() -> None:
         return ScheduleOutput(step=1, rows_S=ints(0), num_tokens_S=ints(1), max_drafts_S=ints(0),
                               samples_S=np.array([True]), new_rows=new_rows)
 
-    plans = [decode(encode(m.Step(step(*some)))).plan for some in (rows[:2], rows[2:])]
+    plans = [decode(encode(step(*some))) for some in (rows[:2], rows[2:])]
     found = [new for plan in plans for new in plan.new_rows]
     assert [new.sampling for new in found] == [row.sampling for row in rows]
     assert all(new.sampling.shares_collections(found[0].sampling) for new in found)
-    assert len(encode(m.Step(step(*rows)))) < len(encode(m.Step(step(rows[0])))) + 2000
+    assert len(encode(step(*rows))) < len(encode(step(rows[0]))) + 2000

@@ -2,11 +2,13 @@
 
     python -m tools.trace_request [--json FILE] [--max-tokens N] [-- FLAGS of `xllm serve`]
 
-A hop is a function of ours (module and name) on its first visit, in the order of the visits in all processes. Those
-that also run while there is no request are left out. A room is a module: consecutive hops in one module are one room
-entered; `returns` are rooms entered again, in each process. A type carries the request if an object of it is
-handed to a function or returned and was not there for the request before, which was the same; types of which new
-objects come while there is no request (heartbeats) do not count.
+A hop is a station of `stations.py`, which says by name what one is; the trace must hold them all in their order, and
+nothing else of ours, or this fails. So must the types that carry the request. With --functions the trace itself is
+shown: each function of ours (module and name) by its first visit, in the order of the visits in all processes. Those
+that also run while there is no request are left out, and so are types of which new objects come then (heartbeats). A
+type is met if an object of it is handed to a function or returned and was not there for the request before, which was
+the same. A room is a module: consecutive functions in one module are one room entered; `returns` are rooms entered
+again, in each process.
 """
 
 from __future__ import annotations
@@ -29,17 +31,18 @@ import httpx
 
 from serving.commands.output_file import check_output
 from tools.trace_request.recorder import FOLDER
+from tools.trace_request.stations import ASIDE, BY_THE_CLOCK, STATIONS, complaints, num_crossings
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"on (http://127\.0\.0\.1:\d+)")
 SITE = "from tools.trace_request.recorder import install\n\ninstall()\n"
-START_S, ANSWER_S, IDLE_S, SETTLE_S = 180.0, 120.0, 3.0, 0.5
+START_S, ANSWER_S, IDLE_S, SETTLE_S = 180.0, 120.0, 2.5, 0.3
 MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
 PROCESSES = {"serving.commands.cli": "api", "engine_process": "engine"}  # by a word of the command
 
 
 @dataclass(frozen=True)
-class Hop:
+class Visit:
     process: str
     module: str
     function: str
@@ -47,22 +50,29 @@ class Hop:
 
 @dataclass(frozen=True)
 class Trace:
-    """hops in order; types by the order in which they were first handed on; left_out: functions that run anyway."""
+    """visits in order; types by the order in which they were first handed on; left_out: functions that run anyway."""
 
-    hops: list[Hop]
+    visits: list[Visit]
     types: list[str]
     left_out: int
 
     @property
     def rooms(self) -> list[str]:
         """The modules that were entered, process by process: what two processes do at once comes in any order."""
-        by_process = sorted(self.hops, key=lambda hop: hop.process)
-        return [module for (_, module), _ in groupby(by_process, key=lambda hop: (hop.process, hop.module))]
+        by_process = sorted(self.visits, key=lambda visit: visit.process)
+        return [module for (_, module), _ in groupby(by_process, key=lambda visit: (visit.process, visit.module))]
+
+    def complaints(self) -> list[str]:
+        """What it and the list of stations say differently."""
+        visits = [(visit.process, visit.module, visit.function) for visit in self.visits]
+        return complaints(visits, self.types, STATIONS, ASIDE, BY_THE_CLOCK)
 
     def numbers(self) -> dict[str, int]:
-        modules = {(hop.process, hop.module) for hop in self.hops}
-        return {"hops": len(self.hops), "modules": len(modules), "rooms_entered": len(self.rooms),
-                "returns": len(self.rooms) - len(modules), "types": len(self.types), "left_out": self.left_out}
+        modules = {(visit.process, visit.module) for visit in self.visits}
+        return {"hops": len(STATIONS), "types": sum(len(station.makes) for station in STATIONS),
+                "crossings": num_crossings(STATIONS), "functions": len(self.visits), "modules": len(modules),
+                "rooms_entered": len(self.rooms), "returns": len(self.rooms) - len(modules),
+                "types_met": len(self.types), "left_out": self.left_out}
 
 
 class Traced:
@@ -90,7 +100,8 @@ class Traced:
         raise RuntimeError(f"the server did not start:\n{self._log.read_text(errors='replace')}")
 
     def enter(self, phase: str) -> None:
-        """Tell all recorders, and wait until they know."""
+        """Tell all recorders once the last answer's end is over, and wait until they know."""
+        time.sleep(SETTLE_S)
         (self.folder / phase).touch()
         time.sleep(SETTLE_S)
 
@@ -122,7 +133,8 @@ def record(flags: list[str], max_tokens: int) -> Trace:
     with tempfile.TemporaryDirectory(prefix="xllm-trace-") as folder:
         traced = Traced(Path(folder), flags)
         try:
-            with httpx.Client(base_url=traced.url(), timeout=ANSWER_S) as client:
+            stays_open = httpx.Limits(keepalive_expiry=None)
+            with httpx.Client(base_url=traced.url(), timeout=ANSWER_S, limits=stays_open) as client:
                 ask(client, max_tokens)
                 traced.enter("warm")
                 ask(client, max_tokens)
@@ -147,48 +159,64 @@ def ask(client: httpx.Client, max_tokens: int) -> None:
 
 def merged(reports: dict[str, dict[str, Any]]) -> Trace:
     """By the clock, which all processes of a machine share."""
-    visits, types, idle_types, left_out = list[tuple[int, Hop]](), dict[str, int](), set[str](), 0
+    visits, types, idle_types, left_out = list[tuple[int, Visit]](), dict[str, int](), set[str](), 0
     for process, report in reports.items():
         idle = {tuple(visit) for visit in report["idle"]}
         for module, function, when in report["visits"]:
             if (module, function) in idle:
                 left_out += 1
             else:
-                visits.append((when, Hop(process, module, function)))
+                visits.append((when, Visit(process, module, function)))
         for name, when in report["types"].items():
             types[name] = min(when, types.get(name, when))
         idle_types |= {*report["idle_types"]}
     visits.sort(key=lambda visit: visit[0])
     carriers = sorted(types.keys() - idle_types, key=lambda name: types[name])
-    return Trace([hop for _, hop in visits], carriers, left_out)
+    return Trace([visit for _, visit in visits], carriers, left_out)
 
 
 def table(trace: Trace) -> str:
-    """Each room entered with the functions visited in it, then the types, then the numbers."""
+    """The stations, each with where it is and what is born there, then the numbers."""
+    lines = []
+    for number, station in enumerate(STATIONS, 1):
+        where = ", ".join(place.replace(":", " ") for place in (*station.at, *station.waits))
+        made = ", ".join(name.rpartition(".")[2] for name in station.makes)
+        lines.append(f"{number:3}  {station.process:6} {station.name:44} {where}{' -> ' + made if made else ''}")
+    return "\n".join([*lines, "", *(f"{name:14}{count:5}" for name, count in trace.numbers().items())])
+
+
+def functions_table(trace: Trace) -> str:
+    """Each room entered with the functions visited in it, then the types."""
     lines, number = [], 1
-    for (process, module), hops in groupby(trace.hops, key=lambda hop: (hop.process, hop.module)):
-        names = [hop.function for hop in hops]
+    for (process, module), visits in groupby(trace.visits, key=lambda visit: (visit.process, visit.module)):
+        names = [visit.function for visit in visits]
         lines.append(f"{number:4}  {process:6} {module:32} {', '.join(names)}")
         number += len(names)
-    lines += ["", "types: " + ", ".join(trace.types), ""]
-    return "\n".join([*lines, *(f"{name:16}{count:5}" for name, count in trace.numbers().items())])
+    return "\n".join([*lines, "", "types: " + ", ".join(trace.types), ""])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.trace_request", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write hops, types and numbers to this file")
+    parser.add_argument("--json", type=Path, help="write functions, types and numbers to this file")
+    parser.add_argument("--functions", action="store_true", help="show every function that was called")
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("flags", nargs="*", help="of `xllm serve`, after --")
     args = parser.parse_args()
     if args.json is not None:
         check_output(args.json, [Path(flag) for flag in args.flags])
     trace = record(args.flags, args.max_tokens)
+    if args.functions:
+        print(functions_table(trace))
     print(table(trace))
     if args.json is not None:
-        hops = [[hop.process, hop.module, hop.function] for hop in trace.hops]
-        args.json.write_text(json.dumps({"numbers": trace.numbers(), "types": trace.types, "hops": hops}, indent=1))
-    return 0
+        functions = [[visit.process, visit.module, visit.function] for visit in trace.visits]
+        args.json.write_text(json.dumps({"numbers": trace.numbers(), "types": trace.types, "functions": functions},
+                                        indent=1))
+    found = trace.complaints()
+    for complaint in found:
+        print(f"tools/trace_request/stations.py: {complaint}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

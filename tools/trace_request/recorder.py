@@ -23,6 +23,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 OWN = ("serving", "xllm", "graph", "backends", "cuda_ops", "npu_ops")
+FOREIGN = ("starlette.requests.Request",)  # a type that carries a request though it is not ours
 FOLDER = "XLLM_TRACE_FOLDER"  # in the environment of the traced processes
 PHASES = ("warm", "idle", "record", "done")
 POLL_S = 0.005
@@ -91,11 +92,11 @@ class Recorder:
 
     def _meet_one(self, value: object) -> None:
         kind = type(value)
-        if kind.__module__.partition(".")[0] not in OWN or isinstance(value, (type, Enum, BaseException)):
-            return
-        if id(value) in self.kept:
-            return
         name = f"{kind.__module__}.{kind.__qualname__}"
+        if kind.__module__.partition(".")[0] not in OWN and name not in FOREIGN:
+            return
+        if isinstance(value, (type, Enum, BaseException)) or id(value) in self.kept:
+            return
         if self.phase == "record":
             self.types.setdefault(name, time.monotonic_ns())
             return

@@ -61,8 +61,6 @@ class AdapterNames:
 
         Raises RequestError if there is no such adapter.
         """
-        if not request.lora:
-            return request
         found = self._adapters.get(request.lora)
         if found is None:
             raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="lora")

@@ -96,7 +96,8 @@ class EngineCore:
             request = replace(request, pooling=request.pooling.resolve(self._loaded.pooling))
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
-        request = self.adapters.bind(request)
+        if request.lora:
+            request = self.adapters.bind(request)
         if failpoints.armed is not None:
             failpoints.hit("engine.add")
         self._pass_on(request, self._gates)

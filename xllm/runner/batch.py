@@ -1,4 +1,4 @@
-"""`HostBatch`, gathered fresh from row state each step, and `ForwardBatch`: the model's inputs made of it.
+"""`HostBatch`: a step's inputs, gathered fresh from row state.
 
 Letters: T tokens of the step, S rows of the step, M blocks per row, Q positions to sample from.
 A row contributes `num_tokens` known tokens and behind them its drafts, adjacent and in order.
@@ -37,15 +37,6 @@ class SampleSlots:
     def __getitem__(self, part: slice) -> SampleSlots:
         return SampleSlots(rows=self.rows[part], steps=self.steps[part], offsets=self.offsets[part],
                            hidden=self.hidden[part])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardBatch:
-    """input_ids_T, positions_T int32 on the device; `meta` for the attention ops."""
-
-    input_ids_T: Tensor
-    positions_T: Tensor
-    meta: AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +80,9 @@ class HostBatch:
     def num_seqs(self) -> int:
         return len(self.seq_lens_S)
 
-    def to_device(self, put: Callable[[np.ndarray], Tensor]) -> ForwardBatch:
-        """Fresh tensors of it, each made by `put`."""
-        meta = AttentionMetadata(
+    def metadata(self, put: Callable[[np.ndarray], Tensor]) -> AttentionMetadata:
+        """For the attention ops, its tensors made by `put`."""
+        return AttentionMetadata(
             query_start_S1=put(self.query_start_S1),
             seq_lens_S=put(self.seq_lens_S),
             block_table_SM=put(self.table_SM),
@@ -103,7 +94,6 @@ class HostBatch:
             kv_base_S=None if self.kv_base_S is None else put(self.kv_base_S),
             host=HostLengths(self.query_start_S1, self.seq_lens_S),
         )
-        return ForwardBatch(input_ids_T=put(self.input_ids_T), positions_T=put(self.positions_T), meta=meta)
 
 
 def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, num_drafts_S: np.ndarray,

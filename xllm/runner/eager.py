@@ -29,16 +29,15 @@ class EagerForward:
         the iterator when its layer is reached, so that it may wait for a load."""
         if self._staging is not None:
             self._staging.next_step()
-        batch = host.to_device(self._put)
-        batch.meta.plan = self._model.plan(batch.meta)
-        ids_T = batch.input_ids_T
+        meta, ids_T, positions_T = host.metadata(self._put), self._put(host.input_ids_T), self._put(host.positions_T)
+        meta.plan = self._model.plan(meta)
         if host.feed_T is not None and self._feed is not None:
             ids_T = self._ops.feed_tokens(ids_T, self._put(host.feed_T), self._feed.source)
         if host.lora_T is None or self._adapters is None:
-            return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+            return Forwarded(hidden_TD=self._model.forward(ids_T, positions_T, layers, meta))
         present = [slot for slot in np.unique(host.lora_T).tolist() if slot]
         with self._adapters.used(self._put(host.lora_T), present):
-            return Forwarded(hidden_TD=self._model.forward(ids_T, batch.positions_T, layers, batch.meta))
+            return Forwarded(hidden_TD=self._model.forward(ids_T, positions_T, layers, meta))
 
     def sample(self, rows: RowState, slots: SampleSlots, hidden_TD: Tensor) -> QueuedTokens:
         """Queue the drawing of a token for each slot; the tokens stay on the device. For slots that want nothing more

@@ -1,6 +1,6 @@
 """`RowState`: what the runner knows of every running sequence, as numpy arrays indexed by row.
 
-It persists between steps and is never a model input itself: `ForwardBatch` is gathered from it each
+It persists between steps and is never a model input itself: `HostBatch` is gathered from it each
 step. The runner is its only writer.
 """
 

@@ -15,7 +15,6 @@ from xllm.worker.messages import (
     Loaded,
     LoadProgress,
     Settle,
-    Step,
     WorkerCommand,
     WorkerReport,
     WorkerStats,
@@ -72,7 +71,7 @@ class WorkerLink:
 
     def submit(self, plan: ScheduleOutput) -> None:
         """Send a step to the workers; `result` returns its output."""
-        self.send(Step(plan))
+        self.send(plan)
 
     def result(self) -> StepOutput:
         """Wait for the results of the oldest step."""

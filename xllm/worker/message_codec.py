@@ -16,7 +16,7 @@ import numpy as np
 from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
 from xllm.step import NewRow, ScheduleOutput
 from xllm.worker.inline import Wire
-from xllm.worker.messages import Step, WorkerCommand, WorkerReport
+from xllm.worker.messages import WorkerCommand, WorkerReport
 
 KINDS: tuple[type, ...] = (*get_args(WorkerCommand), *get_args(WorkerReport))
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ _ROW_FIELDS = tuple(f.name for f in dataclasses.fields(NewRow) if f.name != "sam
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _PackedStep:
-    """A `Step` with new rows whose parameters may be large; `plan` has none."""
+class _PackedPlan:
+    """A plan with new rows whose parameters may be large; `plan` has none of them."""
 
     plan: ScheduleOutput
     params: SharedParams
@@ -36,7 +36,7 @@ class _PackedStep:
 
 
 _TAGS = {kind: bytes([tag]) for tag, kind in enumerate(KINDS)}
-_PACKED_STEP = bytes([len(KINDS)])
+_PACKED_PLAN = bytes([len(KINDS)])
 _NUMBERS = "iufb"  # kinds of numpy's types that arrays may have
 
 
@@ -60,13 +60,13 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=_pack_array)
 
 @cache
 def _decoder(tag: int) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder([*KINDS, _PackedStep][tag], dec_hook=_unpack_array)
+    return msgspec.msgpack.Decoder([*KINDS, _PackedPlan][tag], dec_hook=_unpack_array)
 
 
 def encode(message: WorkerCommand | WorkerReport) -> bytes:
     """The message as bytes."""
-    if isinstance(message, Step) and any(new.sampling.has_collections for new in message.plan.new_rows):
-        return _PACKED_STEP + _ENCODER.encode(_packed(message.plan))
+    if isinstance(message, ScheduleOutput) and any(new.sampling.has_collections for new in message.new_rows):
+        return _PACKED_PLAN + _ENCODER.encode(_packed(message))
     return _TAGS[type(message)] + _ENCODER.encode(message)
 
 
@@ -76,17 +76,17 @@ def decode(frame: bytes | memoryview) -> Any:
     if not len(view) or view[0] > len(KINDS):
         raise ValueError("a message of an unknown type")
     found = _decoder(view[0]).decode(view[1:])
-    return Step(_unpacked(found)) if isinstance(found, _PackedStep) else found
+    return _unpacked(found) if isinstance(found, _PackedPlan) else found
 
 
-def _packed(plan: ScheduleOutput) -> _PackedStep:
+def _packed(plan: ScheduleOutput) -> _PackedPlan:
     params = ParamsWriter()
     heads = [_NewRowHead(*(getattr(new, name) for name in _ROW_FIELDS), params.add(new.sampling))
              for new in plan.new_rows]
-    return _PackedStep(dataclasses.replace(plan, new_rows=()), params.shared(), heads)
+    return _PackedPlan(dataclasses.replace(plan, new_rows=()), params.shared(), heads)
 
 
-def _unpacked(packed: _PackedStep) -> ScheduleOutput:
+def _unpacked(packed: _PackedPlan) -> ScheduleOutput:
     try:
         samplings = read_shared(packed.params)
         new_rows = tuple(NewRow(sampling=samplings[head.variant], **{name: getattr(head, name) for name in _ROW_FIELDS})

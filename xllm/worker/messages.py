@@ -2,7 +2,8 @@
 
 Plain values only (numbers, text, numpy arrays, dataclasses of them), so that every message can cross into another
 process. Down go the commands: every rank gets the same ones in the same order. Up come the reports; what every rank
-has to confirm (`gather.py`) reaches the engine once, when all ranks have.
+has to confirm (`gather.py`) reaches the engine once, when all ranks have. A plan (`xllm/step.py:ScheduleOutput`) is the
+command to compute its step; the `StepOutput`s (or `Settled`s) come in the order of the steps.
 
 Names that are kept for what is to come: Profile, Encode (media), Publish (KV to other instances), PutExperts.
 """
@@ -26,13 +27,6 @@ class Load:
     """Load the model and get ready; `Loaded` answers, with any number of `LoadProgress`s before it."""
 
     config: EngineConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Compute a step. Its `StepOutput` (or `Settled`) comes in the order of the steps."""
-
-    plan: ScheduleOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +190,7 @@ class WorkerStats:
     disk_misses: dict[str, int] = field(default_factory=dict)
 
 
-WorkerCommand = (Load | Step | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep | Wake
-                 | StopWorker)
+WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep
+                 | Wake | StopWorker)
 WorkerReport = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
                 | WorkerStats)

@@ -41,7 +41,6 @@ from xllm.worker.messages import (
     Settle,
     Settled,
     Sleep,
-    Step,
     StopWorker,
     Wake,
     WorkerCommand,
@@ -81,9 +80,9 @@ class Worker:
     def receive(self, command: WorkerCommand) -> bool:
         """Begin the part of a command that need not wait for the steps before it; returns whether `perform` must be
         called too."""
-        if isinstance(command, Step):
+        if isinstance(command, ScheduleOutput):
             assert self.runner is not None
-            self.runner.prepare(command.plan)
+            self.runner.prepare(command)
         elif isinstance(command, Move):
             assert self.tiers is not None
             self.tiers.lanes.send(command)
@@ -104,8 +103,8 @@ class Worker:
         """Carry out a command and report the result. An error is reported too: as the command's answer if that has a
         place for one, else as the end of this worker."""
         try:
-            if isinstance(command, Step):
-                self._step(command.plan)
+            if isinstance(command, ScheduleOutput):
+                self._step(command)
             elif isinstance(command, Settle):
                 self._settle(1)
             elif isinstance(command, PutAdapter):

@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.call_weight import LOGPROB, PlannedCall, affordable_tokens
+from serving.api.call_weight import LOGPROB
 from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
@@ -269,19 +269,16 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
     state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
-    asked, asked_field = _read_max_tokens(body)
+    max_tokens, max_tokens_field = _read_max_tokens(body)
     tools, prompt = await prepare_chat(state, body)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    max_tokens = params.choose_max_tokens(
-        state, asked, len(prompt.token_ids), default=state.sampling_defaults.get("max_tokens"), prompt_field="messages",
-        asked_field=asked_field, affordable=affordable_tokens(state, n, logprobs, logprob_weight))
     call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
                     body.model or state.served_names[0])
-    sampling = params.sampling_params(state, body, max_tokens=max_tokens, logprobs=logprobs,
-                                      **call.sampling_overrides())
-    weighed = PlannedCall([len(prompt.token_ids)], [sampling], prompt_field="messages", max_tokens_field=asked_field,
-                          logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob=logprob_weight)
-    requests = await params.engine_requests(state, body, call.id, [prompt.token_ids], [sampling], weighed)
+    requests = await params.engine_requests(
+        state, body, call.id, [prompt.token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
+        max_tokens_field=max_tokens_field, default=state.sampling_defaults.get("max_tokens"),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,
+        **call.sampling_overrides())
     state.metrics.request_params_n.observe(n)
     return call, Generation(state, requests, body.timeout_s)
 

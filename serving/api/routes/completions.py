@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import params
-from serving.api.call_weight import PlannedCall, affordable_tokens, check_texts
+from serving.api.call_weight import check_texts
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
 from serving.api.gate import Access
@@ -77,26 +77,6 @@ class CompletionCall:
     def hides_output(self) -> bool:
         """Echo only: one token is made and not shown."""
         return self.body.max_tokens == 0
-
-    def samplings(self) -> list[SamplingParams]:
-        """Sampling parameters for each prompt, its `max_tokens` fitted to the model's length. Raises ApiError or
-        RequestError."""
-        body = self.body
-        if body.max_tokens == 0 and not body.echo:
-            raise invalid("max_tokens must be at least 1 unless echo is set", "max_tokens")
-        overrides: dict[str, Any] = {}
-        if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-            overrides["prompt_logprobs"] = body.logprobs
-        default = self.state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS)
-        affordable = affordable_tokens(self.state, self.n * len(self.prompts), body.logprobs)
-        lengths = [params.choose_max_tokens(self.state, body.max_tokens or (1 if self.hides_output else None),
-                                            len(prompt.token_ids), default=default, prompt_field="prompt",
-                                            affordable=affordable)
-                   for prompt in self.prompts]
-        overrides["structured"] = read_structured(body)
-        first = params.sampling_params(self.state, body, max_tokens=lengths[0], logprobs=body.logprobs, **overrides)
-        made = {length: first.varied(max_tokens=length) for length in set(lengths)}
-        return [made[length] for length in lengths]
 
 
 class CompletionWriter:
@@ -288,10 +268,16 @@ async def create_completion(state: ServerState, request: Request, body: Completi
         raise invalid("stream_options needs stream", "stream_options")
     call = CompletionCall(state, body, params.call_id(body, "cmpl", request.headers.get("x-request-id")), prompts,
                           n, body.model or state.served_names[0])
-    samplings = call.samplings()
-    weighed = PlannedCall([len(p.token_ids) for p in prompts], samplings, num_echoed=sum(len(p.echo) for p in prompts))
-    requests = await params.engine_requests(state, body, call.id, [p.token_ids for p in prompts], samplings,
-                                            weighed)
+    if call.hides_output and not body.echo:
+        raise invalid("max_tokens must be at least 1 unless echo is set", "max_tokens")
+    settings: dict[str, Any] = {"structured": read_structured(body)}
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        settings["prompt_logprobs"] = body.logprobs
+    requests = await params.engine_requests(
+        state, body, call.id, [prompt.token_ids for prompt in prompts], n=n,
+        max_tokens=body.max_tokens or (1 if call.hides_output else None),
+        default=state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS), logprobs=body.logprobs,
+        num_echoed=sum(len(prompt.echo) for prompt in prompts), **settings)
     state.metrics.request_params_n.observe(n)
     generation = Generation(state, requests, body.timeout_s)
     return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)

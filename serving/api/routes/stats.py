@@ -19,7 +19,7 @@ from serving.api.errors import ApiError, invalid, json_response
 from serving.api.gate import Access
 from serving.api.route import Needs, Route
 from serving.api.routes.health import health_of, package_version
-from serving.api.sse import EVENT_HEADERS, EventStream, event
+from serving.api.sse import EVENT_HEADERS, EventStream
 from serving.api.state import ServerState
 from serving.observe.engine_history import HISTORY_COLUMNS
 from serving.observe.metrics.refusals import OVERLOAD
@@ -121,12 +121,12 @@ async def stream(state: ServerState, request: Request) -> Response:
     return EventStream(_events(state, interval_s), leave)
 
 
-async def _events(state: ServerState, interval_s: float) -> AsyncGenerator[bytes, None]:
+async def _events(state: ServerState, interval_s: float) -> AsyncGenerator[dict[str, Any], None]:
     """A snapshot at each interval; each but the first with news only. Ends when the server drains."""
     cursor = (0, 0)
     while not state.draining:
         content, cursor = snapshot(state, cursor), cursor_of(state)
-        yield event(content)
+        yield content
         await _sleep(state, interval_s)
 
 
