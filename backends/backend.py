@@ -119,11 +119,8 @@ class Backend(Protocol):
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none
 
-    def set_num_threads(self, number: int, *, torch_number: int, in_bursts: int = 0) -> None:
-        """Set how many CPU threads its own operators use from now on, and how many torch uses in the calling thread.
-
-        in_bursts: so many more help for a moment at a time, where a core is free.
-        """
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
+        """Set how many CPU threads its own operators use from now on, and how many torch uses in the calling thread."""
         ...
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:

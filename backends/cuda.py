@@ -125,7 +125,7 @@ class CudaBackend:
         self.ops: OpSet = replace(OPS, export_blocks=self._copies.queued(kv.export_blocks),
                                   import_blocks=self._copies.queued(kv.import_blocks))  # fmt: skip
 
-    def set_num_threads(self, number: int, *, torch_number: int, in_bursts: int = 0) -> None:
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
         torch.set_num_threads(torch_number)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:

@@ -83,12 +83,11 @@ class CpuBackend:
         self.ops: OpSet = TORCH_OPS if self._kernels is None else compiled_ops(self._kernels)
         self.kernels = "plain torch" if library is None else "compiled for this processor"
 
-    def set_num_threads(self, number: int, *, torch_number: int, in_bursts: int = 0) -> None:
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
         if self._kernels is None:
             torch_number = number
         else:
-            self._kernels.num_threads = number + in_bursts
-            self._kernels.set_steady_c(number)
+            self._kernels.num_threads = number
         set_torch_threads(torch_number)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:

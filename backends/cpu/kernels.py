@@ -53,7 +53,6 @@ class Packed(Structure):
 
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "xllm_set_steady": (None, [c_int]),
     "xllm_exp": (None, [c_void_p, c_void_p, c_int64]),
     "xllm_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
     "xllm_add_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),

@@ -5,8 +5,6 @@
  *   - who waits spins for SPIN_NS and then sleeps;
  *   - parts of the range are claimed one by one, and work that a thread has not begun is taken back from it, so that the
  *     caller waits only for parts that are being computed;
- *   - beside neighbours some threads compute in bursts: who naps as long as he computes uses less than his share of a core,
- *     so that the system gives him one when he wakes and does not take it away in the middle of a part;
  *   - a thread that was woken on the caller's core moves to another one, as both cannot run there. (Seen while a third
  *     thread of the process was busy as well; what it brings alone has not been measured.)
  *
@@ -26,11 +24,6 @@
 #define SPIN_NS 100000 /* longer than what passes between two operators of a step, far shorter than a time slice */
 #define CLOCK_EVERY 32 /* turns of the spinning loop */
 #define MOVE_EVERY_NS 2000000 /* a thread moves at most that often */
-/* A third of a time slice of 3 ms. Measured beside two neighbours on two cores: 1.12 times the tokens of one thread alone,
- * beside one 1.19 times; naps of twice the burst gave 1.13 and 1.12, bursts and naps of 2 ms 1.16 and 1.19, for which the
- * neighbours paid. */
-#define BURST_NS 1000000
-#define NAP_NS 1000000
 
 enum { IDLE, POSTED, RUNNING };
 
@@ -60,7 +53,6 @@ static int num_workers;
 static Bell caller_bell;
 static atomic_int caller_core;
 static atomic_flag taken = ATOMIC_FLAG_INIT;
-static atomic_int num_steady = MAX_WORKERS + 1; /* threads, the caller among them; those beyond compute in bursts */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static __thread int is_inside; /* this thread is in a part, or has the pool */
 
@@ -72,13 +64,11 @@ static void breathe(void) {
 #endif
 }
 
-static int64_t read_ns(clockid_t clock) {
+static int64_t now_ns(void) {
     struct timespec t;
-    clock_gettime(clock, &t);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
-
-static int64_t now_ns(void) { return read_ns(CLOCK_MONOTONIC); }
 
 static void make_bell(Bell *bell) {
     pthread_mutex_init(&bell->mutex, NULL);
@@ -142,23 +132,10 @@ static void step_aside(Worker *worker) {
 #endif
 }
 
-/* Nap if this thread has computed for a burst since `*rested_ns`, the time on its own clock. Work that is posted to it
- * meanwhile is taken back. */
-static void rest(int64_t *rested_ns) {
-    const struct timespec nap = {0, NAP_NS};
-    const int64_t ran_ns = read_ns(CLOCK_THREAD_CPUTIME_ID);
-    if (ran_ns - *rested_ns < BURST_NS) return;
-    nanosleep(&nap, NULL);
-    *rested_ns = ran_ns;
-}
-
 static void *work_forever(void *argument) {
     Worker *worker = argument;
-    const int number = (int)(worker - workers) + 2; /* the caller is the first */
-    int64_t rested_ns = 0;
     is_inside = 1;
     for (;;) {
-        if (number > atomic_load_explicit(&num_steady, memory_order_relaxed)) rest(&rested_ns);
         wait_change(&worker->state, IDLE, &worker->bell);
         step_aside(worker);
         int posted = POSTED;
@@ -225,9 +202,6 @@ void share_out(Range *range, const void *context, int64_t n, int64_t chunk, int 
     is_inside = 0;
     atomic_flag_clear_explicit(&taken, memory_order_release);
 }
-
-/* From now on, and for all callers: of the threads that `share_out` uses, those beyond so many compute in bursts. */
-EXPORT void xllm_set_steady(int number) { atomic_store(&num_steady, number); }
 
 /* For tests: `share_out` with a function of theirs. */
 EXPORT void xllm_share_out(Range *range, const void *context, int64_t n, int64_t chunk, int num_threads) {

@@ -3,8 +3,7 @@ leave.
 
 Threads that wait for each other at every operator are as slow as the one that the system holds back, so that beside one
 busy neighbour two threads are slower than one. What is held back is seen in Linux's `schedstat`: how long each thread
-was ready to run and had no core. The threads that are too many go on helping in short bursts (pool.c). Priorities and
-affinities stay as they are. Results do not depend on how many compute.
+was ready to run and had no core. Priorities and affinities stay as they are. Results do not depend on how many compute.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ TASKS, CORES = Path("/proc/self/task"), Path("/proc/stat")
 MOST_LOST = 0.15  # of the busiest thread's time; a web server beside its engine stays below that
 WINDOW_S, TRIAL_S = 0.05, 0.02  # several time slices of 3 ms; a trial that fails should be short
 COMPUTES = 0.25  # of the busiest thread's time; other threads of the process are busy less than that
-IDLE = 0.3  # of a core: a neighbour has left; a thread that computes in bursts leaves half of one
+IDLE = 0.7  # of a core: a neighbour has left
 # Until one more thread is tried. Beside two neighbours a trial that fails costs as much as six steps: without an idle
 # core in sight it is worth that seldom, with one at once.
-IDLE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 1.0, 8.0
+IDLE_WAIT_S, FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +91,16 @@ class RunDelays:
         """Whether the system has these numbers."""
         return bool(self._last)
 
-    def take(self, num_threads: int) -> Seen:
-        """What happened since the last call. Only the `num_threads` that ran longest are asked whether they were held
-        back: others compute in bursts, and may wait."""
+    def take(self) -> Seen:
+        """What happened since the last call."""
         last, now_s, began_s = self._last, time.perf_counter(), self._began_s
         self._last, self._began_s = self._read(), now_s
         times: list[tuple[int, int]] = []
         for task, (ran, held) in self._last.items():
             ran_before, held_before = last.get(task, (0, 0))
-            times.append((ran - ran_before, held - held_before))
-        steady = sorted(times, reverse=True)[:num_threads]
-        busy = max((ran + held for ran, held in steady), default=0)
-        held = sum(held for ran, held in steady if ran + held >= COMPUTES * busy)
+            times.append((ran - ran_before + held - held_before, held - held_before))
+        busy = max((busy for busy, _ in times), default=0)
+        held = sum(held for own, held in times if own >= COMPUTES * busy)
         idle_before, self._idle_before = self._idle_before, self._idle_s()
         idle_cores = (self._idle_before - idle_before) / max(now_s - began_s, 1e-9)
         return Seen(now_s - began_s, busy / 1e9, held / 1e9, idle_cores)
@@ -180,11 +177,11 @@ class ThreadControl:
             return
         now_s = time.perf_counter()
         if self._next_s is None:  # what the loading saw does not count
-            self._delays.take(self.max_threads)
+            self._delays.take()
             self._next_s = now_s + WINDOW_S
         if now_s < self._next_s:
             return
-        before, self._pace = self._pace, next_pace(self._pace, self._delays.take(self.num_threads), self.max_threads)
+        before, self._pace = self._pace, next_pace(self._pace, self._delays.take(), self.max_threads)
         self._next_s = now_s + (TRIAL_S if self._pace.is_trial else WINDOW_S)
         if self._pace.num_threads == before.num_threads:
             return

@@ -101,21 +101,11 @@ def test_times_are_read_thread_by_thread(tmp_path: Path) -> None:
     # d is seldom busy: it does not compute
     write(a="5300000000 1200000000 9", b="100000100 50000200 4", c="100000000 30000000 1", d="10000000 90000000 1")
     (tmp_path / "ended").mkdir()
-    seen = delays.take(8)
+    seen = delays.take()
     assert seen.idle_cores == 0
     assert delays.is_known
     assert (seen.busy_s, seen.held_s) == (pytest.approx(0.5), pytest.approx(0.28))
-    assert delays.take(8).busy_s == 0.0
-
-
-def test_threads_that_compute_in_bursts_may_wait(tmp_path: Path) -> None:
-    for name in ("steady", "bursts"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "schedstat").write_text("0 0 0")
-    delays = RunDelays(tmp_path, tmp_path / "none")
-    (tmp_path / "steady" / "schedstat").write_text("100000000 10000000 1")
-    (tmp_path / "bursts" / "schedstat").write_text("50000000 80000000 1")
-    assert delays.take(1).held_s == pytest.approx(0.01)
+    assert delays.take().busy_s == 0.0
 
 
 def test_idle_cores_are_those_that_this_process_may_use(tmp_path: Path) -> None:
@@ -127,7 +117,7 @@ def test_idle_cores_are_those_that_this_process_may_use(tmp_path: Path) -> None:
     delays = RunDelays(tmp_path, cores)
     time.sleep(0.01)
     cores.write_text(f"cpu  1 2 3 99999 5\ncpu{own} 1 2 3 {100 + ticks} 5 6\ncpu99999 1 2 3 99999 5 6\nintr 5 6\n\n")
-    seen = delays.take(8)
+    seen = delays.take()
     assert seen.idle_cores * seen.wall_s == pytest.approx(1.0)
 
 
@@ -148,7 +138,7 @@ def test_this_system_tells_what_this_process_did() -> None:
     end_s = time.thread_time() + 0.05
     while time.thread_time() < end_s:
         pass
-    seen = delays.take(8)
+    seen = delays.take()
     assert 0.04 < seen.busy_s <= seen.wall_s + 0.05 and seen.held_s >= 0
 
 
@@ -160,7 +150,7 @@ class Flapping(RunDelays):
     def __init__(self) -> None:
         self._turn = 0
 
-    def take(self, num_threads: int) -> Seen:
+    def take(self) -> Seen:
         self._turn += 1
         return Seen(10.0, 1.0, self._turn % 2)
 

@@ -6,11 +6,9 @@ import ctypes
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -130,24 +128,6 @@ def test_an_exception_in_a_part_leaves_the_pool_usable(library: Any, monkeypatch
     within_limit(lambda: library.xllm_share_out(RANGE(fails), None, 8, 1, 3))
     assert raised == [ValueError] * 8
     test_every_item_is_done_once(library, 100, 7, 3)
-
-
-def test_threads_that_compute_in_bursts_do_every_item_once(library: Any) -> None:
-    library.xllm_set_steady(1)
-    try:
-        done = np.zeros(4000, np.int64)
-
-        def add(context: int | None, begin: int, end: int) -> None:
-            done[begin:end] += 1
-
-        end_s = time.monotonic() + 0.2  # many bursts and naps
-        rounds = 0
-        while time.monotonic() < end_s:
-            within_limit(lambda: library.xllm_share_out(RANGE(add), None, len(done), 100, 3))
-            rounds += 1
-        assert rounds > 3 and (done == rounds).all()
-    finally:
-        library.xllm_set_steady(256)
 
 
 def test_a_forked_child_has_a_pool_of_its_own(library: Any) -> None:

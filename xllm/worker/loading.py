@@ -104,8 +104,7 @@ class LoadedModel:
         import torch
 
         torch_spins = self._dtype is torch.float32 and self.backend.computes_on_host and not env.openmp_sleeps()
-        self.backend.set_num_threads(number, torch_number=1 if torch_spins else number,
-                                     in_bursts=self.threads.max_threads - number)
+        self.backend.set_num_threads(number, torch_number=1 if torch_spins else number)
 
     def make_runner(self) -> ModelRunner:
         """Make a runner with empty KV caches and warm it up. Reads the weights again if they were dropped."""

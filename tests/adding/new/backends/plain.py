@@ -39,7 +39,7 @@ class PlainBackend:
     vmm: VmmDriver | None = None
     capturer: Capturer | None = None
 
-    def set_num_threads(self, number: int, *, torch_number: int, in_bursts: int = 0) -> None:
+    def set_num_threads(self, number: int, *, torch_number: int) -> None:
         torch.set_num_threads(number)
 
     def default_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
