@@ -35,9 +35,13 @@ class StepPrices(NamedTuple):
 
     def predict(self, work: StepWork) -> float:
         """Seconds of a step."""
-        prefill, prefill_reads, rows, decode, decode_reads = work
-        return (self.step + self.token * (prefill + decode) + self.row * rows
-                + self.read * (prefill_reads + decode_reads) + self.decode_read * decode_reads)
+        return sum(price * term for price, term in zip(self, terms_of(work), strict=True))
+
+
+def terms_of(work: StepWork) -> tuple[float, float, float, float, float]:
+    """What `StepPrices` are the prices of, in their order."""
+    prefill, prefill_reads, rows, decode, decode_reads = work
+    return 1.0, prefill + decode, rows, prefill_reads + decode_reads, decode_reads
 
 
 class MovePrices(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from xllm.cost.cost_model import NO_ERROR, CostModel, FitError, MovePrices, StepPrices
+from xllm.cost.cost_model import NO_ERROR, CostModel, FitError, MovePrices, StepPrices, terms_of
 from xllm.cost.least_squares import TINY, fit_prices
-from xllm.cost.observations import Profile, StepWork
+from xllm.cost.observations import Profile
 
 FEWEST_STEPS = 8  # before they are priced: five prices want more than five observations
 FEWEST_MOVES = 2  # of one kind: two prices
@@ -17,19 +17,13 @@ RIDGE = np.array([1e-7, 1e-8, 1e-7, 1e-8, 1e-7])
 MOVE_RIDGE = np.array([1e-7, 1e-8])  # the same: by its bytes rather than by itself
 
 
-def terms_of(work_WK: np.ndarray) -> np.ndarray:
-    """What `StepPrices` are the prices of, in their order: float64 [W, 5]. work_WK: a `StepWork` a row."""
-    prefill, prefill_reads, rows, decode, decode_reads = work_WK.T
-    return np.column_stack([np.ones(len(work_WK)), prefill + decode, rows, prefill_reads + decode_reads, decode_reads])
-
-
 def fit(profile: Profile) -> CostModel:
     """Fit all that the profile says something of: steps if there are `FEWEST_STEPS`, and each kind of move of which
     there are `FEWEST_MOVES`. Observations without a duration are passed over."""
     steps = [step for step in profile.steps if step.seconds > 0.0]
     prices, error = None, NO_ERROR
     if len(steps) >= FEWEST_STEPS:
-        terms_WP = terms_of(np.array([step.work for step in steps], dtype=np.float64).reshape(-1, len(StepWork._fields)))
+        terms_WP = np.array([terms_of(step.work) for step in steps])
         seconds_W = np.array([step.seconds for step in steps])
         prices = StepPrices(*fit_prices(terms_WP, seconds_W, RIDGE).tolist())
         error = cross_validate(terms_WP, seconds_W, RIDGE)

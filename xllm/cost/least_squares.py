@@ -41,22 +41,26 @@ class Normal:
 
     def solve(self, ridge_P: np.ndarray) -> np.ndarray:
         """The prices. ridge_P: penalty on each term's mean share of the time; of terms that the observations cannot
-        tell apart, the one with the smaller penalty gets the time. A term that never occurred is priced 0."""
-        mean_P = self.sum_P / max(self.count, TINY)
-        seen = np.flatnonzero(mean_P > 0.0)
-        prices_P, scale = np.zeros(len(mean_P)), mean_P[seen]
-        gram = self.gram_PP[np.ix_(seen, seen)] / self.count / np.outer(scale, scale) if len(seen) else np.zeros((0, 0))
-        prices_P[seen] = _positive(gram + np.diag(ridge_P[seen]), np.ones(len(seen))) / scale
+        tell apart, the one with the smaller penalty gets the time. A term that never occurred is priced 0. There must
+        be an observation."""
+        seen, prices_P = np.flatnonzero(self.sum_P), np.zeros(len(self.sum_P))
+        mean = self.sum_P[seen] / self.count
+        gram = self.gram_PP[seen[:, None], seen] / self.count / (mean[:, None] * mean)
+        gram.flat[:: len(seen) + 1] += ridge_P[seen]
+        prices_P[seen] = _positive(gram, np.ones(len(seen))) / mean
         return prices_P
 
 
 def _positive(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The x >= 0 that minimises x' gram x - 2 target' x: Lawson and Hanson, "Solving Least Squares Problems" (1974),
     chapter 23, on the normal equations. gram: positive definite, else LinAlgError."""
+    x = np.linalg.solve(gram, target)
+    if (x >= 0.0).all():  # the usual case
+        return x
     x, active = np.zeros(len(target)), np.zeros(len(target), dtype=bool)
     for _ in range(3 * len(target)):  # as they do; two or three times as many as ever needed
         slope = np.where(active, -np.inf, target - gram @ x)
-        if not len(x) or slope.max() <= 1e-10:
+        if slope.max() <= 1e-10:
             break
         active[int(slope.argmax())] = True
         while active.any():

@@ -26,14 +26,14 @@ class StepWork(NamedTuple):
     num_decode_reads: float = 0
 
 
-class Step(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A measured step. seconds: of wall time, by which the engine came forward."""
 
     work: StepWork
     seconds: float
 
 
-class Move(NamedTuple):
+class MeasuredMove(NamedTuple):
     """A measured move. kind: `LOAD`, `SAVE`, `TRANSFER`, or any other name."""
 
     kind: str
@@ -45,8 +45,8 @@ class Move(NamedTuple):
 class Profile:
     """Observations of one engine on one machine, in the order in which they were made."""
 
-    steps: list[Step] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
+    steps: list[MeasuredStep] = field(default_factory=list)
+    moves: list[MeasuredMove] = field(default_factory=list)
 
 
 def prefill_work(num_tokens: int, num_cached: int = 0) -> StepWork:

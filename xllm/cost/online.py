@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
 
 import numpy as np
 
-from xllm.cost.cost_model import NO_ERROR, CostModel, FitError, MovePrices, StepPrices
-from xllm.cost.fit import FEWEST_STEPS, error_of, terms_of
+from xllm.cost.cost_model import NO_ERROR, CostModel, FitError, MovePrices, StepPrices, terms_of
+from xllm.cost.fit import FEWEST_STEPS, error_of
 from xllm.cost.least_squares import MAD_TO_SIGMA, TINY, Normal, huber_weights
-from xllm.cost.observations import Move, Step, StepWork
+from xllm.cost.observations import MeasuredStep, StepWork
 
 # Chosen, not measured, all of them.
 BLOCK = 16  # steps that are taken in at once: numpy's price for a call is shared by so many
 KEPT = 1 - BLOCK / 1024  # of the weight of older steps, when a block is added: the last thousand steps or so decide
 REFIT_BLOCKS = 4  # between two fits while the machine stays as it is
 SURPRISE = 0.1  # the median relative error of a block that asks for a fit at once
-RATE_WEIGHT = 0.1  # of the newest step in the running mean of steps
+RATE_WEIGHT = 0.1  # of the newest step in running means
 ERRORS = 256  # of the last predictions that are remembered: the error is that of late
 MIN_PREFILL_TOKENS = 64  # a step with fewer says little of how fast prompts are computed
 # On each term's share of a step's time: where steps cannot tell them apart, the step itself is taken to cost little, and
@@ -26,13 +25,6 @@ MIN_PREFILL_TOKENS = 64  # a step with fewer says little of how fast prompts are
 RIDGE = np.array([1e-2, 1e-3, 1e-2, 1e-3, 1e-2])
 MOVE_WINDOW = 64  # moves of a kind that decide
 MOVE_RIDGE = np.array([1e-3, 1e-4])
-
-
-class LastStep(NamedTuple):
-    """The step that ended last. predicted_s: from the steps before it; None before there were enough."""
-
-    step: Step
-    predicted_s: float | None
 
 
 class OnlineCost:
@@ -47,12 +39,12 @@ class OnlineCost:
 
     def __init__(self) -> None:
         self.step_s = 0.0  # a running mean; 0 before the first step
+        self.drafts_per_row = 0.0  # a running mean: draft tokens behind the token of a decode row
         self.knows_prefill = False  # whether a step was seen that computed a prompt of some length
         self._moves: dict[str, OnlineMoves] = {}
-        self._last: Step | None = None
-        self._new: list[tuple[float, ...]] = []  # steps that are not taken in: work and seconds
+        self._last: tuple[StepWork, float] | None = None
+        self._new: list[tuple[float, ...]] = []  # steps that are not taken in: terms and seconds
         self._normal = Normal(len(StepPrices._fields))
-        self._shares_BP = np.zeros((0, len(StepPrices._fields)))  # of the last block
         self._found_P: np.ndarray | None = None  # the fitted prices, before they are scaled
         self._prices: StepPrices | None = None
         self._deviation = 0.0  # of usual steps from their predictions, relative
@@ -66,9 +58,11 @@ class OnlineCost:
         if seconds <= 0.0:
             return
         self.step_s += (seconds - self.step_s) * (RATE_WEIGHT if self.step_s else 1.0)
+        if rows := work.num_decode_rows:
+            self.drafts_per_row += (work.num_decode_tokens / rows - 1 - self.drafts_per_row) * RATE_WEIGHT
         self.knows_prefill |= work.num_prefill_tokens >= MIN_PREFILL_TOKENS
-        self._last = Step(work, seconds)
-        self._new.append((*work, seconds))
+        self._last = work, seconds
+        self._new.append((*terms_of(work), seconds))
         if len(self._new) == BLOCK or (self._prices is None and len(self._new) == FEWEST_STEPS):
             self._take_in()
 
@@ -82,8 +76,7 @@ class OnlineCost:
     def _take_in(self) -> None:
         steps_BK = np.array(self._new)
         self._new.clear()
-        seconds_B = steps_BK[:, -1]
-        self._shares_BP = shares_BP = terms_of(steps_BK[:, :-1]) / seconds_B[:, None]
+        shares_BP = steps_BK[:, :-1] / steps_BK[:, -1:]
         weight_B, surprise = np.ones(len(steps_BK)), math.inf
         if self._prices is not None:
             predicted_B = shares_BP @ np.array(self._prices)
@@ -116,15 +109,21 @@ class OnlineCost:
         return CostModel(steps=self._prices).prefill_s(num_tokens, num_cached) - self._prices.step
 
     def move_s(self, kind: str, num_bytes: float) -> float | None:
-        """The time of a move; None before the first of its kind."""
+        """The time of moving so many bytes, in several moves if they are more than what is usual; None before the first
+        move of its kind."""
         moves = self._moves.get(kind)
-        return None if moves is None else moves.prices().predict(num_bytes)
+        return None if moves is None else moves.seconds(num_bytes)
 
     @property
-    def last(self) -> LastStep | None:
-        """The step that ended last, and what was expected of it."""
+    def last(self) -> MeasuredStep | None:
+        """The step that ended last."""
+        return None if self._last is None else MeasuredStep(*self._last)
+
+    @property
+    def last_predicted_s(self) -> float | None:
+        """What the prices of now say of the step that ended last; None before there are any."""
         last, prices = self._last, self._prices
-        return None if last is None else LastStep(last, None if prices is None else prices.predict(last.work))
+        return None if last is None or prices is None else prices.predict(last[0])
 
     @property
     def error(self) -> FitError:
@@ -146,6 +145,7 @@ class OnlineMoves:
 
     def __init__(self) -> None:
         self._normal = Normal(len(MovePrices._fields))
+        self._usual_bytes = 0.0  # a running mean
         self._prices: MovePrices | None = None
         self._errors: deque[float] = deque(maxlen=MOVE_WINDOW)
 
@@ -154,6 +154,7 @@ class OnlineMoves:
         share_P = np.array([[1.0, num_bytes]]) / seconds
         if self._normal.count:
             self._errors.append(abs(self.prices().predict(num_bytes) / seconds - 1.0))
+        self._usual_bytes += (num_bytes - self._usual_bytes) * (RATE_WEIGHT if self._usual_bytes else 1.0)
         self._normal.forget(1 - 1 / MOVE_WINDOW)
         self._normal.add(share_P, np.ones(1))
         self._prices = None
@@ -163,6 +164,11 @@ class OnlineMoves:
         if self._prices is None:
             self._prices = MovePrices(*self._normal.solve(MOVE_RIDGE).tolist())
         return self._prices
+
+    def seconds(self, num_bytes: float) -> float:
+        """Of as many moves of the usual size as that takes, one after the other."""
+        prices = self.prices()
+        return prices.start * max(1.0, num_bytes / max(self._usual_bytes, 1.0)) + prices.byte * num_bytes
 
     @property
     def error(self) -> FitError:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from xllm.cost.online import OnlineCost
 from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES, token_bytes
@@ -56,11 +57,11 @@ class TieredStore:
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
                  make_policy: Callable[[int], EvictionPolicy],
-                 on_disk_error: Callable[[str], None] = lambda message: None):
+                 on_disk_error: Callable[[str], None] = lambda message: None, cost: OnlineCost | None = None):
         """link: the way to the worker that performs the moves. make_policy: makes an eviction policy for so many slots.
-        on_disk_error: called once, with the reason, when the disk tier is given up."""
+        on_disk_error: called once, with the reason, when the disk tier is given up. cost: of the engine; None: one of its own."""
         self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
-        self.moves = moves = OpenMoves(link, facts.payload_bytes)
+        self.moves = moves = OpenMoves(link, facts.payload_bytes, cost or OnlineCost())
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
         self._polled_s = 0.0  # by the owner's clock
@@ -250,8 +251,10 @@ class TieredStore:
         return self.loader.is_open(ticket)
 
     def move_s(self, lane: str, num_blocks: int) -> float:
-        """By the lane's running bandwidth; `ASSUMED_BYTES_PER_S` before its first move."""
-        return num_blocks * self.moves.payload_bytes / (self.moves.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
+        """As its moves so far took; by `ASSUMED_BYTES_PER_S` before the first."""
+        num_bytes = num_blocks * self.moves.payload_bytes
+        seconds = self.moves.cost.move_s(lane, num_bytes)
+        return num_bytes / ASSUMED_BYTES_PER_S if seconds is None else seconds
 
     # --- turns of the owner
 
