@@ -51,10 +51,18 @@ def check(path: str | None, *reads: str | Path | None) -> None:
 
 def write(result: dict[str, Any], path: str | None) -> None:
     """Print the result, and save it if a path is given."""
-    text = json.dumps({**result, "environment": environment()}, indent=2)
-    print(text)
+    print(_text(result))
+    save(result, path)
+
+
+def save(result: dict[str, Any], path: str | None) -> None:
+    """Save the result if a path is given."""
     if path:
-        Path(path).write_text(text + "\n")
+        Path(path).write_text(_text(result) + "\n")
+
+
+def _text(result: dict[str, Any]) -> str:
+    return json.dumps({**result, "environment": environment()}, indent=2)
 
 
 def note(message: str) -> None:

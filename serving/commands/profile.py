@@ -1,0 +1,178 @@
+"""`xllm profile`: measures prefills and decodes of a model, fits the cost model to them, and says how far it is off.
+
+The grid is run on an engine in this process, with the settings given. Some of its points are held out: their steps are
+predicted by a model that has not seen them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from serving.commands.bench import report
+from xllm.config import EngineConfig
+from xllm.cost.cost_model import CostModel
+from xllm.cost.fit import error_of, fit
+from xllm.cost.observations import MeasuredStep, Profile, StepWork
+from xllm.engine.core import EngineCore
+from xllm.errors import ConfigError, RequestError
+from xllm.request import Request, SamplingParams
+
+DECODE_STEPS = 12  # of each point of decode. Chosen: their median is steady, and a point takes little
+HELD_OUT = 4  # every so-manyth point is held out; chosen: a quarter is compared and the rest still spans the grid
+BATCHES = (1, 4, 16, 64)  # rows that decode at once; chosen, as far as the engine has rows
+MOST_TOKENS = 4096  # of the prompts of a point; chosen: a round on a CPU should take seconds
+CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a prompt; chosen, as far as the model goes
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to measure: `num_rows` prompts of `num_tokens`, and how many tokens each generates."""
+
+    kind: str  # prefill, decode
+    num_rows: int
+    num_tokens: int
+
+    @property
+    def name(self) -> str:
+        return (f"prefill {self.num_tokens}" if self.kind == "prefill"
+                else f"decode {self.num_rows} x {self.num_tokens}")
+
+
+@dataclass
+class Measured:
+    """The steps of a point that are of its kind, and all that ran for it."""
+
+    own: list[MeasuredStep] = field(default_factory=list)
+    all: list[MeasuredStep] = field(default_factory=list)
+
+
+def run(config: EngineConfig, flags: argparse.Namespace) -> int:
+    """Measure, print the table, and save the result as JSON where asked."""
+    report.check(flags.json, config.model.model)
+    if flags.rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {flags.rounds}")
+    # A prompt that is cached would not be computed.
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, enable_prefix_caching=False))
+    core = EngineCore(config)
+    try:
+        points = grid(core)
+        measured = measure(core, points, flags.rounds)
+        result = summary(points, measured)
+        result = {"model": config.model.model or "bundled", "device": core.config.device.device, **result}
+    finally:
+        core.shutdown()
+    print(table(result))
+    report.save(result, flags.json)
+    return 0
+
+
+def grid(core: EngineCore) -> list[Point]:
+    """Prompts of rising length, then decodes of rising batches behind short and long prompts, as the engine allows.
+    Raises ConfigError if it allows too little."""
+    assert core.config.model.max_model_len is not None
+    longest = core.config.model.max_model_len - DECODE_STEPS - 1
+    num_rows = core.config.scheduler.max_num_seqs
+    if longest < CHUNKS[1]:
+        raise ConfigError(f"max_model_len must be at least {CHUNKS[1] + DECODE_STEPS + 1} to be profiled")
+    lengths = [length for length in CHUNKS if length <= longest]
+    if longest > lengths[-1] * 1.2:
+        lengths.append(min(longest, MOST_TOKENS))
+    num_tokens = core.scheduler.kv.num_usable_blocks * core.scheduler.kv.block_size
+    contexts = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
+    return [*(Point("prefill", 1, length) for length in lengths),
+            *(Point("decode", rows, context) for context in contexts for rows in BATCHES
+              if rows <= num_rows and rows * context <= MOST_TOKENS
+              and rows * (context + DECODE_STEPS + core.scheduler.kv.block_size) <= num_tokens)]
+
+
+def measure(core: EngineCore, points: list[Point], rounds: int) -> dict[Point, Measured]:
+    """Run all points `rounds` times, in another order each; the round before them warms up."""
+    dice, measured = random.Random(0), {point: Measured() for point in points}
+    for turn in range(rounds + 1):
+        for point in dice.sample(points, len(points)):
+            steps = steps_of(core, point, dice)
+            if turn:
+                measured[point].all += steps
+                measured[point].own += [step for step in steps if is_of(point, step.work)]
+        report.note(f"round {turn} of {rounds}" if turn else "warmed up")
+    return measured
+
+
+def steps_of(core: EngineCore, point: Point, dice: random.Random) -> list[MeasuredStep]:
+    """The steps that the engine takes for a point, as its own cost model hears of them."""
+    for row in range(point.num_rows):
+        prompt = [dice.randrange(core.facts.vocab_size) for _ in range(point.num_tokens)]
+        sampling = SamplingParams(temperature=0, max_tokens=1 if point.kind == "prefill" else DECODE_STEPS,
+                                  ignore_eos=True)
+        core.add(Request(request_id=str(row), prompt_token_ids=prompt, sampling=sampling))
+    steps, num_steps = [], core.loop.num_steps
+    while core.has_work():
+        for output in core.step():
+            if output.error is not None:
+                raise RequestError(f"a step failed: {output.error}")
+        last = core.scheduler.cost.last
+        if core.loop.num_steps > num_steps and last is not None:
+            steps.append(last)
+        num_steps = core.loop.num_steps
+    return steps
+
+
+def is_of(point: Point, work: StepWork) -> bool:
+    """Whether a step shows what the point is there for: prompts alone, or all its rows decoding."""
+    if point.kind == "prefill":
+        return work.num_decode_rows == 0
+    return work.num_prefill_tokens == 0 and work.num_decode_rows == point.num_rows
+
+
+def summary(points: list[Point], measured: dict[Point, Measured]) -> dict[str, Any]:
+    """The model of all steps, and each point's time beside what is predicted of it; of a point that is held out, by a
+    model without it."""
+    held = set(points[HELD_OUT // 2 :: HELD_OUT])
+    without = fit(Profile([step for point in points if point not in held for step in measured[point].all]))
+    model = fit(Profile([step for point in points for step in measured[point].all]))
+    rows = []
+    for point in points:
+        if steps := measured[point].own:
+            # A prompt in several chunks takes the sum of its steps.
+            num = round(sum(s.work.num_prefill_tokens for s in steps) / point.num_tokens) if point.kind == "prefill" else 0
+            found_s, predicted_s = times(without if point in held else model, steps, num)
+            rows.append({"point": point.name, "measured_s": found_s, "predicted_s": predicted_s,
+                         "held_out": point in held})
+    compared = [row for row in rows if row["held_out"]]
+    error = error_of(np.array([row["predicted_s"] for row in compared]), np.array([row["measured_s"] for row in compared]))
+    return {"points": rows, "held_out_error": error._asdict(), "num_steps": sum(len(m.all) for m in measured.values()),
+            "cost_model": model.to_json()}
+
+
+def times(model: CostModel, steps: list[MeasuredStep], num_prompts: int) -> tuple[float, float]:
+    """What a point takes, and what is predicted: a step of decode in the median, or a prompt in all its steps, each
+    as the median over the prompts."""
+    if not num_prompts:
+        return median(step.seconds for step in steps), median(model.predict(step.work) for step in steps)
+    each = len(steps) // num_prompts
+    prompts = [steps[first : first + each] for first in range(0, each * num_prompts, each)]
+    return (median(sum(step.seconds for step in prompt) for prompt in prompts),
+            median(sum(model.predict(step.work) for step in prompt) for prompt in prompts))
+
+
+def table(result: dict[str, Any]) -> str:
+    """For a person to read."""
+    lines = [f"{'':20}{'measured ms':>12}{'predicted ms':>14}{'off':>8}"]
+    for row in result["points"]:
+        off = row["predicted_s"] / row["measured_s"] - 1.0
+        lines.append(f"{row['point']:20}{row['measured_s'] * 1e3:12.3f}{row['predicted_s'] * 1e3:14.3f}{off:+8.1%}"
+                     + ("  held out" if row["held_out"] else ""))
+    held, steps = result["held_out_error"], result["cost_model"]["steps_error"]
+    lines.append(f"error of the points held out: median {held['median']:.1%}, p90 {held['p90']:.1%}, {held['num']} points")
+    lines.append(f"error of single steps, cross-validated: median {steps['median']:.1%}, p90 {steps['p90']:.1%}, "
+                 f"{steps['num']} steps")
+    prices = result["cost_model"]["steps"]
+    lines.append("us each: " + ", ".join(f"{name} {price * 1e6:.4g}" for name, price in prices.items()))
+    return "\n".join(lines)
