@@ -65,7 +65,8 @@ def run(config: EngineConfig, flags: argparse.Namespace) -> int:
         points = grid(core)
         measured = measure(core, points, flags.rounds)
         result = summary(points, measured)
-        result = {"model": config.model.model or "bundled", "device": core.config.device.device, **result}
+        result = {"model": config.model.model or "bundled", "device": core.facts.placement.device, "dtype": core.facts.placement.dtype,
+                  "num_threads": core.facts.placement.num_threads, **result}
     finally:
         core.shutdown()
     print(table(result))
@@ -140,13 +141,13 @@ def summary(points: list[Point], measured: dict[Point, Measured]) -> dict[str, A
     rows = []
     for point in points:
         if steps := measured[point].own:
-            # A prompt in several chunks takes the sum of its steps.
-            num = round(sum(s.work.num_prefill_tokens for s in steps) / point.num_tokens) if point.kind == "prefill" else 0
+            num_tokens = sum(step.work.num_prefill_tokens for step in steps)
+            num = round(num_tokens / point.num_tokens)  # prompts; none where the steps are of decode
             found_s, predicted_s = times(without if point in held else model, steps, num)
             rows.append({"point": point.name, "measured_s": found_s, "predicted_s": predicted_s,
                          "held_out": point in held})
     compared = [row for row in rows if row["held_out"]]
-    error = error_of(np.array([row["predicted_s"] for row in compared]), np.array([row["measured_s"] for row in compared]))
+    error = error_of(*(np.array([row[name] for row in compared]) for name in ("predicted_s", "measured_s")))
     return {"points": rows, "held_out_error": error._asdict(), "num_steps": sum(len(m.all) for m in measured.values()),
             "cost_model": model.to_json()}
 
@@ -170,7 +171,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{row['point']:20}{row['measured_s'] * 1e3:12.3f}{row['predicted_s'] * 1e3:14.3f}{off:+8.1%}"
                      + ("  held out" if row["held_out"] else ""))
     held, steps = result["held_out_error"], result["cost_model"]["steps_error"]
-    lines.append(f"error of the points held out: median {held['median']:.1%}, p90 {held['p90']:.1%}, {held['num']} points")
+    lines.append(f"error of the points held out: median {held['median']:.1%}, p90 {held['p90']:.1%}, "
+                 f"{held['num']} points")
     lines.append(f"error of single steps, cross-validated: median {steps['median']:.1%}, p90 {steps['p90']:.1%}, "
                  f"{steps['num']} steps")
     prices = result["cost_model"]["steps"]

@@ -15,7 +15,8 @@ def mixed(*works: StepWork) -> StepWork:
     return StepWork(*map(sum, zip(*works, strict=True)))
 
 
-def steps(num: int, *, seed: int = 0, noise: float = 0.0, outliers: float = 0.0, factor: float = 1.0) -> Iterator[MeasuredStep]:
+def steps(num: int, *, seed: int = 0, noise: float = 0.0, outliers: float = 0.0,
+          factor: float = 1.0) -> Iterator[MeasuredStep]:
     """Prefills, decodes and both. noise: relative, uniform; outliers: their share, each 3 to 50 times too slow."""
     dice = random.Random(seed)
     for _ in range(num):

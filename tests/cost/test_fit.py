@@ -18,7 +18,8 @@ def moves(kind: str, start: float, rate: float, num: int = 20) -> list[MeasuredM
     return [MeasuredMove(kind, size, start + size / rate) for size in np.linspace(1e4, 1e7, num)]
 
 
-MODEL = fit(Profile(list(steps(200)), moves("load", 1e-4, 1e9) + moves("save", 2e-4, 5e8) + moves("transfer", 1e-3, 1e8)))
+MODEL = fit(Profile(list(steps(200)), [*moves("load", 1e-4, 1e9), *moves("save", 2e-4, 5e8),
+                                       *moves("transfer", 1e-3, 1e8)]))
 
 
 def test_a_machine_is_found_exactly() -> None:
@@ -75,7 +76,8 @@ def test_it_goes_through_json() -> None:
 
 
 @pytest.mark.parametrize(("path", "value", "said"), [
-    (("version",), 2, "version"), (("steps", "token"), -1.0, r"steps\.token"), (("steps", "token"), "1", r"steps\.token"),
+    (("version",), 2, "version"), (("steps", "token"), -1.0, r"steps\.token"),
+    (("steps", "token"), "1", r"steps\.token"),
     (("steps", "token"), float("nan"), r"steps\.token"), (("steps",), {"step": 1.0}, "steps must have"),
     (("moves",), [], "moves"), (("moves", "load", "error", "num"), True, r"moves\.load\.error\.num"),
     (("more",), 1, "model must have"), (("moves", "load"), None, r"moves\.load"),

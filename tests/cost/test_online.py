@@ -11,7 +11,8 @@ from tests.cost.machine import PRICES, mixed, steps
 from xllm.cost.observations import StepWork, decode_work, prefill_work, work_of
 from xllm.cost.online import MIN_PREFILL_TOKENS, OnlineCost
 
-WORKS = [prefill_work(700), prefill_work(4256, 4000), decode_work([300] * 8), mixed(prefill_work(128), decode_work([9]))]
+WORKS = [prefill_work(700), prefill_work(4256, 4000), decode_work([300] * 8),
+         mixed(prefill_work(128), decode_work([9]))]
 
 
 def learnt(observed) -> OnlineCost:
@@ -64,7 +65,7 @@ def test_steps_of_one_size_tell_nothing_of_the_step_itself() -> None:
 
 
 def test_long_contexts_cost_what_they_cost() -> None:
-    """Decoding rows only, whose contexts grow: what grows is the reading, not the step. A row is taken for its token."""
+    """Decoding rows only, whose contexts grow: what grows is the reading, not the step. A row counts as its token."""
     works = [decode_work([length] * (90 if length % 3 else 30)) for length in range(1000)]
     found = learnt((work, PRICES.predict(work)) for work in works).prices()
     assert found is not None and found.step == pytest.approx(PRICES.step, rel=0.2)

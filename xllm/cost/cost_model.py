@@ -1,9 +1,9 @@
 """`CostModel`: predicts seconds from prices, and knows how far it has been off. Plain numbers, to and from JSON.
 
-The form is that of the profile-driven schedulers of xLLM (prefill c0 + c1 d^2 + c2 d + c3 d p of d new tokens behind p
-cached ones, decode c0 + c1 rows + c2 rows x length), in one sum for both: d^2 / 2 + d p are the tokens that prefill
-reads, rows x length those of decode, and a step may mix the two. What is left out is c4 p, a price of cached tokens that
-nothing reads.
+The form is that of the profile-driven schedulers of xLLM in C++ (`time_predictor`: prefill c0 + c1 d^2 + c2 d + c3 d p
+of d new tokens behind p cached ones, decode c0 + c1 rows + c2 rows x length), in one sum for both: d^2 / 2 + d p are
+the tokens that prefill reads, rows x length those of decode, and a step may mix the two. What is left out is their
+c4 p, a price of cached tokens that nothing reads.
 
 - step: launching, scheduling, reading the weights once
 - token: its share of the matrix products
@@ -132,7 +132,8 @@ class CostModel:
             _members(f"moves.{kind}", move, (*MovePrices._fields, "error"))
         return cls(steps=None if steps is None else StepPrices(*_numbers("steps", steps, StepPrices._fields)),
                    steps_error=_error("steps_error", data["steps_error"]),
-                   moves={kind: MovePrices(*(_number(f"moves.{kind}.{name}", move[name]) for name in MovePrices._fields))
+                   moves={kind: MovePrices(*(_number(f"moves.{kind}.{name}", move[name])
+                                             for name in MovePrices._fields))
                           for kind, move in data["moves"].items()},
                    moves_error={kind: _error(f"moves.{kind}.error", move["error"])
                                 for kind, move in data["moves"].items()})

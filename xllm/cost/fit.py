@@ -29,7 +29,8 @@ def fit(profile: Profile) -> CostModel:
         error = cross_validate(terms_WP, seconds_W, RIDGE)
     moves, moves_error = {}, {}
     for kind in sorted({move.kind for move in profile.moves}):
-        measured = [(move.num_bytes, move.seconds) for move in profile.moves if move.kind == kind and move.seconds > 0.0]
+        measured = [(move.num_bytes, move.seconds) for move in profile.moves
+                    if move.kind == kind and move.seconds > 0.0]
         if len(measured) >= FEWEST_MOVES:
             bytes_W, seconds_W = np.array(measured, dtype=np.float64).T
             terms_WP = np.column_stack([np.ones(len(bytes_W)), bytes_W])

@@ -1,7 +1,7 @@
 """Non-negative least squares of the relative error, of few terms, robust against outliers. numpy only.
 
-seconds = sum of price x term, every price >= 0. The relative error is minimised, not the absolute one: a long step would
-outweigh all short ones, which say more of what a step costs by itself.
+seconds = sum of price x term, every price >= 0. The relative error is minimised, not the absolute one: a long step
+would outweigh all short ones, which say more of what a step costs by itself.
 
 Letters: W observations, P terms.
 """
@@ -88,7 +88,7 @@ def fit_prices(terms_WP: np.ndarray, seconds_W: np.ndarray, ridge_P: np.ndarray)
     that the median error is 0."""
     shares_WP, weight_W = terms_WP / seconds_W[:, None], np.ones(len(seconds_W))
     prices_P = np.zeros(terms_WP.shape[1])
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         normal = Normal(terms_WP.shape[1])
         normal.add(shares_WP, weight_W)
         prices_P = normal.solve(ridge_P)

@@ -70,9 +70,9 @@ def work_of(num_tokens_S: np.ndarray, context_S: np.ndarray, num_drafts: int = 0
     if num_tokens == num_rows:  # the usual step: all decode
         reads = int(context_S.sum())
         return StepWork(0, 0, num_rows, num_rows + num_drafts, reads + (reads * num_drafts / num_rows if reads else 0))
-    reads_S = num_tokens_S * context_S + num_tokens_S * (num_tokens_S / 2)
+    reads_S = num_tokens_S * (context_S + num_tokens_S / 2)
     decodes_S = num_tokens_S == 1
-    rows, reads = int(np.count_nonzero(decodes_S)), float(context_S[decodes_S].sum())
+    rows, decode_reads = int(np.count_nonzero(decodes_S)), float(context_S[decodes_S].sum())
     prefill_reads = float(reads_S[~decodes_S].sum())
     return StepWork(num_tokens - rows, prefill_reads, rows, rows + num_drafts,
-                    reads + (reads * num_drafts / rows if rows else 0))
+                    decode_reads + (decode_reads * num_drafts / rows if rows else 0))

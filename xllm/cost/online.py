@@ -20,8 +20,8 @@ SURPRISE = 0.1  # the median relative error of a block that asks for a fit at on
 RATE_WEIGHT = 0.1  # of the newest step in running means
 ERRORS = 256  # of the last predictions that are remembered: the error is that of late
 MIN_PREFILL_TOKENS = 64  # a step with fewer says little of how fast prompts are computed
-# On each term's share of a step's time: where steps cannot tell them apart, the step itself is taken to cost little, and
-# a row of decode no more than its token. Larger than at start, because the weights are few when it begins.
+# On each term's share of a step's time: where steps cannot tell them apart, the step itself is taken to cost little,
+# and a row of decode no more than its token. Larger than in `fit.py`: noise must not choose between alike terms.
 RIDGE = np.array([1e-2, 1e-3, 1e-2, 1e-3, 1e-2])
 MOVE_WINDOW = 64  # moves of a kind that decide
 MOVE_RIDGE = np.array([1e-3, 1e-4])

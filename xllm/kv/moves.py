@@ -15,6 +15,7 @@ import numpy as np
 
 from xllm.cost.online import OnlineCost
 
+ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
 PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
@@ -140,8 +141,8 @@ Finish = Callable[[MoveDone], None]
 class OpenMoves:
     """The moves of one engine that have not ended: numbers them, and calls each one's `finish` with its result.
 
-    Every method belongs to the thread that owns the KV manager. payload_bytes: of one block. cost: learns how long moves
-    take, by lane.
+    Every method belongs to the thread that owns the KV manager. payload_bytes: of one block. cost: learns how long
+    moves take, by lane.
     """
 
     def __init__(self, link: MoveLink, payload_bytes: int, cost: OnlineCost):
@@ -165,6 +166,12 @@ class OpenMoves:
         self._open[move.number] = move, finish
         self.stats[lane].queued += 1
         self._link.send(move)
+
+    def seconds(self, lane: str, num_blocks: int) -> float:
+        """As the lane's moves so far took; by `ASSUMED_BYTES_PER_S` before the first."""
+        num_bytes = num_blocks * self.payload_bytes
+        seconds = self.cost.move_s(lane, num_bytes)
+        return num_bytes / ASSUMED_BYTES_PER_S if seconds is None else seconds
 
     def poll(self) -> int:
         """Call `finish` of each move that has ended, then `on_ended`; returns how many moves ended."""
