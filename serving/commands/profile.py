@@ -46,7 +46,7 @@ class Point:
 
 
 @dataclass
-class Measured:
+class MeasuredPoint:
     """The steps of a point that are of its kind, and all that ran for it."""
 
     own: list[MeasuredStep] = field(default_factory=list)
@@ -93,9 +93,9 @@ def grid(core: EngineCore) -> list[Point]:
               and rows * (context + DECODE_STEPS + core.scheduler.kv.block_size) <= num_tokens)]
 
 
-def measure(core: EngineCore, points: list[Point], rounds: int) -> dict[Point, Measured]:
+def measure(core: EngineCore, points: list[Point], rounds: int) -> dict[Point, MeasuredPoint]:
     """Run all points `rounds` times, in another order each; the round before them warms up."""
-    dice, measured = random.Random(0), {point: Measured() for point in points}
+    dice, measured = random.Random(0), {point: MeasuredPoint() for point in points}
     for turn in range(rounds + 1):
         for point in dice.sample(points, len(points)):
             steps = steps_of(core, point, dice)
@@ -132,7 +132,7 @@ def is_of(point: Point, work: StepWork) -> bool:
     return work.num_prefill_tokens == 0 and work.num_decode_rows == point.num_rows
 
 
-def summary(points: list[Point], measured: dict[Point, Measured]) -> dict[str, Any]:
+def summary(points: list[Point], measured: dict[Point, MeasuredPoint]) -> dict[str, Any]:
     """The model of all steps, and each point's time beside what is predicted of it; of a point that is held out, by a
     model without it."""
     held = set(points[HELD_OUT // 2 :: HELD_OUT])
