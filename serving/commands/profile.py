@@ -65,8 +65,9 @@ def run(config: EngineConfig, flags: argparse.Namespace) -> int:
         points = grid(core)
         measured = measure(core, points, flags.rounds)
         result = summary(points, measured)
-        result = {"model": config.model.model or "bundled", "device": core.facts.placement.device, "dtype": core.facts.placement.dtype,
-                  "num_threads": core.facts.placement.num_threads, **result}
+        placed = core.facts.placement
+        result = {"model": config.model.model or "bundled", "device": placed.device, "dtype": placed.dtype,
+                  "num_threads": placed.num_threads, **result}
     finally:
         core.shutdown()
     print(table(result))
