@@ -1,31 +1,37 @@
-"""`xllm profile`: measures prefills and decodes of a model, fits the cost model to them, and says how far it is off.
+"""`xllm profile`: measures prefills, decodes and copies of KV of a model, fits the cost model to them, and says how far
+it is off.
 
-The grid is run on an engine in this process, with the settings given. Some of its points are held out: their steps are
-predicted by a model that has not seen them.
+The grid is run on an engine in this process, with the settings given. Each of its points is predicted by a model that
+has not seen it. The file of `--json` is what `--cost-profile` takes (`xllm/cost/cost_file.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from serving.commands.bench import report
-from xllm.config import EngineConfig
+from serving.commands.profile_moves import SizedMoves, measure_moves
+from xllm.config import CacheSettings, EngineConfig
+from xllm.cost.cost_file import profile_to_json
 from xllm.cost.cost_model import CostModel
-from xllm.cost.fit import error_of, fit
-from xllm.cost.observations import MeasuredStep, Profile, StepWork
+from xllm.cost.fit import fit
+from xllm.cost.observations import LOAD, SAVE, MeasuredStep, Profile, StepWork
 from xllm.engine.core import EngineCore
 from xllm.errors import ConfigError, RequestError
 from xllm.request import Request, SamplingParams
 
 DECODE_STEPS = 12  # of each point of decode. Chosen: their median is steady, and a point takes little
-HELD_OUT = 4  # every so-manyth point is held out; chosen: a quarter is compared and the rest still spans the grid
+FOLDS = 4  # of the points, each predicted from the other three; chosen: the rest still spans the grid
+KINDS = ("prefill", "decode", "load", "swap")  # of points
 BATCHES = (1, 4, 16, 64)  # rows that decode at once; chosen, as far as the engine has rows
 MOST_TOKENS = 4096  # of the prompts of a point; chosen: a round on a CPU should take seconds
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a prompt; chosen, as far as the model goes
@@ -58,21 +64,40 @@ def run(config: EngineConfig, flags: argparse.Namespace) -> int:
     report.check(flags.json, config.model.model)
     if flags.rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {flags.rounds}")
-    # A prompt that is cached would not be computed.
-    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, enable_prefix_caching=False))
-    core = EngineCore(config)
+    if config.scheduler.cost_profile is not None:
+        raise ConfigError("cost_profile: a profile is measured from nothing")
+    core = EngineCore(without_tiers(config))
     try:
         points = grid(core)
-        measured = measure(core, points, flags.rounds)
-        result = summary(points, measured)
-        placed = core.facts.placement
-        result = {"model": config.model.model or "bundled", "device": placed.device, "dtype": placed.dtype,
-                  "num_threads": placed.num_threads, **result}
+        measured, origin = measure(core, points, flags.rounds), core.origin
     finally:
         core.shutdown()
+    moves = measure_moves(core.config, config.cache, flags.rounds)
+    result = summary(points, measured, moves)
+    everything = Profile([step for point in points for step in measured[point].all],
+                         [move for size in moves.values() for move in size])
     print(table(result))
-    report.save(result, flags.json)
+    save({**profile_to_json(origin, everything), "environment": report.environment(), **result}, flags.json)
     return 0
+
+
+def without_tiers(config: EngineConfig) -> EngineConfig:
+    """The settings with nothing below the device and no cached prefixes: a prompt that is cached would not be computed,
+    and copies would run beside the steps."""
+    none = CacheSettings()
+    cache = dataclasses.replace(
+        config.cache, enable_prefix_caching=False, preemption_mode=none.preemption_mode,
+        kv_store_dtype=none.kv_store_dtype, host_cache_size=none.host_cache_size,
+        host_blocks_factor=none.host_blocks_factor, disk_cache_size=none.disk_cache_size, disk_cache_dir=None,
+        disk_cache_key_file=None)
+    return dataclasses.replace(config, cache=cache)
+
+
+def save(result: dict[str, Any], path: str | None) -> None:
+    """Save the result if a path is given: a line for each member, as most of it is numbers."""
+    if path:
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def grid(core: EngineCore) -> list[Point]:
@@ -133,24 +158,38 @@ def is_of(point: Point, work: StepWork) -> bool:
     return work.num_prefill_tokens == 0 and work.num_decode_rows == point.num_rows
 
 
-def summary(points: list[Point], measured: dict[Point, MeasuredPoint]) -> dict[str, Any]:
-    """The model of all steps, and each point's time beside what is predicted of it; of a point that is held out, by a
-    model without it."""
-    held = set(points[HELD_OUT // 2 :: HELD_OUT])
-    without = fit(Profile([step for point in points if point not in held for step in measured[point].all]))
-    model = fit(Profile([step for point in points for step in measured[point].all]))
-    rows = []
-    for point in points:
+def summary(points: list[Point], measured: dict[Point, MeasuredPoint], moves: SizedMoves) -> dict[str, Any]:
+    """The model of all that was measured, and each point's time beside what a model without it predicts."""
+    def known(left_out: int | None) -> CostModel:
+        return fit(Profile([step for place, point in enumerate(points) if place % FOLDS != left_out
+                            for step in measured[point].all],
+                           [move for place, size in enumerate(moves.values()) if place % FOLDS != left_out
+                            for move in size]))
+
+    models, rows = [known(fold) for fold in range(FOLDS)], []
+    for place, point in enumerate(points):
         if steps := measured[point].own:
             num_tokens = sum(step.work.num_prefill_tokens for step in steps)
             num = round(num_tokens / point.num_tokens)  # prompts; none where the steps are of decode
-            found_s, predicted_s = times(without if point in held else model, steps, num)
-            rows.append({"point": point.name, "measured_s": found_s, "predicted_s": predicted_s,
-                         "held_out": point in held})
-    compared = [row for row in rows if row["held_out"]]
-    error = error_of(*(np.array([row[name] for row in compared]) for name in ("predicted_s", "measured_s")))
-    return {"points": rows, "held_out_error": error._asdict(), "num_steps": sum(len(m.all) for m in measured.values()),
-            "cost_model": model.to_json()}
+            rows.append(row(point.kind, point.name, *times(models[place % FOLDS], steps, num)))
+    for place, (num_bytes, size) in enumerate(moves.items()):
+        model, name = models[place % FOLDS], f"{num_bytes / 1024:.0f} KiB"
+        taken = {kind: median(move.seconds for move in size if move.kind == kind) for kind in (SAVE, LOAD)}
+        rows += [row("load", f"load {name}", taken[LOAD], model.load_s(num_bytes)),
+                 row("swap", f"swap {name}", taken[SAVE] + taken[LOAD], model.swap_s(num_bytes))]
+    return {"points": rows, "errors": {kind: error for kind in KINDS if (error := error_of_kind(rows, kind))},
+            "num_steps": sum(len(m.all) for m in measured.values()), "cost_model": known(None).to_json()}
+
+
+def row(kind: str, point: str, measured_s: float, predicted_s: float) -> dict[str, Any]:
+    """A line of the table."""
+    return {"kind": kind, "point": point, "measured_s": measured_s, "predicted_s": predicted_s}
+
+
+def error_of_kind(rows: list[dict[str, Any]], kind: str) -> dict[str, float] | None:
+    """Mean and 90th percentile of |predicted / measured - 1| over the points of a kind; None: there are none."""
+    errors = [abs(row["predicted_s"] / row["measured_s"] - 1.0) for row in rows if row["kind"] == kind]
+    return {"mean": fmean(errors), "p90": float(np.quantile(errors, 0.9)), "num": len(errors)} if errors else None
 
 
 def times(model: CostModel, steps: list[MeasuredStep], num_prompts: int) -> tuple[float, float]:
@@ -169,13 +208,15 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'':20}{'measured ms':>12}{'predicted ms':>14}{'off':>8}"]
     for row in result["points"]:
         off = row["predicted_s"] / row["measured_s"] - 1.0
-        lines.append(f"{row['point']:20}{row['measured_s'] * 1e3:12.3f}{row['predicted_s'] * 1e3:14.3f}{off:+8.1%}"
-                     + ("  held out" if row["held_out"] else ""))
-    held, steps = result["held_out_error"], result["cost_model"]["steps_error"]
-    lines.append(f"error of the points held out: median {held['median']:.1%}, p90 {held['p90']:.1%}, "
-                 f"{held['num']} points")
+        lines.append(f"{row['point']:20}{row['measured_s'] * 1e3:12.3f}{row['predicted_s'] * 1e3:14.3f}{off:+8.1%}")
+    lines.append("error of the points, each predicted without it:")
+    lines += [f"  {kind:10}mean {error['mean']:.1%}, p90 {error['p90']:.1%}, {error['num']} points"
+              for kind, error in result["errors"].items()]
+    model = result["cost_model"]
+    steps = model["steps_error"]
     lines.append(f"error of single steps, cross-validated: median {steps['median']:.1%}, p90 {steps['p90']:.1%}, "
                  f"{steps['num']} steps")
-    prices = result["cost_model"]["steps"]
-    lines.append("us each: " + ", ".join(f"{name} {price * 1e6:.4g}" for name, price in prices.items()))
+    lines.append("us each: " + ", ".join(f"{name} {price * 1e6:.4g}" for name, price in model["steps"].items()))
+    lines += [f"{kind}: {move['start'] * 1e6:.4g} us and {1e-9 / max(move['byte'], 1e-18):.4g} GB/s"
+              for kind, move in model["moves"].items()]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ _VERSION = 1  # of the JSON
 
 
 class StepPrices(NamedTuple):
-    """Seconds each, none negative: see above."""
+    """Seconds each, none negative: see the head of this file."""
 
     step: float
     token: float
@@ -51,6 +51,7 @@ class MovePrices(NamedTuple):
     byte: float
 
     def predict(self, num_bytes: float) -> float:
+        """Seconds of one move."""
         return self.start + self.byte * num_bytes
 
 
@@ -78,37 +79,40 @@ class CostModel:
     moves_error: Mapping[str, FitError] = field(default_factory=dict)
 
     def predict(self, work: StepWork) -> float:
-        """One step of any mix."""
+        """Seconds of one step of any mix: `work_of` makes `work` of a plan."""
         if self.steps is None:
             raise LookupError("no steps were observed")
         return self.steps.predict(work)
 
     def prefill_s(self, num_tokens: int, num_cached: int = 0, *, max_chunk: int | None = None) -> float:
-        """A prompt of `num_tokens` with `num_cached` of them cached, alone, in steps of at most `max_chunk` tokens."""
+        """Seconds of computing a prompt of `num_tokens`, the first `num_cached` of which are cached, with nothing
+        beside it, in steps of at most `max_chunk` tokens; None: in one step."""
         work = prefill_work(num_tokens, num_cached)
         num_steps = math.ceil(work.num_prefill_tokens / max_chunk) if max_chunk else 1
         return self.predict(work) + max(num_steps - 1, 0) * self.predict(StepWork())
 
     def decode_s(self, contexts: Iterable[int], *, num_drafts: int = 0) -> float:
-        """One step that decodes a row of each context, with so many drafts each."""
+        """Seconds of one step that decodes a row for each of `contexts` (tokens before the one that is computed), each
+        row with so many draft tokens."""
         return self.predict(decode_work(contexts, num_drafts))
 
     def move_s(self, kind: str, num_bytes: float) -> float:
-        """One move. kind: as it was observed."""
+        """Seconds of one move of so many bytes. kind: as it was observed."""
         if kind not in self.moves:
             raise LookupError(f"no {kind} was observed")
         return self.moves[kind].predict(num_bytes)
 
     def transfer_s(self, num_bytes: float) -> float:
-        """KV from another instance."""
+        """Seconds until so many bytes of KV have come from another instance: a latency, and a bandwidth. Observed by
+        whoever transfers: `OnlineCost.note_move`, with the kind `TRANSFER`."""
         return self.move_s(TRANSFER, num_bytes)
 
     def load_s(self, num_bytes: float) -> float:
-        """KV from host memory to the device."""
+        """Seconds of copying so many bytes of KV from host memory to the device."""
         return self.move_s(LOAD, num_bytes)
 
     def swap_s(self, num_bytes: float) -> float:
-        """KV to host memory and back."""
+        """Seconds of copying so many bytes of KV to host memory and, later, back to the device."""
         return self.move_s(SAVE, num_bytes) + self.move_s(LOAD, num_bytes)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from collections import deque
 import numpy as np
 
 from xllm.cost.cost_model import NO_ERROR, CostModel, FitError, MovePrices, StepPrices, terms_of
-from xllm.cost.fit import FEWEST_STEPS, error_of
+from xllm.cost.fit import FEWEST_STEPS, error_of, fit
 from xllm.cost.least_squares import MAD_TO_SIGMA, TINY, Normal, huber_weights
-from xllm.cost.observations import MeasuredStep, StepWork
+from xllm.cost.observations import MeasuredStep, Profile, StepWork
 
 # Chosen, not measured, all of them.
 BLOCK = 16  # steps that are taken in at once: numpy's price for a call is shared by so many
 KEPT = 1 - BLOCK / 1024  # of the weight of older steps, when a block is added: the last thousand steps or so decide
+START_WEIGHT = 256  # of a profile at the start, in steps: a quarter of those that decide later
 REFIT_BLOCKS = 4  # between two fits while the machine stays as it is
 SURPRISE = 0.1  # the median relative error of a block that asks for a fit at once
 RATE_WEIGHT = 0.1  # of the newest step in running means
@@ -52,6 +53,22 @@ class OnlineCost:
         self._errors: deque[float] = deque(maxlen=ERRORS)
 
     # --- taking in
+
+    def start(self, profile: Profile) -> None:
+        """Begin with what an earlier engine measured, as if it had been measured here a while ago: its prices hold at
+        once, and the steps of this engine outweigh it soon. Called before the first step."""
+        steps = [step for step in profile.steps if step.seconds > 0.0]
+        self._prices = fit(Profile(steps=steps)).steps
+        if self._prices is not None:
+            self._found_P, self._blocks_left = np.array(self._prices), REFIT_BLOCKS
+            shares_WP = np.array([terms_of(step.work) for step in steps]) / np.array([[s.seconds] for s in steps])
+            off_W = shares_WP @ self._found_P - 1.0
+            self._deviation = MAD_TO_SIGMA * _median(np.abs(off_W))
+            self._normal.add(shares_WP, huber_weights(off_W, self._deviation))
+            self._normal.forget(min(1.0, START_WEIGHT / self._normal.count))
+            self.knows_prefill = any(step.work.num_prefill_tokens >= MIN_PREFILL_TOKENS for step in steps)
+        for move in profile.moves:
+            self.note_move(*move)
 
     def note_step(self, work: StepWork, seconds: float) -> None:
         """A step has ended."""
