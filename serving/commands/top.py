@@ -102,6 +102,8 @@ class View:
         if (threads := engine["threads"]) is not None:
             busy = "" if threads["num_threads"] == threads["max_threads"] else ", others use the cores"
             rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", []))
+        if error := engine["step_cost_error"]:
+            rows.append(("predicted", f"{100 * error['0.5']:.1f}", "% off, median step", []))
         chars = max(1, min(SPARK_CHARS, width - GAUGE_CHARS))
         for name, value, unit, values in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"),

@@ -40,6 +40,24 @@ def test_noise_and_outliers_are_borne(outliers: float) -> None:
     assert (model.steps_error.p90 > 0.5) == bool(outliers), "who was not predicted is told"
 
 
+def test_every_kind_is_predicted_of_sizes_that_were_not_seen() -> None:
+    """Fitted to noisy observations of some sizes, compared with what others take: between them and beyond."""
+    dice = random.Random(3)
+    seen = [MeasuredMove(kind, size, (start + size / rate) * dice.uniform(0.95, 1.05))
+            for kind, start, rate in (("load", 1e-4, 1e9), ("save", 2e-4, 5e8), ("transfer", 1e-3, 1e8))
+            for size in (1e4, 1e5, 1e6, 1e7) for _ in range(10)]
+    model = fit(Profile(list(steps(400, noise=0.05)), seen))
+    for size in (3e4, 5e5, 4e6, 3e7):
+        assert model.load_s(size) == pytest.approx(1e-4 + size / 1e9, rel=0.05)
+        assert model.swap_s(size) == pytest.approx(3e-4 + size / 1e9 + size / 5e8, rel=0.05)
+        assert model.transfer_s(size) == pytest.approx(1e-3 + size / 1e8, rel=0.05)
+    for num, cached in ((50, 0), (1200, 0), (3000, 2000), (6000, 1000)):
+        assert model.prefill_s(num, cached) == pytest.approx(PRICES.predict(prefill_work(num, cached)), rel=0.08)
+    for contexts in ([50], [1000] * 12, [4000] * 100):
+        found = model.decode_s(contexts, num_drafts=2)
+        assert found == pytest.approx(PRICES.predict(decode_work(contexts, 2)), rel=0.08)
+
+
 def test_a_prompt_in_chunks_reads_as_much_and_takes_more_steps() -> None:
     whole, chunks = MODEL.prefill_s(4096, 1024), MODEL.prefill_s(4096, 1024, max_chunk=512)
     assert chunks == pytest.approx(whole + 5 * PRICES.step, rel=1e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cost.machine import PRICES, mixed, steps
-from xllm.cost.observations import StepWork, decode_work, prefill_work, work_of
+from xllm.cost.observations import MeasuredMove, Profile, StepWork, decode_work, prefill_work, work_of
 from xllm.cost.online import MIN_PREFILL_TOKENS, OnlineCost
 
 WORKS = [prefill_work(700), prefill_work(4256, 4000), decode_work([300] * 8),
@@ -79,6 +79,27 @@ def test_what_a_prompt_adds_is_known_once_one_was_computed() -> None:
     assert cost.prefill_s(100) is None
     cost.note_step(prefill_work(MIN_PREFILL_TOKENS), 0.1)
     assert cost.prefill_s(200) > cost.prefill_s(200, 100) > 0.0  # type: ignore[operator]
+
+
+def test_a_profile_holds_from_the_start_and_is_outweighed_by_what_is_measured() -> None:
+    """By steps at once, in all parts, though those that follow are of one kind."""
+    cost = OnlineCost()
+    cost.start(Profile(list(steps(300, noise=0.05)), [MeasuredMove("transfer", 1e6, 5e-3)] * 3))
+    assert_predicts(cost)
+    assert cost.prefill_s(700) == pytest.approx(PRICES.predict(prefill_work(700)) - PRICES.step, rel=0.1)
+    assert cost.move_s("transfer", 1e6) == pytest.approx(5e-3, rel=0.05)
+    assert cost.error.num == 0, "of this engine, nothing was predicted yet"
+    for _ in range(32):
+        work = decode_work([300] * 8)
+        cost.note_step(work, 3 * PRICES.predict(work))
+    assert cost.error.num == 32 and cost.error.median > 0.3
+    assert_predicts(cost, 3.0, rel=0.25)
+    for work, seconds in steps(2000, seed=2, noise=0.05, factor=0.5):
+        cost.note_step(work, seconds)
+    assert_predicts(cost, 0.5)
+    empty = OnlineCost()
+    empty.start(Profile())
+    assert empty.prices() is None
 
 
 def test_moves_are_learnt_and_long_ones_are_several() -> None:

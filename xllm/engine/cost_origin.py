@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from xllm import __version__
 from xllm.config import EngineConfig
 from xllm.cost.cost_file import Origin
 from xllm.model_files import read_bounded
+from xllm.version import __version__
 from xllm.worker.messages import Loaded
 
 

@@ -82,7 +82,7 @@ class StepLoop:
             failpoints.hit("engine.settled")
         work = work_of(oldest.num_tokens_S, context_S, int(result.num_drafts_S.sum()))
         self.scheduler.cost.note_step(work, self.step_time_s)
-        num_tokens = int(oldest.num_tokens_S.sum())
+        num_tokens = int(work.num_prefill_tokens + work.num_decode_rows)
         self.finished = self.last_step_s, self.step_time_s, num_tokens, oldest.num_rows
         return outputs
 
