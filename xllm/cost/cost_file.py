@@ -12,7 +12,7 @@ from xllm.cost.observations import MeasuredMove, MeasuredStep, Profile, StepWork
 from xllm.errors import ConfigError, ModelError
 from xllm.model_files import read_json
 
-FORMAT = 1
+FORMAT = 1  # of the file; raised when its members change
 SETTING = "cost_profile"
 MOST_ENTRIES = 1_000_000  # of one column. Chosen: a profile has some thousands
 MOST = 1e15  # of a count. Chosen: more bytes than any machine has
