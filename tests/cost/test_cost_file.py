@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.cost.machine import steps
-from xllm.cost.cost_file import Origin, profile_to_json, read_cost_file
+from xllm.cost.cost_file import CostOrigin, profile_to_json, read_cost_file
 from xllm.cost.observations import MeasuredMove, Profile
 from xllm.errors import ConfigError
 
-ORIGIN = Origin(version="1.0", model="a", config="c0ffee", quantization=None, device="cpu", device_name="EPYC",
+ORIGIN = CostOrigin(version="1.0", model="a", config="c0ffee", quantization=None, device="cpu", device_name="EPYC",
                 dtype="float32", kv_dtype="float32", num_threads=2, tensor_parallel_size=1)
 PROFILE = Profile(list(steps(20)), [MeasuredMove("load", 4096, 1e-4), MeasuredMove("transfer", 1e6, 2e-3)])
 
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, path: tuple[str, ...], value: ob
 def test_all_that_costs_depend_on_is_compared() -> None:
     path = Path("profile.json")
     ORIGIN.check(dataclasses.replace(ORIGIN, model="./a"), path)  # the same model by another path
-    for field in dataclasses.fields(Origin):
+    for field in dataclasses.fields(CostOrigin):
         if field.name == "model":
             continue
         here = dataclasses.replace(ORIGIN, **{field.name: 8 if field.type == "int" else "other"})

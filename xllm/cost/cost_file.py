@@ -1,5 +1,5 @@
 """The file of `xllm profile --json`, as far as an engine reads it: what was measured (`Profile`), and on what
-(`Origin`). The fitted model stands beside them for people and other programs; an engine fits anew, in milliseconds.
+(`CostOrigin`). The fitted model stands beside them for people and other programs; an engine fits anew, in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEP_COLUMNS, MOVE_COLUMNS = (*StepWork._fields, "seconds"), ("num_bytes", "seco
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class CostOrigin:
     """What observations hold for: all of it but the model's name, which may be a path, must be the same.
 
     version: of xLLM, whose kernels were measured. config: a digest of the checkpoint's config.json and what overrides
@@ -39,9 +39,9 @@ class Origin:
     num_threads: int
     tensor_parallel_size: int
 
-    def check(self, here: Origin, path: Path) -> None:
+    def check(self, here: CostOrigin, path: Path) -> None:
         """Raises ConfigError, naming each difference, unless what was measured there holds here."""
-        told = [f"{field.name} {there!r}, here {now!r}" for field in fields(Origin) if field.name not in
+        told = [f"{field.name} {there!r}, here {now!r}" for field in fields(CostOrigin) if field.name not in
                 ("model", "config") and (there := getattr(self, field.name)) != (now := getattr(here, field.name))]
         if self.config != here.config:
             told.insert(0, f"model {self.model!r}, here {here.model!r} with another config")
@@ -50,7 +50,7 @@ class Origin:
                               "with `xllm profile --json FILE`")
 
 
-def profile_to_json(origin: Origin, profile: Profile) -> dict[str, Any]:
+def profile_to_json(origin: CostOrigin, profile: Profile) -> dict[str, Any]:
     """The members that `read_cost_file` reads: observations in columns."""
     moves = {kind: _columns(MOVE_COLUMNS, [move[1:] for move in profile.moves if move.kind == kind])
              for kind in sorted({move.kind for move in profile.moves})}
@@ -62,7 +62,7 @@ def profile_to_json(origin: Origin, profile: Profile) -> dict[str, Any]:
 class CostFile(NamedTuple):
     """What was measured, and on what."""
 
-    origin: Origin
+    origin: CostOrigin
     profile: Profile
 
 
@@ -87,14 +87,14 @@ def read_cost_file(path: Path) -> CostFile:
         raise ConfigError(f"{SETTING}: {path} is no file of `xllm profile --json`: {error}") from None
 
 
-def _origin(data: Any) -> Origin:
-    _object("origin", data, {field.name for field in fields(Origin)})
+def _origin(data: Any) -> CostOrigin:
+    _object("origin", data, {field.name for field in fields(CostOrigin)})
     for name, value in data.items():
         right = (type(value) is int if name in ("num_threads", "tensor_parallel_size")
                  else isinstance(value, str) or (name == "quantization" and value is None))
         if not right:
             raise ValueError(f"origin.{name} cannot be {value!r}")
-    return Origin(**data)
+    return CostOrigin(**data)
 
 
 def _object(where: str, data: Any, names: set[str] | None = None) -> dict[str, Any]:

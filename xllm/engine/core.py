@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from xllm.config import EngineConfig
-from xllm.cost.cost_file import Origin, read_cost_file
+from xllm.cost.cost_file import CostOrigin, read_cost_file
 from xllm.engine.adapter_names import AdapterNames, OnDone
 from xllm.engine.collect_stats import collect_stats
 from xllm.engine.commands import FLUSH_S
@@ -81,7 +81,7 @@ class EngineCore:
         return self.loop.scheduler
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> CostOrigin:
         """What the costs that this engine measures hold for."""
         return origin_of(self._loaded)
 

@@ -6,16 +6,16 @@ import hashlib
 from pathlib import Path
 
 from xllm.config import EngineConfig
-from xllm.cost.cost_file import Origin
+from xllm.cost.cost_file import CostOrigin
 from xllm.model_files import read_bounded
 from xllm.version import __version__
 from xllm.worker.messages import Loaded
 
 
-def origin_of(loaded: Loaded) -> Origin:
+def origin_of(loaded: Loaded) -> CostOrigin:
     """Reads the checkpoint's config.json, which its engine has read before."""
     config, placed = loaded.config, loaded.placement
-    return Origin(version=__version__, model=config.model.model or "bundled",
+    return CostOrigin(version=__version__, model=config.model.model or "bundled",
                   config=_digest(Path(loaded.model_path), config), quantization=config.model.quantization,
                   device=placed.device, device_name=placed.device_name, dtype=placed.dtype, kv_dtype=placed.kv_dtype,
                   num_threads=placed.num_threads, tensor_parallel_size=config.device.tensor_parallel_size)
