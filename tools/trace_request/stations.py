@@ -276,7 +276,8 @@ ASIDE = {
         "serving.observe.call.Call", "serving.observe.request_log.RequestRecord",
         "serving.observe.throughput_log.ThroughputLog", "xllm.text.template_limits._Clock",
         "xllm.text.template_weights.TemplateWeights", "xllm.kv.prefix_index.PrefixMatch",
-        "backends.cpu.threads.Seen", "backends.cpu.threads.Pace"),
+        "backends.cpu.threads.Seen", "backends.cpu.threads.Pace", "xllm.cost.observations.StepWork",
+        "xllm.cost.cost_model.StepPrices", "xllm.cost.cost_model.FitError", "xllm.cost.least_squares.Normal"),
 }
 # What runs every few seconds, and so perhaps while the request is traced and not in the idle time before.
 BY_THE_CLOCK = (
