@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.call_weight import LOGPROB
-from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
+from serving.api.chat_prompt import chat_prompt
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
 from serving.api.gate import Access
@@ -21,7 +21,7 @@ from serving.api.logprob_shapes import ChoiceLogprobs
 from serving.api.route import Route
 from serving.api.state import ServerState
 from serving.api.structured import read_structured
-from serving.api.tools import ToolWish, read_tools
+from serving.api.tools import ToolWish, chat_tools
 from serving.api.types import ChatBody
 from serving.observe.request_log import RequestKind
 from serving.parsers.events import CallArguments, CallStart, Content, Event, ParsedOutput, Reasoning
@@ -35,12 +35,13 @@ from xllm.structured.spec import StructuredOutput
 
 @dataclass
 class ChatCall:
-    """One call: what was asked for, and what reads its answers."""
+    """One call: what was asked for, and what reads its answers. prompt_tail: the end of the prompt's text."""
 
     state: ServerState
     body: ChatBody
     id: str
-    prompt: ChatPrompt
+    prompt_token_ids: list[int]
+    prompt_tail: str
     tools: ToolWish
     n: int
     model: str
@@ -73,7 +74,7 @@ class ChatCall:
 
     def _thinking(self) -> ThinkParser | None:
         kind = self.state.parsers.reasoning
-        return None if kind is None else kind(self.prompt.tail)
+        return None if kind is None else kind(self.prompt_tail)
 
     def _parser(self) -> OutputParser:
         """A fresh one for a choice. A prescribed form leaves no room for reasoning unless it begins behind it."""
@@ -124,7 +125,7 @@ class ChatWriter:
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._prompt_logprobs(choices[0])
         if self._body.return_token_ids:
-            answer["prompt_token_ids"] = self._call.prompt.token_ids
+            answer["prompt_token_ids"] = self._call.prompt_token_ids
         return answer
 
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class ChatWriter:
 
     def _prompt_logprobs(self, choice: Completion) -> Slices:
         writer = self._call.logprobs.of_prompt(choice)
-        return Slices(writer.prompt_slices(self._call.prompt.token_ids, choice.prompt_logprobs))
+        return Slices(writer.prompt_slices(self._call.prompt_token_ids, choice.prompt_logprobs))
 
     def _whole_logprobs(self, choice: Completion) -> dict[str, Any]:
         writer = self._call.logprobs.of(choice)
@@ -201,7 +202,7 @@ class ChatWriter:
     def _first_chunk(self, piece: Piece) -> dict[str, Any]:
         chunk = self._chunk(piece.index, {"role": "assistant", "content": ""})
         if self._body.return_token_ids and piece.index == 0:
-            chunk["prompt_token_ids"] = self._call.prompt.token_ids
+            chunk["prompt_token_ids"] = self._call.prompt_token_ids
         if self._body.prompt_logprobs is not None and piece.index == 0:
             chunk = Sliced(chunk, prompt_logprobs=self._prompt_logprobs(self._generation.choices[0]))
         return chunk
@@ -253,16 +254,6 @@ def _check(body: ChatBody) -> None:
         raise invalid("stream_options needs stream", "stream_options")
 
 
-async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, ChatPrompt]:
-    """Its tools and its prompt. Raises ApiError or RequestError."""
-    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    if tools.choice == "auto":
-        tools.answer_parser(state.parsers.tools)  # refuse tools whose calls cannot be read, before anything else
-    # A forced call is held to its function by the form of the output, whatever the template shows.
-    needs_tools = not tools.is_forced and shows_tools(state)
-    return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)
-
-
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
                      logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
     """Check a chat; its generation is for `drive` to start. Raises ApiError or RequestError."""
@@ -270,11 +261,12 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
     _check(body)
     n = params.check_fan_out(state, body, 1)
     max_tokens, max_tokens_field = _read_max_tokens(body)
-    tools, prompt = await prepare_chat(state, body)
-    call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
-                    body.model or state.served_names[0])
+    tools = chat_tools(body, state.parsers.tools)
+    token_ids, tail = await chat_prompt(state, body, body.messages, tools)
+    call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), token_ids, tail,
+                    tools, n, body.model or state.served_names[0])
     requests = await params.engine_requests(
-        state, body, call.id, [prompt.token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
+        state, body, call.id, [token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
         max_tokens_field=max_tokens_field, default=state.sampling_defaults.get("max_tokens"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,
