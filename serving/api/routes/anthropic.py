@@ -23,7 +23,6 @@ from serving.api.tools import chat_tools
 from serving.api.types import CountTokensBody, MessagesBody
 from serving.observe.call import CALL
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import Event
 from xllm.client.assemble import Piece
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -37,13 +36,12 @@ class MessagesWriter:
     is_named = True
 
     def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
-        self.parsers = call.parsers
         self._call, self._generation = call, generation
         self._id = f"msg_{call.id.removeprefix('msg-')}"
         self._blocks = Blocks(parallel=call.tools.parallel, shows_reasoning=shows_thinking)
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
-        self._blocks.feed(found)
+    def take(self, piece: Piece) -> None:
+        self._blocks.feed(self._call.read(piece))
 
     def body(self) -> dict[str, Any]:
         self._blocks.end()
@@ -52,8 +50,8 @@ class MessagesWriter:
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_start", "message": self._envelope([])}
 
-    def piece(self, piece: Piece, found: list[Event]) -> Iterator[dict[str, Any]]:
-        return map(_event, self._blocks.feed(found))
+    def piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        return map(_event, self._blocks.feed(self._call.read(piece)))
 
     def end(self) -> Iterator[dict[str, Any]]:
         yield from map(_event, self._blocks.end())

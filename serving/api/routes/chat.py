@@ -89,6 +89,11 @@ class ChatCall:
             overrides["skip_special_tokens"] = False
         return overrides
 
+    def read(self, piece: Piece) -> list[Event]:
+        """What a piece's text says; each piece once, in order."""
+        return self.parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids),
+                                              last=piece.finish_reason is not None)
+
     def usage(self, generation: Generation) -> dict[str, object]:
         usage = generation.usage(self.n)
         if num_tokens := sum(parser.num_reasoning_tokens for parser in self.parsers):
@@ -102,7 +107,6 @@ class ChatWriter:
     is_named = False
 
     def __init__(self, call: ChatCall, generation: Generation):
-        self.parsers = call.parsers
         self._call, self._generation, self._body = call, generation, call.body
         self._created = int(time.time())
         self._chunk_head = self._head("chat.completion.chunk")
@@ -115,8 +119,9 @@ class ChatWriter:
 
     # --- the whole
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
+    def take(self, piece: Piece) -> None:
         """Choices and parsers hold all of it."""
+        self._call.read(piece)
 
     def body(self) -> Sliced:
         choices = self._generation.choices
@@ -130,7 +135,7 @@ class ChatWriter:
 
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
-            "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
+            "index": choice.index, "message": self._message(self._call.parsers[choice.index].answer()),
             "logprobs": self._whole_logprobs(choice) if self._body.logprobs else None,
             "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
@@ -158,7 +163,7 @@ class ChatWriter:
         return message
 
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
-        return "tool_calls" if reason == "stop" and self.parsers[index].has_calls else reason
+        return "tool_calls" if reason == "stop" and self._call.parsers[index].has_calls else reason
 
     # --- as a stream
 
@@ -166,10 +171,10 @@ class ChatWriter:
         """Nothing: each choice begins with its first piece."""
         return ()
 
-    def piece(self, piece: Piece, found: list[Event]) -> list[dict[str, Any]]:
+    def piece(self, piece: Piece) -> list[dict[str, Any]]:
         """The role before a choice's first text, then the text, then the finish reason on a chunk of its own."""
         chunks = [self._first_chunk(piece)] if piece.is_first else []
-        deltas = [delta for event in found if (delta := self._delta(event)) is not None]
+        deltas = [delta for event in self._call.read(piece) if (delta := self._delta(event)) is not None]
         if not deltas and piece.token_ids and (self._body.logprobs or self._body.return_token_ids):
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
