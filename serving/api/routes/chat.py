@@ -24,7 +24,7 @@ from serving.api.structured import read_structured
 from serving.api.tools import ToolWish, chat_tools
 from serving.api.types import ChatBody
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import CallArguments, CallStart, Content, Event, ParsedOutput, Reasoning
+from serving.parsers.events import CallArguments, CallStart, Event, ParsedOutput, Reasoning
 from serving.parsers.output import OutputParser
 from serving.parsers.reasoning.think_parser import CLOSE, ThinkParser
 from xllm.client.assemble import Completion, Piece
@@ -214,8 +214,8 @@ class ChatWriter:
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         """An event as a client wants it: a call's id and name once, then pieces of its arguments."""
-        if isinstance(event, Content):
-            return {"content": event.text}
+        if isinstance(event, str):
+            return {"content": event}
         if isinstance(event, Reasoning):
             return {"reasoning_content": event.text} if self._body.include_reasoning else None
         if event.index and not self._call.tools.parallel:
