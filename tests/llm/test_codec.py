@@ -19,9 +19,9 @@ from xllm.engine.commands import (
     Controlled,
     EngineState,
     Outputs,
+    Refused,
     Shutdown,
     Submit,
-    Submitted,
 )
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
@@ -120,8 +120,8 @@ FACTS = EngineFacts(config=EngineConfig(), model_path="/m", vocab_size=9, hidden
                     placement=Placement(device="cuda", num_threads=2, kv_bytes=2**40))
 COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown()]
 REPORT_KINDS = [
-    Submitted("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
-    Outputs([FULL], [("a", 1.5)]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
+    Refused("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
+    Outputs([FULL], [("a", 1.5)], ["a"]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
     Heartbeat(None, EngineStats(), StepReport(recent=[(1.0, 0.5, 8, 2)])),
 ]
 
