@@ -65,7 +65,7 @@ class Rows:
                                       num_prompt_tokens=np.ones(num_rows, np.int32))
         self.matchers = RowMatchers(self.tokens, len(source.token_bytes))
         self.matchers.store = store
-        self.slots = SimpleNamespace(rows=np.arange(num_rows, dtype=np.int32), offsets=np.zeros(num_rows, np.int64))
+        self.slots = np.arange(num_rows, dtype=np.int32), np.zeros(num_rows, np.int64)
         self.rng = np.random.default_rng(0)
         eos = tuple(source.eos_token_ids)
         for row in range(num_rows):
@@ -87,13 +87,13 @@ def measure(rows: Rows, *, beside: bool) -> tuple[list[float], list[float]]:
     for _ in range(STEPS):
         start = time.perf_counter()
         if beside:
-            rows.matchers.begin(rows.slots)
+            rows.matchers.begin(*rows.slots)
         begins.append(time.perf_counter() - start)
         for filling in list(rows.matchers._begun.values()) if beside else ():
             assert filling.done is not None
             filling.done.result()
         start = time.perf_counter()
-        masks = rows.matchers.masks(rows.slots)
+        masks = rows.matchers.masks(*rows.slots)
         collects.append(time.perf_counter() - start)
         assert masks is not None and not masks.failed
         rows.draw(masks.mask_XW)

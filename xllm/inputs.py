@@ -243,10 +243,10 @@ def chat_prompt(tokenizer: Tokenizer | None, messages: Sequence[Any], *, add_gen
     """
     if tokenizer is None:
         raise RequestError("chat needs a tokenizer, and skip_tokenizer_init is set", field="messages")
-    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools,
-                                 continue_final_message=continue_final_message, chat_template=chat_template,
-                                 **(chat_template_kwargs or {}))
-    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False, field="messages")}
+    text, token_ids = tokenizer.encode_chat(
+        messages, add_generation_prompt=add_generation_prompt, tools=tools,
+        continue_final_message=continue_final_message, chat_template=chat_template, **(chat_template_kwargs or {}))
+    return {"prompt": text, "prompt_token_ids": token_ids}
 
 
 def model_tokenizer(model: ModelSettings) -> Tokenizer | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -32,33 +32,20 @@ class SharedParams:
     variants: list[tuple[int, int | None, int | None, int | None]]
 
 
-class ParamsWriter:
-    """Collects the parameters of one message. They must live until `shared` is called."""
-
-    def __init__(self) -> None:
-        self._bases: dict[tuple[Any, ...], int] = {}
-        self._variants: dict[int, int] = {}  # by identity
-        self._shared = SharedParams([], [])
-
-    def add(self, sampling: SamplingParams) -> int:
-        """The index of the variant."""
-        index = self._variants.get(id(sampling))
-        if index is None:
-            index = self._variants[id(sampling)] = len(self._shared.variants)
-            varied = (getattr(sampling, name) for name in VARIED)
-            self._shared.variants.append((self._base(sampling), *varied))
-        return index
-
-    def _base(self, sampling: SamplingParams) -> int:
-        key = (*(getattr(sampling, name) for name in _SAME), *(id(getattr(sampling, name)) for name in COLLECTIONS))
-        index = self._bases.get(key)
-        if index is None:
-            index = self._bases[key] = len(self._shared.bases)
-            self._shared.bases.append(_ENCODER.encode(sampling.varied(**_UNSET)))
-        return index
-
-    def shared(self) -> SharedParams:
-        return self._shared
+def share(samplings: Sequence[SamplingParams]) -> tuple[SharedParams, list[int]]:
+    """The parameters of one message, and for each of them the index of its variant."""
+    shared, bases, places, indices = SharedParams([], []), dict[tuple[Any, ...], int](), dict[int, int](), list[int]()
+    for sampling in samplings:
+        if (index := places.get(id(sampling))) is None:
+            index = places[id(sampling)] = len(shared.variants)
+            # Collections by identity: comparing large ones would cost more than it saves.
+            key = (*(getattr(sampling, name) for name in _SAME), *(id(getattr(sampling, name)) for name in COLLECTIONS))
+            if (base := bases.get(key)) is None:
+                base = bases[key] = len(shared.bases)
+                shared.bases.append(_ENCODER.encode(sampling.varied(**_UNSET)))
+            shared.variants.append((base, *(getattr(sampling, name) for name in VARIED)))
+        indices.append(index)
+    return shared, indices
 
 
 def read_shared(shared: SharedParams) -> list[SamplingParams]:

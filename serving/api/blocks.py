@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from serving.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from serving.parsers.events import CallArguments, CallStart, Event, Reasoning
 
 Kind = Literal["reasoning", "text", "call"]
 
@@ -69,8 +69,8 @@ class Blocks:
             if isinstance(event, Reasoning):
                 if self._shows_reasoning:
                     changes += self._grow("reasoning", event.text)
-            elif isinstance(event, Content):
-                changes += self._grow("text", event.text)
+            elif isinstance(event, str):
+                changes += self._grow("text", event)
             elif isinstance(event, CallStart) and (self._parallel or not event.index):
                 changes += self._switch(Block(len(self.all), "call", call_id=event.id, name=event.name))
             elif isinstance(event, CallArguments) and (self._parallel or not event.index):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from serving.api.call_weight import check_texts
@@ -13,6 +12,7 @@ from serving.api.errors import invalid
 from serving.api.members import check_members
 from serving.api.state import ServerState
 from serving.api.text_work import LONG
+from serving.api.tools import ToolWish
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
 from xllm.errors import ModelError
 
@@ -25,19 +25,10 @@ CALL_MEMBERS = frozenset({"id", "type", "function", "index"})  # index: in calls
 TAIL_CHARS = 64  # of the prompt's end that are kept. Chosen: a thinking tag and the line breaks around it are shorter
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A rendered conversation: its token ids and the end of its text."""
-
-    token_ids: list[int]
-    tail: str  # the end of the text, which may open or close the model's thinking
-
-
 async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
-                      tools: Sequence[Mapping[str, Any]] = (), *, needs_tools: bool = True) -> ChatPrompt:
-    """The prompt. Rendering runs in a thread: a template is foreign code and may be slow.
-
-    needs_tools: the template has to show the tools; see `ChatTemplate.render`.
+                      tools: ToolWish) -> tuple[list[int], str]:
+    """The prompt's token ids, and the end of its text, which may open or close the model's thinking. Rendering runs in
+    a thread: a template is foreign code and may be slow.
 
     Raises:
         ApiError, RequestError: what is wrong with the messages, the variables or the template.
@@ -47,36 +38,29 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     variables = checked_variables(body.chat_template_kwargs, limits.max_template_variable_chars)
     template = checked_template(state, getattr(body, "chat_template", None))
     plain = plain_messages(messages)
+    # An operator who names `--tool-call-parser` may have a model that is told of its tools by its training or by the
+    # messages. A forced call is held to its function by the form of the output, whatever the template shows.
+    shows_tools = state.config.chat.tool_call_parser == "auto"
 
-    def encode() -> ChatPrompt:
-        wished = _wished_variables(state, body, variables)
-        text = tokenizer.render_chat(plain, add_generation_prompt=body.add_generation_prompt, tools=tools or None,
-                                     continue_final_message=body.continue_final_message, chat_template=template,
-                                     needs_tools=needs_tools, needs_calls=shows_tools(state),
-                                     max_seconds=state.config.chat.chat_template_timeout, **{**variables, **wished})
+    def check(text: str) -> None:
         if len(text) > limits.max_rendered_chars:
             raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
                           "messages")
         check_texts(state, [text], "messages")
-        token_ids = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens), field="messages")
-        return ChatPrompt(token_ids, text[-TAIL_CHARS:])
+
+    def encode() -> tuple[list[int], str]:
+        wished = _wished_variables(state, body, variables)
+        text, token_ids = tokenizer.encode_chat(
+            plain, check, bool(body.add_special_tokens), add_generation_prompt=body.add_generation_prompt,
+            tools=tools.tools or None, continue_final_message=body.continue_final_message, chat_template=template,
+            needs_tools=shows_tools and not tools.is_forced, needs_calls=shows_tools,
+            max_seconds=state.config.chat.chat_template_timeout, **{**variables, **wished})
+        return token_ids, text[-TAIL_CHARS:]
 
     try:
         return await state.text_work.run(max(LONG + 1, sum(map(num_chars, plain))), encode)
     except ModelError as error:  # no template, or none that compiles
         raise invalid(str(error), "messages" if template is None else "chat_template") from None
-
-
-async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
-                      tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-    """The prompt's token ids; see `chat_prompt`."""
-    return (await chat_prompt(state, body, messages, tools, needs_tools=shows_tools(state))).token_ids
-
-
-def shows_tools(state: ServerState) -> bool:
-    """Whether the template has to show tools. An operator who names `--tool-call-parser` may have a model that is told
-    of its tools by its training or by the messages."""
-    return state.config.chat.tool_call_parser == "auto"
 
 
 def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[str, Any]:

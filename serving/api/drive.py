@@ -5,7 +5,7 @@ A `Writer` decides what an API's events and bodies look like.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -15,8 +15,6 @@ from serving.api.errors import json_response
 from serving.api.generation import Generation
 from serving.api.json_slices import Sliced, event_parts, sliced_response
 from serving.api.sse import EventStream, until_disconnect
-from serving.parsers.events import Event
-from serving.parsers.output import OutputParser
 from xllm.client.assemble import Piece
 
 
@@ -24,20 +22,16 @@ class Writer(Protocol):
     """Writes one generation's answers in the form of one API. It is shown every piece once, in their order: by `piece`
     in a stream, else by `take`. Events and bodies are data for JSON; a large one is `Sliced`.
 
-    parsers: of each choice; empty if the text is not read. is_named: events bear their type as their name, and the last
-    of them ends the stream; else `[DONE]` does.
+    is_named: events bear their type as their name, and the last of them ends the stream; else `[DONE]` does.
     """
 
     is_named: bool
 
-    @property
-    def parsers(self) -> Sequence[OutputParser]: ...
-
     def begin(self) -> Iterable[dict[str, Any]]:
         """The events before the first piece; none of them is large."""
 
-    def piece(self, piece: Piece, found: list[Event]) -> Iterable[dict[str, Any]]:
-        """The events of a piece. found: what the choice's parser read in it."""
+    def piece(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        """The events of a piece."""
 
     def end(self) -> Iterable[dict[str, Any]]:
         """The events behind the last piece; none of them is large."""
@@ -45,8 +39,8 @@ class Writer(Protocol):
     def error(self, error: Exception) -> dict[str, Any]:
         """The last event of a stream that fails."""
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
-        """Keep of a piece what `body` needs and neither the choice nor its parser holds."""
+    def take(self, piece: Piece) -> None:
+        """Read a piece, and keep of it what `body` needs and the choice does not hold."""
 
     def body(self) -> dict[str, Any]:
         """The whole answer, once every choice has ended."""
@@ -73,7 +67,7 @@ async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[dict
         for content in writer.begin():
             yield content
         async for piece in pieces:
-            for content in writer.piece(piece, _read(writer.parsers, piece)):
+            for content in writer.piece(piece):
                 if isinstance(content, Sliced):
                     async for part in event_parts(content):
                         yield part
@@ -88,11 +82,4 @@ async def _collect(generation: Generation, writer: Writer) -> None:
     await generation.start()
     async with generation as pieces:
         async for piece in pieces:
-            writer.take(piece, _read(writer.parsers, piece))
-
-
-def _read(parsers: Sequence[OutputParser], piece: Piece) -> list[Event]:
-    """What a piece's text says; each piece once, in order."""
-    if not parsers:
-        return []
-    return parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids), last=piece.finish_reason is not None)
+            writer.take(piece)

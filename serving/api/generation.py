@@ -49,7 +49,7 @@ class Generation:
         self._stream = stream
         self._assembly = Assembly(self._requests, state.tokenizer, stream.abort)
         self.choices = self._assembly.completions
-        self._records = [state.requests.begin(request, stream.scheduled_s) for request in self._requests]
+        self._records = [state.requests.begin(choice, stream.scheduled_s) for choice in self.choices]
         if (call := CALL.get()) is not None:
             call.note_sequences(self._requests, self._records)
 
@@ -62,7 +62,6 @@ class Generation:
         self.state.num_open -= 1
         for choice, record in zip(self.choices, self._records, strict=True):
             if record.end_s is None:
-                record.read(choice)
                 self._end(record, choice.finish_reason or "abort")
         self.state.metrics.request_max_num_generation_tokens.observe(max(len(c.token_ids) for c in self.choices))
 
@@ -104,14 +103,13 @@ class Generation:
     def _note(self, piece: Piece) -> None:
         """Record a piece. Raises ApiError for a sequence that did not end well."""
         choice, record = self.choices[piece.index], self._records[piece.index]
-        previous_s = record.last_token_s
-        record.read(choice)
         if piece.finish_reason == "error":
             reason = choice.error or "unknown reason"
             raise ApiError(422 if reason.startswith(OWN_FAULTS) else 500, f"generation failed: {reason}")
         if piece.finish_reason == "abort":
             raise unavailable("the request was aborted by the server")
-        self.state.metrics.note_tokens(record, len(piece.token_ids), previous_s)
+        if piece.token_ids and choice.last_token_s is not None:
+            self.state.metrics.note_tokens(record, len(piece.token_ids), choice.last_token_s)
         if piece.finish_reason is not None:
             self._end(record, piece.finish_reason)
 

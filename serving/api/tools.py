@@ -9,6 +9,7 @@ from typing import Any
 
 from serving.api.errors import invalid
 from serving.api.members import check_members
+from serving.api.types import ChatBody
 from serving.parsers.output import AnswerParser
 from serving.parsers.tool_set import ToolSet
 from serving.parsers.tools.forced import NamedParser, RequiredParser
@@ -82,6 +83,15 @@ class ToolWish:
             raise invalid("tools: this server does not know the format of the model's tool calls; it needs "
                           '--tool-call-parser, or a request with tool_choice "required" or "none"', "tools")
         return model_parser(tools)
+
+
+def chat_tools(body: ChatBody, model_parser: type[ToolParser] | None) -> ToolWish:
+    """The checked wish of a chat. Raises ApiError naming the field, also where the model may call tools and the server
+    cannot read its calls."""
+    wish = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if wish.choice == "auto":
+        wish.answer_parser(model_parser)
+    return wish
 
 
 def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None,

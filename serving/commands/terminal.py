@@ -132,7 +132,7 @@ def _local(llm: AsyncLLM, sampling: SamplingParams, loop: asyncio.AbstractEventL
     def ask(messages: list[TerminalMessage]) -> Iterator[str]:
         if llm.tokenizer is None:
             raise RequestError("chat needs a tokenizer")
-        prompt_ids = llm.tokenizer.encode_chat(messages)
+        prompt_ids = llm.tokenizer.encode_chat(messages)[1]
         outputs: Any = llm.generate(prompt_ids, sampling, output_kind="delta")
         waiting: asyncio.Task[Any] | None = None
         try:

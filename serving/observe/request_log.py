@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 from serving.security.caller import CALLER, TRACE_HEADERS
 from xllm.client.assemble import Completion
-from xllm.request import Request, SamplingParams
+from xllm.request import SamplingParams
 
 MAX_FINISHED = 256  # requests that have ended and are still kept. Chosen: more than a view shows, and small
 
@@ -75,30 +75,24 @@ class RequestRecord:
         return None if self.scheduled_s is None or self.end_s is None else max(0.0, self.end_s - self.scheduled_s)
 
 
-    def read(self, completion: Completion) -> None:
-        """Copy the completion's times, counts and reason into the record."""
-        self.first_token_s, self.last_token_s = completion.first_token_s, completion.last_token_s
-        self.num_output_tokens, self.num_cached_tokens = len(completion.token_ids), completion.num_cached_tokens
-        self.num_preemptions, self.cached_by_tier = completion.num_preemptions, completion.cached_by_tier
-
-
 class RequestLog:
     """Open requests and the last `MAX_FINISHED` that ended. The event loop owns it."""
 
     def __init__(self) -> None:
-        self._open: dict[int, tuple[RequestRecord, dict[str, float]]] = {}  # by number
+        self._open: dict[int, tuple[RequestRecord, Completion, dict[str, float]]] = {}  # by number
         self._finished: deque[RequestRecord] = deque(maxlen=MAX_FINISHED)
         self._num_begun = 0
         self.on_end: Callable[[RequestRecord], None] = lambda record: None
 
-    def begin(self, request: Request, scheduled_s: dict[str, float]) -> RequestRecord:
-        """Open a record. `scheduled_s` (by request id) is read whenever somebody looks."""
+    def begin(self, completion: Completion, scheduled_s: dict[str, float]) -> RequestRecord:
+        """Open a record of a sequence. It and `scheduled_s` (by request id) are read whenever somebody looks."""
         self._num_begun += 1
+        request = completion.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
                                trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora,
                                kind=REQUEST_KIND.get())
-        self._open[record.number] = record, scheduled_s
+        self._open[record.number] = record, completion, scheduled_s
         return record
 
     def end(self, record: RequestRecord, reason: str) -> None:
@@ -118,6 +112,9 @@ class RequestLog:
         return list(islice(filter(wanted, chain(self.open_records()[::-1], reversed(self._finished))), limit))
 
     @staticmethod
-    def _refresh(record: RequestRecord, scheduled_s: dict[str, float]) -> RequestRecord:
+    def _refresh(record: RequestRecord, completion: Completion, scheduled_s: dict[str, float]) -> RequestRecord:
         record.scheduled_s = scheduled_s.get(record.request_id)
+        record.first_token_s, record.num_output_tokens = completion.first_token_s, len(completion.token_ids)
+        record.num_cached_tokens, record.cached_by_tier = completion.num_cached_tokens, completion.cached_by_tier
+        record.num_preemptions = completion.num_preemptions
         return record

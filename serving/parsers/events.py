@@ -1,16 +1,10 @@
-"""The events that parsers find in a model's text, in the order in which they stand there."""
+"""The events that parsers find in a model's text, in the order in which they stand there. A text alone is more of the
+answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """More of the answer."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +38,7 @@ class CallEnd:
     index: int
 
 
-Event = Content | Reasoning | CallStart | CallArguments | CallEnd
+Event = str | Reasoning | CallStart | CallArguments | CallEnd
 
 
 @dataclass
@@ -71,12 +65,14 @@ def merged(events: Iterable[Event]) -> list[Event]:
     run: list[str] = []
     for event in events:
         last = found[-1] if found else None
-        if isinstance(event, (Content, Reasoning, CallArguments)):
-            if run and type(last) is type(event) and getattr(last, "index", 0) == getattr(event, "index", 0):
-                run.append(event.text)
+        if isinstance(event, (str, Reasoning, CallArguments)):
+            text = event if isinstance(event, str) else event.text
+            if run and type(last) is type(event) and (
+                    not isinstance(event, CallArguments) or event.index == last.index):  # type: ignore[union-attr]
+                run.append(text)
                 continue
             _join(found, run)
-            run = [event.text]
+            run = [text]
         else:
             _join(found, run)
             run = []
@@ -97,8 +93,8 @@ def assemble(events: Iterable[Event]) -> ParsedOutput:
     content, reasoning = [], []
     arguments: list[list[str]] = []
     for event in events:
-        if isinstance(event, Content):
-            content.append(event.text)
+        if isinstance(event, str):
+            content.append(event)
         elif isinstance(event, Reasoning):
             reasoning.append(event.text)
         elif isinstance(event, CallStart):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serving.parsers import parser_registry
-from serving.parsers.events import CallStart, Content, Event, ParsedOutput, Reasoning, assemble, merged
+from serving.parsers.events import CallStart, Event, ParsedOutput, Reasoning, assemble, merged
 from serving.parsers.reasoning.think_parser import ThinkParser
 from serving.parsers.tools.tool_parser import ToolParser
 
@@ -47,7 +47,7 @@ class OutputParser:
                 more, rest = self._thinking.finish()
                 events, text = events + more, text + rest
         if self._answer is None:
-            events += [Content(text)] if text else []
+            events += [text] if text else []
         else:
             events += self._answer.feed(text)
             if last:

@@ -17,7 +17,7 @@ from tests.llm.conftest import SETTINGS
 from xllm import LLM, AsyncLLM, EngineConfig, PoolingParams, SamplingParams
 from xllm.client.assemble import Completion
 from xllm.client.local import CommandQueue
-from xllm.engine.commands import CommandReply, Outputs, Shutdown, Submit, Submitted
+from xllm.engine.commands import CommandReply, Outputs, Refused, Shutdown, Submit
 from xllm.engine.loop import EngineLoop
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.outputs import RequestOutput
@@ -279,7 +279,7 @@ def test_a_refused_choice_takes_the_others_with_it():
         commands.put(Submit([Request(request_id=str(n), prompt_token_ids=[5], sampling=LONG) for n in range(4)]))
         EngineLoop(llm._core, commands, report).run()
         refused, outputs = answers
-        assert isinstance(refused, Submitted)
+        assert isinstance(refused, Refused)
         assert (refused.request_id, refused.field) == ("0", None) and "queue is full" in refused.error
         assert [(d.request_id, d.finish_reason) for d in outputs.deltas] == [(n, FinishReason.ABORT) for n in "01"]
         assert llm.stats().generation_tokens_total == 0

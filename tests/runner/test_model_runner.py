@@ -11,7 +11,7 @@ import torch
 from tests.runner.harness import BLOCK_SIZE, GREEDY, MAX_MODEL_LEN, Driver
 from tests.runner.tiny_model import NUM_NEW_TOKENS, PROMPT, Truth
 from xllm.request import SamplingParams
-from xllm.runner import model_runner
+from xllm.runner import sampler
 from xllm.step import ScheduleOutput
 
 MakeDriver = Callable[..., Driver]
@@ -124,7 +124,7 @@ def test_slicing_the_logits_does_not_matter(make_driver: MakeDriver, monkeypatch
         for _ in range(4):
             driver.step()
         results.append([(seq.output, [entry.token_id for entry in seq.logprobs]) for seq in driver.seqs.values()])
-        monkeypatch.setattr(model_runner, "SAMPLE_LOGITS_BYTES", limit_bytes)
+        monkeypatch.setattr(sampler, "SAMPLE_LOGITS_BYTES", limit_bytes)
     assert results[0] == results[1]
     assert [len(logprobs) for _, logprobs in results[0]] == [0, 4, 0, 4]
 

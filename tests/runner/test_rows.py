@@ -75,13 +75,14 @@ def test_a_batch_equals_a_loop(step: list[tuple[int, int, int, int]]) -> None:
     samples_S = np.array([tokens == computed + chunk for tokens, computed, chunk, _ in step])
     rows.write_drafts(rows_S, drafts_SR)
     host = gather_batch(rows, rows_S, chunks_S, drafts_S, samples_S)
-    meta, s = host.metadata(as_tensor), host.slots
+    meta = host.metadata(as_tensor)
     assert host.input_ids_T.tolist() == ids
     assert host.positions_T.tolist() == positions
     assert meta.slot_mapping_T.tolist() == slots
     assert meta.query_start_S1.tolist() == starts == host.query_start_S1.tolist()
     assert meta.seq_lens_S.tolist() == [c + n + d for _, c, n, d in step]
-    assert list(zip(s.rows.tolist(), s.steps.tolist(), s.offsets.tolist(), s.hidden.tolist())) == hidden
+    slots_Q = (host.rows_Q, host.steps_Q, host.offsets_Q, host.hidden_Q)
+    assert list(zip(*(array.tolist() for array in slots_Q))) == hidden
     assert meta.max_query_len == max(n + d for _, _, n, d in step)
     assert (meta.num_tokens, meta.max_seq_len, meta.block_size) == (len(ids), max(meta.seq_lens_S.tolist()), BLOCK_SIZE)
     tensors = (as_tensor(host.input_ids_T), as_tensor(host.positions_T), meta.slot_mapping_T, meta.query_start_S1,

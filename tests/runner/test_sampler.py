@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from backends.backend import Backend
 from tests.runner.naive_sampling import edited_logits, invert, kept_probabilities
 from xllm.request import EDITED_AWAY, NO_TOKEN_LEFT, SamplingParams
-from xllm.runner.batch import SampleSlots
 from xllm.runner.logit_edits import LogitEdits, SlotEdits, TableStore, edit_logits
 from xllm.runner.row_state import RowState
-from xllm.runner.sampler import NOT_FINITE, Draws, Sampler
+from xllm.runner.sampler import NOT_FINITE, Sampler
 from xllm.runner.uniform import uniforms
 from xllm.step import NewRow
 
@@ -73,11 +73,12 @@ class Bench:
             self.rows.enter(new)
             self.sampler.enter(new)
 
-    def draw(self, logits_QV: torch.Tensor, rows: list[int] | None = None) -> Draws:
+    def draw(self, logits_QV: torch.Tensor, rows: list[int] | None = None) -> SimpleNamespace:
         rows = list(range(len(logits_QV))) if rows is None else rows
-        slots = SampleSlots(rows=np.array(rows, dtype=np.int32), steps=np.arange(len(rows)),
-                            offsets=np.zeros(len(rows), dtype=np.int64), hidden=np.arange(len(rows)))
-        return self.sampler.draw(logits_QV.clone(), slots)
+        token_ids_Q, failed, logprobs = self.sampler.draw(
+            lambda places: logits_QV[torch.from_numpy(places)], np.array(rows, dtype=np.int32),
+            np.zeros(len(rows), dtype=np.int64), np.arange(len(rows)))
+        return SimpleNamespace(token_ids_Q=token_ids_Q, failed=failed, logprobs=logprobs)
 
 
 def random_logits(num: int, *, seed: int = 0) -> torch.Tensor:

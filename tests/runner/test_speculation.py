@@ -12,7 +12,6 @@ from backends.backend import Backend
 from tests.runner.harness import MAX_MODEL_LEN, Driver
 from tests.runner.tiny_model import PROMPT
 from xllm.request import SamplingParams
-from xllm.runner.batch import SampleSlots
 from xllm.runner.row_state import RowState
 from xllm.runner.sampler import Sampler
 from xllm.speculative.proposer import TokenHistory
@@ -139,9 +138,8 @@ def test_seeds_draw_from_the_target_distribution(backend: Backend) -> None:
     rows.write_drafts(every, np.full((num_rows, 1), draft, dtype=np.int32))
 
     def draw(offset: int, logits_SV: torch.Tensor) -> np.ndarray:
-        slots = SampleSlots(rows=every, steps=every.astype(np.int64), offsets=np.full(num_rows, offset),
-                            hidden=every.astype(np.int64))
-        return sampler.draw(logits_SV.clone(), slots).token_ids_Q
+        return sampler.draw(lambda places: logits_SV[torch.from_numpy(places)], every, np.full(num_rows, offset),
+                            every.astype(np.int64))[0]
 
     first = draw(0, first_V.expand(num_rows, vocab))
     verified = draw(1, second_VV[draft].expand(num_rows, vocab))

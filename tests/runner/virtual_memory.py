@@ -117,9 +117,9 @@ class VirtualRunner(MemoryRunner):
 
 
 class PreparingExecutor(LateExecutor):
-    def submit(self, plan: ScheduleOutput) -> None:
+    def send(self, plan: ScheduleOutput) -> None:
         self.runner.prepare(plan)
-        super().submit(plan)
+        super().send(plan)
 
 
 class VirtualSimulation(Simulation):

@@ -108,7 +108,7 @@ class LateExecutor:
         self.runner = runner
         self._plans: deque[ScheduleOutput] = deque()
 
-    def submit(self, plan: ScheduleOutput) -> None:
+    def send(self, plan: ScheduleOutput) -> None:
         self._plans.append(plan)
 
     def result(self) -> StepOutput:

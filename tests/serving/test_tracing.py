@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from serving.observe.request_log import RequestLog
 from serving.observe.tracing import EXPORT_TIMEOUT_S, Tracer
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
+from xllm.client.assemble import Completion
 from xllm.errors import ConfigError
 from xllm.request import Request
 
@@ -160,7 +161,7 @@ def test_a_missing_collector_harms_nobody() -> None:
     request = Request(request_id="cmpl-1", prompt_token_ids=[1, 2], arrival_s=time.monotonic())
     log = RequestLog()
     log.on_end = tracer.record
-    log.end(log.begin(request, {}), "abort")
+    log.end(log.begin(Completion(0, request, None), {}), "abort")
     started_s = time.monotonic()
     tracer.shutdown()
     assert time.monotonic() - started_s < 5 * EXPORT_TIMEOUT_S

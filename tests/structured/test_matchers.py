@@ -78,9 +78,9 @@ class Bench:
         return int(self.rng.choice(allowed))
 
 
-def slots_of(rows: list[int], counts: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(rows=np.repeat(np.array(rows, np.int32), counts),
-                           offsets=np.concatenate([np.arange(n) for n in counts]))
+def slots_of(rows: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """rows_Q, offsets_Q."""
+    return np.repeat(np.array(rows, np.int32), counts), np.concatenate([np.arange(n) for n in counts])
 
 
 @pytest.mark.parametrize("begin", [True, False], ids=["beside", "now"])
@@ -100,12 +100,12 @@ def test_masks_are_those_of_a_replay(store, vocabulary, seed, begin, monkeypatch
             bench.rows.token_ids[row, num:num + len(drafts[-1])] = drafts[-1]
         slots = slots_of(rows, [len(d) + 1 for d in drafts])
         if begin:
-            bench.matchers.begin(slots)
-        masks = bench.matchers.masks(slots)
+            bench.matchers.begin(*slots)
+        masks = bench.matchers.masks(*slots)
         assert not masks.failed
         at = dict(zip(masks.slots_X.tolist(), masks.mask_XW))
-        assert sorted(at) == [q for q, row in enumerate(slots.rows) if bench.specs[row] is not None]
-        for q, (row, offset) in enumerate(zip(slots.rows.tolist(), slots.offsets.tolist())):
+        assert sorted(at) == [q for q, row in enumerate(slots[0]) if bench.specs[row] is not None]
+        for q, (row, offset) in enumerate(zip(*(array.tolist() for array in slots))):
             if bench.specs[row] is None:
                 continue
             expected = bench.truth(row, drafts[rows.index(row)][:offset])
@@ -155,7 +155,7 @@ def test_after_the_end_only_the_end_is_left(store, vocabulary):
     for token_id in [*ids, EOS, EOS]:
         bench.rows.token_ids[0, bench.rows.num_tokens[0]] = token_id
         bench.rows.num_tokens[0] += 1
-        masks = bench.matchers.masks(slots_of([0], [1]))
+        masks = bench.matchers.masks(*slots_of([0], [1]))
     assert np.flatnonzero(np.unpackbits(masks.mask_XW.view(np.uint8), bitorder="little")).tolist() == [EOS]
     assert masks.allows(0, EOS)
     assert not masks.allows(0, EOS + 1)
@@ -164,7 +164,7 @@ def test_after_the_end_only_the_end_is_left(store, vocabulary):
 def test_what_is_not_of_the_grammar_fails_and_says_so(store, vocabulary):
     bench = Bench(store, vocabulary, 0)
     bench.enter(1, SPECS[2], vocabulary.tokenize_str("hello"))
-    masks = bench.matchers.masks(slots_of([1], [1]))
+    masks = bench.matchers.masks(*slots_of([1], [1]))
     assert list(masks.failed) == [0]
     assert "cannot go on" in masks.failed[0]
     assert (masks.mask_XW == ALL).all()
@@ -173,11 +173,11 @@ def test_what_is_not_of_the_grammar_fails_and_says_so(store, vocabulary):
 def test_one_that_turns_out_slow_fails_and_says_so(store, vocabulary, monkeypatch):
     bench = Bench(store, vocabulary, 0)
     bench.enter(0, SPECS[0], [])
-    assert not bench.matchers.masks(slots_of([0], [1])).failed
+    assert not bench.matchers.masks(*slots_of([0], [1])).failed
     bench.rows.token_ids[0, bench.rows.num_tokens[0]] = vocabulary.tokenize_str("[")[0]
     bench.rows.num_tokens[0] += 1
     monkeypatch.setattr(module, "MAX_MASK_CPU_S", 0.0)
-    masks = bench.matchers.masks(slots_of([0], [1]))
+    masks = bench.matchers.masks(*slots_of([0], [1]))
     assert "too complex" in masks.failed[0]
     assert (masks.mask_XW == ALL).all()
 
@@ -190,13 +190,13 @@ def test_slices_of_a_step_see_their_own_slots(store, vocabulary):
         num = int(bench.rows.num_tokens[row])
         bench.rows.token_ids[row, num:num + 2] = vocabulary.tokenize_str("abc de")[:2]
     slots = slots_of([0, 1, 2], [3, 1, 3])
-    bench.matchers.begin(slots)
-    whole = bench.matchers.masks(slots)
+    bench.matchers.begin(*slots)
+    whole = bench.matchers.masks(*slots)
     for first, end in ((0, 2), (2, 5), (5, 7)):
-        part = bench.matchers.masks(SimpleNamespace(rows=slots.rows[first:end], offsets=slots.offsets[first:end]))
+        part = bench.matchers.masks(*(array[first:end] for array in slots))
         for slot, mask in zip(part.slots_X + first, part.mask_XW):
             assert (mask == whole.mask_XW[np.searchsorted(whole.slots_X, slot)]).all()
-    assert bench.matchers.masks(slots_of([1], [1])) is None
+    assert bench.matchers.masks(*slots_of([1], [1])) is None
     bench.matchers.close()
 
 

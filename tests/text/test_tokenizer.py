@@ -88,7 +88,7 @@ def test_chat_equals_transformers(folders, reference_of, kind, case):
     expected = reference.apply_chat_template(messages, tokenize=False, **options)
     assert tokenizer.render_chat(messages, **options) == expected
     ids = reference.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-    assert tokenizer.encode_chat(messages, **options) == ids
+    assert tokenizer.encode_chat(messages, **options) == (expected, ids)
 
 
 def test_template_file_wins_over_config(folders, tmp_path):

@@ -13,13 +13,14 @@ import msgspec
 
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
-from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, Shutdown, Submit, Submitted
+from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, Refused, Shutdown, Submit
 from xllm.errors import RequestError
 from xllm.request import Request
-from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
+from xllm.shared_params import SharedParams, read_shared, share, without
 from xllm.token_ids import TYPE, token_array
 
 M = TypeVar("M")
+_SUBMIT = b"\x00"
 
 
 class Codec(Generic[M]):
@@ -51,54 +52,45 @@ else:
 _HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt_token_ids", "sampling"))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _PackedSubmit:
-    """A `Submit` whose prompts and sampling parameters are written once; requests refer to them."""
-
-    prompts: list[bytes]  # int32 each
-    params: SharedParams
-    heads: list[_RequestHead]
-
-
 class _CommandCodec:
-    """As `Codec`, for commands."""
+    """As `Codec`, for commands. A `Submit` is three lists: prompts (bytes of int32) and sampling parameters, each
+    written once, and the requests, which refer to them."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(0, _PackedSubmit, Abort, Control, Shutdown)
+        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(tuple[list[bytes], SharedParams, list[_RequestHead]])
 
     def encode(self, command: Command) -> bytes:
         """One frame."""
-        return self._codec.encode(_packed(command.requests) if isinstance(command, Submit) else command)
+        if not isinstance(command, Submit):
+            return self._codec.encode(command)
+        places, prompts, heads = dict[int, int](), list[bytes](), []
+        params, variants = share([request.sampling for request in command.requests])
+        for request, variant in zip(command.requests, variants, strict=True):
+            prompt = request.prompt_token_ids
+            if (place := places.get(id(prompt))) is None:
+                place = places[id(prompt)] = len(prompts)
+                prompts.append(token_array(prompt).tobytes())
+            heads.append(_RequestHead(*(getattr(request, name) for name in _HEAD_FIELDS), place, variant))
+        return _SUBMIT + self._encoder.encode((prompts, params, heads))
 
     def decode(self, frame: bytes) -> Command:
         """See `Codec.decode`. What requests share is one object."""
-        found: Any = self._codec.decode(frame)
-        return Submit(_unpacked(found)) if isinstance(found, _PackedSubmit) else found
-
-
-def _packed(requests: list[Request]) -> _PackedSubmit:
-    params, places, prompts, heads = ParamsWriter(), dict[int, int](), list[bytes](), []
-    for request in requests:
-        prompt = request.prompt_token_ids
-        if (place := places.get(id(prompt))) is None:
-            place = places[id(prompt)] = len(prompts)
-            prompts.append(token_array(prompt).tobytes())
-        heads.append(_RequestHead(*(getattr(request, name) for name in _HEAD_FIELDS), place,
-                                  params.add(request.sampling)))
-    return _PackedSubmit(prompts, params.shared(), heads)
-
-
-def _unpacked(packed: _PackedSubmit) -> list[Request]:
-    try:
-        samplings, prompts = read_shared(packed.params), [array(TYPE, ids) for ids in packed.prompts]
-        return [Request(prompt_token_ids=prompts[head.prompt], sampling=samplings[head.variant],
-                        **{name: getattr(head, name) for name in _HEAD_FIELDS}) for head in packed.heads]
-    except (IndexError, ValueError, RequestError) as error:  # ValueError: bytes that are no whole ids
-        raise msgspec.DecodeError(f"no set of requests: {error}") from None
+        if frame[:1] != _SUBMIT:
+            found: Command = self._codec.decode(frame)
+            return found
+        packed, params, heads = self._decoder.decode(memoryview(frame)[1:])
+        try:
+            samplings, prompts = read_shared(params), [array(TYPE, ids) for ids in packed]
+            return Submit([Request(prompt_token_ids=prompts[head.prompt], sampling=samplings[head.variant],
+                                   **{name: getattr(head, name) for name in _HEAD_FIELDS}) for head in heads])
+        except (IndexError, ValueError, RequestError) as error:  # ValueError: bytes that are no whole ids
+            raise msgspec.DecodeError(f"no set of requests: {error}") from None
 
 
 COMMANDS = _CommandCodec()
-REPORTS: Codec[Report] = Codec(64, Submitted, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal)
+REPORTS: Codec[Report] = Codec(64, Refused, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal)
 
 
 def config_to_json(config: EngineConfig) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from xllm.client.engine_client import EngineBusyError, Stream
-from xllm.engine.commands import Abort, Action, Command, CommandReply, Control, Controlled, Outputs, Submit, Submitted
+from xllm.engine.commands import Abort, Action, Command, CommandReply, Control, Controlled, Outputs, Refused, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
@@ -89,14 +89,17 @@ class CommandingClient(ABC):
     def _hand_out(self, answer: CommandReply) -> None:
         """Pass an answer of the engine to the call that waits for it; ignore it if that has gone."""
         if isinstance(answer, Outputs):
+            for request_id in answer.taken:
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.admit()
             for request_id, at_s in answer.admitted:
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.scheduled_s[request_id] = at_s
             for delta in answer.deltas:
                 self._deliver(delta)
-        elif isinstance(answer, Submitted):
+        elif isinstance(answer, Refused):
             if (stream := self._streams.get(answer.request_id)) is not None:
-                self._note_submitted(stream, answer)
+                self._refuse(stream, answer)
         elif (waiting := self._answers.get(answer.number)) is not None and not waiting.done():
             waiting.set_result(answer)
 
@@ -108,10 +111,7 @@ class CommandingClient(ABC):
             del self._streams[delta.request_id]
         stream.push(delta)
 
-    def _note_submitted(self, stream: Stream, answer: Submitted) -> None:
-        if answer.error is None:
-            stream.admit()
-            return
+    def _refuse(self, stream: Stream, answer: Refused) -> None:
         for request_id in stream.open_ids:  # the engine has none of them
             self._streams.pop(request_id, None)
         # Admission names the field of a wrong request; what names none is about the queue.

@@ -16,7 +16,7 @@ FLUSH_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run requests: all of them or, if one is refused, none. One `Submitted` answers; outputs follow."""
+    """Run requests: all of them, which `Outputs.taken` says, or none, which `Refused` says. Outputs follow."""
 
     requests: list[Request]
 
@@ -51,12 +51,12 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """The answer to a `Submit`. request_id: of its first request. error: why none of its requests runs; field: the
-    parameter that is at fault, None where the queue is."""
+class Refused:
+    """None of a `Submit`'s requests runs. request_id: of its first request. error: why; field: the parameter that is at
+    fault, None where the queue is."""
 
     request_id: str
-    error: str | None = None
+    error: str
     field: str | None = None
 
 
@@ -85,11 +85,13 @@ class Controlled:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The outputs of one step. admitted: (request id, `time.monotonic()`) of the requests that left the queue."""
+    """What became of requests, in one step or when they came. taken: of each `Submit` whose requests all run, the id of
+    the first. admitted: (request id, `time.monotonic()`) of those that left the queue."""
 
-    deltas: list[OutputDelta]
+    deltas: list[OutputDelta] = field(default_factory=list)
     admitted: list[tuple[str, float]] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
 
 
 Command = Submit | Abort | Control | Shutdown
-CommandReply = Submitted | Controlled | Outputs
+CommandReply = Refused | Controlled | Outputs

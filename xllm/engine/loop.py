@@ -14,9 +14,9 @@ from xllm.engine.commands import (
     Controlled,
     EngineState,
     Outputs,
+    Refused,
     Shutdown,
     Submit,
-    Submitted,
 )
 from xllm.engine.gates import PauseMode
 from xllm.engine.step_log import StepLog
@@ -83,14 +83,14 @@ class EngineLoop:
         if deltas or admitted:
             self._report(Outputs(deltas, admitted))
 
-    def _submit(self, requests: list[Request]) -> Submitted:
+    def _submit(self, requests: list[Request]) -> Outputs | Refused:
         for index, request in enumerate(requests):
             try:
                 self._core.add(request)
             except RequestError as error:
                 self._abort(request.request_id for request in requests[:index])
-                return Submitted(requests[0].request_id, str(error), error.field)
-        return Submitted(requests[0].request_id)
+                return Refused(requests[0].request_id, str(error), error.field)
+        return Outputs(taken=[requests[0].request_id])
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -23,13 +23,13 @@ MAX_IDLE_WAIT_S = 0.05
 class Steps(Protocol):
     """Computes plans: `worker/link.py: WorkerLink`, or a simulation of one.
 
-    Steps are computed one after the other in the order of `submit`; `result` returns them in that order. depth: how
+    Steps are computed one after the other in the order of `send`; `result` returns them in that order. depth: how
     many steps may be in flight while the next one is scheduled.
     """
 
     depth: int
 
-    def submit(self, plan: ScheduleOutput) -> None: ...
+    def send(self, plan: ScheduleOutput, /) -> None: ...
 
     def result(self) -> StepOutput:
         """Wait for the results of the oldest step. Raises what it failed with."""
@@ -66,7 +66,7 @@ class StepLoop:
         if plan.num_rows:
             if not self._in_flight:
                 self._began_s = time.monotonic()
-            self.steps.submit(plan)
+            self.steps.send(plan)
             self._in_flight.append(plan)
             if len(self._in_flight) <= self.steps.depth:
                 return self.scheduler.take_ready()

@@ -18,35 +18,17 @@ from xllm.runner.row_state import RowState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSlots:
-    """The Q places of a step whose next token is drawn, on the host, all [Q].
-
-    rows: the row. steps: its index in the plan's rows_S. offsets: how many draft tokens stand between
-    the row's known tokens and this place (0 for the first). hidden: where its hidden state stands on
-    the T axis. All int64 but rows (int32).
-    """
-
-    rows: np.ndarray
-    steps: np.ndarray
-    offsets: np.ndarray
-    hidden: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, part: slice) -> SampleSlots:
-        return SampleSlots(rows=self.rows[part], steps=self.steps[part], offsets=self.offsets[part],
-                           hidden=self.hidden[part])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HostBatch:
-    """A step's inputs in host memory, all int32, and the slots to sample.
+    """A step's inputs in host memory, all int32, and the slots to sample: the Q places whose next token is drawn.
 
     table_SM has as many columns as the longest row needs; kv_base_S: None, or instead of it (`AttentionMetadata`).
     feed_T: for tokens that the host does not have yet, their places among those of the step before, and -1 for all
     others, whose ids are in input_ids_T (`OpSet.feed_tokens`); None: the host has all. lora_T: each token's adapter, 0
     for none; None: no token has one.
+
+    Of each slot rows_Q int32: the row. The others are int64. steps_Q: its index in the plan's rows_S. offsets_Q: how
+    many draft tokens stand between the row's known tokens and this place (0 for the first). hidden_Q: where its hidden
+    state stands on the T axis.
     """
 
     input_ids_T: np.ndarray
@@ -60,7 +42,10 @@ class HostBatch:
     slot_mapping_T: np.ndarray
     max_query_len: int
     block_size: int
-    slots: SampleSlots
+    rows_Q: np.ndarray
+    steps_Q: np.ndarray
+    offsets_Q: np.ndarray
+    hidden_Q: np.ndarray
 
     @classmethod
     def empty(cls, block_size: int, *, has_table: bool) -> HostBatch:
@@ -70,11 +55,15 @@ class HostBatch:
                    query_start_S1=np.zeros(1, dtype=np.int32), seq_lens_S=none,
                    table_SM=np.zeros((0, 0), dtype=np.int32), kv_base_S=None if has_table else none,
                    slot_mapping_T=none, max_query_len=1, block_size=block_size,
-                   slots=SampleSlots(rows=none, steps=indices, offsets=indices, hidden=indices))
+                   rows_Q=none, steps_Q=indices, offsets_Q=indices, hidden_Q=indices)
 
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids_T)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.rows_Q)
 
     @property
     def num_seqs(self) -> int:
@@ -123,6 +112,7 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
         base_T = kv_base_S if max_query_len == 1 else np.repeat(kv_base_S, num_queries_S)
         block_T = base_T + position_T // rows.block_size
         table_SM = np.zeros((len(rows_S), 0), dtype=np.int32)
+    steps_Q, offsets_Q, hidden_Q = _sample_slots(query_start_S1, num_drafts_S, samples_S)
     return HostBatch(
         input_ids_T=rows.token_ids[row_T, position_T],
         feed_T=_feed(rows.fed_from[rows_S], query_start_S1, samples_S) if fed else None,
@@ -135,7 +125,10 @@ def gather_batch(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, n
         slot_mapping_T=block_T * np.int32(rows.block_size) + position_T % rows.block_size,
         max_query_len=max_query_len,
         block_size=rows.block_size,
-        slots=_sample_slots(rows_S, query_start_S1, num_drafts_S, samples_S),
+        rows_Q=rows_S[steps_Q],
+        steps_Q=steps_Q,
+        offsets_Q=offsets_Q,
+        hidden_Q=hidden_Q,
     )
 
 
@@ -152,16 +145,17 @@ def _spread(lora_S: np.ndarray, num_queries_S: np.ndarray) -> np.ndarray | None:
     return np.repeat(lora_S, num_queries_S) if lora_S.any() else None
 
 
-def _sample_slots(rows_S: np.ndarray, query_start_S1: np.ndarray, num_drafts_S: np.ndarray,
-                  samples_S: np.ndarray) -> SampleSlots:
-    """The last known token of each sampling row, and each draft behind it."""
+def _sample_slots(query_start_S1: np.ndarray, num_drafts_S: np.ndarray,
+                  samples_S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last known token of each sampling row, and each draft behind it: steps_Q, offsets_Q and hidden_Q of
+    `HostBatch`."""
     sampling = np.flatnonzero(samples_S)
     num_slots = num_drafts_S[sampling] + 1
-    steps = np.repeat(sampling, num_slots)
+    steps_Q = np.repeat(sampling, num_slots)
     ends = np.cumsum(num_slots)
-    offsets = np.arange(len(steps)) - np.repeat(ends - num_slots, num_slots)
-    hidden = query_start_S1[steps + 1] - 1 - num_drafts_S[steps] + offsets
-    return SampleSlots(rows=rows_S[steps], steps=steps, offsets=offsets, hidden=hidden.astype(np.int64))
+    offsets_Q = np.arange(len(steps_Q)) - np.repeat(ends - num_slots, num_slots)
+    hidden_Q = query_start_S1[steps_Q + 1] - 1 - num_drafts_S[steps_Q] + offsets_Q
+    return steps_Q, offsets_Q, hidden_Q.astype(np.int64)
 
 
 def _check(rows: RowState, rows_S: np.ndarray, num_tokens_S: np.ndarray, seq_lens_S: np.ndarray,

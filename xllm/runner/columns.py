@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.request import SAMPLING_COLUMNS, Column
-from xllm.runner.batch import SampleSlots
 from xllm.runner.row_state import RowState
 from xllm.runner.uniform import uniforms
 
@@ -16,8 +15,8 @@ from xllm.runner.uniform import uniforms
 SAMPLE_INPUTS = {**SAMPLING_COLUMNS, "uniform": Column("float32", 0.0)}
 
 
-def sampling_columns(rows: RowState, slots: SampleSlots) -> dict[str, np.ndarray]:
-    """Values of SAMPLE_INPUTS for the slots, in its order, each [Q]."""
-    found = {name: column[slots.rows] for name, column in rows.columns.items()}
-    found["uniform"] = uniforms(rows.seed[slots.rows], rows.num_tokens[slots.rows] + slots.offsets)
+def sampling_columns(rows: RowState, rows_Q: np.ndarray, offsets_Q: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of SAMPLE_INPUTS for the slots (see `HostBatch`), in its order, each [Q]."""
+    found = {name: column[rows_Q] for name, column in rows.columns.items()}
+    found["uniform"] = uniforms(rows.seed[rows_Q], rows.num_tokens[rows_Q] + offsets_Q)
     return found

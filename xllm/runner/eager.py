@@ -8,7 +8,7 @@ from torch import Tensor
 from backends.backend import Backend, Capturer
 from xllm.layers.adapter_slots import AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
-from xllm.runner.batch import HostBatch, SampleSlots, as_tensor
+from xllm.runner.batch import HostBatch, as_tensor
 from xllm.runner.columns import sampling_columns
 from xllm.runner.graphs import Forwarded
 from xllm.runner.row_state import RowState
@@ -39,14 +39,14 @@ class EagerForward:
         with self._adapters.used(self._put(host.lora_T), present):
             return Forwarded(hidden_TD=self._model.forward(ids_T, positions_T, layers, meta))
 
-    def sample(self, rows: RowState, slots: SampleSlots, hidden_TD: Tensor) -> QueuedTokens:
+    def sample(self, rows: RowState, batch: HostBatch, hidden_TD: Tensor) -> QueuedTokens:
         """Queue the drawing of a token for each slot; the tokens stay on the device. For slots that want nothing more
         than a token (`samples_plainly`)."""
         assert self._feed is not None
-        num_slots = len(slots)
+        num_slots = batch.num_slots
         if num_slots:
-            hidden_QD = hidden_TD if num_slots == len(hidden_TD) else hidden_TD[self._put(slots.hidden)]
-            columns = map(self._put, sampling_columns(rows, slots).values())
+            hidden_QD = hidden_TD if num_slots == len(hidden_TD) else hidden_TD[self._put(batch.hidden_Q)]
+            columns = map(self._put, sampling_columns(rows, batch.rows_Q, batch.offsets_Q).values())
             sample_into(self._feed.sink[:num_slots], self._ops, self._model.compute_logits(hidden_QD), columns)
         return self._feed.queue_read(num_slots, np.arange(num_slots))
 
@@ -69,4 +69,4 @@ def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_t
         table_SM=np.full((1, num_blocks), capturer.pad_block, dtype=np.int32),
         kv_base_S=None if has_table else int32(capturer.pad_block),
         slot_mapping_T=np.full_like(places, capturer.pad_slot), max_query_len=num_tokens, block_size=block_size,
-        slots=SampleSlots(rows=int32(0), steps=zero, offsets=zero, hidden=zero + num_tokens - 1))
+        rows_Q=int32(0), steps_Q=zero, offsets_Q=zero, hidden_Q=zero + num_tokens - 1)

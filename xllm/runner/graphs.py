@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 NUM_SETS = 2  # of buffers, used in turn: as many as `token_feed.py:NUM_BUFFERS`
 # Static memory for logits; steps with more end with the hidden states. Chosen: as
-# `model_runner.py:SAMPLE_LOGITS_BYTES`.
+# `sampler.py:SAMPLE_LOGITS_BYTES`.
 LOGITS_BYTES = 256 * 2**20
 HIDDEN, LOGITS, TOKENS = "hidden", "logits", "tokens"  # what a graph ends with
 TABLE, BASE = "table", "base"  # layouts: block ids of each row, or where its blocks begin
@@ -192,11 +192,11 @@ class GraphedForward:
 
     def _ends_with(self, batch: HostBatch, rows_S: np.ndarray, num_tokens: int) -> str:
         """What the graph of a step with a bucket of `num_tokens` tokens ends with: TOKENS, LOGITS or HIDDEN."""
-        if 2 * len(batch.slots) < batch.num_tokens or num_tokens > self._max_logits:
+        if 2 * batch.num_slots < batch.num_tokens or num_tokens > self._max_logits:
             return HIDDEN
         if wants_hidden_states(self.rows, rows_S):
             return HIDDEN
-        return TOKENS if samples_plainly(self.rows, batch.slots) else LOGITS
+        return TOKENS if samples_plainly(self.rows, batch.rows_Q) else LOGITS
 
     def _build(self, key: GraphKey, index: int) -> StepProgram:
         names = [*STEP_INPUTS, "kv_base" if key.layout == BASE else "block_table", *((LORA,) if key.lora else ()),
@@ -226,10 +226,10 @@ class GraphedForward:
             width = -(-int(padding_P.max(initial=0)) // batch.block_size)
             memory.fill("block_table", batch.table_SM, self.capturer.pad_block, width=width)
         if "uniform" in memory.inputs:
-            for name, value_Q in sampling_columns(self.rows, batch.slots).items():
+            for name, value_Q in sampling_columns(self.rows, batch.rows_Q, batch.offsets_Q).items():
                 array_T = memory.host_array(name)
                 array_T.fill(SAMPLE_INPUTS[name].unused)
-                array_T[batch.slots.hidden] = value_Q
+                array_T[batch.hidden_Q] = value_Q
 
     def _results(self, program: StepProgram, batch: HostBatch) -> Forwarded:
         memory = program.memory
@@ -237,7 +237,7 @@ class GraphedForward:
             return Forwarded(hidden_TD=memory.live_output(HIDDEN))
         if LOGITS in memory.outputs:
             return Forwarded(logits_TV=memory.live_output(LOGITS))
-        return Forwarded(tokens=self.feed.queue_read(batch.num_tokens, batch.slots.hidden))
+        return Forwarded(tokens=self.feed.queue_read(batch.num_tokens, batch.hidden_Q))
 
 
 def _layout(batch: HostBatch) -> str:

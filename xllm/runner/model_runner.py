@@ -18,7 +18,7 @@ from xllm.kv.tickets import TicketBoard
 from xllm.layers.adapter_slots import Adapter, AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
 from xllm.request import TokenLogprobs
-from xllm.runner.batch import HostBatch, SampleSlots, gather_batch
+from xllm.runner.batch import HostBatch, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
 from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
 from xllm.runner.host_mover import gated
@@ -26,7 +26,7 @@ from xllm.runner.kv_cache import KVCache, cache_dtype, page_bytes
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.pooler import Pooler
 from xllm.runner.row_state import NO_LOGPROBS, RowState
-from xllm.runner.sampler import Draws, Sampler
+from xllm.runner.sampler import Sampler, slices
 from xllm.runner.staging import Staging, step_bytes
 from xllm.runner.token_feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
 from xllm.runner.virtual_rows import make_virtual_rows
@@ -35,10 +35,8 @@ from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
 from xllm.structured.matchers import RowMatchers
 
-# Of logits that exist at a time; with more slots they are made in slices. Chosen: 441 slots of a vocabulary of 152,000
-# in fp32 are one slice.
-SAMPLE_LOGITS_BYTES = 256 * 2**20
-# The same for prompt_logprobs, whose log-softmax needs several copies. Chosen smaller for that.
+# As `sampler.py: SAMPLE_LOGITS_BYTES` for prompt_logprobs, whose log-softmax needs several copies. Chosen smaller for
+# that.
 PROMPT_LOGITS_BYTES = 32 * 2**20
 WARM_UP_TOKENS = 512  # of the first prefill. Chosen: a usual size, so that the first requests' kernels exist
 
@@ -46,10 +44,10 @@ WARM_UP_TOKENS = 512  # of the first prefill. Chosen: a usual size, so that the 
 class QueuedStep:
     """A step that the device may still be computing. Everything but the tokens is known; it has no drafts."""
 
-    def __init__(self, rows: RowState, plan: ScheduleOutput, slots: SampleSlots, tokens: QueuedTokens):
-        self._rows, self._plan, self._slots, self._tokens = rows, plan, slots, tokens
-        self._positions_Q = rows.num_tokens[slots.rows]
-        rows.advance_unread(plan.rows_S, plan.num_tokens_S, slots.rows, tokens.places_Q)
+    def __init__(self, rows: RowState, plan: ScheduleOutput, batch: HostBatch, tokens: QueuedTokens):
+        self._rows, self._plan, self._rows_Q, self._steps_Q = rows, plan, batch.rows_Q, batch.steps_Q
+        self._tokens, self._positions_Q = tokens, rows.num_tokens[batch.rows_Q]
+        rows.advance_unread(plan.rows_S, plan.num_tokens_S, batch.rows_Q, tokens.places_Q)
         self._output: StepOutput | None = None
 
     @property
@@ -59,11 +57,11 @@ class QueuedStep:
     def finish(self) -> StepOutput:
         """Wait for the tokens and write them into the rows. Called once."""
         if self._output is None:
-            draws, slots = self._tokens.read(), self._slots
-            self._rows.read(slots.rows, self._positions_Q, draws.token_ids_Q)
+            token_ids_Q, reasons = self._tokens.read()
+            self._rows.read(self._rows_Q, self._positions_Q, token_ids_Q)
             drawn_SR = np.full((self._plan.num_rows, 1), -1, dtype=np.int32)
-            drawn_SR[slots.steps, 0] = draws.token_ids_Q
-            failed = {int(slots.steps[q]): reason for q, reason in draws.failed.items()}
+            drawn_SR[self._steps_Q, 0] = token_ids_Q
+            failed = {int(self._steps_Q[q]): reason for q, reason in reasons.items()}
             drawn_SR[list(failed)] = -1
             self._output = StepOutput(
                 step=self._plan.step, num_sampled_S=(drawn_SR[:, 0] >= 0).astype(np.int32), token_ids_SR=drawn_SR,
@@ -133,7 +131,7 @@ class ModelRunner:
             host = padding_batch(self.feed.capturer, num_tokens, self.rows.block_size, has_table=has_table)
             hidden_TD = self._eager.run(host, self.kv_cache.layers).hidden_TD
             assert hidden_TD is not None
-            self._eager.sample(self.rows, host.slots, hidden_TD)
+            self._eager.sample(self.rows, host, hidden_TD)
         if self.graphs is not None:
             self.graphs.capture_ahead(num_seqs, has_table=has_table)
         self._backend.synchronize()
@@ -172,20 +170,27 @@ class ModelRunner:
         batch = gather_batch(self.rows, plan.rows_S, plan.num_tokens_S, num_drafts_S, plan.samples_S, kv_base_S,
                              fed=fed)
         if not fed:
-            self._sampler.begin(batch.slots)
+            self._sampler.begin(batch.rows_Q, batch.offsets_Q)
         if self.feed is not None:
             self.feed.num_fed += fed
         done = self._forward(batch, plan)
         tokens = done.tokens or self._queue_sampling(plan, batch, done)
         if tokens is not None and not num_drafts_S.any():
-            self._queued = QueuedStep(self.rows, plan, batch.slots, tokens)
+            self._queued = QueuedStep(self.rows, plan, batch, tokens)
             return self._queued
         self._finish_last()
         prompt_logprobs = self._prompt_logprobs(plan, batch, done)
-        draws = self._draw(batch.slots, done) if tokens is None else tokens.read()
+        logprobs: dict[int, TokenLogprobs] = {}
+        if tokens is not None:
+            token_ids_Q, failed = tokens.read()
+        else:
+            token_ids_Q, failed, logprobs = self._sampler.draw(
+                lambda places: done.logits(places, self._model), batch.rows_Q, batch.offsets_Q, batch.hidden_Q)
         pooled = {} if done.hidden_TD is None else self._pooler.pool(plan, batch, done.hidden_TD)
-        output = self._settle(plan, drafts_SR, num_drafts_S, batch.slots, draws, prompt_logprobs)
-        return replace(output, pooled=pooled) if pooled else output
+        output = self._settle(plan, drafts_SR, num_drafts_S, batch, token_ids_Q, failed, logprobs)
+        if pooled or prompt_logprobs:
+            output = replace(output, pooled=pooled, prompt_logprobs=prompt_logprobs)
+        return output
 
     def _finish_last(self) -> None:
         """Wait for the queued step: its tokens are needed on the host."""
@@ -235,27 +240,10 @@ class ModelRunner:
     def _queue_sampling(self, plan: ScheduleOutput, batch: HostBatch, done: Forwarded) -> QueuedTokens | None:
         """Queue plain sampling after an eager forward pass, so that the tokens stay on the device; None if some slot
         wants more or the device does not work on its own."""
-        slots = batch.slots
-        if (self.feed is None or done.hidden_TD is None or self._slices(len(slots), SAMPLE_LOGITS_BYTES)[1:]
-                or wants_hidden_states(self.rows, plan.rows_S) or not samples_plainly(self.rows, slots)):
+        if (self.feed is None or done.hidden_TD is None or self._sampler.slices(batch.num_slots)[1:]
+                or wants_hidden_states(self.rows, plan.rows_S) or not samples_plainly(self.rows, batch.rows_Q)):
             return None
-        return self._eager.sample(self.rows, slots, done.hidden_TD)
-
-    def _draw(self, slots: SampleSlots, done: Forwarded) -> Draws:
-        """Compute logits and draw one token for every slot, in slices of bounded memory. Slots are independent of each
-        other."""
-        token_ids, logprobs, failed = [], {}, {}
-        for part in self._slices(len(slots), SAMPLE_LOGITS_BYTES):
-            draws = self._sampler.draw(done.logits(slots.hidden[part], self._model), slots[part])
-            token_ids.append(draws.token_ids_Q)
-            logprobs.update({part.start + q: entry for q, entry in draws.logprobs.items()})
-            failed.update({part.start + q: reason for q, reason in draws.failed.items()})
-        token_ids_Q = np.concatenate(token_ids) if token_ids else np.zeros(0, dtype=np.int64)
-        return Draws(token_ids_Q=token_ids_Q, logprobs=logprobs, failed=failed)
-
-    def _slices(self, num_slots: int, limit_bytes: int) -> list[slice]:
-        width = max(1, limit_bytes // (4 * self._model.config.vocab_size))
-        return [slice(start, min(start + width, num_slots)) for start in range(0, num_slots, width)]
+        return self._eager.sample(self.rows, batch, done.hidden_TD)
 
     def _prompt_logprobs(self, plan: ScheduleOutput, batch: HostBatch,
                          done: Forwarded) -> dict[int, list[TokenLogprobs]]:
@@ -278,34 +266,34 @@ class ModelRunner:
                      num_top: int) -> list[TokenLogprobs]:
         """Logprobs of given tokens at places of the T axis, in slices of bounded memory."""
         entries: list[TokenLogprobs] = []
-        for part in self._slices(len(indices), PROMPT_LOGITS_BYTES):
+        for part in slices(len(indices), self._model.config.vocab_size, PROMPT_LOGITS_BYTES):
             logits_XV = done.logits(indices[part], self._model)
             entries += token_logprobs(logits_XV, token_ids[part], np.full(len(logits_XV), num_top))
         return entries
 
-    def _settle(self, plan: ScheduleOutput, drafts_SR: np.ndarray, num_drafts_S: np.ndarray, slots: SampleSlots,
-                draws: Draws, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepOutput:
-        """Accept drafts, advance the rows, and make the step's output.
+    def _settle(self, plan: ScheduleOutput, drafts_SR: np.ndarray, num_drafts_S: np.ndarray, batch: HostBatch,
+                token_ids_Q: np.ndarray, reasons: dict[int, str], entries: dict[int, TokenLogprobs]) -> StepOutput:
+        """Accept drafts, advance the rows, and make the step's output of what was drawn (`Sampler.draw`).
 
         A failed row reports the tokens before the place that failed but takes that one in too: an overlapped scheduler
         has planned its next step already, and that step needs something to compute.
         """
         drawn_SR = np.full((plan.num_rows, drafts_SR.shape[1] + 1), -1, dtype=np.int32)
-        drawn_SR[slots.steps, slots.offsets] = draws.token_ids_Q
+        drawn_SR[batch.steps_Q, batch.offsets_Q] = token_ids_Q
         accepted_S = num_accepted(drawn_SR, drafts_SR)
         num_sampled_S = np.where(plan.samples_S, accepted_S + 1, 0).astype(np.int32)
         self.rows.advance(plan.rows_S, plan.num_tokens_S + accepted_S, drawn_SR, num_sampled_S)
 
         failed: dict[int, str] = {}
-        for q, reason in draws.failed.items():
-            i, offset = int(slots.steps[q]), slots.offsets[q]
+        for q, reason in reasons.items():
+            i, offset = int(batch.steps_Q[q]), batch.offsets_Q[q]
             if offset < num_sampled_S[i]:
                 failed[i], num_sampled_S[i] = reason, offset
         drawn_SR[np.arange(drawn_SR.shape[1]) >= num_sampled_S[:, None]] = -1
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        for q, entry in draws.logprobs.items():
-            if slots.offsets[q] < num_sampled_S[slots.steps[q]]:
-                logprobs.setdefault(int(slots.steps[q]), []).append(entry)
+        for q, entry in entries.items():
+            i = int(batch.steps_Q[q])
+            if batch.offsets_Q[q] < num_sampled_S[i]:
+                logprobs.setdefault(i, []).append(entry)
         return StepOutput(step=plan.step, num_sampled_S=num_sampled_S, token_ids_SR=drawn_SR,
-                          num_drafts_S=num_drafts_S, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
-                          failed=failed)
+                          num_drafts_S=num_drafts_S, logprobs=logprobs, failed=failed)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from backends.backend import Backend, Capturer
 from backends.opset import OpSet
-from xllm.runner.batch import SampleSlots
 from xllm.runner.row_state import NO_LOGPROBS, RowState
-from xllm.runner.sampler import NOT_FINITE, Draws
+from xllm.runner.sampler import NOT_FINITE
 
 NUM_BUFFERS = 2  # one is written by the running step while the next step, which reads it, is queued
 NOT_A_TOKEN = -1  # sampled from logits that were not finite
@@ -66,12 +65,12 @@ class QueuedTokens:
         self.places_Q = places_Q
         self._tokens, self._wait = tokens, wait
 
-    def read(self) -> Draws:
-        """Wait until the tokens have arrived, and return them."""
+    def read(self) -> tuple[np.ndarray, dict[int, str]]:
+        """Wait until the tokens have arrived, and return them as `Sampler.draw` does."""
         self._wait()
         token_ids_Q = self._tokens[self.places_Q]
         bad = np.flatnonzero(token_ids_Q == NOT_A_TOKEN)
-        return Draws(token_ids_Q=np.maximum(token_ids_Q, 0), failed=dict.fromkeys(bad.tolist(), NOT_FINITE))
+        return np.maximum(token_ids_Q, 0), dict.fromkeys(bad.tolist(), NOT_FINITE)
 
 
 def sample_into(sink: Tensor, ops: OpSet, logits_TV: Tensor, parameters: Iterable[Tensor]) -> None:
@@ -87,8 +86,8 @@ def wants_hidden_states(rows: RowState, rows_S: np.ndarray) -> bool:
     return bool((asks_S & (rows.num_computed[rows_S] < rows.num_prompt_tokens[rows_S])).any())
 
 
-def samples_plainly(rows: RowState, slots: SampleSlots) -> bool:
+def samples_plainly(rows: RowState, rows_Q: np.ndarray) -> bool:
     """Whether no slot wants more than SAMPLE_INPUTS: no logprobs, nothing that edits logits."""
-    plain_Q = ((rows.num_logprobs[slots.rows] == NO_LOGPROBS) & ~rows.edits_logits[slots.rows]
-               & (rows.min_output_tokens[slots.rows] == 0))
+    plain_Q = ((rows.num_logprobs[rows_Q] == NO_LOGPROBS) & ~rows.edits_logits[rows_Q]
+               & (rows.min_output_tokens[rows_Q] == 0))
     return bool(plain_Q.all())

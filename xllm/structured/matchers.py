@@ -43,16 +43,6 @@ class RowTokens(Protocol):
     num_prompt_tokens: np.ndarray
 
 
-class Slots(Protocol):
-    """As `SampleSlots`: all [Q], a row's slots adjacent and in order."""
-
-    @property
-    def rows(self) -> np.ndarray: ...
-
-    @property
-    def offsets(self) -> np.ndarray: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotMasks:
     """Masks of some slots. slots_X: indices into the slots of the call. mask_XW int32. failed: by slot, for rows whose
@@ -69,7 +59,10 @@ class SlotMasks:
 
 
 class RowMatchers:
-    """One thread at a time may call it; between `begin` and `masks` the masks are computed in threads of its own."""
+    """One thread at a time may call it; between `begin` and `masks` the masks are computed in threads of its own.
+
+    rows_Q, offsets_Q: of the slots (`HostBatch`); a row's are adjacent and in order.
+    """
 
     def __init__(self, rows: RowTokens, vocab_size: int):
         self.store: GrammarStore | None = None  # set by the worker before the first row
@@ -99,17 +92,17 @@ class RowMatchers:
             del self._matchers[row]
             self._masked[row] = False
 
-    def begin(self, slots: Slots) -> None:
+    def begin(self, rows_Q: np.ndarray, offsets_Q: np.ndarray) -> None:
         """Start computing the masks of these slots. The host must know all known tokens of the rows, with drafts after
         them."""
-        if not self._matchers or not self._masked[slots.rows].any():
+        if not self._matchers or not self._masked[rows_Q].any():
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="xllm-masks")
         fillings = []
-        for row, _, end in self._groups(slots):
+        for row, _, end in self._groups(rows_Q):
             self._wait_for(row)
-            self._begun[row] = filling = self._filling(row, int(slots.offsets[end - 1]) + 1)
+            self._begun[row] = filling = self._filling(row, int(offsets_Q[end - 1]) + 1)
             fillings.append(filling)
         share = max(MIN_SHARE, -(-len(fillings) // NUM_THREADS))
         for first in range(0, len(fillings), share):
@@ -118,30 +111,29 @@ class RowMatchers:
             for filling in part:
                 filling.done = done
 
-    def masks(self, slots: Slots) -> SlotMasks | None:
+    def masks(self, rows_Q: np.ndarray, offsets_Q: np.ndarray) -> SlotMasks | None:
         """The masks of these slots; those that `begin` has not started are computed now. None: no slot has a
         grammar."""
         if not self._matchers:
             return None
-        slots_X = np.flatnonzero(self._masked[slots.rows])
+        slots_X = np.flatnonzero(self._masked[rows_Q])
         if not len(slots_X):
             return None
         parts, failed = [], {}
-        for row, first, end in self._groups(slots):
-            offset = int(slots.offsets[first])
+        for row, first, end in self._groups(rows_Q):
+            offset = int(offsets_Q[first])
             filling = self._filled(row, offset + end - first)
             parts.append(filling.mask_KW[offset:offset + end - first])
             if filling.reason is not None:
                 failed.update(dict.fromkeys(range(first, end), filling.reason))
         return SlotMasks(slots_X=slots_X, mask_XW=np.concatenate(parts), failed=failed)
 
-    def _groups(self, slots: Slots) -> Iterator[tuple[int, int, int]]:
+    def _groups(self, rows_Q: np.ndarray) -> Iterator[tuple[int, int, int]]:
         """(row, its first slot, the end of its slots) of each row with a grammar."""
-        rows = slots.rows
-        starts = np.flatnonzero(np.concatenate(([True], rows[1:] != rows[:-1])))
-        for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
-            if self._masked[rows[first]]:
-                yield int(rows[first]), first, end
+        starts = np.flatnonzero(np.concatenate(([True], rows_Q[1:] != rows_Q[:-1])))
+        for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows_Q)]):
+            if self._masked[rows_Q[first]]:
+                yield int(rows_Q[first]), first, end
 
     def _filled(self, row: int, num_slots: int) -> _Filling:
         filling = self._wait_for(row)

@@ -144,9 +144,14 @@ class Tokenizer:
                 except ModelError as error:
                     raise ModelError(f"{error} (template {name!r})") from error
 
-    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """Token ids of a conversation. The template writes bos and the like itself, so none are added."""
-        return self.encode(self.render_chat(messages, **kwargs), add_special_tokens=False, field="messages")
+    def encode_chat(self, messages: Sequence[Message], check: Callable[[str], None] = lambda text: None,
+                    add_special_tokens: bool = False, /, **kwargs: Any) -> tuple[str, list[int]]:
+        """The prompt text of a conversation, as `render_chat` makes it, and its token ids. The template writes bos and
+        the like itself, so none are added. check: called with the text before it is tokenised; raises for one that is
+        too long. Variables of the template may have any of these names."""
+        text = self.render_chat(messages, **kwargs)
+        check(text)
+        return text, self.encode(text, add_special_tokens, field="messages")
 
     @property
     def chat_template_sources(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from xllm.config import EngineConfig
-from xllm.step import ScheduleOutput, StepOutput
+from xllm.step import StepOutput
 from xllm.worker.failures import as_error
 from xllm.worker.messages import (
     Failed,
@@ -42,7 +42,7 @@ class WorkerLink:
     # --- what a way to the workers provides
 
     def send(self, command: WorkerCommand) -> None:
-        """Hand a command to every rank."""
+        """Hand a command to every rank; of a plan, `result` returns the output."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -68,10 +68,6 @@ class WorkerLink:
         raise NotImplementedError
 
     # --- steps
-
-    def submit(self, plan: ScheduleOutput) -> None:
-        """Send a step to the workers; `result` returns its output."""
-        self.send(plan)
 
     def result(self) -> StepOutput:
         """Wait for the results of the oldest step."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import msgspec
 import numpy as np
 
-from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
+from xllm.shared_params import SharedParams, read_shared, share, without
 from xllm.step import NewRow, ScheduleOutput
 from xllm.worker.inline import Wire
 from xllm.worker.messages import WorkerCommand, WorkerReport
@@ -80,10 +80,10 @@ def decode(frame: bytes | memoryview) -> Any:
 
 
 def _packed(plan: ScheduleOutput) -> _PackedPlan:
-    params = ParamsWriter()
-    heads = [_NewRowHead(*(getattr(new, name) for name in _ROW_FIELDS), params.add(new.sampling))
-             for new in plan.new_rows]
-    return _PackedPlan(dataclasses.replace(plan, new_rows=()), params.shared(), heads)
+    params, variants = share([new.sampling for new in plan.new_rows])
+    heads = [_NewRowHead(*(getattr(new, name) for name in _ROW_FIELDS), variant)
+             for new, variant in zip(plan.new_rows, variants, strict=True)]
+    return _PackedPlan(dataclasses.replace(plan, new_rows=()), params, heads)
 
 
 def _unpacked(packed: _PackedPlan) -> ScheduleOutput:

@@ -10,18 +10,19 @@ from fastapi.responses import Response
 from pydantic_core import from_json
 
 from serving.api.blocks import Block, Blocks, Change, Closed, Grew, Opened
+from serving.api.chat_prompt import chat_prompt
 from serving.api.drive import drive
 from serving.api.errors import ApiError, as_api_error, json_response, renaming
 from serving.api.gate import Access
 from serving.api.generation import Generation
 from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
 from serving.api.route import Needs, Route
-from serving.api.routes.chat import ChatCall, begin_chat, prepare_chat
+from serving.api.routes.chat import ChatCall, begin_chat
 from serving.api.state import ServerState
+from serving.api.tools import chat_tools
 from serving.api.types import CountTokensBody, MessagesBody
 from serving.observe.call import CALL
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import Event
 from xllm.client.assemble import Piece
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -35,13 +36,12 @@ class MessagesWriter:
     is_named = True
 
     def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
-        self.parsers = call.parsers
         self._call, self._generation = call, generation
         self._id = f"msg_{call.id.removeprefix('msg-')}"
         self._blocks = Blocks(parallel=call.tools.parallel, shows_reasoning=shows_thinking)
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
-        self._blocks.feed(found)
+    def take(self, piece: Piece) -> None:
+        self._blocks.feed(self._call.read(piece))
 
     def body(self) -> dict[str, Any]:
         self._blocks.end()
@@ -50,8 +50,8 @@ class MessagesWriter:
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_start", "message": self._envelope([])}
 
-    def piece(self, piece: Piece, found: list[Event]) -> Iterator[dict[str, Any]]:
-        return map(_event, self._blocks.feed(found))
+    def piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        return map(_event, self._blocks.feed(self._call.read(piece)))
 
     def end(self) -> Iterator[dict[str, Any]]:
         yield from map(_event, self._blocks.end())
@@ -135,8 +135,9 @@ async def create_message(state: ServerState, request: Request, body: MessagesBod
 async def count_tokens(state: ServerState, request: Request, body: CountTokensBody) -> Response:
     chat = Chat.of(body)
     with renaming(NAMES, chat.places):
-        _, prompt = await prepare_chat(state, chat_body(state, body, chat))
-    return json_response({"input_tokens": len(prompt.token_ids)})
+        wish = chat_body(state, body, chat)
+        token_ids, _ = await chat_prompt(state, wish, wish.messages, chat_tools(wish, state.parsers.tools))
+    return json_response({"input_tokens": len(token_ids)})
 
 
 def failed(error: Exception) -> Response:

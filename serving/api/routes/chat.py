@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from serving.api import params
 from serving.api.call_weight import LOGPROB
-from serving.api.chat_prompt import ChatPrompt, chat_prompt, shows_tools
+from serving.api.chat_prompt import chat_prompt
 from serving.api.drive import drive
 from serving.api.errors import as_api_error, invalid
 from serving.api.gate import Access
@@ -21,10 +21,10 @@ from serving.api.logprob_shapes import ChoiceLogprobs
 from serving.api.route import Route
 from serving.api.state import ServerState
 from serving.api.structured import read_structured
-from serving.api.tools import ToolWish, read_tools
+from serving.api.tools import ToolWish, chat_tools
 from serving.api.types import ChatBody
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import CallArguments, CallStart, Content, Event, ParsedOutput, Reasoning
+from serving.parsers.events import CallArguments, CallStart, Event, ParsedOutput, Reasoning
 from serving.parsers.output import OutputParser
 from serving.parsers.reasoning.think_parser import CLOSE, ThinkParser
 from xllm.client.assemble import Completion, Piece
@@ -35,12 +35,13 @@ from xllm.structured.spec import StructuredOutput
 
 @dataclass
 class ChatCall:
-    """One call: what was asked for, and what reads its answers."""
+    """One call: what was asked for, and what reads its answers. prompt_tail: the end of the prompt's text."""
 
     state: ServerState
     body: ChatBody
     id: str
-    prompt: ChatPrompt
+    prompt_token_ids: list[int]
+    prompt_tail: str
     tools: ToolWish
     n: int
     model: str
@@ -73,7 +74,7 @@ class ChatCall:
 
     def _thinking(self) -> ThinkParser | None:
         kind = self.state.parsers.reasoning
-        return None if kind is None else kind(self.prompt.tail)
+        return None if kind is None else kind(self.prompt_tail)
 
     def _parser(self) -> OutputParser:
         """A fresh one for a choice. A prescribed form leaves no room for reasoning unless it begins behind it."""
@@ -88,6 +89,11 @@ class ChatCall:
             overrides["skip_special_tokens"] = False
         return overrides
 
+    def read(self, piece: Piece) -> list[Event]:
+        """What a piece's text says; each piece once, in order."""
+        return self.parsers[piece.index].feed(piece.text, num_tokens=len(piece.token_ids),
+                                              last=piece.finish_reason is not None)
+
     def usage(self, generation: Generation) -> dict[str, object]:
         usage = generation.usage(self.n)
         if num_tokens := sum(parser.num_reasoning_tokens for parser in self.parsers):
@@ -101,7 +107,6 @@ class ChatWriter:
     is_named = False
 
     def __init__(self, call: ChatCall, generation: Generation):
-        self.parsers = call.parsers
         self._call, self._generation, self._body = call, generation, call.body
         self._created = int(time.time())
         self._chunk_head = self._head("chat.completion.chunk")
@@ -114,8 +119,9 @@ class ChatWriter:
 
     # --- the whole
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
+    def take(self, piece: Piece) -> None:
         """Choices and parsers hold all of it."""
+        self._call.read(piece)
 
     def body(self) -> Sliced:
         choices = self._generation.choices
@@ -124,12 +130,12 @@ class ChatWriter:
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._prompt_logprobs(choices[0])
         if self._body.return_token_ids:
-            answer["prompt_token_ids"] = self._call.prompt.token_ids
+            answer["prompt_token_ids"] = self._call.prompt_token_ids
         return answer
 
     def _choice_json(self, choice: Completion) -> dict[str, Any]:
         shown: dict[str, Any] = {
-            "index": choice.index, "message": self._message(self.parsers[choice.index].answer()),
+            "index": choice.index, "message": self._message(self._call.parsers[choice.index].answer()),
             "logprobs": self._whole_logprobs(choice) if self._body.logprobs else None,
             "finish_reason": self._finish_reason(choice.index, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
@@ -139,7 +145,7 @@ class ChatWriter:
 
     def _prompt_logprobs(self, choice: Completion) -> Slices:
         writer = self._call.logprobs.of_prompt(choice)
-        return Slices(writer.prompt_slices(self._call.prompt.token_ids, choice.prompt_logprobs))
+        return Slices(writer.prompt_slices(self._call.prompt_token_ids, choice.prompt_logprobs))
 
     def _whole_logprobs(self, choice: Completion) -> dict[str, Any]:
         writer = self._call.logprobs.of(choice)
@@ -157,7 +163,7 @@ class ChatWriter:
         return message
 
     def _finish_reason(self, index: int, reason: str | None) -> str | None:
-        return "tool_calls" if reason == "stop" and self.parsers[index].has_calls else reason
+        return "tool_calls" if reason == "stop" and self._call.parsers[index].has_calls else reason
 
     # --- as a stream
 
@@ -165,10 +171,10 @@ class ChatWriter:
         """Nothing: each choice begins with its first piece."""
         return ()
 
-    def piece(self, piece: Piece, found: list[Event]) -> list[dict[str, Any]]:
+    def piece(self, piece: Piece) -> list[dict[str, Any]]:
         """The role before a choice's first text, then the text, then the finish reason on a chunk of its own."""
         chunks = [self._first_chunk(piece)] if piece.is_first else []
-        deltas = [delta for event in found if (delta := self._delta(event)) is not None]
+        deltas = [delta for event in self._call.read(piece) if (delta := self._delta(event)) is not None]
         if not deltas and piece.token_ids and (self._body.logprobs or self._body.return_token_ids):
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
@@ -201,15 +207,15 @@ class ChatWriter:
     def _first_chunk(self, piece: Piece) -> dict[str, Any]:
         chunk = self._chunk(piece.index, {"role": "assistant", "content": ""})
         if self._body.return_token_ids and piece.index == 0:
-            chunk["prompt_token_ids"] = self._call.prompt.token_ids
+            chunk["prompt_token_ids"] = self._call.prompt_token_ids
         if self._body.prompt_logprobs is not None and piece.index == 0:
             chunk = Sliced(chunk, prompt_logprobs=self._prompt_logprobs(self._generation.choices[0]))
         return chunk
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         """An event as a client wants it: a call's id and name once, then pieces of its arguments."""
-        if isinstance(event, Content):
-            return {"content": event.text}
+        if isinstance(event, str):
+            return {"content": event}
         if isinstance(event, Reasoning):
             return {"reasoning_content": event.text} if self._body.include_reasoning else None
         if event.index and not self._call.tools.parallel:
@@ -253,16 +259,6 @@ def _check(body: ChatBody) -> None:
         raise invalid("stream_options needs stream", "stream_options")
 
 
-async def prepare_chat(state: ServerState, body: ChatBody) -> tuple[ToolWish, ChatPrompt]:
-    """Its tools and its prompt. Raises ApiError or RequestError."""
-    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    if tools.choice == "auto":
-        tools.answer_parser(state.parsers.tools)  # refuse tools whose calls cannot be read, before anything else
-    # A forced call is held to its function by the form of the output, whatever the template shows.
-    needs_tools = not tools.is_forced and shows_tools(state)
-    return tools, await chat_prompt(state, body, body.messages, tools.tools, needs_tools=needs_tools)
-
-
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
                      logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
     """Check a chat; its generation is for `drive` to start. Raises ApiError or RequestError."""
@@ -270,11 +266,12 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
     _check(body)
     n = params.check_fan_out(state, body, 1)
     max_tokens, max_tokens_field = _read_max_tokens(body)
-    tools, prompt = await prepare_chat(state, body)
-    call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), prompt, tools, n,
-                    body.model or state.served_names[0])
+    tools = chat_tools(body, state.parsers.tools)
+    token_ids, tail = await chat_prompt(state, body, body.messages, tools)
+    call = ChatCall(state, body, params.call_id(body, prefix, request.headers.get("x-request-id")), token_ids, tail,
+                    tools, n, body.model or state.served_names[0])
     requests = await params.engine_requests(
-        state, body, call.id, [prompt.token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
+        state, body, call.id, [token_ids], n=n, prompt_field="messages", max_tokens=max_tokens,
         max_tokens_field=max_tokens_field, default=state.sampling_defaults.get("max_tokens"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,

@@ -24,7 +24,6 @@ from serving.api.state import ServerState
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import Event
 from xllm.client.assemble import Completion, Piece
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.text.detokenizer import Detokenizer
@@ -82,7 +81,6 @@ class CompletionCall:
 class CompletionWriter:
     """Writes a call's answers as a text completion, or as its chunks (`drive.Writer`)."""
 
-    parsers: tuple[()] = ()
     is_named = False
 
     def __init__(self, call: CompletionCall, generation: Generation):
@@ -93,7 +91,7 @@ class CompletionWriter:
         self._places: dict[int, TokenPlaces] = {}  # by choice
         self._head = {"id": call.id, "object": "text_completion", "created": int(time.time()), "model": call.model}
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
+    def take(self, piece: Piece) -> None:
         """The choices hold all of it."""
 
     def body(self) -> Sliced:
@@ -103,7 +101,7 @@ class CompletionWriter:
         """Nothing: each choice begins with its first piece."""
         return ()
 
-    def piece(self, piece: Piece, found: list[Event]) -> list[dict[str, Any]]:
+    def piece(self, piece: Piece) -> list[dict[str, Any]]:
         """One chunk, or none: of tokens that do not make a character yet."""
         body, options = self._body, self._body.stream_options
         shown = self._piece_json(self._generation.choices[piece.index], piece)

@@ -24,7 +24,6 @@ from serving.api.state import ServerState
 from serving.api.types import ResponsesBody
 from serving.observe.call import CALL
 from serving.observe.request_log import RequestKind
-from serving.parsers.events import Event
 from serving.security.caller import CALLER
 from xllm.client.assemble import Piece
 
@@ -37,7 +36,7 @@ class ResponsesWriter:
     def __init__(self, state: ServerState, body: ResponsesBody, call: ChatCall, generation: Generation,
                  messages: list[dict[str, Any]], response_id: str):
         self._state, self._body, self._call, self._generation = state, body, call, generation
-        self._messages, self._id, self.parsers = messages, response_id, call.parsers
+        self._messages, self._id = messages, response_id
         self._owner = CALLER.get().name
         self._created, self._number = int(time.time()), 0
         self._blocks = Blocks(parallel=call.tools.parallel)
@@ -115,7 +114,7 @@ class ResponsesWriter:
         return {"type": "output_text", "text": block.text, "annotations": [],
                 "logprobs": list(self._logprobs[block.index])}
 
-    def _read(self, piece: Piece, found: list[Event]) -> list[tuple[Change, list[dict[str, Any]]]]:
+    def _read(self, piece: Piece) -> list[tuple[Change, list[dict[str, Any]]]]:
         """What a piece changes, and the logprobs that go with each change.
 
         A token counts to a text if some of it comes out there. One that is held back until its meaning is known waits;
@@ -124,7 +123,7 @@ class ResponsesWriter:
         if self._call.body.logprobs:
             writer = self._call.logprobs.of(self._generation.choices[piece.index])
             self._unplaced += writer.chat(piece.logprobs or (), self._call.body.top_logprobs or 0)["content"]
-        changes = self._blocks.feed(found)
+        changes = self._blocks.feed(self._call.read(piece))
         grown = [change for change in changes if isinstance(change, Grew)]
         texts = [change for change in grown if change.block.kind == "text"]
         entries: list[dict[str, Any]] = []
@@ -136,8 +135,8 @@ class ResponsesWriter:
             self._logprobs[texts[0].block.index] += entries
         return [(change, entries if texts and change is texts[0] else []) for change in changes]
 
-    def take(self, piece: Piece, found: list[Event]) -> None:
-        self._read(piece, found)
+    def take(self, piece: Piece) -> None:
+        self._read(piece)
 
     def body(self) -> dict[str, Any]:
         self._blocks.end()
@@ -150,8 +149,8 @@ class ResponsesWriter:
         yield self._event("created", response=begun)
         yield self._event("in_progress", response=begun)
 
-    def piece(self, piece: Piece, found: list[Event]) -> Iterator[dict[str, Any]]:
-        for change, entries in self._read(piece, found):
+    def piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        for change, entries in self._read(piece):
             yield from self._changed(change, entries, "completed")
 
     def end(self) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api.call_weight import check_texts
-from serving.api.chat_prompt import encode_chat
+from serving.api.chat_prompt import chat_prompt
 from serving.api.errors import ApiError, invalid, json_response
 from serving.api.gate import Access
 from serving.api.json_slices import Slices, sliced, sliced_response
@@ -89,7 +89,7 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        return await encode_chat(state, body, body.messages, read_tools(body.tools, None, None).tools)
+        return (await chat_prompt(state, body, body.messages, read_tools(body.tools, None, None)))[0]
     assert body.prompt is not None
     for name in CHAT_ONLY:
         if getattr(body, name) not in (None, TokenizeBody.model_fields[name].default):

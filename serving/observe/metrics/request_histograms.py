@@ -42,16 +42,14 @@ class RequestHistograms:
         self.prompt_tokens_by_source: dict[str, int] = {"local_compute": 0, "local_cache_hit": 0,
                                                         "external_kv_transfer": 0}
 
-    def note_tokens(self, record: RequestRecord, num_new: int, previous_s: float | None) -> None:
-        """Tokens of a request have come at its `last_token_s`. previous_s: when those before them came, None: the first
-        of all is among these."""
-        if not num_new or record.last_token_s is None:
-            return
+    def note_tokens(self, record: RequestRecord, num_new: int, now_s: float) -> None:
+        """Tokens of a request, at least one, have come."""
+        previous_s, record.last_token_s = record.last_token_s, now_s
         if previous_s is None:
-            self.time_to_first_token_seconds.observe(record.last_token_s - record.arrival_s)
-            previous_s, num_new = record.last_token_s, num_new - 1
+            self.time_to_first_token_seconds.observe(now_s - record.arrival_s)
+            previous_s, num_new = now_s, num_new - 1
         for _ in range(num_new):
-            self.inter_token_latency_seconds.observe((record.last_token_s - previous_s) / num_new)
+            self.inter_token_latency_seconds.observe((now_s - previous_s) / num_new)
 
     def note_end(self, record: RequestRecord) -> None:
         """Take in a request that has ended; of one that did not end well only that it did."""

@@ -17,7 +17,7 @@ import json
 import uuid
 from typing import ClassVar
 
-from serving.parsers.events import CallArguments, CallEnd, CallStart, Content, Event, merged
+from serving.parsers.events import CallArguments, CallEnd, CallStart, Event, merged
 from serving.parsers.source import Markers, ParserSteps, Source, UnreadableError, checked_name
 from serving.parsers.tool_set import ToolSet
 
@@ -71,7 +71,7 @@ class ToolParser:
     def _wrap_up(self) -> None:
         self.end_call()
         if self._blank and not self.num_calls:
-            self._events.append(Content("".join(self._blank)))
+            self._events.append("".join(self._blank))
 
     # What subclasses build from.
 
@@ -103,7 +103,7 @@ class ToolParser:
             if text.isspace():
                 return
             text, self._blank = "".join(self._blank), None
-        self._events.append(Content(text))
+        self._events.append(text)
 
     def begin_call(self, name: str, call_id: str | None = None) -> None:
         """Begin a call; what was held was its beginning."""

@@ -56,7 +56,7 @@ def check_order(events: list[Event]) -> None:
             assert event.index == open_call
             open_call = None
         else:
-            assert event.text
+            assert event if isinstance(event, str) else event.text
     assert open_call is None
 
 
