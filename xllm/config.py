@@ -31,6 +31,7 @@ POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-firs
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 WORKERS = ("auto", "inline", "thread", "codec", "processes")
+MOST_ENGINES = 64  # of one server. Chosen, above what one front can feed: a typing error must not start thousands
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -179,6 +180,13 @@ class DeviceSettings:
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
     tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
+    data_parallel_size: int = option(1, "engines behind one server, each with a model, a queue and a KV cache of its "
+                                     "own; on the CPU of one machine", aliases=("dp_size",))
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of all engines of this server, which share the machine."""
+        return self.data_parallel_size * self.worker_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +286,7 @@ def check(config: EngineConfig) -> None:
     _check_tiers(c)
     _check_graphs(config.device)
     _check_workers(config.device)
+    check_engines(config.device)
     _check_lora(config.lora)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
@@ -322,6 +331,20 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_warmup_seqs", d.graph_warmup_seqs, 0)
     if d.graph_max_seqs is not None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
+
+
+def check_one_engine(d: DeviceSettings) -> None:
+    """Refuse several engines where there can be one only."""
+    if d.data_parallel_size != 1:
+        raise ConfigError(f"data_parallel_size {d.data_parallel_size}: several engines are started by `xllm serve` "
+                          "only; LLM, AsyncLLM and the commands beside it have one")
+
+
+def check_engines(d: DeviceSettings) -> None:
+    """Refuse numbers of engines that cannot be; asked before any of them is started."""
+    _at_least("data_parallel_size", d.data_parallel_size, 1)
+    if d.data_parallel_size > MOST_ENGINES:
+        raise ConfigError(f"data_parallel_size must be at most {MOST_ENGINES}, got {d.data_parallel_size}")
 
 
 def _check_workers(d: DeviceSettings) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
-from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, Shutdown, Submit, Submitted
+from xllm.engine.commands import Abort, CacheChanges, Command, Control, Controlled, Outputs, Shutdown, Submit, Submitted
 from xllm.errors import RequestError
 from xllm.request import Request
 from xllm.shared_params import ParamsWriter, SharedParams, read_shared, without
@@ -98,7 +98,7 @@ def _unpacked(packed: _PackedSubmit) -> list[Request]:
 
 
 COMMANDS = _CommandCodec()
-REPORTS: Codec[Report] = Codec(64, Submitted, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal)
+REPORTS: Codec[Report] = Codec(64, Submitted, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal, CacheChanges)
 
 
 def config_to_json(config: EngineConfig) -> bytes:

@@ -68,6 +68,7 @@ class EngineState:
     sleep_level: int = 0
     num_open: int = 0
     adapters: tuple[str, ...] = ()
+    adapter_digests: tuple[str, ...] = ()  # of their files, in the same order
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +92,14 @@ class Outputs:
     admitted: list[tuple[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """Which KV blocks the engine's prefix cache can find since the last report, and which it no longer can: their
+    digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
+
+    stored: bytes
+    removed: bytes
+
+
 Command = Submit | Abort | Control | Shutdown
-CommandReply = Submitted | Controlled | Outputs
+CommandReply = Submitted | Controlled | Outputs | CacheChanges
