@@ -18,9 +18,10 @@ from xllm.answer import Answer
 from xllm.client.assemble import Assembly
 from xllm.client.engine_client import Stream
 from xllm.client.local import LocalClient
-from xllm.config import EngineConfig, check_one_engine
+from xllm.config import EngineConfig
 from xllm.engine.commands import Action
 from xllm.engine.core import EngineCore
+from xllm.engine_count import check_one_engine
 from xllm.errors import ConfigError, EngineStateError, RequestError
 from xllm.generation_config import default_sampling
 from xllm.inputs import (

@@ -7,15 +7,14 @@ default, help and aliases stand here and nowhere else. `resolve()` fills derived
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
-from xllm.foreign.table import translate
+from xllm.json_setting import parse_object
 from xllm.pooling import KINDS
+from xllm.setting_tree import build_tree
 from xllm.sizes import is_zero, parse_amount
-from xllm.suggestion import nearest
 
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
@@ -31,7 +30,6 @@ POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-firs
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 WORKERS = ("auto", "inline", "thread", "codec", "processes")
-MOST_ENGINES = 64  # of one server. Chosen, above what one front can feed: a typing error must not start thousands
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -286,7 +284,6 @@ def check(config: EngineConfig) -> None:
     _check_tiers(c)
     _check_graphs(config.device)
     _check_workers(config.device)
-    check_engines(config.device)
     _check_lora(config.lora)
     if config.device.tensor_parallel_size != 1:
         raise ConfigError("tensor_parallel_size: only 1 is built")
@@ -333,20 +330,6 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
 
 
-def check_one_engine(d: DeviceSettings) -> None:
-    """Refuse several engines where there can be one only."""
-    if d.data_parallel_size != 1:
-        raise ConfigError(f"data_parallel_size {d.data_parallel_size}: several engines are started by `xllm serve` "
-                          "only; LLM, AsyncLLM and the commands beside it have one")
-
-
-def check_engines(d: DeviceSettings) -> None:
-    """Refuse numbers of engines that cannot be; asked before any of them is started."""
-    _at_least("data_parallel_size", d.data_parallel_size, 1)
-    if d.data_parallel_size > MOST_ENGINES:
-        raise ConfigError(f"data_parallel_size must be at most {MOST_ENGINES}, got {d.data_parallel_size}")
-
-
 def _check_workers(d: DeviceSettings) -> None:
     _at_least("worker_ranks", d.worker_ranks, 1)
     if d.worker_ranks > 1 and d.worker != "processes":
@@ -369,49 +352,3 @@ def _check_lora(lora: LoraSettings) -> None:
 def _at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ConfigError(f"{name} must be at least {low}, got {value}")
-
-
-def all_options(tree: type) -> dict[str, tuple[str, dataclasses.Field]]:
-    """Every leaf setting of a tree of dataclasses: name -> (name of its group, its field)."""
-    found: dict[str, tuple[str, dataclasses.Field]] = {}
-    for group in dataclasses.fields(tree):
-        for leaf in dataclasses.fields(group.default_factory):  # type: ignore[arg-type]
-            assert leaf.name not in found, leaf.name
-            found[leaf.name] = (group.name, leaf)
-    return found
-
-
-def build_tree(tree: type, settings: dict[str, Any]) -> Any:
-    """Distribute flat settings over the groups of `tree`; see `EngineConfig.from_flat`."""
-    options = all_options(tree)
-    by_alias = {alias: name for name, (_, f) in options.items() for alias in f.metadata["aliases"]}
-    groups: dict[str, dict[str, Any]] = {}
-    for given, value in translate(settings, (*options, *by_alias)).items():
-        name = by_alias.get(given, given)
-        if name not in options:
-            guards = {known for known, (_, leaf) in options.items() if leaf.metadata["is_guard"]}
-            raise ConfigError(f"unknown setting {given!r}{nearest(given, [*options, *by_alias], never=guards)}")
-        group, leaf = options[name]
-        choices = leaf.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{given} must be one of {', '.join(choices)}; got {value!r}")
-        if leaf.metadata["is_json"] and isinstance(value, dict):
-            value = json.dumps(value)
-        if name in groups.setdefault(group, {}):
-            raise ConfigError(f"{given} and {name} say the same thing: set one of them")
-        groups[group][name] = value
-    factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
-    return tree(**{name: factories[name](**values) for name, values in groups.items()})
-
-
-def parse_object(name: str, text: str | None) -> dict[str, Any] | None:
-    """What a setting that is a JSON object says. Raises ConfigError."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be a JSON object, got {text[:80]}")
-    return value

@@ -14,8 +14,9 @@ from typing import Any
 from xllm.answer import Answer
 from xllm.client.assemble import Assembly
 from xllm.client.local import InlineClient
-from xllm.config import EngineConfig, check_one_engine
+from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
+from xllm.engine_count import check_one_engine
 from xllm.errors import RequestError, XllmError
 from xllm.generation_config import default_sampling
 from xllm.inputs import (

@@ -17,10 +17,11 @@ from xllm.client.engine_client import Stream
 from xllm.client.merged_stats import merged_stats
 from xllm.client.process import ProcessClient
 from xllm.client.replica_control import ReplicaControl
-from xllm.config import EngineConfig, check_engines
+from xllm.config import EngineConfig
 from xllm.engine.commands import Action, CacheChanges, Controlled
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
+from xllm.engine_count import check_engines
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.engine_view import EngineView

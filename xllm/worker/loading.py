@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
-from xllm.config import EngineConfig, parse_object
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
+from xllm.json_setting import parse_object
 from xllm.pooling import PoolingDefaults
 from xllm.sizes import size_text
 from xllm.worker.messages import Placement
