@@ -8,6 +8,7 @@ comes back to where they are.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,9 @@ class Replicas:
                              for number, one in enumerate(configs))
         self.facts: EngineFacts | None = None
         self._control = ReplicaControl(self.engines, config.lora.lora_modules)
-        self._router = Router(len(self.engines))
+        s = config.scheduler
+        self._router = Router(len(self.engines), min(s.max_num_seqs + s.max_waiting_requests,
+                                                     s.max_concurrent_requests or sys.maxsize))
         for engine, view in zip(self.engines, self._router.views, strict=True):
             engine.on_cache_changes = _changer(view)
             engine.on_back = self._catcher_up(engine, view)
@@ -180,7 +183,7 @@ class Replicas:
         prompts = {id(request.prompt_token_ids): request for request in reversed(requests)}  # what they share once
         marks = {request.request_id: self._marks(request) for request in prompts.values()}
         num_tokens = sum(len(request.prompt_token_ids) for request in prompts.values())
-        number = self._router.pick(list(marks.values()), num_tokens, free_tokens)
+        number = self._router.pick(list(marks.values()), num_tokens, len(requests), free_tokens)
         engine, view = self.engines[number], self._router.views[number]
         stream = engine.submit(requests)
         stream.engine = number

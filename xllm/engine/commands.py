@@ -94,8 +94,8 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class CacheChanges:
-    """Which KV blocks the engine's prefix cache can find since the last report, and which it no longer can: their
-    digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
+    """Which KV blocks the engine has got since the last report, on the device or below it, and which it no longer has:
+    their digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
 
     stored: bytes
     removed: bytes

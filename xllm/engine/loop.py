@@ -47,7 +47,7 @@ class EngineLoop:
         self._core, self._source, self._report, self._on_busy = core, source, report, on_busy
         self._kv_events = KVEventLog() if reports_cache else None
         if self._kv_events is not None:
-            core.scheduler.kv.listen(self._kv_events)
+            core.scheduler.kv.listen(self._kv_events, below=True)
         self._steps = StepLog() if steps is None else steps
         core.take_admissions()  # from now on they are kept
 

@@ -21,24 +21,27 @@ OPEN_REQUEST_TOKENS = 64
 class Candidate:
     """An engine as it stands before the request. In tokens: matched_tokens of the prompt that its KV cache has,
     waiting_tokens that it has to compute before anything new, free_tokens for which it has KV memory left. num_open:
-    requests that it has not ended."""
+    requests that it has not ended. is_full: it would refuse the request."""
 
     matched_tokens: int = 0
     waiting_tokens: int = 0
     num_open: int = 0
     free_tokens: int = 0
+    is_full: bool = False
 
 
 def choose(candidates: Sequence[Candidate], num_tokens: int, turn: int = 0) -> int:
     """The place of the engine that a request goes to whose prompt has so many tokens.
 
-    Those that have no KV memory for it come last; among the others the least cost wins, then the fewest open requests,
-    then whoever is next in turn: `turn` is the place from which equal ones are counted, modulo their number.
+    One that is full is taken only if all are, and one without KV memory for the prompt only if all lack it. Among the
+    others the least cost wins, then the fewest open requests, then whoever is next in turn: `turn` is the place from
+    which equal ones are counted, modulo their number.
     """
-    def rank(place: int) -> tuple[bool, int, int, int]:
+    def rank(place: int) -> tuple[bool, bool, int, int, int]:
         candidate = candidates[place]
         to_compute = max(0, num_tokens - candidate.matched_tokens)
-        return (to_compute > candidate.free_tokens, candidate.waiting_tokens + to_compute
-                + OPEN_REQUEST_TOKENS * candidate.num_open, candidate.num_open, (place - turn) % len(candidates))
+        cost = candidate.waiting_tokens + to_compute + OPEN_REQUEST_TOKENS * candidate.num_open
+        return (candidate.is_full, to_compute > candidate.free_tokens, cost, candidate.num_open,
+                (place - turn) % len(candidates))
 
     return min(range(len(candidates)), key=rank)

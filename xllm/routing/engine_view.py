@@ -56,10 +56,12 @@ class EngineView:
     def _lacks(self, digest: bytes) -> bool:
         return digest not in self._cached and digest not in self._promised
 
-    def candidate(self, prompts: Sequence[PromptMarks], num_free_tokens: int) -> Candidate:
-        """The engine as it stands for a call with these prompts. num_free_tokens: room in its KV cache."""
+    def candidate(self, prompts: Sequence[PromptMarks], num_free_tokens: int, max_open: int) -> Candidate:
+        """The engine as it stands for a call with these prompts. num_free_tokens: room in its KV cache. max_open: it
+        refuses the call if more requests are open."""
         return Candidate(matched_tokens=sum(map(self.matched_tokens, prompts)), waiting_tokens=self.waiting_tokens,
-                         num_open=self.num_open, free_tokens=max(0, num_free_tokens - self.waiting_tokens))
+                         num_open=self.num_open, free_tokens=max(0, num_free_tokens - self.waiting_tokens),
+                         is_full=self.num_open > max_open)
 
     def enter(self, request_id: str, num_tokens: int, marks: PromptMarks) -> None:
         """A request was sent there, of whose prompt so many tokens are to be computed."""
