@@ -102,6 +102,11 @@ class View:
         if (threads := engine["threads"]) is not None:
             busy = "" if threads["num_threads"] == threads["max_threads"] else ", others use the cores"
             rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", []))
+        engines = self._stats["engines"]
+        for number, one in enumerate(engines if len(engines) > 1 else ()):
+            rest = f"running, {one['num_requests_waiting']} waiting, KV {one['kv_cache_usage_perc']:.0%}"
+            rows.append((f"engine {number}", str(one["num_requests_running"]) if one["is_up"] else "down",
+                         rest if one["is_up"] else "", []))
         chars = max(1, min(SPARK_CHARS, width - GAUGE_CHARS))
         for name, value, unit, values in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"),

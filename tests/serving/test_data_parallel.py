@@ -16,6 +16,8 @@ import pytest
 
 from tests.adapters import write_adapter
 from tests.serving.server_process import ServerProcess, wait_for
+from xllm.client.replicas import open_engine
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.llm import LLM
 
@@ -174,16 +176,19 @@ def test_one_dies_and_the_other_serves_on(server: ServerProcess) -> None:
     assert by_engine(server, "xllm:engine_restarts_total") == [0, 1]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--data-parallel-size", "0"), "data_parallel_size must be at least 1"),
-    (("-dp", "1000"), "at most 64"),
-    (("--data-parallel-rank", "1"), "data_parallel_rank is not supported: a server starts all of its engines"),
-    (("--data-parallel-address", "10.0.0.1"), "data_parallel_address is not supported"),
-    (("--data-parallel-external-lb",), "data_parallel_external_lb is not supported"),
-])
-def test_what_is_refused(tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
-    with pytest.raises(AssertionError, match=re.escape(said)):
-        ServerProcess(tmp_path / "log.txt", *flags)
+@pytest.mark.parametrize("size", [0, 65])
+def test_numbers_that_are_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match="data_parallel_size must be at "):
+        open_engine(EngineConfig.from_flat(data_parallel_size=size), lambda name, share, seconds: None)
+
+
+@pytest.mark.parametrize("flag", ["data_parallel_rank", "data_parallel_start_rank", "data_parallel_address",
+                                  "data_parallel_rpc_port", "data_parallel_size_local", "data_parallel_external_lb",
+                                  "data_parallel_hybrid_lb"])
+def test_engines_that_somebody_else_starts_are_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is not supported: a server starts all of its engines"):
+        EngineConfig.from_flat(**{flag: "true"})
+    assert EngineConfig.from_flat(dp_size=2) == EngineConfig.from_flat(data_parallel_size=2)
 
 
 def test_python_has_one_engine() -> None:

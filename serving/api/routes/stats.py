@@ -52,7 +52,8 @@ def server_json(state: ServerState) -> dict[str, Any]:
                              "started": state.started_unix_s, "server_load": state.num_open}
     if (known := state.engine.facts) is not None:
         facts.update(model=state.served_names[0], max_model_len=known.max_model_len,
-                     block_size=known.config.cache.block_size, max_num_seqs=known.config.scheduler.max_num_seqs,
+                     block_size=known.config.cache.block_size,
+                     max_num_seqs=known.config.scheduler.max_num_seqs * len(state.engine.engines),
                      num_speculative_tokens=known.config.speculative.num_speculative_tokens)
     return facts
 
