@@ -13,11 +13,12 @@ sys.path.insert(0, str(ROOT))
 
 from serving.commands.flags import default_text, leaf_types  # noqa: E402
 from serving.config import ServerConfig  # noqa: E402
-from xllm.config import EngineConfig, all_options  # noqa: E402
+from xllm.config import EngineConfig  # noqa: E402
 from xllm.foreign.flag import ForeignFlag  # noqa: E402
 from xllm.foreign.upstream import UPSTREAM_ENGINE, UPSTREAM_SERVER  # noqa: E402
 from xllm.foreign.vllm_engine import VLLM_ENGINE  # noqa: E402
 from xllm.foreign.vllm_server import VLLM_SERVER  # noqa: E402
+from xllm.setting_tree import all_options  # noqa: E402
 
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 FLAGS_PAGE = ROOT / "docs" / "flags.md"

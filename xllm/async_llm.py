@@ -21,6 +21,7 @@ from xllm.client.local import LocalClient
 from xllm.config import EngineConfig
 from xllm.engine.commands import Action
 from xllm.engine.core import EngineCore
+from xllm.engine_count import check_one_engine
 from xllm.errors import ConfigError, EngineStateError, RequestError
 from xllm.generation_config import default_sampling
 from xllm.inputs import (
@@ -58,6 +59,7 @@ class AsyncLLM:
             raise ConfigError("give either a config, or a model and settings by name, not both")
         if config is None:
             config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        check_one_engine(config.device)
         self.tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config

@@ -7,15 +7,14 @@ default, help and aliases stand here and nowhere else. `resolve()` fills derived
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.errors import ConfigError
-from xllm.foreign.table import translate
+from xllm.json_setting import parse_object
 from xllm.pooling import KINDS
+from xllm.setting_tree import build_tree
 from xllm.sizes import is_zero, parse_amount
-from xllm.suggestion import nearest
 
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
@@ -181,6 +180,13 @@ class DeviceSettings:
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
     tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
+    data_parallel_size: int = option(1, "engines behind one server, each with a model, a queue and a KV cache of its "
+                                     "own; on the CPU of one machine", aliases=("dp_size",))
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of all engines of this server, which share the machine."""
+        return self.data_parallel_size * self.worker_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,49 +354,3 @@ def _check_lora(lora: LoraSettings) -> None:
 def _at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ConfigError(f"{name} must be at least {low}, got {value}")
-
-
-def all_options(tree: type) -> dict[str, tuple[str, dataclasses.Field]]:
-    """Every leaf setting of a tree of dataclasses: name -> (name of its group, its field)."""
-    found: dict[str, tuple[str, dataclasses.Field]] = {}
-    for group in dataclasses.fields(tree):
-        for leaf in dataclasses.fields(group.default_factory):  # type: ignore[arg-type]
-            assert leaf.name not in found, leaf.name
-            found[leaf.name] = (group.name, leaf)
-    return found
-
-
-def build_tree(tree: type, settings: dict[str, Any]) -> Any:
-    """Distribute flat settings over the groups of `tree`; see `EngineConfig.from_flat`."""
-    options = all_options(tree)
-    by_alias = {alias: name for name, (_, f) in options.items() for alias in f.metadata["aliases"]}
-    groups: dict[str, dict[str, Any]] = {}
-    for given, value in translate(settings, (*options, *by_alias)).items():
-        name = by_alias.get(given, given)
-        if name not in options:
-            guards = {known for known, (_, leaf) in options.items() if leaf.metadata["is_guard"]}
-            raise ConfigError(f"unknown setting {given!r}{nearest(given, [*options, *by_alias], never=guards)}")
-        group, leaf = options[name]
-        choices = leaf.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{given} must be one of {', '.join(choices)}; got {value!r}")
-        if leaf.metadata["is_json"] and isinstance(value, dict):
-            value = json.dumps(value)
-        if name in groups.setdefault(group, {}):
-            raise ConfigError(f"{given} and {name} say the same thing: set one of them")
-        groups[group][name] = value
-    factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
-    return tree(**{name: factories[name](**values) for name, values in groups.items()})
-
-
-def parse_object(name: str, text: str | None) -> dict[str, Any] | None:
-    """What a setting that is a JSON object says. Raises ConfigError."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be a JSON object, got {text[:80]}")
-    return value

@@ -16,6 +16,7 @@ from xllm.client.assemble import Assembly
 from xllm.client.local import InlineClient
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
+from xllm.engine_count import check_one_engine
 from xllm.errors import RequestError, XllmError
 from xllm.generation_config import default_sampling
 from xllm.inputs import (
@@ -51,6 +52,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any):
         config = EngineConfig.from_flat(model=None if model is None else str(model), **settings)
+        check_one_engine(config.device)
         self._tokenizer = model_tokenizer(config.model)  # before the weights, which may take minutes
         self._core = EngineCore(config, progress=progress)
         self.config = self._core.config

@@ -49,7 +49,7 @@ class Generation:
         self._stream = stream
         self._assembly = Assembly(self._requests, state.tokenizer, stream.abort)
         self.choices = self._assembly.completions
-        self._records = [state.requests.begin(choice, stream.scheduled_s) for choice in self.choices]
+        self._records = [state.requests.begin(choice, stream.scheduled_s, stream.engine) for choice in self.choices]
         if (call := CALL.get()) is not None:
             call.note_sequences(self._requests, self._records)
 
@@ -63,7 +63,8 @@ class Generation:
         for choice, record in zip(self.choices, self._records, strict=True):
             if record.end_s is None:
                 self._end(record, choice.finish_reason or "abort")
-        self.state.metrics.request_max_num_generation_tokens.observe(max(len(c.token_ids) for c in self.choices))
+        longest = max(len(choice.token_ids) for choice in self.choices)
+        self.state.metrics[stream.engine].request_max_num_generation_tokens.observe(longest)
 
     async def __aenter__(self) -> AsyncGenerator[Piece, None]:
         """New pieces as they come, until every choice has its finish reason. Reading them raises ApiError or
@@ -109,13 +110,13 @@ class Generation:
         if piece.finish_reason == "abort":
             raise unavailable("the request was aborted by the server")
         if piece.token_ids and choice.last_token_s is not None:
-            self.state.metrics.note_tokens(record, len(piece.token_ids), choice.last_token_s)
+            self.state.metrics[record.engine].note_tokens(record, len(piece.token_ids), choice.last_token_s)
         if piece.finish_reason is not None:
             self._end(record, piece.finish_reason)
 
     def _end(self, record: RequestRecord, reason: str) -> None:
         self.state.requests.end(record, reason)
-        self.state.metrics.note_end(record)
+        self.state.metrics[record.engine].note_end(record)
 
     def usage(self, n: int, *, hidden_tokens: int = 0) -> dict[str, object]:
         """OpenAI's usage object; every prompt counts once, however many choices it has."""

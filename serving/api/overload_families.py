@@ -1,4 +1,4 @@
-"""How the engine is, and what the server did to stay up."""
+"""How the engines are, and what the server did to stay up."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's names, by
 
 
 def overload_families(make: Families, state: ServerState) -> Iterator[Metric]:
-    engine, waiting = state.engine, state.admission.waiting
-    yield make.gauge("engine_up", "1 while the engine takes requests", float(engine.is_up))
-    yield make.gauge("engine_silent_seconds", "Since the last sign of progress", engine.silent_for_s())
-    yield make.gauge_by("sleep_state", "engine_sleep_state", "1 for the state that the engine is in",
-                        {name: level == engine.sleep_level for level, name in enumerate(SLEEP_STATES)})
+    """Of the server as a whole."""
+    waiting = state.admission.waiting
     yield make.gauge("queue_tokens", "Prompt tokens that wait for their first output", waiting.num_tokens)
     yield make.counter_by("kind", "requests_refused", "Requests that found the queue too full",
                           dict(zip(CLASS_NAMES, waiting.num_refused)))
@@ -29,5 +26,15 @@ def overload_families(make: Families, state: ServerState) -> Iterator[Metric]:
     yield make.counter_by("reason", "connections_closed", "Connections that the server ended",
                           {reason: state.closed_connections[reason] for reason in END_REASONS})
     yield make.counter("log_lines_lost", "Log lines of the API process that nobody read in time", logs.num_lost())
-    if state.supervisor is not None:
-        yield make.counter("engine_restarts", "Times that the engine was started again", state.supervisor.num_restarts)
+
+
+def life_families(make: Families, state: ServerState, number: int) -> Iterator[Metric]:
+    """Of the engine of that number."""
+    engine = state.engine.engines[number]
+    yield make.gauge("engine_up", "1 while the engine takes requests", float(engine.is_up))
+    yield make.gauge("engine_silent_seconds", "Since the last sign of progress", engine.silent_for_s())
+    yield make.gauge_by("sleep_state", "engine_sleep_state", "1 for the state that the engine is in",
+                        {name: level == engine.sleep_level for level, name in enumerate(SLEEP_STATES)})
+    if state.supervisors:
+        yield make.counter("engine_restarts", "Times that the engine was started again",
+                           state.supervisors[number].num_restarts)

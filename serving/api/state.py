@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,6 @@ class ServerState:
     draining: bool = False
     num_open: int = 0  # HTTP calls that are generating
     started_unix_s: int = field(default_factory=lambda: int(time.time()))
-    metrics: RequestHistograms = field(default_factory=RequestHistograms)
     refusals: Refusals = field(default_factory=Refusals)
     requests: RequestLog = field(default_factory=RequestLog)
     callers: CallerLog = field(default_factory=CallerLog)
@@ -61,11 +61,13 @@ class ServerState:
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
     responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
     text_work: TextWork = field(default_factory=TextWork)
-    supervisor: Supervisor | None = None  # once the model is loaded
+    supervisors: Sequence[Supervisor] = ()  # one an engine, once the model is loaded
     admission: Intake = field(init=False)  # requests reach the engine through it
+    metrics: Sequence[RequestHistograms] = field(init=False)  # of each engine's requests, by its number
 
     def __post_init__(self) -> None:
         resilience = self.config.resilience
+        self.metrics = [RequestHistograms() for _ in self.engine.engines]
         self.admission = Intake(self.engine, WaitingTokens(
             self.config.limits.max_queue_tokens, low_share=resilience.low_priority_watermark,
             offline_share=resilience.offline_watermark), self.callers)

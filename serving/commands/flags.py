@@ -14,10 +14,10 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-from xllm.config import all_options, build_tree
 from xllm.errors import ConfigError
 from xllm.foreign.flag import ForeignFlag
 from xllm.foreign.table import FOREIGN
+from xllm.setting_tree import all_options, build_tree
 from xllm.suggestion import nearest
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

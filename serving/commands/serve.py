@@ -36,7 +36,7 @@ from serving.observe.tracing import Tracer
 from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_context
 from serving.security.keys import KeyRing
 from xllm import logs
-from xllm.client.process import ProcessClient
+from xllm.client.replicas import open_engine
 from xllm.config import EngineConfig, ModelSettings
 from xllm.engine.facts import EngineFacts
 from xllm.errors import ConfigError, RequestError, XllmError
@@ -122,7 +122,7 @@ class _Server:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        self._engine = ProcessClient(self._engine_config, on_phase=self._show_phase)
+        self._engine = open_engine(self._engine_config, self._show_phase)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
         self._check_adapter_names()
@@ -207,8 +207,11 @@ class _Server:
             self._tracer.model = self._state.served_names[0]
         self._view.ready()
         self._announce()
-        self._state.supervisor = Supervisor(self._engine, self._config.resilience)
-        await self._state.supervisor.run()
+        engines = self._engine.engines
+        self._state.supervisors = [
+            Supervisor(engine, self._config.resilience, "the engine" if len(engines) == 1 else f"engine {number}")
+            for number, engine in enumerate(engines)]
+        await asyncio.gather(*(supervisor.run() for supervisor in self._state.supervisors))
 
     async def _start_engine(self) -> None:
         await self._engine.start()
@@ -228,8 +231,11 @@ class _Server:
         host, port = self._listener.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         scheme = "https" if http.ssl_certfile else "http"
+        engines = len(self._engine.engines)
+        each = f" in each of {engines} engines" if engines > 1 else ""
+        blocks = f"{facts.num_blocks} KV blocks of {facts.config.cache.block_size}{each}"
         self._say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
-                  f"{facts.max_model_len} tokens, {facts.num_blocks} KV blocks of {facts.config.cache.block_size})")
+                  f"{facts.max_model_len} tokens, {blocks})")
         self._say(_placement_text(facts))
         if facts.placement.advice:
             self._say(f"hint: {facts.placement.advice} (docs/performance.md)")

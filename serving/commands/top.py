@@ -104,6 +104,11 @@ class View:
             rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", []))
         if error := engine["step_cost_error"]:
             rows.append(("predicted", f"{100 * error['0.5']:.1f}", "% off, median step", []))
+        engines = self._stats["engines"]
+        for number, one in enumerate(engines if len(engines) > 1 else ()):
+            rest = f"running, {one['num_requests_waiting']} waiting, KV {one['kv_cache_usage_perc']:.0%}"
+            rows.append((f"engine {number}", str(one["num_requests_running"]) if one["is_up"] else "down",
+                         rest if one["is_up"] else "", []))
         chars = max(1, min(SPARK_CHARS, width - GAUGE_CHARS))
         for name, value, unit, values in rows:
             table.add_row(Text(name, "dim"), Text(value, "bold"), Text(unit, "dim"),

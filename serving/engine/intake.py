@@ -46,7 +46,7 @@ class Intake:
             caller.quota.charge_tokens(num_tokens)
             figures.generation_tokens += num_tokens
 
-        stream.on_news = note
+        stream.listeners.append(note)
         try:
             await stream.admitted()
         except BaseException:

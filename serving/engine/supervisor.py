@@ -23,10 +23,11 @@ logger = logging.getLogger("xllm.supervisor")
 
 
 class Supervisor:
-    """Watches one engine. `run` returns when the engine is dead for good; cancel it to stop watching."""
+    """Watches one engine. `run` returns when the engine is dead for good; cancel it to stop watching. name: what log
+    lines call it."""
 
-    def __init__(self, engine: ProcessClient, settings: ResilienceSettings):
-        self._engine, self._settings = engine, settings
+    def __init__(self, engine: ProcessClient, settings: ResilienceSettings, name: str = "the engine"):
+        self._engine, self._settings, self._name = engine, settings, name
         self._restarts_s: deque[float] = deque()  # when, within the window
         self.num_restarts = 0
 
@@ -52,16 +53,16 @@ class Supervisor:
         limit = self._settings.engine_restarts
         if len(self._restarts_s) >= limit:
             again = f" {limit} times within {self._settings.engine_restart_window:g} s" if limit else ""
-            logger.error("the engine stopped%s: %s; /health says so until a restart", again, reason)
+            logger.error("%s stopped%s: %s; /health says so until a restart", self._name, again, reason)
             return False
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4**len(self._restarts_s))
         self._restarts_s.append(now)
         self.num_restarts += 1
-        logger.error("the engine stopped: %s; it is started again (restart %d of at most %d within %g s)", reason,
+        logger.error("%s stopped: %s; it is started again (restart %d of at most %d within %g s)", self._name, reason,
                      len(self._restarts_s), limit, self._settings.engine_restart_window)
         try:
             await self._engine.restart(reason, pause_s)
-            logger.info("the engine is back after %.1f s", time.monotonic() - now)
+            logger.info("%s is back after %.1f s", self._name, time.monotonic() - now)
         except XllmError as error:
-            logger.error("the engine did not come back: %s", error)
+            logger.error("%s did not come back: %s", self._name, error)
         return True

@@ -37,6 +37,7 @@ class RequestRecord:
 
     number: int
     request_id: str
+    engine: int = 0  # the number of the one that has it
     arrival_s: float
     sampling: SamplingParams
     scheduled_s: float | None = None
@@ -84,14 +85,15 @@ class RequestLog:
         self._num_begun = 0
         self.on_end: Callable[[RequestRecord], None] = lambda record: None
 
-    def begin(self, completion: Completion, scheduled_s: dict[str, float]) -> RequestRecord:
-        """Open a record of a sequence. It and `scheduled_s` (by request id) are read whenever somebody looks."""
+    def begin(self, completion: Completion, scheduled_s: dict[str, float], engine: int = 0) -> RequestRecord:
+        """Open a record of a sequence. It and `scheduled_s` (by request id) are read whenever somebody looks. engine:
+        which one has it."""
         self._num_begun += 1
         request = completion.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
                                trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora,
-                               kind=REQUEST_KIND.get())
+                               kind=REQUEST_KIND.get(), engine=engine)
         self._open[record.number] = record, completion, scheduled_s
         return record
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from xllm.client.engine_client import WatchedEngine
+from xllm.client.merged_stats import merged_stats
 from xllm.stats import EngineStats
 
 INTERVAL_S = 10.0  # between two lines. Chosen: as vLLM's
@@ -20,15 +21,19 @@ class ThroughputLog:
 
     def __init__(self, engine: WatchedEngine, *, clock: Callable[[], float] = time.monotonic):
         self._engine, self._clock = engine, clock
-        self._before, self._before_s = engine.stats, clock()
+        self._before, self._before_s = self._each(), clock()
+
+    def _each(self) -> list[EngineStats]:
+        return [engine.stats for engine in self._engine.engines]
 
     def fields(self) -> dict[str, Any] | None:
         """What happened since the last call; None: nothing."""
-        now, now_s = self._engine.stats, self._clock()
-        before, seconds = self._before, now_s - self._before_s
-        self._before, self._before_s = now, now_s
-        if now.num_steps < before.num_steps:  # another engine process, which counts from 0
-            before = EngineStats()
+        each, now_s = self._each(), self._clock()
+        # An engine process that has taken the place of another counts from 0.
+        before = merged_stats([EngineStats() if now.num_steps < then.num_steps else then
+                               for now, then in zip(each, self._before, strict=True)])
+        now, seconds = merged_stats(each), now_s - self._before_s
+        self._before, self._before_s = each, now_s
         prompt_tokens = now.prompt_tokens_total - before.prompt_tokens_total
         generated_tokens = now.generation_tokens_total - before.generation_tokens_total
         if seconds <= 0 or not (prompt_tokens or generated_tokens or now.num_running or now.num_waiting):

@@ -81,7 +81,7 @@ export class EngineView {
     this.steps = [...this.steps, ...stats.steps.rows].slice(-MAX_STEPS);
     this.showTiles(stats, place);
     this.showSteps(stats);
-    this.showTiers(stats.engine);
+    this.showTiers(stats.engine, stats.engines);
     this.showGraphs(stats.engine.graphs);
     this.showRequests(stats);
     byId("view-engine").dataset.scope = stats.scope; // "own": the server's figures are not this key's to see
@@ -137,10 +137,10 @@ export class EngineView {
     setText("f-steps", facts.count ? `median ${format(facts.p50)} ms · p99 ${format(facts.p99)} ms · ${engine.engine_steps.toLocaleString("en")} steps` : "no steps in the last minute");
   }
 
-  showTiers(engine) {
+  showTiers(engine, engines) {
     const tiers = Object.entries(engine.kv_tiers ?? {}).map(([name, tier]) => [TIER_NAMES[name] ?? name, tier.num_used, tier.num_blocks]);
     if (!tiers.length) tiers.push(["Device", Math.round(engine.kv_cache_usage_perc * engine.num_kv_blocks), engine.num_kv_blocks]);
-    const key = JSON.stringify([tiers, engine.cached_tokens_by_tier, engine.num_preemptions]);
+    const key = JSON.stringify([tiers, engine.cached_tokens_by_tier, engine.num_preemptions, engines]);
     if (key === this.tierKey) return;
     this.tierKey = key;
     const bars = tiers.map(([name, used, total]) => {
@@ -148,7 +148,8 @@ export class EngineView {
       return make("div", {}, make("dt", {}, name, make("span", {}, text)), make("dd", {}, meter(total ? used / total : 0, `${name}: ${text}`)));
     });
     const found = Object.entries(engine.cached_tokens_by_tier ?? {}).filter(([, count]) => count).map(([name, count]) => `${name.toUpperCase()} ${count.toLocaleString("en")}`);
-    const more = [["Tokens found in", found.join(", ") || "none yet"], ["Preemptions", engine.num_preemptions.toLocaleString("en")]]
+    const more = [["Tokens found in", found.join(", ") || "none yet"], ["Preemptions", engine.num_preemptions.toLocaleString("en")],
+      ...(engines.length > 1 ? engines.map(engineLine) : [])]
       .map(([name, value]) => make("div", {}, make("dt", {}, name, make("span", {}, value))));
     byId("tiers").replaceChildren(...bars, ...more);
   }
@@ -181,6 +182,12 @@ export class EngineView {
     }
     this.rowElements = kept;
   }
+}
+
+/** One of several engines: its name and what it does. */
+function engineLine(one, number) {
+  const busy = `${one.num_requests_running} running, ${one.num_requests_waiting} waiting, KV ${format(100 * one.kv_cache_usage_perc)} %`;
+  return [`Engine ${number}`, one.is_up ? busy : "down"];
 }
 
 const CELLS = ["num", "kind", "num", "num cached", "num", "timeline", "num", "num tps", "end"];

@@ -62,7 +62,7 @@ async def test_what_a_call_gets(client: EngineClient, llm) -> None:
     assert (client.facts.num_blocks, client.adapters, client.sleep_level, client.dead_reason) == (256, (), 0, None)
     stream = client.submit([make_request("a"), make_request("b", 3)])
     news: dict[str, int] = {"a": 0, "b": 0}
-    stream.on_news = lambda request_id, num_tokens: news.update({request_id: news[request_id] + num_tokens})
+    stream.listeners.append(lambda name, num_tokens: news.update({name: news[name] + num_tokens}))
     assert set(client.request_ids) == {"a", "b"}
     await stream.admitted()
     deltas = await read(stream)

@@ -15,10 +15,11 @@ from serving.commands.flags import apply_speculative_config, tree_from
 from serving.config import ServerConfig
 from tests.serving.server_process import ROOT
 from xllm import LLM, __version__, env
-from xllm.config import EngineConfig, all_options
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.foreign.flag import ForeignFlag
 from xllm.foreign.table import FOREIGN, SERVER
+from xllm.setting_tree import all_options
 
 the_parser = cache(build_parser)
 

@@ -154,6 +154,10 @@ def test_refusals_without_end_are_counted() -> None:
 class Engine:
     stats = EngineStats()
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return (self,)
+
 
 def test_throughput() -> None:
     now, engine = 0.0, Engine()

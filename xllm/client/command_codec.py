@@ -13,7 +13,7 @@ import msgspec
 
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
-from xllm.engine.commands import Abort, Command, Control, Controlled, Outputs, Refused, Shutdown, Submit
+from xllm.engine.commands import Abort, CacheChanges, Command, Control, Controlled, Outputs, Refused, Shutdown, Submit
 from xllm.errors import RequestError
 from xllm.request import Request
 from xllm.shared_params import SharedParams, read_shared, share, without
@@ -90,7 +90,7 @@ class _CommandCodec:
 
 
 COMMANDS = _CommandCodec()
-REPORTS: Codec[Report] = Codec(64, Refused, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal)
+REPORTS: Codec[Report] = Codec(64, Refused, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal, CacheChanges)
 
 
 def config_to_json(config: EngineConfig) -> bytes:

@@ -6,11 +6,22 @@ import asyncio
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from xllm.client.engine_client import EngineBusyError, Stream
-from xllm.engine.commands import Abort, Action, Command, CommandReply, Control, Controlled, Outputs, Refused, Submit
+from xllm.engine.commands import (
+    Abort,
+    Action,
+    CacheChanges,
+    Command,
+    CommandReply,
+    Control,
+    Controlled,
+    Outputs,
+    Refused,
+    Submit,
+)
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
@@ -26,7 +37,9 @@ class CommandingClient(ABC):
         self.facts: EngineFacts | None = None
         self.dead_reason: str | None = None
         self.adapters: tuple[str, ...] = ()
+        self.adapter_digests: tuple[str, ...] = ()  # of their files, in the same order
         self.sleep_level = 0
+        self.on_cache_changes: Callable[[CacheChanges], None] = lambda changes: None  # each that is reported
         self._streams: dict[str, Stream] = {}  # by request id
         self._answers: dict[int, asyncio.Future[Controlled]] = {}
         self._numbers = itertools.count()
@@ -39,6 +52,10 @@ class CommandingClient(ABC):
     def request_ids(self) -> tuple[str, ...]:
         """Of the requests that have not ended."""
         return tuple(self._streams)
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id has not ended."""
+        return request_id in self._streams
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """See `EngineClient.submit`."""
@@ -78,7 +95,8 @@ class CommandingClient(ABC):
             done = await answer
         finally:
             self._answers.pop(number, None)
-        self.adapters, self.sleep_level = done.state.adapters, done.state.sleep_level
+        self.adapters, self.adapter_digests = done.state.adapters, done.state.adapter_digests
+        self.sleep_level = done.state.sleep_level
         return done
 
     def _check_up(self) -> None:
@@ -100,6 +118,8 @@ class CommandingClient(ABC):
         elif isinstance(answer, Refused):
             if (stream := self._streams.get(answer.request_id)) is not None:
                 self._refuse(stream, answer)
+        elif isinstance(answer, CacheChanges):
+            self.on_cache_changes(answer)
         elif (waiting := self._answers.get(answer.number)) is not None and not waiting.done():
             waiting.set_result(answer)
 

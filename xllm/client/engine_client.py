@@ -27,10 +27,21 @@ class EngineClient(Protocol):
     """An engine, or several that look like one, for one event loop. It handles requests and tokens only: who may send
     them, how many, and which text they make is decided elsewhere."""
 
-    facts: EngineFacts | None  # None until the engine has been loaded
-    dead_reason: str | None  # why nothing is taken any more
-    adapters: tuple[str, ...]  # names that requests may ask for
-    sleep_level: int  # 0: awake
+    @property
+    def facts(self) -> EngineFacts | None:
+        """None until the engine has been loaded."""
+
+    @property
+    def dead_reason(self) -> str | None:
+        """Why nothing is taken any more."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that requests may ask for."""
+
+    @property
+    def sleep_level(self) -> int:
+        """0: awake."""
 
     @property
     def stats(self) -> EngineStats:
@@ -60,14 +71,27 @@ class EngineClient(Protocol):
 class WatchedEngine(EngineClient, Protocol):
     """An `EngineClient` with what a server wants to know of its engine besides."""
 
-    phase: str  # of the start-up; "ready" or "dead" after it
-    restarting_after: str | None  # why the last engine died, while another one starts
-    steps: StepReport  # the latest that has come
-    on_steps: Callable[[StepReport], None]  # called with each that comes
+    on_steps: Callable[[StepReport], None]  # called with each report that comes
+
+    @property
+    def phase(self) -> str:
+        """Of the start-up; "ready" or "dead" after it."""
+
+    @property
+    def restarting_after(self) -> str | None:
+        """Why the last engine died, while another one starts."""
+
+    @property
+    def steps(self) -> StepReport:
+        """The latest report that has come."""
 
     @property
     def is_up(self) -> bool:
         """Whether requests are taken."""
+
+    @property
+    def engines(self) -> Sequence[WatchedEngine]:
+        """The engines that it is made of, by their numbers; of one engine itself."""
 
     def silent_for_s(self) -> float:
         """For how many seconds there has been no sign of progress; 0 while the engine idles and answers."""
@@ -76,15 +100,16 @@ class WatchedEngine(EngineClient, Protocol):
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: requests that have not ended are aborted.
 
-    drop(request ids): aborts requests and forgets them. on_news(request id, number of tokens): called whenever
-    something came for a request, and when it left without more.
+    drop(request ids): aborts requests and forgets them. listeners: each is called (request id, number of tokens)
+    whenever something came for a request, and when it left without more. engine: the number of the one that has them.
     """
 
     def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
         self.open_ids = {request.request_id for request in requests}
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
-        self.on_news: Callable[[str, int], None] = lambda request_id, num_tokens: None
+        self.listeners: list[Callable[[str, int], None]] = []
+        self.engine = 0
         self._drop = drop
         self._is_admitted = False
         self._failure: Exception | None = None
@@ -138,7 +163,11 @@ class Stream:
         self._drop(request_ids)
         self.open_ids.difference_update(request_ids)
         for request_id in request_ids:
-            self.on_news(request_id, 0)
+            self._tell(request_id, 0)
+
+    def _tell(self, request_id: str, num_tokens: int) -> None:
+        for listener in self.listeners:
+            listener(request_id, num_tokens)
 
     # --- for the client that made it
 
@@ -159,4 +188,4 @@ class Stream:
             self.open_ids.discard(delta.request_id)
         self._deltas.append(delta)
         self._news.set()
-        self.on_news(delta.request_id, len(delta.token_ids))
+        self._tell(delta.request_id, len(delta.token_ids))

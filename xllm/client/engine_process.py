@@ -144,7 +144,8 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     heart = Heart(core, steps, context, folder)
     heart.start()
     try:
-        EngineLoop(core, commands, sender.send, on_busy=heart.set_busy, steps=steps).run()
+        EngineLoop(core, commands, sender.send, on_busy=heart.set_busy, steps=steps,
+                   reports_cache=core.config.device.data_parallel_size > 1).run()
         core.shutdown()
     finally:
         heart.stop()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import zmq
@@ -39,6 +39,10 @@ _LARGE_FRAME_BYTES = 2**15
 logger = logging.getLogger("xllm.client")
 
 
+async def _nothing() -> None:
+    pass
+
+
 class ProcessClient(CommandingClient):
     """One engine process. Make it, `await start()`, use it, `await shutdown()`.
 
@@ -57,7 +61,8 @@ class ProcessClient(CommandingClient):
         self.on_steps: Callable[[StepReport], None] = lambda steps: None  # each heartbeat's
         self._step_age_s: float | None = None
         self._heard_s = self._started_s = time.monotonic()
-        self._adapter_folders: dict[str, str] = {}  # of those that were loaded at run time
+        self.on_back: Callable[[], Awaitable[None]] = _nothing  # before a restarted one takes requests
+        self.adapter_folders: dict[str, str] = {}  # of those that were loaded at run time
         self._ready_event = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -66,6 +71,11 @@ class ProcessClient(CommandingClient):
     def is_up(self) -> bool:
         """Whether requests are taken."""
         return self.dead_reason is None and self._ready_event.is_set()
+
+    @property
+    def engines(self) -> tuple[ProcessClient, ...]:
+        """Itself."""
+        return (self,)
 
     @property
     def pid(self) -> int | None:
@@ -121,8 +131,9 @@ class ProcessClient(CommandingClient):
             await asyncio.sleep(pause_s)
             self.launch()
             await self.start()
-            for name, folder in self._adapter_folders.items():  # before anybody may ask for one
+            for name, folder in list(self.adapter_folders.items()):  # before anybody may ask for one
                 await self.control("load_adapter", name=name, folder=folder)
+            await self.on_back()
         finally:
             self.restarting_after = None
 
@@ -141,9 +152,9 @@ class ProcessClient(CommandingClient):
         """See `EngineClient.control`. Adapters that are loaded are loaded again when the engine is started again."""
         done = await super().control(action, **options)
         if action == "load_adapter" and done.error is None:
-            self._adapter_folders[options["name"]] = options["folder"]
+            self.adapter_folders[options["name"]] = options["folder"]
         elif action == "unload_adapter" and done.error is None:
-            self._adapter_folders.pop(options["name"], None)
+            self.adapter_folders.pop(options["name"], None)
         return done
 
     def _check_up(self) -> None:
@@ -222,6 +233,7 @@ class ProcessClient(CommandingClient):
             self._on_phase(report.name, report.share, time.monotonic() - self._started_s)
         elif isinstance(report, Ready):
             self.facts, self.phase, self.adapters = report.facts, "ready", report.facts.adapters
+            self.adapter_digests = report.facts.adapter_digests
             self.sleep_level = 0
             self._ready_event.set()
         elif isinstance(report, Fatal):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xllm.config import LoraSettings
 from xllm.errors import ConfigError, EngineStateError, ModelError, RequestError, XllmError
+from xllm.kv.block import salt_with_adapter
 from xllm.request import Request
 from xllm.worker.failures import as_error
 from xllm.worker.link import WorkerLink
@@ -52,6 +53,11 @@ class AdapterNames:
         return tuple(self._adapters)
 
     @property
+    def digests(self) -> tuple[str, ...]:
+        """Of their files, in the order of `names`."""
+        return tuple(adapter.digest for adapter in self._adapters.values())
+
+    @property
     def is_reading(self) -> bool:
         """Whether the workers still have to answer about an adapter."""
         return bool(self._reading)
@@ -64,7 +70,7 @@ class AdapterNames:
         found = self._adapters.get(request.lora)
         if found is None:
             raise RequestError(f"no adapter is called {request.lora[:MAX_NAME_CHARS]!r}", field="lora")
-        return replace(request, lora_slot=found.slot, cache_salt=f"{request.cache_salt}\0lora:{found.digest}")
+        return replace(request, lora_slot=found.slot, cache_salt=salt_with_adapter(request.cache_salt, found.digest))
 
     def load(self, name: str, folder: Path, on_done: OnDone) -> None:
         """Begin to read an adapter; `hear` gives it a slot and calls `on_done`, with None or what went wrong

@@ -68,6 +68,7 @@ class EngineState:
     sleep_level: int = 0
     num_open: int = 0
     adapters: tuple[str, ...] = ()
+    adapter_digests: tuple[str, ...] = ()  # of their files, in the same order
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +94,14 @@ class Outputs:
     taken: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """Which KV blocks the engine has got since the last report, on the device or below it, and which it no longer has:
+    their digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
+
+    stored: bytes
+    removed: bytes
+
+
 Command = Submit | Abort | Control | Shutdown
-CommandReply = Refused | Controlled | Outputs
+CommandReply = Refused | Controlled | Outputs | CacheChanges

@@ -92,7 +92,7 @@ class EngineCore:
         return EngineFacts(config=loaded.config, model_path=loaded.model_path, vocab_size=loaded.vocab_size,
                            hidden_size=loaded.hidden_size, eos_token_ids=loaded.eos_token_ids,
                            num_blocks=loaded.num_blocks, adapters=self.adapters.names,
-                           placement=loaded.placement)
+                           adapter_digests=self.adapters.digests, placement=loaded.placement)
 
     # --- requests
 

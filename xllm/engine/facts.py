@@ -13,7 +13,8 @@ class EngineFacts:
     """Constant for the life of the engine.
 
     config: resolved. model_path: the checkpoint's folder. num_blocks: of the KV cache on the device. adapters: names of
-    those that were loaded at the start; a running engine may have others. placement: where and how it computes.
+    those that were loaded at the start; a running engine may have others. adapter_digests: of their files, in the same
+    order. placement: where and how it computes.
     """
 
     config: EngineConfig
@@ -23,6 +24,7 @@ class EngineFacts:
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     adapters: tuple[str, ...] = ()
+    adapter_digests: tuple[str, ...] = ()
     placement: Placement = field(default_factory=Placement)
 
     @property

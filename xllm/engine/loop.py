@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from xllm.engine.commands import (
     Abort,
+    CacheChanges,
     Command,
     CommandReply,
     Control,
@@ -21,6 +22,7 @@ from xllm.engine.commands import (
 from xllm.engine.gates import PauseMode
 from xllm.engine.step_log import StepLog
 from xllm.errors import EngineStateError, RequestError, XllmError
+from xllm.kv.event_log import KVEventLog
 from xllm.request import Request
 
 if TYPE_CHECKING:
@@ -37,11 +39,15 @@ class CommandSource(Protocol):
 class EngineLoop:
     """report(answer): called in this thread with everything that goes out. on_busy(busy): called with True before the
     loop steps and with False before it waits, so that another thread can tell a hanging step from an idle engine.
-    steps: records how long each step took."""
+    steps: records how long each step took. reports_cache: whether changes of the prefix cache are reported."""
 
     def __init__(self, core: EngineCore, source: CommandSource, report: Callable[[CommandReply], None], *,
-                 on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None):
+                 on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None,
+                 reports_cache: bool = False):
         self._core, self._source, self._report, self._on_busy = core, source, report, on_busy
+        self._kv_events = KVEventLog() if reports_cache else None
+        if self._kv_events is not None:
+            core.scheduler.kv.listen(self._kv_events, below=True)
         self._steps = StepLog() if steps is None else steps
         core.take_admissions()  # from now on they are kept
 
@@ -58,6 +64,7 @@ class EngineLoop:
                 self._step()
             elif idle:
                 self._core.tick()
+                self._report_cache()
 
     def _obey(self, timeout_s: float | None) -> bool:
         """Carry out the commands that have come, waiting up to `timeout_s` for the first. Returns False after
@@ -80,8 +87,13 @@ class EngineLoop:
         if (step := self._core.take_step()) is not None:
             self._steps.note(*step)
         admitted = self._core.take_admissions()
+        self._report_cache()
         if deltas or admitted:
             self._report(Outputs(deltas, admitted))
+
+    def _report_cache(self) -> None:
+        if self._kv_events is not None and (changed := self._kv_events.take()) is not None:
+            self._report(CacheChanges(*changed))
 
     def _submit(self, requests: list[Request]) -> Outputs | Refused:
         for index, request in enumerate(requests):
@@ -98,6 +110,7 @@ class EngineLoop:
 
     def _control(self, command: Control) -> None:
         def answer(error: XllmError | None, num_blocks: int = 0) -> None:
+            self._report_cache()
             self._report(self._controlled(command, error, num_blocks))
 
         try:
@@ -128,6 +141,6 @@ class EngineLoop:
     def _controlled(self, command: Control, error: XllmError | None, num_blocks: int) -> Controlled:
         control = self._core.control
         state = EngineState(control.mode.value if control.mode else None, control.sleep_level, self._core.num_open,
-                            self._core.adapters.names)
+                            self._core.adapters.names, self._core.adapters.digests)
         return Controlled(command.number, state, num_blocks, None if error is None else str(error),
                           getattr(error, "field", None), isinstance(error, EngineStateError))

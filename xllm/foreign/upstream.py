@@ -26,7 +26,6 @@ UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
     refused("backend", "only language models are built", unless=("llm",)),
     refused("draft_model", "draft models are not built yet; n-gram drafts: --speculative-method ngram", unless=("",)),
     refused("draft_devices", "draft models are not built yet", unless=("", "auto")),
-    refused("dp_size", _ONE_DEVICE, unless=("1",)),
     refused("cp_size", _ONE_DEVICE, unless=("1",)),
     refused("ep_size", _NO_MOE, unless=("1",)),
     refused("expert_parallel_degree", _NO_MOE, unless=("0",)),

@@ -17,6 +17,7 @@ from xllm.foreign.flag import (
 )
 
 _ONE_DEVICE = "a model runs on one device: parallelism is not built yet"
+_ONE_FRONT = "a server starts all of its engines, on its own machine, and balances among them itself"
 _NO_MEDIA = "models of images, video and audio are not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
 _NO_MAMBA = "models with state-space layers are not built yet"
@@ -143,14 +144,14 @@ DEVICE = (
          convert=lambda value: "off" if value in (True, "true") else "auto"),
     accepted("tensor_parallel_size", f"1 only: {_ONE_DEVICE}", short=("-tp",)),
     refused("pipeline_parallel_size", _ONE_DEVICE, unless=("1",), short=("-pp",)),
-    refused("data_parallel_size", f"{_ONE_DEVICE}; run several servers behind a balancer", unless=("1",),
-            short=("-dp",)),
-    *(refused(name, _ONE_DEVICE) for name in (
-        "data_parallel_rank", "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port",
-        "master_addr", "master_port")),
-    refused("data_parallel_size_local", _ONE_DEVICE, unless=("1",)),
-    refused("data_parallel_backend", _ONE_DEVICE, unless=("mp",)),
-    *(refused_switch(name, _ONE_DEVICE) for name in ("data_parallel_hybrid_lb", "data_parallel_external_lb")),
+    accepted("data_parallel_size", "on the CPU, engines of one machine; the front balances by what is cached",
+             short=("-dp",)),
+    *(refused(name, _ONE_FRONT) for name in (
+        "data_parallel_rank", "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port")),
+    *(refused(name, _ONE_DEVICE) for name in ("master_addr", "master_port")),
+    refused("data_parallel_size_local", f"{_ONE_FRONT}: --data-parallel-size is how many", unless=("1",)),
+    refused("data_parallel_backend", _ONE_FRONT, unless=("mp",)),
+    *(refused_switch(name, _ONE_FRONT) for name in ("data_parallel_hybrid_lb", "data_parallel_external_lb")),
     refused("nnodes", _ONE_DEVICE, unless=("1",)),
     refused("node_rank", _ONE_DEVICE, unless=("0",)),
     refused("decode_context_parallel_size", _ONE_DEVICE, unless=("1",)),

@@ -36,6 +36,11 @@ def root_hasher(block_size: int, cache_salt: str = "") -> Hasher:
     return hasher
 
 
+def salt_with_adapter(cache_salt: str, adapter_digest: str) -> str:
+    """The salt of requests that compute with the adapter whose files have this digest: their KV is of its own."""
+    return f"{cache_salt}\0lora:{adapter_digest}"
+
+
 def token_bytes(token_ids: np.ndarray) -> memoryview:
     """The tokens as the bytes that are hashed: little-endian int32."""
     return np.ascontiguousarray(token_ids, dtype=TOKEN_DTYPE).data.cast("B")

@@ -1,5 +1,5 @@
-"""`EventSink`: receives every change in which KV blocks the device's prefix index can find, for routers and the
-like.
+"""`EventSink`: receives every change in which KV blocks a prefix index can find, of the device or of a tier below it,
+for routers and the like.
 """
 
 from __future__ import annotations

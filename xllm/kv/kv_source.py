@@ -14,6 +14,7 @@ import numpy as np
 from xllm.kv.lift import Lift
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
+from xllm.kv.tier_index import TierIndex
 from xllm.stats import SourceStats
 
 _NO_SLOTS = np.zeros(0, dtype=np.int32)
@@ -41,6 +42,7 @@ class KVSource(Protocol):
     """Called by `KVManager` only, in its thread; `stats` in any. Paths are device blocks, root first, int32."""
 
     has_tiers: bool  # KV that is evicted from the device may be found again
+    indexes: Sequence[TierIndex]  # of the tiers
 
     # --- what the KV manager reports
 
@@ -157,6 +159,7 @@ class NoSource:
     """The `KVSource` of an engine without KV tiers: it finds nothing, and evicted KV is computed again."""
 
     has_tiers = False
+    indexes: Sequence[TierIndex] = ()
     can_stage = False
     num_loading = 0
 

@@ -62,9 +62,12 @@ class KVManager:
         self.source = source = make_source(self._index, self.pool)
         return source
 
-    def listen(self, sink: EventSink) -> None:
-        """Tell `sink` which blocks are findable on the device, now and from now on. One sink at a time."""
+    def listen(self, sink: EventSink, *, below: bool = False) -> None:
+        """Tell `sink` which blocks are findable on the device, now and from now on. One sink at a time. below: also
+        which are in host memory and on disk; a block that is in several places is stored and removed in each."""
         self._index.listen(sink)
+        for tier in self.source.indexes if below else ():
+            tier.listen(sink)
 
     # --- how many blocks there are
 

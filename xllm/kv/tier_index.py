@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xllm.errors import IntegrityError
+from xllm.kv.block import ROOT
 from xllm.kv.eviction import EvictionPolicy
+from xllm.kv.kv_events import EventSink
 
 FREE, WRITING, RESIDENT, DOOMED = range(4)
 NO_SLOT = -1  # stands for the parent of a first block, and for a look-up that finds nothing
@@ -41,6 +43,17 @@ class TierIndex:
         self._state = np.full(num_slots, FREE, dtype=np.int8)
         self._holders = np.zeros(num_slots, dtype=np.int32)
         self._free = list(range(num_slots))[::-1]
+        self._sink: EventSink | None = None
+
+    def listen(self, sink: EventSink) -> None:
+        """Report every block that is findable now to `sink`, and from now on every change. One sink at a time."""
+        for digest, slot in self._slot_of.items():
+            sink.stored(digest, self._parent_digest(slot))
+        self._sink = sink
+
+    def _parent_digest(self, slot: int) -> bytes:
+        parent = int(self.parent_of[slot])
+        return ROOT if parent == NO_SLOT else self.digest_of(parent)
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -108,6 +121,9 @@ class TierIndex:
                 places[i] = parent = known
         new = slots[own]
         self.parent_of[new] = parents
+        if self._sink is not None:
+            for slot in new.tolist():
+                self._sink.stored(self.digest_of(slot), self._parent_digest(slot))
         self._policy.admit(new, [digests[i] for i in own], np.array(parents, dtype=np.int32))
         self._holders[new] = 1
         others = np.setdiff1d(places, new, assume_unique=True)
@@ -229,8 +245,11 @@ class TierIndex:
 
     def _forget(self, slots: np.ndarray) -> None:
         self._on_remove(slots)
-        for slot in slots.tolist():
-            del self._slot_of[self.digest_of(slot)]
+        digests = [self.digest_of(slot) for slot in slots.tolist()]
+        for digest in digests:
+            del self._slot_of[digest]
+        if self._sink is not None and digests:
+            self._sink.removed(digests)
 
     def _give_back(self, slots: np.ndarray) -> None:
         self._state[slots] = FREE

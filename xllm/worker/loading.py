@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
-from xllm.config import EngineConfig, parse_object
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
+from xllm.json_setting import parse_object
 from xllm.pooling import PoolingDefaults
 from xllm.processor import processor_name
 from xllm.sizes import size_text
@@ -51,12 +52,16 @@ class LoadedModel:
         from xllm.models.model_registry import read_model_config
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
-        # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
-        share = max(1, usable_cpus() // config.device.worker_ranks)
+        # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other workers.
+        share = max(1, usable_cpus() // config.device.num_workers)
         num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
         torch.set_num_threads(num_threads)
         self._report = report
         self.backend = _open_backend(config)
+        if config.device.data_parallel_size > 1 and not self.backend.computes_on_host:
+            raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
+                              f"card for each of them is not built yet, and the device is {self.backend.name}. Run a "
+                              "server a card behind a balancer")
         self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
@@ -143,14 +148,14 @@ class LoadedModel:
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
-        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
-        total = (need.weights + need.loading) * num_ranks
+        num_workers, free = self.config.device.num_workers, self.backend.available_memory_bytes()
+        total = (need.weights + need.loading) * num_workers
         if total > free:
             dtype, quantization = _name(self._dtype), self.config.model.quantization
             advice = "" if quantization else "quantise them (--quantization int8 takes about a quarter of float32), "
             raise ConfigError(
                 f"the weights take {size_text(need.weights)} as {quantization or dtype}"
-                + (f" in each of {num_ranks} ranks" if num_ranks > 1 else "")
+                + (f" in each of {num_workers} workers" if num_workers > 1 else "")
                 + f", and {size_text(need.loading)} more while they are read, but {size_text(free)} of memory is "
                 f"available (of the machine, or within this process's limits): {advice}take a smaller model, or free "
                 "memory")
@@ -172,11 +177,11 @@ class LoadedModel:
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
         """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
-        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
-        if (kv_bytes + need.steps) * num_ranks > free:
+        num_workers, free = self.config.device.num_workers, self.backend.available_memory_bytes()
+        if (kv_bytes + need.steps) * num_workers > free:
             _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
                          "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
-                         size_text(kv_bytes * num_ranks), size_text(need.steps * num_ranks), size_text(free))
+                         size_text(kv_bytes * num_workers), size_text(need.steps * num_workers), size_text(free))
 
     def _read_embedding(self) -> EmbeddingModules:
         from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules

@@ -276,7 +276,7 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,
         **call.sampling_overrides())
-    state.metrics.request_params_n.observe(n)
+    state.metrics[0].request_params_n.observe(n)
     return call, Generation(state, requests, body.timeout_s)
 
 

@@ -276,7 +276,7 @@ async def create_completion(state: ServerState, request: Request, body: Completi
         max_tokens=body.max_tokens or (1 if call.hides_output else None),
         default=state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS), logprobs=body.logprobs,
         num_echoed=sum(len(prompt.echo) for prompt in prompts), **settings)
-    state.metrics.request_params_n.observe(n)
+    state.metrics[0].request_params_n.observe(n)  # of the call, whichever engine gets it
     generation = Generation(state, requests, body.timeout_s)
     return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
 

@@ -13,10 +13,12 @@ from serving.api.gate import Access
 from serving.api.route import Needs, Route
 from serving.api.state import ServerState
 from serving.security.paths import hide_paths
+from xllm.client.engine_client import WatchedEngine
 
 
 def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body. 200 means: the engine answers, and if it has work, that work moves on."""
+    """HTTP status and body. 200 means: the engine answers, and if it has work, that work moves on. Of several engines
+    one is enough; "degraded" and the reason say that others are not well."""
     engine = state.engine
     if engine.dead_reason is not None:
         return 503, {"status": "dead", "reason": hide_paths(engine.dead_reason)}
@@ -25,11 +27,30 @@ def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
     if engine.facts is None or not state.loaded:
         return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
     silent_s = engine.silent_for_s()
-    facts = {"running": engine.stats.num_running, "waiting": engine.stats.num_waiting, "steps": engine.stats.num_steps}
+    stats = engine.stats
+    facts: dict[str, Any] = {"running": stats.num_running, "waiting": stats.num_waiting, "steps": stats.num_steps}
     if silent_s >= state.config.http.health_timeout:
         reason = f"no progress for {silent_s:.1f} s since step {facts['steps']}"
         return 503, {"status": "stuck", "reason": reason, **facts}
-    return 200, {"status": "draining" if state.draining else "ok", **facts}
+    each = [_health_of_one(state, one) for one in engine.engines]
+    if len(each) > 1:
+        facts["engines"] = each
+    bad = [f"engine {number}: {one['status']}: {one['reason']}" for number, one in enumerate(each) if "reason" in one]
+    if bad:
+        facts["reason"] = "; ".join(bad)
+    return 200, {"status": "draining" if state.draining else "degraded" if bad else "ok", **facts}
+
+
+def _health_of_one(state: ServerState, engine: WatchedEngine) -> dict[str, Any]:
+    """Of one engine of several: its status, and a reason if it is not well."""
+    if engine.restarting_after is not None:
+        return {"status": "restarting", "reason": hide_paths(engine.restarting_after)}
+    if engine.dead_reason is not None:
+        return {"status": "dead", "reason": hide_paths(engine.dead_reason)}
+    silent_s = engine.silent_for_s()
+    if silent_s >= state.config.http.health_timeout:
+        return {"status": "stuck", "reason": f"no progress for {silent_s:.1f} s since step {engine.stats.num_steps}"}
+    return {"status": "ok", "running": engine.stats.num_running, "waiting": engine.stats.num_waiting}
 
 
 def package_version() -> str:

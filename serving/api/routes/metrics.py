@@ -11,12 +11,12 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from serving.api.gate import Access
-from serving.api.overload_families import overload_families
+from serving.api.overload_families import life_families, overload_families
 from serving.api.route import Needs, Route
 from serving.api.state import ServerState
 from serving.observe.metrics.adapter_families import lora_families
 from serving.observe.metrics.engine_families import engine_families
-from serving.observe.metrics.families import Families
+from serving.observe.metrics.families import Families, joined
 
 PREFIXES = ("xllm", "vllm")
 
@@ -30,16 +30,23 @@ class ServerCollector:
     def collect(self) -> Iterator[Metric]:
         name = self._state.served_names[0] if self._state.engine.facts else ""
         for prefix in PREFIXES:
-            yield from self._families(Families(prefix, (name, "0")))
+            makes = [Families(prefix, (name, str(number))) for number in range(len(self._state.engine.engines))]
+            yield from joined(self._of_engine(make, number) for number, make in enumerate(makes))
+            yield from self._of_server(makes[0])
 
-    def _families(self, make: Families) -> Iterator[Metric]:
-        state, engine = self._state, self._state.engine
-        yield from engine_families(make, engine)
+    def _of_engine(self, make: Families, number: int) -> Iterator[Metric]:
+        state = self._state
+        yield from engine_families(make, state.engine.engines[number])
+        yield from life_families(make, state, number)
+        yield from state.metrics[number].families(make)
+
+    def _of_server(self, make: Families) -> Iterator[Metric]:
+        """What is one for all engines stands under the first, where whoever picks engines finds it."""
+        state, facts = self._state, self._state.engine.facts
         yield from overload_families(make, state)
         yield from state.refusals.families(make, state.keys.kinds)
-        if engine.facts is not None:
-            yield from lora_families(make, engine.facts.config.lora, state.requests.open_records())
-        yield from state.metrics.families(make)
+        if facts is not None:
+            yield from lora_families(make, facts.config.lora, state.requests.open_records())
 
 
 async def metrics(state: ServerState, request: Request) -> Response:

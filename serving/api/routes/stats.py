@@ -34,6 +34,8 @@ MAX_REQUESTS = 40  # in a snapshot: more than a screen shows
 MAX_VIEWERS = 32  # streams of one caller. Chosen: each costs a snapshot an interval
 # Of a stream. Chosen: ten a second look smooth; a minute keeps a connection alive.
 MIN_INTERVAL_MS, MAX_INTERVAL_MS = 100, 60_000
+# What a snapshot says of each engine: an attribute of its stats, and its name.
+OF_EACH = {name: shown_in(EngineStats)[name].key for name in ("num_running", "num_waiting", "kv_usage")}
 NAP_S = 0.5  # that a shutdown may wait for a sleeping stream. Chosen: hardly noticed, and wakes up seldom
 
 
@@ -50,7 +52,8 @@ def server_json(state: ServerState) -> dict[str, Any]:
                              "started": state.started_unix_s, "server_load": state.num_open}
     if (known := state.engine.facts) is not None:
         facts.update(model=state.served_names[0], max_model_len=known.max_model_len,
-                     block_size=known.config.cache.block_size, max_num_seqs=known.config.scheduler.max_num_seqs,
+                     block_size=known.config.cache.block_size,
+                     max_num_seqs=known.config.scheduler.max_num_seqs * len(state.engine.engines),
                      num_speculative_tokens=known.config.speculative.num_speculative_tokens)
     return facts
 
@@ -58,7 +61,7 @@ def server_json(state: ServerState) -> dict[str, Any]:
 def request_json(record: RequestRecord) -> dict[str, Any]:
     """A record as every viewer may see it: without the id that its caller chose, without text."""
     return {
-        "number": record.number, "kind": record.kind.name, "arrival_s": record.arrival_s,
+        "number": record.number, "engine": record.engine, "kind": record.kind.name, "arrival_s": record.arrival_s,
         "scheduled_s": record.scheduled_s, "first_token_s": record.first_token_s, "end_s": record.end_s,
         "num_prompt_tokens": record.num_prompt_tokens, "num_cached_tokens": record.num_cached_tokens,
         "num_generation_tokens": record.num_output_tokens, "max_tokens": record.sampling.max_tokens,
@@ -83,12 +86,14 @@ def snapshot(state: ServerState, cursor: tuple[int, int] = (0, 0)) -> dict[str, 
     """Everything that the caller may see, but of history and steps only what came after `cursor`."""
     if CALLER.get().may_monitor:
         stats, (rows, steps) = state.engine.stats, state.history.since(cursor)
+        engines = [{"is_up": one.is_up, **{key: getattr(one.stats, name) for name, key in OF_EACH.items()}}
+                   for one in state.engine.engines]
     else:
         figures = state.callers.of(CALLER.get().name)
-        stats, rows, steps = figures.stats(), figures.since(cursor[0]), []
+        stats, rows, steps, engines = figures.stats(), figures.since(cursor[0]), [], []
     return {
         "object": "stats", "scope": "server" if CALLER.get().may_monitor else "own", "now_s": time.monotonic(),
-        "server": server_json(state), "engine": engine_json(stats),
+        "server": server_json(state), "engine": engine_json(stats), "engines": engines,
         "history": {"columns": HISTORY_COLUMNS, "rows": rows},
         "steps": {"columns": STEP_COLUMNS, "rows": steps},
         "requests": [request_json(record) for record in state.requests.latest(MAX_REQUESTS, _may_see)],

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from xllm.engine.step_log import Buckets
 
 LABELS = ("model_name", "engine")
+
+
+def joined(parts: Iterable[Iterable[Metric]]) -> Iterator[Metric]:
+    """Families of the same name as one with the series of all of them."""
+    found: dict[str, Metric] = {}
+    for metric in chain.from_iterable(parts):
+        if (first := found.setdefault(metric.name, metric)) is not metric:
+            first.samples += metric.samples
+    yield from found.values()
 
 
 @dataclass(frozen=True)

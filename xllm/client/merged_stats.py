@@ -1,0 +1,45 @@
+"""`merged_stats`: the stats of several engines as those of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from xllm.stats import EngineStats
+
+# Where a sum would say nothing. The others add up: totals, and numbers of what there is.
+LARGEST = ("last_step_s", "step_time_s", "oldest_waiting_s")
+
+
+def merged_stats(stats: Sequence[EngineStats]) -> EngineStats:
+    """Sums over the engines; of ages and durations the longest, of the KV cache's usage the share of all blocks. stats:
+    at least one."""
+    if len(stats) == 1:
+        return stats[0]
+    merged: EngineStats = _merged(stats)
+    for name in LARGEST:
+        setattr(merged, name, max(getattr(one, name) for one in stats))
+    used = sum(one.kv_usage * one.num_blocks for one in stats)
+    merged.kv_usage = used / merged.num_blocks if merged.num_blocks else 0.0
+    return merged
+
+
+def _merged(values: Sequence[Any]) -> Any:
+    """Of values of one type: the sum of numbers, of lists and dicts place by place, of structs field by field. Those
+    that are None are left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    first = known[0]
+    if isinstance(first, bool):
+        return all(known)
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for value in known for key in value)
+        return {key: _merged([value[key] for value in known if key in value]) for key in keys}
+    if isinstance(first, list):
+        longest = max(map(len, known))
+        return [_merged([value[place] for value in known if place < len(value)]) for place in range(longest)]
+    if is_dataclass(first) and not isinstance(first, type):
+        return type(first)(**{f.name: _merged([getattr(value, f.name) for value in known]) for f in fields(first)})
+    return sum(known)

@@ -1,0 +1,23 @@
+"""How many engines there may be."""
+
+from __future__ import annotations
+
+from xllm.config import DeviceSettings
+from xllm.errors import ConfigError
+
+MOST_ENGINES = 64  # of one server. Chosen, above what one front can feed: a typing error must not start thousands
+
+
+def check_one_engine(d: DeviceSettings) -> None:
+    """Refuse several engines where there can be one only."""
+    if d.data_parallel_size != 1:
+        raise ConfigError(f"data_parallel_size {d.data_parallel_size}: several engines are started by `xllm serve` "
+                          "only; LLM, AsyncLLM and the commands beside it have one")
+
+
+def check_engines(d: DeviceSettings) -> None:
+    """Refuse numbers of engines that cannot be; asked before any of them is started."""
+    if d.data_parallel_size < 1:
+        raise ConfigError(f"data_parallel_size must be at least 1, got {d.data_parallel_size}")
+    if d.data_parallel_size > MOST_ENGINES:
+        raise ConfigError(f"data_parallel_size must be at most {MOST_ENGINES}, got {d.data_parallel_size}")
