@@ -115,7 +115,8 @@ ROWS: list[tuple[str, list[tuple[str, list[Query], str, str]]]] = [
         ("Tokens found, by engine", [(f"sum by (engine) (rate({metric('prefix_cache_hits_total')}[{WINDOW}])) / "
                                       f"sum by (engine) (rate({metric('prefix_cache_queries_total')}[{WINDOW}]))",
                                       "{{engine}}")], "percentunit", "Share of the tokens looked up"),
-        ("Engines up", [(f"max by (engine) ({metric('engine_up')})", "{{engine}}")], "short", "1 while it takes requests"),
+        ("Engines up", [(f"max by (engine) ({metric('engine_up')})", "{{engine}}")], "short",
+         "1 while it takes requests"),
         ("Silence", [(f"max({metric('engine_silent_seconds')})", "since the last progress"),
                      (f"max({metric('oldest_waiting_seconds')})", "oldest in the queue")], "s",
          "A stuck engine shows here first"),

@@ -10,6 +10,7 @@ from tests.kv.desk import BLOCK, Desk, talk
 from tests.kv.driver import Driver
 from tests.kv.replay import Replay
 from xllm.kv.block import ROOT, block_digests
+from xllm.kv.event_log import KVEventLog
 
 WEIGHTS = {"admit": 3, "run": 3, "extend": 1, "settle": 3, "finish": 3, "pin": 0.5, "unpin": 1, "lease": 0.5,
            "end_lease": 0.5, "pass_time": 1, "drop_cached": 0.3}  # fmt: skip
@@ -80,3 +81,19 @@ def test_what_is_loaded_evicted_and_reset_is_told():
     desk.kv.let_go(1)
     assert desk.kv.reset_prefix_cache() == 6 and not replay.parent_of
     assert (replay.num_stored, replay.num_removed) == (12, 12)
+
+
+def test_a_block_that_any_tier_has_is_cached():
+    desk, log, late = Desk(), KVEventLog(), KVEventLog()
+    history = talk(1, 6 * BLOCK)
+    digests = block_digests(history.array, BLOCK)
+    desk.kv.listen(log, below=True)
+    desk.turn(history)
+    assert len(desk.tiers.host) == 6 and log.take() == (b"".join(digests), b"")
+    desk.forget_device()
+    assert log.take() is None, "host memory has them"
+    desk.kv.listen(late, below=True)
+    assert late.take() == (b"".join(digests), b"")
+    desk.forget_host()
+    stored, removed = late.take()
+    assert stored == b"" and {removed[i : i + 16] for i in range(0, len(removed), 16)} == set(digests)

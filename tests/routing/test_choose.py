@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.routing.choose import OPEN_REQUEST_TOKENS, Candidate, choose
+from xllm.routing.choose import OPEN_REQUEST_TOKENS, WORK_DIVISOR, Candidate, choose
 
 AMPLE = 10**6
 NUM_TOKENS = 1000
@@ -25,10 +25,10 @@ def engine(matched: int = 0, waiting: int = 0, num_open: int = 0, free: int = AM
 @pytest.mark.parametrize(("candidates", "chosen"), [
     ([engine(), engine(matched=500)], 1),
     ([engine(matched=500), engine(matched=600)], 1),
-    ([engine(), engine(matched=500, waiting=499)], 1),
-    ([engine(), engine(matched=500, waiting=501)], 0),
-    ([engine(num_open=1), engine(matched=500, num_open=500 // OPEN_REQUEST_TOKENS)], 1),
-    ([engine(), engine(matched=500, num_open=500 // OPEN_REQUEST_TOKENS + 1)], 0),
+    ([engine(), engine(matched=500, waiting=624)], 1),
+    ([engine(), engine(matched=500, waiting=626)], 0),
+    ([engine(num_open=1), engine(matched=500, num_open=10)], 1),
+    ([engine(), engine(matched=500, num_open=10)], 0),
     ([engine(num_open=3), engine(num_open=2)], 1),
     ([engine(waiting=OPEN_REQUEST_TOKENS), engine(num_open=1)], 0),
     ([engine(), engine(matched=500, free=499)], 0),
@@ -59,8 +59,8 @@ def test_the_order_of_the_engines_does_not_matter(candidates: list[Candidate], t
 
 def cost(candidate: Candidate) -> tuple[bool, bool, int, int]:
     left = NUM_TOKENS - candidate.matched_tokens
-    return (candidate.is_full, left > candidate.free_tokens,
-            candidate.waiting_tokens + left + OPEN_REQUEST_TOKENS * candidate.num_open, candidate.num_open)
+    sum_of_tokens = candidate.waiting_tokens + left + left // WORK_DIVISOR + OPEN_REQUEST_TOKENS * candidate.num_open
+    return candidate.is_full, left > candidate.free_tokens, sum_of_tokens, candidate.num_open
 
 
 @given(CANDIDATES, TURNS, st.data())

@@ -113,8 +113,9 @@ def test_a_block_in_two_places_is_gone_when_both_have_lost_it() -> None:
     assert log.take() == (b"", digest)
 
 
-def test_the_router_passes_by_those_that_may_not_be_chosen() -> None:
-    router, ample = Router(3, max_open=4), 1000
+@pytest.mark.parametrize(("max_waiting", "max_open"), [(4, 100), (100, 4)])
+def test_the_router_passes_by_those_that_may_not_be_chosen(max_waiting: int, max_open: int) -> None:
+    router, ample = Router(EngineView(max_waiting=max_waiting, max_open=max_open) for _ in range(3)), 1000
     assert [router.pick([NO_MARKS], 5, 1, dict.fromkeys(range(3), ample)) for _ in range(4)] == [0, 1, 2, 0]
     assert [router.pick([NO_MARKS], 5, 1, {0: ample, 2: ample}) for _ in range(3)] == [2, 0, 2]
     marks = prompt_marks(tokens(50), BLOCK)

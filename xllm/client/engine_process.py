@@ -1,4 +1,4 @@
-"""The engine's own process: `python -m xllm.client.engine_process FOLDER`, started by `ProcessClient`.
+"""The engine's own process: `python -m xllm.client.engine_process FOLDER NAME`, started by `ProcessClient`.
 
 Reads its config as one JSON line from stdin, then takes commands and sends reports (`command_codec.py`) over the two
 unix sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
@@ -112,7 +112,7 @@ class SocketCommands:
 
 def main(argv: list[str]) -> int:
     folder = Path(argv[0])
-    logs.configure("engine")
+    logs.configure(argv[1])
     logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us

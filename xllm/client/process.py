@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -46,12 +47,13 @@ async def _nothing() -> None:
 class ProcessClient(CommandingClient):
     """One engine process. Make it, `await start()`, use it, `await shutdown()`.
 
-    `on_phase(name, share, seconds since start)` is called as the start-up goes on.
+    `on_phase(name, share, seconds since start)` is called as the start-up goes on. name: what its log lines call it.
     """
 
-    def __init__(self, config: EngineConfig, *, on_phase: Callable[[str, float, float], None] | None = None):
+    def __init__(self, config: EngineConfig, *, on_phase: Callable[[str, float, float], None] | None = None,
+                 name: str = "engine"):
         super().__init__()
-        self._config = config
+        self._config, self._name = config, name
         self._on_phase = on_phase or (lambda name, share, seconds: None)
         self.dead_by_user_error = False
         self.restarting_after: str | None = None  # why the last process died, while another one starts
@@ -93,9 +95,9 @@ class ProcessClient(CommandingClient):
             socket.bind(f"ipc://{self._folder / name}")
         self._started_s = time.monotonic()
         # start_new_session: a Ctrl-C in the terminal is for the parent, which drains
-        self._process = subprocess.Popen([sys.executable, *run_module("xllm.client.engine_process"), str(self._folder)],
-                                         stdin=subprocess.PIPE, stdout=2, start_new_session=True,
-                                         env=env.for_child())
+        self._process = subprocess.Popen(
+            [sys.executable, *run_module("xllm.client.engine_process"), str(self._folder), self._name],
+            stdin=subprocess.PIPE, stdout=2, start_new_session=True, env=env.for_child())
         assert self._process.stdin is not None
         self._process.stdin.write(config_to_json(self._config) + b"\n")
         self._process.stdin.flush()
@@ -257,4 +259,7 @@ class ProcessClient(CommandingClient):
     def _die(self, reason: str) -> None:
         super()._die(reason)
         self.phase = "dead"
+        # What it was doing it does no more; totals stay until another process counts from 0.
+        self.stats = dataclasses.replace(self.stats, num_running=0, num_waiting=0, num_waiting_by_reason={},
+                                         oldest_waiting_s=0.0)
         self._ready_event.set()

@@ -30,6 +30,9 @@ from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.router import Router
 from xllm.stats import EngineStats
 
+# Without a sign of progress an engine gets no requests while others move on. Chosen: twenty busy heartbeats, and longer
+# than all but the longest steps.
+SILENT_S = 5.0
 OnPhase = Callable[[str, float, float], None]
 
 
@@ -47,13 +50,13 @@ class Replicas:
 
     def __init__(self, config: EngineConfig, on_phase: OnPhase):
         configs = [_of_engine(config, number) for number in range(config.device.data_parallel_size)]
-        self.engines = tuple(ProcessClient(one, on_phase=None if number else on_phase)
+        self.engines = tuple(ProcessClient(one, on_phase=None if number else on_phase, name=f"engine{number}")
                              for number, one in enumerate(configs))
         self.facts: EngineFacts | None = None
         self._control = ReplicaControl(self.engines, config.lora.lora_modules)
         s = config.scheduler
-        self._router = Router(len(self.engines), min(s.max_num_seqs + s.max_waiting_requests,
-                                                     s.max_concurrent_requests or sys.maxsize))
+        self._router = Router(EngineView(s.max_waiting_requests, s.max_concurrent_requests or sys.maxsize)
+                              for _ in self.engines)
         for engine, view in zip(self.engines, self._router.views, strict=True):
             engine.on_cache_changes = _changer(view)
             engine.on_back = self._catcher_up(engine, view)
@@ -206,11 +209,13 @@ class Replicas:
         up = self._control.up()
         if not up:
             raise EngineDeadError(self.dead_reason or f"it is starting again after: {self.restarting_after}")
+        # One that hangs keeps what it has; until it is ended, others get what is new.
+        up = {number: engine for number, engine in up.items() if engine.silent_for_s() < SILENT_S} or up
         wanted = {(name, digest) for name, digest in self._digests.items() if any(r.lora == name for r in requests)}
         # One that could not load the same adapter when it came back is passed by.
         able = {number: engine for number, engine in up.items()
                 if wanted <= set(zip(engine.adapters, engine.adapter_digests))} or up
-        return {number: engine.stats.num_free_blocks * self._block_size for number, engine in able.items()}
+        return {number: _num_free_blocks(engine) * self._block_size for number, engine in able.items()}
 
     @property
     def _digests(self) -> dict[str, str]:
@@ -250,6 +255,12 @@ def _of_engine(config: EngineConfig, number: int) -> EngineConfig:
 
 def _changer(view: EngineView) -> Callable[[CacheChanges], None]:
     return lambda changes: view.change(changes.stored, changes.removed)
+
+
+def _num_free_blocks(engine: ProcessClient) -> int:
+    """As it said last; before it has said anything, all."""
+    assert engine.facts is not None
+    return engine.stats.num_free_blocks if engine.stats.num_blocks else engine.facts.num_blocks
 
 
 def _difference(first: EngineFacts, other: EngineFacts) -> str | None:

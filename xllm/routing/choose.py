@@ -3,8 +3,8 @@
 The engine that has the longest prefix of the prompt in its KV cache saves the most, unless its queue costs more than
 the prefix saves. Both are counted in tokens to compute, so that one sum decides: what waits there before the request,
 what the request itself has left to compute there, and what the running sequences take of each step. This is the cost
-of Dynamo's KV router (prefill blocks + decode blocks: docs.nvidia.com/dynamo, KV cache routing) and, without the
-last term, the estimate by which Mooncake's Conductor picks a prefill instance (Qin et al., 2024, section 6.1).
+of Dynamo's KV router (weight * prefill blocks + decode blocks: docs.nvidia.com/dynamo, KV cache routing) and, without
+the last term, the estimate by which Mooncake's Conductor picks a prefill instance (Qin et al., 2024, section 6.1).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 # What an open request of an engine counts for, in tokens to compute. Chosen: about as many as a short answer still has
 # to go, so that a prefix of some hundred tokens draws a handful of requests to one engine before another computes it.
 OPEN_REQUEST_TOKENS = 64
+# A token that the request would compute itself counts for 1 + 1 / 4: computing again what another engine has keeps
+# others waiting, too. Chosen: several calls that come at once with the same long prefix wait for one engine's work.
+WORK_DIVISOR = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,8 @@ def choose(candidates: Sequence[Candidate], num_tokens: int, turn: int = 0) -> i
     def rank(place: int) -> tuple[bool, bool, int, int, int]:
         candidate = candidates[place]
         to_compute = max(0, num_tokens - candidate.matched_tokens)
-        cost = candidate.waiting_tokens + to_compute + OPEN_REQUEST_TOKENS * candidate.num_open
+        cost = (candidate.waiting_tokens + to_compute + to_compute // WORK_DIVISOR
+                + OPEN_REQUEST_TOKENS * candidate.num_open)
         return (candidate.is_full, to_compute > candidate.free_tokens, cost, candidate.num_open,
                 (place - turn) % len(candidates))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ class _Waiting:
 
 
 class EngineView:
-    """Not thread-safe. A request is entered when it is sent there, has begun with its first output, and leaves when it
-    ends. Until it has begun, the engine counts as having its prompt: whoever comes with the same one may wait for it
-    instead of computing it elsewhere."""
+    """max_waiting, max_open: requests that it takes into its queue, and in all. Not thread-safe.
 
-    def __init__(self) -> None:
+    A request is entered when it is sent there, has begun with its first output, and leaves when it ends. Until it has
+    begun, the engine counts as having its prompt: whoever comes with the same one may wait for it instead of computing
+    it elsewhere."""
+
+    def __init__(self, max_waiting: int = sys.maxsize, max_open: int = sys.maxsize) -> None:
+        self._max_waiting, self._max_open = max_waiting, max_open
         self.waiting_tokens = 0
         self._cached: set[bytes] = set()
         self._promised: dict[bytes, int] = {}  # by digest: of how many waiting requests
@@ -56,12 +60,15 @@ class EngineView:
     def _lacks(self, digest: bytes) -> bool:
         return digest not in self._cached and digest not in self._promised
 
-    def candidate(self, prompts: Sequence[PromptMarks], num_free_tokens: int, max_open: int) -> Candidate:
-        """The engine as it stands for a call with these prompts. num_free_tokens: room in its KV cache. max_open: it
-        refuses the call if more requests are open."""
+    def candidate(self, prompts: Sequence[PromptMarks], num_requests: int, num_free_tokens: int) -> Candidate:
+        """The engine as it stands for a call of so many requests with these prompts. num_free_tokens: room in its KV
+        cache."""
+        # What has left the queue and has no output yet is taken for waiting: it cannot be told apart here.
+        is_full = (len(self._waiting) + num_requests > self._max_waiting
+                   or len(self._open) + num_requests > self._max_open)
         return Candidate(matched_tokens=sum(map(self.matched_tokens, prompts)), waiting_tokens=self.waiting_tokens,
                          num_open=self.num_open, free_tokens=max(0, num_free_tokens - self.waiting_tokens),
-                         is_full=self.num_open > max_open)
+                         is_full=is_full)
 
     def enter(self, request_id: str, num_tokens: int, marks: PromptMarks) -> None:
         """A request was sent there, of whose prompt so many tokens are to be computed."""

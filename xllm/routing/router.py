@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from xllm.routing.choose import choose
 from xllm.routing.engine_view import EngineView
@@ -10,20 +10,19 @@ from xllm.routing.prompt_marks import PromptMarks
 
 
 class Router:
-    """views: of the engines, by their numbers. max_open: requests that an engine takes at once. Not thread-safe."""
+    """views: of the engines, by their numbers. Not thread-safe."""
 
-    def __init__(self, num_engines: int, max_open: int):
-        self.max_open = max_open
-        self.views = tuple(EngineView() for _ in range(num_engines))
+    def __init__(self, views: Iterable[EngineView]):
+        self.views = tuple(views)
         self._turn = 0  # the engine that is next among equal ones
 
     def pick(self, prompts: Sequence[PromptMarks], num_tokens: int, num_requests: int,
              free_tokens: Mapping[int, int]) -> int:
         """The number of the engine for a call. num_tokens: of all its prompts. free_tokens: room in the KV cache of
         each engine that may be chosen, at least one."""
-        numbers, most = sorted(free_tokens), self.max_open - num_requests
+        numbers = sorted(free_tokens)
         turn = next((place for place, number in enumerate(numbers) if number >= self._turn), 0)
-        candidates = [self.views[number].candidate(prompts, free_tokens[number], most) for number in numbers]
+        candidates = [self.views[number].candidate(prompts, num_requests, free_tokens[number]) for number in numbers]
         place = choose(candidates, num_tokens, turn)
         self._turn = numbers[place] + 1
         return numbers[place]
