@@ -1,21 +1,23 @@
-"""`drive`: turns a generation into an answer, whole or as a stream of events, in the same way for every API.
+"""`drive`: turns the requests of a call into an answer, whole or as a stream of events, in the same way for every API.
 
 A `Writer` decides what an API's events and bodies look like.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from fastapi import Request
+from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 
 from serving.api.errors import json_response
-from serving.api.generation import Generation
+from serving.api.generation import Generation, begin_generation
 from serving.api.json_slices import Sliced, event_parts, sliced_response
 from serving.api.sse import EventStream, until_disconnect
+from serving.api.state import ServerState
 from xllm.client.assemble import Piece
+from xllm.request import Request
 
 
 class Writer(Protocol):
@@ -46,19 +48,23 @@ class Writer(Protocol):
         """The whole answer, once every choice has ended."""
 
 
-async def drive(request: Request, generation: Generation, writer: Writer, *, stream: bool | None) -> Response:
-    """Start a generation and answer with it; it is closed when the answer is complete, fails or has no reader any more.
+async def drive(state: ServerState, http: HTTPRequest, requests: Sequence[Request],
+                make_writer: Callable[[Generation], Writer], *, timeout_s: float | None,
+                stream: bool | None) -> Response:
+    """Submit requests and answer with what is generated; they end when the answer is complete, fails or has no reader
+    any more. timeout_s: as in `begin_generation`.
 
     Raises:
         ApiError, RequestError, EngineDeadError: it was refused, or it failed before an answer had begun.
         ClientGone: the client left before.
     """
+    beginning = begin_generation(state, requests, timeout_s)
     if stream:
-        await until_disconnect(request.receive, generation.start())
+        generation = await until_disconnect(http.receive, beginning)
+        writer = make_writer(generation)
         return EventStream(_events(generation, writer), generation.close, is_named=writer.is_named,
                            show_error=writer.error)
-    await until_disconnect(request.receive, _collect(generation, writer))
-    body = writer.body()
+    body = (await until_disconnect(http.receive, _collect(beginning, make_writer))).body()
     return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)
 
 
@@ -77,9 +83,11 @@ async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[dict
             yield content
 
 
-async def _collect(generation: Generation, writer: Writer) -> None:
+async def _collect(beginning: Awaitable[Generation], make_writer: Callable[[Generation], Writer]) -> Writer:
     """The text is read as it comes, so that a long one never stops the event loop."""
-    await generation.start()
+    generation = await beginning
     async with generation as pieces:
+        writer = make_writer(generation)
         async for piece in pieces:
             writer.take(piece)
+    return writer

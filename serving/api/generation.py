@@ -22,49 +22,31 @@ DELTAS_AT_ONCE = 32
 
 
 class Generation:
-    """The requests of one call, from their submission to their ends: `start` it, then read it in `async with`, which
-    gives its pieces and closes it.
+    """Reads the stream of a call's requests: in `async with`, which gives the pieces and closes it. Made by
+    `begin_generation`. choices: one for each request, in their order."""
 
-    choices: one for each request, in their order, once it is started. timeout_s: in which they must be done; None: the
-    server's own limit.
-    """
-
-    def __init__(self, state: ServerState, requests: Sequence[Request], timeout_s: float | None = None):
+    def __init__(self, state: ServerState, requests: Sequence[Request], stream: Stream):
         self.state = state
-        self.choices: list[Completion] = []
-        self._requests, self._timeout_s = requests, timeout_s
-        self._stream: Stream | None = None
-
-    async def start(self) -> None:
-        """Submit the requests. The caller then enters the generation or calls `close`. Raises ApiError, RequestError or
-        EngineDeadError."""
-        state, expires_s = self.state, expiry_s(self._timeout_s, self.state.config.resilience.request_timeout)
-        try:
-            stream = await state.admission.submit(self._requests)
-        except EngineBusyError:
-            state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
-            raise
-        stream.expires_s = expires_s
-        state.num_open += 1
-        self._stream = stream
-        self._assembly = Assembly(self._requests, state.tokenizer, stream.abort)
-        self.choices = self._assembly.completions
+        self._stream, self._is_closed = stream, False
+        self._assembly = Assembly(requests, state.tokenizer, stream.abort)
+        self.choices: list[Completion] = self._assembly.completions
         self._records = [state.requests.begin(choice, stream.scheduled_s, stream.engine) for choice in self.choices]
         if (call := CALL.get()) is not None:
-            call.note_sequences(self._requests, self._records)
+            call.note_sequences(requests, self._records)
+        state.num_open += 1
 
     def close(self) -> None:
-        """Abort what is still running. Idempotent; does nothing before `start`."""
-        stream, self._stream = self._stream, None
-        if stream is None:
+        """Abort what is still running. Idempotent."""
+        if self._is_closed:
             return
-        stream.close()
+        self._is_closed = True
+        self._stream.close()
         self.state.num_open -= 1
         for choice, record in zip(self.choices, self._records, strict=True):
             if record.end_s is None:
                 self._end(record, choice.finish_reason or "abort")
         longest = max(len(choice.token_ids) for choice in self.choices)
-        self.state.metrics[stream.engine].request_max_num_generation_tokens.observe(longest)
+        self.state.metrics[self._stream.engine].request_max_num_generation_tokens.observe(longest)
 
     async def __aenter__(self) -> AsyncGenerator[Piece, None]:
         """New pieces as they come, until every choice has its finish reason. Reading them raises ApiError or
@@ -77,10 +59,8 @@ class Generation:
         await self._pieces.aclose()
 
     async def _read(self) -> AsyncGenerator[Piece, None]:
-        stream = self._stream
-        assert stream is not None, "it is started first"
         try:
-            while deltas := await stream.next():
+            while deltas := await self._stream.next():
                 for start in range(0, len(deltas), DELTAS_AT_ONCE):
                     pieces = self._assembly.feed(deltas[start : start + DELTAS_AT_ONCE])
                     for piece in pieces:
@@ -93,13 +73,6 @@ class Generation:
         except EngineBusyError:
             self.state.refusals.note(OVERLOAD)
             raise
-
-    async def run(self) -> None:
-        """Start it and read it to its end without using the pieces."""
-        await self.start()
-        async with self as pieces:
-            async for _ in pieces:
-                pass
 
     def _note(self, piece: Piece) -> None:
         """Record a piece. Raises ApiError for a sequence that did not end well."""
@@ -133,6 +106,31 @@ class Generation:
             "prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": details,
         }
+
+
+async def begin_generation(state: ServerState, requests: Sequence[Request],
+                           timeout_s: float | None = None) -> Generation:
+    """Submit a call's requests, which must be done within timeout_s (None: the server's own limit). The caller enters
+    the generation or calls `close`. Raises ApiError, RequestError or EngineDeadError."""
+    expires_s = expiry_s(timeout_s, state.config.resilience.request_timeout)
+    try:
+        stream = await state.admission.submit(requests)
+    except EngineBusyError:
+        state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
+        raise
+    stream.expires_s = expires_s
+    return Generation(state, requests, stream)
+
+
+async def run_generation(state: ServerState, requests: Sequence[Request],
+                         timeout_s: float | None = None) -> Generation:
+    """Submit a call's requests and read them to their end, for what their choices then hold. Raises as
+    `begin_generation` does, and as reading the pieces does."""
+    generation = await begin_generation(state, requests, timeout_s)
+    async with generation as pieces:
+        async for _ in pieces:
+            pass
+    return generation
 
 
 def expiry_s(wish_s: float | None, limit_s: float) -> float | None:

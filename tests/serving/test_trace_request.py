@@ -150,7 +150,7 @@ def test_what_is_said_of_a_way_that_is_another(change: dict[str, object], compla
 
 def test_the_length_of_the_way() -> None:
     assert len(STATIONS) <= 32
-    assert sum(len(station.makes) for station in STATIONS) <= 19
+    assert sum(len(station.makes) for station in STATIONS) <= 18
     assert num_crossings(STATIONS) == 2
     assert section() in TARGET.read_text(encoding="utf-8"), "run python -m tools.trace_request.docs"
 

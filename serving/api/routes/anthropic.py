@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -127,9 +128,10 @@ def error_body(error: ApiError) -> dict[str, Any]:
 async def create_message(state: ServerState, request: Request, body: MessagesBody) -> Response:
     chat = Chat.of(body)
     with renaming(NAMES, chat.places):
-        call, generation = await begin_chat(state, request, chat_body(state, body, chat), "msg")
-        writer = MessagesWriter(call, generation, shows_thinking=not hides_thinking(body))
-        return await drive(request, generation, writer, stream=body.stream)
+        chat_wish = chat_body(state, body, chat)
+        call, requests = await begin_chat(state, request, chat_wish, "msg")
+        writer = partial(MessagesWriter, call, shows_thinking=not hides_thinking(body))
+        return await drive(state, request, requests, writer, timeout_s=chat_wish.timeout_s, stream=body.stream)
 
 
 async def count_tokens(state: ServerState, request: Request, body: CountTokensBody) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -30,6 +31,7 @@ from serving.parsers.reasoning.think_parser import CLOSE, ThinkParser
 from xllm.client.assemble import Completion, Piece
 from xllm.errors import RequestError
 from xllm.request import MAX_LOGPROBS
+from xllm.request import Request as EngineRequest
 from xllm.structured.spec import StructuredOutput
 
 
@@ -260,8 +262,8 @@ def _check(body: ChatBody) -> None:
 
 
 async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefix: str, *,
-                     logprob_weight: int = LOGPROB) -> tuple[ChatCall, Generation]:
-    """Check a chat; its generation is for `drive` to start. Raises ApiError or RequestError."""
+                     logprob_weight: int = LOGPROB) -> tuple[ChatCall, list[EngineRequest]]:
+    """Check a chat; its requests are for `drive`. Raises ApiError or RequestError."""
     state.check_model(body.model)
     _check(body)
     n = params.check_fan_out(state, body, 1)
@@ -277,12 +279,13 @@ async def begin_chat(state: ServerState, request: Request, body: ChatBody, prefi
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs", logprob_weight=logprob_weight,
         **call.sampling_overrides())
     state.metrics[0].request_params_n.observe(n)
-    return call, Generation(state, requests, body.timeout_s)
+    return call, requests
 
 
 async def create_chat_completion(state: ServerState, request: Request, body: ChatBody) -> Response:
-    call, generation = await begin_chat(state, request, body, "chatcmpl")
-    return await drive(request, generation, ChatWriter(call, generation), stream=body.stream)
+    call, requests = await begin_chat(state, request, body, "chatcmpl")
+    return await drive(state, request, requests, partial(ChatWriter, call), timeout_s=body.timeout_s,
+                       stream=body.stream)
 
 
 ROUTES = (Route("POST", "/v1/chat/completions", Access.USER, ChatBody, create_chat_completion,

@@ -277,8 +277,8 @@ async def create_completion(state: ServerState, request: Request, body: Completi
         default=state.sampling_defaults.get("max_tokens", params.COMPLETION_MAX_TOKENS), logprobs=body.logprobs,
         num_echoed=sum(len(prompt.echo) for prompt in prompts), **settings)
     state.metrics[0].request_params_n.observe(n)  # of the call, whichever engine gets it
-    generation = Generation(state, requests, body.timeout_s)
-    return await drive(request, generation, CompletionWriter(call, generation), stream=body.stream)
+    return await drive(state, request, requests, functools.partial(CompletionWriter, call), timeout_s=body.timeout_s,
+                       stream=body.stream)
 
 
 ROUTES = (Route("POST", "/v1/completions", Access.USER, CompletionBody, create_completion,

@@ -19,7 +19,7 @@ from serving.api import params
 from serving.api.call_weight import check_texts
 from serving.api.errors import invalid, json_response
 from serving.api.gate import Access
-from serving.api.generation import Generation
+from serving.api.generation import run_generation
 from serving.api.json_slices import Items, sliced_response
 from serving.api.members import check_members
 from serving.api.route import Route
@@ -61,8 +61,7 @@ async def embed(state: ServerState, request: Request, body: PoolingBody, inputs:
     size = max(sum(map(len, token_ids)), params.SEQUENCE_SIZE * len(token_ids))
     requests = await state.text_work.run(
         size, lambda: params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling, field))
-    generation = Generation(state, requests, body.timeout_s)
-    await until_disconnect(request.receive, generation.run())
+    generation = await until_disconnect(request.receive, run_generation(state, requests, body.timeout_s))
     vectors = []
     for choice in generation.choices:
         vectors.append(np.array(choice.embedding, dtype=np.float32))

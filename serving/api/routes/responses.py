@@ -238,10 +238,13 @@ async def create_response(state: ServerState, request: Request, body: ResponsesB
         raise invalid("stream_options needs stream", "stream_options")
     conversation = ChatConversation.of(body, before)
     with renaming(NAMES, conversation.places_after(body)):
-        call, generation = await begin_chat(state, request, chat_body(body, conversation), "resp",
-                                            logprob_weight=KEPT_LOGPROB)
-        writer = ResponsesWriter(state, body, call, generation, conversation.messages, _new_id())
-        return await drive(request, generation, writer, stream=body.stream)
+        chat = chat_body(body, conversation)
+        call, requests = await begin_chat(state, request, chat, "resp", logprob_weight=KEPT_LOGPROB)
+
+        def writer(generation: Generation) -> ResponsesWriter:
+            return ResponsesWriter(state, body, call, generation, conversation.messages, _new_id())
+
+        return await drive(state, request, requests, writer, timeout_s=chat.timeout_s, stream=body.stream)
 
 
 async def get_response(state: ServerState, request: Request) -> Response:

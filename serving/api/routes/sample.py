@@ -17,7 +17,7 @@ from serving.api import params
 from serving.api.call_weight import check_texts
 from serving.api.errors import invalid
 from serving.api.gate import Access
-from serving.api.generation import Generation
+from serving.api.generation import run_generation
 from serving.api.json_slices import Items, sliced_response
 from serving.api.logprob_shapes import LogprobsWriter
 from serving.api.route import Route
@@ -94,8 +94,7 @@ async def create_sample(state: ServerState, request: Request, body: SampleBody) 
                               prompt_logprobs=body.logprobs)
     call = params.call_id(body, "sample", request.headers.get("x-request-id"))
     requests = params.plain_requests(state, body, call, [token_ids], sampling)
-    generation = Generation(state, requests, body.timeout_s)
-    await until_disconnect(request.receive, generation.run())
+    generation = await until_disconnect(request.receive, run_generation(state, requests, body.timeout_s))
     choice: Completion = generation.choices[0]
     # As delivered, the first entry is the prompt's first token's, which has none.
     choices = Items(choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
