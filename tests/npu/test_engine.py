@@ -9,6 +9,8 @@ import pytest
 
 from tests.npu.engines import BUNDLED, PROMPTS, TINY, assert_same, plain, start, tokens
 from xllm import LLM, SamplingParams
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
 from xllm.errors import ConfigError
 
 EAGER, GRAPHS = {"graph_mode": "off"}, {"graph_mode": "auto"}
@@ -30,6 +32,11 @@ def test_the_cpu_s_tokens(model: str, mode: dict[str, Any]) -> None:
 def test_quantised_kv_is_refused() -> None:
     with pytest.raises(ConfigError, match="kv_cache_dtype int8: on npu KV has the compute type"):
         start(BUNDLED, "npu", kv_cache_dtype="int8")
+
+
+def test_several_engines_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data_parallel_size 2: several engines share a CPU; .* is npu"):
+        EngineCore(EngineConfig.from_flat(device="npu", data_parallel_size=2, max_model_len=256))
 
 
 def test_sampled_tokens() -> None:
