@@ -31,6 +31,7 @@ POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-firs
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 WORKERS = ("auto", "inline", "thread", "codec", "processes")
+MOST_RANKS = 128  # of one engine. Chosen, far above the cards of any machine: a typing error must not start thousands
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -178,7 +179,18 @@ class DeviceSettings:
                          "async_scheduling, else inline", choices=WORKERS)
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
-    tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
+    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the CPU of "
+                                       "one machine", aliases=("tp_size",))
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes, or threads, that compute every step: shares of it, or all of it each."""
+        return max(self.tensor_parallel_size, self.worker_ranks)
+
+    @property
+    def way(self) -> str:
+        """`worker`, where it says nothing and ranks share a model, is processes."""
+        return "processes" if self.worker == "auto" and self.tensor_parallel_size > 1 else self.worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,10 +289,8 @@ def check(config: EngineConfig) -> None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
     _check_graphs(config.device)
-    _check_workers(config.device)
+    check_workers(config.device)
     _check_lora(config.lora)
-    if config.device.tensor_parallel_size != 1:
-        raise ConfigError("tensor_parallel_size: only 1 is built")
 
 
 def _check_tiers(c: CacheSettings) -> None:
@@ -324,10 +334,20 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
 
 
-def _check_workers(d: DeviceSettings) -> None:
+def check_workers(d: DeviceSettings) -> None:
+    """Refuse numbers of ranks and ways to them that cannot be; asked before any process is started."""
     _at_least("worker_ranks", d.worker_ranks, 1)
     if d.worker_ranks > 1 and d.worker != "processes":
         raise ConfigError(f"worker_ranks {d.worker_ranks} needs worker processes, and worker is {d.worker}")
+    _at_least("tensor_parallel_size", d.tensor_parallel_size, 1)
+    if d.tensor_parallel_size > MOST_RANKS:
+        raise ConfigError(f"tensor_parallel_size must be at most {MOST_RANKS}, got {d.tensor_parallel_size}")
+    if d.tensor_parallel_size > 1 and d.way != "processes":
+        raise ConfigError(f"tensor_parallel_size {d.tensor_parallel_size} needs a process a rank (worker processes), "
+                          f"and worker is {d.worker}")
+    if d.tensor_parallel_size > 1 and d.worker_ranks > 1:
+        raise ConfigError(f"tensor_parallel_size {d.tensor_parallel_size} and worker_ranks {d.worker_ranks}: ranks "
+                          "share a model or each compute all of it, set one of them")
 
 
 def _check_lora(lora: LoraSettings) -> None:

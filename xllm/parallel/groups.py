@@ -56,11 +56,13 @@ class Group:
 ALONE = Group(0, 1, None)  # one rank: its collectives return what they are given
 
 
-def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s: float) -> Group:
+def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s: float,
+               meet_s: float | None = None) -> Group:
     """Join the group of `size` processes that meet at `store`; returns when all are there and have exchanged something.
 
     store: `tcp://HOST:PORT`, where rank 0 listens, or `file:///PATH` of a file that is not there yet, for processes of
-    one machine. timeout_s: how long one exchange may take, this first one included. A process has one group at a time.
+    one machine. timeout_s: how long one exchange may take, this first one included. meet_s: for how long the others are
+    waited for; None: as long as for an exchange. A process has one group at a time.
     Devices compile, allocate or connect at the first exchange, which a graph could not capture: it is done here.
 
     Raises:
@@ -72,8 +74,9 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
     if size == 1:
         return Group(rank, size, None)
     timeout = timedelta(seconds=timeout_s)
-    meeting = _open_store(store, is_first=rank == 0, size=size, timeout=timeout)
-    _meet(meeting, rank=rank, size=size, timeout=timeout)
+    patience = timeout if meet_s is None else timedelta(seconds=meet_s)
+    meeting = _open_store(store, is_first=rank == 0, size=size, timeout=patience)
+    _meet(meeting, rank=rank, size=size, timeout=patience)
     dist.init_process_group(backend.collectives, store=meeting, rank=rank, world_size=size, timeout=timeout)
     group = Group(rank, size, dist.group.WORLD)
     try:

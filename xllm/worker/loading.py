@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from xllm import env
 from xllm.config import EngineConfig, parse_object
 from xllm.errors import ConfigError, DeviceError
+from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
 from xllm.sizes import size_text
 from xllm.worker.messages import Placement
@@ -36,8 +37,8 @@ class LoadedModel:
     """A loaded checkpoint and the backend that it runs on; makes runners of it. path, model_config, config (resolved),
     num_blocks and backend are what loading found out. All methods are called in the thread that runs the steps."""
 
-    def __init__(self, config: EngineConfig, report: Progress):
-        """Import torch, choose the backend, read the checkpoint.
+    def __init__(self, config: EngineConfig, report: Progress, seat: Seat = ALONE_SEAT):
+        """Import torch, choose the backend, meet the ranks that share the model, read this one's share of it.
 
         Raises:
             ConfigError, ModelError, DeviceError: what is wrong with setting, checkpoint or device.
@@ -51,7 +52,7 @@ class LoadedModel:
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
-        share = max(1, usable_cpus() // config.device.worker_ranks)
+        share = max(1, usable_cpus() // config.device.num_ranks)
         num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
         torch.set_num_threads(num_threads)
         self._report = report
@@ -67,14 +68,17 @@ class LoadedModel:
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
         self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
 
+        tp_size = self.config.device.tensor_parallel_size
+        kv_specs = tuple(spec.on_one_of(tp_size) for spec in self.model_config.kv_specs)
+
         def plan(others_bytes: int) -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype,
-                                   others_bytes=others_bytes)
+            return plan_num_blocks(self.config, self.backend, kv_specs, kv_dtype, others_bytes=others_bytes)
 
         self.embedding = self._read_embedding()
         need = self._footprint()
         self._check_weights_fit(need)
         plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
+        self.parallel = seat.join(self.backend, tp_size)
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapter_slots import AdapterSlots
@@ -83,7 +87,7 @@ class LoadedModel:
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan(need.steps)
-        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
+        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, kv_specs, kv_dtype)
         self._warn_of_too_much(need, kv_bytes)
         self.placement = Placement(device=self.backend.name, dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
                                    num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
@@ -127,6 +131,10 @@ class LoadedModel:
                 self.adapters.forget_layers()
         self.backend.release_memory()
 
+    def leave(self) -> None:
+        """Leave the group of the ranks that share the model. The last that is done here."""
+        self.parallel.tp.close()
+
     def _footprint(self) -> Footprint:
         """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as
         0."""
@@ -137,11 +145,11 @@ class LoadedModel:
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
         return footprint(weight_shapes(self.path), self._dtype, model.quantization,
-                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs)
+                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs, num_shares=self.config.device.tensor_parallel_size)
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
-        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        num_ranks, free = self.config.device.num_ranks, self.backend.available_memory_bytes()
         total = (need.weights + need.loading) * num_ranks
         if total > free:
             dtype, quantization = _name(self._dtype), self.config.model.quantization
@@ -170,7 +178,7 @@ class LoadedModel:
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
         """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
-        num_ranks, free = self.config.device.worker_ranks, self.backend.available_memory_bytes()
+        num_ranks, free = self.config.device.num_ranks, self.backend.available_memory_bytes()
         if (kv_bytes + need.steps) * num_ranks > free:
             _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
                          "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
@@ -192,6 +200,7 @@ class LoadedModel:
         loaded = load_model(self.path, config=self.model_config, backend=self.backend, dtype=self._dtype,
                             quantization=model.quantization,
                             max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
+                            parallel=self.parallel,
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
         if self.adapters is not None:
             self.adapters.apply()
