@@ -68,6 +68,8 @@ WAYS = {
     # Two ranks that compute the same, and with XLLM_CHECK the engine compares all that they compute.
     "processes": Way({"worker": "processes", "worker_ranks": 2, "async_scheduling": True}, overlaps=True,
                      in_process=False),
+    # Two ranks that share the model: each holds half the heads, and what differs are the tokens, if anything.
+    "tp2": Way({"tensor_parallel_size": 2, "async_scheduling": True}, overlaps=True, in_process=False),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "paged": {}, "xtensor": {"kv_layout": "xtensor"},

@@ -35,6 +35,13 @@ class Group:
             dist.all_reduce(x, group=self._inner)
         return x
 
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
+        gives on the others is open."""
+        if self._inner is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._inner)
+        return x
+
     def all_gather(self, x: Tensor) -> Tensor:
         """x [..., D] of all ranks, in the order of their ranks: [..., size * D]. Of one shape and dtype everywhere.
 
