@@ -5,6 +5,7 @@ kernels: a folder with the compiled operators.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -58,9 +59,11 @@ def column_and_row(rank: int, size: int, store: str) -> None:
     close(group.all_gather(y_TX[:, INNER // size :]), b_TX)
     close(down(y_TX[:, : INNER // size]), a_TX @ weights.whole["down.weight"].T + weights.whole["down.bias"])
     for quantization, most in ((None, 1e-5), ("int8", 0.02), ("fp8", 0.06), ("w8a8", 0.03)):
-        whole = GatedMLP(context(ALONE), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
+        whole, rounded = (GatedMLP(context(ALONE, each), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
+                          for each in (None, quantization))
         mine = GatedMLP(context(group, quantization), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
         close(mine, whole, most)
+        close(mine, rounded)  # the same codes, of weights and of inputs, as on one rank
     group.close()
 
 
@@ -95,7 +98,7 @@ def whole_model(rank: int, size: int, store: str, kernels: str, folder: str,
         greedy(PagedRunner(model, backend), "a", PROMPT[:20], (7, 13), 12) for model in (shared, alone))
     assert tokens == expected
     close(logits_TV, truth_TV)
-    print(tokens)
+    print(tokens, hashlib.sha256(logits_TV.numpy().tobytes()).hexdigest())
     group.close()
 
 

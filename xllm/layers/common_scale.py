@@ -1,8 +1,8 @@
-"""`CommonScale`: quantised products whose inputs lie on several ranks, rounded as if they lay on one.
+"""`CommonScale`: quantised products whose inputs lie on several ranks, with the codes of one rank.
 
-A code is a number over its row's largest one, and a rank sees a part of the row only. So the largest number of the whole
-row goes into a column of its own, against one of zeros on the other side of the product: it sets the scale, in whichever
-way the op set computes that, and adds nothing.
+A code is a number over its row's largest one, and a rank sees a part of the row only. So the largest number of the
+whole row goes into a column of its own, against one of zeros on the other side of the product: it sets the scale, in
+whichever way the op set computes that, and adds nothing.
 """
 
 from __future__ import annotations

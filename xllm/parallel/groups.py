@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,22 +26,22 @@ class Group:
     error here or where they next wait for the device, or by the end of the process, as torch.distributed decides.
     """
 
-    def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, timeout_s: float = 0.0):
+        self.rank, self.size, self._timeout_s = rank, size, timeout_s
         self._inner = inner  # None: alone
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
         same on all ranks."""
         if self._inner is not None:
-            dist.all_reduce(x, group=self._inner)
+            self._exchange(dist.all_reduce, x)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
         gives on the others is open."""
         if self._inner is not None:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._inner)
+            self._exchange(dist.all_reduce, x, op=dist.ReduceOp.MAX)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -50,8 +52,15 @@ class Group:
         if self._inner is None:
             return x
         parts = x.new_empty(self.size * len(x), *x.shape[1:])  # one after the other, which all backends know
-        _all_gather(parts, x.contiguous(), group=self._inner)
+        self._exchange(_all_gather, parts, x.contiguous())
         return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
+
+    def _exchange(self, collective: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        try:
+            collective(*arguments, group=self._inner, **options)
+        except RuntimeError as error:
+            raise RuntimeError("another rank of the group has ended, or has not done the same within "
+                               f"{self._timeout_s:g} s: {error}") from error
 
     def close(self) -> None:
         """Leave the group. All ranks do so once their work is done; none waits for the others."""
@@ -85,7 +94,7 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
     meeting = _open_store(store, is_first=rank == 0, size=size, timeout=patience)
     _meet(meeting, rank=rank, size=size, timeout=patience)
     dist.init_process_group(backend.collectives, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    group = Group(rank, size, dist.group.WORLD)
+    group = Group(rank, size, dist.group.WORLD, timeout_s=timeout_s)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
     except BaseException:

@@ -145,7 +145,8 @@ class LoadedModel:
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
         return footprint(weight_shapes(self.path), self._dtype, model.quantization,
-                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs, num_shares=self.config.device.tensor_parallel_size)
+                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
+                         num_shares=self.config.device.tensor_parallel_size)
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""

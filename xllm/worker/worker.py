@@ -64,7 +64,8 @@ EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)
 
 
 class Worker:
-    """The rank of `seat`, one of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's results."""
+    """The rank of `seat`, one of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's
+    results."""
 
     def __init__(self, report: Callable[[WorkerReport], None], *, num_ranks: int = 1,
                  seat: Seat = ALONE_SEAT):

@@ -96,6 +96,6 @@ def _overrides(model: LoadedModel) -> dict[str, str]:
     """The settings that change how the checkpoint computes KV, those that are set only, as text."""
     settings = model.config.model
     size = model.parallel.tp.size  # whose ranks have other heads than those of as many ranks that compute everything
-    return {name: text for name, text in (("hf_overrides", settings.hf_overrides),
-                                          ("rope_scaling", settings.rope_scaling),
-                                          ("tensor_parallel_size", str(size) if size > 1 else None)) if text is not None}
+    said = {"hf_overrides": settings.hf_overrides, "rope_scaling": settings.rope_scaling,
+            "tensor_parallel_size": str(size) if size > 1 else None}
+    return {name: text for name, text in said.items() if text is not None}
