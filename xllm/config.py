@@ -13,6 +13,7 @@ from typing import Any
 
 from xllm.errors import ConfigError
 from xllm.foreign.table import translate
+from xllm.json_setting import parse_object
 from xllm.pooling import KINDS
 from xllm.sizes import is_zero, parse_amount
 from xllm.suggestion import nearest
@@ -175,8 +176,8 @@ class DeviceSettings:
     graph_memory: str = option("50%", "memory for captured graphs, such as 2GiB, or a share of what weights and KV "
                                "cache leave")
     worker: str = option("auto", "where the model computes: in the thread that schedules, in one beside it, or in "
-                         "processes; codec: beside it, with every message encoded, for tests; auto: thread with "
-                         "async_scheduling, else inline", choices=WORKERS)
+                         "processes; codec: beside it, with every message encoded, for tests; auto: processes "
+                         "for ranks that share a model, thread with async_scheduling, else inline", choices=WORKERS)
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
     tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the CPU of "
@@ -184,13 +185,8 @@ class DeviceSettings:
 
     @property
     def num_ranks(self) -> int:
-        """Processes, or threads, that compute every step: shares of it, or all of it each."""
+        """Workers that compute every step: shares of it, or all of it each."""
         return max(self.tensor_parallel_size, self.worker_ranks)
-
-    @property
-    def way(self) -> str:
-        """`worker`, where it says nothing and ranks share a model, is processes."""
-        return "processes" if self.worker == "auto" and self.tensor_parallel_size > 1 else self.worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +286,9 @@ def check(config: EngineConfig) -> None:
     _check_tiers(c)
     _check_graphs(config.device)
     check_workers(config.device)
+    if config.device.tensor_parallel_size > 1 and config.device.graph_mode == "checked" and c.kv_layout == "xtensor":
+        raise ConfigError("tensor_parallel_size, graph_mode checked and kv_layout xtensor do not go together yet: a "
+                          "rank that runs out of mappings before another would take another graph")
     _check_lora(config.lora)
 
 
@@ -336,18 +335,18 @@ def _check_graphs(d: DeviceSettings) -> None:
 
 def check_workers(d: DeviceSettings) -> None:
     """Refuse numbers of ranks and ways to them that cannot be; asked before any process is started."""
-    _at_least("worker_ranks", d.worker_ranks, 1)
-    if d.worker_ranks > 1 and d.worker != "processes":
-        raise ConfigError(f"worker_ranks {d.worker_ranks} needs worker processes, and worker is {d.worker}")
-    _at_least("tensor_parallel_size", d.tensor_parallel_size, 1)
-    if d.tensor_parallel_size > MOST_RANKS:
-        raise ConfigError(f"tensor_parallel_size must be at most {MOST_RANKS}, got {d.tensor_parallel_size}")
-    if d.tensor_parallel_size > 1 and d.way != "processes":
-        raise ConfigError(f"tensor_parallel_size {d.tensor_parallel_size} needs a process a rank (worker processes), "
-                          f"and worker is {d.worker}")
-    if d.tensor_parallel_size > 1 and d.worker_ranks > 1:
-        raise ConfigError(f"tensor_parallel_size {d.tensor_parallel_size} and worker_ranks {d.worker_ranks}: ranks "
-                          "share a model or each compute all of it, set one of them")
+    size, ranks = d.tensor_parallel_size, d.worker_ranks
+    _at_least("worker_ranks", ranks, 1)
+    _at_least("tensor_parallel_size", size, 1)
+    if ranks > 1 and d.worker != "processes":
+        raise ConfigError(f"worker_ranks {ranks} needs worker processes, and worker is {d.worker}")
+    if size > MOST_RANKS:
+        raise ConfigError(f"tensor_parallel_size must be at most {MOST_RANKS}, got {size}")
+    if size > 1 and d.worker not in ("auto", "processes"):
+        raise ConfigError(f"tensor_parallel_size {size} needs a process a rank, and worker is {d.worker}")
+    if size > 1 and ranks > 1:
+        raise ConfigError(f"tensor_parallel_size {size} and worker_ranks {ranks}: ranks share a model or compute all "
+                          "of it each, set one of them")
 
 
 def _check_lora(lora: LoraSettings) -> None:
@@ -399,16 +398,3 @@ def build_tree(tree: type, settings: dict[str, Any]) -> Any:
         groups[group][name] = value
     factories: dict[str, Any] = {g.name: g.default_factory for g in dataclasses.fields(tree)}
     return tree(**{name: factories[name](**values) for name, values in groups.items()})
-
-
-def parse_object(name: str, text: str | None) -> dict[str, Any] | None:
-    """What a setting that is a JSON object says. Raises ConfigError."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be a JSON object, got {text[:80]}")
-    return value

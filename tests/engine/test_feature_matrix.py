@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,6 +79,8 @@ COLUMNS = {**dict.fromkeys(FEATURES, ("off", "on")), "way": tuple(WAYS), "layout
 EXCLUSIONS = [
     {"int8": "on", "w8a8": "on"},
     {"layout": "xtensor-capped", "batch": "off", "preemption": "off"},  # one sequence needs few mappings
+    # Refused: ranks do not vote on graphs yet.
+    *({"way": "tp2", "graph": "on", "layout": layout} for layout in ("xtensor", "xtensor-capped")),
 ]
 # Pairs of features meet on every layout and in every way, as they did when each had a test of its own: 28 rows. With 2
 # there would be 10.
@@ -106,6 +108,11 @@ def is_possible(case: Case) -> bool:
     values = {**{name: "on" if name in case.features else "off" for name in FEATURES},
               "way": case.way, "layout": case.layout}
     return not any(excluded.items() <= values.items() for excluded in EXCLUSIONS)
+
+
+def possible(case: Case) -> Case:
+    """The case, or without graphs where they are refused."""
+    return case if is_possible(case) else replace(case, features=case.features - {"graph"})
 
 
 SHARED = "import os\nimport sys\n\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n"
@@ -319,9 +326,10 @@ def chosen_cases() -> Iterator[Case]:
             yield from (Case(frozenset(features), way, layout) for way, features in triples)
     places = [(way, layout) for way, layout in itertools.product(WAYS, LAYOUTS) if WAYS[way].overlaps]
     if os.environ.get("MATRIX_ALL"):
-        yield from (Case(features, way, layout) for way, layout in places for features in everything)
+        yield from (possible(Case(features, way, layout)) for way, layout in places for features in everything)
     else:  # each somewhere, and something in each place
-        yield from (Case(features, way, layout) for (way, layout), features in zip(places, itertools.cycle(everything)))
+        yield from (possible(Case(features, way, layout))
+                    for (way, layout), features in zip(places, itertools.cycle(everything)))
 
 
 def isolated_cases() -> Iterator[Case]:

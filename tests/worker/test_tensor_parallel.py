@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from backends.cpu.cpu import CpuBackend
+from graph.buffers import Field, StaticBuffers, StepMemory
 from tests.worker.test_processes import GREEDY, PROMPTS, SETTINGS, is_running, tokens
 from xllm import LLM, SamplingParams, bundled
 from xllm.errors import ConfigError, EngineDeadError, WorkerError
@@ -19,6 +20,7 @@ from xllm.models.loader import load_model
 from xllm.models.weights import WeightSource
 from xllm.parallel.groups import Group
 from xllm.parallel.parallel_context import ParallelContext
+from xllm.runner.graphs import SharedCapturer
 
 TWO = {**SETTINGS, "tensor_parallel_size": 2}
 FOLDER = Path(bundled.__file__).parent
@@ -101,8 +103,8 @@ def test_each_rank_reads_its_own_part_of_the_checkpoint(monkeypatch):
 @pytest.mark.parametrize(("settings", "words"), [
     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
     ({"tensor_parallel_size": 10**6}, "tensor_parallel_size must be at most 128"),
-    ({"tensor_parallel_size": 2, "worker": "thread"}, "tensor_parallel_size 2 needs a process a rank .*is thread"),
-    ({"tensor_parallel_size": 2, "worker": "processes", "worker_ranks": 2}, "worker_ranks 2: ranks share a model or"),
+    ({"tensor_parallel_size": 2, "worker": "thread"}, "tensor_parallel_size 2 needs a process a rank, .*is thread"),
+    ({"tensor_parallel_size": 2, "worker": "processes", "worker_ranks": 2}, "2: ranks share a model or compute"),
 ])
 def test_settings_that_cannot_be_are_refused_before_a_process_starts(monkeypatch, settings, words):
     monkeypatch.setattr("xllm.worker.processes.start_rank", None)
@@ -111,9 +113,27 @@ def test_settings_that_cannot_be_are_refused_before_a_process_starts(monkeypatch
 
 
 @pytest.mark.usefixtures("pooled_ranks")
-def test_heads_that_do_not_divide_are_named():
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size 3 (does not divide|is no multiple of) the number of"):
-        LLM(**SETTINGS, tensor_parallel_size=3)
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"tensor_parallel_size": 3}, "tensor_parallel_size 3 is no multiple of the number of kv heads"),
+    ({"tensor_parallel_size": 8}, "tensor_parallel_size 8 does not divide the number of query heads"),
+    ({"graph_mode": "checked", "kv_layout": "xtensor"}, "do not go together yet"),
+])
+def test_what_ranks_cannot_share_is_named(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        LLM(**{**TWO, **settings})
+
+
+def test_a_capture_that_fails_on_one_rank_is_no_step_without_graphs():
+    """The others replay theirs: exchanges would be those of different layers."""
+    def fail() -> None:
+        raise MemoryError("no room")
+
+    capturer = SharedCapturer()
+    buffers = StaticBuffers([Field("x", torch.int32, ("T",))], [], {"T": 1}, device=torch.device("cpu"),
+                            allocate_host=lambda size: torch.zeros(size, dtype=torch.uint8))
+    memory = StepMemory(buffers, ["x"], [], {"T": 1})
+    with pytest.raises(WorkerError, match="the other ranks have theirs: no room"):
+        capturer.capture(fail, pool=capturer.make_pool(), memory=memory)
 
 
 @pytest.mark.parametrize(("fault", "reason"), [

@@ -11,20 +11,22 @@ vocabulary, Q slots to sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backends.backend import Backend, Capturer
+from backends.backend import Backend, Capturer, GraphMemory
 from backends.metadata import AttentionMetadata, HostLengths
 from graph.buffers import Field, StaticBuffers, StepMemory
 from graph.cache import GraphBudget, GraphCache
-from graph.checking import CheckingCapturer
+from graph.checking import CheckedGraph, CheckingCapturer
 from graph.key import BucketRules, GraphKey, padding_lengths
 from xllm.config import EngineConfig
+from xllm.errors import WorkerError
 from xllm.layers.adapter_slots import AdapterSlots
 from xllm.models.causal_lm import CausalLM
 from xllm.runner.batch import HostBatch
@@ -74,7 +76,18 @@ def make_capturer(config: EngineConfig, backend: Backend) -> Capturer | None:
     if config.device.graph_mode != "checked":
         return backend.capturer
     _log.warning("graph_mode checked: steps are run in poisoned memory and checked; this is slow")
-    return CheckingCapturer()
+    return CheckingCapturer() if config.device.tensor_parallel_size == 1 else SharedCapturer()
+
+
+class SharedCapturer(CheckingCapturer):
+    """On one of the ranks that share a model: a capture that fails ends the rank, and with it the engine. If it went on
+    eagerly, its exchanges would no longer be those of the others."""
+
+    def capture(self, function: Callable[[], None], *, pool: Any, memory: GraphMemory) -> CheckedGraph:
+        try:
+            return super().capture(function, pool=pool, memory=memory)
+        except (RuntimeError, MemoryError) as error:
+            raise WorkerError(f"a graph cannot be captured, and the other ranks have theirs: {error}") from error
 
 
 def bucket_rules(config: EngineConfig, capturer: Capturer) -> BucketRules:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm import env
-from xllm.config import EngineConfig, parse_object
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
+from xllm.json_setting import parse_object
 from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
-from xllm.sizes import size_text
+from xllm.sizes import resolve_amount, size_text
 from xllm.worker.messages import Placement
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class LoadedModel:
         self._check_weights_fit(need)
         plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
         self.parallel = seat.join(self.backend, tp_size)
+        if tp_size > 1:
+            self.config = self._with_equal_graph_memory()
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapter_slots import AdapterSlots
@@ -130,6 +133,16 @@ class LoadedModel:
             if self.adapters is not None:
                 self.adapters.forget_layers()
         self.backend.release_memory()
+
+    def _with_equal_graph_memory(self) -> EngineConfig:
+        """The config with as much memory for graphs as the poorest rank has: all must keep and drop the same ones, as
+        exchanges are in them."""
+        import torch
+
+        device = self.config.device
+        own = resolve_amount("graph_memory", device.graph_memory, self.backend.available_memory_bytes())
+        least = -int(self.parallel.tp.all_reduce_max(torch.tensor([-own])).item())
+        return replace(self.config, device=replace(device, graph_memory=str(least)))
 
     def leave(self) -> None:
         """Leave the group of the ranks that share the model. The last that is done here."""

@@ -10,8 +10,8 @@ def open_link(config: EngineConfig) -> WorkerLink:
     """Make the link that `config` asks for. In-process workers are made, processes are started; no model is loaded
     yet. Raises ConfigError."""
     check_workers(config.device)
-    way, depth = config.device.way, 1 if config.scheduler.async_scheduling else 0
-    if way == "processes":
+    way, depth = config.device.worker, 1 if config.scheduler.async_scheduling else 0
+    if way == "processes" or config.device.num_ranks > 1:
         from xllm.worker.processes import ProcessLink
 
         return ProcessLink(config.device.num_ranks, depth=depth)
