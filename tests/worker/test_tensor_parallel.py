@@ -147,9 +147,8 @@ def test_a_rank_that_goes_wrong_ends_all(monkeypatch, fault, reason):
     monkeypatch.setenv("XLLM_TEST_FAULT", fault)
     began = time.monotonic()
     with pytest.raises((EngineDeadError, WorkerError), match=reason), LLM(**TWO) as llm:
-        began = time.monotonic()
         tokens(llm)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30  # loading included
 
 
 @pytest.mark.usefixtures("pooled_ranks")
