@@ -13,6 +13,7 @@ import torch
 
 from backends.cpu.cpu import CpuBackend
 from graph.buffers import Field, StaticBuffers, StepMemory
+from tests.models.harness import PagedRunner
 from tests.worker.test_processes import GREEDY, PROMPTS, SETTINGS, is_running, tokens
 from xllm import LLM, SamplingParams, bundled
 from xllm.errors import ConfigError, EngineDeadError, WorkerError
@@ -64,6 +65,44 @@ def test_two_ranks_answer_as_one(monkeypatch):
         llm._core.control.sleep(2)
         llm._core.control.wake_up()
         assert tokens(llm) == before
+
+
+@pytest.mark.usefixtures("pooled_ranks")
+@pytest.mark.parametrize("settings", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_fp8_and_embeddings(settings):
+    found = []
+    for ranks in (SETTINGS, TWO):
+        with LLM(**ranks, **settings) as llm:
+            found.append((tokens(llm), [output.embedding for output in llm.embed(PROMPTS, use_tqdm=False)]))
+    assert sum(a != b for a, b in zip(found[1][0], found[0][0], strict=True)) <= 1
+    for mine, whole in zip(found[1][1], found[0][1], strict=True):
+        assert mine == pytest.approx(whole, abs=1e-3)
+
+
+class CountingGroup(Group):
+    """A rank whose peers do nothing: it counts what it would exchange with them."""
+
+    count = 0
+
+    def all_reduce(self, x):
+        self.count += 1
+        return super().all_reduce(x)
+
+    all_reduce_max = all_reduce
+
+    def all_gather(self, x):
+        self.count += 1
+        return torch.cat([x] * self.size, dim=-1)
+
+
+@pytest.mark.parametrize(("quantization", "a_layer"), [(None, 2), ("int8", 2), ("w8a8", 4)])
+def test_the_exchanges_of_a_step(quantization, a_layer):
+    backend, group = CpuBackend(compiled=False), CountingGroup(0, 2, None)
+    model = load_model(FOLDER, backend=backend, dtype=torch.float32, quantization=quantization, max_model_len=16,
+                       parallel=ParallelContext(tp=group))
+    group.count = 0
+    PagedRunner(model, backend).step({"a": [1, 2, 3]})
+    assert group.count == a_layer * len(model.kv_specs) + 2
 
 
 @pytest.mark.usefixtures("pooled_ranks")
