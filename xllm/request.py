@@ -22,6 +22,8 @@ MAX_STOP_STRINGS = 64  # OpenAI's limit is 4
 MAX_STOP_TOKEN_IDS = 256  # the scheduler compares each sampled token with all of a row's
 MAX_BAD_WORDS = 1024  # each is tokenised, with a blank before it and without
 MAX_LOGIT_BIAS = 4096  # token ids
+# Of a priority, either way: the moves of the KV tiers add twice as much, and stay below `kv/tiers.py: PREFETCH`.
+MAX_PRIORITY = 2**31
 MAX_CHOICES = 128  # sequences of one call; OpenAI's limit is 128
 MAX_ALLOWED_TOKEN_IDS = 2**18  # more than any vocabulary has
 MAX_STOP_STRING_CHARS = 4096  # of one: so much text may be held back
@@ -250,8 +252,8 @@ class Column:
 class Request:
     """One sequence to generate. `n > 1` becomes n requests before it gets here.
 
-    `priority`: smaller runs first. `offline` requests yield to online ones. `deadline_s` and
-    `arrival_s` are on the `time.monotonic()` clock.
+    `priority`: smaller runs first; one that is not within `MAX_PRIORITY` of zero raises RequestError. `offline`
+    requests yield to online ones. `deadline_s` and `arrival_s` are on the `time.monotonic()` clock.
     """
 
     request_id: str
@@ -269,6 +271,12 @@ class Request:
     lora_slot: int = 0  # where the engine keeps it; filled in by the engine
     tenant: str = ""  # whose it is, for fair shares between them
     tenant_weight: float = 1.0  # of two tenants that both wait, the one with twice the weight gets twice the tokens
+
+    def __post_init__(self) -> None:
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise RequestError(f"priority must be an integer, got {self.priority!r}", field="priority")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be within {MAX_PRIORITY} of zero", field="priority")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,6 @@ from xllm.token_ids import check_prompt_length
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
 # Making a sequence counts as so many characters of text (`text_work.py: LONG`). Chosen: 64 of them are worth a thread.
 SEQUENCE_SIZE = 64
-# Either way: the moves of the KV tiers add at most as much again, and stay below `kv/tiers.py: PREFETCH`.
-MAX_PRIORITY = 2**31
 MAX_SALT_CHARS = 1024  # chosen: a salt is an id or a digest
 
 
@@ -140,8 +138,6 @@ def _samplings(state: ServerState, body: GenerationBody, n: int, lengths: Sequen
 def _request_options(state: ServerState, body: GenerationBody | PoolingBody) -> dict[str, Any]:
     """What a body says about its requests beside prompt and sampling, and whose they are. Raises ApiError or
     RequestError."""
-    if abs(body.priority) > MAX_PRIORITY:
-        raise invalid(f"priority must be within {MAX_PRIORITY} of zero", "priority")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
         raise invalid(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", "cache_salt")
     for name in ("session_id", "prompt_cache_key"):

@@ -31,8 +31,9 @@ LANE_CHARS = 32  # the width of a request's bar on a wide screen
 MIN_LANE_CHARS = 4  # the least width at which that bar still says something
 FRAME_CHARS, PADDING_CHARS = 4, 2  # of the panel, and of each column in it
 COLUMNS = {"#": 5, "kind": 10, "prompt": 6, "cached": 6, "output": 6, "time": LANE_CHARS, "ms": 7, "tok/s": 6, "end": 8}
-# Of each wait for the server. Chosen: a server that says nothing for that long is taken for gone.
-CONNECT_TIMEOUT_S = 10.0
+# Of each wait for the server, on top of the interval at which it speaks. Chosen: a server that is silent for longer is
+# taken for gone.
+TIMEOUT_S = 10.0
 Row = list[float]
 
 
@@ -213,7 +214,7 @@ def follow(url: str, key: str | None, interval_ms: int) -> Iterator[dict[str, An
     address = f"{url}/v1/stats/stream?interval_ms={interval_ms}"
     try:
         request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
-        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S + interval_ms / 1000) as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[6:])

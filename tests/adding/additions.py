@@ -110,6 +110,14 @@ ADDITIONS = (
         Edit("xllm/speculative/proposer_registry.py", '{"ngram": _ngram}', '{"ngram": _ngram, "repeat": _repeat}'),
         Edit(CONFIG, 'choices=("ngram",))', 'choices=("ngram", "repeat"))'),
     )),
+    Addition(name="a metric", most=2, edits=(
+        after("xllm/stats.py", '    prefix_hits_total: int = counter(0, "prefix_cache_hits", "Tokens found in the '
+              'prefix cache")',
+              '    prefix_hit_sequences_total: int = counter(0, "prefix_hit_sequences",',
+              '                                              "Sequences of which the prefix cache had the beginning")'),
+        after("xllm/scheduler/admission.py", "            self._counters.cached_prompt_tokens_total += num_cached",
+              "            self._counters.prefix_hit_sequences_total += num_cached > 0"),
+    )),
     Addition(name="a scheduling policy", most=2, edits=(
         Edit("xllm/scheduler/policy.py", "_KEYS: dict", "def _longest_job(seq: SequenceState) -> Key:\n"
              "    return (-seq.num_prompt_tokens,)\n\n\n_KEYS: dict"),

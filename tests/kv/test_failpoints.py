@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_points_are_armed_and_disarmed_one_by_one():
     assert seen == ["write"]
 
 
+def test_a_pass_takes_longer():
+    failpoints.arm_all("disk.write=30ms:2")
+    took_s = []
+    for _ in range(2):
+        began_s = time.monotonic()
+        failpoints.hit("disk.write")
+        took_s.append(time.monotonic() - began_s)
+    assert took_s[1] >= 0.03 > took_s[0]
+
+
 def test_an_unknown_point_is_a_bug_where_it_is_passed():
     failpoints.arm("disk.read", "EIO")
     with pytest.raises(AssertionError):
@@ -58,7 +69,8 @@ def test_an_unknown_point_is_a_bug_where_it_is_passed():
 
 
 @pytest.mark.parametrize("spec", ["disk.nothing=kill", "disk.read", "disk.read=", "disk.read=EFOO", "disk.read=die",
-                                  "disk.read=kill:0", "disk.read=kill:-1", "disk.read=kill:x"])  # fmt: skip
+                                  "disk.read=kill:0", "disk.read=kill:-1", "disk.read=kill:x",
+                                  "disk.read=ms"])  # fmt: skip
 def test_what_cannot_be_armed(spec):
     with pytest.raises(ConfigError):
         failpoints.arm_all(spec)

@@ -64,7 +64,8 @@ def test_all_of_it_is_on_disk_and_found_again(open_desk, ratio, num_host_slots):
     desk.turn(history)
     check_at_rest(desk)
     assert len(desk.tiers.disk) == num
-    assert desk.tiers.stats({}).tiers["host"].unsaved_total == desk.tiers.stats({}).tiers["device"].unsaved_total == 0
+    tiers = desk.tiers.stats({}).kv_tiers
+    assert tiers["host"].unsaved_total == tiers["device"].unsaved_total == 0
     assert len(desk.tiers.host) == min(num, num_host_slots) or num > num_host_slots
     desk.turn(history)
     assert desk.moves.stats[WRITE].num_bytes == num * desk.memory.payload_bytes, "written once"

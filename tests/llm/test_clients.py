@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from tests.llm.conftest import SETTINGS
+from xllm import LLM
+from xllm.client import process as process_client
 from xllm.client.engine_client import EngineBusyError, EngineClient, RequestTimeoutError, Stream
 from xllm.client.local import LocalClient
 from xllm.client.process import ProcessClient
@@ -60,8 +63,8 @@ async def test_what_a_call_gets(client: EngineClient, llm) -> None:
     stream = client.submit([make_request("a"), make_request("b", 3)])
     news: dict[str, int] = {"a": 0, "b": 0}
     stream.on_news = lambda request_id, num_tokens: news.update({request_id: news[request_id] + num_tokens})
-    await stream.admitted()
     assert set(client.request_ids) == {"a", "b"}
+    await stream.admitted()
     deltas = await read(stream)
     (expected,) = llm.generate([list(PROMPT)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
                                use_tqdm=False)
@@ -143,3 +146,20 @@ async def test_its_end_reaches_everybody(client: EngineClient) -> None:
     with pytest.raises(EngineDeadError, match="it was shut down"):
         await client.control("state")
     assert client.dead_reason is not None
+
+
+async def test_the_end_of_a_process_waits_for_its_kv_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing it may take longer than all else that the process does at its end."""
+    flat = {**SETTINGS, "host_cache_size": "8MiB", "disk_cache_size": "64MiB", "disk_cache_dir": str(tmp_path)}
+    monkeypatch.setattr(process_client, "SHUTDOWN_TIMEOUT_S", 0.3)
+    with monkeypatch.context() as slow:
+        slow.setenv("XLLM_FAILPOINTS", "tier.flush=1200ms")  # in the process: more than that for its only path
+        client = ProcessClient(EngineConfig.from_flat(**flat))
+        await client.start()
+    await read(client.submit([make_request("a", 60)]))
+    running = client._process
+    assert running is not None
+    await client.shutdown()
+    assert running.returncode == 0, "it was killed before it had ended"
+    with LLM(**flat) as again:
+        assert again.stats().kv_tiers["disk"].num_used == 3, "every full block of 62 tokens"

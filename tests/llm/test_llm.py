@@ -163,6 +163,10 @@ def test_wrong_counts_and_chats(llm):
         run(llm, "x", [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="3 given for 1"):
         run(llm, "x", priority=[1, 2, 3])
+    for wrong in (2**31 + 1, -(2**40), 1.0, True):
+        with pytest.raises(RequestError, match=r"prompts\[1\]: priority must be") as caught:
+            run(llm, ["x", "y"], priority=[0, wrong])  # type: ignore[list-item]
+        assert caught.value.field == "priority"
     with pytest.raises(RequestError, match=r"messages\[1\]: .*role"):
         llm.chat([[{"role": "user", "content": "x"}], [{"content": "x"}]], GREEDY, use_tqdm=False)
 

@@ -105,6 +105,14 @@ def read_until(terminal: int, *patterns: str | None, timeout_s: float = 20.0) ->
     raise AssertionError(f"{patterns} did not appear in {text[-3000:]!r}")
 
 
+def test_an_interval_may_be_longer_than_the_patience(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top, "TIMEOUT_S", 0.7)
+    snapshots = top.follow(server.url, None, 1000)
+    first, second = next(snapshots), next(snapshots)
+    assert second["history"]["rows"][-1][0] >= first["history"]["rows"][-1][0] + 0.9
+    snapshots.close()
+
+
 def test_it_says_what_is_wrong(server: ServerProcess) -> None:
     with pytest.raises(ConfigError, match="answered 404"):
         look(server, url=server.url + "/nowhere")

@@ -83,7 +83,8 @@ class Traced:
         (folder / "sitecustomize.py").write_text(SITE)
         path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._log = folder / "log"
-        command = [sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags]
+        command = [sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0",
+                   "--no-adaptive-threads", *flags]  # what neighbours cause is no station
         with self._log.open("wb") as out:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                                              env={**os.environ, "PYTHONPATH": path, FOLDER: str(folder)})

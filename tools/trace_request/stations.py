@@ -233,7 +233,7 @@ STATIONS = (
     Station("engine", "they are taken in",
             at=("xllm.scheduler.scheduler:Scheduler.update", "xllm.scheduler.output_writer:OutputWriter.append"),
             waits=("xllm.engine.step_loop:StepLoop._settle_oldest",),
-            holds=("xllm.scheduler.output_writer", "xllm.scheduler.counters", "xllm.scheduler.step_cost"),
+            holds=("xllm.scheduler.output_writer", "xllm.scheduler.step_rates", "xllm.scheduler.step_cost"),
             makes=("xllm.request.OutputDelta",)),
     Station("engine", "the answer's bytes go out",
             at=("xllm.engine.step_log:StepLog.note",), waits=("xllm.engine.loop:EngineLoop._step",),
@@ -275,12 +275,13 @@ ASIDE = {
     "what is noted, bounded or found beside it": (
         "serving.observe.call.Call", "serving.observe.request_log.RequestRecord",
         "serving.observe.throughput_log.ThroughputLog", "xllm.text.template_limits._Clock",
-        "xllm.text.template_weights.TemplateWeights", "xllm.kv.prefix_index.PrefixMatch"),
+        "xllm.text.template_weights.TemplateWeights", "xllm.kv.prefix_index.PrefixMatch",
+        "backends.cpu.threads.Seen", "backends.cpu.threads.Pace"),
 }
 # What runs every few seconds, and so perhaps while the request is traced and not in the idle time before.
 BY_THE_CLOCK = (
     "serving.commands.serve", "serving.engine.supervisor", "serving.observe.throughput_log",
     "serving.observe.engine_history", "serving.observe.caller_log:CallerLog.sample",
     "serving.observe.caller_log:CallerFigures", "xllm.child_end", "xllm.client.process:ProcessClient.silent_for_s",
-    "xllm.engine.collect_stats",
+    "xllm.engine.collect_stats", "backends.cpu.threads",
 )

@@ -24,17 +24,15 @@ from xllm.client.commanding import CommandingClient
 from xllm.client.engine_process import COMMAND_SOCKET, REPORT_SOCKET
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
-from xllm.engine.commands import Action, Command, Controlled, Shutdown
+from xllm.engine.commands import FLUSH_S, Action, Command, Controlled, Shutdown
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import ConfigError, EngineDeadError
 from xllm.stats import EngineStats
 
-# For the process to end in order before it is killed. Chosen; longer only where it has the KV cache to store.
-# For the process to end in order before it is killed. Chosen; it also ends a flush of the KV cache
-# (`scheduler/kv_waits.py: FLUSH_S`) that takes longer.
+# For the process to end in order before it is killed, beside what it may spend on storing its KV cache (`FLUSH_S`).
+# Chosen: longer than the step in progress and the end of the workers take.
 SHUTDOWN_TIMEOUT_S = 5.0
-# Beyond it a frame's handling is followed by a turn of the event loop. Chosen: about a millisecond's work.
 # After a larger frame the event loop gets a turn before the next one is read. Chosen: a small frame costs less than a
 # turn.
 _LARGE_FRAME_BYTES = 2**15
@@ -157,8 +155,13 @@ class ProcessClient(CommandingClient):
         """Stop the process, by force if it does not answer, and remove the sockets. Idempotent."""
         if self._process is not None and self.dead_reason is None:
             self._send(Shutdown())
-            await self._exited(self._process, SHUTDOWN_TIMEOUT_S if self._ready_event.is_set() else 0.0)
+            await self._exited(self._process, self._shutdown_s if self._ready_event.is_set() else 0.0)
         await self._bury()
+
+    @property
+    def _shutdown_s(self) -> float:
+        """How long the process may take to end in order: a KV cache on disk is stored first."""
+        return SHUTDOWN_TIMEOUT_S + (FLUSH_S if self._config.cache.disk_cache_dir is not None else 0.0)
 
     async def _bury(self) -> None:
         """Kill the process if it has not ended, reap it, and remove the sockets."""

@@ -10,6 +10,8 @@ from typing import Literal
 from xllm.request import OutputDelta, Request
 
 Action = Literal["pause", "resume", "sleep", "wakeup", "reset_prefix_cache", "load_adapter", "unload_adapter", "state"]
+# At most, for storing the KV cache on disk when the engine stops. Chosen: what is not stored by then is computed again.
+FLUSH_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Stop after the step in progress; open requests are dropped."""
+    """Stop after the step in progress; open requests are dropped. With a disk the KV cache is stored then, which takes
+    up to `FLUSH_S`: a client that kills the engine if it does not end waits longer than that."""
 
 
 @dataclass(frozen=True, slots=True)

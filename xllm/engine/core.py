@@ -12,6 +12,7 @@ from pathlib import Path
 from xllm.config import EngineConfig
 from xllm.engine.adapter_names import AdapterNames, OnDone
 from xllm.engine.collect_stats import collect_stats
+from xllm.engine.commands import FLUSH_S
 from xllm.engine.control import EngineControl
 from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
@@ -222,7 +223,7 @@ class EngineCore:
         """Copy the KV cache to disk, if there is one, and end the workers after the commands sent so far."""
         try:
             if not self.link.has_ended:
-                self.scheduler.promotions.close()
+                self.scheduler.promotions.close(FLUSH_S)
         except Exception:  # an engine that has failed ends all the same
             logger.exception("the KV cache was not stored")
         finally:

@@ -6,16 +6,19 @@ A site costs one attribute test while nothing is armed:
         failpoints.hit("disk.payload_written")
 
 Armed by tests through `arm` and `disarm`, and in a child process through XLLM_FAILPOINTS, a comma-separated
-list of `name=action[:n]`. An action is `kill` (SIGKILL to itself) or the name of an errno (`ENOSPC`): raised
-at the n-th pass (default: the first) and, as a full or broken disk does, at every pass after it.
+list of `name=action[:n]`. An action is `kill` (SIGKILL to itself), the name of an errno (`ENOSPC`) to raise, or
+a time (`50ms`) that the pass takes longer: at the n-th pass (default: the first) and, as a full, broken or slow disk
+does, at every pass after it.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -83,7 +86,7 @@ def hit(name: str) -> None:
 
 
 def arm(name: str, action: str | FailAction, first_pass: int = 1) -> None:
-    """From the `first_pass`-th pass on, `name` does `action`: `kill`, an errno's name, or a callable.
+    """From the `first_pass`-th pass on, `name` does `action`: `kill`, an errno's name, a time in ms, or a callable.
 
     Raises ConfigError for an unknown name or action. Passes are counted from here.
     """
@@ -116,9 +119,11 @@ def disarm(name: str | None = None) -> None:
 def _action(word: str) -> FailAction:
     if word == "kill":
         return _kill
+    if word.endswith("ms") and word[:-2].isdecimal():
+        return functools.partial(time.sleep, int(word[:-2]) / 1000)
     number = getattr(errno, word, None)
     if not word.startswith("E") or not isinstance(number, int):
-        raise ConfigError(f"a failpoint's action is `kill` or the name of an errno, not {word!r}")
+        raise ConfigError(f"a failpoint's action is `kill`, the name of an errno or a time like 50ms, not {word!r}")
     return lambda: _fail(number)
 
 

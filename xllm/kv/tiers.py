@@ -42,7 +42,7 @@ ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess,
 # How long a swap's blocks are kept for their copy to begin. Chosen: the swap was begun because copying is sooner than
 # computing anew; after this long it is not, and the lane in front of it is stuck.
 SWAP_LEASE_S = 10.0
-PREFETCH = 2**40  # priority: behind the moves of every request (`kv_waits.py:_priority`; HTTP bounds theirs to 2^31)
+PREFETCH = 2**40  # priority: behind the moves of every request (`kv_waits.py:_priority`, of `request.py:MAX_PRIORITY`)
 # From the end of a turn's path, by which its earlier turn is found.
 RECOGNISED_BLOCKS = 256  # chosen: more find longer turns, and cost each admission more look-ups
 BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open. Chosen: a move's end is noticed that late

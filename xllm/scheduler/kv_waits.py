@@ -16,15 +16,13 @@ from xllm.kv.lift import Lift
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
+from xllm.request import MAX_PRIORITY
 from xllm.scheduler.step_rates import StepRates
 from xllm.sequence import SequenceState
 
 # How long a request waits for disk before its prompt is computed. Chosen: longer than any healthy disk needs for a
 # prompt, short enough that a request behind a stuck one is answered.
 MAX_WAIT_S = 10.0
-# At most, for storing the KV cache when the engine stops; a server gives its engine process less (`client/process.py:
-# SHUTDOWN_TIMEOUT_S`). Chosen: what is not stored by then is computed again.
-FLUSH_S = 10.0
 # Of a step's mean time: a load that is expected to take less is not waited for, its layers arrive before the step reads
 # them. Chosen: the other half allows for loads that are slower than the mean.
 EARLY_SHARE = 0.5
@@ -147,10 +145,10 @@ class Promotions:
         self._kv.set_foreground(False)
         self._kv.poll(self._clock())
 
-    def close(self) -> None:
-        """Copy the device's blocks to disk, if there is one, for at most `FLUSH_S`, and end all moves. No step may be
+    def close(self, flush_s: float) -> None:
+        """Copy the device's blocks to disk, if there is one, for at most `flush_s`, and end all moves. No step may be
         planned afterwards."""
-        self._kv.close(FLUSH_S)
+        self._kv.close(flush_s)
 
     def swap_beats_recompute(self, num_tokens: int) -> bool:
         """Whether a preempted row's KV should be copied to host memory and back rather than computed again: as
@@ -188,4 +186,4 @@ class Promotions:
 
 def _priority(seq: SequenceState) -> int:
     """The priority of the request's moves: online before offline, then by its own priority."""
-    return (2**31 if seq.request.offline else 0) + seq.request.priority
+    return (2 * MAX_PRIORITY + 1 if seq.request.offline else 0) + seq.request.priority

@@ -10,7 +10,6 @@ from typing import Any
 from xllm.errors import RequestError
 
 KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
-# Of a schema or grammar. Chosen: many times real ones, and compiled within COMPILE_CPU_S.
 # Of a schema or grammar. Chosen: many times real ones; what takes too long to compile is refused besides.
 MAX_SOURCE_BYTES = 256 * 2**10
 MAX_DEPTH = 64  # of nested JSON. Chosen: far beyond real schemas, and within the stack of recursive readers

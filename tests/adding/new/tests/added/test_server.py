@@ -1,4 +1,4 @@
-"""What is added to the server: a route with its setting, and a sampling parameter in the bodies of two APIs."""
+"""What is added to the server: a route with its setting, a sampling parameter in the bodies of two APIs, a metric."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.serving.server_process import ServerProcess
 
 
-def test_route_setting_parameter_and_backend(tmp_path: Path) -> None:
+def test_route_setting_parameter_metric_and_backend(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.txt", "--device", "plain", "--max-echo-chars", "5", "--tool-call-parser",
                        "granite", key="none") as server:
         assert "device plain, num_threads" in server.log
@@ -22,3 +22,10 @@ def test_route_setting_parameter_and_backend(tmp_path: Path) -> None:
         assert said.status_code == 200 and said.json()["usage"]["completion_tokens"] > 0, said.text
         wrong = server.http.post("/v1/responses", json={"input": "Hi", **wishes, "no_repeat_ngram_size": -1})
         assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "no_repeat_ngram_size", wrong.text
+
+        assert server.gauge("xllm:prefix_hit_sequences_total") == 0
+        for _ in range(3):
+            server.http.post("/v1/completions", json={"prompt": "a beginning that comes again " * 20, "max_tokens": 1})
+        server.wait_idle()
+        assert server.gauge("xllm:prefix_hit_sequences_total") == server.gauge("vllm:prefix_hit_sequences_total") == 2
+        assert server.http.get("/v1/stats").json()["engine"]["prefix_hit_sequences"] == 2
