@@ -112,7 +112,7 @@ def through_the_runner(rank: int, size: int, store: str, kernels: str, folder: s
     for each in (ALONE, group):
         model = load_model(Path(folder), backend=backend, dtype=torch.float32, max_model_len=128,
                            parallel=ParallelContext(tp=each))
-        driver = Driver(ModelRunner(make_config(**settings), backend, model, num_blocks=64), num_blocks=64)
+        driver = Driver(ModelRunner(make_config(**settings), backend, model, num_blocks=64, group=each), num_blocks=64)
         driver.add("a", PROMPT)
         driver.step({"a": 13})
         driver.add("b", PROMPT[5:16])

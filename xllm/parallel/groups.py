@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore, Store, TCPStore  # what torch.distributed exports, with types
+from torch._C._distributed_c10d import (  # what torch.distributed exports, with types
+    FileStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from backends.backend import Backend
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, WorkerError
 
 # The older name warns where there is the newer one, from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class ExchangeWatch(Protocol):
+    """What stands between a group and its exchanges where steps are checked, see `Group.watch`."""
+
+    def exchange(self, what: str, make: Callable[[], None], stand_in: Callable[[], None]) -> None:
+        """Call `make`, which exchanges, or `stand_in`, which writes numbers of the same shape without the others: while
+        a step is recorded, as in a device's capture, which exchanges nothing either. what: kind, dtype and shape."""
+        ...
 
 
 class Group:
@@ -26,22 +40,25 @@ class Group:
     error here or where they next wait for the device, or by the end of the process, as torch.distributed decides.
     """
 
-    def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, timeout_s: float = 0.0):
+    def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, store: Store | None = None,
+                 timeout_s: float = 0.0):
+        """inner: None: alone. store: where all can leave notes; not needed alone."""
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
-        self._inner = inner  # None: alone
+        self._inner, self._store, self._num_votes = inner, store, 0
+        self.watch: ExchangeWatch | None = None  # set by a capturer that checks
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
         same on all ranks."""
         if self._inner is not None:
-            self._exchange(dist.all_reduce, x)
+            self._exchange("all_reduce", x, lambda: None, dist.all_reduce, x)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
         gives on the others is open."""
         if self._inner is not None:
-            self._exchange(dist.all_reduce, x, op=dist.ReduceOp.MAX)
+            self._exchange("all_reduce_max", x, lambda: None, dist.all_reduce, x, op=dist.ReduceOp.MAX)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -52,21 +69,52 @@ class Group:
         if self._inner is None:
             return x
         parts = x.new_empty(self.size * len(x), *x.shape[1:])  # one after the other, which all backends know
-        self._exchange(_all_gather, parts, x.contiguous())
-        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
+        parts_NX = parts.view(self.size, *x.shape)
+        self._exchange("all_gather", x, lambda: _repeat(x, parts_NX), _all_gather, parts, x.contiguous())
+        return parts_NX.movedim(0, -2).flatten(-2)
 
-    def _exchange(self, collective: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    def vote(self, topic: str, ballot: str) -> list[str]:
+        """Tell the others something; returns what all ranks had to tell, in their order, this one included.
+
+        No exchange: ranks that are in the middle of one, or of a capture, are not disturbed. All ranks hold the same
+        votes in the same order. Raises WorkerError if some have not voted on the topic within the group's timeout.
+        """
+        if self._inner is None:
+            return [ballot]
+        assert self._store is not None
+        self._num_votes += 1
+        keys = [f"vote/{self._num_votes}/{topic}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], ballot)
         try:
-            collective(*arguments, group=self._inner, **options)
+            self._store.wait(keys, timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
-            raise RuntimeError("another rank of the group has ended, or has not done the same within "
-                               f"{self._timeout_s:g} s: {error}") from error
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
+            raise WorkerError(f"worker rank {missing} has not voted on {topic} within {self._timeout_s:g} s") from error
+        return [self._store.get(key).decode() for key in keys]
+
+    def _exchange(self, name: str, x: Tensor, stand_in: Callable[[], None], collective: Callable[..., object],
+                  *arguments: Any, **options: Any) -> None:
+        def make() -> None:
+            try:
+                collective(*arguments, group=self._inner, **options)
+            except RuntimeError as error:
+                raise RuntimeError("another rank of the group has ended, or has not done the same within "
+                                   f"{self._timeout_s:g} s: {error}") from error
+
+        if self.watch is None:
+            make()
+        else:
+            self.watch.exchange(f"{name} of {x.dtype} {list(x.shape)}", make, stand_in)
 
     def close(self) -> None:
         """Leave the group. All ranks do so once their work is done; none waits for the others."""
         if self._inner is not None:
             inner, self._inner = self._inner, None
             dist.destroy_process_group(inner)
+
+
+def _repeat(x: Tensor, parts_NX: Tensor) -> None:
+    parts_NX.copy_(x.expand_as(parts_NX))
 
 
 ALONE = Group(0, 1, None)  # one rank: its collectives return what they are given
@@ -94,7 +142,7 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
     meeting = _open_store(store, is_first=rank == 0, size=size, timeout=patience)
     _meet(meeting, rank=rank, size=size, timeout=patience)
     dist.init_process_group(backend.collectives, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    group = Group(rank, size, dist.group.WORLD, timeout_s=timeout_s)
+    group = Group(rank, size, dist.group.WORLD, store=PrefixStore("notes", meeting), timeout_s=timeout_s)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
     except BaseException:

@@ -120,7 +120,7 @@ class LoadedModel:
         if self._model is None:
             self._model = self._read()
         runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters,
-                             self.embedding.layers)
+                             self.embedding.layers, self.parallel.tp)
         self._report("warm-up", 0.0)
         runner.warm_up()
         self._report("ready", 1.0)
