@@ -286,9 +286,6 @@ def check(config: EngineConfig) -> None:
     _check_tiers(c)
     _check_graphs(config.device)
     check_workers(config.device)
-    if config.device.tensor_parallel_size > 1 and config.device.graph_mode == "checked" and c.kv_layout == "xtensor":
-        raise ConfigError("tensor_parallel_size, graph_mode checked and kv_layout xtensor do not go together yet: a "
-                          "rank that runs out of mappings before another would take another graph")
     _check_lora(config.lora)
 
 

@@ -23,6 +23,11 @@ from xllm.errors import ConfigError, WorkerError
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+# Of a rank's numbers up to which gloo sums are made in one shot. Measured on two cores with two ranks: 0.5 to 0.8 ms
+# instead of 1.2 to 1.7 up to here, and no faster beyond.
+ONE_SHOT_BYTES = 256 * 2**10
+
+
 class ExchangeWatch(Protocol):
     """What stands between a group and its exchanges where steps are checked, see `Group.watch`."""
 
@@ -51,13 +56,16 @@ class Group:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
         same on all ranks."""
         if self._inner is not None:
-            self._exchange("all_reduce", x, lambda: None, dist.all_reduce, x)
+            how = (_gather_and, torch.add, x) if self._is_small(x) else (dist.all_reduce, x)
+            self._exchange("all_reduce", x, lambda: None, *how)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
         gives on the others is open."""
-        if self._inner is not None:
+        if self._inner is not None and self._is_small(x):
+            self._exchange("all_reduce_max", x, lambda: None, _gather_and, torch.maximum, x)
+        elif self._inner is not None:
             self._exchange("all_reduce_max", x, lambda: None, dist.all_reduce, x, op=dist.ReduceOp.MAX)
         return x
 
@@ -73,24 +81,29 @@ class Group:
         self._exchange("all_gather", x, lambda: _repeat(x, parts_NX), _all_gather, parts, x.contiguous())
         return parts_NX.movedim(0, -2).flatten(-2)
 
-    def vote(self, topic: str, ballot: str) -> list[str]:
+    def vote(self, topic: str, ballot: str, within_s: float | None = None) -> list[str]:
         """Tell the others something; returns what all ranks had to tell, in their order, this one included.
 
         No exchange: ranks that are in the middle of one, or of a capture, are not disturbed. All ranks hold the same
-        votes in the same order. Raises WorkerError if some have not voted on the topic within the group's timeout.
+        votes in the same order. Raises WorkerError if some have not voted on the topic in time (None: the time of an
+        exchange).
         """
         if self._inner is None:
             return [ballot]
         assert self._store is not None
-        self._num_votes += 1
+        self._num_votes, patience_s = self._num_votes + 1, self._timeout_s if within_s is None else within_s
         keys = [f"vote/{self._num_votes}/{topic}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], ballot)
         try:
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
+            self._store.wait(keys, timedelta(seconds=patience_s))
         except RuntimeError as error:
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
-            raise WorkerError(f"worker rank {missing} has not voted on {topic} within {self._timeout_s:g} s") from error
+            raise WorkerError(f"worker rank {missing} has not voted on {topic} within {patience_s:g} s") from error
         return [self._store.get(key).decode() for key in keys]
+
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether all numbers of all ranks are better fetched at once than reduced on their way."""
+        return x.device.type == "cpu" and x.nbytes <= ONE_SHOT_BYTES
 
     def _exchange(self, name: str, x: Tensor, stand_in: Callable[[], None], collective: Callable[..., object],
                   *arguments: Any, **options: Any) -> None:
@@ -111,6 +124,17 @@ class Group:
         if self._inner is not None:
             inner, self._inner = self._inner, None
             dist.destroy_process_group(inner)
+
+
+def _gather_and(combine: Callable[..., Tensor], x: Tensor, *, group: dist.ProcessGroup) -> None:
+    """A one-shot reduction, in place: the others' numbers come in one exchange instead of two, and every rank combines
+    them in the order of the ranks."""
+    parts = x.new_empty(group.size() * x.numel())
+    _all_gather(parts, x.view(-1), group=group)
+    first, second, *others = parts.view(-1, *x.shape)
+    combine(first, second, out=x)
+    for part in others:
+        combine(x, part, out=x)
 
 
 def _repeat(x: Tensor, parts_NX: Tensor) -> None:

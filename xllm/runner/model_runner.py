@@ -94,7 +94,7 @@ class ModelRunner:
         self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
                                               page_bytes=page_bytes(config, backend, model.kv_specs, dtype),
                                               number_bytes=dtype.itemsize,
-                                              pages_per_row=self.rows.block_table.shape[1])
+                                              pages_per_row=self.rows.block_table.shape[1], group=group)
         self.kv_cache = KVCache(backend, model.kv_specs, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
         self.feed: TokenFeed | None = None

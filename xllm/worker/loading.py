@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# For all ranks to have read their weights. Chosen: longer than a slow disk takes; a rank that ends meanwhile is noticed
+# by the engine, which ends the others.
+READ_S = 3600.0
+
 Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
@@ -218,6 +222,7 @@ class LoadedModel:
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
         if self.adapters is not None:
             self.adapters.apply()
+        self.parallel.tp.vote("weights that were read", "", READ_S)  # what follows may take an exchange's time only
         return loaded
 
 
