@@ -14,6 +14,7 @@ from torch import Tensor
 from backends import get_backend
 from backends.cpu.cpu import CpuBackend
 from backends.reference import REFERENCE
+from graph.checking import CheckingCapturer
 from tests.models.checkpoints import PROMPT
 from tests.models.harness import PagedRunner, greedy, weight_bytes
 from tests.parallel.cases import TIMEOUT_S
@@ -121,5 +122,9 @@ def through_the_runner(rank: int, size: int, store: str, kernels: str, folder: s
         found.append({name: seq.output for name, seq in driver.seqs.items()})
     assert found[1] == found[0] and all(found[0].values())
     graphs = driver.runner.graphs
+    if graphs is not None:  # of the last replay, a decode step that ends with tokens
+        assert isinstance(graphs.capturer, CheckingCapturer)
+        kinds = [exchange.split()[0] for exchange in graphs.capturer.exchanges]
+        assert kinds == ["all_reduce"] * (1 + 2 * len(model.kv_specs)) + ["all_gather"]
     print(found[1], 0 if graphs is None else sum(graphs.stats().replays_total.values()))
     group.close()

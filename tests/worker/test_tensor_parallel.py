@@ -10,55 +10,68 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from backends.cpu.cpu import CpuBackend
-from graph.buffers import Field, StaticBuffers, StepMemory
 from tests.models.harness import PagedRunner
 from tests.worker.test_processes import GREEDY, PROMPTS, SETTINGS, is_running, tokens
 from xllm import LLM, SamplingParams, bundled
 from xllm.errors import ConfigError, EngineDeadError, WorkerError
 from xllm.models.loader import load_model
-from xllm.models.weights import WeightSource
 from xllm.parallel.groups import Group
 from xllm.parallel.parallel_context import ParallelContext
-from xllm.runner.graphs import SharedCapturer
+from xllm.worker.processes import HEARTBEAT_S
 
 TWO = {**SETTINGS, "tensor_parallel_size": 2}
 FOLDER = Path(bundled.__file__).parent
 NEAR = 1e-3  # two logits that are closer may change places: sums of parts are rounded otherwise than whole ones
 
 
+TEXTS = [*PROMPTS, "def f(a, b):\n    return a + b\n\ndef g(", "for i in range(10):\n    print(", "class Node:\n    "]
+
+
 def outputs(llm: LLM) -> list:
-    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, logprobs=2, prompt_logprobs=1)
-    return llm.generate(PROMPTS, params, use_tqdm=False)
+    """540 tokens."""
+    params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    return llm.generate(TEXTS, params, use_tqdm=False)
 
 
-def assert_same(found, expected) -> None:
-    """Token for token, but where one rank's own two best are near each other."""
-    ours, theirs = found.outputs[0], expected.outputs[0]
-    for place, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
-        best, second = sorted((entry.logprob for entry in theirs.logprobs[place].values()), reverse=True)[:2]
-        if a != b:
-            assert best - second < NEAR
-            return
-        assert ours.logprobs[place][a].logprob == pytest.approx(theirs.logprobs[place][a].logprob, abs=NEAR)
-    for mine, whole in zip(found.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
-        assert {k: v.logprob for k, v in mine.items()} == pytest.approx({k: v.logprob for k, v in whole.items()},
-                                                                       abs=NEAR)
+def num_first_differences(found: list, expected: list) -> int:
+    """Answers that leave those of one rank. They may do so only where its own two best are near each other; what comes
+    after is another text. Up to there every logprob is near, and those of the prompts are."""
+    count = 0
+    for mine, whole in zip(found, expected, strict=True):
+        for ours, theirs in zip(mine.prompt_logprobs[1:], whole.prompt_logprobs[1:], strict=True):
+            assert {k: v.logprob for k, v in ours.items()} == pytest.approx({k: v.logprob for k, v in theirs.items()},
+                                                                            abs=NEAR)
+        ours, theirs = mine.outputs[0], whole.outputs[0]
+        for place, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
+            best, second = sorted((entry.logprob for entry in theirs.logprobs[place].values()), reverse=True)[:2]
+            if a != b:
+                assert best - second < NEAR
+                count += 1
+                break
+            assert ours.logprobs[place][a].logprob == pytest.approx(theirs.logprobs[place][a].logprob, abs=NEAR)
+    return count
 
 
 @pytest.mark.usefixtures("pooled_ranks")
-def test_two_ranks_answer_as_one(monkeypatch):
-    """XLLM_CHECK: both ranks drew the same tokens in every step. Weights that were dropped are read again, together."""
+def test_ranks_answer_as_one(monkeypatch):
+    """Two, and four, which hold a kv head of the two in pairs: at most one token in 500 is another. XLLM_CHECK: all
+    ranks drew the same tokens in every step."""
     monkeypatch.setenv("XLLM_CHECK", "1")
-    with LLM(**{**SETTINGS, "quantization": "w8a8"}) as llm:
-        rounded = tokens(llm)
     with LLM(**SETTINGS) as llm:
         expected = outputs(llm)
-    with LLM(**TWO) as llm:
-        assert len(llm._core.link.pids) == 2
-        for found, whole in zip(outputs(llm), expected, strict=True):
-            assert_same(found, whole)
+    for size in (2, 4):
+        with LLM(**SETTINGS, tensor_parallel_size=size) as llm:
+            assert len(llm._core.link.pids) == size
+            assert num_first_differences(outputs(llm), expected) <= 1
+
+
+@pytest.mark.usefixtures("pooled_ranks")
+def test_weights_that_were_dropped_are_read_again_together():
+    with LLM(**{**SETTINGS, "quantization": "w8a8"}) as llm:
+        rounded = tokens(llm)
     with LLM(**TWO, quantization="w8a8", enable_prefix_caching=False) as llm:
         before = tokens(llm)
         assert sum(a != b for a, b in zip(before, rounded)) <= 1  # a number may be rounded to the next code
@@ -113,27 +126,57 @@ def test_each_rank_has_the_kv_of_its_own_heads():
         assert two.stats().num_blocks // 2 == one.stats().num_blocks
 
 
-def test_each_rank_reads_its_own_part_of_the_checkpoint(monkeypatch):
-    """Every number of a matrix on one rank, but for a kv head that several have; every norm on all."""
-    read, backend = {}, CpuBackend(compiled=False)
+class CountedFile:
+    """An open safetensors file. read: the bytes that were asked of it, by tensor."""
 
-    def load(rank: int, size: int) -> dict[str, int]:
-        read.clear()
-        load_model(FOLDER, backend=backend, dtype=torch.float32, max_model_len=16,
-                   parallel=ParallelContext(tp=Group(rank, size, None)))
-        return dict(read)
+    read: dict[str, int]
 
-    take = WeightSource.take
+    def __init__(self, path: str, **options):
+        self._file = safe_open(path, **options)
 
-    def counted(self, name, shape, shard=None):
-        tensor = take(self, name, shape, shard)
-        read[name] = tensor.numel()
+    def __enter__(self):
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._file.__exit__(*error)
+
+    def keys(self):
+        return self._file.keys()
+
+    def get_tensor(self, name):
+        return self._note(name, self._file.get_tensor(name))
+
+    def get_slice(self, name):
+        found = self._file.get_slice(name)
+        return CountedSlice(found, lambda tensor: self._note(name, tensor))
+
+    def _note(self, name, tensor):
+        self.read[name] = self.read.get(name, 0) + tensor.nbytes
         return tensor
 
-    monkeypatch.setattr(WeightSource, "take", counted)
+
+class CountedSlice:
+    def __init__(self, found, note):
+        self.get_shape, self.get_dtype, self._found, self._note = found.get_shape, found.get_dtype, found, note
+
+    def __getitem__(self, index):
+        return self._note(self._found[index])
+
+
+def test_each_rank_reads_only_its_own_bytes_of_the_checkpoint(monkeypatch):
+    """All that is asked of the file, counted: half of each matrix on each of two ranks, and every norm on both."""
+    monkeypatch.setattr("xllm.models.weights.safe_open", CountedFile)
+
+    def load(rank: int, size: int) -> dict[str, int]:
+        CountedFile.read = {}
+        load_model(FOLDER, backend=CpuBackend(compiled=False), dtype=torch.float32, max_model_len=16,
+                   parallel=ParallelContext(tp=Group(rank, size, None)))
+        return CountedFile.read
+
     whole, halves = load(0, 1), [load(rank, 2) for rank in range(2)]
     norms = {name for name in whole if "norm" in name}
-    assert all(half[name] == whole[name] for half in halves for name in norms)
+    assert norms and all(half[name] == whole[name] for half in halves for name in norms)
     assert all(half[name] * 2 == whole[name] for half in halves for name in whole if name not in norms)
     share = sum(halves[0].values()) / sum(whole.values())
     assert 0.5 < share < 0.505, share
@@ -155,24 +198,25 @@ def test_settings_that_cannot_be_are_refused_before_a_process_starts(monkeypatch
 @pytest.mark.parametrize(("settings", "words"), [
     ({"tensor_parallel_size": 3}, "tensor_parallel_size 3 is no multiple of the number of kv heads"),
     ({"tensor_parallel_size": 8}, "tensor_parallel_size 8 does not divide the number of query heads"),
-    ({"graph_mode": "checked", "kv_layout": "xtensor"}, "do not go together yet"),
 ])
 def test_what_ranks_cannot_share_is_named(settings, words):
     with pytest.raises(ConfigError, match=words):
         LLM(**{**TWO, **settings})
 
 
-def test_a_capture_that_fails_on_one_rank_is_no_step_without_graphs():
-    """The others replay theirs: exchanges would be those of different layers."""
-    def fail() -> None:
-        raise MemoryError("no room")
-
-    capturer = SharedCapturer()
-    buffers = StaticBuffers([Field("x", torch.int32, ("T",))], [], {"T": 1}, device=torch.device("cpu"),
-                            allocate_host=lambda size: torch.zeros(size, dtype=torch.uint8))
-    memory = StepMemory(buffers, ["x"], [], {"T": 1})
-    with pytest.raises(WorkerError, match="the other ranks have theirs: no room"):
-        capturer.capture(fail, pool=capturer.make_pool(), memory=memory)
+def test_a_capture_that_fails_on_one_rank_is_eager_on_all(monkeypatch):
+    """Exchanges would be those of different steps otherwise. The other graphs are kept."""
+    with LLM(**SETTINGS) as llm:
+        expected = tokens(llm)
+    monkeypatch.setattr("xllm.worker.processes.RANK_MODULE", "tests.worker.faulty_rank")
+    monkeypatch.setenv("XLLM_TEST_FAULT", "capture:1")
+    with LLM(**TWO, graph_mode="checked", max_num_seqs=2) as llm:
+        assert tokens(llm) == expected
+        time.sleep(2 * HEARTBEAT_S)
+        llm._core.tick()
+        graphs = llm.stats().graphs  # of rank 0, where every capture went well
+    assert graphs.fallbacks_total["capture_failed"] > 10
+    assert sum(graphs.replays_total.values()) > 10 and graphs.num_graphs < graphs.captures_total
 
 
 @pytest.mark.parametrize(("fault", "reason"), [
