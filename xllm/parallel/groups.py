@@ -46,10 +46,12 @@ class Group:
     """
 
     def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, store: Store | None = None,
-                 timeout_s: float = 0.0):
-        """inner: None: alone. store: where all can leave notes; not needed alone."""
+                 timeout_s: float = 0.0, one_shot_bytes: int = 0):
+        """inner: None: alone. store: where all can leave notes; not needed alone. one_shot_bytes: see
+        `ONE_SHOT_BYTES`."""
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
         self._inner, self._store, self._num_votes = inner, store, 0
+        self._one_shot_bytes = one_shot_bytes
         self.watch: ExchangeWatch | None = None  # set by a capturer that checks
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class Group:
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether all numbers of all ranks are better fetched at once than reduced on their way."""
-        return x.device.type == "cpu" and x.nbytes <= ONE_SHOT_BYTES
+        return x.nbytes <= self._one_shot_bytes
 
     def _exchange(self, name: str, x: Tensor, stand_in: Callable[[], None], collective: Callable[..., object],
                   *arguments: Any, **options: Any) -> None:
@@ -166,7 +168,8 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
     meeting = _open_store(store, is_first=rank == 0, size=size, timeout=patience)
     _meet(meeting, rank=rank, size=size, timeout=patience)
     dist.init_process_group(backend.collectives, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    group = Group(rank, size, dist.group.WORLD, store=PrefixStore("notes", meeting), timeout_s=timeout_s)
+    group = Group(rank, size, dist.group.WORLD, store=PrefixStore("notes", meeting), timeout_s=timeout_s,
+                  one_shot_bytes=ONE_SHOT_BYTES if backend.computes_on_host else 0)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
     except BaseException:
