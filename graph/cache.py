@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from backends.backend import CapturedGraph, Capturer
@@ -49,6 +49,19 @@ class GraphBudget:
     num_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureOutcome:
+    """What came of a capture. reason: why there is no graph, with details; "": there is one, of that size."""
+
+    reason: str = ""
+    details: str = ""
+    num_bytes: int = 0
+    num_streams: int = 0
+
+
+Agree = Callable[[GraphKey, int, CaptureOutcome], CaptureOutcome]
+
+
 @dataclass(slots=True)
 class GraphCounters:
     """Totals; replays by the key's name, fallbacks (eager steps) by reason."""
@@ -63,17 +76,23 @@ class GraphCounters:
 class _Entry(Generic[P]):
     program: P
     graph: CapturedGraph
+    outcome: CaptureOutcome
 
 
 class GraphCache(Generic[P]):
     """`build(key, set)` makes the program of a key over buffer set `set` of `num_sets`; sets are used in turn.
 
     One thread uses it. All graphs share one memory pool.
+
+    Ranks that share a model must keep the same graphs, as exchanges are in them. They meet the same keys in the same
+    order; whatever else decides is agreed on: `agree(key, set, outcome)` is called once after each capture, failed ones
+    too, and returns what all ranks go by.
     """
 
     def __init__(self, capturer: Capturer, build: Callable[[GraphKey, int], P], *, budget: GraphBudget,
-                 num_sets: int = 2):
+                 num_sets: int = 2, agree: Agree = lambda key, index, outcome: outcome):
         self._capturer, self._build, self._budget, self._num_sets = capturer, build, budget, num_sets
+        self._agree = agree
         self._pool = capturer.make_pool()
         self._entries: OrderedDict[tuple[GraphKey, int], _Entry[P]] = OrderedDict()  # least recently used first
         self._refused: dict[GraphKey, str] = {}
@@ -144,21 +163,30 @@ class GraphCache(Generic[P]):
         by itself."""
         while self._is_full():
             self._evict()
-        try:
-            graph = self._capturer.capture(program, pool=self._pool, memory=program.memory)
-        except (RuntimeError, MemoryError) as error:
-            self._refuse(key, CAPTURE_FAILED, str(error))
+        graph, outcome = self._try_to_capture(program)
+        outcome = self._agree(key, self.turn, outcome)
+        self.counters.captures += graph is not None
+        if not outcome.reason and self._exceeds(1, outcome.num_bytes, outcome.num_streams):
+            outcome = replace(outcome, reason=OVER_BUDGET,
+                              details=f"{outcome.num_bytes} bytes, {outcome.num_streams} streams")
+        if graph is None or outcome.reason:
+            assert outcome.reason, "agreed on a graph that is not there"
+            if graph is not None:
+                graph.release()
+            self._refuse(key, outcome.reason, outcome.details)
             return None
-        self.counters.captures += 1
-        if self._exceeds(1, graph.num_bytes, graph.num_streams):
-            graph.release()
-            self._refuse(key, OVER_BUDGET, f"{graph.num_bytes} bytes, {graph.num_streams} streams")
-            return None
-        entry = self._entries[key, self.turn] = _Entry(program, graph)
-        self.num_bytes, self.num_streams = self.num_bytes + graph.num_bytes, self.num_streams + graph.num_streams
+        entry = self._entries[key, self.turn] = _Entry(program, graph, outcome)
+        self.num_bytes, self.num_streams = self.num_bytes + outcome.num_bytes, self.num_streams + outcome.num_streams
         while self._exceeds(len(self), self.num_bytes, self.num_streams):
             self._evict()
         return entry
+
+    def _try_to_capture(self, program: P) -> tuple[CapturedGraph | None, CaptureOutcome]:
+        try:
+            graph = self._capturer.capture(program, pool=self._pool, memory=program.memory)
+        except (RuntimeError, MemoryError) as error:
+            return None, CaptureOutcome(reason=CAPTURE_FAILED, details=str(error))
+        return graph, CaptureOutcome(num_bytes=graph.num_bytes, num_streams=graph.num_streams)
 
     def _refuse(self, key: GraphKey, reason: str, details: str) -> None:
         _log.warning("steps like %s run eagerly from now on (%s: %s)", key, reason, details)
@@ -171,7 +199,7 @@ class GraphCache(Generic[P]):
 
     def _release_oldest(self) -> None:
         _, entry = self._entries.popitem(last=False)
-        self.num_bytes, self.num_streams = (self.num_bytes - entry.graph.num_bytes,
-                                            self.num_streams - entry.graph.num_streams)
+        self.num_bytes, self.num_streams = (self.num_bytes - entry.outcome.num_bytes,
+                                            self.num_streams - entry.outcome.num_streams)
         entry.program.memory.buffers.wait()
         entry.graph.release()

@@ -8,6 +8,8 @@ A real graph has the addresses, the launches and the host's numbers of its captu
 - an operator reads memory that was neither there at the capture nor made in this call;
 - the operators but views are not those of the capture, in that order (the function looked at something on the host);
 - an operator reads a number back to the host;
+- the exchanges with other ranks are not those of the capture, or one is made outside of the captured function while
+  its step is on the way;
 - an input holds what the last replay left: it was not filled, or not wholly;
 - a row of an output that is no padding was not written, or what stands in padding rows made a difference to it.
 
@@ -16,17 +18,21 @@ are poisoned. During one, fresh memory is poisoned before an operator gets it. A
 time with NaN in the padding rows of whatever is looked up by an integer input (embeddings, rotations), which then runs
 through all their activations: the outputs of other rows must not differ by a bit. Kernels called past torch's
 dispatcher are not seen themselves; what they read and write is.
+
+A device's capture exchanges nothing, so this one's does not either: it can fail on one rank alone.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from backends.backend import GraphMemory
 from graph.buffers import StepMemory
@@ -77,7 +83,9 @@ class CheckedPool:
 
 
 class CheckingCapturer:
-    """A `Capturer`. num_replays counts over all its graphs.
+    """A `Capturer`. num_replays counts over all its graphs, exchanges are those that a captured function made last.
+
+    It can watch the exchanges of a group of ranks (`exchange`, as `xllm/parallel/groups.py:ExchangeWatch` has it).
 
     plans_in_graph is False, as on Ascend: attention's parameters are made anew before each replay.
     """
@@ -89,6 +97,10 @@ class CheckingCapturer:
     def __init__(self, *, bucket_step: int = 16, max_streams: int | None = None):
         self.bucket_step, self.max_streams = bucket_step, max_streams
         self.num_replays = 0
+        self.exchanges: list[str] = []
+        self._watch: _Watch | None = None  # of the function that is being called
+        self._between = ""  # what is done for a step outside of its function
+        self._thread = 0  # that calls the function
 
     def make_pool(self) -> CheckedPool:
         return CheckedPool()
@@ -99,6 +111,39 @@ class CheckingCapturer:
 
     def fence(self) -> Callable[[], None]:
         return lambda: None
+
+    def exchange(self, what: str, make: Callable[[], None], stand_in: Callable[[], None]) -> None:
+        """Note an exchange and make it, or let it stand in while a function is captured."""
+        if self._between:
+            raise GraphCheckError(f"{what} while {self._between}: a replay would not make it")
+        if self._watch is None:  # of an eager step
+            make()
+            return
+        if threading.get_ident() != self._thread:
+            raise GraphCheckError(f"{what} in another thread, during a replay that does not have it")
+        self._watch.operators.append(what)
+        self.exchanges.append(what)
+        with _disable_current_modes():  # what it is made of is not the graph's
+            (stand_in if self._watch.records else make)()
+
+    @contextmanager
+    def watching(self, watch: _Watch) -> Iterator[None]:
+        """While a captured function is called."""
+        self._watch, self._thread, self.exchanges = watch, threading.get_ident(), []
+        try:
+            with watch:
+                yield
+        finally:
+            self._watch = None
+
+    @contextmanager
+    def no_exchange(self, while_: str) -> Iterator[None]:
+        """While something is done on the host for a step that is to be replayed."""
+        self._between = while_
+        try:
+            yield
+        finally:
+            self._between = ""
 
 
 class CheckedGraph:
@@ -148,7 +193,8 @@ class CheckedGraph:
                 raise GraphCheckError(f"{name} was not filled since the last replay")
         for output in memory.outputs.values():
             poison(output)
-        with _Watch(memory, constants, poison_padding) as watch:
+        watch = _Watch(memory, constants, poison_padding)
+        with self._capturer.watching(watch):
             self._function()
         self._pool.lend(watch.made)
         if poison_padding:
@@ -162,7 +208,7 @@ class CheckedGraph:
         if operators == self._operators:
             return
         for place, (now, then) in enumerate(zip(operators, self._operators)):
-            if now is not then:
+            if now != then:
                 raise GraphCheckError(f"operator {place} is {now}, and was {then} at the capture")
         raise GraphCheckError(f"{len(operators)} operators, and {len(self._operators)} at the capture")
 
@@ -184,6 +230,11 @@ class _Watch(TorchDispatchMode):
         self.made: list[weakref.ref[Tensor]] = []
         self.num_bytes = 0
         self._own: set[int] = set()
+
+    @property
+    def records(self) -> bool:
+        """Whether this is the capture, and no replay."""
+        return self._constants is None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split(".")[0]

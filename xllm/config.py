@@ -30,6 +30,7 @@ POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-firs
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 WORKERS = ("auto", "inline", "thread", "codec", "processes")
+MOST_RANKS = 128  # of one engine. Chosen, far above the cards of any machine: a typing error must not start thousands
 GRAPH_MODES = ("auto", "off", "checked")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -175,18 +176,24 @@ class DeviceSettings:
     graph_memory: str = option("50%", "memory for captured graphs, such as 2GiB, or a share of what weights and KV "
                                "cache leave")
     worker: str = option("auto", "where the model computes: in the thread that schedules, in one beside it, or in "
-                         "processes; codec: beside it, with every message encoded, for tests; auto: thread with "
-                         "async_scheduling, else inline", choices=WORKERS)
+                         "processes; codec: beside it, with every message encoded, for tests; auto: processes "
+                         "for ranks that share a model, thread with async_scheduling, else inline", choices=WORKERS)
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
-    tensor_parallel_size: int = option(1, "devices that share one model", aliases=("tp_size",))
+    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the CPU of "
+                                       "one machine", aliases=("tp_size",))
     data_parallel_size: int = option(1, "engines behind one server, each with a model, a queue and a KV cache of its "
                                      "own; on the CPU of one machine", aliases=("dp_size",))
 
     @property
+    def num_ranks(self) -> int:
+        """Workers of an engine that compute every step: shares of it, or all of it each."""
+        return max(self.tensor_parallel_size, self.worker_ranks)
+
+    @property
     def num_workers(self) -> int:
         """Workers of all engines of this server, which share the machine."""
-        return self.data_parallel_size * self.worker_ranks
+        return self.data_parallel_size * self.num_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,10 +292,8 @@ def check(config: EngineConfig) -> None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
     _check_graphs(config.device)
-    _check_workers(config.device)
+    check_workers(config.device)
     _check_lora(config.lora)
-    if config.device.tensor_parallel_size != 1:
-        raise ConfigError("tensor_parallel_size: only 1 is built")
 
 
 def _check_tiers(c: CacheSettings) -> None:
@@ -332,10 +337,20 @@ def _check_graphs(d: DeviceSettings) -> None:
         _at_least("graph_max_seqs", d.graph_max_seqs, 1)
 
 
-def _check_workers(d: DeviceSettings) -> None:
-    _at_least("worker_ranks", d.worker_ranks, 1)
-    if d.worker_ranks > 1 and d.worker != "processes":
-        raise ConfigError(f"worker_ranks {d.worker_ranks} needs worker processes, and worker is {d.worker}")
+def check_workers(d: DeviceSettings) -> None:
+    """Refuse numbers of ranks and ways to them that cannot be; asked before any process is started."""
+    size, ranks = d.tensor_parallel_size, d.worker_ranks
+    _at_least("worker_ranks", ranks, 1)
+    _at_least("tensor_parallel_size", size, 1)
+    if ranks > 1 and d.worker != "processes":
+        raise ConfigError(f"worker_ranks {ranks} needs worker processes, and worker is {d.worker}")
+    if size > MOST_RANKS:
+        raise ConfigError(f"tensor_parallel_size must be at most {MOST_RANKS}, got {size}")
+    if size > 1 and d.worker not in ("auto", "processes"):
+        raise ConfigError(f"tensor_parallel_size {size} needs a process a rank, and worker is {d.worker}")
+    if size > 1 and ranks > 1:
+        raise ConfigError(f"tensor_parallel_size {size} and worker_ranks {ranks}: ranks share a model or compute all "
+                          "of it each, set one of them")
 
 
 def _check_lora(lora: LoraSettings) -> None:

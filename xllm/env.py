@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,15 @@ def let_openmp_sleep() -> None:
     when torch is imported: where that has happened, nothing is set."""
     if "torch" not in sys.modules and not openmp_sleeps():
         os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
+def keep_exchanges_local() -> None:
+    """GLOO_SOCKET_IFNAME for this process, unless it is set: ranks of one machine exchange over its loopback, where no
+    other machine can reach them."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+        if loopback is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
 def openmp_sleeps() -> bool:

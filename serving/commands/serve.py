@@ -293,7 +293,10 @@ def _placement_text(facts: EngineFacts) -> str:
     """One line: device, threads, types, quantisation, memory."""
     at, config = facts.placement, facts.config
     threads = f", num_threads {at.num_threads}" if at.num_threads else ""
-    ranks = f", {config.device.worker_ranks} ranks" if config.device.worker_ranks > 1 else ""
+    device = config.device
+    ranks = f", {device.worker_ranks} ranks" if device.worker_ranks > 1 else ""
+    if device.tensor_parallel_size > 1:
+        ranks = f", tensor parallel over {device.tensor_parallel_size} ranks (memory is a rank's)"
     weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
     quantization = config.model.quantization or "none"
     return (f"device {at.device}{threads}{ranks}; dtype {at.dtype}, quantization {quantization}; weights {weights}, "

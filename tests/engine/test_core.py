@@ -57,7 +57,7 @@ def test_without_compiled_kernels_it_warns_and_gives_the_same_tokens(monkeypatch
     ({"num_kv_blocks": 2}, "max_model_len"),
     ({"watermark": 0.9}, "watermark"),
     ({"enable_chunked_prefill": False, "max_num_batched_tokens": 8}, "max_num_batched_tokens"),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
     ({"prompt_lookup_min": 9}, "prompt_lookup_min"),
 ])
 def test_settings_that_cannot_work_are_named(settings, message):

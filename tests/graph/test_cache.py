@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.backend import CapturedGraph, GraphMemory
-from graph.cache import MISSES_BEFORE_EVICTION, GraphBudget, GraphCache
+from graph.cache import MISSES_BEFORE_EVICTION, Agree, CaptureOutcome, GraphBudget, GraphCache
 from graph.checking import CheckedGraph, CheckingCapturer, GraphCheckError
 from graph.key import GraphKey
 from tests.graph.steps import Lookup, compute, expected, key, make_set
@@ -21,12 +22,13 @@ class World:
     """A cache over steps of one size, told apart by what they end with."""
 
     def __init__(self, budget: GraphBudget | None = None, *, capturer: CheckingCapturer | None = None,
-                 num_sets: int = 2, function: Callable[[Lookup], None] = compute):
+                 num_sets: int = 2, function: Callable[[Lookup], None] = compute, agree: Agree | None = None):
         self.sets = [make_set() for _ in range(num_sets)]
         self.capturer = capturer or CheckingCapturer()
         self.function = function
         self.built: list[tuple[GraphKey, int]] = []
-        self.cache = GraphCache(self.capturer, self.build, budget=budget or GraphBudget(), num_sets=num_sets)
+        self.cache = GraphCache(self.capturer, self.build, budget=budget or GraphBudget(), num_sets=num_sets,
+                                agree=agree or (lambda key, index, outcome: outcome))
 
     def build(self, key: GraphKey, index: int) -> Lookup:
         self.built.append((key, index))
@@ -147,6 +149,28 @@ def test_a_capture_that_fails_is_counted_and_not_repeated(error: Exception) -> N
     assert world.cache.counters.fallbacks == {"capture_failed": 3}
     assert world.cache.counters.captures == 2
     assert [k for k, _ in world.built] == [key(4), key(2), key(2)]
+
+
+def test_all_go_by_what_was_agreed_on() -> None:
+    """One vote a capture. What failed elsewhere is not kept here; a graph counts as large as the largest."""
+    votes: list[tuple[GraphKey, int, str]] = []
+
+    def agree(key: GraphKey, index: int, outcome: CaptureOutcome) -> CaptureOutcome:
+        votes.append((key, index, outcome.reason))
+        if key.num_tokens == 2:
+            return CaptureOutcome(reason="capture_failed", details="rank 1: no room")
+        return replace(outcome, num_bytes=10**6)
+
+    world = World(agree=agree)
+    assert [world.check(key(size), [1]) for size in (4, 2, 4, 2, 4)] == [True, False, True, False, True]
+    assert votes == [(key(4), 0, ""), (key(2), 1, ""), (key(4), 1, "")]
+    assert world.cache.counters.fallbacks == {"capture_failed": 2}
+    assert world.cache.num_bytes == 2 * 10**6
+    world.cache.clear()
+    assert world.cache.num_bytes == 0
+    failing = World(capturer=Failing(4, MemoryError("here")), agree=agree)
+    assert not failing.check(key(4), [1])
+    assert votes[-1] == (key(4), 0, "capture_failed")
 
 
 def test_a_failed_check_is_no_reason_to_go_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -19,8 +20,8 @@ class Session:
     """One program, captured with a first step."""
 
     def __init__(self, function: Callable[[Lookup], None] | None = None, *, size: int = 4, ids: list[int] = IDS,
-                 inputs: tuple[str, ...] = ("ids", "scale")):
-        self.capturer = CheckingCapturer()
+                 inputs: tuple[str, ...] = ("ids", "scale"), capturer: CheckingCapturer | None = None):
+        self.capturer = capturer or CheckingCapturer()
         self.pool = self.capturer.make_pool()
         self.step = Lookup(make_set(), size, function, inputs)
         self.load(ids)
@@ -207,3 +208,68 @@ def test_poison_is_told_from_numbers(dtype: torch.dtype) -> None:
     assert not poisoned(tensor[:, :2])
     if dtype.is_floating_point:
         assert tensor[1, 3].isnan()
+
+
+class Exchanging:
+    """A step that exchanges something twice with other ranks. did: how, each time."""
+
+    def __init__(self) -> None:
+        self.names, self.did = ["sum", "gather"], list[str]()
+        self.capturer = CheckingCapturer()
+        self.session = Session(self.run, capturer=self.capturer)
+
+    def run(self, step: Lookup) -> None:
+        compute(step)
+        for name in self.names:
+            self.exchange(name)
+
+    def exchange(self, name: str) -> None:
+        made = torch.zeros(1)  # an operator of the graph, unlike those that an exchange is made of
+        self.capturer.exchange(name, lambda: self._note("made", made), lambda: self._note("stood in", made))
+
+    def _note(self, what: str, tensor: Tensor) -> None:
+        for _ in what:  # more operators for the one than for the other
+            tensor.add_(1.0)
+        self.did.append(what)
+
+
+def test_exchanges_are_made_in_a_replay_and_not_in_a_capture() -> None:
+    exchanging = Exchanging()
+    assert exchanging.did == ["stood in"] * 2
+    exchanging.session.replay([1, 2, 3, 4])
+    assert exchanging.did[2:] == ["made"] * 2 and exchanging.capturer.exchanges == ["sum", "gather"]
+    exchanging.exchange("sum")  # of an eager step
+    assert exchanging.did[4:] == ["made"]
+
+
+@pytest.mark.parametrize("names", [["sum"], ["gather", "sum"], ["sum", "gather", "sum"]], ids=str)
+def test_other_exchanges_than_those_of_the_capture(names: list[str]) -> None:
+    exchanging = Exchanging()
+    exchanging.names = names
+    with pytest.raises(GraphCheckError, match="at the capture"):
+        exchanging.session.replay([1])
+
+
+def test_an_exchange_outside_of_the_function_that_is_replayed() -> None:
+    exchanging = Exchanging()
+    with pytest.raises(GraphCheckError, match="sum while attention is planned: a replay would not make it"), \
+            exchanging.capturer.no_exchange("attention is planned"):
+        exchanging.exchange("sum")
+    exchanging.session.replay([1])  # and then as before
+    raised: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            exchanging.exchange("sum")
+        except GraphCheckError as error:
+            raised.append(error)
+
+    def run(step: Lookup) -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        exchanging.run(step)
+
+    exchanging.session.step.function = run
+    exchanging.session.replay([1, 2, 3, 4])
+    assert "in another thread, during a replay" in str(raised[0]) and len(raised) == 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from backends import get_backend
 from backends.backend import Backend
 from backends.cpu.cpu import CpuBackend
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, WorkerError
 from xllm.parallel.groups import Group, open_group
 
 TIMEOUT_S = 30.0
@@ -116,6 +116,22 @@ def one_leaves(backend: str, rank: int, size: int, store: str) -> None:
     with pytest.raises(RuntimeError):
         group.all_reduce(x).tolist()
     assert time.monotonic() - began < 20
+
+
+def votes(backend: str, rank: int, size: int, store: str) -> None:
+    """Every rank hears all; no exchange is disturbed, not even one that has begun. Who votes on something else, or not
+    at all, is named."""
+    device, group = join(backend, rank, size, store, timeout_s=1.0)
+    for topic in ("graph a", "graph b", "graph a"):
+        assert group.vote(topic, f"{topic} {rank}") == [f"{topic} {each}" for each in range(size)]
+    if rank == 0:  # the others are in the exchange
+        time.sleep(0.2)
+    assert group.all_reduce(torch.ones(1, device=device.device)).item() == size
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"rank {1 - rank} has not voted on graph {'cd'[rank]} within 1 s"):
+        group.vote(f"graph {'cd'[rank]}", "")
+    assert time.monotonic() - began < 20
+    group.close()
 
 
 def hangs(rank: int, size: int, store: str) -> None:

@@ -5,6 +5,7 @@ kernels: a folder with the compiled operators.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from backends import get_backend
 from backends.cpu.cpu import CpuBackend
 from backends.reference import REFERENCE
+from graph.checking import CheckingCapturer
 from tests.models.checkpoints import PROMPT
 from tests.models.harness import PagedRunner, greedy, weight_bytes
 from tests.parallel.cases import TIMEOUT_S
@@ -58,9 +60,11 @@ def column_and_row(rank: int, size: int, store: str) -> None:
     close(group.all_gather(y_TX[:, INNER // size :]), b_TX)
     close(down(y_TX[:, : INNER // size]), a_TX @ weights.whole["down.weight"].T + weights.whole["down.bias"])
     for quantization, most in ((None, 1e-5), ("int8", 0.02), ("fp8", 0.06), ("w8a8", 0.03)):
-        whole = GatedMLP(context(ALONE), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
+        whole, rounded = (GatedMLP(context(ALONE, each), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
+                          for each in (None, quantization))
         mine = GatedMLP(context(group, quantization), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
         close(mine, whole, most)
+        close(mine, rounded)  # the same codes, of weights and of inputs, as on one rank
     group.close()
 
 
@@ -95,7 +99,7 @@ def whole_model(rank: int, size: int, store: str, kernels: str, folder: str,
         greedy(PagedRunner(model, backend), "a", PROMPT[:20], (7, 13), 12) for model in (shared, alone))
     assert tokens == expected
     close(logits_TV, truth_TV)
-    print(tokens)
+    print(tokens, hashlib.sha256(logits_TV.numpy().tobytes()).hexdigest())
     group.close()
 
 
@@ -109,7 +113,7 @@ def through_the_runner(rank: int, size: int, store: str, kernels: str, folder: s
     for each in (ALONE, group):
         model = load_model(Path(folder), backend=backend, dtype=torch.float32, max_model_len=128,
                            parallel=ParallelContext(tp=each))
-        driver = Driver(ModelRunner(make_config(**settings), backend, model, num_blocks=64), num_blocks=64)
+        driver = Driver(ModelRunner(make_config(**settings), backend, model, num_blocks=64, group=each), num_blocks=64)
         driver.add("a", PROMPT)
         driver.step({"a": 13})
         driver.add("b", PROMPT[5:16])
@@ -118,5 +122,9 @@ def through_the_runner(rank: int, size: int, store: str, kernels: str, folder: s
         found.append({name: seq.output for name, seq in driver.seqs.items()})
     assert found[1] == found[0] and all(found[0].values())
     graphs = driver.runner.graphs
+    if graphs is not None:  # of the last replay, a decode step that ends with tokens
+        assert isinstance(graphs.capturer, CheckingCapturer)
+        kinds = [exchange.split()[0] for exchange in graphs.capturer.exchanges]
+        assert kinds == ["all_reduce"] * (1 + 2 * len(model.kv_specs)) + ["all_gather"]
     print(found[1], 0 if graphs is None else sum(graphs.stats().replays_total.values()))
     group.close()

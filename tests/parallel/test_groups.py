@@ -33,6 +33,10 @@ def test_nothing_waits_for_ever(ranks: Ranks, case: str, size: int) -> None:
     ranks.check(f"{CASES}:{case}", size, backend="cpu")
 
 
+def test_votes(ranks: Ranks) -> None:
+    ranks.check(f"{CASES}:votes", 2, backend="cpu")
+
+
 def test_tcp(ranks: Ranks) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -36,6 +36,7 @@ def test_a_vocabulary_that_does_not_divide(ranks: Ranks, size: int) -> None:
 
 @pytest.mark.parametrize(("variant", "size"), MODELS, ids=str)
 def test_a_whole_model(ranks: Ranks, kernels: str, tmp_path: Path, variant: str, size: int) -> None:
+    """All ranks print the same tokens, and the same bits of all logits."""
     folder = save_checkpoint(BY_ID[variant], tmp_path)
     assert len(set(ranks.check(f"{CASES}:whole_model", size, kernels=kernels, folder=str(folder)))) == 1
 

@@ -11,6 +11,7 @@ import pytest
 from tests.runner.virtual_memory import VirtualSimulation
 from tests.scheduler.harness import VOCAB
 from tests.scheduler.test_random import random_settings
+from xllm.errors import WorkerError
 from xllm.kv.xtensor import XTensorCounters
 
 
@@ -56,6 +57,17 @@ def test_random_workloads(start: int) -> None:
 
 def test_the_system_refuses_mappings() -> None:
     check_workloads(range(1000, 1015), refusals=0.1)
+
+
+def test_ranks_decide_the_same_however_far_each_is() -> None:
+    """What a rank that is ahead could unmap already, the other could not: both wait until both can."""
+    check_workloads(range(36, 50), is_shared=True, max_mappings=8)
+
+
+def test_ranks_do_not_go_on_without_a_mapping_that_another_may_have() -> None:
+    with pytest.raises(AssertionError, match="workload") as raised:
+        check_workloads(range(1000, 1015), refusals=0.1, is_shared=True)
+    assert isinstance(raised.value.__cause__, WorkerError)
 
 
 def test_the_workloads_reach_what_they_are_meant_to_reach() -> None:

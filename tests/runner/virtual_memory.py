@@ -62,10 +62,16 @@ class VirtualRunner(MemoryRunner):
         self.planned: dict[int, list[int]] = {}  # tables as they will be after all submitted steps
         self.num_steps = self.num_on_tables = 0
         self._reads: dict[int, set[int]] = {}  # by step
+        self.twin: VirtualRows | None = None  # another rank's, which is ahead: it has run all that it was given
 
     def prepare(self, plan: ScheduleOutput) -> None:
         self._look_ahead(plan)
         self.virtual.prepare(plan)
+        if self.twin is not None:
+            self.twin.prepare(plan)
+            ours, theirs = (rows._prepared[plan.step].base_S for rows in (self.virtual, self.twin))
+            assert np.array_equal(ours, theirs), f"step {plan.step}: other ranges, or tables on one rank only"
+            self.twin.take(plan)
         self.virtual.xtensor.check_integrity()
         self._check_states()
         self._reads[plan.step] = self._pages_read(plan)
@@ -126,14 +132,21 @@ class VirtualSimulation(Simulation):
     """The simulation of the scheduler's tests on the xtensor layout."""
 
     def __init__(self, num_blocks: int, *, rng: random.Random, refusals: float = 0.0, max_mappings: int | None = None,
-                 more_ranges: int = 0, **settings: Any):
+                 more_ranges: int = 0, is_shared: bool = False, **settings: Any):
         super().__init__(num_blocks, **settings)
         num_rows, block_size = self.config.scheduler.max_num_seqs, self.config.cache.block_size
         assert block_size and self.config.model.max_model_len
-        self.xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, max_mappings=max_mappings,
-                               pages_per_row=-(-(self.config.model.max_model_len + 1) // block_size),
-                               num_ranges=num_rows + more_ranges)
+        pages_per_row = -(-(self.config.model.max_model_len + 1) // block_size)
+
+        def make_rows(arena: SlowArena) -> VirtualRows:
+            xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, max_mappings=max_mappings,
+                              pages_per_row=pages_per_row, num_ranges=num_rows + more_ranges)
+            return VirtualRows(xtensor, arena, is_shared=is_shared)  # type: ignore[arg-type]
+
         self.arena = SlowArena(rng, refusals)
-        virtual = VirtualRows(self.xtensor, self.arena)  # type: ignore[arg-type]
+        virtual = make_rows(self.arena)
+        self.xtensor = virtual.xtensor
         self.runner = VirtualRunner(num_rows, num_blocks, block_size, virtual, self.arena)
+        if is_shared:
+            self.runner.twin = make_rows(SlowArena(random.Random(0), 0.0))
         self.loop = StepLoop(self.scheduler, PreparingExecutor(self.runner, self.loop.steps.depth))

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from xllm.config import EngineConfig
+from xllm.pooling import PoolingDefaults
 from xllm.step import StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 from xllm.worker.gather import Gatherer
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, LoadProgress, Settled
+from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Placement, Settled
 
 NONE = np.zeros(0, dtype=np.int32)
 CHECK = StepCheck(ids=1, blocks_B=np.array([4, 6], dtype=np.int32), digests_B=np.array([7, 8], dtype=np.uint64))
@@ -55,6 +57,17 @@ def test_ranks_that_read_different_files_are_found_out():
     gatherer.add(0, AdapterRead(1, "d"))
     answer = gatherer.add(1, AdapterRead(1, "e"))
     assert answer.error is not None and "different files" in answer.error.message
+
+
+def test_the_poorest_rank_says_how_many_kv_blocks_there_are():
+    gatherer = Gatherer(3)
+    loaded = Loaded(config=EngineConfig(), model_path="", vocab_size=8, hidden_size=8, eos_token_ids=(), num_blocks=90,
+                    num_reserved_blocks=0, queues_steps=False, pooling=PoolingDefaults(width=8), generates=True,
+                    tiers=None, placement=Placement(device="cpu", dtype="", kv_dtype="", num_threads=1, weights_bytes=0,
+                                                    kv_bytes=0, advice=""))
+    assert gatherer.add(0, loaded) is None
+    assert gatherer.add(2, replace(loaded, num_blocks=70)) is None
+    assert gatherer.add(1, replace(loaded, num_blocks=80)) == replace(loaded, num_blocks=70)
 
 
 def test_failures_come_at_once_and_name_their_rank():

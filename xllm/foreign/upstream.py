@@ -6,7 +6,7 @@ from typing import Any
 
 from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, refused_switch, sets
 
-_ONE_DEVICE = "a model runs on one device: parallelism is not built yet"
+_ONE_DEVICE = "of the ways to use several devices only tensor parallelism on one machine is built"
 _NO_CLUSTER = "the cluster is not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
 _ONE_LOOP = "one event loop answers HTTP"
@@ -34,7 +34,7 @@ UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
     ignored("eplb_update_threshold", _NO_MOE),
     refused("rank_tablefile", _ONE_DEVICE, unless=("",)),
     refused("master_node_addr", _ONE_DEVICE),
-    ignored("communication_backend", "there is one device, and nothing to be sent among workers"),
+    ignored("communication_backend", "ranks exchange as torch.distributed does on their device"),
     refused("node_id", _ONE_DEVICE, unless=("0",)),
     ignored("npu_kernel_backend", "operators are torch_npu's"),
     ignored("prefill_scheduling_memory_usage_threshold", "admission leaves a share of the blocks free: --watermark"),

@@ -16,7 +16,7 @@ from xllm.foreign.flag import (
     sets,
 )
 
-_ONE_DEVICE = "a model runs on one device: parallelism is not built yet"
+_ONE_DEVICE = "of the ways to use several devices tensor and data parallelism on one machine are built"
 _ONE_FRONT = "a server starts all of its engines, on its own machine, and balances among them itself"
 _NO_MEDIA = "models of images, video and audio are not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
@@ -26,7 +26,7 @@ _NO_TRANSFER = "instances that hand KV to each other are not built yet"
 _NO_DRAFT_MODEL = "draft models are not built yet; n-gram drafts: --speculative-method ngram"
 _NO_PROMPT_ADAPTERS = "prompt adapters are not built; LoRA is: --lora-modules"
 _NO_COMPILE = "torch.compile is not used; graph_mode and graph_max_seqs say what is captured"
-_ONE_PROCESS = "there is one device, and nothing to be divided among workers"
+_ONE_WAY = "there is one way in which ranks load, exchange and hold adapters"
 _TUNING = "it tunes what is not in this engine; answers are the same"
 _K = "k, m and g are powers of 1024 in either case (vLLM: small letters are powers of 1000)"
 
@@ -142,7 +142,7 @@ SCHEDULER = (
 DEVICE = (
     sets("enforce_eager", "graph_mode", "as --graph-mode off", takes="switch",
          convert=lambda value: "off" if value in (True, "true") else "auto"),
-    accepted("tensor_parallel_size", f"1 only: {_ONE_DEVICE}", short=("-tp",)),
+    accepted("tensor_parallel_size", "on the CPU, ranks of one machine", short=("-tp",)),
     refused("pipeline_parallel_size", _ONE_DEVICE, unless=("1",), short=("-pp",)),
     accepted("data_parallel_size", "on the CPU, engines of one machine; the front balances by what is cached",
              short=("-dp",)),
@@ -159,8 +159,8 @@ DEVICE = (
     refused("distributed_executor_backend", "say where the model computes by --worker", unless=("mp", "uni")),
     refused("worker_cls", _NO_CODE, unless=("auto",)),
     refused("worker_extension_cls", _NO_CODE, unless=("",)),
-    ignored("max_parallel_loading_workers", _ONE_PROCESS),
-    ignored_switch("disable_custom_all_reduce", _ONE_PROCESS),
+    ignored("max_parallel_loading_workers", _ONE_WAY),
+    ignored_switch("disable_custom_all_reduce", _ONE_WAY),
     refused_switch("ray_workers_use_nsight", "Ray is not used"),
     refused_switch("enable_expert_parallel", _NO_MOE),
     refused_switch("enable_eplb", _NO_MOE),
@@ -207,7 +207,7 @@ LORA = (
     accepted("max_lora_rank", "any number"),
     refused("lora_dtype", "adapters compute in the model's type", unless=("auto",)),
     refused("max_cpu_loras", "adapters are not kept in host memory: --max-loras is how many are loaded"),
-    ignored_switch("fully_sharded_loras", _ONE_PROCESS),
+    ignored_switch("fully_sharded_loras", _ONE_WAY),
     refused("default_mm_loras", _NO_MEDIA),
     refused_switch("enable_lora_bias", "adapters with biases are refused"),
     ignored("lora_extra_vocab_size", "adapters that add tokens are refused when they are loaded"),

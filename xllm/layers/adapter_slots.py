@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
+from xllm.parallel.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,25 @@ class Adapter:
     matrices: Mapping[str, tuple[Tensor, Tensor]]
 
 
-class Adaptable(Protocol):
-    """A linear layer that adapters may change. outputs: its stacked parts, name -> rows."""
+@dataclass(frozen=True, kw_only=True)
+class AdaptedPart:
+    """One of the matrices that are stacked in a layer: (Y, X) of the whole one, which part of it this rank has, and how
+    many rows those are."""
 
-    outputs: Mapping[str, int]
+    rows: int
+    shape: tuple[int, int]
+    shard: Shard
+
+    def of(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A [r, X] and B [Y, r] of the whole matrix, cut to this part: of its outputs, or of its inputs."""
+        a, b = pair
+        return (a, b[self.shard.of(b.shape)]) if self.shard.axis == 0 else (a[self.shard.of(a.shape)], b)
+
+
+class Adaptable(Protocol):
+    """A linear layer that adapters may change. parts: its stacked matrices by name. num_inputs: of this rank."""
+
+    parts: Mapping[str, AdaptedPart]
     num_inputs: int
     lora: Any
 
@@ -62,7 +78,7 @@ class AdapterSlots:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name -> (Y, X) of all that can be adapted."""
-        return {name: (rows, layer.num_inputs) for layer in self._layers for name, rows in layer.outputs.items()}
+        return {name: part.shape for layer in self._layers for name, part in layer.parts.items()}
 
     def put(self, slot: int, adapter: Adapter | None) -> None:
         """Fill a slot (from 1 on), or empty it. No step in flight uses it."""
@@ -76,21 +92,25 @@ class AdapterSlots:
 
     def _stacked(self, layer: Adaptable) -> Any:
         """What `OpSet.lora_add` takes; None if no adapter changes this layer."""
-        parts = list(layer.outputs.items())
-        found = [[None if adapter is None else adapter.matrices.get(name) for name, _ in parts]
-                 for adapter in self._adapters]
+        widths = [part.rows for part in layer.parts.values()]
+        found = [[_cut(adapter, name, part) for name, part in layer.parts.items()] for adapter in self._adapters]
         rank = max((pair[0].shape[0] for pairs in found for pair in pairs if pair is not None), default=0)
         if not rank:
             return None
-        num_slots, total = len(found), sum(layer.outputs.values())
-        a_LRX = torch.zeros(num_slots, len(parts) * rank, layer.num_inputs, dtype=torch.float32)
-        b_LYR = torch.zeros(num_slots, total, rank, dtype=torch.float32)
-        for slot, part, first, pair in _places(found, [rows for _, rows in parts]):
+        num_slots = len(found)
+        a_LRX = torch.zeros(num_slots, len(widths) * rank, layer.num_inputs, dtype=torch.float32)
+        b_LYR = torch.zeros(num_slots, sum(widths), rank, dtype=torch.float32)
+        for slot, part, first, pair in _places(found, widths):
             a, b = pair
             a_LRX[slot, part * rank:part * rank + len(a)] = a
             b_LYR[slot, first:first + len(b), :b.shape[1]] = b
         return self.ops.pack_lora(a_LRX.to(self._device, self._dtype), b_LYR.to(self._device, self._dtype),
-                                  tuple(rows for _, rows in parts))
+                                  tuple(widths))
+
+
+def _cut(adapter: Adapter | None, name: str, part: AdaptedPart) -> tuple[Tensor, Tensor] | None:
+    pair = None if adapter is None else adapter.matrices.get(name)
+    return None if pair is None else part.of(pair)
 
 
 def _places(found: list[list[tuple[Tensor, Tensor] | None]],

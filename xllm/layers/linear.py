@@ -7,13 +7,15 @@ the input and sums over the ranks. One of each needs one sum. On one rank both a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xllm.errors import ConfigError
-from xllm.layers.adapter_slots import AdapterSlots
+from xllm.layers.adapter_slots import AdaptedPart, AdapterSlots
+from xllm.layers.common_scale import CommonScale
 from xllm.layers.layer_context import LayerContext, Weights
 from xllm.parallel.shard import Shard
 
@@ -37,12 +39,12 @@ class Linear:
 class AdaptedLinear(Linear):
     """A `Linear` that adapters may change; see `AdapterSlots`."""
 
-    __slots__ = ("_adapters", "lora", "num_inputs", "outputs")
+    __slots__ = ("_adapters", "lora", "num_inputs", "parts")
 
-    def __init__(self, context: LayerContext, adapters: AdapterSlots, outputs: Mapping[str, int], weight_YX: Tensor,
-                 bias_Y: Tensor | None = None):
+    def __init__(self, context: LayerContext, adapters: AdapterSlots, parts: Mapping[str, AdaptedPart],
+                 weight_YX: Tensor, bias_Y: Tensor | None = None):
         super().__init__(context, weight_YX, bias_Y)
-        self._adapters, self.outputs, self.num_inputs = adapters, outputs, weight_YX.shape[1]
+        self._adapters, self.parts, self.num_inputs = adapters, parts, weight_YX.shape[1]
         self.lora: Any = None
         adapters.register(self)
 
@@ -54,17 +56,16 @@ class AdaptedLinear(Linear):
         return y_TY
 
 
-class SummedLinear(Linear):
-    """A `Linear` over a part of the inputs; all ranks get the sum of their results."""
+class SummedLinear:
+    """A `Linear` over a part of the inputs, and what adapters add there; all ranks get the sum of their results."""
 
-    __slots__ = ("_all_reduce",)
+    __slots__ = ("_all_reduce", "_part")
 
-    def __init__(self, context: LayerContext, weight_YX: Tensor, bias_Y: Tensor | None = None):
-        super().__init__(context, weight_YX, bias_Y)
-        self._all_reduce = context.parallel.tp.all_reduce
+    def __init__(self, context: LayerContext, part: Linear):
+        self._part, self._all_reduce = part, context.parallel.tp.all_reduce
 
     def __call__(self, x_TX: Tensor) -> Tensor:
-        return self._all_reduce(self._linear(x_TX, self._packed))
+        return self._all_reduce(self._part(x_TX))
 
 
 def column_linear(context: LayerContext, weights: Weights, outputs: Mapping[str, tuple[int, Shard]], num_inputs: int, *,
@@ -74,15 +75,17 @@ def column_linear(context: LayerContext, weights: Weights, outputs: Mapping[str,
     outputs: name -> (rows of the whole matrix, the shard of them). Projections that read the same input (q, k, v; gate,
     up) thus become one product. Raises ConfigError if rows cannot be split evenly.
     """
-    kept = {name: shard.even_width(rows, f"the outputs of {name}") for name, (rows, shard) in outputs.items()}
+    kept = {name: AdaptedPart(rows=shard.even_width(rows, f"the outputs of {name}"), shape=(rows, num_inputs),
+                              shard=shard) for name, (rows, shard) in outputs.items()}
     parts = [weights.take(f"{name}.weight", (rows, num_inputs), shard) for name, (rows, shard) in outputs.items()]
     biases = [weights.take(f"{name}.bias", (rows,), shard) for name, (rows, shard) in outputs.items()] if bias else []
     return _one_rank_linear(context, kept, _stack(parts), _stack(biases) if biases else None)
 
 
 def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: int, num_inputs: int, *,
-               bias: bool = False) -> Linear:
-    """Take this rank's columns of `<name>.weight`. The bias is added once, by rank 0.
+               bias: bool = False) -> Linear | SummedLinear:
+    """Take this rank's columns of `<name>.weight`. The bias is added once, by rank 0. Where numbers are rounded to
+    codes, they are the codes that one rank would have.
 
     Raises ConfigError if the inputs cannot be split evenly.
     """
@@ -90,17 +93,21 @@ def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: 
     shard.even_width(num_inputs, f"the inputs of {name}")
     weight_YX = weights.take(f"{name}.weight", (num_outputs, num_inputs), shard)
     bias_Y = weights.take(f"{name}.bias", (num_outputs,)) if bias else None
+    part = {name: AdaptedPart(rows=num_outputs, shape=(num_outputs, num_inputs), shard=shard)}
     if group.size == 1:
-        return _one_rank_linear(context, {name: num_outputs}, weight_YX, bias_Y)
-    return SummedLinear(context, weight_YX, bias_Y if group.rank == 0 else None)
+        return _one_rank_linear(context, part, weight_YX, bias_Y)
+    if context.quantization is not None:
+        common = CommonScale(context.ops, group, context.quantization)
+        context = replace(context, ops=replace(context.ops, linear=common.linear, pack_linear=common.pack_linear))
+    return SummedLinear(context, _one_rank_linear(context, part, weight_YX, bias_Y if group.rank == 0 else None))
 
 
-def _one_rank_linear(context: LayerContext, outputs: Mapping[str, int], weight_YX: Tensor,
+def _one_rank_linear(context: LayerContext, parts: Mapping[str, AdaptedPart], weight_YX: Tensor,
                      bias_Y: Tensor | None) -> Linear:
     """A product without collectives; it takes adapters where the context has any."""
     if context.adapters is None:
         return Linear(context, weight_YX, bias_Y)
-    return AdaptedLinear(context, context.adapters, outputs, weight_YX, bias_Y)
+    return AdaptedLinear(context, context.adapters, parts, weight_YX, bias_Y)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

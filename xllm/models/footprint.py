@@ -54,8 +54,8 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def footprint(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, quantization: str | None, *, num_tokens: int,
-              num_rows: int) -> Footprint:
-    """Of a checkpoint with tensors of these shapes, whole on one device.
+              num_rows: int, num_shares: int = 1) -> Footprint:
+    """Of a checkpoint with tensors of these shapes, on one of the `num_shares` ranks that share its matrices.
 
     quantization: brings every matrix but the table of token vectors to one byte a number, and one fp32 scale a row.
     num_tokens: of the longest step. num_rows: of it that want logits. A head that the checkpoint does not bring is a
@@ -65,12 +65,12 @@ def footprint(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, quantiz
     tables = {name: shape for name, shape in shapes.items() if name.endswith(TABLE) and len(shape) == 2}
     heads = {} if any(name.endswith(HEAD) for name in shapes) else {f"{name} as head": s for name, s in tables.items()}
     for name, shape in (*shapes.items(), *heads.items()):
-        numbers = math.prod(shape)
+        numbers = -(-math.prod(shape) // num_shares) if len(shape) == 2 else math.prod(shape)
         is_product = len(shape) == 2 and name not in tables
         weights += numbers + 4 * shape[0] if is_product and quantization else numbers * dtype.itemsize
         largest = max(largest, numbers)
         if is_product and name not in heads and not name.endswith(HEAD):
-            widest = max(widest, shape[0])
+            widest = max(widest, -(-shape[0] // num_shares))
     vocab_size, hidden_size = next(iter(tables.values()), (0, 0))
     steps = num_tokens * (WIDE_ROWS * widest + HIDDEN_ROWS * hidden_size) * dtype.itemsize
     return Footprint(weights, 4 * largest * (QUANTISED_COPIES if quantization else COPIES),

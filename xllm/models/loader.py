@@ -48,8 +48,6 @@ def load_model(
             cannot be spread over so many ranks.
     """
     config = config or read_model_config(path)
-    if adapters is not None and parallel.tp.size > 1:
-        raise ConfigError("tensor_parallel_size: adapters are built for 1 only")
     context = LayerContext(ops=backend.ops, device=backend.device, max_model_len=_checked_len(config, max_model_len),
                            parallel=parallel, quantization=quantization, adapters=adapters)
     family = family_of(config.architecture)

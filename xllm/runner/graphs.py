@@ -10,9 +10,11 @@ vocabulary, Q slots to sample.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,12 +23,13 @@ from torch import Tensor
 from backends.backend import Backend, Capturer
 from backends.metadata import AttentionMetadata, HostLengths
 from graph.buffers import Field, StaticBuffers, StepMemory
-from graph.cache import GraphBudget, GraphCache
+from graph.cache import CaptureOutcome, GraphBudget, GraphCache
 from graph.checking import CheckingCapturer
 from graph.key import BucketRules, GraphKey, padding_lengths
 from xllm.config import EngineConfig
 from xllm.layers.adapter_slots import AdapterSlots
 from xllm.models.causal_lm import CausalLM
+from xllm.parallel.groups import Group
 from xllm.runner.batch import HostBatch
 from xllm.runner.columns import SAMPLE_INPUTS, sampling_columns
 from xllm.runner.row_state import RowState
@@ -68,13 +71,30 @@ class Forwarded:
         return found_TX if self.logits_TV is not None else model.compute_logits(found_TX)
 
 
-def make_capturer(config: EngineConfig, backend: Backend) -> Capturer | None:
-    """The device's capturer, or with graph_mode "checked" the one that checks; None: the device queues nothing, a step
-    is done at once."""
+def make_capturer(config: EngineConfig, backend: Backend, group: Group) -> Capturer | None:
+    """The device's capturer, or with graph_mode "checked" the one that checks, the group's exchanges as well; None: the
+    device queues nothing, a step is done at once."""
     if config.device.graph_mode != "checked":
         return backend.capturer
     _log.warning("graph_mode checked: steps are run in poisoned memory and checked; this is slow")
-    return CheckingCapturer()
+    capturer = CheckingCapturer()
+    if group.size > 1:
+        group.watch = capturer
+    return capturer
+
+
+def agree_among(group: Group, key: GraphKey, index: int, outcome: CaptureOutcome) -> CaptureOutcome:
+    """What all ranks go by after a capture: one that failed anywhere failed, and a graph is as large as the largest."""
+    if group.size == 1:
+        return outcome
+    ballots = group.vote(f"graph {key.name} of {key.num_tokens} tokens, {key.num_seqs} rows, set {index}",
+                         json.dumps(asdict(outcome)))
+    outcomes = [CaptureOutcome(**json.loads(ballot)) for ballot in ballots]
+    for rank, each in enumerate(outcomes):
+        if each.reason:
+            return replace(each, details=f"rank {rank}: {each.details}")
+    return CaptureOutcome(num_bytes=max(each.num_bytes for each in outcomes),
+                          num_streams=max(each.num_streams for each in outcomes))
 
 
 def bucket_rules(config: EngineConfig, capturer: Capturer) -> BucketRules:
@@ -106,7 +126,11 @@ class StepProgram:
 
     def prepare(self) -> None:
         """Compute attention's parameters, where the host makes them. Called before each capture and replay."""
-        if not self._owner.capturer.plans_in_graph:
+        capturer = self._owner.capturer
+        if isinstance(capturer, CheckingCapturer):
+            with capturer.no_exchange("attention is planned"):
+                self.meta.plan = self._owner.model.plan(self.meta)
+        elif not capturer.plans_in_graph:
             self.meta.plan = self._owner.model.plan(self.meta)
 
     def __call__(self) -> None:
@@ -138,10 +162,10 @@ class StepProgram:
 class GraphedForward:
     """Finds the key of a step, fills a buffer set, replays, and takes the results out of the padding."""
 
-    def __init__(self, config: EngineConfig, backend: Backend, capturer: Capturer, model: CausalLM, rows: RowState,
+    def __init__(self, config: EngineConfig, backend: Backend, group: Group, model: CausalLM, rows: RowState,
                  layers: Sequence[tuple[Tensor, ...]], feed: TokenFeed, adapters: AdapterSlots | None = None):
-        """config: resolved. layers: the KV caches, which never move."""
-        device = config.device
+        """config: resolved. group: the ranks that share the model. layers: the KV caches, which never move."""
+        device, capturer = config.device, feed.capturer
         self.capturer, self.ops, self.model, self.rows, self.layers = capturer, backend.ops, model, rows, layers
         self.feed, self.adapters = feed, adapters
         self.no_table = torch.zeros((0, 0), dtype=torch.int32, device=backend.device)
@@ -157,7 +181,8 @@ class GraphedForward:
         num_bytes, share = parse_amount("graph_memory", device.graph_memory)
         limit = int(share * backend.available_memory_bytes()) if share else num_bytes
         budget = GraphBudget(num_graphs=device.graph_max_graphs, num_bytes=limit)
-        self.cache = GraphCache(capturer, self._build, budget=budget, num_sets=NUM_SETS)
+        self.cache = GraphCache(capturer, self._build, budget=budget, num_sets=NUM_SETS,
+                                agree=partial(agree_among, group))
 
     def stats(self) -> GraphStats:
         """Reads only, so another thread may call it."""

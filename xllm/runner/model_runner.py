@@ -17,6 +17,7 @@ from xllm.config import EngineConfig
 from xllm.kv.tickets import TicketBoard
 from xllm.layers.adapter_slots import Adapter, AdapterSlots
 from xllm.models.causal_lm import CausalLM, KVCaches
+from xllm.parallel.groups import ALONE, Group
 from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
@@ -77,9 +78,9 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, backend: Backend, model: CausalLM, num_blocks: int,
                  adapters: AdapterSlots | None = None,
-                 embedding_layers: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()):
+                 embedding_layers: Sequence[Callable[[torch.Tensor], torch.Tensor]] = (), group: Group = ALONE):
         """config: resolved. num_blocks: from `plan_num_blocks`. adapters: the model's, if it takes any.
-        embedding_layers: what embeddings pass through in the end."""
+        embedding_layers: what embeddings pass through in the end. group: the ranks that share the model."""
         max_model_len, block_size = config.model.max_model_len, config.cache.block_size
         assert max_model_len is not None, "resolve() first"
         assert block_size is not None, "resolve() first"
@@ -91,17 +92,17 @@ class ModelRunner:
         self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
                                               page_bytes=page_bytes(config, backend, model.kv_specs, dtype),
                                               number_bytes=dtype.itemsize,
-                                              pages_per_row=self.rows.block_table.shape[1])
+                                              pages_per_row=self.rows.block_table.shape[1], group=group)
         self.kv_cache = KVCache(backend, model.kv_specs, num_blocks=num_blocks, block_size=block_size, dtype=dtype,
                                 arena=self.virtual_rows.arena if self.virtual_rows else None)
         self.feed: TokenFeed | None = None
         self.graphs: GraphedForward | None = None
         staging: Staging | None = None
-        if (capturer := make_capturer(config, backend)) is not None:
+        if (capturer := make_capturer(config, backend, group)) is not None:
             self.feed = TokenFeed(backend, capturer, most_samples(config, capturer))
             staging = Staging(backend, capturer, step_bytes(config, self.rows))
             if config.device.graph_mode != "off":
-                self.graphs = GraphedForward(config, backend, capturer, model, self.rows, self.kv_cache.layers,
+                self.graphs = GraphedForward(config, backend, group, model, self.rows, self.kv_cache.layers,
                                              self.feed, adapters)
         num_seqs = config.device.graph_warmup_seqs
         if num_seqs is None:

@@ -15,8 +15,9 @@ import numpy as np
 
 from backends.backend import Backend
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, WorkerError
 from xllm.kv.xtensor import StepMaps, XTensor
+from xllm.parallel.groups import ALONE, Group
 from xllm.runner.arena import Arena
 from xllm.step import ScheduleOutput
 
@@ -28,11 +29,12 @@ RANGES_PER_ROW = 4
 
 
 def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
-                      pages_per_row: int, number_bytes: int) -> VirtualRows | None:
+                      pages_per_row: int, number_bytes: int, group: Group = ALONE) -> VirtualRows | None:
     """Make the rows of `--kv-layout xtensor`; None: rows run on block tables.
 
-    page_bytes: see `kv_cache.py:page_bytes`. number_bytes: of one number of the cache. Raises ConfigError if so many
-    addresses cannot be had, or are more than the device's operators can count.
+    page_bytes: see `kv_cache.py:page_bytes`. number_bytes: of one number of the cache. group: the ranks that share the
+    model; all take what the poorest has. Raises ConfigError if so many addresses cannot be had, or are more than the
+    device's operators can count.
     """
     if not uses_xtensor(config, backend):
         return None
@@ -52,7 +54,7 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
                 f"{backend.max_cache_numbers}: take kv_layout paged, or lower max_num_seqs, max_model_len and "
                 f"num_kv_blocks so that their blocks are at most {most_pages}")
         most_ranges = min(most_ranges, (most_pages - num_blocks) // pages_per_row)
-    num_ranges = min(RANGES_PER_ROW * num_rows, most_ranges)
+    num_ranges = _least(group, "ranges of KV pages", min(RANGES_PER_ROW * num_rows, most_ranges))
     num_pages = num_blocks + num_ranges * pages_per_row
     try:
         arena = Arena(backend.vmm, num_pages=num_pages, num_blocks=num_blocks, page_bytes=page_bytes)
@@ -62,9 +64,14 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
     limit = cache.xtensor_max_mappings
     if limit is None and (system_limit := backend.vmm.max_mappings()) is not None:
         limit = max(0, system_limit - num_ranges)  # the gap behind each range is one as well
+        limit = _least(group, "mappings", limit)
     xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row, max_mappings=limit,
                       num_ranges=num_ranges)
-    return VirtualRows(xtensor, arena)
+    return VirtualRows(xtensor, arena, is_shared=group.size > 1)
+
+
+def _least(group: Group, what: str, own: int) -> int:
+    return min(map(int, group.vote(f"the number of {what}", str(own))))
 
 
 def uses_xtensor(config: EngineConfig, backend: Backend) -> bool:
@@ -78,10 +85,15 @@ def uses_xtensor(config: EngineConfig, backend: Backend) -> bool:
 
 
 class VirtualRows:
-    """An `XTensor` and its `Arena`. One thread submits (`prepare`), one runs (`take`)."""
+    """An `XTensor` and its `Arena`. One thread submits (`prepare`), one runs (`take`).
 
-    def __init__(self, xtensor: XTensor, arena: Arena):
-        self.xtensor, self.arena = xtensor, arena
+    is_shared: other ranks have the same rows, and must run them on block tables in the same steps, as their graphs
+    differ and exchanges are in them. So what is decided follows from the plans alone.
+    """
+
+    def __init__(self, xtensor: XTensor, arena: Arena, *, is_shared: bool = False):
+        self.xtensor, self.arena, self._is_shared = xtensor, arena, is_shared
+        self._submitted = (-1, -1)  # the step submitted last, and the one before it, which was done by then
         self._prepared: dict[int, StepMaps] = {}
         self._done_step = -1
         self._refused_G = np.zeros(xtensor.num_ranges, dtype=bool)
@@ -93,7 +105,8 @@ class VirtualRows:
         submission."""
         while self._refused_pages:
             self.xtensor.give_up(self._refused_pages.popleft())
-        maps = self.xtensor.prepare(plan, self._done_step)
+        maps = self.xtensor.prepare(plan, self._submitted[1] if self._is_shared else self._done_step)
+        self._submitted = plan.step, self._submitted[0]
         if len(maps.unmap_B):
             self._note_refused(self.arena.unmap(maps.unmap_B))
         if len(maps.map_B):
@@ -124,6 +137,8 @@ class VirtualRows:
         """Note pages that the system refused to map in spite of the cap: their ranges are given up with the next
         `prepare`."""
         if len(pages):
+            if self._is_shared:
+                raise WorkerError(f"the system refused to map {len(pages)} KV pages, which other ranks may have mapped")
             self._refused_G[self._ranges(pages)] = True
             self._refused_pages.append(pages)
             _log.warning("the system refused to map %d KV pages: their sequences fall back to block tables", len(pages))

@@ -12,9 +12,10 @@ from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
 from xllm.json_setting import parse_object
+from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
 from xllm.processor import processor_name
-from xllm.sizes import size_text
+from xllm.sizes import resolve_amount, size_text
 from xllm.worker.messages import Placement
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# For all ranks to have read their weights. Chosen: longer than a slow disk takes; a rank that ends meanwhile is noticed
+# by the engine, which ends the others.
+READ_S = 3600.0
+
 Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
@@ -38,8 +43,8 @@ class LoadedModel:
     """A loaded checkpoint and the backend that it runs on; makes runners of it. path, model_config, config (resolved),
     num_blocks and backend are what loading found out. All methods are called in the thread that runs the steps."""
 
-    def __init__(self, config: EngineConfig, report: Progress):
-        """Import torch, choose the backend, read the checkpoint.
+    def __init__(self, config: EngineConfig, report: Progress, seat: Seat = ALONE_SEAT):
+        """Import torch, choose the backend, meet the ranks that share the model, read this one's share of it.
 
         Raises:
             ConfigError, ModelError, DeviceError: what is wrong with setting, checkpoint or device.
@@ -73,14 +78,19 @@ class LoadedModel:
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
         self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
 
+        tp_size = self.config.device.tensor_parallel_size
+        kv_specs = tuple(spec.on_one_of(tp_size) for spec in self.model_config.kv_specs)
+
         def plan(others_bytes: int) -> int:
-            return plan_num_blocks(self.config, self.backend, self.model_config.kv_specs, kv_dtype,
-                                   others_bytes=others_bytes)
+            return plan_num_blocks(self.config, self.backend, kv_specs, kv_dtype, others_bytes=others_bytes)
 
         self.embedding = self._read_embedding()
         need = self._footprint()
         self._check_weights_fit(need)
         plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
+        self.parallel = seat.join(self.backend, tp_size)
+        if tp_size > 1:
+            self.config = self._with_equal_graph_memory()
         self.adapters: AdapterSlots | None = None
         if self.config.lora.is_on:
             from xllm.layers.adapter_slots import AdapterSlots
@@ -89,7 +99,7 @@ class LoadedModel:
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan(need.steps)
-        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
+        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, kv_specs, kv_dtype)
         self._warn_of_too_much(need, kv_bytes)
         self.placement = Placement(device=self.backend.name, device_name=_device_name(self.backend),
                                    dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
@@ -120,7 +130,7 @@ class LoadedModel:
         if self._model is None:
             self._model = self._read()
         runner = ModelRunner(self.config, self.backend, self._model, self.num_blocks, self.adapters,
-                             self.embedding.layers)
+                             self.embedding.layers, self.parallel.tp)
         self._report("warm-up", 0.0)
         runner.warm_up()
         self._report("ready", 1.0)
@@ -134,6 +144,20 @@ class LoadedModel:
                 self.adapters.forget_layers()
         self.backend.release_memory()
 
+    def _with_equal_graph_memory(self) -> EngineConfig:
+        """The config with as much memory for graphs as the poorest rank has: all must keep and drop the same ones, as
+        exchanges are in them."""
+        import torch
+
+        device = self.config.device
+        own = resolve_amount("graph_memory", device.graph_memory, self.backend.available_memory_bytes())
+        least = -int(self.parallel.tp.all_reduce_max(torch.tensor([-own])).item())
+        return replace(self.config, device=replace(device, graph_memory=str(least)))
+
+    def leave(self) -> None:
+        """Leave the group of the ranks that share the model. The last that is done here."""
+        self.parallel.tp.close()
+
     def _footprint(self) -> Footprint:
         """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as
         0."""
@@ -144,7 +168,8 @@ class LoadedModel:
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
         return footprint(weight_shapes(self.path), self._dtype, model.quantization,
-                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs)
+                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
+                         num_shares=self.config.device.tensor_parallel_size)
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
@@ -199,9 +224,11 @@ class LoadedModel:
         loaded = load_model(self.path, config=self.model_config, backend=self.backend, dtype=self._dtype,
                             quantization=model.quantization,
                             max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
+                            parallel=self.parallel,
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
         if self.adapters is not None:
             self.adapters.apply()
+        self.parallel.tp.vote("weights that were read", "", READ_S)  # what follows may take an exchange's time only
         return loaded
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from xllm.config import EngineConfig
+from xllm.config import EngineConfig, check_workers
 from xllm.worker.link import WorkerLink
 
 
 def open_link(config: EngineConfig) -> WorkerLink:
     """Make the link that `config` asks for. In-process workers are made, processes are started; no model is loaded
-    yet."""
+    yet. Raises ConfigError."""
+    check_workers(config.device)
     way, depth = config.device.worker, 1 if config.scheduler.async_scheduling else 0
-    if way == "processes":
+    if way == "processes" or config.device.num_ranks > 1:
         from xllm.worker.processes import ProcessLink
 
-        return ProcessLink(config.device.worker_ranks, depth=depth)
+        return ProcessLink(config.device.num_ranks, depth=depth)
     from xllm.worker.inline import DIRECT, InlineLink
     from xllm.worker.thread import ThreadLink
 

@@ -37,6 +37,9 @@ LATE_S = 7.0
 LATE_ANSWER_S = 60.0
 # Between two looks at the processes. Chosen: far below the limits above, and rare enough to cost nothing.
 CHECK_S = 0.2
+# From the first sign of a rank's death at another, which lost its connection, to where the system says it. Chosen: far
+# longer than that takes, and short for whoever waits for the reason.
+DEATH_S = 0.2
 KILL_S = 2.0  # for the system to end a process that was killed; then it is left behind
 # For the ranks to end in order, before they are killed. Chosen: what they still do at the end is seldom of use.
 CLOSE_S = 10.0
@@ -155,6 +158,7 @@ class ProcessLink(WorkerLink):
             if self._reports.poll(int(wait_s * 1000)):
                 report = self._receive()
                 if isinstance(report, Failed):
+                    self._look_for_the_cause()
                     self._end_ranks()
                 if report is not None:
                     return report
@@ -192,6 +196,14 @@ class ProcessLink(WorkerLink):
             what, missing, late_s = late
             names = ", ".join(map(str, sorted(missing)))
             raise self._failed(f"worker rank {names} has not finished {what}, {late_s:.0f} s after the others")
+
+    def _look_for_the_cause(self) -> None:
+        """A rank that shares a model with one that has died fails as well, and may say so before the death is seen:
+        raise WorkerError for the one that died."""
+        until_s = time.monotonic() + DEATH_S
+        while len(self._ranks) > 1 and time.monotonic() < until_s:
+            self._check_ranks()
+            time.sleep(DEATH_S / 10)
 
     def _failed(self, reason: str) -> WorkerError:
         self._end_ranks()

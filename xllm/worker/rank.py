@@ -15,8 +15,9 @@ from pathlib import Path
 
 import zmq
 
-from xllm import logs
+from xllm import env, logs
 from xllm.child_process import end_with_parent, exit_at_once
+from xllm.parallel.seat import Seat
 from xllm.worker.failures import as_failed
 from xllm.worker.message_codec import decode, encode
 from xllm.worker.messages import StopWorker, WorkerCommand, WorkerReport
@@ -24,6 +25,7 @@ from xllm.worker.processes import HEARTBEAT_S
 from xllm.worker.worker import Worker
 
 LINGER_MS = 2000  # for the last reports to be sent when the process ends. Chosen: as in `client/engine_process.py`
+GROUP_FILE = "group"  # where ranks that share a model meet
 logger = logging.getLogger(__name__)
 
 
@@ -53,10 +55,12 @@ def main(argv: list[str]) -> int:
     logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
+    env.keep_exchanges_local()
     end_with_parent(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = Reporter(rank, folder, context)
-    worker = Worker(reporter.send, rank=rank, num_ranks=num_ranks)
+    seat = Seat(rank=rank, store=f"file://{folder / GROUP_FILE}")  # in a folder that no other user may enter
+    worker = Worker(reporter.send, num_ranks=num_ranks, seat=seat)
     commands: queue.SimpleQueue[WorkerCommand] = queue.SimpleQueue()
     socket = context.socket(zmq.PULL)
     socket.set_hwm(0)

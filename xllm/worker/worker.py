@@ -19,6 +19,7 @@ from xllm import env
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError, DiskError, ModelError, XllmError
 from xllm.kv.moves import Move
+from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.runner.step_checker import StepChecker
 from xllm.stats import ThreadStats
 from xllm.step import ScheduleOutput, StepOutput
@@ -63,10 +64,12 @@ EXPECTED = (ConfigError, ModelError, DeviceError, DiskError)
 
 
 class Worker:
-    """One rank of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's results."""
+    """The rank of `seat`, one of `num_ranks`. `report` is called from several threads; only rank 0 reports a step's
+    results."""
 
-    def __init__(self, report: Callable[[WorkerReport], None], *, rank: int = 0, num_ranks: int = 1):
-        self._report, self._rank = report, rank
+    def __init__(self, report: Callable[[WorkerReport], None], *, num_ranks: int = 1,
+                 seat: Seat = ALONE_SEAT):
+        self._report, self._seat, self._rank = report, seat, seat.rank
         self._is_compared = num_ranks > 1 and env.check_integrity()
         self.model: LoadedModel | None = None
         self.runner: ModelRunner | None = None  # None: not loaded, or asleep
@@ -123,7 +126,8 @@ class Worker:
     # --- loading
 
     def _load(self, config: EngineConfig) -> None:
-        self.model = model = LoadedModel(config, lambda name, share: self._report(LoadProgress(name, share)))
+        self.model = model = LoadedModel(config, lambda name, share: self._report(LoadProgress(name, share)),
+                                         self._seat)
         self._make_runner()
         if config.cache.has_host_tier:
             assert self.runner is not None
@@ -141,7 +145,8 @@ class Worker:
         self.runner = self.model.make_runner()
         self.runner.matchers.store = self.grammars
         if self._is_compared:
-            self._checker = StepChecker(self.runner.rows, self.runner.kv_cache)
+            has_own_heads = self.model.parallel.tp.size > 1
+            self._checker = StepChecker(self.runner.rows, None if has_own_heads else self.runner.kv_cache)
 
     def _sleep_or_wake(self, command: Sleep | Wake) -> None:
         error = None
@@ -170,6 +175,8 @@ class Worker:
             self.tiers.close()
         if self.runner is not None:
             self.runner.matchers.close()
+        if self.model is not None:
+            self.model.leave()
         self._report(Done("Shutdown"))
 
     def stats(self) -> WorkerStats:

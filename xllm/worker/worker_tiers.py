@@ -70,7 +70,7 @@ def _num_host_slots(model: LoadedModel, payload_bytes: int) -> int:
 
 
 def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | None:
-    cache, num_ranks = model.config.cache, model.config.device.worker_ranks
+    cache, num_ranks = model.config.cache, model.config.device.num_ranks
     if cache.disk_cache_dir is None:
         return None
     seal = Seal()
@@ -95,5 +95,7 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
 def _overrides(model: LoadedModel) -> dict[str, str]:
     """The settings that change how the checkpoint computes KV, those that are set only, as text."""
     settings = model.config.model
-    return {name: text for name, text in (("hf_overrides", settings.hf_overrides),
-                                          ("rope_scaling", settings.rope_scaling)) if text is not None}
+    size = model.parallel.tp.size  # whose ranks have other heads than those of as many ranks that compute everything
+    said = {"hf_overrides": settings.hf_overrides, "rope_scaling": settings.rope_scaling,
+            "tensor_parallel_size": str(size) if size > 1 else None}
+    return {name: text for name, text in said.items() if text is not None}

@@ -1,0 +1,45 @@
+"""`CommonScale`: quantised products whose inputs lie on several ranks, with the codes of one rank.
+
+A code is a number over its row's largest one, and a rank sees a part of the row only. So the largest number of the
+whole row goes into a column of its own, against one of zeros on the other side of the product: it sets the scale, in
+whichever way the op set computes that, and adds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backends.opset import OpSet
+from xllm.parallel.groups import Group
+
+
+class CommonScale:
+    """`pack_linear` and `linear` of an op set, for a part of the inputs and a format of the weights that is not None.
+
+    Letters: T tokens, X the inputs of this rank, Y outputs.
+    """
+
+    def __init__(self, ops: OpSet, group: Group, quantization: str):
+        self._ops, self._group = ops, group
+        self._rounds_inputs = quantization == "w8a8"
+
+    def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+        """All ranks pack the same layers in the same order: they tell each other the largest numbers."""
+        columns = [weight_YX, self._largest(weight_YX)]
+        if self._rounds_inputs:
+            columns.append(torch.zeros_like(columns[1]))
+        return self._ops.pack_linear(torch.cat(columns, dim=1), bias_Y, quantization=quantization)
+
+    def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
+        x_TX = F.pad(x_TX, (0, 1))
+        if self._rounds_inputs:
+            x_TX = torch.cat((x_TX, self._largest(x_TX)), dim=1)
+        return self._ops.linear(x_TX, packed)
+
+    def _largest(self, x_TX: Tensor) -> Tensor:
+        """Of each row on all ranks, by its absolute value: [T, 1]."""
+        return self._group.all_reduce_max(x_TX.abs().amax(dim=1, keepdim=True))
