@@ -175,21 +175,6 @@ def test_a_capture_that_fails_on_one_rank_is_no_step_without_graphs():
         capturer.capture(fail, pool=capturer.make_pool(), memory=memory)
 
 
-@pytest.mark.parametrize(("fault", "reason"), [
-    ("end:1", r"worker rank 1 exited with code 3"),
-    ("hang:1", "rank 0: another rank of the group has ended, or has not done the same within 8 s"),
-    ("raise:1", "MemoryError: rank 1: no room for logits"),
-])
-def test_a_rank_that_goes_wrong_ends_all(monkeypatch, fault, reason):
-    """At the start, or in a step that the others have begun."""
-    monkeypatch.setattr("xllm.worker.processes.RANK_MODULE", "tests.worker.faulty_rank")
-    monkeypatch.setenv("XLLM_TEST_FAULT", fault)
-    began = time.monotonic()
-    with pytest.raises((EngineDeadError, WorkerError), match=reason), LLM(**TWO) as llm:
-        tokens(llm)
-    assert time.monotonic() - began < 30  # loading included
-
-
 @pytest.mark.usefixtures("pooled_ranks")
 def test_a_rank_that_is_killed_is_the_reason():
     """And not that another one lost its connection, which it says first."""

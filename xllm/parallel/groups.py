@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -29,6 +30,13 @@ class Group:
     def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, timeout_s: float = 0.0):
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
         self._inner = inner  # None: alone
+        self._since_s: float | None = None  # when the exchange that is on the way began
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long the exchange that is on the way has waited; 0.0: there is none. Any thread may ask."""
+        since_s = self._since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
@@ -56,8 +64,10 @@ class Group:
         return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def _exchange(self, collective: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        self._since_s = time.monotonic()
         try:
             collective(*arguments, group=self._inner, **options)
+            self._since_s = None
         except RuntimeError as error:
             raise RuntimeError("another rank of the group has ended, or has not done the same within "
                                f"{self._timeout_s:g} s: {error}") from error
