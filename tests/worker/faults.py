@@ -21,6 +21,7 @@ class Faults:
     def arm(self, fault: str) -> None:
         """fault: POINT.ACTION:RANK."""
         self.taken.unlink(missing_ok=True)
+        self.path.with_name(self.path.name + ".slow").unlink(missing_ok=True)
         whole = self.path.with_name(self.path.name + ".new")
         whole.write_text(fault)
         whole.rename(self.path)

@@ -1,7 +1,7 @@
 """A rank that goes wrong: `xllm.worker.rank` with the faults of `POINTS` and `TWISTS`, none of which is armed at first.
 
-XLLM_TEST_FAULT is the path of a file. Once it is there, and holds `POINT.ACTION:RANK`, that rank does `ACTION` when it
-passes `POINT` next: once, for the file is renamed to `PATH.done` then, with the time in it (`time.time()`).
+XLLM_TEST_FAULT is the path of a file. Once it is there, and holds `POINT.ACTION:RANK`, that rank does `ACTION` when
+it passes `POINT` next: once, for the file is renamed to `PATH.done` then, with the time in it (`time.time()`).
 
     kill: SIGKILL to itself. raise: a MemoryError. stop: SIGSTOP to itself. hang: waits for ever. spin: computes for ever.
 
@@ -28,7 +28,7 @@ from xllm.worker.messages import Settled, Wake
 FILE = Path(os.environ.get("XLLM_TEST_FAULT", "/nowhere"))
 TAKEN = FILE.with_name(FILE.name + ".done")
 SLOW = FILE.with_name(FILE.name + ".slow")  # there: the other ranks come late to an exchange
-INSIDE_S = 0.3  # how long a rank has been in an exchange that it is hit in; the others come after twice that time
+INSIDE_S = 0.3  # until a rank is hit that waits in an exchange; the others come late by twice that time
 
 # Where a rank passes: name -> (module, function, which calls count by their arguments).
 Condition = Callable[..., bool]
@@ -113,9 +113,7 @@ def inside(exchange: Callable[..., Any]) -> Callable[..., Any]:
             time.sleep(2 * INSIDE_S)
         elif (action := take("inside")) is not None:
             SLOW.write_text(sys.argv[2])
-            while SLOW.exists():  # an exchange that another one is waiting in already
-                threading.Timer(INSIDE_S, act, (action,)).start()
-                exchange(*arguments, **options)
+            threading.Timer(INSIDE_S, act, (action,)).start()
         return exchange(*arguments, **options)
 
     return passed
@@ -186,7 +184,7 @@ def corrupted(checked: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def other_files(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Another checkpoint takes the place of the one to be read: before this rank reads, or when it has read a tensor."""
+    """Another checkpoint takes the place of the one to be read before this rank reads."""
     def passed(self: Any, *arguments: Any) -> Any:
         if take("files", "other") is not None:
             change(self.path)

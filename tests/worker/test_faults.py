@@ -19,7 +19,7 @@ from tests.serving.server_process import ROOT, ServerProcess, wait_for
 from tests.worker.faults import FAULT_SITE, VARIABLE, Faults, leavings
 from tests.worker.test_processes import SETTINGS, tokens
 from xllm import LLM, bundled
-from xllm.errors import EngineDeadError, ModelError
+from xllm.errors import EngineDeadError, ModelError, WorkerError
 
 ALL = os.environ.get("FAULTS_ALL") == "1"
 TO_THE_ERROR_S = 10.0
@@ -28,7 +28,7 @@ SHORT = {"prompt": "def f(", "max_tokens": 8, "temperature": 0}
 LONG = {"prompt": "def main():", "max_tokens": 480, "ignore_eos": True, "n": 4}
 GRAMMAR = {"prompt": "x", "max_tokens": 300, "structured_outputs": {"regex": "(ab|cd){200}"}}
 EVERY_REASON = {
-    "kill": "worker rank 1 was killed by signal 9", "raise": "rank 1: no room",
+    "kill": "worker rank 1 was killed by signal 9", "raise": "rank 1: (MemoryError: )?no room",
     "stop": "worker rank 1 has said nothing for 6 s",
     "hang": r"worker rank 1 has not (begun step|finished|come to an exchange)",
     "spin": r"worker rank 1 has not (begun step|finished|come to an exchange)",
@@ -52,6 +52,10 @@ class FaultyServer:
         self.server = ServerProcess(folder / "log.txt", "--tensor-parallel-size", "2", "--engine-restarts", "1000",
                                     "--engine-restart-window", "1", "--admin-api-key", ADMIN, *flags)
         self.expected = self.answer()
+
+    def be_up(self) -> None:
+        """Wait for it, if the test before has failed."""
+        wait_for(lambda: self.server.health().status_code == 200, 60.0, "a restart")
 
     def answer(self) -> str:
         response = self.server.http.post("/v1/completions", json=SHORT)
@@ -107,6 +111,7 @@ def whole(server: ServerProcess, body: dict, errors: list[tuple[float, str]]) ->
 def check_fault(faulty: FaultyServer, fault: str, reason: str, *, body: dict = LONG) -> None:
     """Two calls are open, one of them a stream; both end once with the reason, and the server goes on."""
     server, folder = faulty.server, faulty.faults.path.parent / "tmp"
+    faulty.be_up()
     engine, ranks, before = server.engine_pid, {p.pid for p in faulty.faults.processes()}, leavings(folder)
     assert len(ranks) == 2
     seen: list[list[tuple[float, str]]] = [[], []]
@@ -184,7 +189,8 @@ def test_a_rank_that_goes_wrong_with_its_graphs(start, fault):
 @nightly
 @pytest.mark.parametrize("action", EVERY_REASON)
 def test_a_rank_that_goes_wrong_while_it_copies_kv(start, action):
-    check_fault(start("--host-cache-size", "64MiB"), f"move.{action}:1", EVERY_REASON[action])
+    check_fault(start("--host-cache-size", "64MiB", "--num-kv-blocks", "96"), f"move.{action}:1", EVERY_REASON[action],
+                body=dict(LONG))
 
 
 @nightly
@@ -193,6 +199,7 @@ def test_a_rank_that_goes_wrong_while_it_copies_kv(start, action):
 def test_a_rank_that_goes_wrong_while_it_falls_asleep_or_wakes(start, point, action):
     """No request is open; the call that asked for it is told."""
     faulty = start()
+    faulty.be_up()
     if point == "wake":
         assert faulty.control("/sleep", level=2).status_code == 200
     ranks = {p.pid for p in faulty.faults.processes()}
@@ -220,7 +227,40 @@ def test_a_rank_that_goes_wrong_at_the_end(tmp_path, faults, action):
     assert not faults.processes() and not folder.exists()
 
 
+@pytest.mark.usefixtures("pooled_ranks")
+def test_a_rank_that_could_not_wake_wakes_with_the_others(faults, tmp_path):
+    """After one whose files changed under it: all sleep on, and the next call wakes them together."""
+    model = copied_model(tmp_path)
+    with LLM(str(model), **SETTINGS, tensor_parallel_size=2) as llm:
+        llm._core.control.sleep(2)
+        faults.arm("files.change:1")
+        with pytest.raises(ModelError, match=r"the files in .* changed while they were read"):
+            llm._core.control.wake_up()
+        llm._core.control.wake_up()
+        assert all(len(found) == 48 for found in tokens(llm))
+
+
 # --- starts
+
+
+def copied_model(folder: Path) -> Path:
+    """A copy of the bundled model that may be changed."""
+    model = folder / "model"
+    model.mkdir()
+    for file in Path(bundled.__file__).parent.iterdir():
+        if file.is_file():
+            (model / file.name).write_bytes(file.read_bytes())
+    return model
+
+
+@pytest.mark.usefixtures("pooled_ranks")
+def test_a_rank_that_does_not_finish_loading_ends_all(faults, monkeypatch):
+    monkeypatch.setattr("xllm.worker.processes.LATE_PATIENT_S", 2.0)
+    faults.arm("warm_up.stop:1")
+    with pytest.raises(WorkerError, match="worker rank 1 has not finished loading"):
+        LLM(**SETTINGS, tensor_parallel_size=2)
+    assert not faults.processes()
+
 
 STARTS = {
     "start.kill": "worker rank 1 was killed by signal 9", "start.exit": "worker rank 1 exited with code 3",
@@ -245,11 +285,7 @@ def test_a_rank_that_cannot_start_ends_all(faults, fault):
     ("files.change:1", "the files in .* changed while they were read"),
 ])
 def test_ranks_without_memory_or_with_another_checkpoint_than_the_others(faults, tmp_path, fault, reason):
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in Path(bundled.__file__).parent.iterdir():
-        if file.is_file():
-            (model / file.name).write_bytes(file.read_bytes())
+    model = copied_model(tmp_path)
     faults.arm(fault)
     with pytest.raises((ModelError, MemoryError), match=reason):
         LLM(str(model), **SETTINGS, tensor_parallel_size=2)

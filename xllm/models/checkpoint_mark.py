@@ -10,13 +10,14 @@ import torch
 from xllm.errors import ModelError
 from xllm.parallel.groups import Group
 
-NUM_SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file. Chosen: a millisecond of reading, and other weights differ all over
-MARK_BYTES = 8
+# Of each file. Chosen: a millisecond of reading, and other weights differ all over.
+NUM_SAMPLES, SAMPLE_BYTES = 16, 4096
+MARK_BYTES = 8  # chosen: two checkpoints have the same mark once in 2^64
 
 
 def contents_mark(folder: Path) -> bytes:
-    """A digest of the names, sizes and samples of the files of weights, their headers among them, and of the config: the
-    same on every machine that has the same files."""
+    """A digest of the names, sizes and samples of the files of weights, their headers among them, and of the config:
+    the same on every machine that has the same files."""
     state = hashlib.blake2b(digest_size=MARK_BYTES)
     for path in _files(folder):
         size = path.stat().st_size
@@ -35,8 +36,8 @@ def change_mark(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def check_same_contents(folder: Path, group: Group, device: torch.device) -> None:
-    """Raise ModelError on all ranks of the group if they find different checkpoints. All call it at the same time; device:
-    of the group's exchanges."""
+    """Raise ModelError on all ranks of the group if they find different checkpoints. All call it at the same time;
+    device: of the group's exchanges."""
     if group.size == 1:
         return
     mark = torch.frombuffer(bytearray(contents_mark(folder)), dtype=torch.uint8).to(device, torch.int32)

@@ -179,7 +179,8 @@ class ModelRunner:
             self.feed.num_fed += fed
         if self.on_begin is not None:
             key = None if self.graphs is None else self.graphs.key_of(batch, plan.rows_S)
-            self.on_begin(plan.step, batch.num_seqs, batch.num_tokens, "" if key is None else str(key), batch.digest())
+            graph = "" if key is None else f"{key.name} {key.num_tokens}x{key.num_seqs}"
+            self.on_begin(plan.step, batch.num_seqs, batch.num_tokens, graph, batch.digest())
         done = self._forward(batch, plan)
         tokens = done.tokens or self._queue_sampling(plan, batch, done)
         if tokens is not None and not num_drafts_S.any():

@@ -101,9 +101,9 @@ class Gatherer:
         return _merge(reports)
 
     def late_ranks(self, limit_s: float, patience_s: float) -> tuple[str, set[int], float] | None:
-        """The ranks that are behind the first with an answer by more than `limit_s`, or `patience_s` for what no request
-        waits for: (what is not finished, those ranks, by how many seconds), or None. Progress in loading counts as an
-        answer."""
+        """The ranks that are behind the first with an answer by more than `limit_s`, or `patience_s` for what no
+        request waits for: (what they have not done, those ranks, by how many seconds), or None. Progress in loading
+        counts as an answer."""
         now = self._clock()
         for (kind, number), pending in self._pending.items():
             is_patient = kind in (LOADED, ADAPTER) or (kind == MOVE and number in self._patient)

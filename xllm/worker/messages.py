@@ -136,9 +136,9 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class StepBegun:
-    """A rank that shares a model is about to compute a step, and has exchanged nothing for it yet: all must say the same
-    of each step. num_rows, num_tokens: of the batch, drafts included. graph: the key of its graph, "" where there is
-    none. inputs: crc32 of the batch's token ids, positions and lengths."""
+    """A rank that shares a model is about to compute a step, and has exchanged nothing for it yet: all must say the
+    same of each step. num_rows, num_tokens: of the batch, drafts included. graph: the key of its graph, with tokens x
+    rows; "": it has none. inputs: crc32 of the batch's token ids, positions and lengths."""
 
     step: int
     num_rows: int

@@ -205,8 +205,8 @@ class ProcessLink(WorkerLink):
             raise self._failed(f"worker rank {_listed(missing)} has not {what}, {late_s:.0f} s after the others")
         if (found := self._gatherer.absent_ranks(LATE_S)) is not None:
             absent, waited_s = found
-            raise self._failed(f"worker rank {_listed(absent)} has not come to an exchange of the ranks, in which others "
-                               f"have waited for {waited_s:.0f} s")
+            raise self._failed(f"worker rank {_listed(absent)} has not come to an exchange of the ranks, in which "
+                               f"others have waited for {waited_s:.0f} s")
 
     def _compare_the_last_words(self) -> None:
         """Raise WorkerError if ranks have said that they do different things: an exchange of theirs may have ended one,
