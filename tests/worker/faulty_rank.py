@@ -3,7 +3,8 @@
 XLLM_TEST_FAULT is the path of a file. Once it is there, and holds `POINT.ACTION:RANK`, that rank does `ACTION` when
 it passes `POINT` next: once, for the file is renamed to `PATH.done` then, with the time in it (`time.time()`).
 
-    kill: SIGKILL to itself. raise: a MemoryError. stop: SIGSTOP to itself. hang: waits for ever. spin: computes for ever.
+    kill: SIGKILL to itself. raise: a MemoryError. stop: SIGSTOP to itself. exit: ends with code 3. hang: waits for
+    ever. spin: computes for ever.
 
 A twist makes the rank do something else than the others and go on. Nothing in the product knows of this.
 """
