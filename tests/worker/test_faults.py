@@ -36,7 +36,8 @@ EVERY_REASON = {
 }
 DIFFERENCES = {
     "plan_of.another": "worker rank 1 has begun step \\d+ where rank 0 has begun step \\d+",
-    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step \\d+",
+    # Where a row's prompt or blocks were in the plan, the rank itself finds that the next one does not fit.
+    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step|rank 1: the plan samples in the wrong",
     "plan_of.less": "worker rank 1 has begun step \\d+ with other num_rows \\(7\\) than rank 0 \\(8\\)",
     "inputs.other": "worker rank 1 has begun step \\d+ with other token ids or positions than rank 0",
     "tokens.other": "worker rank 1 has drawn other tokens in step \\d+ than rank 0",
@@ -145,7 +146,7 @@ def check_fault(faulty: FaultyServer, fault: str, reason: str, *, body: dict = L
     assert took_s < TO_THE_ERROR_S
 
 
-FEW = ["inside.kill", "exchange.spin"]
+FEW = ["inside.kill"]
 MANY = [f"{point}.{action}" for point in STEP_POINTS for action in EVERY_REASON
         if (point, action) not in (("inside", "raise"), ("inside", "hang"), ("inside", "spin"))]
 
@@ -161,7 +162,7 @@ def test_a_rank_that_differs_in_a_step(start, fault):
 
 
 @pytest.mark.usefixtures("pooled_ranks")
-@pytest.mark.parametrize("fault", ["plan_of.lost", "plan_of.another", "inputs.other", "tokens.other", "report.hang"])
+@pytest.mark.parametrize("fault", ["plan_of.lost", "plan_of.another", "inputs.other", "tokens.other", "exchange.spin"])
 def test_a_rank_that_goes_wrong_is_named(faults, fault):
     """The same without a server, from a pool of ranks."""
     with LLM(**SETTINGS, tensor_parallel_size=2) as llm:
