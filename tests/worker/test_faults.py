@@ -37,7 +37,7 @@ EVERY_REASON = {
 DIFFERENCES = {
     "plan_of.another": "worker rank 1 has begun step \\d+ where rank 0 has begun step \\d+",
     # Where a row's prompt or blocks were in the plan, the rank itself finds that the next one does not fit.
-    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step|rank 1: the plan samples in the wrong",
+    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step|rank 1: the plan samples",
     "plan_of.less": "worker rank 1 has begun step \\d+ with other num_rows \\(7\\) than rank 0 \\(8\\)",
     "inputs.other": "worker rank 1 has begun step \\d+ with other token ids or positions than rank 0",
     "tokens.other": "worker rank 1 has drawn other tokens in step \\d+ than rank 0",
