@@ -6,7 +6,7 @@
     ├── ModelError         a checkpoint is wrong: names the file or tensor, raised before serving
     ├── EngineStateError   the engine cannot do that now: it sleeps, or has open requests
     ├── EngineDeadError    the engine stopped; every open request ends with this
-    ├── WorkerError        a worker process ended or does not go on: the engine ends, and is restarted
+    ├── WorkerError        a worker process ended, does not go on or differs: the engine ends, and is restarted
     ├── DeviceError        a device, its driver or one of its libraries is missing or failed
     └── DiskError          the KV store's disk failed: serving goes on without that tier
 
@@ -69,7 +69,8 @@ class EngineDeadError(XllmError):
 
 
 class WorkerError(XllmError):
-    """A worker process ended, fell silent or stays behind the others; the message says which and how."""
+    """A worker process ended, fell silent, stays behind the others or does something else; the message says which and
+    how."""
 
 
 class DeviceError(XllmError):

@@ -70,6 +70,11 @@ def _run(folder: str, rank: int, num_ranks: int, stdin: Connection, variables: d
     os.dup2(stdin.fileno(), 0)
     stdin.close()
     sys.stdin = os.fdopen(0)
+    if "XLLM_TEST_FAULT" in os.environ:
+        sys.argv = ["rank", folder, str(rank), str(num_ranks)]
+        from tests.worker.faulty_rank import install
+
+        install()
     code = main([folder, str(rank), str(num_ranks)])
     sys.stderr.flush()
     os._exit(code)

@@ -52,10 +52,11 @@ SAMPLES = [
              placement=m.Placement(device="cpu", dtype="float32", weights_bytes=2**40, advice="w8a8"),
              tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),
                                                      np.zeros((2, 16), dtype=np.uint8)))),
-    OUTPUT, m.Settled(7, OUTPUT.check), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
+    OUTPUT, m.Settled(7, OUTPUT.check, 2**32 - 1),
+    m.StepBegun(7, 2, 3, "decode", 2**32 - 1), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
     m.AdapterRead(1, "d", m.Failed("ModelError", "x")), m.Done("Sleep"),
     m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1},
-                  threads=ThreadStats(num_threads=1, max_threads=2, lowered_total=3)),
+                  threads=ThreadStats(num_threads=1, max_threads=2, lowered_total=3), exchange_s=0.5),
 ]
 
 

@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 
 from xllm.config import EngineConfig
+from xllm.errors import WorkerError
+from xllm.kv.moves import READ, URGENT, WRITE, Move, MoveDone
 from xllm.pooling import PoolingDefaults
 from xllm.step import StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
 from xllm.worker.gather import Gatherer
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Placement, Settled
+from xllm.worker.messages import (
+    AdapterRead,
+    Done,
+    Failed,
+    GrammarDone,
+    Loaded,
+    LoadProgress,
+    Placement,
+    Settled,
+    StepBegun,
+)
 
 NONE = np.zeros(0, dtype=np.int32)
 CHECK = StepCheck(ids=1, blocks_B=np.array([4, 6], dtype=np.int32), digests_B=np.array([7, 8], dtype=np.uint64))
@@ -107,10 +119,67 @@ def test_a_rank_that_stays_behind_is_seen():
     gatherer.add(2, Settled(1))
     now[0] = 5.0
     assert gatherer.late_ranks(6.0, 1.0) is None
-    assert gatherer.late_ranks(4.0, 9.0) == ("step 1", {1}, 5.0)
+    assert gatherer.late_ranks(4.0, 9.0) == ("finished step 1", {1}, 5.0)
     gatherer.add(1, Settled(1))
     assert gatherer.late_ranks(4.0, 4.0) is None
     gatherer.add(0, Done("Wake"))
     now[0] = 15.0
-    assert gatherer.late_ranks(1.0, 11.0) is None
-    assert gatherer.late_ranks(99.0, 9.0) == ("what it was told", {1, 2}, 10.0)
+    assert gatherer.late_ranks(11.0, 1.0) is None
+    assert gatherer.late_ranks(9.0, 99.0) == ("finished what it was told", {1, 2}, 10.0)
+    gatherer.add(2, LoadProgress("weights", 0.5))
+    assert gatherer.late_ranks(9.0, 99.0) is None, "it reads the weights again"
+
+
+def test_only_what_no_request_waits_for_may_take_long():
+    now = [0.0]
+    gatherer = Gatherer(2, clock=lambda: now[0])
+    none = np.zeros(0, dtype=np.int32)
+    for number, (lane, priority) in enumerate([(WRITE, 1), (READ, URGENT)]):
+        gatherer.note_sent(Move(number=number, lane=lane, priority=priority, num_bytes=0, sources=none, targets=none))
+    gatherer.add(0, MoveDone(0, 1, 0.0, 0.0))
+    now[0] = 8.0
+    assert gatherer.late_ranks(7.0, 60.0) is None
+    gatherer.add(0, MoveDone(1, 1, 0.0, 0.0))
+    now[0] = 16.0
+    assert gatherer.late_ranks(7.0, 60.0) == ("finished copying KV blocks", {1}, 8.0)
+
+
+def begun(**other) -> StepBegun:
+    return StepBegun(**{"step": 5, "num_rows": 2, "num_tokens": 9, "graph": "decode", "inputs": 7, **other})
+
+
+@pytest.mark.parametrize(("other", "message"), [
+    ({"step": 6}, "rank 1 has begun step 6 where rank 0 has begun step 5"),
+    ({"num_rows": 3}, r"rank 1 has begun step 5 with other num_rows \(3\) than rank 0 \(2\)"),
+    ({"num_tokens": 8}, r"rank 1 has begun step 5 with other num_tokens \(8\) than rank 0 \(9\)"),
+    ({"graph": ""}, r"rank 1 has begun step 5 with other graph \(''\) than rank 0 \('decode'\)"),
+    ({"inputs": 8}, "rank 1 has begun step 5 with other token ids or positions than rank 0"),
+])
+def test_a_rank_that_begins_something_else_is_named(other, message):
+    gatherer = Gatherer(2)
+    assert gatherer.add(0, begun()) is None
+    assert gatherer.add(1, begun()) is None
+    gatherer.add(1, begun(**other))
+    with pytest.raises(WorkerError, match=message):
+        gatherer.add(0, begun())
+
+
+def test_a_rank_that_does_another_step_or_draws_other_tokens_is_named():
+    gatherer = Gatherer(2)
+    gatherer.add(1, Settled(6))
+    with pytest.raises(WorkerError, match="rank 1 has finished step 6 where rank 0 has finished step 5"):
+        gatherer.add(0, output(5))
+    gatherer = Gatherer(2)
+    gatherer.add(1, Settled(5, None, 1))
+    with pytest.raises(WorkerError, match="rank 1 has drawn other tokens in step 5"):
+        gatherer.add(0, output(5))
+
+
+def test_a_rank_that_does_not_come_to_an_exchange_is_seen():
+    gatherer = Gatherer(3)
+    gatherer.note_exchange(0, 7.5)
+    gatherer.note_exchange(2, 7.2)
+    assert gatherer.absent_ranks(8.0) is None
+    assert gatherer.absent_ranks(7.0) == ({1}, 7.5)
+    gatherer.note_exchange(1, 7.1)
+    assert gatherer.absent_ranks(7.0) is None, "all have come, to different ones"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from xllm.engine.gates import PauseGate, PauseMode
 from xllm.engine.step_loop import StepLoop
-from xllm.errors import EngineStateError, RequestError
+from xllm.errors import ConfigError, DeviceError, DiskError, EngineStateError, ModelError, RequestError
 from xllm.worker.failures import as_error
 from xllm.worker.link import WorkerLink
 from xllm.worker.messages import Done, Sleep, Wake
@@ -63,7 +63,11 @@ class EngineControl:
         """Allocate the memory again, and read the weights from the checkpoint if they were dropped. Raises as loading
         does; the engine then still sleeps."""
         if self.sleep_level:
-            self._call(Wake())
+            try:
+                self._call(Wake())
+            except (ConfigError, ModelError, DeviceError, DiskError):  # of one rank; others may be awake
+                self._call(Sleep(keep_weights=self.sleep_level == KEEP_WEIGHTS))
+                raise
             self.sleep_level, self._gate.is_asleep = 0, False
 
     def reset_prefix_cache(self) -> int:

@@ -21,7 +21,7 @@ from xllm.engine.commands import (
 )
 from xllm.engine.gates import PauseMode
 from xllm.engine.step_log import StepLog
-from xllm.errors import EngineStateError, RequestError, XllmError
+from xllm.errors import EngineStateError, RequestError, WorkerError, XllmError
 from xllm.kv.event_log import KVEventLog
 from xllm.request import Request
 
@@ -119,6 +119,8 @@ class EngineLoop:
             else:
                 answer(None, self._act(command))
         except XllmError as error:
+            if isinstance(error, WorkerError) or getattr(error, "of_worker", False):
+                raise  # there are no workers any more
             answer(error)
 
     def _act(self, command: Control) -> int:

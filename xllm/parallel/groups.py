@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -53,6 +54,13 @@ class Group:
         self._inner, self._store, self._num_votes = inner, store, 0
         self._one_shot_bytes = one_shot_bytes
         self.watch: ExchangeWatch | None = None  # set by a capturer that checks
+        self._since_s: float | None = None  # when the exchange that is on the way began
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long the exchange that is on the way has waited; 0.0: there is none. Any thread may ask."""
+        since_s = self._since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
@@ -110,8 +118,10 @@ class Group:
     def _exchange(self, name: str, x: Tensor, stand_in: Callable[[], None], collective: Callable[..., object],
                   *arguments: Any, **options: Any) -> None:
         def make() -> None:
+            self._since_s = time.monotonic()
             try:
                 collective(*arguments, group=self._inner, **options)
+                self._since_s = None
             except RuntimeError as error:
                 raise RuntimeError("another rank of the group has ended, or has not done the same within "
                                    f"{self._timeout_s:g} s: {error}") from error

@@ -6,6 +6,7 @@ A row contributes `num_tokens` known tokens and behind them its drafts, adjacent
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,13 @@ class HostBatch:
                    table_SM=np.zeros((0, 0), dtype=np.int32), kv_base_S=None if has_table else none,
                    slot_mapping_T=none, max_query_len=1, block_size=block_size,
                    rows_Q=none, steps_Q=indices, offsets_Q=indices, hidden_Q=indices)
+
+    def digest(self) -> int:
+        """crc32 of token ids, positions and lengths: the same on all ranks that share a model."""
+        found = 0
+        for array in (self.input_ids_T, self.positions_T, self.seq_lens_S):
+            found = zlib.crc32(array.tobytes(), found)
+        return found
 
     @property
     def num_tokens(self) -> int:

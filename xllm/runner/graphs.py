@@ -191,17 +191,22 @@ class GraphedForward:
                           evictions_total=c.evictions, replays_total=dict(c.replays),
                           fallbacks_total=dict(c.fallbacks), fed_steps_total=self.feed.num_fed)
 
+    def key_of(self, batch: HostBatch, rows_S: np.ndarray) -> GraphKey | None:
+        """The key of a step's graph; None: it fits none."""
+        key = self._rules.find(batch.num_tokens, batch.num_seqs, batch.max_query_len)
+        return None if key is None else replace(
+            key, layout=_layout(batch), ends_with=self._ends_with(batch, rows_S, key.num_tokens),
+            lora=batch.lora_T is not None)
+
     def run(self, batch: HostBatch, rows_S: np.ndarray, *, waits_for_loads: bool) -> Forwarded | None:
         """One step through a graph, or None: it is to be run eagerly. `batch` is in the order of rows_S."""
         if waits_for_loads:  # layer by layer, which only the host can do
             self.cache.fall_back(KV_LOADS)
             return None
-        key = self._rules.find(batch.num_tokens, batch.num_seqs, batch.max_query_len)
+        key = self.key_of(batch, rows_S)
         if key is None:
             self.cache.fall_back(NO_BUCKET)
             return None
-        key = replace(key, layout=_layout(batch), ends_with=self._ends_with(batch, rows_S, key.num_tokens),
-                      lora=batch.lora_T is not None)
         self.cache.turn = self.feed.turn
         program = self.cache.run(key, lambda program: self._fill(program, key, batch))
         return None if program is None else self._results(program, batch)

@@ -116,6 +116,8 @@ class ModelRunner:
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory
+        # Called before each forward pass with what ranks must agree on: `worker/messages.py:StepBegun`.
+        self.on_begin: Callable[[int, int, int, str, int], None] | None = None
 
     @property
     def matchers(self) -> RowMatchers:
@@ -174,6 +176,10 @@ class ModelRunner:
             self._sampler.begin(batch.rows_Q, batch.offsets_Q)
         if self.feed is not None:
             self.feed.num_fed += fed
+        if self.on_begin is not None:
+            key = None if self.graphs is None else self.graphs.key_of(batch, plan.rows_S)
+            graph = "" if key is None else f"{key.name} {key.num_tokens}x{key.num_seqs}"
+            self.on_begin(plan.step, batch.num_seqs, batch.num_tokens, graph, batch.digest())
         done = self._forward(batch, plan)
         tokens = done.tokens or self._queue_sampling(plan, batch, done)
         if tokens is not None and not num_drafts_S.any():

@@ -1,4 +1,6 @@
-"""`Gatherer`: passes an answer that every rank must give on to the engine once, when the last rank has given it."""
+"""`Gatherer`: passes an answer that every rank must give on to the engine once, when the last rank has given it, and
+notices ranks that do something else than the others.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,28 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from xllm.errors import IntegrityError
-from xllm.kv.moves import MoveDone, StoredBlocks
+from xllm.errors import IntegrityError, WorkerError
+from xllm.kv.moves import PATIENT, URGENT, Move, MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
-from xllm.worker.messages import AdapterRead, Done, Failed, GrammarDone, Loaded, LoadProgress, Settled, WorkerReport
+from xllm.worker.messages import (
+    AdapterRead,
+    Done,
+    Failed,
+    GrammarDone,
+    Loaded,
+    LoadProgress,
+    Settled,
+    StepBegun,
+    WorkerCommand,
+    WorkerReport,
+    digest_drawn,
+)
 
-LOADED = "Loaded"  # ranks may load at different speeds
+LOADED, ADAPTER, GRAMMAR, DONE, MOVE = "Loaded", "adapter", "grammar", "done", "move"
+BEGUN, STEP = "begun", "step"  # compared by their order: all ranks do the same steps, one after the other
+_NAMES = {LOADED: "loading", ADAPTER: "reading an adapter", GRAMMAR: "compiling a grammar", DONE: "what it was told",
+          MOVE: "copying KV blocks"}
 
 
 @dataclass(slots=True)
@@ -32,17 +49,37 @@ class Gatherer:
 
     def __init__(self, num_ranks: int, clock: Callable[[], float] = time.monotonic):
         self._num_ranks, self._clock = num_ranks, clock
-        self._pending: dict[Hashable, _Pending] = {}
+        self._pending: dict[tuple[str, Hashable], _Pending] = {}
+        self._progress_s = [clock()] * num_ranks  # when a rank last told how far it is with loading
+        self._patient: set[int] = set()  # numbers of moves that no request waits for
+        self._waiting_s = [0.0] * num_ranks  # in an exchange, by the ranks' last signs of life
+
+    def note_sent(self, command: WorkerCommand) -> None:
+        """Take note of a command that is sent to all ranks."""
+        if isinstance(command, Move) and command.lane in PATIENT and command.priority > URGENT:
+            self._patient.add(command.number)
+
+    def note_exchange(self, rank: int, waiting_s: float) -> None:
+        """Take note of how long a rank has been waiting in an exchange."""
+        self._waiting_s[rank] = waiting_s
+
+    def absent_ranks(self, limit_s: float) -> tuple[set[int], float] | None:
+        """(the ranks that are in no exchange, for how many seconds others have waited in one for them), if that is
+        longer than `limit_s`; else None."""
+        longest_s = max(self._waiting_s)
+        absent = {rank for rank, waiting_s in enumerate(self._waiting_s) if waiting_s < longest_s / 2}
+        return (absent, longest_s) if absent and longest_s > limit_s else None
 
     def add(self, rank: int, report: WorkerReport) -> WorkerReport | None:
         """Take in a report of `rank`. Returns what the engine is to get now, or None: load phases from rank 0 only, a
         failure at once with its rank's number, any other answer merged from all ranks when the last has given its
-        own."""
+        own. Raises WorkerError where ranks do not do the same."""
         if self._num_ranks == 1:
             return report
         if isinstance(report, Failed):
             return Failed(report.kind, f"rank {rank}: {report.message}")
         if isinstance(report, LoadProgress):
+            self._progress_s[rank] = self._clock()
             return report if rank == 0 else None
         key = _key(report)
         pending = self._pending.get(key)
@@ -53,43 +90,59 @@ class Gatherer:
         pending.missing.discard(rank)
         return None if pending.missing else self._complete(key, pending)
 
-    def _complete(self, key: Hashable, pending: _Pending) -> WorkerReport:
+    def _complete(self, key: tuple[str, Hashable], pending: _Pending) -> WorkerReport | None:
         reports = [by_rank.popleft() for by_rank in pending.by_rank]
         pending.missing = {rank for rank, by_rank in enumerate(pending.by_rank) if not by_rank}
         if len(pending.missing) == self._num_ranks:
             del self._pending[key]
+            if key[0] == MOVE:
+                self._patient.discard(reports[0].number)  # type: ignore[union-attr]
         pending.since_s = self._clock()
         return _merge(reports)
 
-    def late_ranks(self, step_s: float, answer_s: float) -> tuple[str, set[int], float] | None:
-        """The ranks that are behind the first by more than `step_s` for a step, or `answer_s` for any other answer but
-        loading: (what is not finished, those ranks, by how many seconds), or None."""
+    def late_ranks(self, limit_s: float, patience_s: float) -> tuple[str, set[int], float] | None:
+        """The ranks that are behind the first with an answer by more than `limit_s`, or `patience_s` for what no
+        request waits for: (what they have not done, those ranks, by how many seconds), or None. Progress in loading
+        counts as an answer."""
         now = self._clock()
-        for key, pending in self._pending.items():
-            late_s = now - pending.since_s
-            if key != LOADED and late_s > (step_s if isinstance(key, int) else answer_s):
-                what = f"step {key}" if isinstance(key, int) else "what it was told"
-                return what, pending.missing, late_s
+        for (kind, number), pending in self._pending.items():
+            is_patient = kind in (LOADED, ADAPTER) or (kind == MOVE and number in self._patient)
+            since_s = max(pending.since_s, *(self._progress_s[rank] for rank in pending.missing))
+            if now - since_s > (patience_s if is_patient else limit_s):
+                return self._said(kind, pending), pending.missing, now - since_s
         return None
 
+    def _said(self, kind: str, pending: _Pending) -> str:
+        """What is not finished, as the object of "has not"."""
+        if kind not in (BEGUN, STEP):
+            return f"finished {_NAMES[kind]}"
+        first = next(by_rank[0] for by_rank in pending.by_rank if by_rank)
+        assert isinstance(first, (StepBegun, StepOutput, Settled))
+        return f"{'begun' if kind == BEGUN else 'finished'} step {first.step}"
 
-def _key(report: WorkerReport) -> Hashable:
+
+def _key(report: WorkerReport) -> tuple[str, Hashable]:
+    if isinstance(report, StepBegun):
+        return BEGUN, None
     if isinstance(report, (StepOutput, Settled)):
-        return report.step
+        return STEP, None
     if isinstance(report, GrammarDone):
-        return report.spec
+        return GRAMMAR, report.spec
     if isinstance(report, AdapterRead):
-        return "adapter", report.number
+        return ADAPTER, report.number
     if isinstance(report, Done):
-        return "done", report.what
+        return DONE, report.what
     if isinstance(report, MoveDone):
-        return "move", report.number
-    return type(report).__name__  # LOADED
+        return MOVE, report.number
+    return LOADED, None
 
 
-def _merge(reports: list[WorkerReport]) -> WorkerReport:
+def _merge(reports: list[WorkerReport]) -> WorkerReport | None:
     """One answer of all ranks': rank 0's, where they agree; the first error, if there is one."""
     first = reports[0]
+    if isinstance(first, StepBegun):
+        _compare_begun([r for r in reports if isinstance(r, StepBegun)])
+        return None
     if isinstance(first, StepOutput):
         return _merge_steps(first, reports[1:])
     if isinstance(first, Loaded):
@@ -97,7 +150,9 @@ def _merge(reports: list[WorkerReport]) -> WorkerReport:
     if isinstance(first, MoveDone):
         done = [r for r in reports if isinstance(r, MoveDone)]
         return MoveDone(first.number, min(r.num_done for r in done), max(r.busy_s for r in done),
-                        max(r.wait_s for r in done), next((r.error for r in done if r.error is not None), None))
+                        max(r.wait_s for r in done),
+                        next((replace(r.error, message=f"rank {rank}: {r.error.message}")
+                              for rank, r in enumerate(done) if r.error is not None), None))
     if isinstance(first, (GrammarDone, AdapterRead, Done)):
         failed = [r for r in reports if isinstance(r, (GrammarDone, AdapterRead, Done)) and r.error is not None]
         if failed:
@@ -127,14 +182,37 @@ def _entry(stored: StoredBlocks, index: int) -> tuple[int, bytes, bytes]:
     return int(stored.slots[index]), stored.digests[index].tobytes(), stored.parents[index].tobytes()
 
 
+def _compare_begun(reports: list[StepBegun]) -> None:
+    """Raise WorkerError where a rank is about to compute something else than rank 0. Their exchanges would add up what
+    does not belong together; of different sizes, they end a process, and not always the one that is wrong."""
+    for rank, found in enumerate(reports[1:], 1):
+        for name, ours, theirs in zip(StepBegun.__slots__, _fields(reports[0]), _fields(found), strict=True):
+            if ours != theirs:
+                what = f"step {found.step} with other " + ("token ids or positions than rank 0" if name == "inputs" else
+                                                           f"{name} ({theirs!r}) than rank 0 ({ours!r})")
+                if name == "step":
+                    what = f"step {theirs} where rank 0 has begun step {ours}"
+                raise WorkerError(f"worker rank {rank} has begun {what}")
+
+
+def _fields(begun: StepBegun) -> list[object]:
+    return [getattr(begun, name) for name in StepBegun.__slots__]
+
+
 def _merge_steps(output: StepOutput, others: list[WorkerReport]) -> WorkerReport:
+    drawn = digest_drawn(output)
     for rank, other in enumerate(others, 1):
         assert isinstance(other, Settled)
+        if other.step != output.step:
+            raise WorkerError(f"worker rank {rank} has finished step {other.step} where rank 0 has finished step "
+                              f"{output.step}")
         if output.check is not None and other.check is not None:
             try:
                 _compare(output.step, rank, output.check, other.check)
             except IntegrityError as error:
                 return as_failed(error)
+        if other.drawn != drawn:
+            raise WorkerError(f"worker rank {rank} has drawn other tokens in step {output.step} than rank 0")
     return output
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError, DeviceError
+from xllm.errors import ConfigError, DeviceError, ModelError
 from xllm.json_setting import parse_object
 from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
@@ -217,15 +217,20 @@ class LoadedModel:
         return read_embedding_modules(self.path, setting, width)
 
     def _read(self) -> CausalLM:
+        from xllm.models.checkpoint_mark import change_mark, check_same_contents
         from xllm.models.loader import load_model
 
         model = self.config.model
         self._report("weights", 0.0)
+        before = change_mark(self.path)
+        check_same_contents(self.path, self.parallel.tp, self.backend.device)
         loaded = load_model(self.path, config=self.model_config, backend=self.backend, dtype=self._dtype,
                             quantization=model.quantization,
                             max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
                             parallel=self.parallel,
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
+        if self.parallel.tp.size > 1 and change_mark(self.path) != before:  # another rank may have read others
+            raise ModelError(f"the files in {self.path} changed while they were read")
         if self.adapters is not None:
             self.adapters.apply()
         self.parallel.tp.vote("weights that were read", "", READ_S)  # what follows may take an exchange's time only

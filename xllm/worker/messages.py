@@ -10,6 +10,7 @@ Names that are kept for what is to come: Profile, Encode (media), Publish (KV to
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 from xllm.config import EngineConfig
@@ -136,11 +137,25 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class StepBegun:
+    """A rank that shares a model is about to compute a step, and has exchanged nothing for it yet: all must say the
+    same of each step. num_rows, num_tokens: of the batch, drafts included. graph: the key of its graph, with tokens x
+    rows; "": it has none. inputs: crc32 of the batch's token ids, positions and lengths."""
+
+    step: int
+    num_rows: int
+    num_tokens: int
+    graph: str
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
-    """A rank other than the first has done a step. check: with XLLM_CHECK=1."""
+    """A rank other than the first has done a step. check: with XLLM_CHECK=1. drawn: `digest_drawn` of its tokens."""
 
     step: int
     check: StepCheck | None = None
+    drawn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +199,21 @@ class WorkerStats:
     """A worker's counters. A rank in a process of its own sends them about twice a second, as a sign of life too.
 
     graphs: None without a graph mode. threads: None on an accelerator. disk_misses: reads of blocks on disk that were
-    not good, by kind.
+    not good, by kind. exchange_s: for how long it has been waiting in an exchange with other ranks; 0.0: it is in none.
     """
 
     graphs: GraphStats | None = None
     threads: ThreadStats | None = None
     disk_misses: dict[str, int] = field(default_factory=dict)
+    exchange_s: float = 0.0
+
+
+def digest_drawn(output: StepOutput) -> int:
+    """crc32 of the tokens that a step drew."""
+    return zlib.crc32(output.token_ids_SR.tobytes())
 
 
 WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep
                  | Wake | StopWorker)
-WorkerReport = (LoadProgress | Loaded | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead | Done
-                | WorkerStats)
+WorkerReport = (LoadProgress | Loaded | StepBegun | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead
+                | Done | WorkerStats)

@@ -29,20 +29,22 @@ HEARTBEAT_S = 0.5  # between a rank's signs of life. Chosen: a dozen of them fit
 # A rank that, once loaded, sends nothing for that long is taken for stopped. Chosen: twelve heartbeats (`rank.py`), so
 # that a busy machine is not mistaken for a stopped process.
 SILENT_S = 6.0
-# A rank that has not finished a step which another finished that long ago is stuck. Chosen: a little more than
-# `SILENT_S`, so that a stopped process is reported as stopped.
+# A rank that has not done what another had done that long ago, be it to begin or to finish a step, or to come to an
+# exchange, is stuck. Chosen: a little more than `SILENT_S`, so that a stopped process is reported as stopped, and less
+# than `parallel/seat.py:EXCHANGE_S`, so that the reason is not the exchange of another rank.
 LATE_S = 7.0
-# The same for answers that may take long by themselves: a move, a grammar, waking up. Chosen: longer than reading
-# weights again takes from a local disk.
-LATE_ANSWER_S = 60.0
+# The same for what no request waits for, and may take longer on one rank: loading, adapters, moves to host memory and
+# disk. Chosen: longer than one tensor of a model takes to be read from a slow disk.
+LATE_PATIENT_S = 60.0
 # Between two looks at the processes. Chosen: far below the limits above, and rare enough to cost nothing.
 CHECK_S = 0.2
 # From the first sign of a rank's death at another, which lost its connection, to where the system says it. Chosen: far
 # longer than that takes, and short for whoever waits for the reason.
 DEATH_S = 0.2
 KILL_S = 2.0  # for the system to end a process that was killed; then it is left behind
-# For the ranks to end in order, before they are killed. Chosen: what they still do at the end is seldom of use.
-CLOSE_S = 10.0
+# For the ranks to end in order, before they are killed. Chosen: less than `client/process.py:SHUTDOWN_TIMEOUT_S`, after
+# which this process is killed itself, and could not kill a rank that is stopped.
+CLOSE_S = 3.0
 
 
 def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
@@ -106,6 +108,7 @@ class ProcessLink(WorkerLink):
         if self.has_ended:
             raise WorkerError("the workers have ended")
         frame = encode(command)
+        self._gatherer.note_sent(command)
         for rank in self._ranks:
             self._send_to(rank, frame)
 
@@ -175,18 +178,23 @@ class ProcessLink(WorkerLink):
         if isinstance(report, Loaded) or rank.heard_s is not None:
             rank.heard_s = time.monotonic()
         if isinstance(report, WorkerStats):
+            self._gatherer.note_exchange(number, report.exchange_s)
             if number == 0:
                 self._stats = report
             return None
-        return self._gatherer.add(number, report)
+        try:
+            return self._gatherer.add(number, report)
+        except WorkerError as error:
+            raise self._failed(str(error)) from None
 
     def _check_ranks(self) -> None:
         """Raise WorkerError for a rank that has ended, is silent, or is stuck behind the others."""
-        now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S, LATE_ANSWER_S)
+        now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S, LATE_PATIENT_S)
         since_s, self._checked_s = self._checked_s, now
         for number, rank in enumerate(self._ranks):
             code = rank.process.poll()
             if code is not None and not (self._closed or self.has_ended):
+                self._compare_the_last_words()
                 raise self._failed(f"worker rank {number} {rank.end.reason(code)}")
             rank.end.look()
             # Not if it was this process that did not listen.
@@ -194,8 +202,17 @@ class ProcessLink(WorkerLink):
                 raise self._failed(f"worker rank {number} has said nothing for {now - rank.heard_s:.0f} s")
         if late is not None:
             what, missing, late_s = late
-            names = ", ".join(map(str, sorted(missing)))
-            raise self._failed(f"worker rank {names} has not finished {what}, {late_s:.0f} s after the others")
+            raise self._failed(f"worker rank {_listed(missing)} has not {what}, {late_s:.0f} s after the others")
+        if (found := self._gatherer.absent_ranks(LATE_S)) is not None:
+            absent, waited_s = found
+            raise self._failed(f"worker rank {_listed(absent)} has not come to an exchange of the ranks, in which "
+                               f"others have waited for {waited_s:.0f} s")
+
+    def _compare_the_last_words(self) -> None:
+        """Raise WorkerError if ranks have said that they do different things: an exchange of theirs may have ended one,
+        and not the one that was wrong."""
+        while self._reports.poll(0):
+            self._receive()
 
     def _look_for_the_cause(self) -> None:
         """A rank that shares a model with one that has died fails as well, and may say so before the death is seen:
@@ -219,3 +236,7 @@ class ProcessLink(WorkerLink):
             for rank in self._ranks:
                 rank.forget()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _listed(ranks: set[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))

@@ -42,11 +42,13 @@ from xllm.worker.messages import (
     Settle,
     Settled,
     Sleep,
+    StepBegun,
     StopWorker,
     Wake,
     WorkerCommand,
     WorkerReport,
     WorkerStats,
+    digest_drawn,
 )
 from xllm.worker.worker_tiers import WorkerTiers
 
@@ -144,8 +146,10 @@ class Worker:
         assert self.model is not None
         self.runner = self.model.make_runner()
         self.runner.matchers.store = self.grammars
+        has_own_heads = self.model.parallel.tp.size > 1
+        if has_own_heads:
+            self.runner.on_begin = lambda *begun: self._report(StepBegun(*begun))
         if self._is_compared:
-            has_own_heads = self.model.parallel.tp.size > 1
             self._checker = StepChecker(self.runner.rows, None if has_own_heads else self.runner.kv_cache)
 
     def _sleep_or_wake(self, command: Sleep | Wake) -> None:
@@ -188,7 +192,8 @@ class Worker:
                            threads=None if threads is None else ThreadStats(
                                num_threads=threads.num_threads, max_threads=threads.max_threads,
                                lowered_total=threads.lowered_total),
-                           disk_misses={} if self.tiers is None else self.tiers.missed_total)
+                           disk_misses={} if self.tiers is None else self.tiers.missed_total,
+                           exchange_s=0.0 if self.model is None else self.model.parallel.tp.waiting_s)
 
     # --- steps
 
@@ -215,7 +220,7 @@ class Worker:
     def _report_step(self, output: StepOutput) -> None:
         if self._checker is not None:
             output = self._checker.checked(output)
-        self._report(output if self._rank == 0 else Settled(output.step, output.check))
+        self._report(output if self._rank == 0 else Settled(output.step, output.check, digest_drawn(output)))
 
     # --- grammars and adapters
 
