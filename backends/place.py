@@ -26,8 +26,8 @@ class Place:
         """
         found = module.device_count()
         if found < self.count:
-            raise BackendError(f"{self.count} ranks need {self.count} devices, one each, and torch sees {found} of kind "
-                               f"{kind}: lower tensor_parallel_size, or name more in {variable}")
+            raise BackendError(f"{self.count} ranks need {self.count} devices, one each, and torch sees {found} of the "
+                               f"kind {kind}: lower tensor_parallel_size, or name more in {variable}")
         if self.count > 1:
             module.set_device(self.index)
         return torch.device(kind, module.current_device())

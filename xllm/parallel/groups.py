@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store, TCPStore  # what torch.distributed exports, with types
 
 from backends.backend import Backend
+from backends.cuda_one_shot import OneShot, obstacle
 from xllm.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 # The older name warns where there is the newer one, from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -29,13 +33,25 @@ class Group:
     def __init__(self, rank: int, size: int, inner: dist.ProcessGroup | None, *, timeout_s: float = 0.0):
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
         self._inner = inner  # None: alone
+        self._one_shot: OneShot | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
         same on all ranks."""
-        if self._inner is not None:
+        if self._one_shot is not None and self._one_shot.takes(x):
+            self._one_shot.all_reduce(x)
+        elif self._inner is not None:
             self._exchange(dist.all_reduce, x)
         return x
+
+    def sum_in_one_kernel(self, device: torch.device) -> None:
+        """Let `all_reduce` sum small tensors so, if all ranks' devices can. Called by all ranks, before any graph."""
+        why_not = obstacle(self.size)
+        cannot = torch.tensor([bool(why_not)], dtype=torch.int32, device=device)
+        if self._inner is not None and not self.all_reduce_max(cannot).item():
+            self._one_shot = OneShot(self._inner, device, self.size)
+        else:
+            _log.info("small sums go through NCCL too: %s", why_not or "another rank's device cannot do more")
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
@@ -65,7 +81,7 @@ class Group:
     def close(self) -> None:
         """Leave the group. All ranks do so once their work is done; none waits for the others."""
         if self._inner is not None:
-            inner, self._inner = self._inner, None
+            inner, self._inner, self._one_shot = self._inner, None, None
             dist.destroy_process_group(inner)
 
 
@@ -97,6 +113,8 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
     group = Group(rank, size, dist.group.WORLD, timeout_s=timeout_s)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
+        if backend.collectives == "nccl":
+            group.sum_in_one_kernel(backend.device)
     except BaseException:
         group.close()
         raise

@@ -19,8 +19,8 @@ EXCHANGE_S = 8.0
 # HCCL's own limit, in whole seconds: below that of the group, so that its error comes first, which names the rank.
 HCCL_EXCHANGE_S = 7
 # vllm-ascend#13688: error 507009 at the capture, or a replay that never ends.
-AIV_ADVICE = ("HCCL_OP_EXPANSION_MODE=AIV does not go with graphs whose attention is updated (507009, or replays that "
-              "hang): unset it, or set it to AI_CPU; or --graph-mode off, to exchange by the vector cores in eager steps")
+AIV_ADVICE = ("HCCL_OP_EXPANSION_MODE=AIV does not go with graphs whose attention is updated (error 507009, or replays "
+              "that hang): unset it or set it to AI_CPU, or take --graph-mode off: eager steps may have it")
 
 
 @dataclass(frozen=True, kw_only=True)
