@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ CANN_VERSION = re.compile(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.
 # For torch to load and a device to open. Chosen: a slow disk takes a minute; a hanging driver is reported.
 PROBE_TIMEOUT_S = 120
 EXAMINED = ("auto", "cpu", "cuda", "npu")  # values of --device that have findings of their own
+TOOLS = {"cuda": "nvidia-smi", "npu": "npu-smi info"}  # of the drivers, which show more
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
 
@@ -82,8 +84,8 @@ def examine(model: str | None = None) -> Iterator[Finding]:
 
         opened = [found.what.removesuffix(" backend") for found in devices
                   if found.state == OK and found.what.endswith(" backend")]
-        yield from group_findings(usable_cpus(), [name for name in opened if name in EXAMINED],
-                                  lambda name: _probe(name, "its driver", "group"))
+        yield from group_findings(usable_cpus(), [name for name in opened if name in TOOLS],
+                                  lambda name: _probe(name, TOOLS[name])["group"])
         if model is not None:
             yield from model_findings(model)
     yield _memory()
@@ -130,7 +132,7 @@ def _cpu_flags() -> set[str]:
 def _cuda(nvidia: Path = NVIDIA_DRIVER) -> Finding:
     if shutil.which("nvidia-smi") is None and not nvidia.exists():
         return Finding(HINT, "cuda", "no NVIDIA driver here; nothing to do unless this machine has such a GPU")
-    return _backend("cuda", "nvidia-smi")
+    return _backend("cuda", TOOLS["cuda"])
 
 
 def _npu() -> Iterator[Finding]:
@@ -143,7 +145,7 @@ def _npu() -> Iterator[Finding]:
     if package.state != OK:
         return
     yield from cann_findings(package.detail, CANN_FOLDERS)
-    yield _backend("npu", "npu-smi info")
+    yield _backend("npu", TOOLS["npu"])
 
 
 def _others() -> Iterator[Finding]:
@@ -220,10 +222,11 @@ def _choice(devices: Sequence[Finding]) -> Finding:
     return Finding(OK, "device auto", "cpu: no accelerator was found")
 
 
-def _probe(name: str, tool: str, *more: str) -> dict[str, Any]:
+@cache
+def _probe(name: str, tool: str) -> dict[str, Any]:
     """Open a device in another process (`backends/probe.py`); returns its answer, or {"problem": what went wrong with
     that}."""
-    command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name, *more]
+    command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -23,7 +23,7 @@ MOST_RANKS = 16  # that are looked at for a model
 def group_findings(num_cores: int, devices: list[str],
                    probe_group: Callable[[str], dict[str, Any]]) -> Iterator[Finding]:
     """num_cores: for ranks on the CPU. devices: the accelerators that open here. probe_group: what their ranks would
-    exchange by (`backends/probe.py`)."""
+    exchange by (`backends/probe.py:describe_group`)."""
     yield _cpu_group(num_cores)
     for name in devices:
         found = probe_group(name)
