@@ -19,6 +19,7 @@ from backends.cuda_graphs import CudaCapturer
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.pinned_memory import PinnedMemory
+from backends.place import ALONE, Place
 from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED
 from backends.streams import CopyStreams
@@ -98,7 +99,7 @@ OPS = replace(
 
 
 class CudaBackend:
-    """A `Backend` over the current CUDA device. Raises BackendError, with the reason, where it cannot run."""
+    """A `Backend` over a CUDA device, `place`'s. Raises BackendError, with the reason, where it cannot run."""
 
     name = "cuda"
     default_block_size = 128
@@ -115,9 +116,10 @@ class CudaBackend:
     strict_ops = True
     quantization_advice = ""
 
-    def __init__(self) -> None:
-        check_device()
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, place: Place = ALONE) -> None:
+        check_torch()
+        self.device = place.take("cuda", torch.cuda, "CUDA_VISIBLE_DEVICES")
+        check_device(self.device)
         self.vmm: VmmDriver | None = make_vmm(self.device)
         self.capturer: Capturer | None = CudaCapturer(self.device)
         self._copies = CopyStreams(torch.cuda, self.device)
@@ -197,16 +199,20 @@ class CudaPinning:
         torch.cuda.synchronize(self._device)
 
 
-def check_device() -> None:
-    """Raise BackendError unless torch has a CUDA device that the kernels are made for."""
+def check_torch() -> None:
+    """Raise BackendError unless torch has a CUDA device."""
     if torch.version.cuda is None:
         raise BackendError(f"the cuda backend needs a CUDA build of torch; this is {torch.__version__}")
     if not torch.cuda.is_available():
         raise BackendError("the cuda backend needs a CUDA device and its driver, and torch sees none")
-    capability = torch.cuda.get_device_capability()
+
+
+def check_device(device: torch.device) -> None:
+    """Raise BackendError unless the kernels are made for such a device."""
+    capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         raise BackendError("the cuda backend needs compute capability 8.0 (Ampere) or newer; "
-                           f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}")  # fmt: skip
+                           f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}")  # fmt: skip
 
 
 def make_vmm(device: torch.device) -> VmmDriver | None:

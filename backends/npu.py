@@ -19,6 +19,7 @@ from backends.cpu.memory import available_bytes
 from backends.metadata import AttentionMetadata
 from backends.npu_graphs import NpuCapturer
 from backends.opset import OpSet
+from backends.place import ALONE, Place
 from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
 from backends.reference.lora import LoraOps
@@ -181,7 +182,7 @@ OPS = replace(
 
 
 class NpuBackend:
-    """A `Backend` over the current NPU. Raises BackendError, with the reason, where it cannot run.
+    """A `Backend` over an NPU, `place`'s. Raises BackendError, with the reason, where it cannot run.
 
     check_contracts: check the arguments of every operator against its documentation (slow: it waits for the device).
     """
@@ -201,10 +202,10 @@ class NpuBackend:
     strict_ops = True
     quantization_advice = ""
 
-    def __init__(self, *, check_contracts: bool = False) -> None:
+    def __init__(self, *, check_contracts: bool = False, place: Place = ALONE) -> None:
         open_torch_npu()
         set_checking(check_contracts)
-        self.device = torch.device("npu", torch.npu.current_device())
+        self.device = place.take("npu", torch.npu, "ASCEND_RT_VISIBLE_DEVICES")
         causal_mask(self.device)
         self.vmm: VmmDriver | None = make_vmm(self.device)
         self.capturer: Capturer | None = NpuCapturer(self.device)

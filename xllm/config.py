@@ -180,8 +180,8 @@ class DeviceSettings:
                          "for ranks that share a model, thread with async_scheduling, else inline", choices=WORKERS)
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
-    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the CPU of "
-                                       "one machine", aliases=("tp_size",))
+    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on an accelerator "
+                                       "each on a device of its own", aliases=("tp_size",))
     data_parallel_size: int = option(1, "engines behind one server, each with a model, a queue and a KV cache of its "
                                      "own; on the CPU of one machine", aliases=("dp_size",))
 

@@ -84,6 +84,28 @@ def keep_exchanges_local() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
+def exchange_interface() -> str:
+    """GLOO_SOCKET_IFNAME: over which interface ranks on the CPU exchange; empty: gloo's own choice."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")
+
+
+def exchange_variables() -> dict[str, str]:
+    """The variables that are set and say how ranks exchange, for `xllm doctor`."""
+    prefixes = ("GLOO_", "HCCL_", "NCCL_", "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
+
+
+def hccl_runs_on_vector_cores() -> bool:
+    """HCCL_OP_EXPANSION_MODE=AIV: whether Ascend's collectives run as kernels of the vector cores."""
+    return os.environ.get("HCCL_OP_EXPANSION_MODE", "").strip().upper().startswith("AIV")
+
+
+def bound_hccl(seconds: int) -> None:
+    """HCCL_EXEC_TIMEOUT for this process, unless it is set: how long Ascend's collectives wait for the other ranks.
+    Without it, that is half an hour."""
+    os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
+
+
 def openmp_sleeps() -> bool:
     """Whether the environment says how long OpenMP's threads wait before they sleep."""
     return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ

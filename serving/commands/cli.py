@@ -84,6 +84,7 @@ def build_parser() -> FlagParser:
     profile.add_argument("--json", metavar="FILE", help="write the result to this file, with the fitted model")
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
     doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="a local folder: say how many ranks can share it")
     doctor.add_argument("--compile", action="store_true", help="only compile the CPU's kernels, if they are not yet")
     return parser
 
@@ -194,7 +195,9 @@ def _profile(namespace: argparse.Namespace) -> int:
 def _doctor(namespace: argparse.Namespace) -> int:
     from serving.commands import doctor
 
-    return doctor.compile_kernels() if namespace.compile else doctor.main()
+    if namespace.compile and namespace.model is not None:
+        raise ConfigError("--compile has nothing to do with a model: leave one of them away")
+    return doctor.compile_kernels() if namespace.compile else doctor.main(namespace.model)
 
 
 def _bench(args: list[str]) -> int:

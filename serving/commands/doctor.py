@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from serving.commands.doctor_groups import group_findings, model_findings
+from serving.commands.finding import HINT, MISSING, OK, Finding
 from xllm.child_process import run_module
 
-OK, MISSING, HINT = "ok", "missing", "hint"
 CPU_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 SERVING_PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq", "prometheus-client")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
@@ -31,23 +32,13 @@ CANN_VERSION = re.compile(r"(?im)^.*version\s*=\s*\[?(?:\w+:)?([0-9]+\.[0-9][\w.
 # For torch to load and a device to open. Chosen: a slow disk takes a minute; a hanging driver is reported.
 PROBE_TIMEOUT_S = 120
 EXAMINED = ("auto", "cpu", "cuda", "npu")  # values of --device that have findings of their own
+TOOLS = {"cuda": "nvidia-smi", "npu": "npu-smi info"}  # of the drivers, which show more
 ADVICE = {"torch": "pip install torch", "transformers": "pip install 'transformers>=5.17'"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """needed: without it the CPU path does not work. accelerator: the one that `--device auto` takes."""
-
-    state: str
-    what: str
-    detail: str
-    needed: bool = False
-    accelerator: str = ""
-
-
-def main() -> int:
-    """Print one line a finding; 0 if the CPU path works."""
-    findings = list(examine())
+def main(model: str | None = None) -> int:
+    """Print one line a finding; 0 if the CPU path works. model: how many ranks can share it is said too."""
+    findings = list(examine(model))
     for finding in findings:
         print(f"{finding.state:8}{finding.what:22}{finding.detail}")
     works = all(finding.state != MISSING for finding in findings if finding.needed)
@@ -76,7 +67,7 @@ def compile_kernels() -> int:
     return 0
 
 
-def examine() -> Iterator[Finding]:
+def examine(model: str | None = None) -> Iterator[Finding]:
     """All findings, in the order in which a reader needs them."""
     fine = sys.version_info >= (3, 10)
     advice = "" if fine else "; install 3.10 or newer"
@@ -88,6 +79,15 @@ def examine() -> Iterator[Finding]:
     yield from _cpu()
     devices = [_cuda(), *_npu(), *_others()]
     yield from devices
+    if importlib.util.find_spec("torch") is not None:
+        from backends.control_groups import usable_cpus
+
+        opened = [found.what.removesuffix(" backend") for found in devices
+                  if found.state == OK and found.what.endswith(" backend")]
+        yield from group_findings(usable_cpus(), [name for name in opened if name in TOOLS],
+                                  lambda name: _probe(name, TOOLS[name])["group"])
+        if model is not None:
+            yield from model_findings(model)
     yield _memory()
     yield _bundled_model()
     yield _choice(devices)
@@ -132,7 +132,7 @@ def _cpu_flags() -> set[str]:
 def _cuda(nvidia: Path = NVIDIA_DRIVER) -> Finding:
     if shutil.which("nvidia-smi") is None and not nvidia.exists():
         return Finding(HINT, "cuda", "no NVIDIA driver here; nothing to do unless this machine has such a GPU")
-    return _backend("cuda", "nvidia-smi")
+    return _backend("cuda", TOOLS["cuda"])
 
 
 def _npu() -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def _npu() -> Iterator[Finding]:
     if package.state != OK:
         return
     yield from cann_findings(package.detail, CANN_FOLDERS)
-    yield _backend("npu", "npu-smi info")
+    yield _backend("npu", TOOLS["npu"])
 
 
 def _others() -> Iterator[Finding]:
@@ -222,6 +222,7 @@ def _choice(devices: Sequence[Finding]) -> Finding:
     return Finding(OK, "device auto", "cpu: no accelerator was found")
 
 
+@cache
 def _probe(name: str, tool: str) -> dict[str, Any]:
     """Open a device in another process (`backends/probe.py`); returns its answer, or {"problem": what went wrong with
     that}."""

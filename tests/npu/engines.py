@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.models.checkpoints import BY_ID, VOCAB_SIZE, save_checkpoint
+import torch
+
+from tests.models.checkpoints import BY_ID, VOCAB_SIZE, Variant, save_checkpoint
 from xllm import LLM, SamplingParams
 
 os.environ["XLLM_NPU_CHECK"] = "1"
 BUNDLED = "bundled"
 TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows"]
+# What a device's attention is made for: a whole row of a head, in the dtype of most checkpoints.
+WIDE = Variant("qwen3-head-dim-128-bf16", "Qwen3", {"head_dim": 128}, disk_dtype=torch.bfloat16)
 NUM_TOKENS = 14
 SHARED = [(7 * i * i + 3 * i + 11) % VOCAB_SIZE for i in range(130)]  # more than a block
 PROMPTS = [
@@ -43,7 +47,7 @@ def folder(model: str) -> str:
     """Where a model lies: nothing for the bundled one, or a tiny random checkpoint that is made here."""
     if model == BUNDLED:
         return ""
-    return str(save_checkpoint(BY_ID[model], Path(tempfile.mkdtemp())))
+    return str(save_checkpoint({**BY_ID, WIDE.id: WIDE}[model], Path(tempfile.mkdtemp())))
 
 
 def sampling(number: int, seeded: bool) -> SamplingParams:
@@ -67,10 +71,11 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS, *, seeded: bool = False
 
 
 @functools.cache
-def plain(model: str, quantization: str | None = None) -> list[Truth]:
-    """Greedy tokens of the CPU, every feature off."""
+def plain(model: str, quantization: str | None = None, device: str = "cpu", dtype: str = "float16") -> list[Truth]:
+    """Greedy tokens of the CPU, or of one device, every feature off."""
     wanted = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
-    with start(model, "cpu", async_scheduling=False, enable_prefix_caching=False, quantization=quantization) as llm:
+    with start(model, device, async_scheduling=False, enable_prefix_caching=False, quantization=quantization,
+               dtype=dtype, graph_mode="off") as llm:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], wanted, use_tqdm=False)
     return [Truth(list(o.outputs[0].token_ids), [_margin(entry) for entry in o.outputs[0].logprobs]) for o in outputs]
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PARA, PTR, NOT_SUPPORT, TIMEOUT, TCP_CONNECT, RUNTIME, REMOTE, OOM = 1, 2, 5, 9, 11, 15, 21, 24
+CAPTURE_INVALIDATED = 507903  # of the runtime
 INT8, INT32, FP16, FP32, INT64, UINT8, FP64, BF16 = 0, 2, 3, 4, 5, 7, 10, 11
 SUM, PROD, MAX, MIN = range(4)
 TYPES = {torch.float16: FP16, torch.bfloat16: BF16, torch.float32: FP32}

@@ -133,17 +133,54 @@ def captures(rank: int, size: int, store: str) -> None:
         code = Comm().code
     assert code == hccl.RUNTIME
     torch.npu.set_stream(before)  # where a capture fails, torch_npu leaves its stream current
-    side = torch.npu.Stream()
-    with capturing():
-        torch.npu.graph_task_group_begin(torch.npu.current_stream())
-        code = comm.all_reduce(x, out)
-        y = x + 1
-        torch.npu.graph_task_group_end(torch.npu.current_stream())
-    assert code == hccl.NOT_SUPPORT and side and y.numel() == 4
     comm.destroy()
     graph.replay()
     with fails_with(507011):
         torch.npu.synchronize()
+
+
+def task_groups(rank: int, size: int, store: str, fails: dict[str, bool]) -> None:
+    """Where collectives may stand in a capture that has task groups, by the place: none within, and with AIV none at
+    all behind one."""
+    x = torch.ones(4, device="npu")
+    for place, wrong in fails.items():
+        comm, before, code = one(), torch.npu.current_stream(), None
+        with suppress(RuntimeError), capturing() as graph:
+            stream = torch.npu.current_stream()
+            if place == "before":
+                code = comm.all_reduce(x)
+            torch.npu.graph_task_group_begin(stream)
+            y = x + 1
+            if place == "within":
+                code = comm.all_reduce(x)
+            torch.npu.graph_task_group_end(stream)
+            if place == "behind":
+                code = comm.all_reduce(x)
+            z = y + 1
+        torch.npu.set_stream(before)
+        assert code == (hccl.RUNTIME if wrong else 0) and z.numel() == 4, place
+        if not wrong:
+            graph.replay()
+            torch.npu.synchronize()
+            assert x.tolist() == [1.0] * 4
+        comm.destroy()
+
+
+def task_group_error(rank: int, size: int, store: str) -> None:
+    """As torch_npu words it, and the capture is lost."""
+    start(rank, size, store)
+    x = torch.ones(4, device="npu")
+    dist.all_reduce(x)
+
+    def capture() -> None:
+        with capturing():
+            torch.npu.graph_task_group_begin(torch.npu.current_stream())
+            with fails_with(507009):
+                dist.all_reduce(x)
+            torch.npu.graph_task_group_end(torch.npu.current_stream())
+
+    with fails_with(hccl.CAPTURE_INVALIDATED):
+        capture()
 
 
 def queued(rank: int, size: int, store: str) -> None:

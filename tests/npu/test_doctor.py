@@ -86,8 +86,11 @@ def test_no_device() -> None:
 
 
 def test_all_is_well() -> None:
-    report = doctor(dict(os.environ))
+    report = doctor({**os.environ, "EMULATED_NPU_DEVICES": "2", "HCCL_OP_EXPANSION_MODE": "AIV"})
     assert line_of(report, "npu backend").startswith("ok") and "Ascend910B1" in line_of(report, "npu backend")
+    assert line_of(report, "npu group") == f"{'ok':8}{'npu group':22}2 devices, so up to 2 ranks, by hccl"
+    exchanges = line_of(report, "exchanges")
+    assert exchanges.startswith("hint") and "HCCL_OP_EXPANSION_MODE=AIV: AIV goes with --graph-mode off" in exchanges
 
 
 @pytest.mark.parametrize(("message", "words"), [

@@ -38,6 +38,16 @@ def test_alone(ranks: Ranks, rule: str, env: dict[str, str]) -> None:
     ranks.check(f"{RULES}:{rule}", 1, env=env)
 
 
+@pytest.mark.parametrize(("mode", "behind"), [("AI_CPU", False), ("AIV", True)])
+def test_collectives_beside_task_groups(ranks: Ranks, mode: str, behind: bool) -> None:
+    fails = {"before": False, "within": True, "behind": behind}
+    ranks.check(f"{RULES}:task_groups", 1, env={"HCCL_OP_EXPANSION_MODE": mode}, fails=fails)
+
+
+def test_a_collective_within_a_task_group(ranks: Ranks) -> None:
+    ranks.check(f"{RULES}:task_group_error", 2, **cards(2))
+
+
 @pytest.mark.parametrize("order", ["", "1", "2"])
 def test_a_device_goes_on_by_itself(ranks: Ranks, order: str) -> None:
     ranks.check(f"{RULES}:late", 2, **cards(2, EMULATED_NPU_ORDER=order))

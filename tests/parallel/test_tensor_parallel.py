@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from backends import get_backend
 from tests.models.checkpoints import BY_ID, save_checkpoint
 from tests.parallel.ranks import Ranks
+from xllm.errors import ConfigError
+from xllm.models.loader import load_model
+from xllm.models.model_registry import read_model_config
+from xllm.parallel.groups import Group
+from xllm.parallel.parallel_context import ParallelContext
 
 CASES = "tests.parallel.tensor_cases"
 # By what is special about them: GQA, biases that are added once, kv heads that all hold, a tied table of 211 rows.
@@ -39,6 +46,22 @@ def test_a_whole_model(ranks: Ranks, kernels: str, tmp_path: Path, variant: str,
     """All ranks print the same tokens, and the same bits of all logits."""
     folder = save_checkpoint(BY_ID[variant], tmp_path)
     assert len(set(ranks.check(f"{CASES}:whole_model", size, kernels=kernels, folder=str(folder)))) == 1
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa", "llama-mha"])
+def test_which_sizes_can_share_a_model(tmp_path: Path, variant: str) -> None:
+    """What is said of a config is what a rank finds that makes its layers."""
+    folder = save_checkpoint(BY_ID[variant], tmp_path)
+    config, backend = read_model_config(folder), get_backend("cpu", compiled=False)
+
+    def make(size: int) -> None:
+        load_model(folder, backend=backend, dtype=torch.float32, max_model_len=64, load_format="dummy",
+                   parallel=ParallelContext(tp=Group(0, size, None)))
+
+    for act in (config.check_shared, make):
+        for size in range(1, 9):
+            with nullcontext() if size in (1, 2, 4) else pytest.raises(ConfigError, match=r"does not divide|multiple"):
+                act(size)
 
 
 def test_random_weights(ranks: Ranks, kernels: str, tmp_path: Path) -> None:

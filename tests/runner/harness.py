@@ -101,7 +101,7 @@ class Driver:
         return output
 
     def _grow(self, seq: Running, length: int) -> list[int]:
-        missing = -(-min(length, MAX_MODEL_LEN) // BLOCK_SIZE) - len(seq.blocks)
+        missing = -(-min(length, MAX_MODEL_LEN) // self.runner.rows.block_size) - len(seq.blocks)
         new = [self.free_blocks.pop() for _ in range(missing)]
         seq.blocks += new
         return new

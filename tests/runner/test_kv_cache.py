@@ -33,9 +33,10 @@ def model_config(model: CausalLM) -> ModelConfig:
     return model.config
 
 
-def device(backend: Backend, *, share: float = 0.5, memory_bytes: int = 10**9, num_reserved: int = 0) -> Any:
+def device(backend: Backend, *, share: float = 0.5, memory_bytes: int = 10**9, num_reserved: int = 0,
+           on_host: bool = True) -> Any:
     """The backend, with another amount of memory, of which a KV cache may have a share."""
-    return SimpleNamespace(kv_memory_share=share, available_memory_bytes=lambda: memory_bytes,
+    return SimpleNamespace(computes_on_host=on_host, kv_memory_share=share, available_memory_bytes=lambda: memory_bytes,
                            kv_cache_shape=backend.kv_cache_shape, num_reserved_blocks=num_reserved)
 
 
@@ -57,6 +58,18 @@ def test_bytes_of_a_block(backend: Backend, specs: Specs) -> None:
 def test_how_many(backend: Backend, specs: Specs, settings: dict[str, Any], share: float, num_blocks: int) -> None:
     machine = device(backend, share=share, memory_bytes=100 * BLOCK_BYTES + 5)
     assert plan_num_blocks(make_config(**settings), machine, specs, torch.float32) == num_blocks
+
+
+@pytest.mark.parametrize(("ranks", "on_host", "num_blocks"), [
+    ({"tensor_parallel_size": 2}, True, 50), ({"tensor_parallel_size": 2}, False, 100),
+    ({"worker_ranks": 2, "worker": "processes"}, False, 50),
+], ids=str)
+def test_ranks_share_the_host_s_memory_and_have_devices_of_their_own(backend: Backend, specs: Specs,
+                                                                     ranks: dict[str, Any], on_host: bool,
+                                                                     num_blocks: int) -> None:
+    machine = device(backend, share=1.0, memory_bytes=100 * BLOCK_BYTES, on_host=on_host)
+    config = make_config(num_kv_blocks=None, gpu_memory_utilization=1.0, **ranks)
+    assert plan_num_blocks(config, machine, specs, torch.float32) == num_blocks
 
 
 @pytest.mark.parametrize(("settings", "num_blocks"), [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from serving.commands import doctor, terminal
+from serving.commands.doctor_groups import model_findings
 from tests.serving.server_process import ROOT, ServerProcess, wait_for
-from xllm import AsyncLLM, SamplingParams
+from xllm import AsyncLLM, SamplingParams, bundled
 
 
 def run(*args: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -96,8 +98,12 @@ def test_chat_without_a_server_is_one_clear_line() -> None:
 
 
 def test_doctor() -> None:
-    result = run("doctor")
+    """With the two ranks that it starts, and what it knows of a model's heads: 4, of which 2 are for KV."""
+    result = run("doctor", str(Path(bundled.__file__).parent))
     assert result.returncode == 0, result.stdout
+    lines = {line[8:30].strip(): line for line in result.stdout.splitlines()}
+    assert re.match(r"ok +cpu group +2 ranks by gloo over lo\S*: 16 KiB take \d+ us; ", lines["cpu group"])
+    assert re.search(r"bundled: 1, 2, 4 \(tensor_parallel_size 3 does not", lines["tensor_parallel_size"])
     assert "the CPU path works" in result.stdout
     used = next(line for line in result.stdout.splitlines() if "device auto" in line)
     assert ("cuda: " if torch.cuda.is_available() else "cpu: no accelerator was found") in used
@@ -121,6 +127,16 @@ def test_doctor_says_what_is_used_and_why() -> None:
     else:
         assert found.state == doctor.HINT
         assert found.detail == f"cpu, for another device is not usable: {missing.detail}"
+
+
+def test_doctor_fetches_no_model() -> None:
+    (found,) = model_findings("some/model")
+    assert (found.state, found.what) == (doctor.MISSING, "model") and "no folder here" in found.detail
+
+
+def test_doctor_compiles_without_a_model() -> None:
+    result = run("doctor", "some/model", "--compile")
+    assert result.returncode == 1 and "--compile has nothing to do with a model" in result.stderr
 
 
 def test_doctor_has_nothing_to_say_of_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ SCHEDULER = (
 DEVICE = (
     sets("enforce_eager", "graph_mode", "as --graph-mode off", takes="switch",
          convert=lambda value: "off" if value in (True, "true") else "auto"),
-    accepted("tensor_parallel_size", "on the CPU, ranks of one machine", short=("-tp",)),
+    accepted("tensor_parallel_size", "ranks of one machine", short=("-tp",)),
     refused("pipeline_parallel_size", _ONE_DEVICE, unless=("1",), short=("-pp",)),
     accepted("data_parallel_size", "on the CPU, engines of one machine; the front balances by what is cached",
              short=("-dp",)),

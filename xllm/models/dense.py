@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from xllm.models.kv_spec import KVSpec
 from xllm.models.model_config import MAX_LAYERS, DecoderConfig, ModelConfig, read_common
 from xllm.models.raw_config import RawConfig
+from xllm.parallel.shard import Shard, share_heads
 
 if TYPE_CHECKING:
     from xllm.layers.layer_context import LayerContext, Weights
@@ -36,6 +37,10 @@ class DenseConfig(DecoderConfig):
     def kv_specs(self) -> tuple[KVSpec, ...]:
         return tuple(KVSpec(num_heads=self.num_kv_heads, widths=(self.head_dim, self.head_dim), sliding_window=window)
                      for window in self.sliding_windows)
+
+    def check_shared(self, num_ranks: int) -> None:
+        share_heads(self.num_heads, self.num_kv_heads, rank=0, size=num_ranks)
+        Shard(0, 0, num_ranks).even_width(self.ffn_size, "the width of the mlp")
 
 
 def read_dense(

@@ -50,6 +50,12 @@ class ModelConfig(ABC):
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""
 
+    def check_shared(self, num_ranks: int) -> None:
+        """Raise ConfigError, with the number that does not divide, unless so many tensor-parallel ranks can share
+        it."""
+        for spec in self.kv_specs:
+            spec.on_one_of(num_ranks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +19,10 @@ from torch._C._distributed_c10d import (  # what torch.distributed exports, with
 )
 
 from backends.backend import Backend
+from backends.cuda_one_shot import OneShot, obstacle
 from xllm.errors import ConfigError, WorkerError
+
+_log = logging.getLogger(__name__)
 
 # The older name warns where there is the newer one, from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,6 +57,7 @@ class Group:
         self.rank, self.size, self._timeout_s = rank, size, timeout_s
         self._inner, self._store, self._num_votes = inner, store, 0
         self._one_shot_bytes = one_shot_bytes
+        self._one_kernel: OneShot | None = None  # of a device, for small sums
         self.watch: ExchangeWatch | None = None  # set by a capturer that checks
         self._since_s: float | None = None  # when the exchange that is on the way began
 
@@ -65,10 +70,21 @@ class Group:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place; returns x. Contiguous, of one shape and dtype everywhere. Bit for bit the
         same on all ranks."""
-        if self._inner is not None:
+        if self._one_kernel is not None and self._one_kernel.takes(x):
+            self._one_kernel.all_reduce(x)
+        elif self._inner is not None:
             how = (_gather_and, torch.add, x) if self._is_small(x) else (dist.all_reduce, x)
             self._exchange("all_reduce", x, lambda: None, *how)
         return x
+
+    def sum_in_one_kernel(self, device: torch.device) -> None:
+        """Let `all_reduce` sum small tensors so, if all ranks' devices can. Called by all ranks, before any graph."""
+        why_not = obstacle(self.size)
+        cannot = torch.tensor([bool(why_not)], dtype=torch.int32, device=device)
+        if self._inner is not None and not self.all_reduce_max(cannot).item():
+            self._one_kernel = OneShot(self._inner, device, self.size)
+        else:
+            _log.info("small sums go through NCCL too: %s", why_not or "another rank's device cannot do more")
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The largest over all ranks, number by number, in place; returns x. As `all_reduce`; what a NaN on one rank
@@ -134,7 +150,7 @@ class Group:
     def close(self) -> None:
         """Leave the group. All ranks do so once their work is done; none waits for the others."""
         if self._inner is not None:
-            inner, self._inner = self._inner, None
+            inner, self._inner, self._one_kernel = self._inner, None, None
             dist.destroy_process_group(inner)
 
 
@@ -182,6 +198,8 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
                   one_shot_bytes=ONE_SHOT_BYTES if backend.computes_on_host else 0)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
+        if backend.collectives == "nccl":
+            group.sum_in_one_kernel(backend.device)
     except BaseException:
         group.close()
         raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from backends.backend import Backend
+from backends.place import Place
+from xllm import env
 from xllm.errors import ConfigError
 from xllm.parallel.groups import open_group
 from xllm.parallel.parallel_context import ONE_RANK, ParallelContext
@@ -14,6 +16,11 @@ MEET_S = 120.0
 # For one exchange: the ranks compute the same step at the same time. Chosen: as long as a rank may be behind another
 # with a step (`worker/processes.py:LATE_S`), and a little more.
 EXCHANGE_S = 8.0
+# HCCL's own limit, in whole seconds: below that of the group, so that its error comes first, which names the rank.
+HCCL_EXCHANGE_S = 7
+# vllm-ascend#13688: error 507009 at the capture, or a replay that never ends.
+AIV_ADVICE = ("HCCL_OP_EXPANSION_MODE=AIV does not go with graphs whose attention is updated (error 507009, or replays "
+              "that hang): unset it or set it to AI_CPU, or take --graph-mode off: eager steps may have it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +30,24 @@ class Seat:
     rank: int = 0
     store: str = ""
 
-    def join(self, backend: Backend, tp_size: int) -> ParallelContext:
-        """Wait for the `tp_size` ranks that share the model; returns when all are there.
+    def place(self, tp_size: int) -> Place:
+        """Which of the machine's devices this rank computes on."""
+        return Place(self.rank, tp_size)
+
+    def join(self, backend: Backend, tp_size: int, *, captures: bool) -> ParallelContext:
+        """Wait for the `tp_size` ranks that share the model; returns when all are there. captures: steps will be
+        captured as graphs of the device.
 
         Raises:
-            ConfigError: ranks on such a device are not built.
+            ConfigError: the environment says how to exchange, and it does not go with graphs.
             RuntimeError: they did not come in time.
         """
         if tp_size == 1:
             return ONE_RANK
-        if not backend.computes_on_host:
-            raise ConfigError(f"tensor_parallel_size {tp_size}: built for the CPU so far, and the device is "
-                              f"{backend.name}: every rank would compute on the same card")
+        if backend.collectives == "hccl":
+            if captures and env.hccl_runs_on_vector_cores():
+                raise ConfigError(AIV_ADVICE)
+            env.bound_hccl(HCCL_EXCHANGE_S)
         return ParallelContext(tp=open_group(backend, rank=self.rank, size=tp_size, store=self.store,
                                              timeout_s=EXCHANGE_S, meet_s=MEET_S))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from backends.backend import Backend
+    from backends.place import Place
     from xllm.layers.adapter_slots import AdapterSlots
     from xllm.models.causal_lm import CausalLM
     from xllm.models.embedding_modules import EmbeddingModules
@@ -55,14 +56,15 @@ class LoadedModel:
         from backends.cpu.threads import RunDelays, ThreadControl
         from xllm.hub import resolve_model_path
         from xllm.models.model_registry import read_model_config
-        from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
+        from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks, workers_in_memory
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other workers.
         share = max(1, usable_cpus() // config.device.num_workers)
         num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
         torch.set_num_threads(num_threads)
         self._report = report
-        self.backend = _open_backend(config)
+        self.backend = _open_backend(config, seat.place(config.device.tensor_parallel_size))
+        self._num_sharers = workers_in_memory(config.device, self.backend)
         if config.device.data_parallel_size > 1 and not self.backend.computes_on_host:
             raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
                               f"card for each of them is not built yet, and the device is {self.backend.name}. Run a "
@@ -88,7 +90,7 @@ class LoadedModel:
         need = self._footprint()
         self._check_weights_fit(need)
         plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
-        self.parallel = seat.join(self.backend, tp_size)
+        self.parallel = seat.join(self.backend, tp_size, captures=self.config.device.graph_mode == "auto")
         if tp_size > 1:
             self.config = self._with_equal_graph_memory()
         self.adapters: AdapterSlots | None = None
@@ -151,7 +153,7 @@ class LoadedModel:
 
         device = self.config.device
         own = resolve_amount("graph_memory", device.graph_memory, self.backend.available_memory_bytes())
-        least = -int(self.parallel.tp.all_reduce_max(torch.tensor([-own])).item())
+        least = -int(self.parallel.tp.all_reduce_max(torch.tensor([-own], device=self.backend.device)).item())
         return replace(self.config, device=replace(device, graph_memory=str(least)))
 
     def leave(self) -> None:
@@ -173,7 +175,7 @@ class LoadedModel:
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
-        num_workers, free = self.config.device.num_workers, self.backend.available_memory_bytes()
+        num_workers, free = self._num_sharers, self.backend.available_memory_bytes()
         total = (need.weights + need.loading) * num_workers
         if total > free:
             dtype, quantization = _name(self._dtype), self.config.model.quantization
@@ -202,7 +204,7 @@ class LoadedModel:
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
         """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
-        num_workers, free = self.config.device.num_workers, self.backend.available_memory_bytes()
+        num_workers, free = self._num_sharers, self.backend.available_memory_bytes()
         if (kv_bytes + need.steps) * num_workers > free:
             _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
                          "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
@@ -275,13 +277,13 @@ def _length_limit(config: EngineConfig, model: ModelConfig) -> int:
     return exact
 
 
-def _open_backend(config: EngineConfig) -> Backend:
+def _open_backend(config: EngineConfig, place: Place) -> Backend:
     from backends import get_backend
     from backends.backend import BackendError
 
     try:
         backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed(),
-                              check_contracts=env.check_contracts())
+                              check_contracts=env.check_contracts(), place=place)
     except BackendError as error:
         raise DeviceError(str(error)) from error
     return backend

@@ -30,6 +30,10 @@ int unsafe_in_capture(const char *function) {
     model->state = INVALIDATED;
     return fail(ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT, function, "the current capture mode does not support this operation");
 }
+int task_not_supported(Stream *stream, const char *function) {
+    if (stream->capture) stream->capture->state = INVALIDATED;
+    return fail(ACL_ERROR_RT_TASK_TYPE_NOT_SUPPORT, function, "rtEventRecord execution failed, reason=task not supported: runtime result = %d", ACL_ERROR_RT_TASK_TYPE_NOT_SUPPORT);
+}
 API int emulated_npu_unsafe_in_capture(void) { return unsafe_in_capture("a kernel that waits for its result"); }
 
 API aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *mode) {
@@ -129,7 +133,7 @@ API aclError aclmdlRICaptureTaskGrpBegin(aclrtStream on) {
     REQUIRE(stream, "%p is no stream", on);
     if (!stream->capture) return FAIL(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "a task group outside a capture");
     if (stream->capture->group_open) return FAIL(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "task groups do not nest");
-    stream->capture->group_open = true;
+    stream->capture->group_open = stream->capture->has_groups = true;
     return ask(GROUP_BEGIN, stream, 0, 0, 0);
 }
 API aclError aclmdlRICaptureTaskGrpEnd(aclrtStream on, aclrtTaskGrp *handle) {

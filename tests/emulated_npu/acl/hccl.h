@@ -66,6 +66,7 @@ typedef struct Comm {
     uint32_t num_ranks, rank;
     char name[128];
     Room *room;
+    bool on_vector_cores; /* HCCL_OP_EXPANSION_MODE=AIV */
     size_t buffer_bytes;
     uint64_t timeout_ns; /* of one operation; 0: none */
     HcclResult async_error;

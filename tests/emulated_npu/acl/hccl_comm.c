@@ -99,6 +99,11 @@ static uint64_t timeout_ns(const HcclCommConfig *config) {
     if (config && config->hcclExecTimeOut != (int32_t)HCCL_COMM_EXECTIMEOUT_CONFIG_NOT_SET) seconds = config->hcclExecTimeOut;
     return (uint64_t)seconds * 1000000000u;
 }
+static bool on_vector_cores(const HcclCommConfig *config) {
+    const char *mode = getenv("HCCL_OP_EXPANSION_MODE");
+    if (config && config->hcclOpExpansionMode != HCCL_COMM_DEFAULT_OP_EXPANSION_MODE) return config->hcclOpExpansionMode == 3;
+    return mode && !strcmp(mode, "AIV");
+}
 /* Each communicator has a buffer to send from and one to receive into. */
 static size_t buffer_bytes(const HcclCommConfig *config) {
     long mib = setting("HCCL_BUFFSIZE", BUFFER_MIB);
@@ -125,7 +130,7 @@ static HcclResult init(uint32_t num_ranks, const HcclRootInfo *info, uint32_t ra
     }
     Comm *comm = calloc(1, sizeof *comm);
     *comm = (Comm){.magic = COMM_MAGIC, .device = device, .num_ranks = num_ranks, .rank = rank, .room = room,
-                   .buffer_bytes = bytes, .timeout_ns = timeout_ns(config)};
+                   .on_vector_cores = on_vector_cores(config), .buffer_bytes = bytes, .timeout_ns = timeout_ns(config)};
     if (config && config->hcclCommName[0]) memcpy(comm->name, config->hcclCommName, sizeof comm->name - 1);
     else snprintf(comm->name, sizeof comm->name, "%.100s", info->internal);
     *made = comm;

@@ -15,10 +15,20 @@ static void check(Call *call, bool condition, int code, const char *why, uint64_
     if (!condition) refuse(call, code, why, value);
 }
 
+/* A task group takes kernels only, and a collective records events. With AIV, collectives are kernels of the vector cores
+ * themselves: beside task groups anywhere in the capture, devices have been seen to fail so at the capture, or to hang in
+ * the replay (vllm-ascend#13688); here it is always the former. */
+static void check_capture(Call *call, const Comm *comm, Stream *stream) {
+    const bool has_groups = stream->capture && stream->capture->has_groups;
+    if (!in_task_group(stream) && !(comm->on_vector_cores && has_groups)) return;
+    task_not_supported(stream, call->name);
+    call->code = HCCL_E_RUNTIME;
+}
+
 static Call begin(const char *name, enum Kind kind, HcclComm handle, aclrtStream on, HcclDataType type) {
     Call call = {.name = name, .operation.terms = {.kind = kind, .type = type}};
     Comm *comm = handle;
-    const Stream *stream = stream_of(on);
+    Stream *stream = stream_of(on);
     int32_t device = -1;
     if (!comm) refuse(&call, HCCL_E_PTR, "comm is null", 0);
     else if (comm->magic != COMM_MAGIC) refuse(&call, HCCL_E_PARA, "the communicator was destroyed", (uint64_t)handle);
@@ -26,7 +36,7 @@ static Call begin(const char *name, enum Kind kind, HcclComm handle, aclrtStream
     else if (comm->async_error) refuse(&call, comm->async_error, "the communicator has failed before", comm->async_error);
     else if (aclrtGetDevice(&device) || device != comm->device) refuse(&call, HCCL_E_PARA, "the thread's device is not the communicator's", (uint64_t)device);
     else if (stream->device != comm->device) refuse(&call, HCCL_E_PARA, "the stream's device is not the communicator's", (uint64_t)stream->device);
-    else if (stream->updating || (stream->capture && stream->capture->group_open)) refuse(&call, HCCL_E_NOT_SUPPORT, "inside a task group", 0);
+    else check_capture(&call, comm, stream);
     check(&call, size_of(type), HCCL_E_NOT_SUPPORT, "dataType", type);
     call.operation.comm = comm;
     return call;

@@ -42,7 +42,7 @@ typedef struct Model {
     enum { CAPTURING, INVALIDATED, READY } state;
     struct Stream *origin;
     pthread_t owner;
-    bool group_open;
+    bool group_open, has_groups;
 } Model;
 typedef struct Group {
     int magic;
@@ -74,6 +74,10 @@ void set_device_fault(const char *format, ...) __attribute__((format(printf, 1, 
 long setting(const char *name, long otherwise); /* an environment variable, read once per call */
 bool tracing(void);
 int physical_device(int32_t logical); /* of those that the process sees; -1: it does not */
+static inline bool in_task_group(const Stream *stream) { return stream->updating || (stream->capture && stream->capture->group_open); }
+/* What a device says of an event that is recorded within a task group, which takes kernels only; the capture is lost. */
+int task_not_supported(Stream *stream, const char *function);
+#define TASK_NOT_SUPPORTED(stream) task_not_supported(stream, __func__)
 #define TRACE(...) do { if (tracing()) { fprintf(stderr, "[acl] %s ", __func__); fprintf(stderr, __VA_ARGS__); fputc('\n', stderr); } } while (0)
 
 Stream *stream_of(aclrtStream handle); /* NULL: not a stream. The null handle is the device's default stream. */

@@ -142,8 +142,7 @@ API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream on) {
     Event *event = event_of(handle);
     Stream *stream = stream_of(on);
     REQUIRE(event && stream, "event %p, stream %p", handle, on);
-    if (stream->updating || (stream->capture && stream->capture->group_open))
-        return FAIL(ACL_ERROR_STREAM_TASK_GROUP_INTR, "an event inside a task group");
+    if (in_task_group(stream)) return TASK_NOT_SUPPORTED(stream);
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     event->recorded++, event->captured_in = stream->capture;
