@@ -30,7 +30,8 @@ from tests.house import (
 BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_files", "xllm.request", "xllm.sequence",
         "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
-        "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.json_setting"]
+        "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.json_setting", "xllm.option",
+        "xllm.node_settings"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]

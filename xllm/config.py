@@ -14,19 +14,11 @@ from typing import Any
 from xllm.errors import ConfigError
 from xllm.foreign.table import translate
 from xllm.json_setting import parse_object
+from xllm.node_settings import NodeSettings
+from xllm.option import option
 from xllm.pooling import KINDS
 from xllm.sizes import is_zero, parse_amount
 from xllm.suggestion import nearest
-
-
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
-           is_json: bool = False, is_guard: bool = False) -> Any:
-    """A dataclass field with what the command line needs. `aliases`: other engines' names for it. is_json: the text of
-    a JSON object; in Python a dict will do. is_guard: it decides who may use the server, or what input of strangers
-    may do; never suggested for a mistyped name."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices, "is_json": is_json,
-                                            "is_guard": is_guard})
-
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
@@ -180,8 +172,8 @@ class DeviceSettings:
                          "for ranks that share a model, thread with async_scheduling, else inline", choices=WORKERS)
     worker_ranks: int = option(1, "processes that compute the same steps; needs worker processes. More than one is for "
                                "checks: each computes everything")
-    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the CPU of "
-                                       "one machine", aliases=("tp_size",))
+    tensor_parallel_size: int = option(1, "ranks that share one model, each in a process of its own; on the "
+                                       "CPU", aliases=("tp_size",))
 
     @property
     def num_ranks(self) -> int:
@@ -214,6 +206,12 @@ class EngineConfig:
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
     device: DeviceSettings = field(default_factory=DeviceSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    nodes: NodeSettings = field(default_factory=NodeSettings)
+
+    @property
+    def ranks_a_node(self) -> int:
+        """Workers that share the memory and the processors of one machine."""
+        return self.device.num_ranks // (self.nodes.nnodes or 1)
 
     @classmethod
     def from_flat(cls, **settings: Any) -> EngineConfig:

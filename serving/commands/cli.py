@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
 import sys
@@ -15,6 +16,7 @@ from xllm.config import EngineConfig
 from xllm.errors import ConfigError, XllmError
 from xllm.foreign.table import ENGINE, FOREIGN, SERVER
 from xllm.logs import FORMATS, LEVELS
+from xllm.node_settings import resolve_nodes
 from xllm.suggestion import nearest
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype",
@@ -144,6 +146,12 @@ def _serve(namespace: argparse.Namespace) -> int:
     server = tree_from(namespace, ServerConfig, SERVER)
     logs.configure("api", level=server.log.log_level, form=server.log.log_format)
     config = engine_config(namespace)
+    nodes = resolve_nodes(config.nodes, env.launcher(), config.device.tensor_parallel_size)
+    if nodes.node_rank:
+        from serving.commands import node
+
+        logs.configure(f"node{nodes.node_rank}", level=server.log.log_level, form=server.log.log_format)
+        return node.run(dataclasses.replace(config, nodes=nodes))
     return serve.run(config, server)
 
 

@@ -156,7 +156,7 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
 
 
 def _memory_share_bytes(config: EngineConfig, backend: Backend, others_bytes: int) -> int:
-    """All ranks are on this one device: each takes its part, and each has weights of its own."""
+    """All ranks of a machine are on this one device: each takes its part, and each has weights of its own."""
     share = config.cache.gpu_memory_utilization * backend.kv_memory_share
-    num_ranks = config.device.num_ranks
+    num_ranks = config.ranks_a_node
     return int(max(0, backend.available_memory_bytes() - num_ranks * others_bytes) * share) // num_ranks

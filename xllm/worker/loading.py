@@ -53,7 +53,7 @@ class LoadedModel:
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other ranks.
-        share = max(1, usable_cpus() // config.device.num_ranks)
+        share = max(1, usable_cpus() // config.ranks_a_node)
         num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
         torch.set_num_threads(num_threads)
         self._report = report
@@ -163,7 +163,7 @@ class LoadedModel:
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
-        num_ranks, free = self.config.device.num_ranks, self.backend.available_memory_bytes()
+        num_ranks, free = self.config.ranks_a_node, self.backend.available_memory_bytes()
         total = (need.weights + need.loading) * num_ranks
         if total > free:
             dtype, quantization = _name(self._dtype), self.config.model.quantization
@@ -192,7 +192,7 @@ class LoadedModel:
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
         """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
-        num_ranks, free = self.config.device.num_ranks, self.backend.available_memory_bytes()
+        num_ranks, free = self.config.ranks_a_node, self.backend.available_memory_bytes()
         if (kv_bytes + need.steps) * num_ranks > free:
             _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
                          "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
