@@ -148,10 +148,10 @@ def _serve(namespace: argparse.Namespace) -> int:
     config = engine_config(namespace)
     nodes = resolve_nodes(config.nodes, env.launcher(), config.device.tensor_parallel_size)
     if nodes.node_rank:
-        from serving.commands import node
+        from serving.commands import serve_node
 
         logs.configure(f"node{nodes.node_rank}", level=server.log.log_level, form=server.log.log_format)
-        return node.run(dataclasses.replace(config, nodes=nodes))
+        return serve_node.run(dataclasses.replace(config, nodes=nodes))
     return serve.run(config, server)
 
 

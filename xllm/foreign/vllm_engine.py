@@ -16,7 +16,7 @@ from xllm.foreign.flag import (
     sets,
 )
 
-_ONE_DEVICE = "of the ways to use several devices only tensor parallelism on one machine is built"
+_ONE_DEVICE = "of the ways to use several devices only tensor parallelism is built"
 _NO_MEDIA = "models of images, video and audio are not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
 _NO_MAMBA = "models with state-space layers are not built yet"
@@ -141,18 +141,20 @@ SCHEDULER = (
 DEVICE = (
     sets("enforce_eager", "graph_mode", "as --graph-mode off", takes="switch",
          convert=lambda value: "off" if value in (True, "true") else "auto"),
-    accepted("tensor_parallel_size", "on the CPU, ranks of one machine", short=("-tp",)),
+    accepted("tensor_parallel_size", "on the CPU", short=("-tp",)),
     refused("pipeline_parallel_size", _ONE_DEVICE, unless=("1",), short=("-pp",)),
     refused("data_parallel_size", f"{_ONE_DEVICE}; run several servers behind a balancer", unless=("1",),
             short=("-dp",)),
     *(refused(name, _ONE_DEVICE) for name in (
-        "data_parallel_rank", "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port",
-        "master_addr", "master_port")),
+        "data_parallel_rank", "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port")),
+    accepted("master_addr", "no default where nnodes is above 1; HOST:PORT will do too"),
+    accepted("master_port"),
     refused("data_parallel_size_local", _ONE_DEVICE, unless=("1",)),
     refused("data_parallel_backend", _ONE_DEVICE, unless=("mp",)),
     *(refused_switch(name, _ONE_DEVICE) for name in ("data_parallel_hybrid_lb", "data_parallel_external_lb")),
-    refused("nnodes", _ONE_DEVICE, unless=("1",)),
-    refused("node_rank", _ONE_DEVICE, unless=("0",)),
+    accepted("nnodes"),
+    accepted("node_rank"),
+    accepted("headless", "node 0 alone answers HTTP, with or without it; there it is refused"),
     refused("decode_context_parallel_size", _ONE_DEVICE, unless=("1",)),
     refused("prefill_context_parallel_size", _ONE_DEVICE, unless=("1",)),
     refused("distributed_executor_backend", "say where the model computes by --worker", unless=("mp", "uni")),

@@ -127,7 +127,7 @@ def arrive(store: Store, own: Arrival, should_stop: Callable[[], bool]) -> Door:
     return verdict.doors[own.node]
 
 
-class Assembly:
+class Gathering:
     """Node 0's part in the meeting: `gather`, then `admit` or `refuse`."""
 
     def __init__(self, store: Store, own: Arrival, *, place: str):

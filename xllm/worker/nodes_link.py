@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import Store
 
 from xllm.config import EngineConfig
 from xllm.errors import WorkerError
-from xllm.parallel.meeting import Arrival, Assembly, Door, open_store
+from xllm.parallel.meeting import Arrival, Door, Gathering, open_store
 from xllm.worker.link import Progress
 from xllm.worker.message_codec import decode
 from xllm.worker.messages import Failed, Loaded, WorkerReport, WorkerStats
@@ -31,7 +31,7 @@ NODE_DEATH_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-class _Node:
+class _OtherNode:
     """The connection to another node, whose ranks are `ranks`. heard_s: when it, or a rank of it once that is loaded,
     last sent something, on the monotonic clock."""
 
@@ -63,18 +63,18 @@ class NodesLink(ProcessLink):
         nodes = config.nodes
         assert nodes.nnodes is not None
         here = config.ranks_a_node
-        self._nodes: list[_Node] = []
+        self._nodes: list[_OtherNode] = []
         self._reason = ""  # it ends in order
         self._store: Store | None = None
         self._net: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             self._store, address = open_store(nodes)
             own = Arrival(0, nodes.nnodes, socket.gethostname(), node_facts(config))
-            assembly = Assembly(self._store, own, place=nodes.place)
-            assembly.gather()
-            self._nodes += [_Node(number, range(number * here, (number + 1) * here), self._net, address)
+            gathering = Gathering(self._store, own, place=nodes.place)
+            gathering.gather()
+            self._nodes += [_OtherNode(number, range(number * here, (number + 1) * here), self._net, address)
                             for number in range(1, nodes.nnodes)]
-            assembly.admit({node.number: node.door for node in self._nodes})
+            gathering.admit({node.number: node.door for node in self._nodes})
             self._await_nodes()
             super().__init__(config.device.num_ranks, depth=depth, here=range(here), store=f"store://{nodes.place}")
         except BaseException as error:
@@ -127,7 +127,7 @@ class NodesLink(ProcessLink):
             self._reason = f"{report.kind}: {report.message}"
         return report
 
-    def _receive_from(self, node: _Node) -> WorkerReport | None:
+    def _receive_from(self, node: _OtherNode) -> WorkerReport | None:
         kind, payload = message_of(node.socket)
         node.heard_s = time.monotonic()
         if kind == FAILED:
@@ -146,13 +146,11 @@ class NodesLink(ProcessLink):
         return None if isinstance(report, WorkerStats) else self._gatherer.add(number, report)
 
     def _check_ranks(self) -> None:
-        since_s = self._checked_s
         super()._check_ranks()
-        now = self._checked_s
-        if now - since_s < SILENT_S / 2 and not self._closed:  # not if it was this process that did not listen
-            for node in self._nodes:
-                if silence := node.silence(now):
-                    raise self._failed(silence)
+        for node in self._nodes:
+            silence = None if self._closed else node.silence(self._checked_s)
+            if silence and not node.socket.poll(0):  # else it was this process that did not listen
+                raise self._failed(silence)
 
     def _look_for_the_cause(self) -> None:
         """The process that died may be on any node."""
