@@ -1,6 +1,6 @@
 """Two nodes of one engine on the loopback interface, each a process tree with a checkpoint folder of its own: the
-answers of one node, and faults that end all and are named. What is compared when nodes meet: `tests/parallel/test_meeting.py`.
-NODES_ALL=1 (`make nightly`) adds servers that come back, and more bad starts."""
+answers of one node, and faults that end all and are named. What is compared when nodes meet:
+`tests/parallel/test_meeting.py`. NODES_ALL=1 (`make nightly`) adds servers that come back, and more bad starts."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def other_node(folder: Path, port: int, *flags: str) -> Iterator[OtherNode]:
         node.stop()
 
 
+@pytest.mark.usefixtures("pooled_ranks")
 def test_two_nodes_answer_as_one_and_meet_again_after_a_fault(tmp_path):
     with LLM(**SETTINGS) as llm:
         expected = tokens(llm)

@@ -1,7 +1,7 @@
 """The meeting of an engine's nodes at a TCPStore: who has come, and whether all can compute the same.
 
 Node 0 opens the store, and opens another one whenever the engine is started again. Each other node writes that it has
-arrived, with its facts; node 0 compares them with its own, as they come, and gives one verdict for all. What is written
+arrived, with its facts; node 0 compares them with its own, as they come, and gives one ruling for all. What is written
 here is not secret from anybody who reaches the port, nor safe from being overwritten: docs/parallel.md.
 """
 
@@ -28,7 +28,7 @@ HEARD_S = 2.0  # for the others to read why the start fails. Chosen: many looks 
 # For the engine that has this node's place to end: the one before, if this node was started again. Chosen: longer than
 # a lost node is noticed (`worker/processes.py:SILENT_S`) and an engine takes to end (`CLOSE_S` there).
 TAKEN_S = 20.0
-_ARRIVALS, _HEARD, _VERDICT = "node/arrivals", "node/heard", "node/verdict"
+_ARRIVALS, _HEARD, _RULING = "node/arrivals", "node/heard", "node/ruling"
 M = TypeVar("M", bound=msgspec.Struct)
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Door(msgspec.Struct, frozen=True):
     key: str
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class Ruling(msgspec.Struct, frozen=True):
     """error: why there is no engine, else "". arrivals: the numbers of those that it is for. doors: by node."""
 
     error: str
@@ -102,7 +102,7 @@ def find_store(nodes: NodeSettings, patience_s: float, should_stop: Callable[[],
 
 
 def arrive(store: Store, own: Arrival, should_stop: Callable[[], bool]) -> Door:
-    """Say that this node is here, and wait for the verdict.
+    """Say that this node is here, and wait for the ruling.
 
     Raises:
         ConfigError: why the nodes do not go together. Taken: another process has this node's place.
@@ -112,19 +112,19 @@ def arrive(store: Store, own: Arrival, should_stop: Callable[[], bool]) -> Door:
         number = store.add(_ARRIVALS, 1)
         store.set(_arrival(number), msgspec.json.encode(own).decode())
         until_s = time.monotonic() + MEET_S + HEARD_S  # node 0 says who is missing
-        while not store.check([_VERDICT]):
+        while not store.check([_RULING]):
             if time.monotonic() >= until_s or should_stop():
                 raise WorkerError(f"the nodes did not come together within {MEET_S:g} s")
             time.sleep(POLL_S)
-        verdict = _read(store.get(_VERDICT), Verdict)
-        if number not in verdict.arrivals:
+        ruling = _read(store.get(_RULING), Ruling)
+        if number not in ruling.arrivals:
             raise Taken(f"node_rank {own.node} is taken: the engine's nodes were complete without this process")
         store.add(_HEARD, 1)
     except RuntimeError as error:  # of torch's
         raise Gone(f"node 0 ended while the nodes met: {_first_line(error)}") from None
-    if verdict.error:
-        raise ConfigError(verdict.error)
-    return verdict.doors[own.node]
+    if ruling.error:
+        raise ConfigError(ruling.error)
+    return ruling.doors[own.node]
 
 
 class Gathering:
@@ -161,17 +161,17 @@ class Gathering:
 
     def admit(self, doors: dict[int, Door]) -> None:
         """Tell every node where its connection is awaited."""
-        self._tell(Verdict("", self._arrivals, doors))
+        self._tell(Ruling("", self._arrivals, doors))
 
     def refuse(self, reason: str) -> None:
         """Tell every node that has come why there is no engine, and wait until they have heard it."""
-        self._tell(Verdict(reason, self._arrivals, {}))
+        self._tell(Ruling(reason, self._arrivals, {}))
         until_s = time.monotonic() + HEARD_S
         while self._store.add(_HEARD, 0) < len(self._arrivals) and time.monotonic() < until_s:
             time.sleep(POLL_S)
 
-    def _tell(self, verdict: Verdict) -> None:
-        self._store.set(_VERDICT, msgspec.json.encode(verdict).decode())
+    def _tell(self, ruling: Ruling) -> None:
+        self._store.set(_RULING, msgspec.json.encode(ruling).decode())
 
 
 def check_arrival(own: Arrival, other: Arrival, seen: Mapping[int, str]) -> None:
