@@ -59,8 +59,8 @@ aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
 # A million random operations on the KV store (SEED= another episode to begin with), every pair of features alone, and
-# floods of a thousand sequences whose callers leave; ranks that go wrong in every phase (prints the table of it); hostile
-# files, expressions and races in full.
+# floods of a thousand sequences whose callers leave; ranks that go wrong in every phase (prints the table of it); nodes
+# that are lost; hostile files, expressions and races in full.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
@@ -69,6 +69,7 @@ nightly: setup
 	WEIGHTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/security/test_weights_of_requests.py --timeout 600
 	FAULTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/worker/test_faults.py --timeout 600
 	ADDING_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/adding
+	NODES_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/worker/test_nodes.py --timeout 300
 	FAIRNESS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/security/test_fairness.py --timeout 600
 	HOSTILE_ALL=1 RACES_S=300 RACES_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 \
 		tests/models/test_hostile_folders.py tests/serving/test_hostile_regexes.py tests/serving/test_races.py

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from serving.limits import LimitSettings
 from serving.parsers.parser_registry import check_names
-from xllm.config import option
 from xllm.errors import ConfigError
 from xllm.logs import FORMATS, LEVELS
+from xllm.option import option
 
 
 @dataclass(frozen=True, kw_only=True)

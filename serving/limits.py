@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from xllm import request
-from xllm.config import option
 from xllm.errors import ConfigError
+from xllm.option import option
 
 
 @dataclasses.dataclass(frozen=True)

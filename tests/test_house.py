@@ -31,7 +31,7 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
-         "xllm.setting_tree", "xllm.engine_count"]
+         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]

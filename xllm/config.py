@@ -12,19 +12,11 @@ from typing import Any
 
 from xllm.errors import ConfigError
 from xllm.json_setting import parse_object
+from xllm.node_settings import NodeSettings
+from xllm.option import option
 from xllm.pooling import KINDS
 from xllm.setting_tree import build_tree
 from xllm.sizes import is_zero, parse_amount
-
-
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (),
-           is_json: bool = False, is_guard: bool = False) -> Any:
-    """A dataclass field with what the command line needs. `aliases`: other engines' names for it. is_json: the text of
-    a JSON object; in Python a dict will do. is_guard: it decides who may use the server, or what input of strangers
-    may do; never suggested for a mistyped name."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices, "is_json": is_json,
-                                            "is_guard": is_guard})
-
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
@@ -190,11 +182,6 @@ class DeviceSettings:
         """Workers of an engine that compute every step: shares of it, or all of it each."""
         return max(self.tensor_parallel_size, self.worker_ranks)
 
-    @property
-    def num_workers(self) -> int:
-        """Workers of all engines of this server, which share the machine."""
-        return self.data_parallel_size * self.num_ranks
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
@@ -221,6 +208,17 @@ class EngineConfig:
     speculative: SpeculativeSettings = field(default_factory=SpeculativeSettings)
     device: DeviceSettings = field(default_factory=DeviceSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    nodes: NodeSettings = field(default_factory=NodeSettings)
+
+    @property
+    def ranks_a_node(self) -> int:
+        """Workers of this engine on one machine."""
+        return self.device.num_ranks // (self.nodes.nnodes or 1)
+
+    @property
+    def workers_a_node(self) -> int:
+        """Workers that share the memory and the processors of one machine: of all engines of this server."""
+        return self.device.data_parallel_size * self.ranks_a_node
 
     @classmethod
     def from_flat(cls, **settings: Any) -> EngineConfig:

@@ -15,6 +15,9 @@ from xllm.suggestion import nearest
 
 NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
          "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY")
+# What torchrun, and other launchers of torch.distributed, say to the processes that they start.
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "GROUP_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
+            "TORCHELASTIC_USE_AGENT_STORE")
 _passed_on: dict[str, str] = {}  # what this process's own settings say to its children
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
@@ -104,6 +107,18 @@ def bound_hccl(seconds: int) -> None:
     """HCCL_EXEC_TIMEOUT for this process, unless it is set: how long Ascend's collectives wait for the other ranks.
     Without it, that is half an hour."""
     os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
+
+
+def exchange_over(interface: str | None) -> None:
+    """GLOO_SOCKET_IFNAME for this process, unless it is set: the network interface by which ranks of several machines
+    exchange. None: as gloo chooses."""
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def launcher() -> dict[str, str]:
+    """torchrun's variables that are set, as `node_settings.resolve_nodes` reads them."""
+    return {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
 
 
 def openmp_sleeps() -> bool:

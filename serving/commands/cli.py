@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
 import sys
@@ -12,9 +13,11 @@ from serving.commands.flags import FlagParser, add_flags, add_foreign_flags, app
 from serving.config import ServerConfig
 from xllm import __version__, env, logs
 from xllm.config import EngineConfig
+from xllm.engine_count import check_nodes
 from xllm.errors import ConfigError, XllmError
 from xllm.foreign.table import ENGINE, FOREIGN, SERVER
 from xllm.logs import FORMATS, LEVELS
+from xllm.node_settings import resolve_nodes
 from xllm.suggestion import nearest
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype",
@@ -152,6 +155,13 @@ def _serve(namespace: argparse.Namespace) -> int:
     server = tree_from(namespace, ServerConfig, SERVER)
     logs.configure("api", level=server.log.log_level, form=server.log.log_format)
     config = engine_config(namespace)
+    nodes = resolve_nodes(config.nodes, env.launcher(), config.device.tensor_parallel_size)
+    check_nodes(config.device, nodes)
+    if nodes.node_rank:
+        from serving.commands import serve_node
+
+        logs.configure(f"node{nodes.node_rank}", level=server.log.log_level, form=server.log.log_format)
+        return serve_node.run(dataclasses.replace(config, nodes=nodes))
     return serve.run(config, server)
 
 

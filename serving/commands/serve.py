@@ -297,6 +297,8 @@ def _placement_text(facts: EngineFacts) -> str:
     ranks = f", {device.worker_ranks} ranks" if device.worker_ranks > 1 else ""
     if device.tensor_parallel_size > 1:
         ranks = f", tensor parallel over {device.tensor_parallel_size} ranks (memory is a rank's)"
+    if config.nodes.is_several:
+        ranks += f" on {config.nodes.nnodes} nodes"
     weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
     quantization = config.model.quantization or "none"
     return (f"device {at.device}{threads}{ranks}; dtype {at.dtype}, quantization {quantization}; weights {weights}, "

@@ -17,9 +17,11 @@ import pytest
 from tests.adapters import write_adapter
 from tests.serving.server_process import ServerProcess, wait_for
 from xllm.client.replicas import open_engine
-from xllm.config import EngineConfig
+from xllm.config import DeviceSettings, EngineConfig
+from xllm.engine_count import check_nodes
 from xllm.errors import ConfigError
 from xllm.llm import LLM
+from xllm.node_settings import NodeSettings
 
 ADMIN = {"Authorization": "Bearer an-admin-key-of-some-length"}
 BODY = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -180,6 +182,12 @@ def test_one_dies_and_the_other_serves_on(server: ServerProcess) -> None:
 def test_numbers_that_are_refused(size: int) -> None:
     with pytest.raises(ConfigError, match="data_parallel_size must be at "):
         open_engine(EngineConfig.from_flat(data_parallel_size=size), lambda name, share, seconds: None)
+
+
+def test_engines_of_several_machines_each_are_refused() -> None:
+    nodes = NodeSettings(nnodes=2, node_rank=0, master_addr="10.0.0.1")
+    with pytest.raises(ConfigError, match="data_parallel_size 2 with nnodes 2: the engines of one server are on one"):
+        check_nodes(DeviceSettings(data_parallel_size=2, tensor_parallel_size=2), nodes)
 
 
 @pytest.mark.parametrize("flag", ["data_parallel_rank", "data_parallel_start_rank", "data_parallel_address",

@@ -52,17 +52,18 @@ def context() -> Any:
     return found
 
 
-def fork_rank(folder: Path, rank: int, num_ranks: int) -> ForkedRank:
+def fork_rank(folder: Path, rank: int, num_ranks: int, store: str = "") -> ForkedRank:
     """Stands in for `xllm.worker.processes.start_rank`."""
     reader, writer = context().Pipe(duplex=False)
     variables = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
-    process = context().Process(target=_run, args=(str(folder), rank, num_ranks, reader, variables))
+    argv = [str(folder), str(rank), str(num_ranks), *([store] if store else [])]
+    process = context().Process(target=_run, args=(argv, reader, variables))
     process.start()
     reader.close()
     return ForkedRank(process, writer)
 
 
-def _run(folder: str, rank: int, num_ranks: int, stdin: Connection, variables: dict[str, str]) -> None:
+def _run(argv: list[str], stdin: Connection, variables: dict[str, str]) -> None:
     os.setsid()
     for name in [name for name in os.environ if name.startswith(KEPT) and name not in variables]:
         del os.environ[name]
@@ -71,10 +72,10 @@ def _run(folder: str, rank: int, num_ranks: int, stdin: Connection, variables: d
     stdin.close()
     sys.stdin = os.fdopen(0)
     if "XLLM_TEST_FAULT" in os.environ:
-        sys.argv = ["rank", folder, str(rank), str(num_ranks)]
+        sys.argv = ["rank", *argv]
         from tests.worker.faulty_rank import install
 
         install()
-    code = main([folder, str(rank), str(num_ranks)])
+    code = main(argv)
     sys.stderr.flush()
     os._exit(code)

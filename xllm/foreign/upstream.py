@@ -6,7 +6,7 @@ from typing import Any
 
 from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, refused_switch, sets
 
-_ONE_DEVICE = "of the ways to use several devices only tensor parallelism on one machine is built"
+_ONE_DEVICE = "of the ways to use several devices only tensor parallelism is built"
 _NO_CLUSTER = "the cluster is not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
 _ONE_LOOP = "one event loop answers HTTP"
@@ -32,8 +32,7 @@ UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
     ignored("redundant_experts_num", _NO_MOE),
     ignored("eplb_update_interval", _NO_MOE),
     ignored("eplb_update_threshold", _NO_MOE),
-    refused("rank_tablefile", _ONE_DEVICE, unless=("",)),
-    refused("master_node_addr", _ONE_DEVICE),
+    refused("rank_tablefile", "ranks find each other at master_node_addr, without a table", unless=("",)),
     ignored("communication_backend", "ranks exchange as torch.distributed does on their device"),
     refused("node_id", _ONE_DEVICE, unless=("0",)),
     ignored("npu_kernel_backend", "operators are torch_npu's"),

@@ -16,7 +16,7 @@ from xllm.foreign.flag import (
     sets,
 )
 
-_ONE_DEVICE = "of the ways to use several devices tensor and data parallelism on one machine are built"
+_ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
 _ONE_FRONT = "a server starts all of its engines, on its own machine, and balances among them itself"
 _NO_MEDIA = "models of images, video and audio are not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
@@ -142,18 +142,20 @@ SCHEDULER = (
 DEVICE = (
     sets("enforce_eager", "graph_mode", "as --graph-mode off", takes="switch",
          convert=lambda value: "off" if value in (True, "true") else "auto"),
-    accepted("tensor_parallel_size", "ranks of one machine", short=("-tp",)),
+    accepted("tensor_parallel_size", "ranks of one machine or several", short=("-tp",)),
     refused("pipeline_parallel_size", _ONE_DEVICE, unless=("1",), short=("-pp",)),
     accepted("data_parallel_size", "on the CPU, engines of one machine; the front balances by what is cached",
              short=("-dp",)),
     *(refused(name, _ONE_FRONT) for name in (
         "data_parallel_rank", "data_parallel_start_rank", "data_parallel_address", "data_parallel_rpc_port")),
-    *(refused(name, _ONE_DEVICE) for name in ("master_addr", "master_port")),
+    accepted("master_addr", "no default where nnodes is above 1; HOST:PORT will do too"),
+    accepted("master_port"),
     refused("data_parallel_size_local", f"{_ONE_FRONT}: --data-parallel-size is how many", unless=("1",)),
     refused("data_parallel_backend", _ONE_FRONT, unless=("mp",)),
     *(refused_switch(name, _ONE_FRONT) for name in ("data_parallel_hybrid_lb", "data_parallel_external_lb")),
-    refused("nnodes", _ONE_DEVICE, unless=("1",)),
-    refused("node_rank", _ONE_DEVICE, unless=("0",)),
+    accepted("nnodes"),
+    accepted("node_rank"),
+    accepted("headless", "node 0 alone answers HTTP, with or without it; there it is refused"),
     refused("decode_context_parallel_size", _ONE_DEVICE, unless=("1",)),
     refused("prefill_context_parallel_size", _ONE_DEVICE, unless=("1",)),
     refused("distributed_executor_backend", "say where the model computes by --worker", unless=("mp", "uni")),

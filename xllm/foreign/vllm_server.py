@@ -92,7 +92,6 @@ VLLM_SERVER: tuple[ForeignFlag, ...] = (
     refused("log_config_file", "use --log-level and --log-format"),
     ignored_switch("log_error_stack", "the stack of an error of the server's is logged, those of requests are not"),
     refused("api_server_count", _ONE_FRONT, unless=("1",), short=("-asc",)),
-    refused_switch("headless", _ONE_FRONT),
     ignored_switch("disable_frontend_multiprocessing", "HTTP and engine are always two processes"),
     refused("data_parallel_supervisor_port", _ONE_FRONT),
     refused_switch("tokens_only", "texts and token ids are both taken, see docs/members.md"),

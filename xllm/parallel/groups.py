@@ -176,9 +176,10 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
                meet_s: float | None = None) -> Group:
     """Join the group of `size` processes that meet at `store`; returns when all are there and have exchanged something.
 
-    store: `tcp://HOST:PORT`, where rank 0 listens, or `file:///PATH` of a file that is not there yet, for processes of
-    one machine. timeout_s: how long one exchange may take, this first one included. meet_s: for how long the others are
-    waited for; None: as long as for an exchange. A process has one group at a time.
+    store: `tcp://HOST:PORT`, where rank 0 listens, `store://HOST:PORT` of a TCPStore that is there already, or
+    `file:///PATH` of a file that is not there yet, for processes of one machine. timeout_s: how long one exchange may
+    take, this first one included. meet_s: for how long the others are waited for; None: as long as for an exchange. A
+    process has one group at a time.
     Devices compile, allocate or connect at the first exchange, which a graph could not capture: it is done here.
 
     Raises:
@@ -198,7 +199,7 @@ def open_group(backend: Backend, *, rank: int, size: int, store: str, timeout_s:
                   one_shot_bytes=ONE_SHOT_BYTES if backend.computes_on_host else 0)
     try:
         group.all_reduce(torch.ones(1, dtype=torch.int32, device=backend.device)).item()
-        if backend.collectives == "nccl":
+        if backend.collectives == "nccl" and not store.startswith("store://"):  # that is of several machines
             group.sum_in_one_kernel(backend.device)
     except BaseException:
         group.close()
@@ -211,9 +212,10 @@ def _open_store(url: str, *, is_first: bool, size: int, timeout: timedelta) -> S
     host, _, port = place.rpartition(":")
     if kind == "file" and place.startswith("/"):
         return FileStore(place, size)
-    if kind == "tcp" and host and port.isdigit():
-        return TCPStore(host, int(port), is_master=is_first, timeout=timeout, wait_for_workers=False)
-    raise ConfigError(f"a group meets at tcp://HOST:PORT or file:///PATH, got {url!r}")
+    if kind in ("tcp", "store") and host and port.isdigit():
+        return TCPStore(host.strip("[]"), int(port), is_master=is_first and kind == "tcp", timeout=timeout,
+                        wait_for_workers=False)
+    raise ConfigError(f"a group meets at tcp://HOST:PORT, store://HOST:PORT or file:///PATH, got {url!r}")
 
 
 def _meet(store: Store, *, rank: int, size: int, timeout: timedelta) -> None:

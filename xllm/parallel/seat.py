@@ -30,9 +30,9 @@ class Seat:
     rank: int = 0
     store: str = ""
 
-    def place(self, tp_size: int) -> Place:
-        """Which of the machine's devices this rank computes on."""
-        return Place(self.rank, tp_size)
+    def place(self, num_here: int) -> Place:
+        """Which of the machine's devices this rank computes on, one of `num_here` ranks there that share a model."""
+        return Place(self.rank % num_here, num_here)
 
     def join(self, backend: Backend, tp_size: int, *, captures: bool) -> ParallelContext:
         """Wait for the `tp_size` ranks that share the model; returns when all are there. captures: steps will be

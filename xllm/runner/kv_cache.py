@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.backend import Backend
 from backends.reference.kv_codes import QUANTISED, row_width
-from xllm.config import DeviceSettings, EngineConfig
+from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.kv_spec import KVSpec
 from xllm.models.model_config import ModelConfig
@@ -112,10 +112,10 @@ def page_bytes(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec
     return sum(sizes)
 
 
-def workers_in_memory(device: DeviceSettings, backend: Backend) -> int:
+def workers_in_memory(config: EngineConfig, backend: Backend) -> int:
     """How many workers live in the memory that `backend` reports: all of the machine's, or where a rank that shares a
     model has a device of its own, those that compute all of it."""
-    return device.num_workers if backend.computes_on_host else device.worker_ranks
+    return config.workers_a_node if backend.computes_on_host else config.device.worker_ranks
 
 
 def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype, *,
@@ -164,5 +164,5 @@ def plan_num_blocks(config: EngineConfig, backend: Backend, kv_specs: Sequence[K
 def _memory_share_bytes(config: EngineConfig, backend: Backend, others_bytes: int) -> int:
     """Workers that live in the same memory take an equal part each, and each has weights of its own."""
     share = config.cache.gpu_memory_utilization * backend.kv_memory_share
-    num_workers = workers_in_memory(config.device, backend)
+    num_workers = workers_in_memory(config, backend)
     return int(max(0, backend.available_memory_bytes() - num_workers * others_bytes) * share) // num_workers

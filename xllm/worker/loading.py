@@ -59,12 +59,13 @@ class LoadedModel:
         from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks, workers_in_memory
 
         # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other workers.
-        share = max(1, usable_cpus() // config.device.num_workers)
+        share = max(1, usable_cpus() // config.workers_a_node)
         num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
         torch.set_num_threads(num_threads)
         self._report = report
-        self.backend = _open_backend(config, seat.place(config.device.tensor_parallel_size))
-        self._num_sharers = workers_in_memory(config.device, self.backend)
+        num_sharing = config.ranks_a_node if config.device.tensor_parallel_size > 1 else 1
+        self.backend = _open_backend(config, seat.place(num_sharing))
+        self._num_sharers = workers_in_memory(config, self.backend)
         if config.device.data_parallel_size > 1 and not self.backend.computes_on_host:
             raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
                               f"card for each of them is not built yet, and the device is {self.backend.name}. Run a "

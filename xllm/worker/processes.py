@@ -47,23 +47,27 @@ KILL_S = 2.0  # for the system to end a process that was killed; then it is left
 CLOSE_S = 3.0
 
 
-def start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
-    """Start a rank's process; it connects to the sockets in `folder`, and ends when its stdin is closed."""
+def start_rank(folder: Path, rank: int, num_ranks: int, store: str = "") -> subprocess.Popen[bytes]:
+    """Start a rank's process; it connects to the sockets in `folder`, meets the other ranks at `store` (as `open_group`
+    has it; "": in the folder), and ends when its stdin is closed."""
     # start_new_session: a Ctrl-C in the terminal is for the engine, which ends its workers in order
-    return subprocess.Popen([sys.executable, *run_module(RANK_MODULE), str(folder), str(rank), str(num_ranks)],
+    return subprocess.Popen([sys.executable, *run_module(RANK_MODULE), str(folder), str(rank), str(num_ranks),
+                             *([store] if store else [])],
                             stdin=subprocess.PIPE, stdout=2, start_new_session=True, env=env.for_child())
 
 
 class _Rank:
     """The process of one rank. heard_s: when it last sent something, on the monotonic clock."""
 
-    def __init__(self, rank: int, num_ranks: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]]):
+    def __init__(self, rank: int, num_ranks: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]],
+                 store: str):
+        self.number = rank
         self.heard_s: float | None = None  # None: it is not loaded yet, and may be silent
         self.commands = context.socket(zmq.PUSH)
         self.commands.set_hwm(0)
         self.commands.setsockopt(zmq.LINGER, 0)
         self.commands.bind(f"ipc://{folder / f'rank-{rank}'}")
-        self.process = start_rank(folder, rank, num_ranks)
+        self.process = start_rank(folder, rank, num_ranks, store)
         self.end = ChildEnd(self.process)
 
     def forget(self) -> None:
@@ -77,9 +81,12 @@ class _Rank:
 
 
 class ProcessLink(WorkerLink):
-    """Starts `num_ranks` processes; they end with this one, however it ends."""
+    """Starts the processes of `num_ranks` ranks; they end with this one, however it ends.
 
-    def __init__(self, num_ranks: int, *, depth: int):
+    here: those of them that are started, if some are on other machines. store: where they meet, "" on one machine.
+    """
+
+    def __init__(self, num_ranks: int, *, depth: int, here: range | None = None, store: str = ""):
         super().__init__()
         self.depth = depth
         self._checked_s = 0.0
@@ -91,8 +98,8 @@ class ProcessLink(WorkerLink):
         self._reports.bind(f"ipc://{self._folder / 'reports'}")
         self._ranks: list[_Rank] = []
         try:
-            for rank in range(num_ranks):
-                self._ranks.append(_Rank(rank, num_ranks, self._folder, self._context))
+            for rank in range(num_ranks) if here is None else here:
+                self._ranks.append(_Rank(rank, num_ranks, self._folder, self._context, store))
         except BaseException:
             self.close()
             raise
@@ -107,8 +114,10 @@ class ProcessLink(WorkerLink):
     def send(self, command: WorkerCommand) -> None:
         if self.has_ended:
             raise WorkerError("the workers have ended")
-        frame = encode(command)
         self._gatherer.note_sent(command)
+        self._send_frame(encode(command))
+
+    def _send_frame(self, frame: bytes) -> None:
         for rank in self._ranks:
             self._send_to(rank, frame)
 
@@ -158,7 +167,7 @@ class ProcessLink(WorkerLink):
             if time.monotonic() - self._checked_s > CHECK_S:
                 self._check_ranks()
             wait_s = CHECK_S if until_s is None else max(0.0, min(CHECK_S, until_s - time.monotonic()))
-            if self._reports.poll(int(wait_s * 1000)):
+            if self._poll(int(wait_s * 1000)):
                 report = self._receive()
                 if isinstance(report, Failed):
                     self._look_for_the_cause()
@@ -167,6 +176,10 @@ class ProcessLink(WorkerLink):
                     return report
             elif until_s is not None and time.monotonic() >= until_s:
                 return None
+
+    def _poll(self, timeout_ms: int) -> bool:
+        """Whether there is something for `_receive`, waiting for it."""
+        return bool(self._reports.poll(timeout_ms))
 
     def _receive(self) -> WorkerReport | None:
         try:
@@ -177,6 +190,10 @@ class ProcessLink(WorkerLink):
             raise self._failed(f"what a worker sent cannot be read: {error}") from error
         if isinstance(report, Loaded) or rank.heard_s is not None:
             rank.heard_s = time.monotonic()
+        return self._take_in(number, report)
+
+    def _take_in(self, number: int, report: WorkerReport) -> WorkerReport | None:
+        """Note what a rank reports; returns what the engine is to get now, see `Gatherer.add`."""
         if isinstance(report, WorkerStats):
             self._gatherer.note_exchange(number, report.exchange_s)
             if number == 0:
@@ -191,15 +208,15 @@ class ProcessLink(WorkerLink):
         """Raise WorkerError for a rank that has ended, is silent, or is stuck behind the others."""
         now, late = time.monotonic(), self._gatherer.late_ranks(LATE_S, LATE_PATIENT_S)
         since_s, self._checked_s = self._checked_s, now
-        for number, rank in enumerate(self._ranks):
+        for rank in self._ranks:
             code = rank.process.poll()
             if code is not None and not (self._closed or self.has_ended):
                 self._compare_the_last_words()
-                raise self._failed(f"worker rank {number} {rank.end.reason(code)}")
+                raise self._failed(f"worker rank {rank.number} {rank.end.reason(code)}")
             rank.end.look()
             # Not if it was this process that did not listen.
             if rank.heard_s is not None and now - rank.heard_s > SILENT_S and now - since_s < SILENT_S / 2:
-                raise self._failed(f"worker rank {number} has said nothing for {now - rank.heard_s:.0f} s")
+                raise self._failed(f"worker rank {rank.number} has said nothing for {now - rank.heard_s:.0f} s")
         if late is not None:
             what, missing, late_s = late
             raise self._failed(f"worker rank {_listed(missing)} has not {what}, {late_s:.0f} s after the others")
@@ -211,7 +228,7 @@ class ProcessLink(WorkerLink):
     def _compare_the_last_words(self) -> None:
         """Raise WorkerError if ranks have said that they do different things: an exchange of theirs may have ended one,
         and not the one that was wrong."""
-        while self._reports.poll(0):
+        while self._poll(0):
             self._receive()
 
     def _look_for_the_cause(self) -> None:

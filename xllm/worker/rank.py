@@ -1,4 +1,4 @@
-"""A rank's own process: `python -m xllm.worker.rank FOLDER RANK NUM_RANKS`, started by `ProcessLink`.
+"""A rank's own process: `python -m xllm.worker.rank FOLDER RANK NUM_RANKS [STORE]`, started by `ProcessLink`.
 
 The main thread computes. One thread takes the commands, one sends signs of life. Stdin stays open for as long as the
 engine lives; its end is how a lost engine is noticed.
@@ -17,6 +17,7 @@ import zmq
 
 from xllm import env, logs
 from xllm.child_process import end_with_parent, exit_at_once
+from xllm.parallel.interfaces import interface_to
 from xllm.parallel.seat import Seat
 from xllm.worker.failures import as_failed
 from xllm.worker.message_codec import decode, encode
@@ -55,12 +56,15 @@ def main(argv: list[str]) -> int:
     logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to a whole process group; the engine ends us
-    env.keep_exchanges_local()
+    store = argv[3] if len(argv) > 3 else f"file://{folder / GROUP_FILE}"  # in a folder that no other user may enter
+    if store.startswith("file://"):
+        env.keep_exchanges_local()
+    else:
+        env.exchange_over(interface_to(store))
     end_with_parent(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     reporter = Reporter(rank, folder, context)
-    seat = Seat(rank=rank, store=f"file://{folder / GROUP_FILE}")  # in a folder that no other user may enter
-    worker = Worker(reporter.send, num_ranks=num_ranks, seat=seat)
+    worker = Worker(reporter.send, num_ranks=num_ranks, seat=Seat(rank=rank, store=store))
     commands: queue.SimpleQueue[WorkerCommand] = queue.SimpleQueue()
     socket = context.socket(zmq.PULL)
     socket.set_hwm(0)

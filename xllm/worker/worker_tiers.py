@@ -60,7 +60,7 @@ def _num_host_slots(model: LoadedModel, payload_bytes: int) -> int:
     if cache.host_blocks_factor > 0:
         num_slots = int(cache.host_blocks_factor * model.num_blocks)
     else:
-        available = model.backend.available_host_bytes() // model.config.device.num_workers
+        available = model.backend.available_host_bytes() // model.config.workers_a_node
         num_slots = resolve_amount("host_cache_size", cache.host_cache_size, available) // payload_bytes
         if num_slots * payload_bytes > available:
             raise ConfigError(f"host_cache_size {cache.host_cache_size} is more than the {available} bytes available")
@@ -82,7 +82,7 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
         if num_ranks > 1:  # each stores its own bytes
             folder /= f"rank-{rank}-of-{num_ranks}"
             os.close(open_private_folder(folder))
-        free = shutil.disk_usage(folder).free // model.config.device.num_workers
+        free = shutil.disk_usage(folder).free // model.config.workers_a_node
     except OSError as error:
         raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
     capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
