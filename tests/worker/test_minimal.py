@@ -5,7 +5,8 @@ import sys
 
 # What speaks to other processes.
 NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.command_codec", "xllm.worker.processes",
-              "xllm.worker.rank", "xllm.worker.message_codec", "xllm.shared_params")
+              "xllm.worker.rank", "xllm.worker.message_codec", "xllm.shared_params", "xllm.client.replicas",
+              "xllm.client.replica_control")
 CODE = """
 import sys
 
