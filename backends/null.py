@@ -25,8 +25,8 @@ class VirtualClock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """How long a step takes: base_s + per_token_s * T + per_sequence_s * S."""
+class NullTimes:
+    """How long the device says that a step takes: base_s + per_token_s * T + per_sequence_s * S."""
 
     base_s: float = 1e-3
     per_token_s: float = 1e-5

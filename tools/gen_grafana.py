@@ -89,6 +89,11 @@ ROWS: list[tuple[str, list[tuple[str, list[Query], str, str]]]] = [
     ]),
     ("Steps", [
         ("Step duration", quantiles("engine_step_duration_seconds", 0.5, 0.95, 0.99), "s", ""),
+        ("Step duration, predicted", [(f"max({metric('step_time_seconds')})", "last step"),
+                                      (f"max({metric('step_time_predicted_seconds')})", "predicted")], "s",
+         "The last step, and what the cost model says of one like it"),
+        ("Cost model error", [(f"max by (quantile) ({metric('step_cost_error_ratio')})", "quantile {{quantile}}")],
+         "percentunit", "How far predictions were off the last 256 steps, each made before the step was learnt"),
         ("Tokens per step", [*quantiles("iteration_tokens_total", 0.5, 0.95), (mean("iteration_tokens_total"), "mean")],
          "short", ""),
         ("Graphs: replays and eager steps", [(rate("graph_replays_total", "kind"), "replay: {{kind}}"),

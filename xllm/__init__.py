@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.env import leave_torch_backends_asleep, let_openmp_sleep
 from xllm.own_packages import check_own_packages
+from xllm.version import __version__
 
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM as AsyncLLM
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 check_own_packages()
 leave_torch_backends_asleep()
 let_openmp_sleep()
-__version__ = "0.1.0"
 
 _HOMES = {
     "AsyncLLM": "xllm.async_llm",

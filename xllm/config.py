@@ -137,6 +137,8 @@ class SchedulerSettings:
                                        aliases=("request_queue_size",))
     max_concurrent_requests: int = option(0, "requests in the engine, running and waiting (every prompt and every one "
                                           "of n counts); more are refused; 0: no limit")
+    cost_profile: str | None = option(None, "file of `xllm profile --json` for this model, device and version: the "
+                                      "engine begins with these costs of steps and copies, and goes on learning")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,11 @@ class EngineStats(Counters, SourceStats):
     num_steps: int = counter(0, "engine_steps", "Steps")
     last_step_s: float = 0.0
     step_time_s: float = gauge(0.0, "step_time_seconds", "Duration of the last step")
+    step_predicted_s: float | None = gauge(None, "step_time_predicted_seconds",
+                                           "Duration of the last step as the cost model has it")
+    step_cost_error: dict[str, float] = gauge(dict, "step_cost_error_ratio", "How far the cost model was off the last "
+                                              "steps, each predicted before it was learnt from", by="quantile",
+                                              key="step_cost_error")
     oldest_waiting_s: float = gauge(0.0, "oldest_waiting_seconds", "Age of the oldest request in the queue")
     graphs: GraphStats | None = part(None, GraphStats, "graphs")  # None: no graph mode
     threads: ThreadStats | None = part(None, ThreadStats, "threads")  # None: on an accelerator

@@ -75,6 +75,13 @@ def build_parser() -> FlagParser:
     _add_batch_flags(batch)
     top = commands.add_parser("top", help="watch a running server in the terminal")
     _add_top_flags(top)
+    profile = commands.add_parser("profile", help="measure what steps of a model cost, and how well that is predicted")
+    _add_engine_flags(profile)
+    add_foreign_flags(profile, ENGINE)
+    _add_log_flags(profile)
+    profile.add_argument("--rounds", type=int, default=5, metavar="INT",
+                         help="measurements of each point (default %(default)s)")
+    profile.add_argument("--json", metavar="FILE", help="write the result to this file, with the fitted model")
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
     doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
     doctor.add_argument("--compile", action="store_true", help="only compile the CPU's kernels, if they are not yet")
@@ -177,6 +184,13 @@ def _top(namespace: argparse.Namespace) -> int:
     return top.run(namespace)
 
 
+def _profile(namespace: argparse.Namespace) -> int:
+    from serving.commands import profile
+
+    _log_quietly(namespace)
+    return profile.run(engine_config(namespace), namespace)
+
+
 def _doctor(namespace: argparse.Namespace) -> int:
     from serving.commands import doctor
 
@@ -198,7 +212,7 @@ def _bench(args: list[str]) -> int:
 
 
 _COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "run-batch": _run_batch, "top": _top,
-             "doctor": _doctor}
+             "profile": _profile, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

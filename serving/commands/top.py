@@ -102,6 +102,8 @@ class View:
         if (threads := engine["threads"]) is not None:
             busy = "" if threads["num_threads"] == threads["max_threads"] else ", others use the cores"
             rows.append(("threads", str(threads["num_threads"]), f"of {threads['max_threads']}{busy}", []))
+        if error := engine["step_cost_error"]:
+            rows.append(("predicted", f"{100 * error['0.5']:.1f}", "% off, median step", []))
         engines = self._stats["engines"]
         for number, one in enumerate(engines if len(engines) > 1 else ()):
             rest = f"running, {one['num_requests_waiting']} waiting, KV {one['kv_cache_usage_perc']:.0%}"

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from xllm.cost.online import OnlineCost
 from xllm.errors import DiskError
 from xllm.kv.lanes import ThreadLanes
-from xllm.kv.moves import LANES, LOAD, READ, SAVE, URGENT, WRITE, LaneTotals, MoveError, OpenMoves
+from xllm.kv.moves import ASSUMED_BYTES_PER_S, LANES, LOAD, READ, SAVE, URGENT, WRITE, MoveError, OpenMoves
 
 LONG_S = 20.0  # a test that waits so long has failed
 BLOCK_BYTES = 1000
@@ -83,7 +84,7 @@ class Lanes(OpenMoves):
     def __init__(self, max_bytes_per_s=None, *, rides=False):
         self.performer = Performer()
         self.threads = LocalMoves(self.performer, max_bytes_per_s, rides=rides)
-        super().__init__(self.threads, BLOCK_BYTES)
+        super().__init__(self.threads, BLOCK_BYTES, OnlineCost())
 
     def give(self, job):
         jobs = self.performer.jobs
@@ -231,16 +232,15 @@ def test_totals_count_bytes_jobs_and_what_is_open(lanes):
     stats = lanes.stats[READ]
     assert (stats.num_moves, stats.num_bytes, stats.queued) == (3, 3000, 0)
     assert 0.0 < stats.busy_s <= stats.wait_s
-    assert stats.bytes_per_s > 0
+    assert lanes.seconds(READ, 1) > 0.0
     assert lanes.stats[SAVE].num_moves == 0
 
 
-def test_the_rate_is_a_running_mean_that_begins_with_the_first_job():
-    stats = LaneTotals()
-    stats.count(1000, 1.0, 1.0)
-    assert stats.bytes_per_s == 1000
-    stats.count(2000, 1.0, 1.0)
-    assert stats.bytes_per_s == pytest.approx(1200)
+def test_how_long_a_lane_takes_is_assumed_before_its_first_move_and_learnt_then(lanes):
+    assert lanes.seconds(SAVE, 3) == 3 * BLOCK_BYTES / ASSUMED_BYTES_PER_S
+    lanes.cost.note_move(SAVE, BLOCK_BYTES, 1.0)
+    assert lanes.seconds(SAVE, 1) == pytest.approx(1.0, rel=0.01)
+    assert lanes.seconds(LOAD, 3) == 3 * BLOCK_BYTES / ASSUMED_BYTES_PER_S
 
 
 # --- bandwidth

@@ -8,61 +8,13 @@ import numpy as np
 import pytest
 
 from xllm.scheduler.shares import QUANTUM, SLOWER, deal, limit_rows, seconds_of_step, who_gives, who_yields
-from xllm.scheduler.step_cost import Prices, StepCost
 
-PRICES = Prices(0.002, 0.0001, 0.000001)
-STEP_S, TOKEN_S = PRICES.step, PRICES.token
+STEP_S, TOKEN_S = 0.002, 0.0001
 EQUAL = np.ones(2)
 
 
 def floats(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float64)
-
-
-def seconds(tokens: int, reads: int, prices: Prices = PRICES) -> float:
-    return prices.step + prices.token * tokens + prices.read * reads
-
-
-def test_the_cost_of_a_step_is_learnt() -> None:
-    cost, dice = StepCost(), random.Random(1)
-    assert cost.prices() is None
-    for _ in range(200):
-        tokens = dice.choice([1, 2, 16, 64, 256, 2048])
-        reads = tokens * dice.choice([10, 100, 1000])
-        cost.note(tokens, reads, seconds(tokens, reads) * dice.uniform(0.95, 1.05))
-    assert cost.prices() == pytest.approx(PRICES, rel=0.15)
-
-
-def test_steps_of_one_size_tell_nothing_of_the_step_itself() -> None:
-    cost = StepCost()
-    for _ in range(100):
-        cost.note(2048, 0, 0.2)
-    found = cost.prices()
-    assert found is not None and found.step < 0.03 and seconds(2048, 0, found) == pytest.approx(0.2, rel=0.01)
-    for _ in range(32):  # short steps are believed soon, though the long ones are still known
-        cost.note(4, 0, 0.0024)
-    found = cost.prices()
-    assert found is not None and found.step == pytest.approx(0.002, rel=0.1)
-    assert found.token == pytest.approx(0.0001, rel=0.1)
-
-
-def test_long_contexts_cost_what_they_cost() -> None:
-    """Decoding rows only, whose contexts grow: what grows is the reading, not the step."""
-    cost = StepCost()
-    for length in range(1000):
-        num = 90 if length % 3 else 30
-        cost.note(num, num * length, seconds(num, num * length))
-    assert cost.prices() == pytest.approx(PRICES, rel=0.1)
-
-
-def test_a_slower_machine_is_noticed() -> None:
-    cost, dice = StepCost(), random.Random(4)
-    for factor, times in ((1.0, 900), (3.0, 24)):
-        for _ in range(times):
-            tokens = dice.choice([1, 16, 256])
-            cost.note(tokens, 9 * tokens, factor * seconds(tokens, 9 * tokens))
-    found = cost.prices()
-    assert found is not None and seconds(64, 600, found) == pytest.approx(3 * seconds(64, 600), rel=0.1)
 
 
 def test_what_is_cheap_is_not_limited() -> None:

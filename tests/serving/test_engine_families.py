@@ -34,6 +34,8 @@ gauge num_requests_running
 gauge num_requests_waiting
 gauge num_requests_waiting_by_reason reason
 gauge oldest_waiting_seconds
+gauge step_cost_error_ratio quantile
+gauge step_time_predicted_seconds
 gauge step_time_seconds
 """
 DRAFTS = "counter spec_decode_num_accepted_tokens_per_pos position"
@@ -74,7 +76,8 @@ gauge kv_disk_up tier
 """
 MEMBERS = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_kv_blocks", "num_free_kv_blocks",
-    "engine_steps", "step_time_seconds", "oldest_waiting_seconds", "prompt_tokens", "prompt_tokens_cached",
+    "engine_steps", "step_time_seconds", "step_time_predicted_seconds", "step_cost_error", "oldest_waiting_seconds",
+    "prompt_tokens", "prompt_tokens_cached",
     "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "spec_decode_num_draft_tokens",
     "spec_decode_num_accepted_tokens", "kv_tiers", "kv_lanes", "cached_tokens_by_tier", "kv_disk_up", "graphs",
     "threads"}
@@ -104,7 +107,8 @@ def shown(stats: EngineStats) -> dict[str, dict[tuple[str, ...], float]]:
      TIERS + LANES + DISK),
 ], ids=["least", "drafts", "graphs", "threads", "host", "disk"])
 def test_the_families_of_an_engine(extra: dict, more: str) -> None:
-    stats = EngineStats(num_waiting_by_reason={"kv": 1}, cached_tokens_by_tier_total={"l1": 1}, **extra)
+    stats = EngineStats(num_waiting_by_reason={"kv": 1}, cached_tokens_by_tier_total={"l1": 1}, step_predicted_s=0.1,
+                        step_cost_error={"0.5": 0.02}, **extra)
     assert sorted(shown(stats)) == sorted(line for line in (ALWAYS + more).splitlines() if line)
 
 

@@ -39,7 +39,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
     flags = ("--graph-mode", "checked", "--host-cache-size", "8MiB", "--disk-cache-size", "64MiB", "--disk-cache-dir",
              str(folder / "kv"), "--speculative-method", "ngram", "--enable-lora")
     with ServerProcess(folder / "log.txt", *flags) as server:
-        server.http.post("/v1/completions", json={"prompt": "def f():" * 20, "max_tokens": 12, "ignore_eos": True})
+        server.http.post("/v1/completions", json={"prompt": "def f():" * 20, "max_tokens": 200, "ignore_eos": True})
         server.wait_idle()
         return list(text_string_to_metric_families(server.http.get("/metrics").text))
 

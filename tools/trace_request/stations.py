@@ -233,7 +233,7 @@ STATIONS = (
     Station("engine", "they are taken in",
             at=("xllm.scheduler.scheduler:Scheduler.update", "xllm.scheduler.output_writer:OutputWriter.append"),
             waits=("xllm.engine.step_loop:StepLoop._settle_oldest",),
-            holds=("xllm.scheduler.output_writer", "xllm.scheduler.step_rates", "xllm.scheduler.step_cost"),
+            holds=("xllm.scheduler.output_writer", "xllm.scheduler.counters", "xllm.cost.*"),
             makes=("xllm.request.OutputDelta",)),
     Station("engine", "the answer's bytes go out",
             at=("xllm.engine.step_log:StepLog.note",), waits=("xllm.engine.loop:EngineLoop._step",),
@@ -276,7 +276,8 @@ ASIDE = {
         "serving.observe.call.Call", "serving.observe.request_log.RequestRecord",
         "serving.observe.throughput_log.ThroughputLog", "xllm.text.template_limits._Clock",
         "xllm.text.template_weights.TemplateWeights", "xllm.kv.prefix_index.PrefixMatch",
-        "backends.cpu.threads.Seen", "backends.cpu.threads.Pace"),
+        "backends.cpu.threads.Seen", "backends.cpu.threads.Pace", "xllm.cost.observations.StepWork",
+        "xllm.cost.cost_model.StepPrices", "xllm.cost.cost_model.FitError", "xllm.cost.least_squares.Normal"),
 }
 # What runs every few seconds, and so perhaps while the request is traced and not in the idle time before.
 BY_THE_CLOCK = (

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from xllm.config import EngineConfig
+from xllm.cost.cost_file import CostOrigin, read_cost_file
 from xllm.engine.adapter_names import AdapterNames, OnDone
 from xllm.engine.collect_stats import collect_stats
 from xllm.engine.commands import FLUSH_S
 from xllm.engine.control import EngineControl
+from xllm.engine.cost_origin import origin_of
 from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
@@ -46,12 +48,17 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None):
         report = progress or (lambda phase, share: None)
+        path = config.scheduler.cost_profile
+        measured = read_cost_file(Path(path)) if path else None  # what is wrong with it is said before loading
         report("import", 0.0)
         from xllm.worker.open import open_link  # imports torch
 
         self.link: WorkerLink = open_link(config)  # leaves nothing behind if it fails
         try:
             self._build(self.link.load(config, report))
+            if path and measured:
+                measured.origin.check(self.origin, Path(path))
+                self.scheduler.cost.start(measured.profile)
         except BaseException:
             self.link.close()
             raise
@@ -72,6 +79,11 @@ class EngineCore:
     @property
     def scheduler(self) -> Scheduler:
         return self.loop.scheduler
+
+    @property
+    def origin(self) -> CostOrigin:
+        """What the costs that this engine measures hold for."""
+        return origin_of(self._loaded)
 
     @property
     def facts(self) -> EngineFacts:

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Protocol
 
 from xllm import env
+from xllm.cost.observations import work_of
 from xllm.engine.step_log import StepTiming
 from xllm.errors import IntegrityError
 from xllm.kv import failpoints
@@ -73,13 +74,15 @@ class StepLoop:
 
     def _settle_oldest(self) -> list[OutputDelta]:
         oldest = self._in_flight.popleft()
-        num_reads = self.scheduler.rows.num_reads(oldest.rows_S, oldest.num_tokens_S)
-        outputs = self.scheduler.update(oldest, self.steps.result())
+        context_S = self.scheduler.rows.computed[oldest.rows_S]
+        result = self.steps.result()
+        outputs = self.scheduler.update(oldest, result)
         self._count_step()
         if failpoints.armed is not None:
             failpoints.hit("engine.settled")
-        num_tokens = int(oldest.num_tokens_S.sum())
-        self.scheduler.rates.note(num_tokens, num_reads, self.step_time_s)
+        work = work_of(oldest.num_tokens_S, context_S, int(result.num_drafts_S.sum()))
+        self.scheduler.cost.note_step(work, self.step_time_s)
+        num_tokens = int(work.num_prefill_tokens + work.num_decode_rows)
         self.finished = self.last_step_s, self.step_time_s, num_tokens, oldest.num_rows
         return outputs
 

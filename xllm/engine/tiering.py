@@ -49,7 +49,8 @@ def attach_tiers(scheduler: Scheduler, link: WorkerLink, cache: CacheSettings, f
     """Put host memory, and disk where there is one, below the scheduler's KV manager."""
     tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
         index, pool, facts, WorkerMoves(link),
-        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost))
+        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost,
+        scheduler.cost))
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory, %d on disk, %d of them found there",

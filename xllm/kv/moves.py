@@ -13,7 +13,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-RATE_WEIGHT = 0.2  # of the newest move in a lane's running bandwidth; chosen: the last five moves or so decide
+from xllm.cost.online import OnlineCost
+
+ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
 PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
@@ -113,9 +115,9 @@ class MoveLink(Protocol):
 
 
 class LaneTotals:
-    """Totals of one lane since the start; `bytes_per_s` is a running mean of how fast moves ran."""
+    """Totals of one lane since the start."""
 
-    __slots__ = ("busy_s", "bytes_per_s", "num_bytes", "num_moves", "queued", "wait_s")
+    __slots__ = ("busy_s", "num_bytes", "num_moves", "queued", "wait_s")
 
     def __init__(self) -> None:
         self.num_moves = 0
@@ -123,17 +125,14 @@ class LaneTotals:
         self.busy_s = 0.0  # running
         self.wait_s = 0.0  # from arrival to the end
         self.queued = 0  # submitted and not finished
-        self.bytes_per_s = 0.0
 
     def count(self, num_bytes: int, busy_s: float, wait_s: float) -> None:
-        """Add a move that has ended, and update `bytes_per_s`."""
+        """Add a move that has ended."""
         self.num_moves += 1
         self.num_bytes += num_bytes
         self.busy_s += busy_s
         self.wait_s += wait_s
         self.queued -= 1
-        rate = num_bytes / max(busy_s, 1e-9)
-        self.bytes_per_s += (rate - self.bytes_per_s) * (RATE_WEIGHT if self.bytes_per_s else 1.0)
 
 
 Finish = Callable[[MoveDone], None]
@@ -142,12 +141,13 @@ Finish = Callable[[MoveDone], None]
 class OpenMoves:
     """The moves of one engine that have not ended: numbers them, and calls each one's `finish` with its result.
 
-    Every method belongs to the thread that owns the KV manager. payload_bytes: of one block.
+    Every method belongs to the thread that owns the KV manager. payload_bytes: of one block. cost: learns how long
+    moves take, by lane.
     """
 
-    def __init__(self, link: MoveLink, payload_bytes: int):
+    def __init__(self, link: MoveLink, payload_bytes: int, cost: OnlineCost):
         self.stats = {lane: LaneTotals() for lane in LANES}
-        self.payload_bytes, self._link = payload_bytes, link
+        self.payload_bytes, self.cost, self._link = payload_bytes, cost, link
         self._open: dict[int, tuple[Move, Finish]] = {}
         self._ready: deque[MoveDone] = deque()  # received, and their submitters not told
         self._last_number = 0
@@ -167,6 +167,12 @@ class OpenMoves:
         self.stats[lane].queued += 1
         self._link.send(move)
 
+    def seconds(self, lane: str, num_blocks: int) -> float:
+        """As the lane's moves so far took; by `ASSUMED_BYTES_PER_S` before the first."""
+        num_bytes = num_blocks * self.payload_bytes
+        seconds = self.cost.move_s(lane, num_bytes)
+        return num_bytes / ASSUMED_BYTES_PER_S if seconds is None else seconds
+
     def poll(self) -> int:
         """Call `finish` of each move that has ended, then `on_ended`; returns how many moves ended."""
         self._ready.extend(self._link.receive(0.0))
@@ -175,6 +181,7 @@ class OpenMoves:
             done = self._ready.popleft()
             move, finish = self._open.pop(done.number)
             self.stats[move.lane].count(move.num_bytes, done.busy_s, done.wait_s)
+            self.cost.note_move(move.lane, move.num_bytes, done.busy_s)
             finish(done)
             count += 1
         if count:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from xllm.cost.online import OnlineCost
 from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block import DIGEST_BYTES, token_bytes
@@ -38,7 +39,6 @@ from xllm.stats import LaneStats, SourceStats, TierStats
 MAX_WRITING_SHARE = 0.5  # chosen: half of host memory stays evictable
 # Of the device's blocks: if more wait to be saved, paths are saved over what disk has not taken yet.
 MAX_WAITING_SHARE = 0.5  # chosen: running requests have the other half
-ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 # How long a swap's blocks are kept for their copy to begin. Chosen: the swap was begun because copying is sooner than
 # computing anew; after this long it is not, and the lane in front of it is stuck.
 SWAP_LEASE_S = 10.0
@@ -56,11 +56,11 @@ class TieredStore:
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
                  make_policy: Callable[[int], EvictionPolicy],
-                 on_disk_error: Callable[[str], None] = lambda message: None):
+                 on_disk_error: Callable[[str], None] = lambda message: None, cost: OnlineCost | None = None):
         """link: the way to the worker that performs the moves. make_policy: makes an eviction policy for so many slots.
-        on_disk_error: called once, with the reason, when the disk tier is given up."""
+        on_disk_error: called once, with the reason, when the disk tier is given up. cost: None: one of its own."""
         self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
-        self.moves = moves = OpenMoves(link, facts.payload_bytes)
+        self.moves = moves = OpenMoves(link, facts.payload_bytes, cost or OnlineCost())
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
         self._polled_s = 0.0  # by the owner's clock
@@ -251,8 +251,7 @@ class TieredStore:
         return self.loader.is_open(ticket)
 
     def move_s(self, lane: str, num_blocks: int) -> float:
-        """By the lane's running bandwidth; `ASSUMED_BYTES_PER_S` before its first move."""
-        return num_blocks * self.moves.payload_bytes / (self.moves.stats[lane].bytes_per_s or ASSUMED_BYTES_PER_S)
+        return self.moves.seconds(lane, num_blocks)
 
     # --- turns of the owner
 

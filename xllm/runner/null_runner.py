@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.null import CostModel, VirtualClock, fixed_tokens
+from backends.null import NullTimes, VirtualClock, fixed_tokens
 from xllm.step import ScheduleOutput, StepOutput
 
 
@@ -13,10 +13,10 @@ class NullRunner:
     row accepts."""
 
     def __init__(self, num_rows: int, *, vocab_size: int = 32_000, clock: VirtualClock | None = None,
-                 cost: CostModel | None = None):
+                 cost: NullTimes | None = None):
         self.vocab_size = vocab_size
         self.clock = clock or VirtualClock()
-        self.cost = cost or CostModel()
+        self.cost = cost or NullTimes()
         self.num_tokens_R = np.zeros(num_rows, dtype=np.int64)
         self.seed_R = np.zeros(num_rows, dtype=np.uint64)
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from xllm.cost.online import OnlineCost
 from xllm.scheduler.policy import Key, tenant_key
 from xllm.scheduler.queues import WaitingQueue
 from xllm.scheduler.shares import LONGEST_STEP_S, SHORTEST_S, limit_rows, seconds_of_step, sums, who_gives, who_yields
-from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # of a token, in served tokens; the paper's
@@ -120,12 +120,14 @@ class FairQueue(WaitingQueue):
             self._served_T[slot] += (len(seq.token_ids) - num_computed) * PROMPT_COST / weight
 
     def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, context_R: np.ndarray, last_step_R: np.ndarray,
-                     max_tokens: int, cost: StepCost) -> tuple[np.ndarray, int] | None:
+                     max_tokens: int, cost: OnlineCost) -> tuple[np.ndarray, int] | None:
         prices, slot_R, num_tenants = cost.prices(), self._slot_R[rows_R], len(self._served_T)
         if prices is None:
             return None
         wanted_R = np.minimum(wanted_R, max_tokens)
-        price_R = prices.token + prices.read * (context_R + wanted_R / 2)
+        alone_s = prices.token + (prices.read + prices.decode_read) * context_R  # of a token of a decode row
+        price_R = np.where(wanted_R == 1, prices.row + (1 + cost.drafts_per_row) * alone_s,
+                           prices.token + prices.read * (context_R + wanted_R / 2))
         tokens_T = sums(slot_R, wanted_R, num_tenants)
         demand_T = sums(slot_R, wanted_R * price_R, num_tenants)
         for tenant, queue in self._queues.items():

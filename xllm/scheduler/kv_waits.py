@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from xllm.cost.online import OnlineCost
 from xllm.kv.kv_source import Extension
 from xllm.kv.lift import Lift
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
 from xllm.kv.promotion import Stage
 from xllm.request import MAX_PRIORITY
-from xllm.scheduler.step_rates import StepRates
 from xllm.sequence import SequenceState
 
 # How long a request waits for disk before its prompt is computed. Chosen: longer than any healthy disk needs for a
@@ -32,8 +32,8 @@ class Promotions:
     """Decides whether a request waits for stored blocks, and for how long: the scheduler's side of the KV tiers. Holds
     the blocks of waiting requests; belongs to the scheduler's thread."""
 
-    def __init__(self, kv: KVManager, rates: StepRates, clock: Callable[[], float], preemption_mode: str):
-        self._kv, self._rates, self._clock, self._mode = kv, rates, clock, preemption_mode
+    def __init__(self, kv: KVManager, cost: OnlineCost, clock: Callable[[], float], preemption_mode: str):
+        self._kv, self._cost, self._clock, self._mode = kv, cost, clock, preemption_mode
         self._staging: dict[SequenceState, tuple[Stage, float]] = {}  # and when to give up
         self._loading: dict[SequenceState, tuple[tuple[int, ...], int]] = {}  # (tickets, blocks)
         self._lifting: dict[SequenceState, tuple[Lift, float]] = {}  # and when to give up
@@ -125,7 +125,7 @@ class Promotions:
             del self._staging[seq]
         ready += self._take_lifted(now)
         for seq, (tickets, num_blocks) in list(self._loading.items()):
-            is_near = self._kv.load_s(num_blocks) <= EARLY_SHARE * self._rates.step_s
+            is_near = self._kv.load_s(num_blocks) <= EARLY_SHARE * self._cost.step_s
             if is_near or not self._kv.is_loading(tickets):
                 del self._loading[seq]
                 ready.append(seq)
@@ -153,11 +153,11 @@ class Promotions:
     def swap_beats_recompute(self, num_tokens: int) -> bool:
         """Whether a preempted row's KV should be copied to host memory and back rather than computed again: as
         `preemption_mode` says, with "auto" whichever is expected to be sooner."""
-        rate = self._rates.prefill_tokens_per_s
         if not self._kv.has_tiers or self._mode == "recompute":
             return False
         swap_s = self._kv.swap_s(num_tokens // self._kv.block_size)
-        return self._mode == "swap" or (rate > 0.0 and swap_s < num_tokens / rate)
+        recompute_s = self._cost.prefill_s(num_tokens)
+        return self._mode == "swap" or (recompute_s is not None and swap_s < recompute_s)
 
     def give_up(self, seq: SequenceState) -> None:
         """Release the KV blocks held for this request, if any."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from xllm.cost.online import OnlineCost
 from xllm.scheduler.policy import Key
-from xllm.scheduler.step_cost import StepCost
 from xllm.sequence import SequenceState
 
 MAX_STALE = 64  # entries of removed sequences below which the heap is not swept; chosen: so few cost nothing to keep
@@ -63,7 +63,7 @@ class WaitingQueue:
         """Called when a step has sampled `num_tokens_S` tokens for these rows; for the same queues."""
 
     def limit_tokens(self, rows_R: np.ndarray, wanted_R: np.ndarray, context_R: np.ndarray, last_step_R: np.ndarray,
-                     max_tokens: int, cost: StepCost) -> tuple[np.ndarray, int] | None:
+                     max_tokens: int, cost: OnlineCost) -> tuple[np.ndarray, int] | None:
         """For queues that share a step out: (how many of its `wanted_R` tokens each running row may compute, int64 [R];
         how many tokens the step may have in all, with what is set apart for waiting requests). None: no limit.
         context_R: tokens before the wanted ones; last_step_R: the last step that served the row."""

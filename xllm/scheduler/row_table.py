@@ -89,11 +89,6 @@ class RowTable:
         self._drop_stop_ids(row)
         self._free.append(row)
 
-    def num_reads(self, rows_S: np.ndarray, num_tokens_S: np.ndarray) -> int:
-        """How many earlier tokens the next `num_tokens_S` of these rows attend to, over all rows (approximately: each
-        new token counted as in the middle of its chunk)."""
-        return int(num_tokens_S @ (self.computed[rows_S] + num_tokens_S // 2))
-
     def tokens_of(self, row: int) -> np.ndarray:
         """A copy of the row's known tokens: int32."""
         return self.token_ids[row, : self.known[row]].copy()

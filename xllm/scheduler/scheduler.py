@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xllm.config import EngineConfig
+from xllm.cost.online import OnlineCost
 from xllm.errors import IntegrityError, RequestError
 from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
@@ -31,7 +32,6 @@ from xllm.scheduler.policy import Phase, phases, request_key
 from xllm.scheduler.preemption import Preemption
 from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.running import Running
-from xllm.scheduler.step_rates import StepRates
 from xllm.scheduler.token_budget import TokenBudget
 from xllm.sequence import SequenceState, Status
 from xllm.stats import Counters
@@ -65,8 +65,8 @@ class Scheduler:
             requests_finished_total={reason.value: 0 for reason in FinishReason},
             cached_tokens_by_tier_total=dict.fromkeys(("l1", "l2", "l3", "l4"), 0))
         self._writer = OutputWriter(self.rows, self.counters)
-        self.rates = StepRates()
-        self.promotions = Promotions(self.kv, self.rates, clock, cache.preemption_mode)
+        self.cost = OnlineCost()
+        self.promotions = Promotions(self.kv, self.cost, clock, cache.preemption_mode)
         self._clock = clock
         self._max_waiting, self._max_requests = s.max_waiting_requests, s.max_concurrent_requests
         self._phases = phases(s.scheduling_policy)
@@ -203,7 +203,7 @@ class Scheduler:
         if not eligible.all():
             rows, room, wanted = rows[eligible], room[eligible], wanted[eligible]
         limited = self.waiting.limit_tokens(rows, wanted, table.cursor[rows], table.last_step[rows],
-                                            self._budget.max_tokens, self.rates.cost)
+                                            self._budget.max_tokens, self.cost)
         limit, in_all = limited or (None, self._budget.max_tokens)
         self._budget.lower(in_all)
         share = self._budget.share(rows, wanted, room, limit)

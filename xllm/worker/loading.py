@@ -13,6 +13,7 @@ from xllm.config import EngineConfig
 from xllm.errors import ConfigError, DeviceError
 from xllm.json_setting import parse_object
 from xllm.pooling import PoolingDefaults
+from xllm.processor import processor_name
 from xllm.sizes import size_text
 from xllm.worker.messages import Placement
 
@@ -90,7 +91,8 @@ class LoadedModel:
         self.num_blocks = plan(need.steps)
         kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, self.model_config.kv_specs, kv_dtype)
         self._warn_of_too_much(need, kv_bytes)
-        self.placement = Placement(device=self.backend.name, dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
+        self.placement = Placement(device=self.backend.name, device_name=_device_name(self.backend),
+                                   dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
                                    num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
                                    weights_bytes=need.weights, kv_bytes=kv_bytes, advice=self._advice())
 
@@ -251,6 +253,10 @@ def _open_backend(config: EngineConfig) -> Backend:
     except BackendError as error:
         raise DeviceError(str(error)) from error
     return backend
+
+
+def _device_name(backend: Backend) -> str:
+    return processor_name() if backend.computes_on_host else backend.describe()["device"]
 
 
 def _name(dtype: torch.dtype) -> str:

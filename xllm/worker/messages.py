@@ -97,10 +97,12 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where and how a rank computes. num_threads: 0 where those are not the host's cores. weights_bytes: 0 for random
-    weights. kv_bytes: what the KV cache may take. advice: what would be faster, if anything is known."""
+    """Where and how a rank computes. device_name: as its maker calls it. num_threads: 0 where those are not the host's
+    cores. weights_bytes: 0 for random weights. kv_bytes: what the KV cache may take. advice: what would be faster, if
+    anything is known."""
 
     device: str = ""
+    device_name: str = ""
     dtype: str = ""
     kv_dtype: str = ""
     num_threads: int = 0

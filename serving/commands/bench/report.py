@@ -12,23 +12,13 @@ from typing import Any
 
 from serving.commands.output_file import check_output
 from xllm.errors import XllmError
+from xllm.processor import processor_name
 
 
 def environment() -> dict[str, Any]:
     """The machine in words, as far as a reader needs it to judge figures."""
     return {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
-            "cpu": _cpu_model()}
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    # What a virtual machine calls its processor may be no more than the maker's name.
-    numbers = " ".join(f"{name} {found[name]}" for name in ("cpu family", "model", "stepping") if name in found)
-    return f"{found.get('model name', 'unknown')} ({numbers})" if numbers else found.get("model name", "unknown")
+            "cpu": processor_name()}
 
 
 def ended(work: Callable[[], int]) -> int:
@@ -51,10 +41,18 @@ def check(path: str | None, *reads: str | Path | None) -> None:
 
 def write(result: dict[str, Any], path: str | None) -> None:
     """Print the result, and save it if a path is given."""
-    text = json.dumps({**result, "environment": environment()}, indent=2)
-    print(text)
+    print(_text(result))
+    save(result, path)
+
+
+def save(result: dict[str, Any], path: str | None) -> None:
+    """Save the result if a path is given."""
     if path:
-        Path(path).write_text(text + "\n")
+        Path(path).write_text(_text(result) + "\n")
+
+
+def _text(result: dict[str, Any]) -> str:
+    return json.dumps({**result, "environment": environment()}, indent=2)
 
 
 def note(message: str) -> None:
