@@ -6,7 +6,8 @@ import sys
 # What speaks to other processes.
 NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.command_codec", "xllm.worker.processes",
               "xllm.worker.rank", "xllm.worker.message_codec", "xllm.shared_params", "xllm.parallel.meeting",
-              "xllm.worker.nodes_link", "xllm.worker.node", "xllm.worker.node_wire")
+              "xllm.worker.nodes_link", "xllm.worker.node", "xllm.worker.node_wire",
+              "xllm.client.replicas", "xllm.client.replica_control")
 CODE = """
 import sys
 

@@ -13,13 +13,17 @@ LARGEST = ("last_step_s", "step_time_s", "oldest_waiting_s")
 
 
 def merged_stats(stats: Sequence[EngineStats]) -> EngineStats:
-    """Sums over the engines; of ages and durations the longest, of the KV cache's usage the share of all blocks. stats:
-    at least one."""
+    """Sums over the engines; of ages and durations the longest, of errors the largest, of the KV cache's usage the
+    share of all blocks. stats: at least one."""
     if len(stats) == 1:
         return stats[0]
     merged: EngineStats = _merged(stats)
     for name in LARGEST:
         setattr(merged, name, max(getattr(one, name) for one in stats))
+    longest = max(stats, key=lambda one: one.step_time_s)
+    merged.step_predicted_s = longest.step_predicted_s  # of the step whose time it is shown beside
+    merged.step_cost_error = {quantile: max(one.step_cost_error.get(quantile, 0.0) for one in stats)
+                              for quantile in merged.step_cost_error}
     used = sum(one.kv_usage * one.num_blocks for one in stats)
     merged.kv_usage = used / merged.num_blocks if merged.num_blocks else 0.0
     return merged
