@@ -211,6 +211,28 @@ def test_foreign_flags_set_what_they_say(capsys: pytest.CaptureFixture[str]) -> 
     assert "never run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "ranks"), [
+    (("--devices=npu:0",), 1), (("--devices=npu:0,npu:1",), 2), (("--devices=npu:0,npu:1", "--dp-size=2"), 1),
+    (("--devices=npu:0", "--nnodes=2", "--master-node-addr=10.0.0.1:19888"), 2),
+    (("--devices=npu:0,npu:1", "--nnodes=2", "-tp", "4"), 4),
+])
+def test_devices_say_how_many_ranks_there_are(flags: tuple[str, ...], ranks: int) -> None:
+    device = parse(*flags)[0].device
+    assert (device.device, device.tensor_parallel_size) == ("npu", ranks)
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (("--devices=npu:0,npu:1,npu:2", "--dp-size=2"), "devices: 3 of all nodes cannot be divided among 2 engines"),
+    (("--devices=npu:0,npu:1", "--tp-size=4"), "devices npu:0,npu:1 is 2 ranks, and tensor_parallel_size 4"),
+    (("--devices=npu:1",), "device must be one of .*; got 'npu:1'"),
+    (("--devices=npu:0,npu:2",), "device must be one of .*; got 'npu:0,npu:2'"),
+    (("--devices=npu:0,cuda:1",), "device must be one of .*; got 'npu:0,cuda:1'"),
+])
+def test_devices_that_cannot_be(flags: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse(*flags)
+
+
 def test_python_hears_the_same() -> None:
     assert EngineConfig.from_flat(enforce_eager=True, trust_remote_code=False, dtype="half").device.graph_mode == "off"
     with pytest.raises(ConfigError, match="trust_remote_code is not supported"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from xllm.errors import ConfigError
 from xllm.foreign.flag import ForeignFlag, text_of
-from xllm.foreign.upstream import UPSTREAM_ENGINE, UPSTREAM_SERVER
+from xllm.foreign.upstream import UPSTREAM_ENGINE, UPSTREAM_SERVER, ranks_of_devices
 from xllm.foreign.vllm_engine import VLLM_ENGINE
 from xllm.foreign.vllm_server import VLLM_SERVER
 
@@ -53,4 +53,9 @@ def translate(settings: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]
                 translated[entry.ours] = entry.convert(value)
             except (TypeError, ValueError):
                 raise ConfigError(f"{name}: {value!r} is not a value of {entry.ours}") from None
+    if (num_ranks := ranks_of_devices(settings)) is not None:
+        given = next((name for name in ("tensor_parallel_size", "tp_size") if name in translated), None)
+        if given is not None and text_of(translated[given]) != str(num_ranks):
+            raise ConfigError(f"devices {settings['devices']} is {num_ranks} ranks, and {given} {translated[given]}")
+        translated[given or "tensor_parallel_size"] = num_ranks
     return translated

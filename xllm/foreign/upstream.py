@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from xllm.errors import ConfigError
 from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, refused_switch, sets
 
-_ONE_DEVICE = "of the ways to use several devices only tensor parallelism is built"
+_ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
 _NO_CLUSTER = "the cluster is not built yet"
 _NO_MOE = "mixtures of experts are not built yet"
 _ONE_LOOP = "one event loop answers HTTP"
@@ -14,13 +17,36 @@ _NO_PROFILE = "steps are not planned by a profile"
 _TUNING = "it tunes what is not in this engine; answers are the same"
 
 
+def _devices(value: Any) -> list[str]:
+    return [device.strip() for device in str(value).split(",")]
+
+
 def _device(value: Any) -> str:
-    """`npu:0` is `npu`; several devices, or another than the first, stay as they are and are refused by the setting."""
-    return str(value).removesuffix(":0")
+    """`npu:0,npu:1` is `npu`. Others than the first devices of one kind stay as they are, and are refused by the
+    setting."""
+    kind = _devices(value)[0].removesuffix(":0")
+    return kind if _devices(value) in ([kind], [f"{kind}:{i}" for i in range(len(_devices(value)))]) else str(value)
+
+
+def ranks_of_devices(settings: Mapping[str, Any]) -> int | None:
+    """The tensor-parallel size that xLLM in C++ takes from its flags: the devices of all nodes, divided among
+    `dp_size` replicas. None: `devices` names one device of one node, or is not there. Raises ConfigError."""
+    def number(*names: str) -> int:
+        given = next((str(settings[name]) for name in names if settings.get(name) is not None), "1")
+        return int(given) if re.fullmatch("[1-9][0-9]*", given) else 1  # the setting refuses what is no number
+
+    world = len(_devices(settings.get("devices", ""))) * number("nnodes")
+    replicas = number("dp_size", "data_parallel_size")
+    if "devices" not in settings or world == 1:
+        return None
+    if world % replicas:
+        raise ConfigError(f"devices: {world} of all nodes cannot be divided among {replicas} engines (dp_size)")
+    return world // replicas
 
 
 UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
-    sets("devices", "device", "one device, the first of its kind: npu:0", convert=_device),
+    sets("devices", "device", "the first devices of one kind, npu:0,npu:1; their number times nnodes, divided by dp_size, is "
+         "tensor_parallel_size", convert=_device),
     sets("enable_graph", "graph_mode", "as --graph-mode auto or off", takes="switch",
          convert=lambda value: "auto" if value in (True, "true") else "off"),
     refused("backend", "only language models are built", unless=("llm",)),
