@@ -45,8 +45,8 @@ def ranks_of_devices(settings: Mapping[str, Any]) -> int | None:
 
 
 UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
-    sets("devices", "device", "the first devices of one kind, npu:0,npu:1; their number times nnodes, divided by dp_size, is "
-         "tensor_parallel_size", convert=_device),
+    sets("devices", "device", "the first devices of one kind, npu:0,npu:1; their number times nnodes, divided by "
+         "dp_size, is tensor_parallel_size", convert=_device),
     sets("enable_graph", "graph_mode", "as --graph-mode auto or off", takes="switch",
          convert=lambda value: "auto" if value in (True, "true") else "off"),
     refused("backend", "only language models are built", unless=("llm",)),
