@@ -117,15 +117,22 @@ class Group:
         if self._inner is None:
             return [ballot]
         assert self._store is not None
-        self._num_votes, patience_s = self._num_votes + 1, self._timeout_s if within_s is None else within_s
-        keys = [f"vote/{self._num_votes}/{topic}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], ballot)
+        keys, patience_s = self.cast(topic, ballot), self._timeout_s if within_s is None else within_s
         try:
             self._store.wait(keys, timedelta(seconds=patience_s))
         except RuntimeError as error:
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
             raise WorkerError(f"worker rank {missing} has not voted on {topic} within {patience_s:g} s") from error
         return [self._store.get(key).decode() for key in keys]
+
+    def cast(self, topic: str, ballot: str) -> list[str]:
+        """Take part in a vote without waiting for its outcome; returns the names of all ranks' ballots."""
+        if self._store is None:
+            return []
+        self._num_votes += 1
+        keys = [f"vote/{self._num_votes}/{topic}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], ballot)
+        return keys
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether all numbers of all ranks are better fetched at once than reduced on their way."""

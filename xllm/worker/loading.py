@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from xllm import env
 from xllm.config import EngineConfig
-from xllm.errors import ConfigError, DeviceError, ModelError
+from xllm.errors import ConfigError, DeviceError, ModelError, shown_error
 from xllm.json_setting import parse_object
 from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 # For all ranks to have read their weights. Chosen: longer than a slow disk takes; a rank that ends meanwhile is noticed
 # by the engine, which ends the others.
 READ_S = 3600.0
+READING = "weights that were read"
 
 Progress = Callable[[str, float], None]  # phase, share of it that is done
 
@@ -220,6 +221,19 @@ class LoadedModel:
         return read_embedding_modules(self.path, setting, width)
 
     def _read(self) -> CausalLM:
+        """Read the weights; returns once all ranks have read theirs, as what follows may take an exchange's time only.
+        Raises ModelError where another one could not."""
+        try:
+            loaded = self._read_own()
+        except Exception as error:
+            self.parallel.tp.cast(READING, shown_error(error))
+            raise
+        for rank, reason in enumerate(self.parallel.tp.vote(READING, "", READ_S)):
+            if reason:
+                raise ModelError(f"worker rank {rank}: {reason}")
+        return loaded
+
+    def _read_own(self) -> CausalLM:
         from xllm.models.checkpoint_mark import change_mark, check_same_contents
         from xllm.models.loader import load_model
 
@@ -236,7 +250,6 @@ class LoadedModel:
             raise ModelError(f"the files in {self.path} changed while they were read")
         if self.adapters is not None:
             self.adapters.apply()
-        self.parallel.tp.vote("weights that were read", "", READ_S)  # what follows may take an exchange's time only
         return loaded
 
 

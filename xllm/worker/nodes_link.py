@@ -27,7 +27,7 @@ from xllm.worker.processes import CHECK_S, SILENT_S, ProcessLink
 CONNECT_S = 20.0  # for a node to connect once all have met. Chosen: it has nothing else to do then
 # From the first sign of a rank's death at another one to where its node says it. Chosen: a node looks at its ranks
 # every `CHECK_S`; beyond that a way through a busy machine.
-NODE_DEATH_S = 1.0
+NODE_DEATH_S = 3.0
 logger = logging.getLogger(__name__)
 
 
