@@ -22,6 +22,7 @@ from xllm.engine_count import check_nodes
 from xllm.errors import ConfigError
 from xllm.llm import LLM
 from xllm.node_settings import NodeSettings
+from xllm.request import SamplingParams
 
 ADMIN = {"Authorization": "Bearer an-admin-key-of-some-length"}
 BODY = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -202,3 +203,15 @@ def test_engines_that_somebody_else_starts_are_refused(flag: str) -> None:
 def test_python_has_one_engine() -> None:
     with pytest.raises(ConfigError, match="data_parallel_size 2: several engines are started by `xllm serve` only"):
         LLM(data_parallel_size=2)
+
+
+def test_each_engine_may_have_two_ranks(tmp_path: Path) -> None:
+    with LLM() as llm:
+        expected = llm.generate([prompt(1), prompt(2)], SamplingParams(**BODY), use_tqdm=False)
+    with ServerProcess(tmp_path / "log.txt", "-dp", "2", "-tp", "2") as server:
+        answers = [complete(server, prompt(seed), return_token_ids=True) for seed in (1, 2)]
+        assert [a["choices"][0]["token_ids"] for a in answers] == [list(e.outputs[0].token_ids) for e in expected]
+        assert by_engine(server, "xllm:prompt_tokens_total") == [100, 100]
+        processes = [child.cmdline() for child in psutil.Process(server.process.pid).children(recursive=True)]
+        assert sum("xllm.worker.rank" in words for words in processes) == 4
+        assert server.stop() == 0
