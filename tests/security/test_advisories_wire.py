@@ -102,7 +102,7 @@ def test_pickle_bombs_on_every_socket(advisory_id: str, tmp_path: Path) -> None:
                 answer = httpx.post(f"{server.url}/v1/completions", content=bomb, headers={"Content-Type": kind})
                 assert answer.status_code in (400, 415)
         assert server.health().status_code == 200
-        folder = Path(psutil.Process(server.engine_pid).cmdline()[-1])
+        folder = Path(psutil.Process(server.engine_pid).cmdline()[-2])
         with zmq.Context() as context, context.socket(zmq.PUSH) as push:
             push.setsockopt(zmq.LINGER, 2000)
             push.connect(f"ipc://{folder / 'reports'}")
@@ -121,7 +121,7 @@ def test_all_sockets_are_private(open_server: ServerProcess, advisory_id: str) -
               for link in Path(f"/proc/{pid}/fd").iterdir()}
     rows = [line.split() for line in Path(f"/proc/{pids[0]}/net/unix").read_text().splitlines()[1:]]
     paths = {row[7] for row in rows if len(row) > 7 and row[6] in inodes}
-    folder = Path(psutil.Process(open_server.engine_pid).cmdline()[-1])
+    folder = Path(psutil.Process(open_server.engine_pid).cmdline()[-2])
     assert {Path(path).parent for path in paths} == {folder}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert folder.stat().st_uid == os.getuid()

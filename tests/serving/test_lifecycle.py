@@ -147,7 +147,7 @@ def test_drain_timeout_aborts(tmp_path: Path) -> None:
 def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.txt") as server:
         engine = psutil.Process(server.engine_pid)
-        folder = Path(engine.cmdline()[-1])
+        folder = Path(engine.cmdline()[-2])
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         os.kill(server.process.pid, signal.SIGKILL)
         wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5.0, "the engine's end")

@@ -82,7 +82,11 @@ class TieredStore:
             moves.on_ended = self._go_on
             self.stager = Stager(self.host, self.disk, moves, self._staged)
             self._warm_start(facts.stored)
-        self.indexes: Sequence[TierIndex] = [self.host] if self.disk is None else [self.host, self.disk]
+
+    @property
+    def indexes(self) -> Sequence[TierIndex]:
+        """Which blocks each tier has."""
+        return [self.host] if self.disk is None else [self.host, self.disk]
 
     # --- what the KV manager reports
 
