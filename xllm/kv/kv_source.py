@@ -42,7 +42,10 @@ class KVSource(Protocol):
     """Called by `KVManager` only, in its thread; `stats` in any. Paths are device blocks, root first, int32."""
 
     has_tiers: bool  # KV that is evicted from the device may be found again
-    indexes: Sequence[TierIndex]  # of the tiers
+
+    @property
+    def indexes(self) -> Sequence[TierIndex]:
+        """Of the tiers."""
 
     # --- what the KV manager reports
 

@@ -26,7 +26,7 @@ from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
 from xllm.kv.kv_source import NO_EXTENSION, Extension
 from xllm.kv.lift import Lift, Lifter
-from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, StoredBlocks, TierFacts
+from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
 from xllm.kv.passage import Passage
 from xllm.kv.prefetch import Prefetcher
@@ -81,7 +81,8 @@ class TieredStore:
             self.lifter = Lifter(index, pool, self.host, self.disk, self.loader, moves, self.slot_of_block)
             moves.on_ended = self._go_on
             self.stager = Stager(self.host, self.disk, moves, self._staged)
-            self._warm_start(facts.stored)
+            # What an earlier process left there can be found again, where all ancestors are there too.
+            self.disk.adopt(facts.stored.slots.tolist(), _digests(facts.stored.digests), _digests(facts.stored.parents))
 
     @property
     def indexes(self) -> Sequence[TierIndex]:
@@ -351,11 +352,6 @@ class TieredStore:
             self.writer.disable()
             self.passage.disable()
             self._on_disk_error(error.message)
-
-    def _warm_start(self, stored: StoredBlocks) -> None:
-        """Make the blocks that an earlier process left on disk findable: those whose ancestors are all there."""
-        assert self.disk is not None
-        self.disk.adopt(stored.slots.tolist(), _digests(stored.digests), _digests(stored.parents))
 
     # --- audit
 
