@@ -14,6 +14,7 @@ import torch
 from tests.npu.engines import IS_REAL, WIDE, assert_same, folder, plain, start, tokens
 from tests.parallel.ranks import Ranks
 from xllm.errors import ConfigError, DeviceError, EngineDeadError
+from xllm.worker.processes import HEARTBEAT_S
 
 NUM_CARDS = 2
 if IS_REAL and torch.npu.device_count() < NUM_CARDS:
@@ -50,6 +51,8 @@ def test_the_tokens_of_one_card(settings: dict[str, Any], order: str, monkeypatc
     monkeypatch.setenv("EMULATED_NPU_ORDER", order)
     with start(WIDE.id, "npu", **TWO, **settings) as llm:
         assert_same(tokens(llm), expected, BF16_TIE)
+        time.sleep(2 * HEARTBEAT_S)  # they tell what they have with their signs of life
+        llm._core.tick()
         graphs = llm._core.link.stats().graphs
         assert (graphs is None) == (settings.get("graph_mode") == "off")
         assert graphs is None or (sum(graphs.replays_total.values()) > 10 and "capture_failed" not in
