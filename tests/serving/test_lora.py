@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from tests.adapters import write_adapter
-from tests.serving.server_process import ServerProcess
+from tests.serving.server_process import ServerProcess, wait_for
 
 ADMIN = "an-admin-key-of-some-length"
 BODY = {"prompt": "def add(a, b):\n", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -185,3 +186,22 @@ def test_two_of_one_name_at_once(adapted: tuple[ServerProcess, Path], admin: htt
     found = {answer.status_code: answer.text for answer in answers + others}
     assert found.keys() == {200, 400} and "is loaded already" in found[400]
     admin.post("/v1/unload_lora_adapter", json={"lora_name": "twice"})
+
+
+def test_an_engine_that_comes_back_has_the_adapters_of_the_last_one(
+        adapted: tuple[ServerProcess, Path], admin: httpx.Client) -> None:
+    """Also where that is not what it starts with: `first` is another one by then, and later there is none."""
+    server, _ = adapted
+    first = text(server, "first")
+    for path in ("second", None):
+        admin.post("/v1/unload_lora_adapter", json={"lora_name": "first"})
+        if path is not None:
+            admin.post("/v1/load_lora_adapter", json={"lora_name": "first", "lora_path": path})
+            expected = text(server, "first")
+            assert expected != first
+        os.kill(server.engine_pid, signal.SIGKILL)
+        wait_for(lambda: server.http.get("/ready").status_code != 200, what="the end of the engine")
+        wait_for(lambda: server.http.get("/ready").status_code == 200, 60.0, what="another engine")
+        if path is not None:
+            assert text(server, "first") == expected
+    assert server.http.post("/v1/completions", json={**BODY, "model": "first"}).status_code == 404

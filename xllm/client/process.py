@@ -64,7 +64,7 @@ class ProcessClient(CommandingClient):
         self._step_age_s: float | None = None
         self._heard_s = self._started_s = time.monotonic()
         self.on_back: Callable[[], Awaitable[None]] = _nothing  # before a restarted one takes requests
-        self.adapter_folders: dict[str, str] = {}  # of those that were loaded at run time
+        self.adapter_folders: dict[str, str | None] = {}  # of those loaded at run time; None: unloaded then
         self._ready_event = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -133,11 +133,24 @@ class ProcessClient(CommandingClient):
             await asyncio.sleep(pause_s)
             self.launch()
             await self.start()
-            for name, folder in list(self.adapter_folders.items()):  # before anybody may ask for one
-                await self.control("load_adapter", name=name, folder=folder)
+            await self._change_adapters_again()  # before anybody may ask for one
             await self.on_back()
         finally:
             self.restarting_after = None
+
+    async def _change_adapters_again(self) -> None:
+        """Bring an engine that has its first adapters to those that the last one had."""
+        for name, folder in list(self.adapter_folders.items()):
+            if name in self.adapters:
+                await self.control_or_log("unload_adapter", name=name)
+            if folder is not None:
+                await self.control_or_log("load_adapter", name=name, folder=folder)
+
+    async def control_or_log(self, action: Action, **options: Any) -> None:
+        """Send a command that brings a restarted engine to where it was; what it refuses is logged."""
+        done = await super().control(action, **options)
+        if done.error is not None:
+            logger.error("an engine that was started again is not as it was: %s: %s", action, done.error)
 
     def end_process(self, reason: str) -> None:
         """Kill a process that makes no progress; open requests end with this reason."""
@@ -156,7 +169,7 @@ class ProcessClient(CommandingClient):
         if action == "load_adapter" and done.error is None:
             self.adapter_folders[options["name"]] = options["folder"]
         elif action == "unload_adapter" and done.error is None:
-            self.adapter_folders.pop(options["name"], None)
+            self.adapter_folders[options["name"]] = None
         return done
 
     def _check_up(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 from xllm.client.process import ProcessClient
 from xllm.engine.commands import Action, Controlled, EngineState
 from xllm.errors import EngineDeadError
-
-logger = logging.getLogger("xllm.client")
 
 
 class ReplicaControl:
@@ -26,7 +23,7 @@ class ReplicaControl:
         self.state: EngineState | None = None
         self._engines = engines
         self._start_folders = dict(module.split("=", 1) for module in lora_modules if "=" in module)
-        self._folders: dict[str, str] = {}  # of the adapters that were loaded at run time
+        self._folders: dict[str, str | None] = {}  # of the adapters that were loaded at run time
         self._turn = asyncio.Lock()
         for engine in engines:
             engine.adapter_folders = self._folders  # also of those that are down while one is loaded
@@ -106,23 +103,17 @@ class ReplicaControl:
             wanted = dict(zip(self.state.adapters, self.state.adapter_digests, strict=True))
             loaded = dict(zip(engine.adapters, engine.adapter_digests, strict=True))
             for name in [name for name, digest in loaded.items() if wanted.get(name) != digest]:
-                await _say_if_refused(engine, "unload_adapter", {"name": name})
+                await engine.control_or_log("unload_adapter", name=name)
             for name in [name for name in wanted if name not in engine.adapters]:
-                await _say_if_refused(engine, "load_adapter", {"name": name, "folder": self._folder_of(name)})
+                await engine.control_or_log("load_adapter", name=name, folder=self._folder_of(name))
             if self.state.paused:
-                await _say_if_refused(engine, "pause", {"mode": self.state.paused})
+                await engine.control_or_log("pause", mode=self.state.paused)
             if self.state.sleep_level:
-                await _say_if_refused(engine, "sleep", {"level": self.state.sleep_level})
+                await engine.control_or_log("sleep", level=self.state.sleep_level)
 
     def _folder_of(self, name: str) -> str:
         """Where an adapter was loaded from; "": it is not."""
         return self._folders.get(name) or self._start_folders.get(name, "")
-
-
-async def _say_if_refused(engine: ProcessClient, action: Action, options: dict[str, Any]) -> None:
-    done = await engine.control(action, **options)
-    if done.error is not None:
-        logger.error("an engine that was started again is not as the others are: %s: %s", action, done.error)
 
 
 def _merged(answers: list[Controlled]) -> Controlled:
