@@ -46,6 +46,11 @@ class ModelConfig(ABC):
         return self.max_model_len
 
     @property
+    def has_experts(self) -> bool:
+        """Whether layers choose experts for each token."""
+        return False
+
+    @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""
