@@ -46,9 +46,9 @@ class ModelConfig(ABC):
         return self.max_model_len
 
     @property
-    def has_experts(self) -> bool:
-        """Whether layers choose experts for each token."""
-        return False
+    def experts_a_token(self) -> int:
+        """How many experts a layer chooses for each token; 0: no layer has any."""
+        return 0
 
     @property
     @abstractmethod
