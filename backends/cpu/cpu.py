@@ -12,6 +12,7 @@ from torch import Tensor
 from backends.backend import Capturer
 from backends.cpu import linear
 from backends.cpu.build import load_kernels
+from backends.cpu.expert_kernels import ExpertKernels
 from backends.cpu.experts import SortedExperts
 from backends.cpu.kernels import Kernels
 from backends.cpu.memory import available_bytes, lazy_zeros, populate
@@ -35,7 +36,7 @@ TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linea
 def compiled_ops(kernels: Kernels) -> OpSet:
     """What the CPU implements itself; `copy_blocks` is one indexed copy in torch already."""
     lora = LoraOps(kernels.pack_linear, kernels.linear)
-    experts = SortedExperts(kernels.pack_linear, kernels.linear)
+    experts = ExpertKernels(kernels)
     return replace(
         REFERENCE,
         name="cpu",
@@ -50,6 +51,7 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         plan=kernels.plan,
         attention=kernels.attention,
         silu_mul=kernels.silu_mul,
+        route=experts.route,
         pack_experts=experts.pack_experts,
         grouped_linear=experts.grouped_linear,
         combine=experts.combine,

@@ -27,7 +27,7 @@ class SortedRows:
 
 def sorted_rows(choice: ExpertChoice) -> SortedRows:
     """Computed once for each choice."""
-    if choice.order is None:
+    if type(choice.order) is not SortedRows:
         ids_R = choice.ids_TK.flatten()
         ids_R, sources_R = ids_R.sort(stable=True)
         experts, counts = ids_R.unique_consecutive(return_counts=True)
