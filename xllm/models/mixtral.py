@@ -20,7 +20,6 @@ DEFAULTS = {
     "rope_theta": 1e6,
     "eos_token_id": 2,
     "bos_token_id": 1,
-    "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
 
@@ -29,7 +28,7 @@ def read_config(raw: RawConfig, architecture: str) -> MixtureConfig:
     """`intermediate_size` is the width of an expert. The window is every layer's."""
     num_layers = raw.integer("num_hidden_layers", high=MAX_LAYERS)
     dense = read_dense(raw, architecture, sliding_windows=(raw.optional_integer("sliding_window"),) * num_layers)
-    return read_mixture(raw, dense, expert_layers=(True,) * num_layers, expert_ffn_size=dense.ffn_size,
+    return read_mixture(raw, dense, num_experts=8, expert_layers=(True,) * num_layers, expert_ffn_size=dense.ffn_size,
                         renormalise=True)
 
 

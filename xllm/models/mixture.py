@@ -48,13 +48,14 @@ def read_mixture(
     raw: RawConfig,
     dense: DenseConfig,
     *,
+    num_experts: int,
     expert_layers: tuple[bool, ...],
     expert_ffn_size: int,
     renormalise: bool,
     shared_ffn_size: int = 0,
 ) -> MixtureConfig:
-    """The keywords are what the family decides. Raises ModelError."""
-    num_experts, num_chosen = _number_of_experts(raw), raw.integer("num_experts_per_tok", high=MAX_EXPERTS)
+    """The keywords are what the family decides; num_experts: where the file says none. Raises ModelError."""
+    num_experts, num_chosen = _number_of_experts(raw, num_experts), raw.integer("num_experts_per_tok", high=MAX_EXPERTS)
     if num_chosen > num_experts:
         raise raw.error(f"num_experts_per_tok ({num_chosen}) is more than there are experts ({num_experts})")
     return MixtureConfig(
@@ -63,13 +64,13 @@ def read_mixture(
         shared_ffn_size=shared_ffn_size, renormalise=renormalise)
 
 
-def _number_of_experts(raw: RawConfig) -> int:
+def _number_of_experts(raw: RawConfig, default: int) -> int:
     """transformers 5 may write `num_local_experts` for what the Qwen families called `num_experts`."""
     names = [name for name in ("num_local_experts", "num_experts") if raw.values.get(name) is not None]
     found = {raw.integer(name, high=MAX_EXPERTS) for name in names}
     if len(found) > 1:
         raise raw.error(f"num_local_experts and num_experts differ ({' and '.join(map(str, sorted(found)))})")
-    return found.pop() if found else raw.integer("num_experts", high=MAX_EXPERTS)
+    return found.pop() if found else default
 
 
 def every_nth_layer(raw: RawConfig, num_layers: int) -> tuple[bool, ...]:

@@ -14,7 +14,6 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "qkv_bias": True,
-    "num_experts": 60,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
@@ -27,6 +26,7 @@ def read_config(raw: RawConfig, architecture: str) -> MixtureConfig:
     windows = window_per_layer(raw, lambda layer, first: layer % 2 == 0 and layer < first)
     dense = read_dense(raw, architecture, qkv_bias=raw.flag("qkv_bias"), sliding_windows=windows)
     return read_mixture(
-        raw, dense, expert_layers=every_nth_layer(raw, dense.num_layers), renormalise=raw.flag("norm_topk_prob"),
+        raw, dense, num_experts=60, expert_layers=every_nth_layer(raw, dense.num_layers),
+        renormalise=raw.flag("norm_topk_prob"),
         expert_ffn_size=raw.integer("moe_intermediate_size"),
         shared_ffn_size=raw.integer("shared_expert_intermediate_size"))

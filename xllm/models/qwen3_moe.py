@@ -13,7 +13,6 @@ DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 4,
     "sliding_window": 4096,
-    "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
     "decoder_sparse_step": 1,
@@ -27,5 +26,6 @@ def read_config(raw: RawConfig, architecture: str) -> MixtureConfig:
     dense = read_dense(raw, architecture, qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True,
                        sliding_windows=(window,) * raw.integer("num_hidden_layers", high=MAX_LAYERS))
     return read_mixture(
-        raw, dense, expert_layers=every_nth_layer(raw, dense.num_layers), renormalise=raw.flag("norm_topk_prob"),
+        raw, dense, num_experts=128, expert_layers=every_nth_layer(raw, dense.num_layers),
+        renormalise=raw.flag("norm_topk_prob"),
         expert_ffn_size=raw.integer("moe_intermediate_size"))
