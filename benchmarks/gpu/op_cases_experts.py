@@ -64,6 +64,7 @@ def expert_cases(world: World) -> Iterator[Check]:
         rows, (outputs, inputs), num_chosen = world.rng.choice(ROWS), world.rng.choice(SIZES), world.rng.choice((1, 3))
         weights = tuple(world.randn(outputs, inputs, dtype=dtype) for _ in range(6))
         x, ids = world.randn(rows, inputs, dtype=dtype), world.rand(rows, 5).argsort(dim=1)[:, :num_chosen].int()
+        ids = ids.contiguous()
         choice_weights = world.rand(rows, num_chosen)
         name = f"{quantization or 'plain'}/{rows}x{outputs}x{inputs}/K{num_chosen}/{short(dtype)}"
         try:
@@ -72,7 +73,7 @@ def expert_cases(world: World) -> Iterator[Check]:
             yield Check(name=name, absent=str(error))
             continue
 
-        def run(x: Tensor = x, packed: object = packed, ids: Tensor = ids.contiguous(),
+        def run(x: Tensor = x, packed: object = packed, ids: Tensor = ids,
                 choice_weights: Tensor = choice_weights) -> Sequence[Tensor]:
             choice = ExpertChoice(ids, choice_weights)
             return (world.ops.combine(world.ops.grouped_linear(x, packed, choice, from_tokens=True), choice),)

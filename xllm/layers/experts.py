@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.expert_choice import RouteRule
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, ModelError
 from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import Linear, column_linear, with_common_scale
 from xllm.layers.mlp import GatedMLP
@@ -21,7 +21,7 @@ from xllm.parallel.shard import Shard
 # Rows that are computed at a time: what is between the products takes memory for each of them. Chosen: an expert of 128
 # still gets 64 rows on average, enough to make its weights worth reading.
 MAX_ROWS = 8192
-WHOLE = Shard(0, 0, 1)
+WHOLE, ALWAYS = Shard(0, 0, 1), RouteRule(num_chosen=1, sigmoid=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class Experts:
         try:
             self._gate_up = ops.pack_experts(gate_up, quantization=context.quantization)
             self._down = own.pack_experts(down, quantization=context.quantization)
+        except ModelError:
+            raise
         except ValueError as error:
             raise ConfigError(f"quantization {context.quantization!r}: {error}") from None
         self._rule, self._max_tokens = shape.rule, max(1, MAX_ROWS // shape.rule.num_chosen)
@@ -87,16 +89,17 @@ class Experts:
 class SharedExpert:
     """sigmoid(gate(x)) * mlp(x): what every token has beside the experts of its own (Qwen2-MoE)."""
 
-    __slots__ = ("_gate", "_mlp")
+    __slots__ = ("_gate", "_mlp", "_route")
 
     def __init__(self, context: LayerContext, weights: Weights, name: str, hidden_size: int, ffn_size: int, *,
                  gate: str):
         """gate: the name of its matrix, of one row, which is not quantised and the same on all ranks."""
+        self._route = context.ops.route  # torch's sigmoid depends on where in the batch a number stands
         self._mlp = GatedMLP(context, weights, name, hidden_size, ffn_size, bias=False)
         self._gate = column_linear(replace(context, quantization=None), weights, {gate: (1, WHOLE)}, hidden_size)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._mlp(x_TD).mul_(self._gate(x_TD).sigmoid_())
+        return self._mlp(x_TD).mul_(self._route(self._gate(x_TD), ALWAYS).weights_TK)
 
 
 def _gate_up_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor]:
