@@ -35,7 +35,7 @@ class PanelExperts:
 
     def __init__(self, multiply: Any, experts: list[PanelLinear]):
         self.multiply, self.experts = multiply, experts  # whose tensors the array points to
-        self.array = (Packed * len(experts))(*(expert.packed._obj for expert in experts))
+        self.array = (Packed * len(experts))(*(expert.struct for expert in experts))
         self.nbytes = sum(expert.nbytes for expert in experts)
         self.num_outputs = experts[0].num_outputs
 

@@ -106,7 +106,7 @@ class StepPlan:
 class PanelLinear:
     """A weight in the panels of linear.c or w8a8.c; the original may be dropped. multiply: the C function."""
 
-    __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "tensors")
+    __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "struct", "tensors")
 
     def __init__(self, multiply: Any, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int,
                  num_outputs: int):  # fmt: skip
@@ -115,7 +115,8 @@ class PanelLinear:
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
         address = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.packed = byref(Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype]))
+        self.struct = Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype])
+        self.packed = byref(self.struct)
 
 
 class Kernels:
