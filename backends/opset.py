@@ -5,7 +5,7 @@ so that file is the table of what the backend implements itself. An operator's c
 docstring of its Protocol here; every implementation honours all of it.
 
 Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
-P tokens per block, B blocks. X and Y are any sizes. Tensors are contiguous unless said otherwise.
+P tokens per block, B blocks, E experts. X and Y are any sizes. Tensors are contiguous unless said otherwise.
 
 KV caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
 layout a block without an owner may have no memory behind it. An operator touches the blocks that the metadata or its
@@ -14,12 +14,13 @@ arguments name and no others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from backends.expert_choice import ExpertChoice, RouteRule
 from backends.metadata import AttentionMetadata
 
 
@@ -165,6 +166,52 @@ class SiluMulOp(Protocol):
         ...
 
 
+class RouteOp(Protocol):
+    def __call__(self, logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None = None) -> ExpertChoice:
+        """Choose `rule.num_chosen` experts for each token, the best first; among equals the one with the smaller id.
+
+        scores = softmax or sigmoid of the logits, in fp32. Groups and experts are chosen by scores + bias_E (fp32), the
+        weights are the scores without it; the sum that they are divided by has 1e-20 added, so that it is never zero.
+        A token with a score that is not a number gets different experts, whichever, and weights of NaN.
+        Kept groups hold at least num_chosen experts together. Rows do not depend on each other.
+        """
+        ...
+
+
+class PackExpertsOp(Protocol):
+    def __call__(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> Any:
+        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape, into the form that
+        `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need exist
+        beside the result.
+
+        quantization: as in `pack_linear`, each expert for itself. The result is opaque but has `.nbytes`.
+        Raises ValueError as `pack_linear` does.
+        """
+        ...
+
+
+class GroupedLinearOp(Protocol):
+    def __call__(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+        """The product of each row with the weight of its expert: [T * K, Y] in x's dtype, a row for each token and each
+        of its experts, in an order of the op set's own (`ExpertChoice.order`).
+
+        from_tokens: x is [T, X], and a token's row goes to all of its experts. Else x is [T * K, X], in the order of an
+        earlier result with the same choice; what works row by row may have changed it.
+        A row is computed as `linear` does, with "w8a8" too, and does not depend on the rows beside it. Weights of
+        experts that no token has chosen are not read.
+        """
+        ...
+
+
+class CombineOp(Protocol):
+    def __call__(self, y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+        """Back to tokens: the sum of each token's rows of `grouped_linear`, times their weights: [T, X] in y's dtype.
+
+        Products and sums in fp32, in the order of the token's experts, then rounded.
+        """
+        ...
+
+
 class CopyBlocksOp(Protocol):
     def __call__(self, cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
         """cache[dst] = cache[src], in place. src and dst int64, disjoint, dst without repeats."""
@@ -255,7 +302,9 @@ class SampleOp(Protocol):
 
 
 # Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "pack_lora", "feed_tokens", "copy_blocks", "stored_bytes"})
+COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "feed_tokens", "copy_blocks", "stored_bytes"})
+# Called by models with experts only: to others it does not matter who has them.
+EXPERT_OPS = frozenset({"route", "grouped_linear", "combine"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +324,10 @@ class OpSet:
     plan: PlanOp
     attention: AttentionOp
     silu_mul: SiluMulOp
+    route: RouteOp
+    pack_experts: PackExpertsOp
+    grouped_linear: GroupedLinearOp
+    combine: CombineOp
     copy_blocks: CopyBlocksOp
     stored_bytes: StoredBytesOp
     export_blocks: ExportBlocksOp

@@ -92,6 +92,7 @@ TWIN_MODULES = {
     "activation": "an operator of each device",
     "attention": "an operator of each device, and its layer",
     "config": "the settings of the engine and those of the server",
+    "experts": "operators of each device, and their layer",
     "errors": "those of the engine and those of the API",
     "kv": "operators of each device",
     "kv_codes": "number formats of the KV cache on each device",

@@ -12,6 +12,8 @@ from torch import Tensor
 from backends.backend import Capturer
 from backends.cpu import linear
 from backends.cpu.build import load_kernels
+from backends.cpu.expert_kernels import ExpertKernels
+from backends.cpu.experts import SortedExperts
 from backends.cpu.kernels import Kernels
 from backends.cpu.memory import available_bytes, lazy_zeros, populate
 from backends.cpu.threads import set_torch_threads
@@ -24,13 +26,17 @@ from backends.reference.lora import LoraOps
 from backends.vmm import VmmDriver
 
 TORCH_LORA = LoraOps(linear.pack_linear, linear.linear)
+TORCH_EXPERTS = SortedExperts(linear.pack_linear, linear.linear)
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linear=linear.linear,
-                    pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add)
+                    pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add,
+                    pack_experts=TORCH_EXPERTS.pack_experts, grouped_linear=TORCH_EXPERTS.grouped_linear,
+                    combine=TORCH_EXPERTS.combine)
 
 
 def compiled_ops(kernels: Kernels) -> OpSet:
     """What the CPU implements itself; `copy_blocks` is one indexed copy in torch already."""
     lora = LoraOps(kernels.pack_linear, kernels.linear)
+    experts = ExpertKernels(kernels)
     return replace(
         REFERENCE,
         name="cpu",
@@ -45,6 +51,10 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         plan=kernels.plan,
         attention=kernels.attention,
         silu_mul=kernels.silu_mul,
+        route=experts.route,
+        pack_experts=experts.pack_experts,
+        grouped_linear=experts.grouped_linear,
+        combine=experts.combine,
         export_blocks=kernels.export_blocks,
         import_blocks=kernels.import_blocks,
         apply_token_bitmask=kernels.apply_token_bitmask,

@@ -52,6 +52,17 @@ class Packed(Structure):
     ]  # fmt: skip
 
 
+class RouteStruct(Structure):
+    """`Route` of experts.c."""
+
+    _fields_ = [
+        ("logits", c_void_p), ("bias", c_void_p), ("ids", c_void_p), ("weights", c_void_p), ("T", c_int64),
+        ("E", c_int64), ("K", c_int64), ("sigmoid", c_int64), ("num_groups", c_int64), ("num_kept_groups", c_int64),
+        ("summed_per_group", c_int64), ("renormalise", c_int64), ("scale", c_float),
+    ]  # fmt: skip
+
+
+GROUPED = (None, [POINTER(Packed), c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int])
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_exp": (None, [c_void_p, c_void_p, c_int64]),
     "xllm_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int]),
@@ -70,6 +81,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
     "xllm_pack_w8a8": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "xllm_linear_w8a8": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
+    "xllm_grouped_linear": GROUPED,
+    "xllm_grouped_linear_w8a8": GROUPED,
+    "xllm_route": (None, [POINTER(RouteStruct), c_int]),
+    "xllm_sort_rows": (None, [c_void_p] + [c_int64] * 3 + [c_void_p] * 3),
+    "xllm_combine": (None, [c_void_p] * 4 + [c_int64] * 3 + [c_int]),
     "xllm_export_blocks": (None, [POINTER(Transfer)]),
     "xllm_import_blocks": (None, [POINTER(Transfer)]),
     "xllm_apply_token_bitmask": (None, [c_void_p, c_int64, c_void_p, c_void_p] + [c_int64] * 3 + [c_int]),
@@ -90,7 +106,7 @@ class StepPlan:
 class PanelLinear:
     """A weight in the panels of linear.c or w8a8.c; the original may be dropped. multiply: the C function."""
 
-    __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "tensors")
+    __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "struct", "tensors")
 
     def __init__(self, multiply: Any, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int,
                  num_outputs: int):  # fmt: skip
@@ -99,7 +115,8 @@ class PanelLinear:
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
         address = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.packed = byref(Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype]))
+        self.struct = Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype])
+        self.packed = byref(self.struct)
 
 
 class Kernels:

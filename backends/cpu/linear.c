@@ -4,7 +4,7 @@
  * panel and multiplies it with R numbers of x, held in R * 2 vector registers (Goto and van de Geijn 2008). Each
  * y is one chain of multiply-adds in the order of X, whatever the number of rows: results do not depend on the batch.
  */
-#include "panels.h"
+#include "groups.h"
 #include "pool.h"
 
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
@@ -43,11 +43,13 @@ EXPORT void xllm_pack(const void *weight, void *packed, int64_t Y, int64_t X, in
     share_out(pack_panels, &c, num_panels, quarter(num_panels, nt), nt);
 }
 
-/* x rows [row0, row0 + R) as [depth][R]; rows past T are zero. */
-static void pack_rows(const float *x, int64_t stride, float *out, int64_t T, int64_t row0, int64_t X, int R) {
+/* x rows [row0, row0 + R) as [depth][R]; rows past T are zero. rows: which of x they are; NULL: as they stand. */
+static void pack_rows(const float *x, int64_t stride, const int32_t *rows, float *out, int64_t T, int64_t row0, int64_t X,
+                      int R) {
     for (int r = 0; r < R; r++) {
-        const float *in = x + (row0 + r) * stride;
-        if (row0 + r < T)
+        const int is_there = row0 + r < T;
+        const float *in = x + (is_there && rows ? rows[row0 + r] : row0 + r) * stride;
+        if (is_there)
             for (int64_t i = 0; i < X; i++) out[i * R + r] = in[i];
         else
             for (int64_t i = 0; i < X; i++) out[i * R + r] = 0.0f;
@@ -148,7 +150,8 @@ static void pack_tiles(const void *context, int64_t begin, int64_t end) {
     const Product *c = context;
     for (int64_t tile = begin; tile < end; tile++) {
         const int64_t row0 = tile * GEMM_ROWS;
-        pack_rows(c->x, c->stride, c->rows + row0 * c->p->X, c->T, row0, c->p->X, tile_rows(c->T - row0));
+        pack_rows(c->x, c->stride, NULL, c->rows + row0 * c->p->X, c->T, row0, c->p->X,
+                  tile_rows(c->T - row0));
     }
 }
 
@@ -169,4 +172,42 @@ EXPORT void xllm_linear(const Packed *p, const float *x, int64_t stride, float *
     share_out(pack_tiles, &c, num_tiles, quarter(num_tiles, nt), nt);
     share_out(multiply_jobs, &c, num_jobs, chunk, nt);
     if (num_jobs * B < num_panels) multiply_panel(p, rows, y, T, num_panels - 1, 1);
+}
+
+static void pack_group_tiles(const void *context, int64_t begin, int64_t end) {
+    const Groups *g = context;
+    for (int64_t tile = begin; tile < end; tile++) {
+        const Hit *hit = g->hits + g->tiles[tile].hit;
+        const int64_t X = hit->p->X, row = g->tiles[tile].row;
+        pack_rows(g->rows ? g->x : g->x + hit->begin * g->stride, g->stride, g->rows ? g->rows + hit->begin : NULL,
+                  (float *)g->packed + (hit->tile * GEMM_ROWS + row) * X, hit->count, row, X, tile_rows(hit->count - row));
+    }
+}
+
+/* A job is two panels of one expert. */
+static void multiply_groups(const void *context, int64_t begin, int64_t end) {
+    const Groups *g = context;
+    const int64_t X = g->hits->p->X, Y = g->hits->p->Y, num_panels = (Y + PANEL - 1) / PANEL, pairs = (num_panels + 1) / 2;
+    for (int64_t job = begin; job < end; job++) {
+        const Hit *hit = g->hits + job / pairs;
+        const int64_t panel = job % pairs * 2;
+        const float *rows = (const float *)g->packed + hit->tile * GEMM_ROWS * X;
+        float *y = g->y + hit->begin * Y;
+        if (hit->count == 1 && panel + 1 < num_panels) multiply_panel(hit->p, rows, y, 1, panel, 2);
+        else
+            for (int64_t i = panel; i < MIN(panel + 2, num_panels); i++) multiply_panel(hit->p, rows, y, hit->count, i, 1);
+    }
+}
+
+/* y [R, Y]: each row times the weight of its expert. See `Groups` for x and rows, `find_groups` for starts. */
+EXPORT void xllm_grouped_linear(const Packed *experts, int64_t E, const int64_t *starts, const float *x, int64_t stride,
+                                const int32_t *rows, float *y, int nt) {
+    if (starts[E] == 0) return;
+    Groups g = find_groups(experts, E, starts);
+    const int64_t X = experts->X, num_jobs = g.num_hits * ((experts->Y + 2 * PANEL - 1) / (2 * PANEL));
+    g.x = x, g.stride = stride, g.rows = rows, g.y = y;
+    g.packed = scratch(1, g.num_tiles * GEMM_ROWS * X);
+    if (starts[E] * X * experts->Y <= 65536) nt = 1;
+    share_out(pack_group_tiles, &g, g.num_tiles, quarter(g.num_tiles, nt), nt);
+    share_out(multiply_groups, &g, num_jobs, MAX(1, num_jobs / (8 * nt)), nt);
 }

@@ -4,7 +4,7 @@
  * int32 lane holds four consecutive codes of one output, and is multiplied with the same four of x, repeated in every
  * lane. Sums of integers do not depend on their order, so that tiles of any size give the same bits.
  */
-#include "panels.h"
+#include "groups.h"
 #include "pool.h"
 
 typedef int16_t vh __attribute__((vector_size(VL * 4)));
@@ -89,13 +89,14 @@ static float quantise_row(const float *x, int8_t *codes, int64_t X) {
 /* Of one tile of x: what R sums start with, R scales, then [num_fours][R][WORDS] codes. */
 INLINE int64_t tile_words(int64_t R, int64_t num_fours) { return R * (2 + num_fours * WORDS); }
 
-static void pack_tile(const float *x, int64_t stride, int32_t *tile, int64_t X, int rows, int R) {
+/* from: which rows of x they are; NULL: the first ones. */
+static void pack_tile(const float *x, int64_t stride, const int32_t *from, int32_t *tile, int64_t X, int rows, int R) {
     const int64_t num_fours = (X + 3) / 4;
     int32_t *own = (int32_t *)scratch(0, num_fours);
     for (int r = 0; r < R; r++) {
         float scale = 0.0f;
         memset(own, 0, num_fours * 4);
-        if (r < rows) scale = quantise_row(x + r * stride, (int8_t *)own, X);
+        if (r < rows) scale = quantise_row(x + (from ? from[r] : r) * stride, (int8_t *)own, X);
         memcpy(tile + R + r, &scale, 4);
         uint32_t total = 0; /* as sums do, it may wrap around */
         for (int64_t i = 0; i < num_fours * 4; i++) total += ((const int8_t *)own)[i];
@@ -185,7 +186,7 @@ static void pack_tiles(const void *context, int64_t begin, int64_t end) {
     const int64_t words = tile_words(GEMM_ROWS, (c->p->X + 3) / 4);
     for (int64_t tile = begin; tile < end; tile++) {
         const int64_t row0 = tile * GEMM_ROWS, left = MIN(GEMM_ROWS, c->T - row0);
-        pack_tile(c->x + row0 * c->stride, c->stride, c->tiles + tile * words, c->p->X, left, tile_rows(left));
+        pack_tile(c->x + row0 * c->stride, c->stride, NULL, c->tiles + tile * words, c->p->X, left, tile_rows(left));
     }
 }
 
@@ -211,4 +212,46 @@ EXPORT void xllm_linear_w8a8(const Packed *p, const float *x, int64_t stride, fl
     if (T * p->X * p->Y <= 262144) nt = 1;
     share_out(pack_tiles, &c, num_tiles, quarter(num_tiles, nt), nt);
     share_out(multiply_jobs, &c, num_jobs, chunk, nt);
+}
+
+static void pack_group_tiles(const void *context, int64_t begin, int64_t end) {
+    const Groups *g = context;
+    const int64_t X = g->hits->p->X, words = tile_words(GEMM_ROWS, (X + 3) / 4);
+    for (int64_t tile = begin; tile < end; tile++) {
+        const Hit *hit = g->hits + g->tiles[tile].hit;
+        const int64_t first = hit->begin + g->tiles[tile].row, left = MIN(GEMM_ROWS, hit->begin + hit->count - first);
+        pack_tile(g->rows ? g->x : g->x + first * g->stride, g->stride, g->rows ? g->rows + first : NULL,
+                  (int32_t *)g->packed + tile * words, X, left, tile_rows(left));
+    }
+}
+
+/* A job is four panels of one expert. */
+static void multiply_groups(const void *context, int64_t begin, int64_t end) {
+    const Groups *g = context;
+    const int64_t Y = g->hits->p->Y, num_panels = (Y + PANEL - 1) / PANEL, fours = (num_panels + 3) / 4;
+    const int64_t words = tile_words(GEMM_ROWS, (g->hits->p->X + 3) / 4);
+    for (int64_t job = begin; job < end; job++) {
+        const Hit *hit = g->hits + job / fours;
+        const int32_t *tiles = (const int32_t *)g->packed + hit->tile * words;
+        const int64_t last = MIN((job % fours + 1) * 4, num_panels);
+        const int B = hit->count == 1 ? 4 : hit->count == 2 ? 2 : 1;
+        for (int64_t panel = job % fours * 4; panel < last;) {
+            const int width = last - panel >= B ? B : 1;
+            multiply_panels(hit->p, tiles, g->y + hit->begin * Y, hit->count, panel, width);
+            panel += width;
+        }
+    }
+}
+
+/* y [R, Y]: each row times the weight of its expert. See `Groups` for x and rows, `find_groups` for starts. */
+EXPORT void xllm_grouped_linear_w8a8(const Packed *experts, int64_t E, const int64_t *starts, const float *x,
+                                     int64_t stride, const int32_t *rows, float *y, int nt) {
+    if (starts[E] == 0) return;
+    Groups g = find_groups(experts, E, starts);
+    const int64_t X = experts->X, num_jobs = g.num_hits * ((experts->Y + 4 * PANEL - 1) / (4 * PANEL));
+    g.x = x, g.stride = stride, g.rows = rows, g.y = y;
+    g.packed = scratch(1, g.num_tiles * tile_words(GEMM_ROWS, (X + 3) / 4));
+    if (starts[E] * X * experts->Y <= 262144) nt = 1;
+    share_out(pack_group_tiles, &g, g.num_tiles, quarter(g.num_tiles, nt), nt);
+    share_out(multiply_groups, &g, num_jobs, MAX(1, num_jobs / (8 * nt)), nt);
 }

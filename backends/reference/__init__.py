@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.opset import OpSet
-from backends.reference import activation, attention, kv, linear, logits, norm, rotary, sampling, stored_kv
+from backends.reference import activation, attention, experts, kv, linear, logits, norm, rotary, sampling, stored_kv
 from backends.reference.lora import REFERENCE_LORA
 
 REFERENCE = OpSet(
@@ -20,6 +20,10 @@ REFERENCE = OpSet(
     plan=attention.plan,
     attention=attention.attention,
     silu_mul=activation.silu_mul,
+    route=experts.route,
+    pack_experts=experts.pack_experts,
+    grouped_linear=experts.grouped_linear,
+    combine=experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=stored_kv.stored_bytes,
     export_blocks=stored_kv.export_blocks,

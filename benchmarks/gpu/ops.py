@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
-from benchmarks.gpu import op_cases, op_cases_kv, op_cases_sampling
+from benchmarks.gpu import op_cases, op_cases_experts, op_cases_kv, op_cases_sampling
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device import poisoned, relative_error
 from benchmarks.gpu.op_cases import Cases, Check, World
@@ -25,7 +25,8 @@ from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.spot import SPOTS, on_host
 
 REFUSALS = (ValueError, NotImplementedError)
-OPERATORS: dict[str, Cases] = op_cases.OPERATORS | op_cases_kv.OPERATORS | op_cases_sampling.OPERATORS
+OPERATORS: dict[str, Cases] = (op_cases.OPERATORS | op_cases_experts.OPERATORS | op_cases_kv.OPERATORS
+                               | op_cases_sampling.OPERATORS)
 
 
 def operators() -> Iterator[str]:

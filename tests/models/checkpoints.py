@@ -31,6 +31,7 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
     disk_dtype: torch.dtype = torch.float32
     shard_size: str = "1GB"
+    stacked: bool = False  # experts in one tensor, as transformers 5 holds them
 
 
 def rope(rope_type: str, **fields: Any) -> dict[str, Any]:
@@ -38,6 +39,9 @@ def rope(rope_type: str, **fields: Any) -> dict[str, Any]:
 
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56}
 VARIANTS = [
     Variant("llama-gqa", "Llama"),
     Variant("llama-mha", "Llama", {"num_key_value_heads": 4}),
@@ -73,6 +77,20 @@ VARIANTS = [
                                              "layer_types": MIXED}),
     Variant("qwen3-rope-yarn-mscale", "Qwen3", {"head_dim": 16, **rope(
         "yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.8, mscale_all_dim=0.4)}),
+    Variant("mixtral", "Mixtral", MIXTRAL),
+    Variant("mixtral-stacked-window-21", "Mixtral", {**MIXTRAL, "sliding_window": 21}, stacked=True),
+    Variant("mixtral-bf16-on-disk-sharded", "Mixtral", MIXTRAL, disk_dtype=torch.bfloat16, shard_size="64KB"),
+    Variant("qwen2-moe", "Qwen2Moe", QWEN_MOE),
+    Variant("qwen2-moe-stacked-no-bias-normalised", "Qwen2Moe", {**QWEN_MOE, "qkv_bias": False,
+                                                                 "norm_topk_prob": True}, stacked=True),
+    Variant("qwen2-moe-windows-layer-1-plain", "Qwen2Moe", {
+        **QWEN_MOE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "mlp_only_layers": [1]}),
+    Variant("qwen3-moe", "Qwen3Moe", {**QWEN_MOE, "head_dim": 16, "norm_topk_prob": True}),
+    Variant("qwen3-moe-stacked-tied", "Qwen3Moe", {**QWEN_MOE, "tie_word_embeddings": True}, stacked=True),
+    Variant("qwen3-moe-every-second-layer-bias", "Qwen3Moe", {
+        **QWEN_MOE, "decoder_sparse_step": 2, "attention_bias": True}),
+    Variant("qwen3-moe-window-9-one-expert", "Qwen3Moe", {
+        **QWEN_MOE, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 9}),
 ]
 BY_ID = {variant.id: variant for variant in VARIANTS}
 
@@ -85,7 +103,8 @@ def save_checkpoint(variant: Variant, folder: Path) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(_random_weight(name, weight.shape, generator))
-    model.to(variant.disk_dtype).save_pretrained(folder, max_shard_size=variant.shard_size)
+    model.to(variant.disk_dtype).save_pretrained(folder, max_shard_size=variant.shard_size,
+                                                 save_original_format=not variant.stacked)
     return folder
 
 

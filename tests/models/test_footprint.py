@@ -39,7 +39,8 @@ def kept_bytes() -> int:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "w8a8"])
-@pytest.mark.parametrize("variant", ["llama-tied", "llama-bf16-on-disk", "demo"])
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-bf16-on-disk", "mixtral", "mixtral-stacked-window-21",
+                                     "demo"])
 def test_the_weights_take_what_was_said(tmp_path: Path, backend: Backend, variant: str,
                                         quantization: str | None) -> None:
     folder = resolve_model_path(None) if variant == "demo" else save_checkpoint(BY_ID[variant], tmp_path / variant)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.expert_choice import ExpertChoice
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 
@@ -29,6 +30,8 @@ def on_device(ops: OpSet, device: torch.device, synchronize: Callable[[], None])
             result = op(*there, **{key: load.there(x) for key, x in options.items()})
             synchronize()
             load.bring_back()
+            if isinstance(result, ExpertChoice):
+                return ExpertChoice(result.ids_TK.cpu(), result.weights_TK.cpu())
             return result.cpu() if isinstance(result, Tensor) else result
 
         return call
@@ -47,7 +50,9 @@ class Load:
     def there(self, x: Any) -> Any:
         if isinstance(x, AttentionMetadata):
             return replace(x, **{f.name: self.there(getattr(x, f.name)) for f in fields(x)})
-        if isinstance(x, tuple) and x and isinstance(x[0], Tensor):  # the parts of a layer's cache
+        if isinstance(x, ExpertChoice):  # its order is made anew, and is the same each time
+            return ExpertChoice(self._tensor(x.ids_TK), self._tensor(x.weights_TK))
+        if isinstance(x, tuple) and x and isinstance(x[0], Tensor):  # the parts of a layer's cache, or its experts
             return tuple(map(self._tensor, x))
         return self._tensor(x) if isinstance(x, Tensor) else x
 

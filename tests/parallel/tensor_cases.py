@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backends import get_backend
 from backends.cpu.cpu import CpuBackend
+from backends.expert_choice import RouteRule
 from backends.reference import REFERENCE
 from graph.checking import CheckingCapturer
 from tests.models.checkpoints import PROMPT
@@ -20,6 +21,7 @@ from tests.models.harness import PagedRunner, greedy, weight_bytes
 from tests.parallel.cases import TIMEOUT_S
 from tests.parallel.memory_weights import MemoryWeights
 from tests.runner.harness import Driver, make_config
+from xllm.layers.experts import Experts, ExpertShape, SharedExpert
 from xllm.layers.layer_context import LayerContext
 from xllm.layers.linear import column_linear, row_linear
 from xllm.layers.mlp import GatedMLP
@@ -63,6 +65,29 @@ def column_and_row(rank: int, size: int, store: str) -> None:
         whole, rounded = (GatedMLP(context(ALONE, each), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
                           for each in (None, quantization))
         mine = GatedMLP(context(group, quantization), MemoryWeights(), "mlp", D, INNER, bias=True)(x_TD)
+        close(mine, whole, most)
+        close(mine, rounded)  # the same codes, of weights and of inputs, as on one rank
+    group.close()
+
+
+def experts_in_parts(rank: int, size: int, store: str) -> None:
+    """Each rank has a part of every expert, and of the one that is shared, in each format of the weights."""
+    group = open_group(CpuBackend(compiled=False), rank=rank, size=size, store=store, timeout_s=TIMEOUT_S)
+    shape = ExpertShape(hidden_size=D, ffn_size=INNER, num_experts=6, rule=RouteRule(num_chosen=2, renormalise=True))
+    x_TD = torch.randn(7, D, generator=torch.Generator().manual_seed(1))
+
+    def layer(ours: LayerContext) -> Experts:
+        weights = MemoryWeights()
+        shared = SharedExpert(ours, weights, "mlp.shared_expert", D, 2 * INNER, gate="mlp.shared_expert_gate")
+        made = Experts(ours, weights, "mlp", shape, shared)
+        width = INNER // ours.parallel.tp.size
+        assert weights.taken["mlp.experts.5.gate_proj.weight"] == (width, D)
+        assert weights.taken["mlp.experts.5.down_proj.weight"] == (D, width)
+        return made
+
+    for quantization, most in ((None, 1e-5), ("int8", 0.02), ("w8a8", 0.03)):
+        whole, rounded = (layer(context(ALONE, each))(x_TD) for each in (None, quantization))
+        mine = layer(context(group, quantization))(x_TD)
         close(mine, whole, most)
         close(mine, rounded)  # the same codes, of weights and of inputs, as on one rank
     group.close()

@@ -20,7 +20,8 @@ from xllm.parallel.parallel_context import ParallelContext
 CASES = "tests.parallel.tensor_cases"
 # By what is special about them: GQA, biases that are added once, kv heads that all hold, a tied table of 211 rows.
 MODELS = [("llama-gqa", 2), ("llama-attention-bias", 2), ("llama-mqa", 2), ("llama-gqa", 4),
-          ("qwen3-tied-head-dim-32-bf16", 2), ("qwen2-window-13-from-layer-1", 2)]
+          ("qwen3-tied-head-dim-32-bf16", 2), ("qwen2-window-13-from-layer-1", 2), ("qwen2-moe", 2),
+          ("mixtral-stacked-window-21", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_column_and_a_row_layer(ranks: Ranks, size: int) -> None:
     ranks.check(f"{CASES}:column_and_row", size)
+
+
+def test_experts_in_parts(ranks: Ranks) -> None:
+    ranks.check(f"{CASES}:experts_in_parts", 2)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -11,7 +11,7 @@ from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, ref
 
 _ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
 _NO_CLUSTER = "the cluster is not built yet"
-_NO_MOE = "mixtures of experts are not built yet"
+_NO_EP = "expert parallelism is not built yet: ranks share every expert"
 _ONE_LOOP = "one event loop answers HTTP"
 _NO_PROFILE = "steps are not planned by a profile"
 _TUNING = "it tunes what is not in this engine; answers are the same"
@@ -53,11 +53,11 @@ UPSTREAM_ENGINE: tuple[ForeignFlag, ...] = (
     refused("draft_model", "draft models are not built yet; n-gram drafts: --speculative-method ngram", unless=("",)),
     refused("draft_devices", "draft models are not built yet", unless=("", "auto")),
     refused("cp_size", _ONE_DEVICE, unless=("1",)),
-    refused("ep_size", _NO_MOE, unless=("1",)),
-    refused("expert_parallel_degree", _NO_MOE, unless=("0",)),
-    ignored("redundant_experts_num", _NO_MOE),
-    ignored("eplb_update_interval", _NO_MOE),
-    ignored("eplb_update_threshold", _NO_MOE),
+    refused("ep_size", _NO_EP, unless=("1",)),
+    refused("expert_parallel_degree", _NO_EP, unless=("0",)),
+    ignored("redundant_experts_num", _NO_EP),
+    ignored("eplb_update_interval", _NO_EP),
+    ignored("eplb_update_threshold", _NO_EP),
     refused("rank_tablefile", "ranks find each other at master_node_addr, without a table", unless=("",)),
     ignored("communication_backend", "ranks exchange as torch.distributed does on their device"),
     refused("node_id", _ONE_DEVICE, unless=("0",)),

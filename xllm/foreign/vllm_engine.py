@@ -19,7 +19,7 @@ from xllm.foreign.flag import (
 _ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
 _ONE_FRONT = "a server starts all of its engines, on its own machine, and balances among them itself"
 _NO_MEDIA = "models of images, video and audio are not built yet"
-_NO_MOE = "mixtures of experts are not built yet"
+_NO_EP = "expert parallelism is not built yet: ranks share every expert"
 _NO_MAMBA = "models with state-space layers are not built yet"
 _NO_CODE = "no code of others is loaded into the server"
 _NO_TRANSFER = "instances that hand KV to each other are not built yet"
@@ -164,10 +164,11 @@ DEVICE = (
     ignored("max_parallel_loading_workers", _ONE_WAY),
     ignored_switch("disable_custom_all_reduce", _ONE_WAY),
     refused_switch("ray_workers_use_nsight", "Ray is not used"),
-    refused_switch("enable_expert_parallel", _NO_MOE),
-    refused_switch("enable_eplb", _NO_MOE),
-    *(ignored(name, _NO_MOE) for name in ("eplb_config", "num_redundant_experts", "expert_placement_strategy",
-                                          "all2all_backend", "moe_backend")),
+    refused_switch("enable_expert_parallel", _NO_EP),
+    refused_switch("enable_eplb", _NO_EP),
+    *(ignored(name, _NO_EP) for name in ("eplb_config", "num_redundant_experts", "expert_placement_strategy",
+                                        "all2all_backend")),
+    ignored("moe_backend", "each device has one product of experts of ours; `xllm doctor` names what it inherits"),
     refused_switch("enable_dbo", "steps are not split into two halves yet"),
     *(ignored(name, "steps are not split into two halves") for name in ("dbo_decode_token_threshold",
                                                                         "dbo_prefill_token_threshold")),

@@ -7,18 +7,20 @@ whichever way the op set computes that, and adds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backends.expert_choice import ExpertChoice
 from backends.opset import OpSet
 from xllm.parallel.groups import Group
 
 
 class CommonScale:
-    """`pack_linear` and `linear` of an op set, for a part of the inputs and a format of the weights that is not None.
+    """The products of an op set, for a part of the inputs and a format of the weights that is not None.
 
     Letters: T tokens, X the inputs of this rank, Y outputs.
     """
@@ -29,16 +31,31 @@ class CommonScale:
 
     def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
         """All ranks pack the same layers in the same order: they tell each other the largest numbers."""
+        return self._ops.pack_linear(self._widened(weight_YX), bias_Y, quantization=quantization)
+
+    def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
+        return self._ops.linear(self._widened_input(x_TX), packed)
+
+    def pack_experts(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> Any:
+        def widened() -> Iterator[Tensor]:
+            for weight_YX in experts:
+                yield self._widened(weight_YX)
+
+        return self._ops.pack_experts(widened(), quantization=quantization)
+
+    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+        """All ranks have the same choice, and one kind of device: their rows stand in the same order."""
+        return self._ops.grouped_linear(self._widened_input(x), packed, choice, from_tokens=from_tokens)
+
+    def _widened(self, weight_YX: Tensor) -> Tensor:
         columns = [weight_YX, self._largest(weight_YX)]
         if self._rounds_inputs:
             columns.append(torch.zeros_like(columns[1]))
-        return self._ops.pack_linear(torch.cat(columns, dim=1), bias_Y, quantization=quantization)
+        return torch.cat(columns, dim=1)
 
-    def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
+    def _widened_input(self, x_TX: Tensor) -> Tensor:
         x_TX = F.pad(x_TX, (0, 1))
-        if self._rounds_inputs:
-            x_TX = torch.cat((x_TX, self._largest(x_TX)), dim=1)
-        return self._ops.linear(x_TX, packed)
+        return torch.cat((x_TX, self._largest(x_TX)), dim=1) if self._rounds_inputs else x_TX
 
     def _largest(self, x_TX: Tensor) -> Tensor:
         """Of each row on all ranks, by its absolute value: [T, 1]."""

@@ -96,10 +96,20 @@ def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: 
     part = {name: AdaptedPart(rows=num_outputs, shape=(num_outputs, num_inputs), shard=shard)}
     if group.size == 1:
         return _one_rank_linear(context, part, weight_YX, bias_Y)
-    if context.quantization is not None:
-        common = CommonScale(context.ops, group, context.quantization)
-        context = replace(context, ops=replace(context.ops, linear=common.linear, pack_linear=common.pack_linear))
+    context = with_common_scale(context)
     return SummedLinear(context, _one_rank_linear(context, part, weight_YX, bias_Y if group.rank == 0 else None))
+
+
+def with_common_scale(context: LayerContext) -> LayerContext:
+    """The context for products whose inputs lie on several ranks: where numbers are rounded to codes, to those that one
+    rank would have."""
+    group, ops = context.parallel.tp, context.ops
+    if group.size == 1 or context.quantization is None:
+        return context
+    common = CommonScale(ops, group, context.quantization)
+    return replace(context, ops=replace(
+        ops, linear=common.linear, pack_linear=common.pack_linear, pack_experts=common.pack_experts,
+        grouped_linear=common.grouped_linear))
 
 
 def _one_rank_linear(context: LayerContext, parts: Mapping[str, AdaptedPart], weight_YX: Tensor,

@@ -92,6 +92,8 @@ def _find_halves(file: Path, handle: Any) -> dict[str, dict[str, str]]:
 
 def _check_layer(file: Path, layer: str, name: str, keys: Mapping[str, str], said: AdapterLayers,
                  shapes: Mapping[str, tuple[int, int]]) -> None:
+    if name not in shapes and ".experts." in layer:
+        raise ModelError(f"{file}: {layer!r} is of an expert, and adapters of experts are not built")
     if name not in shapes:
         raise ModelError(f"{file}: {layer!r} is nothing that an adapter of this model can change")
     if not said.layers[layer].is_target:

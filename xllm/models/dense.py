@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from xllm.parallel.shard import Shard, share_heads
 if TYPE_CHECKING:
     from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
+    from xllm.models.decoder import Factory, FeedForward
 
 # Chosen, far beyond any model: the tables of rotations are as wide as a head, and no tensor of the checkpoint bounds
 # them.
@@ -81,9 +83,14 @@ def full_attention(raw: RawConfig) -> tuple[None, ...]:
     return (None,) * raw.integer("num_hidden_layers", high=MAX_LAYERS)
 
 
-def window_per_layer(raw: RawConfig) -> tuple[int | None, ...]:
-    """`sliding_windows` by the Qwen rule: `layer_types` where given, else the layers from `max_window_layers` on,
-    and in both cases only if `use_sliding_window`."""
+def from_there_on(layer: int, first: int) -> bool:
+    """Which layers have a window, by `max_window_layers`: Qwen2's and Qwen3's rule."""
+    return layer >= first
+
+
+def window_per_layer(raw: RawConfig, is_windowed: Callable[[int, int], bool] = from_there_on) -> tuple[int | None, ...]:
+    """`sliding_windows` by the Qwen rule: `layer_types` where given, else by `max_window_layers` as `is_windowed` of
+    layer and that number says, and in both cases only if `use_sliding_window`."""
     num_layers = raw.integer("num_hidden_layers", high=MAX_LAYERS)
     window = raw.optional_integer("sliding_window") if raw.flag("use_sliding_window") else None
     types = raw.values.get("layer_types")
@@ -91,7 +98,7 @@ def window_per_layer(raw: RawConfig) -> tuple[int | None, ...]:
         first = raw.values.get("max_window_layers")
         if isinstance(first, bool) or not isinstance(first, int):
             raise raw.error(f"max_window_layers must be an integer, got {first!r}")
-        return tuple(window if layer >= first else None for layer in range(num_layers))
+        return tuple(window if is_windowed(layer, first) else None for layer in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
         raise raw.error(f"layer_types must be a list with one entry for each of the {num_layers} layers")
     unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
@@ -104,12 +111,20 @@ def window_per_layer(raw: RawConfig) -> tuple[int | None, ...]:
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:
     """`Family.build` of every dense family."""
-    from xllm.layers.attention import Attention, AttentionShape, attention_plan
     from xllm.layers.mlp import GatedMLP
+
+    assert isinstance(config, DenseConfig)
+    width, hidden_size, bias = config.ffn_size, config.hidden_size, config.mlp_bias
+    return build_with(context, config, weights, lambda _, name: GatedMLP(context, weights, name, hidden_size, width,
+                                                                         bias=bias))
+
+
+def build_with(context: LayerContext, config: DenseConfig, weights: Weights, mlp: Factory[FeedForward]) -> CausalLM:
+    """A model with a dense one's attention, and an mlp of its own in each layer."""
+    from xllm.layers.attention import Attention, AttentionShape, attention_plan
     from xllm.layers.rotary import rope_table
     from xllm.models.decoder import Decoder
 
-    assert isinstance(config, DenseConfig)
     cos_sin_LH = rope_table(config.rope, config.head_dim, context.max_model_len, context.device)
 
     def attention(index: int, name: str) -> Attention:
@@ -118,9 +133,6 @@ def build(context: LayerContext, config: ModelConfig, weights: Weights) -> Causa
             head_dim=config.head_dim, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None, sliding_window=config.sliding_windows[index])
         return Attention(context, weights, name, shape, cos_sin_LH)
-
-    def mlp(index: int, name: str) -> GatedMLP:
-        return GatedMLP(context, weights, name, config.hidden_size, config.ffn_size, bias=config.mlp_bias)
 
     plan = attention_plan(context, config.num_heads, config.num_kv_heads, config.head_dim)
     return Decoder(context, config, weights, attention=attention, mlp=mlp, plan=plan)

@@ -13,12 +13,14 @@ import torch
 from xllm.models.weights import checkpoint_files
 
 MAX_HEAD_BYTES = 10**8  # the safetensors library's own limit
-TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
+TABLE, HEAD, EXPERTS = "embed_tokens.weight", "lm_head.weight", ".experts."
 # Full fp32 copies of the largest matrix while it is packed: as it was read, and its absolute values and its codes
 # before they are rounded (`quantize_rows`).
 COPIES, QUANTISED_COPIES = 1, 3
 # What a layer holds of each token at once: gate, up and their product; residual, normed, q, k, v and the result.
 WIDE_ROWS, HIDDEN_ROWS = 3, 6
+# And of each row of its experts, with vectors of the hidden size as they lie by expert and by token.
+EXPERT_HIDDEN_ROWS = 2
 LOGIT_COPIES = 2  # fp32: as computed, and as the sampler edits them
 
 
@@ -54,24 +56,29 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def footprint(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, quantization: str | None, *, num_tokens: int,
-              num_rows: int, num_shares: int = 1) -> Footprint:
+              num_rows: int, num_shares: int = 1, expert_rows: int = 0) -> Footprint:
     """Of a checkpoint with tensors of these shapes, on one of the `num_shares` ranks that share its matrices.
 
     quantization: brings every matrix but the table of token vectors to one byte a number, and one fp32 scale a row.
-    num_tokens: of the longest step. num_rows: of it that want logits. A head that the checkpoint does not bring is a
-    second copy of the table, in its own layout.
+    num_tokens: of the longest step. num_rows: of it that want logits. expert_rows: how many rows experts compute at a
+    time. A head that the checkpoint does not bring is a second copy of the table, in its own layout.
     """
-    weights = largest = widest = 0
+    weights = largest = widest = widest_expert = 0
     tables = {name: shape for name, shape in shapes.items() if name.endswith(TABLE) and len(shape) == 2}
     heads = {} if any(name.endswith(HEAD) for name in shapes) else {f"{name} as head": s for name, s in tables.items()}
     for name, shape in (*shapes.items(), *heads.items()):
-        numbers = -(-math.prod(shape) // num_shares) if len(shape) == 2 else math.prod(shape)
-        is_product = len(shape) == 2 and name not in tables
-        weights += numbers + 4 * shape[0] if is_product and quantization else numbers * dtype.itemsize
-        largest = max(largest, numbers)
-        if is_product and name not in heads and not name.endswith(HEAD):
+        is_stacked = len(shape) == 3  # experts; all ranks read them whole, one of the tensors at a time
+        numbers = -(-math.prod(shape) // num_shares) if len(shape) == 2 or is_stacked else math.prod(shape)
+        is_product = (len(shape) == 2 or is_stacked) and name not in tables
+        num_scales = math.prod(shape[:-1])
+        weights += numbers + 4 * num_scales if is_product and quantization else numbers * dtype.itemsize
+        largest = max(largest, math.prod(shape) if is_stacked else numbers)
+        if EXPERTS in name and is_product:
+            widest_expert = max(widest_expert, -(-shape[-2] // num_shares))
+        elif is_product and name not in heads and not name.endswith(HEAD):
             widest = max(widest, -(-shape[0] // num_shares))
     vocab_size, hidden_size = next(iter(tables.values()), (0, 0))
-    steps = num_tokens * (WIDE_ROWS * widest + HIDDEN_ROWS * hidden_size) * dtype.itemsize
+    numbers = (num_tokens * (WIDE_ROWS * widest + HIDDEN_ROWS * hidden_size)
+               + expert_rows * (WIDE_ROWS * widest_expert + EXPERT_HIDDEN_ROWS * hidden_size))
     return Footprint(weights, 4 * largest * (QUANTISED_COPIES if quantization else COPIES),
-                     steps + LOGIT_COPIES * 4 * min(num_rows, num_tokens) * vocab_size)
+                     numbers * dtype.itemsize + LOGIT_COPIES * 4 * min(num_rows, num_tokens) * vocab_size)

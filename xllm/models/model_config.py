@@ -46,6 +46,11 @@ class ModelConfig(ABC):
         return self.max_model_len
 
     @property
+    def experts_a_token(self) -> int:
+        """How many experts a layer chooses for each token; 0: no layer has any."""
+        return 0
+
+    @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""

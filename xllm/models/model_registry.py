@@ -21,8 +21,11 @@ NO_OVERRIDES = Overrides()
 FAMILIES = {
     "LlamaForCausalLM": "xllm.models.llama",
     "MistralForCausalLM": "xllm.models.mistral",
+    "MixtralForCausalLM": "xllm.models.mixtral",
     "Qwen2ForCausalLM": "xllm.models.qwen2",
+    "Qwen2MoeForCausalLM": "xllm.models.qwen2_moe",
     "Qwen3ForCausalLM": "xllm.models.qwen3",
+    "Qwen3MoeForCausalLM": "xllm.models.qwen3_moe",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
     "MistralModel": "xllm.models.mistral",

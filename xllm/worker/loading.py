@@ -71,9 +71,9 @@ class LoadedModel:
             raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
                               f"card for each of them is not built yet, and the device is {self.backend.name}. Run a "
                               "server a card behind a balancer")
-        self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
+        self._slow_ops = _check_ops(self.backend, config.device.strict_ops, self.model_config.experts_a_token > 0)
         limit = _length_limit(config, self.model_config)
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
@@ -165,15 +165,17 @@ class LoadedModel:
     def _footprint(self) -> Footprint:
         """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as
         0."""
+        from xllm.layers.experts import MAX_ROWS
         from xllm.models.footprint import Footprint, footprint, weight_shapes
 
         model, scheduler = self.config.model, self.config.scheduler
         if model.load_format == "dummy":
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
+        expert_rows = min(MAX_ROWS, scheduler.max_num_batched_tokens * self.model_config.experts_a_token)
         return footprint(weight_shapes(self.path), self._dtype, model.quantization,
                          num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
-                         num_shares=self.config.device.tensor_parallel_size)
+                         num_shares=self.config.device.tensor_parallel_size, expert_rows=expert_rows)
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
@@ -311,13 +313,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
+def _check_ops(backend: Backend, strict: bool | None, has_experts: bool) -> list[str]:
     """List the hot operators that the backend takes from the reference (slow), and log them. Raises ConfigError instead
-    with `strict`."""
-    from backends.opset import COLD_OPS
+    with `strict`. has_experts: of the model."""
+    from backends.opset import COLD_OPS, EXPERT_OPS
     from backends.reference import REFERENCE
 
-    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
+    cold = COLD_OPS if has_experts else COLD_OPS | EXPERT_OPS
+    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in cold]
     if not slow:
         return slow
     message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"

@@ -21,7 +21,7 @@ from typing import Any
 
 from serving.commands.bench import engines, report
 from serving.commands.bench.engines import OWN, EngineSet
-from serving.commands.bench.random_model import SHAPE, write_checkpoint
+from serving.commands.bench.random_model import SHAPE, SHAPES, write_checkpoint
 from serving.commands.flags import FlagParser
 from xllm import env
 from xllm.child_process import run_module
@@ -48,11 +48,14 @@ def main(argv: list[str], engine_set: EngineSet = OWN, prog: str = "xllm bench t
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each row and engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", help="folder of another checkpoint (token ids must be below 32000)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="dense",
+                        help="moe: with 64 experts in each layer, of which a token has 8 (default: %(default)s)")
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
     report.check(args.json, args.model)
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch:
-        folder = Path(args.model) if args.model else write_checkpoint(Path(scratch) / "model")
+        folder = Path(args.model) if args.model else write_checkpoint(
+            Path(scratch) / "model", SHAPES[args.shape])
         workers: dict[str, ChildEngine] = {}
         try:
             for name in ["xllm", *(args.vs or [])]:
@@ -163,5 +166,5 @@ def summary(workers: dict[str, ChildEngine], rates: dict[str, dict[str, list[flo
         "goals_vs_transformers": GOALS,
         "start_s": {name: round(w.start_s, 2) for name, w in workers.items()},
         "peak_gib": {name: round(w.peak_gib, 2) for name, w in workers.items()},
-        "threads": args.threads, "rounds": args.rounds, "shape": SHAPE,
+        "threads": args.threads, "rounds": args.rounds, "shape": SHAPES[args.shape],
     }

@@ -1,0 +1,125 @@
+"""`Experts`: a mixture of experts (Shazeer et al. 2017), each a gated mlp, and what a router chooses of them.
+
+Letters: T tokens, E experts, K experts a token, D hidden, F ffn, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from backends.expert_choice import RouteRule
+from xllm.errors import ConfigError, ModelError
+from xllm.layers.layer_context import LayerContext, Weights
+from xllm.layers.linear import Linear, column_linear, with_common_scale
+from xllm.layers.mlp import GatedMLP
+from xllm.parallel.shard import Shard
+
+# Rows that are computed at a time: what is between the products takes memory for each of them. Chosen: an expert of 128
+# still gets 64 rows on average, enough to make its weights worth reading.
+MAX_ROWS = 8192
+WHOLE, ALWAYS = Shard(0, 0, 1), RouteRule(num_chosen=1, sigmoid=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """ffn_size: of each expert. parts: what a checkpoint of experts that stand apart calls their gate, up and down.
+    has_bias: whether the choice is corrected by `<name>.gate.e_score_correction_bias`.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    num_experts: int
+    rule: RouteRule
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    has_bias: bool = False
+
+
+class Experts:
+    """The sum of down_e(silu(gate_e(x)) * up_e(x)) over a token's experts e, by their weights, and the shared expert.
+
+    Ranks share the inner axis of every expert; the router is the same on all. Adapters change the shared expert alone.
+    """
+
+    __slots__ = ("_all_reduce", "_bias_E", "_combine", "_down", "_down_linear", "_gate_up", "_gate_up_linear",
+                 "_max_tokens", "_route", "_router", "_rule", "_shared", "_silu_mul")
+
+    def __init__(self, context: LayerContext, weights: Weights, name: str, shape: ExpertShape,
+                 shared: GatedMLP | SharedExpert | None = None):
+        ops, own = context.ops, with_common_scale(context).ops
+        context.parallel.tp_shard(0).even_width(shape.ffn_size, f"the width of the experts of {name}")
+        router_ED = weights.take(f"{name}.gate.weight", (shape.num_experts, shape.hidden_size))
+        self._router = Linear(replace(context, quantization=None), router_ED)
+        self._bias_E = None
+        if shape.has_bias:
+            self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,)).float()
+        gate_up = _gate_up_weights(weights, name, shape, context.parallel.tp_shard(0))
+        down = _down_weights(weights, name, shape, context.parallel.tp_shard(1))
+        try:
+            self._gate_up = ops.pack_experts(gate_up, quantization=context.quantization)
+            self._down = own.pack_experts(down, quantization=context.quantization)
+        except ModelError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"quantization {context.quantization!r}: {error}") from None
+        self._rule, self._max_tokens = shape.rule, max(1, MAX_ROWS // shape.rule.num_chosen)
+        self._route, self._silu_mul, self._combine = ops.route, ops.silu_mul, ops.combine
+        self._gate_up_linear, self._down_linear = ops.grouped_linear, own.grouped_linear
+        self._all_reduce, self._shared = context.parallel.tp.all_reduce, shared
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Overwrites x_TD where it has more tokens than are computed at a time."""
+        if len(x_TD) <= self._max_tokens:
+            return self._compute(x_TD)
+        for part_TD in x_TD.split(self._max_tokens):
+            part_TD.copy_(self._compute(part_TD))
+        return x_TD
+
+    def _compute(self, x_TD: Tensor) -> Tensor:
+        choice = self._route(self._router(x_TD), self._rule, self._bias_E)
+        gate_up_RF2 = self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True)
+        y_RD = self._down_linear(self._silu_mul(gate_up_RF2), self._down, choice, from_tokens=False)
+        out_TD = self._all_reduce(self._combine(y_RD, choice))
+        return out_TD if self._shared is None else out_TD.add_(self._shared(x_TD))
+
+
+class SharedExpert:
+    """sigmoid(gate(x)) * mlp(x): what every token has beside the experts of its own (Qwen2-MoE)."""
+
+    __slots__ = ("_gate", "_mlp", "_route")
+
+    def __init__(self, context: LayerContext, weights: Weights, name: str, hidden_size: int, ffn_size: int, *,
+                 gate: str):
+        """gate: the name of its matrix, of one row, which is not quantised and the same on all ranks."""
+        self._route = context.ops.route  # torch's sigmoid depends on where in the batch a number stands
+        self._mlp = GatedMLP(context, weights, name, hidden_size, ffn_size, bias=False)
+        self._gate = column_linear(replace(context, quantization=None), weights, {gate: (1, WHOLE)}, hidden_size)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self._mlp(x_TD).mul_(self._route(self._gate(x_TD), ALWAYS).weights_TK)
+
+
+def _gate_up_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor]:
+    """This rank's [2F, D] of each expert: gate, then up. Stacked experts are read whole."""
+    stacked, size = f"{name}.experts.gate_up_proj", (shape.ffn_size, shape.hidden_size)
+    if weights.has(stacked):
+        for whole_XD in weights.take(stacked, (shape.num_experts, 2 * shape.ffn_size, shape.hidden_size)):
+            yield torch.cat([part_FD[shard.of(size)] for part_FD in whole_XD.split(shape.ffn_size)])
+        return
+    gate, up, _ = shape.parts
+    for expert in range(shape.num_experts):
+        yield torch.cat([weights.take(f"{name}.experts.{expert}.{part}.weight", size, shard) for part in (gate, up)])
+
+
+def _down_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor]:
+    """This rank's [D, F] of each expert."""
+    stacked, size = f"{name}.experts.down_proj", (shape.hidden_size, shape.ffn_size)
+    if weights.has(stacked):
+        for whole_DF in weights.take(stacked, (shape.num_experts, *size)):
+            yield whole_DF[shard.of(size)].clone(memory_format=torch.contiguous_format)
+        return
+    for expert in range(shape.num_experts):
+        yield weights.take(f"{name}.experts.{expert}.{shape.parts[2]}.weight", size, shard)
