@@ -94,6 +94,7 @@ TWIN_MODULES = {
     "config": "the settings of the engine and those of the server",
     "errors": "those of the engine and those of the API",
     "kv": "operators of each device",
+    "latent": "operators of each device",
     "kv_codes": "number formats of the KV cache on each device",
     "linear": "an operator of each device, and its layer",
     "logits": "operators of each device",

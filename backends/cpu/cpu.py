@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Capturer
-from backends.cpu import linear
+from backends.cpu import latent, linear
 from backends.cpu.build import load_kernels
 from backends.cpu.kernels import Kernels
 from backends.cpu.memory import available_bytes, lazy_zeros, populate
@@ -25,7 +25,8 @@ from backends.vmm import VmmDriver
 
 TORCH_LORA = LoraOps(linear.pack_linear, linear.linear)
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linear=linear.linear,
-                    pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add)
+                    pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add,
+                    latent_attention=latent.latent_attention)
 
 
 def compiled_ops(kernels: Kernels) -> OpSet:
@@ -44,6 +45,7 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         qkv_rope_write=kernels.qkv_rope_write,
         plan=kernels.plan,
         attention=kernels.attention,
+        latent_attention=latent.latent_attention,
         silu_mul=kernels.silu_mul,
         export_blocks=kernels.export_blocks,
         import_blocks=kernels.import_blocks,

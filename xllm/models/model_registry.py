@@ -23,6 +23,8 @@ FAMILIES = {
     "MistralForCausalLM": "xllm.models.mistral",
     "Qwen2ForCausalLM": "xllm.models.qwen2",
     "Qwen3ForCausalLM": "xllm.models.qwen3",
+    "DeepseekV2ForCausalLM": "xllm.models.deepseek_v2",
+    "DeepseekV3ForCausalLM": "xllm.models.deepseek_v3",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
     "MistralModel": "xllm.models.mistral",

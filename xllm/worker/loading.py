@@ -74,6 +74,7 @@ class LoadedModel:
         self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
+        _check_special_ops(self.backend, self.model_config, config.device.strict_ops)
         limit = _length_limit(config, self.model_config)
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
@@ -103,12 +104,16 @@ class LoadedModel:
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan(need.steps)
-        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, kv_specs, kv_dtype)
+        kv_block_bytes = page_bytes(self.config, self.backend, kv_specs, kv_dtype)
+        kv_bytes = self.num_blocks * kv_block_bytes
+        block_size = self.config.cache.block_size
+        assert block_size is not None, "a resolved config says it"
         self._warn_of_too_much(need, kv_bytes)
         self.placement = Placement(device=self.backend.name, device_name=_device_name(self.backend),
                                    dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
                                    num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
-                                   weights_bytes=need.weights, kv_bytes=kv_bytes, advice=self._advice())
+                                   weights_bytes=need.weights, kv_bytes=kv_bytes,
+                                   kv_token_bytes=kv_block_bytes // block_size, advice=self._advice())
 
     @property
     def generates(self) -> bool:
@@ -314,10 +319,10 @@ def _name(dtype: torch.dtype) -> str:
 def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
     """List the hot operators that the backend takes from the reference (slow), and log them. Raises ConfigError instead
     with `strict`."""
-    from backends.opset import COLD_OPS
+    from backends.opset import COLD_OPS, SPECIAL_OPS
     from backends.reference import REFERENCE
 
-    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS]
+    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in COLD_OPS | SPECIAL_OPS]
     if not slow:
         return slow
     message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
@@ -325,3 +330,17 @@ def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
         raise ConfigError(f"{message}. --no-strict-ops allows it")
     _log.warning(message)
     return slow
+
+
+def _check_special_ops(backend: Backend, model: ModelConfig, strict: bool | None) -> None:
+    """Raise ConfigError for a model whose own operators a strict device takes from the reference: that knows the CPU's
+    layout of the KV cache only, so that nothing allows it. On others `strict` says whether it is allowed."""
+    from backends.reference import REFERENCE
+
+    slow = sorted(model.special_ops.intersection(backend.ops.inherited_from(REFERENCE)))
+    if slow and backend.strict_ops:
+        raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks {' and '.join(slow)}; "
+                          "it runs with --device cpu")
+    if slow and strict:
+        raise ConfigError(f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}. "
+                          "--no-strict-ops allows it")
