@@ -1,10 +1,14 @@
-"""Multi-head latent attention on a CPU, in products of torch: for each sequence the form that takes fewer of them.
+"""Multi-head latent attention on a CPU: for each sequence the form that takes fewer multiplications. Products are
+torch's; what is summed for few queries is the compiled kernel's (latent.c) where there is one.
 
 Letters: Q queries and C positions of one sequence, D width of a key without its rotated part, V of a value; more in
 `opset.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +21,23 @@ from backends.reference.kv import latent_width, latents_of
 MAX_SCORES = 2**22
 
 
-def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float) -> Tensor:
+FEW = 16  # queries of a sequence that the kernel takes one by one. Chosen: products of more are torch's strength
+
+# (q_XNW, cache, meta, tokens, sums_XNL): the latents weighted by each query, scaled and brought to their width.
+LatentSums = Callable[[Tensor, Tensor, AttentionMetadata, "Tokens", Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Of some queries: the sequence of each, and how many positions it sees."""
+
+    seqs: list[int]
+    seen: list[int]
+
+
+def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float,
+                     sums: LatentSums | None = None) -> Tensor:
+    """sums: the kernel, if it takes these types; None: torch."""
     num_heads, num_made, width = up_NYL.shape
     key_dim = q_TNX.shape[2] - (latent_width(cache) - width)
     value_dim = num_made - key_dim
@@ -32,7 +52,8 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: Attenti
         elif rows.stop > rows.start:
             absorbed.append((s, seq_len, rows))
     if absorbed:
-        _attend_absorbed(q_TNX, up_NYL, cache, meta, absorbed, out_TNV)
+        absorbed.sort(key=lambda each: each[2].stop - each[2].start)
+        _attend_absorbed(q_TNX, up_NYL, cache, meta, absorbed, out_TNV, sums)
     return out_TNV.flatten(1).to(dtype)
 
 
@@ -62,21 +83,28 @@ def _attend_expanded(q_QNX: Tensor, up_NYL: Tensor, kept_CX: Tensor, out_QNV: Te
 
 
 def _attend_absorbed(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata,
-                     sequences: list[tuple[int, int, slice]], out_TNV: Tensor) -> None:
-    """The matrices are read once for all of these sequences. sequences: number, length and rows of each."""
+                     sequences: list[tuple[int, int, slice]], out_TNV: Tensor, sums: LatentSums | None) -> None:
+    """The matrices are read once for all of these sequences. sequences: number, length and rows of each, those with the
+    fewest queries first."""
     key_dim, width = up_NYL.shape[1] - out_TNV.shape[2], up_NYL.shape[2]
     rows_T = torch.cat([torch.arange(rows.start, rows.stop) for _, _, rows in sequences])
     q_NTX = q_TNX[rows_T].transpose(0, 1)
     latent_q_NTL = torch.bmm(q_NTX[..., :key_dim], up_NYL[:, :key_dim])
     wide_TNX = torch.cat((latent_q_NTL, q_NTX[..., key_dim:]), dim=-1).transpose(0, 1).contiguous()
     sums_TNL = wide_TNX.new_empty((*wide_TNX.shape[:2], width))
+    few = Tokens([], [])
     done = 0
     for s, seq_len, rows in sequences:
-        kept_CX = latents_of(cache, meta, s, seq_len).float()
         num_queries = rows.stop - rows.start
-        ours = slice(done, done + num_queries)
-        _sum_latents(wide_TNX[ours], kept_CX, sums_TNL[ours])
+        if sums is not None and num_queries <= FEW:
+            few.seqs.extend([s] * num_queries)
+            few.seen.extend(range(seq_len - num_queries + 1, seq_len + 1))
+        else:
+            ours = slice(done, done + num_queries)
+            _sum_latents(wide_TNX[ours], latents_of(cache, meta, s, seq_len).float(), sums_TNL[ours])
         done += num_queries
+    if sums is not None and few.seqs:
+        sums(wide_TNX[:len(few.seqs)], cache, meta, few, sums_TNL)
     values_NTV = torch.bmm(sums_TNL.transpose(0, 1), up_NYL[:, key_dim:].transpose(1, 2))
     out_TNV[rows_T] = values_NTV.transpose(0, 1)
 

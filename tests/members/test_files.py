@@ -39,7 +39,8 @@ MODEL = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 
 
 
 def of_configs() -> set[str]:
-    classes = (transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config, transformers.Qwen3Config)
+    classes = (transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config, transformers.Qwen3Config,
+               transformers.DeepseekV2Config, transformers.DeepseekV3Config)
     return {field.name for config in classes for field in dataclasses.fields(config)}
 
 

@@ -34,16 +34,16 @@ def paged(step: str, *, contiguous: bool = False, gap: int = 0, kv_dtype: torch.
                  contiguous=contiguous, gap=gap, kv_dtype=kv_dtype)
 
 
-def truth(case: Paged, q_TNX: Tensor, up_NYL: Tensor, scale: float) -> Tensor:
-    rows, t, up = [], 0, up_NYL.double()
+def truth(case: Paged, q_TNX: Tensor, up_NYL: Tensor, scale: float, key_dim: int = D) -> Tensor:
+    rows, t, up, (N, _, L) = [], 0, up_NYL.double(), up_NYL.shape
     for kept, query_len in zip(case.values, case.query_lens):
-        latents, shared = kept[:, 0].double().split([L, R], dim=1)
+        latents, shared = kept[:, 0].double().tensor_split([L], dim=1)
         made = torch.einsum("cl,nyl->ncy", latents, up)
-        keys = torch.cat((made[..., :D], shared.expand(N, -1, -1)), dim=-1)
+        keys = torch.cat((made[..., :key_dim], shared.expand(N, -1, -1)), dim=-1)
         scores = torch.einsum("qnx,ncx->nqc", q_TNX[t : t + query_len].double() * scale, keys)
         later = torch.ones(query_len, len(kept)).triu(len(kept) - query_len + 1).bool()
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-        rows.append(torch.einsum("nqc,ncv->qnv", weights, made[..., D:]).flatten(1))
+        rows.append(torch.einsum("nqc,ncv->qnv", weights, made[..., key_dim:]).flatten(1))
         t += query_len
     return torch.cat(rows)
 
@@ -68,8 +68,20 @@ def test_attention(ops: OpSet, monkeypatch: pytest.MonkeyPatch, step: str, conti
     torch.testing.assert_close(out.double(), truth(case, q_TNX, up_NYL, 0.3), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
+@pytest.mark.parametrize(("heads", "latent_width", "rotated"), [(20, 64, 16), (3, 75, 6)], ids=str)
+def test_decoding_over_long_contexts(ops: OpSet, heads: int, latent_width: int, rotated: int, contiguous: bool) -> None:
+    """Contexts in parts, several drafts of a sequence, heads and widths that fill nothing evenly."""
+    case = Paged(query_lens=[1, 3, 1, 1], seq_lens=[1300, 700, 512, 513], num_heads=heads, num_kv_heads=1,
+                 head_dim=latent_width + rotated, block_size=16, contiguous=contiguous, gap=7)
+    q_TNX, up_NYL = torch.randn(6, heads, 12 + rotated), torch.randn(heads, 12 + 10, latent_width) / latent_width**0.5
+    out = ops.latent_attention(q_TNX.clone(), up_NYL, case.v_cache, case.meta, scale=0.3)
+    exact = truth(case, q_TNX, up_NYL, 0.3, key_dim=12)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=3e-6)
+
+
 def test_the_form_is_the_one_of_less_work() -> None:
-    """DeepSeek V3's widths: a prompt is expanded, a decoding row is not, a chunk far behind its prefix from its size on."""
+    """DeepSeek V3's widths: a prompt is expanded, a decoding row is not, a chunk behind its prefix by its size."""
     widths = (128, 128, 512)
     assert latent.expanding_is_less(4096, 4096, *widths) and not latent.expanding_is_less(1, 4096, *widths)
     assert latent.expanding_is_less(256, 8192, *widths) and not latent.expanding_is_less(128, 8192, *widths)

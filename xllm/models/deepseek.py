@@ -77,7 +77,8 @@ def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mlp_b
         key_dim=raw.integer("qk_nope_head_dim", high=MAX_HEAD_DIM),
         value_dim=raw.integer("v_head_dim", high=MAX_HEAD_DIM), interleaved=interleaved,
         attention_bias=raw.flag("attention_bias"), mlp_bias=mlp_bias, ffn_size=raw.integer("intermediate_size"),
-        num_draft_layers=raw.whole("num_nextn_predict_layers", high=MAX_LAYERS))
+        num_draft_layers=raw.whole("num_nextn_predict_layers", high=MAX_LAYERS)
+        or raw.whole("num_mtp_layers", high=MAX_LAYERS))  # transformers' own name
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:

@@ -339,8 +339,8 @@ def _check_special_ops(backend: Backend, model: ModelConfig, strict: bool | None
 
     slow = sorted(model.special_ops.intersection(backend.ops.inherited_from(REFERENCE)))
     if slow and backend.strict_ops:
-        raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks {' and '.join(slow)}; "
-                          "it runs with --device cpu")
+        raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks "
+                          f"{' and '.join(slow)}; it runs with --device cpu")
     if slow and strict:
         raise ConfigError(f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}. "
                           "--no-strict-ops allows it")
