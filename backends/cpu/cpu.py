@@ -45,6 +45,7 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         qkv_rope_write=kernels.qkv_rope_write,
         plan=kernels.plan,
         attention=kernels.attention,
+        latent_rope_write=kernels.latent_rope_write,
         latent_attention=kernels.latent_attention,
         silu_mul=kernels.silu_mul,
         export_blocks=kernels.export_blocks,

@@ -21,6 +21,7 @@ from backends.cpu import latent
 from backends.cpu.transfer import DTYPES, Transfer, transfers
 from backends.metadata import AttentionMetadata
 from backends.reference import activation, attention, logits, norm, rotary, sampling
+from backends.reference import latent as reference_latent
 from backends.reference.kv_codes import QUANTISED
 from backends.reference.linear import check_inputs, check_quantization, quantize_rows
 from backends.reference.linear import linear as reference_linear
@@ -78,6 +79,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_plan": (None, [POINTER(StepStruct)]),
     "xllm_attention": (None, [POINTER(StepStruct), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p,
                               c_float, c_int64, c_int]),
+    "xllm_latent_rope_write": (None, [c_void_p, c_int64] + [c_void_p] * 4 + [c_int64, c_int] + [c_void_p] * 3
+                               + [c_float, c_int] + [c_int64] * 6 + [c_int]),
     "xllm_latent_split": (c_int64, []),
     "xllm_latent_sums": (None, [POINTER(Latents), c_int]),
     "xllm_panel": (c_int64, []),
@@ -276,6 +279,34 @@ class Kernels:
                          v_cache.stride(0), DTYPES[k_cache.dtype], out_TX.data_ptr(), scale, sliding_window or 0,
                          self.threads())  # fmt: skip
         return out_TX
+
+    def latent_rope_write(
+        self,
+        latent_TX: Tensor,
+        q_TNX: Tensor,
+        positions_T: Tensor,
+        cos_sin_XR: Tensor,
+        cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        norm_weight_L: Tensor,
+        eps: float,
+        interleaved: bool,
+    ) -> Tensor:
+        if q_TNX.dtype is not FP32 or cache.dtype not in KV_DTYPES:
+            return reference_latent.latent_rope_write(
+                latent_TX, q_TNX, positions_T, cos_sin_XR, cache, meta, norm_weight_L=norm_weight_L, eps=eps,
+                interleaved=interleaved)
+        assert positions_T.dtype is torch.int32 and meta.slot_mapping_T.dtype is torch.int32
+        q_TNX = q_TNX.contiguous()
+        out_TNX, (num_tokens, num_heads, width), rotated = torch.empty_like(q_TNX), q_TNX.shape, cos_sin_XR.shape[1]
+        self.latent_rope_write_c(
+            latent_TX.data_ptr(), latent_TX.stride(0), q_TNX.data_ptr(), positions_T.data_ptr(), cos_sin_XR.data_ptr(),
+            cache.data_ptr(), cache.stride(0), DTYPES[cache.dtype], meta.slot_mapping_T.data_ptr(), out_TNX.data_ptr(),
+            norm_weight_L.data_ptr(), eps, interleaved, num_tokens, num_heads, len(norm_weight_L), rotated,
+            width - rotated, meta.block_size, self.threads(),
+        )  # fmt: skip
+        return out_TNX
 
     def latent_attention(self, q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *,
                          scale: float) -> Tensor:
