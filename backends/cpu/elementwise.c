@@ -214,9 +214,9 @@ static void latent_rope_rows(const void *context, int64_t begin, int64_t end) {
 
 /* format: F32, INT8 or FP8. latent_stride: from one token to the next. block_stride: numbers of the cache's format from
  * one block to the next. */
-EXPORT void xllm_latent_rope_write(const float *latents, int64_t latent_stride, const float *q, const int32_t *positions,
-                                   const float *cos_sin, char *cache, int64_t block_stride, int format,
-                                   const int32_t *slots, float *q_out, const float *norm, float eps, int interleaved,
+EXPORT void xllm_latent_rope_write(const float *latents, int64_t latent_stride, const float *q,
+                                   const int32_t *positions, const float *cos_sin, char *cache, int64_t block_stride,
+                                   int format, const int32_t *slots, float *q_out, const float *norm, float eps, int interleaved,
                                    int64_t T, int64_t N, int64_t L, int64_t R, int64_t D, int64_t P, int nt) {
     const LatentRope c = {latents, q, cos_sin, norm, positions, slots, cache, q_out, latent_stride,
                           block_stride * (format == F32 ? 4 : 1), N, L, R, D, P, eps, format, interleaved};

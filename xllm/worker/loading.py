@@ -74,7 +74,7 @@ class LoadedModel:
         self._slow_ops = _check_ops(self.backend, config.device.strict_ops)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
-        _check_special_ops(self.backend, self.model_config, config.device.strict_ops)
+        _check_special_ops(self.backend, self.model_config, config)
         limit = _length_limit(config, self.model_config)
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
@@ -332,15 +332,18 @@ def _check_ops(backend: Backend, strict: bool | None) -> list[str]:
     return slow
 
 
-def _check_special_ops(backend: Backend, model: ModelConfig, strict: bool | None) -> None:
+def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfig) -> None:
     """Raise ConfigError for a model whose own operators a strict device takes from the reference: that knows the CPU's
-    layout of the KV cache only, so that nothing allows it. On others `strict` says whether it is allowed."""
+    layout of the KV cache only, so that nothing allows it. On others `strict_ops` says whether it is allowed. On a CPU
+    these operators look at lengths as they go, so that no graph can hold them."""
     from backends.reference import REFERENCE
 
     slow = sorted(model.special_ops.intersection(backend.ops.inherited_from(REFERENCE)))
     if slow and backend.strict_ops:
         raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks "
                           f"{' and '.join(slow)}; it runs with --device cpu")
-    if slow and strict:
+    if slow and config.device.strict_ops:
         raise ConfigError(f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}. "
                           "--no-strict-ops allows it")
+    if model.special_ops and backend.computes_on_host and config.device.graph_mode == "checked":
+        raise ConfigError(f"graph_mode checked: graphs of {model.architecture} are not built for {backend.name}")
