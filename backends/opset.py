@@ -5,7 +5,8 @@ so that file is the table of what the backend implements itself. An operator's c
 docstring of its Protocol here; every implementation honours all of it.
 
 Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
-P tokens per block, B blocks, E experts. X and Y are any sizes. Tensors are contiguous unless said otherwise.
+P tokens per block, B blocks, E experts, L width of a latent, R of what is rotated beside it. X and Y are any sizes.
+Tensors are contiguous unless said otherwise.
 
 KV caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
 layout a block without an owner may have no memory behind it. An operator touches the blocks that the metadata or its
@@ -160,6 +161,47 @@ class AttentionOp(Protocol):
         ...
 
 
+class LatentRopeWriteOp(Protocol):
+    def __call__(
+        self,
+        latent_TX: Tensor,
+        q_TNX: Tensor,
+        positions_T: Tensor,
+        cos_sin_XR: Tensor,
+        cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        norm_weight_L: Tensor,
+        eps: float,
+        interleaved: bool,
+    ) -> Tensor:
+        """What multi-head latent attention (DeepSeek-V2, 2024) does before it attends: norm the latents, rotate, write
+        the layer's one part; q with its rotated part.
+
+        latent_TX: [T, L + R], a token's latent and then the R numbers that all its keys share. q_TNX: [T, N, D + R],
+        the last R of each head to be rotated. Both may be views whose last axis is contiguous, and may be overwritten.
+        The slot gets [rms_norm(latent) | the R numbers rotated]; slots of -1 are not written. cos_sin_XR: as in
+        `qkv_rope_write`. interleaved: the pairs that are rotated are (x[2i], x[2i + 1]), as DeepSeek's checkpoints have
+        them, and not (x[i], x[i + R/2]). In the results, of q and of the cache, they stand in the second order.
+        """
+        ...
+
+
+class LatentAttentionOp(Protocol):
+    def __call__(self, q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *,
+                 scale: float) -> Tensor:
+        """Causal attention of this step's queries over the cached latents: [T, N * V].
+
+        q_TNX: [T, N, D + R]. up_NYL: [N, D + V, L]. Where a position has the latent c and the rotated numbers r, the
+        key of head n is [up[n, :D] @ c | r] and its value up[n, D:] @ c. They may be made, which is less work for many
+        queries, or the same be computed on latents alone (the absorbed form, for few): queries [up[n, :D].T @ q | r of
+        q], and up[n, D:] @ the weighted sum of latents. Which, the op set decides for each sequence by its lengths.
+        `meta.plan` is not read. Query i of a sequence sees positions <= seq_len - query_len + i. Scores and sums in
+        fp32.
+        """
+        ...
+
+
 class SiluMulOp(Protocol):
     def __call__(self, gate_up_TF2: Tensor) -> Tensor:
         """silu(gate) * up for x = [gate | up] on the last axis: [T, 2F] -> [T, F]."""
@@ -303,8 +345,10 @@ class SampleOp(Protocol):
 
 # Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
 COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "feed_tokens", "copy_blocks", "stored_bytes"})
-# Called by models with experts only: to others it does not matter who has them.
+# Only some models call these (`ModelConfig.special_ops`): to others it does not matter who has them.
 EXPERT_OPS = frozenset({"route", "grouped_linear", "combine"})
+LATENT_OPS = frozenset({"latent_rope_write", "latent_attention"})
+SPECIAL_OPS = EXPERT_OPS | LATENT_OPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +367,8 @@ class OpSet:
     qkv_rope_write: QKVRopeWriteOp
     plan: PlanOp
     attention: AttentionOp
+    latent_rope_write: LatentRopeWriteOp
+    latent_attention: LatentAttentionOp
     silu_mul: SiluMulOp
     route: RouteOp
     pack_experts: PackExpertsOp

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from backends import get_backend
+from backends.cpu.cpu import TORCH_OPS
 from backends.cpu.linear import has_onednn
 from backends.cpu.linear import linear as onednn_linear
 from backends.cpu.linear import pack_linear as onednn_pack
@@ -117,6 +118,22 @@ def attention_case(ops: OpSet, num_seqs: int, seq_len: int, query_len: int) -> d
                  "cpu": lambda: ops.attention(q, k, v, planned, scale=H**-0.5)})  # fmt: skip
 
 
+def latent_case(ops: OpSet, num_seqs: int, seq_len: int, query_len: int) -> dict[str, float]:
+    """At DeepSeek V2-Lite's widths. reference: keys and values of all latents; torch: the CPU's without kernels."""
+    num_heads, width, rotated, key_dim, value_dim = 16, 512, 64, 128, 128
+    per_seq, num_tokens = -(-seq_len // P), num_seqs * query_len
+    cache = torch.randn(cache_shape(num_seqs * per_seq, P, 1, width + rotated))
+    meta = AttentionMetadata(
+        query_start_S1=torch.arange(num_seqs + 1, dtype=torch.int32) * query_len, max_query_len=query_len,
+        seq_lens_S=torch.full((num_seqs,), seq_len, dtype=torch.int32), max_seq_len=seq_len, block_size=P,
+        block_table_SM=torch.randperm(num_seqs * per_seq, dtype=torch.int32).view(num_seqs, per_seq),
+        slot_mapping_T=torch.zeros(num_tokens, dtype=torch.int32), num_tokens=num_tokens,
+    )  # fmt: skip
+    q, up = torch.randn(num_tokens, num_heads, key_dim + rotated), torch.randn(num_heads, key_dim + value_dim, width)
+    rivals = {"reference": REFERENCE, "torch": TORCH_OPS, "cpu": ops}
+    return race({name: partial(each.latent_attention, q, up, cache, meta, scale=0.07) for name, each in rivals.items()})
+
+
 def small_cases(ops: OpSet, rows: int) -> dict[str, dict[str, float]]:
     x, weight, gate_up = torch.randn(rows, D), torch.ones(D), torch.randn(rows, 2 * FFN)
     logits, ones = torch.randn(rows, V) * 3, torch.ones(rows)
@@ -146,6 +163,10 @@ def main() -> None:
         results[name] = attention_case(ops, num_seqs, seq_len, query_len)
     for num_tokens in (1, 8, 32, 512):
         results[f"experts T={num_tokens} 8 of 64"] = experts_case(ops, num_tokens)
+    for num_seqs, seq_len, query_len in ((1, 512, 1), (1, 4096, 1), (8, 1024, 1), (32, 512, 1), (1, 512, 512),
+                                         (1, 4096, 256), (1, 4096, 32)):  # fmt: skip
+        name = f"latent_attention S={num_seqs} context={seq_len} queries={query_len}"
+        results[name] = latent_case(ops, num_seqs, seq_len, query_len)
     for rows in (1, 32):
         results |= small_cases(ops, rows)
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "results": results}, indent=1))

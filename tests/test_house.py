@@ -93,8 +93,10 @@ TWIN_MODULES = {
     "attention": "an operator of each device, and its layer",
     "config": "the settings of the engine and those of the server",
     "experts": "operators of each device, and their layer",
+    "deepseek": "a family of models: its checkpoints and its tool calls",
     "errors": "those of the engine and those of the API",
     "kv": "operators of each device",
+    "latent": "operators of each device",
     "kv_codes": "number formats of the KV cache on each device",
     "linear": "an operator of each device, and its layer",
     "logits": "operators of each device",
@@ -116,7 +118,6 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.moe": "mixtures of experts",
-    "npu_ops.attention.latent_attention": "latent attention (MLA)",
     "npu_ops.rotary.mrope": "positions of images and video",
     "npu_ops.rotary.apply_rotary_pos_emb": "latent attention (MLA)",
     "serving.security.addresses": "media in requests",

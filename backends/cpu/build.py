@@ -15,7 +15,8 @@ from pathlib import Path
 logger = logging.getLogger("xllm.backends.cpu")
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("elementwise.c", "attention.c", "linear.c", "w8a8.c", "experts.c", "sampling.c", "transfer.c", "pool.c")
+SOURCES = ("elementwise.c", "attention.c", "latent.c", "linear.c", "w8a8.c", "experts.c", "sampling.c", "transfer.c",
+           "pool.c")
 HEADERS = ("vectors.h", "panels.h", "groups.h", "kv_codes.h", "pool.h")
 COMPILERS = ("cc", "gcc", "clang")
 # For one run of the compiler. Chosen: it takes some seconds; a compiler that hangs must not keep the engine from

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Capturer
-from backends.cpu import linear
+from backends.cpu import latent, linear
 from backends.cpu.build import load_kernels
 from backends.cpu.expert_kernels import ExpertKernels
 from backends.cpu.experts import SortedExperts
@@ -30,7 +30,7 @@ TORCH_EXPERTS = SortedExperts(linear.pack_linear, linear.linear)
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linear=linear.linear,
                     pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add,
                     pack_experts=TORCH_EXPERTS.pack_experts, grouped_linear=TORCH_EXPERTS.grouped_linear,
-                    combine=TORCH_EXPERTS.combine)
+                    combine=TORCH_EXPERTS.combine, latent_attention=latent.latent_attention)
 
 
 def compiled_ops(kernels: Kernels) -> OpSet:
@@ -50,6 +50,8 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         qkv_rope_write=kernels.qkv_rope_write,
         plan=kernels.plan,
         attention=kernels.attention,
+        latent_rope_write=kernels.latent_rope_write,
+        latent_attention=kernels.latent_attention,
         silu_mul=kernels.silu_mul,
         route=experts.route,
         pack_experts=experts.pack_experts,

@@ -166,3 +166,60 @@ EXPORT void xllm_qkv_rope_write(const float *qkv, const int32_t *positions, cons
     if (T * (N + 2 * K) * H <= 32768) nt = 1;
     share_out(rope_rows, &c, T, quarter(T, nt), nt);
 }
+
+/* ---------------------------------------------------------------- latent_rope_write */
+
+/* Rotate the pairs (x[2i], x[2i + 1]); they are left as `rotate` leaves its own. */
+INLINE void rotate_pairs(const float *x, const float *cos, float *out, int64_t R) {
+    const int64_t half = R / 2;
+    const float *sin = cos + half;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        out[i] = a * cos[i] - b * sin[i];
+        out[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+typedef struct {
+    const float *latents, *q, *cos_sin, *norm;
+    const int32_t *positions, *slots;
+    char *cache;
+    float *q_out;
+    int64_t latent_stride, block_bytes, N, L, R, D, P; /* D: of a head of q, what is not rotated */
+    float eps;
+    int format, interleaved;
+} LatentRope;
+
+static void latent_rope_rows(const void *context, int64_t begin, int64_t end) {
+    const LatentRope *c = context;
+    const int64_t N = c->N, L = c->L, R = c->R, D = c->D, P = c->P;
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = c->latents + t * c->latent_stride, *angle = c->cos_sin + c->positions[t] * R;
+        for (int64_t n = t * N; n < (t + 1) * N; n++) {
+            const float *head = c->q + n * (D + R);
+            float *to = c->q_out + n * (D + R);
+            memcpy(to, head, D * 4);
+            if (c->interleaved) rotate_pairs(head + D, angle, to + D, R);
+            else rotate(head + D, angle, to + D, R);
+        }
+        if (c->slots[t] < 0) continue;
+        float kept[L + R];
+        norm_row(x, c->norm, kept, L, c->eps);
+        if (c->interleaved) rotate_pairs(x + L, angle, kept + L, R);
+        else rotate(x + L, angle, kept + L, R);
+        const int64_t block = c->slots[t] / P, offset = c->slots[t] % P;
+        put(kept, c->cache + block * c->block_bytes, 0, offset * (L + R), offset, L + R, P, 1, c->format);
+    }
+}
+
+/* format: F32, INT8 or FP8. latent_stride: from one token to the next. block_stride: numbers of the cache's format from
+ * one block to the next. */
+EXPORT void xllm_latent_rope_write(const float *latents, int64_t latent_stride, const float *q,
+                                   const int32_t *positions, const float *cos_sin, char *cache, int64_t block_stride,
+                                   int format, const int32_t *slots, float *q_out, const float *norm, float eps, int interleaved,
+                                   int64_t T, int64_t N, int64_t L, int64_t R, int64_t D, int64_t P, int nt) {
+    const LatentRope c = {latents, q, cos_sin, norm, positions, slots, cache, q_out, latent_stride,
+                          block_stride * (format == F32 ? 4 : 1), N, L, R, D, P, eps, format, interleaved};
+    if (T * (N * (D + R) + L + R) <= 32768) nt = 1;
+    share_out(latent_rope_rows, &c, T, quarter(T, nt), nt);
+}

@@ -11,14 +11,17 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backends.cpu import latent
 from backends.cpu.transfer import DTYPES, Transfer, transfers
 from backends.metadata import AttentionMetadata
 from backends.reference import activation, attention, logits, norm, rotary, sampling
+from backends.reference import latent as reference_latent
 from backends.reference.kv_codes import QUANTISED
 from backends.reference.linear import check_inputs, check_quantization, quantize_rows
 from backends.reference.linear import linear as reference_linear
@@ -40,6 +43,17 @@ class StepStruct(Structure):
         ("num_heads", c_int64), ("num_kv_heads", c_int64), ("head_dim", c_int64),
         ("units", c_void_p), ("num_units", c_int64), ("num_partials", c_int64), ("cost", c_int64),
         ("partials", c_void_p),
+    ]  # fmt: skip
+
+
+class Latents(Structure):
+    """`Latents` of latent.c."""
+
+    _fields_ = [
+        ("q", c_void_p), ("cache", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p), ("seq", c_void_p),
+        ("seen", c_void_p), ("first_part", c_void_p), ("sums", c_void_p), ("partials", c_void_p),
+        ("table_stride", c_int64), ("block_stride", c_int64), ("num_tokens", c_int64), ("num_heads", c_int64),
+        ("width", c_int64), ("whole", c_int64), ("block_size", c_int64),
     ]  # fmt: skip
 
 
@@ -76,6 +90,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "xllm_plan": (None, [POINTER(StepStruct)]),
     "xllm_attention": (None, [POINTER(StepStruct), c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p,
                               c_float, c_int64, c_int]),
+    "xllm_latent_rope_write": (None, [c_void_p, c_int64] + [c_void_p] * 4 + [c_int64, c_int] + [c_void_p] * 3
+                               + [c_float, c_int] + [c_int64] * 6 + [c_int]),
+    "xllm_latent_split": (c_int64, []),
+    "xllm_latent_sums": (None, [POINTER(Latents), c_int]),
     "xllm_panel": (c_int64, []),
     "xllm_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int]),
     "xllm_linear": (None, [POINTER(Packed), c_void_p, c_int64, c_void_p, c_int64, c_int]),
@@ -131,6 +149,7 @@ class Kernels:
         self.num_threads: int | None = None  # None: torch's
         self.panel: int = self.panel_c()
         self.unit_bytes: int = self.unit_bytes_c()
+        self.latent_split: int = self.latent_split_c()
 
     def threads(self) -> int:
         return self.num_threads or torch.get_num_threads()
@@ -277,6 +296,58 @@ class Kernels:
                          v_cache.stride(0), DTYPES[k_cache.dtype], out_TX.data_ptr(), scale, sliding_window or 0,
                          self.threads())  # fmt: skip
         return out_TX
+
+    def latent_rope_write(
+        self,
+        latent_TX: Tensor,
+        q_TNX: Tensor,
+        positions_T: Tensor,
+        cos_sin_XR: Tensor,
+        cache: Tensor,
+        meta: AttentionMetadata,
+        *,
+        norm_weight_L: Tensor,
+        eps: float,
+        interleaved: bool,
+    ) -> Tensor:
+        if q_TNX.dtype is not FP32 or cache.dtype not in KV_DTYPES:
+            return reference_latent.latent_rope_write(
+                latent_TX, q_TNX, positions_T, cos_sin_XR, cache, meta, norm_weight_L=norm_weight_L, eps=eps,
+                interleaved=interleaved)
+        assert positions_T.dtype is torch.int32 and meta.slot_mapping_T.dtype is torch.int32
+        q_TNX = q_TNX.contiguous()
+        out_TNX, (num_tokens, num_heads, width), rotated = torch.empty_like(q_TNX), q_TNX.shape, cos_sin_XR.shape[1]
+        self.latent_rope_write_c(
+            latent_TX.data_ptr(), latent_TX.stride(0), q_TNX.data_ptr(), positions_T.data_ptr(), cos_sin_XR.data_ptr(),
+            cache.data_ptr(), cache.stride(0), DTYPES[cache.dtype], meta.slot_mapping_T.data_ptr(), out_TNX.data_ptr(),
+            norm_weight_L.data_ptr(), eps, interleaved, num_tokens, num_heads, len(norm_weight_L), rotated,
+            width - rotated, meta.block_size, self.threads(),
+        )  # fmt: skip
+        return out_TNX
+
+    def latent_attention(self, q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *,
+                         scale: float) -> Tensor:
+        sums = self.latent_sums if cache.dtype is FP32 else None
+        return latent.latent_attention(q_TNX, up_NYL, cache, meta, scale=scale, sums=sums)
+
+    def latent_sums(self, q_XNW: Tensor, cache: Tensor, meta: AttentionMetadata, tokens: latent.Tokens,
+                    sums_XNL: Tensor) -> None:
+        """A `LatentSums`, over a cache of fp32."""
+        (num_tokens, num_heads, whole), width = q_XNW.shape, sums_XNL.shape[2]
+        table_SM, base_S = meta.block_table_SM, meta.kv_base_S
+        assert table_SM.dtype is torch.int32 and (base_S is not None or table_SM.stride(1) == 1)
+        first_part_X1 = [0, *accumulate(-(-seen // self.latent_split) for seen in tokens.seen)]
+        numbers = torch.tensor((*tokens.seqs, *tokens.seen, *first_part_X1), dtype=torch.int32)
+        seqs_X, seen_X, first_X1 = numbers.split([num_tokens, num_tokens, num_tokens + 1])
+        partials = None
+        if first_part_X1[-1] > num_tokens:
+            partials = torch.empty(first_part_X1[-1] * num_heads * (width + 2), dtype=FP32)
+        self.latent_sums_c(Latents(
+            q_XNW.data_ptr(), cache.data_ptr(), table_SM.data_ptr(), None if base_S is None else base_S.data_ptr(),
+            seqs_X.data_ptr(), seen_X.data_ptr(), first_X1.data_ptr(), sums_XNL.data_ptr(),
+            None if partials is None else partials.data_ptr(), table_SM.stride(0), cache.stride(0), num_tokens,
+            num_heads, width, whole, meta.block_size,
+        ), self.threads())  # fmt: skip
 
     def export_blocks(self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,
                       format: str) -> None:

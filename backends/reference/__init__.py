@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from backends.opset import OpSet
-from backends.reference import activation, attention, experts, kv, linear, logits, norm, rotary, sampling, stored_kv
+from backends.reference import (
+    activation,
+    attention,
+    experts,
+    kv,
+    latent,
+    linear,
+    logits,
+    norm,
+    rotary,
+    sampling,
+    stored_kv,
+)
 from backends.reference.lora import REFERENCE_LORA
 
 REFERENCE = OpSet(
@@ -19,6 +31,8 @@ REFERENCE = OpSet(
     qkv_rope_write=rotary.qkv_rope_write,
     plan=attention.plan,
     attention=attention.attention,
+    latent_rope_write=latent.latent_rope_write,
+    latent_attention=latent.latent_attention,
     silu_mul=activation.silu_mul,
     route=experts.route,
     pack_experts=experts.pack_experts,

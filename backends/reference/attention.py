@@ -24,14 +24,14 @@ def visible(query_len: int, seq_len: int, sliding_window: int | None, device: to
 
 
 def attend(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, scale: float, seen_QC: Tensor) -> Tensor:
-    """Attention of one sequence, [Q, N, H] -> [Q, N, H]; scores and sums in fp32."""
+    """Attention of one sequence, [Q, N, H] -> [Q, N, the values' width]; scores and sums in fp32."""
     query_len, num_heads, head_dim = q_QNH.shape
     num_kv_heads = k_KCH.shape[0]
     q = q_QNH.float().view(query_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("qkgh,kch->kgqc", q, k_KCH.float()) * scale
     weights = torch.softmax(scores.masked_fill(~seen_QC, float("-inf")), dim=-1)
     out = torch.einsum("kgqc,kch->qkgh", weights, v_KCH.float())
-    return out.reshape(query_len, num_heads, head_dim).to(q_QNH.dtype)
+    return out.reshape(query_len, num_heads, v_KCH.shape[2]).to(q_QNH.dtype)
 
 
 def attention(

@@ -7,7 +7,8 @@ The layout, for the reference and the cpu set alike; nothing else states or assu
     V  [B, K, P, H]   a value's H numbers are adjacent: the weighted sum runs over whole vectors.
 
 Both are allocated as [B, K, P, H] (`Backend.kv_cache_shape` has one shape for both) and
-`keys_BKHP` views the K cache in its true order. A quantised cache (`kv_codes.py`) has its codes in these orders.
+`keys_BKHP` views the K cache in its true order. A layer with one part, of latents, has it as V lies, with one head:
+[B, 1, P, L + R]. A quantised cache (`kv_codes.py`) has its codes in these orders.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backends.reference.kv_codes import QUANTISED, dequantise, quantise, split_tiles
+from backends.metadata import AttentionMetadata
+from backends.reference.kv_codes import QUANTISED, dequantise, quantise, row_width, split_tiles
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -36,22 +38,33 @@ def write_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     blocks, offsets = slots // block_size, slots % block_size
     k_TKH, v_TKH = k_TKH[written], v_TKH[written]
     if v_cache.dtype in QUANTISED:
-        _write_codes(k_TKH, v_TKH, k_cache, v_cache, blocks, offsets)
+        _write_codes(k_TKH, k_cache, blocks, offsets, keys=True)
+        _write_codes(v_TKH, v_cache, blocks, offsets, keys=False)
         return
     keys_BKHP(k_cache)[blocks, :, :, offsets] = k_TKH.to(k_cache.dtype)
     v_cache[blocks, :, offsets, :] = v_TKH.to(v_cache.dtype)
 
 
-def _write_codes(k_TKH: Tensor, v_TKH: Tensor, k_cache: Tensor, v_cache: Tensor, blocks_T: Tensor,
-                 offsets_T: Tensor) -> None:
-    num_kv_heads, head_dim = k_TKH.shape[1:]
-    for x_TKH, cache, keys in ((k_TKH, k_cache, True), (v_TKH, v_cache, False)):
-        codes, scales_BKP = split_tiles(cache)
-        codes_TKH, scales_TK1 = quantise(x_TKH, QUANTISED[cache.dtype], dim=2)
-        order = (head_dim, -1) if keys else (-1, head_dim)
-        codes = codes.view(len(cache), num_kv_heads, *order)
-        (codes if keys else codes.transpose(2, 3))[blocks_T, :, :, offsets_T] = codes_TKH.view(torch.uint8)
-        scales_BKP[blocks_T, :, offsets_T] = scales_TK1[..., 0]
+def write_latents(latent_TX: Tensor, cache: Tensor, slot_mapping_T: Tensor) -> None:
+    """Store what a layer of latents keeps of T tokens at their slots; -1: not stored."""
+    block_size = cache.shape[2]
+    written = slot_mapping_T >= 0
+    slots = slot_mapping_T[written].long()
+    blocks, offsets = slots // block_size, slots % block_size
+    if cache.dtype in QUANTISED:
+        _write_codes(latent_TX[written, None], cache, blocks, offsets, keys=False)
+        return
+    cache[blocks, 0, offsets] = latent_TX[written].to(cache.dtype)
+
+
+def _write_codes(x_TKH: Tensor, cache: Tensor, blocks_T: Tensor, offsets_T: Tensor, *, keys: bool) -> None:
+    num_kv_heads, head_dim = x_TKH.shape[1:]
+    codes, scales_BKP = split_tiles(cache)
+    codes_TKH, scales_TK1 = quantise(x_TKH, QUANTISED[cache.dtype], dim=2)
+    order = (head_dim, -1) if keys else (-1, head_dim)
+    codes = codes.view(len(cache), num_kv_heads, *order)
+    (codes if keys else codes.transpose(2, 3))[blocks_T, :, :, offsets_T] = codes_TKH.view(torch.uint8)
+    scales_BKP[blocks_T, :, offsets_T] = scales_TK1[..., 0]
 
 
 def gather_kv(
@@ -66,6 +79,25 @@ def gather_kv(
 def slice_kv(k_cache: Tensor, v_cache: Tensor, first_block: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """`gather_kv` of a sequence whose blocks follow each other from `first_block` on: views, nothing is looked up."""
     return _in_order(k_cache, v_cache, slice(first_block, first_block - (-seq_len // v_cache.shape[2])), seq_len)
+
+
+def latents_of(cache: Tensor, meta: AttentionMetadata, s: int, seq_len: int) -> Tensor:
+    """What a layer of latents keeps of sequence s, in order: [seq_len, L + R], fp32 from a quantised cache. Reads no
+    further block; a view where blocks follow each other without a gap."""
+    num_blocks = -(-seq_len // cache.shape[2])
+    blocks: Tensor | slice
+    if meta.kv_base_S is None:
+        blocks = meta.block_table_SM[s, :num_blocks].long()
+    else:
+        first = int(meta.kv_base_S[s])
+        blocks = slice(first, first + num_blocks)
+    found = _decoded(cache, blocks, False) if cache.dtype in QUANTISED else cache[blocks]
+    return found[:, 0].flatten(0, 1)[:seq_len]
+
+
+def latent_width(cache: Tensor) -> int:
+    """L + R: how many numbers a layer of latents keeps of a token."""
+    return cache.shape[3] - row_width(0, cache.dtype)
 
 
 def _in_order(k_cache: Tensor, v_cache: Tensor, blocks: Tensor | slice, seq_len: int) -> tuple[Tensor, Tensor]:

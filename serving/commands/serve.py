@@ -302,7 +302,7 @@ def _placement_text(facts: EngineFacts) -> str:
     weights = size_text(at.weights_bytes) if at.weights_bytes else "random"
     quantization = config.model.quantization or "none"
     return (f"device {at.device}{threads}{ranks}; dtype {at.dtype}, quantization {quantization}; weights {weights}, "
-            f"KV cache up to {size_text(at.kv_bytes)} in {at.kv_dtype}")
+            f"KV cache up to {size_text(at.kv_bytes)} in {at.kv_dtype}, {at.kv_token_bytes} bytes a token")
 
 
 def _load_front(model: ModelSettings) -> tuple[Tokenizer | None, dict[str, object]]:

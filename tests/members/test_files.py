@@ -40,7 +40,8 @@ MODEL = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 
 
 def of_configs() -> set[str]:
     classes = (transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config, transformers.Qwen3Config,
-               transformers.MixtralConfig, transformers.Qwen2MoeConfig, transformers.Qwen3MoeConfig)
+               transformers.MixtralConfig, transformers.Qwen2MoeConfig, transformers.Qwen3MoeConfig,
+               transformers.DeepseekV2Config, transformers.DeepseekV3Config)
     return {field.name for config in classes for field in dataclasses.fields(config)}
 
 

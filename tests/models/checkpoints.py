@@ -38,6 +38,13 @@ def rope(rope_type: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **fields}}
 
 
+def deepseek(**fields: Any) -> dict[str, Any]:
+    """Without experts. Widths that no two parts share."""
+    return {"num_key_value_heads": 4, "first_k_dense_replace": 3, "kv_lora_rank": 24, "q_lora_rank": 40,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20, **fields}
+
+
+DEEPSEEK_YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.9, mscale_all_dim=0.6)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_MOE = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
@@ -91,6 +98,13 @@ VARIANTS = [
         **QWEN_MOE, "decoder_sparse_step": 2, "attention_bias": True}),
     Variant("qwen3-moe-window-9-one-expert", "Qwen3Moe", {
         **QWEN_MOE, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 9}),
+    Variant("deepseek-v2", "DeepseekV2", deepseek()),
+    Variant("deepseek-v2-lite", "DeepseekV2", deepseek(q_lora_rank=None)),
+    Variant("deepseek-v2-bias-yarn", "DeepseekV2", deepseek(attention_bias=True, mlp_bias=True, **DEEPSEEK_YARN)),
+    Variant("deepseek-v3", "DeepseekV3", deepseek()),
+    Variant("deepseek-v3-yarn-bf16", "DeepseekV3", deepseek(**DEEPSEEK_YARN), disk_dtype=torch.bfloat16),
+    Variant("deepseek-v3-plain-q-bias-halves", "DeepseekV3", deepseek(q_lora_rank=None, attention_bias=True,
+                                                                     rope_interleave=False)),
 ]
 BY_ID = {variant.id: variant for variant in VARIANTS}
 

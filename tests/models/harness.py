@@ -14,10 +14,12 @@ from torch import Tensor
 from backends.backend import Backend
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
+from backends.reference.kv_codes import QUANTISED
 from xllm.models.causal_lm import CausalLM
 from xllm.runner.kv_cache import KVCache
 
 GARBAGE = 1.0e3
+GARBAGE_CODE = 0x77  # as a code, or as a byte of a scale: finite in every format
 NO_BLOCK = 2**30
 
 
@@ -32,7 +34,10 @@ class PagedRunner:
         self.kv_caches = cache.layers
         for parts in self.kv_caches:
             for part, tensor in enumerate(parts):
-                tensor.fill_(-GARBAGE if part else GARBAGE)
+                if kv_dtype in QUANTISED:
+                    tensor.view(torch.uint8).fill_(GARBAGE_CODE)
+                else:
+                    tensor.fill_(-GARBAGE if part else GARBAGE)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
         self.free_blocks: list[int] = order.tolist()
         self.blocks: dict[str, list[int]] = {}

@@ -87,8 +87,9 @@ def test_the_older_name_of_the_number_of_experts(make_checkpoint: Make) -> None:
         values.pop(name, None)
     (folder / "config.json").write_text(json.dumps({**values, "num_experts": 10}))
     assert read_model_config(folder) == config
-    assert config.experts_a_token == 3 and read_model_config(
-        change_config(folder, mlp_only_layers=[0, 1, 2])).experts_a_token == 0
+    assert config.experts_a_token == 3 and config.special_ops == EXPERT_OPS
+    plain = read_model_config(change_config(folder, mlp_only_layers=[0, 1, 2]))
+    assert plain.experts_a_token == 0 and not plain.special_ops
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
@@ -180,6 +181,6 @@ def test_a_device_without_its_operators_refuses_it() -> None:
     backend.ops = replace(backend.ops, **{name: getattr(REFERENCE, name) for name in EXPERT_OPS})
     if backend.kernels == "plain torch":
         pytest.skip("no C compiler here")
-    assert _check_ops(backend, True, has_experts=False) == []
+    assert _check_ops(backend, True, frozenset()) == []
     with pytest.raises(ConfigError, match="slow reference: route, grouped_linear, combine"):
-        _check_ops(backend, True, has_experts=True)
+        _check_ops(backend, True, EXPERT_OPS)

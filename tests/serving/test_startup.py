@@ -24,7 +24,7 @@ def test_a_log_has_a_line_for_each_phase(server: ServerProcess) -> None:
     assert any(PHASE_TIMES.search(line) for line in lines), server.log
     assert f"console: {server.url}/" in lines
     assert any(re.fullmatch(r"device cpu, num_threads \d+; dtype float32, quantization none; weights 25 MiB, "
-                            r"KV cache up to 96 MiB in float32", line) for line in lines), server.log
+                            r"KV cache up to 96 MiB in float32, \d+ bytes a token", line) for line in lines), server.log
     assert sum(line.startswith("hint: --quantization w8a8") for line in lines) == 1
     assert "\x1b" not in server.log and "\r" not in server.log
 

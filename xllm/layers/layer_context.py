@@ -35,6 +35,10 @@ class Weights(Protocol):
         """Whether the tensor can be taken."""
         ...
 
+    def skip(self, prefix: str) -> int:
+        """Leave out all tensors whose names begin so, which no layer will take; how many there were."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:

@@ -29,7 +29,8 @@ class RopeConfig:
     """One rotary embedding. Fields below `factor` matter to the types named beside them.
 
     original_max_len: the longest sequence of pre-training, before any scaling.
-    attention_factor: multiplies cos and sin (yarn).
+    attention_factor: multiplies cos and sin (yarn). score_factor: multiplies the scores besides, in latent attention
+    alone, whose heads are rotated in part.
     """
 
     rope_type: str = "default"
@@ -42,6 +43,7 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn
+    score_factor: float = 1.0  # yarn with mscale_all_dim
 
     def max_model_len(self, max_position_embeddings: int) -> int:
         """The longest sequence the checkpoint is meant for, as vLLM derives it.
@@ -133,6 +135,7 @@ def _read_yarn(rope: Mapping[str, Any], common: Mapping[str, Any], *, default_fa
         beta_fast=_number(rope, "beta_fast", default=32.0),
         beta_slow=_number(rope, "beta_slow", default=1.0),
         truncate=bool(rope.get("truncate", True)),
+        score_factor=_mscale(factor, mscale_all) ** 2,
     )
 
 

@@ -28,6 +28,9 @@ class DummyWeights:
         """Nothing is here that a checkpoint may leave out."""
         return False
 
+    def skip(self, prefix: str) -> int:
+        return 0
+
 
 def dummy_weight(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Scaled so that activations keep their size from layer to layer: norms near one, biases small, matrices by the

@@ -38,6 +38,10 @@ class MixtureConfig(DenseConfig):
     def experts_a_token(self) -> int:
         return self.num_chosen if any(self.expert_layers) else 0
 
+    @property
+    def special_ops(self) -> frozenset[str]:
+        return frozenset({"route", "grouped_linear", "combine"} if self.experts_a_token else ())
+
     def check_shared(self, num_ranks: int) -> None:
         super().check_shared(num_ranks)
         Shard(0, 0, num_ranks).even_width(self.expert_ffn_size, "the width of an expert")

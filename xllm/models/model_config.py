@@ -55,6 +55,11 @@ class ModelConfig(ABC):
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""
 
+    @property
+    def special_ops(self) -> frozenset[str]:
+        """Operators that it needs and most models do not, by their names in `OpSet`."""
+        return frozenset()
+
     def check_shared(self, num_ranks: int) -> None:
         """Raise ConfigError, with the number that does not divide, unless so many tensor-parallel ranks can share
         it."""

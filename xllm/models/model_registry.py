@@ -26,6 +26,8 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": "xllm.models.qwen2_moe",
     "Qwen3ForCausalLM": "xllm.models.qwen3",
     "Qwen3MoeForCausalLM": "xllm.models.qwen3_moe",
+    "DeepseekV2ForCausalLM": "xllm.models.deepseek_v2",
+    "DeepseekV3ForCausalLM": "xllm.models.deepseek_v3",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
     "MistralModel": "xllm.models.mistral",

@@ -37,6 +37,11 @@ class RawConfig:
             raise self.error(f"{key} must be an integer in [1, {high}], got {value!r}")
         return value
 
+    def whole(self, key: str, *, high: int = MAX_SIZE) -> int:
+        """A whole number in [0, high]; 0 where it is missing or null."""
+        value = self.values.get(key)
+        return 0 if value is None or (value == 0 and not isinstance(value, bool)) else self.integer(key, high=high)
+
     def optional_integer(self, key: str, *, high: int = MAX_SIZE) -> int | None:
         return None if self.values.get(key) is None else self.integer(key, high=high)
 

@@ -91,6 +91,13 @@ class WeightSource:
         """See `xllm.layers.layer_context.Weights`."""
         return name in self._left
 
+    def skip(self, prefix: str) -> int:
+        """See `xllm.layers.layer_context.Weights`."""
+        found = [name for name in self._left if name.startswith(prefix)]
+        for name in found:
+            del self._left[name]
+        return len(found)
+
     def check_all_taken(self) -> None:
         """Raise ModelError if tensors are left that no layer took or skipped, except buffers that are never needed."""
         unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))

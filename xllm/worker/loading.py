@@ -73,7 +73,8 @@ class LoadedModel:
                               "server a card behind a balancer")
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
-        self._slow_ops = _check_ops(self.backend, config.device.strict_ops, self.model_config.experts_a_token > 0)
+        _check_special_ops(self.backend, self.model_config, config)
+        self._slow_ops = _check_ops(self.backend, config.device.strict_ops, self.model_config.special_ops)
         limit = _length_limit(config, self.model_config)
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
@@ -103,12 +104,16 @@ class LoadedModel:
                                          device=self.backend.device)
         self._model: CausalLM | None = self._read()
         self.num_blocks = plan(need.steps)
-        kv_bytes = self.num_blocks * page_bytes(self.config, self.backend, kv_specs, kv_dtype)
+        kv_block_bytes = page_bytes(self.config, self.backend, kv_specs, kv_dtype)
+        kv_bytes = self.num_blocks * kv_block_bytes
+        block_size = self.config.cache.block_size
+        assert block_size is not None, "a resolved config says it"
         self._warn_of_too_much(need, kv_bytes)
         self.placement = Placement(device=self.backend.name, device_name=_device_name(self.backend),
                                    dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
                                    num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
-                                   weights_bytes=need.weights, kv_bytes=kv_bytes, advice=self._advice())
+                                   weights_bytes=need.weights, kv_bytes=kv_bytes,
+                                   kv_token_bytes=kv_block_bytes // block_size, advice=self._advice())
 
     @property
     def generates(self) -> bool:
@@ -313,14 +318,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_ops(backend: Backend, strict: bool | None, has_experts: bool) -> list[str]:
+def _check_ops(backend: Backend, strict: bool | None, special_ops: frozenset[str]) -> list[str]:
     """List the hot operators that the backend takes from the reference (slow), and log them. Raises ConfigError instead
-    with `strict`. has_experts: of the model."""
-    from backends.opset import COLD_OPS, EXPERT_OPS
+    with `strict`. special_ops: of the model."""
+    from backends.opset import COLD_OPS, SPECIAL_OPS
     from backends.reference import REFERENCE
 
-    cold = COLD_OPS if has_experts else COLD_OPS | EXPERT_OPS
-    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in cold]
+    unused = COLD_OPS | (SPECIAL_OPS - special_ops)
+    slow = [name for name in backend.ops.inherited_from(REFERENCE) if name not in unused]
     if not slow:
         return slow
     message = f"{backend.name} takes these operators from the slow reference: {', '.join(slow)}"
@@ -328,3 +333,19 @@ def _check_ops(backend: Backend, strict: bool | None, has_experts: bool) -> list
         raise ConfigError(f"{message}. --no-strict-ops allows it")
     _log.warning(message)
     return slow
+
+
+def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfig) -> None:
+    """Raise ConfigError for a model with latents on a strict device that takes their operators from the reference: that
+    knows the CPU's layout of the KV cache only, so that nothing allows it. On a CPU these operators look at lengths as
+    they go, so that no graph can hold them."""
+    from backends.opset import LATENT_OPS
+    from backends.reference import REFERENCE
+
+    latent_ops = model.special_ops & LATENT_OPS
+    slow = sorted(latent_ops.intersection(backend.ops.inherited_from(REFERENCE)))
+    if slow and backend.strict_ops:
+        raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks "
+                          f"{' and '.join(slow)}; it runs with --device cpu")
+    if latent_ops and backend.computes_on_host and config.device.graph_mode == "checked":
+        raise ConfigError(f"graph_mode checked: graphs of {model.architecture} are not built for {backend.name}")

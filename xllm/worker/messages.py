@@ -99,8 +99,8 @@ class LoadProgress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where and how a rank computes. device_name: as its maker calls it. num_threads: 0 where those are not the host's
-    cores. weights_bytes: 0 for random weights. kv_bytes: what the KV cache may take. advice: what would be faster, if
-    anything is known."""
+    cores. weights_bytes: 0 for random weights. kv_bytes: what the KV cache may take. kv_token_bytes: what a token of a
+    full block takes there. advice: what would be faster, if anything is known."""
 
     device: str = ""
     device_name: str = ""
@@ -109,6 +109,7 @@ class Placement:
     num_threads: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    kv_token_bytes: int = 0
     advice: str = ""
 
 
