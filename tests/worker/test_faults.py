@@ -162,13 +162,14 @@ def test_a_rank_that_differs_in_a_step(start, fault):
 
 
 @pytest.mark.usefixtures("pooled_ranks")
-@pytest.mark.parametrize("fault", ["plan_of.lost", "plan_of.another", "inputs.other", "tokens.other", "exchange.spin"])
+@pytest.mark.parametrize("fault", ["plan_of.lost", "plan_of.another", "inputs.other", "tokens.other", "exchange.spin",
+                                   "exchange.raise"])
 def test_a_rank_that_goes_wrong_is_named(faults, fault):
     """The same without a server, from a pool of ranks."""
     with LLM(**SETTINGS, tensor_parallel_size=2) as llm:
         tokens(llm)
         faults.arm(f"{fault}:1")
-        reason = DIFFERENCES.get(fault) or EVERY_REASON["hang"]
+        reason = DIFFERENCES.get(fault) or EVERY_REASON[fault.partition(".")[2]]
         with pytest.raises(EngineDeadError, match=reason):
             tokens(llm)
         assert time.time() - faults.at_s < TO_THE_ERROR_S

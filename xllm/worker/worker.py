@@ -81,6 +81,7 @@ class Worker:
         self._queued: deque[QueuedStep] = deque()  # steps whose results have not been read from the device
         self._checker: StepChecker | None = None
         self.tiers: WorkerTiers | None = None
+        self._has_failed = False
 
     def receive(self, command: WorkerCommand) -> bool:
         """Begin the part of a command that need not wait for the steps before it; returns whether `perform` must be
@@ -106,7 +107,10 @@ class Worker:
 
     def perform(self, command: WorkerCommand) -> None:
         """Carry out a command and report the result. An error is reported too: as the command's answer if that has a
-        place for one, else as the end of this worker."""
+        place for one, else as the end of this worker. Nothing more is performed then but its end: a step begun after
+        one that failed would be another than the other ranks', and its announcement would hide the error."""
+        if self._has_failed and not isinstance(command, StopWorker):
+            return
         try:
             if isinstance(command, ScheduleOutput):
                 self._step(command)
@@ -121,6 +125,7 @@ class Worker:
             elif isinstance(command, StopWorker):
                 self._shut_down()
         except Exception as error:
+            self._has_failed = True
             if not isinstance(error, EXPECTED):
                 logger.exception("rank %d failed", self._rank)
             self._report(as_failed(error))
