@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from backends.cpu.experts import SortedExperts
-from backends.cpu.kernels import FP32, Kernels, Packed, PanelLinear, RouteStruct
+from backends.cpu.kernels import FP32, Kernels, PanelLinear
+from backends.cpu.structs import Packed, RouteStruct
 from backends.expert_choice import ExpertChoice, RouteRule
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backends.cpu import latent
+from backends.cpu.structs import Latents, Packed, RouteStruct, StepStruct
 from backends.cpu.transfer import DTYPES, Transfer, transfers
 from backends.metadata import AttentionMetadata
 from backends.reference import activation, attention, logits, norm, rotary, sampling
@@ -32,49 +33,6 @@ MAX_GROUP = 64  # query heads per kv head that a tile of the attention kernel ho
 FP32 = torch.float32
 KV_DTYPES = frozenset({FP32, *QUANTISED})  # of the caches that the kernels read and write
 PENALISE_DTYPES = (torch.int64, torch.int32, torch.int32, torch.int32, torch.float32, torch.float64, torch.float64)
-
-
-class StepStruct(Structure):
-    """`Step` of attention.c."""
-
-    _fields_ = [
-        ("query_start", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p),
-        ("table_stride", c_int64), ("num_seqs", c_int64), ("block_size", c_int64),
-        ("num_heads", c_int64), ("num_kv_heads", c_int64), ("head_dim", c_int64),
-        ("units", c_void_p), ("num_units", c_int64), ("num_partials", c_int64), ("cost", c_int64),
-        ("partials", c_void_p),
-    ]  # fmt: skip
-
-
-class Latents(Structure):
-    """`Latents` of latent.c."""
-
-    _fields_ = [
-        ("q", c_void_p), ("cache", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p), ("seq", c_void_p),
-        ("seen", c_void_p), ("first_part", c_void_p), ("sums", c_void_p), ("partials", c_void_p),
-        ("table_stride", c_int64), ("block_stride", c_int64), ("num_tokens", c_int64), ("num_heads", c_int64),
-        ("width", c_int64), ("whole", c_int64), ("block_size", c_int64),
-    ]  # fmt: skip
-
-
-class Packed(Structure):
-    """`Packed` of panels.h."""
-
-    _fields_ = [
-        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("X", c_int64), ("Y", c_int64),
-        ("kind", c_int32),
-    ]  # fmt: skip
-
-
-class RouteStruct(Structure):
-    """`Route` of experts.c."""
-
-    _fields_ = [
-        ("logits", c_void_p), ("bias", c_void_p), ("ids", c_void_p), ("weights", c_void_p), ("T", c_int64),
-        ("E", c_int64), ("K", c_int64), ("sigmoid", c_int64), ("num_groups", c_int64), ("num_kept_groups", c_int64),
-        ("summed_per_group", c_int64), ("renormalise", c_int64), ("scale", c_float),
-    ]  # fmt: skip
-
 
 GROUPED = (None, [POINTER(Packed), c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int])
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
