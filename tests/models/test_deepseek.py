@@ -167,7 +167,7 @@ def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
             _check_special_ops(device, config, settings)
     device.strict_ops = False
     _check_special_ops(device, config, EngineConfig.from_flat(model="m"))
-    with pytest.raises(ConfigError, match="slow reference: .*latent_rope_write, latent_attention"):
+    with pytest.raises(ConfigError, match=r"slow reference: .*latent_rope_write, latent_attention"):
         _check_ops(device, True, config.special_ops)
 
 
