@@ -74,7 +74,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "xtensor-capped": {"kv_layout": "xtensor", "xtensor_max_mappings": 8},
 }
 COLUMNS = {**dict.fromkeys(FEATURES, ("off", "on")), "way": tuple(WAYS), "layout": tuple(LAYOUTS),
-           "model": (DENSE,)}
+           "model": MODELS}
 EXCLUSIONS = [
     {"int8": "on", "w8a8": "on"},
     {"layout": "xtensor-capped", "batch": "off", "preemption": "off"},  # one sequence needs few mappings
@@ -350,7 +350,8 @@ def isolated_cases() -> Iterator[Case]:
 
 CASES = [*COVERING, *filter(is_possible, chosen_cases())]
 if MATRIX_ALL:
-    CASES += [*covering_of([SHARED_WAY], 2, MODELS), *covering_of(OTHER_WAYS, STRENGTH, OTHER_MODELS), *isolated_cases()]
+    CASES += [*covering_of([SHARED_WAY], 2, MODELS), *covering_of(OTHER_WAYS, STRENGTH, OTHER_MODELS),
+              *isolated_cases()]
 
 
 @pytest.mark.parametrize("case", dict.fromkeys(CASES), ids=str)
