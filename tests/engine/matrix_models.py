@@ -16,11 +16,11 @@ from tests.adapters import write_adapter
 from tests.models.checkpoints import Variant, save_checkpoint
 from xllm import bundled
 
-DENSE = "dense"
 BUNDLED = Path(bundled.__file__).parent
 _SIZES = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 2048,
           "tie_word_embeddings": True}
 _RANDOM = {
+    "dense": Variant("dense", "Qwen3", {**_SIZES, "head_dim": 16}),
     "moe": Variant("moe", "Qwen3Moe", {
         **_SIZES, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
         "norm_topk_prob": True}),
@@ -30,9 +30,10 @@ _RANDOM = {
 }
 # Larger: what comes is more like what was. Chosen so that drafts are taken, and not only of one token over and over.
 REPEATS = 3.0
-MODELS = (DENSE, *_RANDOM)
+MODELS = tuple(_RANDOM)
 # What the adapters change.
-_PROJECTIONS = {DENSE: ("q_proj", "down_proj"), "moe": ("q_proj", "o_proj"), "mla": ("q_b_proj", "o_proj")}
+_PROJECTIONS = {"bundled": ("q_proj", "down_proj"), "dense": ("q_proj", "down_proj"), "moe": ("q_proj", "o_proj"),
+                "mla": ("q_b_proj", "o_proj")}
 _folders = contextlib.ExitStack()
 atexit.register(_folders.close)
 
@@ -44,7 +45,8 @@ def _new_folder() -> Path:
 
 @functools.cache
 def model_folder(name: str) -> Path:
-    if name == DENSE:
+    """name: one of MODELS, or "bundled"."""
+    if name == "bundled":
         return BUNDLED
     folder = save_checkpoint(_RANDOM[name], _new_folder())
     weights = load_file(folder / "model.safetensors")
