@@ -17,6 +17,7 @@ from xllm import LLM, SamplingParams
 os.environ["XLLM_NPU_CHECK"] = "1"
 BUNDLED = "bundled"
 TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows"]
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
 # What a device's attention is made for: a whole row of a head, in the dtype of most checkpoints.
 WIDE = Variant("qwen3-head-dim-128-bf16", "Qwen3", {"head_dim": 128}, disk_dtype=torch.bfloat16)
 NUM_TOKENS = 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from tests.npu import op_samples
 from tests.npu.op_samples import BF16, BLOCK, BLOCKS, D, K, N, dense, ints, packed, paged, rand, routing, v2
 
 npu, atb = torch.ops.npu, torch.ops.atb
@@ -305,6 +307,36 @@ def test_three_ways_to_say_groups(kind: int) -> None:
     )[0]
     expected = torch.cat((x[:3].double() @ weights[0].double(), x[3:].double() @ weights[2].double()))
     close(out, expected, 2e-2)
+
+
+def test_experts_of_int8_beside_plain_rows() -> None:
+    (rows, codes), given = op_samples.weight_only_experts()
+    out = npu.npu_grouped_matmul(rows, codes, **given)[0]
+    scale, offset = (given[f"antiquant_{part}"][0].double()[:, None] for part in ("scale", "offset"))
+    weights = (codes[0].double() + offset) * scale
+    close(out, torch.cat((rows[0][:3].double() @ weights[0], rows[0][3:].double() @ weights[2])), 2e-2)
+
+
+@pytest.mark.parametrize(("message", "sample", "change"), [
+    ("antiquant parts", op_samples.weight_only_experts, {"antiquant_offset": None}),
+    ("antiquant parts", op_samples.weight_only_experts, {"antiquant_scale": [torch.ones(3, 48)]}),
+    ("by torch.int8", op_samples.weight_only_experts, {"antiquant_scale": None, "antiquant_offset": None}),
+    ("scale torch.float32 for a result of torch.bfloat16", op_samples.int8_experts, {"scale": [torch.ones(3, 48)]}),
+    ("scale torch.bfloat16 for a result of torch.float16", op_samples.int8_experts, {"output_dtype": torch.float16}),
+    ("scale torch.bfloat16 for a result of torch.int8", op_samples.int8_experts, {"output_dtype": None}),
+], ids=str)
+def test_what_a_grouped_product_refuses(message: str, sample: Callable[[], Any], change: dict[str, Any]) -> None:
+    args, given = sample()
+    with pytest.raises(RuntimeError, match=message):
+        npu.npu_grouped_matmul(*args, **{**given, **change})
+
+
+def test_a_count_of_one_group_is_refused_and_its_sum_is_taken() -> None:
+    x, weights, total = rand(5, 32, dtype=BF16), rand(1, 32, 16, dtype=BF16), torch.tensor([5])
+    given = {"group_list": total, "split_item": 2, "group_type": 0}
+    with pytest.raises(RuntimeError, match="of kind 1 for 1 experts"):
+        npu.npu_grouped_matmul([x], [weights], group_list_type=1, **given)
+    close(npu.npu_grouped_matmul([x], [weights], group_list_type=0, **given)[0], x.double() @ weights[0].double(), 2e-2)
 
 
 def test_choosing_experts_by_group() -> None:
