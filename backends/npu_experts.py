@@ -22,8 +22,8 @@ from npu_ops.moe_contracts import MOST_GROUPS, takes_groups
 
 @cache
 def gating_knows(rule: RouteRule, num_experts: int) -> bool:
-    """Whether `npu_moe_gating_top_k` chooses as the rule says: it takes groups of more than 2 experts, and a group is as
-    good as its best one or its best two."""
+    """Whether `npu_moe_gating_top_k` chooses as the rule says: it takes groups of more than 2 experts, and measures a
+    group by its best one or its best two."""
     return takes_groups(num_experts, rule.num_groups) and (rule.num_groups == 1 or rule.summed_per_group <= 2)
 
 

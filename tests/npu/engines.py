@@ -71,6 +71,13 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS, *, seeded: bool = False
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def prompt_logprobs(llm: LLM) -> torch.Tensor:
+    """Of the tokens of one prompt."""
+    prompt, wanted = PROMPTS[1], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    output = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)[0]
+    return torch.tensor([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:])])
+
+
 @functools.cache
 def plain(model: str, quantization: str | None = None, device: str = "cpu", dtype: str = "float16") -> list[Truth]:
     """Greedy tokens of the CPU, or of one device, every feature off."""
