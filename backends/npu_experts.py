@@ -42,7 +42,7 @@ def _only_one(logits_T1: Tensor, rule: RouteRule) -> ExpertChoice:
     weights_T1 = logits_T1.sigmoid() if rule.sigmoid else logits_T1.softmax(dim=1)
     if rule.renormalise:
         weights_T1 = weights_T1 / (weights_T1 + LEAST_SUM)
-    return ExpertChoice(torch.zeros_like(weights_T1, dtype=torch.int32), weights_T1 * rule.scale)
+    return ExpertChoice(torch.zeros_like(weights_T1, dtype=torch.int32), _scaled(weights_T1, rule))
 
 
 def _by_gating(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None) -> ExpertChoice:
@@ -56,13 +56,17 @@ def _by_gating(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None) -> Exp
         routed_scaling_factor=rule.scale if scales_itself else 1.0)
     # It divides sigmoids by their sum, always, and the results of softmax never.
     if rule.renormalise and not rule.sigmoid:
-        weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + LEAST_SUM) * rule.scale
+        weights_TK = _scaled(weights_TK / (weights_TK.sum(dim=1, keepdim=True) + LEAST_SUM), rule)
     elif rule.sigmoid and not rule.renormalise:
-        weights_TK = scores_TE.gather(1, ids_TK.long()) * rule.scale
+        weights_TK = _scaled(scores_TE.gather(1, ids_TK.long()), rule)
     # What it does with NaN is not documented, and an expert that does not exist would be a fault for all tokens.
     is_wrong_T1 = scores_TE.isnan().any(dim=1, keepdim=True)
     first_K = torch.arange(rule.num_chosen, dtype=torch.int32, device=ids_TK.device)
     return ExpertChoice(torch.where(is_wrong_T1, first_K, ids_TK), weights_TK.masked_fill(is_wrong_T1, float("nan")))
+
+
+def _scaled(weights_TK: Tensor, rule: RouteRule) -> Tensor:
+    return weights_TK if rule.scale == 1.0 else weights_TK * rule.scale
 
 
 def pack_experts(experts: Iterable[Tensor], *, quantization: str | None = None) -> StackedExperts:
