@@ -54,15 +54,16 @@ def _by_gating(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None) -> Exp
         group_count=rule.num_groups, group_select_mode=moe.BEST if rule.summed_per_group == 1 else moe.BEST_TWO,
         norm_type=moe.SIGMOID if rule.sigmoid else moe.SOFTMAX,
         routed_scaling_factor=rule.scale if scales_itself else 1.0)
+    # What it chooses among NaN is not documented, and an expert that does not exist would be a fault for all tokens.
+    is_wrong_T1 = scores_TE.isnan().any(dim=1, keepdim=True)
+    first_K = torch.arange(rule.num_chosen, dtype=torch.int32, device=ids_TK.device)
+    ids_TK = torch.where(is_wrong_T1, first_K, ids_TK)
     # It divides sigmoids by their sum, always, and the results of softmax never.
     if rule.renormalise and not rule.sigmoid:
         weights_TK = _scaled(weights_TK / (weights_TK.sum(dim=1, keepdim=True) + LEAST_SUM), rule)
     elif rule.sigmoid and not rule.renormalise:
         weights_TK = _scaled(scores_TE.gather(1, ids_TK.long()), rule)
-    # What it does with NaN is not documented, and an expert that does not exist would be a fault for all tokens.
-    is_wrong_T1 = scores_TE.isnan().any(dim=1, keepdim=True)
-    first_K = torch.arange(rule.num_chosen, dtype=torch.int32, device=ids_TK.device)
-    return ExpertChoice(torch.where(is_wrong_T1, first_K, ids_TK), weights_TK.masked_fill(is_wrong_T1, float("nan")))
+    return ExpertChoice(ids_TK, weights_TK.masked_fill(is_wrong_T1, float("nan")))
 
 
 def _scaled(weights_TK: Tensor, rule: RouteRule) -> Tensor:

@@ -355,6 +355,15 @@ def test_choosing_experts_by_group() -> None:
         close(norm[row], sigmoid, 1e-6)
 
 
+@pytest.mark.parametrize("norm_type", [0, 1])
+def test_what_is_chosen_among_nan_does_not_exist(norm_type: int) -> None:
+    scores = rand(3, 8)
+    scores[1, 4] = float("nan")
+    weights, experts, norm = npu.npu_moe_gating_top_k(scores, 2, norm_type=norm_type)
+    assert experts[1].tolist() == [8, 8] and norm[1].isnan().any() and not norm[[0, 2]].isnan().any()
+    assert int(experts[[0, 2]].max()) < 8 and weights[[0, 2]].isfinite().all()
+
+
 def test_softmax_gating_counts_rows_by_column() -> None:
     scores = rand(4, 8)
     weights, experts, rows = torch_npu.npu_moe_gating_top_k_softmax(scores, None, 2)

@@ -26,12 +26,12 @@ COMPUTED = (torch.bool, torch.int8, torch.int32, torch.float16, torch.bfloat16, 
 # Takes its counts, or its places, in int64: npu_grouped_matmul's documentation; GatherElements has both on AI cores.
 TAKES_INT64 = {"npu_grouped_matmul", "gather"}
 # What a choice costs beside its operator: the weights' sum of softmax; what is done about NaN.
-GATE, NAN = ["_to_copy", "npu_moe_gating_top_k"], ["isnan", "any", "arange", "where", "masked_fill"]
+GATE, NAN = ["to_copy", "npu_moe_gating_top_k"], ["isnan", "any", "arange", "where"]
 ROUTES = {
-    "softmax": [*GATE, *NAN],
-    "qwen3": [*GATE, "sum", "add", "div", *NAN],
-    "deepseek-v2": [*GATE, *NAN],
-    "deepseek-v3": [*GATE, *NAN],
+    "softmax": [*GATE, *NAN, "masked_fill"],
+    "qwen3": [*GATE, *NAN, "sum", "add", "div", "masked_fill"],
+    "deepseek-v2": [*GATE, *NAN, "masked_fill"],
+    "deepseek-v3": [*GATE, *NAN, "masked_fill"],
 }
 FORMS: dict[str | None, list[str]] = {
     None: ["npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_grouped_matmul",
@@ -51,7 +51,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
         if name not in VIEWS:
-            self.names.append(name)
+            self.names.append(name.lstrip("_"))
             given = [each if isinstance(each, list) else [each] for each in (*args, *(kwargs or {}).values())]
             wrong = {x.dtype for part in given for x in part if isinstance(x, Tensor)}
             wrong -= {*COMPUTED, *([torch.int64] if name in TAKES_INT64 else [])}
@@ -62,7 +62,7 @@ class Launches(TorchDispatchMode):
 def launches(run: Callable[[], Any]) -> list[str]:
     set_checking(False)  # which computes too
     try:
-        with torch.inference_mode(), Launches() as found:
+        with Launches() as found:
             run()
     finally:
         set_checking(True)
@@ -78,12 +78,13 @@ def test_route(name: str) -> None:
 
 def test_sigmoids_as_they_are() -> None:
     rule, logits_TE = RouteRule(num_chosen=2, sigmoid=True, scale=2.0), randn(T, E)
-    assert launches(lambda: npu().ops.route(logits_TE, rule)) == [GATE[1], "_to_copy", "gather", "mul", *NAN]
+    assert launches(lambda: npu().ops.route(logits_TE, rule)) == [
+        GATE[1], *NAN, "to_copy", "gather", "mul", "masked_fill"]
 
 
 def test_the_gate_of_a_shared_expert() -> None:
     rule, logits_T1 = RouteRule(num_chosen=1, sigmoid=True), randn(T, 1, dtype=torch.bfloat16)
-    assert launches(lambda: npu().ops.route(logits_T1, rule)) == ["_to_copy", "sigmoid", "zeros_like"]
+    assert launches(lambda: npu().ops.route(logits_T1, rule)) == ["to_copy", "sigmoid", "zeros_like"]
 
 
 @pytest.mark.parametrize("quantization", FORMS)
