@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends.expert_choice import RouteRule
+from backends.expert_choice import ExpertChoice, RouteRule
 from npu_ops.contract import set_checking
+from npu_ops.recording import TaskRecorder, recording
 from tests.npu.device import npu, randn
 from tests.ops.test_experts import RULES
 
@@ -59,11 +60,11 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(run: Callable[[], Any]) -> list[str]:
+def launches(run: Callable[..., Any], *arguments: Any) -> list[str]:
     set_checking(False)  # which computes too
     try:
         with Launches() as found:
-            run()
+            run(*arguments)
     finally:
         set_checking(True)
     return found.names
@@ -73,29 +74,51 @@ def launches(run: Callable[[], Any]) -> list[str]:
 def test_route(name: str) -> None:
     logits_TE = randn(T, E, dtype=torch.bfloat16)
     bias_E = randn(E) if name == "deepseek-v3" else None
-    assert launches(lambda: npu().ops.route(logits_TE, RULES[name], bias_E)) == ROUTES[name]
+    assert launches(npu().ops.route, logits_TE, RULES[name], bias_E) == ROUTES[name]
 
 
 def test_sigmoids_as_they_are() -> None:
     rule, logits_TE = RouteRule(num_chosen=2, sigmoid=True, scale=2.0), randn(T, E)
-    assert launches(lambda: npu().ops.route(logits_TE, rule)) == [
+    assert launches(npu().ops.route, logits_TE, rule) == [
         GATE[1], *NAN, "to_copy", "gather", "mul", "masked_fill"]
 
 
 def test_the_gate_of_a_shared_expert() -> None:
     rule, logits_T1 = RouteRule(num_chosen=1, sigmoid=True), randn(T, 1, dtype=torch.bfloat16)
-    assert launches(lambda: npu().ops.route(logits_T1, rule)) == ["to_copy", "sigmoid", "zeros_like"]
+    assert launches(npu().ops.route, logits_T1, rule) == ["to_copy", "sigmoid", "zeros_like"]
+
+
+def layer(quantization: str | None) -> Callable[[Tensor, ExpertChoice], Tensor]:
+    """A mixture of gated mlps."""
+    ops = npu().ops
+    gate_up, down = (ops.pack_experts([randn(*size, dtype=torch.bfloat16) for _ in range(E)], quantization=quantization)
+                     for size in ((2 * F, D), (D, F)))
+
+    def run(x_TD: Tensor, choice: ExpertChoice) -> Tensor:
+        rows_RF2 = ops.grouped_linear(x_TD, gate_up, choice, from_tokens=True)
+        return ops.combine(ops.grouped_linear(ops.silu_mul(rows_RF2), down, choice, from_tokens=False), choice)
+
+    return run
 
 
 @pytest.mark.parametrize("quantization", FORMS)
 def test_a_layer(quantization: str | None) -> None:
-    ops, x_TD = npu().ops, randn(T, D, dtype=torch.bfloat16)
-    gate_up, down = (ops.pack_experts([randn(*size, dtype=torch.bfloat16) for _ in range(E)], quantization=quantization)
-                     for size in ((2 * F, D), (D, F)))
-    choice = ops.route(randn(T, E), RULES["qwen3"])
+    run, x_TD = layer(quantization), randn(T, D, dtype=torch.bfloat16)
+    choice = npu().ops.route(randn(T, E), RULES["qwen3"])
+    assert launches(run, x_TD, choice) == FORMS[quantization]
 
-    def layer() -> Tensor:
-        rows_RF2 = ops.grouped_linear(x_TD, gate_up, choice, from_tokens=True)
-        return ops.combine(ops.grouped_linear(ops.silu_mul(rows_RF2), down, choice, from_tokens=False), choice)
 
-    assert launches(layer) == FORMS[quantization]
+@pytest.mark.parametrize("rule", [RULES["qwen3"], RULES["deepseek-v3"], RouteRule(num_chosen=3, num_groups=20,
+                                                                                num_kept_groups=2)], ids=str)
+@pytest.mark.parametrize("quantization", [None, "int8", "w8a8"])
+def test_a_graph_holds_it_whoever_is_chosen(quantization: str | None, rule: RouteRule) -> None:
+    """Also by a rule that the operator does not know."""
+    ops, run, logits_TE, x_TD = npu().ops, layer(quantization), randn(T, E), randn(T, D, dtype=torch.bfloat16)
+    graph = torch.npu.NPUGraph()
+    with recording(TaskRecorder()), torch.npu.graph(graph):
+        out_TD = run(x_TD, ops.route(logits_TE, rule))
+    for scale in (0.0, 1.0, 8.0):
+        logits_TE.copy_(randn(T, E) * scale)
+        x_TD.copy_(randn(T, D))
+        graph.replay()
+        assert torch.equal(out_TD.cpu(), run(x_TD, ops.route(logits_TE, rule)).cpu())
