@@ -45,8 +45,12 @@ def gating_top_k(
     name = "npu_moe_gating_top_k"
     refuse(name, {"input_ids": input_ids, "tid2eid": tid2eid, "renorm": renorm}, (None, 0))
     num_experts = x.shape[-1]
-    if num_experts > 2048 or num_experts % group_count or not 1 <= k <= num_experts // group_count * k_group:
+    size, rest = divmod(num_experts, group_count)
+    is_too_wide = num_experts > 2048 or -(-size // 32) * 32 * group_count > 2048
+    if is_too_wide or rest or size <= 2 or not 1 <= k_group <= group_count or not 1 <= k <= size * k_group:
         raise RuntimeError(f"{name}: k {k} of {num_experts} experts in {group_count} groups, {k_group} chosen")
+    if not x.numel():
+        raise RuntimeError(f"{name}: x is empty")
     if bias is not None and bias.dtype != x.dtype:
         raise RuntimeError(f"{name}: bias is {bias.dtype}, x {x.dtype}")
     scores = x.float().softmax(-1) if norm_type == 0 else x.float().sigmoid()
