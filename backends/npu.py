@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends import npu_experts
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.metadata import AttentionMetadata
@@ -145,10 +146,9 @@ def silu_mul(gate_up_TF2: Tensor) -> Tensor:
 
 def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *,
                 quantization: str | None = None) -> linear.PackedWeight | linear.W8A8Weight:
+    linear.check_quantization(quantization)
     if quantization is None:
         return linear.PackedWeight(weight_YX.contiguous(), bias_Y)
-    if quantization not in ("int8", "w8a8"):
-        raise ValueError(f"products on an NPU take weights as they are or in int8, not in {quantization}")
     codes_YX, scale_Y = quantize_rows(weight_YX, quantization)
     pack = linear.pack_w8a8 if quantization == "w8a8" else linear.pack_int8
     return pack(codes_YX=codes_YX, scale_Y=scale_Y, bias_Y=bias_Y, dtype=weight_YX.dtype)
@@ -170,6 +170,10 @@ OPS = replace(
     plan=plan,
     attention=attention,
     silu_mul=silu_mul,
+    route=npu_experts.route,
+    pack_experts=npu_experts.pack_experts,
+    grouped_linear=npu_experts.grouped_linear,
+    combine=npu_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,
     export_blocks=kv.export_blocks,

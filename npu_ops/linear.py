@@ -36,6 +36,12 @@ class PackedWeight:
         self.nbytes = sum(t.nbytes for t in tensors if t is not None)
 
 
+def check_quantization(quantization: str | None) -> None:
+    """Raise ValueError for a form of weights that no product of an NPU takes."""
+    if quantization not in (None, "int8", "w8a8"):
+        raise ValueError(f"products on an NPU take weights as they are or in int8, not in {quantization}")
+
+
 def pack_int8(*, codes_YX: Tensor, scale_Y: Tensor, bias_Y: Tensor | None, dtype: torch.dtype) -> PackedWeight:
     """An int8 weight [Y, X] with one scale per row for activations of `dtype`, which the scales are rounded to."""
     _check_inputs(codes_YX.shape[1])

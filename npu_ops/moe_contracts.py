@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from npu_ops.contract import FLOATS, Contract, Rule, contiguous, dtypes, on_one_device, one_of, ranks, same_dtype
 
 DOC = "torch_npu operator docs"
 INNER_LIMIT = 65536  # of the inner axis of a grouped product, as its documentation has it
+MOST_GROUPS = 1024  # of a grouped product
 INT8_OUTPUTS = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16))  # of scale and result
 
-GATING_SOFTMAX = (
-    dtypes(DOC, FLOATS, "x"),
-    ranks(DOC, 2, 3, "x"),
-    contiguous("house rule: strided inputs are copied", "x"),
-    Rule("k must lie in [1, experts], at most 1024", DOC, lambda a: 1 <= a.k <= min(1024, a.x.shape[-1])),
-)
+
+def takes_groups(num_experts: int, num_groups: int) -> bool:
+    """Whether gating takes so many experts in so many groups: of more than 2, and each padded to whole 32 at most 2048
+    experts together."""
+    size, rest = divmod(num_experts, num_groups)
+    return rest == 0 and size > 2 and num_experts <= 2048 and -(-size // 32) * 32 * num_groups <= 2048
+
 
 GATING = (
     dtypes(DOC, FLOATS, "x", "bias"),
     same_dtype(DOC, "x", "bias"),
     ranks(DOC, 2, 2, "x"),
-    Rule("there may be at most 2048 experts", DOC, lambda a: a.x.shape[1] <= 2048),
+    Rule("x may not be empty", "CANN's docs of aclnnMoeGatingTopK", lambda a: a.x.numel() > 0),
     Rule("bias must be [experts]", DOC, lambda a: a.bias is None or a.bias.shape == a.x.shape[1:]),
-    Rule("group_count must divide the experts into groups of more than 2", DOC,
-         lambda a: a.group_count > 0 and a.x.shape[1] % a.group_count == 0 and a.x.shape[1] // a.group_count > 2),
-    Rule("the groups, each padded to 32, must hold at most 2048 experts", DOC,
-         lambda a: -(-(a.x.shape[1] // a.group_count) // 32) * 32 * a.group_count <= 2048),
+    Rule("group_count must divide the experts into groups of more than 2, of 2048 experts if each is padded to 32", DOC,
+         lambda a: a.group_count > 0 and takes_groups(a.x.shape[1], a.group_count)),
     Rule("k_group must lie in [1, group_count]", DOC, lambda a: 1 <= a.k_group <= a.group_count),
     Rule("k must be positive and fit into the groups that are kept", DOC,
          lambda a: 1 <= a.k <= a.x.shape[1] // a.group_count * a.k_group),
@@ -72,6 +74,13 @@ UNPERMUTE = (
          lambda a: bool((a.sorted_indices < len(a.permuted_tokens)).all()), reads_values=True),
 )  # fmt: skip
 
+
+def _is_weight_only(a: Any) -> bool:
+    parts = (a.antiquant_scale, a.antiquant_offset)
+    return a.x.dtype.itemsize == 2 and a.weight.dtype is torch.int8 and all(
+        t is not None and t.dtype is a.x.dtype and t.shape == (len(a.weight), a.weight.shape[2]) for t in parts)
+
+
 GROUPED_MATMUL = (
     on_one_device("x", "weight", "group_list"),
     one_of("house rule: one tensor in, one out", "split_item", (2,)),
@@ -82,12 +91,13 @@ GROUPED_MATMUL = (
     contiguous(f"{DOC}: 'x may not be transposed'", "x", "group_list"),
     dtypes(DOC, (torch.int64,), "group_list"),
     dtypes(DOC, (*FLOATS, torch.int8), "x", "weight"),
-    same_dtype(DOC, "x", "weight"),
+    Rule("x and weight must have one dtype, or weight int8 with antiquant_scale and _offset [groups, N] of x's dtype",
+         DOC, lambda a: _is_weight_only(a) if a.antiquant_scale is not None else a.x.dtype is a.weight.dtype),
     Rule("x must be [M, K] and weight [groups, K, N]", DOC, lambda a: a.x.shape[1] == a.weight.shape[1]),
     Rule("the last axes must be below 65536", DOC,
          lambda a: a.x.shape[1] < INNER_LIMIT and a.weight.shape[2] < INNER_LIMIT),
     Rule("group_list must have an entry a group, of at most 1024", DOC,
-         lambda a: a.group_list.shape == a.weight.shape[:1] and len(a.group_list) <= 1024),
+         lambda a: a.group_list.shape == a.weight.shape[:1] and len(a.group_list) <= MOST_GROUPS),
     Rule("a list of counts must have more than one entry", DOC,
          lambda a: a.group_list_type == 0 or len(a.group_list) > 1),
     Rule("int8 needs scale [groups, N] of bfloat16 or float32, per_token_scale [M] of float32 and an output dtype",
@@ -103,7 +113,6 @@ GROUPED_MATMUL = (
 )  # fmt: skip
 
 MOE_CONTRACTS = (
-    Contract("npu_moe_gating_top_k_softmax", GATING_SOFTMAX),
     Contract("npu_moe_gating_top_k", GATING),
     Contract("npu_moe_init_routing_v2", INIT_ROUTING),
     Contract("npu_moe_token_unpermute", UNPERMUTE),

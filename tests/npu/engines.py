@@ -17,6 +17,7 @@ from xllm import LLM, SamplingParams
 os.environ["XLLM_NPU_CHECK"] = "1"
 BUNDLED = "bundled"
 TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows"]
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
 # What a device's attention is made for: a whole row of a head, in the dtype of most checkpoints.
 WIDE = Variant("qwen3-head-dim-128-bf16", "Qwen3", {"head_dim": 128}, disk_dtype=torch.bfloat16)
 NUM_TOKENS = 14
@@ -68,6 +69,13 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS, *, seeded: bool = False
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts],
                            [sampling(i, seeded) for i in range(len(prompts))], use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def prompt_logprobs(llm: LLM) -> torch.Tensor:
+    """Of the tokens of one prompt."""
+    prompt, wanted = PROMPTS[1], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    output = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)[0]
+    return torch.tensor([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:])])
 
 
 @functools.cache

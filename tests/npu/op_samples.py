@@ -108,6 +108,11 @@ def int8_experts() -> Sample:
     return ([int8(5, 32)], [int8(3, 32, 48)]), experts()[1] | scales
 
 
+def weight_only_experts() -> Sample:
+    parts = {"antiquant_scale": [rand(3, 48, dtype=BF16)], "antiquant_offset": [rand(3, 48, dtype=BF16)]}
+    return ([rand(5, 32, dtype=BF16)], [int8(3, 32, 48)]), experts()[1] | parts
+
+
 def routing(**more: Any) -> Sample:
     given = {
         "active_num": 8, "expert_num": 6, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
@@ -189,7 +194,7 @@ def samples() -> dict[str, dict[str, Sample]]:
             "channel": ((rand(3, 64, dtype=HALF), int8(64, 48), rand(1, 48, dtype=HALF)), {}),
             "group": ((rand(3, 64, dtype=HALF), int8(64, 48), rand(2, 48, dtype=HALF)), {"antiquant_group_size": 32}),
         },
-        "npu::npu_grouped_matmul": {"bf16": experts(), "int8": int8_experts()},
+        "npu::npu_grouped_matmul": {"bf16": experts(), "int8": int8_experts(), "weights": weight_only_experts()},
         "npu::npu_moe_gating_top_k_softmax": {"": ((scores, None, 3), {}), "done": ((scores, scores[:, 0] > 0, 3), {})},
         "npu::npu_moe_gating_top_k": {
             "softmax": ((scores, 6), {}),

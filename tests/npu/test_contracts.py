@@ -104,10 +104,6 @@ def format_cast() -> Arguments:
     return {"input": t(BF16, 16, 32), "acl_format": 29}
 
 
-def gating_softmax() -> Arguments:
-    return {"x": t(F32, 3, 8), "k": 2}
-
-
 def gating() -> Arguments:
     return {"x": t(F32, 3, 16), "k": 4, "bias": t(F32, 16), "k_group": 2, "group_count": 4, "group_select_mode": 1,
             "norm_type": 1, "renorm": 0}
@@ -125,7 +121,8 @@ def unpermute() -> Arguments:
 
 def grouped() -> Arguments:
     return {"x": t(BF16, 6, 16), "weight": t(BF16, 2, 16, 8), "group_list": of(2, 4, dtype=I64), "split_item": 2,
-            "group_type": 0, "group_list_type": 1, "scale": None, "per_token_scale": None, "output_dtype": None}
+            "group_type": 0, "group_list_type": 1, "scale": None, "per_token_scale": None, "antiquant_scale": None,
+            "antiquant_offset": None, "output_dtype": None}
 
 
 def swiglu() -> Arguments:
@@ -138,8 +135,8 @@ BASES: dict[str, Callable[[], Arguments]] = {
     "npu_rotary_mul": rotary_mul, "npu_apply_rotary_pos_emb": apply_rotary, "npu_mrope": mrope,
     "npu_swiglu": swiglu, "npu_top_k_top_p": top_k_top_p, "npu_weight_quant_batchmatmul": weight_quant,
     "npu_quant_matmul": quant_matmul, "npu_dynamic_quant": dynamic_quant, "npu_format_cast": format_cast,
-    "npu_moe_gating_top_k_softmax": gating_softmax, "npu_moe_gating_top_k": gating,
-    "npu_moe_init_routing_v2": init_routing, "npu_moe_token_unpermute": unpermute, "npu_grouped_matmul": grouped,
+    "npu_moe_gating_top_k": gating, "npu_moe_init_routing_v2": init_routing, "npu_moe_token_unpermute": unpermute,
+    "npu_grouped_matmul": grouped,
 }  # fmt: skip
 
 # By operator: what is changed of the call that is right. A value may be a function of the argument that it replaces.
@@ -230,9 +227,8 @@ BROKEN: dict[str, list[Arguments]] = {
                           {"smooth_scales": lambda s: s[:3]}],
     "npu_format_cast": [{"acl_format": 30}, {"input": strided}, {"input": lambda x: x[0]}, {"input": Tensor.short},
                         {"input": lambda x: x[:15]}],
-    "npu_moe_gating_top_k_softmax": [{"x": Tensor.short}, {"x": lambda x: x[0]}, {"x": strided}, {"k": 0}, {"k": 9}],
     "npu_moe_gating_top_k": [
-        {"x": Tensor.short}, {"bias": Tensor.half}, {"x": lambda x: x[None]},
+        {"x": Tensor.short}, {"bias": Tensor.half}, {"x": lambda x: x[None]}, {"x": lambda x: x[:0]},
         {"x": lambda x: x.new_zeros(1, 2049), "bias": None, "group_count": 1, "k_group": 1},
         {"bias": lambda b: b[:3]}, {"group_count": 8}, {"group_count": 3},
         {"x": lambda x: x.new_zeros(1, 2048), "bias": None, "group_count": 512}, {"k_group": 5}, {"k": 9}, {"k": 0},
@@ -258,7 +254,10 @@ BROKEN: dict[str, list[Arguments]] = {
         {"x": Tensor.short, "weight": Tensor.short}, {"x": Tensor.half}, {"x": lambda x: x[:, :8].contiguous()},
         {"weight": lambda w: w.new_zeros(2, 16, 65536)}, {"group_list": lambda g: g[:1]},
         {"group_list": lambda g: g[:1], "weight": lambda w: w[:1]},
-        {"x": Tensor.char, "weight": Tensor.char}, {"group_list": lambda g: g + 1},
+        {"x": Tensor.char, "weight": Tensor.char}, {"group_list": lambda g: g + 1}, {"weight": Tensor.char},
+        {"weight": Tensor.char, "antiquant_scale": lambda _: t(BF16, 2, 8)},
+        {"weight": Tensor.char, "antiquant_scale": lambda _: t(BF16, 2, 8), "antiquant_offset": lambda _: t(F16, 2, 8)},
+        {"antiquant_scale": lambda _: t(BF16, 2, 8), "antiquant_offset": lambda _: t(BF16, 2, 8)},
         {"group_list_type": 0},
     ],
 }  # fmt: skip
@@ -318,10 +317,9 @@ def wrong_calls() -> dict[str, Callable[[], object]]:
         "npu_dynamic_quant": lambda: linear.dynamic_quant(x=bad),
         "npu_quant_matmul": lambda: linear.quant_matmul(
             codes_MX=bad, scale_M=bad[:, 0], part=W8A8Part(t(I8, 16, 4), bad[0], None), dtype=BF16),
-        "npu_moe_gating_top_k_softmax": lambda: moe.gating_softmax(logits_TE=bad, k=2),
         "npu_moe_gating_top_k": lambda: moe.gating(logits_TE=bad, k=2),
-        "npu_moe_init_routing_v2": lambda: moe.init_routing(x_TD=bad, ids_TK=t(I32, 4, 2), num_experts=4),
-        "npu_moe_token_unpermute": lambda: moe.unpermute(x_RD=bad, row_of_R=t(I32, 4), weights_TK=bad[:, :1]),
+        "npu_moe_init_routing_v2": lambda: moe.init_routing(x_TX=bad, ids_TK=t(I32, 4, 2), num_experts=4),
+        "npu_moe_token_unpermute": lambda: moe.unpermute(x_RX=bad, row_of_R=t(I32, 4), weights_TK=bad[:, :1]),
         "npu_grouped_matmul": lambda: moe.grouped_matmul(x_RX=bad, weight_EXY=t(BF16, 2, 16, 4),
                                                          counts_E=torch.tensor([2, 2], device=device)),
     }  # fmt: skip

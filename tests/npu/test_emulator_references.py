@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch_npu
 from torch import Tensor
 
-from tests.npu.op_samples import BF16, BLOCK, BLOCKS, D, K, N, dense, ints, packed, paged, rand, routing, v2
+from tests.npu.op_samples import BF16, BLOCK, BLOCKS, D, K, N, dense, ints, packed, paged, rand, v2
 
 npu, atb = torch.ops.npu, torch.ops.atb
 
@@ -268,63 +267,3 @@ def test_quantised_products_are_near_the_plain_one() -> None:
 def test_without_output_dtype_a_quantised_product_is_int8() -> None:
     ones = torch.ones(2, 32, dtype=torch.int8)
     assert npu.npu_quant_matmul(ones, ones.T.contiguous(), torch.tensor([10.0])).tolist() == [[127, 127], [127, 127]]
-
-
-@pytest.mark.parametrize("row_idx_type", [0, 1])
-def test_a_mixture_of_experts_from_end_to_end(row_idx_type: int) -> None:
-    (x, experts), given = routing(row_idx_type=row_idx_type)
-    weights, probs = rand(6, 32, 16, dtype=BF16), torch.rand(4, 2).to(BF16)
-    rows, index, counts, _ = npu.npu_moe_init_routing_v2(x, experts, **given)
-    assert counts.tolist() == torch.bincount(experts.flatten(), minlength=6).tolist()
-    out = npu.npu_grouped_matmul([rows], [weights], group_list=counts, group_list_type=1, split_item=2, group_type=0)[0]
-    index = index if row_idx_type == 0 else index.long().argsort().int()
-    result = npu.npu_moe_token_unpermute(out, index, probs)
-    for token in range(4):
-        expected = sum(
-            probs[token, j].double() * (x[token].double() @ weights[int(experts[token, j])].double()) for j in range(2)
-        )
-        close(result[token], expected, 3e-2)
-
-
-def test_rows_of_other_ranks_are_undefined() -> None:
-    (x, experts), given = routing(active_expert_range=[2, 5])
-    rows, index, counts, scales = npu.npu_moe_init_routing_v2(x, experts, **given)
-    active = (experts >= 2) & (experts < 5)
-    assert counts.tolist() == [1, 1, 3] and int((index >= 0).sum()) == int(active.sum()) == 5
-    assert rows[5:].isnan().all() and scales.isnan().all()
-    flat = active.flatten()
-    assert torch.equal(rows[index[flat].long()], x.repeat_interleave(2, 0)[flat])
-
-
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_three_ways_to_say_groups(kind: int) -> None:
-    x, weights = rand(5, 32, dtype=BF16), rand(3, 32, 16, dtype=BF16)
-    groups = {0: [3, 3, 5], 1: [3, 0, 2], 2: [[0, 3], [2, 2], [0, 0]]}[kind]
-    out = npu.npu_grouped_matmul(
-        [x], [weights], group_list=torch.tensor(groups), group_list_type=kind, split_item=3, group_type=0
-    )[0]
-    expected = torch.cat((x[:3].double() @ weights[0].double(), x[3:].double() @ weights[2].double()))
-    close(out, expected, 2e-2)
-
-
-def test_choosing_experts_by_group() -> None:
-    scores, bias = rand(4, 64), rand(64)
-    weights, experts, norm = npu.npu_moe_gating_top_k(
-        scores, 6, bias=bias, k_group=2, group_count=4, group_select_mode=1, norm_type=1, routed_scaling_factor=2.5
-    )
-    for row in range(4):
-        sigmoid = scores[row].sigmoid()
-        biased = (sigmoid + bias).view(4, 16)
-        best = biased.topk(2, -1).values.sum(-1).topk(2).indices
-        allowed = [i for i in range(64) if i // 16 in best.tolist()]
-        wanted = sorted(allowed, key=lambda i: -float(biased.flatten()[i]))[:6]
-        assert experts[row].tolist() == wanted
-        close(weights[row], sigmoid[wanted] / sigmoid[wanted].sum() * 2.5, 1e-5)
-        close(norm[row], sigmoid, 1e-6)
-
-
-def test_softmax_gating_counts_rows_by_column() -> None:
-    scores = rand(4, 8)
-    weights, experts, rows = torch_npu.npu_moe_gating_top_k_softmax(scores, None, 2)
-    assert torch.equal(weights, scores.softmax(-1).topk(2, -1).values) and experts.dtype is torch.int32
-    assert rows.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.npu.engines import BUNDLED, PROMPTS, TINY, assert_same, plain, start, tokens
+from tests.npu.engines import BUNDLED, MIXTURES, PROMPTS, TINY, assert_same, plain, start, tokens
 from xllm import LLM, SamplingParams
 from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
@@ -21,7 +21,7 @@ def graph_stats(llm: LLM) -> Any:
 
 
 @pytest.mark.parametrize("mode", [EAGER, GRAPHS], ids=["eager", "graphs"])
-@pytest.mark.parametrize("model", [BUNDLED, *TINY])
+@pytest.mark.parametrize("model", [BUNDLED, *TINY, *MIXTURES])
 def test_the_cpu_s_tokens(model: str, mode: dict[str, Any]) -> None:
     with start(model, "npu", **mode) as llm:
         assert_same(tokens(llm), plain(model))

@@ -64,10 +64,15 @@ def call_everything() -> None:
     linear.linear_w8a8(x, linear.pack_w8a8(codes_YX=codes, scale_Y=scale, bias_Y=None, dtype=BF16))
     format.cast_format(x=randn(16, 16, dtype=BF16), acl_format=format.FRACTAL_NZ)
     sampling.top_k_top_p(logits_SV=randn(2, 9), k_S=torch.tensor([2, 3], dtype=I32, device=npu().device))
-    moe.gating(logits_TE=randn(4, 8), k=2)
-    weights, ids = moe.gating_softmax(logits_TE=randn(4, 8), k=2)
-    moe.experts(x_TD=x, weights_TK=weights.to(BF16), ids_TK=ids, gate_up_EDF2=randn(8, 64, 64, dtype=BF16),
-                down_EFD=randn(8, 32, 64, dtype=BF16))
+    weights, ids, _ = moe.gating(logits_TE=randn(4, 8), k=2, bias_E=randn(8))
+    for scales, rounds_inputs in (([], False), ([scale.to(BF16)] * 8, False), ([scale.to(BF16)] * 8, True)):
+        weight = (codes if scales else codes.to(BF16)).t().contiguous()
+        experts = moe.stack([weight] * 8, scales, rounds_inputs=rounds_inputs)
+        mode = moe.PER_TOKEN if rounds_inputs else moe.PLAIN
+        rows, row_scales, order = moe.init_routing(x_TX=x, ids_TK=ids, num_experts=8, quant_mode=mode)
+        out = moe.grouped_linear(x_RX=rows, scale_R=row_scales if rounds_inputs else None, experts=experts,
+                                 counts_E=order.counts_E, dtype=BF16)
+    moe.unpermute(x_RX=out, row_of_R=order.row_of_R, weights_TK=weights)
 
 
 @pytest.fixture(scope="module")

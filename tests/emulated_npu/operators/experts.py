@@ -38,12 +38,19 @@ def gating_top_k(
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores by softmax (0) or sigmoid (1); the bias and the groups take part in the choice only."""
+    """Scores by softmax (0) or sigmoid (1); the bias and the groups take part in the choice only.
+
+    What is chosen among scores that are not numbers is not documented: experts that do not exist, here.
+    """
     name = "npu_moe_gating_top_k"
     refuse(name, {"input_ids": input_ids, "tid2eid": tid2eid, "renorm": renorm}, (None, 0))
     num_experts = x.shape[-1]
-    if num_experts > 2048 or num_experts % group_count or not 1 <= k <= num_experts // group_count * k_group:
+    size, rest = divmod(num_experts, group_count)
+    is_too_wide = num_experts > 2048 or -(-size // 32) * 32 * group_count > 2048
+    if is_too_wide or rest or size <= 2 or not 1 <= k_group <= group_count or not 1 <= k <= size * k_group:
         raise RuntimeError(f"{name}: k {k} of {num_experts} experts in {group_count} groups, {k_group} chosen")
+    if not x.numel():
+        raise RuntimeError(f"{name}: x is empty")
     if bias is not None and bias.dtype != x.dtype:
         raise RuntimeError(f"{name}: bias is {bias.dtype}, x {x.dtype}")
     scores = x.float().softmax(-1) if norm_type == 0 else x.float().sigmoid()
@@ -55,6 +62,8 @@ def gating_top_k(
         choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
     experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     weights = scores.gather(1, experts)
+    undefined = scores.isnan().any(-1, keepdim=True)
+    experts, weights = experts.masked_fill(undefined, num_experts), weights.masked_fill(undefined, 0.0)
     if norm_type == 1:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
     return (weights * routed_scaling_factor).to(x.dtype), experts.int(), scores

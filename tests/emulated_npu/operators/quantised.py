@@ -11,6 +11,8 @@ from tests.emulated_npu.operators.registry import emulates, refuse
 
 # torch_npu takes a type as the number that torch has for it.
 TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+# Of the scale and the result of a grouped product of int8.
+OUTPUTS_OF_INT8 = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16))
 
 
 def type_of(number: int | None, otherwise: torch.dtype) -> torch.dtype:
@@ -172,8 +174,7 @@ def grouped_matmul(
     """Rows of one x (M, K), group by group, by one weight (E, K, N): split_item 2 or 3 and group_type 0, for MoE."""
     name = "npu_grouped_matmul"
     unknown = {
-        "offset": offset, "antiquant_scale": antiquant_scale, "antiquant_offset": antiquant_offset,
-        "activation_input": activation_input, "activation_quant_scale": activation_quant_scale,
+        "offset": offset, "activation_input": activation_input, "activation_quant_scale": activation_quant_scale,
         "activation_quant_offset": activation_quant_offset, "x_dtype": x_dtype, "weight_dtype": weight_dtype,
         "scale_dtype": scale_dtype, "per_token_scale_dtype": per_token_scale_dtype, "act_type": act_type,
     }  # fmt: skip
@@ -183,13 +184,20 @@ def grouped_matmul(
             f"{name}: only split_item 2 or 3 with group_type 0, one x and one weight are emulated"
         )
     rows, experts = x[0], weight[0]
-    if rows.shape[-1] != experts.shape[1] or rows.dtype != experts.dtype or experts.shape[0] > 1024:
+    is_weight_only = bool(antiquant_scale or antiquant_offset)
+    is_mixed = rows.dtype != experts.dtype and not is_weight_only
+    if rows.shape[-1] != experts.shape[1] or is_mixed or experts.shape[0] > 1024:
         raise RuntimeError(f"{name}: {rows.dtype} {tuple(rows.shape)} by {experts.dtype} {tuple(experts.shape)}")
+    if is_weight_only:
+        experts = _without_codes(name, rows, experts, antiquant_scale, antiquant_offset)
     if group_list is None or group_list.dtype is not torch.int64:
         raise RuntimeError(f"{name}: group_list must be int64, not {None if group_list is None else group_list.dtype}")
     is_int8 = rows.dtype is torch.int8
     if is_int8 != bool(scale):
         raise RuntimeError(f"{name}: {rows.dtype} {'without' if is_int8 else 'with'} scale")
+    target = type_of(output_dtype, torch.int8 if is_int8 else rows.dtype)
+    if scale and (scale[0].dtype, target) not in OUTPUTS_OF_INT8:
+        raise RuntimeError(f"{name}: scale {scale[0].dtype} for a result of {target}")
     out = torch.full((rows.shape[0], experts.shape[2]), float("nan"))
     start = 0
     for expert, count in _groups(name, group_list, int(group_list_type or 0), experts.shape[0]):
@@ -205,7 +213,19 @@ def grouped_matmul(
         start += count
     if start != rows.shape[0]:
         raise RuntimeError(f"{name}: groups of {start} rows, x has {rows.shape[0]}")
-    return [out.to(type_of(output_dtype, torch.float16 if is_int8 else rows.dtype))]
+    return [out.to(target)]
+
+
+def _without_codes(name: str, rows: Tensor, codes: Tensor, scale: Sequence[Tensor] | None,
+                   offset: Sequence[Tensor] | None) -> Tensor:
+    """Weights of int8 (E, K, N) with a scale and an offset (E, N) as numbers of the rows' type, in float."""
+    parts = [part for given in (scale, offset) for part in (given or ())]
+    shape = (codes.shape[0], codes.shape[2])
+    if len(parts) != 2 or codes.dtype is not torch.int8 or any(
+        part.shape != shape or part.dtype is not rows.dtype or part.element_size() != 2 for part in parts
+    ):
+        raise RuntimeError(f"{name}: {codes.dtype} with antiquant parts {[(p.dtype, tuple(p.shape)) for p in parts]}")
+    return (codes.float() + parts[1].float()[:, None]) * parts[0].float()[:, None]
 
 
 def _groups(name: str, group_list: Tensor, kind: int, num_experts: int) -> list[tuple[int, int]]:
@@ -213,7 +233,7 @@ def _groups(name: str, group_list: Tensor, kind: int, num_experts: int) -> list[
     if kind == 2:
         pairs = [(int(expert), int(count)) for expert, count in group_list.tolist()]
         return pairs[: next((i for i, (_, count) in enumerate(pairs) if not count), len(pairs))]
-    if group_list.shape != (num_experts,) or kind not in (0, 1):
+    if group_list.shape != (num_experts,) or kind not in (0, 1) or (kind == 1 and num_experts == 1):
         raise RuntimeError(f"{name}: group_list {tuple(group_list.shape)} of kind {kind} for {num_experts} experts")
     values = group_list.tolist()
     counts = values if kind == 1 else [b - a for a, b in zip([0, *values], values, strict=False)]

@@ -1,0 +1,133 @@
+"""What the references of mixtures of experts compute and refuse, each held against another way to say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+from torch import Tensor
+
+from tests.npu import op_samples
+from tests.npu.op_samples import BF16, rand, routing
+
+npu = torch.ops.npu
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
+def close(given: Tensor, expected: Tensor, tolerance: float = 8e-3) -> None:
+    torch.testing.assert_close(given.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("row_idx_type", [0, 1])
+def test_a_mixture_of_experts_from_end_to_end(row_idx_type: int) -> None:
+    (x, experts), given = routing(row_idx_type=row_idx_type)
+    weights, probs = rand(6, 32, 16, dtype=BF16), torch.rand(4, 2).to(BF16)
+    rows, index, counts, _ = npu.npu_moe_init_routing_v2(x, experts, **given)
+    assert counts.tolist() == torch.bincount(experts.flatten(), minlength=6).tolist()
+    out = npu.npu_grouped_matmul([rows], [weights], group_list=counts, group_list_type=1, split_item=2, group_type=0)[0]
+    index = index if row_idx_type == 0 else index.long().argsort().int()
+    result = npu.npu_moe_token_unpermute(out, index, probs)
+    for token in range(4):
+        expected = sum(
+            probs[token, j].double() * (x[token].double() @ weights[int(experts[token, j])].double()) for j in range(2)
+        )
+        close(result[token], expected, 3e-2)
+
+
+def test_rows_of_other_ranks_are_undefined() -> None:
+    (x, experts), given = routing(active_expert_range=[2, 5])
+    rows, index, counts, scales = npu.npu_moe_init_routing_v2(x, experts, **given)
+    active = (experts >= 2) & (experts < 5)
+    assert counts.tolist() == [1, 1, 3] and int((index >= 0).sum()) == int(active.sum()) == 5
+    assert rows[5:].isnan().all() and scales.isnan().all()
+    flat = active.flatten()
+    assert torch.equal(rows[index[flat].long()], x.repeat_interleave(2, 0)[flat])
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_three_ways_to_say_groups(kind: int) -> None:
+    x, weights = rand(5, 32, dtype=BF16), rand(3, 32, 16, dtype=BF16)
+    groups = {0: [3, 3, 5], 1: [3, 0, 2], 2: [[0, 3], [2, 2], [0, 0]]}[kind]
+    out = npu.npu_grouped_matmul(
+        [x], [weights], group_list=torch.tensor(groups), group_list_type=kind, split_item=3, group_type=0
+    )[0]
+    expected = torch.cat((x[:3].double() @ weights[0].double(), x[3:].double() @ weights[2].double()))
+    close(out, expected, 2e-2)
+
+
+def test_experts_of_int8_beside_plain_rows() -> None:
+    (rows, codes), given = op_samples.weight_only_experts()
+    out = npu.npu_grouped_matmul(rows, codes, **given)[0]
+    scale, offset = (given[f"antiquant_{part}"][0].double()[:, None] for part in ("scale", "offset"))
+    weights = (codes[0].double() + offset) * scale
+    close(out, torch.cat((rows[0][:3].double() @ weights[0], rows[0][3:].double() @ weights[2])), 2e-2)
+
+
+@pytest.mark.parametrize(("message", "sample", "change"), [
+    ("antiquant parts", op_samples.weight_only_experts, {"antiquant_offset": None}),
+    ("antiquant parts", op_samples.weight_only_experts, {"antiquant_scale": [torch.ones(3, 48)]}),
+    ("by torch.int8", op_samples.weight_only_experts, {"antiquant_scale": None, "antiquant_offset": None}),
+    ("scale torch.float32 for a result of torch.bfloat16", op_samples.int8_experts, {"scale": [torch.ones(3, 48)]}),
+    ("scale torch.bfloat16 for a result of torch.float16", op_samples.int8_experts, {"output_dtype": torch.float16}),
+    ("scale torch.bfloat16 for a result of torch.int8", op_samples.int8_experts, {"output_dtype": None}),
+], ids=str)
+def test_what_a_grouped_product_refuses(message: str, sample: Callable[[], Any], change: dict[str, Any]) -> None:
+    args, given = sample()
+    with pytest.raises(RuntimeError, match=message):
+        npu.npu_grouped_matmul(*args, **{**given, **change})
+
+
+def test_a_count_of_one_group_is_refused_and_its_sum_is_taken() -> None:
+    x, weights, total = rand(5, 32, dtype=BF16), rand(1, 32, 16, dtype=BF16), torch.tensor([5])
+    given = {"group_list": total, "split_item": 2, "group_type": 0}
+    with pytest.raises(RuntimeError, match="of kind 1 for 1 experts"):
+        npu.npu_grouped_matmul([x], [weights], group_list_type=1, **given)
+    close(npu.npu_grouped_matmul([x], [weights], group_list_type=0, **given)[0], x.double() @ weights[0].double(), 2e-2)
+
+
+def test_choosing_experts_by_group() -> None:
+    scores, bias = rand(4, 64), rand(64)
+    weights, experts, norm = npu.npu_moe_gating_top_k(
+        scores, 6, bias=bias, k_group=2, group_count=4, group_select_mode=1, norm_type=1, routed_scaling_factor=2.5
+    )
+    for row in range(4):
+        sigmoid = scores[row].sigmoid()
+        biased = (sigmoid + bias).view(4, 16)
+        best = biased.topk(2, -1).values.sum(-1).topk(2).indices
+        allowed = [i for i in range(64) if i // 16 in best.tolist()]
+        wanted = sorted(allowed, key=lambda i: -float(biased.flatten()[i]))[:6]
+        assert experts[row].tolist() == wanted
+        close(weights[row], sigmoid[wanted] / sigmoid[wanted].sum() * 2.5, 1e-5)
+        close(norm[row], sigmoid, 1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "num_experts", "given"), [
+    (0, 8, {}), (1, 2, {}), (1, 8, {"group_count": 4}), (1, 9, {"group_count": 2}), (1, 2049, {}),
+    (1, 195, {"group_count": 65}), (1, 8, {"group_count": 2, "k_group": 3}), (1, 8, {"k": 9}), (1, 8, {"k": 0}),
+], ids=str)
+def test_what_gating_refuses(num_rows: int, num_experts: int, given: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"npu_moe_gating_top_k: (k .* experts in|x is empty)"):
+        npu.npu_moe_gating_top_k(rand(num_rows, num_experts), **{"k": 1, **given})
+
+
+@pytest.mark.parametrize("norm_type", [0, 1])
+def test_what_is_chosen_among_nan_does_not_exist(norm_type: int) -> None:
+    scores = rand(3, 8)
+    scores[1, 4] = float("nan")
+    weights, experts, norm = npu.npu_moe_gating_top_k(scores, 2, norm_type=norm_type)
+    assert experts[1].tolist() == [8, 8] and norm[1].isnan().any() and not norm[[0, 2]].isnan().any()
+    assert int(experts[[0, 2]].max()) < 8 and weights[[0, 2]].isfinite().all()
+
+
+def test_softmax_gating_counts_rows_by_column() -> None:
+    scores = rand(4, 8)
+    weights, experts, rows = torch_npu.npu_moe_gating_top_k_softmax(scores, None, 2)
+    assert torch.equal(weights, scores.softmax(-1).topk(2, -1).values) and experts.dtype is torch.int32
+    assert rows.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
