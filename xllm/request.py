@@ -252,6 +252,8 @@ class Column:
 class Request:
     """One sequence to generate. `n > 1` becomes n requests before it gets here.
 
+    `generated_token_ids`: what another engine has drawn of its output already. The sequence goes on after them as if
+    this engine had drawn them itself; only what comes after them is delivered, and prompt log-probabilities are not.
     `priority`: smaller runs first; one that is not within `MAX_PRIORITY` of zero raises RequestError. `offline`
     requests yield to online ones. `deadline_s` and `arrival_s` are on the `time.monotonic()` clock.
     """
@@ -259,6 +261,7 @@ class Request:
     request_id: str
     prompt_token_ids: Sequence[int]  # as `token_ids.py:token_array` makes them where anybody waits
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    generated_token_ids: tuple[int, ...] = ()
     pooling: PoolingParams | None = None  # an embedding beside the one token that the request then is for
     eos_token_ids: tuple[int, ...] = ()
     arrival_s: float = 0.0

@@ -48,6 +48,8 @@ class SequenceState:
         # All known tokens while it waits; while it runs they live in the row table.
         self.token_ids = np.asarray(request.prompt_token_ids, dtype=np.int32)
         self.num_prompt_tokens = len(self.token_ids)
+        if request.generated_token_ids:
+            self.token_ids = np.concatenate([self.token_ids, np.array(request.generated_token_ids, dtype=np.int32)])
         self.num_cached_tokens = 0  # prompt tokens found in the cache at first admission
         self.num_host_tokens = 0  # of those, brought up from host memory for it
         self.num_disk_tokens = 0  # and from disk

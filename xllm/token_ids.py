@@ -42,3 +42,12 @@ def check_prompt_length(num_tokens: int, max_model_len: int, field: str = "promp
     if num_tokens >= max_model_len:
         raise RequestError(f"{name} has {num_tokens} tokens; with max_model_len {max_model_len} it may have at "
                            f"most {max_model_len - 1}", field=field)
+
+
+def check_generated(num_prompt: int, num_generated: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raise RequestError unless a request that goes on after so many tokens has one left to draw."""
+    longest = max_model_len if max_tokens is None else min(max_model_len, num_prompt + max_tokens)
+    if num_generated and num_prompt + num_generated >= longest:
+        raise RequestError(f"generated_token_ids: after {num_prompt} tokens of prompt and {num_generated} generated "
+                           f"ones no token is left to draw: the sequence may have {longest}",
+                           field="generated_token_ids")

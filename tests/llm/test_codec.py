@@ -79,7 +79,7 @@ def test_every_field_of_a_delta_is_carried() -> None:
 def test_requests(sampling: SamplingParams) -> None:
     request = Request(request_id="r", prompt_token_ids=token_array([1, 2, 3]), sampling=sampling,
                       eos_token_ids=(7,), arrival_s=1.5, priority=-3, offline=True, deadline_s=math.pi, cache_salt="s",
-                      session_id="c")
+                      session_id="c", generated_token_ids=(4, 5, 2**31 - 1))
     received = COMMANDS.decode(COMMANDS.encode(Submit([request])))
     assert received == Submit([request])
 

@@ -31,13 +31,15 @@ GRAMMAR = {"prompt": "x", "max_tokens": 300, "structured_outputs": {"regex": "(a
 EVERY_REASON = {
     "kill": "worker rank 1 was killed by signal 9", "raise": "rank 1: (MemoryError: )?no room",
     "stop": "worker rank 1 has said nothing for 6 s",
-    "hang": r"worker rank 1 has not (begun step|finished|come to an exchange)",
+    "hang": r"worker rank 1 has not (begun step|finished|come to an exchange|voted on graph)",
     "spin": r"worker rank 1 has not (begun step|finished|come to an exchange)",
 }
 DIFFERENCES = {
     "plan_of.another": "worker rank 1 has begun step \\d+ where rank 0 has begun step \\d+",
-    # Where a row's prompt or blocks were in the plan, the rank itself finds that the next one does not fit.
-    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step|rank 1: the plan samples",
+    # Where a row's prompt or blocks were in the plan, the rank itself finds that the next one does not fit. On a busy
+    # machine gloo may end it before its announcement has left the process.
+    "plan_of.lost": "worker rank 1 has begun step \\d+ where rank 0 has begun step|"
+                    "rank 1: (the plan samples|a row lacks blocks)|worker rank 1 was killed by signal 6",
     "plan_of.less": "worker rank 1 has begun step \\d+ with other num_rows \\(7\\) than rank 0 \\(8\\)",
     "inputs.other": "worker rank 1 has begun step \\d+ with other token ids or positions than rank 0",
     "tokens.other": "worker rank 1 has drawn other tokens in step \\d+ than rank 0",
@@ -102,6 +104,7 @@ def stream(server: ServerProcess, body: dict, errors: list[tuple[float, str]]) -
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
         if response.status_code != 200:
             errors.append((time.time(), response.read().decode()))
+            return
         for line in response.iter_lines():
             if '"error"' in line:
                 errors.append((time.time(), json.loads(line.removeprefix("data: "))["error"]["message"]))
@@ -140,8 +143,8 @@ def check_fault(faulty: FaultyServer, fault: str, reason: str, *, body: dict = L
     assert faulty.answer() == faulty.expected
     assert server.engine_pid != engine
     assert ranks.isdisjoint(p.pid for p in faulty.faults.processes()), "a rank was left behind"
-    after = leavings(folder)
-    assert len(after) == len(before), (before, after)
+    # Other programs of this user have shared memory for a moment, too.
+    wait_for(lambda: len(leavings(folder)) == len(before), 5.0, f"as few leavings as {sorted(before)}")
     faulty.rows.append((fault, seen[0][0][1], f"{took_s:.1f} s", f"{back_s:.1f} s"))
     assert took_s < TO_THE_ERROR_S
 

@@ -103,6 +103,9 @@ class EngineCore:
             self._checked = request.sampling
         if not are_within(request.prompt_token_ids, self._loaded.vocab_size):  # a device would read beyond its table
             raise RequestError(f"prompt: token ids must be in 0 to {self._loaded.vocab_size - 1}", field="prompt")
+        if not are_within(request.generated_token_ids, self._loaded.vocab_size):
+            raise RequestError(f"generated_token_ids must be in 0 to {self._loaded.vocab_size - 1}",
+                               field="generated_token_ids")
         if request.pooling is None and not self._loaded.generates:
             raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")
         if request.pooling is not None:

@@ -146,8 +146,8 @@ class Admission:
 
     def _count(self, seq: SequenceState, num_cached: int) -> None:
         if seq.num_preemptions == 0:
-            seq.num_cached_tokens = num_cached
-            self._counters.cached_prompt_tokens_total += num_cached
+            seq.num_cached_tokens = min(num_cached, seq.num_prompt_tokens)
+            self._counters.cached_prompt_tokens_total += seq.num_cached_tokens
             if self._admitted is not None:
                 self._admitted.append((seq.request_id, self._clock()))
         self._counters.prefix_queries_total += len(seq.token_ids)

@@ -36,7 +36,7 @@ from xllm.scheduler.token_budget import TokenBudget
 from xllm.sequence import SequenceState, Status
 from xllm.stats import Counters
 from xllm.step import ScheduleOutput, StepOutput
-from xllm.token_ids import check_prompt_length
+from xllm.token_ids import check_generated, check_prompt_length
 
 
 class Scheduler:
@@ -91,6 +91,7 @@ class Scheduler:
         """Queue a request. Raises RequestError if it can never run or the queue is full."""
         num_tokens = len(request.prompt_token_ids)
         check_prompt_length(num_tokens, self.max_model_len)
+        check_generated(num_tokens, len(request.generated_token_ids), request.sampling.max_tokens, self.max_model_len)
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
         self.check_room()
