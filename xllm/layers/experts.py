@@ -55,7 +55,9 @@ class Experts:
         self._router = Linear(replace(context, quantization=None), router_ED)
         self._bias_E = None
         if shape.has_bias:
-            self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,)).float()
+            # Never rounded: a choice turns on less than the compute dtype can tell apart.
+            self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,),
+                                        dtype=torch.float32)
         gate_up = _gate_up_weights(weights, name, shape, context.parallel.tp_shard(0))
         down = _down_weights(weights, name, shape, context.parallel.tp_shard(1))
         try:
