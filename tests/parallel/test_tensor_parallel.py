@@ -22,7 +22,7 @@ CASES = "tests.parallel.tensor_cases"
 # latents that all hold.
 MODELS = [("llama-gqa", 2), ("llama-attention-bias", 2), ("llama-mqa", 2), ("llama-gqa", 4),
           ("qwen3-tied-head-dim-32-bf16", 2), ("qwen2-window-13-from-layer-1", 2), ("qwen2-moe", 2),
-          ("mixtral-stacked-window-21", 2), ("deepseek-v3", 2)]
+          ("mixtral-stacked-window-21", 2), ("deepseek-v3-moe", 2)]
 
 
 @pytest.fixture(scope="module")

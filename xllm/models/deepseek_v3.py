@@ -11,8 +11,8 @@ from xllm.models.raw_config import RawConfig
 DEFAULTS = {
     "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "eos_token_id": 1, "bos_token_id": 0, "q_lora_rank": 1536,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 3,
-    "rope_interleave": True, "n_shared_experts": 1, "moe_intermediate_size": 2048, "num_experts_per_tok": 8, "n_group": 8,
-    "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "rope_interleave": True, "n_shared_experts": 1, "moe_intermediate_size": 2048, "num_experts_per_tok": 8,
+    "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
 }
 
 
