@@ -51,6 +51,11 @@ def deepseek_moe(**fields: Any) -> dict[str, Any]:
                        "moe_intermediate_size": 40, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, **fields})
 
 
+def glm(**fields: Any) -> dict[str, Any]:
+    """The first layer is dense; half of each head is rotated."""
+    return {"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 24, **fields}
+
+
 DEEPSEEK_YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.9, mscale_all_dim=0.6)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -121,6 +126,13 @@ VARIANTS = [
             disk_dtype=torch.bfloat16, shard_size="64KB"),
     Variant("deepseek-v3-moe-one-group-not-normalised", "DeepseekV3", deepseek_moe(
         n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.5), stacked=True),
+    Variant("glm4-moe", "Glm4Moe", glm()),
+    Variant("glm4-moe-bias-qk-norm-scaled", "Glm4Moe", glm(attention_bias=True, use_qk_norm=True,
+                                                           routed_scaling_factor=2.5)),
+    Variant("glm4-moe-yarn-quarter-stacked", "Glm4Moe", glm(
+        head_dim=32, use_qk_norm=True, norm_topk_prob=False, n_group=4, topk_group=2, **rope(
+            "yarn", factor=4.0, original_max_position_embeddings=32, partial_rotary_factor=0.25)), stacked=True),
+    Variant("glm4-moe-whole-heads", "Glm4Moe", glm(**rope("default", partial_rotary_factor=1.0))),
 ]
 BY_ID = {variant.id: variant for variant in VARIANTS}
 

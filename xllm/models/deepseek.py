@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xllm.models.deepseek_mixture import deepseek_mlps
 from xllm.models.dense import MAX_HEAD_DIM, check_activation
+from xllm.models.draft_layers import read_num_draft_layers, skip_draft_layers
 from xllm.models.kv_spec import KVSpec
 from xllm.models.mixture import Mixture
-from xllm.models.model_config import MAX_LAYERS, DecoderConfig, ModelConfig, read_common
+from xllm.models.model_config import DecoderConfig, ModelConfig, read_common
 from xllm.models.raw_config import RawConfig
 from xllm.parallel.shard import Shard
 
@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from xllm.models.causal_lm import CausalLM
 
 LATENT_OPS = frozenset({"latent_rope_write", "latent_attention"})
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekConfig(DecoderConfig):
     """q_rank, latent_width, rotated_dim, key_dim, value_dim, interleaved: see `xllm/layers/latent_attention.py`.
-    mixture: None: no layer has experts. num_draft_layers: layers behind the last that predict further tokens, which are
-    not used."""
+    num_draft_layers: see `draft_layers.py`."""
 
     num_heads: int
     q_rank: int | None
@@ -38,7 +36,7 @@ class DeepseekConfig(DecoderConfig):
     attention_bias: bool
     mlp_bias: bool
     ffn_size: int
-    mixture: Mixture | None
+    mixture: Mixture
     num_draft_layers: int = 0
 
     @property
@@ -47,11 +45,11 @@ class DeepseekConfig(DecoderConfig):
 
     @property
     def experts_a_token(self) -> int:
-        return self.mixture.experts_a_token if self.mixture else 0
+        return self.mixture.experts_a_token
 
     @property
     def special_ops(self) -> frozenset[str]:
-        return LATENT_OPS | (self.mixture.special_ops if self.mixture else frozenset())
+        return LATENT_OPS | self.mixture.special_ops
 
     @property
     def score_scale(self) -> float:
@@ -61,11 +59,10 @@ class DeepseekConfig(DecoderConfig):
         shard = Shard(0, 0, num_ranks)
         shard.even_width(self.num_heads, "the number of query heads")
         shard.even_width(self.ffn_size, "the width of the mlp")
-        if self.mixture:
-            self.mixture.check_shared(num_ranks)
+        self.mixture.check_shared(num_ranks)
 
 
-def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mixture: Mixture | None,
+def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mixture: Mixture,
                   mlp_bias: bool = False) -> DeepseekConfig:
     """The keywords are what the version decides. Raises ModelError."""
     check_activation(raw)
@@ -83,8 +80,7 @@ def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mixtu
         value_dim=raw.integer("v_head_dim", high=MAX_HEAD_DIM), interleaved=interleaved,
         attention_bias=raw.flag("attention_bias"), mlp_bias=mlp_bias, ffn_size=raw.integer("intermediate_size"),
         mixture=mixture,
-        num_draft_layers=raw.whole("num_nextn_predict_layers", high=MAX_LAYERS)
-        or raw.whole("num_mtp_layers", high=MAX_LAYERS))  # transformers' own name
+        num_draft_layers=read_num_draft_layers(raw))
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:
@@ -107,12 +103,5 @@ def build(context: LayerContext, config: ModelConfig, weights: Weights) -> Causa
     mlp = deepseek_mlps(context, weights, config.mixture, hidden_size=config.hidden_size, ffn_size=config.ffn_size,
                         bias=config.mlp_bias)
     model = Decoder(context, config, weights, attention=attention, mlp=mlp, plan=lambda meta: None)
-    _skip_draft_layers(config, weights)
+    skip_draft_layers(weights, config.num_layers, config.num_draft_layers)
     return model
-
-
-def _skip_draft_layers(config: DeepseekConfig, weights: Weights) -> None:
-    behind = range(config.num_layers, config.num_layers + config.num_draft_layers)
-    if sum(weights.skip(f"model.layers.{index}.") for index in behind):
-        log.warning("the checkpoint's layers for multi-token prediction (%d, from number %d on) are not used",
-                    config.num_draft_layers, config.num_layers)

@@ -22,15 +22,15 @@ def layers_from(raw: RawConfig, num_layers: int) -> tuple[bool, ...]:
     return tuple(layer >= first and layer % step == 0 for layer in range(num_layers))
 
 
-def read_v2_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture | None:
-    """Softmax scores, their sum not brought to one. A group of experts is as good as its best. None: no layer has
-    experts, and what the config says of them is not read.
+def read_v2_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture:
+    """Softmax scores, their sum not brought to one. A group of experts is as good as its best. If no layer has experts,
+    what the config says of them is not read.
 
     num_experts: where the file says none. Raises ModelError.
     """
     layers = layers_from(raw, num_layers)
     if not any(layers):
-        return None
+        return Mixture(layers=layers)
     _check_word(raw, "scoring_func", "softmax")
     method = _check_word(raw, "topk_method", GREEDY, WITHIN_GROUPS)
     if raw.flag("norm_topk_prob"):
@@ -40,12 +40,12 @@ def read_v2_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mix
     return _grouped(raw, mixture, summed_per_group=1) if method == WITHIN_GROUPS else mixture
 
 
-def read_v3_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture | None:
+def read_v3_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture:
     """Sigmoid scores. The choice is by their sums with a bias of each expert, and a group is as good as its best two
     together; the weights are the scores alone. Otherwise as `read_v2_mixture`."""
     layers = layers_from(raw, num_layers)
     if not any(layers):
-        return None
+        return Mixture(layers=layers)
     _check_word(raw, "scoring_func", "sigmoid")
     _check_word(raw, "topk_method", CORRECTED)
     mixture = replace(_read(raw, layers, num_experts), sigmoid=True, is_corrected=True,
@@ -83,7 +83,7 @@ def _check_word(raw: RawConfig, key: str, *built: str) -> str:
     return built[0] if value is None else str(value)
 
 
-def deepseek_mlps(context: LayerContext, weights: Weights, mixture: Mixture | None, *, hidden_size: int, ffn_size: int,
+def deepseek_mlps(context: LayerContext, weights: Weights, mixture: Mixture, *, hidden_size: int, ffn_size: int,
                   bias: bool) -> Factory[FeedForward]:
     """The mlp of each layer. bias: of the gated mlps, the shared expert's too."""
     from xllm.layers.mlp import GatedMLP
@@ -91,8 +91,6 @@ def deepseek_mlps(context: LayerContext, weights: Weights, mixture: Mixture | No
     def plain(name: str) -> GatedMLP:
         return GatedMLP(context, weights, name, hidden_size, ffn_size, bias=bias)
 
-    if mixture is None:
-        return lambda _, name: plain(name)
     return expert_mlps(
         context, weights, mixture, hidden_size, plain=plain,
         shared=lambda name: GatedMLP(context, weights, f"{name}.shared_experts", hidden_size, mixture.shared_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xllm.models.dense import DenseConfig, build_with
 from xllm.models.model_config import ModelConfig
@@ -27,17 +27,17 @@ NUMBER_OF_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")  # 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """layers: by layer, whether its mlp is a mixture. expert_size: width of each expert. shared_size: of the one beside
-    them that every token has; 0: there is none.
+    them that every token has; 0: there is none. Without a layer that is a mixture, nothing else is said.
 
     num_chosen and what follows it: `backends/expert_choice.py:RouteRule`. is_corrected: the choice, and not the
     weights, depends on a number of each expert besides, its `e_score_correction_bias`.
     """
 
     layers: tuple[bool, ...]
-    num_experts: int
-    expert_size: int
+    num_experts: int = 0
+    expert_size: int = 0
     shared_size: int = 0
-    num_chosen: int
+    num_chosen: int = 0
     renormalise: bool = False
     sigmoid: bool = False
     num_groups: int = 1
@@ -48,6 +48,7 @@ class Mixture:
 
     @property
     def experts_a_token(self) -> int:
+        """0: no layer is a mixture."""
         return self.num_chosen if any(self.layers) else 0
 
     @property
@@ -98,6 +99,8 @@ def expert_mlps(
     from backends.expert_choice import RouteRule
     from xllm.layers.experts import Experts, ExpertShape
 
+    if not any(mixture.layers):
+        return lambda _, name: plain(name)
     rule = RouteRule(
         num_chosen=mixture.num_chosen, sigmoid=mixture.sigmoid, num_groups=mixture.num_groups,
         num_kept_groups=mixture.num_kept_groups, summed_per_group=mixture.summed_per_group,
@@ -135,7 +138,12 @@ class MixtureConfig(DenseConfig):
 
 
 def with_mixture(dense: DenseConfig, mixture: Mixture) -> MixtureConfig:
-    return MixtureConfig(**{field.name: getattr(dense, field.name) for field in fields(dense)}, mixture=mixture)
+    return MixtureConfig(**mixture_fields(dense, mixture))
+
+
+def mixture_fields(dense: DenseConfig, mixture: Mixture) -> dict[str, Any]:
+    """Those of a `MixtureConfig`, by name."""
+    return {**{field.name: getattr(dense, field.name) for field in fields(dense)}, "mixture": mixture}
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:

@@ -28,6 +28,8 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "xllm.models.qwen3_moe",
     "DeepseekV2ForCausalLM": "xllm.models.deepseek_v2",
     "DeepseekV3ForCausalLM": "xllm.models.deepseek_v3",
+    "Glm4MoeForCausalLM": "xllm.models.glm4_moe",
+    "KimiK2ForCausalLM": "xllm.models.deepseek_v3",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
     "MistralModel": "xllm.models.mistral",
