@@ -133,6 +133,7 @@ VARIANTS = [
         head_dim=32, use_qk_norm=True, norm_topk_prob=False, n_group=4, topk_group=2, **rope(
             "yarn", factor=4.0, original_max_position_embeddings=32, partial_rotary_factor=0.25)), stacked=True),
     Variant("glm4-moe-whole-heads", "Glm4Moe", glm(**rope("default", partial_rotary_factor=1.0))),
+    Variant("glm4-moe-lite-layer-2-plain", "Glm4MoeLite", deepseek_moe(mlp_layer_types=["sparse", "sparse", "dense"])),
 ]
 BY_ID = {variant.id: variant for variant in VARIANTS}
 

@@ -1,4 +1,5 @@
-"""What DeepSeek V2 and V3 share: latent attention, a gated mlp in the first layers, and experts in the others."""
+"""What DeepSeek V2, V3 and GLM-4.7-Flash share: latent attention, a gated mlp in the first layers, and experts in the
+others."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mixtu
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:
-    """`Family.build` of both."""
+    """`Family.build` of them."""
     from xllm.layers.latent_attention import LatentAttention, LatentShape
     from xllm.layers.rotary import rope_table
     from xllm.models.decoder import Decoder

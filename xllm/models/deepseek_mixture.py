@@ -22,13 +22,12 @@ def layers_from(raw: RawConfig, num_layers: int) -> tuple[bool, ...]:
     return tuple(layer >= first and layer % step == 0 for layer in range(num_layers))
 
 
-def read_v2_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture:
+def read_v2_mixture(raw: RawConfig, layers: tuple[bool, ...], *, num_experts: int) -> Mixture:
     """Softmax scores, their sum not brought to one. A group of experts is as good as its best. If no layer has experts,
     what the config says of them is not read.
 
     num_experts: where the file says none. Raises ModelError.
     """
-    layers = layers_from(raw, num_layers)
     if not any(layers):
         return Mixture(layers=layers)
     _check_word(raw, "scoring_func", "softmax")
@@ -40,10 +39,9 @@ def read_v2_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mix
     return _grouped(raw, mixture, summed_per_group=1) if method == WITHIN_GROUPS else mixture
 
 
-def read_v3_mixture(raw: RawConfig, num_layers: int, *, num_experts: int) -> Mixture:
+def read_v3_mixture(raw: RawConfig, layers: tuple[bool, ...], *, num_experts: int) -> Mixture:
     """Sigmoid scores. The choice is by their sums with a bias of each expert, and a group is as good as its best two
     together; the weights are the scores alone. Otherwise as `read_v2_mixture`."""
-    layers = layers_from(raw, num_layers)
     if not any(layers):
         return Mixture(layers=layers)
     _check_word(raw, "scoring_func", "sigmoid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xllm.models.deepseek import DeepseekConfig, read_deepseek
 from xllm.models.deepseek import build as build
-from xllm.models.deepseek_mixture import read_v2_mixture
+from xllm.models.deepseek_mixture import layers_from, read_v2_mixture
 from xllm.models.model_config import MAX_LAYERS
 from xllm.models.raw_config import RawConfig
 
@@ -17,5 +17,6 @@ DEFAULTS = {
 
 def read_config(raw: RawConfig, architecture: str) -> DeepseekConfig:
     """Rotated pairs are interleaved in every checkpoint."""
-    mixture = read_v2_mixture(raw, raw.integer("num_hidden_layers", high=MAX_LAYERS), num_experts=64)
+    layers = layers_from(raw, raw.integer("num_hidden_layers", high=MAX_LAYERS))
+    mixture = read_v2_mixture(raw, layers, num_experts=64)
     return read_deepseek(raw, architecture, interleaved=True, mixture=mixture, mlp_bias=raw.flag("mlp_bias"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xllm.models.deepseek import DeepseekConfig, read_deepseek
 from xllm.models.deepseek import build as build
-from xllm.models.deepseek_mixture import read_v3_mixture
+from xllm.models.deepseek_mixture import layers_from, read_v3_mixture
 from xllm.models.model_config import MAX_LAYERS
 from xllm.models.raw_config import RawConfig
 
@@ -17,5 +17,6 @@ DEFAULTS = {
 
 
 def read_config(raw: RawConfig, architecture: str) -> DeepseekConfig:
-    mixture = read_v3_mixture(raw, raw.integer("num_hidden_layers", high=MAX_LAYERS), num_experts=256)
+    layers = layers_from(raw, raw.integer("num_hidden_layers", high=MAX_LAYERS))
+    mixture = read_v3_mixture(raw, layers, num_experts=256)
     return read_deepseek(raw, architecture, interleaved=raw.flag("rope_interleave"), mixture=mixture)

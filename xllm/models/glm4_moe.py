@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xllm.models.deepseek_mixture import deepseek_mlps, read_v3_mixture
+from xllm.models.deepseek_mixture import deepseek_mlps, layers_from, read_v3_mixture
 from xllm.models.dense import build_with, full_attention, read_dense
 from xllm.models.draft_layers import read_num_draft_layers, skip_draft_layers
 from xllm.models.mixture import MixtureConfig, mixture_fields
@@ -33,8 +33,8 @@ class Glm4MoeConfig(MixtureConfig):
 def read_config(raw: RawConfig, architecture: str) -> Glm4MoeConfig:
     dense = read_dense(raw, architecture, qkv_bias=raw.flag("attention_bias"), qk_norm=raw.flag("use_qk_norm"),
                        sliding_windows=full_attention(raw), rotates_parts=True)
-    return Glm4MoeConfig(**mixture_fields(dense, read_v3_mixture(raw, dense.num_layers, num_experts=128)),
-                         num_draft_layers=read_num_draft_layers(raw))
+    mixture = read_v3_mixture(raw, layers_from(raw, dense.num_layers), num_experts=128)
+    return Glm4MoeConfig(**mixture_fields(dense, mixture), num_draft_layers=read_num_draft_layers(raw))
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:

@@ -30,6 +30,7 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": "xllm.models.deepseek_v2",
     "DeepseekV3ForCausalLM": "xllm.models.deepseek_v3",
     "Glm4MoeForCausalLM": "xllm.models.glm4_moe",
+    "Glm4MoeLiteForCausalLM": "xllm.models.glm4_moe_lite",
     "KimiK2ForCausalLM": "xllm.models.deepseek_v3",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
