@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from backends.backend import Backend
+from xllm.errors import ModelError
 from xllm.models.mixture import Mixture
 from xllm.models.model_registry import read_model_config
 from xllm.runner.kv_cache import block_bytes
@@ -139,3 +140,19 @@ def test_kimi_k2_by_another_name(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**KIMI_K2, "architectures": [name]}))
         found.append(vars(read_model_config(tmp_path)) | {"architecture": None})
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"partial_rotary_factor": 1.5}, r"partial_rotary_factor 1\.5 is more than 1"),
+    ({"partial_rotary_factor": "half"}, "partial_rotary_factor must be a number"),
+    ({"head_dim": 126}, "rotates 63 of 126 numbers of a head; it must be an even number from 4 on"),
+    ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported; supported: noaux_tc"),
+    ({"architectures": ["Glm4MoeLiteForCausalLM"], "num_key_value_heads": 96, "mlp_layer_types": ["dense"]},
+     "mlp_layer_types must be a list with 'dense' or 'sparse' for each of the 46 layers"),
+    ({"architectures": ["Glm4MoeLiteForCausalLM"], "num_key_value_heads": 96},
+     r"partial_rotary_factor 0\.5 is not supported; only whole heads are rotated"),
+], ids=str)
+def test_refused_of_glm(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**GLM_4_5_AIR, **changes}))
+    with pytest.raises(ModelError, match=message):
+        read_model_config(tmp_path)

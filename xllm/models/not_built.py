@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-STATES = "layers that keep a state of each sequence (linear attention, state spaces or convolutions) beside the KV cache"
+STATES = ("layers that keep a state of each sequence (linear attention, state spaces or convolutions) beside the KV "
+          "cache")
 INDEXER = "sparse attention, whose indexer chooses the tokens that are read"
 WIDE_NORMS = "norms of queries and keys across all heads"
 ENCODER = "an encoder beside the decoder, of images, sound or text"
