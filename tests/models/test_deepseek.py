@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from backends.backend import Backend
 from backends.opset import EXPERT_OPS, LATENT_OPS
@@ -132,7 +133,7 @@ def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
     assert block_bytes(backend, config.kv_specs, 16, torch.bfloat16) == 16 * 27 * 576 * 2
     assert (config.q_rank, config.max_model_len, config.ffn_size) == (None, 163840, 10944)
     assert config.mixture == Mixture(layers=(False,) + (True,) * 26, num_experts=64, expert_size=1408, shared_size=2816,
-                                     num_chosen=6)
+                                     num_chosen=6, scores_in_fp32=True)
     assert config.rope.attention_factor == 1.0
     assert config.score_scale == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4)
 
@@ -188,6 +189,26 @@ def test_the_correction_is_never_rounded(folder: Path, backend: Backend) -> None
     assert stored_E.dtype == torch.float32 and not torch.equal(stored_E, stored_E.bfloat16().float())
     model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
     assert torch.equal(model._layers[1]._mlp._bias_E, stored_E)
+
+
+def test_scores_are_computed_in_fp32(folder: Path, backend: Backend) -> None:
+    """In a bf16 model too, as transformers does: a choice turns on less than bf16 can tell apart."""
+    name = "model.layers.1.mlp.gate.weight"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    router_ED = load_file(folder / index["weight_map"][name])[name]
+    model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
+    experts, found = model._layers[1]._mlp, []
+
+    def route(logits_TE: Tensor, *rest: Any, inner: Any = experts._route) -> Any:
+        found.append(logits_TE)
+        return inner(logits_TE, *rest)
+
+    experts._route = route
+    x_TD = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    experts(x_TD)
+    expected_TE = x_TD.double() @ router_ED.double().T
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0].double(), expected_TE, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_ranks", [3, 5])

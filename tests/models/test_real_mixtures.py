@@ -85,14 +85,15 @@ def first_dense(num_dense: int, num_layers: int) -> tuple[bool, ...]:
     return (False,) * num_dense + (True,) * (num_layers - num_dense)
 
 
-SIGMOID = {"sigmoid": True, "is_corrected": True, "renormalise": True, "summed_per_group": 2, "num_chosen": 8}
+FP32 = {"scores_in_fp32": True}
+SIGMOID = {**FP32, "sigmoid": True, "is_corrected": True, "renormalise": True, "summed_per_group": 2, "num_chosen": 8}
 # The longest sequence, bytes of KV a token in bf16, and of one of so many ranks: latents are on each of them.
 RELEASED: dict[str, tuple[dict[str, Any], Mixture, int, int, tuple[int, int]]] = {
     "DeepSeek-V2-Lite": (V2_LITE, Mixture(layers=first_dense(1, 27), num_experts=64, num_chosen=6, expert_size=1408,
-                                          shared_size=2816), 163840, 31104, (4, 31104)),
+                                          shared_size=2816, **FP32), 163840, 31104, (4, 31104)),
     "DeepSeek-V2": (DEEPSEEK_V2, Mixture(
         layers=first_dense(1, 60), num_experts=160, num_chosen=6, expert_size=1536, shared_size=3072, num_groups=8,
-        num_kept_groups=3, scale=16.0), 163840, 69120, (8, 69120)),
+        num_kept_groups=3, scale=16.0, **FP32), 163840, 69120, (8, 69120)),
     "DeepSeek-V3": (DEEPSEEK_V3, Mixture(
         layers=first_dense(3, 61), num_experts=256, expert_size=2048, shared_size=2048, num_groups=8, num_kept_groups=4,
         scale=2.5, **SIGMOID), 163840, 70272, (8, 70272)),

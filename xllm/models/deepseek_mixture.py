@@ -57,7 +57,7 @@ def _read(raw: RawConfig, layers: tuple[bool, ...], default: int) -> Mixture:
     return Mixture(
         layers=layers, num_experts=num_experts, num_chosen=num_chosen, expert_size=expert_size,
         shared_size=expert_size * raw.whole("n_shared_experts", high=MAX_EXPERTS),
-        scale=raw.number("routed_scaling_factor"))
+        scale=raw.number("routed_scaling_factor"), scores_in_fp32=True)
 
 
 def _grouped(raw: RawConfig, mixture: Mixture, *, summed_per_group: int) -> Mixture:

@@ -30,7 +30,8 @@ class Mixture:
     them that every token has; 0: there is none. Without a layer that is a mixture, nothing else is said.
 
     num_chosen and what follows it: `backends/expert_choice.py:RouteRule`. is_corrected: the choice, and not the
-    weights, depends on a number of each expert besides, its `e_score_correction_bias`.
+    weights, depends on a number of each expert besides, its `e_score_correction_bias`. scores_in_fp32: whatever the
+    compute dtype.
     """
 
     layers: tuple[bool, ...]
@@ -45,6 +46,7 @@ class Mixture:
     summed_per_group: int = 1
     scale: float = 1.0
     is_corrected: bool = False
+    scores_in_fp32: bool = False
 
     @property
     def experts_a_token(self) -> int:
@@ -106,7 +108,7 @@ def expert_mlps(
         num_kept_groups=mixture.num_kept_groups, summed_per_group=mixture.summed_per_group,
         renormalise=mixture.renormalise, scale=mixture.scale)
     shape = ExpertShape(hidden_size=hidden_size, ffn_size=mixture.expert_size, num_experts=mixture.num_experts,
-                        rule=rule, parts=parts, has_bias=mixture.is_corrected)
+                        rule=rule, parts=parts, has_bias=mixture.is_corrected, scores_in_fp32=mixture.scores_in_fp32)
 
     def mlp(index: int, name: str) -> FeedForward:
         if not mixture.layers[index]:
