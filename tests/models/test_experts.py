@@ -149,7 +149,8 @@ def test_adapters_of_experts_are_refused_by_name(make_checkpoint: Make, tmp_path
     folder, adapter = make_checkpoint(variant), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-    for layer, width, is_built in ((f"mlp.{shared}.gate_proj", shared_width, True), ("mlp.experts.3.gate_proj", 40, False)):
+    layers = ((f"mlp.{shared}.gate_proj", shared_width, True), ("mlp.experts.3.gate_proj", 40, False))
+    for layer, width, is_built in layers:
         stem = f"base_model.model.model.layers.0.{layer}"
         save_file({f"{stem}.lora_A.weight": torch.ones(2, 64), f"{stem}.lora_B.weight": torch.ones(width, 2)},
                   adapter / "adapter_model.safetensors")
