@@ -41,7 +41,8 @@ MODEL = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 
 def of_configs() -> set[str]:
     classes = (transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config, transformers.Qwen3Config,
                transformers.MixtralConfig, transformers.Qwen2MoeConfig, transformers.Qwen3MoeConfig,
-               transformers.DeepseekV2Config, transformers.DeepseekV3Config)
+               transformers.DeepseekV2Config, transformers.DeepseekV3Config, transformers.Glm4MoeConfig,
+               transformers.Glm4MoeLiteConfig)
     return {field.name for config in classes for field in dataclasses.fields(config)}
 
 
@@ -136,8 +137,7 @@ CLEAN_UP = "clean_up_tokenization_spaces"
 # How to load the file with one member at another value, and such values.
 LOADED: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "config.json": (load_config, {"hidden_act": "gelu"}),
-    "rope_parameters": (load_rope, {"partial_rotary_factor": 0.5, "short_factor": [1.0], "long_factor": [1.0],
-                                    "mrope_section": [1, 1, 2]}),
+    "rope_parameters": (load_rope, {"short_factor": [1.0], "long_factor": [1.0], "mrope_section": [1, 1, 2]}),
     "generation_config.json": (load_generation, OTHER),
     "adapter_config.json": (load_adapter, NOT_BUILT),
     "tokenizer_config.json": (load_tokens, {CLEAN_UP: True, "add_prefix_space": True}),

@@ -17,6 +17,7 @@ from torch import Tensor
 VOCAB_SIZE = 211
 PROMPT = [(17 * i * i + 5 * i + 3) % VOCAB_SIZE for i in range(37)]
 NUM_NEW_TOKENS = 64
+CORRECTION = ".e_score_correction_bias"
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -42,6 +43,17 @@ def deepseek(**fields: Any) -> dict[str, Any]:
     """Without experts. Widths that no two parts share."""
     return {"num_key_value_heads": 4, "first_k_dense_replace": 3, "kv_lora_rank": 24, "q_lora_rank": 40,
             "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20, **fields}
+
+
+def deepseek_moe(**fields: Any) -> dict[str, Any]:
+    """The first layer is dense; a token has three of twelve experts, and the shared ones."""
+    return deepseek(**{"first_k_dense_replace": 1, "n_routed_experts": 12, "num_experts_per_tok": 3,
+                       "moe_intermediate_size": 40, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, **fields})
+
+
+def glm(**fields: Any) -> dict[str, Any]:
+    """The first layer is dense; half of each head is rotated."""
+    return {"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 24, **fields}
 
 
 DEEPSEEK_YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.9, mscale_all_dim=0.6)
@@ -105,6 +117,23 @@ VARIANTS = [
     Variant("deepseek-v3-yarn-bf16", "DeepseekV3", deepseek(**DEEPSEEK_YARN), disk_dtype=torch.bfloat16),
     Variant("deepseek-v3-plain-q-bias-halves", "DeepseekV3", deepseek(q_lora_rank=None, attention_bias=True,
                                                                      rope_interleave=False)),
+    Variant("deepseek-v2-lite-moe", "DeepseekV2", deepseek_moe(q_lora_rank=None, n_group=1, topk_group=1)),
+    Variant("deepseek-v2-moe-groups-scaled-bias", "DeepseekV2", deepseek_moe(
+        topk_method="group_limited_greedy", routed_scaling_factor=4.0, mlp_bias=True)),
+    Variant("deepseek-v2-moe-stacked-all-layers", "DeepseekV2", deepseek_moe(first_k_dense_replace=0), stacked=True),
+    Variant("deepseek-v3-moe", "DeepseekV3", deepseek_moe()),
+    Variant("deepseek-v3-moe-yarn-bf16-sharded", "DeepseekV3", deepseek_moe(n_shared_experts=1, **DEEPSEEK_YARN),
+            disk_dtype=torch.bfloat16, shard_size="64KB"),
+    Variant("deepseek-v3-moe-one-group-not-normalised", "DeepseekV3", deepseek_moe(
+        n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.5), stacked=True),
+    Variant("glm4-moe", "Glm4Moe", glm()),
+    Variant("glm4-moe-bias-qk-norm-scaled", "Glm4Moe", glm(attention_bias=True, use_qk_norm=True,
+                                                           routed_scaling_factor=2.5)),
+    Variant("glm4-moe-yarn-quarter-stacked", "Glm4Moe", glm(
+        head_dim=32, use_qk_norm=True, norm_topk_prob=False, n_group=4, topk_group=2, **rope(
+            "yarn", factor=4.0, original_max_position_embeddings=32, partial_rotary_factor=0.25)), stacked=True),
+    Variant("glm4-moe-whole-heads", "Glm4Moe", glm(**rope("default", partial_rotary_factor=1.0))),
+    Variant("glm4-moe-lite-layer-2-plain", "Glm4MoeLite", deepseek_moe(mlp_layer_types=["sparse", "sparse", "dense"])),
 ]
 BY_ID = {variant.id: variant for variant in VARIANTS}
 
@@ -117,8 +146,12 @@ def save_checkpoint(variant: Variant, folder: Path) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(_random_weight(name, weight.shape, generator))
-    model.to(variant.disk_dtype).save_pretrained(folder, max_shard_size=variant.shard_size,
-                                                 save_original_format=not variant.stacked)
+        corrections = {name: bias.shape for name, bias in model.named_buffers() if name.endswith(CORRECTION)}
+        kept = {name: _random_weight(name, shape, generator) for name, shape in corrections.items()}
+    model.to(variant.disk_dtype)
+    for name, bias in kept.items():  # fp32 in every checkpoint
+        model.get_submodule(name.removesuffix(CORRECTION)).e_score_correction_bias = bias
+    model.save_pretrained(folder, max_shard_size=variant.shard_size, save_original_format=not variant.stacked)
     return folder
 
 

@@ -1,4 +1,5 @@
-"""DeepSeek's latent attention in a whole engine, and what its family reads or refuses. Logits: `test_parity.py`."""
+"""DeepSeek's latent attention and experts in a whole engine, and what its family reads or refuses. Logits:
+`test_parity.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from backends.backend import Backend
-from backends.opset import LATENT_OPS
+from backends.opset import EXPERT_OPS, LATENT_OPS
 from backends.reference import REFERENCE
 from tests.models.checkpoints import BY_ID, PROMPT, VOCAB_SIZE, Truth, save_checkpoint, transformers_greedy
 from tests.models.harness import PagedRunner
@@ -25,6 +27,7 @@ from xllm.errors import ConfigError, ModelError
 from xllm.models.deepseek import DeepseekConfig
 from xllm.models.kv_spec import KVSpec
 from xllm.models.loader import load_model
+from xllm.models.mixture import Mixture
 from xllm.models.model_registry import read_model_config
 from xllm.runner.kv_cache import block_bytes
 from xllm.worker.loading import _check_ops, _check_special_ops
@@ -45,10 +48,25 @@ V2_LITE = {
     "use_cache": True, "v_head_dim": 128, "vocab_size": 102400,
 }  # fmt: skip
 
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
+V3 = {"architectures": ["DeepseekV3ForCausalLM"], "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 8,
+      "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(BY_ID["deepseek-v3-yarn-bf16"], tmp_path_factory.mktemp("deepseek"))
+    return save_checkpoint(BY_ID["deepseek-v3-moe-yarn-bf16-sharded"], tmp_path_factory.mktemp("deepseek"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without experts. Where numbers are rounded a token may get other ones, and an error says nothing of the rest."""
+    return save_checkpoint(BY_ID["deepseek-v3-yarn-bf16"], tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def plain_truth(plain: Path) -> Truth:
+    return transformers_greedy(plain)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +109,13 @@ def test_the_engine_runs_it(folder: Path, truth: Truth, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kv_dtype", "most"), [(torch.int8, 0.04), (torch.float8_e4m3fn, 0.15)], ids=str)
-def test_quantised_latents(folder: Path, truth: Truth, backend: Backend, kv_dtype: torch.dtype, most: float) -> None:
+def test_quantised_latents(plain: Path, plain_truth: Truth, backend: Backend, kv_dtype: torch.dtype,
+                           most: float) -> None:
     """A prompt in chunks over latents that were read back from codes; without them the error is nothing."""
-    model = load_model(folder, backend=backend, dtype=torch.float32, max_model_len=128)
+    model = load_model(plain, backend=backend, dtype=torch.float32, max_model_len=128)
     runner = PagedRunner(model, backend, kv_dtype=kv_dtype)
     found = torch.cat([runner.step({"a": chunk})["a"] for chunk in (PROMPT[:20], PROMPT[20:])])
-    error = (found - truth.logits_TV[:37]).norm() / truth.logits_TV[:37].norm()
+    error = (found - plain_truth.logits_TV[:37]).norm() / plain_truth.logits_TV[:37].norm()
     assert 1e-4 < float(error) < most
 
 
@@ -108,32 +127,93 @@ def read(folder: Path, values: dict[str, Any]) -> DeepseekConfig:
 
 
 def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
-    """V2-Lite, all of whose layers are dense here. A token takes 576 numbers a layer, where 16 heads of keys and values
-    would take 5,120."""
-    config = read(tmp_path, {**V2_LITE, "first_k_dense_replace": 27})
+    """A token takes 576 numbers a layer, where 16 heads of keys and values would take 5,120."""
+    config = read(tmp_path, V2_LITE)
     assert config.kv_specs == (KVSpec(num_heads=1, widths=(576,)),) * 27
     assert block_bytes(backend, config.kv_specs, 16, torch.bfloat16) == 16 * 27 * 576 * 2
     assert (config.q_rank, config.max_model_len, config.ffn_size) == (None, 163840, 10944)
+    assert config.mixture == Mixture(layers=(False,) + (True,) * 26, num_experts=64, expert_size=1408, shared_size=2816,
+                                     num_chosen=6, scores_in_fp32=True)
     assert config.rope.attention_factor == 1.0
     assert config.score_scale == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({}, r"mixtures of experts are not built yet: of 27 layers only the first 1 have none \(first_k_dense_replace\)"),
     ({"first_k_dense_replace": True}, "first_k_dense_replace must be an integer"),
     ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
-    ({"first_k_dense_replace": 27, "num_key_value_heads": 8}, r"num_key_value_heads \(8\) is not num_attention_heads"),
-    ({"first_k_dense_replace": 27, "qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
-    ({"first_k_dense_replace": 27, "hidden_act": "gelu"}, "hidden_act 'gelu'"),
-])
+    ({"num_key_value_heads": 8}, r"num_key_value_heads \(8\) is not num_attention_heads"),
+    ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported; supported: softmax"),
+    ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported; supported: greedy, group_limited_greedy"),
+    ({"norm_topk_prob": True}, "norm_topk_prob is not built for DeepSeek V2"),
+    ({"num_experts_per_tok": None}, "'num_experts_per_tok' is missing"),
+    ({"num_experts_per_tok": 65}, r"num_experts_per_tok \(65\) is more than there are experts \(64\)"),
+    ({"num_experts": 32}, r"n_routed_experts and num_experts differ \(32 and 64\)"),
+    ({"moe_layer_freq": 0}, "moe_layer_freq must be an integer"),
+    ({"n_shared_experts": -1}, "n_shared_experts must be an integer"),
+    ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be a number in"),
+    ({**GROUPS, "n_group": None}, "'n_group' is missing"),
+    ({**GROUPS, "n_group": 7}, r"n_group \(7\) cannot share 64 experts evenly"),
+    ({**GROUPS, "topk_group": 9}, r"topk_group \(9\) of n_group \(8\)"),
+    ({**GROUPS, "topk_group": 1, "num_experts_per_tok": 9}, r"topk_group \(1\) of n_group \(8\) groups of 8 experts "
+                                                            r"leaves no 9 to choose"),
+    ({**V3, "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; supported: sigmoid"),
+    ({**V3, "topk_method": "greedy"}, "topk_method 'greedy' is not supported; supported: noaux_tc"),
+    ({**V3, "n_group": 64}, r"n_group \(64\) cannot share 64 experts evenly, at least 2 to each"),
+], ids=str)
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read(tmp_path, {**V2_LITE, **changes})
 
 
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"moe_layer_freq": 2, "num_hidden_layers": 6}, {"layers": (False, False, True, False, True, False)}),
+    ({"n_shared_experts": None, "num_hidden_layers": 1, "first_k_dense_replace": 0}, {"layers": (True,),
+                                                                                      "shared_size": 0}),
+    (GROUPS, {"num_groups": 8, "num_kept_groups": 3, "summed_per_group": 1, "scale": 16.0, "sigmoid": False}),
+    ({**GROUPS, "topk_method": "greedy"}, {"num_groups": 1, "num_kept_groups": 1, "scale": 16.0}),
+    (V3, {"num_groups": 8, "num_kept_groups": 4, "summed_per_group": 2, "scale": 2.5, "sigmoid": True,
+          "is_corrected": True, "renormalise": True}),
+], ids=str)
+def test_how_experts_are_chosen(tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    mixture = read(tmp_path, {**V2_LITE, **changes}).mixture
+    assert {name: getattr(mixture, name) for name in expected} == expected
+
+
+def test_the_correction_is_never_rounded(folder: Path, backend: Backend) -> None:
+    """In a bf16 model too it is what the checkpoint has, to the bit."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    stored_E = load_file(folder / index["weight_map"][name])[name]
+    assert stored_E.dtype == torch.float32 and not torch.equal(stored_E, stored_E.bfloat16().float())
+    model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
+    assert torch.equal(model._layers[1]._mlp._bias_E, stored_E)
+
+
+def test_scores_are_computed_in_fp32(folder: Path, backend: Backend) -> None:
+    """In a bf16 model too, as transformers does: a choice turns on less than bf16 can tell apart."""
+    name = "model.layers.1.mlp.gate.weight"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    router_ED = load_file(folder / index["weight_map"][name])[name]
+    model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
+    experts, found = model._layers[1]._mlp, []
+
+    def route(logits_TE: Tensor, *rest: Any, inner: Any = experts._route) -> Any:
+        found.append(logits_TE)
+        return inner(logits_TE, *rest)
+
+    experts._route = route
+    x_TD = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    experts(x_TD)
+    expected_TE = x_TD.double() @ router_ED.double().T
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0].double(), expected_TE, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_ranks", [3, 5])
 def test_heads_that_ranks_cannot_share(tmp_path: Path, num_ranks: int) -> None:
-    config = read(tmp_path, {**V2_LITE, "first_k_dense_replace": 27})
+    config = read(tmp_path, V2_LITE)
     config.check_shared(2)
     with pytest.raises(ConfigError, match=r"does not divide the number of query heads \(16\)"):
         config.check_shared(num_ranks)
@@ -142,7 +222,7 @@ def test_heads_that_ranks_cannot_share(tmp_path: Path, num_ranks: int) -> None:
 def test_layers_that_predict_further_tokens_are_left_out(folder: Path, backend: Backend, tmp_path: Path,
                                                          caplog: pytest.LogCaptureFixture) -> None:
     """As V3's checkpoints have them behind the last layer; a tensor of any other layer is refused."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     raw = {**json.loads((folder / "config.json").read_text()), "num_nextn_predict_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     save_file({**tensors, "model.layers.3.eh_proj.weight": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
@@ -156,6 +236,7 @@ def test_layers_that_predict_further_tokens_are_left_out(folder: Path, backend: 
 
 def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
     """CUDA and Ascend are strict, and have neither."""
+    assert read(tmp_path, V2_LITE).special_ops == LATENT_OPS | EXPERT_OPS
     config = read(tmp_path, {**V2_LITE, "first_k_dense_replace": 27})
     assert config.special_ops == LATENT_OPS
     ops = replace(REFERENCE, name="npu")
@@ -176,7 +257,7 @@ def test_graphs_on_a_cpu_are_refused(folder: Path) -> None:
         LLM(str(folder), skip_tokenizer_init=True, graph_mode="checked", num_kv_blocks=64, max_model_len=64)
 
 
-def test_a_quantised_model_stays_close(folder: Path, truth: Truth, backend: Backend) -> None:
-    model = load_model(folder, backend=backend, dtype=torch.float32, quantization="int8", max_model_len=128)
+def test_a_quantised_model_stays_close(plain: Path, plain_truth: Truth, backend: Backend) -> None:
+    model = load_model(plain, backend=backend, dtype=torch.float32, quantization="int8", max_model_len=128)
     found = PagedRunner(model, backend).step({"a": PROMPT})["a"]
-    assert 1e-4 < relative_error(found, truth.logits_TV[:37]) < 0.1
+    assert 1e-4 < relative_error(found, plain_truth.logits_TV[:37]) < 0.1

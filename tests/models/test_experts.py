@@ -141,12 +141,16 @@ def test_long_steps_are_computed_a_part_at_a_time(make_checkpoint: Make, backend
     assert max(rows) == 15 and sum(rows) == 3 * 3 * len(PROMPT)
 
 
-def test_adapters_of_experts_are_refused_by_name(make_checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "shared", "shared_width"), [
+    ("qwen2-moe", "shared_expert", 56), ("deepseek-v2-moe-stacked-all-layers", "shared_experts", 80)])
+def test_adapters_of_experts_are_refused_by_name(make_checkpoint: Make, tmp_path: Path, variant: str, shared: str,
+                                                 shared_width: int) -> None:
     """What else there is can be adapted, the shared expert too."""
-    folder, adapter = make_checkpoint("qwen2-moe"), tmp_path / "adapter"
+    folder, adapter = make_checkpoint(variant), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-    for layer, width, is_built in (("mlp.shared_expert.gate_proj", 56, True), ("mlp.experts.3.gate_proj", 40, False)):
+    layers = ((f"mlp.{shared}.gate_proj", shared_width, True), ("mlp.experts.3.gate_proj", 40, False))
+    for layer, width, is_built in layers:
         stem = f"base_model.model.model.layers.0.{layer}"
         save_file({f"{stem}.lora_A.weight": torch.ones(2, 64), f"{stem}.lora_B.weight": torch.ones(width, 2)},
                   adapter / "adapter_model.safetensors")

@@ -91,6 +91,8 @@ def test_transformers_4_layout_of_every_variant_reads_alike(variant: Variant, tm
     values.pop("layer_types", None)
     rope = values.pop("rope_parameters")
     values["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     values["torch_dtype"] = values.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -17,13 +17,14 @@ class MemoryWeights:
         self.whole: dict[str, Tensor] = {}
         self.taken: dict[str, tuple[int, ...]] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
+             dtype: torch.dtype | None = None) -> Tensor:
         assert name not in self.taken, f"{name} was taken before"
         generator = torch.Generator().manual_seed(sum(name.encode()) * 1000 + sum(shape))
         self.whole[name] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
         part = self.whole[name] if shard is None else self.whole[name][shard.of(shape)]
         self.taken[name] = tuple(part.shape)
-        return part.clone(memory_format=torch.contiguous_format)
+        return part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def has(self, name: str) -> bool:
         return False

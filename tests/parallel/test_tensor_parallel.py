@@ -19,10 +19,11 @@ from xllm.parallel.parallel_context import ParallelContext
 
 CASES = "tests.parallel.tensor_cases"
 # By what is special about them: GQA, biases that are added once, kv heads that all hold, a tied table of 211 rows,
-# latents that all hold.
+# latents that all hold, heads rotated in part.
 MODELS = [("llama-gqa", 2), ("llama-attention-bias", 2), ("llama-mqa", 2), ("llama-gqa", 4),
           ("qwen3-tied-head-dim-32-bf16", 2), ("qwen2-window-13-from-layer-1", 2), ("qwen2-moe", 2),
-          ("mixtral-stacked-window-21", 2), ("deepseek-v3", 2)]
+          ("mixtral-stacked-window-21", 2), ("deepseek-v3-moe", 2),
+          ("glm4-moe-bias-qk-norm-scaled", 2)]
 
 
 @pytest.fixture(scope="module")

@@ -29,16 +29,26 @@ class Adapter:
 @dataclass(frozen=True, kw_only=True)
 class AdaptedPart:
     """One of the matrices that are stacked in a layer: (Y, X) of the whole one, which part of it this rank has, and how
-    many rows those are."""
+    many rows those are. order: see `column_linear`."""
 
     rows: int
     shape: tuple[int, int]
     shard: Shard
+    order: Tensor | None = None
 
     def of(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A [r, X] and B [Y, r] of the whole matrix, cut to this part: of its outputs, or of its inputs."""
         a, b = pair
-        return (a, b[self.shard.of(b.shape)]) if self.shard.axis == 0 else (a[self.shard.of(a.shape)], b)
+        if self.shard.axis == 1:
+            return a[self.shard.of(a.shape)], b
+        return a, in_order(b[self.shard.of(b.shape)], self.order)
+
+
+def in_order(x_Y: Tensor, order: Tensor | None) -> Tensor:
+    """Each so many rows of x, in this order of them."""
+    if order is None:
+        return x_Y
+    return x_Y.unflatten(0, (-1, len(order)))[:, order.to(x_Y.device)].flatten(0, 1)
 
 
 class Adaptable(Protocol):

@@ -9,8 +9,10 @@ from functools import partial
 from torch import Tensor
 
 from backends.metadata import AttentionMetadata
+from xllm.layers.adapter_slots import in_order
 from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import column_linear, row_linear
+from xllm.layers.rotary import paired_order
 from xllm.parallel.shard import share_heads
 
 AttentionPlan = Callable[[AttentionMetadata], object]  # what goes into `AttentionMetadata.plan`
@@ -18,7 +20,8 @@ AttentionPlan = Callable[[AttentionMetadata], object]  # what goes into `Attenti
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What distinguishes the attention of one layer, all ranks together; `qk_norm_eps` None: q and k are not normed."""
+    """What distinguishes the attention of one layer, all ranks together; `qk_norm_eps` None: q and k are not normed.
+    rotated_dim: how many of a head's numbers are rotated, from the first on; None: all."""
 
     hidden_size: int
     num_heads: int
@@ -28,6 +31,7 @@ class AttentionShape:
     o_bias: bool
     qk_norm_eps: float | None
     sliding_window: int | None
+    rotated_dim: int | None = None
 
 
 class Attention:
@@ -45,13 +49,15 @@ class Attention:
         keys_or_values = shape.num_kv_heads * head_dim, heads.kv
         qkv = {f"{name}.q_proj": (shape.num_heads * head_dim, heads.query), f"{name}.k_proj": keys_or_values,
                f"{name}.v_proj": keys_or_values}
-        self._qkv = column_linear(context, weights, qkv, shape.hidden_size, bias=shape.qkv_bias)
+        order_H = paired_order(head_dim, shape.rotated_dim or head_dim)
+        self._qkv = column_linear(context, weights, qkv, shape.hidden_size, bias=shape.qkv_bias,
+                                  orders={f"{name}.q_proj": order_H, f"{name}.k_proj": order_H})
         self._o = row_linear(context, weights, f"{name}.o_proj", shape.hidden_size, shape.num_heads * head_dim,
                              bias=shape.o_bias)
         self._q_norm_H = self._k_norm_H = None
         if shape.qk_norm_eps is not None:
-            self._q_norm_H = weights.take(f"{name}.q_norm.weight", (head_dim,))
-            self._k_norm_H = weights.take(f"{name}.k_norm.weight", (head_dim,))
+            self._q_norm_H = in_order(weights.take(f"{name}.q_norm.weight", (head_dim,)), order_H)
+            self._k_norm_H = in_order(weights.take(f"{name}.k_norm.weight", (head_dim,)), order_H)
         self._qk_eps = shape.qk_norm_eps or 0.0
         self._cos_sin_LH = cos_sin_LH
         self._heads, self._head_dim, self._window = heads, head_dim, shape.sliding_window

@@ -27,7 +27,8 @@ WHOLE, ALWAYS = Shard(0, 0, 1), RouteRule(num_chosen=1, sigmoid=True)
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
     """ffn_size: of each expert. parts: what a checkpoint of experts that stand apart calls their gate, up and down.
-    has_bias: whether the choice is corrected by `<name>.gate.e_score_correction_bias`.
+    has_bias: whether the choice is corrected by `<name>.gate.e_score_correction_bias`. scores_in_fp32: whatever the
+    compute dtype.
     """
 
     hidden_size: int
@@ -36,6 +37,7 @@ class ExpertShape:
     rule: RouteRule
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     has_bias: bool = False
+    scores_in_fp32: bool = False
 
 
 class Experts:
@@ -45,17 +47,21 @@ class Experts:
     """
 
     __slots__ = ("_all_reduce", "_bias_E", "_combine", "_down", "_down_linear", "_gate_up", "_gate_up_linear",
-                 "_max_tokens", "_route", "_router", "_rule", "_shared", "_silu_mul")
+                 "_max_tokens", "_route", "_router", "_router_dtype", "_rule", "_shared", "_silu_mul")
 
     def __init__(self, context: LayerContext, weights: Weights, name: str, shape: ExpertShape,
                  shared: GatedMLP | SharedExpert | None = None):
         ops, own = context.ops, with_common_scale(context).ops
         context.parallel.tp_shard(0).even_width(shape.ffn_size, f"the width of the experts of {name}")
-        router_ED = weights.take(f"{name}.gate.weight", (shape.num_experts, shape.hidden_size))
+        self._router_dtype = torch.float32 if shape.scores_in_fp32 else None
+        router_ED = weights.take(f"{name}.gate.weight", (shape.num_experts, shape.hidden_size),
+                                 dtype=self._router_dtype)
         self._router = Linear(replace(context, quantization=None), router_ED)
         self._bias_E = None
         if shape.has_bias:
-            self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,)).float()
+            # Never rounded: a choice turns on less than the compute dtype can tell apart.
+            self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,),
+                                        dtype=torch.float32)
         gate_up = _gate_up_weights(weights, name, shape, context.parallel.tp_shard(0))
         down = _down_weights(weights, name, shape, context.parallel.tp_shard(1))
         try:
@@ -79,7 +85,7 @@ class Experts:
         return x_TD
 
     def _compute(self, x_TD: Tensor) -> Tensor:
-        choice = self._route(self._router(x_TD), self._rule, self._bias_E)
+        choice = self._route(self._router(x_TD.to(self._router_dtype or x_TD.dtype)), self._rule, self._bias_E)
         gate_up_RF2 = self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True)
         y_RD = self._down_linear(self._silu_mul(gate_up_RF2), self._down, choice, from_tokens=False)
         out_TD = self._all_reduce(self._combine(y_RD, choice))

@@ -22,10 +22,12 @@ class Weights(Protocol):
 
     is_bare: bool
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
+             dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in the compute dtype, on the device, contiguous, owned by the caller.
 
         shape: of the whole tensor. shard: the part to return, of which alone the bytes are read; None: all of it.
+        dtype: instead of the compute dtype; float32 gives what the checkpoint has, unrounded.
         Raises:
             ModelError: it is missing or has another shape; the message names tensor and file.
         """

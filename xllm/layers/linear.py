@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from xllm.errors import ConfigError
-from xllm.layers.adapter_slots import AdaptedPart, AdapterSlots
+from xllm.layers.adapter_slots import AdaptedPart, AdapterSlots, in_order
 from xllm.layers.common_scale import CommonScale
 from xllm.layers.layer_context import LayerContext, Weights
 from xllm.parallel.shard import Shard
+
+NO_ORDERS: Mapping[str, Tensor | None] = {}
 
 
 class Linear:
@@ -69,16 +71,19 @@ class SummedLinear:
 
 
 def column_linear(context: LayerContext, weights: Weights, outputs: Mapping[str, tuple[int, Shard]], num_inputs: int, *,
-                  bias: bool = False) -> Linear:
+                  bias: bool = False, orders: Mapping[str, Tensor | None] = NO_ORDERS) -> Linear:
     """Take this rank's rows of `<name>.weight` (and `.bias`) of each entry of `outputs`, and stack them in order.
 
     outputs: name -> (rows of the whole matrix, the shard of them). Projections that read the same input (q, k, v; gate,
-    up) thus become one product. Raises ConfigError if rows cannot be split evenly.
+    up) thus become one product. orders: in which order outputs are kept, by name: of each so many, again and again.
+    Raises ConfigError if rows cannot be split evenly.
     """
     kept = {name: AdaptedPart(rows=shard.even_width(rows, f"the outputs of {name}"), shape=(rows, num_inputs),
-                              shard=shard) for name, (rows, shard) in outputs.items()}
-    parts = [weights.take(f"{name}.weight", (rows, num_inputs), shard) for name, (rows, shard) in outputs.items()]
-    biases = [weights.take(f"{name}.bias", (rows,), shard) for name, (rows, shard) in outputs.items()] if bias else []
+                              shard=shard, order=orders.get(name)) for name, (rows, shard) in outputs.items()}
+    parts = [in_order(weights.take(f"{name}.weight", (rows, num_inputs), shard), orders.get(name))
+             for name, (rows, shard) in outputs.items()]
+    biases = [in_order(weights.take(f"{name}.bias", (rows,), shard), orders.get(name))
+              for name, (rows, shard) in outputs.items()] if bias else []
     return _one_rank_linear(context, kept, _stack(parts), _stack(biases) if biases else None)
 
 

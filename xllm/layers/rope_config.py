@@ -30,7 +30,7 @@ class RopeConfig:
 
     original_max_len: the longest sequence of pre-training, before any scaling.
     attention_factor: multiplies cos and sin (yarn). score_factor: multiplies the scores besides, in latent attention
-    alone, whose heads are rotated in part.
+    alone, whose heads are rotated in part. rotated_share: how much of each head is rotated, from its first number on.
     """
 
     rope_type: str = "default"
@@ -44,6 +44,7 @@ class RopeConfig:
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn
     score_factor: float = 1.0  # yarn with mscale_all_dim
+    rotated_share: float = 1.0
 
     def max_model_len(self, max_position_embeddings: int) -> int:
         """The longest sequence the checkpoint is meant for, as vLLM derives it.
@@ -57,14 +58,18 @@ class RopeConfig:
             return int(self.original_max_len * self.factor)
         return max_position_embeddings
 
+    def rotated_dim(self, head_dim: int) -> int:
+        return int(head_dim * self.rotated_share)
+
     def exact_len(self, max_model_len: int) -> int:
         """Up to where a token's rotation depends on its position alone. With `dynamic`, beyond the original length it
         depends on how many tokens follow: with transformers, on the length of the prompt."""
         return self.original_max_len if self.rope_type == "dynamic" else max_model_len
 
 
-def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, default_theta: float) -> RopeConfig:
-    """The rotary embedding that a config.json describes.
+def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, default_theta: float,
+              may_be_partial: bool = False) -> RopeConfig:
+    """The rotary embedding that a config.json describes. may_be_partial: the model can rotate a part of each head.
 
     Raises:
         ModelError: the type is unknown or not supported, or a field is missing or out of range.
@@ -84,7 +89,8 @@ def read_rope(values: Mapping[str, Any], *, max_position_embeddings: int, defaul
     if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= MAX_NUMBER:
         raise ModelError(f"original_max_position_embeddings must be a positive integer up to {MAX_NUMBER:g}, got "
                          f"{original!r}")
-    common = {"rope_type": rope_type, "theta": theta, "original_max_len": original}
+    common = {"rope_type": rope_type, "theta": theta, "original_max_len": original,
+              "rotated_share": _rotated_share(rope, may_be_partial)}
     if rope_type == "default":
         return RopeConfig(**common)
     if rope_type == "yarn":
@@ -117,9 +123,14 @@ def _check_supported(rope: Mapping[str, Any]) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    partial = rope.get("partial_rotary_factor")
-    if partial is not None and partial != 1:
-        raise ModelError(f"partial_rotary_factor {partial!r} is not supported; only whole heads are rotated")
+
+
+def _rotated_share(rope: Mapping[str, Any], may_be_partial: bool) -> float:
+    share = _number(rope, "partial_rotary_factor", default=1.0)
+    if share > 1 or (share != 1 and not may_be_partial):
+        raise ModelError(f"partial_rotary_factor {share!r} is not supported; only whole heads are rotated"
+                         if share <= 1 else f"partial_rotary_factor {share!r} is more than 1")
+    return share
 
 
 def _read_yarn(rope: Mapping[str, Any], common: Mapping[str, Any], *, default_factor: float) -> RopeConfig:

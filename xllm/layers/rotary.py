@@ -10,17 +10,36 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xllm.layers.rope_config import RopeConfig
 
 
 def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
     """cos_sin_LH: fp32 [num_positions, head_dim], cosines of the head_dim / 2 angles, then sines,
-    multiplied by the attention factor."""
+    multiplied by the attention factor. Angles of numbers that are not rotated come last, and are zero."""
+    rotated_dim = rope.rotated_dim(head_dim)
     frequencies = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
     positions_L1 = torch.arange(num_positions, dtype=torch.float32)[:, None]
-    angles_LH2 = positions_L1 * frequencies[rope.rope_type](rope, head_dim, positions_L1)
-    return (torch.cat((angles_LH2.cos(), angles_LH2.sin()), dim=-1) * rope.attention_factor).to(device)
+    angles_LH2 = positions_L1 * frequencies[rope.rope_type](rope, rotated_dim, positions_L1)
+    cos_LH2, sin_LH2 = angles_LH2.cos() * rope.attention_factor, angles_LH2.sin() * rope.attention_factor
+    rest = 0, (head_dim - rotated_dim) // 2
+    return torch.cat((pad(cos_LH2, rest, value=1.0), pad(sin_LH2, rest)), dim=-1).to(device)
+
+
+def paired_order(head_dim: int, rotated_dim: int) -> Tensor | None:
+    """The order of a head's numbers in which those that are rotated together stand half a head apart, as
+    `ops.qkv_rope_write` wants them; int64 [head_dim], None where they do.
+
+    Of a head that is rotated in part, a checkpoint has the two halves of that part first. Scores are sums over a head's
+    numbers, so that queries and keys in another order, both in the same, give the same: with the rows of their
+    projections (and what norms them) put in this order once, and a table that leaves the rest as it is, no operator
+    needs to know.
+    """
+    if rotated_dim == head_dim:
+        return None
+    rotated, rest = torch.arange(rotated_dim).chunk(2), torch.arange(rotated_dim, head_dim).chunk(2)
+    return torch.cat((rotated[0], rest[0], rotated[1], rest[1]))
 
 
 def _exponents(head_dim: int) -> Tensor:

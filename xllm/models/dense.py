@@ -54,10 +54,11 @@ def read_dense(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    rotates_parts: bool = False,
 ) -> DenseConfig:
     """The keywords are what the family decides. Raises ModelError."""
     check_activation(raw)
-    common = read_common(raw, architecture)
+    common = read_common(raw, architecture, rotates_parts=rotates_parts)
     num_heads = raw.integer("num_attention_heads")
     num_kv_heads = raw.optional_integer("num_key_value_heads") or num_heads
     head_dim = raw.optional_integer("head_dim", high=MAX_HEAD_DIM) or common["hidden_size"] // num_heads
@@ -65,6 +66,10 @@ def read_dense(
         raise raw.error(f"num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})")
     if head_dim % 2 or not 4 <= head_dim <= MAX_HEAD_DIM:
         raise raw.error(f"head_dim must be even and in [4, {MAX_HEAD_DIM}], got {head_dim}")
+    rotated_dim = common["rope"].rotated_dim(head_dim)
+    if rotated_dim % 2 or rotated_dim < 4:
+        raise raw.error(f"partial_rotary_factor {common['rope'].rotated_share:g} rotates {rotated_dim} of {head_dim} "
+                        "numbers of a head; it must be an even number from 4 on")
     return DenseConfig(
         **common, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         ffn_size=raw.integer("intermediate_size"), sliding_windows=sliding_windows, qkv_bias=qkv_bias, o_bias=o_bias,
@@ -131,7 +136,8 @@ def build_with(context: LayerContext, config: DenseConfig, weights: Weights, mlp
         shape = AttentionShape(
             hidden_size=config.hidden_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
-            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None, sliding_window=config.sliding_windows[index])
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None, sliding_window=config.sliding_windows[index],
+            rotated_dim=config.rope.rotated_dim(config.head_dim))
         return Attention(context, weights, name, shape, cos_sin_LH)
 
     plan = attention_plan(context, config.num_heads, config.num_kv_heads, config.head_dim)

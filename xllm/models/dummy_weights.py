@@ -19,8 +19,9 @@ class DummyWeights:
     def __init__(self, *, dtype: torch.dtype, device: torch.device):
         self._dtype, self._device = dtype, device
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        whole = dummy_weight(name, shape, dtype=self._dtype, device=self._device)
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
+             dtype: torch.dtype | None = None) -> Tensor:
+        whole = dummy_weight(name, shape, dtype=dtype or self._dtype, device=self._device)
         return whole if shard is None or shard.count == 1 else whole[shard.of(shape)].clone(
             memory_format=torch.contiguous_format)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xllm.models.dense import read_dense
-from xllm.models.mixture import MixtureConfig, build_mixture, read_mixture
+from xllm.models.mixture import Mixture, MixtureConfig, build_mixture, read_number_of_experts, with_mixture
 from xllm.models.model_config import MAX_LAYERS, ModelConfig
 from xllm.models.raw_config import RawConfig
 
@@ -28,8 +28,10 @@ def read_config(raw: RawConfig, architecture: str) -> MixtureConfig:
     """`intermediate_size` is the width of an expert. The window is every layer's."""
     num_layers = raw.integer("num_hidden_layers", high=MAX_LAYERS)
     dense = read_dense(raw, architecture, sliding_windows=(raw.optional_integer("sliding_window"),) * num_layers)
-    return read_mixture(raw, dense, num_experts=8, expert_layers=(True,) * num_layers, expert_ffn_size=dense.ffn_size,
-                        renormalise=True)
+    num_experts, num_chosen = read_number_of_experts(raw, 8)
+    return with_mixture(dense, Mixture(
+        layers=(True,) * num_layers, num_experts=num_experts, num_chosen=num_chosen, expert_size=dense.ffn_size,
+        renormalise=True))
 
 
 def build(context: LayerContext, config: ModelConfig, weights: Weights) -> CausalLM:

@@ -96,9 +96,10 @@ class CommonFields(TypedDict):
     rope: RopeConfig
 
 
-def read_common(raw: RawConfig, architecture: str) -> CommonFields:
-    """Raises ModelError, naming file and key, for what is missing or cannot be."""
-    rope, max_model_len = _read_lengths(raw)
+def read_common(raw: RawConfig, architecture: str, *, rotates_parts: bool = False) -> CommonFields:
+    """rotates_parts: the family can rotate a part of each head. Raises ModelError, naming file and key, for what is
+    missing or cannot be."""
+    rope, max_model_len = _read_lengths(raw, rotates_parts)
     return CommonFields(
         architecture=architecture,
         vocab_size=raw.integer("vocab_size"),
@@ -114,10 +115,11 @@ def read_common(raw: RawConfig, architecture: str) -> CommonFields:
     )
 
 
-def _read_lengths(raw: RawConfig) -> tuple[RopeConfig, int]:
+def _read_lengths(raw: RawConfig, rotates_parts: bool) -> tuple[RopeConfig, int]:
     max_positions = raw.integer("max_position_embeddings")
     try:
-        rope = read_rope(raw.values, max_position_embeddings=max_positions, default_theta=10000.0)
+        rope = read_rope(raw.values, max_position_embeddings=max_positions, default_theta=10000.0,
+                         may_be_partial=rotates_parts)
     except ModelError as error:
         raise raw.error(str(error)) from None
     max_model_len = rope.max_model_len(max_positions)

@@ -12,6 +12,7 @@ from xllm.errors import ModelError, shortened
 from xllm.model_files import is_there, read_json
 from xllm.models.family import Family
 from xllm.models.model_config import ModelConfig
+from xllm.models.not_built import missing_of
 from xllm.models.overrides import Overrides, ReadMembers
 from xllm.models.raw_config import RawConfig
 from xllm.suggestion import nearest
@@ -28,6 +29,9 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "xllm.models.qwen3_moe",
     "DeepseekV2ForCausalLM": "xllm.models.deepseek_v2",
     "DeepseekV3ForCausalLM": "xllm.models.deepseek_v3",
+    "Glm4MoeForCausalLM": "xllm.models.glm4_moe",
+    "Glm4MoeLiteForCausalLM": "xllm.models.glm4_moe_lite",
+    "KimiK2ForCausalLM": "xllm.models.deepseek_v3",
     # Without a head, as embedding models are published.
     "LlamaModel": "xllm.models.llama",
     "MistralModel": "xllm.models.mistral",
@@ -91,6 +95,8 @@ def _known_architecture(architectures: object, file: Path) -> str:
     known = ", ".join(FAMILIES)
     if not named:
         raise ModelError(f"{file}: 'architectures' is missing or empty; known architectures: {known}")
+    if missing := missing_of(named[0]):
+        raise ModelError(f"{file}: architecture {named[0]!r} is not built: it has {missing}; known: {known}")
     raise ModelError(f"{file}: architecture {named[0]!r} is not supported; known: {known}"
                      f"{nearest(named[0][:64], list(FAMILIES))}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm.models.dense import read_dense
-from xllm.models.mixture import MixtureConfig, every_nth_layer, read_mixture
+from xllm.models.mixture import Mixture, MixtureConfig, every_nth_layer, read_number_of_experts, with_mixture
 from xllm.models.mixture import build as build
 from xllm.models.model_config import MAX_LAYERS
 from xllm.models.raw_config import RawConfig
@@ -25,7 +25,7 @@ def read_config(raw: RawConfig, architecture: str) -> MixtureConfig:
     window = raw.optional_integer("sliding_window") if raw.flag("use_sliding_window") else None
     dense = read_dense(raw, architecture, qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True,
                        sliding_windows=(window,) * raw.integer("num_hidden_layers", high=MAX_LAYERS))
-    return read_mixture(
-        raw, dense, num_experts=128, expert_layers=every_nth_layer(raw, dense.num_layers),
-        renormalise=raw.flag("norm_topk_prob"),
-        expert_ffn_size=raw.integer("moe_intermediate_size"))
+    num_experts, num_chosen = read_number_of_experts(raw, 128)
+    return with_mixture(dense, Mixture(
+        layers=every_nth_layer(raw, dense.num_layers), num_experts=num_experts, num_chosen=num_chosen,
+        renormalise=raw.flag("norm_topk_prob"), expert_size=raw.integer("moe_intermediate_size")))

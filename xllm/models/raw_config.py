@@ -13,6 +13,7 @@ from typing import Any
 from xllm.errors import ModelError
 
 MAX_SIZE = 2**31 - 1  # the largest int32: sizes and positions are int32 on the device
+MAX_NUMBER = 1e12  # far beyond any real factor, and safe to multiply in a float
 
 
 class RawConfig:
@@ -50,6 +51,13 @@ class RawConfig:
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise self.error(f"{key} must be a number in (0, 1], got {value!r}")
+        return float(value)
+
+    def number(self, key: str) -> float:
+        """A finite number above zero."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_NUMBER:
+            raise self.error(f"{key} must be a number in (0, {MAX_NUMBER:g}], got {value!r}")
         return float(value)
 
     def flag(self, key: str) -> bool:

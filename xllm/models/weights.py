@@ -64,7 +64,8 @@ class WeightSource:
         self._left.clear()
         self._stack.close()
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
+             dtype: torch.dtype | None = None) -> Tensor:
         """See `xllm.layers.layer_context.Weights`."""
         if name not in self._left:
             raise ModelError(f"tensor {name!r} is missing in {self._location}")
@@ -78,7 +79,7 @@ class WeightSource:
                              f"{', '.join(ITEM_BYTES)} can be read")
         try:
             view = handle.get_tensor(stored) if shard is None or shard.count == 1 else found[shard.of(shape)]
-            tensor: Tensor = view.to(device=self._device, dtype=self._dtype, copy=True,
+            tensor: Tensor = view.to(device=self._device, dtype=dtype or self._dtype, copy=True,
                                      memory_format=torch.contiguous_format)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: tensor {name!r} cannot be read: {error}") from None
