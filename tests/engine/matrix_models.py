@@ -26,7 +26,9 @@ _RANDOM = {
         "norm_topk_prob": True}),
     "mla": Variant("mla", "DeepseekV3", {
         **_SIZES, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 40, "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8, "v_head_dim": 20, "first_k_dense_replace": 2}),
+        "qk_rope_head_dim": 8, "v_head_dim": 20, "first_k_dense_replace": 1, "moe_intermediate_size": 40,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5}),
 }
 # Larger: what comes is more like what was. Chosen so that drafts are taken, and not only of one token over and over.
 REPEATS = 3.0
