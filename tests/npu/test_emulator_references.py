@@ -9,7 +9,23 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from tests.npu.op_samples import BF16, BLOCK, BLOCKS, HALF, D, K, N, dense, ints, latent, packed, paged, rand, routing, v2
+from tests.npu.op_samples import (
+    BF16,
+    BLOCK,
+    BLOCKS,
+    HALF,
+    D,
+    K,
+    N,
+    dense,
+    ints,
+    latent,
+    packed,
+    paged,
+    rand,
+    routing,
+    v2,
+)
 
 npu, atb = torch.ops.npu, torch.ops.atb
 

@@ -119,6 +119,23 @@ def test_rope_write(interleaved: bool, dtype: torch.dtype) -> None:
         assert torch.equal(rows[others].view(torch.int16), old.flatten(0, 1)[others].view(torch.int16))
 
 
+@pytest.mark.parametrize("form", ["fp16", "int8", "fp8"])
+def test_stored_latents(form: str) -> None:
+    """A latent and its rotated part have scales of their own: large numbers in the one leave the other as fine."""
+    parts, sizes = caches(step([1], [60], 16), torch.float16), {"fp16": 2 * 576, "int8": 576 + 8, "fp8": 576 + 2}
+    parts[1].mul_(100)
+    back: Any = tuple(torch.zeros_like(part) for part in parts)
+    num_bytes = OPS.stored_bytes(parts, format=form)
+    assert num_bytes == 16 * sizes[form]
+    stored, ids, slots = torch.zeros(4, num_bytes, dtype=torch.uint8), torch.tensor([3, 1]), torch.tensor([0, 2])
+    host_ops().export_blocks(parts, ids, stored, slots, format=form)
+    host_ops().import_blocks(back, torch.tensor([4, 2]), stored, slots, format=form)
+    for part, found in zip(parts, back):
+        error = (found[[4, 2]].float() - part[[3, 1]].float()).abs() / part[[3, 1]].float().abs().amax(-1, keepdim=True)
+        assert float(error.max()) <= {"fp16": 0.0, "int8": 0.005, "fp8": 2.0**-4}[form]
+        assert not found[[0, 1, 3]].any()
+
+
 def test_pieces() -> None:
     """Each with as many keys as lie before its last query, and it."""
     found = cut(Lengths([1, 18, 18, 34, 67], [9, 30, 0, 16, 40]))
