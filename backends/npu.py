@@ -147,10 +147,10 @@ def latent_rope_write(
     cos, sin = angles(meta, cos_sin_XR, positions_T, q_TNX.dtype)
     latents, shared = dense_latents(cache)
     latents_TL = norm.rms_norm(x=latent_TX[:, :width].contiguous(), gamma=norm_weight_L, epsilon=eps)
-    shared_T1R = latent.turn(latent_TX[:, None, width:], cos, sin, interleaved=interleaved)
+    q_TNR, shared_T1R = latent.rotate(q_TNX[..., -rotated:], latent_TX[:, None, width:], cos, sin,
+                                      interleaved=interleaved)
     slots_T = derived(meta, ("slots", 1), lambda: meta.slot_mapping_T.clamp(min=0))
     kv.write_kv(key_TKH=latents_TL[:, None], value_TKH=shared_T1R, key=latents, value=shared, slots_T=slots_T)
-    q_TNR = latent.turn(q_TNX[..., -rotated:], cos, sin, interleaved=interleaved)
     return torch.cat((q_TNX[..., :-rotated], q_TNR), dim=-1)
 
 

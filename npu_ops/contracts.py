@@ -106,6 +106,9 @@ PAGED_ATTENTION = (
 )  # fmt: skip
 
 LATENT_ATTENTION = (
+    on_one_device("query", "key", "value", "query_rope", "key_rope", "atten_mask", "block_table"),
+    Rule("a paged key and value must have fewer than 2^31 numbers", f"{DOC}: the product of their axes within int32",
+         lambda a: a.key.numel() < 2**31),
     dtypes(DOC, HALVES, "query", "key", "value", "query_rope", "key_rope"),
     same_dtype(DOC, "query", "key", "value", "query_rope", "key_rope"),
     contiguous(DOC, "query", "key", "value", "query_rope", "key_rope"),

@@ -42,10 +42,15 @@ def cut(lengths: Lengths) -> Pieces:
     return Pieces(Lengths(cut_ends, kv_lens), sequences)
 
 
-def turn(x_TNR: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate pairs as `latent_rope_write` wants it: into a new tensor, the halves of the pairs behind each other."""
-    halves = x_TNR.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else x_TNR
-    return rotary.rotary_mul(x_TNH=halves.contiguous(), cos=cos, sin=sin)
+def rotate(query_TNR: Tensor, shared_T1R: Tensor, cos: Tensor, sin: Tensor, *,
+           interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Both rotated, which may overwrite them: the first numbers of all pairs, then the second ones, also where pairs
+    are neighbours (interleaved). cos, sin: of `rotary.angles`."""
+    if interleaved:
+        query_TNR, shared_T1R = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+                                 for x in (query_TNR, shared_T1R))
+    return rotary.apply_rotary_pos_emb(query_TNH=query_TNR.contiguous(), key_TKH=shared_T1R.contiguous(), cos=cos,
+                                       sin=sin)
 
 
 def attend(*, query_TNX: Tensor, up_NYL: Tensor, latents_BPL: Tensor, rotated_BPR: Tensor, block_table_SM: Tensor,
