@@ -351,7 +351,7 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
                           f"{' and '.join(slow)}; it runs with --device cpu")
     if latent_ops and backend.computes_on_host and config.device.graph_mode == "checked":
         raise ConfigError(f"graph_mode checked: graphs of {model.architecture} are not built for {backend.name}")
-    if latent_ops and config.cache.kv_layout == "xtensor" and backend.dense_kv:
+    if latent_ops and config.cache.kv_layout == "xtensor" and backend.dense_kv and backend.vmm is not None:
         raise ConfigError(f"kv_layout xtensor: {model.architecture} is not built for it on {backend.name}, whose "
                           "attention finds latents and their rotated parts by one block table: take kv_layout paged")
     if (latent_ops and config.device.graph_max_prefill_tokens and config.device.graph_mode == "auto"
