@@ -66,9 +66,9 @@ def _attend(query_TNX: Tensor, up_NYL: Tensor, latents_BPL: Tensor, rotated_BPR:
             lengths: Callable[[], Lengths], scale: float) -> Tensor:
     """`attend`, for as many heads as the operator takes."""
     num_heads, key_dim = len(up_NYL), query_TNX.shape[2] - rotated_BPR.shape[2]
-    query_NTL = torch.bmm(query_TNX[..., :key_dim].transpose(0, 1), up_NYL[:, :key_dim])
+    query_TNL = _padded(torch.bmm(query_TNX[..., :key_dim].transpose(0, 1), up_NYL[:, :key_dim]).transpose(0, 1))
     out_NTL = latent_attention(
-        query_TNL=_padded(query_NTL.transpose(0, 1)), query_rope_TNR=_padded(query_TNX[..., key_dim:]),
+        query_TNL=query_TNL, query_rope_TNR=_padded(query_TNX[..., key_dim:]),
         key_BPL=latents_BPL, key_rope_BPR=rotated_BPR, block_table_SM=block_table_SM, lengths=lengths, scale=scale)
     out_NTV = torch.bmm(out_NTL[:num_heads], up_NYL[:, key_dim:].transpose(1, 2))
     return out_NTV.transpose(0, 1).flatten(1)
