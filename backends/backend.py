@@ -134,6 +134,13 @@ class Backend(Protocol):
         """
         ...
 
+    def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
+                            dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parts of one layer's cache of latents: one part of both widths, or two, where operators want
+        the rotated numbers apart. With room for the scales of a quantised cache. Raises ValueError as
+        `kv_cache_shape`."""
+        ...
+
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate one cache tensor. Memory may be taken only when it is touched; contents start undefined but
         finite."""

@@ -21,7 +21,7 @@ from backends.opset import OpSet
 from backends.pinned_memory import PinnedMemory
 from backends.place import ALONE, Place
 from backends.reference import REFERENCE
-from backends.reference.kv_codes import QUANTISED
+from backends.reference.kv_codes import QUANTISED, row_width
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, sampling
@@ -136,6 +136,10 @@ class CudaBackend:
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return kv.cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
+                            dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+        return (kv.cache_shape(num_blocks, block_size, 1, row_width(latent_width + rotated_width, dtype)),)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

@@ -26,10 +26,11 @@ from backends.reference.linear import quantize_rows
 from backends.reference.lora import LoraOps
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
-from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
+from npu_ops import activation, compat, kv, latent, linear, logits, norm, rotary, sampling
 from npu_ops import attention as attention_ops
 from npu_ops.attention import Lengths, causal_mask
 from npu_ops.contract import set_checking
+from npu_ops.contracts import LATENT_QUERIES
 from npu_ops.kv import Dense
 from npu_ops.recording import CAPTURE_LOCK, current_recorder
 from npu_ops.vmm import AclVmm
@@ -48,6 +49,14 @@ def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim
     if meta.host is None:
         return StepPlan(Lengths(meta.query_start_S1[1:].tolist(), meta.seq_lens_S.tolist()))
     return StepPlan(Lengths(meta.host.query_start_S1[1:].tolist(), meta.host.seq_lens_S.tolist()))
+
+
+def step_plan(meta: AttentionMetadata) -> StepPlan:
+    """`meta.plan`, made if it is not there."""
+    if meta.plan is None:
+        meta.plan = plan(meta, num_heads=0, num_kv_heads=0, head_dim=0)
+    found: StepPlan = meta.plan
+    return found
 
 
 def derived(meta: AttentionMetadata, key: Any, make: Callable[[], Any]) -> Any:
@@ -73,8 +82,7 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    if meta.plan is None:
-        meta.plan = plan(meta, num_heads=0, num_kv_heads=0, head_dim=0)
+    step_plan(meta)
     key, value = Dense.of(k_cache), Dense.of(v_cache)
     table_SM = derived(meta, ("blocks", key.every), lambda: key.blocks(block_table(meta)))
     window = None if sliding_window is None or sliding_window >= meta.max_seq_len else sliding_window
@@ -124,6 +132,65 @@ def qkv_rope_write(
     return rotary.rotary_mul(x_TNH=q_TNH, cos=cos, sin=sin)
 
 
+def latent_rope_write(
+    latent_TX: Tensor,
+    q_TNX: Tensor,
+    positions_T: Tensor,
+    cos_sin_XR: Tensor,
+    cache: tuple[Tensor, Tensor],
+    meta: AttentionMetadata,
+    *,
+    norm_weight_L: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> Tensor:
+    width, rotated = len(norm_weight_L), cos_sin_XR.shape[1]
+    cos, sin = angles(meta, cos_sin_XR, positions_T, q_TNX.dtype)
+    latents, shared = dense_latents(cache)
+    latents_TL = norm.rms_norm(x=latent_TX[:, :width].contiguous(), gamma=norm_weight_L, epsilon=eps)
+    q_TNR, shared_T1R = latent.rotate(q_TNX[..., -rotated:], latent_TX[:, None, width:], cos, sin,
+                                      interleaved=interleaved)
+    slots_T = derived(meta, ("slots", 1), lambda: meta.slot_mapping_T.clamp(min=0))
+    kv.write_kv(key_TKH=latents_TL[:, None], value_TKH=shared_T1R, key=latents, value=shared, slots_T=slots_T)
+    return torch.cat((q_TNX[..., :-rotated], q_TNR), dim=-1)
+
+
+def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: tuple[Tensor, Tensor], meta: AttentionMetadata, *,
+                     scale: float) -> Tensor:
+    latents, shared = dense_latents(cache)
+    return latent.attend(
+        query_TNX=q_TNX, up_NYL=up_NYL, latents_BPL=latents.rows_BPX, rotated_BPR=shared.rows_BPX,
+        block_table_SM=derived(meta, "table of pieces", lambda: table_of_pieces(meta)),
+        lengths=lambda: pieces(meta).lengths, scale=scale)
+
+
+def dense_latents(cache: tuple[Tensor, Tensor]) -> list[Dense]:
+    """Raises ValueError where blocks lie apart: one table gives the blocks of both parts, which differ in size."""
+    parts = [Dense.of(part) for part in cache]
+    if any(part.every > 1 for part in parts):
+        raise ValueError("latents on an NPU lie in tensors of their own: take kv_layout paged")
+    return parts
+
+
+def pieces(meta: AttentionMetadata) -> latent.Pieces:
+    lengths = step_plan(meta).lengths
+    found: latent.Pieces = derived(meta, "pieces", lambda: latent.cut(lengths))
+    return found
+
+
+def table_of_pieces(meta: AttentionMetadata) -> Tensor:
+    """int32 [pieces, M]. Raises RuntimeError in the capture of a step whose sequences may have several: a replay has
+    as many as the capture."""
+    table_SM = block_table(meta)
+    if current_recorder() is not None and meta.max_query_len > LATENT_QUERIES:
+        raise RuntimeError(f"graphs of attention over latents have up to {LATENT_QUERIES} tokens of a sequence, not "
+                           f"{meta.max_query_len}")
+    sequences = pieces(meta).sequences
+    if sequences == list(range(len(table_SM))):
+        return table_SM
+    return table_SM.index_select(0, kv.to_device(torch.tensor(sequences), table_SM.device))
+
+
 def angles(meta: AttentionMetadata, cos_sin_LH: Tensor, positions_T: Tensor,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the step's tokens; layers with another table have others."""
@@ -169,6 +236,8 @@ OPS = replace(
     qkv_rope_write=qkv_rope_write,
     plan=plan,
     attention=attention,
+    latent_rope_write=latent_rope_write,
+    latent_attention=latent_attention,
     silu_mul=silu_mul,
     route=npu_experts.route,
     pack_experts=npu_experts.pack_experts,
@@ -226,6 +295,10 @@ class NpuBackend:
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return kv.cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
+                            dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+        return kv.latent_cache_shapes(num_blocks, block_size, latent_width, rotated_width)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

@@ -168,7 +168,7 @@ class LatentRopeWriteOp(Protocol):
         q_TNX: Tensor,
         positions_T: Tensor,
         cos_sin_XR: Tensor,
-        cache: Tensor,
+        cache: Any,
         meta: AttentionMetadata,
         *,
         norm_weight_L: Tensor,
@@ -183,20 +183,22 @@ class LatentRopeWriteOp(Protocol):
         The slot gets [rms_norm(latent) | the R numbers rotated]; slots of -1 are not written. cos_sin_XR: as in
         `qkv_rope_write`. interleaved: the pairs that are rotated are (x[2i], x[2i + 1]), as DeepSeek's checkpoints have
         them, and not (x[i], x[i + R/2]). In the results, of q and of the cache, they stand in the second order.
+        cache: as `Backend.latent_cache_shapes` has it: a tensor, or the pair of the latents' and the rotated numbers'.
         """
         ...
 
 
 class LatentAttentionOp(Protocol):
-    def __call__(self, q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *,
+    def __call__(self, q_TNX: Tensor, up_NYL: Tensor, cache: Any, meta: AttentionMetadata, *,
                  scale: float) -> Tensor:
         """Causal attention of this step's queries over the cached latents: [T, N * V].
 
-        q_TNX: [T, N, D + R]. up_NYL: [N, D + V, L]. Where a position has the latent c and the rotated numbers r, the
-        key of head n is [up[n, :D] @ c | r] and its value up[n, D:] @ c. They may be made, which is less work for many
-        queries, or the same be computed on latents alone (the absorbed form, for few): queries [up[n, :D].T @ q | r of
-        q], and up[n, D:] @ the weighted sum of latents. Which, the op set decides for each sequence by its lengths.
-        `meta.plan` is not read. Query i of a sequence sees positions <= seq_len - query_len + i. Scores and sums in
+        q_TNX: [T, N, D + R]. up_NYL: [N, D + V, L]. cache: as in `latent_rope_write`. Where a position has
+        the latent c and the rotated numbers r, the key of head n is [up[n, :D] @ c | r] and its value up[n, D:] @ c.
+        They may be made, which is less work for many queries, or the same be computed on latents alone (the absorbed
+        form, for few): queries [up[n, :D].T @ q | r of q], and up[n, D:] @ the weighted sum of latents. Which, the op
+        set decides for each sequence by its lengths. `meta.plan` need not be made: who wants lengths on the host makes
+        it there. Query i of a sequence sees positions <= seq_len - query_len + i. Scores and sums in
         fp32.
         """
         ...

@@ -31,6 +31,10 @@ from npu_ops.quant_contracts import QUANT_CONTRACTS
 DOC = "torch_npu operator docs"
 MASK_SIZE = 2048  # of the mask that sparse modes 2 to 4 want
 BLOCK_SIZES = (128, 256, 384, 512)  # tokens of a KV block that the attention operator is documented for
+LATENT_WIDTHS = (512, 64)  # of a latent, and of its rotated part
+LATENT_BLOCK_SIZES = (16, 128)  # tokens
+LATENT_HEADS = (32, 64, 128)  # newer versions take smaller powers of two as well
+LATENT_QUERIES = 16  # of one sequence at most
 MASKS = (torch.bool, torch.int8, torch.uint8)
 
 
@@ -102,6 +106,9 @@ PAGED_ATTENTION = (
 )  # fmt: skip
 
 LATENT_ATTENTION = (
+    on_one_device("query", "key", "value", "query_rope", "key_rope", "atten_mask", "block_table"),
+    Rule("a paged key and value must have fewer than 2^31 numbers", f"{DOC}: the product of their axes within int32",
+         lambda a: a.key.numel() < 2**31),
     dtypes(DOC, HALVES, "query", "key", "value", "query_rope", "key_rope"),
     same_dtype(DOC, "query", "key", "value", "query_rope", "key_rope"),
     contiguous(DOC, "query", "key", "value", "query_rope", "key_rope"),
@@ -110,16 +117,17 @@ LATENT_ATTENTION = (
     Rule("the query must be [tokens, heads, 512]", f"{DOC}: query_rope", lambda a: a.query.shape[2] == 512),
     Rule("query_rope must be [tokens, heads, 64]", f"{DOC}: query_rope",
          lambda a: a.query_rope.shape == (*a.query.shape[:2], 64)),
-    Rule("there must be 32, 64 or 128 heads", f"{DOC}: query_rope", lambda a: a.num_heads in (32, 64, 128)),
+    Rule("there must be 32, 64 or 128 heads", f"{DOC}: query_rope", lambda a: a.num_heads in LATENT_HEADS),
     Rule("num_heads must be the query's second axis", DOC, lambda a: a.query.shape[1] == a.num_heads),
     one_of(f"{DOC}: key_rope", "num_key_value_heads", (1,)),
-    one_of(f"{DOC}: key_rope", "block_size", (16, 128)),
+    one_of(f"{DOC}: key_rope", "block_size", LATENT_BLOCK_SIZES),
     Rule("the cache must be [blocks, block_size, 512], that of the rotated part [blocks, block_size, 64]", DOC,
          lambda a: a.key.shape[1:] == (a.block_size, 512) and a.key_rope.shape == (*a.key.shape[:2], 64)),
     same_shape(DOC, "key", "value"),
     Rule("actual_seq_lengths must be cumulative and end with the number of tokens", "#6524",
          lambda a: all(n >= 0 for n in _lengths(a)) and a.actual_seq_lengths[-1] == len(a.query)),
-    Rule("a sequence may have 1 to 16 queries", f"{DOC}: query_rope", lambda a: all(1 <= n <= 16 for n in _lengths(a))),
+    Rule("a sequence may have 1 to 16 queries", f"{DOC}: query_rope",
+         lambda a: all(1 <= n <= LATENT_QUERIES for n in _lengths(a))),
     Rule("no sequence may have more queries than keys", DOC,
          lambda a: all(q <= kv for q, kv in zip(_lengths(a), a.actual_seq_lengths_kv))),
     dtypes(DOC, (torch.int32,), "block_table"),

@@ -4,6 +4,8 @@ The layout, for every operator here; nothing else states or assumes it:
 
     K, V  [B, P, K, H]   a position's heads are adjacent, so that a block is P rows of K * H numbers: what attention
                          wants ([B, P, K * H]) and what the operator that writes wants ([B, P, K, H], "Norm").
+    latents  [B, P, 1, L] and what is rotated of them, [B, P, 1, R], in a tensor of its own: "keys" and "values" of one
+                         head for the operator that writes.
 
 Block 0 is nobody's: padding tokens are written there. Ascend's operators take dense tensors only. Where blocks lie
 apart (`stride(0)`), because a page holds those of all layers, the whole range is passed as one dense cache of which
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npu_ops.contracts import BLOCK_SIZES, check
+from npu_ops.contracts import BLOCK_SIZES, LATENT_BLOCK_SIZES, LATENT_WIDTHS, check
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALES = {"int8": torch.float32, "fp8": torch.uint8}  # dtypes of the quantised forms' scales
@@ -40,6 +42,18 @@ def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: i
     if num_kv_heads * head_dim > 65535:
         raise ValueError(f"attention on an NPU takes up to 65535 numbers a position, not {num_kv_heads * head_dim}")
     return (num_blocks, block_size, num_kv_heads, head_dim)
+
+
+def latent_cache_shapes(num_blocks: int, block_size: int, latent_width: int,
+                        rotated_width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Raises ValueError for what the attention operator does not take."""
+    if (latent_width, rotated_width) != LATENT_WIDTHS:
+        raise ValueError(f"attention over latents on an NPU takes latents of {LATENT_WIDTHS[0]} numbers and "
+                         f"{LATENT_WIDTHS[1]} rotated ones, not of {latent_width} and {rotated_width}")
+    if block_size not in LATENT_BLOCK_SIZES:
+        raise ValueError(f"attention over latents on an NPU takes blocks of "
+                         f"{' or '.join(map(str, LATENT_BLOCK_SIZES))} tokens, not of {block_size}")
+    return (num_blocks, block_size, 1, latent_width), (num_blocks, block_size, 1, rotated_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ def copy_blocks(cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
 def take_blocks(cache: Tensor, ids_B: Tensor) -> Tensor:
     """Copies of blocks: [B, P, K, H]. ids_B: on the host, where blocks lie apart."""
     if cache.is_contiguous():
-        return cache.index_select(0, _to_device(ids_B, cache.device))
+        return cache.index_select(0, to_device(ids_B, cache.device))
     blocks = cache.new_empty((len(ids_B), *cache.shape[1:]))
     for i, block in enumerate(ids_B.tolist()):
         blocks[i].copy_(cache[block])
@@ -109,7 +123,7 @@ def take_blocks(cache: Tensor, ids_B: Tensor) -> Tensor:
 def put_blocks(cache: Tensor, ids_B: Tensor, blocks_BPKH: Tensor) -> None:
     """The way back. ids_B: as in `take_blocks`."""
     if cache.is_contiguous():
-        cache.index_copy_(0, _to_device(ids_B, cache.device), blocks_BPKH)
+        cache.index_copy_(0, to_device(ids_B, cache.device), blocks_BPKH)
         return
     for i, block in enumerate(ids_B.tolist()):
         cache[block].copy_(blocks_BPKH[i])
@@ -230,6 +244,6 @@ def _numbers(bytes_BX: Tensor, dtype: torch.dtype) -> Tensor:
     return bytes_BX.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
-def _to_device(ids_B: Tensor, device: torch.device) -> Tensor:
+def to_device(ids_B: Tensor, device: torch.device) -> Tensor:
     """Without waiting: from pinned memory, which the allocator keeps until the copy is done."""
     return ids_B.pin_memory().to(device, non_blocking=True)

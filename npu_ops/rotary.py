@@ -1,4 +1,5 @@
-"""Rotary embeddings. The engine's steps use `rotary_mul`, which takes any even head dimension.
+"""Rotary embeddings. The engine's steps use `rotary_mul`, which takes any even head dimension; those of latents, where
+it is 64, `apply_rotary_pos_emb`.
 
 Letters: T tokens, N heads, H head dim, L longest position.
 """

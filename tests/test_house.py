@@ -119,7 +119,6 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
-    "npu_ops.rotary.apply_rotary_pos_emb": "latent attention (MLA)",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

@@ -21,7 +21,7 @@ from backends.cpu.vmm import make_cpu_vmm
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
-from backends.reference.kv_codes import QUANTISED
+from backends.reference.kv_codes import QUANTISED, row_width
 from backends.reference.lora import LoraOps
 from backends.vmm import VmmDriver
 
@@ -108,6 +108,10 @@ class CpuBackend:
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return cache_shape(num_blocks, block_size, num_kv_heads, head_dim)
+
+    def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
+                            dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+        return (cache_shape(num_blocks, block_size, 1, row_width(latent_width + rotated_width, dtype)),)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return lazy_zeros(shape, dtype)

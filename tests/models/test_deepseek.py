@@ -129,7 +129,7 @@ def read(folder: Path, values: dict[str, Any]) -> DeepseekConfig:
 def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
     """A token takes 576 numbers a layer, where 16 heads of keys and values would take 5,120."""
     config = read(tmp_path, V2_LITE)
-    assert config.kv_specs == (KVSpec(num_heads=1, widths=(576,)),) * 27
+    assert config.kv_specs == (KVSpec(num_heads=1, widths=(576,), rotated_width=64),) * 27
     assert block_bytes(backend, config.kv_specs, 16, torch.bfloat16) == 16 * 27 * 576 * 2
     assert (config.q_rank, config.max_model_len, config.ffn_size) == (None, 163840, 10944)
     assert config.mixture == Mixture(layers=(False,) + (True,) * 26, num_experts=64, expert_size=1408, shared_size=2816,
@@ -235,15 +235,15 @@ def test_layers_that_predict_further_tokens_are_left_out(folder: Path, backend: 
 
 
 def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
-    """CUDA and Ascend are strict, and have neither."""
+    """A strict one, such as all but the CPU are."""
     assert read(tmp_path, V2_LITE).special_ops == LATENT_OPS | EXPERT_OPS
     config = read(tmp_path, {**V2_LITE, "first_k_dense_replace": 27})
     assert config.special_ops == LATENT_OPS
-    ops = replace(REFERENCE, name="npu")
-    device: Any = SimpleNamespace(name="npu", ops=ops, strict_ops=True, computes_on_host=False)
+    ops = replace(REFERENCE, name="card")
+    device: Any = SimpleNamespace(name="card", ops=ops, strict_ops=True, computes_on_host=False)
     for strict in (None, True, False):
         settings = EngineConfig.from_flat(model="m", strict_ops=strict)
-        with pytest.raises(ConfigError, match="DeepseekV2ForCausalLM is not built for npu yet, which lacks "
+        with pytest.raises(ConfigError, match="DeepseekV2ForCausalLM is not built for card yet, which lacks "
                                               "latent_attention and latent_rope_write"):
             _check_special_ops(device, config, settings)
     device.strict_ops = False

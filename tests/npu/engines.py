@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.models.checkpoints import BY_ID, VOCAB_SIZE, Variant, save_checkpoint
+from tests.models.checkpoints import BY_ID, VOCAB_SIZE, Variant, deepseek, rope, save_checkpoint
 from xllm import LLM, SamplingParams
 
 os.environ["XLLM_NPU_CHECK"] = "1"
@@ -20,6 +20,9 @@ TINY = ["llama-gqa", "mistral-window-21", "qwen2", "qwen3", "qwen3-mixed-windows
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
 # What a device's attention is made for: a whole row of a head, in the dtype of most checkpoints.
 WIDE = Variant("qwen3-head-dim-128-bf16", "Qwen3", {"head_dim": 128}, disk_dtype=torch.bfloat16)
+# Of the widths that attention over latents is made for.
+LATENT = Variant("deepseek-v3-latents-512", "DeepseekV3", deepseek(kv_lora_rank=512, qk_rope_head_dim=64, **rope(
+    "yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.9, mscale_all_dim=0.6)))
 NUM_TOKENS = 14
 SHARED = [(7 * i * i + 3 * i + 11) % VOCAB_SIZE for i in range(130)]  # more than a block
 PROMPTS = [
@@ -48,7 +51,7 @@ def folder(model: str) -> str:
     """Where a model lies: nothing for the bundled one, or a tiny random checkpoint that is made here."""
     if model == BUNDLED:
         return ""
-    return str(save_checkpoint({**BY_ID, WIDE.id: WIDE}[model], Path(tempfile.mkdtemp())))
+    return str(save_checkpoint({**BY_ID, WIDE.id: WIDE, LATENT.id: LATENT}[model], Path(tempfile.mkdtemp())))
 
 
 def sampling(number: int, seeded: bool) -> SamplingParams:

@@ -41,6 +41,19 @@ def paged(lens: tuple[int, ...] = (1, 3), kv_lens: tuple[int, ...] = (130, 7), *
     return (query, cache, cache.clone()), given | more
 
 
+def latent(lens: tuple[int, ...] = (1, 4), kv_lens: tuple[int, ...] = (30, 7), **more: Any) -> Sample:
+    """Attention over pages of latents, as the engine calls it (v2)."""
+    query, query_rope = rand(lens[-1], 32, 512, dtype=BF16), rand(lens[-1], 32, 64, dtype=BF16)
+    cache, key_rope = rand(BLOCKS, 16, 512, dtype=BF16), rand(BLOCKS, 16, 64, dtype=BF16)
+    given: dict[str, Any] = {
+        "query_rope": query_rope, "key_rope": key_rope, "atten_mask": triangle(), "block_size": 16,
+        "block_table": ints(1, 2, 3, 4).view(2, 2), "actual_seq_qlen": list(lens), "actual_seq_kvlen": list(kv_lens),
+        "num_query_heads": 32, "num_key_value_heads": 1, "softmax_scale": 0.1, "sparse_mode": 3,
+        "input_layout": "TND_NTD",
+    }  # fmt: skip
+    return (query, cache, cache.clone()), given | more
+
+
 def dense(layout: str, **more: Any) -> Sample:
     """Attention over two sequences of 5 queries and 9 keys."""
     shapes = {"BSH": (2, 0, N * D), "BSND": (2, 0, N, D), "BNSD": (2, N, 0, D)}
@@ -166,7 +179,7 @@ def samples() -> dict[str, dict[str, Sample]]:
         },
         fia: layouts,
         fia2: {name: v2(sample) for name, sample in layouts.items()}
-        | {"sink": v2(paged(), learnable_sink=rand(N, dtype=BF16))},
+        | {"sink": v2(paged(), learnable_sink=rand(N, dtype=BF16)), "latent": latent()},
         f"{fia}.out": {"paged": into(paged())},
         f"{fia2}.out": {"paged": into(v2(paged()))},
         space: {"paged": paged()},

@@ -8,7 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.npu.op_samples import BF16, BLOCK, BLOCKS, D, K, N, dense, ints, packed, paged, rand, v2
+from tests.npu.op_samples import (
+    BF16,
+    BLOCK,
+    BLOCKS,
+    HALF,
+    D,
+    K,
+    N,
+    dense,
+    ints,
+    latent,
+    packed,
+    paged,
+    rand,
+    v2,
+)
 
 npu, atb = torch.ops.npu, torch.ops.atb
 
@@ -115,12 +130,41 @@ def test_a_sink_takes_its_share() -> None:
     close(with_sink, without.float() * torch.exp(lse - sums), 2e-2)
 
 
-def test_rope_of_mla_adds_to_the_scores() -> None:
-    (query, key, value), given = packed("TND")
-    query_rope, key_rope = rand(5, N, 32, dtype=BF16), rand(9, K, 32, dtype=BF16)
-    out, _ = npu.npu_fused_infer_attention_score(query, key, value, query_rope=query_rope, key_rope=key_rope, **given)
-    wide = [torch.cat(pair, -1) for pair in ((query, query_rope), (key, key_rope))]
-    assert torch.equal(out, npu.npu_fused_infer_attention_score(*wide, value, **given)[0])
+def test_latents_are_keys_and_values() -> None:
+    """The rotated part only scores, and the heads come first."""
+    (query, key, _), given = latent()
+    out, _ = npu.npu_fused_infer_attention_score_v2(query, key, key, **given)
+    start = 0
+    for row, (end, num_keys) in enumerate(zip(given["actual_seq_qlen"], given["actual_seq_kvlen"])):
+        blocks, num_q = given["block_table"][row].long(), end - start
+        keys, ropes = (cache[blocks].flatten(0, 1)[:num_keys, None] for cache in (key, given["key_rope"]))
+        wide = torch.cat((query, given["query_rope"]), -1)[start:end]
+        visible = causal(num_q, num_keys, num_keys - num_q)
+        close(out[:, start:end].transpose(0, 1), plain_attention(wide, torch.cat((keys, ropes), -1), keys, visible,
+                                                                 given["softmax_scale"])[0], 2e-2)
+        start = end
+
+
+@pytest.mark.parametrize(("message", "change"), [
+    ("go together", {"key_rope": None}), ("layout BSND", {"input_layout": "BSND"}),
+    ("PageAttention", {"block_table": None}), ("ropes torch.float16", {"query_rope": rand(4, 32, 64, dtype=HALF)}),
+    ("16 heads", {"num_query_heads": 16}), ("over 2", {"num_key_value_heads": 2}),
+    ("only 512 and 64", {"query_rope": rand(4, 32, 32, dtype=BF16)}), ("blockSize", {"block_size": 32}),
+    ("key_rope", {"key_rope": rand(BLOCKS, 16, 128, dtype=BF16)}),
+    ("contiguous", {"key_rope": rand(BLOCKS, 16, 128, dtype=BF16)[..., :64]}),
+    ("without a mask", {"sparse_mode": 0}), ("without a mask", {"sparse_mode": 4}),
+    ("1 to 16 queries", {"actual_seq_qlen": [4, 4]}),
+])  # fmt: skip
+def test_what_attention_over_latents_refuses(message: str, change: dict[str, Any]) -> None:
+    args, given = latent()
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        npu.npu_fused_infer_attention_score_v2(*args, **{**given, **change})
+
+
+def test_chunks_that_are_too_long_for_latents() -> None:
+    args, given = latent(lens=(17, 18), kv_lens=(20, 7))
+    with pytest.raises(RuntimeError, match="1 to 16 queries"):
+        npu.npu_fused_infer_attention_score_v2(*args, **given)
 
 
 def test_sequences_without_keys() -> None:

@@ -8,24 +8,18 @@ device, as the count of an expert's rows, could not be captured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends.expert_choice import ExpertChoice, RouteRule
-from npu_ops.contract import set_checking
 from npu_ops.recording import TaskRecorder, recording
 from tests.npu.device import npu, randn
+from tests.npu.launches import launches
 from tests.ops.test_experts import RULES
 
 T, E, D, F = 5, 40, 64, 96
-VIEWS = {"view", "slice", "t", "unsqueeze", "expand", "detach", "alias", "empty", "new_empty"}
-COMPUTED = (torch.bool, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
-# Takes its counts, or its places, in int64: npu_grouped_matmul's documentation; GatherElements has both on AI cores.
-TAKES_INT64 = {"npu_grouped_matmul", "gather"}
 # What a choice costs beside its operator: the weights' sum of softmax; what is done about NaN.
 GATE, NAN = ["to_copy", "npu_moe_gating_top_k"], ["isnan", "any", "arange", "where"]
 ROUTES = {
@@ -40,34 +34,6 @@ FORMS: dict[str | None, list[str]] = {
     "w8a8": ["npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_dynamic_quant", "npu_grouped_matmul",
              "npu_moe_token_unpermute"],
 }
-
-
-class Launches(TorchDispatchMode):
-    """names: of the operators called, in order. Asserts that each computes with numbers of `COMPUTED`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if name not in VIEWS:
-            self.names.append(name.lstrip("_"))
-            given = [each if isinstance(each, list) else [each] for each in (*args, *(kwargs or {}).values())]
-            wrong = {x.dtype for part in given for x in part if isinstance(x, Tensor)}
-            wrong -= {*COMPUTED, *([torch.int64] if name in TAKES_INT64 else [])}
-            assert not wrong, (name, wrong)
-        return func(*args, **(kwargs or {}))
-
-
-def launches(run: Callable[..., Any], *arguments: Any) -> list[str]:
-    set_checking(False)  # which computes too
-    try:
-        with Launches() as found:
-            run(*arguments)
-    finally:
-        set_checking(True)
-    return found.names
 
 
 @pytest.mark.parametrize("name", ROUTES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.npu.engines import IS_REAL, WIDE, assert_same, folder, plain, prompt_logprobs, start, tokens
+from tests.npu.engines import IS_REAL, LATENT, WIDE, assert_same, folder, plain, prompt_logprobs, start, tokens
 from tests.parallel.ranks import Ranks
 from xllm.errors import ConfigError, DeviceError, EngineDeadError
 from xllm.worker.processes import HEARTBEAT_S
@@ -112,3 +112,9 @@ def test_vector_cores_and_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HCCL_OP_EXPANSION_MODE", "AIV")
     with pytest.raises(ConfigError, match=r"AIV does not go with graphs .*507009.* set it to AI_CPU, or take --graph"):
         start(WIDE.id, "npu", **TWO)
+
+
+def test_ranks_share_the_heads_of_latents() -> None:
+    """Each has all latents, and two of four heads beside those of zeros that fill the operator's."""
+    with start(LATENT.id, "npu", **TWO) as llm:
+        assert_same(tokens(llm), plain(LATENT.id, device="npu", dtype="bfloat16"), BF16_TIE)

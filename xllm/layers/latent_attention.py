@@ -74,8 +74,8 @@ class LatentAttention:
 
     def __call__(self, x_TD: Tensor, positions_T: Tensor, caches: tuple[Tensor, ...],
                  meta: AttentionMetadata) -> Tensor:
-        """caches: this layer's latents, one part."""
-        (cache,), shape = caches, self._shape
+        """caches: this layer's latents, in one part, or two where the device lays the rotated numbers apart."""
+        cache, shape = caches[0] if len(caches) == 1 else caches, self._shape
         latent_TX = self._down(x_TD)
         if shape.q_rank is None:
             q_TX = self._q_up(x_TD)

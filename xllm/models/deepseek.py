@@ -42,7 +42,8 @@ class DeepseekConfig(DecoderConfig):
 
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        return (KVSpec(num_heads=1, widths=(self.latent_width + self.rotated_dim,)),) * self.num_layers
+        width = self.latent_width + self.rotated_dim
+        return (KVSpec(num_heads=1, widths=(width,), rotated_width=self.rotated_dim),) * self.num_layers
 
     @property
     def experts_a_token(self) -> int:

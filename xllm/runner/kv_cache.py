@@ -56,7 +56,8 @@ def cache_dtype(config: EngineConfig, backend: Backend, model_config: ModelConfi
 
 
 class KVCache:
-    """A tensor for each part of each layer: `layers[i]` is (k, v), or (latent,). The model writes them during forward.
+    """A tensor for each part of each layer: `layers[i]` is (k, v), or (latent,), or where the device
+    lays them apart (latent, rotated part). The model writes them during forward.
 
     Their first axis is the block. With an arena they are views of its pages: the first `num_blocks` are the blocks,
     as without one, and no other may be touched unless the arena maps it.
@@ -89,8 +90,14 @@ class KVCache:
 def _block_shapes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int,
                   dtype: torch.dtype) -> list[list[tuple[int, ...]]]:
     """By layer and part: the shape of one block, with room for the scales of a quantised cache."""
-    return [[backend.kv_cache_shape(1, block_size, spec.num_heads, row_width(width, dtype))[1:]
-             for width in spec.widths] for spec in kv_specs]
+    return [[shape[1:] for shape in _part_shapes(backend, spec, block_size, dtype)] for spec in kv_specs]
+
+
+def _part_shapes(backend: Backend, spec: KVSpec, block_size: int, dtype: torch.dtype) -> Sequence[tuple[int, ...]]:
+    if spec.rotated_width:
+        latent_width = spec.widths[0] - spec.rotated_width
+        return backend.latent_cache_shapes(1, block_size, latent_width, spec.rotated_width, dtype)
+    return [backend.kv_cache_shape(1, block_size, spec.num_heads, row_width(width, dtype)) for width in spec.widths]
 
 
 def _part_bytes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int, dtype: torch.dtype) -> list[int]:

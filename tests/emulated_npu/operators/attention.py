@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 MASK_SIZE = 2048
+HALVES = (torch.float16, torch.bfloat16)
+LATENT_HEADS = tuple(2**i for i in range(8))  # that CANN 9.1 takes; older versions only the last three
 _checked_masks: set[int] = set()
 
 
@@ -41,7 +43,8 @@ class Call:
 
     def __post_init__(self) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads or self.num_heads // self.num_kv_heads > 64:
+        is_latent = self.query_rope is not None
+        if self.num_heads % self.num_kv_heads or (self.num_heads // self.num_kv_heads > 64 and not is_latent):
             raise RuntimeError(f"{self.num_heads} heads over {self.num_kv_heads}")
         if len({self.query.dtype, self.key.dtype, self.value.dtype}) > 1:
             raise RuntimeError(f"query, key and value are {self.query.dtype}, {self.key.dtype}, {self.value.dtype}")
@@ -64,6 +67,40 @@ class Call:
             and self.query_rope is None
         ):
             raise RuntimeError("TND over pages with sparse_mode 0 and no mask: devices have returned a plain mean")
+        if self.query_rope is not None or self.key_rope is not None:
+            self._check_latents()
+
+    def _check_latents(self) -> None:
+        """What a device asks of latent attention (MLA): `IFATiling::CheckMlaAttrs`, `CheckMlaKeyRope`, `CheckMlaMisc`
+        and `CheckTndMaskShapeWithSparseMode` of ops-transformer 9.1, in its words where they are ours."""
+        query, key, rope, key_rope = self.query, self.key, self.query_rope, self.key_rope
+        if rope is None or key_rope is None:
+            raise RuntimeError("query_rope and key_rope go together")
+        if self.layout not in ("TND", "TND_NTD"):
+            raise NotImplementedError(f"query_rope in layout {self.layout} is not emulated")
+        if self.block_table is None:
+            raise RuntimeError("only PageAttention KvCache is supported in MLA mode")
+        if len({query.dtype, key.dtype, rope.dtype, key_rope.dtype}) > 1 or query.dtype not in HALVES:
+            raise RuntimeError(f"query and key are {query.dtype} and {key.dtype}, their ropes {rope.dtype} and "
+                               f"{key_rope.dtype}")
+        if self.num_kv_heads != 1 or self.num_heads not in LATENT_HEADS or query.shape[1] != self.num_heads:
+            raise RuntimeError(f"{self.num_heads} heads over {self.num_kv_heads}, MLA only support 1, 2, 4 ... 128 "
+                               "over 1")
+        if (query.shape[2], rope.shape[2]) != (512, 64) or rope.shape[:2] != query.shape[:2]:
+            raise RuntimeError(f"query {tuple(query.shape)}, query_rope {tuple(rope.shape)}: only 512 and 64 in MLA")
+        if self.block_size not in (16, 128):
+            raise RuntimeError(f"blockSize({self.block_size}), MLA only support {{16, 128}}")
+        if (key.shape[1:] != (self.block_size, 512) or key_rope.shape != (*key.shape[:2], 64)
+                or self.value.shape != key.shape):
+            raise RuntimeError(f"key {tuple(key.shape)}, value {tuple(self.value.shape)}, key_rope "
+                               f"{tuple(key_rope.shape)} with block_size {self.block_size}")
+        if not all(x.is_contiguous() for x in (query, rope, key, self.value, key_rope)):
+            raise RuntimeError("a tensor of MLA is not contiguous")
+        if self.sparse_mode not in (0, 3) or (self.sparse_mode == 0 and self.mask is not None):
+            raise RuntimeError("TND/TND_NTD only support sparse 0 without a mask, or 3")
+        ends = list(self.q_lens or ())
+        if not all(1 <= end - start <= 16 for start, end in zip([0, *ends], ends, strict=False)):
+            raise RuntimeError(f"actual_seq_lengths {ends}: MLA takes 1 to 16 queries a sequence")
 
 
 def _check_causal_mask(mask: Tensor | None) -> None:
