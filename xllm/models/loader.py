@@ -53,7 +53,7 @@ def load_model(
     family = family_of(config.architecture)
     if load_format == "dummy":
         return family.build(context, config, DummyWeights(dtype=dtype, device=backend.device))
-    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
+    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress, fp8=config.fp8) as weights:
         model = family.build(context, config, weights)
         weights.check_all_taken()
     return model
