@@ -31,10 +31,10 @@ def in_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return (weight.float() / per_number(scales, block, weight.shape)).to(torch.float8_e4m3fn), scales
 
 
-def to_fp8(folder: Path, plain: Path, block: tuple[int, int] = (128, 128), *, scale_dtype: torch.dtype = torch.float32,
+def to_fp8(folder: Path, block: tuple[int, int], plain: Path, *, scale_dtype: torch.dtype = torch.float32,
            is_plain: Callable[[str], bool] = lambda name: name.endswith(PLAIN)) -> Path:
     """Rewrite the checkpoint in `folder`, of one file, with all matrices but the `is_plain` ones as fp8; write the fp32
-    one that it stands for to `plain`, with the same config otherwise. Returns `folder`."""
+    one that it stands for to `plain`, with the same config otherwise. Returns `plain`."""
     weights, stood_for = load_file(folder / "model.safetensors"), {}
     for name, weight in list(weights.items()):
         stood_for[name] = weight.float()
@@ -50,4 +50,4 @@ def to_fp8(folder: Path, plain: Path, block: tuple[int, int] = (128, 128), *, sc
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {
         "quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic", "fmt": "e4m3"}}))
     save_file(weights, folder / "model.safetensors")
-    return folder
+    return plain

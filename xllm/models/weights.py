@@ -101,8 +101,9 @@ class WeightSource:
         if stored.dtype == FP8 and self._fp8 is not None and len(shape) > 1:
             return StoredFp8(stored, self._pop(f"{name}{SCALE_SUFFIX}"), self._fp8)
         if stored.dtype not in ITEM_BYTES:
-            fp8 = "; matrices of fp8 need a quantization_config in config.json" if stored.dtype == FP8 else ""
-            raise stored.error(f"is of type {stored.dtype}; only {', '.join(ITEM_BYTES)} can be read{fp8}")
+            fp8 = "" if self._fp8 is None else f" and, with scales, matrices of {FP8}"
+            more = ": fp8 needs a quantization_config in config.json" if stored.dtype == FP8 and not fp8 else ""
+            raise stored.error(f"is of type {stored.dtype}; only {', '.join(ITEM_BYTES)}{fp8} can be read{more}")
         if f"{name}{SCALE_SUFFIX}" in self._left:
             raise stored.error(f"is of type {stored.dtype}, and has scales as if it were fp8: {name}{SCALE_SUFFIX}")
         return stored
