@@ -27,7 +27,8 @@ from backends.scaled_weight import ScaledWeight
 
 
 class PackLinearOp(Protocol):
-    def __call__(self, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+    def __call__(self, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                 quantization: str | None = None) -> Any:
         """Bring a weight into the form that `linear` wants; done once at load time.
 
         quantization: None, or one fp32 scale per output row and codes: "int8" (symmetric, in [-127, 127]) or "fp8"
@@ -36,8 +37,9 @@ class PackLinearOp(Protocol):
         A `ScaledWeight` is kept as it is, without a quantization; only op sets of backends with `takes_scaled_weights`
         get one.
         The result is opaque but has `.nbytes`. The caller drops its own copy of the weight.
-        Raises ValueError for a quantization that this op set does not have, for any of a `ScaledWeight`, and for "w8a8" with more inputs than its
-        sums have room for: 133144, whose sum of products of 127 still fits int32, or what the device takes at most.
+        Raises ValueError for a quantization that this op set does not have, for any of a `ScaledWeight`, and for "w8a8"
+        with more inputs than its sums have room for: 133144, whose sum of products of 127 still fits int32, or what the
+        device takes at most.
         """
         ...
 
@@ -226,9 +228,9 @@ class RouteOp(Protocol):
 
 class PackExpertsOp(Protocol):
     def __call__(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
-        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape and kind, into the form that
-        `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need exist
-        beside the result.
+        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape and kind, into the form
+        that `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need
+        exist beside the result.
 
         quantization: as in `pack_linear`, each expert for itself. The result is opaque but has `.nbytes`.
         Raises ValueError as `pack_linear` does.

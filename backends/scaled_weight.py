@@ -52,7 +52,7 @@ def stack_rows(parts: Sequence[Tensor | ScaledWeight]) -> Tensor | ScaledWeight:
         return parts[0]
     scaled = [part for part in parts if isinstance(part, ScaledWeight)]
     if len(scaled) == len(parts) and len({part.group for part in scaled}) == 1:
-        return ScaledWeight(torch.cat([part.codes_YX for part in scaled]), torch.cat([part.scale_YG for part in scaled]),
-                            scaled[0].group)
+        codes_YX = torch.cat([part.codes_YX for part in scaled])
+        return ScaledWeight(codes_YX, torch.cat([part.scale_YG for part in scaled]), scaled[0].group)
     dtype = next((part.dtype for part in parts if isinstance(part, Tensor)), torch.float32)
     return torch.cat([part.dequantise(dtype) if isinstance(part, ScaledWeight) else part for part in parts])

@@ -1,4 +1,4 @@
-"""Checkpoints brought to DeepSeek's fp8, with a scale for each block of a matrix, and the plain ones that they stand for."""
+"""Checkpoints brought to DeepSeek's fp8, with a scale for each block of a matrix, and plain ones that mean the same."""
 
 from __future__ import annotations
 

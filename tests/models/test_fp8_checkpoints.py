@@ -19,6 +19,7 @@ from tests.models.checkpoints import BY_ID, PROMPT, save_checkpoint, transformer
 from tests.models.fp8_checkpoints import to_fp8
 from tests.models.harness import PagedRunner, greedy, weight_bytes
 from tests.models.test_parity import relative_error
+from xllm import LLM, SamplingParams
 from xllm.errors import ModelError
 from xllm.models.fp8_format import Fp8Format
 from xllm.models.loader import load_model
@@ -93,6 +94,22 @@ def test_which_matrices_are_fp8_their_own_types_say(tmp_path: Path, backend: Bac
     assert torch.equal(found, expected)
     change_form(folder, dequantize=True)
     assert weight_bytes(load(folder, backend)) == weight_bytes(load(plain, backend))
+
+
+@pytest.mark.parametrize("variant", ["deepseek-v3", "qwen3-moe"])
+@pytest.mark.parametrize("quantization", [None, "int8", "w8a8"])
+def test_the_engine_runs_it(tmp_path: Path, variant: str, quantization: str | None) -> None:
+    """The tokens are those of the plain checkpoint; what it says of its weights is less."""
+    folder = save_checkpoint(BY_ID[variant], tmp_path / "fp8")
+    plain = to_fp8(folder, ODD, tmp_path / "plain")
+    greedily, said = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), []
+    for each in (folder, plain):
+        with LLM(str(each), skip_tokenizer_init=True, max_model_len=96, num_kv_blocks=32, num_threads=1,
+                 quantization=quantization) as llm:
+            (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], greedily, use_tqdm=False)
+            said.append((list(answer.outputs[0].token_ids), llm.facts.placement.weights_bytes))
+    assert said[0][0] == said[1][0]
+    assert said[0][1] < 0.7 * said[1][1] if quantization is None else said[0][1] == said[1][1]
 
 
 # --- how it is read

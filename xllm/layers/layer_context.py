@@ -41,8 +41,8 @@ class Weights(Protocol):
 
     def take_experts(self, name: str, shape: tuple[int, int, int],
                      parts: Sequence[Part]) -> Iterator[Tensor | ScaledWeight]:
-        """The matrices [Y, X] that lie stacked in one tensor of that shape, [E, Y, X], one after the other: of each, the
-        rows and columns of each of `parts`, one below the other, of which alone the bytes are read.
+        """The matrices [Y, X] that lie stacked in one tensor of that shape, [E, Y, X], one after the other: of each,
+        the rows and columns of each of `parts`, one below the other, of which alone the bytes are read.
 
         All are plain, or all are fp8 as `take_matrix` gives it. Raises as `take` does.
         """

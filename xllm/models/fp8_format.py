@@ -48,20 +48,21 @@ def read_fp8_format(raw: RawConfig) -> Fp8Format | None:
         if key == KEYS[0] and isinstance(found, Mapping) and method == "fp8":
             return _read_blocks(raw, found)
         raise raw.error(f"the checkpoint is quantised ({key}: {shortened(str(method))}), which cannot be read; use the "
-                        "unquantised checkpoint, with --quantization fp8 or int8 if memory is short, or one of fp8 with "
-                        "weight_block_size")
+                        "unquantised checkpoint, with --quantization fp8 or int8 if memory is short, or one of fp8 in "
+                        "blocks")
     return None
 
 
 def _read_blocks(raw: RawConfig, found: Mapping[str, Any]) -> Fp8Format:
     def wrong(member: str, allowed: str) -> ModelError:
-        return raw.error(f"quantization_config: fp8 with {shortened(member)} {shortened(repr(found.get(member)))} cannot "
-                         f"be read; {allowed}")
+        value = shortened(repr(found.get(member)))
+        return raw.error(f"quantization_config: fp8 with {shortened(member)} {value} cannot be read; {allowed}")
 
     for member, value in found.items():
         if member in CHOICES:
-            if not any(type(value) is type(choice) and value == choice for choice in CHOICES[member]):
-                raise wrong(member, f"only {' or '.join(repr(choice) for choice in CHOICES[member] if choice is not None)}")
+            allowed = CHOICES[member]
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
+                raise wrong(member, "only " + " or ".join(repr(choice) for choice in allowed if choice is not None))
         elif member in NAMES:
             if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
                 raise wrong(member, "only a list of names")

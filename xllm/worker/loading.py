@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xllm.models.causal_lm import CausalLM
     from xllm.models.embedding_modules import EmbeddingModules
     from xllm.models.footprint import Footprint
+    from xllm.models.fp8_format import Fp8Format
     from xllm.models.model_config import ModelConfig
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
