@@ -116,11 +116,12 @@ static void product(const float *x, const void *weight, int64_t depth, int64_t p
 
 static void finish(const Packed *p, const float *sums, float *y, int64_t row0, int64_t T, int64_t y0, int R, int width) {
     const int64_t n = MIN(width, p->Y - y0);
+    const float *scale = p->kind == IS_SCALED ? NULL : p->scale;
     for (int r = 0; r < R && row0 + r < T; r++) {
         float *out = y + (row0 + r) * p->Y + y0;
         for (int64_t j = 0; j < n; j++) {
             float v = sums[r * width + j];
-            if (p->scale && p->kind != IS_SCALED) v *= p->scale[y0 + j];
+            if (scale) v *= scale[y0 + j];
             out[j] = p->bias ? v + p->bias[y0 + j] : v;
         }
     }

@@ -47,6 +47,15 @@ def test_linear(ops: OpSet, size: tuple[int, int, int], num_rows: int, dtype: to
         assert torch.equal(y, ops.linear(x, ops.pack_linear(weight.dequantise(dtype), bias_Y)))
 
 
+def test_a_row_does_not_see_its_batch(ops: OpSet) -> None:
+    packed, x = ops.pack_linear(scaled(70, 600, 40)[0], torch.randn(70)), torch.randn(77, 600)
+    together = ops.linear(x, packed)
+    for begin, end in ((0, 1), (3, 5), (10, 22), (20, 33), (76, 77)):
+        alone = ops.linear(x[begin:end], packed)
+        torch.testing.assert_close(alone, together[begin:end], rtol=0, atol=1e-3)
+        assert torch.equal(alone, together[begin:end]) or type(packed) is not PanelLinear
+
+
 def test_it_takes_a_byte_a_number_and_its_scales(ops: OpSet) -> None:
     assert ops.pack_linear(scaled(64, 256, 128)[0]).nbytes == 64 * 256 + 64 * 2 * 4
 
