@@ -97,6 +97,8 @@ class Backend(Protocol):
     warm_up_seqs: decode steps of up to so many sequences are captured, and kernels compiled, before the first request,
     unless `graph_warmup_seqs` says otherwise; 0: none.
     strict_ops: an engine does not start with a hot operator of the reference, unless `strict_ops` says otherwise.
+    takes_scaled_weights: `OpSet.pack_linear` and `pack_experts` take matrices of fp8 with the scales of a checkpoint;
+    where they do not, such a checkpoint is made plain while it is read.
     quantization_advice: what quantising a model gains on this device, measured, for who starts one; empty: not known.
     """
 
@@ -115,6 +117,7 @@ class Backend(Protocol):
     kv_memory_share: float
     warm_up_seqs: int
     strict_ops: bool
+    takes_scaled_weights: bool
     quantization_advice: str
     vmm: VmmDriver | None  # None: the device has no virtual memory management
     capturer: Capturer | None  # None: the device has no graph mode, or needs none

@@ -114,6 +114,7 @@ class CudaBackend:
     kv_memory_share = 1.0
     warm_up_seqs = 16
     strict_ops = True
+    takes_scaled_weights = False
     quantization_advice = ""
 
     def __init__(self, place: Place = ALONE) -> None:

@@ -24,6 +24,7 @@ from backends.place import ALONE, Place
 from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
 from backends.reference.lora import LoraOps
+from backends.scaled_weight import ScaledWeight
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from npu_ops import activation, compat, kv, latent, linear, logits, norm, rotary, sampling
@@ -211,8 +212,10 @@ def silu_mul(gate_up_TF2: Tensor) -> Tensor:
     return activation.swiglu(gate_up=gate_up_TF2)
 
 
-def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *,
+def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
                 quantization: str | None = None) -> linear.PackedWeight | linear.W8A8Weight:
+    if isinstance(weight_YX, ScaledWeight):
+        raise ValueError("products on an NPU take no fp8")
     linear.check_quantization(quantization)
     if quantization is None:
         return linear.PackedWeight(weight_YX.contiguous(), bias_Y)
@@ -273,6 +276,7 @@ class NpuBackend:
     kv_memory_share = 1.0
     warm_up_seqs = 16
     strict_ops = True
+    takes_scaled_weights = False
     quantization_advice = ""
 
     def __init__(self, *, check_contracts: bool = False, place: Place = ALONE) -> None:

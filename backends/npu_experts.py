@@ -15,6 +15,7 @@ from backends.expert_choice import ExpertChoice, RouteRule
 from backends.reference import experts as reference
 from backends.reference.experts import LEAST_SUM
 from backends.reference.linear import quantize_rows
+from backends.scaled_weight import ScaledWeight
 from npu_ops import linear, moe
 from npu_ops.moe import RowOrder, StackedExperts
 from npu_ops.moe_contracts import MOST_GROUPS, takes_groups
@@ -70,11 +71,13 @@ def _scaled(weights_TK: Tensor, rule: RouteRule) -> Tensor:
     return weights_TK if rule.scale == 1.0 else weights_TK * rule.scale
 
 
-def pack_experts(experts: Iterable[Tensor], *, quantization: str | None = None) -> StackedExperts:
+def pack_experts(experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> StackedExperts:
     """For a moment the experts of the layer are there twice: how many they are is known at the end."""
     linear.check_quantization(quantization)
     weights, scales, rounds_inputs = [], [], quantization == "w8a8"
     for weight_YX in experts:
+        if isinstance(weight_YX, ScaledWeight):
+            raise ValueError("products on an NPU take no fp8")
         numbers_YX = weight_YX
         if quantization is not None:
             numbers_YX, scale_Y = quantize_rows(weight_YX, quantization)

@@ -23,18 +23,23 @@ from torch import Tensor
 
 from backends.expert_choice import ExpertChoice, RouteRule
 from backends.metadata import AttentionMetadata
+from backends.scaled_weight import ScaledWeight
 
 
 class PackLinearOp(Protocol):
-    def __call__(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+    def __call__(self, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                 quantization: str | None = None) -> Any:
         """Bring a weight into the form that `linear` wants; done once at load time.
 
         quantization: None, or one fp32 scale per output row and codes: "int8" (symmetric, in [-127, 127]) or "fp8"
         (float8_e4m3fn, its largest number 448), which are for the weight alone, or "w8a8": the weight as with "int8",
         and `linear` brings x to int8 as well.
+        A `ScaledWeight` is kept as it is, without a quantization; only op sets of backends with `takes_scaled_weights`
+        get one.
         The result is opaque but has `.nbytes`. The caller drops its own copy of the weight.
-        Raises ValueError for a quantization that this op set does not have, and for "w8a8" with more inputs than its
-        sums have room for: 133144, whose sum of products of 127 still fits int32, or what the device takes at most.
+        Raises ValueError for a quantization that this op set does not have, for any of a `ScaledWeight`, and for "w8a8"
+        with more inputs than its sums have room for: 133144, whose sum of products of 127 still fits int32, or what the
+        device takes at most.
         """
         ...
 
@@ -44,7 +49,8 @@ class LinearOp(Protocol):
         """y_TY = x @ weight.T + bias, in x's dtype; x may be a view whose last axis is contiguous.
 
         Where a device multiplies fp8 numbers, x of many rows may be brought to fp8 too, with a scale per row, if the
-        weight is fp8: an error of up to 2^-4 of each number.
+        weight is fp8: an error of up to 2^-4 of each number. So it may with a `ScaledWeight`, by a scale for each of
+        the runs that the weight's scales are for; else the product is that of the matrix it stands for.
 
         With "w8a8" each row of x becomes int8 codes with a scale of its own, whatever rows stand beside it: with m the
         row's largest absolute number, codes = round(x * (127 / m)), ties to even, and scale = m * (1 / 127), in fp32.
@@ -223,10 +229,10 @@ class RouteOp(Protocol):
 
 
 class PackExpertsOp(Protocol):
-    def __call__(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> Any:
-        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape, into the form that
-        `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need exist
-        beside the result.
+    def __call__(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
+        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape and kind, into the form
+        that `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need
+        exist beside the result.
 
         quantization: as in `pack_linear`, each expert for itself. The result is opaque but has `.nbytes`.
         Raises ValueError as `pack_linear` does.

@@ -17,6 +17,7 @@ from backends.cpu.experts import SortedExperts
 from backends.cpu.kernels import FP32, Kernels, PanelLinear
 from backends.cpu.structs import Packed, RouteStruct
 from backends.expert_choice import ExpertChoice, RouteRule
+from backends.scaled_weight import ScaledWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class ExpertKernels:
             rule.num_kept_groups, rule.summed_per_group, rule.renormalise, rule.scale)), self._kernels.threads())
         return ExpertChoice(ids_TK, weights_TK)
 
-    def pack_experts(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> Any:
+    def pack_experts(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
         packed = self._plain.pack_experts(experts, quantization=quantization)
         if any(type(expert) is not PanelLinear for expert in packed.experts):
             return packed

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backends.expert_choice import ExpertChoice
 from backends.reference.experts import PackedExperts, weighted_sum
+from backends.scaled_weight import ScaledWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class SortedExperts:
     def __init__(self, pack_linear: Callable[..., Any], linear: Callable[[Tensor, Any], Tensor]):
         self._pack, self._linear = pack_linear, linear
 
-    def pack_experts(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> PackedExperts:
+    def pack_experts(self, experts: Iterable[Tensor | ScaledWeight], *,
+                     quantization: str | None = None) -> PackedExperts:
         packed, num_outputs = [], 0
         for weight_YX in experts:
             packed.append(self._pack(weight_YX, quantization=quantization))

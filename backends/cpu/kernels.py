@@ -24,11 +24,13 @@ from backends.metadata import AttentionMetadata
 from backends.reference import activation, attention, logits, norm, rotary, sampling
 from backends.reference import latent as reference_latent
 from backends.reference.kv_codes import QUANTISED
-from backends.reference.linear import check_inputs, check_quantization, quantize_rows
+from backends.reference.linear import check_inputs, check_quantization, check_unquantised, quantize_rows
 from backends.reference.linear import linear as reference_linear
 from backends.reference.linear import pack_linear as reference_pack_linear
+from backends.scaled_weight import ScaledWeight
 
 KINDS = {torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # of the weights of linear.c
+IS_SCALED = 3  # fp8 with a scale for each run of inputs
 MAX_GROUP = 64  # query heads per kv head that a tile of the attention kernel holds
 FP32 = torch.float32
 KV_DTYPES = frozenset({FP32, *QUANTISED})  # of the caches that the kernels read and write
@@ -80,18 +82,20 @@ class StepPlan:
 
 
 class PanelLinear:
-    """A weight in the panels of linear.c or w8a8.c; the original may be dropped. multiply: the C function."""
+    """A weight in the panels of linear.c or w8a8.c; the original may be dropped. multiply: the C function. group: with
+    a scale for each run of so many inputs, in panels too."""
 
     __slots__ = ("multiply", "nbytes", "num_outputs", "packed", "struct", "tensors")
 
     def __init__(self, multiply: Any, weight: Tensor, scale_Y: Tensor | None, bias_Y: Tensor | None, num_inputs: int,
-                 num_outputs: int):  # fmt: skip
+                 num_outputs: int, group: int = 0):  # fmt: skip
         self.multiply = multiply
         self.tensors = (weight, scale_Y, bias_Y)  # keep alive what the structure points to
         self.nbytes = sum(t.nbytes for t in self.tensors if t is not None)
         self.num_outputs = num_outputs
         address = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.struct = Packed(*address, num_inputs, num_outputs, KINDS[weight.dtype])
+        kind = IS_SCALED if group else KINDS[weight.dtype]
+        self.struct = Packed(*address, num_inputs, num_outputs, kind, group)
         self.packed = byref(self.struct)
 
 
@@ -122,7 +126,11 @@ class Kernels:
         self.exp_c(x.data_ptr(), y.data_ptr(), x.numel())
         return y
 
-    def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+    def pack_linear(self, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                    quantization: str | None = None) -> Any:
+        if isinstance(weight_YX, ScaledWeight):
+            check_unquantised(quantization)
+            return self.pack_scaled(weight_YX, bias_Y)
         check_quantization(quantization)
         if quantization == "w8a8":
             return self.pack_w8a8(weight_YX, bias_Y)
@@ -131,11 +139,23 @@ class Kernels:
         num_outputs, num_inputs = weight_YX.shape
         weight, scale_Y = (quantize_rows(weight_YX, quantization) if quantization
                            else (weight_YX.detach().contiguous(), None))
-        num_panels = -(-num_outputs // self.panel)
-        panels = torch.empty(num_panels * num_inputs * self.panel, dtype=weight.dtype)
-        self.pack_c(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight.itemsize,
-                    self.threads())  # fmt: skip
-        return PanelLinear(self.linear_c, panels, scale_Y, bias_Y, num_inputs, num_outputs)
+        return PanelLinear(self.linear_c, self.in_panels(weight), scale_Y, bias_Y, num_inputs, num_outputs)
+
+    def pack_scaled(self, weight_YX: ScaledWeight, bias_Y: Tensor | None) -> PanelLinear:
+        """For x of any dtype."""
+        num_outputs, num_inputs = weight_YX.shape
+        codes, scales = self.in_panels(weight_YX.codes_YX), self.in_panels(weight_YX.scale_YG)
+        bias = None if bias_Y is None else bias_Y.float()
+        return PanelLinear(self.linear_c, codes, scales, bias, num_inputs, num_outputs, weight_YX.group)
+
+    def in_panels(self, weight_YX: Tensor) -> Tensor:
+        """As linear.c lays them out."""
+        weight_YX = weight_YX.contiguous()
+        num_outputs, num_inputs = weight_YX.shape
+        panels = torch.empty(-(-num_outputs // self.panel) * num_inputs * self.panel, dtype=weight_YX.dtype)
+        self.pack_c(weight_YX.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, weight_YX.itemsize,
+                    self.threads())
+        return panels
 
     def pack_w8a8(self, weight_YX: Tensor, bias_Y: Tensor | None) -> PanelLinear:
         """Of any dtype: what is multiplied are codes."""

@@ -10,7 +10,13 @@
 #define DEPTH 512   /* x values per pass when there are many rows: a panel's part stays in the first caches */
 #define MANY_ROWS 64 /* from here on a panel of bytes is widened once for all rows */
 
-enum { IS_FP32, IS_INT8, IS_FP8 };
+enum { IS_FP32, IS_INT8, IS_FP8, IS_SCALED }; /* IS_SCALED: fp8 with a scale for each run of inputs */
+
+/* The scales of the runs in a panel, [G][PANEL]. at: which of the inputs comes first. stride: from panel to panel. */
+typedef struct {
+    const float *scale;
+    int64_t at, group, stride;
+} Runs;
 
 EXPORT int64_t xllm_panel(void) { return PANEL; }
 
@@ -56,33 +62,46 @@ static void pack_rows(const float *x, int64_t stride, const int32_t *rows, float
     }
 }
 
-INLINE vf widen(const int8_t *p, const int kind) { return kind == IS_FP8 ? widen_fp8(p) : widen_int8(p); }
+INLINE vf widen(const int8_t *p, const int kind) { return kind == IS_INT8 ? widen_int8(p) : widen_fp8(p); }
+
+/* How many of the inputs i, i + 1, ... up to `depth` are in the run of i, whose scales are at *scale. */
+INLINE int64_t run_end(const Runs *runs, int64_t i, int64_t depth, const float **scale) {
+    const int64_t run = (runs->at + i) / runs->group;
+    *scale = runs->scale + run * PANEL;
+    return MIN(depth, (run + 1) * runs->group - runs->at);
+}
 
 /* acc[R, B * PANEL] += x[depth, R] (outer) panels[B][depth, PANEL], for B panels that are `panel_stride` items apart. */
-INLINE void product_tile(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
-                         const int R, const int B, const int kind) {
+INLINE void product_tile(const float *x, const void *weight, int64_t depth, int64_t panel_stride, const Runs *runs,
+                         float *sums, int first, const int R, const int B, const int kind) {
     vf acc[GEMM_ROWS * 2]; /* a fixed size: only such an array can live in registers */
     UNROLL for (int i = 0; i < R * 2 * B; i++) acc[i] = first ? (vf){0} : load(sums + i * VL);
-    for (int64_t i = 0; i < depth; i++) {
-        vf w[4];
-        UNROLL for (int b = 0; b < B; b++)
-            UNROLL for (int j = 0; j < 2; j++) {
-                const int64_t at = b * panel_stride + i * PANEL + j * VL;
-                w[b * 2 + j] = kind ? widen((const int8_t *)weight + at, kind) : load((const float *)weight + at);
-            }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < 2 * B; j++) acc[r * 2 * B + j] += splat(x[i * R + r]) * w[j];
+    for (int64_t i = 0; i < depth;) {
+        const float *scale = NULL;
+        const int64_t end = kind == IS_SCALED ? run_end(runs, i, depth, &scale) : depth;
+        for (; i < end; i++) {
+            vf w[4];
+            UNROLL for (int b = 0; b < B; b++)
+                UNROLL for (int j = 0; j < 2; j++) {
+                    const int64_t at = b * panel_stride + i * PANEL + j * VL;
+                    w[b * 2 + j] = kind ? widen((const int8_t *)weight + at, kind) : load((const float *)weight + at);
+                    if (kind == IS_SCALED) w[b * 2 + j] *= load(scale + b * runs->stride + j * VL);
+                }
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int j = 0; j < 2 * B; j++) acc[r * 2 * B + j] += splat(x[i * R + r]) * w[j];
+        }
     }
     UNROLL for (int i = 0; i < R * 2 * B; i++) store(sums + i * VL, acc[i]);
 }
 
-#define TILE(R, B)                                                                                    \
-    (kind == IS_INT8  ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_INT8)      \
-     : kind == IS_FP8 ? product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_FP8)       \
-                      : product_tile(x, weight, depth, panel_stride, sums, first, R, B, IS_FP32))
+#define TILE(R, B)                                                                                         \
+    (kind == IS_INT8     ? product_tile(x, weight, depth, panel_stride, runs, sums, first, R, B, IS_INT8)  \
+     : kind == IS_FP8    ? product_tile(x, weight, depth, panel_stride, runs, sums, first, R, B, IS_FP8)   \
+     : kind == IS_SCALED ? product_tile(x, weight, depth, panel_stride, runs, sums, first, R, B, IS_SCALED) \
+                         : product_tile(x, weight, depth, panel_stride, runs, sums, first, R, B, IS_FP32))
 
-static void product(const float *x, const void *weight, int64_t depth, int64_t panel_stride, float *sums, int first,
-                    int R, int B, int kind) {
+static void product(const float *x, const void *weight, int64_t depth, int64_t panel_stride, const Runs *runs, float *sums,
+                    int first, int R, int B, int kind) {
     if (B == 2) TILE(1, 2);
     else if (R == 1) TILE(1, 1);
     else if (R == 2) TILE(2, 1);
@@ -97,13 +116,27 @@ static void product(const float *x, const void *weight, int64_t depth, int64_t p
 
 static void finish(const Packed *p, const float *sums, float *y, int64_t row0, int64_t T, int64_t y0, int R, int width) {
     const int64_t n = MIN(width, p->Y - y0);
+    const float *scale = p->kind == IS_SCALED ? NULL : p->scale;
     for (int r = 0; r < R && row0 + r < T; r++) {
         float *out = y + (row0 + r) * p->Y + y0;
         for (int64_t j = 0; j < n; j++) {
             float v = sums[r * width + j];
-            if (p->scale) v *= p->scale[y0 + j];
+            if (scale) v *= scale[y0 + j];
             out[j] = p->bias ? v + p->bias[y0 + j] : v;
         }
+    }
+}
+
+/* A part of a panel as fp32. */
+static void widen_panel(const int8_t *part, float *wide, int64_t depth, const Runs *runs, int kind) {
+    for (int64_t i = 0; i < depth;) {
+        const float *scale = NULL;
+        const int64_t end = kind == IS_SCALED ? run_end(runs, i, depth, &scale) : depth;
+        for (int64_t at = i * PANEL; at < end * PANEL; at += VL) {
+            const vf w = widen(part + at, kind);
+            store(wide + at, kind == IS_SCALED ? w * load(scale + at % PANEL) : w);
+        }
+        i = end;
     }
 }
 
@@ -111,10 +144,12 @@ static void finish(const Packed *p, const float *sums, float *y, int64_t row0, i
 static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t T, int64_t panel, int B) {
     const int64_t X = p->X, panel_stride = X * PANEL;
     const char *weight = (const char *)p->weight + panel * panel_stride * (p->kind ? 1 : 4);
+    const int64_t num_runs = p->kind == IS_SCALED ? (X + p->group - 1) / p->group : 0;
+    Runs runs = {p->scale + panel * num_runs * PANEL, 0, p->group, num_runs * PANEL};
     float sums_few[GEMM_ROWS * PANEL * 2];
     if (T <= GEMM_ROWS) {
         const int R = tile_rows(T);
-        product(rows, weight, X, panel_stride, sums_few, 1, R, B, p->kind);
+        product(rows, weight, X, panel_stride, &runs, sums_few, 1, R, B, p->kind);
         finish(p, sums_few, y, 0, T, panel * PANEL, R, B * PANEL);
         return;
     }
@@ -124,13 +159,14 @@ static void multiply_panel(const Packed *p, const float *rows, float *y, int64_t
     for (int64_t d = 0; d < X; d += DEPTH) {
         const int64_t depth = MIN(DEPTH, X - d);
         const void *part = weight + d * PANEL * (p->kind ? 1 : 4);
+        runs.at = d;
         if (widened) {
-            for (int64_t i = 0; i < depth * PANEL; i += VL) store(wide + i, widen((const int8_t *)part + i, p->kind));
+            widen_panel(part, wide, depth, &runs, p->kind);
             part = wide;
         }
         for (int64_t row0 = 0; row0 < T;) {
             const int R = tile_rows(T - row0);
-            product(rows + row0 * X + d * R, part, depth, 0, sums + row0 * PANEL, d == 0, R, 1, widened ? IS_FP32 : p->kind);
+            product(rows + row0 * X + d * R, part, depth, 0, &runs, sums + row0 * PANEL, d == 0, R, 1, widened ? IS_FP32 : p->kind);
             if (d + depth == X) finish(p, sums + row0 * PANEL, y, row0, T, panel * PANEL, R, PANEL);
             row0 += R;
         }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backends.reference import linear as reference
+from backends.scaled_weight import ScaledWeight
 
 BATCH_HINT = 16  # rows that oneDNN optimises the order for; measured as good as any from 1 to 2048 rows
 
@@ -32,7 +33,10 @@ def has_onednn() -> bool:
     return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                quantization: str | None = None) -> Any:
+    if isinstance(weight_YX, ScaledWeight):
+        return reference.pack_linear(weight_YX, bias_Y, quantization=quantization)
     if quantization is None and weight_YX.dtype is torch.float32 and has_onednn():
         return OneDnnLinear(weight_YX, bias_Y)
     return reference.pack_linear(weight_YX, bias_Y, quantization=quantization)

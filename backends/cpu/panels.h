@@ -2,12 +2,13 @@
 #pragma once
 #include "vectors.h"
 
-/* `Packed` of kernels.py. kind: the number format of the weight, where more than one is possible. */
+/* `Packed` of structs.py. kind: the number format of the weight, where more than one is possible. group: how many inputs
+ * share a scale, where not all of an output do. */
 typedef struct {
     const void *weight;
     const float *scale, *bias; /* or NULL */
     int64_t X, Y;
-    int32_t kind;
+    int32_t kind, group;
 } Packed;
 
 /* How many rows the next tile takes when `left` rows are left; tiles hold at least as many rows as are left or are full. */

@@ -33,7 +33,7 @@ class Packed(Structure):
 
     _fields_ = [
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("X", c_int64), ("Y", c_int64),
-        ("kind", c_int32),
+        ("kind", c_int32), ("group", c_int32),
     ]  # fmt: skip
 
 

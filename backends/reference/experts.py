@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backends.expert_choice import ExpertChoice, RouteRule
 from backends.reference.linear import linear, pack_linear
+from backends.scaled_weight import ScaledWeight
 
 LEAST_SUM = 1e-20  # added to a sum of weights; as in transformers' DeepSeek-V3
 
@@ -55,7 +56,7 @@ def within_best_groups(wanted_TE: Tensor, rule: RouteRule) -> Tensor:
     return torch.where(kept_TG[:, :, None], wanted_TGX, float("-inf")).flatten(1)
 
 
-def pack_experts(experts: Iterable[Tensor], *, quantization: str | None = None) -> PackedExperts:
+def pack_experts(experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> PackedExperts:
     packed, num_outputs = [], 0
     for weight_YX in experts:
         packed.append(pack_linear(weight_YX, quantization=quantization))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backends.scaled_weight import ScaledWeight
+
 # The dtype of the codes, and the largest of them.
 FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0), "w8a8": (torch.int8, 127.0)}
 MOST_INPUTS = (2**31 - 1) // 127**2  # of a product whose int32 sums cannot overflow
@@ -31,10 +33,27 @@ class PackedLinear:
         self.nbytes = sum(t.nbytes for t in (weight_YX, scale_Y, bias_Y) if t is not None)
 
 
+class PackedScaled:
+    """A matrix of fp8 with the scales of its checkpoint, ready for `linear`."""
+
+    __slots__ = ("bias_Y", "nbytes", "weight_YX")
+    dynamic = False
+
+    def __init__(self, weight_YX: ScaledWeight, bias_Y: Tensor | None):
+        self.weight_YX, self.bias_Y = weight_YX, bias_Y
+        self.nbytes = weight_YX.nbytes + (0 if bias_Y is None else bias_Y.nbytes)
+
+
 def check_quantization(quantization: str | None) -> None:
     """Raise ValueError unless it is None or one of `FORMATS`."""
     if quantization is not None and quantization not in FORMATS:
         raise ValueError(f"quantization must be None or one of {', '.join(FORMATS)}, got {quantization!r}")
+
+
+def check_unquantised(quantization: str | None) -> None:
+    """Raise ValueError unless it is None, as a `ScaledWeight` has its scales already."""
+    if quantization is not None:
+        raise ValueError(f"a matrix of fp8 with its own scales is not quantised again, to {quantization}")
 
 
 def quantize_rows(weight_YX: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
@@ -69,7 +88,11 @@ def exact_product(codes_TX: Tensor, codes_YX: Tensor) -> Tensor:
     return codes_TX.double() @ codes_YX.double().t()
 
 
-def pack_linear(weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> PackedLinear:
+def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                quantization: str | None = None) -> PackedLinear | PackedScaled:
+    if isinstance(weight_YX, ScaledWeight):
+        check_unquantised(quantization)
+        return PackedScaled(weight_YX, bias_Y)
     check_quantization(quantization)
     if quantization is None:
         return PackedLinear(weight_YX.contiguous(), None, bias_Y)
@@ -91,7 +114,9 @@ def linear(x_TX: Tensor, packed: Any) -> Tensor:
     if packed.dynamic:
         return linear_w8a8(x_TX, packed)
     weight_YX = packed.weight_YX
-    if packed.scale_Y is not None:
+    if isinstance(weight_YX, ScaledWeight):
+        weight_YX = weight_YX.dequantise(x_TX.dtype)
+    elif packed.scale_Y is not None:
         weight_YX = (weight_YX.float() * packed.scale_Y[:, None]).to(x_TX.dtype)
     return F.linear(x_TX, weight_YX, packed.bias_Y)
 

@@ -60,6 +60,8 @@ WALKED: dict[str, Callable[[], set[str]]] = {
     "config.json": of_configs,
     "rope_parameters": lambda: set(RopeParameters.__annotations__),
     "quantization_config": lambda: set(AUTO_QUANTIZATION_CONFIG_MAPPING),
+    "quantization_config of fp8": lambda: {"quant_method", "fmt", "ignored_layers", *inspect.signature(
+        transformers.FineGrainedFP8Config).parameters} - {"kwargs"},
     "adapter_config.json": lambda: {field.name for field in dataclasses.fields(peft.LoraConfig)},
     "generation_config.json": lambda: set(transformers.GenerationConfig().__dict__),
     "tokenizer_config.json": of_tokenizers,

@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from backends.backend import Backend
 from backends.cpu.kernels import PanelLinear
 from backends.cpu.memory import available_bytes
 from tests.models.checkpoints import BY_ID, save_checkpoint
+from tests.models.fp8_checkpoints import to_fp8
 from xllm import LLM
 from xllm.errors import ConfigError
 from xllm.hub import resolve_model_path
-from xllm.models.footprint import footprint, weight_shapes
+from xllm.models.footprint import StoredShape, footprint, weight_shapes
+from xllm.models.fp8_format import Fp8Format
 from xllm.models.loader import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +53,34 @@ def test_the_weights_take_what_was_said(tmp_path: Path, backend: Backend, varian
     took = kept_bytes() - before
     assert model.generates
     assert said.weights == pytest.approx(took, rel=0.1), "rotary tables and filled-up panels are not counted"
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(("variant", "changes"), [
+    ("qwen3-moe", {"moe_intermediate_size": 48}), ("qwen3-moe-stacked-tied", {"moe_intermediate_size": 48}),
+    ("deepseek-v3", {"q_lora_rank": 32})], ids=str)
+def test_the_weights_of_a_checkpoint_of_fp8(tmp_path: Path, backend: Backend, variant: str,
+                                            changes: dict[str, int], quantization: str | None) -> None:
+    """As they are, and quantised otherwise. Widths fill the panels."""
+    known, block = BY_ID[variant], (24, 20)
+    folder = save_checkpoint(replace(known, changes={**known.changes, **changes}), tmp_path / variant)
+    to_fp8(folder, block, tmp_path / "plain")
+    said = footprint(weight_shapes(folder), torch.float32, quantization, num_tokens=8, num_rows=8,
+                     kept=None if quantization else Fp8Format(*block))
+    before = kept_bytes()
+    model = load_model(folder, backend=backend, dtype=torch.float32, quantization=quantization, max_model_len=16)
+    took = kept_bytes() - before
+    assert model.generates
+    assert said.weights == pytest.approx(took, rel=0.1)
+
+
+def test_a_rank_reads_its_share_of_stacked_experts() -> None:
+    """So that one of them, and not all, is the largest thing that is packed."""
+    apart = {f"m.experts.{e}.{part}.weight": StoredShape((8, 8)) for e in range(6) for part in ("w1", "w2", "w3")}
+    stacked = {"m.experts.gate_up_proj": StoredShape((6, 16, 8)), "m.experts.down_proj": StoredShape((6, 8, 8))}
+    sizes = [footprint(each, torch.float32, None, num_tokens=1, num_rows=1, num_shares=2) for each in (apart, stacked)]
+    assert sizes[0].weights == sizes[1].weights
+    assert sizes[1].loading == 2 * sizes[0].loading == 4 * 16 * 8 // 2
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(tmp_path: Path) -> None:

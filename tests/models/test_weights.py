@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backends.scaled_weight import ScaledWeight
 from xllm.errors import ModelError
 from xllm.layers.layer_context import Weights
 from xllm.models.dummy_weights import DummyWeights
+from xllm.models.fp8_format import Fp8Format
 from xllm.models.weights import WeightSource
 from xllm.parallel.shard import Shard
 
@@ -105,6 +107,27 @@ def test_a_rank_reads_its_own_bytes_alone(tmp_path: Path, shard: Shard) -> None:
     assert torch.equal(part, whole[shard.of(shape)])
     assert part.nbytes - 4 * MIB <= touched <= part.nbytes + num_runs * 4 * MIB < whole.nbytes
     assert before < 4 * MIB
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="Linux says which pages of a map are resident")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_rank_reads_its_part_of_stacked_experts_alone(tmp_path: Path, dtype: torch.dtype) -> None:
+    """One after the other. Two experts of gate and up, of 32 MiB in fp32: the first rank's rows are two runs in each of
+    them."""
+    shape, block = (2, 4, 4 * MIB), Fp8Format(3, 2 * MIB)
+    whole = torch.randint(-8, 8, shape).to(dtype)
+    save(tmp_path, w=whole, **({} if dtype is torch.float32 else {"w_scale_inv": torch.rand(2, 2, 2) + 1.0}))
+    file, run_bytes = tmp_path / "model.safetensors", 4 * MIB * dtype.itemsize
+    rows = [(slice(0, 1), slice(0, shape[2])), (slice(2, 3), slice(0, shape[2]))]
+    with WeightSource(tmp_path, dtype=torch.float32, device=CPU, fp8=block, keeps_fp8=True) as weights:
+        before = resident_bytes(file)
+        for number, part in enumerate(weights.take_experts("w", shape, rows)):
+            codes = part.codes_YX if isinstance(part, ScaledWeight) else part
+            assert torch.equal(codes.float(), whole[number, ::2].float())
+            assert codes.untyped_storage().nbytes() == codes.nbytes
+            touched, wanted = resident_bytes(file) - before, (number + 1) * 2 * run_bytes
+            assert wanted <= touched <= wanted + (number + 1) * 4 * MIB < whole.nbytes
+        weights.check_all_taken()
 
 
 @pytest.mark.parametrize("shard", [Shard(0, 1, 2), Shard(1, 2, 3), Shard(0, 0, 1), None], ids=str)

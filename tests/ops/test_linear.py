@@ -56,8 +56,10 @@ def test_x_may_be_a_view_of_columns(ops: OpSet, quantization: str | None) -> Non
 
 
 @pytest.mark.parametrize("quantization", [None, *QUANTISED])
-def test_a_row_does_not_see_its_batch(ops: OpSet, quantization: str | None) -> None:
-    packed = ops.pack_linear(weights((70, 600))[0], quantization=quantization)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "plain"])
+def test_a_row_does_not_see_its_batch(ops: OpSet, quantization: str | None, with_bias: bool) -> None:
+    weight_YX, bias_Y = weights((70, 600))
+    packed = ops.pack_linear(weight_YX, bias_Y if with_bias else None, quantization=quantization)
     x = torch.randn(77, 600)
     together = ops.linear(x, packed)
     for begin, end in ((0, 1), (3, 5), (10, 22), (20, 33), (76, 77)):

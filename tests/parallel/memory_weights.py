@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from xllm.layers.layer_context import Part
 from xllm.parallel.shard import Shard
 
 
@@ -25,6 +28,12 @@ class MemoryWeights:
         part = self.whole[name] if shard is None else self.whole[name][shard.of(shape)]
         self.taken[name] = tuple(part.shape)
         return part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def take_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        return self.take(name, shape, shard)
+
+    def take_experts(self, name: str, shape: tuple[int, int, int], parts: Sequence[Part]) -> Iterator[Tensor]:
+        raise AssertionError("experts stand apart here")
 
     def has(self, name: str) -> bool:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from backends import get_backend
 from tests.models.checkpoints import BY_ID, save_checkpoint
+from tests.models.fp8_checkpoints import to_fp8
 from tests.parallel.ranks import Ranks
 from xllm.errors import ConfigError
 from xllm.models.loader import load_model
@@ -53,6 +55,13 @@ def test_a_whole_model(ranks: Ranks, kernels: str, tmp_path: Path, variant: str,
     """All ranks print the same tokens, and the same bits of all logits."""
     folder = save_checkpoint(BY_ID[variant], tmp_path)
     assert len(set(ranks.check(f"{CASES}:whole_model", size, kernels=kernels, folder=str(folder)))) == 1
+
+
+def test_a_whole_model_of_fp8(ranks: Ranks, kernels: str, tmp_path: Path) -> None:
+    """The cuts, at 20, 56 and others, go through blocks of 24 x 40; experts are stacked, and the shared one is not."""
+    folder = save_checkpoint(replace(BY_ID["qwen2-moe-windows-layer-1-plain"], stacked=True), tmp_path / "fp8")
+    to_fp8(folder, (24, 40), tmp_path / "plain")
+    assert len(set(ranks.check(f"{CASES}:whole_model", 2, kernels=kernels, folder=str(folder)))) == 1
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-mqa", "llama-mha"])

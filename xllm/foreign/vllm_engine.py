@@ -40,8 +40,8 @@ MODEL = (
     accepted("tokenizer"),
     accepted("dtype", "half and float are float16 and float32; auto takes the device's best for the checkpoint",
              values={"half": "float16", "float": "float32"}),
-    accepted("quantization", "int8, fp8 (weights only) and w8a8 quantise while loading; quantised checkpoints (awq, "
-             "gptq, compressed-tensors) are not built yet", short=("-q",)),
+    accepted("quantization", "int8, fp8 (weights only) and w8a8 quantise while loading; of quantised checkpoints those "
+             "of fp8 in blocks are read, others (awq, gptq, compressed-tensors) are not built yet", short=("-q",)),
     accepted("max_model_len", _K),
     accepted("seed", "of requests that bring none"),
     accepted("skip_tokenizer_init"),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from backends.expert_choice import ExpertChoice
 from backends.opset import OpSet
+from backends.scaled_weight import ScaledWeight
 from xllm.parallel.groups import Group
 
 
@@ -29,14 +30,15 @@ class CommonScale:
         self._ops, self._group = ops, group
         self._rounds_inputs = quantization == "w8a8"
 
-    def pack_linear(self, weight_YX: Tensor, bias_Y: Tensor | None = None, *, quantization: str | None = None) -> Any:
+    def pack_linear(self, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
+                    quantization: str | None = None) -> Any:
         """All ranks pack the same layers in the same order: they tell each other the largest numbers."""
         return self._ops.pack_linear(self._widened(weight_YX), bias_Y, quantization=quantization)
 
     def linear(self, x_TX: Tensor, packed: Any) -> Tensor:
         return self._ops.linear(self._widened_input(x_TX), packed)
 
-    def pack_experts(self, experts: Iterable[Tensor], *, quantization: str | None = None) -> Any:
+    def pack_experts(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
         def widened() -> Iterator[Tensor]:
             for weight_YX in experts:
                 yield self._widened(weight_YX)
@@ -47,7 +49,8 @@ class CommonScale:
         """All ranks have the same choice, and one kind of device: their rows stand in the same order."""
         return self._ops.grouped_linear(self._widened_input(x), packed, choice, from_tokens=from_tokens)
 
-    def _widened(self, weight_YX: Tensor) -> Tensor:
+    def _widened(self, weight_YX: Tensor | ScaledWeight) -> Tensor:
+        assert isinstance(weight_YX, Tensor), "what has its own scales is not quantised"
         columns = [weight_YX, self._largest(weight_YX)]
         if self._rounds_inputs:
             columns.append(torch.zeros_like(columns[1]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.expert_choice import RouteRule
+from backends.scaled_weight import ScaledWeight, stack_rows
 from xllm.errors import ConfigError, ModelError
 from xllm.layers.layer_context import LayerContext, Weights
 from xllm.layers.linear import Linear, column_linear, with_common_scale
@@ -62,8 +63,8 @@ class Experts:
             # Never rounded: a choice turns on less than the compute dtype can tell apart.
             self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,),
                                         dtype=torch.float32)
-        gate_up = _gate_up_weights(weights, name, shape, context.parallel.tp_shard(0))
-        down = _down_weights(weights, name, shape, context.parallel.tp_shard(1))
+        gate_up = _of_one_form(_gate_up_weights(weights, name, shape, context.parallel.tp_shard(0)), name)
+        down = _of_one_form(_down_weights(weights, name, shape, context.parallel.tp_shard(1)), name)
         try:
             self._gate_up = ops.pack_experts(gate_up, quantization=context.quantization)
             self._down = own.pack_experts(down, quantization=context.quantization)
@@ -108,24 +109,38 @@ class SharedExpert:
         return self._mlp(x_TD).mul_(self._route(self._gate(x_TD), ALWAYS).weights_TK)
 
 
-def _gate_up_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor]:
-    """This rank's [2F, D] of each expert: gate, then up. Stacked experts are read whole."""
-    stacked, size = f"{name}.experts.gate_up_proj", (shape.ffn_size, shape.hidden_size)
+def _gate_up_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor | ScaledWeight]:
+    """This rank's [2F, D] of each expert: gate, then up."""
+    stacked, size, width = f"{name}.experts.gate_up_proj", (shape.ffn_size, shape.hidden_size), shape.ffn_size
     if weights.has(stacked):
-        for whole_XD in weights.take(stacked, (shape.num_experts, 2 * shape.ffn_size, shape.hidden_size)):
-            yield torch.cat([part_FD[shard.of(size)] for part_FD in whole_XD.split(shape.ffn_size)])
+        first, end = shard.bounds(width)
+        yield from weights.take_experts(stacked, (shape.num_experts, 2 * width, shape.hidden_size), [
+            (slice(first, end), slice(0, shape.hidden_size)),
+            (slice(width + first, width + end), slice(0, shape.hidden_size))])
         return
     gate, up, _ = shape.parts
     for expert in range(shape.num_experts):
-        yield torch.cat([weights.take(f"{name}.experts.{expert}.{part}.weight", size, shard) for part in (gate, up)])
+        yield stack_rows([weights.take_matrix(f"{name}.experts.{expert}.{part}.weight", size, shard)
+                          for part in (gate, up)])
 
 
-def _down_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor]:
+def _down_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor | ScaledWeight]:
     """This rank's [D, F] of each expert."""
     stacked, size = f"{name}.experts.down_proj", (shape.hidden_size, shape.ffn_size)
     if weights.has(stacked):
-        for whole_DF in weights.take(stacked, (shape.num_experts, *size)):
-            yield whole_DF[shard.of(size)].clone(memory_format=torch.contiguous_format)
+        part = slice(0, shape.hidden_size), slice(*shard.bounds(shape.ffn_size))
+        yield from weights.take_experts(stacked, (shape.num_experts, *size), [part])
         return
     for expert in range(shape.num_experts):
-        yield weights.take(f"{name}.experts.{expert}.{shape.parts[2]}.weight", size, shard)
+        yield weights.take_matrix(f"{name}.experts.{expert}.{shape.parts[2]}.weight", size, shard)
+
+
+def _of_one_form(experts: Iterator[Tensor | ScaledWeight], name: str) -> Iterator[Tensor | ScaledWeight]:
+    """The same. Raises ModelError if some are plain and others fp8."""
+    form = None
+    for expert, weight in enumerate(experts):
+        if form not in (None, type(weight)):
+            raise ModelError(f"{name}.experts: expert {expert} is {'plain' if type(weight) is Tensor else 'fp8'}, "
+                             "unlike those before it")
+        form = type(weight)
+        yield weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
+from backends.scaled_weight import ScaledWeight
 from xllm.layers.adapter_slots import AdapterSlots
 from xllm.parallel.parallel_context import ONE_RANK, ParallelContext
 from xllm.parallel.shard import Shard
+
+Part = tuple[slice, ...]  # of a tensor: along each of its axes, with a first index and one behind the last
 
 
 class Weights(Protocol):
@@ -30,6 +34,19 @@ class Weights(Protocol):
         dtype: instead of the compute dtype; float32 gives what the checkpoint has, unrounded.
         Raises:
             ModelError: it is missing or has another shape; the message names tensor and file.
+        """
+        ...
+
+    def take_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor | ScaledWeight:
+        """As `take`, of a matrix that becomes a product: as the checkpoint's own fp8 where that is kept."""
+        ...
+
+    def take_experts(self, name: str, shape: tuple[int, int, int],
+                     parts: Sequence[Part]) -> Iterator[Tensor | ScaledWeight]:
+        """The matrices [Y, X] that lie stacked in one tensor of that shape, [E, Y, X], one after the other: of each,
+        the rows and columns of each of `parts`, one below the other, of which alone the bytes are read.
+
+        All are plain, or all are fp8 as `take_matrix` gives it. Raises as `take` does.
         """
         ...
 

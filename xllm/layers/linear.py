@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.scaled_weight import ScaledWeight, stack_rows
 from xllm.errors import ConfigError
 from xllm.layers.adapter_slots import AdaptedPart, AdapterSlots, in_order
 from xllm.layers.common_scale import CommonScale
@@ -27,7 +28,7 @@ class Linear:
 
     __slots__ = ("_linear", "_packed")
 
-    def __init__(self, context: LayerContext, weight_YX: Tensor, bias_Y: Tensor | None = None):
+    def __init__(self, context: LayerContext, weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None):
         self._linear = context.ops.linear
         try:
             self._packed = context.ops.pack_linear(weight_YX, bias_Y, quantization=context.quantization)
@@ -44,7 +45,7 @@ class AdaptedLinear(Linear):
     __slots__ = ("_adapters", "lora", "num_inputs", "parts")
 
     def __init__(self, context: LayerContext, adapters: AdapterSlots, parts: Mapping[str, AdaptedPart],
-                 weight_YX: Tensor, bias_Y: Tensor | None = None):
+                 weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None):
         super().__init__(context, weight_YX, bias_Y)
         self._adapters, self.parts, self.num_inputs = adapters, parts, weight_YX.shape[1]
         self.lora: Any = None
@@ -80,11 +81,18 @@ def column_linear(context: LayerContext, weights: Weights, outputs: Mapping[str,
     """
     kept = {name: AdaptedPart(rows=shard.even_width(rows, f"the outputs of {name}"), shape=(rows, num_inputs),
                               shard=shard, order=orders.get(name)) for name, (rows, shard) in outputs.items()}
-    parts = [in_order(weights.take(f"{name}.weight", (rows, num_inputs), shard), orders.get(name))
+    parts = [_in_order(weights.take_matrix(f"{name}.weight", (rows, num_inputs), shard), orders.get(name))
              for name, (rows, shard) in outputs.items()]
     biases = [in_order(weights.take(f"{name}.bias", (rows,), shard), orders.get(name))
               for name, (rows, shard) in outputs.items()] if bias else []
-    return _one_rank_linear(context, kept, _stack(parts), _stack(biases) if biases else None)
+    return _one_rank_linear(context, kept, stack_rows(parts), torch.cat(biases) if biases else None)
+
+
+def _in_order(weight_YX: Tensor | ScaledWeight, order: Tensor | None) -> Tensor | ScaledWeight:
+    if isinstance(weight_YX, ScaledWeight) and order is not None:
+        codes_YX = in_order(weight_YX.codes_YX.view(torch.uint8), order).view(weight_YX.codes_YX.dtype)
+        return ScaledWeight(codes_YX, in_order(weight_YX.scale_YG, order), weight_YX.group)
+    return weight_YX if isinstance(weight_YX, ScaledWeight) else in_order(weight_YX, order)
 
 
 def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: int, num_inputs: int, *,
@@ -96,7 +104,7 @@ def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: 
     """
     shard, group = context.parallel.tp_shard(1), context.parallel.tp
     shard.even_width(num_inputs, f"the inputs of {name}")
-    weight_YX = weights.take(f"{name}.weight", (num_outputs, num_inputs), shard)
+    weight_YX = weights.take_matrix(f"{name}.weight", (num_outputs, num_inputs), shard)
     bias_Y = weights.take(f"{name}.bias", (num_outputs,)) if bias else None
     part = {name: AdaptedPart(rows=num_outputs, shape=(num_outputs, num_inputs), shard=shard)}
     if group.size == 1:
@@ -117,13 +125,9 @@ def with_common_scale(context: LayerContext) -> LayerContext:
         grouped_linear=common.grouped_linear))
 
 
-def _one_rank_linear(context: LayerContext, parts: Mapping[str, AdaptedPart], weight_YX: Tensor,
-                     bias_Y: Tensor | None) -> Linear:
+def _one_rank_linear(context: LayerContext, parts: Mapping[str, AdaptedPart],
+                     weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None) -> Linear:
     """A product without collectives; it takes adapters where the context has any."""
     if context.adapters is None:
         return Linear(context, weight_YX, bias_Y)
     return AdaptedLinear(context, context.adapters, parts, weight_YX, bias_Y)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from xllm.layers.layer_context import Part
 from xllm.parallel.shard import Shard
 
 
@@ -24,6 +26,14 @@ class DummyWeights:
         whole = dummy_weight(name, shape, dtype=dtype or self._dtype, device=self._device)
         return whole if shard is None or shard.count == 1 else whole[shard.of(shape)].clone(
             memory_format=torch.contiguous_format)
+
+    def take_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        return self.take(name, shape, shard)
+
+    def take_experts(self, name: str, shape: tuple[int, int, int], parts: Sequence[Part]) -> Iterator[Tensor]:
+        for expert in range(shape[0]):
+            whole_YX = dummy_weight(f"{name}.{expert}", shape[1:], dtype=self._dtype, device=self._device)
+            yield torch.cat([whole_YX[part] for part in parts])
 
     def has(self, name: str) -> bool:
         """Nothing is here that a checkpoint may leave out."""

@@ -37,7 +37,8 @@ def load_model(
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 
     config: the folder's own, if it has been read.
-    quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`.
+    quantization: applied to every matrix product, lm_head included; the embedding table keeps `dtype`. A checkpoint's
+        own fp8 is kept where that is None or "fp8" and the backend takes it, and made plain first otherwise.
     load_format: "dummy" reads config.json alone and takes random weights.
     adapters: told of every layer that adapters may change; None: there will be none.
     max_model_len: positions are below it; None: the checkpoint's own limit.
@@ -48,12 +49,14 @@ def load_model(
             cannot be spread over so many ranks.
     """
     config = config or read_model_config(path)
+    keeps_fp8 = config.fp8 is not None and config.fp8.is_kept(quantization, backend.takes_scaled_weights)
     context = LayerContext(ops=backend.ops, device=backend.device, max_model_len=_checked_len(config, max_model_len),
-                           parallel=parallel, quantization=quantization, adapters=adapters)
+                           parallel=parallel, quantization=None if keeps_fp8 else quantization, adapters=adapters)
     family = family_of(config.architecture)
     if load_format == "dummy":
         return family.build(context, config, DummyWeights(dtype=dtype, device=backend.device))
-    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress) as weights:
+    with WeightSource(path, dtype=dtype, device=backend.device, progress=progress, fp8=config.fp8,
+                      keeps_fp8=keeps_fp8) as weights:
         model = family.build(context, config, weights)
         weights.check_all_taken()
     return model

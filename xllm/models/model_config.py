@@ -11,6 +11,7 @@ from typing import TypedDict
 
 from xllm.errors import ModelError
 from xllm.layers.rope_config import RopeConfig, read_rope
+from xllm.models.fp8_format import Fp8Format
 from xllm.models.kv_spec import KVSpec
 from xllm.models.raw_config import MAX_SIZE, RawConfig
 
@@ -23,7 +24,7 @@ class ModelConfig(ABC):
     """A causal language model.
 
     max_model_len: the longest sequence, rope scaling included. checkpoint_dtype: "bfloat16" etc.
-    eos_token_ids: of generation_config.json and config.json together.
+    eos_token_ids: of generation_config.json and config.json together. fp8: of its matrices; None: they are not.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class ModelConfig(ABC):
     checkpoint_dtype: str
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    fp8: Fp8Format | None = None
 
     @property
     def has_head(self) -> bool:

@@ -11,6 +11,7 @@ from typing import cast
 from xllm.errors import ModelError, shortened
 from xllm.model_files import is_there, read_json
 from xllm.models.family import Family
+from xllm.models.fp8_format import read_fp8_format
 from xllm.models.model_config import ModelConfig
 from xllm.models.not_built import missing_of
 from xllm.models.overrides import Overrides, ReadMembers
@@ -67,13 +68,13 @@ def _read(values: ReadMembers, path: Path) -> ModelConfig:
     architecture = _known_architecture(values.get("architectures"), file)
     family = family_of(architecture)
     raw = RawConfig(values, family.DEFAULTS, file)
-    _check_unquantised(raw)
+    fp8 = read_fp8_format(raw)
     generation = path / "generation_config.json"
     extra_eos: tuple[int, ...] = ()
     if is_there(generation):
         extra_eos = RawConfig(read_json(generation), {}, generation).token_ids("eos_token_id")
     config = family.read_config(raw, architecture)
-    return replace(config, eos_token_ids=_within(config.vocab_size, extra_eos + config.eos_token_ids, path))
+    return replace(config, fp8=fp8, eos_token_ids=_within(config.vocab_size, extra_eos + config.eos_token_ids, path))
 
 
 def _within(vocab_size: int, eos_token_ids: tuple[int, ...], path: Path) -> tuple[int, ...]:
@@ -99,12 +100,3 @@ def _known_architecture(architectures: object, file: Path) -> str:
         raise ModelError(f"{file}: architecture {named[0]!r} is not built: it has {missing}; known: {known}")
     raise ModelError(f"{file}: architecture {named[0]!r} is not supported; known: {known}"
                      f"{nearest(named[0][:64], list(FAMILIES))}")
-
-
-def _check_unquantised(raw: RawConfig) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if raw.values.get(key):
-            kind = raw.values[key]
-            method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
-            raise raw.error(f"the checkpoint is quantised ({key}: {method}), which cannot be read; use the "
-                            "unquantised checkpoint, with --quantization fp8 or int8 if memory is short")

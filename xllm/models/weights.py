@@ -7,19 +7,21 @@ any code.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from backends.scaled_weight import ScaledWeight, stack_rows
 from xllm.errors import ModelError
+from xllm.layers.layer_context import Part
 from xllm.model_files import read_json
+from xllm.models.fp8_format import SCALE_SUFFIX, Fp8Format
+from xllm.models.stored_tensor import FP8, ITEM_BYTES, StoredFp8, StoredTensor
 from xllm.parallel.shard import Shard
 
 ReadProgress = Callable[[int, int], None]  # (bytes of the files read so far, bytes in all)
@@ -28,7 +30,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILES = 4096  # chosen: the largest checkpoints have some hundreds; each stays mapped while the layers are built
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 BASE_PREFIX, HEAD_PREFIX, BARE_TABLE = "model.", "lm_head.", "embed_tokens.weight"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints carry; recomputed from the config
 
@@ -43,12 +44,16 @@ class WeightSource:
     Raises ModelError, naming the file and the tensor, for anything that is missing, broken or left over.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: ReadProgress | None = None):
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: ReadProgress | None = None,
+                 fp8: Fp8Format | None = None, keeps_fp8: bool = False):
+        """fp8: the form of the matrices that are fp8; None: there are none. keeps_fp8: products get them as they
+        are."""
         self._dtype, self._device, self._progress = dtype, device, progress
+        self._fp8, self._keeps_fp8 = fp8, keeps_fp8
         self._stack = ExitStack()
-        self._left: dict[str, tuple[Path, Any, str]] = {}  # name -> its file, the open handle, its name there
+        self._left: dict[str, StoredTensor] = {}
         self.is_bare = False
-        self._done_bytes = self._total_bytes = 0
+        self._done_bytes, self._total_bytes = 0.0, 0
         self._location = folder
         try:
             self._open_all(folder)
@@ -67,26 +72,64 @@ class WeightSource:
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
              dtype: torch.dtype | None = None) -> Tensor:
         """See `xllm.layers.layer_context.Weights`."""
+        found = self._take(name, shape, shard, keeps_fp8=False, dtype=dtype)
+        assert isinstance(found, Tensor)
+        return found
+
+    def take_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor | ScaledWeight:
+        """See `xllm.layers.layer_context.Weights`."""
+        return self._take(name, shape, shard, keeps_fp8=self._keeps_fp8)
+
+    def take_experts(self, name: str, shape: tuple[int, int, int],
+                     parts: Sequence[Part]) -> Iterator[Tensor | ScaledWeight]:
+        """See `xllm.layers.layer_context.Weights`."""
+        stored = self._find(name, shape)
+        for expert in range(shape[0]):
+            yield stack_rows([self._read(stored, (expert, *part), self._keeps_fp8) for part in parts])
+            self._count(stored, shape[0])
+
+    def _take(self, name: str, shape: tuple[int, ...], shard: Shard | None, *, keeps_fp8: bool,
+              dtype: torch.dtype | None = None) -> Tensor | ScaledWeight:
+        stored = self._find(name, shape)
+        found = self._read(stored, (slice(None),) * len(shape) if shard is None else shard.of(shape), keeps_fp8,
+                           dtype)
+        self._count(stored)
+        return found
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor | StoredFp8:
+        """The tensor of that name, with its scales if it is fp8. Raises ModelError if it is not as it should be."""
+        stored = self._pop(name)
+        stored.check_shape(shape)
+        if stored.dtype == FP8 and self._fp8 is not None and len(shape) > 1:
+            return StoredFp8(stored, self._pop(f"{name}{SCALE_SUFFIX}"), self._fp8)
+        if stored.dtype not in ITEM_BYTES:
+            fp8 = "" if self._fp8 is None else f" and, with scales, matrices of {FP8}"
+            more = ": fp8 needs a quantization_config in config.json" if stored.dtype == FP8 and not fp8 else ""
+            raise stored.error(f"is of type {stored.dtype}; only {', '.join(ITEM_BYTES)}{fp8} can be read{more}")
+        if f"{name}{SCALE_SUFFIX}" in self._left:
+            raise stored.error(f"is of type {stored.dtype}, and has scales as if it were fp8: {name}{SCALE_SUFFIX}")
+        return stored
+
+    def _pop(self, name: str) -> StoredTensor:
         if name not in self._left:
             raise ModelError(f"tensor {name!r} is missing in {self._location}")
-        file, handle, stored = self._left.pop(name)
-        found = handle.get_slice(stored)
-        if tuple(found.get_shape()) != shape:
-            raise ModelError(f"{file}: tensor {name!r} has shape {found.get_shape()}, the config asks for "
-                             f"{list(shape)}")
-        if found.get_dtype() not in ITEM_BYTES:
-            raise ModelError(f"{file}: tensor {name!r} is of type {found.get_dtype()}; only "
-                             f"{', '.join(ITEM_BYTES)} can be read")
-        try:
-            view = handle.get_tensor(stored) if shard is None or shard.count == 1 else found[shard.of(shape)]
-            tensor: Tensor = view.to(device=self._device, dtype=dtype or self._dtype, copy=True,
-                                     memory_format=torch.contiguous_format)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: tensor {name!r} cannot be read: {error}") from None
-        self._done_bytes += _nbytes(found)
+        return self._left.pop(name)
+
+    def _read(self, stored: StoredTensor | StoredFp8, part: tuple[int | slice, ...], keeps_fp8: bool,
+              dtype: torch.dtype | None = None) -> Tensor | ScaledWeight:
+        """A copy of that part on the device. fp8 is made plain here, as not every device knows it."""
+        if isinstance(stored, StoredTensor):
+            return stored.read(part).to(device=self._device, dtype=dtype or self._dtype, copy=True,
+                                        memory_format=torch.contiguous_format)
+        found = stored.read(part)
+        return found.to(self._device) if keeps_fp8 else found.dequantise(dtype or self._dtype).to(self._device)
+
+    def _count(self, stored: StoredTensor | StoredFp8, num_parts: int = 1) -> None:
+        """One of so many equal parts of the tensor has been read."""
+        tensors = (stored,) if isinstance(stored, StoredTensor) else (stored.codes, stored.scales)
+        self._done_bytes += sum(tensor.num_bytes for tensor in tensors) / num_parts
         if self._progress is not None:
-            self._progress(self._done_bytes, self._total_bytes)
-        return tensor
+            self._progress(round(self._done_bytes), self._total_bytes)
 
     def has(self, name: str) -> bool:
         """See `xllm.layers.layer_context.Weights`."""
@@ -103,9 +146,9 @@ class WeightSource:
         """Raise ModelError if tensors are left that no layer took or skipped, except buffers that are never needed."""
         unexpected = sorted(name for name in self._left if not name.endswith(IGNORED_SUFFIXES))
         if unexpected:
-            file, _, stored = self._left[unexpected[0]]
+            first = self._left[unexpected[0]]
             more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-            raise ModelError(f"{file}: tensor {stored!r}{more} is not part of this architecture")
+            raise ModelError(f"{first.file}: tensor {first.name!r}{more} is not part of this architecture")
         if self._progress is not None and self._done_bytes < self._total_bytes:
             self._progress(self._total_bytes, self._total_bytes)
 
@@ -122,11 +165,11 @@ class WeightSource:
             absent = sorted(names - found)
             if absent:
                 raise ModelError(f"{file} lacks tensor {absent[0]!r}, which {INDEX_FILE} places there")
-            self._left.update((name, (file, handle, name)) for name in found if name in names or name not in self._left)
-        self._total_bytes = sum(_nbytes(handle.get_slice(name)) for name, (_, handle, _) in self._left.items())
+            self._left.update((name, StoredTensor(file, handle, name)) for name in found
+                              if name in names or name not in self._left)
+        self._total_bytes = sum(stored.num_bytes for stored in self._left.values())
         self._complete_names()
         self._location = next(iter(placed)) if len(placed) == 1 else folder / INDEX_FILE
-
 
     def _complete_names(self) -> None:
         """Checkpoints of embedding models are published without the first part of the names."""
@@ -134,10 +177,6 @@ class WeightSource:
         if self.is_bare:
             self._left = {name if name.startswith(HEAD_PREFIX) else BASE_PREFIX + name: found
                           for name, found in self._left.items()}
-
-
-def _nbytes(tensor_slice: Any) -> int:
-    return math.prod(tensor_slice.get_shape()) * ITEM_BYTES.get(tensor_slice.get_dtype(), 1)
 
 
 def checkpoint_files(folder: Path) -> dict[Path, set[str]]:

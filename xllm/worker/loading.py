@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xllm.models.causal_lm import CausalLM
     from xllm.models.embedding_modules import EmbeddingModules
     from xllm.models.footprint import Footprint
+    from xllm.models.fp8_format import Fp8Format
     from xllm.models.model_config import ModelConfig
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
@@ -178,16 +179,24 @@ class LoadedModel:
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
         expert_rows = min(MAX_ROWS, scheduler.max_num_batched_tokens * self.model_config.experts_a_token)
-        return footprint(weight_shapes(self.path), self._dtype, model.quantization,
+        kept = self._kept_fp8
+        return footprint(weight_shapes(self.path), self._dtype, None if kept else model.quantization, kept=kept,
                          num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
                          num_shares=self.config.device.tensor_parallel_size, expert_rows=expert_rows)
+
+    @property
+    def _kept_fp8(self) -> Fp8Format | None:
+        """The form of the checkpoint's fp8 where products keep it."""
+        fp8, takes_it = self.model_config.fp8, self.backend.takes_scaled_weights
+        return fp8 if fp8 is not None and fp8.is_kept(self.config.model.quantization, takes_it) else None
 
     def _check_weights_fit(self, need: Footprint) -> None:
         """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
         num_workers, free = self._num_sharers, self.backend.available_memory_bytes()
         total = (need.weights + need.loading) * num_workers
         if total > free:
-            dtype, quantization = _name(self._dtype), self.config.model.quantization
+            dtype = _name(self._dtype)
+            quantization = "fp8" if self._kept_fp8 else self.config.model.quantization
             advice = "" if quantization else "quantise them (--quantization int8 takes about a quarter of float32), "
             raise ConfigError(
                 f"the weights take {size_text(need.weights)} as {quantization or dtype}"
@@ -208,7 +217,8 @@ class LoadedModel:
 
     def _advice(self) -> str:
         """What would be faster here, measured; empty where nothing is known. See docs/performance.md."""
-        is_plain = self.config.model.quantization is None and self._dtype in self.backend.kernel_dtypes
+        is_quantised = self.config.model.quantization is not None or self._kept_fp8 is not None
+        is_plain = not is_quantised and self._dtype in self.backend.kernel_dtypes
         return self.backend.quantization_advice if is_plain and not self._slow_ops else ""
 
     def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:

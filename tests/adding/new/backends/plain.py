@@ -36,6 +36,7 @@ class PlainBackend:
     kv_memory_share = 0.25
     warm_up_seqs = 0
     strict_ops = False
+    takes_scaled_weights = False
     quantization_advice = ""
     vmm: VmmDriver | None = None
     capturer: Capturer | None = None
