@@ -195,9 +195,18 @@ def _source(tokens_ptr, row, end, FROM_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _address(table_ptr, expert, column: tl.constexpr, dtype: tl.constexpr):
-    address = tl.load(table_ptr + expert * 2 + column)
-    return tl.multiple_of(address, ALIGNMENT).to(tl.pointer_type(dtype))
+def _weight(table_ptr, expert, first, dtype: tl.constexpr):
+    """The place of number `first`, a multiple of 16, of an expert's weight. The compiler forgets what it knows of a
+    number as that becomes a pointer, so that it is told of the pointer that is the sum."""
+    start = tl.load(table_ptr + expert * 2).to(tl.pointer_type(dtype))
+    return tl.multiple_of(start + first, ALIGNMENT)
+
+
+@triton.jit
+def _scales(table_ptr, expert, y, Y):
+    """Of an expert's outputs y."""
+    start = tl.load(table_ptr + expert * 2 + 1).to(tl.pointer_type(tl.float32))
+    return tl.load(start + y, y < Y, 0.0)
 
 
 @triton.jit
@@ -216,8 +225,8 @@ def grouped_linear_kernel(
     end = tl.load(blocks_ptr + 2 * num_blocks + block)
     y, k = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     x_ptrs = x_ptr + _source(tokens_ptr, row, end, FROM_TOKENS)[:, None] * x_stride + k[None, :]
-    weight_ptr = _address(table_ptr, expert, 0, tl.int8 if CODES else x_ptr.dtype.element_ty)
-    weight_ptrs = weight_ptr + y.to(tl.int64)[:, None] * X + k[None, :]
+    weight_ptr = _weight(table_ptr, expert, tile.to(tl.int64) * COLUMNS * X, tl.int8 if CODES else x_ptr.dtype.element_ty)
+    weight_ptrs = weight_ptr + tl.arange(0, COLUMNS)[:, None] * X + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, X, DEPTH):
         left = X - first
@@ -231,7 +240,7 @@ def grouped_linear_kernel(
             weight = weight.to(x.dtype)
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
     if CODES:
-        acc *= tl.load(_address(table_ptr, expert, 1, tl.float32) + y, y < Y, 0.0)[None, :]
+        acc *= _scales(table_ptr, expert, y, Y)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * Y + y[None, :], acc, (row[:, None] < end) & (y[None, :] < Y))
 
 
@@ -251,7 +260,8 @@ def grouped_w8a8_kernel(
     y, k = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     source = _source(tokens_ptr, row, end, FROM_TOKENS)
     codes_ptrs = codes_ptr + source[:, None] * X + k[None, :]
-    weight_ptrs = _address(table_ptr, expert, 0, tl.int8) + y.to(tl.int64)[:, None] * X + k[None, :]
+    weight_ptr = _weight(table_ptr, expert, tile.to(tl.int64) * COLUMNS * X, tl.int8)
+    weight_ptrs = weight_ptr + tl.arange(0, COLUMNS)[:, None] * X + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.int32)
     for first in tl.range(0, X, DEPTH):
         left = X - first
@@ -259,7 +269,7 @@ def grouped_w8a8_kernel(
         weight = tl.load(weight_ptrs + first, (y[:, None] < Y) & (k[None, :] < left), 0)
         acc = tl.dot(codes, tl.trans(weight), acc, out_dtype=tl.int32)
     out = acc.to(tl.float32) * tl.load(row_scale_ptr + source, row < end, 0.0)[:, None]
-    out *= tl.load(_address(table_ptr, expert, 1, tl.float32) + y, y < Y, 0.0)[None, :]
+    out *= _scales(table_ptr, expert, y, Y)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * Y + y[None, :], out, (row[:, None] < end) & (y[None, :] < Y))
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -170,10 +171,42 @@ def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"R{rank} {len(parts)} parts {dtype}", partial(lora_add, y, x, packed, slots)
 
 
+def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Experts of Qwen3-30B-A3B, and the routers of it, of DeepSeek-V3 and of a shared expert."""
+    from cuda_ops import experts as ops
+
+    def rule(K: int, *, sigmoid: bool, groups: int = 1) -> Any:
+        return SimpleNamespace(num_chosen=K, sigmoid=sigmoid, num_groups=groups, num_kept_groups=-(-groups // 2),
+                               summed_per_group=2, renormalise=K > 1, scale=1.0)
+
+    ids = torch.zeros(16, 8, dtype=torch.int32)
+    for E, routed in ((128, rule(8, sigmoid=False)), (256, rule(8, sigmoid=True, groups=8)), (1, rule(1, sigmoid=True))):
+        bias = torch.empty(E) if E == 256 else None
+        yield f"E{E}", partial(ops.route, torch.empty(4, E, dtype=BF16), routed, bias)
+    yield "E128", lambda: ops.sort_rows(ids, 128)
+    for dtype in (BF16, FP32):
+        y, weights = torch.empty(128, 2048, dtype=dtype), torch.empty(16, 8)
+        yield str(dtype), partial(ops.combine, y, weights, ops.RowOrder(ids.flatten(), ids, ids, 16))
+    for codes, is_w8a8, dtype, sizes in (
+        (None, False, BF16, (16, 64, 128)), (None, False, FP16, (64,)), (None, False, FP32, (16,)),
+        (torch.int8, False, BF16, (16, 64, 128)), (torch.int8, False, FP32, (16,)),
+        (torch.float8_e4m3fn, False, BF16, (16, 64, 128)), (torch.float8_e4m3fn, False, FP16, (16,)),
+        (torch.int8, True, BF16, (16, 64, 128)),
+    ):  # fmt: skip
+        weight = torch.zeros(1536, 2048, dtype=torch.int8).view(codes) if codes else torch.empty(1536, 2048, dtype=dtype)
+        one = SimpleNamespace(weight_YX=weight, scale_Y=torch.empty(1536) if codes else None, dynamic=is_w8a8, nbytes=0)
+        packed = ops.ExpertWeights([one] * 8)
+        for rows in sizes:
+            order = ops.RowOrder(ids.flatten(), ids, torch.zeros(3, 4, dtype=torch.int32), rows)
+            for from_tokens in (True, False) if codes is None and dtype is BF16 else (True,):
+                yield f"{'w8a8' if is_w8a8 else codes} R{rows} {dtype}{' tokens' * from_tokens}", partial(
+                    ops.grouped_linear, torch.empty(128, 2048, dtype=dtype), packed, order, from_tokens=from_tokens)
+
+
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
     "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
-    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
+    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases, "experts": experts_cases,
 }  # fmt: skip
 
 
