@@ -3,9 +3,9 @@
 The operators themselves are called, with tensors on the CPU, so that what is compiled is what would be launched. Each
 (operator, architecture) has a process of its own, which a failed assertion in the compiler would end. Of every kernel:
 registers without spills, no local memory, shared memory within the device's; of those that promise it, more than one
-buffer for keys and values, copies of 16 bytes into them (of 4 for scales), and Hopper's warp-group instructions; of
-those that may start early, that they touch no memory before they have waited. What the table has no number for today
-(`ALTERNATIVES`) is compiled as well, so that a measurement on a device can choose it.
+buffer for keys and values or weights, copies of 16 bytes into them (of 4 for scales), and Hopper's warp-group
+instructions; of those that may start early, that they touch no memory before they have waited. What the table has no
+number for today (`ALTERNATIVES`) is compiled as well, so that a measurement on a device can choose it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ QUANTISED = {"int8": (torch.int8, 4), "fp8": (torch.float8_e4m3fn, 1)}  # dtypes
 # devices (8.6, 8.9), so that every table entry runs on all of them.
 DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
 ALTERNATIVES: dict[str, list[dict[str, int]]] = {"sm80": [{}], "sm90": [{}, {"PDL": 1}]}
+GROUPED = ("grouped_linear_kernel", "grouped_w8a8_kernel")
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.(?!param|shared)|cp\.async|\bcp\.reduce")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SECONDS = 600
@@ -253,19 +254,20 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     """One line of the report; `faults` is empty if all is as promised."""
     used = resources(kernel.asm["cubin"])
     shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
-    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel")
+    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel", *GROUPED)
     in_table = "P16" not in case and "H80" not in case  # entries of "any", or blocks that are smaller than tiles
     faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
     if shared > DEVICES[arch][2]:
         faults.append(f"shared {shared} B of {DEVICES[arch][2]}")
     if walks and half and in_table and buffers < 2:
-        faults.append(f"{buffers} buffers for keys and values")
+        faults.append(f"{buffers} buffers for what the loop reads")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
     expected = {"10", "4"} if "KV" in case else {"10"}  # scales by words
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma:
+    multiplies = name == "prefill_kernel" or (name in GROUPED and "R16 " not in case)
+    if multiplies and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
     waits, touches = kernel.asm["ptx"].find("griddepcontrol.wait"), MEMORY.search(kernel.asm["ptx"])
     if "PDL" in case and not (touches and 0 <= waits < touches.start()):
