@@ -39,7 +39,7 @@ class ExpertWeights:
     those whose memory does not begin at a multiple of 16 bytes. table_E2: the addresses of each one's weight and scale.
     """
 
-    __slots__ = ("dynamic", "dtype", "nbytes", "num_inputs", "num_outputs", "table_E2", "tensors")
+    __slots__ = ("dtype", "dynamic", "nbytes", "num_inputs", "num_outputs", "table_E2", "tensors")
 
     def __init__(self, packed: list[Any]):
         first = packed[0]
@@ -225,7 +225,8 @@ def grouped_linear_kernel(
     end = tl.load(blocks_ptr + 2 * num_blocks + block)
     y, k = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     x_ptrs = x_ptr + _source(tokens_ptr, row, end, FROM_TOKENS)[:, None] * x_stride + k[None, :]
-    weight_ptr = _weight(table_ptr, expert, tile.to(tl.int64) * COLUMNS * X, tl.int8 if CODES else x_ptr.dtype.element_ty)
+    dtype: tl.constexpr = tl.int8 if CODES else x_ptr.dtype.element_ty
+    weight_ptr = _weight(table_ptr, expert, tile.to(tl.int64) * COLUMNS * X, dtype)
     weight_ptrs = weight_ptr + tl.arange(0, COLUMNS)[:, None] * X + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, X, DEPTH):

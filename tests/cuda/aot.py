@@ -181,7 +181,8 @@ def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                                summed_per_group=2, renormalise=K > 1, scale=1.0)
 
     ids = torch.zeros(16, 8, dtype=torch.int32)
-    for E, routed in ((128, rule(8, sigmoid=False)), (256, rule(8, sigmoid=True, groups=8)), (1, rule(1, sigmoid=True))):
+    rules = {128: rule(8, sigmoid=False), 256: rule(8, sigmoid=True, groups=8), 1: rule(1, sigmoid=True)}
+    for E, routed in rules.items():
         bias = torch.empty(E) if E == 256 else None
         yield f"E{E}", partial(ops.route, torch.empty(4, E, dtype=BF16), routed, bias)
     yield "E128", lambda: ops.sort_rows(ids, 128)
@@ -194,7 +195,7 @@ def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.float8_e4m3fn, False, BF16, (16, 64, 128)), (torch.float8_e4m3fn, False, FP16, (16,)),
         (torch.int8, True, BF16, (16, 64, 128)),
     ):  # fmt: skip
-        weight = torch.zeros(1536, 2048, dtype=torch.int8).view(codes) if codes else torch.empty(1536, 2048, dtype=dtype)
+        weight = torch.zeros(1536, 2048, dtype=codes or dtype)
         one = SimpleNamespace(weight_YX=weight, scale_Y=torch.empty(1536) if codes else None, dynamic=is_w8a8, nbytes=0)
         packed = ops.ExpertWeights([one] * 8)
         for rows in sizes:

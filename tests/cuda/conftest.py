@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from torch.utils._python_dispatch import _disable_current_modes
 
 from backends.opset import OpSet

@@ -28,8 +28,7 @@ FEATURES = {
     "KV of int8": {"kv_cache_dtype": "int8", "max_num_batched_tokens": 11, "enable_prefix_caching": True},
     "KV of fp8": {"kv_cache_dtype": "fp8", "max_num_seqs": 1, "enable_prefix_caching": True, "host_cache_size": "1MiB"},
     "w8a8": {"quantization": "w8a8"},
-}
-  # fmt: skip
+}  # fmt: skip
 
 
 class InterpretedBackend(CpuBackend):

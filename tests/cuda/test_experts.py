@@ -58,7 +58,7 @@ def test_blocks_are_as_large_as_experts_have_rows() -> None:
 @pytest.mark.parametrize("size", [(1, 9, 3), (140, 2, 1)], ids=str)
 def test_bits_of_int8_products_and_of_sums(ops: OpSet, size: tuple[int, int, int]) -> None:
     """A row is what `linear` makes of it with the expert's weight, and tokens are the reference's sums."""
-    num_tokens, num_experts, num_chosen = size
+    num_tokens, num_experts, _ = size
     choice, x_TX, weights = chosen(*size), torch.randn(num_tokens, 50), experts(num_experts, (33, 50))
     y_RY = ops.grouped_linear(x_TX, ops.pack_experts(weights, quantization="w8a8"), choice, from_tokens=True)
     y_TKY = token_rows(y_RY, ops, choice)
