@@ -77,7 +77,7 @@ def test_experts_in_graphs(tmp_path: Path, ops: Any, monkeypatch: pytest.MonkeyP
     """Graphs are checked for numbers read on the host, and for what padding leaves behind."""
     variant, capturer = BY_ID["qwen3-moe"], PlansInside()
     folder = save_variant(replace(variant, changes={**variant.changes, "num_hidden_layers": 2}), tmp_path)
-    prompts, settings = [PROMPT[:9], PROMPT[2:5]], {"max_num_batched_tokens": 7, "max_num_seqs": 2}
+    prompts, settings = [PROMPT[:7], PROMPT[2:4]], {"max_num_batched_tokens": 5, "max_num_seqs": 2}
     expected = generate(folder, prompts, **settings)
     backend = InterpretedBackend(ops)
     backend.capturer = capturer
