@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends.expert_choice import ExpertChoice, RouteRule
-from backends.opset import OpSet
+from backends.opset import EXPERT_OPS, OpSet
+from backends.reference import REFERENCE
 from backends.reference import experts as reference
 from cuda_ops.experts import BLOCK_ROWS, block_rows, most_blocks, sort_rows
 from tests.ops.test_experts import chosen, experts, token_rows
+from xllm.worker.loading import _check_ops
 
 # Tokens, experts, experts a token; blocks of 16 rows, of 64 and of 128.
 SIZES = [(1, 9, 3), (13, 40, 4), (70, 6, 2), (700, 3, 1)]
@@ -107,12 +110,19 @@ def test_a_step_is_the_same_whatever_is_chosen(ops: OpSet, quantization: str | N
 
 
 def test_weights_that_begin_anywhere(ops: OpSet) -> None:
-    """Kernels count on 16 bytes; what does not begin there is copied."""
-    memory = torch.randn(3 * 33 * 50 + 1)
-    weights = memory[1:].unflatten(0, (3, 33, 50)).unbind()
-    choice, x_TX = chosen(5, 3, 2), torch.randn(5, 50)
+    """Kernels count on 16 bytes; what does not begin there is copied. Blocks are of 128 rows."""
+    memory = torch.randn(2 * 33 * 50 + 1)
+    weights = memory[1:].unflatten(0, (2, 33, 50)).unbind()
+    choice, x_TX = chosen(130, 2, 1), torch.randn(130, 50)
     packed = ops.pack_experts(weights)
     assert all(weight.data_ptr() % 16 == 0 for weight, _ in packed.tensors)
     y_TKY = token_rows(ops.grouped_linear(x_TX, packed, choice, from_tokens=True), ops, choice)
     expected = torch.stack([weights[e] @ x for x, ids in zip(x_TX, choice.ids_TK.tolist()) for e in ids])
     torch.testing.assert_close(y_TKY.flatten(0, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_models_with_experts_start(ops: OpSet) -> None:
+    """None of what a step calls is the reference's."""
+    assert not EXPERT_OPS.intersection(ops.inherited_from(REFERENCE))
+    device: Any = SimpleNamespace(name="cuda", ops=ops, strict_ops=True)
+    assert _check_ops(device, None, EXPERT_OPS) == []
