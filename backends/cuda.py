@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from backends import cuda_experts
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
@@ -87,6 +88,10 @@ OPS = replace(
     plan=plan,
     attention=attention,
     silu_mul=activation.silu_mul,
+    route=cuda_experts.route,
+    pack_experts=cuda_experts.pack_experts,
+    grouped_linear=cuda_experts.grouped_linear,
+    combine=cuda_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,
     export_blocks=kv.export_blocks,

@@ -44,6 +44,7 @@ ALLOWED = {
     "npu_ops": ["npu_ops"],
     "backends": ["backends"],
     "backends.cuda": ["backends", "cuda_ops"],
+    "backends.cuda_experts": ["backends", "cuda_ops"],
     "backends.npu": ["backends", "npu_ops"],
     "backends.npu_experts": ["backends", "npu_ops"],
     "backends.npu_graphs": ["backends", "npu_ops"],

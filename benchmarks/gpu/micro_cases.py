@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from backends.reference.kv_codes import QUANTISED
+from benchmarks.gpu import micro_experts
 from benchmarks.gpu.bank import Bank, MicroCase, each
 from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.micro_kv import attention_cases, copy_case, transfer_cases
@@ -16,7 +17,7 @@ from benchmarks.gpu.micro_step import step_cases
 from benchmarks.gpu.paged import PagedStep
 from benchmarks.gpu.profile import Profile
 from benchmarks.gpu.roofline import Work
-from benchmarks.gpu.shapes import SHAPES, ModelShape
+from benchmarks.gpu.shapes import SHAPES, ModelShape, expert_layer
 
 QUANTIZATIONS = (None, "int8", "fp8", "w8a8")
 FEW_ROWS = 64
@@ -37,11 +38,15 @@ def all_cases(device: Device, profile: Profile, *, once: bool = False) -> Iterat
         for tokens in profile.micro_tokens:
             yield from linears(bank, shape, tokens)
             yield from rowwise(bank, shape, tokens)
+    experts = expert_layer(large=device.is_cuda)
+    for tokens in (*profile.micro_tokens, profile.prefills[-1]):
+        yield from micro_experts.expert_cases(bank, experts, tokens)
     for tokens in (*profile.micro_tokens, profile.prefills[-1]):
         yield from lora_cases(bank, largest, tokens)
     yield from transfer_cases(bank, largest, 1 if once else largest.layers)
     yield copy_case(bank, largest)
     yield pack_case(bank, largest)
+    yield micro_experts.pack_case(bank, experts)
     yield from pack_linears(bank, largest)
 
 

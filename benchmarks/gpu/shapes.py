@@ -80,3 +80,23 @@ SHAPES = {shape.name: shape for shape in (
     ModelShape(name="tiny", family="Qwen3", hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=512, head_dim=16,
                max_len=512),
 )}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayer:
+    """A layer of experts, of which each token has `num_chosen`; ffn: the width of each."""
+
+    name: str
+    hidden: int
+    ffn: int
+    num_experts: int
+    num_chosen: int
+
+
+QWEN3_30B = ExpertLayer(name="qwen3-30b-a3b", hidden=2048, ffn=768, num_experts=128, num_chosen=8)
+FEW_EXPERTS = ExpertLayer(name="few-experts", hidden=64, ffn=40, num_experts=8, num_chosen=2)
+
+
+def expert_layer(*, large: bool) -> ExpertLayer:
+    """What is measured on a GPU, and in a dry run."""
+    return QWEN3_30B if large else FEW_EXPERTS

@@ -25,6 +25,7 @@ SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 3, "num_attention_heads": NUM
 # On a GPU the head size that its kernels are made for; a dry run is to be short.
 LARGE = {"hidden_size": 1024, "intermediate_size": 1536, "head_dim": 128}
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
 NUM_ADAPTERS, RANK, ALPHA = 2, 4, 8
 ADAPTED = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 NUM_LETTERS = 9
@@ -34,7 +35,7 @@ HEAD_SCALE = 4.0  # of lm_head, so that the likeliest token is ahead by more tha
 
 
 def save(family: str, folder: Path, *, large: bool) -> Path:
-    """Write a checkpoint of "Llama", "Qwen2" or "Qwen3"; the same weights each time."""
+    """Write a checkpoint of "Llama", "Qwen2", "Qwen3" or "Qwen3Moe"; the same weights each time."""
     import transformers
     from transformers.utils import logging
 
@@ -42,6 +43,8 @@ def save(family: str, folder: Path, *, large: bool) -> Path:
     sizes = LARGE if large else SMALL
     if family == "Qwen2":  # its head size follows from the hidden size
         sizes = {**sizes, "hidden_size": NUM_HEADS * sizes["head_dim"]}
+    if family.endswith("Moe"):
+        sizes = {**sizes, **EXPERTS, "moe_intermediate_size": sizes["intermediate_size"] // 2}
     config = getattr(transformers, f"{family}Config")(**SIZES, **sizes, tie_word_embeddings=family == "Qwen3")
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     generator = torch.Generator().manual_seed(5)

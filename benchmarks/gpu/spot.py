@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backends.expert_choice import ExpertChoice, RouteRule
 from backends.reference.kv_codes import QUANTISED
 from benchmarks.gpu.op_cases import (
     NEXT_CODE,
@@ -26,10 +27,11 @@ from benchmarks.gpu.op_cases import (
     norm_truth,
     rounded,
 )
+from benchmarks.gpu.op_cases_experts import experts_truth
 from benchmarks.gpu.op_cases_kv import rope_check, transfer_check
 from benchmarks.gpu.op_cases_sampling import LIMITS, bitmask_check, first_largest, penalise_check, sample_check
 from benchmarks.gpu.paged import PagedStep
-from benchmarks.gpu.shapes import ModelShape
+from benchmarks.gpu.shapes import ModelShape, expert_layer
 
 HOST = torch.device("cpu")
 Spots = Callable[[World, ModelShape], Iterator[Check]]
@@ -239,12 +241,50 @@ def apply_token_bitmask(world: World, shape: ModelShape) -> Iterator[Check]:
     yield bitmask_check(world, logits_of(world, shape, TOKENS), -(-shape.vocab // 32), judge=HOST)
 
 
+def route(world: World, shape: ModelShape) -> Iterator[Check]:
+    """Of a layer of experts, whatever the model. Weights may be equal but for rounding, so that no ids are compared."""
+    layer = expert_layer(large=world.device.is_cuda)
+    logits = world.randn(4 * TOKENS, layer.num_experts) * 2
+    rule = RouteRule(num_chosen=layer.num_chosen, renormalise=True)
+
+    def truth() -> Sequence[Tensor]:
+        best = logits.to(HOST).double().softmax(1).topk(layer.num_chosen, dim=1).values
+        return (best / best.sum(1, keepdim=True),)
+
+    yield Check(name=f"{len(logits)}/K{layer.num_chosen} of {layer.num_experts}", truth=truth,
+                run=lambda: (world.ops.route(logits, rule).weights_TK,), tolerance=TOLERANCE[torch.float32])
+
+
+def grouped_linear(world: World, shape: ModelShape) -> Iterator[Check]:
+    """gate and up of a layer of experts and back to the tokens, in each quantisation, with few tokens and with many."""
+    layer, dtype = expert_layer(large=world.device.is_cuda), world.dtypes[0]
+    X, Y, K = layer.hidden, 2 * layer.ffn, layer.num_chosen
+    weights = tuple(world.randn(Y, X, dtype=dtype) for _ in range(max(K, layer.num_experts // 8)))
+    for quantization in (None, *QUANTIZATIONS):
+        packed = world.ops.pack_experts(weights, quantization=quantization)
+        for rows in (JUDGED_ROWS, TOKENS):
+            x, ids = world.randn(rows, X, dtype=dtype), world.rand(rows, len(weights)).argsort(dim=1)[:, :K].int()
+            choice = ExpertChoice(ids.contiguous(), world.rand(rows, K))
+
+            def run(x: Tensor = x, packed: object = packed, choice: ExpertChoice = choice) -> Sequence[Tensor]:
+                again = ExpertChoice(choice.ids_TK, choice.weights_TK)
+                return (world.ops.combine(world.ops.grouped_linear(x, packed, again, from_tokens=True), again),)
+
+            def truth(x: Tensor = x, choice: ExpertChoice = choice, of: str | None = quantization) -> Sequence[Tensor]:
+                return (experts_truth(x.to(HOST), [weight.to(HOST) for weight in weights], choice.ids_TK.to(HOST),
+                                      choice.weights_TK.to(HOST), of),)
+
+            tolerance = 2 * max(TOLERANCE[dtype], NEXT_CODE if quantization == "w8a8" else 0.0)
+            yield Check(name=f"{quantization or 'plain'}/{rows}x{Y}x{X}/K{K} of {len(weights)}", run=run, truth=truth,
+                        tolerance=tolerance)
+
+
 SPOTS: dict[str, Spots] = {
     "linear": linear, "lora_add": lora_add, "embedding": embedding, "feed_tokens": feed_tokens, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "qkv_rope_write": qkv_rope_write, "attention": attention, "silu_mul": silu_mul,
     "copy_blocks": copy_blocks, "export_blocks": transfers, "apply_token_bitmask": apply_token_bitmask,
-    "penalise": penalise, "argmax": argmax, "sample": sample,
+    "penalise": penalise, "argmax": argmax, "sample": sample, "route": route, "grouped_linear": grouped_linear,
 }  # fmt: skip
 # Those that take part in another's case.
 WITHIN = {"pack_linear": "linear", "pack_lora": "lora_add", "plan": "attention", "stored_bytes": "export_blocks",
-          "import_blocks": "export_blocks"}  # fmt: skip
+          "import_blocks": "export_blocks", "pack_experts": "grouped_linear", "combine": "grouped_linear"}  # fmt: skip

@@ -3,9 +3,9 @@
 The operators themselves are called, with tensors on the CPU, so that what is compiled is what would be launched. Each
 (operator, architecture) has a process of its own, which a failed assertion in the compiler would end. Of every kernel:
 registers without spills, no local memory, shared memory within the device's; of those that promise it, more than one
-buffer for keys and values, copies of 16 bytes into them (of 4 for scales), and Hopper's warp-group instructions; of
-those that may start early, that they touch no memory before they have waited. What the table has no number for today
-(`ALTERNATIVES`) is compiled as well, so that a measurement on a device can choose it.
+buffer for keys and values or weights, copies of 16 bytes into them (of 4 for scales), and Hopper's warp-group
+instructions; of those that may start early, that they touch no memory before they have waited. What the table has no
+number for today (`ALTERNATIVES`) is compiled as well, so that a measurement on a device can choose it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ QUANTISED = {"int8": (torch.int8, 4), "fp8": (torch.float8_e4m3fn, 1)}  # dtypes
 # devices (8.6, 8.9), so that every table entry runs on all of them.
 DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
 ALTERNATIVES: dict[str, list[dict[str, int]]] = {"sm80": [{}], "sm90": [{}, {"PDL": 1}]}
+GROUPED = ("grouped_linear_kernel", "grouped_w8a8_kernel")
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.(?!param|shared)|cp\.async|\bcp\.reduce")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SECONDS = 600
@@ -170,10 +172,43 @@ def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"R{rank} {len(parts)} parts {dtype}", partial(lora_add, y, x, packed, slots)
 
 
+def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Experts of Qwen3-30B-A3B, and the routers of it, of DeepSeek-V3 and of a shared expert."""
+    from cuda_ops import experts as ops
+
+    def rule(K: int, *, sigmoid: bool, groups: int = 1) -> Any:
+        return SimpleNamespace(num_chosen=K, sigmoid=sigmoid, num_groups=groups, num_kept_groups=-(-groups // 2),
+                               summed_per_group=2, renormalise=K > 1, scale=1.0)
+
+    ids = torch.zeros(16, 8, dtype=torch.int32)
+    rules = {128: rule(8, sigmoid=False), 256: rule(8, sigmoid=True, groups=8), 1: rule(1, sigmoid=True)}
+    for E, routed in rules.items():
+        bias = torch.empty(E) if E == 256 else None
+        yield f"E{E}", partial(ops.route, torch.empty(4, E, dtype=BF16), routed, bias)
+    yield "E128", lambda: ops.sort_rows(ids, 128)
+    for dtype in (BF16, FP32):
+        y, weights = torch.empty(128, 2048, dtype=dtype), torch.empty(16, 8)
+        yield str(dtype), partial(ops.combine, y, weights, ops.RowOrder(ids.flatten(), ids, ids, 16))
+    for codes, is_w8a8, dtype, sizes in (
+        (None, False, BF16, (16, 64, 128)), (None, False, FP32, (16,)),
+        (torch.int8, False, BF16, (16, 64, 128)), (torch.int8, False, FP32, (16,)),
+        (torch.float8_e4m3fn, False, BF16, (16, 64, 128)), (torch.float8_e4m3fn, False, FP16, (16,)),
+        (torch.int8, True, BF16, (16, 64, 128)),
+    ):  # fmt: skip
+        weight = torch.zeros(1536, 2048, dtype=codes or dtype)
+        one = SimpleNamespace(weight_YX=weight, scale_Y=torch.empty(1536) if codes else None, dynamic=is_w8a8, nbytes=0)
+        packed = ops.ExpertWeights([one] * 8)
+        for rows in sizes:
+            order = ops.RowOrder(ids.flatten(), ids, torch.zeros(3, 4, dtype=torch.int32), rows)
+            for from_tokens in (True, False) if codes is None and rows == 16 else (True,):
+                yield f"{'w8a8' if is_w8a8 else codes} R{rows} {dtype}{' tokens' * from_tokens}", partial(
+                    ops.grouped_linear, torch.empty(128, 2048, dtype=dtype), packed, order, from_tokens=from_tokens)
+
+
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
     "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
-    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
+    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases, "experts": experts_cases,
 }  # fmt: skip
 
 
@@ -220,19 +255,20 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     """One line of the report; `faults` is empty if all is as promised."""
     used = resources(kernel.asm["cubin"])
     shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
-    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel")
+    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel", *GROUPED)
     in_table = "P16" not in case and "H80" not in case  # entries of "any", or blocks that are smaller than tiles
     faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
     if shared > DEVICES[arch][2]:
         faults.append(f"shared {shared} B of {DEVICES[arch][2]}")
     if walks and half and in_table and buffers < 2:
-        faults.append(f"{buffers} buffers for keys and values")
+        faults.append(f"{buffers} buffers for what the loop reads")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
     expected = {"10", "4"} if "KV" in case else {"10"}  # scales by words
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma:
+    multiplies = name == "prefill_kernel" or (name in GROUPED and "R16 " not in case)
+    if multiplies and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
     waits, touches = kernel.asm["ptx"].find("griddepcontrol.wait"), MEMORY.search(kernel.asm["ptx"])
     if "PDL" in case and not (touches and 0 <= waits < touches.start()):

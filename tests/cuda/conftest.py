@@ -8,8 +8,10 @@ collected.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import _disable_current_modes
 
 from backends.opset import OpSet
 from tests.ops.conftest import INTERPRETED, seed_and_poison
@@ -33,3 +35,18 @@ def ops() -> OpSet:
     from backends.cuda import OPS
 
     return OPS
+
+
+@pytest.fixture
+def unseen_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches go past torch's dispatcher, as compiled ones do; the interpreter calls torch for each of its arguments,
+    which a `TorchDispatchMode` would see."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def unseen(executor: Any, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            run(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)

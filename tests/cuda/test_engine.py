@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import backends
 from backends.cpu.cpu import CpuBackend
 from cuda_ops.kv import cache_shape
+from graph.checking import CheckingCapturer
+from tests.models.checkpoints import BY_ID
+from tests.models.checkpoints import save_checkpoint as save_variant
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
 
@@ -43,15 +47,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("qwen3"))
 
 
-def generate(checkpoint: Path, **settings: Any) -> list[list[int]]:
+def generate(checkpoint: Path, prompts: list[list[int]] = PROMPTS, **settings: Any) -> list[list[int]]:
     sampling = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
                 SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=1, max_tokens=5, ignore_eos=True,
                                repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=-0.1,
                                logit_bias={3: 2.0}, allowed_token_ids=tuple(range(2, 90)))]
-    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
     with LLM(model=str(checkpoint), skip_tokenizer_init=True, dtype="float32", num_kv_blocks=64, max_model_len=64,
              num_threads=1, **settings) as llm:  # fmt: skip
-        outputs = llm.generate(prompts, [sampling[i % 2] for i in range(len(prompts))], use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": tokens} for tokens in prompts],
+                               [sampling[i % 2] for i in range(len(prompts))], use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -60,3 +64,22 @@ def test_same_tokens_as_on_the_cpu(checkpoint: Path, ops: Any, monkeypatch: pyte
     expected = generate(checkpoint, **FEATURES[feature])
     monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
     assert generate(checkpoint, **FEATURES[feature]) == expected
+
+
+class PlansInside(CheckingCapturer):
+    """As on CUDA, where a graph holds the plans of attention too."""
+
+    plans_in_graph = True
+
+
+@pytest.mark.usefixtures("unseen_kernels")
+def test_experts_in_graphs(tmp_path: Path, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are checked for numbers read on the host, and for what padding leaves behind."""
+    variant, capturer = BY_ID["qwen3-moe"], PlansInside()
+    folder = save_variant(replace(variant, changes={**variant.changes, "num_hidden_layers": 2}), tmp_path)
+    prompts, settings = [PROMPT[:7], PROMPT[2:4]], {"max_num_batched_tokens": 5, "max_num_seqs": 2}
+    expected = generate(folder, prompts, **settings)
+    backend = InterpretedBackend(ops)
+    backend.capturer = capturer
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: backend)
+    assert generate(folder, prompts, **settings) == expected and capturer.num_replays > 3

@@ -1,0 +1,37 @@
+"""Mixtures of experts on CUDA: the contracts of `opset.py` over the kernels of `cuda_ops/experts.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from backends.expert_choice import ExpertChoice, RouteRule
+from backends.reference.linear import pack_linear
+from cuda_ops import experts as kernels
+
+
+def route(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None = None) -> ExpertChoice:
+    return ExpertChoice(*kernels.route(logits_TE, rule, bias_E))
+
+
+def pack_experts(experts: Iterable[Tensor], *, quantization: str | None = None) -> kernels.ExpertWeights:
+    return kernels.ExpertWeights([pack_linear(weight_YX, quantization=quantization) for weight_YX in experts])
+
+
+def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+    return kernels.grouped_linear(x, packed, _order(choice, len(packed.tensors)), from_tokens=from_tokens)
+
+
+def combine(y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+    assert choice.order is not None, "y is not a result of `grouped_linear` with this choice"
+    return kernels.combine(y_RX, choice.weights_TK, choice.order)
+
+
+def _order(choice: ExpertChoice, num_experts: int) -> kernels.RowOrder:
+    """Made once for each choice: the layer's other experts are as many."""
+    if choice.order is None:
+        choice.order = kernels.sort_rows(choice.ids_TK, num_experts)
+    order: kernels.RowOrder = choice.order
+    return order
