@@ -104,6 +104,44 @@ def _attend(ops: Any, q: torch.Tensor, cache: torch.Tensor, contiguous: bool, wi
     ops.attention(q, cache, cache, batch, plan, scale=0.1)
 
 
+def latent_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """DeepSeek's widths: V2-Lite's heads, V2's and V3's, and a rank's; a token, its drafts, and a chunk."""
+    for N, dtype, P, contiguous in ((16, BF16, 128, False), (16, BF16, 128, True), (32, BF16, 128, False),
+                                    (128, BF16, 128, False), (16, FP16, 128, False), (16, FP32, 128, False),
+                                    (16, BF16, 16, False)):  # fmt: skip
+        for query_len in (1, 4, 64) if (dtype, P, contiguous) == (BF16, 128, False) else (1, 64):
+            name = f"N{N} Q{query_len} {dtype} P{P}{' base' * contiguous}"
+            yield name, partial(_attend_latents, torch.empty(3, 1, P, 576, dtype=dtype), N, dtype, query_len, contiguous)
+            for format, (codes, scale_bytes) in QUANTISED.items() if N != 32 and query_len != 4 else ():
+                cache = torch.empty(3, 1, P, 576 + scale_bytes, dtype=codes)
+                yield f"{name} {format} KV", partial(_attend_latents, cache, N, dtype, query_len, contiguous)
+
+
+def _attend_latents(cache: torch.Tensor, N: int, dtype: torch.dtype, query_len: int, contiguous: bool) -> None:
+    from cuda_ops.attention import Batch
+    from cuda_ops.latent import latent_attention
+
+    ids = torch.zeros(8, dtype=torch.int32)
+    batch = Batch(query_start_S1=torch.zeros(9, dtype=torch.int32), seq_lens_S=ids, num_tokens=8 * query_len,
+                  block_table_SM=torch.zeros(8, 0 if contiguous else 48, dtype=torch.int32),
+                  kv_base_S=ids if contiguous else None, max_query_len=query_len)  # fmt: skip
+    q, up = torch.empty(8 * query_len, N, 192, dtype=dtype), torch.empty(N, 256, 512, dtype=dtype)
+    latent_attention(q, up, cache, batch, scale=0.1)
+
+
+def latent_rope_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from cuda_ops.latent_rope import latent_rope_write
+
+    places = torch.zeros(16, dtype=torch.int32)
+    for dtype, interleaved in ((BF16, True), (BF16, False), (FP32, True)):
+        latent, q = torch.empty(16, 576, dtype=dtype), torch.empty(16, 128, 192, dtype=dtype)
+        for format, (codes, scale_bytes) in {"": (dtype, 0), **QUANTISED}.items():
+            cache = torch.empty(4, 1, 128, 576 + scale_bytes, dtype=codes)
+            yield f"{dtype}{' pairs' * interleaved}{f' {format} KV' if format else ''}", partial(
+                latent_rope_write, latent, q, places, torch.empty(64, 64), cache, places,
+                norm_weight_L=torch.empty(512, dtype=dtype), eps=1e-6, interleaved=interleaved)  # fmt: skip
+
+
 def sampling_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from cuda_ops.sampling import argmax, sample
 
@@ -172,7 +210,7 @@ def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
-    "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
+    "attention": attention_cases, "latent": latent_cases, "latent_rope": latent_rope_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
     "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
 }  # fmt: skip
 
