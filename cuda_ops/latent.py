@@ -30,48 +30,44 @@ from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_
 # programs in the rows, and no context need be shared.
 DECODE_QUERIES = 8
 LEAST_ROWS = 16  # of a tensor core's dot
-MOST_ROWS = 64  # of a tile, where the table has an entry for as many: of Hopper's warp-group instructions
+MOST_ROWS = 32  # of a tile that is decoded: with 64 what a program keeps beside its loop does not fit its registers
 MERGED_COLUMNS = 128  # of a program that joins parts. Chosen: four for a latent of 512
 
-VARYING = ["query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "table_stride", "q_head", "q_token",
-           "turned_head", "turned_token", "out_head", "out_token"]  # fmt: skip
+VARYING = ["query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "table_stride"]
 
 
 @triton.jit
 def _attend(
-    q, turned, acc, most, total, cache_ptr, table_ptr, first_block, block_ids, begin_tile, end_tile, all_tiles, seq_len,
-    limit, block, scale, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr,
-    TILE: tl.constexpr, SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
+    q, turned, cache_ptr, table_ptr, first_block, begin_tile, end_tile, seq_len, limit, block, scale, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, TILE: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [begin, end) of latents into a running softmax in base 2: (acc, most, total, ids of the block at `end`).
+    """Tiles [begin, end) of latents into a running softmax in base 2: (acc, most, total).
 
-    limit: the last position that each row sees. With `MASK` it is looked at; without it, every row sees all of it.
+    limit: the last position that each row sees; looked at in every tile, since a second loop for those that all rows
+    see whole would take more registers than there are.
     """
     column, turned_column = tl.arange(0, PAD_L)[None, :], tl.arange(0, PAD_R)[None, :]
     n = tl.arange(0, TILE)
+    acc = tl.zeros([q.shape[0], PAD_L], tl.float32)
+    most = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    block_ids = ids_of_tile(table_ptr, first_block, begin_tile, end_tile, seq_len, P, TILE, BASE)
     # Weights times scales would be too small for fp16 where numbers of that dtype are not; at most 1 * 65504 / 127.
     LIFT: tl.constexpr = 64.0 if q.dtype == tl.float16 else 1.0
     for tile in tl.range(begin_tile, end_tile):
         position = tile * TILE + n
-        at = (position % P) * (L + R)
         if P % TILE == 0:
-            rows = cache_ptr + block_ids * block + at[:, None]
+            rows = cache_ptr + block_ids * block + (position % P * (L + R))[:, None]
         else:
-            rows = cache_ptr + (block_ids * block + at)[:, None]
-        if MASK or PAD_L != L:
-            latents = tl.load(rows + column, (position[:, None] < seq_len) & (column < L), 0.0)
-        else:
-            latents = tl.load(rows + column)
-        if MASK or PAD_R != R:
-            shared = tl.load(rows + L + turned_column, (position[:, None] < seq_len) & (turned_column < R), 0.0)
-        else:
-            shared = tl.load(rows + L + turned_column)
+            rows = cache_ptr + (block_ids * block + position % P * (L + R))[:, None]
+        latents = tl.load(rows + column, (position[:, None] < seq_len) & (column < L), 0.0)
+        shared = tl.load(rows + L + turned_column, (position[:, None] < seq_len) & (turned_column < R), 0.0)
         if SCALE_BYTES:
-            scales = scales_of_tile(cache_ptr, block_ids, block, tile, position, seq_len, P, L + R, TILE, MASK,
+            scales = scales_of_tile(cache_ptr, block_ids, block, tile, position, seq_len, P, L + R, TILE, True,
                                     SCALE_BYTES)  # fmt: skip
             latents = widen(latents, q.dtype, SCALE_BYTES == 1, False)
             shared = widen(shared, q.dtype, SCALE_BYTES == 1, False)
-        block_ids = ids_of_tile(table_ptr, first_block, tile + 1, all_tiles, seq_len, P, TILE, BASE)
+        block_ids = ids_of_tile(table_ptr, first_block, tile + 1, end_tile, seq_len, P, TILE, BASE)
         if UPCAST:
             latents, shared = latents.to(tl.float32), shared.to(tl.float32)
         scores = tl.dot(turned, tl.trans(shared), input_precision="ieee")
@@ -80,8 +76,7 @@ def _attend(
             scores = scores * (scales * scale)[None, :]
         else:
             scores = scores * scale
-        if MASK:
-            scores = tl.where(position[None, :] <= limit[:, None], scores, float("-inf"))
+        scores = tl.where(position[None, :] <= limit[:, None], scores, float("-inf"))
         now_most = tl.maximum(most, tl.max(scores, 1))
         # A row that has seen nothing yet has no largest score to subtract.
         shift = tl.where(now_most == float("-inf"), 0.0, now_most)
@@ -94,20 +89,20 @@ def _attend(
             total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(latents.dtype), latents, acc * shrink[:, None], input_precision="ieee")
         most = now_most
-    return acc, most, total, block_ids
+    return acc, most, total
 
 
 @triton.jit
 def _queries(
-    q_ptr, turned_ptr, start, query_len, row, q_head, q_token, turned_head, turned_token, N: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, UPCAST: tl.constexpr,
+    q_ptr, turned_ptr, first_row, used, turned_stride, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr,
+    PAD_R: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a sequence: at the latents' width, and their rotated parts. Past its end 0."""
+    """A tile of rows: at the latents' width, and their rotated parts. Those that are not used are 0."""
     column, turned_column = tl.arange(0, PAD_L)[None, :], tl.arange(0, PAD_R)[None, :]
-    used, token, head = (row < query_len * N)[:, None], (start + row // N).to(tl.int64), (row % N).to(tl.int64)
-    q = tl.load(q_ptr + (head * q_head + token * q_token)[:, None] + column, used & (column < L), 0.0)
-    turned_at = (head * turned_head + token * turned_token)[:, None] + turned_column
-    turned = tl.load(turned_ptr + turned_at, used & (turned_column < R), 0.0)
+    row = tl.arange(0, ROWS)[:, None]
+    q = tl.load(q_ptr + first_row * L + row * L + column, used[:, None] & (column < L), 0.0)
+    turned_ptr += first_row * turned_stride
+    turned = tl.load(turned_ptr + row * turned_stride + turned_column, used[:, None] & (turned_column < R), 0.0)
     if UPCAST:
         q, turned = q.to(tl.float32), turned.to(tl.float32)
     return q, turned
@@ -129,23 +124,20 @@ def _work(
 @triton.jit(do_not_specialize=VARYING)
 def latent_decode_kernel(
     q_ptr, turned_ptr, cache_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, query_start_ptr, seq_lens_ptr,
-    table_ptr, base_ptr, S, table_stride, block, q_head, q_token, turned_head, turned_token, out_head, out_token,
-    decode_len, scale, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr,
+    table_ptr, base_ptr, S, table_stride, block, turned_stride, decode_len, scale, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr,
     PAD_R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, BLOCK_S: tl.constexpr,
     SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One equal part of the batch's work, tile of rows by tile of rows."""
     wait_for_previous(PDL)
-    works = _work(query_start_ptr, seq_lens_ptr, S, decode_len, N, ROWS, TILE, BLOCK_S)
-    ends = tl.cumsum(works)
-    work = tl.sum(works)
+    work = tl.sum(_work(query_start_ptr, seq_lens_ptr, S, decode_len, N, ROWS, TILE, BLOCK_S))
     program = tl.program_id(0)
     share = tl.maximum(tl.cdiv(work, tl.num_programs(0)), LEAST)
     at = program * share
     end = tl.minimum(at + share, work)
-    column = tl.arange(0, PAD_L)[None, :]
     while at < end:
-        s = tl.sum((ends <= at).to(tl.int32))
+        works = _work(query_start_ptr, seq_lens_ptr, S, decode_len, N, ROWS, TILE, BLOCK_S)  # again: it takes registers
+        s = tl.sum((tl.cumsum(works) <= at).to(tl.int32))
         start = tl.load(query_start_ptr + s)
         query_len = tl.load(query_start_ptr + s + 1) - start
         seq_len = tl.load(seq_lens_ptr + s)
@@ -155,37 +147,34 @@ def latent_decode_kernel(
         begin = in_sequence - rows * tiles
         stop = tl.minimum(tiles, begin + end - at)
         row = rows * ROWS + tl.arange(0, ROWS)
-        q, turned = _queries(q_ptr, turned_ptr, start, query_len, row, q_head, q_token, turned_head, turned_token, N, L,
-                             R, PAD_L, PAD_R, UPCAST)  # fmt: skip
+        used, first_row = row < query_len * N, start.to(tl.int64) * N + rows * ROWS
+        q, turned = _queries(q_ptr, turned_ptr, first_row, used, turned_stride, L, R, PAD_L, PAD_R, ROWS, UPCAST)
         table = table_ptr + s.to(tl.int64) * table_stride
         first_block = 0
         if BASE:
             first_block = tl.load(base_ptr + s)
-        ids = ids_of_tile(table, first_block, begin, stop, seq_len, P, TILE, BASE)
-        acc = tl.zeros([ROWS, PAD_L], tl.float32)
-        most = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc, most, total, ids = _attend(
-            q, turned, acc, most, total, cache_ptr, table, first_block, ids, begin, stop, stop, seq_len,
-            seq_len - query_len + row // N, block, scale, P, L, R, PAD_L, PAD_R, TILE, SCALE_BYTES, BASE, True, UPCAST,
+        acc, most, total = _attend(
+            q, turned, cache_ptr, table, first_block, begin, stop, seq_len, seq_len - query_len + row // N, block,
+            scale, P, L, R, PAD_L, PAD_R, TILE, SCALE_BYTES, BASE, UPCAST,
         )  # fmt: skip
+        column = tl.arange(0, PAD_L)[None, :]
+        part_row = tl.arange(0, ROWS)
         if stop - begin == tiles:
-            out_at = (row % N).to(tl.int64) * out_head + (start + row // N).to(tl.int64) * out_token
-            mask = (row < query_len * N)[:, None] & (column < L)
-            tl.store(out_ptr + out_at[:, None] + column, acc / total[:, None], mask)
+            out_at = first_row * L + part_row[:, None] * L + column
+            tl.store(out_ptr + out_at, acc / total[:, None], used[:, None] & (column < L))
         else:
             # Two parts a program at most are not whole: of rows begun before it, and of those that it leaves.
-            slot = (program * 2 + (begin == 0).to(tl.int32)) * ROWS + tl.arange(0, ROWS)
-            tl.store(part_ptr + slot.to(tl.int64)[:, None] * PAD_L + column, acc)
-            tl.store(part_most_ptr + slot, most)
-            tl.store(part_total_ptr + slot, total)
+            slot = program * 2 + (begin == 0).to(tl.int32)
+            tl.store(part_ptr + slot.to(tl.int64) * (ROWS * PAD_L) + part_row[:, None] * PAD_L + column, acc)
+            tl.store(part_most_ptr + slot * ROWS + part_row, most)
+            tl.store(part_total_ptr + slot * ROWS + part_row, total)
         at += stop - begin
 
 
-@triton.jit(do_not_specialize=["query_start_ptr", "seq_lens_ptr", "S", "out_head", "out_token"])
+@triton.jit(do_not_specialize=["query_start_ptr", "seq_lens_ptr", "S"])
 def latent_merge_kernel(
-    out_ptr, part_ptr, part_most_ptr, part_total_ptr, query_start_ptr, seq_lens_ptr, S, out_head, out_token, decode_len,
-    num_programs, N: tl.constexpr, L: tl.constexpr, PAD_L: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    out_ptr, part_ptr, part_most_ptr, part_total_ptr, query_start_ptr, seq_lens_ptr, S, decode_len, num_programs,
+    N: tl.constexpr, L: tl.constexpr, PAD_L: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     LEAST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Joins, in order, the parts of a tile of rows that more than one program of `latent_decode_kernel` had."""
@@ -215,16 +204,15 @@ def latent_merge_kernel(
             total = total * old + part_total * new
             most = now_most
         start = tl.load(query_start_ptr + s)
-        row += rows * ROWS
-        out_at = (row % N).to(tl.int64) * out_head + (start + row // N).to(tl.int64) * out_token
-        mask = (row < (tl.load(query_start_ptr + s + 1) - start) * N)[:, None] & (column < L)
-        tl.store(out_ptr + out_at[:, None] + column, acc / total[:, None], mask)
+        used = rows * ROWS + row < (tl.load(query_start_ptr + s + 1) - start) * N
+        out_ptr += (start.to(tl.int64) * N + rows * ROWS) * L
+        tl.store(out_ptr + row[:, None] * L + column, acc / total[:, None], used[:, None] & (column < L))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def latent_prefill_kernel(
     q_ptr, turned_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, base_ptr, S, table_stride, block,
-    q_head, q_token, turned_head, turned_token, out_head, out_token, decode_len, scale, N: tl.constexpr,
+    turned_stride, decode_len, scale, N: tl.constexpr,
     P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_S: tl.constexpr, SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -240,35 +228,23 @@ def latent_prefill_kernel(
         start = tl.load(query_start_ptr + s)
         query_len = tl.load(query_start_ptr + s + 1) - start
         seq_len = tl.load(seq_lens_ptr + s)
-        first_row = (tl.sum(tl.where(index == s, ends, 0)) - 1 - number) * ROWS
-        row = first_row + tl.arange(0, ROWS)
-        q, turned = _queries(q_ptr, turned_ptr, start, query_len, row, q_head, q_token, turned_head, turned_token, N, L,
-                             R, PAD_L, PAD_R, UPCAST)  # fmt: skip
+        begin = (tl.sum(tl.where(index == s, ends, 0)) - 1 - number) * ROWS
+        row = begin + tl.arange(0, ROWS)
+        used, first_row = row < query_len * N, start.to(tl.int64) * N + begin
+        q, turned = _queries(q_ptr, turned_ptr, first_row, used, turned_stride, L, R, PAD_L, PAD_R, ROWS, UPCAST)
         past = seq_len - query_len
-        limit = past + row // N
-        # All rows see tiles up to `whole`, some of them those up to `end` in part.
-        end = tl.cdiv(tl.minimum(past + (first_row + ROWS - 1) // N + 1, seq_len), TILE)
-        whole = tl.minimum((past + first_row // N + 1) // TILE, end)
+        end = tl.cdiv(tl.minimum(past + (begin + ROWS - 1) // N + 1, seq_len), TILE)
         table = table_ptr + s.to(tl.int64) * table_stride
         first_block = 0
         if BASE:
             first_block = tl.load(base_ptr + s)
-        ids = ids_of_tile(table, first_block, 0, end, seq_len, P, TILE, BASE)
-        acc = tl.zeros([ROWS, PAD_L], tl.float32)
-        most = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc, most, total, ids = _attend(
-            q, turned, acc, most, total, cache_ptr, table, first_block, ids, 0, whole, end, seq_len, limit, block,
-            scale, P, L, R, PAD_L, PAD_R, TILE, SCALE_BYTES, BASE, False, UPCAST,
+        acc, most, total = _attend(
+            q, turned, cache_ptr, table, first_block, 0, end, seq_len, past + row // N, block, scale, P, L, R, PAD_L,
+            PAD_R, TILE, SCALE_BYTES, BASE, UPCAST,
         )  # fmt: skip
-        acc, most, total, ids = _attend(
-            q, turned, acc, most, total, cache_ptr, table, first_block, ids, whole, end, end, seq_len, limit, block,
-            scale, P, L, R, PAD_L, PAD_R, TILE, SCALE_BYTES, BASE, True, UPCAST,
-        )  # fmt: skip
-        out_at = (row % N).to(tl.int64) * out_head + (start + row // N).to(tl.int64) * out_token
         column = tl.arange(0, PAD_L)[None, :]
-        mask = (row < query_len * N)[:, None] & (column < L)
-        tl.store(out_ptr + out_at[:, None] + column, acc / total[:, None], mask)
+        out_at = tl.arange(0, ROWS)[:, None] * L + column
+        tl.store(out_ptr + first_row * L + out_at, acc / total[:, None], used[:, None] & (column < L))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,66 +275,65 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Rows:
-    """Queries at the latents' width, their rotated parts, and where what they sum goes: [N, T, L], [T, N, R] (a view)
-    and [N, T, L]."""
+    """Queries at the latents' width, their rotated parts, and where what they sum goes: [T, N, L], [T, N, R] (a view
+    of rows that are wider) and [T, N, L]."""
 
-    q_NTL: Tensor
+    q_TNL: Tensor
     turned_TNR: Tensor
-    sums_NTL: Tensor
-
-    def strides(self) -> tuple[int, ...]:
-        """Of a head and of a token, of each."""
-        return (*self.q_NTL.stride()[:2], *self.turned_TNR.stride()[1::-1], *self.sums_NTL.stride()[:2])
+    sums_TNL: Tensor
 
 
 def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, batch: Batch, *, scale: float) -> Tensor:
     """[T, N * V], of which rows of no sequence stay undefined."""
-    shape = Shape.of(up_NYL, cache)
-    key_dim = q_TNX.shape[2] - shape.rotated_dim
-    q_NTL = torch.bmm(q_TNX[..., :key_dim].transpose(0, 1), up_NYL[:, :key_dim])
-    rows = Rows(q_NTL=q_NTL, turned_TNR=q_TNX[..., key_dim:], sums_NTL=torch.empty_like(q_NTL))
-    assert rows.turned_TNR.stride(2) == 1
+    assert q_TNX.is_contiguous()
+    (T, N, X), shape = q_TNX.shape, Shape.of(up_NYL, cache)
+    key_dim = X - shape.rotated_dim
+    rows = Rows(q_TNL=q_TNX.new_empty(T, N, shape.width), turned_TNR=q_TNX[..., key_dim:],
+                sums_TNL=q_TNX.new_empty(T, N, shape.width))
+    torch.bmm(q_TNX[..., :key_dim].transpose(0, 1), up_NYL[:, :key_dim], out=rows.q_TNL.transpose(0, 1))
     decode(rows, cache, batch, shape, scale)
     if batch.max_query_len > DECODE_QUERIES:
         prefill(rows, cache, batch, shape, scale)
-    out_TNV = q_TNX.new_empty(len(q_TNX), shape.num_heads, up_NYL.shape[1] - key_dim)
-    torch.bmm(rows.sums_NTL, up_NYL[:, key_dim:].transpose(1, 2), out=out_TNV.transpose(0, 1))
+    out_TNV = q_TNX.new_empty(T, N, up_NYL.shape[1] - key_dim)
+    torch.bmm(rows.sums_TNL.transpose(0, 1), up_NYL[:, key_dim:].transpose(1, 2), out=out_TNV.transpose(0, 1))
     return out_TNV.flatten(1)
 
 
-def numbers_of(op: str, shape: Shape, num_rows: int, like: Tensor) -> dict[str, int]:
-    """The entry for the largest tile of rows that the table has for this width and at most as many as there are."""
-    kind = f"{'wide' if like.element_size() == 4 else 'half'}_L{shape.pad_width}{'_codes' if shape.scale_bytes else ''}"
-    return dict(config(op, f"{kind}_{min(num_rows, MOST_ROWS)}", like))
+def numbers_of(op: str, shape: Shape, like: Tensor, num_rows: int | None = None) -> dict[str, int]:
+    """num_rows: that a sequence fills, where the entry depends on it."""
+    bucket = f"{'wide' if like.element_size() == 4 else 'half'}_L{shape.pad_width}{'_codes' if shape.scale_bytes else ''}"
+    numbers = config(op, bucket if num_rows is None else f"{bucket}_{min(num_rows, MOST_ROWS)}", like)
+    if shape.block_size % numbers["TILE"]:
+        numbers = config(op, "any", like)  # addresses of a tile of several blocks take many registers
+    return {**numbers, "maxnreg": 255}  # or the assembler spills some, to make room for more programs than there are
 
 
 def decode(rows: Rows, cache: Tensor, batch: Batch, shape: Shape, scale: float) -> None:
     """The sequences of at most `DECODE_QUERIES` queries."""
     drafts = batch.max_query_len if batch.max_query_len <= DECODE_QUERIES else 1
-    numbers = numbers_of("latent_decode", shape, shape.rows(drafts), rows.q_NTL)
-    num_programs = numbers.pop("PER_SM") * device_facts(rows.q_NTL.device)[1]
-    S, device, pad_width = len(batch.seq_lens_S), rows.q_NTL.device, shape.pad_width
+    numbers = numbers_of("latent_decode", shape, rows.q_TNL, shape.rows(drafts))
+    num_programs = numbers.pop("PER_SM") * device_facts(rows.q_TNL.device)[1]
+    S, device, pad_width = len(batch.seq_lens_S), rows.q_TNL.device, shape.pad_width
     part = torch.empty(2 * num_programs, numbers["ROWS"], pad_width, dtype=torch.float32, device=device)
     part_most, part_total = (torch.empty(part.shape[:2], dtype=torch.float32, device=device) for _ in range(2))
-    launch(latent_decode_kernel, (num_programs,), rows.q_NTL, rows.turned_TNR, for_kernels(cache), rows.sums_NTL, part,
-           part_most, part_total, *_metadata(batch), block_stride(cache), *rows.strides(), DECODE_QUERIES,
+    launch(latent_decode_kernel, (num_programs,), rows.q_TNL, rows.turned_TNR, for_kernels(cache), rows.sums_TNL, part,
+           part_most, part_total, *_metadata(batch), block_stride(cache), rows.turned_TNR.stride(1), DECODE_QUERIES,
            scale * LOG2E, **_constants(batch, shape), **numbers)  # fmt: skip
     most_rows = triton.cdiv(min(batch.max_query_len, DECODE_QUERIES) * shape.num_heads, numbers["ROWS"])
     columns = min(MERGED_COLUMNS, pad_width)
-    launch(latent_merge_kernel, (S, most_rows, pad_width // columns), rows.sums_NTL, part, part_most, part_total,
-           batch.query_start_S1, batch.seq_lens_S, S, *rows.sums_NTL.stride()[:2], DECODE_QUERIES, num_programs,
-           N=shape.num_heads, L=shape.width, PAD_L=pad_width, COLUMNS=columns, BLOCK_S=pad_seqs(S), num_warps=4,
+    launch(latent_merge_kernel, (S, most_rows, pad_width // columns), rows.sums_TNL, part, part_most, part_total,
+           batch.query_start_S1, batch.seq_lens_S, S, DECODE_QUERIES, num_programs, N=shape.num_heads, L=shape.width, PAD_L=pad_width, COLUMNS=columns, BLOCK_S=pad_seqs(S), num_warps=4,
            **{name: numbers[name] for name in ("ROWS", "TILE", "LEAST", "PDL")})  # fmt: skip
 
 
 def prefill(rows: Rows, cache: Tensor, batch: Batch, shape: Shape, scale: float) -> None:
     """The sequences of more than `DECODE_QUERIES` queries."""
-    numbers = numbers_of("latent_prefill", shape, shape.rows(DECODE_QUERIES + 1), rows.q_NTL)
+    numbers = numbers_of("latent_prefill", shape, rows.q_TNL)
     # Each sequence has one tile at most that is not full of rows.
     most_tiles = batch.num_tokens * shape.num_heads // numbers["ROWS"]
     most_tiles += min(len(batch.seq_lens_S), batch.num_tokens // (DECODE_QUERIES + 1))
-    launch(latent_prefill_kernel, (most_tiles,), rows.q_NTL, rows.turned_TNR, for_kernels(cache), rows.sums_NTL,
-           *_metadata(batch), block_stride(cache), *rows.strides(), DECODE_QUERIES, scale * LOG2E,
+    launch(latent_prefill_kernel, (most_tiles,), rows.q_TNL, rows.turned_TNR, for_kernels(cache), rows.sums_TNL,
+           *_metadata(batch), block_stride(cache), rows.turned_TNR.stride(1), DECODE_QUERIES, scale * LOG2E,
            **_constants(batch, shape), **numbers)  # fmt: skip
 
 

@@ -65,11 +65,11 @@ def latent_rope_write_kernel(
         head = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)[:, None]
         within = (i < half) & (head < N)
         turned = q_ptr + token * q_token + head * q_head + D
-        x_1 = tl.load(turned + first, within, 0.0).to(tl.float32)
-        x_2 = tl.load(turned + second, within, 0.0).to(tl.float32)
+        q_1 = tl.load(turned + first, within, 0.0).to(tl.float32)
+        q_2 = tl.load(turned + second, within, 0.0).to(tl.float32)
         tl.debug_barrier()  # pairs stand elsewhere when they come back: all are read before any is written
-        tl.store(turned + i, x_1 * cos - x_2 * sin, within)
-        tl.store(turned + half + i, x_2 * cos + x_1 * sin, within)
+        tl.store(turned + i, q_1 * cos - q_2 * sin, within)
+        tl.store(turned + half + i, q_2 * cos + q_1 * sin, within)
 
 
 def latent_rope_write(
