@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import backends
 from backends.cpu.cpu import CpuBackend
 from cuda_ops.kv import cache_shape
+from tests.models import checkpoints
+from tests.models.checkpoints import BY_ID
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
 
@@ -24,6 +27,11 @@ FEATURES = {
     "KV of int8": {"kv_cache_dtype": "int8", "max_num_batched_tokens": 11, "enable_prefix_caching": True},
     "KV of fp8": {"kv_cache_dtype": "fp8", "max_num_seqs": 1, "enable_prefix_caching": True, "host_cache_size": "1MiB"},
     "w8a8": {"quantization": "w8a8"},
+}  # fmt: skip
+LATENT_FEATURES = {
+    "chunked and prefix": {"max_num_batched_tokens": 13, "max_num_seqs": 1, "enable_prefix_caching": True},
+    "xtensor, KV of int8, tiers": {"kv_layout": "xtensor", "kv_cache_dtype": "int8", "host_cache_size": "1MiB",
+                                   "max_num_batched_tokens": 29},
 }  # fmt: skip
 
 
@@ -43,6 +51,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("qwen3"))
 
 
+@pytest.fixture(scope="module")
+def latent_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plain = BY_ID["deepseek-v3"]
+    fewer = {**plain.changes, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+    return checkpoints.save_checkpoint(replace(plain, changes=fewer), tmp_path_factory.mktemp("deepseek"))
+
+
 def generate(checkpoint: Path, **settings: Any) -> list[list[int]]:
     sampling = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
                 SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=1, max_tokens=5, ignore_eos=True,
@@ -60,3 +75,11 @@ def test_same_tokens_as_on_the_cpu(checkpoint: Path, ops: Any, monkeypatch: pyte
     expected = generate(checkpoint, **FEATURES[feature])
     monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
     assert generate(checkpoint, **FEATURES[feature]) == expected
+
+
+@pytest.mark.parametrize("feature", LATENT_FEATURES)
+def test_same_tokens_of_a_model_with_latents(latent_checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch,
+                                             feature: str) -> None:
+    expected = generate(latent_checkpoint, **LATENT_FEATURES[feature])
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
+    assert generate(latent_checkpoint, **LATENT_FEATURES[feature]) == expected
