@@ -11,6 +11,7 @@ from backends.reference.kv_codes import QUANTISED
 from benchmarks.gpu.bank import Bank, MicroCase, each
 from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.micro_kv import attention_cases, copy_case, transfer_cases
+from benchmarks.gpu.micro_latent import latent_cases
 from benchmarks.gpu.micro_lora import lora_cases, pack_case
 from benchmarks.gpu.micro_step import step_cases
 from benchmarks.gpu.paged import PagedStep
@@ -37,6 +38,7 @@ def all_cases(device: Device, profile: Profile, *, once: bool = False) -> Iterat
         for tokens in profile.micro_tokens:
             yield from linears(bank, shape, tokens)
             yield from rowwise(bank, shape, tokens)
+    yield from latent_cases(bank, profile)
     for tokens in (*profile.micro_tokens, profile.prefills[-1]):
         yield from lora_cases(bank, largest, tokens)
     yield from transfer_cases(bank, largest, 1 if once else largest.layers)

@@ -155,7 +155,7 @@ def test_layers_that_predict_further_tokens_are_left_out(folder: Path, backend: 
 
 
 def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
-    """CUDA and Ascend are strict, and have neither."""
+    """Ascend is strict, and has neither."""
     config = read(tmp_path, {**V2_LITE, "first_k_dense_replace": 27})
     assert config.special_ops == LATENT_OPS
     ops = replace(REFERENCE, name="npu")
