@@ -1,6 +1,6 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024) over the blocks of the cache, in the absorbed form: queries are brought
-to the latents' width, and what they sum of latents back from it, so that one latent a position is key and value of all
-heads.
+"""Multi-head latent attention (DeepSeek-V2, 2024) over the blocks of the cache, in the absorbed form: queries are
+brought to the latents' width, and what they sum of latents back from it, so that one latent a position is key and value
+of all heads.
 
 Rows of the dots are (query, head) pairs, in the order in which they lie: query i, head n of a sequence is row i * N + n.
 A tile of rows reads each latent once. Sequences with few queries are decoded, in equal parts of the whole batch's work
@@ -8,8 +8,8 @@ A tile of rows reads each latent once. Sequences with few queries are decoded, i
 sources. Nothing is planned: each program finds from the lengths on the device what is its own, and launches depend on
 the *numbers* of tokens and sequences alone.
 
-Letters: T tokens, S sequences, N heads, D width of a key without its rotated part, R of that part, L of a latent, V of a
-value, H = L + R, P tokens a block.
+Letters: T tokens, S sequences, N heads, D width of a key without its rotated part, R of that part, L of a latent, V of
+a value, P tokens a block.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ VARYING = ["query_start_ptr", "seq_lens_ptr", "table_ptr", "base_ptr", "S", "tab
 
 @triton.jit
 def _attend(
-    q, turned, cache_ptr, table_ptr, first_block, begin_tile, end_tile, seq_len, limit, block, scale, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, TILE: tl.constexpr,
+    q, turned, cache_ptr, table_ptr, first_block, begin_tile, end_tile, seq_len, limit, block, scale,
+    P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, TILE: tl.constexpr,
     SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, end) of latents into a running softmax in base 2: (acc, most, total).
@@ -124,9 +125,10 @@ def _work(
 @triton.jit(do_not_specialize=VARYING)
 def latent_decode_kernel(
     q_ptr, turned_ptr, cache_ptr, out_ptr, part_ptr, part_most_ptr, part_total_ptr, query_start_ptr, seq_lens_ptr,
-    table_ptr, base_ptr, S, table_stride, block, turned_stride, decode_len, scale, N: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr,
-    PAD_R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, BLOCK_S: tl.constexpr,
-    SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    table_ptr, base_ptr, S, table_stride, block, turned_stride, decode_len, scale, N: tl.constexpr, P: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, PAD_L: tl.constexpr, PAD_R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK_S: tl.constexpr, SCALE_BYTES: tl.constexpr, BASE: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One equal part of the batch's work, tile of rows by tile of rows."""
     wait_for_previous(PDL)
@@ -238,7 +240,7 @@ def latent_prefill_kernel(
         first_block = 0
         if BASE:
             first_block = tl.load(base_ptr + s)
-        acc, most, total = _attend(
+        acc, _, total = _attend(
             q, turned, cache_ptr, table, first_block, 0, end, seq_len, past + row // N, block, scale, P, L, R, PAD_L,
             PAD_R, TILE, SCALE_BYTES, BASE, UPCAST,
         )  # fmt: skip
@@ -248,7 +250,7 @@ def latent_prefill_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class Sizes:
     """What of a model and its cache decides the kernels' constants."""
 
     num_heads: int
@@ -258,7 +260,7 @@ class Shape:
     scale_bytes: int
 
     @classmethod
-    def of(cls, up_NYL: Tensor, cache: Tensor) -> Shape:
+    def of(cls, up_NYL: Tensor, cache: Tensor) -> Sizes:
         num_heads, _, width = up_NYL.shape
         rotated_dim = cache.shape[3] - scale_bytes(cache) - width
         return cls(num_heads=num_heads, width=width, rotated_dim=rotated_dim, block_size=cache.shape[2],
@@ -286,66 +288,68 @@ class Rows:
 def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, batch: Batch, *, scale: float) -> Tensor:
     """[T, N * V], of which rows of no sequence stay undefined."""
     assert q_TNX.is_contiguous()
-    (T, N, X), shape = q_TNX.shape, Shape.of(up_NYL, cache)
-    key_dim = X - shape.rotated_dim
-    rows = Rows(q_TNL=q_TNX.new_empty(T, N, shape.width), turned_TNR=q_TNX[..., key_dim:],
-                sums_TNL=q_TNX.new_empty(T, N, shape.width))
+    (T, N, X), sizes = q_TNX.shape, Sizes.of(up_NYL, cache)
+    key_dim = X - sizes.rotated_dim
+    rows = Rows(q_TNL=q_TNX.new_empty(T, N, sizes.width), turned_TNR=q_TNX[..., key_dim:],
+                sums_TNL=q_TNX.new_empty(T, N, sizes.width))
     torch.bmm(q_TNX[..., :key_dim].transpose(0, 1), up_NYL[:, :key_dim], out=rows.q_TNL.transpose(0, 1))
-    decode(rows, cache, batch, shape, scale)
+    decode(rows, cache, batch, sizes, scale)
     if batch.max_query_len > DECODE_QUERIES:
-        prefill(rows, cache, batch, shape, scale)
+        prefill(rows, cache, batch, sizes, scale)
     out_TNV = q_TNX.new_empty(T, N, up_NYL.shape[1] - key_dim)
     torch.bmm(rows.sums_TNL.transpose(0, 1), up_NYL[:, key_dim:].transpose(1, 2), out=out_TNV.transpose(0, 1))
     return out_TNV.flatten(1)
 
 
-def numbers_of(op: str, shape: Shape, like: Tensor, num_rows: int | None = None) -> dict[str, int]:
+def numbers_of(op: str, sizes: Sizes, like: Tensor, num_rows: int | None = None) -> dict[str, int]:
     """num_rows: that a sequence fills, where the entry depends on it."""
-    bucket = f"{'wide' if like.element_size() == 4 else 'half'}_L{shape.pad_width}{'_codes' if shape.scale_bytes else ''}"
+    codes = "_codes" if sizes.scale_bytes else ""
+    bucket = f"{'wide' if like.element_size() == 4 else 'half'}_L{sizes.pad_width}{codes}"
     numbers = config(op, bucket if num_rows is None else f"{bucket}_{min(num_rows, MOST_ROWS)}", like)
-    if shape.block_size % numbers["TILE"]:
+    if sizes.block_size % numbers["TILE"]:
         numbers = config(op, "any", like)  # addresses of a tile of several blocks take many registers
     return {**numbers, "maxnreg": 255}  # or the assembler spills some, to make room for more programs than there are
 
 
-def decode(rows: Rows, cache: Tensor, batch: Batch, shape: Shape, scale: float) -> None:
+def decode(rows: Rows, cache: Tensor, batch: Batch, sizes: Sizes, scale: float) -> None:
     """The sequences of at most `DECODE_QUERIES` queries."""
     drafts = batch.max_query_len if batch.max_query_len <= DECODE_QUERIES else 1
-    numbers = numbers_of("latent_decode", shape, rows.q_TNL, shape.rows(drafts))
+    numbers = numbers_of("latent_decode", sizes, rows.q_TNL, sizes.rows(drafts))
     num_programs = numbers.pop("PER_SM") * device_facts(rows.q_TNL.device)[1]
-    S, device, pad_width = len(batch.seq_lens_S), rows.q_TNL.device, shape.pad_width
+    S, device, pad_width = len(batch.seq_lens_S), rows.q_TNL.device, sizes.pad_width
     part = torch.empty(2 * num_programs, numbers["ROWS"], pad_width, dtype=torch.float32, device=device)
     part_most, part_total = (torch.empty(part.shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     launch(latent_decode_kernel, (num_programs,), rows.q_TNL, rows.turned_TNR, for_kernels(cache), rows.sums_TNL, part,
            part_most, part_total, *_metadata(batch), block_stride(cache), rows.turned_TNR.stride(1), DECODE_QUERIES,
-           scale * LOG2E, **_constants(batch, shape), **numbers)  # fmt: skip
-    most_rows = triton.cdiv(min(batch.max_query_len, DECODE_QUERIES) * shape.num_heads, numbers["ROWS"])
+           scale * LOG2E, **_constants(batch, sizes), **numbers)  # fmt: skip
+    most_rows = triton.cdiv(min(batch.max_query_len, DECODE_QUERIES) * sizes.num_heads, numbers["ROWS"])
     columns = min(MERGED_COLUMNS, pad_width)
     launch(latent_merge_kernel, (S, most_rows, pad_width // columns), rows.sums_TNL, part, part_most, part_total,
-           batch.query_start_S1, batch.seq_lens_S, S, DECODE_QUERIES, num_programs, N=shape.num_heads, L=shape.width, PAD_L=pad_width, COLUMNS=columns, BLOCK_S=pad_seqs(S), num_warps=4,
+           batch.query_start_S1, batch.seq_lens_S, S, DECODE_QUERIES, num_programs, N=sizes.num_heads, L=sizes.width,
+           PAD_L=pad_width, COLUMNS=columns, BLOCK_S=pad_seqs(S), num_warps=4,
            **{name: numbers[name] for name in ("ROWS", "TILE", "LEAST", "PDL")})  # fmt: skip
 
 
-def prefill(rows: Rows, cache: Tensor, batch: Batch, shape: Shape, scale: float) -> None:
+def prefill(rows: Rows, cache: Tensor, batch: Batch, sizes: Sizes, scale: float) -> None:
     """The sequences of more than `DECODE_QUERIES` queries."""
-    numbers = numbers_of("latent_prefill", shape, rows.q_TNL)
+    numbers = numbers_of("latent_prefill", sizes, rows.q_TNL)
     # Each sequence has one tile at most that is not full of rows.
-    most_tiles = batch.num_tokens * shape.num_heads // numbers["ROWS"]
+    most_tiles = batch.num_tokens * sizes.num_heads // numbers["ROWS"]
     most_tiles += min(len(batch.seq_lens_S), batch.num_tokens // (DECODE_QUERIES + 1))
     launch(latent_prefill_kernel, (most_tiles,), rows.q_TNL, rows.turned_TNR, for_kernels(cache), rows.sums_TNL,
            *_metadata(batch), block_stride(cache), rows.turned_TNR.stride(1), DECODE_QUERIES, scale * LOG2E,
-           **_constants(batch, shape), **numbers)  # fmt: skip
+           **_constants(batch, sizes), **numbers)  # fmt: skip
 
 
-def _metadata(batch: Batch) -> tuple[Tensor | None | int, ...]:
+def _metadata(batch: Batch) -> tuple[Tensor | int | None, ...]:
     return (batch.query_start_S1, batch.seq_lens_S, batch.block_table_SM, batch.kv_base_S, len(batch.seq_lens_S),
             batch.block_table_SM.stride(0))
 
 
-def _constants(batch: Batch, shape: Shape) -> dict[str, int | bool]:
+def _constants(batch: Batch, sizes: Sizes) -> dict[str, int | bool]:
     return {
-        "N": shape.num_heads, "P": shape.block_size, "L": shape.width, "R": shape.rotated_dim,
-        "PAD_L": shape.pad_width, "PAD_R": max(16, triton.next_power_of_2(shape.rotated_dim)),
-        "BLOCK_S": pad_seqs(len(batch.seq_lens_S)), "SCALE_BYTES": shape.scale_bytes,
+        "N": sizes.num_heads, "P": sizes.block_size, "L": sizes.width, "R": sizes.rotated_dim,
+        "PAD_L": sizes.pad_width, "PAD_R": max(16, triton.next_power_of_2(sizes.rotated_dim)),
+        "BLOCK_S": pad_seqs(len(batch.seq_lens_S)), "SCALE_BYTES": sizes.scale_bytes,
         "BASE": batch.kv_base_S is not None, "UPCAST": INTERPRETED,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What section `micro` measures of latent attention, at the widths of DeepSeek V2-Lite: decoding, a prompt, the write."""
+"""What section `micro` measures of latent attention, at the widths of DeepSeek V2-Lite."""
 
 from __future__ import annotations
 

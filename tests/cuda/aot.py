@@ -111,10 +111,11 @@ def latent_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                                     (16, BF16, 16, False)):  # fmt: skip
         for query_len in (1, 4, 64) if (dtype, P, contiguous) == (BF16, 128, False) else (1, 64):
             name = f"N{N} Q{query_len} {dtype} P{P}{' base' * contiguous}"
-            yield name, partial(_attend_latents, torch.empty(3, 1, P, 576, dtype=dtype), N, dtype, query_len, contiguous)
-            for format, (codes, scale_bytes) in QUANTISED.items() if N != 32 and query_len != 4 else ():
+            forms = {"": (dtype, 0), **(QUANTISED if N != 32 and query_len != 4 else {})}
+            for format, (codes, scale_bytes) in forms.items():
                 cache = torch.empty(3, 1, P, 576 + scale_bytes, dtype=codes)
-                yield f"{name} {format} KV", partial(_attend_latents, cache, N, dtype, query_len, contiguous)
+                yield f"{name}{f' {format} KV' if format else ''}", partial(
+                    _attend_latents, cache, N, dtype, query_len, contiguous)  # fmt: skip
 
 
 def _attend_latents(cache: torch.Tensor, N: int, dtype: torch.dtype, query_len: int, contiguous: bool) -> None:
@@ -210,8 +211,8 @@ def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
-    "attention": attention_cases, "latent": latent_cases, "latent_rope": latent_rope_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
-    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
+    "attention": attention_cases, "latent": latent_cases, "latent_rope": latent_rope_cases, "sampling": sampling_cases,
+    "logits": logits_cases, "kv": kv_cases, "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
 }  # fmt: skip
 
 
@@ -273,8 +274,8 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    if name == "prefill_kernel" and arch == "sm90" and half and in_table and not wgmma or (
-            name == "latent_prefill_kernel" and arch == "sm90" and half and in_table and "KV" not in case and not wgmma):
+    of_64_rows = name == "prefill_kernel" or (name == "latent_prefill_kernel" and "KV" not in case)
+    if of_64_rows and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
     waits, touches = kernel.asm["ptx"].find("griddepcontrol.wait"), MEMORY.search(kernel.asm["ptx"])
     if "PDL" in case and not (touches and 0 <= waits < touches.start()):
