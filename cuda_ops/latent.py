@@ -2,11 +2,11 @@
 brought to the latents' width, and what they sum of latents back from it, so that one latent a position is key and value
 of all heads.
 
-Rows of the dots are (query, head) pairs, in the order in which they lie: query i, head n of a sequence is row i * N + n.
-A tile of rows reads each latent once. Sequences with few queries are decoded, in equal parts of the whole batch's work
-(Stream-K), and those with many are prefilled, a program for each tile of rows, as in `attention.py`, which has the
-sources. Nothing is planned: each program finds from the lengths on the device what is its own, and launches depend on
-the *numbers* of tokens and sequences alone.
+Rows of the dots are (query, head) pairs, in the order in which they lie: query i, head n of a sequence is row
+i * N + n. A tile of rows reads each latent once. Sequences with few queries are decoded, in equal parts of the whole
+batch's work (Stream-K), and those with many are prefilled, a program for each tile of rows, as in `attention.py`, which
+has the sources. Nothing is planned: each program finds from the lengths on the device what is its own, and launches
+depend on the *numbers* of tokens and sequences alone.
 
 Letters: T tokens, S sequences, N heads, D width of a key without its rotated part, R of that part, L of a latent, V of
 a value, P tokens a block.

@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from backends.opset import OpSet
+from backends.opset import LATENT_OPS, OpSet
 from cuda_ops import latent, launch
 from cuda_ops.latent_rope import latent_rope_write
 from tests.ops.conftest import Groups, Paged, kv_dtype, spread_cache
 from tests.ops.test_latent import D, L, N, R, inputs, truth
+from xllm.config import EngineConfig
+from xllm.worker.loading import _check_ops, _check_special_ops
 
 __all__ = ["kv_dtype"]
+
+
+def test_a_model_with_latents_is_not_refused(ops: OpSet) -> None:
+    device: Any = SimpleNamespace(name="cuda", ops=ops, strict_ops=True, computes_on_host=False)
+    model: Any = SimpleNamespace(architecture="DeepseekV3ForCausalLM", special_ops=LATENT_OPS)
+    _check_special_ops(device, model, EngineConfig.from_flat(model="m"))
+    assert _check_ops(device, True, LATENT_OPS) == []
 
 
 def check(ops: OpSet, case: Paged, *, atol: float = 3e-6) -> None:
