@@ -250,7 +250,7 @@ def latent_prefill_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class LatentSizes:
     """What of a model and its cache decides the kernels' constants."""
 
     num_heads: int
@@ -260,7 +260,7 @@ class Sizes:
     scale_bytes: int
 
     @classmethod
-    def of(cls, up_NYL: Tensor, cache: Tensor) -> Sizes:
+    def of(cls, up_NYL: Tensor, cache: Tensor) -> LatentSizes:
         num_heads, _, width = up_NYL.shape
         rotated_dim = cache.shape[3] - scale_bytes(cache) - width
         return cls(num_heads=num_heads, width=width, rotated_dim=rotated_dim, block_size=cache.shape[2],
@@ -288,7 +288,7 @@ class Rows:
 def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, batch: Batch, *, scale: float) -> Tensor:
     """[T, N * V], of which rows of no sequence stay undefined."""
     assert q_TNX.is_contiguous()
-    (T, N, X), sizes = q_TNX.shape, Sizes.of(up_NYL, cache)
+    (T, N, X), sizes = q_TNX.shape, LatentSizes.of(up_NYL, cache)
     key_dim = X - sizes.rotated_dim
     rows = Rows(q_TNL=q_TNX.new_empty(T, N, sizes.width), turned_TNR=q_TNX[..., key_dim:],
                 sums_TNL=q_TNX.new_empty(T, N, sizes.width))
@@ -301,7 +301,7 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, batch: Batch,
     return out_TNV.flatten(1)
 
 
-def numbers_of(op: str, sizes: Sizes, like: Tensor, num_rows: int | None = None) -> dict[str, int]:
+def numbers_of(op: str, sizes: LatentSizes, like: Tensor, num_rows: int | None = None) -> dict[str, int]:
     """num_rows: that a sequence fills, where the entry depends on it."""
     codes = "_codes" if sizes.scale_bytes else ""
     bucket = f"{'wide' if like.element_size() == 4 else 'half'}_L{sizes.pad_width}{codes}"
@@ -311,7 +311,7 @@ def numbers_of(op: str, sizes: Sizes, like: Tensor, num_rows: int | None = None)
     return {**numbers, "maxnreg": 255}  # or the assembler spills some, to make room for more programs than there are
 
 
-def decode(rows: Rows, cache: Tensor, batch: Batch, sizes: Sizes, scale: float) -> None:
+def decode(rows: Rows, cache: Tensor, batch: Batch, sizes: LatentSizes, scale: float) -> None:
     """The sequences of at most `DECODE_QUERIES` queries."""
     drafts = batch.max_query_len if batch.max_query_len <= DECODE_QUERIES else 1
     numbers = numbers_of("latent_decode", sizes, rows.q_TNL, sizes.rows(drafts))
@@ -330,7 +330,7 @@ def decode(rows: Rows, cache: Tensor, batch: Batch, sizes: Sizes, scale: float) 
            **{name: numbers[name] for name in ("ROWS", "TILE", "LEAST", "PDL")})  # fmt: skip
 
 
-def prefill(rows: Rows, cache: Tensor, batch: Batch, sizes: Sizes, scale: float) -> None:
+def prefill(rows: Rows, cache: Tensor, batch: Batch, sizes: LatentSizes, scale: float) -> None:
     """The sequences of more than `DECODE_QUERIES` queries."""
     numbers = numbers_of("latent_prefill", sizes, rows.q_TNL)
     # Each sequence has one tile at most that is not full of rows.
@@ -346,7 +346,7 @@ def _metadata(batch: Batch) -> tuple[Tensor | int | None, ...]:
             batch.block_table_SM.stride(0))
 
 
-def _constants(batch: Batch, sizes: Sizes) -> dict[str, int | bool]:
+def _constants(batch: Batch, sizes: LatentSizes) -> dict[str, int | bool]:
     return {
         "N": sizes.num_heads, "P": sizes.block_size, "L": sizes.width, "R": sizes.rotated_dim,
         "PAD_L": sizes.pad_width, "PAD_R": max(16, triton.next_power_of_2(sizes.rotated_dim)),
