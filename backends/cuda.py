@@ -25,7 +25,7 @@ from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED, row_width
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
-from cuda_ops import activation, feed, kv, linear, logits, lora, norm, rotary, sampling
+from cuda_ops import activation, feed, kv, latent, latent_rope, linear, logits, lora, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
@@ -49,16 +49,37 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    batch = attention_kernels.Batch(
-        query_start_S1=meta.query_start_S1, seq_lens_S=meta.seq_lens_S, block_table_SM=meta.block_table_SM,
-        kv_base_S=meta.kv_base_S, num_tokens=meta.num_tokens, max_query_len=meta.max_query_len,
-    )  # fmt: skip
+    batch = _batch(meta)
     window = None if sliding_window is None or sliding_window >= meta.max_seq_len else sliding_window
     plans = {} if meta.plan is None else meta.plan
     if window not in plans:
         shape = attention_kernels.Shape.of(q_TNH, k_cache)
         plans[window] = attention_kernels.plan(batch, shape, q_TNH, window)
     return attention_kernels.attention(q_TNH, k_cache, v_cache, batch, plans[window], scale=scale).flatten(1)
+
+
+def _batch(meta: AttentionMetadata) -> attention_kernels.Batch:
+    return attention_kernels.Batch(
+        query_start_S1=meta.query_start_S1, seq_lens_S=meta.seq_lens_S, block_table_SM=meta.block_table_SM,
+        kv_base_S=meta.kv_base_S, num_tokens=meta.num_tokens, max_query_len=meta.max_query_len,
+    )  # fmt: skip
+
+
+def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float) -> Tensor:
+    return latent.latent_attention(q_TNX, up_NYL, cache, _batch(meta), scale=scale)
+
+
+def latent_rope_write(
+    latent_TX: Tensor,
+    q_TNX: Tensor,
+    positions_T: Tensor,
+    cos_sin_XR: Tensor,
+    cache: Tensor,
+    meta: AttentionMetadata,
+    **options: Any,
+) -> Tensor:
+    return latent_rope.latent_rope_write(latent_TX, q_TNX, positions_T, cos_sin_XR, cache, meta.slot_mapping_T,
+                                         **options)
 
 
 def qkv_rope_write(
@@ -87,6 +108,8 @@ OPS = replace(
     qkv_rope_write=qkv_rope_write,
     plan=plan,
     attention=attention,
+    latent_rope_write=latent_rope_write,
+    latent_attention=latent_attention,
     silu_mul=activation.silu_mul,
     route=cuda_experts.route,
     pack_experts=cuda_experts.pack_experts,

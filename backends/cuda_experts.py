@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from backends.expert_choice import ExpertChoice, RouteRule
+from backends.scaled_weight import ScaledWeight
 from backends.reference.linear import pack_linear
 from cuda_ops import experts as kernels
 
@@ -16,7 +17,8 @@ def route(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None = None) -> E
     return ExpertChoice(*kernels.route(logits_TE, rule, bias_E))
 
 
-def pack_experts(experts: Iterable[Tensor], *, quantization: str | None = None) -> kernels.ExpertWeights:
+def pack_experts(experts: Iterable[Tensor | ScaledWeight], *,
+                 quantization: str | None = None) -> kernels.ExpertWeights:
     return kernels.ExpertWeights([pack_linear(weight_YX, quantization=quantization) for weight_YX in experts])
 
 

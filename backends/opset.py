@@ -100,7 +100,7 @@ class FeedTokensOp(Protocol):
 
 class RMSNormOp(Protocol):
     def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight, over the last axis, into a new tensor.
+        """x / sqrt(mean(x^2) + eps) * weight, over the last axis, into a new tensor; rows of x may lie apart.
 
         Statistics in fp32; the normalised value is rounded to x's dtype before the weight.
         """

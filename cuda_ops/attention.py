@@ -126,7 +126,7 @@ def _find(sums_ptr, S, at, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _block_ids(
+def ids_of_tile(
     table_ptr, first_block, tile, end_tile, seq_len, P: tl.constexpr, TILE: tl.constexpr, BASE: tl.constexpr
 ):
     """The block id of a tile, or of each of its positions where it spans several blocks; past the end, any id."""
@@ -144,7 +144,7 @@ def _block_ids(
 
 
 @triton.jit
-def _scales(
+def scales_of_tile(
     cache_ptr, block_ids, block, tile, position, seq_len, P: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
     MASK: tl.constexpr, SCALE_BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -203,12 +203,12 @@ def _attend(
             k = tl.load(keys_ptr)
             v = tl.load(values_ptr)
         if SCALE_BYTES:
-            k_scales = _scales(k_ptr, block_ids, k_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
-            v_scales = _scales(v_ptr, block_ids, v_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
+            k_scales = scales_of_tile(k_ptr, block_ids, k_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
+            v_scales = scales_of_tile(v_ptr, block_ids, v_block, tile, position, seq_len, P, H, TILE, MASK, SCALE_BYTES)
             # With so few rows each warp has keys of its own; values lie across what a warp multiplies.
             k = widen(k, q.dtype, SCALE_BYTES == 1, q.shape[0] == 16)
             v = widen(v, q.dtype, SCALE_BYTES == 1, False)
-        block_ids = _block_ids(table_ptr, first_block, tile + 1, all_tiles, seq_len, P, TILE, BASE)
+        block_ids = ids_of_tile(table_ptr, first_block, tile + 1, all_tiles, seq_len, P, TILE, BASE)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -278,7 +278,7 @@ def decode_kernel(
         if BASE:
             first_block = tl.load(base_ptr + s)
         begin_tile, end_tile = skipped + begin, skipped + stop
-        ids = _block_ids(table, first_block, begin_tile, end_tile, seq_len, P, TILE, BASE)
+        ids = ids_of_tile(table, first_block, begin_tile, end_tile, seq_len, P, TILE, BASE)
         acc = tl.zeros([ROWS, PAD_H], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -386,7 +386,7 @@ def prefill_kernel(
         acc = tl.zeros([ROWS, PAD_H], tl.float32)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        ids = _block_ids(table, first_block, begin, end, seq_len, P, TILE, BASE)
+        ids = ids_of_tile(table, first_block, begin, end, seq_len, P, TILE, BASE)
         if WINDOW:
             acc, most, total, ids = _attend(
                 q, acc, most, total, k_head, v_head, table, first_block, ids, begin, clear, end, seq_len, limit,
@@ -448,7 +448,7 @@ def plan(batch: Batch, shape: Shape, like: Tensor, window: int | None = None) ->
     tiles_S1, blocks_S1, order_S1 = (torch.empty(S + 1, dtype=torch.int32, device=like.device) for _ in range(3))
     launch(plan_kernel, (1,), batch.query_start_S1, batch.seq_lens_S, tiles_S1, blocks_S1, order_S1, S, window or 0,
            shape.decode_len, rows // shape.group, WINDOW=window is not None,
-           TILE=numbers_of("decode", shape, like)["TILE"], BLOCK=_pad_seqs(S), num_warps=4)  # fmt: skip
+           TILE=numbers_of("decode", shape, like)["TILE"], BLOCK=pad_seqs(S), num_warps=4)  # fmt: skip
     return Plan(tiles_S1=tiles_S1, blocks_S1=blocks_S1, order_S=order_S1[:-1], window=window)
 
 
@@ -500,7 +500,7 @@ def _prefill_numbers(shape: Shape, like: Tensor) -> dict[str, int]:
     return {**numbers, "ROWS": max(numbers["ROWS"], triton.next_power_of_2(shape.group))}
 
 
-def _pad_seqs(num_seqs: int) -> int:
+def pad_seqs(num_seqs: int) -> int:
     """Few sizes, since each is a kernel of its own."""
     return max(64, triton.next_power_of_2(num_seqs))
 
@@ -508,6 +508,6 @@ def _pad_seqs(num_seqs: int) -> int:
 def _constants(batch: Batch, plan: Plan, shape: Shape) -> dict[str, int | bool]:
     return {
         "K": shape.num_kv_heads, "G": shape.group, "P": shape.block_size, "H": shape.head_dim, "PAD_H": shape.pad_dim,
-        "SCALE_BYTES": shape.scale_bytes, "BLOCK_S": _pad_seqs(len(batch.seq_lens_S)),
+        "SCALE_BYTES": shape.scale_bytes, "BLOCK_S": pad_seqs(len(batch.seq_lens_S)),
         "BASE": batch.kv_base_S is not None, "WINDOW": plan.window is not None, "UPCAST": INTERPRETED,
     }  # fmt: skip

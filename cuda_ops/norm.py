@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,13 +11,14 @@ from cuda_ops.launch import config, launch, wait_for_previous
 
 @triton.jit
 def rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, D, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, x_row, D, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < D
     at = tl.program_id(0).to(tl.int64) * D + offsets
-    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * x_row + offsets, inside, 0.0).to(tl.float32)
     if ADD:
         # The sum is normalised as it is kept: rounded.
         x = (x + tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
@@ -31,10 +31,12 @@ def rms_norm_kernel(
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
-    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    out, D = torch.empty_like(x), x.shape[-1]
+    assert x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)
+    assert residual is None or residual.is_contiguous()
+    out, D = x.new_empty(x.shape), x.shape[-1]
     block = triton.next_power_of_2(D)
-    launch(rms_norm_kernel, (x.numel() // D,), x, residual, weight_D, out, eps, D, ADD=residual is not None,
+    launch(rms_norm_kernel, (x.numel() // D,), x, residual, weight_D, out, eps,
+           D if x.is_contiguous() else x.stride(0), D, ADD=residual is not None,
            BLOCK=block, **config("norm", f"D{block}", x))  # fmt: skip
     return out
 

@@ -12,6 +12,7 @@ from benchmarks.gpu import micro_experts
 from benchmarks.gpu.bank import Bank, MicroCase, each
 from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.micro_kv import attention_cases, copy_case, transfer_cases
+from benchmarks.gpu.micro_latent import latent_cases
 from benchmarks.gpu.micro_lora import lora_cases, pack_case
 from benchmarks.gpu.micro_step import step_cases
 from benchmarks.gpu.paged import PagedStep
@@ -41,6 +42,7 @@ def all_cases(device: Device, profile: Profile, *, once: bool = False) -> Iterat
     experts = expert_layer(large=device.is_cuda)
     for tokens in (*profile.micro_tokens, profile.prefills[-1]):
         yield from micro_experts.expert_cases(bank, experts, tokens)
+    yield from latent_cases(bank, profile)
     for tokens in (*profile.micro_tokens, profile.prefills[-1]):
         yield from lora_cases(bank, largest, tokens)
     yield from transfer_cases(bank, largest, 1 if once else largest.layers)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backends.opset import OpSet
-from benchmarks.gpu import op_cases, op_cases_experts, op_cases_kv, op_cases_sampling
+from benchmarks.gpu import op_cases, op_cases_experts, op_cases_kv, op_cases_latent, op_cases_sampling
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device import poisoned, relative_error
 from benchmarks.gpu.op_cases import Cases, Check, World
@@ -25,20 +25,17 @@ from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.spot import SPOTS, on_host
 
 REFUSALS = (ValueError, NotImplementedError)
-NOT_BUILT = ("latent_rope_write", "latent_attention")  # models that need them are refused there
 OPERATORS: dict[str, Cases] = (op_cases.OPERATORS | op_cases_experts.OPERATORS | op_cases_kv.OPERATORS
-                               | op_cases_sampling.OPERATORS)
+                               | op_cases_latent.OPERATORS | op_cases_sampling.OPERATORS)
 
 
 def operators() -> Iterator[str]:
-    """Of `OpSet`, as it is, but for those that are not built for CUDA."""
-    return (field.name for field in fields(OpSet) if field.name not in ("name", *NOT_BUILT))
+    """Of `OpSet`, as it is."""
+    return (field.name for field in fields(OpSet) if field.name != "name")
 
 
 @torch.inference_mode()
 def run(bench: Bench) -> None:
-    for name in NOT_BUILT:
-        bench.absent(name, "not built for CUDA")
     for name in operators():
         if name not in OPERATORS:
             bench.check(name, False, why="no cases: add some to benchmarks/gpu/op_cases*.py")

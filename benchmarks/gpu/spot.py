@@ -29,6 +29,7 @@ from benchmarks.gpu.op_cases import (
 )
 from benchmarks.gpu.op_cases_experts import experts_truth
 from benchmarks.gpu.op_cases_kv import rope_check, transfer_check
+from benchmarks.gpu.op_cases_latent import V2_LITE, attention_check, latent_step, rope_write_check
 from benchmarks.gpu.op_cases_sampling import LIMITS, bitmask_check, first_largest, penalise_check, sample_check
 from benchmarks.gpu.paged import PagedStep
 from benchmarks.gpu.shapes import ModelShape, expert_layer
@@ -38,6 +39,7 @@ Spots = Callable[[World, ModelShape], Iterator[Check]]
 TOKENS = 64
 JUDGED_ROWS, JUDGED_OUTPUTS, HISTORY = 4, 512, 700
 DECODED, CHUNK = 8, 384  # sequences of a decode step, tokens of a chunk
+LATENTS = 1024  # of the longest sequence: the CPU makes keys and values of them all
 
 
 def on_host(check: Check) -> Check:
@@ -184,6 +186,27 @@ def qkv_rope_write(world: World, shape: ModelShape) -> Iterator[Check]:
         yield rope_check(world, step, shape.heads, name, normed=True, judge=HOST)
 
 
+def latent_steps(world: World) -> Iterator[tuple[str, PagedStep]]:
+    """At the widths of DeepSeek V2-Lite."""
+    most = min(world.longest, LATENTS)
+    chunk = min(CHUNK, most // 2)
+    for kv_dtype in (None, *world.backend.kv_dtypes):
+        for name, query_lens, seq_lens in (("decode", [1] * 4, [1, most, most // 3 + 1, 7]),
+                                           ("chunk", [chunk, 1, chunk // 3], [most // 2, 5, chunk // 3])):  # fmt: skip
+            over = f" over {QUANTISED[kv_dtype]}" if kv_dtype else ""
+            yield f"{name}{over}", latent_step(world, V2_LITE, query_lens, seq_lens, world.dtypes[0], kv_dtype)
+
+
+def latent_attention(world: World, shape: ModelShape) -> Iterator[Check]:
+    for name, step in latent_steps(world):
+        yield attention_check(world, step, V2_LITE, name, HOST)
+
+
+def latent_rope_write(world: World, shape: ModelShape) -> Iterator[Check]:
+    for name, step in latent_steps(world):
+        yield rope_write_check(world, step, V2_LITE, name, interleaved=True, judge=HOST)
+
+
 def copy_blocks(world: World, shape: ModelShape) -> Iterator[Check]:
     for kv_dtype in (None, *world.backend.kv_dtypes):
         step = PagedStep(world.backend, [1], [16 * world.backend.default_block_size], num_kv_heads=shape.kv_heads,
@@ -282,6 +305,7 @@ def grouped_linear(world: World, shape: ModelShape) -> Iterator[Check]:
 SPOTS: dict[str, Spots] = {
     "linear": linear, "lora_add": lora_add, "embedding": embedding, "feed_tokens": feed_tokens, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "qkv_rope_write": qkv_rope_write, "attention": attention, "silu_mul": silu_mul,
+    "latent_rope_write": latent_rope_write, "latent_attention": latent_attention,
     "copy_blocks": copy_blocks, "export_blocks": transfers, "apply_token_bitmask": apply_token_bitmask,
     "penalise": penalise, "argmax": argmax, "sample": sample, "route": route, "grouped_linear": grouped_linear,
 }  # fmt: skip

@@ -16,18 +16,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
+from tests.cuda.aot_cases import OPERATORS
 
 ROOT = Path(__file__).parents[2]
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-QUANTISED = {"int8": (torch.int8, 4), "fp8": (torch.float8_e4m3fn, 1)}  # dtypes of caches, and the bytes of a scale
 # Compute capability, multiprocessors, bytes of shared memory a program may have. Ampere's are those of its smaller
 # devices (8.6, 8.9), so that every table entry runs on all of them.
 DEVICES = {"sm80": (80, 108, 101_376), "sm90": (90, 132, 232_448)}
@@ -36,180 +31,6 @@ GROUPED = ("grouped_linear_kernel", "grouped_w8a8_kernel")
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.(?!param|shared)|cp\.async|\bcp\.reduce")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SECONDS = 600
-
-
-def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.norm import add_rms_norm, rms_norm
-
-    for D, dtype in ((1024, BF16), (2048, BF16), (4096, BF16), (5120, FP32), (8192, BF16)):
-        x, weight = torch.empty(4, D, dtype=dtype), torch.empty(D, dtype=dtype)
-        yield f"D{D} {dtype}", lambda x=x, weight=weight: (rms_norm(x, weight, 1e-6), add_rms_norm(x, x, weight, 1e-6))
-
-
-def silu_mul_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.activation import silu_mul
-
-    for dtype in (BF16, FP32):
-        yield str(dtype), lambda dtype=dtype: silu_mul(torch.empty(4, 2 * 14336, dtype=dtype))
-
-
-def qkv_rope_write_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.rotary import qkv_rope_write
-
-    for H, dtype, normed in ((64, BF16, False), (128, BF16, False), (128, BF16, True), (128, FP32, True),
-                             (256, BF16, False)):  # fmt: skip
-        places = torch.zeros(16, dtype=torch.int32)
-        norms = dict.fromkeys(("q_norm_H", "k_norm_H"), torch.empty(H, dtype=dtype) if normed else None)
-        for format, (codes, scale_bytes) in {"": (dtype, 0), **QUANTISED}.items():
-            cache = torch.empty(4, 8, 128, H + scale_bytes, dtype=codes)
-            yield f"H{H} {dtype}{' normed' * normed}{f' {format} KV' if format else ''}", partial(
-                qkv_rope_write, torch.empty(16, 48 * H, dtype=dtype), places, torch.empty(64, H), cache, cache, places,
-                num_heads=32, num_kv_heads=8, head_dim=H, **norms)  # fmt: skip
-
-
-def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops import attention as ops
-
-    heads = {64: (32, 8), 128: (32, 8), 256: (8, 4)}
-    shapes = [(H, BF16, 128, heads[H]) for H in heads] + [(64, FP32, 128, (32, 8)), (128, FP32, 128, (32, 8)),
-              (256, FP32, 128, (8, 4)), (128, FP16, 128, (32, 8)), (128, BF16, 16, (16, 8)), (128, BF16, 128, (7, 1)),
-              (80, BF16, 128, (32, 32))]  # fmt: skip
-    modes = [(False, None), (True, None), (False, 4096)]
-    for H, dtype, P, (N, K) in shapes:
-        for contiguous, window in modes if (H, dtype, P, N) == (128, BF16, 128, 32) else modes[:1]:
-            name = f"H{H} {dtype} P{P} N{N} K{K}{' base' * contiguous}{' window' * bool(window)}"
-            q, cache = torch.empty(64, N, H, dtype=dtype), torch.empty(3, K, P, H, dtype=dtype)
-            yield name, partial(_attend, ops, q, cache, contiguous, window)
-    for H, dtype, P, (N, K), format in _quantised_shapes():
-        codes, scale_bytes = QUANTISED[format]
-        q, cache = torch.empty(64, N, H, dtype=dtype), torch.empty(3, K, P, H + scale_bytes, dtype=codes)
-        for contiguous, window in modes if (H, dtype, P, N, format) == (128, BF16, 128, 32, "int8") else modes[:1]:
-            name = f"H{H} {dtype} P{P} N{N} K{K}{' base' * contiguous}{' window' * bool(window)} {format} KV"
-            yield name, partial(_attend, ops, q, cache, contiguous, window)
-
-
-def _quantised_shapes() -> Iterator[tuple[int, torch.dtype, int, tuple[int, int], str]]:
-    for format in QUANTISED:
-        for H in (64, 128, 256):
-            yield H, BF16, 128, (8, 4) if H == 256 else (32, 8), format
-        yield 128, BF16, 16, (16, 8), format
-    yield from ((128, FP16, 128, (32, 8), "fp8"), (128, FP32, 128, (32, 8), "int8"), (128, BF16, 128, (7, 1), "fp8"),
-                (80, BF16, 128, (32, 32), "int8"))  # fmt: skip
-
-
-def _attend(ops: Any, q: torch.Tensor, cache: torch.Tensor, contiguous: bool, window: int | None) -> None:
-    ids = torch.zeros(64, dtype=torch.int32)
-    batch = ops.Batch(query_start_S1=torch.zeros(65, dtype=torch.int32), seq_lens_S=ids,
-                      block_table_SM=torch.zeros(64, 0 if contiguous else 48, dtype=torch.int32), num_tokens=64,
-                      kv_base_S=ids if contiguous else None, max_query_len=64)  # fmt: skip
-    plan = ops.plan(batch, ops.Shape.of(q, cache), q, window)
-    ops.attention(q, cache, cache, batch, plan, scale=0.1)
-
-
-def sampling_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.sampling import argmax, sample
-
-    logits, column = torch.empty(4, 151_936), torch.zeros(4)
-    yield "V151936", lambda: (argmax(logits),
-                              sample(logits, column, torch.zeros(4, dtype=torch.int32), column, column, column))
-
-
-def logits_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.logits import apply_token_bitmask, penalise
-
-    logits, rows, starts = torch.empty(4, 151_936), torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
-    factors = torch.ones(4), *(torch.zeros(4, dtype=torch.float64) for _ in range(2))
-    yield "V151936", lambda: (penalise(logits, rows, torch.zeros(99, dtype=torch.int32), starts, starts, *factors),
-                              apply_token_bitmask(logits, torch.zeros(4, 4748, dtype=torch.int32), rows))
-
-
-def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.kv import copy_blocks, export_blocks, import_blocks, stored_bytes
-
-    ids = torch.zeros(4, dtype=torch.int64)
-    for dtype in (BF16, FP32):
-        cache = torch.zeros(4, 8, 128, 128, dtype=dtype)
-        yield f"copy {dtype}", lambda cache=cache: copy_blocks(cache, ids, ids)
-        for format in ("int8", "fp8"):
-            store = torch.zeros(4, stored_bytes((cache, cache), format=format), dtype=torch.uint8)
-            yield f"{format} {dtype}", lambda c=cache, s=store, f=format: (
-                export_blocks((c, c), ids, s, ids, format=f), import_blocks((c, c), ids, s, ids, format=f))  # fmt: skip
-    codes = torch.zeros(4, 8, 128, 129, dtype=torch.float8_e4m3fn)
-    yield "copy fp8 KV", lambda: copy_blocks(codes, ids, ids)
-
-
-def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.linear import linear_bytes, linear_w8a8, quantise_rows, rescale
-
-    for codes in (torch.int8, torch.float8_e4m3fn):
-        weight = torch.zeros(4096, 4096, dtype=torch.int8).view(codes)
-        for rows, dtype in ((16, BF16), (64, BF16), (64, FP16), (64, FP32)):
-            x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
-            yield f"{codes} T{rows} {dtype}", partial(linear_bytes, x, weight, scale, bias)
-    yield str(BF16), lambda: quantise_rows(torch.empty(4, 4096, dtype=BF16))
-    weight, scale = torch.zeros(4096, 4096, dtype=torch.int8), torch.empty(4096)
-    for rows, dtype in ((16, BF16), (64, BF16), (64, FP32)):
-        x, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
-        yield f"w8a8 T{rows} {dtype}", partial(linear_w8a8, x, weight, scale, bias)
-        yield f"sums {dtype}", partial(rescale, torch.zeros(rows, 4096, dtype=torch.int32), scale, scale, bias, dtype)
-
-
-def feed_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.feed import feed_tokens
-
-    ids = torch.zeros(64, dtype=torch.int32)
-    yield "T64", lambda: feed_tokens(ids, ids, torch.zeros(64, dtype=torch.int64))
-
-
-def lora_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.lora import lora_add, pack_lora
-
-    slots = torch.zeros(4, dtype=torch.int32)
-    for rank, parts, dtype in ((16, (4096, 1024, 1024), BF16), (64, (12288, 12288), BF16), (8, (4096,), FP32)):
-        a = torch.empty(2, len(parts) * rank, 4096, dtype=dtype)
-        packed = pack_lora(a, torch.empty(2, sum(parts), rank, dtype=dtype), parts)
-        x, y = torch.empty(4, 4096, dtype=dtype), torch.empty(4, sum(parts), dtype=dtype)
-        yield f"R{rank} {len(parts)} parts {dtype}", partial(lora_add, y, x, packed, slots)
-
-
-def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Experts of Qwen3-30B-A3B, and the routers of it, of DeepSeek-V3 and of a shared expert."""
-    from cuda_ops import experts as ops
-
-    def rule(K: int, *, sigmoid: bool, groups: int = 1) -> Any:
-        return SimpleNamespace(num_chosen=K, sigmoid=sigmoid, num_groups=groups, num_kept_groups=-(-groups // 2),
-                               summed_per_group=2, renormalise=K > 1, scale=1.0)
-
-    ids = torch.zeros(16, 8, dtype=torch.int32)
-    rules = {128: rule(8, sigmoid=False), 256: rule(8, sigmoid=True, groups=8), 1: rule(1, sigmoid=True)}
-    for E, routed in rules.items():
-        bias = torch.empty(E) if E == 256 else None
-        yield f"E{E}", partial(ops.route, torch.empty(4, E, dtype=BF16), routed, bias)
-    yield "E128", lambda: ops.sort_rows(ids, 128)
-    for dtype in (BF16, FP32):
-        y, weights = torch.empty(128, 2048, dtype=dtype), torch.empty(16, 8)
-        yield str(dtype), partial(ops.combine, y, weights, ops.RowOrder(ids.flatten(), ids, ids, 16))
-    for codes, is_w8a8, dtype, sizes in (
-        (None, False, BF16, (16, 64, 128)), (None, False, FP32, (16,)),
-        (torch.int8, False, BF16, (16, 64, 128)), (torch.int8, False, FP32, (16,)),
-        (torch.float8_e4m3fn, False, BF16, (16, 64, 128)), (torch.float8_e4m3fn, False, FP16, (16,)),
-        (torch.int8, True, BF16, (16, 64, 128)),
-    ):  # fmt: skip
-        weight = torch.zeros(1536, 2048, dtype=codes or dtype)
-        one = SimpleNamespace(weight_YX=weight, scale_Y=torch.empty(1536) if codes else None, dynamic=is_w8a8, nbytes=0)
-        packed = ops.ExpertWeights([one] * 8)
-        for rows in sizes:
-            order = ops.RowOrder(ids.flatten(), ids, torch.zeros(3, 4, dtype=torch.int32), rows)
-            for from_tokens in (True, False) if codes is None and rows == 16 else (True,):
-                yield f"{'w8a8' if is_w8a8 else codes} R{rows} {dtype}{' tokens' * from_tokens}", partial(
-                    ops.grouped_linear, torch.empty(128, 2048, dtype=dtype), packed, order, from_tokens=from_tokens)
-
-
-OPERATORS = {
-    "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
-    "attention": attention_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
-    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases, "experts": experts_cases,
-}  # fmt: skip
 
 
 class Device:
@@ -255,7 +76,8 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     """One line of the report; `faults` is empty if all is as promised."""
     used = resources(kernel.asm["cubin"])
     shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
-    half, walks = "float32" not in case, name in ("decode_kernel", "prefill_kernel", *GROUPED)
+    half, of_latents = "float32" not in case, name in ("latent_decode_kernel", "latent_prefill_kernel")
+    walks = of_latents or name in ("decode_kernel", "prefill_kernel", *GROUPED)
     in_table = "P16" not in case and "H80" not in case  # entries of "any", or blocks that are smaller than tiles
     faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
     if shared > DEVICES[arch][2]:
@@ -264,10 +86,13 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
         faults.append(f"{buffers} buffers for what the loop reads")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
     expected = {"10", "4"} if "KV" in case else {"10"}  # scales by words
+    if of_latents and "KV" in case:
+        copies -= {"8"}  # the rotated part has few bytes for so many threads
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    multiplies = name == "prefill_kernel" or (name in GROUPED and "R16 " not in case)
+    multiplies = (name == "prefill_kernel" or (name == "latent_prefill_kernel" and "KV" not in case)
+                  or (name in GROUPED and "R16 " not in case))
     if multiplies and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
     waits, touches = kernel.asm["ptx"].find("griddepcontrol.wait"), MEMORY.search(kernel.asm["ptx"])

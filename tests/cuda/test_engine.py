@@ -12,8 +12,8 @@ import backends
 from backends.cpu.cpu import CpuBackend
 from cuda_ops.kv import cache_shape
 from graph.checking import CheckingCapturer
+from tests.models import checkpoints
 from tests.models.checkpoints import BY_ID
-from tests.models.checkpoints import save_checkpoint as save_variant
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
 
@@ -28,6 +28,11 @@ FEATURES = {
     "KV of int8": {"kv_cache_dtype": "int8", "max_num_batched_tokens": 11, "enable_prefix_caching": True},
     "KV of fp8": {"kv_cache_dtype": "fp8", "max_num_seqs": 1, "enable_prefix_caching": True, "host_cache_size": "1MiB"},
     "w8a8": {"quantization": "w8a8"},
+}  # fmt: skip
+LATENT_FEATURES = {
+    "chunked and prefix": {"max_num_batched_tokens": 13, "max_num_seqs": 1, "enable_prefix_caching": True},
+    "xtensor, KV of int8, tiers": {"kv_layout": "xtensor", "kv_cache_dtype": "int8", "host_cache_size": "1MiB",
+                                   "max_num_batched_tokens": 29},
 }  # fmt: skip
 
 
@@ -45,6 +50,13 @@ class InterpretedBackend(CpuBackend):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def latent_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plain = BY_ID["deepseek-v3"]
+    fewer = {**plain.changes, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+    return checkpoints.save_checkpoint(replace(plain, changes=fewer), tmp_path_factory.mktemp("deepseek"))
 
 
 def generate(checkpoint: Path, prompts: list[list[int]] = PROMPTS, **settings: Any) -> list[list[int]]:
@@ -76,10 +88,19 @@ class PlansInside(CheckingCapturer):
 def test_experts_in_graphs(tmp_path: Path, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are checked for numbers read on the host, and for what padding leaves behind."""
     variant, capturer = BY_ID["qwen3-moe"], PlansInside()
-    folder = save_variant(replace(variant, changes={**variant.changes, "num_hidden_layers": 2}), tmp_path)
+    fewer = replace(variant, changes={**variant.changes, "num_hidden_layers": 2})
+    folder = checkpoints.save_checkpoint(fewer, tmp_path)
     prompts, settings = [PROMPT[:7], PROMPT[2:4]], {"max_num_batched_tokens": 5, "max_num_seqs": 2}
     expected = generate(folder, prompts, **settings)
     backend = InterpretedBackend(ops)
     backend.capturer = capturer
     monkeypatch.setattr(backends, "get_backend", lambda *_, **__: backend)
     assert generate(folder, prompts, **settings) == expected and capturer.num_replays > 3
+
+
+@pytest.mark.parametrize("feature", LATENT_FEATURES)
+def test_same_tokens_of_a_model_with_latents(latent_checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch,
+                                             feature: str) -> None:
+    expected = generate(latent_checkpoint, **LATENT_FEATURES[feature])
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
+    assert generate(latent_checkpoint, **LATENT_FEATURES[feature]) == expected

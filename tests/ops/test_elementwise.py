@@ -31,6 +31,12 @@ def test_rms_norm(ops: OpSet, shape: tuple[int, int]) -> None:
     assert torch.equal(x, before)
 
 
+def test_rms_norm_of_rows_that_lie_apart(ops: OpSet) -> None:
+    x, weight = torch.full((5, 100), NAN), torch.randn(64)
+    x[:, 7:71] = torch.randn(5, 64)
+    assert_near(ops.rms_norm(x[:, 7:71], weight, EPS), norm_truth(x[:, 7:71], weight))
+
+
 def test_rms_norm_of_heads(ops: OpSet) -> None:
     x, weight = torch.randn(5, 3, 40), torch.randn(40)
     assert_near(ops.rms_norm(x, weight, EPS), norm_truth(x, weight))

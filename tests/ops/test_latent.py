@@ -12,19 +12,11 @@ from backends.cpu import latent
 from backends.opset import OpSet
 from backends.reference.kv import latents_of
 from backends.reference.kv_codes import QUANTISED
-from tests.ops.conftest import INTERPRETED, NAN, Paged
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="not built for CUDA")
+from tests.ops.conftest import NAN, Paged, sizes
 
 P, N, L, R, D, V = 4, 3, 24, 8, 12, 10
 STEPS = {"decode": ([1, 1, 1, 1], [1, P, P + 1, 31]), "mixed": ([1, 7, 2, 19], [9, 7, 33, 26]),
          "prefill": ([1, P, 37], [1, P, 37]), "an-empty-row": ([3, 0, 1], [5, 0, 9])}
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(ops: OpSet) -> None:
-    if ops.name == "cuda":
-        pytest.skip("not built for CUDA")
 
 
 def paged(step: str, *, contiguous: bool = False, gap: int = 0, kv_dtype: torch.dtype = torch.float32) -> Paged:
@@ -52,7 +44,7 @@ def inputs(case: Paged) -> tuple[Tensor, Tensor]:
     return torch.randn(sum(case.query_lens), N, D + R), torch.randn(N, D + V, L) / L**0.5
 
 
-@pytest.mark.parametrize("form", ["chosen", "expanded", "absorbed", "tiled"])
+@pytest.mark.parametrize("form", sizes(["chosen", "expanded", "absorbed", "tiled"], ["chosen"]))
 @pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
 @pytest.mark.parametrize("step", STEPS)
 def test_attention(ops: OpSet, monkeypatch: pytest.MonkeyPatch, step: str, contiguous: bool, form: str) -> None:
@@ -72,7 +64,8 @@ def test_attention(ops: OpSet, monkeypatch: pytest.MonkeyPatch, step: str, conti
 @pytest.mark.parametrize(("heads", "latent_width", "rotated"), [(20, 64, 16), (3, 75, 6)], ids=str)
 def test_decoding_over_long_contexts(ops: OpSet, heads: int, latent_width: int, rotated: int, contiguous: bool) -> None:
     """Contexts in parts, several drafts of a sequence, heads and widths that fill nothing evenly."""
-    case = Paged(query_lens=[1, 3, 1, 1], seq_lens=[1300, 700, 512, 513], num_heads=heads, num_kv_heads=1,
+    seq_lens = sizes([1300, 700, 512, 513], [150, 70, 32, 33])
+    case = Paged(query_lens=[1, 3, 1, 1], seq_lens=seq_lens, num_heads=heads, num_kv_heads=1,
                  head_dim=latent_width + rotated, block_size=16, contiguous=contiguous, gap=7)
     q_TNX, up_NYL = torch.randn(6, heads, 12 + rotated), torch.randn(heads, 12 + 10, latent_width) / latent_width**0.5
     out = ops.latent_attention(q_TNX.clone(), up_NYL, case.v_cache, case.meta, scale=0.3)
