@@ -23,7 +23,6 @@ from backends.cpu.cpu import TORCH_OPS
 from backends.cpu.linear import has_onednn
 from backends.cpu.linear import linear as onednn_linear
 from backends.cpu.linear import pack_linear as onednn_pack
-from backends.expert_choice import RouteRule
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
@@ -63,33 +62,6 @@ def linear_case(ops: OpSet, rows: int, outputs: int, inputs: int) -> dict[str, f
     if has_onednn():
         onednn = cycle([onednn_pack(w) for w in weights])
         rivals["onednn"] = lambda: onednn_linear(x, next(onednn))
-    return race(rivals)
-
-
-def experts_case(ops: OpSet, num_tokens: int) -> dict[str, float]:
-    """A layer of 64 experts of which each token has 8, against a loop over those that were hit, in plain torch."""
-    num_experts, width, rule = 64, 256, RouteRule(num_chosen=8, renormalise=True)
-    x, logits = torch.randn(num_tokens, D), torch.randn(num_tokens, num_experts)
-    gate_up = [torch.randn(2 * width, D) * D**-0.5 for _ in range(num_experts)]
-    down = [torch.randn(D, width) * width**-0.5 for _ in range(num_experts)]
-
-    def loop() -> torch.Tensor:
-        out, choice = torch.zeros_like(x), REFERENCE.route(logits, rule)
-        for expert in choice.ids_TK.unique().tolist():
-            tokens, places = (choice.ids_TK == expert).nonzero(as_tuple=True)
-            inner = REFERENCE.silu_mul(F.linear(x[tokens], gate_up[expert]))
-            out.index_add_(0, tokens, F.linear(inner, down[expert]) * choice.weights_TK[tokens, places, None])
-        return out
-
-    def experts(packed: tuple[Any, Any]) -> torch.Tensor:
-        choice = ops.route(logits, rule)
-        inner = ops.silu_mul(ops.grouped_linear(x, packed[0], choice, from_tokens=True))
-        return ops.combine(ops.grouped_linear(inner, packed[1], choice, from_tokens=False), choice)
-
-    rivals: dict[str, Callable[[], Any]] = {"loop": loop}
-    for name, quantization in (("cpu", None), ("int8", "int8"), ("w8a8", "w8a8")):
-        packed = ops.pack_experts(gate_up, quantization=quantization), ops.pack_experts(down, quantization=quantization)
-        rivals[name] = partial(experts, packed)
     return race(rivals)
 
 
@@ -161,8 +133,6 @@ def main() -> None:
                                          (1, 512, 512), (1, 2048, 2048), (1, 2048, 256)):  # fmt: skip
         name = f"attention S={num_seqs} context={seq_len} queries={query_len}"
         results[name] = attention_case(ops, num_seqs, seq_len, query_len)
-    for num_tokens in (1, 8, 32, 512):
-        results[f"experts T={num_tokens} 8 of 64"] = experts_case(ops, num_tokens)
     for num_seqs, seq_len, query_len in ((1, 512, 1), (1, 4096, 1), (8, 1024, 1), (32, 512, 1), (1, 512, 512),
                                          (1, 4096, 256), (1, 4096, 32)):  # fmt: skip
         name = f"latent_attention S={num_seqs} context={seq_len} queries={query_len}"

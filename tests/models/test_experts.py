@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.ops.test_linear import stored_weight
 from xllm import LLM, SamplingParams, env
 from xllm.errors import ConfigError, ModelError
 from xllm.layers import experts
+from xllm.models.footprint import footprint
 from xllm.models.loader import load_model
 from xllm.models.model_registry import read_model_config
 from xllm.worker.loading import _check_ops
@@ -188,3 +191,17 @@ def test_a_device_without_its_operators_refuses_it() -> None:
     assert _check_ops(backend, True, frozenset()) == []
     with pytest.raises(ConfigError, match="slow reference: route, grouped_linear, combine"):
         _check_ops(backend, True, EXPERT_OPS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
+def test_a_long_prompt_takes_no_more_memory_than_a_chunk() -> None:
+    """Beside the prompt itself; and what is planned for steps covers it."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.expert_memory"], cwd=Path(__file__).parents[2], text=True,
+                          capture_output=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] == 32 * found["chunk_tokens"] == 32_768
+    assert 8 * 2**20 < found["chunk_bytes"] <= found["prompt_bytes"] <= 1.1 * found["chunk_bytes"]
+    shapes = {"model.embed_tokens.weight": (1, 256), f"{EXPERTS}.0.up_proj.weight": (128, 256),
+              f"{EXPERTS}.0.down_proj.weight": (256, 128)}
+    planned = footprint(shapes, torch.float32, None, num_tokens=0, num_rows=0, expert_rows=experts.MAX_ROWS)
+    assert found["prompt_bytes"] <= planned.steps <= 2.5 * found["prompt_bytes"]

@@ -1,7 +1,8 @@
-"""`route`, `grouped_linear` and `combine` against float64, and against plain loops."""
+"""`route`, `grouped_linear` and `combine` against float64, and against plain loops; what they read."""
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from backends.cpu.expert_kernels import PanelExperts
 from backends.expert_choice import ExpertChoice, RouteRule
 from backends.opset import OpSet
+from benchmarks.pages_read import watch_experts
 from tests.ops.conftest import NAN, sizes
 from tests.ops.test_linear import stored_weight
 
@@ -170,6 +172,26 @@ def test_experts_that_nobody_chose_are_not_read(ops: OpSet, quantization: str | 
     choice, x_TX = ExpertChoice(ids_TK, torch.ones(3, 2)), torch.randn(3, 40)
     y_RY = ops.grouped_linear(x_TX, ops.pack_experts(weights, quantization=quantization), choice, from_tokens=True)
     assert y_RY.isfinite().all() and ops.combine(y_RY, choice).isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks Linux which pages are in memory")
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 64])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_bytes_read_are_those_of_the_experts_that_were_hit(op_sets: dict[str, OpSet], num_tokens: int,
+                                                           quantization: str | None) -> None:
+    """Counted by pages: an expert is one to four, all of which are read once it is hit."""
+    if "compiled" not in op_sets:
+        pytest.skip("no C compiler here, or Triton's turn")
+    ops, num_experts, size = op_sets["compiled"], 64, (64, 64)
+    packed = ops.pack_experts(experts(num_experts, size), quantization=quantization)
+    assert type(packed) is PanelExperts
+    watched, choice = watch_experts(packed), ops.route(torch.randn(num_tokens, num_experts), RULES["qwen3"])
+    ops.grouped_linear(torch.randn(num_tokens, size[1]), packed, choice, from_tokens=True)
+    hit, pages = choice.ids_TK.unique().tolist(), torch.tensor(watched.pages()).view(num_experts, -1)
+    assert pages.all(1).nonzero().flatten().tolist() == pages.any(1).nonzero().flatten().tolist() == hit
+    assert watched.num_bytes() == len(hit) * packed.nbytes // num_experts - (256 * len(hit) if quantization else 0)
+    watched.forget()
+    assert watched.num_bytes() == 0
 
 
 @pytest.mark.parametrize("quantization", [None, "w8a8"])

@@ -87,8 +87,8 @@ class Experts:
 
     def _compute(self, x_TD: Tensor) -> Tensor:
         choice = self._route(self._router(x_TD.to(self._router_dtype or x_TD.dtype)), self._rule, self._bias_E)
-        gate_up_RF2 = self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True)
-        y_RD = self._down_linear(self._silu_mul(gate_up_RF2), self._down, choice, from_tokens=False)
+        inner_RF = self._silu_mul(self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True))
+        y_RD = self._down_linear(inner_RF, self._down, choice, from_tokens=False)  # gate and up are free by now
         out_TD = self._all_reduce(self._combine(y_RD, choice))
         return out_TD if self._shared is None else out_TD.add_(self._shared(x_TD))
 

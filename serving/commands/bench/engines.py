@@ -19,7 +19,7 @@ Prompts = list[list[int]]
 
 
 class BenchEngine(Protocol):
-    """Greedy generation that ignores end tokens."""
+    """Greedy generation that ignores end tokens. One may have `settings`, what it chose itself, for the result."""
 
     def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
         """Generate exactly `max_tokens[i]` tokens for each prompt; returns how many in all."""
@@ -45,15 +45,18 @@ class XllmEngine:
 
 
 class TransformersEngine:
-    """`generate` with a padded static batch and its default dynamic cache."""
+    """`generate` with a padded static batch and its default dynamic cache. experts: how it computes those of a mixture;
+    None: its own choice."""
 
-    def __init__(self, folder: str, threads: int):
+    def __init__(self, folder: str, threads: int, experts: str | None = None):
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                           experts_implementation=experts).eval()
+        self.settings = {"experts_implementation": self._model.config._experts_implementation}
 
     def generate(self, prompts: Prompts, max_tokens: list[int]) -> int:
         torch, longest = self._torch, max(map(len, prompts))
@@ -92,6 +95,8 @@ ENGINES: dict[str, Any] = {
     "xllm-int8": lambda folder, threads: XllmEngine(folder, threads, "int8"),
     "xllm-xtensor": lambda folder, threads: XllmEngine(folder, threads, kv_layout="xtensor"),
     "transformers": TransformersEngine,
+    "transformers-eager": lambda folder, threads: TransformersEngine(folder, threads, "eager"),
+    "transformers-batched": lambda folder, threads: TransformersEngine(folder, threads, "batched_mm"),
     "transformers-batching": TransformersBatching,
 }
 
@@ -118,7 +123,7 @@ OWN = EngineSet("serving.commands.bench.engines", tuple(ENGINES))
 def worker(engines: Mapping[str, Any], name: str, folder: str, threads: int) -> None:
     """Load an engine, say so, and answer requests until standard input ends."""
     engine: BenchEngine = engines[name](folder, threads)
-    _answer({"ready": True})
+    _answer({"ready": True, "settings": getattr(engine, "settings", {})})
     for line in sys.stdin:
         request = json.loads(line)
         began = time.perf_counter()

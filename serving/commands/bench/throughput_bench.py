@@ -26,7 +26,10 @@ from serving.commands.flags import FlagParser
 from xllm import env
 from xllm.child_process import run_module
 
-GOALS = {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0}
+GOALS = {  # by shape
+    "dense": {"decode_b1": 2.0, "decode_b8": 2.2, "decode_b32": 2.2, "prefill_512": 1.2, "mix": 3.0},
+    "moe": {"decode_b1": 2.0, "decode_b8": 2.0, "decode_b32": 2.0, "prefill_512": 1.5, "prefill_2048": 1.5},
+}
 DECODE_TOKENS = 128  # of each sequence. Chosen: long enough for a steady rate, short enough for many rounds
 
 
@@ -101,7 +104,7 @@ class ChildEngine:
             program, environment = ["-P", str(engines.__file__)], env.for_child() | {"PYTHONPATH": str(tree)}
         self._process = subprocess.Popen([sys.executable, *program, name, str(folder), str(threads)], text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._read()
+        self.settings = dict(self._read().get("settings", {}))
         self.start_s = time.perf_counter() - began
         self.peak_gib = 0.0
 
@@ -163,8 +166,9 @@ def summary(workers: dict[str, ChildEngine], rates: dict[str, dict[str, list[flo
         "tokens_per_s": {row: {name: round(median(r), 1) for name, r in by_name.items()}
                          for row, by_name in rates.items()},
         "ratios": ratios,
-        "goals_vs_transformers": GOALS,
+        "goals_vs_transformers": GOALS[args.shape],
         "start_s": {name: round(w.start_s, 2) for name, w in workers.items()},
         "peak_gib": {name: round(w.peak_gib, 2) for name, w in workers.items()},
+        "settings": {name: w.settings for name, w in workers.items() if w.settings},
         "threads": args.threads, "rounds": args.rounds, "shape": SHAPES[args.shape],
     }
