@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from backends.expert_choice import ExpertChoice, RouteRule
-from backends.scaled_weight import ScaledWeight
 from backends.reference.linear import pack_linear
+from backends.scaled_weight import ScaledWeight
 from cuda_ops import experts as kernels
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from backends import get_backend
 from backends.expert_choice import RouteRule
 from xllm import env
 from xllm.layers.experts import MAX_ROWS, Experts, ExpertShape
-from xllm.layers.layer_context import LayerContext
+from xllm.layers.layer_context import LayerContext, Part
 from xllm.parallel.shard import Shard
 
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 20  # glibc's number for it; larger blocks are mapped, each for itself
@@ -31,8 +32,15 @@ class RandomWeights:
 
     is_bare = False
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None, *,
+             dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape) * shape[-1] ** -0.5
+
+    def take_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        return self.take(name, shape, shard)
+
+    def take_experts(self, name: str, shape: tuple[int, int, int], parts: Sequence[Part]) -> Iterator[Tensor]:
+        raise AssertionError("experts stand apart here")
 
     def has(self, name: str) -> bool:
         return "experts." not in name or name.endswith(".weight")

@@ -85,17 +85,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 1e-4), ("fp8", 1e-4), ("w8a8", 0.15)])
-def test_quantised(folder: Path, tmp_path: Path, backend: Backend, quantization: str, most: float) -> None:
+def test_quantised(plain: Path, tmp_path: Path, backend: Backend, quantization: str, most: float) -> None:
     """As if the checkpoint had the rounded weights; what makes keys and values of latents is not rounded."""
-    rounded = load_file(folder / "model.safetensors")
+    rounded = load_file(plain / "model.safetensors")
     for name, weight in rounded.items():
         if weight.ndim == 2 and not name.endswith(("embed_tokens.weight", "kv_b_proj.weight")):
             rounded[name] = stored_weight(weight.float(), "fp8" if quantization == "fp8" else "int8").float()
     save_file(rounded, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((plain / "config.json").read_text())
     found, truth_TV = (PagedRunner(load_model(each, backend=backend, dtype=torch.float32, max_model_len=96,
                                               quantization=how), backend).step({"a": PROMPT})["a"]
-                       for each, how in ((folder, quantization), (tmp_path, None)))
+                       for each, how in ((plain, quantization), (tmp_path, None)))
     assert float((found - truth_TV).norm() / truth_TV.norm()) < most
 
 

@@ -25,7 +25,7 @@ from tests.ops.test_linear import stored_weight
 from xllm import LLM, SamplingParams, env
 from xllm.errors import ConfigError, ModelError
 from xllm.layers import experts
-from xllm.models.footprint import footprint
+from xllm.models.footprint import StoredShape, footprint
 from xllm.models.loader import load_model
 from xllm.models.model_registry import read_model_config
 from xllm.worker.loading import _check_ops
@@ -203,5 +203,6 @@ def test_a_long_prompt_takes_no_more_memory_than_a_chunk() -> None:
     assert 8 * 2**20 < found["chunk_bytes"] <= found["prompt_bytes"] <= 1.1 * found["chunk_bytes"]
     shapes = {"model.embed_tokens.weight": (1, 256), f"{EXPERTS}.0.up_proj.weight": (128, 256),
               f"{EXPERTS}.0.down_proj.weight": (256, 128)}
-    planned = footprint(shapes, torch.float32, None, num_tokens=0, num_rows=0, expert_rows=experts.MAX_ROWS)
+    stored = {name: StoredShape(shape) for name, shape in shapes.items()}
+    planned = footprint(stored, torch.float32, None, num_tokens=0, num_rows=0, expert_rows=experts.MAX_ROWS)
     assert found["prompt_bytes"] <= planned.steps <= 2.5 * found["prompt_bytes"]
