@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 
 from serving.cluster.key_value import (
-    KeyChange,
     Changes,
     Committed,
     Compare,
     Granted,
     Identity,
+    KeyChange,
     KeyValue,
     Snapshot,
     Write,

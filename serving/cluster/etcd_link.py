@@ -12,12 +12,12 @@ from serving.cluster.etcd_errors import is_about_token, store_error
 from serving.cluster.etcd_rpc import etcd_rpc
 from serving.cluster.etcd_settings import EtcdSettings
 from serving.cluster.key_value import (
-    KeyChange,
     Changes,
     Committed,
     Compare,
     Granted,
     Identity,
+    KeyChange,
     KeyValue,
     Snapshot,
     Write,
@@ -45,8 +45,8 @@ def open_etcd(settings: EtcdSettings, *, namespace: bytes = b"") -> KeyValueStor
 class EtcdLink:
     """A `StoreLink`. Make it within the event loop that uses it.
 
-    It speaks to one member and goes on to the next one when that does not answer. namespace: before `IDENTITY_KEY`, as
-    before all keys. Raises ConfigError if the extra is not installed or a file of the settings cannot be used.
+    It speaks to one member and goes on to the next one when that does not answer. namespace: before `IDENTITY_KEY`,
+    which what is under a prefix does not show. Raises ConfigError if the extra is not installed or a file of the settings cannot be used.
     """
 
     def __init__(self, settings: EtcdSettings, *, namespace: bytes = b""):
@@ -65,7 +65,16 @@ class EtcdLink:
         return f"etcd at {self._settings.targets[self._at]}"
 
     async def identify(self) -> Identity:
-        """See `StoreLink`. The first one that asks an empty store gives it its name."""
+        """See `StoreLink`. Of the member that answers first; who asks an empty store first gives it its name."""
+        for is_last in (*(False for _ in self._channels[1:]), True):
+            try:
+                return await self._identify()
+            except StoreUnreachableError:
+                if is_last:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _identify(self) -> Identity:
         for _ in range(2):
             found = await self.read(self._identity_key, is_prefix=False)
             if found.items:
@@ -88,11 +97,11 @@ class EtcdLink:
         while True:
             found = await self._call("KVStub", "Range", self._rpc.RangeRequest(
                 key=key, range_end=end, limit=PAGE_ITEMS, revision=revision))
-            items += map(_item, found.kvs)
+            items += [_item(kv) for kv in found.kvs if not is_prefix or kv.key != self._identity_key]
             revision = revision or found.header.revision
             if not found.more:
                 return Snapshot(revision, tuple(items))
-            key = items[-1].key + b"\0"
+            key = found.kvs[-1].key + b"\0"
 
     async def commit(self, conditions: tuple[Compare, ...], writes: tuple[Write, ...]) -> Committed:
         """See `StoreLink`."""
@@ -133,7 +142,8 @@ class EtcdLink:
                 if found.canceled:
                     self._token = ""  # an old one is a reason; whatever it is, the next call says it
                     raise StoreUnreachableError(f"{name} ended a watch: {found.cancel_reason or 'it gave no reason'}")
-                changes = tuple(change for change in map(_change, found.events) if change.revision >= revision)
+                changes = tuple(change for change in map(_change, found.events)
+                                if change.revision >= revision and change.key != self._identity_key)
                 if changes:
                     yield Changes(changes[-1].revision, changes)
             raise store_error(name, await call.code(), await call.details())

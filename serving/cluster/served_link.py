@@ -21,18 +21,18 @@ from serving.cluster.store_server import LOOPBACK, StorePlace
 from serving.cluster.store_wire import (
     ANSWERS,
     QUESTIONS,
-    StoreAnswer,
     Commit,
-    StoreFailure,
     Follow,
     Grant,
     Identify,
-    StoreQuestion,
     Read,
     Refresh,
     Refreshed,
     Revoke,
     Revoked,
+    StoreAnswer,
+    StoreFailure,
+    StoreQuestion,
     connect,
 )
 from xllm.errors import ConfigError

@@ -17,19 +17,19 @@ from serving.cluster.store_errors import StoreError, StoreUnreachableError
 from serving.cluster.store_wire import (
     ANSWERS,
     QUESTIONS,
-    StoreAnswer,
     Commit,
-    StoreFailure,
     Follow,
     Grant,
     Identify,
-    StoreQuestion,
     Read,
     Refresh,
     Refreshed,
     Revoke,
     Revoked,
     Socket,
+    StoreAnswer,
+    StoreFailure,
+    StoreQuestion,
     listen,
 )
 from xllm.errors import ConfigError

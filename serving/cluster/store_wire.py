@@ -101,7 +101,8 @@ class StoreFailure:
 StoreQuestion = Identify | Read | Commit | Grant | Refresh | Revoke | Follow
 StoreAnswer = Identity | Snapshot | Committed | Granted | Refreshed | Revoked | Changes | StoreFailure
 QUESTIONS: Codec[StoreQuestion] = Codec(0, Identify, Read, Commit, Grant, Refresh, Revoke, Follow)
-ANSWERS: Codec[StoreAnswer] = Codec(64, Identity, Snapshot, Committed, Granted, Refreshed, Revoked, Changes, StoreFailure)
+ANSWERS: Codec[StoreAnswer] = Codec(64, Identity, Snapshot, Committed, Granted, Refreshed, Revoked, Changes,
+                                    StoreFailure)
 
 
 def listen(context: zmq.asyncio.Context, address: str, port: int, secret: bytes) -> tuple[Socket, int]:
