@@ -135,6 +135,7 @@ WAITING = {
     "serving.cluster.store_server": "membership of the cluster",
     "serving.cluster.store_wire": "membership of the cluster",
     "serving.cluster.watch": "membership of the cluster",
+    "serving.cluster.within": "membership of the cluster",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

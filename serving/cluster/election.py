@@ -16,7 +16,7 @@ from typing import TypeVar
 from serving.cluster.key_value import Changes, Compare, KeyValue, Snapshot, Write, absent, created_at
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.lease import StoreLease
-from serving.cluster.store_errors import LeaseLostError, StoreError, StoreRefusedError
+from serving.cluster.store_errors import LeaseLostError, StoreClosedError, StoreError, StoreRefusedError
 
 LEASE_S = 3  # as upstream's; a standby takes over within this and two seconds
 _RETRY_S = 0.3  # after a store that did not answer. Chosen: as watches
@@ -59,7 +59,7 @@ class Leadership:
         self._lose(f"its lease was lost: {await self._lease.wait_lost()}")
 
     async def _follow_key(self) -> None:
-        with contextlib.suppress(StoreRefusedError):  # then the lease is not refreshed either
+        with contextlib.suppress(StoreRefusedError, StoreClosedError):  # then the lease is not refreshed either
             await _first(self._store, self._key,
                          lambda item: None if item is not None and item.create_revision == self.token else True)
             self._lose(f"the key {self._key!r} was deleted, or is another's")
@@ -93,7 +93,8 @@ class Election:
         return None if item is None else item.value
 
     async def campaign(self) -> Leadership:
-        """Wait until this one leads; an outage of the store is waited out. Raises StoreRefusedError."""
+        """Wait until this one leads; an outage of the store is waited out. Raises StoreRefusedError,
+        StoreClosedError."""
         lease: StoreLease | None = None
         try:
             while True:
@@ -113,7 +114,7 @@ class Election:
                         return won
                 except LeaseLostError:
                     continue
-                except StoreRefusedError:
+                except (StoreRefusedError, StoreClosedError):
                     raise
                 except StoreError:  # the store's state says it
                     await asyncio.sleep(_RETRY_S)

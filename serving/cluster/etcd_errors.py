@@ -13,7 +13,8 @@ from serving.cluster.store_errors import (
     StoreUnreachableError,
 )
 
-_TLS = re.compile(r"handshake failed|SSL_ERROR|SSL routines|CERTIFICATE_|TSI_|peer did not return", re.IGNORECASE)
+_GRPC = re.compile(r"^[A-Z_]+: ipv[46]:[^ ]+: ")  # its own status and the address, which the message has already
+_TLS = re.compile(r"handshake failed|handshake read failed|SSL_ERROR|CERTIFICATE_", re.IGNORECASE)
 # What etcd's messages mean (its api/v3rpc/rpctypes/error.go), and for whom they are.
 _MEANINGS = (
     ("authentication failed", StoreRefusedError, "wrong user or password"),
@@ -54,4 +55,5 @@ def store_error(name: str, code: Any, details: str | None, user: str | None = No
 
 def _shortened(said: str) -> str:
     """Of grpc's list of causes the last one, which it puts behind these words."""
-    return said.rpartition("last error: ")[2] or "the connection was closed"
+    cause = _GRPC.sub("", said.rpartition("last error: ")[2]).removesuffix(": OK") or "the connection was closed"
+    return f"{cause} (is it https:// there?)" if cause == "Socket closed" else cause

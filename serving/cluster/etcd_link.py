@@ -24,7 +24,7 @@ from serving.cluster.key_value import (
     absent,
 )
 from serving.cluster.key_value_store import KeyValueStore
-from serving.cluster.store_errors import CompactedError, StoreUnreachableError
+from serving.cluster.store_errors import CompactedError, StoreClosedError, StoreUnreachableError
 
 IDENTITY_KEY = b"XLLM:STORE:ID"  # tells a store that was wiped from the one before; behind the namespace as all keys
 PAGE_ITEMS = 1000  # of a read. Chosen: a page of small items is far below a megabyte
@@ -54,7 +54,7 @@ class EtcdLink:
         self._settings, self._identity_key = settings, namespace + IDENTITY_KEY
         self._channels = [self._channel(target) for target in settings.targets]
         self._at = 0
-        self._token = ""
+        self._token, self._is_closed = "", False
         self._authenticating = asyncio.Lock()
         if settings.exposes_password:
             logger.warning("%s: the password goes over the network in clear text: use https://", self.name)
@@ -132,6 +132,8 @@ class EtcdLink:
         import grpc
 
         at, name = self._at, self.name
+        if self._is_closed:
+            raise StoreClosedError(f"{name}: this end was closed")
         call = self._rpc.WatchStub(self._channels[at]).Watch(metadata=self._metadata())
         try:
             await call.write(self._rpc.WatchRequest(create_request=self._rpc.WatchCreateRequest(
@@ -158,6 +160,7 @@ class EtcdLink:
 
     async def close(self) -> None:
         """See `StoreLink`."""
+        self._is_closed = True
         for channel in self._channels:
             await channel.close()
 
@@ -166,6 +169,8 @@ class EtcdLink:
         """One call's answer; of a stream its first. harmless: a status that is no error, answered by None."""
         import grpc
 
+        if self._is_closed:
+            raise StoreClosedError(f"{self.name}: this end was closed")
         for is_last in (False, True):
             if self._settings.user is not None and not self._token:
                 await self._authenticate()

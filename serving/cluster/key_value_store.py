@@ -26,9 +26,16 @@ from serving.cluster.key_value import (
     check_commit,
 )
 from serving.cluster.lease import StoreLease
-from serving.cluster.store_errors import CompactedError, LeaseLostError, StoreError, StoreUnreachableError
+from serving.cluster.store_errors import (
+    CompactedError,
+    LeaseLostError,
+    StoreClosedError,
+    StoreError,
+    StoreUnreachableError,
+)
 from serving.cluster.store_link import StoreLink
 from serving.cluster.watch import Watch
+from serving.cluster.within import within
 
 REQUEST_S = 3.0  # for an answer. Chosen: etcd writes to a busy disk in less; upstream's leases last as long
 PROBE_S = 1.0  # between looks at whether the store answers. Chosen: a state that a person sees is as old at most
@@ -63,6 +70,7 @@ class KeyValueStore:
         self._state = StoreState(False, time.time(), "it was not asked yet")
         self._identity, self._revision, self._epoch = "", 0, 0
         self._identifying = asyncio.Lock()
+        self._is_closed = False
         self._leases: set[StoreLease] = set()
         self._interruption: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._prober: asyncio.Task[None] | None = None
@@ -103,7 +111,12 @@ class KeyValueStore:
         self._prober = asyncio.create_task(self._probe(), name="store-probe")
 
     async def close(self) -> None:
-        """Let go of it. Leases are not refreshed any more and expire: revoke those whose keys should go at once."""
+        """Let go of it. Leases are not refreshed any more and expire: revoke those whose keys should go at once.
+        Whatever is asked after it raises StoreClosedError, and so do watches. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._interrupt()
         if self._prober is not None:
             self._prober.cancel()
             await asyncio.gather(self._prober, return_exceptions=True)
@@ -187,9 +200,14 @@ class KeyValueStore:
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         """The answer; what it says about the connection is noted."""
+        if self._is_closed:
+            question.close()
+            raise StoreClosedError(f"{self.name}: this end was closed")
         try:
-            answer = await asyncio.wait_for(question, REQUEST_S)
+            answer = await within(REQUEST_S, question)
         except asyncio.TimeoutError:
+            if self._is_closed:
+                raise StoreClosedError(f"{self.name}: this end was closed") from None
             error = StoreUnreachableError(f"{self.name}: no answer within {REQUEST_S:g} s")
             self._note(error)
             raise error from None

@@ -9,6 +9,7 @@ import time
 from serving.cluster.key_value import Granted
 from serving.cluster.store_errors import StoreError
 from serving.cluster.store_link import StoreLink
+from serving.cluster.within import within
 
 _REFRESHES = 3  # in a lease's time. Chosen: one may be lost, and another one late
 _RETRY_S = 0.2  # after one that failed. Chosen: several tries fit into what is left of a lease of 2 s
@@ -49,8 +50,8 @@ class StoreLease:
     async def revoke(self) -> None:
         """End it now. If the store does not answer it is not refreshed any more, and expires."""
         await self.abandon("it was revoked")
-        with contextlib.suppress(StoreError):
-            await asyncio.wait_for(self._link.revoke(self.id), self.ttl_s)
+        with contextlib.suppress(StoreError, asyncio.TimeoutError):
+            await within(self.ttl_s, self._link.revoke(self.id))
 
     async def abandon(self, reason: str) -> None:
         """Stop refreshing it, as a process that dies does."""
@@ -66,7 +67,7 @@ class StoreLease:
             if asked_s >= self._until_s:
                 return self._lose(self._overdue(cause))
             try:
-                left_s = await asyncio.wait_for(self._link.refresh(self.id), self._until_s - asked_s)
+                left_s = await within(self._until_s - asked_s, self._link.refresh(self.id))
             except StoreError as error:
                 cause, pause_s = str(error), _RETRY_S
             except asyncio.TimeoutError:

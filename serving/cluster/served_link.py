@@ -16,7 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from serving.cluster import store_errors
 from serving.cluster.key_value import Changes, Committed, Compare, Granted, Identity, Snapshot, Write
-from serving.cluster.store_errors import StoreError, StoreRefusedError, StoreUnreachableError
+from serving.cluster.store_errors import StoreClosedError, StoreError, StoreRefusedError, StoreUnreachableError
 from serving.cluster.store_server import LOOPBACK, StorePlace
 from serving.cluster.store_wire import (
     ANSWERS,
@@ -35,6 +35,7 @@ from serving.cluster.store_wire import (
     StoreQuestion,
     connect,
 )
+from serving.cluster.within import within
 from xllm.errors import ConfigError
 
 CONNECT_S = 2.0  # for the connection to stand. Chosen: some tries
@@ -65,7 +66,7 @@ class ServedLink:
         self._numbers = itertools.count(1)
         self._waiting: dict[bytes, asyncio.Future[StoreAnswer]] = {}
         self._is_up = asyncio.Event()
-        self._is_refused = self._has_connected = False
+        self._is_refused = self._has_connected = self._is_closed = False
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | _BROKEN | _REFUSED)
         self._tasks = [asyncio.create_task(self._read(), name="store-answers"),
@@ -103,7 +104,7 @@ class ServedLink:
         while True:
             question = Follow(prefix, revision, FOLLOW_S, identity)
             try:
-                found = await asyncio.wait_for(self._ask(question, Changes), FOLLOW_S + _FOLLOW_SLACK_S)
+                found = await within(FOLLOW_S + _FOLLOW_SLACK_S, self._ask(question, Changes))
             except asyncio.TimeoutError:
                 raise StoreUnreachableError(f"{self.name}: a watch was not answered") from None
             revision = max(revision, found.revision + 1)
@@ -112,6 +113,7 @@ class ServedLink:
 
     async def close(self) -> None:
         """See `StoreLink`."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -122,8 +124,11 @@ class ServedLink:
         self._context.term()
 
     async def _ask(self, question: StoreQuestion, kind: type[A]) -> A:
+        if self._is_closed:
+            raise StoreClosedError(f"{self.name}: this end was closed")
         try:
-            await asyncio.wait_for(self._is_up.wait(), CONNECT_S)
+            if not self._is_up.is_set():
+                await within(CONNECT_S, self._is_up.wait())
         except asyncio.TimeoutError:
             raise self._not_connected() from None
         number = next(self._numbers).to_bytes(8, "big")

@@ -18,6 +18,10 @@ class StoreRefusedError(StoreError):
     certificate, a value too large. Trying again does not help."""
 
 
+class StoreClosedError(StoreError):
+    """This end was closed; watches that were open end with it."""
+
+
 class LeaseLostError(StoreError):
     """The lease has ended, and with it every key that was put under it."""
 

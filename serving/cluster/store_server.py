@@ -32,6 +32,7 @@ from serving.cluster.store_wire import (
     StoreQuestion,
     listen,
 )
+from serving.cluster.within import within
 from xllm.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"  # it serves this machine; a cluster of several has etcd
@@ -147,6 +148,6 @@ class StoreServer:
             if found.changes or time.monotonic() >= until_s:
                 return found
             try:
-                await asyncio.wait_for(store.wait(revision), until_s - time.monotonic())
+                await within(until_s - time.monotonic(), store.wait(revision))
             except asyncio.TimeoutError:
                 continue

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from serving.cluster.key_value import Changes, Snapshot
-from serving.cluster.store_errors import CompactedError, StoreError, StoreRefusedError
+from serving.cluster.store_errors import CompactedError, StoreClosedError, StoreError, StoreRefusedError
 
 _RETRY_S = 0.3  # after a connection that failed. Chosen: what a person does not notice, and few calls in an outage
 
@@ -35,7 +35,8 @@ class Watch:
 
     After lost connections it goes on with the next change. Where changes are not to be had any more (the store was
     compacted, wiped, or restored to what it was before) another Snapshot comes in their place. An outage is no event:
-    `KeyValueStore.state` has it. Raises StoreRefusedError if the store refuses the very first read.
+    `KeyValueStore.state` has it. Raises StoreRefusedError if the store refuses the very first read, StoreClosedError once
+    the `KeyValueStore` is closed.
 
     revision: begin with the changes of that revision instead of with a Snapshot.
     """
@@ -74,7 +75,8 @@ class Watch:
             except CompactedError:
                 self._revision = None
             except StoreError as error:
-                if isinstance(error, StoreRefusedError) and not has_begun:
+                is_final = isinstance(error, StoreRefusedError) and not has_begun
+                if is_final or isinstance(error, StoreClosedError):
                     raise
                 await asyncio.sleep(_RETRY_S)
 

@@ -11,7 +11,7 @@ import pytest
 from serving.cluster.embedded import EmbeddedStore
 from serving.cluster.etcd_link import EtcdLink
 from serving.cluster.key_value import Changes, Compare, KeyValue, Snapshot, Write, absent, created_at, unchanged
-from serving.cluster.store_errors import LeaseLostError
+from serving.cluster.store_errors import LeaseLostError, StoreClosedError
 from serving.cluster.watch import Watch
 
 SOON_S = 5.0  # for what comes at once; no test waits for so long
@@ -204,3 +204,21 @@ async def test_the_embedded_store_does_what_etcd_does(shared_etcd):
         assert heard[0] == heard[1] and len(heard[0][1]) > 50
     finally:
         await etcd.close()
+
+
+async def test_whatever_is_asked_after_the_end_says_so(store, site):
+    other = site.open()
+    await other.start()
+    lease = await other.grant(site.lease_s)
+    async with other.watch(b"") as watch:
+        await following(watch)
+        waiting = asyncio.create_task(anext(watch))
+        await asyncio.sleep(0.05)
+        await other.close()
+        await other.close()
+        with pytest.raises(StoreClosedError, match=": this end was closed"):
+            await asyncio.wait_for(waiting, SOON_S)
+    with pytest.raises(StoreClosedError, match=": this end was closed"):
+        await other.get(b"a")
+    await lease.revoke()
+    assert lease.lost_reason == "the store was closed" and await store.get(b"a") is None

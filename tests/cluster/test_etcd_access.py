@@ -39,7 +39,7 @@ async def test_users_and_passwords(guarded, shared_etcd):
     where = rf"etcd at {guarded.address}: "
     for wrong, words in ((settings("xllm", "guess"), "user 'xllm': wrong user or password"),
                          (settings("nobody", "sesame"), "user 'nobody': wrong user or password"),
-                         (settings(None, None), "authentication enabled, and no user and password were given")):
+                         (settings(None, None), "it has authentication enabled, and no user and password were given")):
         with pytest.raises(StoreRefusedError, match=where + words) as caught:
             await open_etcd(wrong, namespace=b"XLLM/").start(wait_s=30)  # no use to wait for that
         assert "guess" not in str(caught.value)
