@@ -46,7 +46,8 @@ class EtcdLink:
     """A `StoreLink`. Make it within the event loop that uses it.
 
     It speaks to one member and goes on to the next one when that does not answer. namespace: before `IDENTITY_KEY`,
-    which what is under a prefix does not show. Raises ConfigError if the extra is not installed or a file of the settings cannot be used.
+    which what is under a prefix does not show. Raises ConfigError if the extra is not installed or a file of the
+    settings cannot be used.
     """
 
     def __init__(self, settings: EtcdSettings, *, namespace: bytes = b""):
@@ -110,7 +111,7 @@ class EtcdLink:
         return Committed(done.succeeded, done.header.revision)
 
     async def grant(self, ttl_s: int) -> Granted:
-        """See `StoreLink`. etcd has no lease of less than 1.5 of its election timeouts: 2 s, as it comes."""
+        """See `StoreLink`. etcd has no lease of less than 1.5 election timeouts: 2 s, as it comes."""
         granted = await self._call("LeaseStub", "LeaseGrant", self._rpc.LeaseGrantRequest(TTL=ttl_s))
         return Granted(granted.ID, granted.TTL)
 

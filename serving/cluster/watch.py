@@ -35,8 +35,8 @@ class Watch:
 
     After lost connections it goes on with the next change. Where changes are not to be had any more (the store was
     compacted, wiped, or restored to what it was before) another Snapshot comes in their place. An outage is no event:
-    `KeyValueStore.state` has it. Raises StoreRefusedError if the store refuses the very first read, StoreClosedError once
-    the `KeyValueStore` is closed.
+    `KeyValueStore.state` has it. Raises StoreRefusedError if the store refuses the very first read, StoreClosedError
+    once the `KeyValueStore` is closed.
 
     revision: begin with the changes of that revision instead of with a Snapshot.
     """

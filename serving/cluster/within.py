@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def within(timeout_s: float, asked: Coroutine[Any, Any, T]) -> T:
-    """What the coroutine returns or raises. Raises asyncio.TimeoutError, once it has been cancelled, if it takes longer.
+    """What the coroutine returns or raises. If it takes longer it is cancelled; raises asyncio.TimeoutError then.
 
     Up to Python 3.11 `asyncio.wait_for` returns the result in place of a CancelledError where both come at once, so
     that a task which asks again and again cannot be ended (CPython gh-86296).

@@ -18,7 +18,8 @@ async def main(url: str, key: bytes, lease_s: int) -> None:
         while True:
             await asyncio.to_thread(sys.stdin.readline)  # one line, one look
             # First what it knows without asking anybody.
-            print(won.is_current, (await store.commit((won.guard,), (Write(b"by-leader", b"x"),))).succeeded, flush=True)
+            knows = won.is_current
+            print(knows, (await store.commit((won.guard,), (Write(b"by-leader", b"x"),))).succeeded, flush=True)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class EtcdProcess:
                 [program("etcd"), "--name", name, "--data-dir", str(self.data), "--listen-client-urls", self.url,
                  "--advertise-client-urls", self.url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
                  "--initial-cluster", ",".join(f"{name}={url}" for name, url in sorted(self.peers)),
+                 "--heartbeat-interval", "20", "--election-timeout", "200",  # it starts soon, and grants leases of 1 s
                  "--unsafe-no-fsync", "--bcrypt-cost", "4", *self.flags], stdout=log, stderr=log)
         if is_awaited:
             self.await_ready()

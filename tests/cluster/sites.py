@@ -32,7 +32,7 @@ class StoreSite:
 
 
 def etcd_site(etcd: EtcdProcess) -> StoreSite:
-    return StoreSite(2, lambda namespace: open_etcd(etcd.settings, namespace=namespace),
+    return StoreSite(1, lambda namespace: open_etcd(etcd.settings, namespace=namespace),
                      lambda revision: etcd.ctl("compact", str(revision)), b"test-%d/" % next(_numbers))
 
 

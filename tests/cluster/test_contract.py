@@ -153,7 +153,7 @@ async def test_a_lease_lasts_while_it_is_refreshed_and_its_keys_end_with_it(stor
         assert await kept.wait_lost() == "it was revoked"
         with pytest.raises(LeaseLostError, match="the lease of b'late' is lost: it was revoked"):
             await store.put(b"late", b"", kept)
-        with pytest.raises(LeaseLostError, match="no .*lease"):  # nor does the store take it
+        with pytest.raises(LeaseLostError, match=r"no .*lease"):  # nor does the store take it
             await store.commit([], [Write(b"late", b"", kept.id)])
         await kept.revoke()
 
