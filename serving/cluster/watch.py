@@ -69,8 +69,13 @@ class Watch:
                     yield snapshot
                 self._epoch = epoch
                 async with aclosing(self._until_interrupted(self._revision)) as stream:
+                    is_checked = False
                     async for changes in stream:
-                        self._revision, has_begun = changes.revision + 1, True
+                        # Asked after the stream was opened: it is not that of a store which came since.
+                        if not is_checked and await self._store.epoch() != self._epoch:
+                            break
+                        is_checked = has_begun = True
+                        self._revision = changes.revision + 1
                         yield changes
             except CompactedError:
                 self._revision = None

@@ -39,7 +39,7 @@ class EtcdProcess:
         self.folder, self.flags, self.scheme = folder, flags, scheme
         self.port = free_port()
         self.peers = peers or (("default", f"http://127.0.0.1:{free_port()}"),)
-        self.data = folder / f"data-{self.port}"
+        self.data = folder / f"{self.peers[0][0]}-{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +56,7 @@ class EtcdProcess:
 
     def start(self, *, is_awaited: bool = True) -> EtcdProcess:
         name, peer = self.peers[0]
-        with (self.folder / f"etcd-{self.port}.log").open("ab") as log:
+        with (self.folder / f"{self.data.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [program("etcd"), "--name", name, "--data-dir", str(self.data), "--listen-client-urls", self.url,
                  "--advertise-client-urls", self.url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
@@ -79,7 +79,7 @@ class EtcdProcess:
 
     @property
     def log(self) -> bytes:
-        return (self.folder / f"etcd-{self.port}.log").read_bytes()
+        return (self.folder / f"{self.data.name}.log").read_bytes()
 
     def ctl(self, *words: str, text: str | None = None) -> str:
         done = subprocess.run([program("etcdctl"), "--endpoints", self.url, *words], capture_output=True, text=True,
