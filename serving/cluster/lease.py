@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 
 from serving.cluster.key_value import Granted
@@ -13,6 +14,7 @@ from serving.cluster.within import within
 
 _REFRESHES = 3  # in a lease's time. Chosen: one may be lost, and another one late
 _RETRY_S = 0.2  # after one that failed. Chosen: several tries fit into what is left of a lease of 2 s
+logger = logging.getLogger(__name__)
 
 
 class StoreLease:
@@ -60,21 +62,31 @@ class StoreLease:
         await asyncio.gather(self._keeper, return_exceptions=True)
 
     async def _keep(self) -> None:
+        try:
+            self._lose(await self._refresh())
+        except Exception as error:  # a bug of ours; who waits for the loss hears of it
+            logger.exception("refreshing a lease failed")
+            self._lose(f"it is not refreshed any more: {type(error).__name__}")
+
+    async def _refresh(self) -> str:
+        """Again and again; returns why the lease is lost."""
         cause, pause_s = "", self.ttl_s / _REFRESHES
         while True:
             await asyncio.sleep(min(pause_s, max(0.0, self._until_s - time.monotonic())))
             asked_s = time.monotonic()
             if asked_s >= self._until_s:
-                return self._lose(self._overdue(cause))
+                return self._overdue(cause)
             try:
-                left_s = await within(self._until_s - asked_s, self._link.refresh(self.id))
+                # No try takes all of the time that is left: the next one may go to another member of the store.
+                left_s = await within(min(self._until_s - asked_s, self.ttl_s / _REFRESHES),
+                                      self._link.refresh(self.id))
             except StoreError as error:
                 cause, pause_s = str(error), _RETRY_S
             except asyncio.TimeoutError:
                 cause, pause_s = cause or f"{self._link.name}: no answer", 0.0
             else:
                 if left_s <= 0:
-                    return self._lose(f"{self._link.name} has no such lease any more")
+                    return f"{self._link.name} has no such lease any more"
                 self._until_s, cause, pause_s = asked_s + left_s, "", left_s / _REFRESHES
 
     def _overdue(self, cause: str) -> str:

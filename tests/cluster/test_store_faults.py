@@ -176,7 +176,7 @@ async def test_another_member_of_etcd_takes_over(tmp_path, monkeypatch):
             member.await_ready()
         settings = EtcdSettings(addresses=("127.0.0.1:1", *(member.address for member in members)))
         async with open_etcd(settings) as store, store.watch(b"") as watch:  # nothing listens at the first
-            lease = await store.grant(5)
+            lease = await store.grant(3)
             await store.put(b"a", b"1", lease)
             assert told(await following(watch)) == [(b"a", b"1")]
             members[0].pause()  # the one that is spoken to
