@@ -22,7 +22,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # Where the package is not called as the module is; the longest prefix counts.
 PACKAGES = {"PIL": "pillow", "zmq": "pyzmq", "llama_cpp": "llama-cpp-python", "openvino": "openvino-genai",
-            "cuda": "cuda-bindings", "opentelemetry": "opentelemetry-api", "opentelemetry.sdk": "opentelemetry-sdk",
+            "cuda": "cuda-bindings", "opentelemetry": "opentelemetry-api",
+            "google.protobuf": "protobuf", "grpc": "grpcio", "opentelemetry.sdk": "opentelemetry-sdk",
             "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http"}
 UNDECLARED = {"vllm"}  # another engine, measured where somebody has it
 

@@ -79,6 +79,7 @@ ALLOWED = {
     "serving.engine": ["serving.engine", "serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.api": ["serving.api", "serving.engine", "serving.observe", "serving.parsers", "serving.security",
                     *SETTINGS, "xllm"],
+    "serving.cluster": ["serving.cluster", "xllm"],
     "serving.commands": ["serving", "xllm"],
     "serving.commands.doctor": ["serving", "xllm", "backends"],  # it looks at devices
     "serving.commands.bench": ["serving", "xllm", "backends"],  # it measures parts
@@ -120,6 +121,23 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
+    "serving.cluster": "membership of the cluster",
+    "serving.cluster.election": "membership of the cluster",
+    "serving.cluster.embedded": "membership of the cluster",
+    "serving.cluster.etcd_errors": "membership of the cluster",
+    "serving.cluster.etcd_link": "membership of the cluster",
+    "serving.cluster.etcd_rpc": "membership of the cluster",
+    "serving.cluster.etcd_settings": "membership of the cluster",
+    "serving.cluster.key_value": "membership of the cluster",
+    "serving.cluster.key_value_store": "membership of the cluster",
+    "serving.cluster.lease": "membership of the cluster",
+    "serving.cluster.served_link": "membership of the cluster",
+    "serving.cluster.store_errors": "membership of the cluster",
+    "serving.cluster.store_link": "membership of the cluster",
+    "serving.cluster.store_server": "membership of the cluster",
+    "serving.cluster.store_wire": "membership of the cluster",
+    "serving.cluster.watch": "membership of the cluster",
+    "serving.cluster.within": "membership of the cluster",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

@@ -18,6 +18,7 @@ from serving.commands.serve import bind
 from serving.config import HttpSettings
 from serving.security.exposure import check_exposure, is_local, tls_context
 from serving.security.keys import KeyRing, build_key_ring
+from tests.certificates import make_certificates
 from tests.serving.server_process import ROOT, ServerProcess
 from xllm.errors import ConfigError
 
@@ -64,23 +65,10 @@ def test_only_the_configured_address_listens(open_server: ServerProcess) -> None
 # --- TLS
 
 
-def openssl(*args: str, folder: Path) -> None:
-    subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority, and certificates of it for a server at 127.0.0.1 and for a client."""
-    folder = tmp_path_factory.mktemp("tls")
-    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj",
-            "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign", folder=folder)
-    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")):
-        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}", folder=folder)
-        (folder / "extension").write_text(extension)
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days",
-                "2", "-extfile", "extension", "-out", f"{name}.pem", folder=folder)
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
