@@ -115,6 +115,7 @@ TWIN_CLASSES = {
     "PackedLora": "adapters as each device packs them",
     "Pool": "pages of memory of each device",
     "Progress": "the callback that hears how far loading has come",
+    "RowOrder": "rows sorted by expert, as each device keeps them",
     "Schema": "a JSON schema",
     "StepPlan": "a step as each device's attention takes it",
 }
