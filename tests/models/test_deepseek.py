@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,7 @@ def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
     ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
     ({"num_key_value_heads": 8}, r"num_key_value_heads \(8\) is not num_attention_heads"),
     ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
+    ({"sliding_window": 4096}, "sliding_window is not built for latent attention"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported; supported: softmax"),
     ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported; supported: greedy, group_limited_greedy"),
@@ -205,6 +207,20 @@ def test_the_correction_is_never_rounded(folder: Path, backend: Backend) -> None
     assert stored_E.dtype == torch.float32 and not torch.equal(stored_E, stored_E.bfloat16().float())
     model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
     assert torch.equal(model._layers[1]._mlp._bias_E, stored_E)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_correction_that_is_not_finite(folder: Path, tmp_path: Path, backend: Backend, value: float) -> None:
+    """It steers the choice alone: answers would be wrong, and no logit would show it."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path)
+    file = tmp_path / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    weights = load_file(file)
+    weights[name][2] = value
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=f"tensor '{name}' holds numbers that are not finite"):
+        load_model(tmp_path, backend=backend, dtype=torch.float32)
 
 
 def test_scores_are_computed_in_fp32(folder: Path, backend: Backend) -> None:
