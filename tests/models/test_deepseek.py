@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
