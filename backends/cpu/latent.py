@@ -20,11 +20,13 @@ from backends.reference.kv import latent_width, latents_of
 MAX_SCORES = 2**22
 
 # Queries of a sequence that are never expanded, and that the kernel takes one by one: which form they take does not
-# depend on the length, so that a step of such rows alone can be captured. Chosen: products of more are torch's strength.
+# depend on the length, so that a step of such rows alone can be captured. Chosen: products of more are torch's
+# strength.
 FEW = 16
 
-# (q_XNW, cache, meta, sums_XNL): the latents weighted by each query, scaled and brought to their width, of the sequences
-# with FEW queries at most, in order. Lengths are read as it runs. What is behind their tokens is left as it is.
+# (q_XNW, cache, meta, sums_XNL): the latents weighted by each query, scaled and brought to their width, of the
+# sequences with FEW queries at most, in order. Lengths are read as it runs. The sums of other tokens, which stand
+# behind, are left as they are.
 LatentSums = Callable[[Tensor, Tensor, AttentionMetadata, Tensor], None]
 
 
