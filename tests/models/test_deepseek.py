@@ -284,9 +284,12 @@ def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
         _check_ops(device, True, config.special_ops)
 
 
-def test_graphs_on_a_cpu_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="graph_mode checked: graphs of DeepseekV3ForCausalLM are not built for cpu"):
-        LLM(str(folder), skip_tokenizer_init=True, graph_mode="checked", num_kv_blocks=64, max_model_len=64)
+@pytest.mark.parametrize("settings", [
+    {"graph_max_prefill_tokens": 17}, {"speculative_method": "ngram", "num_speculative_tokens": 16}], ids=str)
+def test_checked_graphs_of_long_chunks_are_refused(folder: Path, settings: dict[str, Any]) -> None:
+    expected = f"{[*settings][-1]} with graph_mode checked: graphs of DeepseekV3ForCausalLM with more than 16 tokens"
+    with pytest.raises(ConfigError, match=expected):
+        LLM(str(folder), skip_tokenizer_init=True, graph_mode="checked", num_kv_blocks=64, max_model_len=64, **settings)
 
 
 def test_a_quantised_model_stays_close(plain: Path, plain_truth: Truth, backend: Backend) -> None:
