@@ -80,6 +80,7 @@ class LoadedModel:
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
+        _check_expert_graphs(self.backend, self.model_config, self.config, self._dtype)
         self._warn_of_slow_dtype()
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
         self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
@@ -373,3 +374,13 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
             and backend.capturer is not None and not backend.capturer.plans_in_graph):
         raise ConfigError(f"graph_max_prefill_tokens {config.device.graph_max_prefill_tokens}: graphs of chunks of "
                           f"{model.architecture} are not built for {backend.name}")
+
+
+def _check_expert_graphs(backend: Backend, model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> None:
+    """Raise ConfigError where a CPU's experts are products of torch, one for each expert that a step hits, which no
+    graph can hold: the compiled kernels know fp32 alone."""
+    import torch
+
+    if (backend.computes_on_host and config.device.graph_mode == "checked" and model.experts_a_token
+            and (dtype != torch.float32 or backend.describe().get("kernels") == "plain torch")):
+        raise ConfigError(f"graph_mode checked: graphs of experts in {_name(dtype)} are not built for {backend.name}")
