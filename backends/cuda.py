@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from backends import cuda_experts
+from backends import cuda_experts, cuda_linear
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
@@ -94,11 +94,11 @@ def qkv_rope_write(
     return rotary.qkv_rope_write(qkv_TX, positions_T, cos_sin_LH, k_cache, v_cache, meta.slot_mapping_T, **options)
 
 
-# `pack_linear` is the reference's: cuBLAS and the int8 kernel take weights as they lie.
 OPS = replace(
     REFERENCE,
     name="cuda",
-    linear=linear.linear,
+    pack_linear=cuda_linear.pack_linear,
+    linear=cuda_linear.linear,
     pack_lora=lora.pack_lora,
     lora_add=lora.lora_add,
     embedding=linear.embedding,
@@ -142,7 +142,7 @@ class CudaBackend:
     kv_memory_share = 1.0
     warm_up_seqs = 16
     strict_ops = True
-    takes_scaled_weights = False
+    takes_scaled_weights = True
     quantization_advice = ""
 
     def __init__(self, place: Place = ALONE) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from backends.cuda_linear import by_run
 from backends.expert_choice import ExpertChoice, RouteRule
-from backends.reference.linear import pack_linear
+from backends.reference.linear import PackedLinear, PackedScaled, check_unquantised, pack_linear
 from backends.scaled_weight import ScaledWeight
 from cuda_ops import experts as kernels
 
@@ -19,7 +20,19 @@ def route(logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None = None) -> E
 
 def pack_experts(experts: Iterable[Tensor | ScaledWeight], *,
                  quantization: str | None = None) -> kernels.ExpertWeights:
-    return kernels.ExpertWeights([pack_linear(weight_YX, quantization=quantization) for weight_YX in experts])
+    packed: list[PackedLinear | PackedScaled] = []
+    runs = set()
+    for weight_YX in experts:
+        if isinstance(weight_YX, ScaledWeight):
+            check_unquantised(quantization)
+            own = by_run(weight_YX)
+            packed.append(PackedLinear(own.codes_YX, own.scale_YG.t(), None))
+            runs.add(own.group)
+        else:
+            packed.append(pack_linear(weight_YX, quantization=quantization))
+            runs.add(0)
+    run, = runs
+    return kernels.ExpertWeights(packed, run)
 
 
 def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:

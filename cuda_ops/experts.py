@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cuda_ops.kv_codes import widen_e4m3
 from cuda_ops.launch import INTERPRETED, config, launch, wait_for_previous
-from cuda_ops.linear import FP8, quantise_rows
+from cuda_ops.linear import FP8, quantise_rows, scaled_dot, within_runs
 
 # Rows of a block, by how many an expert has on average: a block of 16 reads the weights for few, one of 128 has enough
 # rows to be bound by arithmetic. After vLLM's tuned tables for an H200; not measured here.
@@ -37,12 +37,13 @@ class ExpertWeights:
 
     packed: as `cuda_ops.linear.linear` takes them, without bias and all of one kind; they are kept as they are but for
     those whose memory does not begin at a multiple of 16 bytes. table_E2: the addresses of each one's weight and scale.
+    run: inputs of an output that share a scale, and scales are [G, Y], a row for each run; 0: all do, they are [Y].
     """
 
-    __slots__ = ("dtype", "dynamic", "nbytes", "num_inputs", "num_outputs", "table_E2", "tensors")
+    __slots__ = ("dtype", "dynamic", "nbytes", "num_inputs", "num_outputs", "run", "table_E2", "tensors")
 
-    def __init__(self, packed: list[Any]):
-        first = packed[0]
+    def __init__(self, packed: list[Any], run: int = 0):
+        first, self.run = packed[0], run
         self.dtype, self.dynamic = first.weight_YX.dtype, first.dynamic
         self.num_outputs, self.num_inputs = first.weight_YX.shape
         weights = [expert.weight_YX for expert in packed]
@@ -212,8 +213,8 @@ def _scales(table_ptr, expert, y, Y):
 @triton.jit
 def grouped_linear_kernel(
     x_ptr, table_ptr, tokens_ptr, blocks_ptr, y_ptr, Y, X, x_stride, FROM_TOKENS: tl.constexpr, CODES: tl.constexpr,
-    FP8: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, PDL: tl.constexpr,
+    RUN: tl.constexpr, FP8: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block's rows times some outputs of its expert's weight; as `linear_bytes_kernel` with CODES."""
     wait_for_previous(PDL)
@@ -227,6 +228,7 @@ def grouped_linear_kernel(
     x_ptrs = x_ptr + _source(tokens_ptr, row, end, FROM_TOKENS)[:, None] * x_stride + k[None, :]
     dtype: tl.constexpr = tl.int8 if CODES else x_ptr.dtype.element_ty
     weight_ptr = _weight(table_ptr, expert, tile.to(tl.int64) * COLUMNS * X, dtype)
+    scale_ptr = tl.load(table_ptr + expert * 2 + 1).to(tl.pointer_type(tl.float32))
     weight_ptrs = weight_ptr + tl.arange(0, COLUMNS)[:, None] * X + k[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, X, DEPTH):
@@ -239,8 +241,11 @@ def grouped_linear_kernel(
             weight = widen_e4m3(weight, x.dtype)
         else:
             weight = weight.to(x.dtype)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
-    if CODES:
+        if RUN:
+            acc += scaled_dot(x, weight, scale_ptr, first, y, Y, X, RUN, DEPTH)
+        else:
+            acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+    if CODES and RUN == 0:
         acc *= _scales(table_ptr, expert, y, Y)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * Y + y[None, :], acc, (row[:, None] < end) & (y[None, :] < Y))
 
@@ -343,10 +348,10 @@ def grouped_linear(x: Tensor, weights: ExpertWeights, order: RowOrder, *, from_t
     is_fp8, codes = weights.dtype is FP8, weights.dtype in (FP8, torch.int8)
     assert codes or weights.dtype is x.dtype
     bucket = f"{'wide' if x.element_size() == 4 else 'half'}_{rows}"
-    numbers = config("grouped_bytes" if codes else "grouped_linear", bucket, x)
+    numbers = within_runs(config("grouped_bytes" if codes else "grouped_linear", bucket, x), weights.run)
     grid = (num_blocks * triton.cdiv(Y, numbers["COLUMNS"]),)
-    launch(grouped_linear_kernel, grid, x, *where, x.stride(0), FROM_TOKENS=from_tokens, CODES=codes, FP8=is_fp8,
-           UPCAST=INTERPRETED, ROWS=rows, **numbers)  # fmt: skip
+    launch(grouped_linear_kernel, grid, x, *where, x.stride(0), FROM_TOKENS=from_tokens, CODES=codes,
+           RUN=weights.run, FP8=is_fp8, UPCAST=INTERPRETED, ROWS=rows, **numbers)  # fmt: skip
     return y_RY
 
 

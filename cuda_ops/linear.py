@@ -8,6 +8,7 @@ brought to int8 by a kernel of its own, and int32 sums are a kernel's where rows
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,15 +24,18 @@ FEW_ROWS = 64  # up to so many rows reading the weight is the cost, and the kern
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # ada: the first whose tensor cores multiply fp8 numbers
 FP8_MULTIPLE = 16  # sizes of cuBLAS's product of fp8 numbers are multiples of it
+LEAST_DEPTH = 16  # inputs of a product of 16 bit numbers on tensor cores
 INT8_MULTIPLE = 8  # sizes of torch's int8 product (`_int_mm`) are multiples of it; it also wants more than 16 rows
 
 
 @triton.jit(do_not_specialize=["T"])
 def linear_bytes_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, T, Y, X, x_stride, FP8: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, T, Y, X, x_stride, RUN: tl.constexpr, FP8: tl.constexpr,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = (x @ weight.T) * scale + bias. A code is exact in every dtype of x, so that only the sum needs the scale."""
+    """y = (x @ weight.T) * scale + bias. A code is exact in every dtype of x, so that only the sum needs the scale;
+    with RUN each run of inputs has a sum."""
     wait_for_previous(PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     y = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -49,11 +53,39 @@ def linear_bytes_kernel(
             weight = widen_e4m3(codes, x.dtype)
         else:
             weight = codes.to(x.dtype)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
-    acc *= tl.load(scale_ptr + y, y < Y, 0.0)[None, :]
+        if RUN:
+            acc += scaled_dot(x, weight, scale_ptr, first, y, Y, X, RUN, DEPTH)
+        else:
+            acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+    if RUN == 0:
+        acc *= tl.load(scale_ptr + y, y < Y, 0.0)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + y, y < Y, 0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * Y + y[None, :], acc, (row[:, None] < T) & (y[None, :] < Y))
+
+
+@triton.jit
+def scaled_dot(x, weight, scale_ptr, first, y, Y, X, RUN: tl.constexpr, DEPTH: tl.constexpr):
+    """x @ (weight * scale).T of the DEPTH inputs from `first` on. scale_ptr: fp32 [G, Y], a row for each RUN inputs."""
+    if RUN % DEPTH == 0:
+        scale = tl.load(scale_ptr + first // RUN * Y + y, y < Y, 0.0)
+        return tl.dot(x, tl.trans(weight), input_precision="ieee") * scale[None, :]
+    else:
+        k = first + tl.arange(0, DEPTH)
+        places = (k // RUN).to(tl.int64)[None, :] * Y + y[:, None]
+        scale = tl.load(scale_ptr + places, (y[:, None] < Y) & (k[None, :] < X), 0.0)
+        return tl.dot(x, tl.trans((weight.to(tl.float32) * scale).to(x.dtype)), input_precision="ieee")
+
+
+@triton.jit
+def dequantise_kernel(codes_ptr, scale_ptr, out_ptr, Y, X, RUN, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some inputs of some rows of a weight of e4m3 with scales as `scaled_dot` has them."""
+    y = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (y < Y) & (k < X)
+    numbers = widen_e4m3(tl.load(codes_ptr + y * X + k, inside, 0), tl.float32)
+    scale = tl.load(scale_ptr + (k // RUN).to(tl.int64) * Y + y, inside, 0.0)
+    tl.store(out_ptr + y * X + k, numbers * scale, inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -142,17 +174,38 @@ def linear(x_TX: Tensor, packed: Any) -> Tensor:
     return F.linear(x_TX, weight_YX.to(x_TX.dtype) * scale_Y.to(x_TX.dtype)[:, None], bias_Y)
 
 
-def linear_bytes(x_TX: Tensor, weight_YX: Tensor, scale_Y: Tensor, bias_Y: Tensor | None) -> Tensor:
-    """The weight is widened in registers."""
-    assert x_TX.stride(1) == 1 and weight_YX.is_contiguous()
+def linear_bytes(x_TX: Tensor, weight_YX: Tensor, scale: Tensor, bias_Y: Tensor | None, *, run: int = 0) -> Tensor:
+    """The weight is widened in registers.
+
+    run: inputs of an output that share a scale, scale is [G, Y] then, a row for each run; 0: all do, and it is [Y].
+    """
+    assert x_TX.stride(1) == 1 and weight_YX.is_contiguous() and scale.is_contiguous()
     (T, X), Y = x_TX.shape, len(weight_YX)
     y_TY = torch.empty(T, Y, dtype=x_TX.dtype, device=x_TX.device)
     bucket = f"{'wide' if x_TX.element_size() == 4 else 'half'}_{16 if T <= 16 else 64}"
-    numbers = config("linear_fp8" if weight_YX.dtype is FP8 else "linear_int8", bucket, x_TX)
+    numbers = within_runs(config("linear_fp8" if weight_YX.dtype is FP8 else "linear_int8", bucket, x_TX), run)
     grid = (triton.cdiv(Y, numbers["COLUMNS"]), triton.cdiv(T, numbers["ROWS"]))
-    launch(linear_bytes_kernel, grid, x_TX, weight_YX.view(torch.int8), scale_Y, bias_Y, y_TY, T, Y, X, x_TX.stride(0),
-           FP8=weight_YX.dtype is FP8, BIAS=bias_Y is not None, UPCAST=INTERPRETED, **numbers)  # fmt: skip
+    launch(linear_bytes_kernel, grid, x_TX, weight_YX.view(torch.int8), scale, bias_Y, y_TY, T, Y, X, x_TX.stride(0),
+           RUN=run, FP8=weight_YX.dtype is FP8, BIAS=bias_Y is not None, UPCAST=INTERPRETED, **numbers)  # fmt: skip
     return y_TY
+
+
+def within_runs(numbers: dict[str, int], run: int) -> dict[str, int]:
+    """The same with a DEPTH that divides `run`, so that a product has one scale an output. Where that would be too
+    small to multiply each number of the weight is scaled for itself: scales take much memory, and have few stages."""
+    depth = gcd(numbers["DEPTH"], run)
+    return {**numbers, "DEPTH": depth} if depth >= LEAST_DEPTH else {**numbers, "num_stages": 2}
+
+
+def dequantise(weight_YX: Tensor, scale_GY: Tensor, run: int, dtype: torch.dtype) -> Tensor:
+    """The matrix that fp8 codes and a scale for each run of inputs stand for: fp32 products, rounded to `dtype`."""
+    assert weight_YX.is_contiguous() and scale_GY.is_contiguous()
+    Y, X = weight_YX.shape
+    out_YX = torch.empty(Y, X, dtype=dtype, device=weight_YX.device)
+    numbers = config("dequantise", "any", weight_YX)
+    grid = (triton.cdiv(Y, numbers["ROWS"]), triton.cdiv(X, numbers["BLOCK"]))
+    launch(dequantise_kernel, grid, weight_YX.view(torch.int8), scale_GY, out_YX, Y, X, run, **numbers)
+    return out_YX
 
 
 def multiplies_fp8(x_TX: Tensor, weight_YX: Tensor) -> bool:

@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -52,7 +51,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
                               c_float, c_int64, c_int]),
     "xllm_latent_rope_write": (None, [c_void_p, c_int64] + [c_void_p] * 4 + [c_int64, c_int] + [c_void_p] * 3
                                + [c_float, c_int] + [c_int64] * 6 + [c_int]),
-    "xllm_latent_split": (c_int64, []),
     "xllm_latent_sums": (None, [POINTER(Latents), c_int]),
     "xllm_panel": (c_int64, []),
     "xllm_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int]),
@@ -111,7 +109,6 @@ class Kernels:
         self.num_threads: int | None = None  # None: torch's
         self.panel: int = self.panel_c()
         self.unit_bytes: int = self.unit_bytes_c()
-        self.latent_split: int = self.latent_split_c()
 
     def threads(self) -> int:
         return self.num_threads or torch.get_num_threads()
@@ -305,26 +302,19 @@ class Kernels:
 
     def latent_attention(self, q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *,
                          scale: float) -> Tensor:
-        sums = self.latent_sums if cache.dtype is FP32 else None
+        sums = self.latent_sums if cache.dtype in KV_DTYPES else None
         return latent.latent_attention(q_TNX, up_NYL, cache, meta, scale=scale, sums=sums)
 
-    def latent_sums(self, q_XNW: Tensor, cache: Tensor, meta: AttentionMetadata, tokens: latent.Tokens,
-                    sums_XNL: Tensor) -> None:
-        """A `LatentSums`, over a cache of fp32."""
-        (num_tokens, num_heads, whole), width = q_XNW.shape, sums_XNL.shape[2]
+    def latent_sums(self, q_XNW: Tensor, cache: Tensor, meta: AttentionMetadata, sums_XNL: Tensor) -> None:
+        """A `LatentSums`, over a cache of `KV_DTYPES`."""
         table_SM, base_S = meta.block_table_SM, meta.kv_base_S
-        assert table_SM.dtype is torch.int32 and (base_S is not None or table_SM.stride(1) == 1)
-        first_part_X1 = [0, *accumulate(-(-seen // self.latent_split) for seen in tokens.seen)]
-        numbers = torch.tensor((*tokens.seqs, *tokens.seen, *first_part_X1), dtype=torch.int32)
-        seqs_X, seen_X, first_X1 = numbers.split([num_tokens, num_tokens, num_tokens + 1])
-        partials = None
-        if first_part_X1[-1] > num_tokens:
-            partials = torch.empty(first_part_X1[-1] * num_heads * (width + 2), dtype=FP32)
+        tables = (meta.query_start_S1, meta.seq_lens_S, table_SM) + (() if base_S is None else (base_S,))
+        assert all(t.dtype is torch.int32 for t in tables) and (base_S is not None or table_SM.stride(1) == 1)
         self.latent_sums_c(Latents(
             q_XNW.data_ptr(), cache.data_ptr(), table_SM.data_ptr(), None if base_S is None else base_S.data_ptr(),
-            seqs_X.data_ptr(), seen_X.data_ptr(), first_X1.data_ptr(), sums_XNL.data_ptr(),
-            None if partials is None else partials.data_ptr(), table_SM.stride(0), cache.stride(0), num_tokens,
-            num_heads, width, whole, meta.block_size,
+            meta.query_start_S1.data_ptr(), meta.seq_lens_S.data_ptr(), sums_XNL.data_ptr(), table_SM.stride(0),
+            cache.stride(0) * cache.itemsize, len(meta.seq_lens_S), latent.FEW, q_XNW.shape[1], sums_XNL.shape[2],
+            q_XNW.shape[2], meta.block_size, DTYPES[cache.dtype],
         ), self.threads())  # fmt: skip
 
     def export_blocks(self, caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tensor, slots_B: Tensor, *,

@@ -21,10 +21,10 @@ class Latents(Structure):
     """`Latents` of latent.c."""
 
     _fields_ = [
-        ("q", c_void_p), ("cache", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p), ("seq", c_void_p),
-        ("seen", c_void_p), ("first_part", c_void_p), ("sums", c_void_p), ("partials", c_void_p),
-        ("table_stride", c_int64), ("block_stride", c_int64), ("num_tokens", c_int64), ("num_heads", c_int64),
-        ("width", c_int64), ("whole", c_int64), ("block_size", c_int64),
+        ("q", c_void_p), ("cache", c_void_p), ("block_table", c_void_p), ("kv_base", c_void_p),
+        ("query_start", c_void_p), ("seq_lens", c_void_p), ("sums", c_void_p),
+        ("table_stride", c_int64), ("block_bytes", c_int64), ("num_seqs", c_int64), ("most", c_int64),
+        ("num_heads", c_int64), ("width", c_int64), ("whole", c_int64), ("block_size", c_int64), ("format", c_int64),
     ]  # fmt: skip
 
 

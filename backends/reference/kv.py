@@ -89,7 +89,7 @@ def latents_of(cache: Tensor, meta: AttentionMetadata, s: int, seq_len: int) -> 
     if meta.kv_base_S is None:
         blocks = meta.block_table_SM[s, :num_blocks].long()
     else:
-        first = int(meta.kv_base_S[s])
+        first: int = meta.kv_base_S.tolist()[s]  # which a captured step may do, for the CPU
         blocks = slice(first, first + num_blocks)
     found = _decoded(cache, blocks, False) if cache.dtype in QUANTISED else cache[blocks]
     return found[:, 0].flatten(0, 1)[:seq_len]

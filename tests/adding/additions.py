@@ -115,7 +115,8 @@ ADDITIONS = (
               'prefix cache")',
               '    prefix_hit_sequences_total: int = counter(0, "prefix_hit_sequences",',
               '                                              "Sequences of which the prefix cache had the beginning")'),
-        after("xllm/scheduler/admission.py", "            self._counters.cached_prompt_tokens_total += num_cached",
+        after("xllm/scheduler/admission.py",
+              "            self._counters.cached_prompt_tokens_total += seq.num_cached_tokens",
               "            self._counters.prefix_hit_sequences_total += num_cached > 0"),
     )),
     Addition(name="a scheduling policy", most=2, edits=(

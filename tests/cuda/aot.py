@@ -78,7 +78,8 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
     half, of_latents = "float32" not in case, name in ("latent_decode_kernel", "latent_prefill_kernel")
     walks = of_latents or name in ("decode_kernel", "prefill_kernel", *GROUPED)
-    in_table = "P16" not in case and "H80" not in case  # entries of "any", or blocks that are smaller than tiles
+    # Not: entries of "any", blocks that are smaller than tiles, scales of single numbers.
+    in_table = not any(words in case for words in ("P16", "H80", "runs of 40"))
     faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
     if shared > DEVICES[arch][2]:
         faults.append(f"shared {shared} B of {DEVICES[arch][2]}")

@@ -156,13 +156,17 @@ def kv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from cuda_ops.linear import linear_bytes, linear_w8a8, quantise_rows, rescale
+    from cuda_ops.linear import dequantise, linear_bytes, linear_w8a8, quantise_rows, rescale
 
     for codes in (torch.int8, torch.float8_e4m3fn):
         weight = torch.zeros(4096, 4096, dtype=torch.int8).view(codes)
         for rows, dtype in ((16, BF16), (64, BF16), (64, FP16), (64, FP32)):
             x, scale, bias = torch.empty(rows, 4096, dtype=dtype), torch.empty(4096), torch.empty(4096, dtype=dtype)
             yield f"{codes} T{rows} {dtype}", partial(linear_bytes, x, weight, scale, bias)
+    for run, rows, dtype in ((128, 16, BF16), (128, 64, BF16), (128, 64, FP32), (40, 16, BF16), (40, 64, FP16)):
+        x, scale = torch.empty(rows, 4096, dtype=dtype), torch.empty(-(-4096 // run), 4096)
+        yield f"fp8 runs of {run} T{rows} {dtype}", partial(linear_bytes, x, weight, scale, None, run=run)
+        yield f"runs of {run} {dtype}", partial(dequantise, weight, scale, run, dtype)
     yield str(BF16), lambda: quantise_rows(torch.empty(4, 4096, dtype=BF16))
     weight, scale = torch.zeros(4096, 4096, dtype=torch.int8), torch.empty(4096)
     for rows, dtype in ((16, BF16), (64, BF16), (64, FP32)):
@@ -206,19 +210,22 @@ def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (BF16, FP32):
         y, weights = torch.empty(128, 2048, dtype=dtype), torch.empty(16, 8)
         yield str(dtype), partial(ops.combine, y, weights, ops.RowOrder(ids.flatten(), ids, ids, 16))
-    for codes, is_w8a8, dtype, sizes in (
-        (None, False, BF16, (16, 64, 128)), (None, False, FP32, (16,)),
-        (torch.int8, False, BF16, (16, 64, 128)), (torch.int8, False, FP32, (16,)),
-        (torch.float8_e4m3fn, False, BF16, (16, 64, 128)), (torch.float8_e4m3fn, False, FP16, (16,)),
-        (torch.int8, True, BF16, (16, 64, 128)),
+    fp8 = torch.float8_e4m3fn
+    for codes, is_w8a8, run, dtype, sizes in (
+        (None, False, 0, BF16, (16, 64, 128)), (None, False, 0, FP32, (16,)),
+        (torch.int8, False, 0, BF16, (16, 64, 128)), (torch.int8, False, 0, FP32, (16,)),
+        (fp8, False, 0, BF16, (16, 64, 128)), (fp8, False, 0, FP16, (16,)),
+        (fp8, False, 128, BF16, (16, 64, 128)), (fp8, False, 128, FP16, (16,)), (fp8, False, 40, BF16, (16, 128)),
+        (torch.int8, True, 0, BF16, (16, 64, 128)),
     ):  # fmt: skip
         weight = torch.zeros(1536, 2048, dtype=codes or dtype)
         one = SimpleNamespace(weight_YX=weight, scale_Y=torch.empty(1536) if codes else None, dynamic=is_w8a8, nbytes=0)
-        packed = ops.ExpertWeights([one] * 8)
+        packed = ops.ExpertWeights([one] * 8, run)
         for rows in sizes:
             order = ops.RowOrder(ids.flatten(), ids, torch.zeros(3, 4, dtype=torch.int32), rows)
             for from_tokens in (True, False) if codes is None and rows == 16 else (True,):
-                yield f"{'w8a8' if is_w8a8 else codes} R{rows} {dtype}{' tokens' * from_tokens}", partial(
+                kind = f"{'w8a8' if is_w8a8 else codes}{f' runs of {run}' if run else ''}"
+                yield f"{kind} R{rows} {dtype}{' tokens' * from_tokens}", partial(
                     ops.grouped_linear, torch.empty(128, 2048, dtype=dtype), packed, order, from_tokens=from_tokens)
 
 

@@ -8,9 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backends.cuda_linear import by_run
 from backends.reference.linear import quantize_rows
 from cuda_ops import linear
+from cuda_ops.launch import TABLE
+from cuda_ops.linear import within_runs
 from tests.ops.test_linear import stored_weight, weights
+from tests.ops.test_scaled_weight import scaled
 
 FP8 = torch.float8_e4m3fn
 
@@ -82,3 +86,21 @@ def test_product_of_fp8_numbers(with_bias: bool) -> None:
 def test_only_what_torch_multiplies_is_multiplied_so() -> None:
     x, weight = torch.empty(70, 160, dtype=torch.bfloat16), torch.empty(48, 160, dtype=FP8)
     assert not linear.multiplies_fp8(x, weight)  # not on a CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # interpreted, bfloat16 is cut off
+@pytest.mark.parametrize("size", [(33, 7, 128), (31, 600, 128), (9, 130, 24), (1, 3, 1)], ids=str)
+def test_bits_of_the_matrix_that_runs_stand_for(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """What more rows are multiplied with."""
+    weight = by_run(scaled(*size)[0])
+    found = linear.dequantise(weight.codes_YX, weight.scale_YG.t(), weight.group, dtype)
+    assert torch.equal(found, weight.dequantise(dtype))
+
+
+def test_a_product_has_one_scale_where_that_can_be() -> None:
+    """For every entry of the table; shorter runs make it shallower, down to what tensor cores multiply."""
+    archs = [arch for op in ("linear_fp8", "grouped_bytes") for arch in TABLE[op].values()]
+    for entry in (entry for arch in archs for entry in arch.values()):
+        assert within_runs(entry, 0) == within_runs(entry, 128) == entry
+        assert within_runs(entry, 48) == {**entry, "DEPTH": 16}
+        assert within_runs(entry, 40) == within_runs(entry, 1) == {**entry, "num_stages": 2}

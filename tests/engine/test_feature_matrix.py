@@ -81,7 +81,6 @@ EXCLUSIONS = [
     # Sums of parts are other in the last bit in every step, which rounds a number to the next code here and there:
     # logits move by up to 0.1, and draws with them, of 3 or 4 prompts in 6. Greedy, of one or two.
     {"way": "tp2", "w8a8": "on", "seeds": "on"},
-    {"model": "mla", "graph": "on"},  # refused by name: on a CPU the operators look at lengths as they go
 ]
 # Pairs of features meet on every layout, in every way and with every model, as they did when each had a test of its
 # own: 50 rows. With 2 there would be 15.

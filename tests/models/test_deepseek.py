@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,7 @@ def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
     ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
     ({"num_key_value_heads": 8}, r"num_key_value_heads \(8\) is not num_attention_heads"),
     ({"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even"),
+    ({"sliding_window": 4096}, "sliding_window is not built for latent attention"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported; supported: softmax"),
     ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported; supported: greedy, group_limited_greedy"),
@@ -205,6 +207,20 @@ def test_the_correction_is_never_rounded(folder: Path, backend: Backend) -> None
     assert stored_E.dtype == torch.float32 and not torch.equal(stored_E, stored_E.bfloat16().float())
     model: Any = load_model(folder, backend=backend, dtype=torch.bfloat16, max_model_len=64)
     assert torch.equal(model._layers[1]._mlp._bias_E, stored_E)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_correction_that_is_not_finite(folder: Path, tmp_path: Path, backend: Backend, value: float) -> None:
+    """It steers the choice alone: answers would be wrong, and no logit would show it."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path)
+    file = tmp_path / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    weights = load_file(file)
+    weights[name][2] = value
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=f"tensor '{name}' holds numbers that are not finite"):
+        load_model(tmp_path, backend=backend, dtype=torch.float32)
 
 
 def test_scores_are_computed_in_fp32(folder: Path, backend: Backend) -> None:
@@ -268,9 +284,12 @@ def test_a_device_without_its_operators_refuses_it(tmp_path: Path) -> None:
         _check_ops(device, True, config.special_ops)
 
 
-def test_graphs_on_a_cpu_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="graph_mode checked: graphs of DeepseekV3ForCausalLM are not built for cpu"):
-        LLM(str(folder), skip_tokenizer_init=True, graph_mode="checked", num_kv_blocks=64, max_model_len=64)
+@pytest.mark.parametrize("settings", [
+    {"graph_max_prefill_tokens": 17}, {"speculative_method": "ngram", "num_speculative_tokens": 16}], ids=str)
+def test_checked_graphs_of_long_chunks_are_refused(folder: Path, settings: dict[str, Any]) -> None:
+    expected = f"{[*settings][-1]} with graph_mode checked: graphs of DeepseekV3ForCausalLM with more than 16 tokens"
+    with pytest.raises(ConfigError, match=expected):
+        LLM(str(folder), skip_tokenizer_init=True, graph_mode="checked", num_kv_blocks=64, max_model_len=64, **settings)
 
 
 def test_a_quantised_model_stays_close(plain: Path, plain_truth: Truth, backend: Backend) -> None:

@@ -193,6 +193,12 @@ def test_a_device_without_its_operators_refuses_it() -> None:
         _check_ops(backend, True, EXPERT_OPS)
 
 
+def test_graphs_of_experts_that_torch_multiplies_are_refused(make_checkpoint: Make) -> None:
+    with pytest.raises(ConfigError, match="graph_mode checked: graphs of experts in bfloat16 are not built for cpu"):
+        LLM(str(make_checkpoint(APART)), skip_tokenizer_init=True, graph_mode="checked", dtype="bfloat16",
+            num_kv_blocks=64, max_model_len=64)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
 def test_a_long_prompt_takes_no_more_memory_than_a_chunk() -> None:
     """Beside the prompt itself; and what is planned for steps covers it."""

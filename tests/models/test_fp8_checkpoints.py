@@ -158,6 +158,13 @@ def scaled_by(value: float) -> Callable[[dict[str, Tensor]], None]:
     return change
 
 
+def no_number_in(name: str) -> Callable[[dict[str, Tensor]], None]:
+    """The code of one weight is NaN, of another -NaN."""
+    def change(weights: dict[str, Tensor]) -> None:
+        weights[name].view(torch.uint8).view(-1)[[3, -2]] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
+    return change
+
+
 FP8 = torch.float8_e4m3fn
 NOT_POSITIVE = rf"model.safetensors: tensor '{SCALE}' holds scales that are not positive and finite"
 WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
@@ -165,6 +172,9 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "inf": ("qwen3", scaled_by(float("inf")), NOT_POSITIVE),
     "zero": ("qwen3", scaled_by(0.0), NOT_POSITIVE),
     "negative": ("qwen3", scaled_by(-1.0), NOT_POSITIVE),
+    "nan-code": ("qwen3", no_number_in(UP), rf"tensor '{UP}' holds codes of fp8 that are not numbers"),
+    "nan-code-of-an-expert": ("qwen3-moe", no_number_in(EXPERT),
+                              rf"'{EXPERT}' holds codes of fp8 that are not numbers"),
     "missing": ("qwen3", lambda w: w.pop(SCALE), rf"tensor '{SCALE}' is missing in .*model.safetensors"),
     "transposed": ("qwen3", lambda w: w.update({SCALE: w[SCALE].T.contiguous()}),
                    rf"'{SCALE}' has shape \[2, 5\], blocks of 24 x 40 ask for \[5, 2\]"),

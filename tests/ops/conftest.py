@@ -32,8 +32,7 @@ NAN = float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICES = [name for name, found in (("cuda", torch.cuda.is_available()),) if found]
 NAMES = ["cuda-interpreted"] if INTERPRETED else ["reference", "torch", "compiled", *DEVICES]
-OF_THE_CPU = {"test_backend.py", "test_compiled_kv.py", "test_on_device.py", "test_scaled_weight.py", "test_threads.py",
-              "test_vmm.py"}
+OF_THE_CPU = {"test_backend.py", "test_compiled_kv.py", "test_on_device.py", "test_threads.py", "test_vmm.py"}
 collect_ignore = sorted(OF_THE_CPU) if INTERPRETED else []
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from torch import Tensor
 from backends.expert_choice import ExpertChoice
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
+from backends.scaled_weight import ScaledWeight
 
 IN_HOST_MEMORY = {"export_blocks": (1, 2, 3), "import_blocks": (1, 2, 3)}  # arguments that the contract wants there
 
@@ -52,8 +53,10 @@ class Load:
             return replace(x, **{f.name: self.there(getattr(x, f.name)) for f in fields(x)})
         if isinstance(x, ExpertChoice):  # its order is made anew, and is the same each time
             return ExpertChoice(self._tensor(x.ids_TK), self._tensor(x.weights_TK))
-        if isinstance(x, tuple) and x and isinstance(x[0], Tensor):  # the parts of a layer's cache, or its experts
-            return tuple(map(self._tensor, x))
+        if isinstance(x, ScaledWeight):
+            return ScaledWeight(self._tensor(x.codes_YX), self._tensor(x.scale_YG), x.group)
+        if isinstance(x, tuple):  # the parts of a layer's cache, or its experts
+            return tuple(map(self.there, x))
         return self._tensor(x) if isinstance(x, Tensor) else x
 
     def _tensor(self, x: Tensor) -> Tensor:

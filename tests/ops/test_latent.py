@@ -61,12 +61,14 @@ def test_attention(ops: OpSet, monkeypatch: pytest.MonkeyPatch, step: str, conti
 
 
 @pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
-@pytest.mark.parametrize(("heads", "latent_width", "rotated"), [(20, 64, 16), (3, 75, 6)], ids=str)
-def test_decoding_over_long_contexts(ops: OpSet, heads: int, latent_width: int, rotated: int, contiguous: bool) -> None:
+@pytest.mark.parametrize(("heads", "latent_width", "rotated", "kv_dtype"), [
+    (20, 64, 16, torch.float32), (3, 75, 6, torch.float32), *((3, 75, 6, each) for each in QUANTISED)], ids=str)
+def test_decoding_over_long_contexts(ops: OpSet, heads: int, latent_width: int, rotated: int, kv_dtype: torch.dtype,
+                                     contiguous: bool) -> None:
     """Contexts in parts, several drafts of a sequence, heads and widths that fill nothing evenly."""
     seq_lens = sizes([1300, 700, 512, 513], [150, 70, 32, 33])
     case = Paged(query_lens=[1, 3, 1, 1], seq_lens=seq_lens, num_heads=heads, num_kv_heads=1,
-                 head_dim=latent_width + rotated, block_size=16, contiguous=contiguous, gap=7)
+                 head_dim=latent_width + rotated, block_size=16, contiguous=contiguous, gap=8, kv_dtype=kv_dtype)
     q_TNX, up_NYL = torch.randn(6, heads, 12 + rotated), torch.randn(heads, 12 + 10, latent_width) / latent_width**0.5
     out = ops.latent_attention(q_TNX.clone(), up_NYL, case.v_cache, case.meta, scale=0.3)
     exact = truth(case, q_TNX, up_NYL, 0.3, key_dim=12)

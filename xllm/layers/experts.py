@@ -63,6 +63,8 @@ class Experts:
             # Never rounded: a choice turns on less than the compute dtype can tell apart.
             self._bias_E = weights.take(f"{name}.gate.e_score_correction_bias", (shape.num_experts,),
                                         dtype=torch.float32)
+            if not bool(self._bias_E.isfinite().all()):  # it steers the choice alone: no logit would show it
+                raise ModelError(f"tensor '{name}.gate.e_score_correction_bias' holds numbers that are not finite")
         gate_up = _of_one_form(_gate_up_weights(weights, name, shape, context.parallel.tp_shard(0)), name)
         down = _of_one_form(_down_weights(weights, name, shape, context.parallel.tp_shard(1)), name)
         try:

@@ -69,6 +69,8 @@ def read_deepseek(raw: RawConfig, architecture: str, *, interleaved: bool, mixtu
     """The keywords are what the version decides. Raises ModelError."""
     check_activation(raw)
     common, num_heads = read_common(raw, architecture), raw.integer("num_attention_heads")
+    if raw.values.get("sliding_window") is not None:
+        raise raw.error("sliding_window is not built for latent attention")
     if (raw.optional_integer("num_key_value_heads") or num_heads) != num_heads:
         raise raw.error(f"num_key_value_heads ({raw.values['num_key_value_heads']}) is not num_attention_heads "
                         f"({num_heads}): latent attention makes keys and values for each head")

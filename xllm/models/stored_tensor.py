@@ -18,6 +18,7 @@ from xllm.models.fp8_format import Fp8Format
 FP8, POWERS_OF_TWO = "F8_E4M3", "F8_E8M0"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # of the types that are read everywhere
 SCALE_TYPES = (*ITEM_BYTES, POWERS_OF_TWO)
+NOT_A_NUMBER = 0x7F  # of a code of E4M3, without its sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +88,7 @@ class StoredFp8:
         group = math.gcd(x0, self.form.columns)  # no run reaches over the end of a block
         row_Y = torch.arange(y0, y1) // self.form.rows - first_row
         column_G = torch.arange(x0, x1, group) // self.form.columns - first_column
-        return ScaledWeight(self.codes.read((*lead, slice(y0, y1), slice(x0, x1))), blocks[row_Y][:, column_G], group)
+        codes_YX = self.codes.read((*lead, slice(y0, y1), slice(x0, x1)))
+        if bool((codes_YX.view(torch.uint8) & NOT_A_NUMBER == NOT_A_NUMBER).any()):
+            raise self.codes.error("holds codes of fp8 that are not numbers")  # kernels take each code for a number
+        return ScaledWeight(codes_YX, blocks[row_Y][:, column_G], group)

@@ -80,6 +80,7 @@ class LoadedModel:
         self.config = _with_text_length(config, self.path, limit).resolve(
             model_max_len=limit, default_block_size=self.backend.default_block_size)
         self._dtype = compute_dtype(self.config, self.backend, self.model_config)
+        _check_expert_graphs(self.backend, self.model_config, self.config, self._dtype)
         self._warn_of_slow_dtype()
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
         self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
@@ -347,10 +348,11 @@ def _check_ops(backend: Backend, strict: bool | None, special_ops: frozenset[str
 
 def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfig) -> None:
     """Raise ConfigError for a model with latents on a strict device that takes their operators from the reference: that
-    knows the CPU's layout of the KV cache only, so that nothing allows it. On a CPU these operators look at lengths as
-    they go, so that no graph can hold them. A launch whose lengths the host gives has those of a few queries a
-    sequence, so that a graph of longer chunks would have more of them in one step than in another; and where operators
-    want blocks at multiples of their size, one block table cannot say where both parts of a latent are in a page."""
+    knows the CPU's layout of the KV cache only, so that nothing allows it. A launch whose lengths the host gives has
+    those of a few queries a sequence, so that a graph of longer chunks would have more of them in one step than in
+    another; a CPU's chooses by the lengths what it does for longer chunks. And where operators want blocks at multiples
+    of their size, one block table cannot say where both parts of a latent are in a page."""
+    from backends.cpu.latent import FEW
     from backends.opset import LATENT_OPS
     from backends.reference import REFERENCE
 
@@ -360,7 +362,11 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
         raise ConfigError(f"{model.architecture} is not built for {backend.name} yet, which lacks "
                           f"{' and '.join(slow)}; it runs with --device cpu")
     if latent_ops and backend.computes_on_host and config.device.graph_mode == "checked":
-        raise ConfigError(f"graph_mode checked: graphs of {model.architecture} are not built for {backend.name}")
+        for setting, num_queries in (("graph_max_prefill_tokens", config.device.graph_max_prefill_tokens),
+                                     ("num_speculative_tokens", 1 + config.speculative.num_speculative_tokens)):
+            if num_queries > FEW:
+                raise ConfigError(f"{setting} with graph_mode checked: graphs of {model.architecture} with more than "
+                                  f"{FEW} tokens of a sequence are not built for {backend.name}")
     if latent_ops and config.cache.kv_layout == "xtensor" and backend.dense_kv and backend.vmm is not None:
         raise ConfigError(f"kv_layout xtensor: {model.architecture} is not built for it on {backend.name}, whose "
                           "attention finds latents and their rotated parts by one block table: take kv_layout paged")
@@ -368,3 +374,13 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
             and backend.capturer is not None and not backend.capturer.plans_in_graph):
         raise ConfigError(f"graph_max_prefill_tokens {config.device.graph_max_prefill_tokens}: graphs of chunks of "
                           f"{model.architecture} are not built for {backend.name}")
+
+
+def _check_expert_graphs(backend: Backend, model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> None:
+    """Raise ConfigError where a CPU's experts are products of torch, one for each expert that a step hits, which no
+    graph can hold: the compiled kernels know fp32 alone."""
+    import torch
+
+    if (backend.computes_on_host and config.device.graph_mode == "checked" and model.experts_a_token
+            and (dtype != torch.float32 or backend.describe().get("kernels") == "plain torch")):
+        raise ConfigError(f"graph_mode checked: graphs of experts in {_name(dtype)} are not built for {backend.name}")
