@@ -35,7 +35,7 @@ class NoViewOfAll(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a device there is nothing to pin for."""
-    monkeypatch.setattr(kv, "_to_device", lambda ids_B, device: ids_B)
+    monkeypatch.setattr(kv, "to_device", lambda ids_B, device: ids_B)
 
 
 def caches(*, every: int) -> tuple[Tensor, Tensor]:
