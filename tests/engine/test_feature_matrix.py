@@ -318,6 +318,9 @@ OTHER_WAYS = [way for way in WAYS if way != SHARED_WAY]
 COVERING = [*covering_of(OTHER_WAYS, STRENGTH), *SHARED_CASES]
 
 
+OTHER_KINDS = [model for model in MODELS if model != "dense"]
+
+
 def chosen_cases() -> Iterator[Case]:
     """Combinations of which somebody once had reason to be afraid, and everything at once."""
     triples = [("thread", ("ngram", "preemption")), ("inline", ("chunked", "prefix", "preemption")),
@@ -329,14 +332,14 @@ def chosen_cases() -> Iterator[Case]:
                   exact - {"grammar"} | {"int8"}]
     for layout in LAYOUTS:
         if layout != "xtensor-capped":
-            yield from (Case(frozenset(features), way, layout) for way, features in triples)
+            yield from (Case(frozenset(features), way, layout, "dense") for way, features in triples)
     places = [(way, layout) for way, layout in itertools.product(WAYS, LAYOUTS)
               if WAYS[way].overlaps and (way != SHARED_WAY or MATRIX_ALL)]
     if MATRIX_ALL:
         yield from (Case(features, way, layout) for way, layout in places for features in everything)
-    else:  # each somewhere, and something in each place
-        yield from (Case(features, way, layout)
-                    for (way, layout), features in zip(places, itertools.cycle(everything)))
+    else:  # each somewhere, and something in each place and with each model
+        yield from (Case(features, way, layout, model) for (way, layout), features, model in zip(
+            places, itertools.cycle(everything), itertools.cycle(("bundled", *OTHER_KINDS))))
 
 
 def isolated_cases() -> Iterator[Case]:

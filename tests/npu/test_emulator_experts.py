@@ -77,7 +77,7 @@ def test_experts_of_int8_beside_plain_rows() -> None:
     ("scale torch.float32 for a result of torch.bfloat16", op_samples.int8_experts, {"scale": [torch.ones(3, 48)]}),
     ("scale torch.bfloat16 for a result of torch.float16", op_samples.int8_experts, {"output_dtype": torch.float16}),
     ("scale torch.bfloat16 for a result of torch.int8", op_samples.int8_experts, {"output_dtype": None}),
-], ids=str)
+])
 def test_what_a_grouped_product_refuses(message: str, sample: Callable[[], Any], change: dict[str, Any]) -> None:
     args, given = sample()
     with pytest.raises(RuntimeError, match=message):
