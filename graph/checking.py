@@ -223,7 +223,9 @@ class _Watch(TorchDispatchMode):
     def __init__(self, memory: StepMemory, constants: set[int] | None, poison_padding: bool):
         super().__init__()
         self._constants, self._poison_padding = constants, poison_padding
-        self._lookups = {t.data_ptr() for t in memory.inputs.values() if t.ndim == 1 and not t.is_floating_point()}
+        inputs = [t for t in memory.inputs.values() if t.ndim == 1 and not t.is_floating_point()]
+        # By address, and held until the call ends: memory that was freed would be another tensor's.
+        self._lookups = {tensor.data_ptr(): tensor for tensor in inputs}
         self._num_tokens, self._num_live = memory.sizes[TOKENS], memory.num_live[TOKENS]
         self.operators: list[Any] = []
         self.outside: set[int] = set()
@@ -254,7 +256,7 @@ class _Watch(TorchDispatchMode):
             elif self._poison_padding and self._is_lookup(given, tensor):
                 poison(tensor[self._num_live:])
             elif self._is_index(given, tensor):
-                self._lookups.add(tensor.data_ptr())
+                self._lookups[tensor.data_ptr()] = tensor
         return out
 
     def _note_read(self, name: str, address: int) -> None:

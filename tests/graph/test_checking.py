@@ -143,6 +143,21 @@ def test_a_padding_row_that_leaks(how: str) -> None:
         session.replay(IDS)
 
 
+def test_memory_of_an_index_that_is_used_again() -> None:
+    """What lies where an index lay before is no lookup, though one of its axes is as long as the step."""
+    def right(step: Lookup) -> None:
+        rows_TD = torch.embedding(TABLE_VD, step.memory.inputs["ids"])
+        masks = [step.memory.inputs["ids"] == place for place in range(100)]
+        del masks
+        columns_DT = rows_TD.T.contiguous()
+        for _ in range(20):
+            columns_DT[:4] = columns_DT[:4].clone() * 1.0  # as many columns as tokens
+        step.memory.outputs["result"].copy_(columns_DT.T)
+
+    session = Session(right)
+    assert torch.equal(session.replay(IDS), torch.embedding(TABLE_VD, torch.tensor(IDS)))
+
+
 def test_a_tensor_kept_from_the_last_replay() -> None:
     """What a graph allocates is overwritten by the next one that shares its pool."""
     kept: list[Tensor] = []
