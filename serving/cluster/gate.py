@@ -1,0 +1,278 @@
+"""`EngineGate`: lets other processes of the cluster use the engine of this one, over TCP.
+
+It serves several clients at once (`xllm/client/remote.py`), each of which proves that it knows the cluster's secret
+before anything of it is read. One that is lost, does not read, or sends what makes no sense is dropped: what it had
+open is aborted, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+import socket as sockets
+import time
+from collections import Counter
+from pathlib import Path
+
+import zmq
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from serving.cluster.peer import BadFrameError, Peer
+from xllm.client.cluster_keys import ClusterKeys
+from xllm.client.engine_client import WatchedEngine
+from xllm.client.frame_port import FramePort
+from xllm.client.gate_wire import (
+    ANSWERS,
+    BEAT_S,
+    GOODBYE,
+    HELLO,
+    PROTOCOL,
+    WELCOME,
+    Alive,
+    Answer,
+    Condition,
+    Hello,
+    ServedModel,
+    Welcome,
+    decode_up,
+    farewell,
+    greeted,
+    greeting,
+    host_and_port,
+    prepare,
+    protocol_of,
+)
+from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport, StepTiming
+from xllm.errors import ConfigError
+
+_DOMAIN = b"cluster"  # of the authentication (ZAP, RFC 27)
+MAX_PEERS = 16  # Chosen: a master, its standby, and tools beside them
+PEER_SILENCE_S = 5.0  # Chosen: ten signs of life; a connection that is closed is noticed at the next one
+MAX_FRAME_BYTES = 2**28  # Chosen: the prompts of the largest call are half of that
+MAX_UNREAD_BYTES = 2**26  # that may wait for one client. Chosen: a minute of answers to a thousand requests
+_HANDSHAKE_MS = 5000  # for a connection to show what it knows. Chosen: many times a way through a network
+logger = logging.getLogger("xllm.gate")
+
+
+class EngineGate:
+    """Listens once `listen` was called, takes clients once `open` was, as long as the engine is up. Belongs to the
+    event loop of the engine's client. lora_folder: where clients may load adapters from; None: nowhere.
+
+    num_dropped: clients, by why. draining: set it, and no more requests are taken.
+    """
+
+    def __init__(self, engine: WatchedEngine, keys: ClusterKeys, *, lora_folder: Path | None = None):
+        self._engine, self._keys, self._lora_folder = engine, keys, lora_folder
+        self.num_dropped = Counter[str]()
+        self.draining = False
+        self.port = 0
+        self._model: ServedModel | None = None
+        self._incarnation, self._started_unix_s = "", 0.0
+        self._peers: dict[bytes, Peer] = {}  # by what zmq calls the connection
+        self._num_peers = 0  # that there have been
+        self._recent: list[StepTiming] = []  # since the last beat
+        self._hear, engine.on_steps = engine.on_steps, self._note_steps
+
+    # --- its life
+
+    def listen(self, address: str) -> None:
+        """Listen at HOST:PORT; port 0: any free one. Raises ConfigError."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
+        self._authenticator = AsyncioAuthenticator(context, log=logging.getLogger("xllm.gate.authentication"))
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(_DOMAIN.decode(), _OneKey(self._keys.client_public))
+        socket = context.socket(zmq.ROUTER)
+        prepare(socket)
+        for option, value in ((zmq.ROUTER_MANDATORY, 1), (zmq.CURVE_SERVER, 1), (zmq.ZAP_ENFORCE_DOMAIN, 1),
+                              (zmq.MAXMSGSIZE, MAX_FRAME_BYTES), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)):
+            socket.setsockopt(option, value)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.instance_secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+        try:
+            socket.bind(_endpoint(address))
+        except zmq.ZMQError as error:
+            socket.close()
+            self._authenticator.stop()
+            context.term()
+            raise ConfigError(f"cluster_listen: cannot listen on {address}: {error.strerror}") from None
+        self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._port = FramePort(socket, self._read)
+        self._beats = asyncio.create_task(self._beat(), name="gate-beats")
+
+    def open(self, model: ServedModel) -> None:
+        """Take clients from now on; the engine is loaded. model: what it serves."""
+        self._model = model
+
+    @property
+    def num_open(self) -> int:
+        """Requests of clients that have not ended."""
+        return sum(peer.num_open for peer in self._peers.values())
+
+    def close(self) -> None:
+        """Tell the clients that it is over and stop listening. Idempotent."""
+        if not self._port.is_closed:
+            self._drop_all("the instance was shut down")
+            self._beats.cancel()
+            self._port.close(linger_ms=100)  # for the farewells
+            self._authenticator.stop()
+            self._context.term()
+
+    # --- what comes
+
+    def _read(self, parts: list[bytes]) -> None:
+        identity, frame = parts[0], parts[-1]
+        peer = self._peers.get(identity)
+        try:
+            if len(parts) != 2:
+                raise BadFrameError(f"a message of {len(parts) - 1} parts")
+            if peer is None:
+                if frame[:1] == HELLO:  # else of one that was dropped
+                    self._greet(identity, frame)
+                return
+            peer.unheard_s = 0.0
+            if frame[:1] == GOODBYE:
+                self._drop(identity, "left", frame[1:].decode(errors="replace"), is_told=False)
+            elif isinstance(message := decode_up(frame), Alive):
+                peer.num_read_bytes = message.num_read_bytes
+            elif self._is_up():
+                peer.obey(message)
+        except Exception as error:  # whatever a client sends costs that client alone
+            if peer is None:
+                self._farewell(identity, f"what it sends cannot be read: {error}")
+                logger.warning("a client was refused, it sends what cannot be read: %s", error)
+            else:
+                self._drop(identity, "bad frame", f"what it sends cannot be read: {error}")
+
+    def _greet(self, identity: bytes, frame: bytes) -> None:
+        if (theirs := protocol_of(frame)) != PROTOCOL:
+            self._farewell(identity, f"speaks protocol {PROTOCOL}, this speaks {theirs}")
+            logger.warning("a client was refused: it speaks protocol %d, this speaks %d", theirs, PROTOCOL)
+            return
+        name = greeted(frame, Hello).name[:100]
+        if self._model is None or not self._is_up() or self._engine.facts is None:
+            why = self._engine.dead_reason or self._engine.restarting_after or f"phase {self._engine.phase}"
+            self._farewell(identity, f"its engine is not up: {why}")
+            return
+        if len(self._peers) >= MAX_PEERS:
+            self._farewell(identity, f"has {MAX_PEERS} clients already")
+            logger.warning("a client was refused: there are %d already", MAX_PEERS)
+            return
+        if not self._incarnation:
+            self._incarnation, self._started_unix_s = secrets.token_hex(8), time.time()
+        self._num_peers += 1
+        # What else comes for it in this turn of the event loop goes into the same frame.
+        soon = functools.partial(asyncio.get_running_loop().call_soon, self._tell, identity)
+        peer = Peer(self._num_peers, name, self._engine, lambda answer: self._post(identity, ANSWERS.encode(answer)),
+                    soon, self._lora_folder)
+        self._peers[identity] = peer
+        welcome = Welcome(self._incarnation, self._started_unix_s, self._model, self._engine.facts,
+                          self._condition(self._engine.steps))
+        self._post(identity, greeting(WELCOME, welcome))
+        logger.info("client %d (%r) is connected", peer.number, name)
+
+    # --- what goes
+
+    def _tell(self, identity: bytes) -> None:
+        if (peer := self._peers.get(identity)) is None:
+            return
+        try:
+            peer.tell()
+        except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
+            logger.exception("answers to client %d cannot be sent", peer.number)
+            self._drop(identity, "error", f"what it is owed cannot be sent: {type(error).__name__}")
+        self._is_up()
+
+    def _post(self, identity: bytes, frame: bytes) -> None:
+        peer = self._peers.get(identity)
+        if peer is None:
+            return  # it was dropped meanwhile
+        try:
+            self._port.send(identity, frame)
+        except zmq.Again:
+            self._drop(identity, "does not read", "it does not read what it is sent")
+        except zmq.ZMQError as error:
+            self._drop(identity, "lost", f"the connection is lost ({error.strerror})", is_told=False)
+        else:
+            peer.num_sent_bytes += len(frame)
+            if (waiting := peer.num_sent_bytes - peer.num_read_bytes) > MAX_UNREAD_BYTES:
+                self._drop(identity, "does not read", f"it does not read what it is sent: {waiting} bytes wait")
+
+    def _farewell(self, identity: bytes, reason: str) -> None:
+        try:
+            self._port.send(identity, farewell(reason))
+        except zmq.ZMQError as error:  # there is nobody, or nobody who reads
+            logger.debug("a farewell was not sent: %s", error)
+
+    def _drop(self, identity: bytes, kind: str, reason: str, *, is_told: bool = True) -> None:
+        peer = self._peers.pop(identity)
+        self.num_dropped[kind] += 1
+        aborted = f"; {peer.num_open} requests of it are aborted" if peer.num_open else ""
+        logger.log(logging.INFO if kind == "left" else logging.WARNING, "client %d (%r) is dropped: %s%s", peer.number,
+                   peer.name, reason, aborted)
+        peer.leave()
+        if is_told:
+            self._farewell(identity, reason)
+
+    def _drop_all(self, reason: str) -> None:
+        for identity in list(self._peers):
+            self._drop(identity, "engine", reason)
+
+    # --- signs of life
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if not self._is_up():
+                continue
+            recent, self._recent = self._recent, []
+            steps = self._engine.steps
+            frame = ANSWERS.encode(self._condition(StepReport(steps.time_s, steps.tokens, recent)))
+            for identity, peer in list(self._peers.items()):
+                peer.unheard_s += BEAT_S  # not by the clock: a pause of this process is not theirs
+                if peer.unheard_s > PEER_SILENCE_S:
+                    self._drop(identity, "silent", f"it has given no sign of life for {peer.unheard_s:g} s")
+                else:
+                    self._post(identity, frame)
+
+    def _is_up(self) -> bool:
+        """Whether there is an engine; where there is none any more, its clients are told and the next one will be
+        another incarnation."""
+        engine = self._engine
+        reason = engine.dead_reason or engine.restarting_after
+        if reason is not None and self._incarnation:
+            self._incarnation = ""
+            self._drop_all(f"its engine stopped: {reason}")
+        return reason is None
+
+    def _condition(self, steps: StepReport) -> Condition:
+        engine = self._engine
+        digests = tuple(getattr(engine, "adapter_digests", ()))
+        return Condition(time.monotonic(), engine.silent_for_s(), engine.stats, steps, engine.adapters, digests,
+                         engine.sleep_level, self.draining)
+
+    def _note_steps(self, report: StepReport) -> None:
+        self._recent = [*self._recent, *report.recent][-MAX_STEPS_A_BEAT:]
+        self._hear(report)
+
+
+class _OneKey:
+    """Lets in who has the secret half of one public key."""
+
+    def __init__(self, key: bytes):
+        self._key = key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator for each connection."""
+        return secrets.compare_digest(key, self._key)
+
+
+def _endpoint(address: str) -> str:
+    host, port = host_and_port(address)
+    try:
+        found = sockets.getaddrinfo(host, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)[0][4][0]
+    except sockets.gaierror as error:
+        raise ConfigError(f"cluster_listen: {host!r} cannot be resolved: {error.strerror}") from None
+    return f"tcp://[{found}]:{port}" if ":" in str(found) else f"tcp://{found}:{port}"
