@@ -103,6 +103,17 @@ class ResilienceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """How the other processes of a cluster reach this one's engine. See docs/cluster-instances.md."""
+
+    cluster_listen: str | None = option(None, "HOST:PORT at which a cluster's master reaches the engine, port 0: any "
+                                        "free one; needs the cluster's secret; none: there is no such port",
+                                        is_guard=True)
+    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
+                                             "what XLLM_CLUSTER_SECRET says", is_guard=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """All settings of one server. Raises ConfigError for values that cannot work."""
 
@@ -112,6 +123,7 @@ class ServerConfig:
     chat: ChatSettings = field(default_factory=ChatSettings)
     resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
     connections: ConnectionSettings = field(default_factory=ConnectionSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def __post_init__(self) -> None:
         h = self.http

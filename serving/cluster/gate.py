@@ -14,13 +14,16 @@ import secrets
 import socket as sockets
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 
+from serving.cluster.cached_blocks import CachedBlocks
 from serving.cluster.peer import BadFrameError, Peer
 from xllm.client.cluster_keys import ClusterKeys
+from xllm.client.commanding import CommandingClient
 from xllm.client.engine_client import WatchedEngine
 from xllm.client.frame_port import FramePort
 from xllm.client.gate_wire import (
@@ -44,6 +47,7 @@ from xllm.client.gate_wire import (
     prepare,
     protocol_of,
 )
+from xllm.engine.commands import CacheChanges, Refused, Submit
 from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport, StepTiming
 from xllm.errors import ConfigError
 
@@ -58,22 +62,27 @@ logger = logging.getLogger("xllm.gate")
 
 class EngineGate:
     """Listens once `listen` was called, takes clients once `open` was, as long as the engine is up. Belongs to the
-    event loop of the engine's client. lora_folder: where clients may load adapters from; None: nowhere.
+    event loop of the engine's client. engines: those that it is made of. lora_folder: where clients may load adapters
+    from; None: nowhere.
 
-    num_dropped: clients, by why. draining: set it, and no more requests are taken.
+    num_dropped: clients, by why.
     """
 
-    def __init__(self, engine: WatchedEngine, keys: ClusterKeys, *, lora_folder: Path | None = None):
-        self._engine, self._keys, self._lora_folder = engine, keys, lora_folder
+    def __init__(self, engine: WatchedEngine, engines: Sequence[CommandingClient], keys: ClusterKeys,
+                 lora_folder: Path | None = None):
+        self._engine, self._engines, self._keys, self._lora_folder = engine, engines, keys, lora_folder
         self.num_dropped = Counter[str]()
-        self.draining = False
         self.port = 0
+        self._is_draining = False
         self._model: ServedModel | None = None
         self._incarnation, self._started_unix_s = "", 0.0
         self._peers: dict[bytes, Peer] = {}  # by what zmq calls the connection
         self._num_peers = 0  # that there have been
         self._recent: list[StepTiming] = []  # since the last beat
-        self._hear, engine.on_steps = engine.on_steps, self._note_steps
+        self._hear_steps = engine.on_steps
+        self._cached = CachedBlocks(len(engines))
+        for number, one in enumerate(engines):
+            one.on_cache_changes = functools.partial(self._note_cache, number, one.on_cache_changes)
 
     # --- its life
 
@@ -98,6 +107,7 @@ class EngineGate:
             self._authenticator.stop()
             context.term()
             raise ConfigError(f"cluster_listen: cannot listen on {address}: {error.strerror}") from None
+        self._host = address.rpartition(":")[0]
         self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._port = FramePort(socket, self._read)
         self._beats = asyncio.create_task(self._beat(), name="gate-beats")
@@ -105,6 +115,17 @@ class EngineGate:
     def open(self, model: ServedModel) -> None:
         """Take clients from now on; the engine is loaded. model: what it serves."""
         self._model = model
+        self._hear_steps, self._engine.on_steps = self._engine.on_steps, self._note_steps
+
+    def drain(self) -> None:
+        """Take no more requests, and tell the clients so; what they have open goes on."""
+        self._is_draining = True
+        self._post_all(ANSWERS.encode(self._condition(self._engine.steps)))
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that it listens at."""
+        return f"{self._host}:{self.port}"
 
     @property
     def num_open(self) -> int:
@@ -137,6 +158,8 @@ class EngineGate:
                 self._drop(identity, "left", frame[1:].decode(errors="replace"), is_told=False)
             elif isinstance(message := decode_up(frame), Alive):
                 peer.num_read_bytes = message.num_read_bytes
+            elif self._is_draining and isinstance(message, Submit) and message.requests:
+                self._post(identity, ANSWERS.encode(Refused(message.requests[0].request_id, "it is shutting down")))
             elif self._is_up():
                 peer.obey(message)
         except Exception as error:  # whatever a client sends costs that client alone
@@ -171,6 +194,8 @@ class EngineGate:
         welcome = Welcome(self._incarnation, self._started_unix_s, self._model, self._engine.facts,
                           self._condition(self._engine.steps))
         self._post(identity, greeting(WELCOME, welcome))
+        for changes in self._cached.snapshot():
+            self._post(identity, ANSWERS.encode(changes))
         logger.info("client %d (%r) is connected", peer.number, name)
 
     # --- what goes
@@ -199,6 +224,10 @@ class EngineGate:
             peer.num_sent_bytes += len(frame)
             if (waiting := peer.num_sent_bytes - peer.num_read_bytes) > MAX_UNREAD_BYTES:
                 self._drop(identity, "does not read", f"it does not read what it is sent: {waiting} bytes wait")
+
+    def _post_all(self, frame: bytes) -> None:
+        for identity in list(self._peers):
+            self._post(identity, frame)
 
     def _farewell(self, identity: bytes, reason: str) -> None:
         try:
@@ -234,13 +263,15 @@ class EngineGate:
                 peer.unheard_s += BEAT_S  # not by the clock: a pause of this process is not theirs
                 if peer.unheard_s > PEER_SILENCE_S:
                     self._drop(identity, "silent", f"it has given no sign of life for {peer.unheard_s:g} s")
-                else:
-                    self._post(identity, frame)
+            self._post_all(frame)
 
     def _is_up(self) -> bool:
         """Whether there is an engine; where there is none any more, its clients are told and the next one will be
         another incarnation."""
         engine = self._engine
+        for number, one in enumerate(self._engines):
+            if one.dead_reason is not None and (changes := self._cached.forget(number)) is not None:
+                self._post_all(ANSWERS.encode(changes))
         reason = engine.dead_reason or engine.restarting_after
         if reason is not None and self._incarnation:
             self._incarnation = ""
@@ -249,13 +280,19 @@ class EngineGate:
 
     def _condition(self, steps: StepReport) -> Condition:
         engine = self._engine
-        digests = tuple(getattr(engine, "adapter_digests", ()))
-        return Condition(time.monotonic(), engine.silent_for_s(), engine.stats, steps, engine.adapters, digests,
-                         engine.sleep_level, self.draining)
+        up = next((one for one in self._engines if one.dead_reason is None), self._engines[0])
+        return Condition(time.monotonic(), engine.silent_for_s(), engine.stats, steps, up.adapters, up.adapter_digests,
+                         up.sleep_level, self._is_draining)
 
     def _note_steps(self, report: StepReport) -> None:
         self._recent = [*self._recent, *report.recent][-MAX_STEPS_A_BEAT:]
-        self._hear(report)
+        self._hear_steps(report)
+
+    def _note_cache(self, number: int, hear: Callable[[CacheChanges], None], changes: CacheChanges) -> None:
+        hear(changes)
+        changes = self._cached.change(number, changes)
+        if changes.stored or changes.removed:
+            self._post_all(ANSWERS.encode(changes))
 
 
 class _OneKey:
