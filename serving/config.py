@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from serving.limits import LimitSettings
 from serving.parsers.parser_registry import check_names
 from xllm.errors import ConfigError
+from xllm.host_port import host_and_port
 from xllm.logs import FORMATS, LEVELS
 from xllm.option import option
 
@@ -132,6 +133,10 @@ class ServerConfig:
         for name, keys in (("api_key", h.api_key), ("admin_api_key", h.admin_api_key)):
             if any(not key.strip() for key in keys):
                 raise ConfigError(f"{name} must not be empty")
+        if self.cluster.cluster_listen is not None:
+            host_and_port(self.cluster.cluster_listen)
+        elif self.cluster.cluster_secret_file is not None:
+            raise ConfigError("cluster_secret_file needs cluster_listen")
         if "*" in h.cors_origin:
             raise ConfigError("cors_origin must name web sites, such as https://example.com; '*' would be all of them")
         check_names(self.chat.tool_call_parser, self.chat.reasoning_parser)

@@ -31,7 +31,7 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
-         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings"]
+         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
@@ -73,6 +73,7 @@ ALLOWED = {
     "serving.config": ["serving.limits", "serving.parsers", "xllm"],
     "serving.security": ["serving.security", *SETTINGS, "xllm"],
     "serving.security.hosts": ["serving.api.errors", "xllm"],  # it refuses as the API does
+    "serving.cluster": ["serving.cluster", "xllm"],
     "serving.observe": ["serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.engine": ["serving.engine", "serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.api": ["serving.api", "serving.engine", "serving.observe", "serving.parsers", "serving.security",
@@ -114,6 +115,7 @@ TWIN_CLASSES = {
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
+    "xllm.client.remote": "the cluster's master",
     "npu_ops.moe": "mixtures of experts",
     "npu_ops.attention.latent_attention": "latent attention (MLA)",
     "npu_ops.rotary.mrope": "positions of images and video",

@@ -1,4 +1,4 @@
-"""`CachedBlocks`: which KV blocks the engines of an instance can find, so that a client that comes later is told all."""
+"""`CachedBlocks`: which KV blocks the engines of an instance can find, for clients that come later."""
 
 from __future__ import annotations
 

@@ -34,7 +34,6 @@ from xllm.client.gate_wire import (
     PROTOCOL,
     WELCOME,
     Alive,
-    Answer,
     Condition,
     Hello,
     ServedModel,
@@ -43,13 +42,13 @@ from xllm.client.gate_wire import (
     farewell,
     greeted,
     greeting,
-    host_and_port,
     prepare,
     protocol_of,
 )
 from xllm.engine.commands import CacheChanges, Refused, Submit
 from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport, StepTiming
 from xllm.errors import ConfigError
+from xllm.host_port import host_and_port
 
 _DOMAIN = b"cluster"  # of the authentication (ZAP, RFC 27)
 MAX_PEERS = 16  # Chosen: a master, its standby, and tools beside them
@@ -88,20 +87,21 @@ class EngineGate:
 
     def listen(self, address: str) -> None:
         """Listen at HOST:PORT; port 0: any free one. Raises ConfigError."""
+        endpoint = _endpoint(address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context = context
         self._authenticator = AsyncioAuthenticator(context, log=logging.getLogger("xllm.gate.authentication"))
         self._authenticator.start()
         self._authenticator.configure_curve_callback(_DOMAIN.decode(), _OneKey(self._keys.client_public))
         socket = context.socket(zmq.ROUTER)
-        prepare(socket)
+        prepare(socket, endpoint)
         for option, value in ((zmq.ROUTER_MANDATORY, 1), (zmq.CURVE_SERVER, 1), (zmq.ZAP_ENFORCE_DOMAIN, 1),
                               (zmq.MAXMSGSIZE, MAX_FRAME_BYTES), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)):
             socket.setsockopt(option, value)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.instance_secret)
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         try:
-            socket.bind(_endpoint(address))
+            socket.bind(endpoint)
         except zmq.ZMQError as error:
             socket.close()
             self._authenticator.stop()
@@ -201,14 +201,13 @@ class EngineGate:
     # --- what goes
 
     def _tell(self, identity: bytes) -> None:
-        if (peer := self._peers.get(identity)) is None:
+        if not self._is_up() or (peer := self._peers.get(identity)) is None:
             return
         try:
             peer.tell()
         except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
             logger.exception("answers to client %d cannot be sent", peer.number)
             self._drop(identity, "error", f"what it is owed cannot be sent: {type(error).__name__}")
-        self._is_up()
 
     def _post(self, identity: bytes, frame: bytes) -> None:
         peer = self._peers.get(identity)

@@ -44,7 +44,7 @@ class Peer:
     """
 
     def __init__(self, number: int, name: str, engine: WatchedEngine, post: Callable[[Answer], None],
-                 on_news: Callable[[], None], lora_folder: Path | None):
+                 on_news: Callable[[], object], lora_folder: Path | None):
         self.number, self.name = number, name
         self.unheard_s = 0.0
         self.num_sent_bytes = self.num_read_bytes = 0
@@ -127,8 +127,8 @@ class Peer:
                 self._calls.pop(call, None)
         if found.taken or found.deltas:
             self._post(found)
-        for error in errors:
-            self._post(error)
+        for answer in errors:
+            self._post(answer)
 
     def _add(self, found: Outputs, call: _Call, deltas: list[OutputDelta]) -> None:
         cut, stream = len(self._prefix), call.stream

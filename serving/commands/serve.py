@@ -25,10 +25,10 @@ from serving.api.connection import connection_class
 from serving.api.connections import ACCEPTED_AT_ONCE, Connections
 from serving.api.handshake import with_tls
 from serving.api.state import ServerState
-from serving.commands.signals import SECOND, EndSignals
-from serving.commands.startup import LogStream, StartupView
 from serving.cluster.gate import EngineGate
 from serving.cluster.model_fingerprint import model_fingerprint
+from serving.commands.signals import SECOND, EndSignals
+from serving.commands.startup import LogStream, StartupView
 from serving.config import ServerConfig
 from serving.engine.supervisor import Supervisor
 from serving.observe.call_log import CallLog
@@ -186,10 +186,10 @@ class _Server:
         """Listen for the cluster's master, if it is wanted. Raises ConfigError."""
         if self._cluster_keys is None:
             return None
-        folder = self._config.http.lora_folder
-        gate = EngineGate(self._engine, self._engine.engines, self._cluster_keys, None if folder is None else Path(folder))
-        assert self._config.cluster.cluster_listen is not None
-        gate.listen(self._config.cluster.cluster_listen)
+        folder, address = self._config.http.lora_folder, self._config.cluster.cluster_listen
+        gate = EngineGate(self._engine, self._engine.engines, self._cluster_keys, Path(folder) if folder else None)
+        assert address is not None
+        gate.listen(address)
         return gate
 
     async def _report_throughput(self) -> None:
@@ -220,6 +220,7 @@ class _Server:
                 self._start_engine(), asyncio.to_thread(_load_front, self._engine_config.model))
             if self._gate is not None:
                 fingerprint = await asyncio.to_thread(model_fingerprint, self._engine_config.model, self._state.facts)
+                self._gate.open(ServedModel(self._state.served_names, fingerprint))
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             self._view.interrupt()
             logger.error("the server does not start: %s", str(error) or type(error).__name__,
@@ -231,8 +232,6 @@ class _Server:
         if self._tracer is not None:
             self._tracer.model = self._state.served_names[0]
         self._view.ready()
-        if self._gate is not None:
-            self._gate.open(ServedModel(self._state.served_names, fingerprint))
         self._announce()
         engines = self._engine.engines
         self._state.supervisors = [

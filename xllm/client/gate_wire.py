@@ -16,7 +16,6 @@ from xllm.client.command_codec import COMMANDS, Codec
 from xllm.engine.commands import CacheChanges, Command, Controlled, Outputs, Refused
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
-from xllm.errors import ConfigError
 from xllm.stats import EngineStats
 
 PROTOCOL = 1  # raised when either end would misread what the other one says
@@ -31,7 +30,6 @@ _IVL_MS, _TIMEOUT_MS = 1000, 6000
 # Messages that may wait for an end that does not read. Chosen: steps of a minute on a slow device, of a second on a
 # fast one; what they may hold is bounded in bytes as well.
 MAX_WAITING_FRAMES = 4096
-MAX_PORT = 2**16 - 1  # of TCP
 G = TypeVar("G")
 
 
@@ -99,14 +97,6 @@ _SIGNS: Codec[Alive] = Codec(128, Alive)
 _SIGN = bytes([128])
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of HOST:PORT, where an IPv6 address stands in brackets. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or int(port) > MAX_PORT:
-        raise ConfigError(f"an address is HOST:PORT, got {address!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def encode_up(message: Command | Alive) -> bytes:
     """A frame to the gate."""
     return _SIGNS.encode(message) if isinstance(message, Alive) else COMMANDS.encode(message)
@@ -137,9 +127,9 @@ def farewell(reason: str) -> bytes:
     return GOODBYE + reason.encode()
 
 
-def prepare(socket: zmq.Socket[bytes]) -> None:
+def prepare(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Set what both ends set."""
     socket.set_hwm(MAX_WAITING_FRAMES)
-    for option, value in ((zmq.IPV6, 1), (zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, _IVL_MS),
+    for option, value in ((zmq.IPV6, "[" in endpoint), (zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, _IVL_MS),
                           (zmq.HEARTBEAT_TIMEOUT, _TIMEOUT_MS), (zmq.HEARTBEAT_TTL, _TIMEOUT_MS)):
         socket.setsockopt(option, value)

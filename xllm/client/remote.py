@@ -35,7 +35,6 @@ from xllm.client.gate_wire import (
     farewell,
     greeted,
     greeting,
-    host_and_port,
     prepare,
     protocol_of,
 )
@@ -43,6 +42,7 @@ from xllm.engine.commands import Command, Outputs, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError
+from xllm.host_port import host_and_port
 from xllm.stats import EngineStats
 
 CONNECT_S = 5.0  # for an instance to answer. Chosen: many times a way through a network
@@ -50,6 +50,7 @@ CONNECT_S = 5.0  # for an instance to answer. Chosen: many times a way through a
 SILENCE_S = 5.0
 # Without progress of its engine it is lost, too. Chosen: longer than the steps of a slow device.
 PROGRESS_S = 60.0
+TELL_BYTES = 2**22  # After so many the gate is told that they were read. Chosen: far below what it lets wait
 _FAREWELL_MS = 200  # for an abort or a last command to leave. Chosen: a way through a network
 _HANDSHAKE_FAILED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
                      zmq.EVENT_HANDSHAKE_FAILED_AUTH)
@@ -85,7 +86,7 @@ class RemoteClient(CommandingClient):
         self._ahead_s = 0.0  # our clock before the instance's
         self._heard_s, self._engine_silent_s = time.monotonic(), 0.0
         self._unheard_s = 0.0  # in beats of ours, so that a pause of this process does not count
-        self._num_read_bytes = 0
+        self._num_read_bytes = self._num_told_bytes = 0  # in this connection, and as the gate knows
 
     # --- connecting
 
@@ -98,7 +99,8 @@ class RemoteClient(CommandingClient):
         self._leave("it is connected again")
         self.dead_reason, self.phase, self._wanted = None, "connecting", incarnation
         self._unheard_s = self._engine_silent_s = 0.0
-        self._num_read_bytes, self._heard_s = 0, time.monotonic()
+        self._num_read_bytes = self._num_told_bytes = 0
+        self._heard_s = time.monotonic()
         self._welcomed = asyncio.get_running_loop().create_future()
         try:
             self._open(await self._reach())
@@ -106,8 +108,8 @@ class RemoteClient(CommandingClient):
         except asyncio.TimeoutError:
             self._die(f"no answer within {CONNECT_S:g} s")
         except OSError as error:
-            known = error.errno is not None and error.errno > 0  # asyncio's texts name functions of the system
-            self._die((os.strerror(error.errno) if known else error.strerror or str(error)).lower())
+            known = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else None
+            self._die((known or error.strerror or str(error)).lower())  # asyncio's texts name its own functions
         except BaseException:
             self._die("connecting was given up")
             raise
@@ -125,14 +127,14 @@ class RemoteClient(CommandingClient):
         return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
     def _open(self, endpoint: str) -> None:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
-        prepare(socket)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        prepare(socket, endpoint)
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.instance_public)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.client_public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.client_secret)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # another connection is another session
         events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | sum(_HANDSHAKE_FAILED))
-        self._events = FramePort(events, self._note_event)
+        self._events, self._stop_events = FramePort(events, self._note_event), socket.disable_monitor
         self._port = FramePort(socket, self._read)
         socket.connect(endpoint)
         self._port.send(greeting(HELLO, Hello(self._name)))
@@ -178,7 +180,11 @@ class RemoteClient(CommandingClient):
                 self._die(f"its engine has made no progress for {self.silent_for_s():.1f} s")
             if self.dead_reason is not None:
                 return
-            self._send_frame(encode_up(Alive(self._num_read_bytes)))
+            self._tell_alive()
+
+    def _tell_alive(self) -> None:
+        self._num_told_bytes = self._num_read_bytes
+        self._send_frame(encode_up(Alive(self._num_read_bytes)))
 
     # --- frames
 
@@ -213,6 +219,8 @@ class RemoteClient(CommandingClient):
                 self._die(frame[1:].decode(errors="replace"))
             elif self.phase == "ready":
                 self._take(ANSWERS.decode(frame))
+                if self._num_read_bytes - self._num_told_bytes > TELL_BYTES and self._port is not None:
+                    self._tell_alive()
             elif frame[:1] == WELCOME:
                 self._take_welcome(frame)
         except Exception as error:  # no reader may wait for deltas that never come
@@ -264,6 +272,7 @@ class RemoteClient(CommandingClient):
             self._welcomed.set_result(None)
         if self._port is not None:
             self._beats.cancel()
+            self._stop_events()  # first: zmq's own thread, which all connections share, waits for who reads them
             self._events.close()
             self._port.close(_FAREWELL_MS)
             self._port = None
