@@ -25,7 +25,7 @@ from serving.api.connection import connection_class
 from serving.api.connections import ACCEPTED_AT_ONCE, Connections
 from serving.api.handshake import with_tls
 from serving.api.state import ServerState
-from serving.cluster.gate import EngineGate
+from serving.cluster.engine_gate import EngineGate
 from serving.cluster.model_fingerprint import model_fingerprint
 from serving.commands.signals import SECOND, EndSignals
 from serving.commands.startup import LogStream, StartupView

@@ -10,7 +10,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from serving.cluster.gate import EngineGate
+from serving.cluster.engine_gate import EngineGate
 from xllm.client.cluster_keys import ClusterKeys, cluster_keys
 from xllm.client.gate_wire import HELLO, Hello, ServedModel, greeting
 from xllm.client.local import LocalClient

@@ -14,8 +14,8 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from serving.cluster import gate as gate_module
-from serving.cluster.peer import ALLOWED
+from serving.cluster import engine_gate as gate_module
+from serving.cluster.gate_session import ALLOWED
 from tests.llm.conftest import SETTINGS
 from tests.llm.gated import KEYS, MODEL, GatedClient, RawPeer, WatchedLocal, gate_of, gated_client
 from tests.llm.test_clients import idle, make_request, read
@@ -100,7 +100,7 @@ async def test_only_who_knows_the_secret_is_let_in(client: GatedClient) -> None:
     with socket.create_connection(("127.0.0.1", client.gate.port)) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
     assert len(await read(client.submit([make_request("a")]))) == 8, "whoever is in does not notice"
-    assert client.gate._num_peers == 1
+    assert client.gate._num_sessions == 1
 
 
 @pytest.mark.parametrize("secret", [b"", b"  ", b"fifteen letters", b"  fifteen letters\n"])
@@ -145,9 +145,11 @@ async def test_why_there_is_no_connection(engine: WatchedLocal, monkeypatch: pyt
         assert (client.model, client.phase, client.is_up, facts) == (MODEL, "ready", True, engine.facts)
         assert await why_not(RemoteClient(gate.address, KEYS), incarnation="0") == \
             f"another incarnation answers: {client.incarnation}, not 0"
-        monkeypatch.setattr(gate_module, "MAX_PEERS", 1)
+        monkeypatch.setattr(gate_module, "MAX_SESSIONS", 1)
         assert await why_not(RemoteClient(gate.address, KEYS)) == "has 1 clients already"
-        await client.connect(incarnation=client.incarnation)  # once more, in place of the first connection
+        client.close()
+        await until(lambda: not gate._sessions)
+        await client.connect(incarnation=client.incarnation)
         assert len(await read(client.submit([make_request("a")]))) == 8
         client.close()
 
@@ -178,7 +180,7 @@ async def test_what_a_lost_client_had_is_aborted(client: GatedClient) -> None:
 
 async def test_a_client_without_a_sign_of_life(client: GatedClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stopped, or the network is cut: its connection stands."""
-    monkeypatch.setattr(gate_module, "PEER_SILENCE_S", 1.0)
+    monkeypatch.setattr(gate_module, "CLIENT_SILENCE_S", 1.0)
     peer = RawPeer(client.address)
     await peer.greet()
     peer.send(encode_up(Submit([make_request("a", 500)])))
@@ -259,7 +261,7 @@ async def test_mutated_frames(client: GatedClient) -> None:
         peer.close()
     assert len(await read(client.submit([make_request("own")]))) == 8
     assert client.is_up
-    await until(lambda: len(client.gate._peers) == 1)
+    await until(lambda: len(client.gate._sessions) == 1)
     await idle(client.engine)
 
 
@@ -341,7 +343,7 @@ async def test_times_are_on_the_clock_of_whoever_reads_them(engine: WatchedLocal
 
 async def test_what_may_be_asked_of_the_engine_as_a_whole(client: GatedClient) -> None:
     assert set(ALLOWED) == set(get_args(Action)), "decide whether a client may do what is new"
-    peer = client.gate._peers.copy().popitem()[1]
+    peer = client.gate._sessions.copy().popitem()[1]
     for folder, why in ((None, "--lora-folder is not set"), (client.gate._lora_folder, "--enable-lora")):
         peer._lora_folder = folder
         assert why in str((await client.control("load_adapter", name="x", folder="/nowhere")).error)

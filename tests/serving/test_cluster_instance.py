@@ -167,7 +167,7 @@ def test_no_port_without_a_secret(flags: tuple[str, ...], why: str) -> None:
 
 @pytest.mark.parametrize(("settings", "why"), [
     ({"cluster_secret_file": "/dev/null"}, "cluster_secret_file needs cluster_listen"),
-    *(({"cluster_listen": text}, "HOST:PORT") for text in ("9000", ":9000", "a:", "a:b", "a:65536", "::1:9000", "[]:1")),
+    *(({"cluster_listen": text}, "HOST:PORT") for text in ("9000", ":9000", "a:", "a:b", "a:65536", "::1:1", "[]:1")),
 ])
 def test_settings_that_make_no_sense(settings: dict[str, str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):

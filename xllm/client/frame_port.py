@@ -30,6 +30,11 @@ class FramePort:
         self._socket.send_multipart(parts, zmq.NOBLOCK)
         self._read_soon()  # the descriptor tells of a message once: sending may have taken that sign
 
+    def read_rest(self) -> None:
+        """Hand over now what has come."""
+        while not self.is_closed and self._read_one():
+            pass
+
     def close(self, linger_ms: int = 0) -> None:
         """Stop reading, and give what has been sent so long to leave. Idempotent."""
         if not self.is_closed:
@@ -45,13 +50,17 @@ class FramePort:
     def _read(self) -> None:
         self._is_due = False
         for _ in range(FRAMES_A_TURN):
-            if self.is_closed:
+            if self.is_closed or not (num_bytes := self._read_one()):
                 return
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._take(parts)
-            if len(parts[-1]) > LARGE_FRAME_BYTES:
+            if num_bytes > LARGE_FRAME_BYTES:
                 break
         self._read_soon()
+
+    def _read_one(self) -> int:
+        """Hand over a message; returns its size and 1, or 0 if there is none."""
+        try:
+            parts = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return 0
+        self._take(parts)
+        return 1 + len(parts[-1])

@@ -91,8 +91,8 @@ class Alive:
     num_read_bytes: int
 
 
-Answer = Refused | Controlled | Outputs | CacheChanges | Condition | Lost
-ANSWERS: Codec[Answer] = Codec(160, Refused, Controlled, Outputs, CacheChanges, Condition, Lost)
+GateReport = Refused | Controlled | Outputs | CacheChanges | Condition | Lost
+GATE_REPORTS: Codec[GateReport] = Codec(160, Refused, Controlled, Outputs, CacheChanges, Condition, Lost)
 _SIGNS: Codec[Alive] = Codec(128, Alive)
 _SIGN = bytes([128])
 

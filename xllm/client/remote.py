@@ -1,5 +1,5 @@
-"""`RemoteClient`: a client of the engine of an `xllm serve` instance, over TCP. `serving/cluster/gate.py` is the other
-end."""
+"""`RemoteClient`: a client of the engine of an `xllm serve` instance, over TCP. The other end is
+`serving/cluster/engine_gate.py`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.commanding import CommandingClient
 from xllm.client.frame_port import FramePort
 from xllm.client.gate_wire import (
-    ANSWERS,
     BEAT_S,
+    GATE_REPORTS,
     GOODBYE,
     HELLO,
     PROTOCOL,
     WELCOME,
     Alive,
-    Answer,
     Condition,
+    GateReport,
     Hello,
     Lost,
     ServedModel,
@@ -52,6 +52,7 @@ SILENCE_S = 5.0
 PROGRESS_S = 60.0
 TELL_BYTES = 2**22  # After so many the gate is told that they were read. Chosen: far below what it lets wait
 _FAREWELL_MS = 200  # for an abort or a last command to leave. Chosen: a way through a network
+_NEVER_MS = 3_600_000  # Chosen: longer than this process takes to see that a connection is lost
 _HANDSHAKE_FAILED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
                      zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 logger = logging.getLogger("xllm.client")
@@ -132,7 +133,9 @@ class RemoteClient(CommandingClient):
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.instance_public)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.client_public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.client_secret)
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # another connection is another session
+        # Another connection is another session: this socket is closed when it loses its first. Were it never to
+        # connect again (-1), zmq would drop what has come and was not read.
+        socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | sum(_HANDSHAKE_FAILED))
         self._events, self._stop_events = FramePort(events, self._note_event), socket.disable_monitor
         self._port = FramePort(socket, self._read)
@@ -207,7 +210,8 @@ class RemoteClient(CommandingClient):
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
         if event in _HANDSHAKE_FAILED:
             self._die("wrong cluster secret: what listens there has another one, or is no instance of xLLM")
-        elif event == zmq.EVENT_DISCONNECTED:
+        elif event == zmq.EVENT_DISCONNECTED and self._port is not None:
+            self._port.read_rest()  # which may say why
             self._die("the connection was lost")
 
     def _read(self, parts: list[bytes]) -> None:
@@ -218,7 +222,7 @@ class RemoteClient(CommandingClient):
             if frame[:1] == GOODBYE:
                 self._die(frame[1:].decode(errors="replace"))
             elif self.phase == "ready":
-                self._take(ANSWERS.decode(frame))
+                self._take(GATE_REPORTS.decode(frame))
                 if self._num_read_bytes - self._num_told_bytes > TELL_BYTES and self._port is not None:
                     self._tell_alive()
             elif frame[:1] == WELCOME:
@@ -241,7 +245,7 @@ class RemoteClient(CommandingClient):
         if self._welcomed is not None and not self._welcomed.done():
             self._welcomed.set_result(None)
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: GateReport) -> None:
         if isinstance(answer, Condition):
             self._take_condition(answer)
         elif isinstance(answer, Lost):

@@ -1,4 +1,4 @@
-"""`Peer`: what one client has asked of an instance through its gate, and what it is owed."""
+"""`GateSession`: what one client has asked of an instance through its gate, and what it is owed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xllm.client.engine_client import Stream, WatchedEngine
-from xllm.client.gate_wire import Answer, Lost
+from xllm.client.gate_wire import GateReport, Lost
 from xllm.engine.commands import Abort, Action, Command, Control, Controlled, EngineState, Outputs, Refused, Submit
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
@@ -35,7 +35,7 @@ class _Call:
     num_admitted: int = 0
 
 
-class Peer:
+class GateSession:
     """Belongs to the event loop of the engine's client. Its requests have ids of their own in the engine, which begin
     with its number. post(answer): sends it. on_news: called once before each time that `tell` has something
     to do. lora_folder: where adapters may be loaded from; None: nowhere.
@@ -43,7 +43,7 @@ class Peer:
     unheard_s: since its last frame. num_sent_bytes, num_read_bytes: to it, and by it as it says.
     """
 
-    def __init__(self, number: int, name: str, engine: WatchedEngine, post: Callable[[Answer], None],
+    def __init__(self, number: int, name: str, engine: WatchedEngine, post: Callable[[GateReport], None],
                  on_news: Callable[[], object], lora_folder: Path | None):
         self.number, self.name = number, name
         self.unheard_s = 0.0
@@ -114,7 +114,7 @@ class Peer:
     def tell(self) -> None:
         """Send all that has come for it since the last call, in one frame."""
         news, self._news = self._news, {}
-        found, errors = Outputs(), list[Answer]()
+        found, errors = Outputs(), list[GateReport]()
         for call in news:
             try:
                 deltas = call.stream.take()
@@ -168,7 +168,7 @@ class Peer:
         return None
 
 
-def _failure(call: _Call, error: Exception) -> Answer:
+def _failure(call: _Call, error: Exception) -> GateReport:
     if not call.is_taken and isinstance(error, RequestError):
         return Refused(call.request_ids[0], str(error), error.field)
     return Lost(call.request_ids, str(error))  # the client knows which of them had ended

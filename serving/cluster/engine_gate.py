@@ -21,14 +21,14 @@ import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from serving.cluster.cached_blocks import CachedBlocks
-from serving.cluster.peer import BadFrameError, Peer
+from serving.cluster.gate_session import BadFrameError, GateSession
 from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_client import WatchedEngine
 from xllm.client.frame_port import FramePort
 from xllm.client.gate_wire import (
-    ANSWERS,
     BEAT_S,
+    GATE_REPORTS,
     GOODBYE,
     HELLO,
     PROTOCOL,
@@ -51,8 +51,8 @@ from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 
 _DOMAIN = b"cluster"  # of the authentication (ZAP, RFC 27)
-MAX_PEERS = 16  # Chosen: a master, its standby, and tools beside them
-PEER_SILENCE_S = 5.0  # Chosen: ten signs of life; a connection that is closed is noticed at the next one
+MAX_SESSIONS = 16  # Chosen: a master, its standby, and tools beside them
+CLIENT_SILENCE_S = 5.0  # Chosen: ten signs of life; a connection that is closed is noticed at the next one
 MAX_FRAME_BYTES = 2**28  # Chosen: the prompts of the largest call are half of that
 MAX_UNREAD_BYTES = 2**26  # that may wait for one client. Chosen: a minute of answers to a thousand requests
 _HANDSHAKE_MS = 5000  # for a connection to show what it knows. Chosen: many times a way through a network
@@ -75,8 +75,8 @@ class EngineGate:
         self._is_draining = False
         self._model: ServedModel | None = None
         self._incarnation, self._started_unix_s = "", 0.0
-        self._peers: dict[bytes, Peer] = {}  # by what zmq calls the connection
-        self._num_peers = 0  # that there have been
+        self._sessions: dict[bytes, GateSession] = {}  # by what zmq calls the connection
+        self._num_sessions = 0  # that there have been
         self._recent: list[StepTiming] = []  # since the last beat
         self._hear_steps = engine.on_steps
         self._cached = CachedBlocks(len(engines))
@@ -120,7 +120,7 @@ class EngineGate:
     def drain(self) -> None:
         """Take no more requests, and tell the clients so; what they have open goes on."""
         self._is_draining = True
-        self._post_all(ANSWERS.encode(self._condition(self._engine.steps)))
+        self._post_all(GATE_REPORTS.encode(self._condition(self._engine.steps)))
 
     @property
     def address(self) -> str:
@@ -130,7 +130,7 @@ class EngineGate:
     @property
     def num_open(self) -> int:
         """Requests of clients that have not ended."""
-        return sum(peer.num_open for peer in self._peers.values())
+        return sum(session.num_open for session in self._sessions.values())
 
     def close(self) -> None:
         """Tell the clients that it is over and stop listening. Idempotent."""
@@ -145,25 +145,26 @@ class EngineGate:
 
     def _read(self, parts: list[bytes]) -> None:
         identity, frame = parts[0], parts[-1]
-        peer = self._peers.get(identity)
+        session = self._sessions.get(identity)
         try:
             if len(parts) != 2:
                 raise BadFrameError(f"a message of {len(parts) - 1} parts")
-            if peer is None:
+            if session is None:
                 if frame[:1] == HELLO:  # else of one that was dropped
                     self._greet(identity, frame)
                 return
-            peer.unheard_s = 0.0
+            session.unheard_s = 0.0
             if frame[:1] == GOODBYE:
                 self._drop(identity, "left", frame[1:].decode(errors="replace"), is_told=False)
             elif isinstance(message := decode_up(frame), Alive):
-                peer.num_read_bytes = message.num_read_bytes
+                session.num_read_bytes = message.num_read_bytes
             elif self._is_draining and isinstance(message, Submit) and message.requests:
-                self._post(identity, ANSWERS.encode(Refused(message.requests[0].request_id, "it is shutting down")))
+                refusal = Refused(message.requests[0].request_id, "it is shutting down")
+                self._post(identity, GATE_REPORTS.encode(refusal))
             elif self._is_up():
-                peer.obey(message)
+                session.obey(message)
         except Exception as error:  # whatever a client sends costs that client alone
-            if peer is None:
+            if session is None:
                 self._farewell(identity, f"what it sends cannot be read: {error}")
                 logger.warning("a client was refused, it sends what cannot be read: %s", error)
             else:
@@ -179,39 +180,40 @@ class EngineGate:
             why = self._engine.dead_reason or self._engine.restarting_after or f"phase {self._engine.phase}"
             self._farewell(identity, f"its engine is not up: {why}")
             return
-        if len(self._peers) >= MAX_PEERS:
-            self._farewell(identity, f"has {MAX_PEERS} clients already")
-            logger.warning("a client was refused: there are %d already", MAX_PEERS)
+        if len(self._sessions) >= MAX_SESSIONS:
+            self._farewell(identity, f"has {MAX_SESSIONS} clients already")
+            logger.warning("a client was refused: there are %d already", MAX_SESSIONS)
             return
         if not self._incarnation:
             self._incarnation, self._started_unix_s = secrets.token_hex(8), time.time()
-        self._num_peers += 1
+        self._num_sessions += 1
         # What else comes for it in this turn of the event loop goes into the same frame.
         soon = functools.partial(asyncio.get_running_loop().call_soon, self._tell, identity)
-        peer = Peer(self._num_peers, name, self._engine, lambda answer: self._post(identity, ANSWERS.encode(answer)),
-                    soon, self._lora_folder)
-        self._peers[identity] = peer
+        session = GateSession(self._num_sessions, name, self._engine,
+                              lambda report: self._post(identity, GATE_REPORTS.encode(report)), soon,
+                              self._lora_folder)
+        self._sessions[identity] = session
         welcome = Welcome(self._incarnation, self._started_unix_s, self._model, self._engine.facts,
                           self._condition(self._engine.steps))
         self._post(identity, greeting(WELCOME, welcome))
         for changes in self._cached.snapshot():
-            self._post(identity, ANSWERS.encode(changes))
-        logger.info("client %d (%r) is connected", peer.number, name)
+            self._post(identity, GATE_REPORTS.encode(changes))
+        logger.info("client %d (%r) is connected", session.number, name)
 
     # --- what goes
 
     def _tell(self, identity: bytes) -> None:
-        if not self._is_up() or (peer := self._peers.get(identity)) is None:
+        if not self._is_up() or (session := self._sessions.get(identity)) is None:
             return
         try:
-            peer.tell()
+            session.tell()
         except Exception as error:  # a bug of ours; no reader may wait for deltas that never come
-            logger.exception("answers to client %d cannot be sent", peer.number)
+            logger.exception("answers to client %d cannot be sent", session.number)
             self._drop(identity, "error", f"what it is owed cannot be sent: {type(error).__name__}")
 
     def _post(self, identity: bytes, frame: bytes) -> None:
-        peer = self._peers.get(identity)
-        if peer is None:
+        session = self._sessions.get(identity)
+        if session is None:
             return  # it was dropped meanwhile
         try:
             self._port.send(identity, frame)
@@ -220,12 +222,12 @@ class EngineGate:
         except zmq.ZMQError as error:
             self._drop(identity, "lost", f"the connection is lost ({error.strerror})", is_told=False)
         else:
-            peer.num_sent_bytes += len(frame)
-            if (waiting := peer.num_sent_bytes - peer.num_read_bytes) > MAX_UNREAD_BYTES:
+            session.num_sent_bytes += len(frame)
+            if (waiting := session.num_sent_bytes - session.num_read_bytes) > MAX_UNREAD_BYTES:
                 self._drop(identity, "does not read", f"it does not read what it is sent: {waiting} bytes wait")
 
     def _post_all(self, frame: bytes) -> None:
-        for identity in list(self._peers):
+        for identity in list(self._sessions):
             self._post(identity, frame)
 
     def _farewell(self, identity: bytes, reason: str) -> None:
@@ -235,17 +237,18 @@ class EngineGate:
             logger.debug("a farewell was not sent: %s", error)
 
     def _drop(self, identity: bytes, kind: str, reason: str, *, is_told: bool = True) -> None:
-        peer = self._peers.pop(identity)
+        if (session := self._sessions.pop(identity, None)) is None:
+            return
         self.num_dropped[kind] += 1
-        aborted = f"; {peer.num_open} requests of it are aborted" if peer.num_open else ""
-        logger.log(logging.INFO if kind == "left" else logging.WARNING, "client %d (%r) is dropped: %s%s", peer.number,
-                   peer.name, reason, aborted)
-        peer.leave()
+        aborted = f"; {session.num_open} requests of it are aborted" if session.num_open else ""
+        level = logging.INFO if kind == "left" else logging.WARNING
+        logger.log(level, "client %d (%r) is dropped: %s%s", session.number, session.name, reason, aborted)
+        session.leave()
         if is_told:
             self._farewell(identity, reason)
 
     def _drop_all(self, reason: str) -> None:
-        for identity in list(self._peers):
+        for identity in list(self._sessions):
             self._drop(identity, "engine", reason)
 
     # --- signs of life
@@ -257,11 +260,11 @@ class EngineGate:
                 continue
             recent, self._recent = self._recent, []
             steps = self._engine.steps
-            frame = ANSWERS.encode(self._condition(StepReport(steps.time_s, steps.tokens, recent)))
-            for identity, peer in list(self._peers.items()):
-                peer.unheard_s += BEAT_S  # not by the clock: a pause of this process is not theirs
-                if peer.unheard_s > PEER_SILENCE_S:
-                    self._drop(identity, "silent", f"it has given no sign of life for {peer.unheard_s:g} s")
+            frame = GATE_REPORTS.encode(self._condition(StepReport(steps.time_s, steps.tokens, recent)))
+            for identity, session in list(self._sessions.items()):
+                session.unheard_s += BEAT_S  # not by the clock: a pause of this process is not theirs
+                if session.unheard_s > CLIENT_SILENCE_S:
+                    self._drop(identity, "silent", f"it has given no sign of life for {session.unheard_s:g} s")
             self._post_all(frame)
 
     def _is_up(self) -> bool:
@@ -270,7 +273,7 @@ class EngineGate:
         engine = self._engine
         for number, one in enumerate(self._engines):
             if one.dead_reason is not None and (changes := self._cached.forget(number)) is not None:
-                self._post_all(ANSWERS.encode(changes))
+                self._post_all(GATE_REPORTS.encode(changes))
         reason = engine.dead_reason or engine.restarting_after
         if reason is not None and self._incarnation:
             self._incarnation = ""
@@ -291,7 +294,7 @@ class EngineGate:
         hear(changes)
         changes = self._cached.change(number, changes)
         if changes.stored or changes.removed:
-            self._post_all(ANSWERS.encode(changes))
+            self._post_all(GATE_REPORTS.encode(changes))
 
 
 class _OneKey:
