@@ -115,7 +115,6 @@ TWIN_CLASSES = {
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
-    "xllm.client.remote": "the cluster's master",
     "npu_ops.moe": "mixtures of experts",
     "npu_ops.attention.latent_attention": "latent attention (MLA)",
     "npu_ops.rotary.mrope": "positions of images and video",
