@@ -78,7 +78,7 @@ async def test_the_life_of_an_instance(tmp_path: Path) -> None:
                      for connection in psutil.Process(pid).net_connections("inet")
                      if connection.status == psutil.CONN_LISTEN]
         assert listening == ["127.0.0.1", "127.0.0.1"], "HTTP and the gate"
-        client = RemoteClient(found[1], cluster_keys(SECRET.encode()), name="a test", silence_s=1.5, progress_s=1.5)
+        client = RemoteClient(found[1], cluster_keys(SECRET.encode()), name="a test", silence_s=2.0, progress_s=2.5)
         own, later = set[bytes](), set[bytes]()
         client.on_cache_changes = lambda changes: take_in(own, changes)
         await client.connect()
@@ -108,6 +108,7 @@ async def test_the_life_of_an_instance(tmp_path: Path) -> None:
         # Its engine's process is stopped behind a front that lives; then the front.
         incarnation = client.incarnation
         assert re.fullmatch(r"its engine has made no progress for \d\.\d s", await stopped(client, server.engine_pid))
+        await asyncio.sleep(0.5)  # it goes on
         await client.connect(incarnation=incarnation)
         assert re.fullmatch(r"no sign of life for \d\.\d s", await stopped(client, server.process.pid))
         await connected(client)
