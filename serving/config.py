@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from serving.limits import LimitSettings
 from serving.parsers.parser_registry import check_names
 from xllm.errors import ConfigError
+from xllm.host_port import host_and_port
 from xllm.logs import FORMATS, LEVELS
 from xllm.option import option
 
@@ -103,6 +104,17 @@ class ResilienceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """How the other processes of a cluster reach this one's engine. See docs/cluster-instances.md."""
+
+    cluster_listen: str | None = option(None, "HOST:PORT at which a cluster's master reaches the engine, port 0: any "
+                                        "free one; needs the cluster's secret; none: there is no such port",
+                                        is_guard=True)
+    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
+                                             "what XLLM_CLUSTER_SECRET says", is_guard=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """All settings of one server. Raises ConfigError for values that cannot work."""
 
@@ -112,6 +124,7 @@ class ServerConfig:
     chat: ChatSettings = field(default_factory=ChatSettings)
     resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
     connections: ConnectionSettings = field(default_factory=ConnectionSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def __post_init__(self) -> None:
         h = self.http
@@ -120,6 +133,10 @@ class ServerConfig:
         for name, keys in (("api_key", h.api_key), ("admin_api_key", h.admin_api_key)):
             if any(not key.strip() for key in keys):
                 raise ConfigError(f"{name} must not be empty")
+        if self.cluster.cluster_listen is not None:
+            host_and_port(self.cluster.cluster_listen)
+        elif self.cluster.cluster_secret_file is not None:
+            raise ConfigError("cluster_secret_file needs cluster_listen")
         if "*" in h.cors_origin:
             raise ConfigError("cors_origin must name web sites, such as https://example.com; '*' would be all of them")
         check_names(self.chat.tool_call_parser, self.chat.reasoning_parser)

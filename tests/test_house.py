@@ -31,7 +31,7 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
-         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings"]
+         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
@@ -76,6 +76,7 @@ ALLOWED = {
     "serving.config": ["serving.limits", "serving.parsers", "xllm"],
     "serving.security": ["serving.security", *SETTINGS, "xllm"],
     "serving.security.hosts": ["serving.api.errors", "xllm"],  # it refuses as the API does
+    "serving.cluster": ["serving.cluster", "xllm"],
     "serving.observe": ["serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.engine": ["serving.engine", "serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.api": ["serving.api", "serving.engine", "serving.observe", "serving.parsers", "serving.security",

@@ -14,7 +14,8 @@ from xllm.errors import ConfigError
 from xllm.suggestion import nearest
 
 NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
-         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY")
+         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET")
+_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET")  # from processes that have no callers
 # What torchrun, and other launchers of torch.distributed, say to the processes that they start.
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "GROUP_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
             "TORCHELASTIC_USE_AGENT_STORE")
@@ -152,6 +153,12 @@ def admin_api_keys() -> tuple[str, ...]:
     return _keys("XLLM_ADMIN_API_KEY")
 
 
+def cluster_secret() -> bytes | None:
+    """XLLM_CLUSTER_SECRET: what --cluster-secret-file would hold. None: it is not set; set but empty is refused."""
+    found = os.environ.get("XLLM_CLUSTER_SECRET")
+    return None if found is None else found.encode()
+
+
 def mistyped_names() -> list[str]:
     """The variables that are set, are none of `NAMES`, and look like one of them."""
     known = [name.removeprefix("XLLM_") for name in NAMES]
@@ -160,8 +167,9 @@ def mistyped_names() -> list[str]:
 
 
 def for_child() -> dict[str, str]:
-    """This process's environment without API keys, for a process that it starts and that has no callers."""
-    found = {name: value for name, value in os.environ.items() if name not in ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY")}
+    """This process's environment without API keys and the cluster's secret, for a process that it starts and that has
+    no callers."""
+    found = {name: value for name, value in os.environ.items() if name not in _KEPT}
     return found | _passed_on
 
 

@@ -1,4 +1,5 @@
-"""What every `EngineClient` promises, held against each of them: an engine in this process, and in its own."""
+"""What every `EngineClient` promises, held against each of them: an engine in this process, in its own, and behind a
+gate."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.llm.conftest import SETTINGS
+from tests.llm.gated import GatedClient, WatchedLocal, gated_client
 from xllm import LLM
 from xllm.client import process as process_client
 from xllm.client.engine_client import EngineBusyError, EngineClient, RequestTimeoutError, Stream
@@ -23,11 +25,16 @@ CONFIG = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, max_waiting_requests
 PROMPT = (5, 6, 7)
 
 
-@pytest.fixture(params=["local", "process"])
+@pytest.fixture(params=["local", "process", "remote"])
 async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
     if request.param == "local":
         local = LocalClient(EngineCore(CONFIG))
         yield local
+        local.shutdown()
+    elif request.param == "remote":
+        local = WatchedLocal(EngineCore(CONFIG))
+        async with gated_client(local) as remote:
+            yield remote
         local.shutdown()
     else:
         process = ProcessClient(CONFIG)
@@ -139,6 +146,8 @@ async def test_its_end_reaches_everybody(client: EngineClient) -> None:
         await asyncio.to_thread(client.shutdown)
     elif isinstance(client, ProcessClient):
         client.end_process("it was shut down")
+    elif isinstance(client, GatedClient):
+        await asyncio.to_thread(client.engine.shutdown)
     with pytest.raises(EngineDeadError, match="it was shut down"):
         await read(stream)
     with pytest.raises(EngineDeadError, match="it was shut down"):

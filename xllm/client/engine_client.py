@@ -101,7 +101,8 @@ class Stream:
     """The deltas of the requests of one call, merged. Close it when done: requests that have not ended are aborted.
 
     drop(request ids): aborts requests and forgets them. listeners: each is called (request id, number of tokens)
-    whenever something came for a request, and when it left without more. engine: the number of the one that has them.
+    whenever something came for a request, and when it left without more. on_news: called whenever `take` may have
+    something to say. engine: the number of the one that has them.
     """
 
     def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
@@ -109,16 +110,17 @@ class Stream:
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
         self.listeners: list[Callable[[str, int], None]] = []
+        self.on_news: Callable[[], None] = lambda: None
         self.engine = 0
+        self.is_admitted = False  # the engine has taken the requests
         self._drop = drop
-        self._is_admitted = False
         self._failure: Exception | None = None
         self._deltas: list[OutputDelta] = []
         self._news = asyncio.Event()
 
     async def admitted(self) -> None:
         """Wait until the engine has taken all requests. Raises RequestError or EngineDeadError."""
-        while not self._is_admitted and self._failure is None:
+        while not self.is_admitted and self._failure is None:
             await self._wait()
         if self._failure is not None:
             raise self._failure
@@ -130,12 +132,16 @@ class Stream:
             RequestError: the requests were refused. EngineDeadError: the engine is gone while requests are open.
             EngineBusyError: they had to make room. RequestTimeoutError: their time is over.
         """
-        while not self._deltas:
-            if self._failure is not None:
-                raise self._failure
+        while not (taken := self.take()):
             if not self.open_ids:
                 return []
             await self._wait()
+        return taken
+
+    def take(self) -> list[OutputDelta]:
+        """As `next`, without waiting: empty if nothing has come. Raises what `next` raises, but for the time limit."""
+        if not self._deltas and self._failure is not None:
+            raise self._failure
         taken, self._deltas = self._deltas, []
         return taken
 
@@ -175,17 +181,21 @@ class Stream:
         """End the requests that have not ended; the reader gets the error after the deltas that have come."""
         self.close()
         self._failure = error
-        self._news.set()
+        self._note_news()
 
     def admit(self) -> None:
         """Note that the engine has taken the requests."""
-        self._is_admitted = True
-        self._news.set()
+        self.is_admitted = True
+        self._note_news()
 
     def push(self, delta: OutputDelta) -> None:
         """Add a delta of one of the requests."""
         if delta.finish_reason is not None:
             self.open_ids.discard(delta.request_id)
         self._deltas.append(delta)
-        self._news.set()
+        self._note_news()
         self._tell(delta.request_id, len(delta.token_ids))
+
+    def _note_news(self) -> None:
+        self._news.set()
+        self.on_news()

@@ -1,4 +1,5 @@
-"""The engine's own process: `python -m xllm.client.engine_process FOLDER NAME`, started by `ProcessClient`.
+"""The engine's own process: `python -m xllm.client.engine_process [report-cache] FOLDER NAME`, started by
+`ProcessClient`.
 
 Reads its config as one JSON line from stdin, then takes commands and sends reports (`command_codec.py`) over the two
 unix sockets in FOLDER. Stdin stays open for as long as the parent lives; its end is how a lost parent is noticed.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from xllm.engine.core import EngineCore
 
 COMMAND_SOCKET, REPORT_SOCKET = "commands", "reports"
+REPORT_CACHE = "report-cache"  # as an argument: report which KV blocks can be found
 # For the last reports to be sent when the process ends. Chosen: a parent that does not read must not keep it.
 LINGER_MS = 2000
 # Between heartbeats while the engine has work and while it has none. Chosen: live views look smooth, and an idle engine
@@ -111,8 +113,9 @@ class SocketCommands:
 
 
 def main(argv: list[str]) -> int:
-    folder = Path(argv[0])
-    logs.configure(argv[1])
+    *options, place, name = argv
+    folder = Path(place)
+    logs.configure(name)
     logs.take_over()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # sent to the whole process group; the parent drains, then stops us
@@ -121,7 +124,7 @@ def main(argv: list[str]) -> int:
     context = zmq.Context()
     sender = ReportSender(context, folder)
     try:
-        _serve(config, context, sender, folder)
+        _serve(config, context, sender, folder, REPORT_CACHE in options)
     except Exception as error:
         user_error = isinstance(error, (ConfigError, ModelError, DeviceError, DiskError))
         if not user_error:  # of those the parent says what is to be said
@@ -133,7 +136,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path) -> None:
+def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, folder: Path,
+           reports_cache: bool) -> None:
     from xllm.engine.core import EngineCore  # imports torch: only after the sockets stand
     from xllm.engine.loop import EngineLoop
 
@@ -145,7 +149,7 @@ def _serve(config: EngineConfig, context: zmq.Context, sender: ReportSender, fol
     heart.start()
     try:
         EngineLoop(core, commands, sender.send, on_busy=heart.set_busy, steps=steps,
-                   reports_cache=core.config.device.data_parallel_size > 1).run()
+                   reports_cache=reports_cache).run()
         core.shutdown()
     finally:
         heart.stop()

@@ -22,7 +22,7 @@ from xllm.child_end import ChildEnd
 from xllm.child_process import run_module, socket_folder
 from xllm.client.command_codec import COMMANDS, REPORTS, config_to_json
 from xllm.client.commanding import CommandingClient
-from xllm.client.engine_process import COMMAND_SOCKET, REPORT_SOCKET
+from xllm.client.engine_process import COMMAND_SOCKET, REPORT_CACHE, REPORT_SOCKET
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
 from xllm.engine.commands import FLUSH_S, Action, Command, Controlled, Shutdown
@@ -48,12 +48,14 @@ class ProcessClient(CommandingClient):
     """One engine process. Make it, `await start()`, use it, `await shutdown()`.
 
     `on_phase(name, share, seconds since start)` is called as the start-up goes on. name: what its log lines call it.
+    reports_cache: call `on_cache_changes`.
     """
 
     def __init__(self, config: EngineConfig, *, on_phase: Callable[[str, float, float], None] | None = None,
-                 name: str = "engine"):
+                 name: str = "engine", reports_cache: bool = False):
         super().__init__()
         self._config, self._name = config, name
+        self._options = [REPORT_CACHE] if reports_cache else []
         self._on_phase = on_phase or (lambda name, share, seconds: None)
         self.dead_by_user_error = False
         self.restarting_after: str | None = None  # why the last process died, while another one starts
@@ -96,7 +98,7 @@ class ProcessClient(CommandingClient):
         self._started_s = time.monotonic()
         # start_new_session: a Ctrl-C in the terminal is for the parent, which drains
         self._process = subprocess.Popen(
-            [sys.executable, *run_module("xllm.client.engine_process"), str(self._folder), self._name],
+            [sys.executable, *run_module("xllm.client.engine_process"), *self._options, str(self._folder), self._name],
             stdin=subprocess.PIPE, stdout=2, start_new_session=True, env=env.for_child())
         assert self._process.stdin is not None
         self._process.stdin.write(config_to_json(self._config) + b"\n")

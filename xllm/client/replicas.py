@@ -36,11 +36,12 @@ SILENT_S = 5.0
 OnPhase = Callable[[str, float, float], None]
 
 
-def open_engine(config: EngineConfig, on_phase: OnPhase) -> ProcessClient | Replicas:
-    """The engine that a server runs, or the engines; not started yet. Raises ConfigError."""
+def open_engine(config: EngineConfig, on_phase: OnPhase, *, reports_cache: bool = False) -> ProcessClient | Replicas:
+    """The engine that a server runs, or the engines; not started yet. reports_cache: a single one calls
+    `on_cache_changes`; several always do. Raises ConfigError."""
     check_engines(config.device)
     if config.device.data_parallel_size == 1:
-        return ProcessClient(config, on_phase=on_phase)
+        return ProcessClient(config, on_phase=on_phase, reports_cache=reports_cache)
     return Replicas(config, on_phase)
 
 
@@ -50,8 +51,8 @@ class Replicas:
 
     def __init__(self, config: EngineConfig, on_phase: OnPhase):
         configs = [_of_engine(config, number) for number in range(config.device.data_parallel_size)]
-        self.engines = tuple(ProcessClient(one, on_phase=None if number else on_phase, name=f"engine{number}")
-                             for number, one in enumerate(configs))
+        self.engines = tuple(ProcessClient(one, on_phase=None if number else on_phase, name=f"engine{number}",
+                                           reports_cache=True) for number, one in enumerate(configs))
         self.facts: EngineFacts | None = None
         self._control = ReplicaControl(self.engines, config.lora.lora_modules)
         s = config.scheduler

@@ -1,0 +1,197 @@
+"""A real `xllm serve` process as an instance of a cluster, and what its faults look like to a remote client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.config import ClusterSettings, ServerConfig
+from serving.security.cluster_secret import read_cluster_keys
+from tests.llm.conftest import SETTINGS
+from tests.llm.test_clients import make_request, read
+from tests.serving.server_process import ROOT, ServerProcess
+from xllm import LLM
+from xllm.client.cluster_keys import cluster_keys
+from xllm.client.engine_client import EngineBusyError
+from xllm.client.remote import RemoteClient
+from xllm.engine.commands import CacheChanges
+from xllm.errors import ConfigError, EngineDeadError
+from xllm.kv.block import DIGEST_BYTES
+from xllm.request import Request, SamplingParams
+
+SECRET = "the secret of a test's cluster"
+
+
+async def connected(client: RemoteClient, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not client.is_up:
+        try:
+            await client.connect()
+        except EngineDeadError:
+            assert time.monotonic() < deadline_s, client.dead_reason
+            await asyncio.sleep(0.1)
+
+
+async def lost(client: RemoteClient, timeout_s: float = 6.0) -> str:
+    """Why the client lost its instance; an open request ends with that reason."""
+    stream = client.submit([make_request("long", 450)])
+    with pytest.raises(EngineDeadError) as caught:
+        await asyncio.wait_for(read(stream), timeout_s)
+    assert str(caught.value) == client.dead_reason
+    return str(caught.value)
+
+
+async def stopped(client: RemoteClient, pid: int) -> str:
+    """As `lost`, while a process is stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        return await lost(client)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def take_in(cached: set[bytes], changes: CacheChanges) -> None:
+    for joined, note in ((changes.removed, cached.discard), (changes.stored, cached.add)):
+        for at in range(0, len(joined), DIGEST_BYTES):
+            note(joined[at:at + DIGEST_BYTES])
+
+
+async def test_the_life_of_an_instance(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    with ServerProcess(tmp_path / "log.txt", "--cluster-listen", "127.0.0.1:0", "--cluster-secret-file", str(secret),
+                       "--dtype", "float32") as server:
+        found = re.search(r"answers the cluster at (\S+:\d+)", server.log)
+        assert found is not None
+        listening = [connection.laddr.ip for pid in (server.process.pid, server.engine_pid)
+                     for connection in psutil.Process(pid).net_connections("inet")
+                     if connection.status == psutil.CONN_LISTEN]
+        assert listening == ["127.0.0.1", "127.0.0.1"], "HTTP and the gate"
+        client = RemoteClient(found[1], cluster_keys(SECRET.encode()), name="a test", silence_s=2.0, progress_s=2.5)
+        own, later = set[bytes](), set[bytes]()
+        client.on_cache_changes = lambda changes: take_in(own, changes)
+        await client.connect()
+        assert client.model is not None and client.model.names == ("demo",) and client.facts is not None
+
+        # It answers as an engine here does.
+        sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        prompt = list(range(5, 105))
+        deltas = await read(client.submit([Request(request_id="a", prompt_token_ids=prompt, sampling=sampling)]))
+        with LLM(**SETTINGS) as llm:
+            (expected,) = llm.generate([prompt], sampling, use_tqdm=False)
+        assert [t for delta in deltas for t in delta.token_ids] == expected.outputs[0].token_ids
+        second = RemoteClient(found[1], cluster_keys(SECRET.encode()))
+        second.on_cache_changes = lambda changes: take_in(later, changes)
+        await second.connect()
+        for one in (client, second):
+            await one.control("state")
+        assert own == later and len(own) == 7, "who comes later is told what there is; 119 tokens fill 7 blocks"
+        await second.control("reset_prefix_cache")
+        await client.control("state")
+        assert own == later == set()
+        await asyncio.sleep(1.0)
+        assert client.stats.num_steps >= 20 and client.silent_for_s() < 2.5
+        assert sum(client.steps.time_s.counts) >= 20
+        second.close()
+
+        # Its engine's process is stopped behind a front that lives; then the front.
+        incarnation = client.incarnation
+        assert re.fullmatch(r"its engine has made no progress for \d\.\d s", await stopped(client, server.engine_pid))
+        await asyncio.sleep(0.5)  # it goes on
+        await client.connect(incarnation=incarnation)
+        assert re.fullmatch(r"no sign of life for \d\.\d s", await stopped(client, server.process.pid))
+        await connected(client)
+        assert client.incarnation == incarnation
+
+        # Its engine is killed: another one is started, which is another incarnation.
+        asyncio.get_running_loop().call_later(0.1, os.kill, server.engine_pid, signal.SIGKILL)
+        assert "its engine stopped: the engine process was killed by signal 9" in await lost(client)
+        own.clear()
+        await connected(client)
+        assert client.incarnation != incarnation
+        assert len(await read(client.submit([make_request("b")]))) == 8
+
+        # It is told to end: what is open goes on, nothing more is taken.
+        stream = client.submit([make_request("c", 300)])
+        await stream.next()
+        server.process.send_signal(signal.SIGTERM)
+        while not client.draining:
+            await asyncio.sleep(0.02)
+        with pytest.raises(EngineBusyError, match="shutting down"):
+            await client.submit([make_request("d")]).admitted()
+        assert (await read(stream))[-1].finish_reason == "length"
+        while client.dead_reason is None:
+            await asyncio.sleep(0.02)
+        assert client.dead_reason == "the instance was shut down"
+        assert await asyncio.to_thread(server.process.wait, 15) == 0
+        with pytest.raises(EngineDeadError, match="connection refused"):
+            await client.connect()
+        assert SECRET not in server.log
+        client.close()
+
+
+async def test_an_instance_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLLM_CLUSTER_SECRET", SECRET)
+    with ServerProcess(tmp_path / "log.txt", "--cluster-listen", "127.0.0.1:0") as server:
+        found = re.search(r"answers the cluster at (\S+:\d+)", server.log)
+        assert found is not None
+        assert "XLLM_CLUSTER_SECRET" not in psutil.Process(server.engine_pid).environ()
+        client = RemoteClient(found[1], cluster_keys(SECRET.encode()))
+        await client.connect()
+        started_s = time.monotonic()
+        asyncio.get_running_loop().call_later(0.1, server.process.kill)
+        assert await lost(client) == "the connection was lost"
+        assert time.monotonic() - started_s < 1.0
+
+
+@pytest.mark.parametrize(("flags", "why"), [
+    (("--cluster-listen", "127.0.0.1:0"), "cluster_listen needs the cluster's secret"),
+    (("--cluster-listen", "127.0.0.1:0", "--cluster-secret-file", "/dev/null"), "16 bytes at least"),
+], ids=str)
+def test_no_port_without_a_secret(flags: tuple[str, ...], why: str) -> None:
+    """It fails closed, beyond this machine or not."""
+    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and why in done.stderr
+
+
+@pytest.mark.parametrize(("settings", "why"), [
+    ({"cluster_secret_file": "/dev/null"}, "cluster_secret_file needs cluster_listen"),
+    *(({"cluster_listen": text}, "HOST:PORT") for text in ("9000", ":9000", "a:", "a:b", "a:65536", "::1:1", "[]:1")),
+])
+def test_settings_that_make_no_sense(settings: dict[str, str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        ServerConfig(cluster=ClusterSettings(**settings))
+    ServerConfig(cluster=ClusterSettings(cluster_listen="[::1]:0"))
+
+
+def test_the_file_of_the_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret"
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_cluster_keys(str(file))
+    file.write_text(SECRET)
+    for mode, warns in ((0o600, 0), (0o644, 1)):
+        caplog.clear()
+        file.chmod(mode)
+        assert read_cluster_keys(str(file)) == cluster_keys(SECRET.encode())
+        assert len(caplog.records) == warns
+    file.chmod(file.stat().st_mode | stat.S_IWOTH)
+    with pytest.raises(ConfigError, match="every user can change it"):
+        read_cluster_keys(str(file))
+    with pytest.raises(ConfigError, match="needs the cluster's secret"):
+        read_cluster_keys(None)
+    monkeypatch.setenv("XLLM_CLUSTER_SECRET", "")
+    with pytest.raises(ConfigError, match="16 bytes"):
+        read_cluster_keys(None)
