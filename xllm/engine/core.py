@@ -60,6 +60,9 @@ class EngineCore:
             if path and measured:
                 measured.origin.check(self.origin, Path(path))
                 self.scheduler.cost.start(measured.profile)
+            self._publisher = open_publisher(self.config.cache)
+            if self._publisher is not None:
+                self.cache_watch.listen(self._publisher.put)
         except BaseException:
             self.link.close()
             raise
@@ -78,9 +81,6 @@ class EngineCore:
         if loaded.tiers is not None:
             attach_tiers(self.scheduler, self.link, cache, loaded.tiers)
         self.cache_watch = CacheWatch(self.scheduler.kv, with_tokens=cache.kv_events_token_ids)
-        self._publisher = open_publisher(cache)
-        if self._publisher is not None:
-            self.cache_watch.listen(self._publisher.put)
 
     @property
     def scheduler(self) -> Scheduler:
