@@ -168,7 +168,7 @@ def test_a_real_engine_publishes_what_it_has_cached(folder: Path) -> None:
     core = EngineCore(EngineConfig.from_flat(max_model_len=128, num_kv_blocks=64, num_threads=1, host_cache_size="1MiB",
                                              kv_events_config=config, kv_events_token_ids=True))
     prompt = list(range(3, 73))
-    time.sleep(0.5)  # the subscription is on its way since the engine has bound its end; what came before it is not sent
+    time.sleep(0.5)  # since the engine has bound its end the subscription is on its way; what comes before it is lost
     try:
         core.add(Request(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=3)))
         while core.has_work():
