@@ -31,13 +31,15 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.step", "xllm.stats", "xllm.shown", "xllm.child_process", "xllm.child_end", "xllm.logs", "xllm.log_writer",
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
-         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port"]
+         "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port",
+         "xllm.kv_events_settings", "xllm.kv_events_keys"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
 TEXT = ["xllm.hub", "xllm.generation_config", "xllm.text"]
 FRONT = ["xllm.llm", "xllm.async_llm", "xllm.answer", "xllm.inputs", "xllm.outputs"]
 MESSAGES = ["xllm.worker.messages", "xllm.worker.failures", "xllm.worker.link"]
+EVENTS = ["xllm.kv.block", "xllm.kv.event_wire"]  # what names a block, and what is said of it on the wire
 SETTINGS = ["serving.config", "serving.limits"]
 ALLOWED = {
     "cuda_ops": ["cuda_ops"],
@@ -65,8 +67,8 @@ ALLOWED = {
     # It speaks to workers in messages and holds nothing of what they hold.
     "xllm.engine": [*BASE, "xllm.cost", "xllm.kv", "xllm.scheduler", "xllm.engine", "xllm.worker.open", *MESSAGES],
     "xllm.text": [*BASE, "xllm.text"],
-    "xllm.routing": [*BASE, "xllm.kv.block", "xllm.routing"],
-    "xllm.client": [*BASE, *TEXT, "xllm.engine", "xllm.routing", "xllm.client"],
+    "xllm.routing": [*BASE, *EVENTS, "xllm.routing"],
+    "xllm.client": [*BASE, *TEXT, *EVENTS, "xllm.engine", "xllm.routing", "xllm.client"],
     **{name: [*BASE, *TEXT, *FRONT, "xllm.structured", "xllm.engine", "xllm.client"] for name in FRONT},
     "xllm": ["xllm", "backends", "graph"],
     "xllm.__main__": ["serving.commands.cli"],  # `python -m xllm` is the command, which lives above; nothing imports it
@@ -141,6 +143,9 @@ WAITING = {
     "serving.cluster.store_wire": "membership of the cluster",
     "serving.cluster.watch": "membership of the cluster",
     "serving.cluster.within": "membership of the cluster",
+    "xllm.client.kv_subscriber": "the master",
+    "xllm.routing.event_feed": "the master",
+    "xllm.routing.vllm_reader": "the master",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

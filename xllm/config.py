@@ -12,6 +12,7 @@ from typing import Any
 
 from xllm.errors import ConfigError
 from xllm.json_setting import parse_object
+from xllm.kv_events_settings import check_kv_events
 from xllm.node_settings import NodeSettings
 from xllm.option import option
 from xllm.pooling import KINDS
@@ -104,6 +105,14 @@ class CacheSettings:
     kv_store_dtype: str = option("auto", "number format of KV in the host and disk tiers; auto: as on the device",
                                  choices=KV_STORE_DTYPES)
     kv_prefetch: bool = option(True, "with a host tier: bring a conversation's blocks back before its next turn")
+    kv_events_config: str | None = option(None, "JSON object: publish changes of the KV cache for routers, such as "
+                                          '{"enable_kv_cache_events": true, "endpoint": "tcp://127.0.0.1:5557"}',
+                                          is_json=True)
+    kv_events_token_ids: bool = option(False, "publish the token ids of stored blocks with them: they are users' "
+                                       "prompts and answers", is_guard=True)
+    kv_events_key_file: str | None = option(None, "file of at least 32 random bytes, readable by its owner alone: who "
+                                            "reads KV events must have it, and they are encrypted with it",
+                                            is_guard=True)
 
     @property
     def has_host_tier(self) -> bool:
@@ -289,6 +298,8 @@ def check(config: EngineConfig) -> None:
     if config.model.load_format == "dummy" and c.disk_cache_dir is not None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
+    check_kv_events(c.kv_events_config, has_token_ids=c.kv_events_token_ids, key_file=c.kv_events_key_file,
+                    has_prefix_cache=c.enable_prefix_caching)
     _check_graphs(config.device)
     check_workers(config.device)
     _check_lora(config.lora)

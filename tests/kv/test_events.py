@@ -10,8 +10,9 @@ from tests.kv.desk import BLOCK, Desk, talk
 from tests.kv.driver import Driver
 from tests.kv.replay import Replay
 from xllm.kv.block import ROOT, block_digests
-from xllm.kv.event_log import KVEventLog
+from xllm.kv.event_log import CacheEvents, KVEventLog
 
+DEVICE, HOST = 0, 1  # tiers
 WEIGHTS = {"admit": 3, "run": 3, "extend": 1, "settle": 3, "finish": 3, "pin": 0.5, "unpin": 1, "lease": 0.5,
            "end_lease": 0.5, "pass_time": 1, "drop_cached": 0.3}  # fmt: skip
 
@@ -83,17 +84,36 @@ def test_what_is_loaded_evicted_and_reset_is_told():
     assert (replay.num_stored, replay.num_removed) == (12, 12)
 
 
-def test_a_block_that_any_tier_has_is_cached():
-    desk, log, late = Desk(), KVEventLog(), KVEventLog()
+def test_each_tier_tells_what_it_has():
+    desk = Desk()
     history = talk(1, 6 * BLOCK)
     digests = block_digests(history.array, BLOCK)
-    desk.kv.listen(log, below=True)
+    log = KVEventLog(desk.kv)
     desk.turn(history)
-    assert len(desk.tiers.host) == 6 and log.take() == (b"".join(digests), b"")
+    parents = dict(zip(digests, [ROOT, *digests]))
+    assert len(desk.tiers.host) == 6
+    assert log.take() == [CacheEvents(DEVICE, parents, ()), CacheEvents(HOST, parents, ())]
     desk.forget_device()
-    assert log.take() is None, "host memory has them"
-    desk.kv.listen(late, below=True)
-    assert late.take() == (b"".join(digests), b"")
+    (gone,) = log.take()
+    assert (gone.tier, gone.stored, set(gone.removed)) == (DEVICE, {}, set(digests))
+    late = KVEventLog(desk.kv)
+    assert late.take() == [CacheEvents(HOST, parents, ())], "who comes late is told what is there"
     desk.forget_host()
-    stored, removed = late.take()
-    assert stored == b"" and {removed[i : i + 16] for i in range(0, len(removed), 16)} == set(digests)
+    (gone,) = late.take()
+    assert (gone.tier, gone.stored, set(gone.removed)) == (HOST, {}, set(digests)) and late.take() == []
+
+
+def test_tokens_are_told_of_blocks_without_a_salt() -> None:
+    told: dict[str, dict[bytes, bytes]] = {}
+    for salt in ("", "alice"):
+        driver = Driver(num_blocks=10, block_size=2, num_rows=2)
+        log = KVEventLog(driver.kv, with_tokens=True)
+        tokens = np.array([1, 2, 3, 4, 5], dtype=np.int32)
+        driver.kv.enter(0, driver.kv.lookup(tokens, salt), 0)
+        driver.kv.grow(np.array([0]), np.array([3]))
+        driver.kv.commit(0, tokens, 5, 0)
+        (events,) = log.take()
+        assert list(events.stored) == block_digests(tokens, 2, salt)
+        told[salt] = events.tokens
+    assert told["alice"] == {}
+    assert [np.frombuffer(data, "<i4").tolist() for data in told[""].values()] == [[1, 2], [3, 4]]

@@ -44,7 +44,7 @@ def test_marks_are_digests_of_the_cache(num_blocks: int) -> None:
 
 def test_callers_and_adapters_do_not_match_each_other() -> None:
     prompt, view = tokens(6), EngineView()
-    view.change(joined(prompt, "alice") + joined(prompt, salt_with_adapter("alice", "d1")), b"")
+    view.change(0, joined(prompt, "alice") + joined(prompt, salt_with_adapter("alice", "d1")), b"")
     found = {(salt, adapter): view.matched_tokens(prompt_marks(prompt, BLOCK, salt, adapter))
              for salt in ("alice", "bob", "") for adapter in ("", "d1", "d2")}
     assert {key for key, num_tokens in found.items() if num_tokens} == {("alice", ""), ("alice", "d1")}
@@ -56,9 +56,9 @@ def test_prefixes_of_any_length_are_found_to_the_mark_below() -> None:
     digests, marks = block_digests(np.asarray(prompt), BLOCK), prompt_marks(prompt, BLOCK)
     for num_blocks in (0, 1, 5, 64, 66, 72, 79, 80, 513, 576, 639, 640, 700):
         view = EngineView()
-        view.change(b"".join(digests[:num_blocks]), b"")
+        view.change(num_blocks % 3, b"".join(digests[:num_blocks]), b"")
         assert view.matched_tokens(marks) == max([0, *(n for n in marks.num_tokens if n <= num_blocks * BLOCK)])
-        view.change(b"", b"".join(digests[num_blocks // 2 : num_blocks]))
+        view.change(num_blocks % 3, b"", b"".join(digests[num_blocks // 2 : num_blocks]))
         assert view.matched_tokens(marks) <= num_blocks // 2 * BLOCK
         view.forget()
         assert len(view) == view.matched_tokens(marks) == 0
@@ -86,31 +86,32 @@ def test_a_waiting_request_promises_its_prompt() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_events_in_batches_leave_what_the_cache_has(seed: int) -> None:
-    rng, log, view = random.Random(seed), KVEventLog(), EngineView()
+    rng, view = random.Random(seed), EngineView()
     driver = Driver(num_blocks=rng.choice([4, 10, 30]), block_size=rng.choice([1, 2]), num_rows=4)
     for _ in range(rng.choice([0, 40])):
         operate(driver, rng)
-    driver.kv.listen(log)
+    log = KVEventLog(driver.kv)
     for _ in range(60):
         for _ in range(rng.randrange(12)):
             operate(driver, rng)
-        if (changes := log.take()) is not None:
-            view.change(*changes)
+        for change in log.take():
+            view.change(change.tier, b"".join(change.stored), b"".join(change.removed))
         index = driver.kv._index
         blocks = np.flatnonzero(index.contains(np.arange(len(index._parent_of)))).tolist()
-        assert view._cached == {index.digest_of(block) for block in blocks}
-    assert log.take() is None
+        assert view._cached[0] == {index.digest_of(block) for block in blocks}
+    assert log.take() == []
 
 
-def test_a_block_in_two_places_is_gone_when_both_have_lost_it() -> None:
-    log, digest = KVEventLog(), bytes(16)
-    log.stored(digest, b"")
-    log.stored(digest, b"")
-    assert log.take() == (digest, b"")
-    log.removed([digest])
-    assert log.take() is None
-    log.removed([digest])
-    assert log.take() == (b"", digest)
+def test_a_block_in_two_tiers_is_gone_when_both_have_lost_it() -> None:
+    view, prompt = EngineView(), tokens(1)
+    marks, digest = prompt_marks(prompt, BLOCK), joined(prompt)
+    view.change(0, digest, b"")
+    view.change(1, digest, b"")
+    assert (len(view), view.matched_tokens(marks)) == (1, BLOCK)
+    view.change(0, b"", digest)
+    assert (len(view), view.matched_tokens(marks)) == (1, BLOCK)
+    view.change(1, b"", digest)
+    assert len(view) == view.matched_tokens(marks) == 0
 
 
 @pytest.mark.parametrize(("max_waiting", "max_open"), [(4, 100), (100, 4)])
@@ -119,7 +120,7 @@ def test_the_router_passes_by_those_that_may_not_be_chosen(max_waiting: int, max
     assert [router.pick([NO_MARKS], 5, 1, dict.fromkeys(range(3), ample)) for _ in range(4)] == [0, 1, 2, 0]
     assert [router.pick([NO_MARKS], 5, 1, {0: ample, 2: ample}) for _ in range(3)] == [2, 0, 2]
     marks = prompt_marks(tokens(50), BLOCK)
-    router.views[2].change(joined(tokens(50)), b"")
+    router.views[2].change(0, joined(tokens(50)), b"")
     assert router.pick([marks], 200, 1, dict.fromkeys(range(3), ample)) == 2
     assert router.pick([marks], 200, 1, {0: ample, 1: ample}) in (0, 1)
     for name in "abcd":

@@ -46,6 +46,23 @@ def test_latency_measures_the_bundled_model(capsys: pytest.CaptureFixture[str]) 
     assert result["time_per_output_token_ms"]["min"] > 0
 
 
+def test_router_measures_the_index(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    assert main(["bench", "router", "--blocks", "4k", "--instances", "5", "--prompt-tokens", "4k",
+                 "--events", "1k", "--json", str(file)]) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert (result["details"]["blocks"], result["details"]["evicted"]) == (4096, 0)
+    assert result["lookup_ms"] > 0 and result["events_per_s"] > 0 and 0 < result["bytes_per_block"] <= 120
+    assert result["environment"]["cpu"]
+
+
+@pytest.mark.parametrize("wrong", [["--instances", "65"], ["--blocks", "100"], ["--prompt-tokens", "15"],
+                                   ["--events", "0"]])
+def test_router_says_what_it_cannot_measure(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "router", *wrong]) == 1
+    assert wrong[0] in capsys.readouterr().err
+
+
 def test_cache_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [{"hash_ids": [1, 2, 3]}, {"hash_ids": [1, 2, 4]}, {"hash_ids": [9]}, {"hash_ids": [1, 2, 3]}]

@@ -224,7 +224,7 @@ STATIONS = (
     Station("engine", "they are taken in",
             at=("xllm.scheduler.scheduler:Scheduler.update", "xllm.scheduler.output_writer:OutputWriter.append"),
             waits=("xllm.engine.step_loop:StepLoop._settle_oldest",),
-            holds=("xllm.scheduler.output_writer", "xllm.scheduler.counters", "xllm.cost.*"),
+            holds=("xllm.scheduler.output_writer", "xllm.scheduler.counters", "xllm.cost.*", "xllm.engine.cache_watch"),
             makes=("xllm.request.OutputDelta",)),
     Station("engine", "the answer's bytes go out",
             at=("xllm.engine.step_log:StepLog.note",), waits=("xllm.engine.loop:EngineLoop._step",),

@@ -24,6 +24,7 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.engine_count import check_engines
 from xllm.errors import ConfigError, EngineDeadError, RequestError
+from xllm.kv_events_settings import of_rank
 from xllm.request import Request
 from xllm.routing.engine_view import EngineView
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
@@ -247,15 +248,15 @@ class Replicas:
 
 
 def _of_engine(config: EngineConfig, number: int) -> EngineConfig:
-    """Its config: a folder of its own on disk."""
-    folder = config.cache.disk_cache_dir
-    if folder is None:
-        return config
-    return replace(config, cache=replace(config.cache, disk_cache_dir=str(Path(folder) / f"engine-{number}")))
+    """Its config: a folder of its own on disk, and ports of its own for KV events."""
+    cache = replace(config.cache, kv_events_config=of_rank(config.cache.kv_events_config, number))
+    if cache.disk_cache_dir is not None:
+        cache = replace(cache, disk_cache_dir=str(Path(cache.disk_cache_dir) / f"engine-{number}"))
+    return replace(config, cache=cache)
 
 
 def _changer(view: EngineView) -> Callable[[CacheChanges], None]:
-    return lambda changes: view.change(changes.stored, changes.removed)
+    return lambda changes: view.change(changes.tier, changes.stored, changes.removed)
 
 
 def _num_free_blocks(engine: ProcessClient) -> int:

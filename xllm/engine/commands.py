@@ -96,9 +96,10 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class CacheChanges:
-    """Which KV blocks the engine has got since the last report, on the device or below it, and which it no longer has:
-    their digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
+    """Which KV blocks a tier (a place in `kv/block.py:TIERS`) no longer has since the last report, and which it has
+    got: their digests (`kv/block.py`), joined. It comes before the outputs of the step that changed them."""
 
+    tier: int
     stored: bytes
     removed: bytes
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from xllm.config import EngineConfig
 from xllm.cost.cost_file import CostOrigin, read_cost_file
 from xllm.engine.adapter_names import AdapterNames, OnDone
+from xllm.engine.cache_watch import CacheWatch, open_publisher
 from xllm.engine.collect_stats import collect_stats
 from xllm.engine.commands import FLUSH_S
 from xllm.engine.control import EngineControl
@@ -59,6 +60,9 @@ class EngineCore:
             if path and measured:
                 measured.origin.check(self.origin, Path(path))
                 self.scheduler.cost.start(measured.profile)
+            self._publisher = open_publisher(self.config.cache)
+            if self._publisher is not None:
+                self.cache_watch.listen(self._publisher.put)
         except BaseException:
             self.link.close()
             raise
@@ -73,8 +77,10 @@ class EngineCore:
         self._gates: tuple[Gate, ...] = (pause, grammars)
         self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self._is_busy)
         self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
+        cache = self.config.cache
         if loaded.tiers is not None:
-            attach_tiers(self.scheduler, self.link, self.config.cache, loaded.tiers)
+            attach_tiers(self.scheduler, self.link, cache, loaded.tiers)
+        self.cache_watch = CacheWatch(self.scheduler.kv, with_tokens=cache.kv_events_token_ids)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -164,6 +170,11 @@ class EngineCore:
     def step(self) -> list[OutputDelta]:
         """Run one turn of the step loop; returns the outputs of all requests that changed, also of those that ended at
         a gate."""
+        outputs = self._turn()
+        self.cache_watch.pass_on()
+        return outputs
+
+    def _turn(self) -> list[OutputDelta]:
         ended = self._pass_gates()
         if ended and not self.loop.has_work():
             return ended
@@ -209,6 +220,7 @@ class EngineCore:
         self.link.check()
         self._hear()
         self.scheduler.promotions.tick()
+        self.cache_watch.pass_on()
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges. May be called from another thread."""
@@ -242,4 +254,6 @@ class EngineCore:
         except Exception:  # an engine that has failed ends all the same
             logger.exception("the KV cache was not stored")
         finally:
+            if self._publisher is not None:
+                self._publisher.close()
             self.link.close()

@@ -22,7 +22,7 @@ from xllm.engine.commands import (
 from xllm.engine.gates import PauseMode
 from xllm.engine.step_log import StepLog
 from xllm.errors import EngineStateError, RequestError, WorkerError, XllmError
-from xllm.kv.event_log import KVEventLog
+from xllm.kv.event_log import CacheEvents
 from xllm.request import Request
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class EngineLoop:
                  on_busy: Callable[[bool], None] = lambda busy: None, steps: StepLog | None = None,
                  reports_cache: bool = False):
         self._core, self._source, self._report, self._on_busy = core, source, report, on_busy
-        self._kv_events = KVEventLog() if reports_cache else None
-        if self._kv_events is not None:
-            core.scheduler.kv.listen(self._kv_events, below=True)
+        if reports_cache:
+            core.cache_watch.listen(self._report_cache)
         self._steps = StepLog() if steps is None else steps
         core.take_admissions()  # from now on they are kept
 
@@ -64,7 +63,6 @@ class EngineLoop:
                 self._step()
             elif idle:
                 self._core.tick()
-                self._report_cache()
 
     def _obey(self, timeout_s: float | None) -> bool:
         """Carry out the commands that have come, waiting up to `timeout_s` for the first. Returns False after
@@ -87,13 +85,12 @@ class EngineLoop:
         if (step := self._core.take_step()) is not None:
             self._steps.note(*step)
         admitted = self._core.take_admissions()
-        self._report_cache()
         if deltas or admitted:
             self._report(Outputs(deltas, admitted))
 
-    def _report_cache(self) -> None:
-        if self._kv_events is not None and (changed := self._kv_events.take()) is not None:
-            self._report(CacheChanges(*changed))
+    def _report_cache(self, changes: list[CacheEvents]) -> None:
+        for change in changes:
+            self._report(CacheChanges(change.tier, b"".join(change.stored), b"".join(change.removed)))
 
     def _submit(self, requests: list[Request]) -> Outputs | Refused:
         for index, request in enumerate(requests):
@@ -110,7 +107,7 @@ class EngineLoop:
 
     def _control(self, command: Control) -> None:
         def answer(error: XllmError | None, num_blocks: int = 0) -> None:
-            self._report_cache()
+            self._core.cache_watch.pass_on()
             self._report(self._controlled(command, error, num_blocks))
 
         try:

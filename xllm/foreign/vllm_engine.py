@@ -108,7 +108,8 @@ CACHE = (
     always_on("calculate_kv_scales", "scales of int8 and fp8 KV are always computed, per head and position"),
     refused_switch("kv_sharing_fast_prefill", "models whose layers share KV are not built yet"),
     refused("kv_transfer_config", _NO_TRANSFER),
-    refused("kv_events_config", "events of the KV cache are not published yet"),
+    accepted("kv_events_config", "a loopback address is bound, not connected to; other machines need "
+             "--kv-events-key-file, token ids --kv-events-token-ids; without an endpoint tcp://127.0.0.1:5557"),
     refused("ec_transfer_config", _NO_TRANSFER),
     ignored_switch("use_v2_block_manager", "there is one block manager"),
     ignored("num_lookahead_slots", "drafts take their slots when they are scheduled"),

@@ -16,6 +16,7 @@ import numpy as np
 DIGEST_BYTES = 16  # 128 bits: among 2^40 blocks a collision has a chance of 2^-49; chosen for small index entries
 ROOT = bytes(DIGEST_BYTES)  # stands for the parent of a sequence's first block
 TOKEN_DTYPE = np.dtype("<i4")
+TIERS = ("device", "host", "disk")  # where a block may be found, the nearest first
 
 
 class Hasher(Protocol):

@@ -4,8 +4,10 @@ for routers and the like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+NoteTokens = Callable[[bytes, memoryview], None]  # a block's digest, and its own tokens as they are hashed (`block.py`)
 
 
 class EventSink(Protocol):

@@ -15,7 +15,7 @@ from xllm.errors import IntegrityError
 from xllm.kv.block import Hasher, root_hasher, token_bytes
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.eviction import EvictionPolicy, Protected, make_policy
-from xllm.kv.kv_events import EventSink
+from xllm.kv.kv_events import EventSink, NoteTokens
 from xllm.kv.kv_source import Extension, KVSource, NoSource
 from xllm.kv.lift import Lift
 from xllm.kv.moves import LOAD, SAVE
@@ -46,12 +46,13 @@ class KVManager:
         self._policy = make_policy(DEFAULT_POLICY, num_blocks) if policy is None else policy
         self.pool = BlockPool(num_blocks, self._index, self._policy, num_reserved=num_reserved_blocks)
         self._admitted: tuple[list[int], list[bytes], list[int]] = ([], [], [])  # (blocks, digests, parents)
-        max_blocks = -(-max_tokens_per_row // block_size)
-        self.block_table_RM = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        self.block_table_RM = np.zeros((num_rows, -(-max_tokens_per_row // block_size)), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int64)
         self.num_committed_R = np.zeros(num_rows, dtype=np.int64)  # full blocks already offered to the index
         self._hashers: list[Hasher | None] = [None] * num_rows
         self._parents = [NO_BLOCK] * num_rows  # the cached block that ends the row's committed prefix
+        self._is_salted = [False] * num_rows
+        self.note_tokens: NoteTokens | None = None  # hears of each block before it is stored, but for salted ones
         self._replaced: list[tuple[int, int, int]] = []  # (row, place in the table, block) not yet in a plan
         self.source: KVSource = NoSource()
         self._held_paths: dict[int, np.ndarray] = {}  # blocks that a waiting request keeps, by its key
@@ -62,12 +63,12 @@ class KVManager:
         self.source = source = make_source(self._index, self.pool)
         return source
 
-    def listen(self, sink: EventSink, *, below: bool = False) -> None:
-        """Tell `sink` which blocks are findable on the device, now and from now on. One sink at a time. below: also
-        which are in host memory and on disk; a block that is in several places is stored and removed in each."""
+    def listen(self, sink: EventSink, *below: EventSink) -> None:
+        """Tell `sink` which blocks are findable on the device, now and from now on, and `below` which are in host
+        memory and on disk. One sink each at a time."""
         self._index.listen(sink)
-        for tier in self.source.indexes if below else ():
-            tier.listen(sink)
+        for tier, its_sink in zip(self.source.indexes, below):
+            tier.listen(its_sink)
 
     # --- how many blocks there are
 
@@ -110,7 +111,7 @@ class KVManager:
         block is the match's `tail`.
         """
         if not self.enable_prefix_caching:
-            return PrefixMatch(_NO_BLOCKS, root_hasher(self.block_size, cache_salt))
+            return PrefixMatch(_NO_BLOCKS, root_hasher(self.block_size, cache_salt), cache_salt != "")
         match = self._index.match(token_ids[:-1], cache_salt)
         done = len(match.block_ids) * self.block_size
         if done + self.block_size == len(token_ids):
@@ -152,7 +153,7 @@ class KVManager:
         self.block_table_RM[row, : len(block_ids)] = block_ids
         self.num_blocks_R[row] = len(block_ids)
         self.num_committed_R[row] = len(match.block_ids)
-        self._hashers[row] = match.hasher
+        self._hashers[row], self._is_salted[row] = match.hasher, match.is_salted
         self._parents[row] = int(match.block_ids[-1]) if len(match.block_ids) else NO_BLOCK
         return copy
 
@@ -226,6 +227,8 @@ class KVManager:
             block = index.find(digest)
             if block == NO_BLOCK:
                 block = int(self.block_table_RM[row, first + i])
+                if self.note_tokens is not None and not self._is_salted[row]:
+                    self.note_tokens(digest, data[i * width : (i + 1) * width])
                 index.insert(digest, block, parent)
                 new_blocks.append(block)
                 new_digests.append(digest)

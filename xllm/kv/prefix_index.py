@@ -20,14 +20,15 @@ NO_BLOCK = -1  # stands for the parent of a first block, and for a look-up that 
 
 
 class PrefixMatch:
-    """A hit: the blocks in order, the hash state after the last of them, and `tail`: a cached block that
-    covers the rest of the prompt to its very end, or NO_BLOCK."""
+    """A hit: the blocks in order, the hash state after the last of them, whether that began with a salt, and `tail`: a
+    cached block that covers the rest of the prompt to its very end, or NO_BLOCK."""
 
-    __slots__ = ("block_ids", "hasher", "tail")
+    __slots__ = ("block_ids", "hasher", "is_salted", "tail")
 
-    def __init__(self, block_ids: np.ndarray, hasher: Hasher):
+    def __init__(self, block_ids: np.ndarray, hasher: Hasher, is_salted: bool):
         self.block_ids = block_ids
         self.hasher = hasher
+        self.is_salted = is_salted
         self.tail = NO_BLOCK
 
 
@@ -81,7 +82,7 @@ class PrefixIndex:
                 if block == NO_BLOCK:
                     break
                 hasher, last, done = ahead, block, done + width
-        return PrefixMatch(self._path(last, done // (self.block_size * 4)), hasher)
+        return PrefixMatch(self._path(last, done // (self.block_size * 4)), hasher, cache_salt != "")
 
     def _path(self, last: int, length: int) -> np.ndarray:
         """The blocks from the root to `last`. All resident: a block outlives its children."""

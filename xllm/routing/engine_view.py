@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.block import DIGEST_BYTES, TIERS
 from xllm.routing.choose import Candidate
 from xllm.routing.prompt_marks import PromptMarks
 
@@ -28,7 +28,7 @@ class EngineView:
     def __init__(self, max_waiting: int = sys.maxsize, max_open: int = sys.maxsize) -> None:
         self._max_waiting, self._max_open = max_waiting, max_open
         self.waiting_tokens = 0
-        self._cached: set[bytes] = set()
+        self._cached: tuple[set[bytes], ...] = tuple(set() for _ in TIERS)
         self._promised: dict[bytes, int] = {}  # by digest: of how many waiting requests
         self._waiting: dict[str, _Waiting] = {}
         self._open: set[str] = set()
@@ -40,16 +40,17 @@ class EngineView:
 
     def __len__(self) -> int:
         """KV blocks that the engine can find."""
-        return len(self._cached)
+        return len(set[bytes]().union(*self._cached))
 
-    def change(self, stored: bytes, removed: bytes) -> None:
-        """Take in which blocks it can find now, and which no longer: their digests, joined."""
-        self._cached.difference_update(_digests(removed))
-        self._cached.update(_digests(stored))
+    def change(self, tier: int, stored: bytes, removed: bytes) -> None:
+        """Take in which blocks it can find in a tier now, and which no longer: their digests, joined."""
+        self._cached[tier].difference_update(_digests(removed))
+        self._cached[tier].update(_digests(stored))
 
     def forget(self) -> None:
         """The engine has been started anew: nothing is cached."""
-        self._cached.clear()
+        for tier in self._cached:
+            tier.clear()
 
     def matched_tokens(self, marks: PromptMarks) -> int:
         """How many tokens of a prompt need not be computed there, to the nearest mark below."""
@@ -58,7 +59,8 @@ class EngineView:
         return marks.num_tokens[num_found - 1] if num_found else 0
 
     def _lacks(self, digest: bytes) -> bool:
-        return digest not in self._cached and digest not in self._promised
+        device, host, disk = self._cached
+        return digest not in device and digest not in host and digest not in disk and digest not in self._promised
 
     def candidate(self, prompts: Sequence[PromptMarks], num_requests: int, num_free_tokens: int) -> Candidate:
         """The engine as it stands for a call of so many requests with these prompts. num_free_tokens: room in its KV
