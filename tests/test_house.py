@@ -83,7 +83,6 @@ ALLOWED = {
     "serving.engine": ["serving.engine", "serving.observe", "serving.security", *SETTINGS, "xllm"],
     "serving.api": ["serving.api", "serving.engine", "serving.observe", "serving.parsers", "serving.security",
                     *SETTINGS, "xllm"],
-    "serving.cluster": ["serving.cluster", "xllm"],
     "serving.commands": ["serving", "xllm"],
     "serving.commands.doctor": ["serving", "xllm", "backends"],  # it looks at devices
     "serving.commands.bench": ["serving", "xllm", "backends"],  # it measures parts
@@ -126,7 +125,6 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
-    "serving.cluster": "membership of the cluster",
     "serving.cluster.election": "membership of the cluster",
     "serving.cluster.embedded": "membership of the cluster",
     "serving.cluster.etcd_errors": "membership of the cluster",

@@ -272,8 +272,9 @@ class EngineGate:
         another incarnation."""
         engine = self._engine
         for number, one in enumerate(self._engines):
-            if one.dead_reason is not None and (changes := self._cached.forget(number)) is not None:
-                self._post_all(GATE_REPORTS.encode(changes))
+            if one.dead_reason is not None:
+                for changes in self._cached.forget(number):
+                    self._post_all(GATE_REPORTS.encode(changes))
         reason = engine.dead_reason or engine.restarting_after
         if reason is not None and self._incarnation:
             self._incarnation = ""

@@ -16,7 +16,7 @@ from serving.cluster.model_fingerprint import model_fingerprint
 from xllm.config import EngineConfig, ModelSettings
 from xllm.engine.commands import CacheChanges
 from xllm.engine.facts import EngineFacts
-from xllm.kv.block import DIGEST_BYTES
+from xllm.kv.block import DIGEST_BYTES, TIERS
 
 
 def digests(joined: bytes) -> list[bytes]:
@@ -29,34 +29,37 @@ def test_what_is_told_adds_up(num_engines: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cached_blocks, "DIGESTS_A_SLICE", 5)
     draw = random.Random(num_engines)
     names = [number.to_bytes(DIGEST_BYTES, "big") for number in range(40)]
-    held = [set[bytes]() for _ in range(num_engines)]
-    told, clients = CachedBlocks(num_engines), list[set[bytes]]()
+    held = [[set[bytes]() for _ in TIERS] for _ in range(num_engines)]
+    told, clients = CachedBlocks(num_engines), list[list[set[bytes]]]()
 
-    def hear(client: set[bytes], changes: CacheChanges) -> None:
-        assert client.isdisjoint(digests(changes.stored)) and client.issuperset(digests(changes.removed))
-        client.difference_update(digests(changes.removed))
-        client.update(digests(changes.stored))
+    def hear(client: list[set[bytes]], changes: CacheChanges) -> None:
+        tier, stored, removed = client[changes.tier], digests(changes.stored), digests(changes.removed)
+        assert tier.isdisjoint(stored) and tier.issuperset(removed)
+        tier.difference_update(removed)
+        tier.update(stored)
 
     for step in range(400):
-        number = draw.randrange(num_engines)
+        number, tier = draw.randrange(num_engines), draw.randrange(len(TIERS))
         if step % 40 == 0:
-            clients.append(set())
+            clients.append([set() for _ in TIERS])
             for changes in told.snapshot():
                 assert len(digests(changes.stored)) <= 5
                 hear(clients[-1], changes)
         if draw.random() < 0.02:
-            held[number].clear()
+            held[number] = [set() for _ in TIERS]
             found = told.forget(number)
         else:
-            removed = draw.sample(sorted(held[number]), draw.randint(0, min(3, len(held[number]))))
-            stored = draw.sample(sorted(set(names) - held[number]), min(3, 40 - len(held[number])))
-            held[number] = held[number] - set(removed) | set(stored)
-            found = told.change(number, CacheChanges(b"".join(stored), b"".join(removed)))
+            own = held[number][tier]
+            removed = draw.sample(sorted(own), draw.randint(0, min(3, len(own))))
+            stored = draw.sample(sorted(set(names) - own), min(3, 40 - len(own)))
+            held[number][tier] = own - set(removed) | set(stored)
+            found = [told.change(number, CacheChanges(tier, b"".join(stored), b"".join(removed)))]
+        expected = [set[bytes]().union(*(tiers[tier] for tiers in held)) for tier in range(len(TIERS))]
         for client in clients:
-            if found is not None:
-                hear(client, found)
-            assert client == set().union(*held)
-        assert len(told) == len(set().union(*held))
+            for changes in found:
+                hear(client, changes)
+            assert client == expected
+        assert len(told) == len(set[bytes]().union(*expected))
 
 
 @pytest.fixture
