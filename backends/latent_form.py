@@ -4,8 +4,8 @@ them."""
 from __future__ import annotations
 
 # What gathered latents, keys and values of some heads take at most, where a device makes those of several sequences and
-# heads at a time. Chosen: of 8,192 positions 125 of DeepSeek V3's 128 heads fit in bf16, of 131,072 five, whose blocks of
-# a chunk's 4,096 queries are more than a GPU has multiprocessors.
+# heads at a time. Chosen: in bf16 125 of DeepSeek V3's 128 heads fit for 8,192 positions, and five for 131,072, whose
+# blocks of a chunk's 4,096 queries are more than a GPU has multiprocessors.
 EXPANDED_BYTES = 2**29
 
 

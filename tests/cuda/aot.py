@@ -92,7 +92,8 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    multiplies = (name in ("prefill_kernel", "latent_expanded_kernel") or (name == "latent_prefill_kernel" and "KV" not in case)
+    multiplies = (name in ("prefill_kernel", "latent_expanded_kernel")
+                  or (name == "latent_prefill_kernel" and "KV" not in case)
                   or (name in GROUPED and "R16 " not in case))
     if multiplies and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")
