@@ -62,7 +62,7 @@ def choose(host: HostLengths, batch: Batch, num_heads: int, widths: latent_expan
     starts, seq_lens = host.query_start_S1.tolist(), host.seq_lens_S.tolist()
     chunks, others = [], []
     for s, (begin, end, seq_len) in enumerate(zip(starts, starts[1:], seq_lens)):
-        if _is_expanded(end - begin, seq_len, num_heads, widths, like.element_size()):
+        if _is_expanded(end - begin, seq_len, num_heads, widths, like):
             chunks.append(latent_expanded.Chunk(sequence=s, first_row=begin, num_queries=end - begin, seq_len=seq_len))
         elif end > begin:
             others.append((s, begin, end))
@@ -75,12 +75,12 @@ def choose(host: HostLengths, batch: Batch, num_heads: int, widths: latent_expan
     return Forms(runs=runs, rows_T=rows_T, absorbed=_step_of(others, batch, like.device))
 
 
-def _is_expanded(num_queries: int, seq_len: int, num_heads: int, widths: latent_expanded.Widths,
-                 itemsize: int) -> bool:
-    """Never what is decoded, and nothing so long that not one head fits."""
-    return (num_queries > latent.DECODE_QUERIES and widths.most_heads(seq_len, itemsize, EXPANDED_BYTES) > 0
-            and expanding_is_less(num_queries, seq_len, widths.key, widths.value, widths.latent,
-                                  least=LEAST_SAVED // num_heads))
+def _is_expanded(num_queries: int, seq_len: int, num_heads: int, widths: latent_expanded.Widths, like: Tensor) -> bool:
+    """Never what is decoded."""
+    least = LEAST_SAVED // num_heads
+    return (num_queries > latent.DECODE_QUERIES
+            and expanding_is_less(num_queries, seq_len, widths.key, widths.value, widths.latent, least=least)
+            and latent_expanded.fits(num_queries, seq_len, num_heads, widths, like, EXPANDED_BYTES))
 
 
 def _step_of(sequences: list[tuple[int, int, int]], batch: Batch, device: torch.device) -> Batch:

@@ -26,7 +26,7 @@ from torch import Tensor
 from cuda_ops.attention import LOG2E, Batch, ids_of_tile, scales_of_tile
 from cuda_ops.kv import block_stride, for_kernels, scale_bytes, to_device
 from cuda_ops.kv_codes import widen
-from cuda_ops.launch import INTERPRETED, config, launch, wait_for_previous
+from cuda_ops.launch import INTERPRETED, config, device_facts, launch, wait_for_previous
 
 HALF_MOST = tl.constexpr(65504.0)  # of fp16
 
@@ -174,6 +174,21 @@ class Widths:
         return max(0, left // (self.key + self.value))
 
 
+def group_of(num_heads: int, most_heads: int) -> int:
+    """How many heads take turns at a time: groups of one size or almost."""
+    return triton.cdiv(num_heads, triton.cdiv(num_heads, most_heads))
+
+
+def fits(num_queries: int, seq_len: int, num_heads: int, widths: Widths, like: Tensor, num_bytes: int) -> bool:
+    """Whether a sequence can be expanded within the bytes, and if heads must take turns, whether each group of them has
+    work for half of the multiprocessors. like: a tensor of the queries' dtype and device."""
+    most_heads = widths.most_heads(seq_len, like.element_size(), num_bytes)
+    if not 0 < most_heads < num_heads:
+        return most_heads > 0
+    num_programs = triton.cdiv(num_queries, numbers_of(widths, like)["ROWS"]) * group_of(num_heads, most_heads)
+    return 2 * num_programs >= device_facts(like.device)[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A sequence that is expanded. sequence: its number in the step. first_row: of its queries, in the T axis."""
@@ -196,8 +211,7 @@ class Run:
 
 
 def plan(chunks: Sequence[Chunk], widths: Widths, like: Tensor, num_bytes: int) -> list[Run]:
-    """For all layers of a step. Of each chunk on its own one head must fit into the bytes (`Widths.most_heads`). like:
-    a tensor of the queries' dtype and device."""
+    """For all layers of a step. Each chunk must be one that `fits`. like: as there."""
     runs = []
     for together in _that_fit(chunks, widths, like.element_size(), num_bytes):
         num_positions = sum(chunk.seq_len for chunk in together)
@@ -245,11 +259,11 @@ def numbers_of(widths: Widths, like: Tensor) -> dict[str, int]:
 
 def attend(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, batch: Batch, run: Run, out_TNV: Tensor, *,
            scale: float) -> None:
-    """The rows of the run's sequences. batch: of the step. Heads take turns, in groups of one size or almost."""
+    """The rows of the run's sequences. batch: of the step."""
     assert q_TNX.is_contiguous() and out_TNV.is_contiguous()
     widths, num_heads = Widths.of(q_TNX, up_NYL, cache), len(up_NYL)
     kept_CX = gather(cache, batch, run, widths, q_TNX)
-    group = triton.cdiv(num_heads, triton.cdiv(num_heads, run.most_heads))
+    group = group_of(num_heads, run.most_heads)
     for first in range(0, num_heads, group):
         _attend_heads(q_TNX, up_NYL[first : first + group], first, kept_CX, run, out_TNV, widths, scale)
 

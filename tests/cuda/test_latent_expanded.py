@@ -15,7 +15,7 @@ from backends import cuda_latent
 from backends.metadata import HostLengths
 from backends.opset import OpSet
 from backends.reference.kv_codes import QUANTISED
-from cuda_ops import latent, latent_expanded
+from cuda_ops import latent, latent_expanded, launch
 from cuda_ops.latent_expanded import Widths
 from tests.ops.conftest import Groups, Paged, kv_dtype
 from tests.ops.test_latent import L, N, R, inputs, truth
@@ -176,9 +176,13 @@ def latent_batch(case: Paged) -> Any:
 
 
 @pytest.mark.parametrize(("num_heads", "expanded"), [(128, [0, 1, 2, 3]), (16, [0, 1, 3])], ids=["V3", "V2-Lite"])
-def test_what_is_chosen_at_the_sizes_of_deepseek(num_heads: int, expanded: list[int]) -> None:
-    """A short prompt is worth its launches where many heads share them."""
-    lengths = [(4096, 4096), (4096, 36_864), (512, 512), (512, 2000), (256, 256), (128, 8192), (8, 8), (1, 9000)]
+def test_what_is_chosen_at_the_sizes_of_deepseek(monkeypatch: pytest.MonkeyPatch, num_heads: int,
+                                                 expanded: list[int]) -> None:
+    """A short prompt is worth its launches where many heads share them. Where a long past leaves room for few heads, a
+    chunk must be long to keep a device busy."""
+    monkeypatch.setattr(launch, "INTERPRETED_SMS", 132)
+    lengths = [(4096, 4096), (4096, 131_072), (512, 512), (512, 2000), (256, 256), (128, 8192), (300, 200_000),
+               (1, 9000)]  # fmt: skip
     starts = np.cumsum([0, *(queries for queries, _ in lengths)], dtype=np.int32)
     host = HostLengths(starts, np.array([length for _, length in lengths], dtype=np.int32))
     case = paged(query_lens=[1] * 8, seq_lens=[1] * 8)
