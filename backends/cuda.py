@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from backends import cuda_experts, cuda_linear
+from backends import cuda_experts, cuda_latent, cuda_linear
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
@@ -25,7 +25,7 @@ from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED, row_width
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
-from cuda_ops import activation, feed, kv, latent, latent_rope, linear, logits, lora, norm, rotary, sampling
+from cuda_ops import activation, feed, kv, latent_rope, linear, logits, lora, norm, rotary, sampling
 from cuda_ops import attention as attention_kernels
 from cuda_ops.vmm import CudaVmm
 
@@ -66,7 +66,7 @@ def _batch(meta: AttentionMetadata) -> attention_kernels.Batch:
 
 
 def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float) -> Tensor:
-    return latent.latent_attention(q_TNX, up_NYL, cache, _batch(meta), scale=scale)
+    return cuda_latent.attention(q_TNX, up_NYL, cache, meta, _batch(meta), scale=scale)
 
 
 def latent_rope_write(

@@ -15,7 +15,8 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class HostLengths:
     """Copies of two tensors of the metadata in host memory, int32: query_start_S1 and seq_lens_S. For op sets whose
-    kernels take lengths as arguments; under graph mode they are refilled in place, as the tensors are."""
+    kernels take lengths as arguments, or that choose kernels by them; under graph mode they are refilled in place, as
+    the tensors are."""
 
     query_start_S1: np.ndarray
     seq_lens_S: np.ndarray
@@ -34,7 +35,8 @@ class AttentionMetadata:
     kv_base_S: if not None, the sequences lie contiguously: block m of sequence s is block `kv_base_S[s] + m` of the
     caches, and `block_table_SM` is empty, never read.
     slot_mapping_T: block_id * block_size + offset for each token; -1 means: do not write.
-    host: the lengths on the host, or None: then only the tensors have them.
+    host: the lengths on the host, or None: then only the tensors have them, as in a captured step where plans are
+    captured with it (`Capturer.plans_in_graph`).
     max_query_len, max_seq_len: bounds; in graph mode they are those of the bucket.
     plan: whatever `OpSet.plan` computed once for the step; private to the op set.
     """

@@ -47,6 +47,7 @@ ALLOWED = {
     "backends": ["backends"],
     "backends.cuda": ["backends", "cuda_ops"],
     "backends.cuda_experts": ["backends", "cuda_ops"],
+    "backends.cuda_latent": ["backends", "cuda_ops"],
     "backends.cuda_linear": ["backends", "cuda_ops"],
     "backends.npu": ["backends", "npu_ops"],
     "backends.npu_experts": ["backends", "npu_ops"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.backend import Backend
-from backends.metadata import AttentionMetadata
+from backends.metadata import AttentionMetadata, HostLengths
 from backends.opset import OpSet
 from backends.reference.kv import keys_BKHP
 from backends.reference.kv_codes import QUANTISED, dequantise, quantise, row_width, split_tiles
@@ -78,11 +78,12 @@ class PagedStep:
 
     def _metadata(self, table: Tensor, written: list[Tensor]) -> AttentionMetadata:
         device = table.device
-        starts = torch.tensor([0, *self.query_lens]).cumsum(0).int().to(device)
+        starts, lens = torch.tensor([0, *self.query_lens]).cumsum(0).int(), torch.tensor(self.seq_lens).int()
         return AttentionMetadata(
-            query_start_S1=starts, seq_lens_S=torch.tensor(self.seq_lens, dtype=torch.int32, device=device),
+            query_start_S1=starts.to(device), seq_lens_S=lens.to(device),
             block_table_SM=table, slot_mapping_T=torch.cat(written).int(), max_query_len=max(self.query_lens),
             max_seq_len=max(self.seq_lens), num_tokens=sum(self.query_lens), block_size=self.P,
+            host=HostLengths(starts.numpy(), lens.numpy()),
         )  # fmt: skip
 
     def random(self, *shape: int) -> Tensor:

@@ -163,7 +163,8 @@ def steps(world: World, shape: ModelShape) -> Iterator[tuple[str, PagedStep]]:
     chunk = min(CHUNK, most // 2)
     for kv_dtype in (None, *world.backend.kv_dtypes):
         for name, query_lens, seq_lens in (("decode", [1] * DECODED, ragged),
-                                           ("chunk", [chunk, 1, chunk // 3], [most // 2, 5, chunk // 3])):  # fmt: skip
+                                           ("chunk", [chunk, 1, chunk // 3], [most // 2, 5, chunk // 3]),
+                                           ("prompt", [1, most], [9, most])):  # fmt: skip
             over = f" over {QUANTISED[kv_dtype]}" if kv_dtype else ""
             yield f"{name}{over}", PagedStep(
                 world.backend, query_lens, seq_lens, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
@@ -187,12 +188,13 @@ def qkv_rope_write(world: World, shape: ModelShape) -> Iterator[Check]:
 
 
 def latent_steps(world: World) -> Iterator[tuple[str, PagedStep]]:
-    """At the widths of DeepSeek V2-Lite."""
+    """At the widths of DeepSeek V2-Lite. A prompt so long is expanded, a chunk is not."""
     most = min(world.longest, LATENTS)
     chunk = min(CHUNK, most // 2)
     for kv_dtype in (None, *world.backend.kv_dtypes):
         for name, query_lens, seq_lens in (("decode", [1] * 4, [1, most, most // 3 + 1, 7]),
-                                           ("chunk", [chunk, 1, chunk // 3], [most // 2, 5, chunk // 3])):  # fmt: skip
+                                           ("chunk", [chunk, 1, chunk // 3], [most // 2, 5, chunk // 3]),
+                                           ("prompt", [1, most], [9, most])):  # fmt: skip
             over = f" over {QUANTISED[kv_dtype]}" if kv_dtype else ""
             yield f"{name}{over}", latent_step(world, V2_LITE, query_lens, seq_lens, world.dtypes[0], kv_dtype)
 

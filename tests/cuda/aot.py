@@ -77,7 +77,7 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
     used = resources(kernel.asm["cubin"])
     shared, buffers = kernel.metadata.shared, num_buffers(kernel.asm["ttgir"])
     half, of_latents = "float32" not in case, name in ("latent_decode_kernel", "latent_prefill_kernel")
-    walks = of_latents or name in ("decode_kernel", "prefill_kernel", *GROUPED)
+    walks = of_latents or name in ("decode_kernel", "prefill_kernel", "latent_expanded_kernel", *GROUPED)
     # Not: entries of "any", blocks that are smaller than tiles, scales of single numbers.
     in_table = not any(words in case for words in ("P16", "H80", "runs of 40"))
     faults = [f"{key} {used[key]} B" for key in ("stack", "local") if used[key]]
@@ -87,12 +87,13 @@ def examine(kernel: Any, name: str, case: str, arch: str) -> dict[str, Any]:
         faults.append(f"{buffers} buffers for what the loop reads")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x(\w+)", kernel.asm["ptx"]))
     expected = {"10", "4"} if "KV" in case else {"10"}  # scales by words
-    if of_latents and "KV" in case:
+    if (of_latents and "KV" in case) or (name == "latent_expanded_kernel" and "192+64" in case):
         copies -= {"8"}  # the rotated part has few bytes for so many threads
     if walks and half and in_table and copies != expected:
         faults.append(f"copies of {sorted(copies)} bytes (hexadecimal) instead of {sorted(expected)}")
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    multiplies = (name == "prefill_kernel" or (name == "latent_prefill_kernel" and "KV" not in case)
+    multiplies = (name in ("prefill_kernel", "latent_expanded_kernel")
+                  or (name == "latent_prefill_kernel" and "KV" not in case)
                   or (name in GROUPED and "R16 " not in case))
     if multiplies and arch == "sm90" and half and in_table and not wgmma:
         faults.append("no wgmma")

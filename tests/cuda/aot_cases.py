@@ -110,6 +110,33 @@ def _attend_latents(cache: torch.Tensor, N: int, dtype: torch.dtype, query_len: 
     latent_attention(q, up, cache, batch, scale=0.1)
 
 
+def latent_expanded_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """DeepSeek's widths with V3's heads, Kimi-K2's or half of V3's, V2-Lite's; GLM-4.7-Flash's."""
+    for D, V, heads in ((128, 128, (128, 64, 16)), (192, 256, (20,))):
+        for N in heads:
+            for dtype, P, contiguous in ((BF16, 128, False), (BF16, 128, True), (FP16, 128, False), (FP32, 128, False),
+                                         (BF16, 16, False)):  # fmt: skip
+                for format, (codes, scale_bytes) in {"": (dtype, 0), **QUANTISED}.items():
+                    cache = torch.empty(3, 1, P, 576 + scale_bytes, dtype=codes)
+                    yield (f"N{N} {D}+64/{V} {dtype}{f' pages of {P}' if P < 128 else ''}{' base' * contiguous}"
+                           f"{f' from {format}' if format else ''}",
+                           partial(_expand, cache, N, D, V, dtype, contiguous))  # fmt: skip
+
+
+def _expand(cache: torch.Tensor, N: int, D: int, V: int, dtype: torch.dtype, contiguous: bool) -> None:
+    from cuda_ops import latent_expanded as ops
+    from cuda_ops.attention import Batch
+
+    ids = torch.zeros(2, dtype=torch.int32)
+    batch = Batch(query_start_S1=torch.zeros(3, dtype=torch.int32), seq_lens_S=ids, num_tokens=64, max_query_len=64,
+                  block_table_SM=torch.zeros(2, 0 if contiguous else 48, dtype=torch.int32),
+                  kv_base_S=ids if contiguous else None)  # fmt: skip
+    q, up = torch.zeros(64, N, D + 64, dtype=dtype), torch.zeros(N, D + V, 512, dtype=dtype)
+    chunk, widths = ops.Chunk(sequence=0, first_row=0, num_queries=64, seq_len=96), ops.Widths.of(q, up, cache)
+    run, = ops.plan([chunk], widths, q, num_bytes=2**29)
+    ops.attend(q, up, cache, batch, run, torch.empty(64, N, V, dtype=dtype), scale=0.1)
+
+
 def latent_rope_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from cuda_ops.latent_rope import latent_rope_write
 
@@ -231,7 +258,7 @@ def experts_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 OPERATORS = {
     "norm": norm_cases, "silu_mul": silu_mul_cases, "qkv_rope_write": qkv_rope_write_cases,
-    "attention": attention_cases, "latent": latent_cases, "latent_rope": latent_rope_cases, "sampling": sampling_cases,
-    "logits": logits_cases, "kv": kv_cases, "linear": linear_cases, "feed": feed_cases, "lora": lora_cases,
-    "experts": experts_cases,
+    "attention": attention_cases, "latent": latent_cases, "latent_expanded": latent_expanded_cases,
+    "latent_rope": latent_rope_cases, "sampling": sampling_cases, "logits": logits_cases, "kv": kv_cases,
+    "linear": linear_cases, "feed": feed_cases, "lora": lora_cases, "experts": experts_cases,
 }  # fmt: skip

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import backends
+from backends import cuda_latent
 from backends.cpu.cpu import CpuBackend
+from cuda_ops import latent_expanded
 from cuda_ops.kv import cache_shape
 from graph.checking import CheckingCapturer
 from tests.models import checkpoints
@@ -100,7 +102,34 @@ def test_experts_in_graphs(tmp_path: Path, ops: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("feature", LATENT_FEATURES)
 def test_same_tokens_of_a_model_with_latents(latent_checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch,
-                                             feature: str) -> None:
+                                             expansions: list[int], feature: str) -> None:
     expected = generate(latent_checkpoint, **LATENT_FEATURES[feature])
     monkeypatch.setattr(backends, "get_backend", lambda *_, **__: InterpretedBackend(ops))
-    assert generate(latent_checkpoint, **LATENT_FEATURES[feature]) == expected
+    assert generate(latent_checkpoint, **LATENT_FEATURES[feature]) == expected and expansions
+
+
+@pytest.fixture
+def expansions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each call expanded, where it is done for whatever saves a multiplication."""
+    found, attend = [], latent_expanded.attend
+
+    def attended(*args: Any, **options: Any) -> None:
+        found.append(args[4].num_positions)
+        attend(*args, **options)
+
+    monkeypatch.setattr(latent_expanded, "attend", attended)
+    monkeypatch.setattr(cuda_latent, "LEAST_SAVED", 0)
+    return found
+
+
+@pytest.mark.usefixtures("unseen_kernels")
+def test_what_is_captured_is_absorbed(latent_checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch,
+                                      expansions: list[int]) -> None:
+    """Chunks, too: a replay has other lengths than the capture had."""
+    prompts, settings = [PROMPT[:12]], {"max_num_batched_tokens": 12, "max_num_seqs": 1}
+    expected = generate(latent_checkpoint, prompts, **settings)
+    backend, capturer = InterpretedBackend(ops), PlansInside()
+    backend.capturer = capturer
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: backend)
+    assert generate(latent_checkpoint, prompts, graph_max_prefill_tokens=16, **settings) == expected
+    assert capturer.num_replays > 3 and expansions == []

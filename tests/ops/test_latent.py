@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.cpu import latent
+from backends.latent_form import expanding_is_less
 from backends.opset import OpSet
 from backends.reference.kv import latents_of
 from backends.reference.kv_codes import QUANTISED
@@ -78,8 +79,8 @@ def test_decoding_over_long_contexts(ops: OpSet, heads: int, latent_width: int, 
 def test_the_form_is_the_one_of_less_work() -> None:
     """DeepSeek V3's widths: a prompt is expanded, a decoding row is not, a chunk behind its prefix by its size."""
     widths = (128, 128, 512)
-    assert latent.expanding_is_less(4096, 4096, *widths) and not latent.expanding_is_less(1, 4096, *widths)
-    assert latent.expanding_is_less(256, 8192, *widths) and not latent.expanding_is_less(128, 8192, *widths)
+    assert expanding_is_less(4096, 4096, *widths) and not expanding_is_less(1, 4096, *widths)
+    assert expanding_is_less(256, 8192, *widths) and not expanding_is_less(128, 8192, *widths)
 
 
 @pytest.mark.parametrize("kv_dtype", QUANTISED, ids=QUANTISED.__getitem__)

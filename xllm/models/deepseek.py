@@ -57,6 +57,15 @@ class DeepseekConfig(DecoderConfig):
     def score_scale(self) -> float:
         return float((self.key_dim + self.rotated_dim) ** -0.5) * self.rope.score_factor
 
+    def attention_bytes(self, *, num_tokens: int, num_positions: int, num_shares: int, itemsize: int) -> int:
+        """Queries and what they sum at the latents' width, or what is expanded instead, whichever is more."""
+        from backends.latent_form import EXPANDED_BYTES
+
+        num_heads = -(-self.num_heads // num_shares)
+        absorbed = 2 * num_tokens * num_heads * self.latent_width
+        position = self.latent_width + self.rotated_dim + num_heads * (self.key_dim + self.value_dim)
+        return max(absorbed * itemsize, min(num_positions * position * itemsize, EXPANDED_BYTES))
+
     def check_shared(self, num_ranks: int) -> None:
         shard = Shard(0, 0, num_ranks)
         shard.even_width(self.num_heads, "the number of query heads")

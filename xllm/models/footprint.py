@@ -68,13 +68,14 @@ def _shapes_in(file: Path) -> dict[str, StoredShape]:
 
 
 def footprint(stored: Mapping[str, StoredShape], dtype: torch.dtype, quantization: str | None, *, num_tokens: int,
-              num_rows: int, num_shares: int = 1, expert_rows: int = 0, kept: Fp8Format | None = None) -> Footprint:
+              num_rows: int, num_shares: int = 1, expert_rows: int = 0, attention_bytes: int = 0,
+              kept: Fp8Format | None = None) -> Footprint:
     """Of a checkpoint with tensors of these shapes, on one of the `num_shares` ranks that share its matrices.
 
     quantization: brings products to one byte a number, and one fp32 scale a row. num_tokens: of the longest step.
-    num_rows: of it that want logits. expert_rows: how many rows experts compute at a time. kept: the form of products
-    that stay fp8; None: none do. A head that the checkpoint does not bring is a second copy of the table, in its own
-    layout.
+    num_rows: of it that want logits. expert_rows: how many rows experts compute at a time. attention_bytes: see
+    `ModelConfig`. kept: the form of products that stay fp8; None: none do. A head that the checkpoint does not bring is
+    a second copy of the table, in its own layout.
     """
     weights = largest = widest = widest_expert = 0
     tables = {name: each for name, each in stored.items() if name.endswith(TABLE) and len(each.shape) == 2}
@@ -97,4 +98,5 @@ def footprint(stored: Mapping[str, StoredShape], dtype: torch.dtype, quantizatio
     numbers = (num_tokens * (WIDE_ROWS * widest + HIDDEN_ROWS * hidden_size)
                + expert_rows * (WIDE_ROWS * widest_expert + EXPERT_HIDDEN_ROWS * hidden_size))
     return Footprint(weights, 4 * largest * (QUANTISED_COPIES if quantization else COPIES),
-                     numbers * dtype.itemsize + LOGIT_COPIES * 4 * min(num_rows, num_tokens) * vocab_size)
+                     numbers * dtype.itemsize + attention_bytes
+                     + LOGIT_COPIES * 4 * min(num_rows, num_tokens) * vocab_size)

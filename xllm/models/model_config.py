@@ -52,6 +52,11 @@ class ModelConfig(ABC):
         """How many experts a layer chooses for each token; 0: no layer has any."""
         return 0
 
+    def attention_bytes(self, *, num_tokens: int, num_positions: int, num_shares: int, itemsize: int) -> int:
+        """What a layer's attention takes at most on one of the ranks that share the model, besides queries, keys,
+        values and results of a step of so many tokens, whose sequences have so many positions together."""
+        return 0
+
     @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:

@@ -122,7 +122,9 @@ class StepProgram:
             block_table_SM=inputs.get("block_table", owner.no_table), slot_mapping_T=inputs["slot_mapping"],
             max_query_len=key.max_query_len, max_seq_len=rows.max_model_len + 1, num_tokens=key.num_tokens,
             block_size=rows.block_size, kv_base_S=inputs.get("kv_base"),
-            host=HostLengths(memory.host_array("query_start"), memory.host_array("seq_lens")))
+            # Where plans are captured too, nothing in a graph may depend on the lengths of its capture.
+            host=None if owner.capturer.plans_in_graph else HostLengths(memory.host_array("query_start"),
+                                                                        memory.host_array("seq_lens")))
 
     def prepare(self) -> None:
         """Compute attention's parameters, where the host makes them. Called before each capture and replay."""

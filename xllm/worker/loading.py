@@ -180,10 +180,14 @@ class LoadedModel:
             return Footprint(0)
         assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
         expert_rows = min(MAX_ROWS, scheduler.max_num_batched_tokens * self.model_config.experts_a_token)
-        kept = self._kept_fp8
+        assert model.max_model_len is not None, "a resolved config says it"
+        kept, num_shares = self._kept_fp8, self.config.device.tensor_parallel_size
+        attention_bytes = self.model_config.attention_bytes(
+            num_tokens=scheduler.max_num_batched_tokens, num_positions=scheduler.max_num_seqs * model.max_model_len,
+            num_shares=num_shares, itemsize=self._dtype.itemsize)
         return footprint(weight_shapes(self.path), self._dtype, None if kept else model.quantization, kept=kept,
                          num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
-                         num_shares=self.config.device.tensor_parallel_size, expert_rows=expert_rows)
+                         num_shares=num_shares, expert_rows=expert_rows, attention_bytes=attention_bytes)
 
     @property
     def _kept_fp8(self) -> Fp8Format | None:
