@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from backends.latent_forms import expanding_is_less
 from backends.metadata import AttentionMetadata
 from backends.reference.kv import latent_width, latents_of
 
@@ -55,14 +56,6 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: Tensor, meta: Attenti
         absorbed.sort(key=lambda each: each[2].stop - each[2].start > FEW)
         _attend_absorbed(q_TNX, up_NYL, cache, meta, absorbed, out_TNV, sums)
     return out_TNV.flatten(1).to(dtype)
-
-
-def expanding_is_less(num_queries: int, seq_len: int, key_dim: int, value_dim: int, width: int) -> bool:
-    """Whether making keys and values of all latents takes fewer multiplications, by head, than bringing the queries and
-    their results to the latents' width and back, where each pair of a query and a position costs more."""
-    pairs = num_queries * seq_len - num_queries * (num_queries - 1) // 2
-    made = width * (key_dim + value_dim)
-    return (seq_len - num_queries) * made < pairs * (2 * width - key_dim - value_dim)
 
 
 def _attend_expanded(q_QNX: Tensor, up_NYL: Tensor, kept_CX: Tensor, out_QNV: Tensor) -> None:
