@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class Forms:
     ones, if there are any. order_T, back_T: the step's tokens in this order, and the way back, int32; None: they
     already are in it."""
 
-    batches: Sequence[latent.Batch]
+    batches: Sequence[latent.Expanded]
     absorbed: Absorbed | None
     order_T: Tensor | None = None
     back_T: Tensor | None = None
@@ -150,25 +152,24 @@ def mixed_forms(meta: AttentionMetadata, widths: Widths, lengths: Lengths, made:
         ours, done = made[done : done + number], done + number
         slots_C = slots_of(table_SM, [(s, counts[s][1]) for s in ours], meta.block_size)
         query_ends, kv_ends = (list(accumulate(counts[s][i] for s in ours)) for i in (0, 1))
-        batches.append(latent.Batch(Lengths(query_ends, kv_ends), slots_C, heads))
+        batches.append(latent.Expanded(Lengths(query_ends, kv_ends), slots_C, heads))
     return Forms(batches, absorbed_of(table_SM, [(s, *counts[s]) for s in absorbed]) if absorbed else None,
                  *orders([*made, *absorbed], lengths, table_SM.device))
 
 
 def slots_of(table_SM: Tensor, sequences: Sequence[tuple[int, int]], block_size: int) -> Tensor:
     """int32 [C]: the slots of all positions of sequences, which are given by number and length."""
-    places = [torch.arange(length, dtype=torch.int32) for _, length in sequences]
+    places = [np.arange(length, dtype=np.int32) for _, length in sequences]
     entries = [place // block_size + s * table_SM.shape[1] for (s, _), place in zip(sequences, places)]
-    entries_C, offsets_C = kv.to_device(torch.stack((torch.cat(entries), torch.cat(places) % block_size)),
-                                        table_SM.device)
-    return table_SM.flatten().index_select(0, entries_C) * block_size + offsets_C
+    entries_C, offsets_C = to_device((np.concatenate(entries), np.concatenate(places) % block_size), table_SM.device)
+    return table_SM.view(-1).index_select(0, entries_C) * block_size + offsets_C
 
 
 def absorbed_of(table_SM: Tensor, sequences: Sequence[tuple[int, int, int]]) -> Absorbed:
     """sequences: number, queries and length of each."""
     found = latent.cut(Lengths(list(accumulate(q for _, q, _ in sequences)), [length for *_, length in sequences]))
-    rows = torch.tensor([sequences[i][0] for i in found.sequences], dtype=torch.int32)
-    return Absorbed(table_SM.index_select(0, kv.to_device(rows, table_SM.device)), lambda: found.lengths)
+    rows, = to_device([[sequences[i][0] for i in found.sequences]], table_SM.device)
+    return Absorbed(table_SM.index_select(0, rows), lambda: found.lengths)
 
 
 def orders(sequences: list[int], lengths: Lengths, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -176,11 +177,16 @@ def orders(sequences: list[int], lengths: Lengths, device: torch.device) -> tupl
     if sequences == sorted(sequences):
         return None, None
     starts = (0, *lengths.query_ends)
-    order_T = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in sequences])
-    back_T = torch.empty_like(order_T)
-    back_T[order_T] = torch.arange(len(order_T))
-    both = kv.to_device(torch.stack((order_T, back_T)).int(), device)
-    return both[0], both[1]
+    order_T = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in sequences])
+    back_T = np.empty_like(order_T)
+    back_T[order_T] = np.arange(len(order_T))
+    found = to_device((order_T, back_T), device)
+    return found[0], found[1]
+
+
+def to_device(lists: Sequence[Any], device: torch.device) -> Sequence[Tensor]:
+    """Lists of one length as int32, by one copy that nothing waits for."""
+    return kv.to_device(torch.from_numpy(np.array(lists, dtype=np.int32)), device).unbind()
 
 
 def pieces(meta: AttentionMetadata) -> latent.Pieces:

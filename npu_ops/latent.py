@@ -94,7 +94,7 @@ def _padded(x_TNX: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Expanded:
     """Sequences that are expanded together.
 
     lengths: where the queries and where the keys of each end, one after the other. slots_C: the places of the keys'
@@ -122,7 +122,7 @@ def batches(kv_lens: Sequence[int], head_bytes: int, num_heads: int) -> list[tup
     return [(len(run), max(1, min(num_heads, MADE_BYTES // (sum(run) * head_bytes)))) for run in runs]
 
 
-def attend_expanded(*, query_TNX: Tensor, up_NYL: Tensor, latents_BPL: Tensor, rotated_BPR: Tensor, batch: Batch,
+def attend_expanded(*, query_TNX: Tensor, up_NYL: Tensor, latents_BPL: Tensor, rotated_BPR: Tensor, batch: Expanded,
                     scale: float) -> Tensor:
     """[T, N * V]. query: [T, N, D + R], of the batch's sequences. up: [N, D + V, L]."""
     latents_CL = latents_BPL.flatten(0, 1).index_select(0, batch.slots_C)

@@ -138,7 +138,8 @@ def swiglu() -> Arguments:
 
 BASES: dict[str, Callable[[], Arguments]] = {
     "npu_fused_infer_attention_score": attention, "npu_fused_infer_attention_score_v2": latent,
-    f"npu_fused_infer_attention_score_v2{PACKED}": packed, "npu_scatter_pa_kv_cache": scatter, "npu_rms_norm": rms, "npu_add_rms_norm": add_rms,
+    f"npu_fused_infer_attention_score_v2{PACKED}": packed,
+    "npu_scatter_pa_kv_cache": scatter, "npu_rms_norm": rms, "npu_add_rms_norm": add_rms,
     "npu_rotary_mul": rotary_mul, "npu_apply_rotary_pos_emb": apply_rotary, "npu_mrope": mrope,
     "npu_swiglu": swiglu, "npu_top_k_top_p": top_k_top_p, "npu_weight_quant_batchmatmul": weight_quant,
     "npu_quant_matmul": quant_matmul, "npu_dynamic_quant": dynamic_quant, "npu_format_cast": format_cast,
@@ -178,8 +179,9 @@ BROKEN: dict[str, list[Arguments]] = {
     ],
     f"npu_fused_infer_attention_score_v2{PACKED}": [
         {"key": on_host}, {"query": Tensor.float}, {"key": Tensor.half}, {"value": strided}, {"input_layout": "BSND"},
-        {"query": lambda q: q[0]}, {"num_heads": 2}, {"num_key_value_heads": 2}, {"key": lambda k: k[:, :2].contiguous()},
-        {"query": lambda q: q.new_zeros(3, 4, 128)}, {"value": lambda v: v.new_zeros(6, 4, 144)},
+        {"query": lambda q: q[0]}, {"num_heads": 2}, {"num_key_value_heads": 2},
+        {"key": lambda k: k[:, :2].contiguous()}, {"query": lambda q: q.new_zeros(3, 4, 128)},
+        {"value": lambda v: v.new_zeros(6, 4, 144)},
         {"actual_seq_lengths_kv": [1, 6]}, {"actual_seq_lengths_kv": [6]}, {"actual_seq_lengths_kv": [2, 5]},
         {"actual_seq_lengths": [1, 2]}, {"value": lambda v: v[:5]},
         {"actual_seq_lengths": [0] * 4096 + [3], "actual_seq_lengths_kv": [0] * 4096 + [6]},

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.npu.engines import IS_REAL, LATENT, SHARED, VOCAB_SIZE, assert_same, folder, plain, start, tokens
+from tests.npu.engines import EXPANDED, IS_REAL, LATENT, SHARED, VOCAB_SIZE, assert_same, folder, plain, start, tokens
+from tests.npu.test_latent import Taken
 from xllm.errors import ConfigError
 
 EAGER, GRAPHS = {"graph_mode": "off"}, {"graph_mode": "auto"}
@@ -42,6 +43,19 @@ def test_the_cpu_s_tokens(name: str) -> None:
             assert stats.cached_tokens_by_tier_total["l3"] > 0
         if "drafts" in name:
             assert stats.spec_accepted_tokens_total > 0
+
+
+@pytest.mark.parametrize("name", ["graphs", "chunks", "tiers", "drafts"])
+def test_chunks_that_are_expanded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms are taken in the same engine."""
+    taken = Taken(monkeypatch)
+    with start(EXPANDED.id, "npu", **SETTINGS[name]) as llm:
+        for turn in range(2):
+            if turn and "tiers" in name:
+                tokens(llm, OTHERS)
+            assert_same(tokens(llm), plain(EXPANDED.id))
+    assert taken.num_pieces > 20 and sum(map(len, taken.expanded)) > (6 if name == "chunks" else 12)
+    assert all(num_queries > 16 for batch in taken.expanded for num_queries, _ in batch)
 
 
 def test_a_token_is_576_numbers_a_layer() -> None:
