@@ -82,7 +82,7 @@ def latent_rope_write(
     latents_TL = norm.rms_norm(x=latent_TX[:, :width].contiguous(), gamma=norm_weight_L, epsilon=eps)
     q_TNR, shared_T1R = latent.rotate(q_TNX[..., -rotated:], latent_TX[:, None, width:], cos, sin,
                                       interleaved=interleaved)
-    slots_T = derived(meta, ("slots", 1), lambda: meta.slot_mapping_T.clamp(min=0))
+    slots_T = derived(meta, ("slots", latents.every), lambda: latents.slots(meta.slot_mapping_T.clamp(min=0)))
     kv.write_kv(key_TKH=latents_TL[:, None], value_TKH=shared_T1R, key=latents, value=shared, slots_T=slots_T)
     return torch.cat((q_TNX[..., :-rotated], q_TNR), dim=-1)
 
@@ -96,7 +96,7 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: tuple[Tensor, Tensor]
     key_dim = q_TNX.shape[2] - rotated
     widths = Widths(num_heads, key_dim, rotated, num_made - key_dim, width, q_TNX.element_size())
     step_plan(meta)
-    forms = derived(meta, ("forms", widths), lambda: forms_of(meta, widths))
+    forms = derived(meta, ("forms", widths, latents.every), lambda: forms_of(meta, widths, latents))
     ordered_TNX = q_TNX if forms.order_T is None else q_TNX.index_select(0, forms.order_T)
     parts, done = [], 0
     for batch in forms.batches:
@@ -113,21 +113,24 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: tuple[Tensor, Tensor]
 
 
 def dense_latents(cache: tuple[Tensor, Tensor]) -> list[Dense]:
-    """Raises ValueError where blocks lie apart: one table gives the blocks of both parts, which differ in size."""
-    parts = [Dense.of(part) for part in cache]
-    if any(part.every > 1 for part in parts):
-        raise ValueError("latents on an NPU lie in tensors of their own: take kv_layout paged")
-    return parts
+    """Raises ValueError where blocks of the two parts lie apart by different multiples of their sizes: one table gives
+    the blocks of both."""
+    latents, rotated = (Dense.of(part) for part in cache)
+    if latents.every != rotated.every:
+        raise ValueError(f"latents on an NPU lie as many blocks apart as their rotated parts, not {latents.every} and "
+                         f"{rotated.every}")
+    return [latents, rotated]
 
 
-def forms_of(meta: AttentionMetadata, widths: Widths) -> Forms:
+def forms_of(meta: AttentionMetadata, widths: Widths, latents: Dense) -> Forms:
     """Whether the lengths say that a sequence is expanded depends on the step, so that a graph expands none."""
+    table_SM = latents.blocks(block_table(meta))
     if current_recorder() is None:
         lengths = step_plan(meta).lengths
         made = [s for s, counts in enumerate(counts_of(lengths)) if expands(*counts, widths)]
         if made:
-            return mixed_forms(meta, widths, lengths, made)
-    return Forms((), Absorbed(table_of_pieces(meta), lambda: pieces(meta).lengths))
+            return mixed_forms(table_SM, meta.block_size, widths, lengths, made)
+    return Forms((), Absorbed(table_of_pieces(meta, table_SM), lambda: pieces(meta).lengths))
 
 
 def counts_of(lengths: Lengths) -> Iterator[tuple[int, int]]:
@@ -143,14 +146,14 @@ def expands(num_queries: int, seq_len: int, widths: Widths) -> bool:
             and expanding_is_less(num_queries, seq_len, widths.key, widths.value, widths.latent))
 
 
-def mixed_forms(meta: AttentionMetadata, widths: Widths, lengths: Lengths, made: list[int]) -> Forms:
+def mixed_forms(table_SM: Tensor, block_size: int, widths: Widths, lengths: Lengths, made: list[int]) -> Forms:
     """made: the sequences that are expanded."""
-    counts, table_SM = list(counts_of(lengths)), block_table(meta)
+    counts = list(counts_of(lengths))
     absorbed = [s for s, (num_queries, _) in enumerate(counts) if num_queries and s not in set(made)]
     batches, done = [], 0
     for number, heads in latent.batches([counts[s][1] for s in made], widths.head_bytes, widths.num_heads):
         ours, done = made[done : done + number], done + number
-        slots_C = slots_of(table_SM, [(s, counts[s][1]) for s in ours], meta.block_size)
+        slots_C = slots_of(table_SM, [(s, counts[s][1]) for s in ours], block_size)
         query_ends, kv_ends = (list(accumulate(counts[s][i] for s in ours)) for i in (0, 1))
         batches.append(latent.Expanded(Lengths(query_ends, kv_ends), slots_C, heads))
     return Forms(batches, absorbed_of(table_SM, [(s, *counts[s]) for s in absorbed]) if absorbed else None,
@@ -195,10 +198,9 @@ def pieces(meta: AttentionMetadata) -> latent.Pieces:
     return found
 
 
-def table_of_pieces(meta: AttentionMetadata) -> Tensor:
+def table_of_pieces(meta: AttentionMetadata, table_SM: Tensor) -> Tensor:
     """int32 [pieces, M]. Raises RuntimeError in the capture of a step whose sequences may have several: a replay has
     as many as the capture."""
-    table_SM = block_table(meta)
     if current_recorder() is not None and meta.max_query_len > LATENT_QUERIES:
         raise RuntimeError(f"graphs of attention over latents have up to {LATENT_QUERIES} tokens of a sequence, not "
                            f"{meta.max_query_len}")

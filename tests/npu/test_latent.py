@@ -228,11 +228,26 @@ def test_sizes_that_it_lacks(sizes: tuple[int, int, int], words: str) -> None:
         npu().latent_cache_shapes(4, *sizes, torch.float16)
 
 
-def test_blocks_that_lie_apart() -> None:
+@pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
+@pytest.mark.parametrize("name", ["decode", "chunks"])
+def test_blocks_that_lie_apart(name: str, contiguous: bool) -> None:
+    """Those of both parts by as many: the same bits as one behind the other, and nothing of what lies between."""
+    meta = step(*STEPS[name], 16, contiguous=contiguous)
+    q_TNX, up_NYL = torch.randn(meta.num_tokens, 4, 128 + R).half(), torch.randn(4, 256, L).half()
+    parts = caches(meta, torch.half)
+    apart: Any = tuple(torch.full((len(part) * 3, *part.shape[1:]), float("nan"), dtype=torch.half)[2::3].copy_(part)
+                       for part in parts)
+    found = [host_ops().latent_attention(q_TNX, up_NYL, each, meta, scale=0.01) for each in (parts, apart)]
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+def test_parts_that_lie_apart_by_other_numbers_of_blocks() -> None:
     meta = step([1], [3], 16)
-    apart: Any = tuple(torch.zeros(6, *part.shape[1:], dtype=torch.float16)[::2] for part in caches(meta, torch.half))
-    with pytest.raises(ValueError, match="take kv_layout paged"):
-        OPS.latent_attention(torch.zeros(1, 4, D + R).half(), torch.zeros(4, D + V, L).half(), apart, meta, scale=1.0)
+    parts = caches(meta, torch.float16)
+    apart = torch.zeros(6, *parts[1].shape[1:], dtype=torch.float16)[::2]
+    with pytest.raises(ValueError, match="not 1 and 2"):
+        OPS.latent_attention(torch.zeros(1, 4, D + R).half(), torch.zeros(4, D + V, L).half(), (parts[0], apart), meta,
+                             scale=1.0)
 
 
 def test_a_graph_of_chunks_is_refused() -> None:
