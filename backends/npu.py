@@ -7,18 +7,17 @@ the device while another captures a graph (`npu_ops/recording.py:CAPTURE_LOCK`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from backends import npu_experts
+from backends import npu_experts, npu_latent
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.metadata import AttentionMetadata
 from backends.npu_graphs import NpuCapturer
+from backends.npu_step import angles, block_table, derived, plan, step_plan
 from backends.opset import OpSet
 from backends.place import ALONE, Place
 from backends.reference import REFERENCE
@@ -27,51 +26,13 @@ from backends.reference.lora import LoraOps
 from backends.scaled_weight import ScaledWeight
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
-from npu_ops import activation, compat, kv, latent, linear, logits, norm, rotary, sampling
+from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
 from npu_ops import attention as attention_ops
-from npu_ops.attention import Lengths, causal_mask
+from npu_ops.attention import causal_mask
 from npu_ops.contract import set_checking
-from npu_ops.contracts import LATENT_QUERIES
 from npu_ops.kv import Dense
-from npu_ops.recording import CAPTURE_LOCK, current_recorder
+from npu_ops.recording import CAPTURE_LOCK
 from npu_ops.vmm import AclVmm
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """The lengths of a step on the host, and tensors that its layers share; in a capture those are the recorder's."""
-
-    lengths: Lengths
-    derived: dict[Any, Any] = field(default_factory=dict)
-
-
-def plan(meta: AttentionMetadata, *, num_heads: int, num_kv_heads: int, head_dim: int) -> StepPlan:
-    """Reads the lengths from the host's copies; without them it waits for the device."""
-    if meta.host is None:
-        return StepPlan(Lengths(meta.query_start_S1[1:].tolist(), meta.seq_lens_S.tolist()))
-    return StepPlan(Lengths(meta.host.query_start_S1[1:].tolist(), meta.host.seq_lens_S.tolist()))
-
-
-def step_plan(meta: AttentionMetadata) -> StepPlan:
-    """`meta.plan`, made if it is not there."""
-    if meta.plan is None:
-        meta.plan = plan(meta, num_heads=0, num_kv_heads=0, head_dim=0)
-    found: StepPlan = meta.plan
-    return found
-
-
-def derived(meta: AttentionMetadata, key: Any, make: Callable[[], Any]) -> Any:
-    """Tensors that depend on the step alone, made by the first layer that asks."""
-    recorder = current_recorder()
-    if recorder is not None:
-        found = recorder.derived
-    elif meta.plan is not None:
-        found = meta.plan.derived
-    else:
-        return make()
-    if key not in found:
-        found[key] = make()
-    return found[key]
 
 
 def attention(
@@ -91,15 +52,6 @@ def attention(
         query_TNH=q_TNH, key_BPX=key.rows_BPX, value_BPX=value.rows_BPX, block_table_SM=table_SM,
         lengths=lambda: meta.plan.lengths, num_kv_heads=k_cache.shape[2], scale=scale, sliding_window=window,
     ).flatten(1)  # fmt: skip
-
-
-def block_table(meta: AttentionMetadata) -> Tensor:
-    """int32 [S, M]; for sequences that lie contiguously, with as many blocks as the longest may have."""
-    if meta.kv_base_S is None:
-        return meta.block_table_SM.contiguous()
-    num_blocks = -(-meta.max_seq_len // meta.block_size)
-    places_M = torch.arange(num_blocks, dtype=torch.int32, device=meta.kv_base_S.device)
-    return meta.kv_base_S[:, None] + places_M
 
 
 def qkv_rope_write(
@@ -131,73 +83,6 @@ def qkv_rope_write(
     kv.write_kv(key_TKH=rotary.rotary_mul(x_TNH=k_TKH, cos=cos, sin=sin), value_TKH=v_TKH, key=key, value=value,
                 slots_T=slots_T)
     return rotary.rotary_mul(x_TNH=q_TNH, cos=cos, sin=sin)
-
-
-def latent_rope_write(
-    latent_TX: Tensor,
-    q_TNX: Tensor,
-    positions_T: Tensor,
-    cos_sin_XR: Tensor,
-    cache: tuple[Tensor, Tensor],
-    meta: AttentionMetadata,
-    *,
-    norm_weight_L: Tensor,
-    eps: float,
-    interleaved: bool,
-) -> Tensor:
-    width, rotated = len(norm_weight_L), cos_sin_XR.shape[1]
-    cos, sin = angles(meta, cos_sin_XR, positions_T, q_TNX.dtype)
-    latents, shared = dense_latents(cache)
-    latents_TL = norm.rms_norm(x=latent_TX[:, :width].contiguous(), gamma=norm_weight_L, epsilon=eps)
-    q_TNR, shared_T1R = latent.rotate(q_TNX[..., -rotated:], latent_TX[:, None, width:], cos, sin,
-                                      interleaved=interleaved)
-    slots_T = derived(meta, ("slots", 1), lambda: meta.slot_mapping_T.clamp(min=0))
-    kv.write_kv(key_TKH=latents_TL[:, None], value_TKH=shared_T1R, key=latents, value=shared, slots_T=slots_T)
-    return torch.cat((q_TNX[..., :-rotated], q_TNR), dim=-1)
-
-
-def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: tuple[Tensor, Tensor], meta: AttentionMetadata, *,
-                     scale: float) -> Tensor:
-    latents, shared = dense_latents(cache)
-    return latent.attend(
-        query_TNX=q_TNX, up_NYL=up_NYL, latents_BPL=latents.rows_BPX, rotated_BPR=shared.rows_BPX,
-        block_table_SM=derived(meta, "table of pieces", lambda: table_of_pieces(meta)),
-        lengths=lambda: pieces(meta).lengths, scale=scale)
-
-
-def dense_latents(cache: tuple[Tensor, Tensor]) -> list[Dense]:
-    """Raises ValueError where blocks lie apart: one table gives the blocks of both parts, which differ in size."""
-    parts = [Dense.of(part) for part in cache]
-    if any(part.every > 1 for part in parts):
-        raise ValueError("latents on an NPU lie in tensors of their own: take kv_layout paged")
-    return parts
-
-
-def pieces(meta: AttentionMetadata) -> latent.Pieces:
-    lengths = step_plan(meta).lengths
-    found: latent.Pieces = derived(meta, "pieces", lambda: latent.cut(lengths))
-    return found
-
-
-def table_of_pieces(meta: AttentionMetadata) -> Tensor:
-    """int32 [pieces, M]. Raises RuntimeError in the capture of a step whose sequences may have several: a replay has
-    as many as the capture."""
-    table_SM = block_table(meta)
-    if current_recorder() is not None and meta.max_query_len > LATENT_QUERIES:
-        raise RuntimeError(f"graphs of attention over latents have up to {LATENT_QUERIES} tokens of a sequence, not "
-                           f"{meta.max_query_len}")
-    sequences = pieces(meta).sequences
-    if sequences == list(range(len(table_SM))):
-        return table_SM
-    return table_SM.index_select(0, kv.to_device(torch.tensor(sequences), table_SM.device))
-
-
-def angles(meta: AttentionMetadata, cos_sin_LH: Tensor, positions_T: Tensor,
-           dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the step's tokens; layers with another table have others."""
-    cos, sin = derived(meta, ("angles", cos_sin_LH.data_ptr(), dtype),
-                       lambda: rotary.angles(cos_sin_LH, positions_T, dtype))
-    return cos, sin
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -239,8 +124,8 @@ OPS = replace(
     qkv_rope_write=qkv_rope_write,
     plan=plan,
     attention=attention,
-    latent_rope_write=latent_rope_write,
-    latent_attention=latent_attention,
+    latent_rope_write=npu_latent.latent_rope_write,
+    latent_attention=npu_latent.latent_attention,
     silu_mul=silu_mul,
     route=npu_experts.route,
     pack_experts=npu_experts.pack_experts,

@@ -1,4 +1,5 @@
-"""Attention over the paged cache by one operator for every step: prefill, chunks, decode and drafts.
+"""Attention over the paged cache by one operator for every step: prefill, chunks, decode and drafts; that over latents,
+and that over keys and values made of them.
 
 `npu_fused_infer_attention_score` with layout TND (tokens of all sequences one after the other), keys and values where
 the block table says, and the causal mask aligned to the last query and the last key (sparse mode 3), for which the
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_ops.contracts import MASK_SIZE, check
+from npu_ops.contracts import MASK_SIZE, PACKED, check
 from npu_ops.recording import TaskRecorder, current_recorder, weak
 
 CAUSAL, BAND = 3, 4  # sparse modes
@@ -73,6 +74,23 @@ def latent_attention(
     }  # fmt: skip
     return _launch("npu_fused_infer_attention_score_v2", ("actual_seq_qlen", "actual_seq_kvlen"),
                    {"query": query_TNL, "key": key_BPL, "value": key_BPL}, options, lengths)
+
+
+def packed_attention(*, query_TNH: Tensor, key_CNH: Tensor, value_CNV: Tensor, lengths: Lengths,
+                     scale: float) -> Tensor:
+    """Attention over keys and values that lie one after the other, not in blocks, as many heads as queries have:
+    [T, N, V]. H is 192 and V 128, or both are the same (`contracts.takes_made_widths`). lengths: where the queries, and
+    where the keys of each sequence end. Not for captures, which keep them."""
+    options = {
+        "atten_mask": causal_mask(query_TNH.device), "input_layout": "TND", "num_query_heads": query_TNH.shape[1],
+        "num_key_value_heads": key_CNH.shape[1], "softmax_scale": scale, "sparse_mode": CAUSAL,
+        "actual_seq_qlen": lengths.query_ends, "actual_seq_kvlen": lengths.kv_lens,
+    }  # fmt: skip
+    assert current_recorder() is None
+    given = {"query": query_TNH, "key": key_CNH, "value": value_CNV, **options}
+    check(f"npu_fused_infer_attention_score_v2{PACKED}", **_renamed(given))
+    out: Tensor = torch.ops.npu.npu_fused_infer_attention_score_v2(**given)[0]
+    return out
 
 
 def _mask_mode(sliding_window: int | None) -> dict[str, int]:

@@ -40,17 +40,20 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """The rules of one operator, checked in order: later ones may rely on the earlier."""
+    """The rules of one operator, checked in order: later ones may rely on the earlier. form: which of its uses they are
+    of, where it has several."""
 
     op: str
     rules: tuple[Rule, ...]
+    form: str = ""
 
     def check(self, arguments: dict[str, Any], *, read_values: bool) -> None:
         """Raise ContractError at the first rule that does not hold."""
         given = SimpleNamespace(**arguments)
         for rule in self.rules:
             if (read_values or not rule.reads_values) and not rule.holds(given):
-                raise ContractError(f"{self.op}: {rule.text} ({rule.source}); got {', '.join(_described(arguments))}")
+                raise ContractError(f"{self.op}{self.form}: {rule.text} ({rule.source}); got "
+                                    f"{', '.join(_described(arguments))}")
 
 
 class Checking:

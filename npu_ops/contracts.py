@@ -1,7 +1,8 @@
 """The contracts of the operators that steps call; `quant_contracts.py` and `moe_contracts.py` have the others.
 
 Sources: DOC is the description of an operator that torch_npu carries itself (`torch_npu/_op_plugin_docs.py`, 2.13.0);
-numbers with a # are issues or pull requests of vllm-project/vllm-ascend.
+numbers with a # are issues or pull requests of vllm-project/vllm-ascend. CANN is its description of
+aclnnFusedInferAttentionScoreV3 and V4 (9.1.0), which is newer than DOC, and the tiling that checks it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from npu_ops.moe_contracts import MOE_CONTRACTS
 from npu_ops.quant_contracts import QUANT_CONTRACTS
 
 DOC = "torch_npu operator docs"
+CANN = "CANN 9.1, aclnnFusedInferAttentionScore"
 MASK_SIZE = 2048  # of the mask that sparse modes 2 to 4 want
 BLOCK_SIZES = (128, 256, 384, 512)  # tokens of a KV block that the attention operator is documented for
 LATENT_WIDTHS = (512, 64)  # of a latent, and of its rotated part
 LATENT_BLOCK_SIZES = (16, 128)  # tokens
 LATENT_HEADS = (32, 64, 128)  # newer versions take smaller powers of two as well
 LATENT_QUERIES = 16  # of one sequence at most
+PACKED = ", packed keys"  # the form of the operator that takes no blocks
+MADE_SEQUENCES, MADE_POSITIONS = 4096, 2**20  # of one call of it
 MASKS = (torch.bool, torch.int8, torch.uint8)
 
 
@@ -60,6 +64,18 @@ def _slots_differ(a: Any) -> bool:
     """Padding tokens all go to the first slot, whose contents nobody reads."""
     slots = a.slot_mapping[a.slot_mapping > 0].cpu()
     return len(slots.unique()) == len(slots)
+
+
+def takes_made_widths(key: int, value: int) -> bool:
+    """Whether attention over packed keys of such width takes such values."""
+    return (key, value) == (192, 128) or (key == value and key % 16 == 0 and key <= 256)
+
+
+def _packed_lengths_fit(a: Any) -> bool:
+    """Both lists are cumulative, and no sequence has more queries than keys."""
+    ends = a.actual_seq_lengths_kv
+    keys = [end - start for start, end in zip([0, *ends], ends)]
+    return len(keys) == len(a.actual_seq_lengths) and all(0 <= q <= kv for q, kv in zip(_lengths(a), keys))
 
 
 PAGED_ATTENTION = (
@@ -133,6 +149,33 @@ LATENT_ATTENTION = (
     dtypes(DOC, (torch.int32,), "block_table"),
     Rule("block_table must be [sequences, at least the blocks of the longest]", DOC, _blocks_fit),
     one_of(f"{DOC}: query_rope with more than one query", "sparse_mode", (3,)),
+    Rule("atten_mask must be [2048, 2048]", f"{DOC}: sparse modes 2 to 4",
+         lambda a: a.atten_mask is not None and a.atten_mask.shape == (MASK_SIZE, MASK_SIZE)),
+)  # fmt: skip
+
+PACKED_ATTENTION = (
+    on_one_device("query", "key", "value", "atten_mask"),
+    dtypes(f"{CANN}; DOC, which is older, has bfloat16 alone", HALVES, "query", "key", "value"),
+    same_dtype(DOC, "query", "key", "value"),
+    contiguous(DOC, "query", "key", "value", "atten_mask"),
+    one_of(f"{DOC}: the lengths", "input_layout", ("TND",)),
+    ranks(DOC, 3, 3, "query", "key", "value"),
+    Rule("query, key and value must have num_heads heads each", "house rule: what is made is made for each head",
+         lambda a: {x.shape[1] for x in (a.query, a.key, a.value)} == {a.num_heads, a.num_key_value_heads}),
+    Rule("keys must be as wide as queries", DOC, lambda a: a.query.shape[2] == a.key.shape[2]),
+    Rule("keys and values must be 192 and 128 wide, or both the same multiple of 16 of at most 256",
+         f"{CANN}: TND; CheckSpecConditions, CheckGqaDSupport",
+         lambda a: takes_made_widths(a.key.shape[2], a.value.shape[2])),
+    Rule("actual_seq_lengths must be cumulative, with as many keys as queries at least", f"{CANN}: TND",
+         _packed_lengths_fit),
+    Rule("actual_seq_lengths must end with the number of tokens, actual_seq_lengths_kv with that of keys", "#6524",
+         lambda a: a.actual_seq_lengths[-1:] == [len(a.query)]
+         and a.actual_seq_lengths_kv[-1:] == [len(a.key)] == [len(a.value)]),
+    Rule("there may be at most 4096 sequences", f"{DOC}: TND", lambda a: len(a.actual_seq_lengths) <= MADE_SEQUENCES),
+    Rule("there may be at most 2^20 tokens and keys", f"{DOC}: TND",
+         lambda a: max(len(a.query), len(a.key)) <= MADE_POSITIONS),
+    one_of("house rule: chunks are causal", "sparse_mode", (3,)),
+    dtypes(DOC, MASKS, "atten_mask"),
     Rule("atten_mask must be [2048, 2048]", f"{DOC}: sparse modes 2 to 4",
          lambda a: a.atten_mask is not None and a.atten_mask.shape == (MASK_SIZE, MASK_SIZE)),
 )  # fmt: skip
@@ -251,9 +294,10 @@ TOP_K_TOP_P = (
          lambda a: a.p is None or bool(((a.p >= 0) & (a.p <= 1)).all()), reads_values=True),
 )  # fmt: skip
 
-CONTRACTS = {contract.op: contract for contract in (
+CONTRACTS = {contract.op + contract.form: contract for contract in (
     Contract("npu_fused_infer_attention_score", PAGED_ATTENTION),
     Contract("npu_fused_infer_attention_score_v2", LATENT_ATTENTION),
+    Contract("npu_fused_infer_attention_score_v2", PACKED_ATTENTION, PACKED),
     Contract("npu_scatter_pa_kv_cache", SCATTER),
     Contract("npu_rms_norm", _norm("input")),
     Contract("npu_add_rms_norm", _norm("x1", "x2")),

@@ -52,6 +52,8 @@ ALLOWED = {
     "backends.npu": ["backends", "npu_ops"],
     "backends.npu_experts": ["backends", "npu_ops"],
     "backends.npu_graphs": ["backends", "npu_ops"],
+    "backends.npu_latent": ["backends", "npu_ops"],
+    "backends.npu_step": ["backends", "npu_ops"],
     "graph": ["graph", "backends"],
     **dict.fromkeys(BASE, BASE),
     "xllm.cost": [*BASE, "xllm.cost"],

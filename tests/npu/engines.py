@@ -23,6 +23,9 @@ WIDE = Variant("qwen3-head-dim-128-bf16", "Qwen3", {"head_dim": 128}, disk_dtype
 # Of the widths that attention over latents is made for.
 LATENT = Variant("deepseek-v3-latents-512", "DeepseekV3", deepseek(kv_lora_rank=512, qk_rope_head_dim=64, **rope(
     "yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.9, mscale_all_dim=0.6)))
+# And of those that keys and values are made of, where chunks are long: DeepSeek's own.
+EXPANDED = Variant("deepseek-v3-heads-128", "DeepseekV3", deepseek(kv_lora_rank=512, qk_rope_head_dim=64,
+                                                                   qk_nope_head_dim=128, v_head_dim=128))
 NUM_TOKENS = 14
 SHARED = [(7 * i * i + 3 * i + 11) % VOCAB_SIZE for i in range(130)]  # more than a block
 PROMPTS = [
@@ -51,7 +54,8 @@ def folder(model: str) -> str:
     """Where a model lies: nothing for the bundled one, or a tiny random checkpoint that is made here."""
     if model == BUNDLED:
         return ""
-    return str(save_checkpoint({**BY_ID, WIDE.id: WIDE, LATENT.id: LATENT}[model], Path(tempfile.mkdtemp())))
+    own = {variant.id: variant for variant in (WIDE, LATENT, EXPANDED)}
+    return str(save_checkpoint({**BY_ID, **own}[model], Path(tempfile.mkdtemp())))
 
 
 def sampling(number: int, seeded: bool) -> SamplingParams:

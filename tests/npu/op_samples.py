@@ -66,9 +66,9 @@ def dense(layout: str, **more: Any) -> Sample:
     return (made(5, N), made(9, K), made(9, K)), given | more
 
 
-def packed(layout: str, **more: Any) -> Sample:
+def packed(layout: str, key_dim: int = D, value_dim: int = D, **more: Any) -> Sample:
     """Attention over two sequences of 1 and 4 queries, 3 and 6 keys, one after the other."""
-    shapes = [(5, N, D), (9, K, D), (9, K, D)]
+    shapes = [(5, N, key_dim), (9, K, key_dim), (9, K, value_dim)]
     parts = [rand(*shape, dtype=BF16) for shape in shapes]
     parts = [each.transpose(0, 1).contiguous() for each in parts] if layout.startswith("NTD") else parts
     given = {
@@ -179,7 +179,8 @@ def samples() -> dict[str, dict[str, Sample]]:
         },
         fia: layouts,
         fia2: {name: v2(sample) for name, sample in layouts.items()}
-        | {"sink": v2(paged(), learnable_sink=rand(N, dtype=BF16)), "latent": latent()},
+        | {"sink": v2(paged(), learnable_sink=rand(N, dtype=BF16)), "latent": latent(),
+           "made": v2(packed("TND", 192, 128))},
         f"{fia}.out": {"paged": into(paged())},
         f"{fia2}.out": {"paged": into(v2(paged()))},
         space: {"paged": paged()},

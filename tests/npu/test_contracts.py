@@ -12,7 +12,7 @@ from torch import Tensor
 from npu_ops import activation, contracts, format, linear, moe, norm, rotary, sampling
 from npu_ops.attention import causal_mask
 from npu_ops.contract import CHECKING, ContractError, set_checking
-from npu_ops.contracts import CONTRACTS
+from npu_ops.contracts import CONTRACTS, PACKED
 from npu_ops.linear import Int8Part, W8A8Part
 from npu_ops.recording import recording
 from tests.npu.device import npu
@@ -53,6 +53,13 @@ def latent() -> Arguments:
             "block_table": of([1, 0], [2, 3]), "block_size": 16, "input_layout": "TND_NTD", "num_heads": 32,
             "num_key_value_heads": 1, "sparse_mode": 3, "actual_seq_lengths": [2, 3],
             "actual_seq_lengths_kv": [2, 30]}  # fmt: skip
+
+
+def packed() -> Arguments:
+    """Two sequences, of 2 and 1 tokens, and of 2 and 4 keys."""
+    return {"query": t(BF16, 3, 4, 192), "key": t(BF16, 6, 4, 192), "value": t(BF16, 6, 4, 128),
+            "atten_mask": causal_mask(npu().device), "input_layout": "TND", "num_heads": 4, "num_key_value_heads": 4,
+            "sparse_mode": 3, "actual_seq_lengths": [2, 3], "actual_seq_lengths_kv": [2, 6]}  # fmt: skip
 
 
 def scatter() -> Arguments:
@@ -131,6 +138,7 @@ def swiglu() -> Arguments:
 
 BASES: dict[str, Callable[[], Arguments]] = {
     "npu_fused_infer_attention_score": attention, "npu_fused_infer_attention_score_v2": latent,
+    f"npu_fused_infer_attention_score_v2{PACKED}": packed,
     "npu_scatter_pa_kv_cache": scatter, "npu_rms_norm": rms, "npu_add_rms_norm": add_rms,
     "npu_rotary_mul": rotary_mul, "npu_apply_rotary_pos_emb": apply_rotary, "npu_mrope": mrope,
     "npu_swiglu": swiglu, "npu_top_k_top_p": top_k_top_p, "npu_weight_quant_batchmatmul": weight_quant,
@@ -168,6 +176,19 @@ BROKEN: dict[str, list[Arguments]] = {
         {"value": lambda v: v[:4]}, {"actual_seq_lengths": [2, 4]},
         {"actual_seq_lengths": [3, 3]}, {"actual_seq_lengths_kv": [1, 30]}, {"block_table": Tensor.long},
         {"block_table": lambda b: b[:, :1]}, {"sparse_mode": 0}, {"atten_mask": None},
+    ],
+    f"npu_fused_infer_attention_score_v2{PACKED}": [
+        {"key": on_host}, {"query": Tensor.float}, {"key": Tensor.half}, {"value": strided}, {"input_layout": "BSND"},
+        {"query": lambda q: q[0]}, {"num_heads": 2}, {"num_key_value_heads": 2},
+        {"key": lambda k: k[:, :2].contiguous()}, {"query": lambda q: q.new_zeros(3, 4, 128)},
+        {"value": lambda v: v.new_zeros(6, 4, 144)},
+        {"actual_seq_lengths_kv": [1, 6]}, {"actual_seq_lengths_kv": [6]}, {"actual_seq_lengths_kv": [2, 5]},
+        {"actual_seq_lengths": [1, 2]}, {"value": lambda v: v[:5]},
+        {"actual_seq_lengths": [0] * 4096 + [3], "actual_seq_lengths_kv": [0] * 4096 + [6]},
+        {name: lambda x: x.new_zeros(2**20 + 1, 1, 16) for name in ("key", "value")}
+        | {"query": lambda q: q.new_zeros(3, 1, 16), "num_heads": 1, "num_key_value_heads": 1,
+           "actual_seq_lengths_kv": [2, 2**20 + 1]},
+        {"sparse_mode": 0}, {"atten_mask": Tensor.float}, {"atten_mask": lambda m: m[:1024, :1024].contiguous()},
     ],
     "npu_scatter_pa_kv_cache": [
         {"key": on_host}, {"cache_mode": "PA_NZ"}, {"key": lambda k: k[None]}, {"key_cache": lambda k: k.flatten(2)},

@@ -108,9 +108,10 @@ def test_a_mask_that_is_given() -> None:
         close(out[row], plain_attention(query[row], key[row], value[row], ~mask[row, 0], D**-0.5)[0])
 
 
-@pytest.mark.parametrize("layout", ["TND", "NTD_TND", "TND_NTD"])
-def test_packed_layouts(layout: str) -> None:
-    (query, key, value), given = packed(layout)
+@pytest.mark.parametrize(("layout", "widths"), [("TND", (D, D)), ("NTD_TND", (D, D)), ("TND_NTD", (D, D)),
+                                                ("TND", (192, 128)), ("NTD_TND", (192, 128)), ("TND", (256, 256))])
+def test_packed_layouts(layout: str, widths: tuple[int, int]) -> None:
+    (query, key, value), given = packed(layout, *widths)
     out, _ = npu.npu_fused_infer_attention_score(query, key, value, **given)
     if layout.startswith("NTD"):
         query, key, value = (each.transpose(0, 1) for each in (query, key, value))
@@ -119,6 +120,20 @@ def test_packed_layouts(layout: str) -> None:
         num_q, num_keys = queries.stop - queries.start, keys.stop - keys.start
         visible = causal(num_q, num_keys, num_keys - num_q)
         close(out[queries], plain_attention(query[queries], key[keys], value[keys], visible, D**-0.5)[0])
+
+
+@pytest.mark.parametrize(("message", "layout", "widths", "change"), [
+    ("only 192, 192, 128", "TND", (192, 64), {}), ("or the same", "NTD_TND", (256, 256), {}),
+    ("or the same", "TND", (272, 272), {}), ("without a mask", "TND", (D, D), {"sparse_mode": 0}),
+    ("3 keys'", "TND", (D, D), {"actual_seq_lengths_kv": [3, 4, 9]}),
+    ("do not ascend", "TND", (D, D), {"actual_seq_lengths_kv": [11, 9]}),
+    ("more queries than keys", "TND", (D, D), {"actual_seq_lengths_kv": [6, 9]}),
+])  # fmt: skip
+def test_what_packed_attention_refuses(message: str, layout: str, widths: tuple[int, int],
+                                       change: dict[str, Any]) -> None:
+    args, given = packed(layout, *widths)
+    with pytest.raises(RuntimeError, match=message):
+        npu.npu_fused_infer_attention_score(*args, **{**given, **change})
 
 
 def test_a_sink_takes_its_share() -> None:

@@ -1,5 +1,5 @@
 """Latent attention on the device against the reference, which makes all keys and values: steps of all kinds, both of
-its block sizes, heads in all numbers; what is stored, and what is refused."""
+its block sizes, heads in all numbers, both forms; what is stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.latent_form import expanding_is_less
 from backends.metadata import AttentionMetadata
 from backends.npu import OPS
 from backends.reference import REFERENCE
+from npu_ops import latent
 from npu_ops.attention import Lengths
-from npu_ops.latent import cut
+from npu_ops.latent import batches, cut
 from npu_ops.recording import TaskRecorder, recording
 from tests.npu.device import HALVES, assert_near, host_ops, npu
 
@@ -79,9 +81,82 @@ def test_attention(name: str, block_size: int, heads: int, dtype: torch.dtype) -
     assert_near(found.view(-1, heads, V), truth.view(-1, heads, V), roundings=8)
 
 
-def test_contiguous_blocks_give_the_same_bits_as_a_table() -> None:
+class Taken:
+    """What each form was launched for: lengths of the expanded batches, heads that were made, pieces."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.expanded: list[list[tuple[int, int]]] = []
+        self.heads: list[int] = []
+        self.num_pieces = 0
+        packed, absorbed = latent.packed_attention, latent.latent_attention
+
+        def watch_packed(*, lengths: Lengths, query_TNH: Tensor, **given: Any) -> Tensor:
+            ends = zip([0, *lengths.query_ends], lengths.query_ends), zip([0, *lengths.kv_lens], lengths.kv_lens)
+            self.expanded.append([(b - a, d - c) for (a, b), (c, d) in zip(*ends)])
+            self.heads.append(query_TNH.shape[1])
+            return packed(lengths=lengths, query_TNH=query_TNH, **given)
+
+        def watch_absorbed(*, lengths: Any, **given: Any) -> Tensor:
+            self.num_pieces += len(lengths().query_ends)
+            return absorbed(lengths=lengths, **given)
+
+        monkeypatch.setattr(latent, "packed_attention", watch_packed)
+        monkeypatch.setattr(latent, "latent_attention", watch_absorbed)
+
+
+PROMPTS = ([20, 130], [20, 130])
+MIXED = ([1, 40, 17, 33, 1, 0, 180, 3], [200, 40, 31, 33, 130, 12, 200, 3])  # the third has 14 positions behind it
+
+
+@pytest.mark.parametrize("most_bytes", [2**27, 120 * 4 * 640], ids=["together", "apart"])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (192, 256)], ids=["192-128", "256-256"])
+@pytest.mark.parametrize("lengths", [PROMPTS, MIXED], ids=["prompts", "mixed"])
+def test_both_forms(lengths: tuple[list[int], list[int]], key_dim: int, value_dim: int, most_bytes: int,
+                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence is expanded where that is less work, whatever lies beside it, and if need be some heads at a time."""
+    monkeypatch.setattr(latent, "MADE_BYTES", most_bytes)
+    meta, taken, heads = step(*lengths, 16), Taken(monkeypatch), 4
+    q_TNX = torch.randn(meta.num_tokens, heads, key_dim + R).half()
+    up_NYL, parts = (torch.randn(heads, key_dim + value_dim, L) / L**0.5).half(), caches(meta, torch.half)
+    found = host_ops().latent_attention(q_TNX, up_NYL, parts, meta, scale=0.05)
+    truth = REFERENCE.latent_attention(q_TNX.float(), up_NYL.float(), of_the_cpu(parts), meta, scale=0.05)
+    assert_near(found.view(-1, heads, value_dim), truth.view(-1, heads, value_dim), roundings=8)
+    pairs = list(zip(*lengths))
+    expanded = [pair for pair in pairs if pair[0] > 16 and expanding_is_less(*pair, key_dim, value_dim, L)]
+    assert expanded == ([(20, 20), (130, 130)] if lengths is PROMPTS else [(40, 40), (33, 33), (180, 200)])
+    assert taken.num_pieces == sum(-(-q // 16) for q, kv in pairs if (q, kv) not in expanded)
+    if most_bytes == 2**27:
+        assert (taken.expanded, taken.heads) == ([expanded], [heads])
+    else:
+        assert len(taken.expanded) > 1 and min(taken.heads) < heads
+        assert all(sum(kv for _, kv in each) * n * 2 * (key_dim + R + value_dim) <= most_bytes
+                   for each, n in zip(taken.expanded, taken.heads))
+        assert sum(n * len(each) for each, n in zip(taken.expanded, taken.heads)) == heads * len(expanded)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(D, V), (64, 64)], ids=str)
+def test_widths_that_are_absorbed_alone(key_dim: int, value_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator takes keys of 128 with values of 128, not of 64."""
+    meta, taken = step(*PROMPTS, 16), Taken(monkeypatch)
+    out = host_ops().latent_attention(torch.randn(meta.num_tokens, 2, key_dim + R).half(),
+                                      torch.randn(2, key_dim + value_dim, L).half(), caches(meta, torch.half), meta,
+                                      scale=0.01)
+    assert out.isfinite().all() and not taken.expanded and taken.num_pieces == 2 + 9
+
+
+def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of how many sequences, and how many of 8 heads at once, where 100 numbers may be there."""
+    monkeypatch.setattr(latent, "MADE_BYTES", 100)
+    assert batches([5, 7, 1, 30, 2, 2, 200], 1, 8) == [(2, 8), (1, 8), (1, 3), (2, 8), (1, 1)]
+    monkeypatch.setattr(latent, "MADE_SEQUENCES", 2)
+    assert batches([1] * 5, 1, 8) == [(2, 8), (2, 8), (1, 8)]
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(D, V), (128, 128)], ids=str)
+def test_contiguous_blocks_give_the_same_bits_as_a_table(key_dim: int, value_dim: int) -> None:
     meta = step(*STEPS["chunks"], 16, contiguous=True)
-    q_TNX, up_NYL = torch.randn(meta.num_tokens, 4, D + R).half(), torch.randn(4, D + V, L).half()
+    q_TNX = torch.randn(meta.num_tokens, 4, key_dim + R).half()
+    up_NYL = torch.randn(4, key_dim + value_dim, L).half()
     parts, found = caches(meta, torch.float16), []
     width = int((meta.seq_lens_S.max() + 15) // 16)
     assert meta.kv_base_S is not None
@@ -153,11 +228,26 @@ def test_sizes_that_it_lacks(sizes: tuple[int, int, int], words: str) -> None:
         npu().latent_cache_shapes(4, *sizes, torch.float16)
 
 
-def test_blocks_that_lie_apart() -> None:
+@pytest.mark.parametrize("contiguous", [False, True], ids=["table", "base"])
+@pytest.mark.parametrize("name", ["decode", "chunks"])
+def test_blocks_that_lie_apart(name: str, contiguous: bool) -> None:
+    """Those of both parts by as many: the same bits as one behind the other, and nothing of what lies between."""
+    meta = step(*STEPS[name], 16, contiguous=contiguous)
+    q_TNX, up_NYL = torch.randn(meta.num_tokens, 4, 128 + R).half(), torch.randn(4, 256, L).half()
+    parts = caches(meta, torch.half)
+    apart: Any = tuple(torch.full((len(part) * 3, *part.shape[1:]), float("nan"), dtype=torch.half)[2::3].copy_(part)
+                       for part in parts)
+    found = [host_ops().latent_attention(q_TNX, up_NYL, each, meta, scale=0.01) for each in (parts, apart)]
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+def test_parts_that_lie_apart_by_other_numbers_of_blocks() -> None:
     meta = step([1], [3], 16)
-    apart: Any = tuple(torch.zeros(6, *part.shape[1:], dtype=torch.float16)[::2] for part in caches(meta, torch.half))
-    with pytest.raises(ValueError, match="take kv_layout paged"):
-        OPS.latent_attention(torch.zeros(1, 4, D + R).half(), torch.zeros(4, D + V, L).half(), apart, meta, scale=1.0)
+    parts = caches(meta, torch.float16)
+    apart = torch.zeros(6, *parts[1].shape[1:], dtype=torch.float16)[::2]
+    with pytest.raises(ValueError, match="not 1 and 2"):
+        OPS.latent_attention(torch.zeros(1, 4, D + R).half(), torch.zeros(4, D + V, L).half(), (parts[0], apart), meta,
+                             scale=1.0)
 
 
 def test_a_graph_of_chunks_is_refused() -> None:

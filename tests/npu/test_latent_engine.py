@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.npu.engines import IS_REAL, LATENT, SHARED, VOCAB_SIZE, assert_same, folder, plain, start, tokens
+from tests.npu.engines import EXPANDED, IS_REAL, LATENT, SHARED, VOCAB_SIZE, assert_same, folder, plain, start, tokens
+from tests.npu.test_latent import Taken
+from xllm import LLM
 from xllm.errors import ConfigError
 
 EAGER, GRAPHS = {"graph_mode": "off"}, {"graph_mode": "auto"}
@@ -18,6 +20,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "preemption": {**GRAPHS, "num_kv_blocks": 5, "enable_prefix_caching": False},
     "tiers": {**GRAPHS, "host_cache_size": "8MiB", "block_size": 16, "num_kv_blocks": 16, "max_num_batched_tokens": 43},
     "eager, tiers": {**EAGER, "host_cache_size": "8MiB", "block_size": 16, "num_kv_blocks": 16},
+    "xtensor": {**GRAPHS, "kv_layout": "xtensor"},
+    "xtensor, chunks": {**EAGER, "kv_layout": "xtensor", "block_size": 16, "num_kv_blocks": 60,
+                        "max_num_batched_tokens": 29, "host_cache_size": "8MiB"},
     "drafts": {**GRAPHS, "speculative_method": "ngram"},
     "many drafts": {**GRAPHS, "speculative_method": "ngram", "num_speculative_tokens": 17},
 }
@@ -38,10 +43,30 @@ def test_the_cpu_s_tokens(name: str) -> None:
         assert graphs is None or sum(graphs.replays_total.values()) > 10
         assert graphs is None or ("capture_failed" in graphs.fallbacks_total) == (name == "many drafts")
         assert stats.preemptions_total > 0 if name == "preemption" else stats.prefix_hits_total > 0
+        if "xtensor" in name:
+            assert mapped_pages(llm) > 0
         if "tiers" in name:
             assert stats.cached_tokens_by_tier_total["l3"] > 0
         if "drafts" in name:
             assert stats.spec_accepted_tokens_total > 0
+
+
+def mapped_pages(llm: LLM) -> int:
+    rows = llm._core.link.worker.runner.virtual_rows
+    return 0 if rows is None else rows.xtensor.counters.pages_mapped
+
+
+@pytest.mark.parametrize("name", ["graphs", "chunks", "xtensor", "tiers", "drafts"])
+def test_chunks_that_are_expanded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms are taken in the same engine."""
+    taken = Taken(monkeypatch)
+    with start(EXPANDED.id, "npu", **SETTINGS[name]) as llm:
+        for turn in range(2):
+            if turn and "tiers" in name:
+                tokens(llm, OTHERS)
+            assert_same(tokens(llm), plain(EXPANDED.id))
+    assert taken.num_pieces > 20 and sum(map(len, taken.expanded)) > (6 if name == "chunks" else 12)
+    assert all(num_queries > 16 for batch in taken.expanded for num_queries, _ in batch)
 
 
 def test_a_token_is_576_numbers_a_layer() -> None:
@@ -71,8 +96,7 @@ def test_whatever_the_order_of_the_streams(order: str, adversary: Any, monkeypat
 
 
 @pytest.mark.parametrize(("model", "settings", "words"), [
-    (LATENT.id, {"kv_layout": "xtensor"}, "kv_layout xtensor: DeepseekV3ForCausalLM is not built for it on npu, "
-                                          ".*take kv_layout paged"),
+    (LATENT.id, {"kv_layout": "xtensor", "max_num_seqs": 140}, "kv_layout xtensor: .* are one tensor of 2"),
     (LATENT.id, {"graph_max_prefill_tokens": 64}, "graph_max_prefill_tokens 64: graphs of chunks of DeepseekV3"),
     (LATENT.id, {"block_size": 256}, "block_size 256: .* blocks of 16 or 128 tokens, not of 256"),
     (LATENT.id, {"kv_cache_dtype": "int8"}, "kv_cache_dtype int8: on npu KV has the compute type"),

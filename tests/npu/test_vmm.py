@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 
+from npu_ops.kv import Dense, write_kv
 from npu_ops.vmm import AclVmm
 from tests.npu.device import npu
-from xllm.runner.arena import Arena, padded_bytes
+from xllm.runner.arena import Arena, Region, padded_bytes
 
 PAGE = 2 << 20
 
 
 @pytest.fixture
 def driver() -> AclVmm:
+    gc.collect()  # what other tests left would come back while memory is counted
     found = npu().vmm
     assert isinstance(found, AclVmm)
     return found
@@ -62,7 +66,7 @@ def test_layers_of_an_arena(driver: AclVmm) -> None:
     """Each block has its numbers of all layers in one page, and looks to each layer's operators like a cache."""
     shape = npu().kv_cache_shape(1, 128, 2, 64)[1:]
     page = padded_bytes(2 * 3 * 128 * 2 * 64 * 2, driver)
-    arena = Arena(driver, num_pages=9, num_blocks=4, page_bytes=page)
+    arena = Arena(driver, num_pages=9, num_blocks=4, regions=[Region.dense(page)])
     arena.map(np.array([6, 7]), np.array([2, 0]))
     layers = arena.layers([[shape] * 2] * 3, torch.float16)
     for number, cache in enumerate(t for layer in layers for t in layer):
@@ -70,4 +74,24 @@ def test_layers_of_an_arena(driver: AclVmm) -> None:
     for number, cache in enumerate(t for layer in layers for t in layer):
         assert cache.shape == (9, *shape)
         assert (cache[6] == -number).all() and (cache[7] == number).all() and (cache[1] == 0).all()
+    npu().synchronize()
+
+
+def test_latents_and_their_rotated_parts(driver: AclVmm) -> None:
+    """They lie as many of their own blocks apart, and look to operators like dense tensors, of which little exists."""
+    shapes = [shape[1:] for shape in npu().latent_cache_shapes(1, 128, 512, 64, torch.float16)]
+    arena = Arena(driver, num_pages=9, num_blocks=4, regions=[Region(PAGE, 8 * PAGE), Region(PAGE, PAGE)])
+    arena.map(np.array([6, 7]), np.array([2, 0]))
+    layers = arena.layers([shapes] * 3, torch.float16)
+    for number, parts in enumerate(layers):
+        dense = [Dense.of(part) for part in parts]
+        assert [each.every for each in dense] == [128, 128] and all(each.cache.is_contiguous() for each in dense)
+        slots = torch.tensor([2 * 128 + 5, 3], dtype=torch.int32, device=npu().device)
+        new = [torch.full((2, *shape[1:]), 10.0 * number + i, dtype=torch.float16, device=npu().device)
+               for i, shape in enumerate(shapes)]
+        write_kv(key_TKH=new[0], value_TKH=new[1], key=dense[0], value=dense[1], slots_T=dense[0].slots(slots))
+    for number, parts in enumerate(layers):
+        for i, part in enumerate(parts):
+            assert (part[6, 5] == 10 * number + i).all() and (part[7, 3] == 10 * number + i).all()
+            assert not part[6, :5].any() and not part[7, 4:].any() and not part[1].any()
     npu().synchronize()

@@ -32,7 +32,7 @@ from backends.vmm import VmmDriver
 from cuda_ops.vmm import CudaVmm
 from npu_ops.vmm import AclVmm
 from tests.ops.conftest import Paged
-from xllm.runner.arena import Arena, padded_bytes
+from xllm.runner.arena import Arena, Region, padded_bytes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 TIB = 1 << 40
@@ -240,14 +240,14 @@ def test_another_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_arena(driver: VmmDriver, num_layers: int, case: Paged, num_pages: int, num_blocks: int) -> Arena:
-    numbers = 2 * num_layers * case.k_cache[0].numel()
-    return Arena(driver, num_pages=num_pages, num_blocks=num_blocks, page_bytes=padded_bytes(4 * numbers, driver))
+    page_bytes = padded_bytes(4 * 2 * num_layers * case.k_cache[0].numel(), driver)
+    return Arena(driver, num_pages=num_pages, num_blocks=num_blocks, regions=[Region.dense(page_bytes)])
 
 
 def test_an_arena_goes_when_its_last_view_does(driver: VmmDriver) -> None:
     gc.collect()
     before = num_mappings()
-    arena = Arena(driver, num_pages=100, num_blocks=10, page_bytes=2 * driver.granularity_bytes)
+    arena = Arena(driver, num_pages=100, num_blocks=10, regions=[Region.dense(2 * driver.granularity_bytes)])
     arena.map(np.array([50, 52, 54]), np.array([1, 3, 5]))
     key = arena.layers([[(2, 4, 8)] * 2] * 2, torch.float32)[1][0]
     del arena
@@ -261,7 +261,7 @@ def test_an_arena_goes_when_its_last_view_does(driver: VmmDriver) -> None:
 
 
 def test_layers_share_a_page_and_nothing_else(driver: VmmDriver) -> None:
-    arena = Arena(driver, num_pages=9, num_blocks=4, page_bytes=driver.granularity_bytes)
+    arena = Arena(driver, num_pages=9, num_blocks=4, regions=[Region.dense(driver.granularity_bytes)])
     arena.map(np.array([6, 7]), np.array([2, 0]))
     layers = arena.layers([[(2, 4, 8)] * 2] * 3, torch.float32)
     for number, cache in enumerate(t for layer in layers for t in layer):
@@ -269,6 +269,26 @@ def test_layers_share_a_page_and_nothing_else(driver: VmmDriver) -> None:
         cache[0], cache[2] = number, -number
     for number, cache in enumerate(t for layer in layers for t in layer):
         assert (cache[6] == -number).all() and (cache[7] == number).all() and (cache[1] == 0).all()
+
+
+def test_regions_of_their_own(driver: VmmDriver) -> None:
+    """Each part of a layer has one; where its pages lie further apart than they are large, nothing lies between."""
+    granule = driver.granularity_bytes
+    arena = Arena(driver, num_pages=9, num_blocks=4, regions=[Region(2 * granule, 16 * granule), Region.dense(granule)])
+    assert arena.page_bytes == 3 * granule
+    layers = arena.layers([[(granule // 4,), (granule // 32,)]] * 2, torch.float32)
+    refused = arena.map(np.array([5, 6, 8]), np.array([2, 3, 0]))
+    assert not len(refused)
+    for number, parts in enumerate(layers):
+        for part, cache in enumerate(parts):
+            assert cache.stride(0) * 4 == [16 * granule, granule][part]
+            cache[2], cache[3], cache[0] = number, 10 + part, -1
+    for number, parts in enumerate(layers):
+        for part, cache in enumerate(parts):
+            assert (cache[5] == number).all() and (cache[6] == 10 + part).all() and (cache[8] == -1).all()
+    assert not len(arena.unmap(np.array([5, 6])))
+    arena.map(np.array([5]), np.array([3]))
+    assert all((cache[5] == 10 + part).all() for parts in layers for part, cache in enumerate(parts))
 
 
 @pytest.mark.parametrize("step", [([1, 1, 1], [1, 16, 83]), ([5, 33, 1], [70, 40, 513])], ids=["decode", "mixed"])

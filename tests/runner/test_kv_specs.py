@@ -21,9 +21,9 @@ from backends.reference.kv_codes import QUANTISED, row_width
 from tests.runner.harness import make_config
 from xllm.errors import ConfigError
 from xllm.models.kv_spec import KVSpec
-from xllm.runner.arena import Arena, padded_bytes
+from xllm.runner.arena import Arena, Region, padded_bytes
 from xllm.runner.host_mover import HostMover
-from xllm.runner.kv_cache import KVCache, block_bytes, page_bytes, plan_num_blocks
+from xllm.runner.kv_cache import KVCache, block_bytes, page_bytes, page_regions, plan_num_blocks
 from xllm.runner.kv_codec import KVCodec
 
 P, NUM_BLOCKS = 8, 6
@@ -62,7 +62,7 @@ def make_cache(request: pytest.FixtureRequest, backend: Backend) -> MakeCache:
         if request.param == "arena":
             assert backend.vmm is not None
             size = padded_bytes(block_bytes(backend, specs, P, dtype), backend.vmm)
-            arena = Arena(backend.vmm, num_pages=NUM_BLOCKS + 2, num_blocks=NUM_BLOCKS, page_bytes=size)
+            arena = Arena(backend.vmm, num_pages=NUM_BLOCKS + 2, num_blocks=NUM_BLOCKS, regions=[Region.dense(size)])
         cache = KVCache(backend, specs, num_blocks=NUM_BLOCKS, block_size=P, dtype=dtype, arena=arena)
         for part in parts_of(cache):
             part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8))
@@ -114,7 +114,7 @@ def test_parts_follow_each_other_in_a_page(backend: Backend, specs: Specs, dtype
         pytest.skip("no virtual memory management here")
     sizes = all_part_bytes(specs, dtype)
     page = padded_bytes(sum(sizes), backend.vmm)
-    arena = Arena(backend.vmm, num_pages=NUM_BLOCKS + 3, num_blocks=NUM_BLOCKS, page_bytes=page)
+    arena = Arena(backend.vmm, num_pages=NUM_BLOCKS + 3, num_blocks=NUM_BLOCKS, regions=[Region.dense(page)])
     cache = KVCache(backend, specs, num_blocks=NUM_BLOCKS, block_size=P, dtype=dtype, arena=arena)
     for part in parts_of(cache):
         part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8))
@@ -131,7 +131,7 @@ def test_too_small_a_page_is_noticed(backend: Backend) -> None:
     if backend.vmm is None:
         pytest.skip("no virtual memory management here")
     granule = backend.vmm.granularity_bytes
-    arena = Arena(backend.vmm, num_pages=2, num_blocks=2, page_bytes=granule)
+    arena = Arena(backend.vmm, num_pages=2, num_blocks=2, regions=[Region.dense(granule)])
     with pytest.raises(AssertionError, match="too small"):
         arena.layers([[(granule // 4,), (1,)]], torch.float32)
 
@@ -187,6 +187,29 @@ def test_a_page_is_whole_blocks_of_each_part_where_it_must(backend: Backend, spe
     assert found >= sum(sizes) and found % 4096 == 0
     assert not dense or all(found % size == 0 for size in sizes)
     assert found - (math.lcm(4096, *sizes) if dense else 4096) < sum(sizes)
+
+
+LATENTS = [KVSpec(num_heads=1, widths=(576,), rotated_width=64)] * 3
+
+
+@pytest.mark.parametrize(("block_size", "granule", "pages", "strides"), [
+    (128, 2**21, [2**21, 2**21], [2**24, 2**21]),  # 48 KiB of rotated parts, and from page to page 128 blocks
+    (16, 2**21, [2**21, 2**21], [2**24, 2**21]), (16, 4096, [49152, 8192], [65536, 8192]),
+    (16, 1024, [49152, 6144], [49152, 6144]),
+])
+def test_latents_in_two_parts_lie_as_many_blocks_apart(block_size: int, granule: int, pages: list[int],
+                                                       strides: list[int]) -> None:
+    """Where operators find both by one number; other devices have pages of both."""
+    machine: Any = SimpleNamespace(
+        vmm=SimpleNamespace(granularity_bytes=granule), dense_kv=True,
+        latent_cache_shapes=lambda blocks, P, latent, rotated, dtype: ((blocks, P, 1, latent), (blocks, P, 1, rotated)))
+    config = make_config(kv_layout="xtensor", block_size=block_size)
+    assert page_regions(config, machine, LATENTS, torch.float16) == list(map(Region, pages, strides))
+    assert page_bytes(config, machine, LATENTS, torch.float16) == sum(pages)
+    machine.dense_kv = False
+    content = 3 * block_size * 576 * 2
+    size = -(-content // granule) * granule
+    assert page_regions(config, machine, LATENTS, torch.float16) == [Region(size, size)]
 
 
 def test_how_many_blocks_fit(backend: Backend, specs: Specs) -> None:

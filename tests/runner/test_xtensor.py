@@ -16,6 +16,7 @@ from backends.vmm import VmmDriver
 from tests.runner.harness import Driver, make_config
 from xllm.errors import ConfigError
 from xllm.models.causal_lm import CausalLM
+from xllm.runner.arena import Region
 from xllm.runner.graphs import Forwarded
 from xllm.runner.kv_cache import block_bytes, page_bytes, plan_num_blocks
 from xllm.runner.model_runner import ModelRunner
@@ -134,12 +135,12 @@ class Flaky:
     def __init__(self, real: VmmDriver):
         self.real, self.num_calls = real, 0
 
-    def map(self, address: int, pool: object, first_page: int, num_pages: int) -> None:
+    def map(self, address: int, pool: object, first_page: int, num_pages: int, *, touch: bool) -> None:
         self.num_calls += 1
         if self.num_calls % 3 == 0:
             self.real.unmap(address, num_pages * pool.page_bytes)  # type: ignore[attr-defined]
             raise MemoryError("Cannot allocate memory")
-        self.real.map(address, pool, first_page, num_pages)
+        self.real.map(address, pool, first_page, num_pages, touch=touch)
 
 
 def test_the_cap_is_said_once(make_driver: Callable[..., Driver], caplog: pytest.LogCaptureFixture) -> None:
@@ -177,8 +178,8 @@ def test_blocks_are_padded_to_whole_pages(model: CausalLM, backend: Backend) -> 
 ], ids=["slots", "addresses"])
 def test_too_large(backend: Backend, pages_per_row: int, bytes_per_page: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        make_virtual_rows(make_config(kv_layout="xtensor"), backend, num_blocks=64, page_bytes=bytes_per_page,
-                          pages_per_row=pages_per_row, number_bytes=4)
+        make_virtual_rows(make_config(kv_layout="xtensor"), backend, num_blocks=64,
+                          regions=[Region.dense(bytes_per_page)], pages_per_row=pages_per_row, number_bytes=4)
 
 
 def test_more_numbers_than_operators_count_are_refused(make_driver: Callable[..., Driver], backend: Backend,

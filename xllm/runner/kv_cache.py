@@ -14,11 +14,12 @@ from torch import Tensor
 
 from backends.backend import Backend
 from backends.reference.kv_codes import QUANTISED, row_width
+from backends.vmm import VmmDriver
 from xllm.config import EngineConfig
 from xllm.errors import ConfigError
 from xllm.models.kv_spec import KVSpec
 from xllm.models.model_config import ModelConfig
-from xllm.runner.arena import Arena, padded_bytes
+from xllm.runner.arena import Arena, Region, padded_bytes
 from xllm.sizes import size_text
 
 
@@ -112,11 +113,34 @@ def block_bytes(backend: Backend, kv_specs: Sequence[KVSpec], block_size: int, d
 
 def page_bytes(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec], dtype: torch.dtype) -> int:
     """Bytes that a block takes under a resolved config: with the xtensor layout, whole pages of the device."""
+    return sum(region.page_bytes for region in page_regions(config, backend, kv_specs, dtype))
+
+
+def page_regions(config: EngineConfig, backend: Backend, kv_specs: Sequence[KVSpec],
+                 dtype: torch.dtype) -> list[Region]:
+    """How a block lies under a resolved config: with the xtensor layout in pages of the device, whose regions the arena
+    takes; else one after the other."""
     assert config.cache.block_size is not None, "resolve() first"
     sizes = _part_bytes(backend, kv_specs, config.cache.block_size, dtype)
+    size = sum(sizes)
     if config.cache.kv_layout == "xtensor" and backend.vmm is not None:
-        return padded_bytes(sum(sizes), backend.vmm, math.lcm(*sizes) if backend.dense_kv else 1)
-    return sum(sizes)
+        if backend.dense_kv and all(spec.rotated_width for spec in kv_specs):
+            return _regions_of_parts(backend, backend.vmm, kv_specs, config.cache.block_size, dtype)
+        size = padded_bytes(size, backend.vmm, math.lcm(*sizes) if backend.dense_kv else 1)
+    return [Region.dense(size)]
+
+
+def _regions_of_parts(backend: Backend, driver: VmmDriver, kv_specs: Sequence[KVSpec], block_size: int,
+                      dtype: torch.dtype) -> list[Region]:
+    """A latent and its rotated part, which differ in size and are found by one number: from page to page there are as
+    many blocks of the one as of the other, though fewer are there. Addresses cost nothing."""
+    layers = [[math.prod(shape) * dtype.itemsize for shape in parts]
+              for parts in _block_shapes(backend, kv_specs, block_size, dtype)]
+    by_part = list(zip(*layers, strict=True))
+    assert all(len(set(sizes)) == 1 for sizes in by_part), "layers of one model have latents of one width"
+    whole = math.lcm(*(driver.granularity_bytes // math.gcd(driver.granularity_bytes, sizes[0]) for sizes in by_part))
+    num_blocks = -(-len(layers) // whole) * whole
+    return [Region(padded_bytes(sum(sizes), driver), num_blocks * sizes[0]) for sizes in by_part]
 
 
 def workers_in_memory(config: EngineConfig, backend: Backend) -> int:

@@ -23,7 +23,7 @@ from xllm.runner.batch import HostBatch, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
 from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
 from xllm.runner.host_mover import gated
-from xllm.runner.kv_cache import KVCache, cache_dtype, page_bytes
+from xllm.runner.kv_cache import KVCache, cache_dtype, page_regions
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.pooler import Pooler
 from xllm.runner.row_state import NO_LOGPROBS, RowState
@@ -90,7 +90,7 @@ class ModelRunner:
                              block_size=block_size)
         dtype = cache_dtype(config, backend, model.config)
         self.virtual_rows = make_virtual_rows(config, backend, num_blocks=num_blocks,
-                                              page_bytes=page_bytes(config, backend, model.kv_specs, dtype),
+                                              regions=page_regions(config, backend, model.kv_specs, dtype),
                                               number_bytes=dtype.itemsize,
                                               pages_per_row=self.rows.block_table.shape[1], group=group)
         self.kv_cache = KVCache(backend, model.kv_specs, num_blocks=num_blocks, block_size=block_size, dtype=dtype,

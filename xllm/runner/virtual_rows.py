@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from xllm.config import EngineConfig
 from xllm.errors import ConfigError, WorkerError
 from xllm.kv.xtensor import StepMaps, XTensor
 from xllm.parallel.groups import ALONE, Group
-from xllm.runner.arena import Arena
+from xllm.runner.arena import Arena, Region
 from xllm.step import ScheduleOutput
 
 _log = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ SLOTS = 2**31 - 1  # tokens that an int32 can number, as the operators do
 RANGES_PER_ROW = 4
 
 
-def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, page_bytes: int,
+def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int, regions: Sequence[Region],
                       pages_per_row: int, number_bytes: int, group: Group = ALONE) -> VirtualRows | None:
     """Make the rows of `--kv-layout xtensor`; None: rows run on block tables.
 
-    page_bytes: see `kv_cache.py:page_bytes`. number_bytes: of one number of the cache. group: the ranks that share the
+    regions: see `kv_cache.py:page_regions`. number_bytes: of one number of the cache. group: the ranks that share the
     model; all take what the poorest has. Raises ConfigError if so many addresses cannot be had, or are more than the
     device's operators can count.
     """
@@ -44,26 +44,27 @@ def make_virtual_rows(config: EngineConfig, backend: Backend, *, num_blocks: int
     if most_ranges < num_rows:
         raise ConfigError(f"kv_layout xtensor: {num_rows} sequences of {pages_per_row} blocks have more tokens than "
                           "slots can number; lower max_num_seqs or max_model_len")
-    most_pages = None if backend.max_cache_numbers is None else backend.max_cache_numbers * number_bytes // page_bytes
+    page_numbers = max(region.stride_bytes for region in regions) // number_bytes  # of the largest tensor
+    most_pages = None if backend.max_cache_numbers is None else backend.max_cache_numbers // page_numbers
     if most_pages is not None:
         least = num_blocks + num_rows * pages_per_row
         if least > most_pages:
             raise ConfigError(
                 f"kv_layout xtensor: {num_blocks} KV blocks and {num_rows} sequences of {pages_per_row} blocks are one "
-                f"tensor of {least * page_bytes // number_bytes} numbers, and operators of {backend.name} count to "
+                f"tensor of {least * page_numbers} numbers, and operators of {backend.name} count to "
                 f"{backend.max_cache_numbers}: take kv_layout paged, or lower max_num_seqs, max_model_len and "
                 f"num_kv_blocks so that their blocks are at most {most_pages}")
         most_ranges = min(most_ranges, (most_pages - num_blocks) // pages_per_row)
     num_ranges = _least(group, "ranges of KV pages", min(RANGES_PER_ROW * num_rows, most_ranges))
     num_pages = num_blocks + num_ranges * pages_per_row
     try:
-        arena = Arena(backend.vmm, num_pages=num_pages, num_blocks=num_blocks, page_bytes=page_bytes)
+        arena = Arena(backend.vmm, num_pages=num_pages, num_blocks=num_blocks, regions=regions)
     except MemoryError as error:
         raise ConfigError(f"kv_layout xtensor: {error}; lower max_num_seqs, max_model_len or the number of KV blocks, "
                           "or take kv_layout paged") from error
     limit = cache.xtensor_max_mappings
     if limit is None and (system_limit := backend.vmm.max_mappings()) is not None:
-        limit = max(0, system_limit - num_ranges)  # the gap behind each range is one as well
+        limit = max(0, system_limit // len(regions) - num_ranges)  # the gap behind each range is one as well
         limit = _least(group, "mappings", limit)
     xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row, max_mappings=limit,
                       num_ranges=num_ranges)

@@ -354,8 +354,7 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
     """Raise ConfigError for a model with latents on a strict device that takes their operators from the reference: that
     knows the CPU's layout of the KV cache only, so that nothing allows it. A launch whose lengths the host gives has
     those of a few queries a sequence, so that a graph of longer chunks would have more of them in one step than in
-    another; a CPU's chooses by the lengths what it does for longer chunks. And where operators want blocks at multiples
-    of their size, one block table cannot say where both parts of a latent are in a page."""
+    another; a CPU's chooses by the lengths what it does for longer chunks."""
     from backends.cpu.latent import FEW
     from backends.opset import LATENT_OPS
     from backends.reference import REFERENCE
@@ -371,9 +370,6 @@ def _check_special_ops(backend: Backend, model: ModelConfig, config: EngineConfi
             if num_queries > FEW:
                 raise ConfigError(f"{setting} with graph_mode checked: graphs of {model.architecture} with more than "
                                   f"{FEW} tokens of a sequence are not built for {backend.name}")
-    if latent_ops and config.cache.kv_layout == "xtensor" and backend.dense_kv and backend.vmm is not None:
-        raise ConfigError(f"kv_layout xtensor: {model.architecture} is not built for it on {backend.name}, whose "
-                          "attention finds latents and their rotated parts by one block table: take kv_layout paged")
     if (latent_ops and config.device.graph_max_prefill_tokens and config.device.graph_mode == "auto"
             and backend.capturer is not None and not backend.capturer.plans_in_graph):
         raise ConfigError(f"graph_max_prefill_tokens {config.device.graph_max_prefill_tokens}: graphs of chunks of "

@@ -138,14 +138,14 @@ def hand_over(virtual: VirtualRows, num_pages: int = RUN_PAGES, repetitions: int
 def make_rows(virtual: VirtualRows, *, num_blocks: int, num_rows: int, pages_per_row: int) -> VirtualRows:
     """Another set of rows with real memory behind it, pages as large as the engine's."""
     from xllm.kv.xtensor import XTensor
-    from xllm.runner.arena import Arena
+    from xllm.runner.arena import Arena, Region
     from xllm.runner.virtual_rows import RANGES_PER_ROW, VirtualRows
 
     driver = virtual.arena.driver
     xtensor = XTensor(num_blocks=num_blocks, num_rows=num_rows, pages_per_row=pages_per_row,
                       max_mappings=driver.max_mappings(), num_ranges=RANGES_PER_ROW * num_rows)
     return VirtualRows(xtensor, Arena(driver, num_pages=xtensor.num_pages, num_blocks=num_blocks,
-                                      page_bytes=virtual.arena.page_bytes))
+                                      regions=[Region.dense(virtual.arena.page_bytes)]))
 
 
 def entering(step: int, blocks: np.ndarray) -> ScheduleOutput:

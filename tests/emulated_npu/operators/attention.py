@@ -69,6 +69,29 @@ class Call:
             raise RuntimeError("TND over pages with sparse_mode 0 and no mask: devices have returned a plain mean")
         if self.query_rope is not None or self.key_rope is not None:
             self._check_latents()
+        elif not paged and self.layout in ("TND", "NTD", "NTD_TND"):
+            self._check_packed()
+
+    def _check_packed(self) -> None:
+        """What a device asks of keys that lie one after the other: `CheckGqaDSupport`, `CheckSpecConditions` and
+        `CheckActSeqWhenLayoutIsTND` of ops-transformer 9.1, and what its documents say."""
+        widths = self.query.shape[2], self.key.shape[2], self.value.shape[2]
+        same = len(set(widths)) == 1 and (widths[0] in (64, 128) or (self.layout == "TND" and widths[0] <= 256))
+        if widths != (192, 192, 128) and not same:
+            raise RuntimeError(f"queryD, keyD and valueD are {widths}: only 192, 192, 128, or the same are supported")
+        if self.query.dtype not in HALVES or not all(x.is_contiguous() for x in (self.query, self.key, self.value)):
+            raise RuntimeError("packed query, key and value are contiguous, and of 16 bits")
+        if self.sparse_mode not in (0, 3, 4) or (self.sparse_mode == 0 and self.mask is not None):
+            raise RuntimeError(f"{self.layout} only supports sparse 0 without a mask, 3 and 4")
+        ends, kv_ends = list(self.q_lens or ()), list(self.kv_lens or ())
+        if len(ends) != len(kv_ends) or len(ends) > 4096:
+            raise RuntimeError(f"{len(ends)} queries' lengths, {len(kv_ends)} keys', 4096 at most")
+        if any(b < a for a, b in zip([0, *kv_ends], kv_ends, strict=False)):
+            raise RuntimeError(f"actual_seq_lengths_kv {kv_ends} do not ascend")
+        if self.sparse_mode == 3 and any(
+            q1 - q0 > k1 - k0 for q0, q1, k0, k1 in zip([0, *ends], ends, [0, *kv_ends], kv_ends, strict=False)
+        ):
+            raise RuntimeError("sparse 3: a sequence has more queries than keys")
 
     def _check_latents(self) -> None:
         """What a device asks of latent attention (MLA): `IFATiling::CheckMlaAttrs`, `CheckMlaKeyRope`, `CheckMlaMisc`
