@@ -1,15 +1,16 @@
 """`grouped_linear` alone on the CPU against loops over experts, as JSON.
 Usage: python -m benchmarks.expert_products [--threads N]
 
-Both products of a layer of 64 experts of 256 over hidden 512, of which a token has 8: gate and up from tokens, [512, 512]
-an expert, and down from rows, [512, 256]. What the loops do for each expert that was hit is what they have to:
+Both products of a layer of 64 experts of 256 over hidden 512, of which a token has 8: gate and up from tokens, [512,
+512] an expert, and down from rows, [512, 256]. What the loops do for each expert that was hit is what they have to:
 
   loop         its rows by comparing the ids, the product by torch's `linear`, its results written back by index
   sorted_loop  ids sorted once, its rows by one index, the product straight into its run of the results
 
-fp32: of plain weights. int8: the loop makes an expert's weights of its codes in every step. w8a8: the loop makes codes of
-an expert's rows and scales torch's product of int8. Rivals take turns and the medians of the rounds count;
-a ratio is the median of the rounds' own. One thread's time is what it computed, two threads' what passed. The order of rows is found anew in every call of all, as routing changes it.
+fp32: of plain weights. int8: the loop makes an expert's weights of its codes in every step. w8a8: the loop makes codes
+of an expert's rows and scales torch's product of int8. Rivals take turns and the medians of the rounds count; a ratio
+is the median of the rounds' own. One thread's time is what it computed, two threads' what passed. The order of rows is
+found anew in every call of all, as routing changes it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from backends.expert_choice import ExpertChoice
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
-from benchmarks.experts import D, FFN, NUM_EXPERTS, RULE, machine_gflops
+from benchmarks.experts import FFN, NUM_EXPERTS, RULE, D
 from serving.commands.bench.report import environment
 from xllm import env
 
@@ -101,7 +102,8 @@ def make_rivals(ops: OpSet, form: str, x: Tensor, ids_TK: Tensor, layers: list[T
 def interleaved(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each in each round; the one that begins changes from round to round."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    names, times = list(rivals), {name: [] for name in rivals}
+    names = list(rivals)
+    times: dict[str, list[float]] = {name: [] for name in rivals}
     for call in rivals.values():
         call()
         call()
@@ -111,6 +113,12 @@ def interleaved(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
             rivals[name]()
             times[name].append(clock() - began)
     return times
+
+
+def machine_gflops() -> float:
+    """Of the fastest large fp32 product of torch's, by the same clock."""
+    a = torch.randn(2048, 2048)
+    return round(2 * 2048**3 / min(interleaved({"mm": lambda: torch.mm(a, a)}, 6)["mm"]) / 1e9, 1)
 
 
 def check_products(ops: OpSet, form: str, x: Tensor, ids_TK: Tensor, weights: Tensor) -> None:
