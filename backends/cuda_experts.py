@@ -35,13 +35,14 @@ def pack_experts(experts: Iterable[Tensor | ScaledWeight], *,
     return kernels.ExpertWeights(packed, run)
 
 
-def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
-    return kernels.grouped_linear(x, packed, _order(choice, len(packed.tensors)), from_tokens=from_tokens)
+def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                   out: Tensor | None = None) -> Tensor:
+    return kernels.grouped_linear(x, packed, _order(choice, len(packed.tensors)), from_tokens=from_tokens, out=out)
 
 
-def combine(y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+def combine(y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
     assert choice.order is not None, "y is not a result of `grouped_linear` with this choice"
-    return kernels.combine(y_RX, choice.weights_TK, choice.order)
+    return kernels.combine(y_RX, choice.weights_TK, choice.order, out=out)
 
 
 def _order(choice: ExpertChoice, num_experts: int) -> kernels.RowOrder:

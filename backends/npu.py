@@ -93,8 +93,9 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return norm.add_rms_norm(x=x_TD.contiguous(), residual=residual_TD, gamma=weight_D, epsilon=eps)
 
 
-def silu_mul(gate_up_TF2: Tensor) -> Tensor:
-    return activation.swiglu(gate_up=gate_up_TF2)
+def silu_mul(gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
+    inner_TF = activation.swiglu(gate_up=gate_up_TF2)
+    return inner_TF if out is None else out.copy_(inner_TF)
 
 
 def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,

@@ -86,10 +86,11 @@ def pack_experts(experts: Iterable[Tensor | ScaledWeight], *, quantization: str 
     return moe.stack(weights, scales, rounds_inputs=rounds_inputs)
 
 
-def grouped_linear(x: Tensor, packed: StackedExperts, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+def grouped_linear(x: Tensor, packed: StackedExperts, choice: ExpertChoice, *, from_tokens: bool,
+                   out: Tensor | None = None) -> Tensor:
     num_experts, _, num_outputs = packed.weight_EXY.shape
     if not len(choice.ids_TK):
-        return x.new_empty((0, num_outputs))
+        return x.new_empty((0, num_outputs)) if out is None else out
     scale_R, dtype = None, x.dtype
     if from_tokens:
         quant_mode = moe.PER_TOKEN if packed.rounds_inputs else moe.PLAIN
@@ -98,7 +99,8 @@ def grouped_linear(x: Tensor, packed: StackedExperts, choice: ExpertChoice, *, f
         scale_R = scales if packed.rounds_inputs else None
     elif choice.order is None:
         choice.order = row_order(choice, num_experts)
-    return moe.grouped_linear(x_RX=x, scale_R=scale_R, experts=packed, counts_E=choice.order.counts_E, dtype=dtype)
+    y_RY = moe.grouped_linear(x_RX=x, scale_R=scale_R, experts=packed, counts_E=choice.order.counts_E, dtype=dtype)
+    return y_RY if out is None else out.copy_(y_RY)
 
 
 def row_order(choice: ExpertChoice, num_experts: int) -> RowOrder:
@@ -106,8 +108,9 @@ def row_order(choice: ExpertChoice, num_experts: int) -> RowOrder:
     return moe.init_routing(x_TX=choice.weights_TK, ids_TK=choice.ids_TK, num_experts=num_experts)[2]
 
 
-def combine(y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+def combine(y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
     if not len(choice.ids_TK):
-        return y_RX.new_empty((0, y_RX.shape[1]))
+        return y_RX.new_empty((0, y_RX.shape[1])) if out is None else out
     order = row_order(choice, MOST_GROUPS) if choice.order is None else choice.order
-    return moe.unpermute(x_RX=y_RX, row_of_R=order.row_of_R, weights_TK=choice.weights_TK)
+    total_TX = moe.unpermute(x_RX=y_RX, row_of_R=order.row_of_R, weights_TK=choice.weights_TK)
+    return total_TX if out is None else out.copy_(total_TX)

@@ -211,8 +211,8 @@ class LatentAttentionOp(Protocol):
 
 
 class SiluMulOp(Protocol):
-    def __call__(self, gate_up_TF2: Tensor) -> Tensor:
-        """silu(gate) * up for x = [gate | up] on the last axis: [T, 2F] -> [T, F]."""
+    def __call__(self, gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """silu(gate) * up for x = [gate | up] on the last axis: [T, 2F] -> [T, F]. out: as in `grouped_linear`."""
         ...
 
 
@@ -241,12 +241,14 @@ class PackExpertsOp(Protocol):
 
 
 class GroupedLinearOp(Protocol):
-    def __call__(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+    def __call__(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                 out: Tensor | None = None) -> Tensor:
         """The product of each row with the weight of its expert: [T * K, Y] in x's dtype, a row for each token and each
         of its experts, in an order of the op set's own (`ExpertChoice.order`).
 
         from_tokens: x is [T, X], and a token's row goes to all of its experts. Else x is [T * K, X], in the order of an
         earlier result with the same choice; what works row by row may have changed it.
+        out: the result, if its memory is the caller's; of x's dtype, and apart from x.
         A row is computed as `linear` does, with "w8a8" too, and does not depend on the rows beside it. Weights of
         experts that no token has chosen are not read.
         """
@@ -254,10 +256,10 @@ class GroupedLinearOp(Protocol):
 
 
 class CombineOp(Protocol):
-    def __call__(self, y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+    def __call__(self, y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
         """Back to tokens: the sum of each token's rows of `grouped_linear`, times their weights: [T, X] in y's dtype.
 
-        Products and sums in fp32, in the order of the token's experts, then rounded.
+        Products and sums in fp32, in the order of the token's experts, then rounded. out: as in `grouped_linear`.
         """
         ...
 

@@ -1,13 +1,9 @@
 """The memory that a layer of 64 experts takes beside its weights and what it is given, as JSON: for one chunk, and for
 a prompt of 32,768 tokens in one call. Linux alone. Usage: python -m benchmarks.expert_memory
-
-What is freed goes back to the system at once here, so that the peak is of what is in use. Otherwise glibc keeps some of
-it, by chance, and the peak of either is up to twice as high.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +16,9 @@ from backends.expert_choice import RouteRule
 from xllm import env
 from xllm.layers.experts import MAX_ROWS, Experts, ExpertShape
 from xllm.layers.layer_context import LayerContext, Part
+from xllm.layers.workspace import Workspace
 from xllm.parallel.shard import Shard
 
-M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 20  # glibc's number for it; larger blocks are mapped, each for itself
 PROMPT_TOKENS = 32_768
 SHAPE = ExpertShape(hidden_size=256, ffn_size=128, num_experts=64, rule=RouteRule(num_chosen=8, renormalise=True))
 
@@ -57,10 +53,9 @@ def peak_bytes() -> int:
 
 def measure() -> dict[str, float]:
     """peak_bytes above what the process had before either; the second call may use what the first has left."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     backend = get_backend("cpu", cache_dir=env.cache_dir())
-    layer = Experts(LayerContext(ops=backend.ops, device=backend.device, max_model_len=PROMPT_TOKENS), RandomWeights(),
-                    "mlp", SHAPE)
+    layer = Experts(LayerContext(ops=backend.ops, device=backend.device, max_model_len=PROMPT_TOKENS,
+                                 workspace=Workspace()), RandomWeights(), "mlp", SHAPE)
     num_tokens = MAX_ROWS // SHAPE.rule.num_chosen
     x_TD = torch.randn(PROMPT_TOKENS, SHAPE.hidden_size)
     layer(x_TD[:1].clone())  # what is loaded at the first call

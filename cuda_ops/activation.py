@@ -22,10 +22,10 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, PDL: tl.conste
     tl.store(out_ptr + row * F + offsets, silu * up, inside)
 
 
-def silu_mul(gate_up_TF2: Tensor) -> Tensor:
+def silu_mul(gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
     assert gate_up_TF2.is_contiguous()
     num_rows, F = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
-    out_TF = torch.empty(num_rows, F, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
+    out_TF = torch.empty(num_rows, F, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device) if out is None else out
     numbers = config("silu_mul", "any", gate_up_TF2)
     launch(silu_mul_kernel, (num_rows, triton.cdiv(F, numbers["BLOCK"])), gate_up_TF2, out_TF, F, **numbers)
     return out_TF

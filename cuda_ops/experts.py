@@ -333,11 +333,12 @@ def sort_rows(ids_TK: Tensor, num_experts: int) -> RowOrder:
     return RowOrder(tokens_R, places_TK, blocks_3B, rows)
 
 
-def grouped_linear(x: Tensor, weights: ExpertWeights, order: RowOrder, *, from_tokens: bool) -> Tensor:
-    """[R, Y] in the order of `order`, from x [T, X] or [R, X]."""
+def grouped_linear(x: Tensor, weights: ExpertWeights, order: RowOrder, *, from_tokens: bool,
+                   out: Tensor | None = None) -> Tensor:
+    """[R, Y] in the order of `order`, from x [T, X] or [R, X]; written to `out`, if there is one."""
     assert x.stride(1) == 1 and x.shape[1] == weights.num_inputs
     Y, rows, num_blocks = weights.num_outputs, order.block_rows, order.blocks_3B.shape[1]
-    y_RY = torch.empty(len(order.tokens_R), Y, dtype=x.dtype, device=x.device)
+    y_RY = torch.empty(len(order.tokens_R), Y, dtype=x.dtype, device=x.device) if out is None else out
     where = (weights.table_E2, order.tokens_R, order.blocks_3B, y_RY, Y, weights.num_inputs)
     if weights.dynamic:
         numbers = config("grouped_w8a8", str(rows), x)
@@ -355,11 +356,11 @@ def grouped_linear(x: Tensor, weights: ExpertWeights, order: RowOrder, *, from_t
     return y_RY
 
 
-def combine(y_RX: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
+def combine(y_RX: Tensor, weights_TK: Tensor, order: RowOrder, *, out: Tensor | None = None) -> Tensor:
     """Each token's sum over its experts, in their order: [T, X] in y's dtype."""
     assert y_RX.is_contiguous() and weights_TK.is_contiguous()
     (T, K), X = weights_TK.shape, y_RX.shape[1]
-    out_TX = torch.empty(T, X, dtype=y_RX.dtype, device=y_RX.device)
+    out_TX = torch.empty(T, X, dtype=y_RX.dtype, device=y_RX.device) if out is None else out
     numbers = config("combine", "any", y_RX)
     launch(combine_kernel, (T, triton.cdiv(X, numbers["BLOCK"])), y_RX, order.places_TK, weights_TK, out_TX, X, K=K,
            enable_fp_fusion=False, **numbers)  # fmt: skip

@@ -69,22 +69,26 @@ class ExpertKernels:
         is_w8a8 = packed.experts[0].multiply is kernels.linear_w8a8_c
         return PanelExperts(kernels.grouped_linear_w8a8_c if is_w8a8 else kernels.grouped_linear_c, packed.experts)
 
-    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                       out: Tensor | None = None) -> Tensor:
         if type(packed) is not PanelExperts:
-            return self._plain.grouped_linear(x, packed, choice, from_tokens=from_tokens)
+            return self._plain.grouped_linear(x, packed, choice, from_tokens=from_tokens, out=out)
         order = self._placed_rows(choice, len(packed.experts))
         rows = x if x.dtype is FP32 else x.float()
-        y_RY = rows.new_empty((choice.ids_TK.numel(), packed.num_outputs))
+        y_RY = (out if out is not None and x.dtype is FP32
+                else rows.new_empty((choice.ids_TK.numel(), packed.num_outputs)))
         packed.multiply(packed.array, len(packed.experts), order.starts_E1.data_ptr(), rows.data_ptr(), rows.stride(0),
                         order.tokens_R.data_ptr() if from_tokens else None, y_RY.data_ptr(), self._kernels.threads())
-        return y_RY if x.dtype is FP32 else y_RY.to(x.dtype)
+        if x.dtype is FP32:
+            return y_RY
+        return y_RY.to(x.dtype) if out is None else out.copy_(y_RY)
 
-    def combine(self, y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+    def combine(self, y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
         order = choice.order
         if y_RX.dtype is not FP32 or type(order) is not PlacedRows:
-            return self._plain.combine(y_RX, choice)  # its order is the same
+            return self._plain.combine(y_RX, choice, out=out)  # its order is the same
         num_tokens, num_chosen = choice.ids_TK.shape
-        out_TX = y_RX.new_empty((num_tokens, y_RX.shape[1]))
+        out_TX = y_RX.new_empty((num_tokens, y_RX.shape[1])) if out is None else out
         self._kernels.combine_c(y_RX.data_ptr(), order.places_TK.data_ptr(), choice.weights_TK.data_ptr(),
                                 out_TX.data_ptr(), num_tokens, num_chosen, y_RX.shape[1], self._kernels.threads())
         return out_TX

@@ -55,14 +55,16 @@ class SortedExperts:
             num_outputs = len(weight_YX)
         return PackedExperts(packed, num_outputs)
 
-    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                       out: Tensor | None = None) -> Tensor:
         order = sorted_rows(choice)
-        y_RY = x.new_empty((len(order.tokens_R), packed.num_outputs))
+        y_RY = x.new_empty((len(order.tokens_R), packed.num_outputs)) if out is None else out
         for expert, begin, end in order.hits:
             rows = x[order.tokens_R[begin:end]] if from_tokens else x[begin:end]
             y_RY[begin:end] = self._linear(rows, packed.experts[expert])
         return y_RY
 
-    def combine(self, y_RX: Tensor, choice: ExpertChoice) -> Tensor:
+    def combine(self, y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
         y_TKX = y_RX[sorted_rows(choice).places_R].unflatten(0, choice.ids_TK.shape)
-        return weighted_sum(y_TKX, choice.weights_TK).to(y_RX.dtype)
+        total_TX = weighted_sum(y_TKX, choice.weights_TK)
+        return total_TX.to(y_RX.dtype) if out is None else out.copy_(total_TX)

@@ -193,11 +193,11 @@ class Kernels:
                             eps, self.threads())  # fmt: skip
         return x_TD
 
-    def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
+    def silu_mul(self, gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
         if gate_up_TF2.dtype is not FP32:
-            return activation.silu_mul(gate_up_TF2)
+            return activation.silu_mul(gate_up_TF2, out=out)
         num_tokens, width = gate_up_TF2.shape
-        out_TF = gate_up_TF2.new_empty((num_tokens, width // 2))
+        out_TF = gate_up_TF2.new_empty((num_tokens, width // 2)) if out is None else out
         self.silu_mul_c(gate_up_TF2.data_ptr(), out_TF.data_ptr(), num_tokens, width // 2, self.threads())
         return out_TF
 

@@ -117,8 +117,14 @@ static void product(const float *x, const void *weight, int64_t depth, int64_t p
 static void finish(const Packed *p, const float *sums, float *y, int64_t row0, int64_t T, int64_t y0, int R, int width) {
     const int64_t n = MIN(width, p->Y - y0);
     const float *scale = p->kind == IS_SCALED ? NULL : p->scale;
+    const int is_plain = !scale && !p->bias && n == PANEL; /* sums as they are, in whole vectors */
     for (int r = 0; r < R && row0 + r < T; r++) {
         float *out = y + (row0 + r) * p->Y + y0;
+        if (is_plain) {
+            store(out, load(sums + r * width));
+            store(out + VL, load(sums + r * width + VL));
+            continue;
+        }
         for (int64_t j = 0; j < n; j++) {
             float v = sums[r * width + j];
             if (scale) v *= scale[y0 + j];

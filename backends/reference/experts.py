@@ -64,18 +64,20 @@ def pack_experts(experts: Iterable[Tensor | ScaledWeight], *, quantization: str 
     return PackedExperts(packed, num_outputs)
 
 
-def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+def grouped_linear(x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                   out: Tensor | None = None) -> Tensor:
     num_chosen = choice.ids_TK.shape[1]
     x_RX = x.repeat_interleave(num_chosen, dim=0) if from_tokens else x
-    y_RY = x_RX.new_empty((len(x_RX), packed.num_outputs))
+    y_RY = x_RX.new_empty((len(x_RX), packed.num_outputs)) if out is None else out
     for expert, weight in enumerate(packed.experts):
         rows = choice.ids_TK.flatten() == expert
         y_RY[rows] = linear(x_RX[rows], weight)
     return y_RY
 
 
-def combine(y_RX: Tensor, choice: ExpertChoice) -> Tensor:
-    return weighted_sum(y_RX.unflatten(0, choice.ids_TK.shape), choice.weights_TK).to(y_RX.dtype)
+def combine(y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
+    total_TX = weighted_sum(y_RX.unflatten(0, choice.ids_TK.shape), choice.weights_TK)
+    return total_TX.to(y_RX.dtype) if out is None else out.copy_(total_TX)
 
 
 def weighted_sum(y_TKX: Tensor, weights_TK: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tests.models.harness import PagedRunner, greedy
 from tests.ops.test_linear import stored_weight
 from xllm import LLM, SamplingParams, env
 from xllm.errors import ConfigError, ModelError
-from xllm.layers import experts
+from xllm.layers import experts, workspace
+from xllm.layers.workspace import Workspace
 from xllm.models.footprint import StoredShape, footprint
 from xllm.models.loader import load_model
 from xllm.models.model_registry import read_model_config
@@ -134,14 +136,45 @@ def test_long_steps_are_computed_a_part_at_a_time(make_checkpoint: Make, backend
     monkeypatch.setattr(experts, "MAX_ROWS", 17)
     model, rows = load(folder, backend), []
     for layer in model._layers:
-        def silu_mul(x: Tensor, inner: Callable[[Tensor], Tensor] = layer._mlp._silu_mul) -> Tensor:
+        def silu_mul(x: Tensor, *, out: Tensor | None, inner: Any = layer._mlp._silu_mul) -> Tensor:
             rows.append(len(x))
-            return inner(x)
+            return inner(x, out=out)
 
         layer._mlp._silu_mul = silu_mul
     parts_TV = PagedRunner(model, backend).step({"a": PROMPT})["a"]
     assert torch.equal(parts_TV, whole_TV)
     assert max(rows) == 15 and sum(rows) == 3 * 3 * len(PROMPT)
+
+
+def test_layers_that_share_memory_compute_the_same(make_checkpoint: Make, backend: Backend,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads at once, each with steps of one part and of several."""
+    folder, lengths = make_checkpoint("qwen2-moe"), (9, 2, 17, 5)
+    plain, model = load(folder, backend), load(folder, backend, workspace=Workspace())
+    expected = [PagedRunner(plain, backend).step({"a": PROMPT[:length]})["a"] for length in lengths]
+    monkeypatch.setattr(experts, "MAX_ROWS", 17)
+    monkeypatch.setattr(workspace, "LARGE_BYTES", 0)
+    parts = load(folder, backend, workspace=Workspace())
+
+    def steps(_: int) -> list[Tensor]:
+        torch.set_grad_enabled(False)
+        return [PagedRunner(each, backend).step({"a": PROMPT[:length]})["a"]
+                for length in lengths for each in (model, parts)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(steps, range(4)):
+            assert all(torch.equal(*pair) for pair in zip(found[::2], expected, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(found[1::2], expected, strict=True))
+
+
+def test_a_workspace_is_taken_again() -> None:
+    memory = Workspace()
+    many, few = (memory.take("a", rows, 300, torch.float32) for rows in (200, 150))
+    assert many.shape == (200, 300) and few.shape == (150, 300) and many.data_ptr() == few.data_ptr()
+    assert memory.take("b", 200, 300, torch.float32).data_ptr() != few.data_ptr()
+    assert memory.take("a", 300, 300, torch.bfloat16).data_ptr() == few.data_ptr()
+    assert memory.take("a", 2, 300, torch.float32).data_ptr() != few.data_ptr()  # a small one is new
+    assert memory.take("a", 400, 300, torch.float32).shape == (400, 300)
 
 
 @pytest.mark.parametrize(("variant", "shared", "shared_width"), [

@@ -147,6 +147,19 @@ def test_rows_keep_to_themselves(quantization: str | None) -> None:
         torch.testing.assert_close(outputs(begin, end), together[begin:end], rtol=2**-8, atol=1e-3)
 
 
+def test_results_go_into_memory_of_the_caller() -> None:
+    ops, choice = npu().ops, there(contract.chosen(9, 4, 2))
+    x_TX, dtype, device = randn(9, 64, dtype=torch.bfloat16), torch.bfloat16, npu().device
+    packed = ops.pack_experts(iter([randn(96, 64, dtype=dtype) for _ in range(4)]))
+    rooms = [torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in ((18, 96), (18, 48), (9, 48))]
+    y_RY = ops.grouped_linear(x_TX, packed, choice, from_tokens=True, out=rooms[0])
+    inner_RF = ops.silu_mul(y_RY, out=rooms[1])
+    found = [y_RY, inner_RF, ops.combine(inner_RF, choice, out=rooms[2])]
+    assert [each.data_ptr() for each in found] == [room.data_ptr() for room in rooms]
+    own = ops.silu_mul(ops.grouped_linear(x_TX, packed, choice, from_tokens=True))
+    assert torch.equal(rooms[1].cpu(), own.cpu()) and torch.equal(rooms[2].cpu(), ops.combine(own, choice).cpu())
+
+
 def test_an_order_is_made_where_there_is_none(ops: OpSet) -> None:
     """`host_ops` takes the order away between the operators; whoever changes the ids does."""
     weights, choice = [torch.randn(48, 64).bfloat16() for _ in range(4)], contract.chosen(9, 4, 2)

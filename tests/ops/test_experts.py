@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import pytest
@@ -243,3 +244,25 @@ def test_packed_experts_take_what_linear_layers_do(ops: OpSet) -> None:
     assert packed.nbytes == sum(ops.pack_linear(w, quantization="int8").nbytes for w in weights)
     with pytest.raises(ValueError, match="int4"):
         ops.pack_experts(weights, quantization="int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_results_go_into_memory_of_the_caller(ops: OpSet, dtype: torch.dtype, quantization: str | None) -> None:
+    """The bits of a result of its own, over whatever was there."""
+    num_tokens, num_chosen, (width, size) = 21, 2, (34, 48)
+    up, down = (ops.pack_experts([w.to(dtype) for w in experts(5, shape)], quantization=quantization)
+                for shape in ((2 * width, size), (size, width)))
+    choice, x_TX = chosen(num_tokens, 5, num_chosen), torch.randn(num_tokens, size).to(dtype)
+    rows = num_tokens * num_chosen
+    rooms = [torch.full(shape, NAN, dtype=dtype) for shape in ((rows, 2 * width), (rows, width), (rows, size),
+                                                               (num_tokens, size))]
+
+    def results(outs: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        yield (y := ops.grouped_linear(x_TX, up, choice, from_tokens=True, out=outs[0]))
+        yield (y := ops.silu_mul(y, out=outs[1]))
+        yield (y := ops.grouped_linear(y, down, choice, from_tokens=False, out=outs[2]))
+        yield ops.combine(y, choice, out=outs[3])
+
+    for own, found, room in zip(results([None] * 4), results(rooms), rooms, strict=True):
+        assert found.data_ptr() == room.data_ptr() != own.data_ptr() and torch.equal(found, own)

@@ -45,9 +45,10 @@ class CommonScale:
 
         return self._ops.pack_experts(widened(), quantization=quantization)
 
-    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool) -> Tensor:
+    def grouped_linear(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+                       out: Tensor | None = None) -> Tensor:
         """All ranks have the same choice, and one kind of device: their rows stand in the same order."""
-        return self._ops.grouped_linear(self._widened_input(x), packed, choice, from_tokens=from_tokens)
+        return self._ops.grouped_linear(self._widened_input(x), packed, choice, from_tokens=from_tokens, out=out)
 
     def _widened(self, weight_YX: Tensor | ScaledWeight) -> Tensor:
         assert isinstance(weight_YX, Tensor), "what has its own scales is not quantised"

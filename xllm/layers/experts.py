@@ -5,8 +5,9 @@ Letters: T tokens, E experts, K experts a token, D hidden, F ffn, R = T * K rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,14 @@ class Experts:
     Ranks share the inner axis of every expert; the router is the same on all. Adapters change the shared expert alone.
     """
 
-    __slots__ = ("_all_reduce", "_bias_E", "_combine", "_down", "_down_linear", "_gate_up", "_gate_up_linear",
-                 "_max_tokens", "_route", "_router", "_router_dtype", "_rule", "_shared", "_silu_mul")
+    __slots__ = ("_all_reduce", "_bias_E", "_combine", "_down", "_down_linear", "_ffn_size", "_gate_up",
+                 "_gate_up_linear", "_max_tokens", "_room", "_route", "_router", "_router_dtype", "_rule", "_shared",
+                 "_silu_mul")
 
     def __init__(self, context: LayerContext, weights: Weights, name: str, shape: ExpertShape,
                  shared: GatedMLP | SharedExpert | None = None):
         ops, own = context.ops, with_common_scale(context).ops
-        context.parallel.tp_shard(0).even_width(shape.ffn_size, f"the width of the experts of {name}")
+        width = context.parallel.tp_shard(0).even_width(shape.ffn_size, f"the width of the experts of {name}")
         self._router_dtype = torch.float32 if shape.scores_in_fp32 else None
         router_ED = weights.take(f"{name}.gate.weight", (shape.num_experts, shape.hidden_size),
                                  dtype=self._router_dtype)
@@ -78,20 +80,29 @@ class Experts:
         self._route, self._silu_mul, self._combine = ops.route, ops.silu_mul, ops.combine
         self._gate_up_linear, self._down_linear = ops.grouped_linear, own.grouped_linear
         self._all_reduce, self._shared = context.parallel.tp.all_reduce, shared
+        self._room: Callable[..., Tensor | None] = _no_room if context.workspace is None else context.workspace.take
+        self._ffn_size = width
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Overwrites x_TD where it has more tokens than are computed at a time."""
         if len(x_TD) <= self._max_tokens:
             return self._compute(x_TD)
         for part_TD in x_TD.split(self._max_tokens):
-            part_TD.copy_(self._compute(part_TD))
+            part_TD.copy_(self._compute(part_TD, self._room("sum", *part_TD.shape, x_TD.dtype)))
         return x_TD
 
-    def _compute(self, x_TD: Tensor) -> Tensor:
-        choice = self._route(self._router(x_TD.to(self._router_dtype or x_TD.dtype)), self._rule, self._bias_E)
-        inner_RF = self._silu_mul(self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True))
-        y_RD = self._down_linear(inner_RF, self._down, choice, from_tokens=False)  # gate and up are free by now
-        out_TD = self._all_reduce(self._combine(y_RD, choice))
+    def _compute(self, x_TD: Tensor, out_TD: Tensor | None = None) -> Tensor:
+        """out_TD: for the result, apart from x_TD."""
+        (num_tokens, hidden_size), dtype = x_TD.shape, x_TD.dtype
+        num_rows = num_tokens * self._rule.num_chosen
+        choice = self._route(self._router(x_TD.to(self._router_dtype or dtype)), self._rule, self._bias_E)
+        gate_up_RX = self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True,
+                                          out=self._room("product", num_rows, 2 * self._ffn_size, dtype))
+        inner_RF = self._silu_mul(gate_up_RX, out=self._room("inner", num_rows, self._ffn_size, dtype))
+        del gate_up_RX  # its memory is y's
+        y_RD = self._down_linear(inner_RF, self._down, choice, from_tokens=False,
+                                 out=self._room("product", num_rows, hidden_size, dtype))
+        out_TD = self._all_reduce(self._combine(y_RD, choice, out=out_TD))
         return out_TD if self._shared is None else out_TD.add_(self._shared(x_TD))
 
 
@@ -109,6 +120,10 @@ class SharedExpert:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self._mlp(x_TD).mul_(self._route(self._gate(x_TD), ALWAYS).weights_TK)
+
+
+def _no_room(*_: Any) -> None:
+    """As `Workspace.take`: operators take memory of their own."""
 
 
 def _gate_up_weights(weights: Weights, name: str, shape: ExpertShape, shard: Shard) -> Iterator[Tensor | ScaledWeight]:

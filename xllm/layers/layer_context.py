@@ -12,6 +12,7 @@ from torch import Tensor
 from backends.opset import OpSet
 from backends.scaled_weight import ScaledWeight
 from xllm.layers.adapter_slots import AdapterSlots
+from xllm.layers.workspace import Workspace
 from xllm.parallel.parallel_context import ONE_RANK, ParallelContext
 from xllm.parallel.shard import Shard
 
@@ -64,7 +65,8 @@ class LayerContext:
     """Handed down a model's constructors; layers keep the ops and groups they call and nothing else of it.
 
     max_model_len: positions are below it. adapters: told of every layer that adapters may change; None: none can be
-    loaded.
+    loaded. workspace: for what is between products of experts; None: operators take memory of their own, as graphs want
+    it and as is best where freed memory is kept for the next tensor anyway.
     """
 
     ops: OpSet
@@ -73,3 +75,4 @@ class LayerContext:
     parallel: ParallelContext = ONE_RANK
     quantization: str | None = None
     adapters: AdapterSlots | None = None
+    workspace: Workspace | None = None

@@ -11,6 +11,7 @@ from backends.backend import Backend
 from xllm.errors import ConfigError
 from xllm.layers.adapter_slots import AdapterSlots
 from xllm.layers.layer_context import LayerContext
+from xllm.layers.workspace import Workspace
 from xllm.models.causal_lm import CausalLM
 from xllm.models.dummy_weights import DummyWeights
 from xllm.models.model_config import ModelConfig
@@ -33,6 +34,7 @@ def load_model(
     adapters: AdapterSlots | None = None,
     parallel: ParallelContext = ONE_RANK,
     progress: ReadProgress | None = None,
+    workspace: Workspace | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint folder on the backend's device, its weights converted to `dtype`.
 
@@ -43,6 +45,7 @@ def load_model(
     adapters: told of every layer that adapters may change; None: there will be none.
     max_model_len: positions are below it; None: the checkpoint's own limit.
     parallel: this process reads and holds its rank's share only; all ranks load at the same time.
+    workspace: see `LayerContext`.
     Raises:
         ModelError: the checkpoint cannot be used.
         ConfigError: `max_model_len` is beyond the checkpoint's limit, the backend lacks `quantization`, or the model
@@ -51,7 +54,8 @@ def load_model(
     config = config or read_model_config(path)
     keeps_fp8 = config.fp8 is not None and config.fp8.is_kept(quantization, backend.takes_scaled_weights)
     context = LayerContext(ops=backend.ops, device=backend.device, max_model_len=_checked_len(config, max_model_len),
-                           parallel=parallel, quantization=None if keeps_fp8 else quantization, adapters=adapters)
+                           parallel=parallel, quantization=None if keeps_fp8 else quantization, adapters=adapters,
+                           workspace=workspace)
     family = family_of(config.architecture)
     if load_format == "dummy":
         return family.build(context, config, DummyWeights(dtype=dtype, device=backend.device))

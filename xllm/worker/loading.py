@@ -256,17 +256,19 @@ class LoadedModel:
         return loaded
 
     def _read_own(self) -> CausalLM:
+        from xllm.layers.workspace import Workspace
         from xllm.models.checkpoint_mark import change_mark, check_same_contents
         from xllm.models.loader import load_model
 
         model = self.config.model
+        is_eager_host = self.backend.computes_on_host and self.config.device.graph_mode != "checked"
         self._report("weights", 0.0)
         before = change_mark(self.path)
         check_same_contents(self.path, self.parallel.tp, self.backend.device)
         loaded = load_model(self.path, config=self.model_config, backend=self.backend, dtype=self._dtype,
                             quantization=model.quantization,
                             max_model_len=model.max_model_len, load_format=model.load_format, adapters=self.adapters,
-                            parallel=self.parallel,
+                            parallel=self.parallel, workspace=Workspace() if is_eager_host else None,
                             progress=lambda done, total: self._report("weights", done / max(total, 1)))
         if self.parallel.tp.size > 1 and change_mark(self.path) != before:  # another rank may have read others
             raise ModelError(f"the files in {self.path} changed while they were read")
