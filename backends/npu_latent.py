@@ -148,8 +148,8 @@ def expands(num_queries: int, seq_len: int, widths: Widths) -> bool:
 
 def mixed_forms(table_SM: Tensor, block_size: int, widths: Widths, lengths: Lengths, made: list[int]) -> Forms:
     """made: the sequences that are expanded."""
-    counts = list(counts_of(lengths))
-    absorbed = [s for s, (num_queries, _) in enumerate(counts) if num_queries and s not in set(made)]
+    counts, is_made = list(counts_of(lengths)), set(made)
+    absorbed = [s for s, (num_queries, _) in enumerate(counts) if num_queries and s not in is_made]
     batches, done = [], 0
     for number, heads in latent.batches([counts[s][1] for s in made], widths.head_bytes, widths.num_heads):
         ours, done = made[done : done + number], done + number
