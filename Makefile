@@ -9,6 +9,8 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 INSTALL = $(PYTHON) tools/install.py --venv $(VENV) --torch-index '$(TORCH_INDEX)' --goal '$(or $(MAKECMDGOALS),setup)'
 NEEDED := pyproject.toml requirements/constraints.txt
+# Where an environment forbids bytecode, each of the hundred servers that the tests start would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
 
