@@ -9,6 +9,8 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 INSTALL = $(PYTHON) tools/install.py --venv $(VENV) --torch-index '$(TORCH_INDEX)' --goal '$(or $(MAKECMDGOALS),setup)'
 NEEDED := pyproject.toml requirements/constraints.txt
+# Where an environment forbids bytecode, each of the hundred servers that the tests start would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
 
@@ -73,7 +75,8 @@ nightly: setup
 	NODES_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/worker/test_nodes.py --timeout 300
 	FAIRNESS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/security/test_fairness.py --timeout 600
 	HOSTILE_ALL=1 RACES_S=300 RACES_SEED=$(or $(SEED),0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 \
-		tests/models/test_hostile_folders.py tests/serving/test_hostile_regexes.py tests/serving/test_races.py
+		tests/models/test_hostile_folders.py tests/serving/test_hostile_regexes.py \
+		tests/serving/test_hostile_adapters.py tests/serving/test_races.py tests/structured/test_dead_ends.py
 
 # Every kind of value in every field of every request.
 fuzz: setup

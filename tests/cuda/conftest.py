@@ -1,8 +1,8 @@
 """What only CUDA has. Its operators' results are tested with those of all op sets, in `tests/ops`.
 
 Triton decides when a kernel is defined whether it is interpreted, so these tests have a process of their own:
-`TRITON_INTERPRET=1 pytest tests/ops tests/cuda`, as `make test` does. In any other only `test_without_a_device.py` is
-collected.
+`TRITON_INTERPRET=1 pytest tests/ops tests/cuda`, as `make test` does. In any other `test_without_a_device.py` is
+collected, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.ops.conftest import INTERPRETED, seed_and_poison
 
 ANYWHERE = {"test_without_a_device.py"}
 TESTS = {path.name for path in Path(__file__).parent.glob("test_*.py")}
-collect_ignore = [] if INTERPRETED else sorted(TESTS - ANYWHERE)
+collect_ignore = sorted(ANYWHERE if INTERPRETED else TESTS - ANYWHERE)
 
 __all__ = ["seed_and_poison"]
 

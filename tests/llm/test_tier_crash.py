@@ -3,22 +3,19 @@ was complete."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.llm.tier_child import BLOCK, FRESH, STORED, answer, make_llm
+from tests.llm.tier_child import BLOCK, FRESH, STORED, answer, main, make_llm
+from tests.worker.pool import context
 from xllm import LLM
 from xllm.kv.block import block_digests
 from xllm.kv.tier_index import NO_SLOT
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = STORED + FRESH
 # Where the child dies, and at which pass. Every state of the disk is covered without a model in tests/kv.
 DEATHS = ["tier.read=kill:3", "tier.loaded_layer=kill:2", "tier.saved=kill:3", "disk.payload_half=kill:9",
@@ -74,8 +71,8 @@ def test_a_restart_serves_from_disk_what_the_last_life_stored(stored: Path, plai
 @pytest.mark.parametrize("death", DEATHS)
 def test_after_a_kill(death: str, stored: Path, plain: list[list[int]], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stored, tmp_path / "kv"))
-    environment = {**os.environ, "XLLM_FAILPOINTS": death, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "-m", "tests.llm.tier_child", str(folder)], cwd=ROOT, env=environment,
-                           capture_output=True, text=True, timeout=60, check=False)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = context().Process(target=main, args=(str(folder), death))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
     check_next_life(folder, plain)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from xllm import LLM, SamplingParams
+from xllm.kv import failpoints
 
 BLOCK = 16
 NUM_BLOCKS = 20  # of the device: one of the prompts below and its output, and little more
@@ -27,13 +27,10 @@ def answer(llm: LLM, prompts: list[str]) -> list:
     return [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
 
 
-def main(folder: str) -> None:
-    """What was stored is read, what is new is stored, and what has left the device comes back."""
+def main(folder: str, death: str) -> None:
+    """What was stored is read, what is new is stored, and what has left the device comes back; `death` is a failpoint's
+    on the way."""
+    failpoints.arm_all(death)
     with make_llm(Path(folder)) as llm:
         for prompts in (STORED, FRESH, STORED, FRESH):
             answer(llm, prompts)
-            print("answered", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

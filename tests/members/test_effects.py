@@ -10,7 +10,6 @@ import pytest
 
 from tests.members.bodies import BODIES, RANKED, SAMPLED, SCORED
 from tests.members.effects import ABSENT, USER
-from tests.serving.conftest import server  # noqa: F401
 from tests.serving.server_process import ServerProcess
 
 BASES: dict[str, dict[str, Any]] = {
@@ -35,7 +34,7 @@ def body_with(body: dict[str, Any], member: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "member"), CASES, ids=[f"{path[1:]}-{member}" for path, member in CASES])
-def test_an_honoured_member_changes_the_answer(server: ServerProcess, showing: ServerProcess,  # noqa: F811
+def test_an_honoured_member_changes_the_answer(server: ServerProcess, showing: ServerProcess,
                                                path: str, member: str) -> None:
     base, effect = BASES[path], EFFECTS[path][member]
     asked = showing if (path, member) in NEEDS_TOOLS else server

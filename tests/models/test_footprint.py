@@ -95,7 +95,7 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(tmp_path: Path
     with pytest.raises(ConfigError, match=r"the weights take .* GiB as float32, and .* GiB of memory is available"):
         LLM(str(folder), skip_tokenizer_init=True, device="cpu")
     with pytest.raises(ConfigError, match="take a smaller model"):
-        LLM(str(folder), skip_tokenizer_init=True, device="cpu", dtype="bfloat16", worker_ranks=4, worker="processes")
+        LLM(str(folder), skip_tokenizer_init=True, device="cpu", dtype="bfloat16", worker_ranks=2, worker="processes")
 
 
 def test_steps_that_cannot_fit_are_refused() -> None:

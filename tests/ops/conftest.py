@@ -32,7 +32,9 @@ NAN = float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICES = [name for name, found in (("cuda", torch.cuda.is_available()),) if found]
 NAMES = ["cuda-interpreted"] if INTERPRETED else ["reference", "torch", "compiled", *DEVICES]
-OF_THE_CPU = {"test_backend.py", "test_compiled_kv.py", "test_on_device.py", "test_threads.py", "test_vmm.py"}
+# Nothing in them is CUDA's, or interpreted: they run once, in the other process.
+OF_THE_CPU = {"test_backend.py", "test_compiled_kv.py", "test_cpu_threads.py", "test_npu_blocks_apart.py",
+              "test_on_device.py", "test_pool.py", "test_threads.py", "test_vmm.py"}
 collect_ignore = sorted(OF_THE_CPU) if INTERPRETED else []
 
 T = TypeVar("T")

@@ -13,6 +13,7 @@ from backends import get_backend
 from tests.models.checkpoints import BY_ID, save_checkpoint
 from tests.models.fp8_checkpoints import to_fp8
 from tests.parallel.ranks import Ranks
+from xllm import env
 from xllm.errors import ConfigError
 from xllm.models.loader import load_model
 from xllm.models.model_registry import read_model_config
@@ -29,11 +30,10 @@ MODELS = [("llama-gqa", 2), ("llama-attention-bias", 2), ("llama-mqa", 2), ("lla
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Compiled once, not by each rank."""
-    folder = tmp_path_factory.mktemp("kernels")
-    get_backend("cpu", cache_dir=folder)
-    return str(folder)
+def kernels() -> str:
+    """Compiled once, not by each rank: where every engine of this machine finds them."""
+    get_backend("cpu", cache_dir=env.cache_dir())
+    return str(env.cache_dir())
 
 
 @pytest.mark.parametrize("size", [2, 3])

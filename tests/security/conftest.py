@@ -19,10 +19,9 @@ carol       sha256:{hashlib.sha256(CAROL.encode()).hexdigest()}  requests_per_mi
 
 
 @pytest.fixture(scope="session")
-def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def open_server(server: ServerProcess) -> ServerProcess:
     """A server as it starts without any flag: on loopback, without keys."""
-    with ServerProcess(tmp_path_factory.mktemp("open") / "log.txt") as running:
-        yield running
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -168,23 +168,23 @@ SITE = "https://app.example"
 
 @pytest.fixture(scope="module")
 def server_of_a_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path_factory.mktemp("site") / "log.txt", "--cors-origin", SITE) as server:
+    with ServerProcess(tmp_path_factory.mktemp("site") / "log.txt", "--api-key", "k", "--cors-origin", SITE,
+                       key="k") as server:
         yield server
 
 
-def test_a_named_site_may_call(tmp_path: Path) -> None:
-    site = "https://chat.example"
-    with ServerProcess(tmp_path / "log.txt", "--api-key", "k", "--cors-origin", site, key="k") as server:
-        asked = {"Origin": site, "Access-Control-Request-Method": "POST",
-                 "Access-Control-Request-Headers": "authorization,content-type"}
-        preflight = httpx.options(f"{server.url}/v1/completions", headers=asked)
-        assert preflight.status_code == 200
-        assert preflight.headers["access-control-allow-origin"] == site
-        refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": site})
-        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, site)
-        other = httpx.options(f"{server.url}/v1/completions", headers={**asked, "Origin": "https://evil.example"})
-        assert "access-control-allow-origin" not in other.headers
-        assert "access-control-allow-credentials" not in preflight.headers
+def test_a_named_site_may_call(server_of_a_site: ServerProcess) -> None:
+    url = server_of_a_site.url
+    asked = {"Origin": SITE, "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = httpx.options(f"{url}/v1/completions", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == SITE
+    refused = httpx.get(f"{url}/v1/models", headers={"Origin": SITE})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, SITE)
+    other = httpx.options(f"{url}/v1/completions", headers={**asked, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-credentials" not in preflight.headers
 
 
 STAINLESS = [f"x-stainless-{name}" for name in ("arch", "lang", "os", "package-version", "retry-count", "runtime",

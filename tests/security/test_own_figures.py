@@ -105,7 +105,7 @@ def test_keys_in_the_environment_stay_with_the_server(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XLLM_API_KEY", "sk-env-user-1")
     monkeypatch.setenv("XLLM_ADMIN_API_KEY", "sk-env-admin-1")
     monkeypatch.setenv("HF_TOKEN", "hf-env-secret")
-    with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "2",
+    with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "1",
                        key="sk-env-user-1") as run:
         answer = run.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 4,
                                                         "response_format": {"type": "json_object"}})

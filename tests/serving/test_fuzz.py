@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -47,7 +48,7 @@ def test_schemathesis_finds_no_server_error(server: ServerProcess, client: opena
     done = subprocess.run(
         [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json",
          "--checks", "not_a_server_error", "--max-examples", str(NUM_EXAMPLES), "--seed", "7", "--phases", "fuzzing",
-         "--mode", "all", "--request-timeout", "30", "--suppress-health-check", "all"],
+         "--mode", "all", "--request-timeout", "30", "--suppress-health-check", "all", "--workers", "4"],
         cwd=tmp_path, capture_output=True, text=True, timeout=280)
     texts = witness.stop()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -88,15 +89,19 @@ def values_for(name: str) -> list[object]:
 
 def test_every_field_with_every_kind_of_value(server: ServerProcess, client: openai.OpenAI) -> None:
     expected = client.completions.create(model="demo", **WITNESS).choices[0].text
-    witness, num_sent = Witness(client), 0
-    for path, base in BASES.items():
-        for field in BODIES[path].model_fields:
-            for value in values_for(path + field):
-                body = json.dumps({**base, field: value})
-                response = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
-                assert response.status_code < 500, (path, field, value, response.text[:500])
-                num_sent += 1
+    bodies = [(path, json.dumps({**base, field: value})) for path, base in BASES.items()
+              for field in BODIES[path].model_fields for value in values_for(path + field)]
+
+    def send(path: str, body: str) -> None:
+        response = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code < 500, (path, body[:500], response.text[:500])
+
+    witness = Witness(client)
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(send, *each) for each in bodies]
     texts = witness.stop()
-    assert num_sent > 500 and texts and set(texts) == {expected}
+    for each in sent:
+        each.result()
+    assert len(sent) > 500 and texts and set(texts) == {expected}
     server.wait_idle()
     assert "Traceback" not in server.log

@@ -14,18 +14,18 @@ def answer(server: ServerProcess) -> str:
         return client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=12).choices[0].text
 
 
-def test_metrics_of_graphs(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", "--graph-mode", "checked") as server:
-        text = answer(server)
-        wait_for(lambda: "graph_replays_total{" in server.http.get("/metrics").text, what="a heartbeat with replays")
-        families = server.http.get("/metrics").text
+def test_metrics_of_graphs(server: ServerProcess, tmp_path: Path) -> None:
+    """On a CPU `server` is without graphs."""
+    with ServerProcess(tmp_path / "log", "--graph-mode", "checked") as checked:
+        text = answer(checked)
+        wait_for(lambda: "graph_replays_total{" in checked.http.get("/metrics").text, what="a heartbeat with replays")
+        families = checked.http.get("/metrics").text
         series = {line.split(" ")[0]: float(line.rpartition(" ")[2]) for line in families.splitlines()
                   if line.startswith("xllm:graph")}
         assert sum(value for name, value in series.items() if name.startswith("xllm:graph_replays_total")) == 11
         assert [value for name, value in series.items() if 'reason="no_bucket"' in name] == [1]  # the prompt
         assert [value for name, value in series.items() if 'change="capture"' in name] == [2]  # one for each set
-        assert server.gauge("xllm:graphs") == 2
-        assert server.gauge("xllm:graph_memory_bytes") > 0
-    with ServerProcess(tmp_path / "log2", "--graph-mode", "off") as server:
-        assert answer(server) == text
-        assert "xllm:graph" not in server.http.get("/metrics").text
+        assert checked.gauge("xllm:graphs") == 2
+        assert checked.gauge("xllm:graph_memory_bytes") > 0
+    assert answer(server) == text
+    assert "xllm:graph" not in server.http.get("/metrics").text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from xllm.text.tokenizer import load_tokenizer
 LEVELS = access_table(ROUTES)
 GETS = sorted(route.path for route in ROUTES
               if route.method == "GET" and route.access is not Access.ADMIN and "{" not in route.path)
+KEY = "a-key-of-some-length"
 CHANGING = {"/metrics", "/v1/stats"}  # times and counts: two answers have different lengths
 
 
@@ -50,11 +52,18 @@ def test_a_head_of_the_stream_takes_no_viewers_place(server: ServerProcess) -> N
     assert server.http.head("/v1/stats/stream?interval_ms=1").status_code == 400
 
 
-def test_the_levels_hold_for_head(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log.txt", "--api-key", "a-key-of-some-length", key="another") as keyed:
-        for path in GETS:
-            assert keyed.http.head(path).status_code == (200 if LEVELS[path] is Access.PUBLIC else 401), path
-        wait_for(lambda: keyed.health().status_code == 200)
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a key that its client has not, and without a tokenizer."""
+    with ServerProcess(tmp_path_factory.mktemp("keyed") / "log.txt", "--api-key", KEY, "--skip-tokenizer-init",
+                       key="another") as running:
+        yield running
+
+
+def test_the_levels_hold_for_head(keyed: ServerProcess) -> None:
+    for path in GETS:
+        assert keyed.http.head(path).status_code == (200 if LEVELS[path] is Access.PUBLIC else 401), path
+    wait_for(lambda: keyed.health().status_code == 200)
 
 
 def test_tokenizer_info(server: ServerProcess) -> None:
@@ -80,7 +89,6 @@ def test_a_client_that_counts_with_the_servers_tokenizer(server: ServerProcess) 
     assert server.http.post("/detokenize", json={"tokens": ids}).json()["prompt"] == "def f(x):"
 
 
-def test_tokenizer_info_without_a_tokenizer(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log.txt", "--skip-tokenizer-init") as bare:
-        answer = bare.http.get("/tokenizer_info")
-        assert answer.status_code == 404 and "without a tokenizer" in answer.text
+def test_tokenizer_info_without_a_tokenizer(keyed: ServerProcess) -> None:
+    answer = keyed.http.get("/tokenizer_info", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 404 and "without a tokenizer" in answer.text

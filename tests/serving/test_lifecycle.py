@@ -97,7 +97,7 @@ def test_drain_with_api_key(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.txt", "--api-key", "first", "--api_key=second", "--admin-api-key", "third",
                        key="second", monitor_key="third") as server:
         _check_keys(server)
-        calls = Calls(server, 3)
+        calls = Calls(server, 2)
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)  # a supervisor's, to the group: no second wish
         wait_for(lambda: "draining" in server.log, what="the drain")

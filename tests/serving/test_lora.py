@@ -75,24 +75,31 @@ def test_loaded_and_unloaded_while_serving(adapted: tuple[ServerProcess, Path], 
     admin.post("/v1/unload_lora_adapter", json={"lora_name": "s"})
 
 
-@pytest.mark.parametrize("names", [("demo",), ("chosen", "another")], ids=str)
-def test_an_adapter_may_not_have_the_models_name(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Requests by that name get the model: the adapter would be there and never used."""
-    write_adapter(tmp_path / "loras" / "v1", 1)
-    flags = [f"--served-model-name={name}" for name in names if name != "demo"]
-    folder = tmp_path / "loras"
-    with ServerProcess(tmp_path / "log.txt", *flags, "--enable-lora", "--lora-folder", str(folder), "--admin-api-key",
-                       ADMIN) as server:
-        for name in names:
-            answer = server.http.post("/v1/load_lora_adapter", headers={"Authorization": f"Bearer {ADMIN}"},
-                                      json={"lora_name": name, "lora_path": "v1"})
-            assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name", answer.text
-        assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == list(names)
+def check_a_models_names(server: ServerProcess, names: tuple[str, ...], folder: Path, flags: tuple[str, ...]) -> None:
+    """Of those that the server was started with by `flags` no adapter gets one, then or at another start."""
     for name in names:
+        answer = server.http.post("/v1/load_lora_adapter", headers={"Authorization": f"Bearer {ADMIN}"},
+                                  json={"lora_name": name, "lora_path": folder.name})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_name", answer.text
         refused = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags,
-                                  "--lora-modules", f"{name}={folder / 'v1'}"], capture_output=True, text=True,
+                                  "--lora-modules", f"{name}={folder}"], capture_output=True, text=True,
                                  timeout=60, check=False)
         assert refused.returncode == 1 and f"lora_modules: {name!r} is the served model's own" in refused.stderr
+
+
+def test_an_adapter_may_not_have_the_models_name(adapted: tuple[ServerProcess, Path]) -> None:
+    """Requests by that name get the model: the adapter would be there and never used."""
+    check_a_models_names(adapted[0], ("demo",), adapted[1] / "more" / "second", ())
+
+
+def test_an_adapter_may_not_have_a_name_that_the_model_was_given(tmp_path: Path) -> None:
+    names, folder = ("chosen", "another"), tmp_path / "loras" / "v1"
+    write_adapter(folder, 1)
+    flags = tuple(f"--served-model-name={name}" for name in names)
+    with ServerProcess(tmp_path / "log.txt", *flags, "--enable-lora", "--lora-folder", str(folder.parent),
+                       "--admin-api-key", ADMIN) as server:
+        check_a_models_names(server, names, folder, flags)
+        assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == list(names)
 
 
 @pytest.mark.parametrize("path", ["..", "../first", ".", "", "/etc", "second/../../first", "nowhere",

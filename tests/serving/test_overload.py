@@ -108,8 +108,8 @@ class Call(threading.Thread):
         return self.response
 
 
-def busy(server: ServerProcess) -> Call:
-    blocker = Call(server, **BLOCKER)
+def busy(server: ServerProcess, **changes: object) -> Call:
+    blocker = Call(server, **{**BLOCKER, **changes})
     wait_for(lambda: server.gauge("xllm:num_requests_running") == 1, what="a busy engine")
     return blocker
 
@@ -145,7 +145,7 @@ def test_a_call_that_takes_too_long_fails_and_frees_its_place(narrow: ServerProc
     late = narrow.http.post("/v1/completions", json={**BLOCKER, "timeout_s": 0.05})
     assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
     assert time.monotonic() - started_s < 10
-    blocker = busy(narrow)
+    blocker = busy(narrow, max_tokens=600)
     waiting = narrow.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "timeout_s": 0.05})
     assert waiting.status_code == 504
     assert blocker.answer().status_code == 200

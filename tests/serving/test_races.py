@@ -18,7 +18,7 @@ from tests.serving.server_process import ServerProcess
 
 ADMIN = {"Authorization": "Bearer an-admin-key-of-some-length"}
 SECONDS = float(os.environ.get("RACES_S", "6"))
-SEEDS = range(int(os.environ.get("RACES_SEED", "0")), int(os.environ.get("RACES_SEED", "0")) + 2)
+FIRST_SEED, NUM_SEEDS = int(os.environ.get("RACES_SEED", "0")), 2 if os.environ.get("HOSTILE_ALL") == "1" else 1
 NUM_THREADS = 8
 NAMES = ("one", "two", "three")
 BODY = {"prompt": "def add(a, b):\n", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
@@ -99,7 +99,7 @@ class Racer:
         self.note("engine", self._http.post("/abort", json={"abort_all": True}, headers=ADMIN))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_SEEDS))
 def test_everything_at_once(raced: ServerProcess, seed: int) -> None:
     quiet = answers(raced)
     racers = [Racer(raced, seed * NUM_THREADS + index, time.monotonic() + SECONDS) for index in range(NUM_THREADS)]

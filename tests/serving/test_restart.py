@@ -59,27 +59,28 @@ def test_killed_and_back(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stops"])
-def test_a_rank_that_fails_is_replaced_with_the_engine(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_rank_that_dies_or_stops_is_replaced_with_the_engine(tmp_path: Path) -> None:
     """Also where nobody asks anything of it meanwhile."""
     with ServerProcess(tmp_path / "log.txt", "--worker", "processes", "--worker-ranks", "2", "--log-format",
                        "json") as server:
-        text, engine = answer(server), server.engine_pid
-        ranks = [child.pid for child in psutil.Process(engine).children()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signum)
-        wait_for(lambda: server.health().status_code != 200, 10.0, "an end of the engine")
-        assert "worker rank 1 " in server.log
-        wait_for(lambda: server.health().status_code == 200, 60.0, "a restart")
-        assert answer(server) == text and server.engine_pid != engine
-        assert not any(psutil.pid_exists(pid) for pid in ranks)
+        text = answer(server)
+        for signum in (signal.SIGKILL, signal.SIGSTOP):
+            engine, num_said = server.engine_pid, server.log.count("worker rank 1 ")
+            ranks = [child.pid for child in psutil.Process(engine).children()]
+            assert len(ranks) == 2
+            os.kill(ranks[1], signum)
+            wait_for(lambda: server.health().status_code != 200, 10.0, "an end of the engine")
+            assert server.log.count("worker rank 1 ") > num_said
+            wait_for(lambda: server.health().status_code == 200, 60.0, "a restart")
+            assert answer(server) == text and server.engine_pid != engine
+            assert not any(psutil.pid_exists(pid) for pid in ranks)
         assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.splitlines()]  # of all processes, on stdout too
     assert {line["process"] for line in lines} == {"api", "engine"}
     assert all(list(line)[:5] == ["time", "level", "process", "logger", "message"] for line in lines)
     said = [line for line in lines if "worker rank 1 " in line["message"]]  # once where it happened, once what follows
-    assert [(line["process"], line["logger"]) for line in said] == [("engine", "xllm.engine"),
-                                                                    ("api", "xllm.supervisor")]
+    assert [(line["process"], line["logger"]) for line in said] == 2 * [("engine", "xllm.engine"),
+                                                                        ("api", "xllm.supervisor")]
     assert not any("exception" in line for line in lines)
 
 
@@ -121,16 +122,17 @@ def test_an_engine_that_cannot_come_back_is_given_up(tmp_path: Path) -> None:
 def test_faults_inside_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, reason: str) -> None:
     """Every process of the engine meets the fault anew; between two of them requests are answered."""
     monkeypatch.setenv("XLLM_FAILPOINTS", point)
+    num_faults = 2 if "add" in point else 1  # that they come anew is the same for all points
     with ServerProcess(tmp_path / "log.txt", "--engine-restarts", "50") as server:
         statuses = []
-        for _ in range(8):
+        for _ in range(4 * num_faults + 1):
             response = server.http.post("/v1/completions", json=SHORT)
             statuses.append(response.status_code)
             if response.status_code == 503:
                 assert reason in response.text
                 wait_for(lambda: server.health().status_code == 200, 60.0, "a restart")
-        assert statuses.count(503) == 2 and set(statuses) == {200, 503}
-        assert server.gauge("xllm:engine_restarts_total") == 2
+        assert statuses.count(503) == num_faults and set(statuses) == {200, 503}
+        assert server.gauge("xllm:engine_restarts_total") == num_faults
         server.wait_idle()
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.serving.server_process import ServerProcess, wait_for
 from tests.serving.test_hostile_regexes import LONGEST_SILENCE_S, MAX_GROWTH_MB, Victim
 
-NUM_READERS, SECONDS = 200, 8
+NUM_READERS, SECONDS = 200, 5
 CHAT = [{"role": "user", "content": "x"}]
 LIGHT: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 6}, "/v1/chat/completions": {"messages": CHAT, "max_tokens": 6},

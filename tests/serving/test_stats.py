@@ -95,8 +95,17 @@ def test_the_interval_has_bounds(server: ServerProcess, value: str) -> None:
     assert response.status_code == 400 and response.json()["error"]["param"] == "interval_ms"
 
 
-def test_only_so_many_watch_and_they_do_not_hold_up_the_end(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log.txt") as server:
+def check_what_a_server_with_keys_shows(server: ServerProcess) -> None:
+    """Its page, and nothing else."""
+    nobody = {"Authorization": ""}
+    for path, status in (("/", 200), ("/web/app.js", 200), ("/v1/stats", 401), ("/v1/stats/stream", 401)):
+        assert server.http.get(path, headers=nobody).status_code == status
+    assert latest(server)["server"]["model"] == "demo"
+
+
+def test_only_so_many_watch_a_server_with_keys_and_they_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log.txt", "--api-key", "k1", key="k1") as server:
+        check_what_a_server_with_keys_shows(server)
         streams = [snapshots(server, interval_ms=60_000) for _ in range(32)]
         for stream in streams:
             next(stream)
@@ -113,14 +122,6 @@ def test_only_so_many_watch_and_they_do_not_hold_up_the_end(tmp_path: Path) -> N
 def _admitted(server: ServerProcess) -> bool:
     with server.http.stream("GET", "/v1/stats/stream") as response:
         return response.status_code == 200
-
-
-def test_a_server_with_keys_shows_its_page_and_nothing_else(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log.txt", "--api-key", "k1", key="k1") as server:
-        nobody = {"Authorization": ""}
-        for path, status in (("/", 200), ("/web/app.js", 200), ("/v1/stats", 401), ("/v1/stats/stream", 401)):
-            assert server.http.get(path, headers=nobody).status_code == status
-        assert latest(server)["server"]["model"] == "demo"
 
 
 def test_step_log() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import xllm.bundled
-from tests.serving.conftest import client, server  # noqa: F401
+from tests.serving.conftest import client  # noqa: F401
 from xllm import LLM
 from xllm.structured.checker import GrammarChecker
 from xllm.structured.token_trie import VocabularySource, vocabulary_source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 
@@ -18,6 +19,7 @@ from xllm.structured.grammar import build_matcher, grammar_text
 from xllm.structured.grammar_probe import DeadEnds
 
 NUM_SEEDS, MAX_TOKENS = 32, 150
+SEEDS_OF_A_PRODUCT = 4 if os.environ.get("HOSTILE_ALL") == "1" else 2
 CHECK_CPU_S = 0.3  # a few times what a check takes; the walks alone may take 0.03
 
 
@@ -100,7 +102,7 @@ def test_names_of_patterns_beside_known_ones(vocabulary, token_bytes, dead_ends,
             continue
         honoured += 1
         writer = Writer(vocabulary, token_bytes, schema)
-        texts = [text for seed in range(4) if (text := writer.write(seed)) is not None]
+        texts = [text for seed in range(SEEDS_OF_A_PRODUCT) if (text := writer.write(seed)) is not None]
         assert all(valid(text, schema) for text in texts), name
     assert honoured > (10 if others in ("closed", "dead") else 50)
     if others in ("closed", "dead"):

@@ -41,7 +41,7 @@ def checked(monkeypatch) -> None:
     monkeypatch.setenv("XLLM_CHECK", "1")
 
 
-@pytest.mark.usefixtures("checked")
+@pytest.mark.usefixtures("checked", "pooled_ranks")
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in-turn"])
 def test_two_ranks_answer_as_one(plain, overlap):
     with LLM(**TWO, async_scheduling=overlap) as llm:
@@ -89,7 +89,7 @@ def test_a_rank_that_dies_or_stops_ends_the_engine(signum, reason):
         os.kill(pid, 0)
 
 
-@pytest.mark.usefixtures("checked")
+@pytest.mark.usefixtures("checked", "pooled_ranks")
 @pytest.mark.parametrize(("fault", "reason"), [
     ("block.other:1", r"step \d+: rank 1 has other contents in KV block \d+ than rank 0"),
     ("step.hang:1", r"worker rank 1 has not finished step \d+"),
@@ -129,7 +129,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.usefixtures("pooled_ranks")
 @pytest.mark.usefixtures("pooled_ranks")
 @pytest.mark.parametrize("frames", [[b"cos\nsystem\n(S'false'\ntR."], [b"", b"\x00"], [b"\x09", encode(Settle())],
                                     [b"\x01", b"\x0e\xc1"]], ids=["pickle", "nobody", "no such rank", "no message"])
