@@ -1,4 +1,5 @@
-"""`python -m backends.probe NAME`: opens a device in a process of its own and reports the result as one line of JSON.
+"""`python -m backends.probe NAME [CACHE]`: opens a device in a process of its own and reports the result as one line of JSON.
+CACHE: the folder of compiled kernels, as `get_backend` takes it.
 
 For `xllm doctor`: libraries of drivers may end a process, and torch is loaded once.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ from backends.backend import Backend, BackendError
 from backends.cuda_one_shot import MOST_BYTES, obstacle
 
 
-def probe(name: str) -> dict[str, Any]:
+def probe(name: str, cache_dir: Path | None = None) -> dict[str, Any]:
     """{"name": the backend's, "is_accelerator": whether it has cores of its own, "facts": what it says of itself,
     "group": see `describe_group`}, or {"problem": why there is none}."""
     try:
-        backend = get_backend(name)
+        backend = get_backend(name, cache_dir=cache_dir)
         return {"name": backend.name, "is_accelerator": not backend.computes_on_host, "facts": backend.describe(),
                 "group": {} if backend.computes_on_host else describe_group(backend)}
     except (BackendError, RuntimeError, OSError) as error:
@@ -48,4 +50,4 @@ def describe_group(backend: Backend) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(probe(sys.argv[1]), sys.stdout)
+    json.dump(probe(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None), sys.stdout)

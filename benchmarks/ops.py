@@ -27,6 +27,7 @@ from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape, gather_kv
+from xllm import env
 
 N, K, H, P, D, FFN, V = 8, 4, 64, 16, 512, 1536, 32000
 CYCLED_BYTES = 48 << 20
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     torch.set_grad_enabled(False)
-    ops, results = get_backend("cpu").ops, {}
+    ops, results = get_backend("cpu", cache_dir=env.cache_dir()).ops, {}
     for rows in (1, 8, 32, 512):
         for outputs, inputs in ((1024, 512), (3072, 512), (512, 1536), (32000, 512))[: 4 if rows < 512 else 3]:
             results[f"linear M={rows} {outputs}x{inputs}"] = linear_case(ops, rows, outputs, inputs)

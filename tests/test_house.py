@@ -118,6 +118,7 @@ TWIN_MODULES = {
     "vmm": "virtual memory of each device, and its interface",
 }
 TWIN_CLASSES = {
+    "Forms": "which sequences of a step attend to latents in which form, as each device needs it",
     "PackedLora": "adapters as each device packs them",
     "Pool": "pages of memory of each device",
     "Progress": "the callback that hears how far loading has come",
