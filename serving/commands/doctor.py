@@ -226,6 +226,8 @@ def _choice(devices: Sequence[Finding]) -> Finding:
 def _probe(name: str, tool: str) -> dict[str, Any]:
     """Open a device in another process (`backends/probe.py`); returns its answer, or {"problem": what went wrong with
     that}."""
+    from xllm import env
+
     command = [sys.executable, "-W", "ignore", *run_module("backends.probe"), name, str(env.cache_dir())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
