@@ -1,5 +1,5 @@
-"""`python -m backends.probe NAME [CACHE]`: opens a device in a process of its own and reports the result as a line of JSON.
-CACHE: the folder of compiled kernels, as `get_backend` takes it.
+"""`python -m backends.probe NAME [CACHE]`: opens a device in a process of its own and reports the result as a line of
+JSON. CACHE: the folder of compiled kernels, as `get_backend` takes it.
 
 For `xllm doctor`: libraries of drivers may end a process, and torch is loaded once.
 """
