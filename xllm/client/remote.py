@@ -80,6 +80,7 @@ class RemoteClient(CommandingClient):
         self.steps = StepReport()
         self.draining = False  # it takes no more requests; those that it has go on
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
+        self.on_condition: Callable[[], None] = lambda: None  # after each sign of life that says how it is
         self.on_lost: Callable[[str], None] = lambda reason: None  # once a connection
         self._port: FramePort | None = None
         self._welcomed: asyncio.Future[None] | None = None
@@ -250,7 +251,7 @@ class RemoteClient(CommandingClient):
             self._take_condition(answer)
         elif isinstance(answer, Lost):
             for stream in {self._streams[name] for name in answer.request_ids if name in self._streams}:
-                stream.fail(EngineDeadError(answer.reason))
+                stream.lose(EngineDeadError(answer.reason))
         else:
             if isinstance(answer, Outputs) and answer.admitted:
                 answer.admitted[:] = [(name, at_s + self._ahead_s) for name, at_s in answer.admitted]
@@ -264,6 +265,7 @@ class RemoteClient(CommandingClient):
         self.stats.last_step_s += ahead_s if self.stats.last_step_s else 0.0
         self.steps.recent = [(end_s + ahead_s, *rest) for end_s, *rest in self.steps.recent]  # type: ignore[misc]
         self.on_steps(self.steps)
+        self.on_condition()
 
     def _die(self, reason: str) -> None:
         if self.dead_reason is not None:

@@ -55,11 +55,13 @@ class Replicas:
         self.engines = tuple(ProcessClient(one, on_phase=None if number else on_phase, name=f"engine{number}",
                                            reports_cache=True) for number, one in enumerate(configs))
         self.facts: EngineFacts | None = None
-        self._control = ReplicaControl(self.engines, config.lora.lora_modules)
+        self._control = ReplicaControl(self._labelled)
+        self._control.know_adapters(config.lora.lora_modules)
         s = config.scheduler
         self._router = Router(EngineView(s.max_waiting_requests, s.max_concurrent_requests or sys.maxsize)
                               for _ in self.engines)
         for engine, view in zip(self.engines, self._router.views, strict=True):
+            engine.adapter_folders = self._control.folders  # also of those that are down while one is loaded
             engine.on_cache_changes = _changer(view)
             engine.on_back = self._catcher_up(engine, view)
 
@@ -108,10 +110,18 @@ class Replicas:
 
     # --- how they are
 
+    def _up(self) -> dict[int, ProcessClient]:
+        """The engines that take requests, by their numbers."""
+        return {number: engine for number, engine in enumerate(self.engines)
+                if engine.is_up and engine.restarting_after is None}
+
+    def _labelled(self) -> dict[str, ProcessClient]:
+        return {f"engine {number}": engine for number, engine in self._up().items()}
+
     @property
     def is_up(self) -> bool:
         """Whether requests are taken: one engine is enough."""
-        return bool(self._control.up())
+        return bool(self._up())
 
     @property
     def dead_reason(self) -> str | None:
@@ -135,7 +145,7 @@ class Replicas:
 
     def silent_for_s(self) -> float:
         """Of the engine that answered last: as long as one moves on, requests are served."""
-        return min((engine.silent_for_s() for engine in self._control.up().values()), default=0.0)
+        return min((engine.silent_for_s() for engine in self._up().values()), default=0.0)
 
     @property
     def stats(self) -> EngineStats:
@@ -170,7 +180,7 @@ class Replicas:
     @property
     def _first(self) -> ProcessClient:
         """The first that is up; where none is, the first."""
-        return next(iter(self._control.up().values()), self.engines[0])
+        return next(iter(self._up().values()), self.engines[0])
 
     # --- requests and commands
 
@@ -208,7 +218,7 @@ class Replicas:
 
     def _free_tokens(self, requests: Sequence[Request]) -> dict[int, int]:
         """Room in the KV cache of each engine that a call can go to. Raises EngineDeadError if there is none."""
-        up = self._control.up()
+        up = self._up()
         if not up:
             raise EngineDeadError(self.dead_reason or f"it is starting again after: {self.restarting_after}")
         # One that hangs keeps what it has; until it is ended, others get what is new.
