@@ -67,7 +67,7 @@ ALLOWED = {
     # It speaks to workers in messages and holds nothing of what they hold.
     "xllm.engine": [*BASE, "xllm.cost", "xllm.kv", "xllm.scheduler", "xllm.engine", "xllm.worker.open", *MESSAGES],
     "xllm.text": [*BASE, "xllm.text"],
-    "xllm.routing": [*BASE, *EVENTS, "xllm.routing"],
+    "xllm.routing": [*BASE, *EVENTS, "xllm.cost", "xllm.routing"],
     "xllm.client": [*BASE, *TEXT, *EVENTS, "xllm.engine", "xllm.routing", "xllm.client"],
     **{name: [*BASE, *TEXT, *FRONT, "xllm.structured", "xllm.engine", "xllm.client"] for name in FRONT},
     "xllm": ["xllm", "backends", "graph"],

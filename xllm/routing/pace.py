@@ -1,0 +1,56 @@
+"""`StepPace`: how fast an instance computes, learnt from the steps that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xllm.cost.least_squares import Normal
+
+StepTiming = tuple[float, float, int, int]  # end on a clock, seconds, tokens computed, sequences
+# What is assumed of one that nothing is known of, where nothing is known of the others either. Chosen: a small model on
+# a CPU; they decide nothing where all are alike, but whether targets seem to be kept.
+PREFILL_TOKENS_PER_S, STEP_S = 2000.0, 0.02
+FEWEST_STEPS = 8  # before they are believed: as in `cost/fit.py`
+KEPT = 1 - 1 / 512  # of a step's weight, with each that follows. Chosen: the last minute or so decides
+# On each term's share of a step's time, as in `cost/online.py`: where steps cannot tell them apart, it is the tokens.
+_RIDGE = np.array([1e-2, 1e-3, 1e-2])
+
+
+class StepPace:
+    """seconds of a step = a + b x prompt tokens + c x sequences, fitted to the steps of late. A draft's tokens count as
+    prompt tokens: reports do not tell them apart. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._normal = Normal(3)
+        self._num_steps = 0
+        self._prices: np.ndarray | None = None
+
+    def note(self, steps: Sequence[StepTiming]) -> None:
+        """Take in steps, in the order in which they ended."""
+        timed = np.array([(seconds, num_tokens - num_seqs, num_seqs) for _, seconds, num_tokens, num_seqs in steps
+                          if seconds > 0.0], dtype=np.float64).reshape(-1, 3)
+        if not len(timed):
+            return
+        terms = np.column_stack((np.ones(len(timed)), np.maximum(0.0, timed[:, 1]), timed[:, 2]))
+        self._normal.forget(KEPT ** len(timed))
+        self._normal.add(terms / timed[:, :1], np.ones(len(timed)))
+        self._num_steps += len(timed)
+        self._prices = None
+
+    def _known(self) -> np.ndarray | None:
+        if self._prices is None and self._num_steps >= FEWEST_STEPS:
+            self._prices = self._normal.solve(_RIDGE)
+        return self._prices
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Of prompts, in steps that run anyway; None before there were any."""
+        known = self._known()
+        return None if known is None or known[1] <= 0.0 else float(1.0 / known[1])
+
+    def step_s(self, num_seqs: int) -> float | None:
+        """The time between two tokens of so many sequences; None before there were steps."""
+        known = self._known()
+        return None if known is None else float(known[0] + known[2] * num_seqs)
