@@ -27,7 +27,7 @@ from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
-from xllm.routing.instance import LoadReport
+from xllm.routing.routed_instance import LoadReport
 from xllm.stats import EngineStats
 
 _SEED_BITS = 63
@@ -51,15 +51,15 @@ class ClusterClient:
 
     def join(self, name: str, client: RemoteClient, *, role: str = "DEFAULT") -> None:
         """An instance is connected and may get requests, as soon as it has the adapters and the state of the others.
-        An instance of that name that is there leaves first."""
+        An instance of that name that is there leaves first. Raises ValueError as `Fleet.join` does."""
         self.leave(name, "another one has joined under its name")
-        member = self.members.add(name, client)
         facts = client.facts
         assert facts is not None and facts.config.cache.block_size is not None, "it is connected"
         scheduler = facts.config.scheduler
         self._fleet.join(name, role=role, block_size=facts.config.cache.block_size,
                          max_waiting=scheduler.max_waiting_requests,
                          max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks)
+        member = self.members.add(name, client)
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
         client.on_condition = lambda: self._heard(member)

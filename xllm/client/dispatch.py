@@ -14,7 +14,8 @@ from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
-from xllm.routing.fleet import Decision, Fleet
+from xllm.routing.fleet import Fleet
+from xllm.routing.fleet_snapshot import Decision
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.recovery import Interrupted, next_step
 
