@@ -128,7 +128,8 @@ class Fleet:
         no other is left. deadline_s: on the same clock; `slo_aware` wants the first token before it.
         """
         self._now_s = max(self._now_s, now_s)
-        if not (names := tuple(name for name in self._instances if name not in exclude)):
+        names = tuple(name for name in self._instances if name not in exclude) if exclude else self.names
+        if not names:
             return Decision(None, "nobody")
         matches = [self._matched(marks) for marks in prompts]
         snapshot = self._snapshot(names, matches, num_requests)
@@ -155,18 +156,19 @@ class Fleet:
     def _matched(self, marks: PromptMarks) -> Matches:
         """The same as the index says, in tokens; what is promised counts as on the device."""
         found = self.index.match(digest_keys(b"".join(marks.digests)))
-        promised = [self._instances[name].sent.num_promised(marks) if name in self._instances else 0
-                    for name in found.names]
+        promised = [self._instances[name].sent.num_promised(marks) for name in found.names]
         num_marks = np.maximum(found.blocks_TI, np.array(promised, dtype=np.int64))
         return Matches(found.names, np.array([0, *marks.num_tokens], dtype=np.int64)[num_marks])
 
     def _snapshot(self, names: tuple[str, ...], matches: Sequence[Matches], num_requests: int) -> FleetSnapshot:
         saved, on_device = np.zeros(len(names)), np.zeros(len(names), dtype=np.int64)
         for found in matches:
-            place_of = {name: place for place, name in enumerate(found.names)}
-            places = [place_of[name] for name in names]
-            saved += found.saved(LOAD_COSTS)[places]
-            on_device += found.blocks_TI[0, places]
+            tokens_TI = found.blocks_TI
+            if found.names != names:
+                place_of = {name: place for place, name in enumerate(found.names)}
+                tokens_TI = tokens_TI[:, [place_of[name] for name in names]]
+            saved += Matches(names, tokens_TI).saved(LOAD_COSTS)
+            on_device += tokens_TI[0]
         now = figures_of([self._instances[name] for name in names])
         return FleetSnapshot(
             names=names, saved_tokens=saved, device_tokens=on_device, waiting_tokens=now.waiting_tokens,
