@@ -20,7 +20,7 @@ from xllm.routing.global_index import GlobalIndex, Matches, TierChange, digest_k
 from xllm.routing.pace import PREFILL_TOKENS_PER_S, STEP_S
 from xllm.routing.policies import policy_of
 from xllm.routing.prompt_marks import PromptMarks
-from xllm.routing.routed_instance import Capacity, LoadReport, RoutedInstance
+from xllm.routing.routed_instance import STALE_S, Capacity, LoadReport, RoutedInstance, faded, figures_of
 
 # What a block costs to be brought to the device from each tier over what it costs to be computed. Measured with the
 # bundled model on a CPU (benchmarks/results/tiers.json, times to the first token of a known text over an unknown one).
@@ -90,7 +90,7 @@ class Fleet:
     def behind(self, name: str, is_behind: bool) -> None:
         """Whether it is known that changes of its cache are missing."""
         if name in self._instances:
-            self._instances[name].is_behind = is_behind
+            self._instances[name].fall_behind(is_behind)
 
     def heard(self, name: str, report: LoadReport, now_s: float) -> None:
         """An instance has said how it is."""
@@ -104,18 +104,17 @@ class Fleet:
         """A request was sent there, of whose prompt so many tokens are to be computed. marks: `NO_MARKS` if the call
         has another one with the same prompt."""
         if (instance := self._instances.get(name)) is not None:
-            instance.sent.enter(request_id, to_compute, marks)
-            instance.spend(to_compute, self._now_s)
+            instance.enter(request_id, to_compute, marks, self._now_s)
 
     def begun(self, name: str, request_id: str) -> None:
         """Its first output has come. Ids that are not known, or have begun, are ignored."""
         if (instance := self._instances.get(name)) is not None:
-            instance.sent.begun(request_id)
+            instance.begun(request_id)
 
     def left(self, name: str, request_id: str) -> None:
         """It has ended, however. Ids that are not known are ignored."""
         if (instance := self._instances.get(name)) is not None:
-            instance.sent.left(request_id)
+            instance.left(request_id)
 
     # --- decisions
 
@@ -129,12 +128,13 @@ class Fleet:
         no other is left. deadline_s: on the same clock; `slo_aware` wants the first token before it.
         """
         self._now_s = max(self._now_s, now_s)
+        names = tuple(name for name in self._instances if name not in exclude) if exclude else self.names
+        if not names:
+            return Decision(None, "nobody")
         matches = [self._matched(marks) for marks in prompts]
-        names = tuple(name for name in self._instances if name not in exclude)
         snapshot = self._snapshot(names, matches, num_requests)
         decision = self._decide(snapshot, self._call(names, num_tokens, session, deadline_s))
-        if decision.name is None:
-            return decision
+        assert decision.name is not None
         self._turn = self._instances[decision.name].number + 1
         if session is not None:
             self._sessions[session] = decision.name
@@ -156,39 +156,35 @@ class Fleet:
     def _matched(self, marks: PromptMarks) -> Matches:
         """The same as the index says, in tokens; what is promised counts as on the device."""
         found = self.index.match(digest_keys(b"".join(marks.digests)))
-        promised = [self._instances[name].sent.num_promised(marks) if name in self._instances else 0
-                    for name in found.names]
+        promised = [self._instances[name].sent.num_promised(marks) for name in found.names]
         num_marks = np.maximum(found.blocks_TI, np.array(promised, dtype=np.int64))
         return Matches(found.names, np.array([0, *marks.num_tokens], dtype=np.int64)[num_marks])
 
     def _snapshot(self, names: tuple[str, ...], matches: Sequence[Matches], num_requests: int) -> FleetSnapshot:
         saved, on_device = np.zeros(len(names)), np.zeros(len(names), dtype=np.int64)
         for found in matches:
-            place_of = {name: place for place, name in enumerate(found.names)}
-            places = [place_of[name] for name in names]
-            saved += found.saved(LOAD_COSTS)[places]
-            on_device += found.blocks_TI[0, places]
-        every = [self._instances[name] for name in names]
-        speeds = [instance.pace.prefill_tokens_per_s for instance in every]
-        steps = [instance.pace.step_s(instance.num_running + num_requests) for instance in every]
+            tokens_TI = found.blocks_TI
+            if found.names != names:
+                place_of = {name: place for place, name in enumerate(found.names)}
+                tokens_TI = tokens_TI[:, [place_of[name] for name in names]]
+            saved += Matches(names, tokens_TI).saved(LOAD_COSTS)
+            on_device += tokens_TI[0]
+        now = figures_of([self._instances[name] for name in names])
         return FleetSnapshot(
-            names=names, saved_tokens=saved, device_tokens=on_device,
-            waiting_tokens=np.array([instance.sent.waiting_tokens for instance in every]),
-            num_open=np.array([instance.num_open for instance in every]),
-            num_queued=np.array([instance.num_queued for instance in every]),
-            num_tokens=np.array([instance.capacity.num_blocks * instance.capacity.block_size for instance in every]),
-            free_tokens=np.array([instance.free_tokens for instance in every]),
-            spent_tokens=np.array([instance.spent_tokens(self._now_s) for instance in every]),
-            is_full=np.array([instance.is_full(num_requests) for instance in every], dtype=bool),
-            is_stale=np.array([instance.is_stale(self._now_s) for instance in every], dtype=bool),
-            prefill_tokens_per_s=_filled(speeds, PREFILL_TOKENS_PER_S), next_token_s=_filled(steps, STEP_S))
+            names=names, saved_tokens=saved, device_tokens=on_device, waiting_tokens=now.waiting_tokens,
+            num_open=now.num_open, num_queued=now.num_queued, num_tokens=now.num_tokens, free_tokens=now.free_tokens,
+            spent_tokens=faded(now.spent_tokens, self._now_s - now.spent_s),
+            is_full=(now.num_queued + num_requests > now.max_waiting) | (now.num_open + num_requests > now.max_open),
+            is_stale=(now.is_behind > 0) | (self._now_s - now.heard_s > STALE_S),
+            prefill_tokens_per_s=_filled(1.0 / now.token_s, PREFILL_TOKENS_PER_S),
+            next_token_s=_filled(now.step_s + now.sequence_s * (now.num_running + num_requests), STEP_S))
 
 
-def _filled(values: Sequence[float | None], assumed: float) -> np.ndarray:
-    """With the mean of those that are known for those that are not; `assumed`, if none is known."""
-    known = [value for value in values if value is not None]
-    usual = sum(known) / len(known) if known else assumed
-    return np.array([usual if value is None else value for value in values])
+def _filled(values: np.ndarray, assumed: float) -> np.ndarray:
+    """With the mean of those that are known for those that are not (nan); `assumed`, if none is known."""
+    if not (unknown := np.isnan(values)).any():
+        return values
+    return np.where(unknown, assumed if unknown.all() else values[~unknown].mean(), values)
 
 
 assert len(LOAD_COSTS) == len(TIERS)

@@ -21,7 +21,7 @@ Reason = Literal["prefix", "least_cost", "slo", "no_slo", "session", "fewest_ope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSnapshot:
-    """names: those that may be chosen, in the order in which they take turns. Of each, as arrays [I]:
+    """names: those that may be chosen, at least one, in the order in which they take turns. Of each, as arrays [I]:
 
     saved_tokens: of the call's prompts, spared there from computing: float64, what must be loaded counted in part.
     device_tokens: of them, found on the device or promised. waiting_tokens: to compute, sent there and not begun.

@@ -1,14 +1,15 @@
-"""`StepPace`: how fast an instance computes, learnt from the steps that it reports."""
+"""`PaceFit`: how fast an instance computes, learnt from the steps that it reports."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from xllm.cost.least_squares import Normal
 
-StepTiming = tuple[float, float, int, int]  # end on a clock, seconds, tokens computed, sequences
+Timing = tuple[float, float, int, int]  # end on a clock, seconds, tokens computed, sequences: `step_log.StepTiming`
 # What is assumed of one that nothing is known of, where nothing is known of the others either. Chosen: a small model on
 # a CPU; they decide nothing where all are alike, but whether targets seem to be kept.
 PREFILL_TOKENS_PER_S, STEP_S = 2000.0, 0.02
@@ -18,16 +19,24 @@ KEPT = 1 - 1 / 512  # of a step's weight, with each that follows. Chosen: the la
 _RIDGE = np.array([1e-2, 1e-3, 1e-2])
 
 
-class StepPace:
-    """seconds of a step = a + b x prompt tokens + c x sequences, fitted to the steps of late. A draft's tokens count as
+class StepPace(NamedTuple):
+    """Seconds of a step, and what a prompt's token and a sequence add. 0 for what never occurred."""
+
+    step_s: float
+    token_s: float
+    sequence_s: float
+
+
+class PaceFit:
+    """Fitted to the steps of late: seconds = a + b x prompt tokens + c x sequences. A draft's tokens count as
     prompt tokens: reports do not tell them apart. Not thread-safe."""
 
     def __init__(self) -> None:
         self._normal = Normal(3)
         self._num_steps = 0
-        self._prices: np.ndarray | None = None
+        self._prices: StepPace | None = None
 
-    def note(self, steps: Sequence[StepTiming]) -> None:
+    def note(self, steps: Sequence[Timing]) -> None:
         """Take in steps, in the order in which they ended."""
         timed = np.array([(seconds, num_tokens - num_seqs, num_seqs) for _, seconds, num_tokens, num_seqs in steps
                           if seconds > 0.0], dtype=np.float64).reshape(-1, 3)
@@ -39,18 +48,9 @@ class StepPace:
         self._num_steps += len(timed)
         self._prices = None
 
-    def _known(self) -> np.ndarray | None:
-        if self._prices is None and self._num_steps >= FEWEST_STEPS:
-            self._prices = self._normal.solve(_RIDGE)
-        return self._prices
-
     @property
-    def prefill_tokens_per_s(self) -> float | None:
-        """Of prompts, in steps that run anyway; None before there were any."""
-        known = self._known()
-        return None if known is None or known[1] <= 0.0 else float(1.0 / known[1])
-
-    def step_s(self, num_seqs: int) -> float | None:
-        """The time between two tokens of so many sequences; None before there were steps."""
-        known = self._known()
-        return None if known is None else float(known[0] + known[2] * num_seqs)
+    def prices(self) -> StepPace | None:
+        """As of late; None before there were `FEWEST_STEPS`."""
+        if self._prices is None and self._num_steps >= FEWEST_STEPS:
+            self._prices = StepPace(*self._normal.solve(_RIDGE).tolist())
+        return self._prices

@@ -26,8 +26,6 @@ def allowed(snapshot: FleetSnapshot, call: RoutedCall) -> tuple[np.ndarray, Reas
 def decided(snapshot: FleetSnapshot, call: RoutedCall, cost: np.ndarray, reason: Reason | None = None) -> Decision:
     """The least cost of those that are allowed; where all are stale, the idler of two (`idler_of_two`). reason: why,
     unless there is a weightier one; None: what the choice shows."""
-    if not snapshot.names:
-        return Decision(None, "nobody")
     among, wrong = allowed(snapshot, call)
     if wrong == "stale":
         return named(snapshot, cost, idler_of_two(snapshot, call, among), wrong)

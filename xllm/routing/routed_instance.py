@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from xllm.routing.pace import StepPace, StepTiming
+import numpy as np
+
+from xllm.routing.pace import PaceFit, Timing
+from xllm.routing.prompt_marks import PromptMarks
 from xllm.routing.sent_requests import SentRequests
 
 # What an instance has said is out of date after so long. Chosen: four beats of 0.5 s (`client/gate_wire.py`) missed.
@@ -23,7 +28,7 @@ class LoadReport:
     num_waiting: int
     num_running: int
     num_free_blocks: int
-    steps: Sequence[StepTiming] = ()
+    steps: Sequence[Timing] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,58 +42,98 @@ class Capacity:
     num_blocks: int
 
 
+class Figures(NamedTuple):
+    """An instance as it stands; of several, arrays [I] of the same. Without prices of steps (`PaceFit`) those are nan.
+    heard_s: infinite before the first report: it has just joined, and what is known of it is not out of date."""
+
+    waiting_tokens: Any
+    num_open: Any
+    num_queued: Any
+    num_running: Any
+    num_tokens: Any
+    free_tokens: Any
+    max_waiting: Any
+    max_open: Any
+    spent_tokens: Any
+    spent_s: Any
+    heard_s: Any
+    is_behind: Any
+    step_s: Any
+    token_s: Any
+    sequence_s: Any
+
+
 class RoutedInstance:
     """number: larger than those of all that joined before. `sent`: what was sent there. Not thread-safe."""
 
     def __init__(self, number: int, capacity: Capacity):
         self.number, self.capacity = number, capacity
-        self.sent, self.pace = SentRequests(), StepPace()
-        self.is_behind = False  # it is known that its cache is not known
-        self.num_said_waiting = self._num_said_running = self._num_of_others = 0
+        self.sent, self._pace = SentRequests(), PaceFit()
+        self._is_behind = False
+        self._num_waiting = self._num_running = self._num_of_others = 0  # as it said last
         self._num_free_blocks = capacity.num_blocks
-        self._heard_s: float | None = None
+        self._heard_s = math.inf
         self._spent, self._spent_s = 0.0, 0.0  # tokens; as of when
+        self._figures: Figures | None = None  # kept until something changes: there are more decisions than changes
+
+    # --- what is told
 
     def hear(self, report: LoadReport, now_s: float) -> None:
         """It has said how it is."""
-        self.num_said_waiting, self._num_said_running = report.num_waiting, report.num_running
+        self._num_waiting, self._num_running = report.num_waiting, report.num_running
         self._num_of_others = max(0, report.num_waiting + report.num_running - self.sent.num_open)
         self._num_free_blocks, self._heard_s = report.num_free_blocks, now_s
-        self.pace.note(report.steps)
+        self._pace.note(report.steps)
+        self._figures = None
 
-    def is_stale(self, now_s: float) -> bool:
-        """Whether what is known is out of date. It is not before the first report: it has just joined."""
-        return self.is_behind or (self._heard_s is not None and now_s - self._heard_s > STALE_S)
+    def fall_behind(self, is_behind: bool) -> None:
+        """Whether it is known that its cache is not known."""
+        self._is_behind, self._figures = is_behind, None
+
+    def enter(self, request_id: str, num_tokens: int, marks: PromptMarks, now_s: float) -> None:
+        """See `SentRequests.enter`."""
+        self.sent.enter(request_id, num_tokens, marks)
+        self._spent, self._spent_s = float(faded(self._spent, now_s - self._spent_s)) + num_tokens, now_s
+        self._figures = None
+
+    def begun(self, request_id: str) -> None:
+        """See `SentRequests.begun`."""
+        self.sent.begun(request_id)
+        self._figures = None
+
+    def left(self, request_id: str) -> None:
+        """See `SentRequests.left`."""
+        self.sent.left(request_id)
+        self._figures = None
+
+    # --- what it comes to
 
     @property
-    def num_open(self) -> int:
-        """Requests that have not ended, and those that it seems to have of others."""
-        return self.sent.num_open + self._num_of_others
+    def figures(self) -> Figures:
+        """As it stands now."""
+        if self._figures is None:
+            self._figures = self._add_up()
+        return self._figures
 
-    @property
-    def num_queued(self) -> int:
-        """Requests that wait there."""
-        return max(self.sent.num_waiting, self.num_said_waiting)
+    def _add_up(self) -> Figures:
+        sent, capacity = self.sent, self.capacity
+        prices = self._pace.prices or (math.nan, math.nan, math.nan)
+        return Figures(
+            waiting_tokens=sent.waiting_tokens, num_open=sent.num_open + self._num_of_others,
+            num_queued=max(sent.num_waiting, self._num_waiting),
+            num_running=max(sent.num_open - sent.num_waiting, self._num_running),
+            num_tokens=capacity.num_blocks * capacity.block_size,
+            free_tokens=max(0, self._num_free_blocks * capacity.block_size - sent.waiting_tokens),
+            max_waiting=capacity.max_waiting, max_open=capacity.max_open,
+            spent_tokens=self._spent, spent_s=self._spent_s, heard_s=self._heard_s, is_behind=self._is_behind,
+            step_s=prices[0], token_s=prices[1] or math.nan, sequence_s=prices[2])
 
-    @property
-    def num_running(self) -> int:
-        """Sequences that run there."""
-        return max(self.sent.num_open - self.sent.num_waiting, self._num_said_running)
 
-    @property
-    def free_tokens(self) -> int:
-        """Room in its KV cache, less what waits to go in."""
-        return max(0, self._num_free_blocks * self.capacity.block_size - self.sent.waiting_tokens)
+def figures_of(instances: Sequence[RoutedInstance]) -> Figures:
+    """Of all: arrays, float64 [I]. At least one."""
+    return Figures(*np.array([instance.figures for instance in instances], dtype=np.float64).T)
 
-    def is_full(self, num_requests: int) -> bool:
-        """Whether it would refuse a call of so many requests."""
-        return (self.num_queued + num_requests > self.capacity.max_waiting
-                or self.num_open + num_requests > self.capacity.max_open)
 
-    def spend(self, num_tokens: int, now_s: float) -> None:
-        """So many tokens are to be computed there."""
-        self._spent, self._spent_s = self.spent_tokens(now_s) + num_tokens, now_s
-
-    def spent_tokens(self, now_s: float) -> float:
-        """Tokens that were to be computed there of late."""
-        return self._spent * 0.5 ** (max(0.0, now_s - self._spent_s) / SPENT_HALF_S)
+def faded(spent_tokens: Any, age_s: Any) -> Any:
+    """What tokens count for that were computed so long ago."""
+    return spent_tokens * 0.5 ** (np.maximum(0.0, age_s) / SPENT_HALF_S)

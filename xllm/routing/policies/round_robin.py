@@ -10,8 +10,6 @@ from xllm.routing.ranking import in_turn, named
 
 def decide(snapshot: FleetSnapshot, call: RoutedCall) -> Decision:
     """The next in turn that is not full. Scores: how many turns away."""
-    if not snapshot.names:
-        return Decision(None, "nobody")
     away = (np.arange(len(snapshot.names)) - call.turn) % len(snapshot.names)
     if snapshot.is_full.all():
         return named(snapshot, away, in_turn(snapshot.is_full, call.turn), "full")

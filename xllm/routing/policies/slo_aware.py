@@ -18,8 +18,6 @@ def decide(snapshot: FleetSnapshot, call: RoutedCall) -> Decision:
     """Of those that keep both targets the one that has the most of the prompt; if none does, the soonest. Scores: the
     seconds until the first token as predicted."""
     ttft_s = first_token_s(snapshot, call)
-    if not snapshot.names:
-        return Decision(None, "nobody")
     among, wrong = allowed(snapshot, call)
     good = among & (ttft_s <= call.ttft_s) & (snapshot.next_token_s <= call.tpot_s)
     if wrong is not None or not good.any():
