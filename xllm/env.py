@@ -159,6 +159,11 @@ def cluster_secret() -> bytes | None:
     return None if found is None else found.encode()
 
 
+def etcd_login() -> tuple[str | None, str | None]:
+    """ETCD_USERNAME and ETCD_PASSWORD: who one is in etcd; upstream's names."""
+    return os.environ.get("ETCD_USERNAME") or None, os.environ.get("ETCD_PASSWORD") or None
+
+
 def mistyped_names() -> list[str]:
     """The variables that are set, are none of `NAMES`, and look like one of them."""
     known = [name.removeprefix("XLLM_") for name in NAMES]

@@ -195,6 +195,14 @@ class ClusterClient:
         """The last decisions, the newest behind."""
         return self._dispatcher.recent
 
+    def num_sent(self, name: str) -> int:
+        """Requests that are at this instance."""
+        return self._dispatcher.num_sent(name)
+
+    def num_cached_blocks(self, name: str) -> int:
+        """KV blocks that this instance can find, in whichever tier, as far as is known."""
+        return self._fleet.index.num_blocks_of(name)
+
     # --- requests and commands
 
     @property

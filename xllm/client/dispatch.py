@@ -20,6 +20,7 @@ from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.recovery import Interrupted, next_step
 
 MAX_DECISIONS = 100  # that are kept to be looked at. Chosen: a screen or two
+CAUSES = ("lost", "drained")  # why calls go on elsewhere
 LOOK_S = 0.25  # between looks for an instance where none has room. Chosen: half a sign of life
 logger = logging.getLogger("xllm.cluster")
 
@@ -76,6 +77,10 @@ class Dispatcher:
         self.calls.update(dict.fromkeys(call.open_ids, call))
         self._send(call, decision, requests)
         return call
+
+    def num_sent(self, name: str) -> int:
+        """Requests that are at this instance."""
+        return sum(call.place == name for call in self.calls.values())
 
     def notice(self) -> None:
         """An instance may take more than it could before: look again for those that wait."""

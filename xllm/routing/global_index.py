@@ -190,6 +190,13 @@ class GlobalIndex:
         owned = self._owners[tier] >> np.uint64(self._bit_of[name]) & _ONE == _ONE
         return self._table.keys[owned & (self._table.keys != 0)]
 
+    def num_blocks_of(self, name: str) -> int:
+        """How many blocks an instance has, in whichever tier; 0 if it is not known. Looks at the whole table."""
+        if name not in self._bit_of:
+            return 0
+        owned = np.bitwise_or.reduce(self._owners, axis=0) >> np.uint64(self._bit_of[name]) & _ONE == _ONE
+        return int(np.count_nonzero(owned & (self._table.keys != 0)))
+
 
 def _word(bits: Iterable[int]) -> np.uint64:
     return np.uint64(sum(1 << bit for bit in bits))
