@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 
-from xllm.client.merged_stats import merged_stats
+from xllm.client.merged_stats import merged_stats, merged_steps
 from xllm.client.remote import RemoteClient
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
@@ -36,6 +36,7 @@ class ClusterMembers:
         self.all: dict[str, ClusterMember] = {}
         self.gone: dict[str, str] = {}
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
+        self._facts: EngineFacts | None = None
         self._past: dict[str, EngineStats] = {}  # totals of those that left, by incarnation
         self._long_past = EngineStats()
 
@@ -104,8 +105,10 @@ class ClusterMembers:
 
     @property
     def facts(self) -> EngineFacts | None:
-        """Of the first that is there."""
-        return next((member.client.facts for member in self.all.values()), None)
+        """Of the first that is there; where none is, those of the last one."""
+        found = next((member.client.facts for member in self.all.values()), None)
+        self._facts = found or self._facts
+        return self._facts
 
     @property
     def stats(self) -> EngineStats:
@@ -115,8 +118,8 @@ class ClusterMembers:
 
     @property
     def steps(self) -> StepReport:
-        """Of the first that is there; each has its own."""
-        return next((member.client.steps for member in self.all.values()), StepReport())
+        """Of all that are there together."""
+        return merged_steps([member.client.steps for member in self.all.values()])
 
     def silent_for_s(self) -> float:
         """Of the one that moved on last."""
