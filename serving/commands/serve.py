@@ -25,8 +25,9 @@ from serving.api.connection import connection_class
 from serving.api.connections import ACCEPTED_AT_ONCE, Connections
 from serving.api.handshake import with_tls
 from serving.api.state import ServerState
-from serving.cluster.engine_gate import EngineGate
 from serving.cluster.model_fingerprint import model_fingerprint
+from serving.commands.cluster_instance import ClusterInstance
+from serving.commands.cluster_plan import ClusterPlan, cluster_plan
 from serving.commands.signals import SECOND, EndSignals
 from serving.commands.startup import LogStream, StartupView
 from serving.config import ServerConfig
@@ -35,11 +36,9 @@ from serving.observe.call_log import CallLog
 from serving.observe.log_rate import bound_logs
 from serving.observe.throughput_log import ThroughputLog
 from serving.observe.tracing import Tracer
-from serving.security.cluster_secret import read_cluster_keys
 from serving.security.exposure import check_exposure, check_key_files, is_local, key_ring, tls_context
 from serving.security.keys import KeyRing
 from xllm import logs
-from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.gate_wire import ServedModel
 from xllm.client.replicas import open_engine
 from xllm.config import EngineConfig, ModelSettings
@@ -66,8 +65,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     keys = key_ring(server_config.http)
     tls = tls_context(server_config.http)
-    cluster = server_config.cluster
-    cluster_keys = None if cluster.cluster_listen is None else read_cluster_keys(cluster.cluster_secret_file)
+    plan = cluster_plan(server_config.cluster)
     for warning in check_key_files(server_config.http):
         logger.warning("%s", warning)
     tracer = Tracer(server_config.http.otlp_traces_endpoint) if server_config.http.otlp_traces_endpoint else None
@@ -77,7 +75,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         if not is_local(listener) and not server_config.http.ssl_certfile:
             logger.warning("keys and texts cross the network in the clear: --ssl-certfile makes it HTTPS")
         return asyncio.run(_Server(engine_config, _without_keys(server_config), listener, keys, tracer, tls,
-                                   cluster_keys).run())
+                                   plan).run())
     finally:
         listener.close()
 
@@ -116,13 +114,13 @@ class _Server:
     """The life of one server: start the engine behind an open port, serve, drain, stop."""
 
     def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket, keys: KeyRing,
-                 tracer: Tracer | None, tls: ssl.SSLContext | None, cluster_keys: ClusterKeys | None):
+                 tracer: Tracer | None, tls: ssl.SSLContext | None, plan: ClusterPlan | None):
         self._config, self._tls = config, tls
         self._engine_config = engine_config
         self._listener = listener
         self._keys = keys
         self._tracer = tracer
-        self._cluster_keys = cluster_keys
+        self._plan = plan
         self._stop = asyncio.Event()
         self._signals = EndSignals()
         self._code = 0
@@ -132,7 +130,7 @@ class _Server:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         self._engine = open_engine(self._engine_config, self._show_phase,
-                                   reports_cache=self._cluster_keys is not None)
+                                   reports_cache=self._plan is not None and self._plan.tells_cache)
         self._state = ServerState(self._engine, self._config, keys=self._keys, tracer=self._tracer,
                                   model_name=self._engine_config.model.model or "demo")
         self._check_adapter_names()
@@ -156,7 +154,11 @@ class _Server:
             backlog=ACCEPTED_AT_ONCE,
             ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
             proxy_headers=False))
-        self._gate = self._open_gate()
+        self._cluster: ClusterInstance | None = None
+        if self._plan is not None:
+            self._cluster = ClusterInstance(self._plan, self._engine, self._listener.getsockname()[:2],
+                                            http.lora_folder)
+            self._cluster.listen()
         self._engine.launch()
         serving = asyncio.create_task(self._serve_http())
         loading = asyncio.create_task(self._load())
@@ -175,22 +177,12 @@ class _Server:
             sampling.cancel()
             reporting.cancel()
             await asyncio.gather(serving, loading, stopping, sampling, reporting, return_exceptions=True)
-            if self._gate is not None:
-                self._gate.close()
+            if self._cluster is not None:
+                await self._cluster.leave()
             await self._engine.shutdown()
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.shutdown)
         return self._code
-
-    def _open_gate(self) -> EngineGate | None:
-        """Listen for the cluster's master, if it is wanted. Raises ConfigError."""
-        if self._cluster_keys is None:
-            return None
-        folder, address = self._config.http.lora_folder, self._config.cluster.cluster_listen
-        gate = EngineGate(self._engine, self._engine.engines, self._cluster_keys, Path(folder) if folder else None)
-        assert address is not None
-        gate.listen(address)
-        return gate
 
     async def _report_throughput(self) -> None:
         if not self._config.log.disable_log_stats:
@@ -216,11 +208,11 @@ class _Server:
     async def _load(self) -> None:
         try:
             # The tokenizer loads beside the weights; what is wrong with it ends the start at once.
-            _, (self._state.tokenizer, self._state.sampling_defaults) = await asyncio.gather(
-                self._start_engine(), asyncio.to_thread(_load_front, self._engine_config.model))
-            if self._gate is not None:
+            _, (self._state.tokenizer, self._state.sampling_defaults), _ = await asyncio.gather(
+                self._start_engine(), asyncio.to_thread(_load_front, self._engine_config.model), self._find_store())
+            if self._cluster is not None:
                 fingerprint = await asyncio.to_thread(model_fingerprint, self._engine_config.model, self._state.facts)
-                self._gate.open(ServedModel(self._state.served_names, fingerprint))
+                await self._cluster.join(ServedModel(self._state.served_names, fingerprint))
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             self._view.interrupt()
             logger.error("the server does not start: %s", str(error) or type(error).__name__,
@@ -238,6 +230,10 @@ class _Server:
             Supervisor(engine, self._config.resilience, "the engine" if len(engines) == 1 else f"engine {number}")
             for number, engine in enumerate(engines)]
         await asyncio.gather(*(supervisor.run() for supervisor in self._state.supervisors))
+
+    async def _find_store(self) -> None:
+        if self._cluster is not None:
+            await self._cluster.find_store()
 
     async def _start_engine(self) -> None:
         await self._engine.start()
@@ -263,8 +259,8 @@ class _Server:
         self._say(f"xLLM serves {self._state.served_names[0]} on {scheme}://{host}:{port} (longest sequence "
                   f"{facts.max_model_len} tokens, {blocks})")
         self._say(_placement_text(facts))
-        if self._gate is not None:
-            self._say(f"its engine answers the cluster at {self._gate.address}")
+        if self._cluster is not None:
+            self._say(self._cluster.announcement)
         if facts.placement.advice:
             self._say(f"hint: {facts.placement.advice} (docs/performance.md)")
         key = " -H 'Authorization: Bearer YOUR_KEY'" if self._keys.has_user_keys else ""
@@ -300,8 +296,8 @@ class _Server:
     async def _drain(self) -> None:
         """Let open requests finish, up to the time limit; then abort them, so that each gets its answer."""
         self._state.draining = True
-        if self._gate is not None:
-            self._gate.drain()
+        if self._cluster is not None:
+            self._cluster.drain()
         if self._num_open and self._engine.dead_reason is None:
             logger.info("draining %d open requests (at most %g s; a second signal stops at once)", self._num_open,
                         self._config.http.drain_timeout)
@@ -313,7 +309,7 @@ class _Server:
     @property
     def _num_open(self) -> int:
         """HTTP calls that are generating, and requests of the cluster."""
-        return self._state.num_open + (0 if self._gate is None else self._gate.num_open)
+        return self._state.num_open + (0 if self._cluster is None else self._cluster.num_open)
 
     async def _all_closed(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
