@@ -1,9 +1,10 @@
 """CPU time of a client's process for each request and each streamed token, over TCP and over the engine's own sockets:
 `python -m benchmarks.cpu.remote_client [--json FILE]`.
 
-`RemoteClient`, itself and as the only instance of a `ClusterClient`, asks a real `xllm serve --cluster-listen` process with the bundled model, `ProcessClient` an engine of
-its own. Every delta is read from its stream, nothing is made of it. A request's share is measured with requests of one
-token, a token's with requests of many, at several numbers of open requests: what one step brings comes in one frame.
+`RemoteClient`, itself and as the only instance of a `ClusterClient`, asks a real `xllm serve --cluster-listen` process
+with the bundled model, `ProcessClient` an engine of its own. Every delta is read from its stream, nothing is made of
+it. A request's share is measured with requests of one token, a token's with requests of many, at several numbers of
+open requests: what one step brings comes in one frame.
 """
 
 from __future__ import annotations

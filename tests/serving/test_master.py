@@ -1,4 +1,4 @@
-"""`xllm master` over two `xllm serve` processes: what a client sees as they come, as one is killed, and as all are gone."""
+"""`xllm master` over two `xllm serve` processes: what a client sees as they come, one is killed, and all are gone."""
 
 from __future__ import annotations
 

@@ -122,7 +122,8 @@ class ClusterClient:
 
     @property
     def facts(self) -> EngineFacts | None:
-        """Of the first that is there, or else of the last that was; what is not of the model, such as the size of a KV block, may differ."""
+        """Of the first that is there, or else of the last that was; what is not of the model, such as the size of a KV
+        block, may differ."""
         return self.members.facts
 
     @property
