@@ -147,7 +147,7 @@ class Dispatcher:
 
     def _log_lost(self) -> None:
         for what, num_requests in self._unlogged.items():  # one line, however many calls there were
-            logger.warning("%s; %d requests that it had go on elsewhere", what, num_requests)
+            logger.warning("%s; open requests that go on elsewhere: %d", what, num_requests)
         self._unlogged.clear()
 
     # --- going on
