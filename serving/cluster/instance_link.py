@@ -38,10 +38,8 @@ class MemberState(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkHooks:
-    """What a link asks of, and tells, the registry. objection(link): why it must not be used now; None: it may.
-    changed(link): its state has. on_join, on_leave: see `Registry`."""
+    """What a link tells the registry. changed(link): its state has. on_join, on_leave: see `Registry`."""
 
-    objection: Callable[[InstanceLink], str | None]
     changed: Callable[[InstanceLink], None]
     on_join: Callable[[str, RemoteClient, InstanceRecord], None]
     on_leave: Callable[[str, str], None]
@@ -103,15 +101,12 @@ class InstanceLink:
     def unregister(self, reason: str) -> None:
         """The store has no record of it any more."""
         self.is_registered = False
-        if self.client is not None:
+        if self.client is not None and not self.record.draining:
             self.reason = reason
             logger.info("instance %s: %s; its connection lives, it is used on", self.record.name, reason)
 
-    def reconsider(self) -> None:
-        """Ask whether it may be used; for one that is not."""
-        if self.client is not None:
-            return
-        objection = self._hooks.objection(self)
+    def judge(self, objection: str | None) -> None:
+        """Whether one that is not connected may be: why not, or None."""
         if objection is not None:
             if not self._is_refused or objection != self.reason:
                 logger.warning("instance %s is refused: %s", self.record.name, objection)
