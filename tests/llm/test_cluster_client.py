@@ -236,9 +236,10 @@ async def test_what_is_aborted_does_not_go_on(cluster: Cluster) -> None:
     cluster.having(x).kill()  # before it has answered
     cluster.having(y).kill()
     client.abort(["y"])  # it is nowhere now
-    for stream in (x, y):
+    client.abort(["z"])
+    client.leave(cluster.having(z).name, "it is withdrawn")  # before it has answered
+    for stream in (x, y, z):
         assert (await read(stream))[-1].finish_reason is FinishReason.ABORT
-    z.close()
     assert not client.request_ids
     for site in cluster.sites.values():
         if site.engine.dead_reason is None:

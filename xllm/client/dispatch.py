@@ -90,15 +90,15 @@ class Dispatcher:
     def hand_over(self, member: ClusterMember) -> None:
         """Have others go on with what an instance has, as far as there are others that can."""
         for call in {call for call in self.calls.values() if call.place == member.name}:
-            rest = call.rest
-            decision = self._decide(call, rest, {member.name, *(name for name, _ in call.tries.lost)})
+            decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
             if decision.name is None or decision.reason == "full":
                 logger.warning("%s goes on with what it has: no other instance takes it", member.name)
                 return
             self._leave(call)
             call.take_back()
-            self.counts.recovered["drained"] += 1
-            self._send(call, decision, rest, is_again=True)
+            if call.open_ids:
+                self.counts.recovered["drained"] += 1
+                self._send(call, decision, call.rest, is_again=True)
 
     async def close(self) -> None:
         """End the open calls with an EngineDeadError."""
