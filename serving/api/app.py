@@ -27,6 +27,7 @@ MODULES = (
     "sample",
     "admin",
     "adapters",
+    "cluster",
     "models",
     "tokenize",
     "health",

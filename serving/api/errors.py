@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from serving.observe.call import CALL
 from serving.observe.log_rate import note_logged
 from serving.security.paths import hide_paths
-from xllm.client.engine_client import EngineBusyError, RequestTimeoutError
+from xllm.client.engine_client import EngineAwayError, EngineBusyError, RequestTimeoutError
 from xllm.errors import EngineDeadError, ModelError, RequestError
 
 logger = logging.getLogger("xllm.api")
@@ -76,6 +76,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, hide_paths(str(error)), param="model")
     if isinstance(error, RequestError):
         return invalid(hide_paths(str(error)), error.field)
+    if isinstance(error, EngineAwayError):
+        return unavailable(hide_paths(str(error)))
     if isinstance(error, EngineDeadError):
         return ApiError(503, hide_paths(f"the engine stopped: {error}"))
     if isinstance(error, ModelError):

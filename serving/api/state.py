@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.api.cluster_view import ClusterView
 from serving.api.errors import ApiError, unavailable
 from serving.api.responses_store import ResponseStore
 from serving.api.text_work import TextWork
@@ -61,6 +62,7 @@ class ServerState:
     closed_connections: Counter[str] = field(default_factory=Counter)  # by the server, by reason
     responses: ResponseStore = field(default_factory=lambda: ResponseStore(MAX_RESPONSES, MAX_RESPONSES_CHARS))
     text_work: TextWork = field(default_factory=TextWork)
+    cluster: ClusterView | None = None  # of a master
     supervisors: Sequence[Supervisor] = ()  # one an engine, once the model is loaded
     admission: Intake = field(init=False)  # requests reach the engine through it
     metrics: Sequence[RequestHistograms] = field(init=False)  # of each engine's requests, by its number
@@ -105,6 +107,18 @@ class ServerState:
         given = self.model_name or Path(self.facts.model_path).name
         return (given if hide_paths(given) == given else Path(given).resolve().name,)
 
+    def serve_names(self, names: Sequence[str]) -> None:
+        """Serve the model under these names, unless others were asked for: instances bring theirs."""
+        if not self.config.http.served_model_name:
+            self.served_names = tuple(names)
+            vars(self).pop("_accepted_names", None)
+
+    def forget_model(self) -> None:
+        """Another model is to be loaded in the place of this one; until it is, requests are refused."""
+        self.loaded, self.tokenizer = False, None
+        for name in ("inputs", "parsers"):
+            vars(self).pop(name, None)
+
     @cached_property
     def _accepted_names(self) -> frozenset[str]:
         """A local model's path is a name for those who know it, but it is not shown."""
@@ -123,7 +137,8 @@ class ServerState:
         if self.engine.dead_reason is not None:
             raise ApiError(503, hide_paths(f"the engine stopped: {self.engine.dead_reason}"))
         if self.engine.restarting_after is not None:
-            raise unavailable(hide_paths(f"the engine is starting again after: {self.engine.restarting_after}"))
+            why = self.engine.restarting_after
+            raise unavailable(hide_paths(why if self.cluster else f"the engine is starting again after: {why}"))
         if self.draining:
             raise unavailable("the server is shutting down")
         if not self.loaded:

@@ -62,13 +62,13 @@ logger = logging.getLogger("xllm.gate")
 class EngineGate:
     """Listens once `listen` was called, takes clients once `open` was, as long as the engine is up. Belongs to the
     event loop of the engine's client. engines: those that it is made of. lora_folder: where clients may load adapters
-    from; None: nowhere.
+    from; None: nowhere. tells_cache: clients are told what is cached.
 
     num_dropped: clients, by why.
     """
 
     def __init__(self, engine: WatchedEngine, engines: Sequence[CommandingClient], keys: ClusterKeys,
-                 lora_folder: Path | None = None):
+                 lora_folder: Path | None = None, *, tells_cache: bool = True):
         self._engine, self._engines, self._keys, self._lora_folder = engine, engines, keys, lora_folder
         self.num_dropped = Counter[str]()
         self.port = 0
@@ -80,7 +80,7 @@ class EngineGate:
         self._recent: list[StepTiming] = []  # since the last beat
         self._hear_steps = engine.on_steps
         self._cached = CachedBlocks(len(engines))
-        for number, one in enumerate(engines):
+        for number, one in enumerate(engines if tells_cache else ()):
             one.on_cache_changes = functools.partial(self._note_cache, number, one.on_cache_changes)
 
     # --- its life
@@ -126,6 +126,15 @@ class EngineGate:
     def address(self) -> str:
         """HOST:PORT that it listens at."""
         return f"{self._host}:{self.port}"
+
+    @property
+    def incarnation(self) -> str:
+        """Of the engine that clients get; empty while there is none."""
+        if self._model is None or not self._is_up() or self._engine.facts is None:
+            return ""
+        if not self._incarnation:
+            self._incarnation, self._started_unix_s = secrets.token_hex(8), time.time()
+        return self._incarnation
 
     @property
     def num_open(self) -> int:
@@ -176,7 +185,7 @@ class EngineGate:
             logger.warning("a client was refused: it speaks protocol %d, this speaks %d", theirs, PROTOCOL)
             return
         name = greeted(frame, Hello).name[:100]
-        if self._model is None or not self._is_up() or self._engine.facts is None:
+        if self._model is None or not self.incarnation or self._engine.facts is None:
             why = self._engine.dead_reason or self._engine.restarting_after or f"phase {self._engine.phase}"
             self._farewell(identity, f"its engine is not up: {why}")
             return
@@ -184,8 +193,6 @@ class EngineGate:
             self._farewell(identity, f"has {MAX_SESSIONS} clients already")
             logger.warning("a client was refused: there are %d already", MAX_SESSIONS)
             return
-        if not self._incarnation:
-            self._incarnation, self._started_unix_s = secrets.token_hex(8), time.time()
         self._num_sessions += 1
         # What else comes for it in this turn of the event loop goes into the same frame.
         soon = functools.partial(asyncio.get_running_loop().call_soon, self._tell, identity)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from serving.commands.flags import FlagParser, add_flags, add_foreign_flags, apply_speculative_config, tree_from
 from serving.config import ServerConfig
+from serving.master_config import NOT_OF_A_MASTER, MasterConfig
 from xllm import __version__, env, logs
 from xllm.config import EngineConfig
 from xllm.engine_count import check_nodes
@@ -59,6 +60,8 @@ def build_parser() -> FlagParser:
     _add_engine_flags(serve)
     add_flags(serve, ServerConfig)
     add_foreign_flags(serve, FOREIGN)
+    master = commands.add_parser("master", help="serve the OpenAI API over the instances of a cluster")
+    add_flags(master, MasterConfig, skip=NOT_OF_A_MASTER)
     generate = commands.add_parser("generate", help="complete one or more prompts in this process")
     _add_engine_flags(generate)
     add_foreign_flags(generate, ENGINE)
@@ -165,6 +168,20 @@ def _serve(namespace: argparse.Namespace) -> int:
     return serve.run(config, server)
 
 
+def _master(namespace: argparse.Namespace) -> int:
+    from serving.commands import master
+
+    logs.configure("master")  # what is said of the settings themselves
+    config = tree_from(namespace, MasterConfig)
+    logs.configure("master", level=config.log.log_level, form=config.log.log_format)
+    return master.run(config)
+
+
+def master_main() -> int:
+    """`xllm_master_serving`, upstream's name: the same as `xllm master`."""
+    return main(["master", *sys.argv[1:]])
+
+
 def _generate(namespace: argparse.Namespace) -> int:
     from serving.commands import terminal
 
@@ -224,8 +241,8 @@ def _bench(args: list[str]) -> int:
     return report.ended(lambda: int(importlib.import_module(f"serving.commands.bench.{name}_bench").main(args[1:])))
 
 
-_COMMANDS = {"serve": _serve, "generate": _generate, "chat": _chat, "run-batch": _run_batch, "top": _top,
-             "profile": _profile, "doctor": _doctor}
+_COMMANDS = {"serve": _serve, "master": _master, "generate": _generate, "chat": _chat, "run-batch": _run_batch,
+             "top": _top, "profile": _profile, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

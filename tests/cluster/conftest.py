@@ -8,7 +8,12 @@ from serving.cluster.embedded import EmbeddedStore
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.store_server import StoreServer
 from tests.cluster.etcd_process import EtcdProcess
+from tests.cluster.members import Instances
 from tests.cluster.sites import KINDS, StoreSite, embedded_site, etcd_site, served_site
+from tests.llm.conftest import SETTINGS
+from tests.llm.gated import WatchedLocal
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,14 @@ async def site(request: pytest.FixtureRequest) -> AsyncIterator[StoreSite]:
 async def store(site: StoreSite) -> AsyncIterator[KeyValueStore]:
     async with site.open() as opened:
         yield opened
+
+
+@pytest.fixture
+async def instances() -> AsyncIterator[Instances]:
+    """Makes instances over one engine of this process; they end with the test."""
+    engine = WatchedLocal(EngineCore(EngineConfig.from_flat(**SETTINGS, max_num_seqs=8)))
+    found = Instances(engine)
+    yield found
+    for instance in found.made:
+        await instance.close()
+    engine.shutdown()

@@ -1,5 +1,5 @@
-"""What every `EngineClient` promises, held against each of them: an engine in this process, in its own, and behind a
-gate."""
+"""What every `EngineClient` promises, held against each of them: an engine in this process, in its own, behind a gate,
+and as an instance of a cluster."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.llm.conftest import SETTINGS
 from tests.llm.gated import GatedClient, WatchedLocal, gated_client
 from xllm import LLM
 from xllm.client import process as process_client
+from xllm.client.cluster import ClusterClient
 from xllm.client.engine_client import EngineBusyError, EngineClient, RequestTimeoutError, Stream
 from xllm.client.local import LocalClient
 from xllm.client.process import ProcessClient
@@ -20,13 +21,14 @@ from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
+from xllm.routing import recovery
 
 CONFIG = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, max_waiting_requests=4)
 PROMPT = (5, 6, 7)
 
 
-@pytest.fixture(params=["local", "process", "remote"])
-async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
+@pytest.fixture(params=["local", "process", "remote", "cluster"])
+async def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineClient]:
     if request.param == "local":
         local = LocalClient(EngineCore(CONFIG))
         yield local
@@ -35,6 +37,15 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
         local = WatchedLocal(EngineCore(CONFIG))
         async with gated_client(local) as remote:
             yield remote
+        local.shutdown()
+    elif request.param == "cluster":
+        monkeypatch.setattr(recovery, "MAX_WAIT_S", 0.0)
+        local = WatchedLocal(EngineCore(CONFIG))
+        async with gated_client(local) as remote:
+            cluster = ClusterClient()
+            cluster.join("only", remote)
+            yield cluster
+            await cluster.close()
         local.shutdown()
     else:
         process = ProcessClient(CONFIG)
@@ -148,13 +159,18 @@ async def test_its_end_reaches_everybody(client: EngineClient) -> None:
         client.end_process("it was shut down")
     elif isinstance(client, GatedClient):
         await asyncio.to_thread(client.engine.shutdown)
+    elif isinstance(client, ClusterClient):
+        (remote,) = client.members.up.values()
+        assert isinstance(remote, GatedClient)
+        await asyncio.to_thread(remote.engine.shutdown)
     with pytest.raises(EngineDeadError, match="it was shut down"):
         await read(stream)
     with pytest.raises(EngineDeadError, match="it was shut down"):
         client.submit([make_request("b")])
     with pytest.raises(EngineDeadError, match="it was shut down"):
         await client.control("state")
-    assert client.dead_reason is not None
+    why = client.restarting_after if isinstance(client, ClusterClient) else client.dead_reason  # others may join
+    assert why is not None and "it was shut down" in why
 
 
 async def test_the_end_of_a_process_waits_for_its_kv_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

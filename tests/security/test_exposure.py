@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from serving.commands.serve import bind
+from serving.commands.server_life import bind
 from serving.config import HttpSettings
 from serving.security.exposure import check_exposure, is_local, tls_context
 from serving.security.keys import KeyRing, build_key_ring

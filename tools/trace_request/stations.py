@@ -269,8 +269,8 @@ ASIDE = {
 }
 # What runs every few seconds, and so perhaps while the request is traced and not in the idle time before.
 BY_THE_CLOCK = (
-    "serving.commands.serve", "serving.engine.supervisor", "serving.observe.throughput_log",
-    "serving.observe.engine_history", "serving.observe.caller_log:CallerLog.sample",
+    "serving.commands.serve", "serving.commands.server_life", "serving.engine.supervisor",
+    "serving.observe.throughput_log", "serving.observe.engine_history", "serving.observe.caller_log:CallerLog.sample",
     "serving.observe.caller_log:CallerFigures", "xllm.child_end", "xllm.client.process:ProcessClient.silent_for_s",
     "xllm.engine.collect_stats", "backends.cpu.threads",
 )

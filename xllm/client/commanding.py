@@ -59,25 +59,31 @@ class CommandingClient(ABC):
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """See `EngineClient.submit`."""
+        stream = Stream(requests, self.drop)
+        self.submit_for(stream, requests)
+        return stream
+
+    def submit_for(self, stream: Stream, requests: Sequence[Request]) -> None:
+        """As `submit`, for a stream that is there already: what comes of these requests goes to it until it drops them.
+        All of its open requests are among them."""
         self._check_up()
         for request in requests:
             if request.request_id in self._streams:
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-        stream = Stream(requests, self._drop)
         self._streams.update((request.request_id, stream) for request in requests)
         try:
             self._send(Submit(list(requests)))
         except BaseException:
             for request in requests:
-                del self._streams[request.request_id]
+                self._streams.pop(request.request_id, None)
             raise
-        return stream
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """See `EngineClient.abort`."""
         self._send_abort([request_id for request_id in request_ids if request_id in self._streams])
 
-    def _drop(self, request_ids: Sequence[str]) -> None:
+    def drop(self, request_ids: Sequence[str]) -> None:
+        """Abort requests and forget them: nothing of them comes to their stream any more. Unknown ids are ignored."""
         self._send_abort([request_id for request_id in request_ids
                           if self._streams.pop(request_id, None) is not None])
 
@@ -99,6 +105,13 @@ class CommandingClient(ABC):
         self.sleep_level = done.state.sleep_level
         return done
 
+    async def control_or_log(self, action: Action, **options: Any) -> None:
+        """Send a command that brings an engine that comes later to where others are, or it was itself; what it refuses
+        is logged."""
+        done = await CommandingClient.control(self, action, **options)
+        if done.error is not None:
+            logger.error("an engine that came later is not as it should be: %s: %s", action, done.error)
+
     def _check_up(self) -> None:
         """Raise EngineDeadError if the engine takes no requests."""
         if self.dead_reason is not None:
@@ -112,7 +125,7 @@ class CommandingClient(ABC):
                     stream.admit()
             for request_id, at_s in answer.admitted:
                 if (stream := self._streams.get(request_id)) is not None:
-                    stream.scheduled_s[request_id] = at_s
+                    stream.schedule(request_id, at_s)
             for delta in answer.deltas:
                 self._deliver(delta)
         elif isinstance(answer, Refused):
@@ -135,7 +148,7 @@ class CommandingClient(ABC):
         for request_id in stream.open_ids:  # the engine has none of them
             self._streams.pop(request_id, None)
         # Admission names the field of a wrong request; what names none is about the queue.
-        stream.fail((RequestError if answer.field else EngineBusyError)(answer.error, field=answer.field))
+        stream.lose((RequestError if answer.field else EngineBusyError)(answer.error, field=answer.field))
 
     def _die(self, reason: str) -> None:
         """Give every waiting call an EngineDeadError. If it is called again, the first reason stays."""
@@ -145,7 +158,7 @@ class CommandingClient(ABC):
         if self._streams:  # each of them says why
             logger.debug("%d open requests end: %s", len(self._streams), reason)
         for stream in set(self._streams.values()):
-            stream.fail(EngineDeadError(reason))
+            stream.lose(EngineDeadError(reason))
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))

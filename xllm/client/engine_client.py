@@ -10,13 +10,17 @@ from typing import Any, Protocol
 from xllm.engine.commands import Action, Controlled
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
-from xllm.errors import RequestError
+from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
 from xllm.stats import EngineStats
 
 
 class EngineBusyError(RequestError):
     """The queue has no room; the same request may succeed later."""
+
+
+class EngineAwayError(EngineDeadError):
+    """There is no engine at the moment; there may be one soon."""
 
 
 class RequestTimeoutError(RequestError):
@@ -176,6 +180,14 @@ class Stream:
             listener(request_id, num_tokens)
 
     # --- for the client that made it
+
+    def lose(self, error: Exception) -> None:
+        """Note that the engine has none of the open requests, or that it refuses them."""
+        self.fail(error)
+
+    def schedule(self, request_id: str, at_s: float) -> None:
+        """Note that a request left the queue then, on the `time.monotonic()` clock."""
+        self.scheduled_s[request_id] = at_s
 
     def fail(self, error: Exception) -> None:
         """End the requests that have not ended; the reader gets the error after the deltas that have come."""

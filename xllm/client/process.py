@@ -148,12 +148,6 @@ class ProcessClient(CommandingClient):
             if folder is not None:
                 await self.control_or_log("load_adapter", name=name, folder=folder)
 
-    async def control_or_log(self, action: Action, **options: Any) -> None:
-        """Send a command that brings a restarted engine to where it was; what it refuses is logged."""
-        done = await super().control(action, **options)
-        if done.error is not None:
-            logger.error("an engine that was started again is not as it was: %s: %s", action, done.error)
-
     def end_process(self, reason: str) -> None:
         """Kill a process that makes no progress; open requests end with this reason."""
         if self._process is not None:

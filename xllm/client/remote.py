@@ -79,7 +79,9 @@ class RemoteClient(CommandingClient):
         self.stats = EngineStats()
         self.steps = StepReport()
         self.draining = False  # it takes no more requests; those that it has go on
+        self.is_refused = False  # another secret or protocol: connecting again is no use until that has changed
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
+        self.on_condition: Callable[[], None] = lambda: None  # after each sign of life that says how it is
         self.on_lost: Callable[[str], None] = lambda reason: None  # once a connection
         self._port: FramePort | None = None
         self._welcomed: asyncio.Future[None] | None = None
@@ -98,7 +100,7 @@ class RemoteClient(CommandingClient):
         Raises: EngineDeadError: none did; the reason is `dead_reason`, too.
         """
         self._leave("it is connected again")
-        self.dead_reason, self.phase, self._wanted = None, "connecting", incarnation
+        self.dead_reason, self.phase, self._wanted, self.is_refused = None, "connecting", incarnation, False
         self._unheard_s = self._engine_silent_s = 0.0
         self._num_read_bytes = self._num_told_bytes = 0
         self._heard_s = time.monotonic()
@@ -143,9 +145,9 @@ class RemoteClient(CommandingClient):
         self._port.send(greeting(HELLO, Hello(self._name)))
         self._beats = asyncio.create_task(self._beat(), name="remote-beats")
 
-    def close(self) -> None:
-        """Leave; open requests end with an EngineDeadError, and the instance aborts them. Idempotent."""
-        self._leave("this client was closed")
+    def close(self, reason: str = "this client was closed") -> None:
+        """Leave; open requests end with an EngineDeadError of that reason, and the instance aborts them. Idempotent."""
+        self._leave(reason)
 
     def _leave(self, reason: str) -> None:
         if self._port is not None:
@@ -209,6 +211,7 @@ class RemoteClient(CommandingClient):
     def _note_event(self, parts: list[bytes]) -> None:
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
         if event in _HANDSHAKE_FAILED:
+            self.is_refused = True
             self._die("wrong cluster secret: what listens there has another one, or is no instance of xLLM")
         elif event == zmq.EVENT_DISCONNECTED and self._port is not None:
             self._port.read_rest()  # which may say why
@@ -233,6 +236,7 @@ class RemoteClient(CommandingClient):
 
     def _take_welcome(self, frame: bytes) -> None:
         if (theirs := protocol_of(frame)) != PROTOCOL:
+            self.is_refused = True
             self._die(f"speaks protocol {theirs}, this speaks {PROTOCOL}")
             return
         welcome = greeted(frame, Welcome)
@@ -250,7 +254,7 @@ class RemoteClient(CommandingClient):
             self._take_condition(answer)
         elif isinstance(answer, Lost):
             for stream in {self._streams[name] for name in answer.request_ids if name in self._streams}:
-                stream.fail(EngineDeadError(answer.reason))
+                stream.lose(EngineDeadError(answer.reason))
         else:
             if isinstance(answer, Outputs) and answer.admitted:
                 answer.admitted[:] = [(name, at_s + self._ahead_s) for name, at_s in answer.admitted]
@@ -264,6 +268,7 @@ class RemoteClient(CommandingClient):
         self.stats.last_step_s += ahead_s if self.stats.last_step_s else 0.0
         self.steps.recent = [(end_s + ahead_s, *rest) for end_s, *rest in self.steps.recent]  # type: ignore[misc]
         self.on_steps(self.steps)
+        self.on_condition()
 
     def _die(self, reason: str) -> None:
         if self.dead_reason is not None:

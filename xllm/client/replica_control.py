@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from xllm.client.process import ProcessClient
+from xllm.client.commanding import CommandingClient
 from xllm.engine.commands import Action, Controlled, EngineState
 from xllm.errors import EngineDeadError
 
@@ -15,23 +15,20 @@ from xllm.errors import EngineDeadError
 class ReplicaControl:
     """One command at a time, to every engine that is up; `catch_up` brings one that comes later to the same state.
 
-    lora_modules: the adapters that they start with, as in `LoraSettings`. state: what the engines are in, as of the
-    last command; None: as they started.
+    up: called for the engines that take requests, by what errors call them. state: what the engines are in, as of the
+    last command; None: as they started. folders: of the adapters that were loaded at run time; None: unloaded then.
     """
 
-    def __init__(self, engines: Sequence[ProcessClient], lora_modules: Sequence[str]):
+    def __init__(self, up: Callable[[], Mapping[str, CommandingClient]]):
         self.state: EngineState | None = None
-        self._engines = engines
-        self._start_folders = dict(module.split("=", 1) for module in lora_modules if "=" in module)
-        self._folders: dict[str, str | None] = {}  # of the adapters that were loaded at run time
+        self.folders: dict[str, str | None] = {}
+        self._up = up
+        self._start_folders: dict[str, str] = {}
         self._turn = asyncio.Lock()
-        for engine in engines:
-            engine.adapter_folders = self._folders  # also of those that are down while one is loaded
 
-    def up(self) -> dict[int, ProcessClient]:
-        """The engines that take requests, by their numbers."""
-        return {number: engine for number, engine in enumerate(self._engines)
-                if engine.is_up and engine.restarting_after is None}
+    def know_adapters(self, lora_modules: Sequence[str]) -> None:
+        """Take note of the adapters that engines start with, as in `LoraSettings`."""
+        self._start_folders |= dict(module.split("=", 1) for module in lora_modules if "=" in module)
 
     async def run(self, action: Action, options: dict[str, Any]) -> Controlled:
         """The merged answer. If an engine refuses, its error, and the others are brought back to what they were.
@@ -40,26 +37,27 @@ class ReplicaControl:
         """
         async with self._turn:
             folder = self._folder_of(options.get("name", ""))
-            answers = await self._tell(self.up(), action, options)
+            answers = await self._tell(engines := self._up(), action, options)
             failed = {number: answer for number, answer in answers.items() if answer.error is not None}
             if not failed:
                 done = _merged(list(answers.values()))
                 self.state = done.state
+                self._note_folder(action, options)
                 return done
             number, answer = next(iter(failed.items()))
-            others = {other: self._engines[other] for other in answers.keys() - failed.keys()}
+            others = {other: engines[other] for other in answers if other not in failed}
             kept = await self._undo(others, action, {**options, "folder": folder})
-            return replace(_merged(list(answers.values())), error=f"engine {number}: {answer.error}{kept}",
+            return replace(_merged(list(answers.values())), error=f"{number}: {answer.error}{kept}",
                            field=answer.field, is_state=answer.is_state, num_blocks=0)
 
-    async def _tell(self, engines: dict[int, ProcessClient], action: Action,
-                    options: dict[str, Any]) -> dict[int, Controlled]:
+    async def _tell(self, engines: Mapping[str, CommandingClient], action: Action,
+                    options: dict[str, Any]) -> dict[str, Controlled]:
         """The answers of those that lived to give one. Raises EngineDeadError if there are none."""
         if not engines:
             raise EngineDeadError("no engine is up")
         answers = await asyncio.gather(*(engine.control(action, **options) for engine in engines.values()),
                                        return_exceptions=True)
-        found, died = dict[int, Controlled](), list[EngineDeadError]()
+        found, died = dict[str, Controlled](), list[EngineDeadError]()
         for number, answer in zip(engines, answers, strict=True):
             if isinstance(answer, Controlled):
                 found[number] = answer
@@ -71,7 +69,7 @@ class ReplicaControl:
             raise died[0]
         return found
 
-    async def _undo(self, engines: dict[int, ProcessClient], action: Action, options: dict[str, Any]) -> str:
+    async def _undo(self, engines: Mapping[str, CommandingClient], action: Action, options: dict[str, Any]) -> str:
         """Bring engines back that did what another one refused; returns what is to be said of those that stayed.
         options: with the folder that an adapter had been loaded from."""
         before = self.state or EngineState()
@@ -90,11 +88,11 @@ class ReplicaControl:
             answers = await self._tell(engines, *back)
         except EngineDeadError:
             return ""
-        stayed = [f"engine {number} did it and cannot go back: {answer.error}" for number, answer in answers.items()
+        stayed = [f"{number} did it and cannot go back: {answer.error}" for number, answer in answers.items()
                   if answer.error is not None]
         return "".join(f"; {text}" for text in stayed)
 
-    async def catch_up(self, engine: ProcessClient) -> None:
+    async def catch_up(self, engine: CommandingClient) -> None:
         """Give an engine that has been started again the adapters and the state of the others. Raises EngineDeadError
         if it dies meanwhile."""
         async with self._turn:
@@ -111,9 +109,15 @@ class ReplicaControl:
             if self.state.sleep_level:
                 await engine.control_or_log("sleep", level=self.state.sleep_level)
 
+    def _note_folder(self, action: Action, options: Mapping[str, Any]) -> None:
+        if action == "load_adapter":
+            self.folders[options["name"]] = options["folder"]
+        elif action == "unload_adapter":
+            self.folders[options["name"]] = None
+
     def _folder_of(self, name: str) -> str:
         """Where an adapter was loaded from; "": it is not."""
-        return self._folders.get(name) or self._start_folders.get(name, "")
+        return self.folders.get(name) or self._start_folders.get(name, "")
 
 
 def _merged(answers: list[Controlled]) -> Controlled:

@@ -23,7 +23,8 @@ def health_of(state: ServerState) -> tuple[int, dict[str, Any]]:
     if engine.dead_reason is not None:
         return 503, {"status": "dead", "reason": hide_paths(engine.dead_reason)}
     if engine.restarting_after is not None:
-        return 503, {"status": "restarting", "reason": hide_paths(engine.restarting_after), "phase": engine.phase}
+        status = "waiting" if state.cluster else "restarting"
+        return 503, {"status": status, "reason": hide_paths(engine.restarting_after), "phase": engine.phase}
     if engine.facts is None or not state.loaded:
         return 503, {"status": "starting", "reason": f"phase: {engine.phase}"}
     silent_s = engine.silent_for_s()

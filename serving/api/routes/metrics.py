@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fastapi import Request
@@ -15,6 +16,7 @@ from serving.api.overload_families import life_families, overload_families
 from serving.api.route import Needs, Route
 from serving.api.state import ServerState
 from serving.observe.metrics.adapter_families import lora_families
+from serving.observe.metrics.cluster_families import cluster_families
 from serving.observe.metrics.engine_families import engine_families
 from serving.observe.metrics.families import Families, joined
 
@@ -45,6 +47,9 @@ class ServerCollector:
         state, facts = self._state, self._state.engine.facts
         yield from overload_families(make, state)
         yield from state.refusals.families(make, state.keys.kinds)
+        if state.cluster is not None:
+            yield from cluster_families(make, state.cluster.engine.counts, Counter(
+                member.state for member in state.cluster.members()))
         if facts is not None:
             yield from lora_families(make, facts.config.lora, state.requests.open_records())
 

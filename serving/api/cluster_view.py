@@ -1,0 +1,81 @@
+"""`ClusterView`: what a master shows of its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from serving.security.paths import hide_paths
+from xllm.client.cluster import ClusterClient
+from xllm.client.dispatch import Dispatch
+from xllm.client.remote import RemoteClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRow:
+    """An instance. state: "active" if it takes requests, else in words. client: None unless it is connected."""
+
+    name: str
+    role: str
+    state: str
+    reason: str
+    address: str
+    client: RemoteClient | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """store: where instances register, and how that is; None: they were named. leader(): the address of the master that
+    leads; None: nobody. address: of this master."""
+
+    engine: ClusterClient
+    policy: str
+    members: Callable[[], Sequence[MemberRow]]
+    address: str
+    store: Callable[[], str | None]
+    leader: Callable[[], Awaitable[str | None]]
+
+    async def shown(self) -> dict[str, Any]:
+        """As JSON."""
+        leader, counts = await self.leader(), self.engine.counts
+        return {
+            "master": self.address, "leader": leader, "is_leader": leader == self.address, "store": self.store(),
+            "policy": self.policy, "open_requests": len(self.engine.request_ids),
+            "members": [self._member(row) for row in self.members()],
+            "totals": {"decisions": dict(counts.decisions), "recovered": dict(counts.recovered),
+                       "retried": counts.retried, "given_up": counts.given_up,
+                       "recomputed_tokens": counts.recomputed_tokens},
+            "decisions": [_decision(one) for one in reversed(self.engine.recent)],
+        }
+
+    def _member(self, row: MemberRow) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": row.name, "role": row.role, "state": row.state,
+                                 "reason": hide_paths(row.reason) or None, "address": row.address}
+        if (client := row.client) is None or client.facts is None or client.model is None:
+            return found
+        stats = client.stats
+        return found | {
+            "incarnation": client.incarnation, "started": _time(client.started_unix_s),
+            "models": list(client.model.names), "adapters": list(client.adapters),
+            "running": stats.num_running, "waiting": stats.num_waiting,
+            "sent": self.engine.num_sent(row.name), "silent_s": round(client.silent_for_s(), 3),
+            "kv_usage": round(stats.kv_usage, 4), "kv_blocks": client.facts.num_blocks,
+            "block_size": client.facts.config.cache.block_size,
+            "cached_blocks": self.engine.num_cached_blocks(row.name),
+            "hit_rate": round(stats.prefix_hits_total / stats.prefix_queries_total, 4)
+            if stats.prefix_queries_total else None,
+        }
+
+
+def _decision(one: Dispatch) -> dict[str, Any]:
+    decision = one.decision
+    return {"time": _time(one.unix_s), "request_id": one.request_id, "sequences": one.num_requests,
+            "tokens": one.num_tokens, "instance": decision.name, "reason": decision.reason,
+            "scores": {name: round(score, 4) for name, score in decision.scores.items()},
+            "cached_tokens": sum(decision.matched_tokens), "instances_lost": one.num_lost}
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, timezone.utc).isoformat(timespec="milliseconds")

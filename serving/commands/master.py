@@ -1,0 +1,147 @@
+"""`xllm master`: the HTTP API of a cluster, over the instances that register in its metadata store or are named."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from pathlib import Path
+
+from serving.api.cluster_view import ClusterView
+from serving.api.state import ServerState
+from serving.cluster.etcd_link import open_etcd
+from serving.cluster.etcd_settings import EtcdSettings
+from serving.cluster.key_value_store import KeyValueStore
+from serving.cluster.master_seat import MasterSeat
+from serving.cluster.registration import start_store
+from serving.commands.cluster_plan import advertised_host, etcd_settings, namespace_of
+from serving.commands.master_members import MasterMembers
+from serving.commands.serve import load_front
+from serving.commands.server_life import FrontDoor, ServerLife, front_door
+from serving.master_config import POLICY_OF, MasterConfig
+from serving.security.cluster_secret import read_cluster_keys
+from xllm import logs
+from xllm.client.cluster import ClusterClient
+from xllm.client.cluster_keys import ClusterKeys
+from xllm.errors import ConfigError, XllmError
+from xllm.host_port import host_and_port, is_loopback
+from xllm.routing.fleet import Fleet
+
+logger = logging.getLogger("xllm.master")
+
+
+def run(config: MasterConfig) -> int:
+    """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
+    logs.take_over()
+    etcd = None if config.store is None else etcd_settings(config.store)
+    is_local = etcd.is_local if etcd is not None else all(
+        is_loopback(host_and_port(address)[0]) for address in config.addresses)
+    keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local)
+    with front_door(config.http) as door:
+        return asyncio.run(_Master(config, door, keys, etcd).run())
+
+
+class _Master(ServerLife):
+    """A server whose engine is a cluster: it follows who is there, and serves as long as somebody is."""
+
+    def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys, etcd: EtcdSettings | None):
+        super().__init__(config.server, door)
+        self._etcd = etcd
+        self._settings, self._keys, self._master_config = config.master, keys, config
+        self._store: KeyValueStore | None = None
+        self._seat: MasterSeat | None = None
+        self._joined = asyncio.Event()  # an instance has
+
+    def _make_state(self) -> ServerState:
+        s = self._settings
+        self._cluster = ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
+                                            target_tpot_s=s.target_tpot / 1000))
+        self._members = MasterMembers(self._cluster, self._keys, self._note_names)
+        if self._etcd is not None:
+            self._store = open_etcd(self._etcd, namespace=namespace_of(s.etcd_namespace))
+        state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=self._door.tracer)
+        state.cluster = ClusterView(
+            engine=self._cluster, policy=s.load_balance_policy, members=self._members.rows, address=self._address,
+            store=self._store_text, leader=self._leader)
+        return state
+
+    @property
+    def _address(self) -> str:
+        """What it is called in the store."""
+        host = self._config.http.host
+        if self._etcd is not None:
+            host = advertised_host(host, self._etcd.targets[0])
+        return f"{host}:{self._settings.rpc_server_port}"
+
+    def _store_text(self) -> str | None:
+        return None if self._store is None else f"{self._store.name}: {self._store.state}"
+
+    async def _leader(self) -> str | None:
+        try:
+            return None if self._seat is None else await self._seat.leader()
+        except XllmError:
+            return None  # the store does not answer, which its state says
+
+    # --- its life
+
+    async def _look_after(self) -> None:
+        try:
+            if self._store is None:
+                self._members.follow_addresses(self._master_config.addresses)
+                logger.info("waiting for instances at %s", ", ".join(self._master_config.addresses))
+            else:
+                await start_store(self._store)
+                self._seat = MasterSeat(self._store, self._address, await self._members.follow_store(self._store))
+                self._seat.start()
+                logger.info("waiting for instances in %s; this master is called %s there, where nothing listens",
+                            self._store.name, self._address)
+            while True:
+                await self._joined.wait()
+                self._joined.clear()
+                if not self._state.loaded:
+                    await self._load()
+        except XllmError as error:
+            logger.error("the master does not start: %s", error)
+            self._fail()
+        except Exception:  # whatever it was: a server that waits for ever would be worse
+            logger.exception("the master does not start")
+            self._fail()
+
+    async def _load(self) -> None:
+        """Read the tokenizer, and let requests in. Raises ConfigError if the model's folder is not here, ModelError."""
+        if (facts := self._cluster.facts) is None:
+            return
+        model, path = facts.config.model, self._settings.tokenizer_path
+        folder = path or facts.model_path
+        if path is None and not Path(folder).is_dir():
+            raise ConfigError(f"the model's folder, {folder}, is not on this machine: --tokenizer-path says where its "
+                              "tokenizer is")
+        model = dataclasses.replace(model, model=folder, revision=None,
+                                    tokenizer=model.tokenizer if path is None else None)
+        tokenizer, defaults = await asyncio.to_thread(load_front, model)
+        if self._cluster.facts is not facts:  # others are there now, perhaps of another model
+            self._joined.set()
+            return
+        self._state.tokenizer, self._state.sampling_defaults = tokenizer, defaults
+        self._note_loaded()
+        self._say(f"xLLM's master serves {self._state.served_names[0]} on {self._door.url} (longest sequence "
+                  f"{facts.max_model_len} tokens, policy {self._settings.load_balance_policy})")
+        self._say_how_to_call()
+
+    def _note_names(self, names: tuple[str, ...], is_new: bool) -> None:
+        """An instance has joined. names: of the model, those of all that have. is_new: it is another model."""
+        if is_new:
+            self._state.forget_model()
+        self._state.serve_names(names)
+        self._joined.set()
+
+    async def _shut_down(self) -> None:
+        await self._cluster.close()
+        if self._seat is not None:
+            await self._seat.close()
+        await self._members.close()
+        if self._store is not None:
+            await self._store.close()
+
+    def _kill(self) -> None:
+        return  # nothing outlives this process: instances notice that it is gone

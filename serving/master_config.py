@@ -1,0 +1,121 @@
+"""`MasterConfig`: the settings of `xllm master`: those of an HTTP server, and of the cluster behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serving.config import (
+    ChatSettings,
+    ClusterSettings,
+    ConnectionSettings,
+    HttpSettings,
+    LogSettings,
+    ResilienceSettings,
+    ServerConfig,
+)
+from serving.limits import LimitSettings
+from xllm.errors import ConfigError
+from xllm.host_port import host_and_port
+from xllm.option import option
+
+# `--load_balance_policy`, as upstream has it (LOAD is ours), and the modules of `xllm/routing/policies/`.
+POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "SLO_AWARE": "slo_aware"}
+# Of `ServerConfig`, what is an engine's: a master has none of its own.
+NOT_OF_A_MASTER = ("engine_restarts", "engine_restart_window", "step_timeout")
+_OF_ETCD = ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterHttpSettings(HttpSettings):
+    """As of `xllm serve`, on another port."""
+
+    port: int = option(8888, "port to listen on; 0: any free one", aliases=("http_server_port",))
+    served_model_name: tuple[str, ...] = option((), "names that requests may use for the model; the first is shown; "
+                                                "none: those of the instances", aliases=("model_id",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterSettings:
+    """Which cluster a master is for, and how it uses its instances. See docs/cluster.md."""
+
+    etcd_addr: str | None = option(None, "etcd, in which the instances register: host:port, http:// or https://, "
+                                   "several members parted by commas", is_guard=True)
+    etcd_namespace: str = option("", "before the cluster's keys there, as /NAMESPACE/")
+    etcd_user: str | None = option(None, "user of etcd; none: what ETCD_USERNAME says", is_guard=True)
+    etcd_password_file: str | None = option(None, "file with etcd_user's password; none: what ETCD_PASSWORD says",
+                                            is_guard=True)
+    etcd_ca_cert: str | None = option(None, "certificate of etcd's authority (PEM), and TLS; none: the system's, with "
+                                      "https://", is_guard=True)
+    etcd_cert: str | None = option(None, "this process's certificate for etcd (PEM)", is_guard=True)
+    etcd_key: str | None = option(None, "its private key (PEM)", is_guard=True)
+    instances: str | None = option(None, "instead of etcd: HOST:PORT of each instance's --cluster-listen, with commas "
+                                   "between")
+    rpc_server_port: int = option(8889, "part of this master's name in etcd, HOST:PORT; nothing listens there, as a "
+                                  "master connects to its instances")
+    tokenizer_path: str | None = option(None, "folder or Hub id of the model, or of its tokenizer's files and "
+                                        "config.json; none: the folder that the instances have it in, if it is here")
+    load_balance_policy: str = option("CAR", "which instance a request goes to: RR: in turn; CAR: by what is cached "
+                                      "there and by load; LOAD: by load alone; SLO_AWARE: by target_ttft and "
+                                      "target_tpot", choices=tuple(POLICY_OF))
+    target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE keeps where it can, in milliseconds")
+    target_tpot: float = option(50.0, "time from token to token that SLO_AWARE keeps where it can, in milliseconds")
+    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
+                                             "what XLLM_CLUSTER_SECRET says, or else, on the loopback only, this "
+                                             "user's ~/.config/xllm/cluster.secret, made if it is not there",
+                                             is_guard=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterConfig:
+    """All settings of one master. Raises ConfigError for values that cannot work."""
+
+    http: MasterHttpSettings = field(default_factory=MasterHttpSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
+    connections: ConnectionSettings = field(default_factory=ConnectionSettings)
+    master: MasterSettings = field(default_factory=MasterSettings)
+
+    def __post_init__(self) -> None:
+        m = self.master
+        if (m.etcd_addr is None) == (m.instances is None):
+            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, one of the two")
+        if not 0 <= m.rpc_server_port <= 65535:
+            raise ConfigError(f"rpc_server_port must be in 0 to 65535, got {m.rpc_server_port}")
+        for address in self.addresses:
+            if not host_and_port(address)[1]:
+                raise ConfigError(f"instances: {address!r} has no port")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise ConfigError("instances: an address is given twice")
+        for name, value in (("target_ttft", m.target_ttft), ("target_tpot", m.target_tpot)):
+            if not 0 < value < 1e9:
+                raise ConfigError(f"{name} must be a positive number of milliseconds, got {value}")
+        assert self.server is not None  # which checks the rest, as this does
+        if self.store is None and (given := [name for name in _OF_ETCD if getattr(m, name)]):
+            raise ConfigError(f"{given[0]} needs etcd_addr")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the instances, without a store."""
+        return _split(self.master.instances)
+
+    @property
+    def store(self) -> ClusterSettings | None:
+        """Where the instances register, as they have it; None: they are named."""
+        m = self.master
+        if m.etcd_addr is None:
+            return None
+        return ClusterSettings(etcd_addr=m.etcd_addr, etcd_namespace=m.etcd_namespace, etcd_user=m.etcd_user,
+                               etcd_password_file=m.etcd_password_file, etcd_ca_cert=m.etcd_ca_cert,
+                               etcd_cert=m.etcd_cert, etcd_key=m.etcd_key)
+
+    @property
+    def server(self) -> ServerConfig:
+        """Of the HTTP server."""
+        return ServerConfig(http=self.http, log=self.log, limits=self.limits, chat=self.chat,
+                            resilience=self.resilience, connections=self.connections)
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

@@ -1,0 +1,259 @@
+"""`Dispatcher`: finds an instance for each call of a cluster, and another one when that is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from xllm.client.cluster_call import ClusterCall
+from xllm.client.cluster_members import ClusterMember, ClusterMembers
+from xllm.client.engine_client import EngineAwayError, EngineBusyError
+from xllm.errors import EngineDeadError, RequestError
+from xllm.request import Request
+from xllm.routing.fleet import Fleet
+from xllm.routing.fleet_snapshot import Decision
+from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
+from xllm.routing.recovery import Interrupted, next_step
+
+MAX_DECISIONS = 100  # that are kept to be looked at. Chosen: a screen or two
+CAUSES = ("lost", "drained")  # why calls go on elsewhere
+LOOK_S = 0.25  # between looks for an instance where none has room. Chosen: half a sign of life
+logger = logging.getLogger("xllm.cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One decision that was followed. unix_s: when. num_lost: instances that the call had lost before."""
+
+    unix_s: float
+    request_id: str
+    num_requests: int
+    num_tokens: int
+    num_lost: int
+    decision: Decision
+
+
+@dataclass(slots=True)
+class DispatchCounts:
+    """Totals. decisions: by their reasons. recovered: calls that went on elsewhere, by why: lost, drained. retried:
+    calls that were sent to another instance because one had no room. recomputed_tokens: of prompts and answers that
+    were sent to be computed again, without what was cached there. given_up: calls that ended with an error because no
+    instance could go on."""
+
+    decisions: Counter[str] = field(default_factory=Counter)
+    recovered: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
+    recomputed_tokens: int = 0
+    given_up: int = 0
+
+
+class Dispatcher:
+    """Belongs to the event loop of the instances' clients.
+
+    calls: those that are open, by request id. recent: the last decisions, the newest behind.
+    """
+
+    def __init__(self, members: ClusterMembers, fleet: Fleet):
+        self.calls: dict[str, ClusterCall] = {}
+        self.recent: deque[Dispatch] = deque(maxlen=MAX_DECISIONS)
+        self.counts = DispatchCounts()
+        self._members, self._fleet = members, fleet
+        self._going_on: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._unlogged = Counter[str]()  # requests that were lost in this turn of the event loop, by where and why
+
+    # --- calls
+
+    def begin(self, requests: Sequence[Request]) -> ClusterCall:
+        """Send a call to an instance. Raises EngineAwayError: there is none."""
+        digests = self._members.digests
+        adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
+        call = ClusterCall(requests, self._members.model, adapters, self)
+        if (decision := self._decide(call, requests, ())).name is None:
+            raise EngineAwayError(self._members.why_none())
+        self.calls.update(dict.fromkeys(call.open_ids, call))
+        self._send(call, decision, requests)
+        return call
+
+    def num_sent(self, name: str) -> int:
+        """Requests that are at this instance."""
+        return sum(call.place == name for call in self.calls.values())
+
+    def notice(self) -> None:
+        """An instance may take more than it could before: look again for those that wait."""
+        self._changed.set()
+
+    def hand_over(self, member: ClusterMember) -> None:
+        """Have others go on with what an instance has, as far as there are others that can."""
+        for call in {call for call in self.calls.values() if call.place == member.name}:
+            decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
+            if decision.name is None or decision.reason == "full":
+                logger.warning("%s goes on with what it has: no other instance takes it", member.name)
+                return
+            self._leave(call)
+            call.take_back()
+            if call.open_ids:
+                self.counts.recovered["drained"] += 1
+                self._send(call, decision, call.rest, is_again=True)
+
+    async def close(self) -> None:
+        """End the open calls with an EngineDeadError."""
+        for call in set(self.calls.values()):
+            call.fail(EngineDeadError("the cluster's client was closed"))
+        self._changed.set()
+        await asyncio.gather(*self._going_on)
+
+    # --- what calls tell
+
+    def begun(self, call: ClusterCall, request_id: str) -> None:
+        """See `CallKeeper`."""
+        if call.place is not None:
+            self._fleet.begun(call.place, request_id)
+
+    def left(self, call: ClusterCall, request_ids: Sequence[str]) -> None:
+        """See `CallKeeper`."""
+        for request_id in request_ids:
+            if self.calls.pop(request_id, None) is not None and call.place is not None:
+                self._fleet.left(call.place, request_id)
+        if not call.open_ids:
+            self._changed.set()  # there may be room
+
+    def lost(self, call: ClusterCall, place: str, error: Exception) -> None:
+        """See `CallKeeper`."""
+        for request_id in call.open_ids:
+            self._fleet.left(place, request_id)
+        tries = call.tries
+        if isinstance(error, EngineBusyError):
+            tries.busy.add(place)
+        elif isinstance(error, RequestError) and not call.is_admitted:
+            call.fail(error)  # it is wrong anywhere
+            return
+        elif isinstance(error, RequestError):
+            tries.refused[place] = str(error)
+        else:
+            tries.lost.append((place, str(error)))
+            self._note_lost(f"{place} was lost: {error}", len(call.open_ids))
+        task = asyncio.create_task(self._go_on(call, error), name="cluster-call")
+        self._going_on.add(task)
+        task.add_done_callback(self._going_on.discard)
+
+    def _note_lost(self, what: str, num_requests: int) -> None:
+        if not self._unlogged:
+            asyncio.get_running_loop().call_soon(self._log_lost)
+        self._unlogged[what] += num_requests
+
+    def _log_lost(self) -> None:
+        for what, num_requests in self._unlogged.items():  # one line, however many calls there were
+            logger.warning("%s; open requests that go on elsewhere: %d", what, num_requests)
+        self._unlogged.clear()
+
+    # --- going on
+
+    async def _go_on(self, call: ClusterCall, error: Exception) -> None:
+        since_s = call.tries.since_s = call.tries.since_s or time.monotonic()
+        while call.open_ids:
+            self._changed.clear()
+            rest, tries = call.rest, call.tries
+            decision = self._decide_again(call, rest)
+            step = next_step(Interrupted(
+                num_lost=len(tries.lost), was_taken=call.is_admitted, was_refused=isinstance(error, EngineBusyError),
+                has_place=decision.name is not None, waited_s=time.monotonic() - since_s))
+            if step == "recompute":
+                if isinstance(error, EngineBusyError):
+                    self.counts.retried += 1
+                else:
+                    self.counts.recovered["lost"] += 1
+                self._send(call, decision, rest, is_again=True)
+                return
+            if step == "pass on":
+                call.fail(error)
+            elif step == "give up":
+                self.counts.given_up += 1
+                call.fail(self._given_up(call))
+            else:
+                tries.busy.clear()  # they may have room by then
+                await self._wait()
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), LOOK_S)
+        except asyncio.TimeoutError:
+            return
+
+    def _decide_again(self, call: ClusterCall, rest: Sequence[Request]) -> Decision:
+        """Where a call goes on: not at an instance that was lost under it, unless there is no other and it is back."""
+        tries = call.tries
+        said_no = tries.busy | tries.refused.keys()
+        decision = self._decide(call, rest, said_no | {name for name, _ in tries.lost})
+        return decision if decision.name is not None else self._decide(call, rest, said_no)
+
+    def _given_up(self, call: ClusterCall) -> EngineDeadError:
+        tries = call.tries
+        tried = [f"{name} was lost ({reason})" for name, reason in tries.lost]
+        tried += [f"{name} refused to go on ({reason})" for name, reason in tries.refused.items()]
+        what = f"the request was given up: {'; '.join(tried)}"
+        if self._members.up:
+            return EngineDeadError(what)
+        return EngineAwayError(f"{what}; {self._members.why_none()}")
+
+    # --- deciding and sending
+
+    def _decide(self, call: ClusterCall, requests: Sequence[Request], exclude: Collection[str]) -> Decision:
+        able = self._members.able(call.model, call.adapters)
+        prompts = _prompts(requests)
+        marks = [self._marks(call, request) for request in prompts]
+        first = requests[0]
+        return self._fleet.decide(
+            marks, sum(map(_num_tokens, prompts)), len(requests), time.monotonic(), session=first.session_id,
+            exclude={*exclude, *(self._members.all.keys() - able)}, deadline_s=first.deadline_s)
+
+    def _send(self, call: ClusterCall, decision: Decision, requests: Sequence[Request], *, is_again: bool = False
+              ) -> None:
+        assert decision.name is not None
+        prompts = _prompts(requests)
+        num_tokens = sum(map(_num_tokens, prompts))
+        self.counts.decisions[decision.reason] += 1
+        self.recent.append(Dispatch(time.time(), requests[0].request_id, len(requests), num_tokens,
+                                    len(call.tries.lost), decision))
+        to_compute = [max(0, _num_tokens(request) - matched)
+                      for request, matched in zip(prompts, decision.matched_tokens, strict=True)]
+        self.counts.recomputed_tokens += sum(to_compute) if is_again else 0
+        own = dict(zip((request.request_id for request in prompts), to_compute, strict=True))
+        for request in requests:
+            request_id = request.request_id
+            self._fleet.sent(decision.name, request_id, own.get(request_id, 0),
+                             self._marks(call, request) if request_id in own else NO_MARKS)
+        try:
+            call.send(self._members.all[decision.name].client, decision.name, requests)
+        except EngineDeadError as error:
+            self.lost(call, decision.name, error)
+
+    def _leave(self, call: ClusterCall) -> None:
+        for request_id in call.open_ids:
+            if call.place is not None:
+                self._fleet.left(call.place, request_id)
+
+    def _marks(self, call: ClusterCall, request: Request) -> PromptMarks:
+        """Of its prompt, made once a call and size of a block."""
+        facts, block_size = self._members.facts, self._fleet.block_size
+        if facts is None or block_size is None or not facts.config.cache.enable_prefix_caching:
+            return NO_MARKS
+        key = (block_size, id(request.prompt_token_ids))
+        if (known := call.marks.get(key)) is None:
+            digest = dict(call.adapters).get(request.lora, "")
+            known = prompt_marks(request.prompt_token_ids, block_size, request.cache_salt, digest)
+            call.marks[key] = known
+        return known
+
+
+def _prompts(requests: Sequence[Request]) -> list[Request]:
+    """One request of each prompt: what several share is computed once."""
+    return list({id(request.prompt_token_ids): request for request in reversed(requests)}.values())
+
+
+def _num_tokens(request: Request) -> int:
+    return len(request.prompt_token_ids) + len(request.generated_token_ids)

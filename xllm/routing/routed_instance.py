@@ -1,0 +1,142 @@
+"""`RoutedInstance`: what a router knows of one instance of a cluster, but for its cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xllm.routing.pace import PaceFit, Timing
+from xllm.routing.prompt_marks import PromptMarks
+from xllm.routing.sent_requests import SentRequests
+
+# What an instance has said is out of date after so long. Chosen: four beats of 0.5 s (`client/gate_wire.py`) missed.
+STALE_S = 2.0
+# In which what has been computed counts half for balance. Chosen: long enough for a conversation's next turn, so that
+# what its first ones cost is not forgotten; short enough that load that is over is.
+SPENT_HALF_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What an instance says of itself: sequences that wait and run, KV blocks that are free or can be made so, and the
+    steps since the last report (`engine/step_log.py:StepTiming`)."""
+
+    num_waiting: int
+    num_running: int
+    num_free_blocks: int
+    steps: Sequence[Timing] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """block_size: tokens of a KV block. max_waiting, max_open: requests that it takes into its queue, and in all.
+    num_blocks: of the KV cache on its device."""
+
+    block_size: int
+    max_waiting: int
+    max_open: int
+    num_blocks: int
+
+
+class Figures(NamedTuple):
+    """An instance as it stands; of several, arrays [I] of the same. Without prices of steps (`PaceFit`) those are nan.
+    heard_s: infinite before the first report: it has just joined, and what is known of it is not out of date."""
+
+    waiting_tokens: Any
+    num_open: Any
+    num_queued: Any
+    num_running: Any
+    num_tokens: Any
+    free_tokens: Any
+    max_waiting: Any
+    max_open: Any
+    spent_tokens: Any
+    spent_s: Any
+    heard_s: Any
+    is_behind: Any
+    step_s: Any
+    token_s: Any
+    sequence_s: Any
+
+
+class RoutedInstance:
+    """number: larger than those of all that joined before. `sent`: what was sent there. Not thread-safe."""
+
+    def __init__(self, number: int, capacity: Capacity):
+        self.number, self.capacity = number, capacity
+        self.sent, self._pace = SentRequests(), PaceFit()
+        self._is_behind = False
+        self._num_waiting = self._num_running = 0  # as it said last
+        self._excess = self._num_of_others = 0  # requests more than were sent there
+        self._num_free_blocks = capacity.num_blocks
+        self._heard_s = math.inf
+        self._spent, self._spent_s = 0.0, 0.0  # tokens; as of when
+        self._figures: np.ndarray | None = None  # kept until something changes: a decision looks at all, few change
+
+    # --- what is told
+
+    def hear(self, report: LoadReport, now_s: float) -> None:
+        """It has said how it is."""
+        self._num_waiting, self._num_running = report.num_waiting, report.num_running
+        # Counted when two reports have them: one may be older than ends that were heard before it.
+        excess = max(0, report.num_waiting + report.num_running - self.sent.num_open)
+        self._num_of_others, self._excess = min(excess, self._excess), excess
+        self._num_free_blocks, self._heard_s = report.num_free_blocks, now_s
+        self._pace.note(report.steps)
+        self._figures = None
+
+    def fall_behind(self, is_behind: bool) -> None:
+        """Whether it is known that its cache is not known."""
+        self._is_behind, self._figures = is_behind, None
+
+    def enter(self, request_id: str, num_tokens: int, marks: PromptMarks, now_s: float) -> None:
+        """See `SentRequests.enter`."""
+        self.sent.enter(request_id, num_tokens, marks)
+        self._spent, self._spent_s = float(faded(self._spent, now_s - self._spent_s)) + num_tokens, now_s
+        self._figures = None
+
+    def begun(self, request_id: str) -> None:
+        """See `SentRequests.begun`."""
+        self.sent.begun(request_id)
+        self._figures = None
+
+    def left(self, request_id: str) -> None:
+        """See `SentRequests.left`."""
+        self.sent.left(request_id)
+        self._figures = None
+
+    # --- what it comes to
+
+    @property
+    def figures(self) -> np.ndarray:
+        """As it stands now: `Figures`, float64."""
+        if self._figures is None:
+            self._figures = np.array(self._add_up(), dtype=np.float64)
+        return self._figures
+
+    def _add_up(self) -> Figures:
+        sent, capacity = self.sent, self.capacity
+        prices = self._pace.prices or (math.nan, math.nan, math.nan)
+        return Figures(
+            waiting_tokens=sent.waiting_tokens, num_open=sent.num_open + self._num_of_others,
+            num_queued=max(sent.num_waiting, self._num_waiting),
+            num_running=max(sent.num_open - sent.num_waiting, self._num_running),
+            num_tokens=capacity.num_blocks * capacity.block_size,
+            free_tokens=max(0, self._num_free_blocks * capacity.block_size - sent.waiting_tokens),
+            max_waiting=capacity.max_waiting, max_open=capacity.max_open,
+            spent_tokens=self._spent, spent_s=self._spent_s, heard_s=self._heard_s, is_behind=self._is_behind,
+            step_s=prices[0], token_s=prices[1] or math.nan, sequence_s=prices[2])
+
+
+def figures_of(instances: Sequence[RoutedInstance]) -> Figures:
+    """Of all: arrays, float64 [I]. At least one."""
+    return Figures(*np.concatenate([instance.figures for instance in instances]).reshape(len(instances), -1).T)
+
+
+def faded(spent_tokens: Any, age_s: Any) -> Any:
+    """What tokens count for that were computed so long ago."""
+    return spent_tokens * 0.5 ** (np.maximum(0.0, age_s) / SPENT_HALF_S)
