@@ -105,13 +105,54 @@ class ResilienceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """How the other processes of a cluster reach this one's engine. See docs/cluster-instances.md."""
+    """How this process is an instance of a cluster. See docs/cluster.md and docs/cluster-instances.md."""
 
     cluster_listen: str | None = option(None, "HOST:PORT at which a cluster's master reaches the engine, port 0: any "
-                                        "free one; needs the cluster's secret; none: there is no such port",
-                                        is_guard=True)
+                                        "free one; none: any of 127.0.0.1 if etcd_addr is this machine, else there is "
+                                        "no such port", is_guard=True)
     cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
-                                             "what XLLM_CLUSTER_SECRET says", is_guard=True)
+                                             "what XLLM_CLUSTER_SECRET says, or else, on the loopback only, this "
+                                             "user's ~/.config/xllm/cluster.secret, made if it is not there",
+                                             is_guard=True)
+    etcd_addr: str | None = option(None, "etcd, in which this instance registers for a cluster's masters: host:port, "
+                                   "http:// or https://, several members parted by commas", is_guard=True)
+    etcd_namespace: str = option("", "before the cluster's keys there, as /NAMESPACE/")
+    etcd_user: str | None = option(None, "user of etcd; none: what ETCD_USERNAME says", is_guard=True)
+    etcd_password_file: str | None = option(None, "file with etcd_user's password; none: what ETCD_PASSWORD says",
+                                            is_guard=True)
+    etcd_ca_cert: str | None = option(None, "certificate of etcd's authority (PEM), and TLS; none: the system's, with "
+                                      "https://", is_guard=True)
+    etcd_cert: str | None = option(None, "this process's certificate for etcd (PEM)", is_guard=True)
+    etcd_key: str | None = option(None, "its private key (PEM)", is_guard=True)
+    enable_service_routing: bool | None = option(None, "register in etcd_addr; none: if that is given")
+    enable_cache_upload: bool = option(True, "tell masters which KV blocks are cached, so that they can send requests "
+                                       "where their prompts are")
+    instance_role: str = option("DEFAULT", "DEFAULT or MIX, which do prefill and decode; PREFILL and DECODE are not "
+                                "built yet")
+    instance_name: str | None = option(None, "name of this instance in the cluster; none: host:port of its HTTP API")
+
+    def __post_init__(self) -> None:
+        if self.cluster_listen is not None:
+            host_and_port(self.cluster_listen)
+        elif self.cluster_secret_file is not None and self.etcd_addr is None:
+            raise ConfigError("cluster_secret_file needs cluster_listen or etcd_addr")
+        if self.instance_role in ("PREFILL", "DECODE", "ENCODE"):
+            raise ConfigError(f"instance_role {self.instance_role}: instances that share the work of a request are not "
+                              "built yet; DEFAULT and MIX do all of it")
+        if self.instance_role not in ("DEFAULT", "MIX"):
+            raise ConfigError(f"instance_role must be DEFAULT or MIX, got {self.instance_role!r}")
+        if self.etcd_addr is None:
+            for name in ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key",
+                         "enable_service_routing", "instance_name"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name} needs etcd_addr")
+        if self.instance_role != "DEFAULT" and not self.registers:
+            raise ConfigError(f"instance_role {self.instance_role} is for instances that register: it needs etcd_addr")
+
+    @property
+    def registers(self) -> bool:
+        """Whether this instance is in the metadata store."""
+        return self.etcd_addr is not None and self.enable_service_routing is not False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +174,6 @@ class ServerConfig:
         for name, keys in (("api_key", h.api_key), ("admin_api_key", h.admin_api_key)):
             if any(not key.strip() for key in keys):
                 raise ConfigError(f"{name} must not be empty")
-        if self.cluster.cluster_listen is not None:
-            host_and_port(self.cluster.cluster_listen)
-        elif self.cluster.cluster_secret_file is not None:
-            raise ConfigError("cluster_secret_file needs cluster_listen")
         if "*" in h.cors_origin:
             raise ConfigError("cors_origin must name web sites, such as https://example.com; '*' would be all of them")
         check_names(self.chat.tool_call_parser, self.chat.reasoning_parser)

@@ -15,7 +15,8 @@ from xllm.suggestion import nearest
 
 NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
          "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET")
-_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET")  # from processes that have no callers
+# From processes that have no callers.
+_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "ETCD_USERNAME", "ETCD_PASSWORD")
 # What torchrun, and other launchers of torch.distributed, say to the processes that they start.
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "GROUP_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
             "TORCHELASTIC_USE_AGENT_STORE")
@@ -42,6 +43,11 @@ def cache_dir() -> Path:
     configured = os.environ.get("XLLM_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(configured) if configured else base / "xllm"
+
+
+def config_dir() -> Path:
+    """XDG_CONFIG_HOME: below which this user's own files are kept (default ~/.config/xllm)."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "xllm"
 
 
 def compiled_kernels_allowed() -> bool:
@@ -160,7 +166,7 @@ def cluster_secret() -> bytes | None:
 
 
 def etcd_login() -> tuple[str | None, str | None]:
-    """ETCD_USERNAME and ETCD_PASSWORD: who one is in etcd; upstream's names."""
+    """ETCD_USERNAME and ETCD_PASSWORD, as upstream's. None: not set, or empty."""
     return os.environ.get("ETCD_USERNAME") or None, os.environ.get("ETCD_PASSWORD") or None
 
 
@@ -172,8 +178,8 @@ def mistyped_names() -> list[str]:
 
 
 def for_child() -> dict[str, str]:
-    """This process's environment without API keys and the cluster's secret, for a process that it starts and that has
-    no callers."""
+    """This process's environment without API keys and the secrets of the cluster, for a process that it starts and that
+    has no callers."""
     found = {name: value for name, value in os.environ.items() if name not in _KEPT}
     return found | _passed_on
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xllm.errors import ConfigError
+from xllm.host_port import host_and_port, is_loopback
 from xllm.private_files import read_secret
 
 DEFAULT_PORT = 2379  # etcd's own for clients, by IANA
@@ -53,9 +53,14 @@ class EtcdSettings:
         return bool(self.ca_cert or self.cert) or any(address.startswith("https://") for address in self.addresses)
 
     @property
+    def is_local(self) -> bool:
+        """Whether all members are reached over the loopback."""
+        return all(is_loopback(host_and_port(target)[0]) for target in self.targets)
+
+    @property
     def exposes_password(self) -> bool:
         """Whether a password would leave this machine in clear text."""
-        return self.password is not None and not self.has_tls and not all(map(_is_loopback, self.targets))
+        return self.password is not None and not self.has_tls and not self.is_local
 
     def pem_files(self) -> tuple[bytes | None, bytes | None, bytes | None]:
         """What is in `ca_cert`, `key` and `cert`. Raises ConfigError, also for a key that others may read."""
@@ -77,11 +82,3 @@ class EtcdSettings:
             raise ConfigError(f"etcd: {address!r} is no address; one is host:port, http://host:port or "
                               "https://host:port, several are parted by commas")
         return found[1] or "", f"{found[2]}:{found[3] or DEFAULT_PORT}"
-
-
-def _is_loopback(target: str) -> bool:
-    host = target.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

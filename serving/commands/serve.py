@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.api.state import ServerState
-from serving.cluster.engine_gate import EngineGate
 from serving.cluster.model_fingerprint import model_fingerprint
+from serving.commands.cluster_instance import ClusterInstance
+from serving.commands.cluster_plan import ClusterPlan, cluster_plan
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.commands.startup import LogStream, StartupView
 from serving.config import ServerConfig
 from serving.engine.supervisor import Supervisor
-from serving.security.cluster_secret import read_cluster_keys
 from xllm import logs
-from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.gate_wire import ServedModel
 from xllm.client.replicas import open_engine
 from xllm.config import EngineConfig, ModelSettings
@@ -38,67 +37,59 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     logs.take_over()
     if engine_config.model.generation_config not in ("auto", "vllm"):
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
-    cluster = server_config.cluster
-    cluster_keys = None if cluster.cluster_listen is None else read_cluster_keys(cluster.cluster_secret_file)
+    plan = cluster_plan(server_config.cluster)
     with front_door(server_config.http) as door:
-        return asyncio.run(_Server(engine_config, server_config, door, cluster_keys).run())
+        return asyncio.run(_Server(engine_config, server_config, door, plan).run())
 
 
 class _Server(ServerLife):
     """A server and its engine: start the engine behind an open port, and again when it dies."""
 
-    def __init__(self, engine_config: EngineConfig, config: ServerConfig, door: FrontDoor,
-                 cluster_keys: ClusterKeys | None):
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, door: FrontDoor, plan: ClusterPlan | None):
         super().__init__(config, door)
-        self._engine_config = engine_config
-        self._cluster_keys = cluster_keys
+        self._engine_config, self._plan = engine_config, plan
+        self._cluster: ClusterInstance | None = None
         is_watched = sys.stdout.isatty() and not logs.is_json()
         self._view = StartupView(sys.stdout if is_watched else LogStream(logging.getLogger("xllm.startup")))
 
     def _make_state(self) -> ServerState:
-        self._own = open_engine(self._engine_config, self._show_phase, reports_cache=self._cluster_keys is not None)
+        self._own = open_engine(self._engine_config, self._show_phase,
+                                reports_cache=self._plan is not None and self._plan.tells_cache)
         state = ServerState(self._own, self._config, keys=self._door.keys, tracer=self._door.tracer,
                             model_name=self._engine_config.model.model or "demo")
         _check_adapter_names(state, self._engine_config)
-        self._gate = self._open_gate()
+        if self._plan is not None:
+            self._cluster = ClusterInstance(self._plan, self._own, self._door.listener.getsockname()[:2],
+                                            self._config.http.lora_folder)
+            self._cluster.listen()
         return state
 
-    def _open_gate(self) -> EngineGate | None:
-        """Listen for the cluster's master, if it is wanted. Raises ConfigError."""
-        if self._cluster_keys is None:
-            return None
-        folder, address = self._config.http.lora_folder, self._config.cluster.cluster_listen
-        gate = EngineGate(self._own, self._own.engines, self._cluster_keys, Path(folder) if folder else None)
-        assert address is not None
-        gate.listen(address)
-        return gate
-
     async def _shut_down(self) -> None:
-        if self._gate is not None:
-            self._gate.close()
+        if self._cluster is not None:
+            await self._cluster.leave()
         await self._own.shutdown()
 
     def _kill(self) -> None:
         self._own.kill()
 
     def _begin_draining(self) -> None:
-        if self._gate is not None:
-            self._gate.drain()
+        if self._cluster is not None:
+            self._cluster.drain()
 
     @property
     def _num_open(self) -> int:
         """HTTP calls that are generating, and requests of the cluster."""
-        return self._state.num_open + (0 if self._gate is None else self._gate.num_open)
+        return self._state.num_open + (0 if self._cluster is None else self._cluster.num_open)
 
     async def _look_after(self) -> None:
         try:
             self._own.launch()
             # The tokenizer loads beside the weights; what is wrong with it ends the start at once.
-            _, (self._state.tokenizer, self._state.sampling_defaults) = await asyncio.gather(
-                self._start_engine(), asyncio.to_thread(load_front, self._engine_config.model))
-            if self._gate is not None:
+            _, (self._state.tokenizer, self._state.sampling_defaults), _ = await asyncio.gather(
+                self._start_engine(), asyncio.to_thread(load_front, self._engine_config.model), self._find_store())
+            if self._cluster is not None:
                 fingerprint = await asyncio.to_thread(model_fingerprint, self._engine_config.model, self._state.facts)
-                self._gate.open(ServedModel(self._state.served_names, fingerprint))
+                await self._cluster.join(ServedModel(self._state.served_names, fingerprint))
         except Exception as error:  # whatever it was: a server that loads for ever would be worse
             self._view.interrupt()
             logger.error("the server does not start: %s", str(error) or type(error).__name__,
@@ -113,6 +104,10 @@ class _Server(ServerLife):
             Supervisor(engine, self._config.resilience, "the engine" if len(engines) == 1 else f"engine {number}")
             for number, engine in enumerate(engines)]
         await asyncio.gather(*(supervisor.run() for supervisor in self._state.supervisors))
+
+    async def _find_store(self) -> None:
+        if self._cluster is not None:
+            await self._cluster.find_store()
 
     async def _start_engine(self) -> None:
         await self._own.start()
@@ -135,8 +130,8 @@ class _Server(ServerLife):
         self._say(f"xLLM serves {self._state.served_names[0]} on {self._door.url} (longest sequence "
                   f"{facts.max_model_len} tokens, {blocks})")
         self._say(_placement_text(facts))
-        if self._gate is not None:
-            self._say(f"its engine answers the cluster at {self._gate.address}")
+        if self._cluster is not None:
+            self._say(self._cluster.announcement)
         if facts.placement.advice:
             self._say(f"hint: {facts.placement.advice} (docs/performance.md)")
         self._say_how_to_call()

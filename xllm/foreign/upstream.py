@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm.errors import ConfigError
-from xllm.foreign.flag import ForeignFlag, ignored, ignored_switch, refused, refused_switch, sets
+from xllm.foreign.flag import ForeignFlag, accepted, ignored, ignored_switch, refused, refused_switch, sets
 
 _ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
-_NO_CLUSTER = "the cluster is not built yet"
+_NO_DISAGGREGATION = "instances that share the work of a request are not built yet"
 _NO_EP = "expert parallelism is not built yet: ranks share every expert"
 _ONE_LOOP = "one event loop answers HTTP"
 _NO_PROFILE = "steps are not planned by a profile"
@@ -88,14 +88,13 @@ UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
     *(ignored(name, "there are no remote calls between processes") for name in (
         "rpc_channel_timeout_ms", "rpc_idle_timeout_s", "max_reconnect_count")),
     ignored("health_check_interval_ms", "the engine sends a heartbeat; --health-timeout is how long it may be silent"),
-    refused_switch("enable_service_routing", _NO_CLUSTER),
-    refused_switch("enable_disagg_pd", _NO_CLUSTER),
-    refused_switch("enable_pd_ooc", _NO_CLUSTER),
-    refused("instance_role", _NO_CLUSTER, unless=("DEFAULT",)),
-    *(refused(name, _NO_CLUSTER) for name in ("etcd_addr", "etcd_namespace", "disagg_pd_port", "instance_name",
-                                              "kv_cache_transfer_type", "kv_cache_transfer_mode",
-                                              "transfer_listen_port", "xservice_addr")),
-    refused_switch("enable_cache_upload", _NO_CLUSTER),
+    accepted("etcd_addr", "several members parted by commas; without --cluster-listen on the machine of etcd only"),
+    accepted("enable_cache_upload", "on by default; digests of what is cached, to masters that are connected"),
+    refused_switch("enable_disagg_pd", _NO_DISAGGREGATION),
+    refused_switch("enable_pd_ooc", _NO_DISAGGREGATION),
+    *(refused(name, _NO_DISAGGREGATION) for name in ("disagg_pd_port", "kv_cache_transfer_type",
+                                                     "kv_cache_transfer_mode", "transfer_listen_port")),
+    refused("xservice_addr", "instances and masters find each other by --etcd-addr"),
     ignored_switch("use_cpp_chat_template", "templates are rendered as Hugging Face writes them"),
     refused("config_json_file", "settings are flags; there is no configuration file"),
     refused_switch("enable_online_profile", "profiles are not taken over HTTP yet"),
