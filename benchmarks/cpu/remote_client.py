@@ -1,9 +1,10 @@
 """CPU time of a client's process for each request and each streamed token, over TCP and over the engine's own sockets:
 `python -m benchmarks.cpu.remote_client [--json FILE]`.
 
-`RemoteClient` asks a real `xllm serve --cluster-listen` process with the bundled model, `ProcessClient` an engine of
-its own. Every delta is read from its stream, nothing is made of it. A request's share is measured with requests of one
-token, a token's with requests of many, at several numbers of open requests: what one step brings comes in one frame.
+`RemoteClient`, itself and as the only instance of a `ClusterClient`, asks a real `xllm serve --cluster-listen` process
+with the bundled model, `ProcessClient` an engine of its own. Every delta is read from its stream, nothing is made of
+it. A request's share is measured with requests of one token, a token's with requests of many, at several numbers of
+open requests: what one step brings comes in one frame.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import psutil
 
 from serving.commands.bench import report
 from xllm import env
+from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_keys import cluster_keys
 from xllm.client.engine_client import EngineClient
 from xllm.client.process import ProcessClient
@@ -74,7 +76,8 @@ async def measure(client: EngineClient, clocks: dict[str, Seconds]) -> list[dict
     return rows
 
 
-async def over_tcp() -> list[dict[str, float]]:
+async def over_tcp() -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Of a client, and of a cluster's client over that one."""
     secret = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "secret", Path(folder) / "log"
@@ -95,8 +98,12 @@ async def over_tcp() -> list[dict[str, float]]:
             await client.connect()
             front = psutil.Process(server.pid)
             rows = await measure(client, {"client": time.process_time, "front": lambda: sum(front.cpu_times()[:2])})
+            cluster = ClusterClient()
+            cluster.join("only", client)
+            through = await measure(cluster, {"client": time.process_time})
+            await cluster.close()
             client.close()
-            return rows
+            return rows, through
         finally:
             server.terminate()
             server.wait(30)
@@ -116,8 +123,9 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the result to this file, too")
     given = parser.parse_args()
     report.check(given.json)
+    remote, cluster = asyncio.run(over_tcp())
     result = {"benchmark": "remote client", "tokens_a_request": NUM_TOKENS,
-              "remote": asyncio.run(over_tcp()), "process": asyncio.run(over_own_sockets())}
+              "remote": remote, "cluster": cluster, "process": asyncio.run(over_own_sockets())}
     report.write(result, given.json)
     return 0
 

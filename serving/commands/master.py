@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import socket
 from pathlib import Path
 
 from serving.api.cluster_view import ClusterView
@@ -15,15 +14,17 @@ from serving.cluster.etcd_settings import EtcdSettings
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.master_seat import MasterSeat
 from serving.cluster.registration import start_store
+from serving.commands.cluster_plan import advertised_host, etcd_settings, namespace_of
 from serving.commands.master_members import MasterMembers
 from serving.commands.serve import load_front
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.master_config import MasterConfig
 from serving.security.cluster_secret import read_cluster_keys
-from xllm import env, logs
+from xllm import logs
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_keys import ClusterKeys
 from xllm.errors import ConfigError, XllmError
+from xllm.host_port import host_and_port, is_loopback
 from xllm.routing.fleet import Fleet
 
 logger = logging.getLogger("xllm.master")
@@ -32,16 +33,20 @@ logger = logging.getLogger("xllm.master")
 def run(config: MasterConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
     logs.take_over()
-    keys = read_cluster_keys(config.master.cluster_secret_file)
+    etcd = None if config.store is None else etcd_settings(config.store)
+    is_local = etcd.is_local if etcd is not None else all(
+        is_loopback(host_and_port(address)[0]) for address in config.addresses)
+    keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local)
     with front_door(config.http) as door:
-        return asyncio.run(_Master(config, door, keys).run())
+        return asyncio.run(_Master(config, door, keys, etcd).run())
 
 
 class _Master(ServerLife):
     """A server whose engine is a cluster: it follows who is there, and serves as long as somebody is."""
 
-    def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys):
+    def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys, etcd: EtcdSettings | None):
         super().__init__(config.server, door)
+        self._etcd = etcd
         self._settings, self._keys, self._master_config = config.master, keys, config
         self._store: KeyValueStore | None = None
         self._seat: MasterSeat | None = None
@@ -52,10 +57,8 @@ class _Master(ServerLife):
         self._cluster = ClusterClient(Fleet(s.load_balance_policy, target_ttft_s=s.target_ttft / 1000,
                                             target_tpot_s=s.target_tpot / 1000))
         self._members = MasterMembers(self._cluster, self._keys, self._note_names)
-        if s.etcd_addr is not None:
-            user, password = env.etcd_login()
-            where = EtcdSettings(addresses=self._master_config.etcd_addresses, user=user, password=password)
-            self._store = open_etcd(where, namespace=s.etcd_namespace.encode())
+        if self._etcd is not None:
+            self._store = open_etcd(self._etcd, namespace=namespace_of(s.etcd_namespace))
         state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=self._door.tracer)
         state.cluster = ClusterView(
             engine=self._cluster, policy=s.load_balance_policy, members=self._members.rows, address=self._address,
@@ -65,10 +68,10 @@ class _Master(ServerLife):
     @property
     def _address(self) -> str:
         """What it is called in the store."""
-        host, port = self._config.http.host, self._settings.rpc_server_port
-        if host in ("0.0.0.0", "::", ""):
-            host = socket.gethostname()
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        host = self._config.http.host
+        if self._etcd is not None:
+            host = advertised_host(host, self._etcd.targets[0])
+        return f"{host}:{self._settings.rpc_server_port}"
 
     def _store_text(self) -> str | None:
         return None if self._store is None else f"{self._store.name}: {self._store.state}"

@@ -61,7 +61,7 @@ class MasterMembers:
     # ---
 
     def _join_registered(self, name: str, client: RemoteClient, record: InstanceRecord) -> None:
-        self._join(name, client, record.role)
+        self._join(name, client, "DEFAULT" if record.role == "MIX" else record.role)  # both do all of a request
 
     def _join(self, name: str, client: RemoteClient, role: str = "DEFAULT") -> None:
         assert client.model is not None

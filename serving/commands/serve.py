@@ -47,8 +47,8 @@ class _Server(ServerLife):
 
     def __init__(self, engine_config: EngineConfig, config: ServerConfig, door: FrontDoor, plan: ClusterPlan | None):
         super().__init__(config, door)
-        self._engine_config, self._plan = engine_config, plan
-        self._cluster: ClusterInstance | None = None
+        self._engine_config = engine_config
+        self._plan = plan
         is_watched = sys.stdout.isatty() and not logs.is_json()
         self._view = StartupView(sys.stdout if is_watched else LogStream(logging.getLogger("xllm.startup")))
 
@@ -58,6 +58,7 @@ class _Server(ServerLife):
         state = ServerState(self._own, self._config, keys=self._door.keys, tracer=self._door.tracer,
                             model_name=self._engine_config.model.model or "demo")
         _check_adapter_names(state, self._engine_config)
+        self._cluster: ClusterInstance | None = None
         if self._plan is not None:
             self._cluster = ClusterInstance(self._plan, self._own, self._door.listener.getsockname()[:2],
                                             self._config.http.lora_folder)

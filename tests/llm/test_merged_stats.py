@@ -1,6 +1,7 @@
 """The stats of several engines as those of one."""
 
-from xllm.client.merged_stats import merged_stats
+from xllm.client.merged_stats import merged_stats, merged_steps
+from xllm.engine.step_log import StepLog, StepReport
 from xllm.stats import EngineStats, LaneStats, ThreadStats, TierStats
 
 
@@ -30,3 +31,15 @@ def test_sums_shares_and_the_oldest():
     assert (both.kv_disk_up, both.host_usage, both.kv_lanes["save"].jobs_total) == (False, 0.5, 3)
     assert merged_stats([first]) is first
     assert merged_stats([EngineStats(), EngineStats()]) == EngineStats()
+
+
+def test_steps_of_several():
+    logs = [StepLog(), StepLog()]
+    logs[0].note(2.0, 0.001, 5, 1)
+    logs[1].note(1.0, 0.004, 20, 2)
+    logs[1].note(3.0, 0.004, 20, 2)
+    first, second = (log.take() for log in logs)
+    both = merged_steps([first, second])
+    assert sum(both.time_s.counts) == 3 and both.tokens.sum == 45 and sum(first.time_s.counts) == 1
+    assert [end_s for end_s, *_ in both.recent] == [1.0, 2.0, 3.0]
+    assert merged_steps([first]) is first and merged_steps([]) == StepReport()

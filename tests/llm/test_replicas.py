@@ -56,8 +56,8 @@ async def _calls_go_to_one_engine_each(both: Replicas) -> None:
     both.abort(["d", "nobody"])
     assert (await read(other))[-1].finish_reason is FinishReason.ABORT
     await idle(both)
-    views = both._router.views
-    assert [(view.num_open, view.waiting_tokens, view._promised) for view in views] == [(0, 0, {})] * 2
+    sent = [instance.sent for instance in both._fleet._instances.values()]
+    assert [(one.num_open, one.waiting_tokens, one._promised) for one in sent] == [(0, 0, {})] * 2
     again = both.submit([make_request("e", shared)])
     assert again.engine == 0 and max(delta.num_cached_tokens for delta in await read(again)) == 32
 
@@ -71,7 +71,7 @@ async def _what_one_refuses_none_has_done(both: Replicas) -> None:
     assert refused.is_state and refused.error is not None
     assert refused.error.startswith(f"engine {busy}: requests are open") and "cannot go back" not in refused.error
     assert [engine.sleep_level for engine in both.engines] == [0, 0]
-    assert len(both._router.views[1 - busy]) == 0, "it has told that"
+    assert not len(both._fleet.index.keys_of(str(1 - busy), 0)), "it has told that"
     stream.close()
     await idle(both)
     while (done := await both.control("sleep", level=1)).error is not None:  # the step that was on its way

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xllm.kv.block import block_digests
-from xllm.routing.fleet import MAX_SESSIONS, Fleet
+from xllm.routing.fleet import Fleet
 from xllm.routing.global_index import GlobalIndex
 from xllm.routing.policies import POLICIES
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
@@ -117,6 +117,8 @@ def test_what_others_have_there_counts() -> None:
     fleet = fleet_of("a", "b", max_open=10)
     fleet.sent("a", "1", 4, NO_MARKS)
     fleet.heard("a", report(num_running=1), 0.0)
+    fleet.heard("b", report(num_running=8), 0.0)
+    assert fleet.decide([NO_MARKS], 5, 1, 0.0).name == "b", "they may have ended meanwhile"
     fleet.heard("b", report(num_waiting=2, num_running=8), 0.0)
     assert fleet.decide([NO_MARKS], 5, 1, 0.0).name == "a"
     fleet.heard("b", report(), 0.1)
@@ -145,15 +147,16 @@ def test_stale_ones_are_passed_by_and_among_stale_ones_two_are_drawn() -> None:
     assert fleet.decide([NO_MARKS], 5, 1, 9.0).name == "a"
 
 
-def test_a_session_stays_where_all_are_equal() -> None:
+def test_a_session_stays_where_all_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xllm.routing.fleet.MAX_SESSIONS", 20)
     fleet = fleet_of("a", "b", "c")
     last = fleet.decide([NO_MARKS], 5, 1, 0.0, session="one").name
     assert {fleet.decide([NO_MARKS], 5, 1, 0.0).name for _ in range(3)} == set("abc")
     decision = fleet.decide([NO_MARKS], 5, 1, 0.0, session="one")
     assert (decision.name, decision.reason) == (last, "session")
-    for number in range(MAX_SESSIONS):
+    for number in range(20):
         fleet.decide([NO_MARKS], 5, 1, 0.0, session=str(number))
-    assert len(fleet._sessions) == MAX_SESSIONS and "one" not in fleet._sessions
+    assert len(fleet._sessions) == 20 and "one" not in fleet._sessions, "the oldest is forgotten"
 
 
 def test_equal_ones_take_turns_whoever_comes_and_goes() -> None:

@@ -30,7 +30,7 @@ from xllm.routing.fleet import Fleet
 from xllm.routing.routed_instance import LoadReport
 from xllm.stats import EngineStats
 
-_SEED_BITS = 63
+_SEED_BITS = 63  # Chosen: what a signed 64-bit number holds, wherever it is written down
 logger = logging.getLogger("xllm.cluster")
 
 
@@ -122,7 +122,8 @@ class ClusterClient:
 
     @property
     def facts(self) -> EngineFacts | None:
-        """Of the first that is there; what is not of the model, such as the size of a KV block, may differ."""
+        """Of the first that is there, or else of the last that was; what is not of the model, such as the size of a KV
+        block, may differ."""
         return self.members.facts
 
     @property
@@ -163,7 +164,7 @@ class ClusterClient:
 
     @property
     def steps(self) -> StepReport:
-        """Of the first instance; each has its own."""
+        """Of all instances together."""
         return self.members.steps
 
     @property

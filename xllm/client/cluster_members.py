@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from xllm.client.merged_stats import merged_stats
+from xllm.client.merged_stats import merged_stats, merged_steps
 from xllm.client.remote import RemoteClient
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
@@ -53,6 +53,7 @@ class ClusterMembers:
         self.gone: dict[str, str] = {}
         self.events: deque[ClusterEvent] = deque(maxlen=MAX_EVENTS)
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
+        self._facts: EngineFacts | None = None
         self._past: dict[str, EngineStats] = {}  # totals of those that left, by incarnation
         self._long_past = EngineStats()
 
@@ -128,8 +129,10 @@ class ClusterMembers:
 
     @property
     def facts(self) -> EngineFacts | None:
-        """Of the first that is there."""
-        return next((member.client.facts for member in self.all.values()), None)
+        """Of the first that is there; where none is, those of the last one."""
+        found = next((member.client.facts for member in self.all.values()), None)
+        self._facts = found or self._facts
+        return self._facts
 
     @property
     def stats(self) -> EngineStats:
@@ -139,8 +142,8 @@ class ClusterMembers:
 
     @property
     def steps(self) -> StepReport:
-        """Of the first that is there; each has its own."""
-        return next((member.client.steps for member in self.all.values()), StepReport())
+        """Of all that are there together."""
+        return merged_steps([member.client.steps for member in self.all.values()])
 
     def silent_for_s(self) -> float:
         """Of the one that moved on last."""

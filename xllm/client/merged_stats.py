@@ -1,4 +1,4 @@
-"""`merged_stats`: the stats of several engines as those of one."""
+"""`merged_stats`, `merged_steps`: what several engines say of themselves, as if one did."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport
 from xllm.stats import EngineStats
 
 # Where a sum would say nothing. The others add up: totals, and numbers of what there is.
@@ -26,6 +27,18 @@ def merged_stats(stats: Sequence[EngineStats]) -> EngineStats:
                               for quantile in merged.step_cost_error}
     used = sum(one.kv_usage * one.num_blocks for one in stats)
     merged.kv_usage = used / merged.num_blocks if merged.num_blocks else 0.0
+    return merged
+
+
+def merged_steps(reports: Sequence[StepReport]) -> StepReport:
+    """Histograms of the steps of all of them, and the newest of each, in their order."""
+    if len(reports) == 1:
+        return reports[0]
+    merged = StepReport(recent=sorted(step for report in reports for step in report.recent)[-MAX_STEPS_A_BEAT:])
+    for report in reports:
+        for total, one in ((merged.time_s, report.time_s), (merged.tokens, report.tokens)):
+            total.counts[:] = map(sum, zip(total.counts, one.counts, strict=True))
+            total.sum += one.sum
     return merged
 
 

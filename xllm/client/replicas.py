@@ -1,7 +1,7 @@
 """`Replicas`: several engine processes of one model that look like one engine.
 
 A call goes to one of them, chosen by what its KV cache has of the prompt and what else it has to do
-(`xllm/routing/choose.py`). A command goes to all. One that dies costs its own requests only: the others go on, and it
+(`xllm/routing/fleet.py`). A command goes to all. One that dies costs its own requests only: the others go on, and it
 comes back to where they are.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from xllm.engine_count import check_engines
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.kv_events_settings import of_rank
 from xllm.request import Request
-from xllm.routing.engine_view import EngineView
+from xllm.routing.fleet import Fleet
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
-from xllm.routing.router import Router
+from xllm.routing.routed_instance import LoadReport
 from xllm.stats import EngineStats
 
 # Without a sign of progress an engine gets no requests while others move on. Chosen: twenty busy heartbeats, and longer
@@ -57,17 +58,33 @@ class Replicas:
         self.facts: EngineFacts | None = None
         self._control = ReplicaControl(self._labelled)
         self._control.know_adapters(config.lora.lora_modules)
-        s = config.scheduler
-        self._router = Router(EngineView(s.max_waiting_requests, s.max_concurrent_requests or sys.maxsize)
-                              for _ in self.engines)
-        for engine, view in zip(self.engines, self._router.views, strict=True):
+        self._fleet = Fleet()
+        for number, engine in enumerate(self.engines):
             engine.adapter_folders = self._control.folders  # also of those that are down while one is loaded
-            engine.on_cache_changes = _changer(view)
-            engine.on_back = self._catcher_up(engine, view)
+            engine.on_cache_changes = self._changer(number)
+            engine.on_back = self._catcher_up(number)
 
-    def _catcher_up(self, engine: ProcessClient, view: EngineView) -> Callable[[], Awaitable[None]]:
+    def _changer(self, number: int) -> Callable[[CacheChanges], None]:
+        def change(changes: CacheChanges) -> None:
+            if str(number) not in self._fleet.names:  # what its disk has it tells as soon as it is ready
+                self._join(number)
+            self._fleet.changed(str(number), changes.tier, changes.stored, changes.removed)
+        return change
+
+    def _join(self, number: int) -> None:
+        """Nothing is known to be cached there."""
+        facts = self.engines[number].facts
+        assert facts is not None and facts.config.cache.block_size is not None, "only when it is ready"
+        settings = facts.config.scheduler
+        self._fleet.join(str(number), block_size=facts.config.cache.block_size, num_blocks=facts.num_blocks,
+                         max_waiting=settings.max_waiting_requests,
+                         max_open=settings.max_concurrent_requests or sys.maxsize)
+
+    def _catcher_up(self, number: int) -> Callable[[], Awaitable[None]]:
+        engine = self.engines[number]
+
         async def catch_up() -> None:
-            view.forget()
+            self._join(number)
             assert self.facts is not None and engine.facts is not None
             if (what := _difference(self.facts, engine.facts)) is not None:  # the checkpoint's files have changed
                 reason = f"it differs from the others in {what}"
@@ -90,6 +107,8 @@ class Replicas:
         for number, facts in enumerate(found):
             if (what := _difference(found[0], facts)) is not None:
                 raise ConfigError(f"engine {number} differs from engine 0 in {what}")
+            if str(number) not in self._fleet.names:
+                self._join(number)
         self.facts = found[0]
         return self.facts
 
@@ -194,30 +213,36 @@ class Replicas:
         for request in requests:
             if any(engine.has(request.request_id) for engine in self.engines):
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-        free_tokens = self._free_tokens(requests)
+        able = self._able(requests)
         prompts = {id(request.prompt_token_ids): request for request in reversed(requests)}  # what they share once
         marks = {request.request_id: self._marks(request) for request in prompts.values()}
         num_tokens = sum(len(request.prompt_token_ids) for request in prompts.values())
-        number = self._router.pick(list(marks.values()), num_tokens, len(requests), free_tokens)
-        engine, view = self.engines[number], self._router.views[number]
-        stream = engine.submit(requests)
-        stream.engine = number
+        now_s = time.monotonic()
+        for number, engine in able.items():  # of what runs there all is known
+            self._fleet.heard(str(number), LoadReport(num_waiting=0, num_running=0,
+                                                      num_free_blocks=_num_free_blocks(engine)), now_s)
+        decision = self._fleet.decide(list(marks.values()), num_tokens, len(requests), now_s,
+                                      exclude={*self._fleet.names} - {*map(str, able)})
+        assert decision.name is not None, "one at least is up"
+        name, matched = decision.name, dict(zip(marks, decision.matched_tokens, strict=True))
+        stream = self.engines[int(name)].submit(requests)
+        stream.engine = int(name)
 
         def note(request_id: str, num_tokens: int) -> None:
             if request_id in stream.open_ids:
-                view.begun(request_id)
+                self._fleet.begun(name, request_id)
             else:
-                view.left(request_id)
+                self._fleet.left(name, request_id)
 
         stream.listeners.append(note)
         for request in requests:
             own = marks.get(request.request_id)
-            to_compute = 0 if own is None else len(request.prompt_token_ids) - view.matched_tokens(own)
-            view.enter(request.request_id, to_compute, own or NO_MARKS)
+            to_compute = 0 if own is None else len(request.prompt_token_ids) - matched[request.request_id]
+            self._fleet.sent(name, request.request_id, to_compute, own or NO_MARKS)
         return stream
 
-    def _free_tokens(self, requests: Sequence[Request]) -> dict[int, int]:
-        """Room in the KV cache of each engine that a call can go to. Raises EngineDeadError if there is none."""
+    def _able(self, requests: Sequence[Request]) -> dict[int, ProcessClient]:
+        """The engines that a call can go to, by their numbers. Raises EngineDeadError if there is none."""
         up = self._up()
         if not up:
             raise EngineDeadError(self.dead_reason or f"it is starting again after: {self.restarting_after}")
@@ -225,9 +250,8 @@ class Replicas:
         up = {number: engine for number, engine in up.items() if engine.silent_for_s() < SILENT_S} or up
         wanted = {(name, digest) for name, digest in self._digests.items() if any(r.lora == name for r in requests)}
         # One that could not load the same adapter when it came back is passed by.
-        able = {number: engine for number, engine in up.items()
+        return {number: engine for number, engine in up.items()
                 if wanted <= set(zip(engine.adapters, engine.adapter_digests))} or up
-        return {number: _num_free_blocks(engine) * self._block_size for number, engine in able.items()}
 
     @property
     def _digests(self) -> dict[str, str]:
@@ -263,10 +287,6 @@ def _of_engine(config: EngineConfig, number: int) -> EngineConfig:
     if cache.disk_cache_dir is not None:
         cache = replace(cache, disk_cache_dir=str(Path(cache.disk_cache_dir) / f"engine-{number}"))
     return replace(config, cache=cache)
-
-
-def _changer(view: EngineView) -> Callable[[CacheChanges], None]:
-    return lambda changes: view.change(changes.tier, changes.stored, changes.removed)
 
 
 def _num_free_blocks(engine: ProcessClient) -> int:

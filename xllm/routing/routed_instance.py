@@ -70,7 +70,8 @@ class RoutedInstance:
         self.number, self.capacity = number, capacity
         self.sent, self._pace = SentRequests(), PaceFit()
         self._is_behind = False
-        self._num_waiting = self._num_running = self._num_of_others = 0  # as it said last
+        self._num_waiting = self._num_running = 0  # as it said last
+        self._excess = self._num_of_others = 0  # requests more than were sent there
         self._num_free_blocks = capacity.num_blocks
         self._heard_s = math.inf
         self._spent, self._spent_s = 0.0, 0.0  # tokens; as of when
@@ -81,7 +82,9 @@ class RoutedInstance:
     def hear(self, report: LoadReport, now_s: float) -> None:
         """It has said how it is."""
         self._num_waiting, self._num_running = report.num_waiting, report.num_running
-        self._num_of_others = max(0, report.num_waiting + report.num_running - self.sent.num_open)
+        # Counted when two reports have them: one may be older than ends that were heard before it.
+        excess = max(0, report.num_waiting + report.num_running - self.sent.num_open)
+        self._num_of_others, self._excess = min(excess, self._excess), excess
         self._num_free_blocks, self._heard_s = report.num_free_blocks, now_s
         self._pace.note(report.steps)
         self._figures = None
