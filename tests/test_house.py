@@ -97,6 +97,7 @@ KNOWN_COLLABORATORS: list[str] = []
 TWIN_MODULES = {
     "activation": "an operator of each device",
     "attention": "an operator of each device, and its layer",
+    "cluster": "its instances as one engine, and the route that shows them",
     "config": "the settings of the engine and those of the server",
     "experts": "operators of each device, and their layer",
     "deepseek": "a family of models: its checkpoints and its tool calls",
@@ -127,9 +128,6 @@ WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
     "serving.cluster.election": "the master of a cluster",
     "serving.cluster.embedded": "the master of a cluster",
-    "serving.cluster.instance_link": "the master of a cluster",
-    "serving.cluster.master_seat": "the master of a cluster",
-    "serving.cluster.registry": "the master of a cluster",
     "serving.cluster.served_link": "the master of a cluster",
     "serving.cluster.store_server": "the master of a cluster",
     "serving.cluster.store_wire": "the master of a cluster",
