@@ -58,12 +58,12 @@ screenshots: setup browser
 aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
-# A million random operations on the KV store (SEED= another episode to begin with), 1e5 on the index of a cluster, every
-# pair of features alone, and floods of a thousand sequences whose callers leave; ranks that go wrong in every phase
+# A million random operations on the KV store (SEED= another episode to begin with), 1e5 each on the index of a cluster and
+# on its router, every pair of features alone, and floods of a thousand sequences whose callers leave; ranks that go wrong in every phase
 # (prints the table of it); nodes that are lost; hostile files, expressions and races in full.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
-	INDEX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/routing/test_global_index.py
+	INDEX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/routing/test_global_index.py tests/routing/test_fleet_model.py --timeout 600
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
 	ABORTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/security/test_mass_aborts.py --timeout 600
 	BOUNDS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/text/test_template_bounds.py --timeout 1200

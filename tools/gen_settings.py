@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import typing
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from serving.commands.flags import default_text, leaf_types  # noqa: E402
 from serving.config import ServerConfig  # noqa: E402
+from serving.master_config import NOT_OF_A_MASTER, MasterConfig  # noqa: E402
 from xllm.config import EngineConfig  # noqa: E402
 from xllm.foreign.flag import ForeignFlag  # noqa: E402
 from xllm.foreign.upstream import UPSTREAM_ENGINE, UPSTREAM_SERVER  # noqa: E402
@@ -89,19 +91,43 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+MASTER_HEAD = """
+## `xllm master`
+
+It takes the settings of the groups http, log, limits, chat, resilience and connections above, but for {left_out}, which
+are an engine's; what follows is its own, or has another default.
+
+| setting | type | default | group | what it does | aliases |
+|---|---|---|---|---|---|
+"""
+
+
 def render() -> str:
     """docs/settings.md."""
+    server = all_options(ServerConfig)
+    own = {name: found for name, found in all_options(MasterConfig).items()
+           if found[0] == "master" or _said(found[1]) != _said(server[name][1])}
+    left_out = ", ".join(f"`{name}`" for name in NOT_OF_A_MASTER)
+    return (HEAD + table(EngineConfig, all_options(EngineConfig)) + table(ServerConfig, server)
+            + MASTER_HEAD.format(left_out=left_out) + table(MasterConfig, own))
+
+
+def _said(leaf: dataclasses.Field) -> tuple[Any, ...]:
+    return leaf.default, leaf.metadata["help"], leaf.metadata["aliases"]
+
+
+def table(tree: type, options: dict[str, tuple[str, dataclasses.Field]]) -> str:
+    """Rows of settings of a tree."""
     rows = []
-    for tree in (EngineConfig, ServerConfig):
-        types = leaf_types(tree)
-        for name, (group, leaf) in all_options(tree).items():
-            text = leaf.metadata["help"]
-            if leaf.metadata["choices"]:
-                text += f" (one of {', '.join(leaf.metadata['choices'])})"
-            aliases = ", ".join(f"`{alias}`" for alias in leaf.metadata["aliases"])
-            rows.append(f"| `{name}` | {type_text(types[name])} | {default_text(leaf.default)} | {group} | "
-                        f"{text.replace('|', chr(92) + '|')} | {aliases} |")
-    return HEAD + "\n".join(rows) + "\n"
+    types = leaf_types(tree)
+    for name, (group, leaf) in options.items():
+        text = leaf.metadata["help"]
+        if leaf.metadata["choices"]:
+            text += f" (one of {', '.join(leaf.metadata['choices'])})"
+        aliases = ", ".join(f"`{alias}`" for alias in leaf.metadata["aliases"])
+        rows.append(f"| `{name}` | {type_text(types[name])} | {default_text(leaf.default)} | {group} | "
+                    f"{text.replace('|', chr(92) + '|')} | {aliases} |")
+    return "\n".join(rows) + "\n"
 
 
 def type_text(hint: Any) -> str:

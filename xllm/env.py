@@ -203,10 +203,12 @@ def for_untrusted_child() -> dict[str, str]:
     return {name: value for name, value in for_child().items() if not _SECRET.search(name.upper())}
 
 
-def for_instance(*, secret: str, port: int, key: str, api_key: str) -> dict[str, str]:
+def for_instance(*, secret: str, port: int, key: str, api_key: str, log_level: str | None) -> dict[str, str]:
     """This process's environment for an `xllm serve` of a cluster with this secret, whose metadata store is served at
-    that port with that key; its own HTTP API takes `api_key` alone."""
-    return for_child() | {"XLLM_CLUSTER_SECRET": secret, "XLLM_CLUSTER_STORE": f"{port}:{key}", "XLLM_API_KEY": api_key}
+    that port with that key; its own HTTP API takes `api_key` alone. log_level: None: as the environment says, or info,
+    whatever that of this process is."""
+    return for_child() | {"XLLM_CLUSTER_SECRET": secret, "XLLM_CLUSTER_STORE": f"{port}:{key}", "XLLM_API_KEY": api_key,
+                          "XLLM_LOG": log_level or os.environ.get("XLLM_LOG") or "info"}
 
 
 def with_api_key(key: str) -> dict[str, str]:

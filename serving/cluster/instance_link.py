@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import enum
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.cluster.instance_record import InstanceRecord
 from serving.cluster.within import within
 from xllm.client.cluster_keys import ClusterKeys
-from xllm.client.remote import SILENCE_S, RemoteClient
+from xllm.client.remote import PROGRESS_S, SILENCE_S, RemoteClient
 from xllm.engine.commands import CacheChanges
 from xllm.errors import EngineDeadError
 
@@ -37,10 +38,8 @@ class MemberState(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkHooks:
-    """What a link asks of, and tells, the registry. objection(link): why it must not be used now; None: it may.
-    changed(link): its state has. on_join, on_leave: see `Registry`."""
+    """What a link tells the registry. changed(link): its state has. on_join, on_leave: see `Registry`."""
 
-    objection: Callable[[InstanceLink], str | None]
     changed: Callable[[InstanceLink], None]
     on_join: Callable[[str, RemoteClient, InstanceRecord], None]
     on_leave: Callable[[str, str], None]
@@ -102,15 +101,12 @@ class InstanceLink:
     def unregister(self, reason: str) -> None:
         """The store has no record of it any more."""
         self.is_registered = False
-        if self.client is not None:
+        if self.client is not None and not self.record.draining:
             self.reason = reason
             logger.info("instance %s: %s; its connection lives, it is used on", self.record.name, reason)
 
-    def reconsider(self) -> None:
-        """Ask whether it may be used; for one that is not."""
-        if self.client is not None:
-            return
-        objection = self._hooks.objection(self)
+    def judge(self, objection: str | None) -> None:
+        """Whether one that is not connected may be: why not, or None."""
         if objection is not None:
             if not self._is_refused or objection != self.reason:
                 logger.warning("instance %s is refused: %s", self.record.name, objection)
@@ -132,24 +128,32 @@ class InstanceLink:
     # ---
 
     async def _run(self) -> None:
-        pause_s = self._settings.first_retry_s
+        retry_s = self._settings.first_retry_s
         while not self._is_closed:
-            if self.client is None and not self._is_refused:
-                try:
-                    is_joined = await self._connect()
-                except Exception:  # a bug of ours, or of who was told
-                    logger.exception("connecting to instance %s failed", self.record.name)
-                    self._leave("using it failed here")
-                    is_joined = False
-                if is_joined:
-                    pause_s = self._settings.first_retry_s
-            if self.client is not None or self._is_refused:
-                await self._wake.wait()
-            else:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await within(pause_s, self._wake.wait())
-                pause_s = min(2 * pause_s, self._settings.last_retry_s)
-            self._wake.clear()
+            if self._is_refused:
+                await self._news()
+                continue
+            begun_s = time.monotonic()
+            if await self._joins():
+                while self.client is not None:
+                    await self._news()
+                if time.monotonic() - begun_s > self._settings.last_retry_s:  # it was no flicker
+                    retry_s = self._settings.first_retry_s
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(retry_s, self._news())
+            retry_s = min(2 * retry_s, self._settings.last_retry_s)
+
+    async def _news(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+
+    async def _joins(self) -> bool:
+        try:
+            return await self._connect()
+        except Exception:  # a bug of ours, or of who was told
+            logger.exception("connecting to instance %s failed", self.record.name)
+            self._leave("using it failed here")
+            return False
 
     async def _connect(self) -> bool:
         """Whether it joined."""
@@ -163,10 +167,12 @@ class InstanceLink:
             self._fail(str(error), is_wrong=client.is_refused)
             return False
         wrong = self._contradiction(client)
-        if wrong is not None or self._is_refused or self._is_closed or self.record.rpc_address != record.rpc_address:
+        hangs = client.silent_for_s() > PROGRESS_S  # it would be lost at the next beat
+        is_over = self._is_refused or self._is_closed or self.record.rpc_address != record.rpc_address
+        if wrong is not None or hangs or is_over:
             client.close()
-            if wrong is not None:
-                self._fail(wrong, is_wrong=True)
+            if wrong is not None or hangs:
+                self._fail(wrong or "its engine makes no progress", is_wrong=wrong is not None)
             return False
         self.client, self.reason, self._has_failed, self._is_wrong = client, "", False, False
         client.on_lost = self._lost

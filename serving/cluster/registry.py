@@ -53,11 +53,11 @@ class Registry:
         self._bad: dict[bytes, str] = {}  # keys whose values are no records, and why
         self._old: set[asyncio.Task[None]] = set()
         self._watches: list[asyncio.Task[None]] = []
-        self._hooks = LinkHooks(objection=self._objection, changed=self._changed, on_join=on_join, on_leave=on_leave)
+        self._hooks = LinkHooks(changed=self._changed, on_join=on_join, on_leave=on_leave)
 
     async def start(self) -> None:
-        """Begin; returns once all that is registered is known, not yet connected. Raises StoreRefusedError,
-        StoreClosedError."""
+        """Begin; returns once all that is registered is known, not yet connected; the store has been started, and is
+        waited for. Raises StoreRefusedError, StoreClosedError."""
         begun = [asyncio.get_running_loop().create_future() for _ in ROLES]
         self._watches = [asyncio.create_task(self._follow(role, known), name=f"members-{role}")
                          for role, known in zip(ROLES, begun, strict=True)]
@@ -160,25 +160,30 @@ class Registry:
         self._sort()
 
     def _sort(self) -> None:
-        """Look again at those that are not used, the oldest first: who has come or gone may change it."""
+        """Judge those that are not used, the oldest first: who has come or gone may change it."""
+        names: dict[str, InstanceLink] = {}  # who is connected under which name
+        models: dict[str, InstanceLink] = {}  # whose fingerprint counts for which model
+        for link in self._links.values():
+            if link.client is not None:
+                names[link.record.name] = link
+                models.update(dict.fromkeys(link.record.model_names, link))
         for link in sorted(self._links.values(), key=lambda link: link.age):
-            link.reconsider()
+            if link.client is None:
+                link.judge(_objection(link.record, names, models))
+                if link.state is MemberState.CONNECTING:  # a younger one waits for how that ends
+                    for model in link.record.model_names:
+                        models.setdefault(model, link)
 
-    def _objection(self, link: InstanceLink) -> str | None:
-        record = link.record
-        if record.protocol != PROTOCOL:
-            return f"it speaks protocol {record.protocol}, this speaks {PROTOCOL}"
-        others = [other for other in self._links.values() if other is not link]
-        joined = [other for other in others if other.client is not None]
-        for other in joined:
-            if other.record.name == record.name:
-                return f"{other.record.key.decode()} is connected under that name"
-        for name in record.model_names:
-            served = [other for other in joined if name in other.record.model_names]
-            served = served or [other for other in others if name in other.record.model_names
-                                and other.state is MemberState.CONNECTING and other.age < link.age]
-            for other in served:
-                if other.record.fingerprint != record.fingerprint:
-                    return (f"its model {name!r} has fingerprint {record.fingerprint}, and {other.record.name} serves "
-                            f"it with {other.record.fingerprint}")
-        return None
+
+def _objection(record: InstanceRecord, names: Mapping[str, InstanceLink],
+               models: Mapping[str, InstanceLink]) -> str | None:
+    """Why it must not be used; None: it may."""
+    if record.protocol != PROTOCOL:
+        return f"it speaks protocol {record.protocol}, this speaks {PROTOCOL}"
+    if (other := names.get(record.name)) is not None:
+        return f"{other.record.key.decode()} is connected under that name"
+    for model in record.model_names:
+        if (other := models.get(model)) is not None and other.record.fingerprint != record.fingerprint:
+            return (f"its model {model!r} has fingerprint {record.fingerprint}, and {other.record.name} serves it with "
+                    f"{other.record.fingerprint}")
+    return None

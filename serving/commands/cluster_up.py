@@ -108,7 +108,8 @@ class _ClusterUp(Master):
         place = self._served_store.place
         for name in self._names:
             environment = env.for_instance(secret=self._secret, port=place.port, key=place.key,
-                                           api_key=secrets.token_urlsafe(24))
+                                           api_key=secrets.token_urlsafe(24),
+                                           log_level=self._config.log.log_level)
             process = InstanceProcess(name, self._flags, environment, self._folder / f"{name}.log")
             self._processes.append(process)
             self._waiting.append(asyncio.create_task(self._await_end(process), name=name))
@@ -187,11 +188,11 @@ class _ClusterUp(Master):
         end = "draining; Ctrl-C again ends all at once" if self._state.draining else "Ctrl-C ends all"
         return Group(Text(""), cluster_head(shown), cluster_table(shown["members"]), Text(end, "dim"))
 
-    @staticmethod
-    def _row(process: InstanceProcess, member: dict[str, Any] | None) -> dict[str, Any]:
+    def _row(self, process: InstanceProcess, member: dict[str, Any] | None) -> dict[str, Any]:
         if process.ended is not None:
             return {"name": process.name, "state": "ended", "reason": process.ended}
-        return member or {"name": process.name, "state": "loading", "reason": f"pid {process.pid}"}
+        state = "draining" if self._state.draining else "loading"
+        return member or {"name": process.name, "state": state, "reason": f"pid {process.pid}"}
 
     def _end_drawing(self) -> None:
         if self._live is not None:

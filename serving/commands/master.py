@@ -18,7 +18,7 @@ from serving.commands.cluster_plan import advertised_host, etcd_settings, namesp
 from serving.commands.master_members import MasterMembers
 from serving.commands.serve import load_front
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
-from serving.master_config import MasterConfig
+from serving.master_config import POLICY_OF, MasterConfig
 from serving.security.cluster_secret import read_cluster_keys
 from xllm import logs
 from xllm.client.cluster import ClusterClient
@@ -54,7 +54,7 @@ class Master(ServerLife):
 
     def _make_state(self) -> ServerState:
         s = self._settings
-        self._cluster = ClusterClient(Fleet(s.load_balance_policy, target_ttft_s=s.target_ttft / 1000,
+        self._cluster = ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
                                             target_tpot_s=s.target_tpot / 1000))
         self._members = MasterMembers(self._cluster, self._keys, self._note_names)
         self._store = self._open_store()

@@ -31,6 +31,11 @@ class Instance:
         self.registration = Registration(store, self.describe, lease_s=1)
         self.engine = engine
 
+    @property
+    def has_lease(self) -> bool:
+        lease = self.registration._lease
+        return lease is not None and lease.is_alive
+
     def describe(self) -> InstanceRecord | None:
         if not self.gate.incarnation:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +62,15 @@ async def test_users_and_passwords(guarded, shared_etcd):
         with pytest.raises(StoreRefusedError, match="user 'xllm': wrong user or password"):
             await store.put(b"a", b"3")
         assert "wrong user or password" in str(store.state)
+
+
+def test_a_server_without_a_password_does_not_start(guarded, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--etcd-addr",
+                           guarded.address], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+                          env=os.environ | {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert done.returncode == 1
+    assert re.search(r"the server does not start: etcd at \S+: it has authentication enabled, and no user and password "
+                     "were given", done.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,10 @@ async def test_members_outlive_faults_of_etcd(etcd, instances: Instances):
             assert master.joined == {"a:1": client} and not master.left
 
         etcd.pause()  # for longer than its lease lasts
-        await master.until(lambda: not a.registration._lease.is_alive)
+        await master.until(lambda: not a.has_lease)
         await is_used()
         etcd.go_on()
-        await master.until(lambda: a.registration._lease.is_alive and a.registration.is_registered)
+        await master.until(lambda: a.has_lease and a.registration.is_registered)
         await master.sees("a:1", MemberState.ACTIVE)
         await is_used()
 
@@ -50,7 +50,7 @@ async def test_members_outlive_faults_of_etcd(etcd, instances: Instances):
         await is_used()
         etcd.start()
         await master.until(lambda: of_master.state.is_up and of_instance.state.is_up)
-        await master.until(lambda: master.state("a:1") is MemberState.ACTIVE and a.registration._lease.is_alive)
+        await master.until(lambda: master.state("a:1") is MemberState.ACTIVE and a.has_lease)
         await is_used()
         async with open_etcd(etcd.settings) as third, master_of(third) as later:
             await later.sees("a:1", MemberState.ACTIVE)

@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from serving.cluster import engine_gate as gate_module
+from serving.cluster.engine_gate import EngineGate
 from serving.cluster.gate_session import ALLOWED
 from tests.llm.conftest import SETTINGS
 from tests.llm.gated import KEYS, MODEL, GatedClient, RawPeer, WatchedLocal, gate_of, gated_client
@@ -36,7 +37,7 @@ from xllm.client.gate_wire import (
 )
 from xllm.client.remote import RemoteClient
 from xllm.config import EngineConfig
-from xllm.engine.commands import Abort, Action, Control, Shutdown, Submit
+from xllm.engine.commands import Abort, Action, CacheChanges, Control, Shutdown, Submit
 from xllm.engine.core import EngineCore
 from xllm.errors import ConfigError, EngineDeadError
 from xllm.request import Request
@@ -362,3 +363,19 @@ def test_a_welcome_is_whole() -> None:
     facts = EngineCore(CONFIG).facts
     welcome = Welcome("1f", 2.0, MODEL, facts, Condition(1.0, 0.5, EngineStats(num_running=3)))
     assert greeted(greeting(WELCOME, welcome), Welcome) == welcome
+
+
+async def test_a_gate_that_does_not_tell_what_is_cached(engine: WatchedLocal) -> None:
+    own, told = list[CacheChanges](), list[CacheChanges]()
+    engine.on_cache_changes = own.append
+    gate = EngineGate(engine, [engine], KEYS, tells_cache=False)
+    gate.listen("127.0.0.1:0")
+    gate.open(MODEL)
+    client = RemoteClient(gate.address, KEYS)
+    client.on_cache_changes = told.append
+    await client.connect()
+    engine.on_cache_changes(CacheChanges(tier=0, stored=bytes(16), removed=b""))
+    await client.control("state")
+    assert len(own) == 1 and not told
+    client.close()
+    gate.close()

@@ -16,6 +16,7 @@ from serving.commands.bench.optimum import optimum
 from serving.commands.cli import main
 from tests.serving.server_process import ServerProcess
 from xllm.config import EVICTION_POLICIES
+from xllm.routing.policies import POLICIES
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1"], ids=["bare", "slash", "v1"])
@@ -52,14 +53,20 @@ def test_router_measures_the_index(tmp_path: Path) -> None:
                  "--events", "1k", "--json", str(file)]) == 0
     result = json.loads(file.read_text(encoding="utf-8"))
     assert (result["details"]["blocks"], result["details"]["evicted"]) == (4096, 0)
+    decisions = result["details"]["decision_ms_by_policy"]
+    assert set(decisions) == set(POLICIES) and result["decision_p99_ms"] >= result["decision_ms"] > 0
+    assert all(0 < one["decision"]["p50"] < one["from_tokens"]["p50"] for one in decisions.values())
     assert result["lookup_ms"] > 0 and result["events_per_s"] > 0 and 0 < result["bytes_per_block"] <= 120
     assert result["environment"]["cpu"]
 
 
 @pytest.mark.parametrize("wrong", [["--instances", "65"], ["--blocks", "100"], ["--prompt-tokens", "15"],
-                                   ["--events", "0"]])
+                                   ["--events", "0"], ["--policy", "load_aware"], ["--cache-tokens", "5"],
+                                   ["--events", "5", "--trace", "x"], ["--prefill-speed", "0", "--trace", __file__],
+                                   ["--policy", "random", "--trace", __file__], ["/no/such", "--trace=/no/such"],
+                                   ["line 1", f"--trace={__file__}"]])
 def test_router_says_what_it_cannot_measure(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "router", *wrong]) == 1
+    assert main(["bench", "router", *wrong[not wrong[0].startswith("--"):]]) == 1
     assert wrong[0] in capsys.readouterr().err
 
 

@@ -10,13 +10,15 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from serving.commands.cluster_plan import advertised_host, cluster_plan, etcd_settings, namespace_of
 from serving.config import ClusterSettings, ServerConfig
-from serving.security.cluster_secret import read_cluster_keys
+from serving.security.cluster_secret import own_secret, read_cluster_keys
 from tests.llm.conftest import SETTINGS
 from tests.llm.test_clients import make_request, read
 from tests.serving.server_process import ROOT, ServerProcess
@@ -156,18 +158,25 @@ async def test_an_instance_that_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("flags", "why"), [
-    (("--cluster-listen", "127.0.0.1:0"), "cluster_listen needs the cluster's secret"),
+    (("--cluster-listen", "0.0.0.0:0"), "cluster_listen needs the cluster's secret"),
     (("--cluster-listen", "127.0.0.1:0", "--cluster-secret-file", "/dev/null"), "16 bytes at least"),
 ], ids=str)
 def test_no_port_without_a_secret(flags: tuple[str, ...], why: str) -> None:
-    """It fails closed, beyond this machine or not."""
+    """It fails closed; on the loopback alone a user's own secret will do."""
     done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags], cwd=ROOT,
                           capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and why in done.stderr
 
 
 @pytest.mark.parametrize(("settings", "why"), [
-    ({"cluster_secret_file": "/dev/null"}, "cluster_secret_file needs cluster_listen"),
+    ({"cluster_secret_file": "/dev/null"}, "cluster_secret_file needs cluster_listen or etcd_addr"),
+    *(({name: "x"}, f"{name} needs etcd_addr") for name in (
+        "etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key", "instance_name")),
+    ({"enable_service_routing": True}, "enable_service_routing needs etcd_addr"),
+    ({"instance_role": "MIX"}, "instance_role MIX is for instances that register: it needs etcd_addr"),
+    *(({"instance_role": role, "etcd_addr": "a:1"}, f"instance_role {role}: .* not built yet")
+      for role in ("PREFILL", "DECODE", "ENCODE")),
+    ({"instance_role": "BOTH", "etcd_addr": "a:1"}, "instance_role must be DEFAULT or MIX, got 'BOTH'"),
     *(({"cluster_listen": text}, "HOST:PORT") for text in ("9000", ":9000", "a:", "a:b", "a:65536", "::1:1", "[]:1")),
 ])
 def test_settings_that_make_no_sense(settings: dict[str, str], why: str) -> None:
@@ -190,8 +199,78 @@ def test_the_file_of_the_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture
     file.chmod(file.stat().st_mode | stat.S_IWOTH)
     with pytest.raises(ConfigError, match="every user can change it"):
         read_cluster_keys(str(file))
+    monkeypatch.delenv("XLLM_CLUSTER_SECRET", raising=False)
     with pytest.raises(ConfigError, match="needs the cluster's secret"):
         read_cluster_keys(None)
     monkeypatch.setenv("XLLM_CLUSTER_SECRET", "")
     with pytest.raises(ConfigError, match="16 bytes"):
         read_cluster_keys(None)
+    with pytest.raises(ConfigError, match="16 bytes"):
+        read_cluster_keys(None, is_local=True)
+
+
+def test_the_secret_of_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLLM_CLUSTER_SECRET", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    # Whichever process is first makes it, the others read that one.
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: own_secret(), range(32)))
+    folder = tmp_path / "config" / "xllm"
+    file = folder / "cluster.secret"
+    assert found == {file.read_bytes()} and len(file.read_bytes().strip()) == 64
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.name for path in folder.iterdir()] == ["cluster.secret"]
+    assert read_cluster_keys(None, is_local=True) == cluster_keys(file.read_bytes())
+    for path, mode, why in ((file, 0o644, "others can read or write it"), (file, 0o602, "others can read or write it"),
+                            (folder, 0o777, "every user can plant files in it")):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=why):
+            own_secret()
+        path.chmod(before)
+    if os.geteuid() == 0:
+        os.chown(file, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(ConfigError, match=r"belongs to user \d+"):
+        own_secret()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/nowhere")
+    with pytest.raises(ConfigError, match=r"this user's own secret .* cannot be made"):
+        own_secret()
+
+
+def test_what_the_flags_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLLM_CLUSTER_SECRET", SECRET)
+    for name in ("ETCD_USERNAME", "ETCD_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    assert cluster_plan(ClusterSettings()) is None
+    plan = cluster_plan(ClusterSettings(etcd_addr="localhost:1, [::1]:2", etcd_namespace="prod/", instance_role="MIX",
+                                        enable_cache_upload=False, instance_name="a"))
+    assert plan is not None and plan.etcd is not None and plan.etcd.targets == ("localhost:1", "[::1]:2")
+    assert (plan.listen, plan.namespace, plan.role, plan.tells_cache, plan.name) == ("127.0.0.1:0", b"/prod/", 3, False,
+                                                                                    "a")
+    for text, namespace in (("", b""), ("/", b""), ("/a/b/", b"/a/b/"), ("a", b"/a/")):
+        assert namespace_of(text) == namespace
+    unused = cluster_plan(ClusterSettings(etcd_addr="10.0.0.9:1", enable_service_routing=False,
+                                          cluster_listen="0.0.0.0:0"))
+    assert unused is not None and unused.etcd is None
+    with pytest.raises(ConfigError, match=r"etcd_addr 10\.0\.0\.9:1 is not on this machine's loopback: say by "
+                                          "--cluster-listen HOST:PORT"):
+        cluster_plan(ClusterSettings(etcd_addr="10.0.0.9:1"))
+    with pytest.raises(ConfigError, match="instance_name: a name has"):
+        cluster_plan(ClusterSettings(etcd_addr="localhost:1", instance_name=" a"))
+    password = tmp_path / "password"
+    password.write_text("sesame\n")
+    password.chmod(0o600)
+    given = ClusterSettings(etcd_addr="localhost:1", etcd_user="me", etcd_password_file=str(password))
+    assert (etcd_settings(given).user, etcd_settings(given).password) == ("me", "sesame")
+    monkeypatch.setenv("ETCD_USERNAME", "you")
+    with pytest.raises(ConfigError, match="a user and a password are given together"):
+        etcd_settings(ClusterSettings(etcd_addr="localhost:1"))
+    monkeypatch.setenv("ETCD_PASSWORD", "open")
+    found = etcd_settings(ClusterSettings(etcd_addr="localhost:1"))
+    assert (found.user, found.password) == ("you", "open") and "open" not in repr(found)
+    for host, advertised in (("10.0.0.1", "10.0.0.1"), ("a.example", "a.example"), ("0.0.0.0", "127.0.0.1"),
+                             ("::1", "[::1]"), ("::", "127.0.0.1")):
+        assert advertised_host(host, "127.0.0.1:2379") == advertised

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 
 from serving.commands.cli import build_parser, engine_config, main
-from serving.commands.flags import apply_speculative_config, tree_from
+from serving.commands.flags import apply_speculative_config, leaf_types, tree_from
 from serving.config import ServerConfig
 from tests.serving.server_process import ROOT
 from xllm import LLM, __version__, env
@@ -150,10 +150,13 @@ def test_a_mistyped_variable_of_the_environment_is_told(
 # --- flags of other engines
 
 OWN = {**all_options(EngineConfig), **all_options(ServerConfig)}
+TYPES = leaf_types(EngineConfig) | leaf_types(ServerConfig)
 NAMES = {*OWN, *(alias for _, leaf in OWN.values() for alias in leaf.metadata["aliases"]), "speculative_config"}
 SAMPLES = {"hf_overrides": "{}", "rope_scaling": "{}", "speculative_config": "{}", "api_key": "k",
            "lora_modules": "a=b", "max_model_len": "64", "h11_max_header_count": "50", "devices": "npu:0",
-           "allowed_origins": '["https://a.example"]'}
+           "allowed_origins": '["https://a.example"]', "instance_role": "MIX"}
+NEEDED = dict.fromkeys(("etcd_namespace", "enable_service_routing", "instance_name", "instance_role"),
+                       ("--etcd-addr=127.0.0.1:2379",))  # flags that go with another one only
 
 
 def spell(entry: ForeignFlag, value: str | None = None) -> tuple[str, ...]:
@@ -174,8 +177,8 @@ def sample_of(entry: ForeignFlag) -> str:
 def test_a_foreign_flag_does_what_its_verdict_says(entry: ForeignFlag, caplog: pytest.LogCaptureFixture) -> None:
     if entry.verdict == "accepted":
         assert (entry.ours in OWN) if entry.ours else (entry.name in NAMES)
-        boolean = entry.takes == "switch" or (entry.name in OWN and isinstance(OWN[entry.name][1].default, bool))
-        parse(entry.flag) if boolean else parse(f"{entry.flag}={sample_of(entry)}")
+        boolean = entry.takes == "switch" or (entry.name in OWN and TYPES[entry.name] in (bool, bool | None))
+        parse(entry.flag if boolean else f"{entry.flag}={sample_of(entry)}", *NEEDED.get(entry.name, ()))
         assert not caplog.records
         return
     assert entry.name not in NAMES

@@ -158,7 +158,7 @@ def _one_is_killed(master: Master, servers: dict[str, ServerProcess], expected: 
     (lost,) = killed
     assert states.pop(lost)[0] == "suspect" and [state for state, _ in states.values()] == ["active"]
     assert shown["decisions"][0]["instances_lost"] == 1 and shown["decisions"][0]["instance"] != lost
-    assert "1 requests that it had go on elsewhere" in master.log
+    assert "open requests that go on elsewhere: 1" in master.log
 
 
 def _all_are_gone(master: Master, servers: dict[str, ServerProcess]) -> None:

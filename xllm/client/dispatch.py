@@ -151,7 +151,7 @@ class Dispatcher:
 
     def _log_lost(self) -> None:
         for (place, why), num_requests in self._unlogged.items():  # one line, however many calls there were
-            logger.warning("%s was lost: %s; %d requests that it had go on elsewhere", place, why, num_requests)
+            logger.warning("%s was lost: %s; open requests that go on elsewhere: %d", place, why, num_requests)
             self._members.note_recovered(place, num_requests)
         self._unlogged.clear()
 

@@ -1,4 +1,5 @@
-"""`xllm bench router`: what the global KV index takes: look-ups, events and memory.
+"""`xllm bench router`: what the router of a cluster takes: look-ups, events and memory of its index, and decisions; or,
+with --trace, what its policies make of a trace (`router_trace.py`).
 
 Every instance has another share of each text, as if it had evicted the rest, so that a look-up finds as many lengths
 as there are instances. Times are those of this one thread.
@@ -13,33 +14,50 @@ from typing import Any
 
 import numpy as np
 
-from serving.commands.bench import report
+from serving.commands.bench import report, router_trace
 from serving.commands.flags import FlagParser, parse_int
 from xllm.errors import ConfigError
 from xllm.kv.block import TIERS, block_digests
+from xllm.routing.fleet import Fleet
 from xllm.routing.global_index import MAX_INSTANCES, GlobalIndex, TierChange, digest_keys
-from xllm.routing.prompt_marks import prompt_marks
+from xllm.routing.policies import POLICIES
+from xllm.routing.prompt_marks import PromptMarks, prompt_marks
+from xllm.routing.routed_instance import LoadReport
 
 BATCHES = (1, 8, 64, 512)  # blocks of one report. Chosen: from one row that fills a block to long prompts
 # The one that the goal is held against. Chosen: what 256 decoding rows and some prefill store in a step.
 GOAL_BATCH = 64
 ROUNDS = 200  # look-ups that are timed. Chosen: a 99th percentile of two
-GOALS = {"lookup_ms": 1.0, "events_per_s": 2e5, "bytes_per_block": 120.0}
+DECIDING_INSTANCES, DECIDING_TEXTS = 64, 32  # as many as an index has room for, and texts of which each has a share
+OPEN_REQUESTS = 8  # of each instance while it is decided; half of them have begun
+INDEX_FLAGS = ("blocks", "prompt_tokens", "block_size", "events")
+TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed")
+GOALS = {"decision_ms": 0.5, "lookup_ms": 1.0, "events_per_s": 2e5, "bytes_per_block": 120.0}
 
 
 def main(argv: list[str]) -> int:
-    parser = FlagParser(prog="xllm bench router", description=__doc__.splitlines()[0])
+    parser = FlagParser(prog="xllm bench router", description="What the router of a cluster takes; or, with --trace, "
+                        "what its policies make of a trace")
     parser.add_argument("--blocks", type=parse_int, default=1_000_000, help="different blocks in the index")
-    parser.add_argument("--instances", type=parse_int, default=16, help="instances that have them")
+    parser.add_argument("--instances", type=parse_int, default=16, help="instances that have them, or that "
+                        "serve the trace")
     parser.add_argument("--prompt-tokens", type=parse_int, default=32_768, help="length of the texts and prompts")
     parser.add_argument("--block-size", type=parse_int, default=16, help="tokens of a block")
     parser.add_argument("--events", type=parse_int, default=100_000, help="block events that are timed, in each size "
                         "of reports")
+    router_trace.add_flags(parser)
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
-    report.check(args.json)
+    report.check(args.json, args.trace)
     if not 1 <= args.instances <= MAX_INSTANCES:
         raise ConfigError(f"--instances must be in 1 to {MAX_INSTANCES}, got {args.instances}")
+    for name in INDEX_FLAGS if args.trace is not None else TRACE_FLAGS:
+        if getattr(args, name) != parser.get_default(name):
+            flag, how = name.replace("_", "-"), "with" if args.trace else "without"
+            raise ConfigError(f"--{flag} has no meaning {how} --trace")
+    if args.trace is not None:
+        report.write(router_trace.measure(args), args.json)
+        return 0
     if args.block_size < 1 or args.prompt_tokens < args.block_size:
         raise ConfigError("--prompt-tokens must be at least one block of --block-size")
     num_texts = args.blocks // (args.prompt_tokens // args.block_size)
@@ -66,9 +84,15 @@ def measure(num_texts: int, num_instances: int, num_tokens: int, block_size: int
     lookup = _lookups(index, num_texts, num_tokens, block_size)
     events = {str(size): _events_per_s(index, names, size, num_events) for size in BATCHES}
     forget_us, clear_ms = _forget(index, names[0])
-    return {"lookup_ms": lookup["marks_and_index"]["p50"], "events_per_s": events[str(GOAL_BATCH)], **memory,
+    del index
+    decisions = {policy: _decisions(policy, num_tokens, block_size) for policy in POLICIES}
+    slowest = max(decisions.values(), key=lambda one: one["decision"]["p50"])["decision"]
+    return {"decision_ms": slowest["p50"], "decision_p99_ms": slowest["p99"],
+            "lookup_ms": lookup["marks_and_index"]["p50"], "events_per_s": events[str(GOAL_BATCH)], **memory,
             "details": {**details, "lookup_ms": lookup, "events_per_s_by_batch": events,
-                        "forget_instance_us": forget_us, "clear_instance_ms": clear_ms},
+                        "decision_ms_by_policy": decisions,
+                        "deciding_instances": DECIDING_INSTANCES, "forget_instance_us": forget_us,
+                        "clear_instance_ms": clear_ms},
             "goals": GOALS}
 
 
@@ -135,6 +159,47 @@ def _forget(index: GlobalIndex, name: str) -> tuple[float, float]:
     while index.is_clearing:
         index.change(name, [])
     return round(1e6 * (forgotten - began), 1), round(1e3 * (time.perf_counter() - forgotten), 2)
+
+
+def _decisions(policy: str, num_tokens: int, block_size: int) -> dict[str, dict[str, float]]:
+    """decision: of a call whose prompt each instance has another share of, given its marks; from_tokens: with marking
+    it. Between two decisions the last one's request is sent, another one begins, and an instance reports."""
+    fleet, names = Fleet(policy), [f"instance-{number}" for number in range(DECIDING_INSTANCES)]
+    prompts: list[array[int]] = []
+    marks = list[PromptMarks]()
+    for name in names:
+        fleet.join(name, block_size=block_size, max_waiting=10**6, max_open=10**6, num_blocks=10**6)
+    for number in range(DECIDING_TEXTS):
+        token_ids = _text(number, num_tokens)
+        digests = block_digests(token_ids, block_size)
+        prompts.append(array("i", token_ids.tobytes()))
+        marks.append(prompt_marks(prompts[-1], block_size))
+        for place, name in enumerate(names):
+            share = b"".join(digests[: len(digests) * (place + 1) // len(names)])
+            fleet.changed(name, (number + place) % len(TIERS), share, b"")
+    for place, name in enumerate(names):
+        for number in range(OPEN_REQUESTS):
+            fleet.sent(name, str(number), 500, marks[(place + number) % len(marks)])
+            if number % 2:
+                fleet.begun(name, str(number))
+    decided, whole = [], []
+    for number in range(ROUNDS):
+        now_s, which = 0.01 * number, number % len(marks)
+        heard = LoadReport(num_waiting=4, num_running=4, num_free_blocks=10**5,
+                           steps=[(now_s, 0.02 + 0.001 * step, 8 + 64 * step, 8) for step in range(16)])
+        for name in names if not number % 50 else names[number % len(names) :][:1]:
+            fleet.heard(name, heard, now_s)
+        began = time.perf_counter()
+        own = prompt_marks(prompts[which], block_size)
+        marked = time.perf_counter()
+        decision = fleet.decide([own], num_tokens, 1, now_s)
+        ended = time.perf_counter()
+        decided.append(1000 * (ended - marked))
+        whole.append(1000 * (ended - began))
+        assert decision.name is not None
+        fleet.sent(decision.name, f"new-{number}", 500, own)
+        fleet.begun(decision.name, f"new-{number - 1}")
+    return {"decision": report.quantiles(decided), "from_tokens": report.quantiles(whole)}
 
 
 def _resident_bytes() -> int:

@@ -6,27 +6,68 @@ simulated time. Instances report every half second, as they do; all else is know
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from serving.commands.bench import report
 from serving.commands.bench.modelled_engine import EngineSpeed, ModelledEngine, TracedRequest
+from serving.commands.flags import parse_int
 from xllm.client.gate_wire import BEAT_S
 from xllm.errors import ConfigError
 from xllm.kv.block import DIGEST_BYTES
 from xllm.routing.fleet import Fleet
 from xllm.routing.global_index import GlobalIndex
+from xllm.routing.policies import POLICIES
 from xllm.routing.prompt_marks import PromptMarks
 from xllm.routing.routed_instance import LoadReport
 
+GOALS = {"hit_rate_ratio": 1.5, "imbalance": 1.3}
 MOONCAKE_BLOCK = 512  # tokens that an id of its traces stands for
 # A prompt's marks beyond so many tokens, and how far apart they then are: as `prompt_marks` with blocks of 16.
 MARKED_TOKENS, MARK_STEP = 8192, 1024
+# Of a modelled instance, beside --prefill-speed. Chosen: a model of some billion parameters on one accelerator; all
+# policies have the same.
+STEP_S, SEQUENCE_S = 0.01, 0.0002
 ENDLESS = 10**9  # requests that an instance takes
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a replay."""
+    parser.add_argument("--trace", type=Path, help="replay this trace, JSON lines with hash_ids, on modelled instances")
+    parser.add_argument("--policy", default="all", help=f"of the router, with --trace: {', '.join(POLICIES)}, or all")
+    parser.add_argument("--cache-tokens", type=parse_int, default=1_500_000, help="KV cache of a modelled instance")
+    parser.add_argument("--prefill-speed", type=parse_int, default=8000, help="prompt tokens that a modelled instance "
+                        "computes in a second")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Replay `args.trace` with each policy asked for. Raises ConfigError."""
+    if args.policy != "all" and args.policy not in POLICIES:
+        raise ConfigError(f"unknown --policy {args.policy!r}; known are {', '.join(POLICIES)}, all")
+    if args.prefill_speed < 1:
+        raise ConfigError(f"--prefill-speed must be at least 1, got {args.prefill_speed}")
+    requests = read_requests(args.trace)
+    if args.cache_tokens < requests[0].block_size:
+        raise ConfigError(f"--cache-tokens must be a block of {requests[0].block_size} at least")
+    speed = EngineSpeed(step_s=STEP_S, token_s=1.0 / args.prefill_speed, sequence_s=SEQUENCE_S)
+    result: dict[str, Any] = {
+        "trace": args.trace.name, "requests": len(requests), "instances": args.instances,
+        "prompt_tokens": sum(request.num_tokens for request in requests), "cache_tokens": args.cache_tokens,
+        "prefill_tokens_per_s": args.prefill_speed, "step_s": STEP_S, "sequence_s": SEQUENCE_S, "policies": {}}
+    for policy in POLICIES if args.policy == "all" else (args.policy,):
+        found = result["policies"][policy] = replay(requests, policy, args.instances, args.cache_tokens, speed)
+        report.note(f"{policy:12} {found['hit_rate_pct']:6.2f} % cached, first token {found['ttft_p50_s']:.2f} s, "
+                    f"p99 {found['ttft_p99_s']:.1f} s, most over mean {found['imbalance']:.2f}")
+    if {"cache_aware", "round_robin"} <= result["policies"].keys():
+        aware, blind = (result["policies"][name] for name in ("cache_aware", "round_robin"))
+        rate = blind["hit_rate_pct"]
+        result["hit_rate_ratio"] = round(aware["hit_rate_pct"] / rate, 2) if rate else None
+        result["imbalance"] = aware["imbalance"]
+    return {**result, "goals": GOALS}
 
 
 def read_requests(path: Path) -> list[TracedRequest]:
@@ -92,23 +133,22 @@ def replay(requests: Sequence[TracedRequest], policy: str, num_instances: int, n
     fleet = Fleet(policy, index=GlobalIndex(2 * num_instances * num_blocks))
     engines = {str(number): _joined(fleet, str(number), num_blocks, block_size, speed)
                for number in range(num_instances)}
-    reasons, decision_ms, beat_s = dict[str, int](), list[float](), 0.0
+    reasons, beat_s = dict[str, int](), 0.0
     for request in requests:
         while beat_s <= request.at_s:
             _advance(fleet, engines, beat_s)
             beat_s += BEAT_S
         for engine in engines.values():
             engine.advance(request.at_s)
-        marks, began = marks_of(request), time.perf_counter()
+        marks = marks_of(request)
         decision = fleet.decide([marks], request.num_tokens, 1, request.at_s, session=request.session)
-        decision_ms.append(1000 * (time.perf_counter() - began))
         assert decision.name is not None
         reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
         fleet.sent(decision.name, request.request_id, request.num_tokens - decision.matched_tokens[0], marks)
         engines[decision.name].submit(request)
     for engine in engines.values():
         engine.advance(float("inf"))
-    return {**_summary(engines), "reasons": dict(sorted(reasons.items())), "decision_ms": report.quantiles(decision_ms)}
+    return {**_summary(engines), "reasons": dict(sorted(reasons.items()))}
 
 
 def _joined(fleet: Fleet, name: str, num_blocks: int, block_size: int, speed: EngineSpeed) -> ModelledEngine:

@@ -1,0 +1,124 @@
+"""A trace on modelled instances: what the model computes, by hand, and what the router's policies make of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.commands.bench.modelled_engine import STEP_TOKENS, EngineSpeed, ModelledEngine, TracedRequest
+from serving.commands.bench.router_trace import marks_of, read_requests
+from serving.commands.cli import main
+from xllm.errors import ConfigError
+from xllm.routing.policies import POLICIES
+
+SPEED = EngineSpeed(step_s=0.01, token_s=0.001, sequence_s=0.002)
+
+
+class Heard:
+    """An engine, and what it has said."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.said: list[tuple[str, str, float]] = []
+        self.cached: set[bytes] = set()
+        self.engine = ModelledEngine(num_blocks, SPEED, self._note("begun"), self._note("left"), self._change)
+
+    def _note(self, what: str) -> Any:
+        return lambda request_id: self.said.append((what, request_id, pytest.approx(self.engine.now_s)))
+
+    def _change(self, stored: bytes, removed: bytes) -> None:
+        new, gone = ({joined[start : start + 1] for start in range(len(joined))} for joined in (stored, removed))
+        assert not new & self.cached and gone <= self.cached | new
+        self.cached = (self.cached | new) - gone
+
+
+def request(name: str, blocks: bytes, extra: int = 0, output: int = 3, at_s: float = 0.0) -> TracedRequest:
+    return TracedRequest(request_id=name, at_s=at_s, num_tokens=100 * len(blocks) + extra, num_output_tokens=output,
+                         block_size=100, blocks=[blocks[place : place + 1] for place in range(len(blocks))])
+
+
+def test_the_model_computes_what_is_not_cached_and_then_decodes() -> None:
+    heard = Heard(10)
+    engine = heard.engine
+    engine.advance(1.0)
+    engine.submit(request("1", b"ab", 50, at_s=1.0))
+    engine.advance(1.1)
+    assert (engine.num_waiting, engine.num_running, engine.num_free_blocks) == (0, 1, 7), "a step that began ends"
+    assert heard.said == [("begun", "1", 1.26)] and heard.cached == {b"a", b"b"}
+    engine.submit(request("2", b"abc", output=1, at_s=1.1))
+    engine.advance(1.3)
+    assert heard.said[1:] == [("begun", "2", 1.26 + 0.01 + 0.1 + 0.002), ("left", "2", 1.372)]
+    engine.advance(9.0)
+    assert heard.said[3:] == [("left", "1", 1.372 + 0.012)] and engine.now_s == 9.0
+    assert (engine.totals.num_prompt_tokens, engine.totals.num_cached, engine.totals.num_computed) == (550, 200, 350)
+    assert engine.totals.ttft_s == pytest.approx([0.26, 0.272]) and engine.num_free_blocks == 10
+    assert [timing[2:] for timing in engine.timings] == [(250, 1), (101, 2), (1, 1)]
+
+
+def test_a_long_prompt_takes_several_steps_and_the_next_waits_for_memory() -> None:
+    heard = Heard(30)
+    heard.engine.submit(request("1", bytes(range(25)), output=5))
+    heard.engine.submit(request("2", b"xyzuvw"))
+    heard.engine.advance(1.0)
+    assert heard.engine.num_waiting == 2 and len(heard.cached) == STEP_TOKENS // 100
+    heard.engine.advance(99.0)
+    assert [said[:2] for said in heard.said] == [("begun", "1"), ("left", "1"), ("begun", "2"), ("left", "2")]
+    assert heard.cached == {bytes([n]) for n in range(24)} | {b"x", b"y", b"z", b"u", b"v", b"w"}, "the last goes first"
+
+
+def conversations(path: Path) -> Path:
+    """Of people with three turns each, who all begin alike; one block is 512 tokens."""
+    rng, lines, serial = random.Random(0), [], 100
+    for person in range(21):
+        ids = [0, 1]
+        for turn in range(3):
+            ids = [*ids, *range(serial, serial + 4)]
+            serial += 4
+            lines.append({"timestamp": 1000 * person + 40_000 * turn + rng.randrange(900),
+                          "input_length": 512 * len(ids) - rng.randrange(100), "output_length": rng.randrange(1, 50),
+                          "hash_ids": ids})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_policies_on_conversations(tmp_path: Path) -> None:
+    trace, file = conversations(tmp_path / "trace.jsonl"), tmp_path / "result.json"
+    results = []
+    for _ in range(2):
+        assert main(["bench", "router", "--trace", str(trace), "--instances", "4", "--cache-tokens", "100k",
+                     "--json", str(file)]) == 0
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    assert results[0] == results[1], "time is simulated"
+    result = results[0]
+    assert list(result["policies"]) == list(POLICIES) and result["requests"] == 63
+    rates = {name: one["hit_rate_pct"] for name, one in result["policies"].items()}
+    assert rates["cache_aware"] > 50 > 45 > rates["round_robin"] > 0
+    assert result["hit_rate_ratio"] == round(rates["cache_aware"] / rates["round_robin"], 2)
+    assert all(1 <= one["imbalance"] < 2 and 0 < one["ttft_p50_s"] <= one["ttft_p99_s"]
+               and sum(one["reasons"].values()) == 63 for one in result["policies"].values())
+
+
+def test_sessions_of_agents_are_read(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    agent = {"id": "x", "block_size": 64, "requests": [
+        {"t": 1.5, "in": 200, "out": 5, "hash_ids": [1, 2, 3, 4]},
+        {"t": 0.5, "requests": [{"t": 0.25, "in": 128, "out": 0, "hash_ids": [1, 9]}]}]}
+    trace.write_text(json.dumps(agent) + "\n" + json.dumps(agent) + "\n", encoding="utf-8")
+    found = read_requests(trace)
+    assert [(one.at_s, one.num_tokens, one.num_output_tokens, len(one.blocks), one.session) for one in found] == [
+        (0.75, 128, 1, 2, "1"), (0.75, 128, 1, 2, "2"), (1.5, 200, 5, 3, "1"), (1.5, 200, 5, 3, "2")]
+    assert found[0].blocks[0] == found[2].blocks[0] != found[1].blocks[0], "ids are a session's own"
+    assert len({one.request_id for one in found}) == 4
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no requests"):
+        read_requests(tmp_path / "empty.jsonl")
+
+
+def test_long_prompts_are_marked_as_a_front_would(tmp_path: Path) -> None:
+    marks = marks_of(TracedRequest(request_id="1", at_s=0, num_tokens=20_000, num_output_tokens=1, block_size=512,
+                                   blocks=[bytes([n]) for n in range(39)]))
+    assert marks.num_tokens == [*range(512, 8193, 512), *range(9216, 20_000, 1024)]
+    assert marks.digests == [bytes([end // 512 - 1]) for end in marks.num_tokens]
