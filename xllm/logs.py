@@ -89,7 +89,7 @@ class StderrHandler(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self.writer = LogWriter(2, self._complaint)
-        self.put = self.writer.put
+        self.put: Callable[[str], None] = self.writer.put  # of a line
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS:

@@ -111,8 +111,8 @@ function memberRow(member) {
 }
 
 function decisionRow(decision) {
-  const scores = Object.entries(decision.scores).sort((a, b) => a[1] - b[1]).map(([name, score]) =>
-    make("span", {class: name === decision.instance ? "chosen" : null}, `${name} ${format(score)}`));
+  const scores = Object.entries(decision.scores).sort((a, b) => a[1] - b[1]).flatMap(([name, score]) =>
+    [make("span", {class: name === decision.instance ? "chosen" : null}, `${name} ${format(score)}`), " "]);
   const lost = decision.instances_lost ? ` (the ${ordinal(decision.instances_lost + 1)} instance that has it)` : "";
   return make("tr", {}, cell("", clock(decision.time)), cell("num", decision.tokens.toLocaleString("en")),
     cell("num", decision.cached_tokens.toLocaleString("en")), cell("instance", decision.instance ?? ""),

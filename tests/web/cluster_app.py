@@ -16,11 +16,13 @@ from serving.api.state import ServerState
 from serving.config import ServerConfig
 from serving.security.keys import KeyRing
 from tests.llm.gated import WatchedLocal
-from tests.llm.test_cluster_client import CONFIG, Cluster, make_request
 from tests.llm.test_clients import read
+from tests.llm.test_cluster_client import CONFIG, Cluster, make_request
 from tests.llm.test_remote import until
 from xllm.client.cluster import ClusterClient
+from xllm.engine.commands import CacheChanges
 from xllm.engine.core import EngineCore
+from xllm.kv.event_log import CacheEvents
 
 NAMES = ("alpha", "beta")
 A = TypeVar("A")
@@ -30,7 +32,7 @@ class ClusterApp:
     """Use it in a `with` statement; `url` is where it listens."""
 
     def __enter__(self) -> ClusterApp:
-        self._engines = [WatchedLocal(EngineCore(CONFIG)) for _ in NAMES]
+        self._engines = [_engine() for _ in NAMES]
         self._loop, self._is_up = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
         self._thread.start()
@@ -54,18 +56,18 @@ class ClusterApp:
 
         self._do(answer())
 
-    def kill(self, name: str, why: str) -> None:
-        """An instance, while it answers a call."""
-        async def hit() -> None:
+    def kill_one(self, why: str) -> str:
+        """The instance that gets a call, while it answers it. Returns its name."""
+        async def hit() -> str:
             stream = self._cluster.client.submit([make_request("hit", prompt=(1, 2, 3))])
             site = self._cluster.having(stream)
-            assert site.name == name, site.name
             reading = asyncio.create_task(read(stream))
             await asyncio.sleep(0)
             site.kill(why)
             await reading
+            return site.name
 
-        self._do(hit())
+        return self._do(hit())
 
     def _do(self, work: Coroutine[Any, Any, A]) -> A:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
@@ -95,6 +97,19 @@ class ClusterApp:
                           reason=site.client.dead_reason or "",
                           client=site.client if site.client.dead_reason is None else None)
                 for name, site in self._cluster.sites.items()]
+
+
+def _engine() -> WatchedLocal:
+    """It reports what is cached, as an engine of `xllm serve` does."""
+    core = EngineCore(CONFIG)
+    engine = WatchedLocal(core)
+
+    def report(changes: list[CacheEvents]) -> None:
+        for change in changes:
+            engine._report(CacheChanges(change.tier, b"".join(change.stored), b"".join(change.removed)))
+
+    core.cache_watch.listen(report)
+    return engine
 
 
 async def _no_leader() -> None:
