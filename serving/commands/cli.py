@@ -281,8 +281,8 @@ def _bench(args: list[str]) -> int:
     return report.ended(lambda: int(importlib.import_module(f"serving.commands.bench.{name}_bench").main(args[1:])))
 
 
-_COMMANDS = {"serve": _serve, "master": _master, "cluster": _cluster, "generate": _generate, "chat": _chat, "run-batch": _run_batch,
-             "top": _top, "profile": _profile, "doctor": _doctor}
+_COMMANDS = {"serve": _serve, "master": _master, "cluster": _cluster, "generate": _generate, "chat": _chat,
+             "run-batch": _run_batch, "top": _top, "profile": _profile, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

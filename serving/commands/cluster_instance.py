@@ -64,13 +64,12 @@ class ClusterInstance:
             self._store = open_etcd(plan.etcd, namespace=plan.namespace)
         else:
             return
+        self._find_addresses(store_target(plan))
         await start_store(self._store)
 
     async def join(self, model: ServedModel) -> None:
-        """Let masters in; the engine is loaded. Raises NameTakenError, StoreError, ConfigError."""
+        """Let masters in; the engine is loaded. Raises NameTakenError, StoreError."""
         self._model = model
-        if self._store is not None:
-            self._where()
         self._gate.open(model)
         if self._store is not None:
             self._registration = Registration(self._store, self._describe)
@@ -90,9 +89,8 @@ class ClusterInstance:
         if self._store is not None:
             await self._store.close()
 
-    def _where(self) -> None:
-        """Which addresses others are told. Raises ConfigError."""
-        target = store_target(self._plan)
+    def _find_addresses(self, target: str) -> None:
+        """Those that others are told. Raises ConfigError."""
         gate_host = advertised_host(host_and_port(self._plan.listen)[0], target)
         self._rpc_address = f"{gate_host}:{self._gate.port}"
         host, port = self._http

@@ -24,6 +24,7 @@ from tests.llm.cluster_sites import (
 from tests.llm.test_clients import idle, read
 from tests.llm.test_remote import until
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
+from xllm.client.gate_wire import ServedModel
 from xllm.engine.core import EngineCore
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, SamplingParams
@@ -266,6 +267,21 @@ async def test_the_last_one_drains_itself(cluster: Cluster) -> None:
     after(stream, 3, cluster.sites["a"].client.gate.drain)
     assert len(answers(await read(stream))["x"].token_ids) == NUM_TOKENS
     assert not cluster.client.counts.recovered
+
+
+async def test_a_call_stays_with_its_model(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model's instance that has taken the place does not go on with what the last one has begun."""
+    monkeypatch.setattr(recovery, "MAX_WAIT_S", 0.1)
+    for name in ("b", "c"):
+        cluster.client.leave(name, "it is withdrawn")
+    stream = cluster.client.submit([make_request("x")])
+    await stream.next()
+    monkeypatch.setattr(cluster.sites["b"].client, "model", ServedModel(("demo",), "another fingerprint"))
+    cluster.join(cluster.sites["b"])
+    cluster.sites["a"].kill()
+    with pytest.raises(EngineDeadError, match="a was lost"):
+        await read(stream)
+    assert len(answers(await read(cluster.client.submit([make_request("y")])))["y"].token_ids) == NUM_TOKENS
 
 
 # --- commands

@@ -73,7 +73,7 @@ def test_who_joins_again_has_nothing() -> None:
 
 
 def test_a_burst_with_one_prefix_stays_together() -> None:
-    fleet, prompt = fleet_of("a", "b", "c"), tokens(448)
+    fleet, prompt = fleet_of("a", "b", "c"), tokens(896)
     chosen = []
     for number in range(5):
         full = prompt + tokens(2, seed=number + 1)
@@ -81,9 +81,9 @@ def test_a_burst_with_one_prefix_stays_together() -> None:
         assert decision.name is not None
         fleet.sent(decision.name, str(number), len(full) - decision.matched_tokens[0], marked(full))
         chosen.append(decision.name)
-    assert len(set(chosen)) == 1 and decision.matched_tokens == (448 * BLOCK,)
+    assert len(set(chosen)) == 1 and decision.matched_tokens == (896 * BLOCK,)
     fleet.begun(chosen[0], "0")
-    assert fleet.decide([marked(prompt)], 1792, 1, 0.0).matched_tokens == (1792,), "others promise it still"
+    assert fleet.decide([marked(prompt)], 3584, 1, 0.0).matched_tokens == (3584,), "others promise it still"
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -40,13 +40,16 @@ class Tries:
 class ClusterCall(Stream):
     """All open requests are at one instance, or at none while another one is looked for.
 
-    requests: as they are sent to the first instance. adapters: those that they ask for and that are known, with the
-    digests of their files. place: the name of the instance that has them; None: none. The deltas of every instance go
-    straight into this stream, so that passing one on copies its tokens and makes no object.
+    requests: as they are sent to the first instance. model: the fingerprint of the one that answers them. adapters:
+    those that they ask for and that are known, with the digests of their files. place: the name of the instance that
+    has them; None: none. The deltas of every instance go straight into this stream, so that passing one on copies its
+    tokens and makes no object.
     """
 
-    def __init__(self, requests: Sequence[Request], adapters: Collection[tuple[str, str]], keeper: CallKeeper):
+    def __init__(self, requests: Sequence[Request], model: str | None, adapters: Collection[tuple[str, str]],
+                 keeper: CallKeeper):
         super().__init__(requests, self._withdraw)
+        self.model = model
         self.adapters = frozenset(adapters)
         # Of its prompts, by the size of a block and the id of the prompt's tokens, which the requests hold.
         self.marks: dict[tuple[int, int], PromptMarks] = {}

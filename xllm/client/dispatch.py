@@ -71,7 +71,8 @@ class Dispatcher:
     def begin(self, requests: Sequence[Request]) -> ClusterCall:
         """Send a call to an instance. Raises EngineAwayError: there is none."""
         digests = self._members.digests
-        call = ClusterCall(requests, {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}, self)
+        adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
+        call = ClusterCall(requests, self._members.model, adapters, self)
         if (decision := self._decide(call, requests, ())).name is None:
             raise EngineAwayError(self._members.why_none())
         self.calls.update(dict.fromkeys(call.open_ids, call))
@@ -207,7 +208,7 @@ class Dispatcher:
     # --- deciding and sending
 
     def _decide(self, call: ClusterCall, requests: Sequence[Request], exclude: Collection[str]) -> Decision:
-        able = self._members.able(call.adapters)
+        able = self._members.able(call.model, call.adapters)
         prompts = _prompts(requests)
         marks = [self._marks(call, request) for request in prompts]
         first = requests[0]
