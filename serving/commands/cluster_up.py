@@ -69,8 +69,8 @@ class _ClusterUp(Master):
         self._flags, self._folder = flags, folder
         self._processes: list[InstanceProcess] = []
         self._waiting: list[asyncio.Task[None]] = []
-        self._seen: ClusterEvent | None = None  # the last event that was told
-        self._joined: set[str] = set()
+        self._last_event: ClusterEvent | None = None  # the last event that was told
+        self._told: set[str] = set()
         self._live: Live | None = None
 
     async def run(self) -> int:
@@ -122,7 +122,7 @@ class _ClusterUp(Master):
         left = [one.name for one in self._processes if one.ended is None]
         rest = f"{len(left)} of {len(self._names)} left" if left else "none is left"
         self._say(f"{process.name} {how}; it is not started again, {rest}; its log: {process.log}")
-        if process.name not in self._joined:
+        if process.name not in self._told:
             for line in process.last_lines(TAIL):
                 self._say(f"  {logs.on_one_line(line)}")
         if not left:
@@ -158,26 +158,26 @@ class _ClusterUp(Master):
             if self._live is not None:
                 self._live.update(await self._screen(), refresh=True)
 
-    def _note_names(self, names: tuple[str, ...]) -> None:
+    def _note_loaded(self) -> None:
         self._tell_news()  # before it is said that the model is served
-        super()._note_names(names)
+        super()._note_loaded()
 
     def _tell_news(self) -> None:
         """Of what has gone, the log tells."""
         for event in self._news():
             if event.kind == "joined":
-                again = " again" if event.instance in self._joined else ""
-                self._joined.add(event.instance)
+                again = " again" if event.instance in self._told else ""
+                self._told.add(event.instance)
                 self._say(f"{event.instance} has joined{again}")
 
     def _news(self) -> list[ClusterEvent]:
         """Events since the last call, the oldest first."""
         found: list[ClusterEvent] = []
         for event in reversed(self._cluster.members.events):
-            if event is self._seen:
+            if event is self._last_event:
                 break
             found.append(event)
-        self._seen = found[0] if found else self._seen
+        self._last_event = found[0] if found else self._last_event
         return found[::-1]
 
     async def _screen(self) -> Group:
