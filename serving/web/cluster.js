@@ -7,7 +7,7 @@ import {byId, make, setText} from "./dom.js";
 const INTERVAL_MS = 1000;
 const EVENTS_S = 600;
 const MAX_DECISIONS = 20;
-const MAX_EVENTS = 30;
+const MAX_EVENTS = 8;
 const DOTS = {active: "ok", connecting: "busy", draining: "busy", "lease lost": "busy"}; // others are bad
 const REASONS = {
   prefix: "has the most of the prompt cached", least_cost: "least to do, cached prompts counted", slo: "keeps the targets",
@@ -97,7 +97,7 @@ const cell = (name, ...children) => make("td", {class: name}, ...children);
 function memberRow(member) {
   const state = [make("span", {class: `dot ${DOTS[member.state] ?? "bad"}`, "aria-hidden": "true"}), member.state];
   if (member.reason) state.push(make("span", {class: "why"}, ` ${member.reason}`));
-  const row = make("tr", {"data-name": member.name}, make("td", {title: member.address}, member.name), cell("kind", member.role), cell("state", ...state));
+  const row = make("tr", {"data-name": member.name}, make("td", {title: member.address}, member.name), cell("kind", member.role), cell("of-state", ...state));
   if (member.running === undefined) { // it is not connected
     row.append(...["num", "num", "num", "timeline", "num", "num cached", "num"].map((name) => cell(name)));
     return row;
@@ -120,7 +120,7 @@ function decisionRow(decision) {
 }
 
 function eventLine(event) {
-  const words = {joined: "has joined", left: "has left", recovered: "was lost under requests or is about to end"};
+  const words = {joined: "has joined", left: "has left", recovered: "had open requests"};
   return make("li", {}, make("time", {datetime: event.time}, clock(event.time)), make("b", {}, event.instance), ` ${words[event.event] ?? event.event}`,
     make("span", {class: "why"}, event.reason ? `: ${event.reason}` : ""));
 }

@@ -109,7 +109,7 @@ def cluster(browser: Browser, scratch: Path, path: Path) -> None:
         time.sleep(6)
         up.instances["instance-1"].kill()
         time.sleep(3)
-        expect(page.locator("[data-name=instance-1] .state")).to_contain_text("suspect")
+        expect(page.locator("[data-name=instance-1] .of-state")).to_contain_text("suspect")
         save(page, path)
         tab.close()
         done.set()

@@ -27,7 +27,7 @@ def test_a_masters_cluster(app: ClusterApp, browser: Browser) -> None:
     rows = page.locator("#members tr")
     expect(rows).to_have_count(2)
     expect(rows.first.locator("td").first).to_have_text("alpha")
-    expect(rows.first.locator(".state")).to_have_text("active")
+    expect(rows.first.locator(".of-state")).to_have_text("active")
     expect(page.locator("#decisions-empty")).to_be_visible()
     expect(page.locator("#events li")).to_have_count(2)
     expect(page.locator("#f-cluster")).to_have_text("policy CAR · the store: up")
@@ -44,7 +44,7 @@ def test_a_masters_cluster(app: ClusterApp, browser: Browser) -> None:
     expect(rows.first.locator(".hits")).to_have_text("49.7 %")
 
     killed = app.kill_one("it was hit <b>hard</b>")
-    expect(page.locator(f"[data-name={killed}] .state")).to_have_text(
+    expect(page.locator(f"[data-name={killed}] .of-state")).to_have_text(
         "suspect its engine stopped: it was hit <b>hard</b>")
     expect(page.locator("#k-active")).to_have_text("1")
     expect(page.locator("#k-recovered")).to_have_text("1")
