@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from serving.limits import LimitSettings
 from serving.parsers.parser_registry import check_names
+from xllm import env
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.logs import FORMATS, LEVELS
@@ -134,16 +135,22 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         if self.cluster_listen is not None:
             host_and_port(self.cluster_listen)
-        elif self.cluster_secret_file is not None and self.etcd_addr is None:
+        elif self.cluster_secret_file is not None and not self.has_store:
             raise ConfigError("cluster_secret_file needs cluster_listen or etcd_addr")
         if self.instance_role in ("PREFILL", "DECODE", "ENCODE"):
             raise ConfigError(f"instance_role {self.instance_role}: instances that share the work of a request are not "
                               "built yet; DEFAULT and MIX do all of it")
         if self.instance_role not in ("DEFAULT", "MIX"):
             raise ConfigError(f"instance_role must be DEFAULT or MIX, got {self.instance_role!r}")
+        if self.etcd_addr is not None and env.cluster_store() is not None:
+            raise ConfigError("etcd_addr and the environment variable XLLM_CLUSTER_STORE both say where this instance "
+                              "registers: give one of them")
+        if not self.has_store:
+            for name in ("enable_service_routing", "instance_name"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name} needs etcd_addr")
         if self.etcd_addr is None:
-            for name in ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key",
-                         "enable_service_routing", "instance_name"):
+            for name in ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key"):
                 if getattr(self, name):
                     raise ConfigError(f"{name} needs etcd_addr")
         if (self.etcd_cert is None) != (self.etcd_key is None):
@@ -152,9 +159,14 @@ class ClusterSettings:
             raise ConfigError(f"instance_role {self.instance_role} is for instances that register: it needs etcd_addr")
 
     @property
+    def has_store(self) -> bool:
+        """Whether a metadata store was named: etcd, or by the environment that of another process of this machine."""
+        return self.etcd_addr is not None or env.cluster_store() is not None
+
+    @property
     def registers(self) -> bool:
         """Whether this instance is in the metadata store."""
-        return self.etcd_addr is not None and self.enable_service_routing is not False
+        return self.has_store and self.enable_service_routing is not False
 
 
 @dataclass(frozen=True, kw_only=True)

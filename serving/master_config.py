@@ -79,8 +79,7 @@ class MasterConfig:
 
     def __post_init__(self) -> None:
         m = self.master
-        if (m.etcd_addr is None) == (m.instances is None):
-            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, one of the two")
+        self._check_place()
         if not 0 <= m.rpc_server_port <= 65535:
             raise ConfigError(f"rpc_server_port must be in 0 to 65535, got {m.rpc_server_port}")
         for address in self.addresses:
@@ -94,6 +93,10 @@ class MasterConfig:
         assert self.server is not None  # which checks the rest, as this does
         if self.store is None and (given := [name for name in _OF_ETCD if getattr(m, name)]):
             raise ConfigError(f"{given[0]} needs etcd_addr")
+
+    def _check_place(self) -> None:
+        if (self.master.etcd_addr is None) == (self.master.instances is None):
+            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, one of the two")
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -14,12 +14,14 @@ from xllm.errors import ConfigError
 from xllm.suggestion import nearest
 
 NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
-         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET")
+         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE")
 # From processes that have no callers.
-_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "ETCD_USERNAME", "ETCD_PASSWORD")
+_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE", "ETCD_USERNAME",
+         "ETCD_PASSWORD")
 # What torchrun, and other launchers of torch.distributed, say to the processes that they start.
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "GROUP_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
             "TORCHELASTIC_USE_AGENT_STORE")
+_STORE_KEY_CHARS = 40  # a key of CURVE, 32 bytes in Z85
 _passed_on: dict[str, str] = {}  # what this process's own settings say to its children
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
@@ -165,6 +167,18 @@ def cluster_secret() -> bytes | None:
     return None if found is None else found.encode()
 
 
+def cluster_store() -> tuple[int, str] | None:
+    """XLLM_CLUSTER_STORE, PORT:KEY: the metadata store that another process of this machine serves, as `xllm cluster
+    up` tells its instances. None: it is not set. Raises ConfigError, which does not show the key."""
+    if (found := os.environ.get("XLLM_CLUSTER_STORE")) is None:
+        return None
+    port, _, key = found.partition(":")
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16 or len(key) != _STORE_KEY_CHARS:
+        raise ConfigError("the environment variable XLLM_CLUSTER_STORE must be PORT:KEY, with a port of 127.0.0.1 and "
+                          f"a key of {_STORE_KEY_CHARS} characters; `xllm cluster up` sets it for its instances")
+    return int(port), key
+
+
 def etcd_login() -> tuple[str | None, str | None]:
     """ETCD_USERNAME and ETCD_PASSWORD, as upstream's. None: not set, or empty."""
     return os.environ.get("ETCD_USERNAME") or None, os.environ.get("ETCD_PASSWORD") or None
@@ -187,6 +201,14 @@ def for_child() -> dict[str, str]:
 def for_untrusted_child() -> dict[str, str]:
     """This process's environment for a process that works on what strangers send: nothing that may be a secret."""
     return {name: value for name, value in for_child().items() if not _SECRET.search(name.upper())}
+
+
+def for_instance(*, secret: str, port: int, key: str, api_key: str, log_level: str | None) -> dict[str, str]:
+    """This process's environment for an `xllm serve` of a cluster with this secret, whose metadata store is served at
+    that port with that key; its own HTTP API takes `api_key` alone. log_level: None: as the environment says, or info,
+    whatever that of this process is."""
+    return for_child() | {"XLLM_CLUSTER_SECRET": secret, "XLLM_CLUSTER_STORE": f"{port}:{key}", "XLLM_API_KEY": api_key,
+                          "XLLM_LOG": log_level or os.environ.get("XLLM_LOG") or "info"}
 
 
 def with_api_key(key: str) -> dict[str, str]:

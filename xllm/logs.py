@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from types import TracebackType
@@ -68,6 +69,14 @@ def as_json(logger: logging.Logger, text: str) -> str:
     return JsonFormat("api").format(logging.LogRecord(logger.name, logging.INFO, __file__, 0, "%s", (text,), None))
 
 
+def write_by(put: Callable[[str], None] | None) -> None:
+    """Hand the lines of this process's log to `put`, in whichever thread they were made: a terminal is drawn on. None:
+    to stderr again."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StderrHandler):
+            handler.put = handler.writer.put if put is None else put
+
+
 def num_lost() -> int:
     """How many lines of this process were dropped because stderr was not read in time."""
     return sum(handler.writer.num_lost for handler in logging.getLogger().handlers
@@ -80,10 +89,11 @@ class StderrHandler(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self.writer = LogWriter(2, self._complaint)
+        self.put: Callable[[str], None] = self.writer.put  # of a line
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS:
-            self.writer.put(self.format(record))
+            self.put(self.format(record))
 
     def flush(self) -> None:
         """Wait until all is written, for a second at most."""

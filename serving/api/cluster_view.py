@@ -9,6 +9,7 @@ from typing import Any
 
 from serving.security.paths import hide_paths
 from xllm.client.cluster import ClusterClient
+from xllm.client.cluster_members import ClusterEvent
 from xllm.client.dispatch import Dispatch
 from xllm.client.remote import RemoteClient
 
@@ -48,6 +49,7 @@ class ClusterView:
                        "retried": counts.retried, "given_up": counts.given_up,
                        "recomputed_tokens": counts.recomputed_tokens},
             "decisions": [_decision(one) for one in reversed(self.engine.recent)],
+            "events": [_event(one) for one in reversed(self.engine.members.events)],
         }
 
     def _member(self, row: MemberRow) -> dict[str, Any]:
@@ -75,6 +77,11 @@ def _decision(one: Dispatch) -> dict[str, Any]:
             "tokens": one.num_tokens, "instance": decision.name, "reason": decision.reason,
             "scores": {name: round(score, 4) for name, score in decision.scores.items()},
             "cached_tokens": sum(decision.matched_tokens), "instances_lost": one.num_lost}
+
+
+def _event(one: ClusterEvent) -> dict[str, Any]:
+    return {"time": _time(one.unix_s), "event": one.kind, "instance": one.instance,
+            "reason": hide_paths(one.text) or None}
 
 
 def _time(unix_s: float) -> str:

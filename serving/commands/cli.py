@@ -9,7 +9,16 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from serving.commands.flags import FlagParser, add_flags, add_foreign_flags, apply_speculative_config, tree_from
+from serving.commands.cluster_flags import NOT_OF_UP, ClusterUpConfig, check_instance_flags
+from serving.commands.flags import (
+    FlagParser,
+    add_flags,
+    add_foreign_flags,
+    apply_speculative_config,
+    flags_of,
+    parse_int,
+    tree_from,
+)
 from serving.config import ServerConfig
 from serving.master_config import NOT_OF_A_MASTER, MasterConfig
 from xllm import __version__, env, logs
@@ -36,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[:1] == ["bench"]:
         return _bench(args[1:])
+    flags: list[str] = []
+    if args[:1] == ["cluster"] and "--" in args:  # what is behind it is for `xllm serve`
+        args, flags = args[:args.index("--")], args[args.index("--") + 1:]
     try:
         namespace = build_parser().parse_args(args)
+        namespace.instance_flags = flags
         apply_speculative_config(namespace)
         return int(_COMMANDS[namespace.command](namespace))
     except XllmError as error:
@@ -88,11 +101,22 @@ def build_parser() -> FlagParser:
     profile.add_argument("--rounds", type=int, default=5, metavar="INT",
                          help="measurements of each point (default %(default)s)")
     profile.add_argument("--json", metavar="FILE", help="write the result to this file, with the fitted model")
+    _add_cluster_flags(commands.add_parser("cluster", help="a whole cluster on this machine: `cluster up`"))
     commands.add_parser("bench", help=f"measure: {', '.join(BENCHES)}")
     doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="a local folder: say how many ranks can share it")
     doctor.add_argument("--compile", action="store_true", help="only compile the CPU's kernels, if they are not yet")
     return parser
+
+
+def _add_cluster_flags(cluster: FlagParser) -> None:
+    actions = cluster.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=FlagParser)
+    up = actions.add_parser("up", help="start a master and instances", usage="xllm cluster up [MODEL] [flags] "
+                            "[-- flags of `xllm serve` for each instance]")
+    up.add_argument("--instances", dest="num_instances", type=parse_int, default=2, metavar="INT",
+                    help="how many instances are started (default: %(default)s)")
+    _add_engine_flags(up)
+    add_flags(up, MasterConfig, skip=(*NOT_OF_A_MASTER, *NOT_OF_UP))
 
 
 def _add_engine_flags(parser: FlagParser) -> None:
@@ -182,6 +206,22 @@ def master_main() -> int:
     return main(["master", *sys.argv[1:]])
 
 
+def _cluster(namespace: argparse.Namespace) -> int:
+    from serving.commands import cluster_up
+
+    logs.configure("master", default="warning")  # what is said of the settings themselves
+    config = tree_from(namespace, ClusterUpConfig)
+    logs.configure("master", level=config.log.log_level, form=config.log.log_format, default="warning")
+    engine_config(namespace)  # what is wrong with it is said before anything starts
+    flags = [*flags_of(namespace, EngineConfig), *namespace.instance_flags]
+    instance = build_parser().parse_args(["serve", *flags])
+    check_instance_flags(instance)
+    apply_speculative_config(instance)
+    tree_from(instance, ServerConfig, SERVER)
+    engine_config(instance)
+    return cluster_up.run(config, namespace.num_instances, flags)
+
+
 def _generate(namespace: argparse.Namespace) -> int:
     from serving.commands import terminal
 
@@ -241,8 +281,8 @@ def _bench(args: list[str]) -> int:
     return report.ended(lambda: int(importlib.import_module(f"serving.commands.bench.{name}_bench").main(args[1:])))
 
 
-_COMMANDS = {"serve": _serve, "master": _master, "generate": _generate, "chat": _chat, "run-batch": _run_batch,
-             "top": _top, "profile": _profile, "doctor": _doctor}
+_COMMANDS = {"serve": _serve, "master": _master, "cluster": _cluster, "generate": _generate, "chat": _chat,
+             "run-batch": _run_batch, "top": _top, "profile": _profile, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,8 @@ from serving.cluster.etcd_link import open_etcd
 from serving.cluster.instance_record import InstanceRecord
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.registration import Registration, start_store
-from serving.commands.cluster_plan import ClusterPlan, advertised_host
+from serving.cluster.served_link import ServedLink
+from serving.commands.cluster_plan import ClusterPlan, advertised_host, store_target
 from xllm.client.gate_wire import PROTOCOL, ServedModel
 from xllm.client.process import ProcessClient
 from xllm.client.replicas import Replicas
@@ -54,12 +55,16 @@ class ClusterInstance:
     async def find_store(self) -> None:
         """Connect to the metadata store, if it is wanted; one that does not answer is waited for. Raises ConfigError,
         StoreError."""
-        if self._plan.etcd is None:
+        plan = self._plan
+        if plan.store is not None:
+            self._store = KeyValueStore(ServedLink(plan.store))
+        elif plan.etcd is not None:
+            if is_loopback(host_and_port(plan.listen)[0]) and not plan.etcd.is_local:
+                logger.warning("cluster_listen %s: masters on other machines cannot reach it", plan.listen)
+            self._store = open_etcd(plan.etcd, namespace=plan.namespace)
+        else:
             return
-        if is_loopback(host_and_port(self._plan.listen)[0]) and not self._plan.etcd.is_local:
-            logger.warning("cluster_listen %s: masters on other machines cannot reach it", self._plan.listen)
-        self._find_addresses(self._plan.etcd.targets[0])
-        self._store = open_etcd(self._plan.etcd, namespace=self._plan.namespace)
+        self._find_addresses(store_target(plan))
         await start_store(self._store)
 
     async def join(self, model: ServedModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.cluster.etcd_settings import EtcdSettings
 from serving.cluster.instance_record import ROLES, check_name
+from serving.cluster.store_server import LOOPBACK, StorePlace
 from serving.config import ClusterSettings
 from serving.security.cluster_secret import read_cluster_keys
 from xllm import env
@@ -23,12 +24,13 @@ _MAX_PASSWORD_BYTES = 4096  # Chosen: far more than a password has
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """listen: HOST:PORT of the gate. etcd: where the instance registers; None: nowhere. name: None: as HTTP's address.
-    role: its number in `ROLES`."""
+    """listen: HOST:PORT of the gate. etcd, store: where the instance registers, in one of them at most. name: None: as
+    HTTP's address. role: its number in `ROLES`."""
 
     keys: ClusterKeys
     listen: str
     etcd: EtcdSettings | None = None
+    store: StorePlace | None = None
     namespace: bytes = b""
     name: str | None = None
     role: int = 0
@@ -37,13 +39,13 @@ class ClusterPlan:
 
 def cluster_plan(settings: ClusterSettings) -> ClusterPlan | None:
     """None: this process is no instance of a cluster. Raises ConfigError."""
-    etcd = etcd_settings(settings) if settings.registers else None
+    etcd = etcd_settings(settings) if settings.registers and settings.etcd_addr is not None else None
+    served = env.cluster_store() if settings.registers else None
     listen = settings.cluster_listen
-    if listen is None and etcd is None:
+    if listen is None and etcd is None and served is None:
         return None
     if listen is None:
-        assert etcd is not None
-        if not etcd.is_local:
+        if etcd is not None and not etcd.is_local:
             raise ConfigError(f"etcd_addr {settings.etcd_addr} is not on this machine's loopback: say by "
                               "--cluster-listen HOST:PORT at which address of this machine the cluster's masters reach "
                               "the engine (port 0: any free one)")
@@ -54,9 +56,17 @@ def cluster_plan(settings: ClusterSettings) -> ClusterPlan | None:
         except ValueError as error:
             raise ConfigError(f"instance_name: {error}") from None
     keys = read_cluster_keys(settings.cluster_secret_file, is_local=is_loopback(host_and_port(listen)[0]))
-    return ClusterPlan(keys=keys, listen=listen, etcd=etcd, namespace=namespace_of(settings.etcd_namespace),
-                       name=settings.instance_name, role=ROLES.index(settings.instance_role),
-                       tells_cache=settings.enable_cache_upload)
+    return ClusterPlan(keys=keys, listen=listen, etcd=etcd, store=None if served is None else StorePlace(*served),
+                       namespace=namespace_of(settings.etcd_namespace), name=settings.instance_name,
+                       role=ROLES.index(settings.instance_role), tells_cache=settings.enable_cache_upload)
+
+
+def store_target(plan: ClusterPlan) -> str:
+    """HOST:PORT of the store that an instance registers in."""
+    if plan.store is not None:
+        return f"{LOOPBACK}:{plan.store.port}"
+    assert plan.etcd is not None
+    return plan.etcd.targets[0]
 
 
 def etcd_settings(settings: ClusterSettings) -> EtcdSettings:

@@ -187,6 +187,19 @@ def tree_from(namespace: argparse.Namespace, tree: type, foreign: Collection[str
     return build_tree(tree, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
+def flags_of(namespace: argparse.Namespace, tree: type) -> list[str]:
+    """The words that give the settings of `tree` in the namespace once more."""
+    words: list[str] = []
+    for name in all_options(tree):
+        if name in vars(namespace):
+            value, flag = getattr(namespace, name), name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
 def apply_speculative_config(namespace: argparse.Namespace) -> None:
     """Spread vLLM's `--speculative-config` JSON over the flat settings. Raises ConfigError."""
     text = vars(namespace).pop("speculative_config", None)

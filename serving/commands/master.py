@@ -38,10 +38,10 @@ def run(config: MasterConfig) -> int:
         is_loopback(host_and_port(address)[0]) for address in config.addresses)
     keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local)
     with front_door(config.http) as door:
-        return asyncio.run(_Master(config, door, keys, etcd).run())
+        return asyncio.run(Master(config, door, keys, etcd).run())
 
 
-class _Master(ServerLife):
+class Master(ServerLife):
     """A server whose engine is a cluster: it follows who is there, and serves as long as somebody is."""
 
     def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys, etcd: EtcdSettings | None):
@@ -57,13 +57,18 @@ class _Master(ServerLife):
         self._cluster = ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
                                             target_tpot_s=s.target_tpot / 1000))
         self._members = MasterMembers(self._cluster, self._keys, self._note_names)
-        if self._etcd is not None:
-            self._store = open_etcd(self._etcd, namespace=namespace_of(s.etcd_namespace))
+        self._store = self._open_store()
         state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=self._door.tracer)
         state.cluster = ClusterView(
             engine=self._cluster, policy=s.load_balance_policy, members=self._members.rows, address=self._address,
             store=self._store_text, leader=self._leader)
         return state
+
+    def _open_store(self) -> KeyValueStore | None:
+        """Where instances register, within the event loop; None: they were named."""
+        if self._etcd is None:
+            return None
+        return open_etcd(self._etcd, namespace=namespace_of(self._settings.etcd_namespace))
 
     @property
     def _address(self) -> str:

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from serving.commands.cluster_table import cluster_head, cluster_table
 from xllm.errors import ConfigError, EngineDeadError
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -46,12 +47,19 @@ class View:
         self._steps: deque[Row] = deque(maxlen=MAX_STEPS)
         self._stats: dict[str, Any] = {}
         self._place: dict[str, int] = {}
+        self._cluster: dict[str, Any] | None = None
 
-    def take(self, stats: dict[str, Any]) -> None:
-        self._stats = stats
+    def take(self, stats: dict[str, Any], cluster: dict[str, Any] | None = None) -> None:
+        """cluster: what `/cluster` says; None: the server is no master, or does not tell this key."""
+        self._stats, self._cluster = stats, cluster
         self._place = {name: index for index, name in enumerate(stats["history"]["columns"])}
         self._rows.extend(stats["history"]["rows"])
         self._steps.extend(stats["steps"]["rows"])
+
+    @property
+    def num_cluster_lines(self) -> int:
+        """Lines of the screen that the instances take."""
+        return 0 if self._cluster is None else 4 + len(self._cluster["members"])
 
     def rates(self, name: str) -> list[float]:
         """Change per second of a total, at each sample, over the last `RATE_WINDOW_S`."""
@@ -68,7 +76,10 @@ class View:
 
     def render(self, num_requests: int = 12, width: int = 80) -> Group:
         """The whole screen, `width` characters wide. After the first `take`."""
-        return Group(self._head(), self._gauges(width), self._tiers(), self._requests(num_requests, width))
+        parts: list[RenderableType] = [self._head(), self._gauges(width), self._tiers()]
+        if self._cluster is not None:
+            parts += [Text(""), cluster_head(self._cluster), cluster_table(self._cluster["members"]), Text("")]
+        return Group(*parts, self._requests(num_requests, width))
 
     def _head(self) -> Text:
         server = self._stats["server"]
@@ -218,9 +229,8 @@ def _figure(value: float) -> str:
 
 def follow(url: str, key: str | None, interval_ms: int) -> Iterator[dict[str, Any]]:
     """Snapshots as they come. Raises ConfigError for a server that refuses, EngineDeadError for none."""
-    address = f"{url}/v1/stats/stream?interval_ms={interval_ms}"
     try:
-        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+        request = _request(f"{url}/v1/stats/stream?interval_ms={interval_ms}", key)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S + interval_ms / 1000) as response:
             for line in response:
                 if line.startswith(b"data: {"):
@@ -236,6 +246,21 @@ def follow(url: str, key: str | None, interval_ms: int) -> Iterator[dict[str, An
         raise EngineDeadError(f"{url} stopped answering: {error or type(error).__name__}") from None
 
 
+def cluster_of(url: str, key: str | None) -> dict[str, Any] | None:
+    """What a cluster's master says of it now; None: the server is none, or does not tell this key, or does not answer
+    in time."""
+    try:
+        with urllib.request.urlopen(_request(f"{url}/cluster", key), timeout=TIMEOUT_S) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
+    except (OSError, http.client.HTTPException, ValueError):  # urllib's errors are OSErrors
+        return None
+
+
+def _request(address: str, key: str | None) -> urllib.request.Request:
+    return urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
 def run(flags: argparse.Namespace, console: Console | None = None) -> int:
     """Show until Ctrl-C, the end of the server, or with `--once` once. Returns the exit code."""
     if not 0.1 <= flags.interval <= 60:
@@ -244,12 +269,14 @@ def run(flags: argparse.Namespace, console: Console | None = None) -> int:
     url = flags.url.rstrip("/").removesuffix("/v1")
     view, snapshots = View(url), follow(url, flags.api_key, round(1000 * flags.interval))
     if flags.once:
-        view.take(next(snapshots))
+        view.take(next(snapshots), cluster_of(url, flags.api_key))
         console.print(view.render(width=console.width))
         return 0
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        is_master = cluster_of(url, flags.api_key) is not None
         for stats in snapshots:
-            view.take(stats)
-            live.update(view.render(max(3, console.height - 16), console.width), refresh=True)
+            view.take(stats, cluster_of(url, flags.api_key) if is_master else None)
+            num_rows = console.height - 16 - view.num_cluster_lines
+            live.update(view.render(max(3, num_rows), console.width), refresh=True)
     console.print(f"{url} ended the stream at {time.strftime('%H:%M:%S')}")
     return 0

@@ -2,11 +2,13 @@
 
 import {ApiError, call, onKeyChange, readKey, saveKey} from "./api.js";
 import {Chat} from "./chat.js";
+import {ClusterView} from "./cluster.js";
 import {byId, setText} from "./dom.js";
 import {EngineView} from "./engine.js";
 
 const THEMES = ["system", "light", "dark"];
 const POLL_MS = 2000;
+const TITLES = {chat: "xLLM", engine: "Engine · xLLM", cluster: "Cluster · xLLM"};
 
 function showTheme(theme) {
   if (theme === "system") delete document.documentElement.dataset.theme;
@@ -40,12 +42,14 @@ function notice(text) {
 
 const chat = new Chat({notice, askKey: openKeyDialog});
 const engine = new EngineView({notice, askKey: openKeyDialog});
+const cluster = new ClusterView({notice, askKey: openKeyDialog});
 
 let model = null;
 
 async function poll() {
   try {
     const health = await (await fetch("health", {cache: "no-store", credentials: "omit"})).json();
+    showCluster(health.is_master === true);
     if (health.status === "starting") showState("busy", `Loading (${String(health.reason).replace("phase: ", "")})`);
     else if (health.status === "ok") await showModel();
     else showState("bad", health.reason ? `${health.status}: ${health.reason}` : health.status);
@@ -77,6 +81,7 @@ onKeyChange(() => {
   model = null;
   poll();
   engine.restart();
+  cluster.restart();
 });
 
 // The key
@@ -97,16 +102,29 @@ byId("key-forget").addEventListener("click", () => {
 byId("key-form").addEventListener("submit", () => saveKey(byId("key-input").value.trim()));
 
 // Views
+function viewLink(name) {
+  return document.querySelector(`[data-view="${name}"]`);
+}
+
+/** The cluster's view is there where the server is a cluster's master. */
+function showCluster(isMaster) {
+  if (viewLink("cluster").hidden !== isMaster) return;
+  viewLink("cluster").hidden = !isMaster;
+  showView();
+}
+
 function showView() {
-  const wanted = location.hash === "#engine" ? "engine" : "chat";
-  for (const name of ["chat", "engine"]) {
+  const asked = location.hash.slice(1);
+  const wanted = Object.hasOwn(TITLES, asked) && !viewLink(asked).hidden ? asked : "chat";
+  for (const name of Object.keys(TITLES)) {
     byId(`view-${name}`).hidden = name !== wanted;
-    const link = document.querySelector(`[data-view="${name}"]`);
+    const link = viewLink(name);
     if (name === wanted) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = wanted === "engine" ? "Engine · xLLM" : "xLLM";
+  document.title = TITLES[wanted];
   engine.setVisible(wanted === "engine");
+  cluster.setVisible(wanted === "cluster");
   if (wanted === "chat") chat.focus();
 }
 

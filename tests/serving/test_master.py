@@ -120,7 +120,7 @@ def test_what_a_client_sees(master: Master, addresses: list[str], folder: Path) 
     early = master.http.post("/v1/completions", json={"prompt": "a"})
     assert early.status_code == 503 and early.headers["retry-after"] == "5"
     assert {member["state"] for member in master.cluster()["members"]} == {"suspect"}
-    assert master.http.get("/cluster").status_code in (401, 403)
+    assert master.http.get("/cluster").status_code == 200, "as /metrics: without keys for users everybody is one"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         servers = dict(zip(addresses, pool.map(lambda address: ServerProcess(

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from tests.serving.cluster_up_process import ClusterUp
 from tests.serving.scripted_model import go, write_checkpoint
 from tests.serving.server_process import ServerProcess
 from tests.web.browser import PHONE, SIZE, Tab, answered, ask, launched
@@ -86,6 +87,36 @@ def engine(browser: Browser, server: ServerProcess, paths: dict[str, Path]) -> N
         thread.join()
 
 
+def cluster(browser: Browser, scratch: Path, path: Path) -> None:
+    """Three instances, of which one is killed under load."""
+    done = threading.Event()
+    parts = [f"def part_{number}(x):\n    return x + {number}\n" * 8 for number in range(5)]
+
+    def load(up: ClusterUp, first: int) -> None:
+        number = first
+        while not done.is_set():
+            up.http.post("/v1/completions", json={"prompt": parts[number % len(parts)] + f"# {number}\n",
+                                                  "max_tokens": 60, "ignore_eos": True})
+            number += 3
+
+    with ClusterUp(scratch / "cluster.txt", 3) as up:
+        tab = Tab(browser, up.url)
+        page = tab("/", viewport={"width": 1280, "height": 1020})
+        page.get_by_role("link", name="Cluster").click()
+        threads = [threading.Thread(target=load, args=(up, first)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(6)
+        up.instances["instance-1"].kill()
+        time.sleep(3)
+        expect(page.locator("[data-name=instance-1] .of-state")).to_contain_text("suspect")
+        save(page, path)
+        tab.close()
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
 def main() -> int:
     folder, chromium = Path(sys.argv[1]), find_chromium()
     assert chromium is not None, "make browser installs one"
@@ -104,6 +135,7 @@ def main() -> int:
         with ServerProcess(log, "--model", str(checkpoint), "--served-model-name", "scripted", "--tool-call-parser",
                            "hermes", "--reasoning-parser", "qwen3") as server:
             tools(browser, server, folder / "console-tools-dark.png")
+        cluster(browser, Path(scratch), folder / "console-cluster-light.png")
     return 0
 
 

@@ -39,7 +39,9 @@ TOO_FAINT = """() => {
   return found;
 }"""
 # How far the page, or a part that scrolls as a whole, is wider than it shows.
-OVERFLOW = """() => Math.max(...[':root', '#scroller', '#view-engine', '#settings', '#composer'].map((name) => {
+OVERFLOW = """() => Math.max(...[
+  ':root', '#scroller', '#view-engine', '#view-cluster', '#settings', '#composer',
+].map((name) => {
   const part = document.querySelector(name);
   return part.scrollWidth - part.clientWidth;
 }))"""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from xllm.client.merged_stats import merged_stats, merged_steps
 from xllm.client.remote import RemoteClient
@@ -13,7 +16,19 @@ from xllm.stats import Counters, EngineStats
 
 # Without a sign of progress an instance gets no requests while others move on. As in `replicas.py`.
 SILENT_S = 5.0
+MAX_EVENTS = 100  # that are kept to be looked at. Chosen: minutes of a cluster in trouble, years of one that is not
 MAX_GONE = 64  # lives of instances whose totals are kept one by one. Chosen: those that may come back
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEvent:
+    """What has happened to an instance, and when. recovered: calls that it had go on elsewhere. text: why it left, or
+    how many calls."""
+
+    unix_s: float
+    kind: Literal["joined", "left", "recovered"]
+    instance: str
+    text: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +43,7 @@ class ClusterMember:
 
 class ClusterMembers:
     """on_steps: called with each report of steps of any of them. gone: why each name that is not there any more left.
+    events: the last ones, the newest behind.
 
     Belongs to the event loop of the clients.
     """
@@ -35,6 +51,7 @@ class ClusterMembers:
     def __init__(self) -> None:
         self.all: dict[str, ClusterMember] = {}
         self.gone: dict[str, str] = {}
+        self.events: deque[ClusterEvent] = deque(maxlen=MAX_EVENTS)
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
         self._facts: EngineFacts | None = None
         self._past: dict[str, EngineStats] = {}  # totals of those that left, by incarnation
@@ -44,6 +61,7 @@ class ClusterMembers:
         """An instance is there."""
         member = self.all[name] = ClusterMember(name, client)
         self.gone.pop(name, None)
+        self.events.append(ClusterEvent(time.time(), "joined", name))
         if client.incarnation is not None:
             self._past.pop(client.incarnation, None)  # its connection was cut, it counts on
         client.on_steps = lambda steps: self.on_steps(steps)
@@ -54,6 +72,7 @@ class ClusterMembers:
         if (member := self.all.pop(name, None)) is None:
             return None
         self.gone[name] = reason
+        self.events.append(ClusterEvent(time.time(), "left", name, reason))
         while len(self.gone) > MAX_GONE:
             del self.gone[next(iter(self.gone))]
         self._past[member.client.incarnation or name] = _totals(member.client.stats)
@@ -61,6 +80,11 @@ class ClusterMembers:
             oldest = self._past.pop(next(iter(self._past)))
             self._long_past = merged_stats([self._long_past, oldest])
         return member
+
+    def note_recovered(self, name: str, num_requests: int) -> None:
+        """Requests that an instance had go on elsewhere."""
+        requests = "request goes" if num_requests == 1 else "requests go"
+        self.events.append(ClusterEvent(time.time(), "recovered", name, f"{num_requests} {requests} on elsewhere"))
 
     # --- who takes requests
 

@@ -64,7 +64,7 @@ class Dispatcher:
         self._members, self._fleet = members, fleet
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._unlogged = Counter[str]()  # requests that were lost in this turn of the event loop, by where and why
+        self._unlogged = Counter[tuple[str, str]]()  # requests lost in this turn of the event loop, by where and why
 
     # --- calls
 
@@ -89,16 +89,20 @@ class Dispatcher:
 
     def hand_over(self, member: ClusterMember) -> None:
         """Have others go on with what an instance has, as far as there are others that can."""
+        num_requests = 0
         for call in {call for call in self.calls.values() if call.place == member.name}:
             decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
             if decision.name is None or decision.reason == "full":
                 logger.warning("%s goes on with what it has: no other instance takes it", member.name)
-                return
+                break
             self._leave(call)
             call.take_back()
             if call.open_ids:
                 self.counts.recovered["drained"] += 1
+                num_requests += len(call.open_ids)
                 self._send(call, decision, call.rest, is_again=True)
+        if num_requests:
+            self._members.note_recovered(member.name, num_requests)
 
     async def close(self) -> None:
         """End the open calls with an EngineDeadError."""
@@ -136,19 +140,20 @@ class Dispatcher:
             tries.refused[place] = str(error)
         else:
             tries.lost.append((place, str(error)))
-            self._note_lost(f"{place} was lost: {error}", len(call.open_ids))
+            self._note_lost(place, str(error), len(call.open_ids))
         task = asyncio.create_task(self._go_on(call, error), name="cluster-call")
         self._going_on.add(task)
         task.add_done_callback(self._going_on.discard)
 
-    def _note_lost(self, what: str, num_requests: int) -> None:
+    def _note_lost(self, place: str, why: str, num_requests: int) -> None:
         if not self._unlogged:
             asyncio.get_running_loop().call_soon(self._log_lost)
-        self._unlogged[what] += num_requests
+        self._unlogged[place, why] += num_requests
 
     def _log_lost(self) -> None:
-        for what, num_requests in self._unlogged.items():  # one line, however many calls there were
-            logger.warning("%s; open requests that go on elsewhere: %d", what, num_requests)
+        for (place, why), num_requests in self._unlogged.items():  # one line, however many calls there were
+            logger.warning("%s was lost: %s; open requests that go on elsewhere: %d", place, why, num_requests)
+            self._members.note_recovered(place, num_requests)
         self._unlogged.clear()
 
     # --- going on

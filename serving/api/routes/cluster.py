@@ -1,4 +1,4 @@
-"""`GET /cluster`: a master's instances, their load, and its last decisions. It needs an admin key."""
+"""`GET /cluster`: a master's instances, their load, and its last decisions and events."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ async def cluster(state: ServerState, request: Request) -> Response:
     return json_response(await state.cluster.shown())
 
 
-ROUTES = (Route("GET", "/cluster", Access.ADMIN, None, cluster, Needs.NOTHING, is_quiet=True),)
+ROUTES = (Route("GET", "/cluster", Access.MONITOR, None, cluster, Needs.NOTHING, is_quiet=True),)
