@@ -168,6 +168,20 @@ def test_equal_ones_take_turns_whoever_comes_and_goes() -> None:
     assert [fleet.decide([NO_MARKS], 5, 1, 0.0).name for _ in range(3)] == ["d", "a", "c"]
 
 
+def test_what_is_reported_of_steps_decides_by_targets() -> None:
+    fleet = fleet_of("a", "b", "c", policy="slo_aware")
+    assert fleet.decide([NO_MARKS], 100, 1, 0.0).scores == dict.fromkeys("abc", 0.05), "as is assumed"
+    for name, token_s in (("a", 0.01), ("b", 0.002)):
+        mixed = ((0.0, 0.01 + 200 * token_s, 201, 1), (0.0, 0.01, 1, 1)) * 20
+        fleet.heard(name, report(steps=mixed), 0.0)
+    decision = fleet.decide([NO_MARKS], 100, 1, 0.0)
+    assert decision.scores["a"] == pytest.approx(1.0, rel=0.1) and decision.scores["b"] == pytest.approx(0.2, rel=0.1)
+    assert decision.scores["b"] < decision.scores["c"] < decision.scores["a"], "as the others on average"
+    fleet.heard("b", report(steps=((0.0, 0.2, 1, 1), (0.0, 0.6, 201, 1)) * 400), 0.0)
+    assert fleet.decide([NO_MARKS], 10, 1, 0.0).name != "b", "its tokens are slow"
+    assert fleet.decide([NO_MARKS], 100, 1, 0.0, deadline_s=0.01).reason == "no_slo"
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown routing policy 'random'; known are cache_aware"):
         Fleet("random")

@@ -81,10 +81,12 @@ class ClusterCall(Stream):
             raise
 
     def take_back(self) -> None:
-        """Abort the open requests where they are, and go on nowhere until they are sent again."""
-        client, self._client, self.place = self._client, None, None
-        if client is not None:
-            client.drop(list(self.open_ids))
+        """Abort the open requests where they are, and go on nowhere until they are sent again. Those that were to be
+        aborted anyway have ended then."""
+        if self._client is not None:
+            self._client.drop(list(self.open_ids))
+            self.end_aborted(list(self._aborted))
+            self._client = self.place = None
             self._is_moved = True
             for request_id, number in self._preempted.items():
                 self._preempted_before[request_id] = self._preempted_before.get(request_id, 0) + number
@@ -146,10 +148,7 @@ class ClusterCall(Stream):
 
     def lose(self, error: Exception) -> None:
         """See `Stream.lose`: another instance may go on."""
-        place, client = self.place, self._client
-        if client is not None:
-            client.drop(list(self.open_ids))
-        self.end_aborted(list(self._aborted))
+        place = self.place
         self.take_back()
         if self.open_ids and place is not None:
             self._keeper.lost(self, place, error)

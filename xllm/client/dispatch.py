@@ -91,16 +91,16 @@ class Dispatcher:
         """Have others go on with what an instance has, as far as there are others that can."""
         num_requests = 0
         for call in {call for call in self.calls.values() if call.place == member.name}:
-            rest = call.rest
-            decision = self._decide(call, rest, {member.name, *(name for name, _ in call.tries.lost)})
+            decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
             if decision.name is None or decision.reason == "full":
                 logger.warning("%s goes on with what it has: no other instance takes it", member.name)
                 break
             self._leave(call)
             call.take_back()
-            self.counts.recovered["drained"] += 1
-            num_requests += len(rest)
-            self._send(call, decision, rest, is_again=True)
+            if call.open_ids:
+                self.counts.recovered["drained"] += 1
+                num_requests += len(call.open_ids)
+                self._send(call, decision, call.rest, is_again=True)
         if num_requests:
             self._members.note_recovered(member.name, num_requests)
 
