@@ -146,6 +146,8 @@ class ClusterSettings:
                          "enable_service_routing", "instance_name"):
                 if getattr(self, name):
                     raise ConfigError(f"{name} needs etcd_addr")
+        if (self.etcd_cert is None) != (self.etcd_key is None):
+            raise ConfigError("etcd_cert and etcd_key go together")
         if self.instance_role != "DEFAULT" and not self.registers:
             raise ConfigError(f"instance_role {self.instance_role} is for instances that register: it needs etcd_addr")
 

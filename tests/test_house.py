@@ -126,7 +126,6 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
-    "serving.cluster.election": "the master of a cluster",
     "serving.cluster.embedded": "the master of a cluster",
     "serving.cluster.served_link": "the master of a cluster",
     "serving.cluster.store_server": "the master of a cluster",

@@ -113,6 +113,12 @@ class ServerState:
             self.served_names = tuple(names)
             vars(self).pop("_accepted_names", None)
 
+    def forget_model(self) -> None:
+        """Another model is to be loaded in the place of this one; until it is, requests are refused."""
+        self.loaded, self.tokenizer = False, None
+        for name in ("inputs", "parsers"):
+            vars(self).pop(name, None)
+
     @cached_property
     def _accepted_names(self) -> frozenset[str]:
         """A local model's path is a name for those who know it, but it is not shown."""

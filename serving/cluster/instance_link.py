@@ -8,7 +8,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serving.cluster.instance_record import InstanceRecord
 from serving.cluster.within import within
@@ -52,8 +52,8 @@ class LinkSettings:
     keys: ClusterKeys
     name: str = "master"
     silence_s: float = SILENCE_S
-    first_retry_s: float = field(default=FIRST_RETRY_S)
-    last_retry_s: float = field(default=LAST_RETRY_S)
+    first_retry_s: float = FIRST_RETRY_S
+    last_retry_s: float = LAST_RETRY_S
 
 
 class InstanceLink:

@@ -59,9 +59,6 @@ class MasterSeat:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        if self._leadership is not None:
-            await self._leadership.resign()
-            self._leadership = None
         if self._lease is not None:
             await self._lease.revoke()
             self._lease = None
@@ -105,10 +102,11 @@ class MasterSeat:
                 except StoreError as error:  # it leads on as long as its lease lives
                     logger.debug("loads are not written: %s", error)
                 await asyncio.wait({lost}, timeout=self._load_s)
+            logger.warning("this master leads no more: %s", lost.result())
         finally:
             lost.cancel()
-            if lost.done() and not lost.cancelled():
-                logger.warning("this master leads no more: %s", lost.result())
+            self._leadership = None
+            await leadership.resign()
 
     async def _write_loads(self, leadership: Leadership) -> None:
         """Under this master's own lease: what a dead one said of loads does not stay."""

@@ -58,14 +58,13 @@ class ClusterInstance:
             return
         if is_loopback(host_and_port(self._plan.listen)[0]) and not self._plan.etcd.is_local:
             logger.warning("cluster_listen %s: masters on other machines cannot reach it", self._plan.listen)
+        self._find_addresses(self._plan.etcd.targets[0])
         self._store = open_etcd(self._plan.etcd, namespace=self._plan.namespace)
         await start_store(self._store)
 
     async def join(self, model: ServedModel) -> None:
-        """Let masters in; the engine is loaded. Raises NameTakenError, StoreError, ConfigError."""
+        """Let masters in; the engine is loaded. Raises NameTakenError, StoreError."""
         self._model = model
-        if self._store is not None:
-            self._where()
         self._gate.open(model)
         if self._store is not None:
             self._registration = Registration(self._store, self._describe)
@@ -85,10 +84,8 @@ class ClusterInstance:
         if self._store is not None:
             await self._store.close()
 
-    def _where(self) -> None:
-        """Which addresses others are told. Raises ConfigError."""
-        assert self._plan.etcd is not None
-        target = self._plan.etcd.targets[0]
+    def _find_addresses(self, target: str) -> None:
+        """Those that others are told. Raises ConfigError."""
         gate_host = advertised_host(host_and_port(self._plan.listen)[0], target)
         self._rpc_address = f"{gate_host}:{self._gate.port}"
         host, port = self._http

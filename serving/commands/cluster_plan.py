@@ -67,6 +67,9 @@ def etcd_settings(settings: ClusterSettings) -> EtcdSettings:
     if settings.etcd_password_file is not None:
         password = read_secret("etcd_password_file", Path(settings.etcd_password_file), _MAX_PASSWORD_BYTES).decode(
             errors="surrogateescape").removesuffix("\n")
+    if (user is None) != (password is None):
+        raise ConfigError("etcd's user and password go together: etcd_user or ETCD_USERNAME, and etcd_password_file or "
+                          f"ETCD_PASSWORD; there is no {'user' if user is None else 'password'}")
     return EtcdSettings(addresses=tuple(address.strip() for address in settings.etcd_addr.split(",")), user=user,
                         password=password, ca_cert=_path(settings.etcd_ca_cert), cert=_path(settings.etcd_cert),
                         key=_path(settings.etcd_key))

@@ -50,7 +50,7 @@ class _Master(ServerLife):
         self._settings, self._keys, self._master_config = config.master, keys, config
         self._store: KeyValueStore | None = None
         self._seat: MasterSeat | None = None
-        self._first = asyncio.Event()  # an instance has joined
+        self._joined = asyncio.Event()  # an instance has
 
     def _make_state(self) -> ServerState:
         s = self._settings
@@ -95,10 +95,11 @@ class _Master(ServerLife):
                 self._seat.start()
                 logger.info("waiting for instances in %s; this master is called %s there, where nothing listens",
                             self._store.name, self._address)
-            while not self._state.loaded:
-                await self._first.wait()
-                self._first.clear()
-                await self._load()
+            while True:
+                await self._joined.wait()
+                self._joined.clear()
+                if not self._state.loaded:
+                    await self._load()
         except XllmError as error:
             logger.error("the master does not start: %s", error)
             self._fail()
@@ -117,16 +118,22 @@ class _Master(ServerLife):
                               "tokenizer is")
         model = dataclasses.replace(model, model=folder, revision=None,
                                     tokenizer=model.tokenizer if path is None else None)
-        self._state.tokenizer, self._state.sampling_defaults = await asyncio.to_thread(load_front, model)
+        tokenizer, defaults = await asyncio.to_thread(load_front, model)
+        if self._cluster.facts is not facts:  # others are there now, perhaps of another model
+            self._joined.set()
+            return
+        self._state.tokenizer, self._state.sampling_defaults = tokenizer, defaults
         self._note_loaded()
         self._say(f"xLLM's master serves {self._state.served_names[0]} on {self._door.url} (longest sequence "
                   f"{facts.max_model_len} tokens, policy {self._settings.load_balance_policy})")
         self._say_how_to_call()
 
-    def _note_names(self, names: tuple[str, ...]) -> None:
-        """An instance has joined. names: of the model, those of all that have."""
+    def _note_names(self, names: tuple[str, ...], is_new: bool) -> None:
+        """An instance has joined. names: of the model, those of all that have. is_new: it is another model."""
+        if is_new:
+            self._state.forget_model()
         self._state.serve_names(names)
-        self._first.set()
+        self._joined.set()
 
     async def _shut_down(self) -> None:
         await self._cluster.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from serving.api.cluster_view import MemberRow
 from serving.cluster.instance_link import LinkSettings, MemberState
@@ -13,23 +14,33 @@ from serving.cluster.registry import Member, Registry
 from serving.cluster.static_instances import StaticInstance, StaticInstances
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_keys import ClusterKeys
+from xllm.client.gate_wire import ServedModel
 from xllm.client.remote import RemoteClient
 from xllm.stats import EngineStats
 
 logger = logging.getLogger("xllm.master")
 
 
-class MasterMembers:
-    """One model is served, that of the first instance that joins; those of another one are refused by name.
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    client: RemoteClient
+    role: str
+    reason: str
 
-    on_names(names): called when an instance has joined, with the names under which the model is served by any of them.
+
+class MasterMembers:
+    """One model is served, that of the first instance that joins; those of another one are not used. Once nobody
+    serves it any more, another one with a name of it takes its place: it was upgraded.
+
+    on_names(names, is_new): called when an instance has joined, with the names under which the model is served by any
+    of them, and whether it is the first of its model.
     """
 
-    def __init__(self, cluster: ClusterClient, keys: ClusterKeys, on_names: Callable[[tuple[str, ...]], None]):
+    def __init__(self, cluster: ClusterClient, keys: ClusterKeys, on_names: Callable[[tuple[str, ...], bool], None]):
         self._cluster, self._keys, self._on_names = cluster, keys, on_names
         self._registry: Registry | None = None
         self._static: StaticInstances | None = None
-        self._refused: dict[str, str] = {}  # names of instances that are connected and not used, and why
+        self._refused: dict[str, _Refused] = {}  # by name, those that are connected and not used
         self._fingerprint: str | None = None
         self._names: dict[str, None] = {}
 
@@ -65,34 +76,42 @@ class MasterMembers:
 
     def _join(self, name: str, client: RemoteClient, role: str = "DEFAULT") -> None:
         assert client.model is not None
+        model, refusal = client.model, self._refusal(client.model)
+        if refusal is None:
+            try:
+                self._cluster.join(name, client, role=role)
+            except ValueError as error:
+                refusal = str(error)
+        if refusal is not None:
+            self._refused[name] = _Refused(client, role, refusal)
+            logger.error("instance %s is not used: %s", name, refusal)
+            return
         self._refused.pop(name, None)
-        model = client.model
-        if self._fingerprint is not None and model.fingerprint != self._fingerprint:
-            self._refuse(name, f"it serves another model, {model.names[0]} (fingerprint {model.fingerprint}), and this "
-                               f"master serves {next(iter(self._names))} ({self._fingerprint})")
-            return
-        try:
-            self._cluster.join(name, client, role=role)
-        except ValueError as error:
-            self._refuse(name, str(error))
-            return
+        is_new = model.fingerprint != self._fingerprint
+        self._names = dict.fromkeys((*(() if is_new else self._names), *model.names))
         self._fingerprint = model.fingerprint
-        self._names.update(dict.fromkeys(model.names))
-        self._on_names(tuple(self._names))
+        self._on_names(tuple(self._names), is_new)
 
-    def _refuse(self, name: str, reason: str) -> None:
-        self._refused[name] = reason
-        logger.error("instance %s is not used: %s", name, reason)
+    def _refusal(self, model: ServedModel) -> str | None:
+        """Why what serves this model is not used now."""
+        is_same = self._fingerprint in (None, model.fingerprint)
+        if is_same or (not self._cluster.members.all and not self._names.keys().isdisjoint(model.names)):
+            return None
+        return (f"it serves {', '.join(model.names)} (fingerprint {model.fingerprint}), and this master "
+                f"{', '.join(self._names)} ({self._fingerprint}): one model a master")
 
     def _leave(self, name: str, reason: str) -> None:
         self._refused.pop(name, None)
         self._cluster.leave(name, reason)
+        if not self._cluster.members.all:
+            for other, refused in list(self._refused.items()):
+                self._join(other, refused.client, refused.role)
 
     def _registered_row(self, member: Member) -> MemberRow:
         refused = self._refused.get(member.name)
         return MemberRow(name=member.name, role=member.role,
                          state=MemberState.REFUSED.value if refused else member.state.value,
-                         reason=refused or member.reason, client=member.client,
+                         reason=refused.reason if refused else member.reason, client=member.client,
                          address="" if member.record is None else member.record.rpc_address)
 
     def _static_row(self, one: StaticInstance) -> MemberRow:
@@ -103,5 +122,5 @@ class MasterMembers:
             state = MemberState.REFUSED
         elif one.client.draining:
             state = MemberState.DRAINING
-        return MemberRow(name=one.address, role="DEFAULT", state=state.value, reason=refused or one.reason,
-                         client=one.client, address=one.address)
+        return MemberRow(name=one.address, role="DEFAULT", state=state.value, client=one.client, address=one.address,
+                         reason=refused.reason if refused else one.reason)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from serving.cluster import registration
 from serving.cluster.etcd_link import open_etcd
 from serving.cluster.etcd_settings import EtcdSettings
-from serving.cluster.store_errors import StoreError, StoreRefusedError
+from serving.cluster.registration import start_store
+from serving.cluster.store_errors import StoreError, StoreRefusedError, StoreUnreachableError
 from tests.certificates import make_certificates
 from tests.cluster.etcd_process import EtcdProcess
 from tests.cluster.test_contract import following, told
@@ -64,13 +67,25 @@ async def test_users_and_passwords(guarded, shared_etcd):
         assert "wrong user or password" in str(store.state)
 
 
-def test_a_server_without_a_password_does_not_start(guarded, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", "--etcd-addr",
-                           guarded.address], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-                          env=os.environ | {"XDG_CONFIG_HOME": str(tmp_path)})
-    assert done.returncode == 1
-    assert re.search(r"the server does not start: etcd at \S+: it has authentication enabled, and no user and password "
-                     "were given", done.stderr)
+async def test_an_instance_without_a_password_is_refused_at_once(guarded):
+    begun_s = time.monotonic()
+    with pytest.raises(StoreRefusedError, match="it has authentication enabled, and no user and password were given"):
+        await start_store(open_etcd(guarded.settings))
+    assert time.monotonic() - begun_s < 3.0
+
+
+async def test_an_instance_waits_for_the_store_and_says_so(etcd, monkeypatch, caplog):
+    monkeypatch.setattr(registration, "_TELL_S", 0.2)
+    starting = asyncio.create_task(start_store(store := open_etcd(etcd.settings)))
+    await asyncio.sleep(0.6)
+    assert any(re.search(rf"etcd at {etcd.address}: .*; it is tried for \d\d s more", record.message)
+               for record in caplog.records)
+    etcd.start()
+    await asyncio.wait_for(starting, 5)
+    await store.close()
+    etcd.kill()
+    with pytest.raises(StoreUnreachableError):
+        await start_store(open_etcd(etcd.settings), 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ async def test_join_and_leave(store, instances: Instances):
     assert master.left[1][0] == "b:1"
 
 
-@on_both
+@pytest.mark.parametrize("site", ["etcd"], indirect=True)
 async def test_a_name_is_given_once(store, site, instances: Instances, monkeypatch):
     async with master_of(store) as master, site.open() as second:
         first = await instances(store, "a:1")

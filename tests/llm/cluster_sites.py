@@ -74,9 +74,9 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def three_sites() -> AsyncIterator[Cluster]:
+async def three_sites(config: EngineConfig = CONFIG) -> AsyncIterator[Cluster]:
     """A cluster of instances a, b and c."""
-    engines = [WatchedLocal(EngineCore(CONFIG)) for _ in range(3)]
+    engines = [WatchedLocal(EngineCore(config)) for _ in range(3)]
     async with contextlib.AsyncExitStack() as stack:
         found = Cluster(ClusterClient())
         for name, engine in zip("abc", engines, strict=True):

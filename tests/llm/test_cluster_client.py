@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from tests.adapters import write_adapter
 from tests.llm.cluster_sites import (
     CONFIG,
     GREEDY,
@@ -21,9 +23,12 @@ from tests.llm.cluster_sites import (
     same,
     three_sites,
 )
+from tests.llm.conftest import SETTINGS
 from tests.llm.test_clients import idle, read
 from tests.llm.test_remote import until
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
+from xllm.client.gate_wire import ServedModel
+from xllm.config import EngineConfig
 from xllm.engine.core import EngineCore
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, SamplingParams
@@ -231,9 +236,10 @@ async def test_what_is_aborted_does_not_go_on(cluster: Cluster) -> None:
     cluster.having(x).kill()  # before it has answered
     cluster.having(y).kill()
     client.abort(["y"])  # it is nowhere now
-    for stream in (x, y):
+    client.abort(["z"])
+    client.leave(cluster.having(z).name, "it is withdrawn")  # before it has answered
+    for stream in (x, y, z):
         assert (await read(stream))[-1].finish_reason is FinishReason.ABORT
-    z.close()
     assert not client.request_ids
     for site in cluster.sites.values():
         if site.engine.dead_reason is None:
@@ -268,6 +274,21 @@ async def test_the_last_one_drains_itself(cluster: Cluster) -> None:
     assert not cluster.client.counts.recovered
 
 
+async def test_a_call_stays_with_its_model(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model's instance that has taken the place does not go on with what the last one has begun."""
+    monkeypatch.setattr(recovery, "MAX_WAIT_S", 0.1)
+    for name in ("b", "c"):
+        cluster.client.leave(name, "it is withdrawn")
+    stream = cluster.client.submit([make_request("x")])
+    await stream.next()
+    monkeypatch.setattr(cluster.sites["b"].client, "model", ServedModel(("demo",), "another fingerprint"))
+    cluster.join(cluster.sites["b"])
+    cluster.sites["a"].kill()
+    with pytest.raises(EngineDeadError, match="a was lost"):
+        await read(stream)
+    assert len(answers(await read(cluster.client.submit([make_request("y")])))["y"].token_ids) == NUM_TOKENS
+
+
 # --- commands
 
 
@@ -283,6 +304,38 @@ async def test_who_joins_later_gets_the_state_of_the_others(cluster: Cluster) ->
         assert (await site.engine.control("state")).state.paused is None
     refused = await client.control("load_adapter", name="x", folder="/nowhere")
     assert refused.error is not None and refused.error.startswith("instance a: ") and "--enable-lora" in refused.error
+
+
+async def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have one or none, who joins later too; a call goes on with the files that it began with, or not at all."""
+    for name, seed in (("v1", 1), ("v2", 2)):
+        write_adapter(tmp_path / name, seed)
+    config = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, enable_lora=True)
+    async with three_sites(config) as cluster:
+        client, (a, b, c) = cluster.client, cluster.sites.values()
+        client.leave("c", "its connection was cut")
+        assert (await client.control("load_adapter", name="x", folder=str(tmp_path / "v1"))).error is None
+        assert client.adapters == a.client.adapters == b.client.adapters == ("x",)
+        cluster.join(c)
+        await until(lambda: "c" in client.members.up)
+        assert c.client.adapter_digests == a.client.adapter_digests
+        expected = answers(await read(client.submit([make_request("x", lora="x")])))["x"].token_ids
+        assert expected != answers(await read(client.submit([make_request("y")])))["y"].token_ids
+        stream = client.submit([make_request("x", lora="x")])
+        after(stream, 5, lambda: cluster.having(stream).kill())
+        assert answers(await read(stream))["x"].token_ids == expected
+
+        left = list(client.members.all)
+        other = cluster.sites[left[1]]
+        await other.client.control("unload_adapter", name="x")
+        await other.client.control("load_adapter", name="x", folder=str(tmp_path / "v2"))
+        monkeypatch.setattr(recovery, "MAX_WAIT_S", 0.1)
+        stream = client.submit([make_request("x", lora="x")])
+        assert stream.place == left[0]  # type: ignore[attr-defined]
+        after(stream, 5, cluster.sites[left[0]].kill)
+        with pytest.raises(EngineDeadError, match="the request was given up"):
+            await read(stream)
+        await client.close()
 
 
 # --- sums

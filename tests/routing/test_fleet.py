@@ -73,7 +73,7 @@ def test_who_joins_again_has_nothing() -> None:
 
 
 def test_a_burst_with_one_prefix_stays_together() -> None:
-    fleet, prompt = fleet_of("a", "b", "c"), tokens(448)
+    fleet, prompt = fleet_of("a", "b", "c"), tokens(896)
     chosen = []
     for number in range(5):
         full = prompt + tokens(2, seed=number + 1)
@@ -81,9 +81,9 @@ def test_a_burst_with_one_prefix_stays_together() -> None:
         assert decision.name is not None
         fleet.sent(decision.name, str(number), len(full) - decision.matched_tokens[0], marked(full))
         chosen.append(decision.name)
-    assert len(set(chosen)) == 1 and decision.matched_tokens == (448 * BLOCK,)
+    assert len(set(chosen)) == 1 and decision.matched_tokens == (896 * BLOCK,)
     fleet.begun(chosen[0], "0")
-    assert fleet.decide([marked(prompt)], 1792, 1, 0.0).matched_tokens == (1792,), "others promise it still"
+    assert fleet.decide([marked(prompt)], 3584, 1, 0.0).matched_tokens == (3584,), "others promise it still"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -166,6 +166,20 @@ def test_equal_ones_take_turns_whoever_comes_and_goes() -> None:
     assert [fleet.decide([NO_MARKS], 5, 1, 0.0).name for _ in range(3)] == ["c", "a", "c"]
     fleet.join("d", block_size=BLOCK, max_waiting=1, max_open=1, num_blocks=500)
     assert [fleet.decide([NO_MARKS], 5, 1, 0.0).name for _ in range(3)] == ["d", "a", "c"]
+
+
+def test_what_is_reported_of_steps_decides_by_targets() -> None:
+    fleet = fleet_of("a", "b", "c", policy="slo_aware")
+    assert fleet.decide([NO_MARKS], 100, 1, 0.0).scores == dict.fromkeys("abc", 0.05), "as is assumed"
+    for name, token_s in (("a", 0.01), ("b", 0.002)):
+        mixed = ((0.0, 0.01 + 200 * token_s, 201, 1), (0.0, 0.01, 1, 1)) * 20
+        fleet.heard(name, report(steps=mixed), 0.0)
+    decision = fleet.decide([NO_MARKS], 100, 1, 0.0)
+    assert decision.scores["a"] == pytest.approx(1.0, rel=0.1) and decision.scores["b"] == pytest.approx(0.2, rel=0.1)
+    assert decision.scores["b"] < decision.scores["c"] < decision.scores["a"], "as the others on average"
+    fleet.heard("b", report(steps=((0.0, 0.2, 1, 1), (0.0, 0.6, 201, 1)) * 400), 0.0)
+    assert fleet.decide([NO_MARKS], 10, 1, 0.0).name != "b", "its tokens are slow"
+    assert fleet.decide([NO_MARKS], 100, 1, 0.0, deadline_s=0.01).reason == "no_slo"
 
 
 def test_what_is_refused() -> None:

@@ -91,7 +91,7 @@ class SlowFleet:
             short = not full and not stale and num_tokens - matched[name][0] > one.free_tokens
             if policy == "cache_aware":
                 cost = (1.25 * (num_tokens - saved[name]) + one.waiting_tokens + 64 * one.num_open
-                        + 0.1 * max(0.0, one.spent(now_s) - 1.1 * mean - 8192))
+                        + 0.2 * max(0.0, one.spent(now_s) - 1.1 * mean))
             elif policy == "load_aware":
                 need = num_tokens - matched[name][0]
                 cost = 1 - (one.free_tokens - need) / (NUM_BLOCKS * BLOCK) + one.num_queued / 256

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xllm.routing.fleet_snapshot import Decision, FleetSnapshot, RoutedCall
 from xllm.routing.policies import ALIASES, POLICIES, cache_aware, load_aware, policy_of, slo_aware
-from xllm.routing.policies.cache_aware import BOUND, OPEN_REQUEST_TOKENS, SLACK_TOKENS, SURPLUS_WEIGHT, WORK_WEIGHT
+from xllm.routing.policies.cache_aware import BOUND, OPEN_REQUEST_TOKENS, SURPLUS_WEIGHT, WORK_WEIGHT
 from xllm.routing.policies.load_aware import FULL_QUEUE_REQUESTS
 
 AMPLE, NUM_TOKENS = 10**6, 1000
@@ -172,7 +172,7 @@ def test_names() -> None:
     ([place(waiting=9000), place(matched=900, full=True)], "a"),
     ([place(free=10), place(full=True)], "a"),
     ([place(full=True), place(full=True, matched=20)], "b"),
-    ([place(), place(matched=500, spent=SLACK_TOKENS)], "b"),
+    ([place(), place(matched=500, spent=6000)], "b"),
     ([place(), place(matched=500, spent=100_000)], "a"),
     ([place(spent=90_000), place(matched=500, spent=100_000)], "b"),
 ], ids=["cached", "longer", "its queue is shorter", "its queue is longer", "few run there", "many run there",
@@ -193,7 +193,7 @@ def test_the_longest_prefix_wins_unless_it_costs_more_than_it_saves(places: list
 
     def load(one: Place) -> float:
         return float(one["waiting"] + OPEN_REQUEST_TOKENS * one["num_open"]
-                     + SURPLUS_WEIGHT * max(0.0, one["spent"] - BOUND * mean - SLACK_TOKENS))
+                     + SURPLUS_WEIGHT * max(0.0, one["spent"] - BOUND * mean))
 
     name = decide("cache_aware", places, call).name
     assert name is not None

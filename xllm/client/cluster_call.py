@@ -40,13 +40,16 @@ class Tries:
 class ClusterCall(Stream):
     """All open requests are at one instance, or at none while another one is looked for.
 
-    requests: as they are sent to the first instance. adapters: those that they ask for and that are known, with the
-    digests of their files. place: the name of the instance that has them; None: none. The deltas of every instance go
-    straight into this stream, so that passing one on copies its tokens and makes no object.
+    requests: as they are sent to the first instance. model: the fingerprint of the one that answers them. adapters:
+    those that they ask for and that are known, with the digests of their files. place: the name of the instance that
+    has them; None: none. The deltas of every instance go straight into this stream, so that passing one on copies its
+    tokens and makes no object.
     """
 
-    def __init__(self, requests: Sequence[Request], adapters: Collection[tuple[str, str]], keeper: CallKeeper):
+    def __init__(self, requests: Sequence[Request], model: str | None, adapters: Collection[tuple[str, str]],
+                 keeper: CallKeeper):
         super().__init__(requests, self._withdraw)
+        self.model = model
         self.adapters = frozenset(adapters)
         # Of its prompts, by the size of a block and the id of the prompt's tokens, which the requests hold.
         self.marks: dict[tuple[int, int], PromptMarks] = {}
@@ -78,10 +81,12 @@ class ClusterCall(Stream):
             raise
 
     def take_back(self) -> None:
-        """Abort the open requests where they are, and go on nowhere until they are sent again."""
-        client, self._client, self.place = self._client, None, None
-        if client is not None:
-            client.drop(list(self.open_ids))
+        """Abort the open requests where they are, and go on nowhere until they are sent again. Those that were to be
+        aborted anyway have ended then."""
+        if self._client is not None:
+            self._client.drop(list(self.open_ids))
+            self.end_aborted(list(self._aborted))
+            self._client = self.place = None
             self._is_moved = True
             for request_id, number in self._preempted.items():
                 self._preempted_before[request_id] = self._preempted_before.get(request_id, 0) + number
@@ -143,10 +148,7 @@ class ClusterCall(Stream):
 
     def lose(self, error: Exception) -> None:
         """See `Stream.lose`: another instance may go on."""
-        place, client = self.place, self._client
-        if client is not None:
-            client.drop(list(self.open_ids))
-        self.end_aborted(list(self._aborted))
+        place = self.place
         self.take_back()
         if self.open_ids and place is not None:
             self._keeper.lost(self, place, error)

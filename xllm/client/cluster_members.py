@@ -69,10 +69,15 @@ class ClusterMembers:
         """Those that take requests."""
         return {name: member.client for name, member in self.all.items() if member.is_ready and member.client.is_up}
 
-    def able(self, adapters: Collection[tuple[str, str]]) -> set[str]:
-        """The names of those that have these adapters (name and digest) and take requests: one that hangs gets none
-        while another one moves on."""
-        up = self.up
+    @property
+    def model(self) -> str | None:
+        """The fingerprint of what the first of those serves that take requests."""
+        return next((_model_of(client) for client in self.up.values()), None)
+
+    def able(self, model: str | None, adapters: Collection[tuple[str, str]]) -> set[str]:
+        """The names of those that serve this model, have these adapters (name and digest) and take requests: one that
+        hangs gets none while another one moves on."""
+        up = {name: client for name, client in self.up.items() if _model_of(client) == model}
         moving = {name: client for name, client in up.items() if client.silent_for_s() < SILENT_S} or up
         if not adapters:
             return set(moving)
@@ -139,6 +144,10 @@ def _why_not_up(member: ClusterMember) -> str:
     if client.draining:
         return "it is shutting down"
     return "it is brought to the state of the others" if not member.is_ready else client.phase
+
+
+def _model_of(client: RemoteClient) -> str | None:
+    return None if client.model is None else client.model.fingerprint
 
 
 def _totals(stats: EngineStats) -> EngineStats:

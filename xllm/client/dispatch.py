@@ -71,7 +71,8 @@ class Dispatcher:
     def begin(self, requests: Sequence[Request]) -> ClusterCall:
         """Send a call to an instance. Raises EngineAwayError: there is none."""
         digests = self._members.digests
-        call = ClusterCall(requests, {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}, self)
+        adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
+        call = ClusterCall(requests, self._members.model, adapters, self)
         if (decision := self._decide(call, requests, ())).name is None:
             raise EngineAwayError(self._members.why_none())
         self.calls.update(dict.fromkeys(call.open_ids, call))
@@ -89,15 +90,15 @@ class Dispatcher:
     def hand_over(self, member: ClusterMember) -> None:
         """Have others go on with what an instance has, as far as there are others that can."""
         for call in {call for call in self.calls.values() if call.place == member.name}:
-            rest = call.rest
-            decision = self._decide(call, rest, {member.name, *(name for name, _ in call.tries.lost)})
+            decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
             if decision.name is None or decision.reason == "full":
                 logger.warning("%s goes on with what it has: no other instance takes it", member.name)
                 return
             self._leave(call)
             call.take_back()
-            self.counts.recovered["drained"] += 1
-            self._send(call, decision, rest, is_again=True)
+            if call.open_ids:
+                self.counts.recovered["drained"] += 1
+                self._send(call, decision, call.rest, is_again=True)
 
     async def close(self) -> None:
         """End the open calls with an EngineDeadError."""
@@ -202,7 +203,7 @@ class Dispatcher:
     # --- deciding and sending
 
     def _decide(self, call: ClusterCall, requests: Sequence[Request], exclude: Collection[str]) -> Decision:
-        able = self._members.able(call.adapters)
+        able = self._members.able(call.model, call.adapters)
         prompts = _prompts(requests)
         marks = [self._marks(call, request) for request in prompts]
         first = requests[0]

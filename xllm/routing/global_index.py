@@ -75,6 +75,7 @@ class GlobalIndex:
         self._owners = np.zeros((len(TIERS), self._table.num_places), dtype=np.uint64)
         self._bit_of: dict[str, int] = {}
         self._stale: dict[int, int] = {}  # bits of what has gone: how many places may still have them
+        self._known: tuple[tuple[str, ...], np.ndarray, np.uint64] | None = None  # as `match` needs them
         self._cursor = 0  # the place where the sweep goes on
         self.num_evicted = 0  # blocks that were dropped because the table was full
 
@@ -105,11 +106,13 @@ class GlobalIndex:
         bit = self._free_bit(name)
         self.leave(name)
         self._bit_of[name] = bit
+        self._known = None
 
     def leave(self, name: str) -> None:
         """An instance has gone. Unknown names are ignored."""
         if (bit := self._bit_of.pop(name, None)) is not None:
             self._stale[bit] = self._table.num_places
+            self._known = None
 
     def _free_bit(self, name: str) -> int:
         if name not in self._bit_of and len(self._bit_of) == MAX_INSTANCES:
@@ -168,14 +171,17 @@ class GlobalIndex:
     def match(self, keys: np.ndarray) -> Matches:
         """Who has how many of a prompt's blocks, given by their keys from the first on; or of any of them in that
         order, such as `prompt_marks`. They count as used."""
-        names, bits = tuple(self._bit_of), np.array(list(self._bit_of.values()), dtype=np.intp)
+        if self._known is None:
+            bits = np.array(list(self._bit_of.values()), dtype=np.intp)
+            self._known = tuple(self._bit_of), bits, _word(bits.tolist())
+        names, bits, every = self._known
         if not names or not len(keys):
             return Matches(names, np.zeros((len(TIERS), len(names)), dtype=np.int64))
         places = self._table.find(keys)
         num_found = int((places == NOWHERE).argmax()) if (places == NOWHERE).any() else len(places)
         places = places[:num_found]
         self._table.used[places] = int(self._clock() - self._start_s)
-        owners = np.bitwise_or.accumulate(self._owners[:, places] & _word(bits.tolist()), axis=0)
+        owners = np.bitwise_or.accumulate(self._owners[:, places] & every, axis=0)
         runs = np.stack([_runs(of_tier) for of_tier in np.bitwise_and.accumulate(owners, axis=1)])
         return Matches(names, runs[:, bits])
 

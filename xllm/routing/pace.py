@@ -34,7 +34,7 @@ class PaceFit:
     def __init__(self) -> None:
         self._normal = Normal(3)
         self._num_steps = 0
-        self._prices: StepPace | None = None
+        self.prices: StepPace | None = None  # of late; None before there were `FEWEST_STEPS`
 
     def note(self, steps: Sequence[Timing]) -> None:
         """Take in steps, in the order in which they ended."""
@@ -46,11 +46,5 @@ class PaceFit:
         self._normal.forget(KEPT ** len(timed))
         self._normal.add(terms / timed[:, :1], np.ones(len(timed)))
         self._num_steps += len(timed)
-        self._prices = None
-
-    @property
-    def prices(self) -> StepPace | None:
-        """As of late; None before there were `FEWEST_STEPS`."""
-        if self._prices is None and self._num_steps >= FEWEST_STEPS:
-            self._prices = StepPace(*self._normal.solve(_RIDGE).tolist())
-        return self._prices
+        if self._num_steps >= FEWEST_STEPS:  # now, and not when a call waits for a decision
+            self.prices = StepPace(*self._normal.solve(_RIDGE).tolist())

@@ -75,7 +75,7 @@ class RoutedInstance:
         self._num_free_blocks = capacity.num_blocks
         self._heard_s = math.inf
         self._spent, self._spent_s = 0.0, 0.0  # tokens; as of when
-        self._figures: Figures | None = None  # kept until something changes: there are more decisions than changes
+        self._figures: np.ndarray | None = None  # kept until something changes: a decision looks at all, few change
 
     # --- what is told
 
@@ -112,10 +112,10 @@ class RoutedInstance:
     # --- what it comes to
 
     @property
-    def figures(self) -> Figures:
-        """As it stands now."""
+    def figures(self) -> np.ndarray:
+        """As it stands now: `Figures`, float64."""
         if self._figures is None:
-            self._figures = self._add_up()
+            self._figures = np.array(self._add_up(), dtype=np.float64)
         return self._figures
 
     def _add_up(self) -> Figures:
@@ -134,7 +134,7 @@ class RoutedInstance:
 
 def figures_of(instances: Sequence[RoutedInstance]) -> Figures:
     """Of all: arrays, float64 [I]. At least one."""
-    return Figures(*np.array([instance.figures for instance in instances], dtype=np.float64).T)
+    return Figures(*np.concatenate([instance.figures for instance in instances]).reshape(len(instances), -1).T)
 
 
 def faded(spent_tokens: Any, age_s: Any) -> Any:

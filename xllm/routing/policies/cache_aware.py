@@ -6,10 +6,10 @@ the call itself has left to compute there, and what the running sequences take o
 Dynamo's KV router (weight * prefill blocks + decode blocks: docs.nvidia.com/dynamo, KV cache routing) and, without the
 last term, the estimate by which Mooncake's Conductor picks a prefill instance (Qin et al., 2024, section 6.1).
 
-Queues balance those who are busy at the same time. While most of them are idle, or caches are small, nothing in that
-sum keeps one instance from getting all that begins alike; so one that has computed more than its share of late pays for
-what it had above. As in consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018) the bound is
-the mean and a bit; unlike there it is not a wall, because a long prefix may be worth more than balance.
+Queues balance those who are busy at the same time. While they are not, nothing in that sum keeps one instance from
+getting all that begins alike, however little of it is alike; so one that has computed more than its share of late pays
+for what it had above. As in consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018) the bound
+is the mean and a bit; unlike there it is not a wall, because a long prefix may be worth more than balance.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ OPEN_REQUEST_TOKENS = 64
 WORK_WEIGHT = 1.25
 # Of the mean of what instances have computed of late: more than so much is too much. Chosen: below the goal of 1.3.
 BOUND = 1.1
-# And so many tokens more. Chosen: a long prompt, so that the first of several with one prefix does not drive the others
-# away.
-SLACK_TOKENS = 8192
-# What a token above the bound counts for.
-SURPLUS_WEIGHT = 0.1
+# What a token above the bound counts for. Chosen of 0.1, 0.2 and 0.4: on Mooncake's traces they differ by 0.6 points of
+# hits at most, and the more the better is light traffic balanced.
+SURPLUS_WEIGHT = 0.2
 
 
 def decide(snapshot: FleetSnapshot, call: RoutedCall) -> Decision:
@@ -43,6 +41,6 @@ def costs(snapshot: FleetSnapshot, call: RoutedCall) -> np.ndarray:
     """In tokens to compute: float64 [I]."""
     to_compute = np.maximum(0.0, call.num_tokens - snapshot.saved_tokens)
     spent = snapshot.spent_tokens
-    surplus = np.maximum(0.0, spent - BOUND * spent.mean() - SLACK_TOKENS)
+    surplus = np.maximum(0.0, spent - BOUND * spent.mean())
     return np.asarray(WORK_WEIGHT * to_compute + snapshot.waiting_tokens + OPEN_REQUEST_TOKENS * snapshot.num_open
                       + SURPLUS_WEIGHT * surplus)
