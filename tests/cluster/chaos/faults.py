@@ -31,8 +31,8 @@ class Happened:
 
 
 class Faults:
-    """`play` them for a while. happened: those that have been. away_s: for each master, by its place, the times at which
-    it may have had no instance."""
+    """`play` them for a while. happened: those that have been. away_s: for each master, by its place, the times at
+    which it may have had no instance."""
 
     def __init__(self, cluster: ChaosCluster, rng: Random):
         self.cluster, self.rng = cluster, rng

@@ -87,7 +87,8 @@ _KINDS = {
 
 
 async def ask(http: httpx.AsyncClient, asked: Asked, leave_after: int | None = None) -> Answer:
-    """Its answer. leave_after: go away after so many events of a stream. Raises httpx.HTTPError: the connection broke."""
+    """Its answer. leave_after: go away after so many events of a stream. Raises httpx.HTTPError: the connection
+    broke."""
     found = Answer()
     if not asked.body.get("stream"):
         response = await http.post(asked.path, json=asked.body)

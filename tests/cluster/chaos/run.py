@@ -64,9 +64,8 @@ class Traffic:
     async def one(self, index: int, master: int, asked: Asked, leave_after: int | None = None) -> Ended:
         begun_s, found, outcome, why = time.monotonic(), Answer(), "", ""
         try:
-            async with asyncio.timeout(BOUND_S):
-                found = await ask(self.cluster.masters[master].get(), asked, leave_after)
-        except TimeoutError:
+            found = await asyncio.wait_for(ask(self.cluster.masters[master].get(), asked, leave_after), BOUND_S)
+        except asyncio.TimeoutError:
             outcome, why = "hung", f"no end within {BOUND_S:g} s"
         except httpx.HTTPError as error:
             outcome, why = "lost", f"{type(error).__name__}: {error}"
@@ -145,7 +144,7 @@ async def left_over(cluster: ChaosCluster, before: dict[str, dict[str, int]]) ->
     living = {one.pid for process in cluster.processes for one in process.family()}
     for instance in cluster.instances:
         problems += [f"{instance.name}: process {child.pid} of an earlier life lives" for child in instance.children
-                     if child.pid not in living and _lives(child)]
+                     if child.pid not in living and lives(child)]
     keys = set((await asyncio.to_thread(cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")).split())
     registered = {key for key in keys if key.startswith("XLLM:DEFAULT:")}
     if registered != {f"XLLM:DEFAULT:{one.name}" for one in cluster.instances}:
@@ -153,7 +152,8 @@ async def left_over(cluster: ChaosCluster, before: dict[str, dict[str, int]]) ->
     return problems
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
