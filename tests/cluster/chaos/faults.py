@@ -50,6 +50,23 @@ class Faults:
                  self._lane(self._of_all, 40.0, 80.0)]
         await asyncio.gather(*lanes)
 
+    async def play_each(self) -> None:
+        """Every kind once, one after the other."""
+        rng = Random(self.rng.random())
+        for fault in self._kinds:
+            await self._of_an_instance(rng, fault)
+            await asyncio.sleep(1.0)
+        for kind in ETCD_FAULTS:
+            await self._of_etcd(rng, kind)
+            await asyncio.sleep(1.0)
+        await self._of_a_master(rng)
+        await asyncio.sleep(1.0)
+        await self._of_all(rng)
+
+    @property
+    def _kinds(self) -> tuple[InstanceFault, ...]:
+        return INSTANCE_FAULTS if len(self.cluster.masters) > 1 else PROCESS_FAULTS
+
     async def _lane(self, fault: Callable[[Random], Awaitable[None]], least_s: float, most_s: float) -> None:
         rng = Random(self.rng.random())
         while True:
@@ -72,12 +89,12 @@ class Faults:
 
     # --- of one instance
 
-    async def _of_an_instance(self, rng: Random) -> None:
+    async def _of_an_instance(self, rng: Random, fault: InstanceFault | None = None) -> None:
         async with self._free:
             instance = rng.choice(sorted(self._idle, key=lambda one: one.name))
             self._idle.discard(instance)
-            fault = rng.choice(INSTANCE_FAULTS if len(self.cluster.masters) > 1 else PROCESS_FAULTS)
-            with self._noted(fault.__name__.strip("_").replace("_", " "), instance.name) as one:
+            fault = fault or rng.choice(self._kinds)
+            with self._noted(fault.__name__.replace("_", " "), instance.name) as one:
                 await fault(self, instance, rng, one)
                 await self._sees(instance)
             self._idle.add(instance)
@@ -173,10 +190,10 @@ class Faults:
 
     # --- of what all share
 
-    async def _of_etcd(self, rng: Random) -> None:
+    async def _of_etcd(self, rng: Random, kind: str | None = None) -> None:
         etcd = self.cluster.etcd
         async with self._etcd:
-            kind = rng.choice(("etcd paused", "etcd killed", "etcd wiped"))
+            kind = kind or rng.choice(ETCD_FAULTS)
             with self._noted(kind, "etcd") as one:
                 if kind == "etcd paused":
                     assert etcd.process is not None
@@ -225,7 +242,10 @@ class Faults:
             self._free.release()
 
 
-PROCESS_FAULTS = (Faults.killed, Faults.engine_killed, Faults.terminated, Faults.paused, Faults.engine_paused,
-                  Faults.doubled)
-INSTANCE_FAULTS = (*PROCESS_FAULTS, Faults.connection_cut, Faults.network_cut, Faults.network_slow,
-                   Faults.network_silent, Faults.bit_flipped)
+InstanceFault = Callable[[Faults, Instance, Random, Happened], Awaitable[None]]
+ETCD_FAULTS = ("etcd paused", "etcd killed", "etcd wiped")
+PROCESS_FAULTS: tuple[InstanceFault, ...] = (
+    Faults.killed, Faults.engine_killed, Faults.terminated, Faults.paused, Faults.engine_paused, Faults.doubled)
+INSTANCE_FAULTS: tuple[InstanceFault, ...] = (
+    *PROCESS_FAULTS, Faults.connection_cut, Faults.network_cut, Faults.network_slow, Faults.network_silent,
+    Faults.bit_flipped)
