@@ -12,7 +12,7 @@ NEEDED := pyproject.toml requirements/constraints.txt
 # Where an environment forbids bytecode, each of the hundred servers that the tests start would compile all sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak check lint types house bench trace size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak chaos check lint types house bench trace size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -85,6 +85,11 @@ fuzz: setup
 # Mixed traffic on a real server, and whether it leaves anything behind; REQUESTS= and SEED= for another run.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --requests $(or $(REQUESTS),100000) --seed $(or $(SEED),0) --json benchmarks/results/soak.json
+
+# A real cluster (etcd, three instances, two masters) under faults drawn at random, and whether any answer is lost or wrong
+# or anything is left behind; SECONDS= and SEED= for another run.
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos.json
 
 check: lint types house docs test
 

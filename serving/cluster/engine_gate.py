@@ -42,6 +42,7 @@ from xllm.client.gate_wire import (
     farewell,
     greeted,
     greeting,
+    numbered,
     prepare,
     protocol_of,
 )
@@ -163,9 +164,12 @@ class EngineGate:
                     self._greet(identity, frame)
                 return
             session.unheard_s = 0.0
+            session.num_come_bytes += len(frame)
             if frame[:1] == GOODBYE:
                 self._drop(identity, "left", frame[1:].decode(errors="replace"), is_told=False)
             elif isinstance(message := decode_up(frame), Alive):
+                if message.num_sent_bytes != session.num_come_bytes - len(frame):
+                    raise BadFrameError("frames that it sent have not come")
                 session.num_read_bytes = message.num_read_bytes
             elif self._is_draining and isinstance(message, Submit) and message.requests:
                 refusal = Refused(message.requests[0].request_id, "it is shutting down")
@@ -222,6 +226,9 @@ class EngineGate:
         session = self._sessions.get(identity)
         if session is None:
             return  # it was dropped meanwhile
+        if session.num_frames:  # it is no greeting, whose form stays
+            frame = numbered(frame, session.num_frames)
+        session.num_frames += 1
         try:
             self._port.send(identity, frame)
         except zmq.Again:

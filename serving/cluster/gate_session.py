@@ -40,14 +40,15 @@ class GateSession:
     with its number. post(answer): sends it. on_news: called once before each time that `tell` has something
     to do. lora_folder: where adapters may be loaded from; None: nowhere.
 
-    unheard_s: since its last frame. num_sent_bytes, num_read_bytes: to it, and by it as it says.
+    unheard_s: since its last frame. num_sent_bytes, num_read_bytes: to it, and by it as it says. num_come_bytes: from
+    it, behind its greeting. num_frames: to it, the greeting included.
     """
 
     def __init__(self, number: int, name: str, engine: WatchedEngine, post: Callable[[GateReport], None],
                  on_news: Callable[[], object], lora_folder: Path | None):
         self.number, self.name = number, name
         self.unheard_s = 0.0
-        self.num_sent_bytes = self.num_read_bytes = 0
+        self.num_sent_bytes = self.num_read_bytes = self.num_come_bytes = self.num_frames = 0
         self._prefix = f"{number}:"
         self._engine, self._post, self._on_news, self._lora_folder = engine, post, on_news, lora_folder
         self._calls: dict[_Call, None] = {}

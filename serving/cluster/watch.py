@@ -97,6 +97,8 @@ class Watch:
                     if not step.done():
                         step.cancel()
                         await asyncio.gather(step, return_exceptions=True)
+                    elif not step.cancelled():
+                        step.exception()  # has been seen, also if this one is cancelled
                 if step.cancelled():
                     return
                 yield step.result()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
+from collections.abc import AsyncGenerator
 
 import pytest
 
 from serving.cluster.embedded import EmbeddedStore
 from serving.cluster.etcd_link import EtcdLink
 from serving.cluster.key_value import Changes, Compare, KeyValue, Snapshot, Write, absent, created_at, unchanged
-from serving.cluster.store_errors import LeaseLostError, StoreClosedError
+from serving.cluster.key_value_store import KeyValueStore
+from serving.cluster.store_errors import LeaseLostError, StoreClosedError, StoreUnreachableError
 from serving.cluster.watch import Watch
 
 SOON_S = 5.0  # for what comes at once; no test waits for so long
@@ -227,3 +230,32 @@ async def test_whatever_is_asked_after_the_end_says_so(store, site):
         await other.get(b"a")
     await lease.revoke()
     assert lease.lost_reason == "the store was closed" and await store.get(b"a") is None
+
+
+async def test_a_watch_that_fails_as_its_reader_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever turn of the event loop: its error is seen, and is not reported when it is collected."""
+    reported: list[dict] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    async with KeyValueStore(EmbeddedStore()) as store:
+        for turns in range(8):
+            begun, broken = asyncio.Event(), asyncio.Event()
+
+            async def changes(prefix: bytes, revision: int, begun=begun, broken=broken
+                              ) -> AsyncGenerator[Changes, None]:
+                begun.set()
+                await broken.wait()
+                raise StoreUnreachableError("the connection is gone")
+                yield
+
+            monkeypatch.setattr(store, "changes", changes)
+            async with store.watch(b"a", 1) as watch:
+                reader = asyncio.ensure_future(watch.__anext__())
+                await begun.wait()
+                broken.set()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                reader.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reader
+            gc.collect()
+    assert reported == []

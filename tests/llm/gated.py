@@ -85,8 +85,10 @@ class RawPeer:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret)
         self._socket.connect(f"tcp://{address}")
+        self.num_sent_bytes = 0  # behind the greeting
 
     def send(self, *parts: bytes) -> None:
+        self.num_sent_bytes += 0 if parts[-1].startswith(HELLO) else len(parts[-1])
         self._socket.send_multipart(parts)
 
     async def read(self, timeout_s: float = 5.0) -> bytes:

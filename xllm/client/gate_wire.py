@@ -24,6 +24,8 @@ PROTOCOL = 1  # raised when either end would misread what the other one says
 HELLO, WELCOME, GOODBYE = b"H", b"W", b"G"
 _HEAD_BYTES = 5  # of a greeting: letter and number
 
+_NUMBER_BYTES = 4  # behind the frames from the gate
+
 BEAT_S = 0.5  # between signs of life, both ways. Chosen: one that is gone is noticed within a second
 # Of the connection itself, so that one whose other end has vanished is closed. Chosen, as between nodes, milliseconds.
 _IVL_MS, _TIMEOUT_MS = 1000, 6000
@@ -86,9 +88,11 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A client's sign of life. num_read_bytes: what it has read in all, so that the gate knows what waits for it."""
+    """A client's sign of life. num_read_bytes: what it has read in all, so that the gate knows what waits for it.
+    num_sent_bytes: what it sent before, behind its greeting, so that the gate knows whether all of it has come."""
 
     num_read_bytes: int
+    num_sent_bytes: int
 
 
 GateReport = Refused | Controlled | Outputs | CacheChanges | Condition | Lost
@@ -105,6 +109,18 @@ def encode_up(message: Command | Alive) -> bytes:
 def decode_up(frame: bytes) -> Command | Alive:
     """The message of a frame to the gate. Raises msgspec.DecodeError, or what the message's own checks raise."""
     return _SIGNS.decode(frame) if frame[:1] == _SIGN else COMMANDS.decode(frame)
+
+
+def numbered(frame: bytes, number: int) -> bytes:
+    """A frame from the gate: the how manyth behind the greeting. CURVE tells of one that was changed or comes twice,
+    not of one that was taken out on its way."""
+    return frame + (number % 2**32).to_bytes(_NUMBER_BYTES, "big")
+
+
+def unnumbered(frame: bytes, number: int) -> bytes | None:
+    """The frame again; None if it is another one than that which was to come."""
+    is_that = int.from_bytes(frame[-_NUMBER_BYTES:], "big") == number % 2**32
+    return frame[:-_NUMBER_BYTES] if is_that else None
 
 
 def greeting(letter: bytes, content: Hello | Welcome) -> bytes:

@@ -37,6 +37,7 @@ from xllm.client.gate_wire import (
     greeting,
     prepare,
     protocol_of,
+    unnumbered,
 )
 from xllm.engine.commands import Command, Outputs, Submit
 from xllm.engine.facts import EngineFacts
@@ -90,6 +91,7 @@ class RemoteClient(CommandingClient):
         self._heard_s, self._engine_silent_s = time.monotonic(), 0.0
         self._unheard_s = 0.0  # in beats of ours, so that a pause of this process does not count
         self._num_read_bytes = self._num_told_bytes = 0  # in this connection, and as the gate knows
+        self._num_sent_bytes = self._num_frames = 0  # in this connection, behind the greeting: sent, and read
 
     # --- connecting
 
@@ -102,7 +104,7 @@ class RemoteClient(CommandingClient):
         self._leave("it is connected again")
         self.dead_reason, self.phase, self._wanted, self.is_refused = None, "connecting", incarnation, False
         self._unheard_s = self._engine_silent_s = 0.0
-        self._num_read_bytes = self._num_told_bytes = 0
+        self._num_read_bytes = self._num_told_bytes = self._num_sent_bytes = self._num_frames = 0
         self._heard_s = time.monotonic()
         self._welcomed = asyncio.get_running_loop().create_future()
         try:
@@ -189,7 +191,7 @@ class RemoteClient(CommandingClient):
 
     def _tell_alive(self) -> None:
         self._num_told_bytes = self._num_read_bytes
-        self._send_frame(encode_up(Alive(self._num_read_bytes)))
+        self._send_frame(encode_up(Alive(self._num_read_bytes, self._num_sent_bytes)))
 
     # --- frames
 
@@ -207,6 +209,8 @@ class RemoteClient(CommandingClient):
             self._port.send(frame)
         except zmq.Again:
             self._die("it reads nothing of what it is sent")
+        else:
+            self._num_sent_bytes += len(frame)
 
     def _note_event(self, parts: list[bytes]) -> None:
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
@@ -225,7 +229,11 @@ class RemoteClient(CommandingClient):
             if frame[:1] == GOODBYE:
                 self._die(frame[1:].decode(errors="replace"))
             elif self.phase == "ready":
-                self._take(GATE_REPORTS.decode(frame))
+                self._num_frames += 1
+                if (content := unnumbered(frame, self._num_frames)) is None:
+                    self._die("frames that it sent have not come")
+                    return
+                self._take(GATE_REPORTS.decode(content))
                 if self._num_read_bytes - self._num_told_bytes > TELL_BYTES and self._port is not None:
                     self._tell_alive()
             elif frame[:1] == WELCOME:

@@ -1,0 +1,35 @@
+"""`python -m tests.cluster.chaos`: prints its figures as JSON; exit code 1 when something was lost, wrong or leaked."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from serving.commands.bench import report
+from tests.cluster.chaos.run import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600.0, help="so long faults are drawn")
+    parser.add_argument("--each", action="store_true", help="instead: every fault once, one after the other")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--json", help="write the result to this file as well")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    result = asyncio.run(run(folder, args.seed, None if args.each else args.seconds, args.clients))
+    report.write(result, args.json)
+    if result["problems"]:
+        print(f"logs are in {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""`ChaosCluster`: etcd, instances and two masters as processes of their own, of which one reaches the instances through
+networks that can be broken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.cluster.chaos.bad_network import BadNetwork
+from tests.cluster.etcd_process import EtcdProcess
+from tests.parallel.test_meeting import free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+ADMIN = {"Authorization": "Bearer the-admins"}
+START_S = 120.0
+ENGINE = ("--dtype", "float32", "--max-model-len", "512", "--num-kv-blocks", "512", "--max-num-seqs", "16")
+
+
+async def until(condition: Callable[[], Any], timeout_s: float, what: str) -> float:
+    """Poll until `condition`, or what it returns to be awaited, holds; returns how long that took."""
+    begun_s = time.monotonic()
+    while True:
+        found = condition()
+        if asyncio.iscoroutine(found):
+            try:
+                found = await found
+            except httpx.HTTPError:
+                found = False
+        if found:
+            return time.monotonic() - begun_s
+        if time.monotonic() - begun_s > timeout_s:
+            raise AssertionError(f"{what} did not come true in {timeout_s:g} s")
+        await asyncio.sleep(0.05)
+
+
+class Process:
+    """A command of `xllm`, its log, and HTTP to it."""
+
+    def __init__(self, log: Path, secret: str, *words: str):
+        self.log_path = log
+        with log.open("ab") as out:
+            self._said_before = out.tell()
+            self.process = subprocess.Popen([sys.executable, "-m", "serving.commands.cli", *words], cwd=ROOT,
+                                            stdout=out, stderr=subprocess.STDOUT,
+                                            env={**os.environ, "XLLM_CLUSTER_SECRET": secret})
+        self.http: httpx.AsyncClient | None = None
+
+    @property
+    def log(self) -> str:
+        """Of this life."""
+        return self.log_path.read_bytes()[self._said_before:].decode(errors="replace")
+
+    async def await_log(self, pattern: str) -> str:
+        await until(lambda: self.process.poll() is not None or re.search(pattern, self.log), START_S, pattern)
+        found = re.search(pattern, self.log)
+        assert found, self.log[-3000:]
+        return found[1]
+
+    async def await_url(self) -> None:
+        url = await self.await_log(r"on (http://127\.0\.0\.1:\d+)")
+        self.http = httpx.AsyncClient(base_url=url, timeout=None, headers=ADMIN, limits=httpx.Limits(
+            max_connections=None, max_keepalive_connections=4))
+
+    def get(self) -> httpx.AsyncClient:
+        assert self.http is not None
+        return self.http
+
+    async def gauge(self, name: str) -> float:
+        found = re.search(rf"^xllm:{name}(?:\{{.*\}})? (\S+)$", (await self.get().get("/metrics", timeout=10)).text,
+                          re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def family(self) -> list[psutil.Process]:
+        """It, and what it has started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    async def stop(self, number: int = signal.SIGTERM, timeout_s: float = 45.0) -> int:
+        if self.is_alive:
+            self.process.send_signal(number)
+            try:
+                await until(lambda: not self.is_alive, timeout_s, "its end")
+            finally:
+                self.process.kill()
+        if self.http is not None:
+            await self.http.aclose()
+        return self.process.wait()
+
+
+class Instance:
+    """A place in the cluster where an `xllm serve` runs, or is started again. children: of the lives before."""
+
+    def __init__(self, cluster: ChaosCluster, name: str):
+        self.cluster, self.name = cluster, name
+        self.address = f"127.0.0.1:{free_port()}"
+        self.network = BadNetwork(self.address)
+        self.now: Process | None = None
+        self.children: list[psutil.Process] = []
+
+    def launch(self, name: str | None = None, address: str | None = None) -> Process:
+        return Process(
+            self.cluster.folder / f"{name or self.name}{'-double' if address else ''}.log", self.cluster.secret,
+            "serve", "--port", "0", *ENGINE, "--admin-api-key", "the-admins", "--drain-timeout", "30", "--etcd-addr",
+            self.cluster.etcd.address, "--instance-name", self.name, "--cluster-listen", address or self.address)
+
+    async def start(self) -> None:
+        self.now = self.launch()
+        await self.now.await_log("(curl)")
+        await self.now.await_url()
+        self.children += self.now.family()
+
+    @property
+    def process(self) -> Process:
+        assert self.now is not None
+        return self.now
+
+    @property
+    def network_address(self) -> str | None:
+        """None: it has no network."""
+        return self.network.address if self.network.is_open else None
+
+    @property
+    def engine_pid(self) -> int | None:
+        for one in self.process.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "xllm.client.engine_process" in one.cmdline():
+                    return one.pid
+        return None
+
+
+class ChaosCluster:
+    """`await open()`, then `close()`. masters[0] finds the instances in etcd; masters[1] is told where the networks
+    before them are."""
+
+    def __init__(self, folder: Path, secret: str, num_instances: int = 3):
+        self.folder, self.secret = folder, secret
+        self.etcd = EtcdProcess(folder)
+        self.instances = [Instance(self, name) for name in "abcd"[:num_instances]]
+        self.masters: list[Process] = []
+
+    async def open(self, *, has_networks: bool = True) -> ChaosCluster:
+        await asyncio.to_thread(self.etcd.start)
+        await asyncio.gather(*(instance.start() for instance in self.instances))
+        flags = ("master", "--http_server_port", "0", "--admin-api-key", "the-admins")
+        self.masters = [Process(self.folder / "master-etcd.log", self.secret, *flags, "--etcd-addr",
+                                self.etcd.address)]
+        if has_networks:
+            for instance in self.instances:
+                await instance.network.open()
+            self.masters.append(Process(self.folder / "master-networks.log", self.secret, *flags, "--instances",
+                                        ",".join(one.network.address for one in self.instances)))
+        for master in self.masters:
+            await master.await_url()
+        await self.await_whole()
+        return self
+
+    async def states(self, master: Process) -> list[str]:
+        shown = (await master.get().get("/cluster", timeout=10)).raise_for_status().json()
+        return sorted(member["state"] for member in shown["members"])
+
+    async def await_whole(self, timeout_s: float = 90.0) -> float:
+        """Until every master takes requests and uses every instance; returns how long that took."""
+        async def is_whole() -> bool:
+            for master in self.masters:
+                if (await master.get().get("/health", timeout=10)).status_code != 200:
+                    return False
+                if await self.states(master) != ["active"] * len(self.instances):
+                    return False
+            return True
+
+        return await until(is_whole, timeout_s, "that the cluster is whole")
+
+    async def close(self) -> None:
+        for instance in self.instances:
+            with contextlib.suppress(Exception):
+                await instance.network.close()
+        await asyncio.gather(*(process.stop() for process in self.masters), return_exceptions=True)
+        await asyncio.gather(*(one.now.stop() for one in self.instances if one.now), return_exceptions=True)
+        self.etcd.kill()
+
+    @property
+    def processes(self) -> list[Process]:
+        return [*self.masters, *(instance.process for instance in self.instances)]

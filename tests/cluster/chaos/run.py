@@ -1,0 +1,229 @@
+"""Traffic on a cluster under faults, and what is wrong with the answers and with what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.cluster.chaos.cluster import ChaosCluster, Process, until
+from tests.cluster.chaos.faults import Faults
+from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask, difference, drawn
+
+BOUND_S = 90.0  # of a request: an instance that is waited for (30 s), and the longest fault, on a busy machine
+REST_S = 30.0
+MAX_SHOWN = 20
+# The process that compiles grammars starts when it is needed, threads of an event loop's pool do, and connections are
+# kept open.
+COUNT_GROWTH = {"processes": 1, "threads": 12, "files": 16}
+
+
+@dataclass
+class Ended:
+    """One request. master: by its place."""
+
+    index: int
+    name: str
+    master: int
+    begun_s: float
+    ended_s: float
+    answer: Answer
+    outcome: str  # "right", "left", "unavailable", "lost", "wrong", "hung"
+    why: str = ""
+
+
+class Traffic:
+    """Requests from so many clients at once, each judged as it ends. expected: by name."""
+
+    def __init__(self, cluster: ChaosCluster, expected: dict[str, Answer], seed: int):
+        self.cluster, self.expected, self.seed = cluster, expected, seed
+        self.ended: list[Ended] = []
+        self._num = 0
+
+    async def play(self, clients: int, is_over: asyncio.Event) -> None:
+        await asyncio.gather(*(self._client(is_over) for _ in range(clients)))
+
+    async def _client(self, is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
+            index, self._num = self._num, self._num + 1
+            rng = Random(f"{self.seed} {index}")
+            one = await self.one(index, rng.randrange(len(self.cluster.masters)), drawn(rng),
+                                 rng.randrange(2, 30) if rng.random() < 0.08 else None)
+            if one.outcome == "unavailable":
+                await asyncio.sleep(0.5)
+
+    async def one(self, index: int, master: int, asked: Asked, leave_after: int | None = None) -> Ended:
+        begun_s, found, outcome, why = time.monotonic(), Answer(), "", ""
+        try:
+            found = await asyncio.wait_for(ask(self.cluster.masters[master].get(), asked, leave_after), BOUND_S)
+        except asyncio.TimeoutError:
+            outcome, why = "hung", f"no end within {BOUND_S:g} s"
+        except httpx.HTTPError as error:
+            outcome, why = "lost", f"{type(error).__name__}: {error}"
+        else:
+            outcome, why = self._judged(asked, found, leave_after)
+        one = Ended(index, asked.name, master, begun_s, time.monotonic(), found, outcome, why)
+        self.ended.append(one)
+        return one
+
+    def _judged(self, asked: Asked, found: Answer, leave_after: int | None) -> tuple[str, str]:
+        if found.error is not None:
+            if found.status == 503 and found.retry_after is not None:
+                return "unavailable", found.error
+            return "lost", f"{found.status}: {found.error}"
+        has_left = leave_after is not None and not found.num_done
+        wrong = difference(found, self.expected[asked.name], is_whole=not has_left)
+        if wrong is not None:
+            return "wrong", wrong
+        return ("left", "") if has_left else ("right", "")
+
+
+async def references(http: httpx.AsyncClient) -> dict[str, Answer]:
+    """What one engine says to every request, one at a time."""
+    found = {}
+    for asked in all_requests():
+        found[asked.name] = await ask(http, asked)
+        assert found[asked.name].error is None, found[asked.name]
+    return found
+
+
+# --- what is left
+
+async def counts(cluster: ChaosCluster) -> dict[str, dict[str, int]]:
+    """Threads and open files of each process, and its children."""
+    found: dict[str, dict[str, int]] = {}
+    for process in cluster.processes:
+        family = process.family()
+        found[process.log_path.stem] = {"processes": len(family), "threads": sum(one.num_threads() for one in family),
+                                        "files": sum(one.num_fds() for one in family)}
+    return found
+
+
+async def held(process: Process) -> dict[str, float]:
+    """What an idle server says of itself: all of it should be 0."""
+    found = {"running": await process.gauge("num_requests_running"),
+             "waiting": await process.gauge("num_requests_waiting"),
+             "kv_blocks": await process.gauge("num_kv_blocks") - await process.gauge("num_free_kv_blocks"),
+             "open_calls": float((await process.get().get("/load", timeout=10)).json()["server_load"])}
+    if "master" in process.log_path.stem:
+        found["open_requests"] = (await process.get().get("/cluster", timeout=10)).json()["open_requests"]
+    return found
+
+
+async def left_over(cluster: ChaosCluster, before: dict[str, dict[str, int]]) -> list[str]:
+    """What is wrong once the traffic has ended, in words."""
+    problems = []
+    try:
+        await cluster.await_whole()
+    except AssertionError as error:
+        return [f"{error}: {[(await master.get().get('/cluster')).text[:2000] for master in cluster.masters]}"]
+    for process in cluster.processes:
+        async def is_idle(process: Process = process) -> bool:
+            return not any((await held(process)).values())
+
+        try:
+            await until(is_idle, REST_S, "rest")
+        except AssertionError:
+            problems.append(f"{process.log_path.stem} holds {await held(process)}")
+        if (number := process.log_path.read_text(errors="replace").count("Traceback")):
+            problems.append(f"{process.log_path.stem}: {number} tracebacks in its log")
+    after = await counts(cluster)
+    for name, found in after.items():
+        for what, number in found.items():
+            if number > before[name][what] + COUNT_GROWTH.get(what, 0):
+                problems.append(f"{name}: {what} grew from {before[name][what]} to {number}")
+    living = {one.pid for process in cluster.processes for one in process.family()}
+    for instance in cluster.instances:
+        problems += [f"{instance.name}: process {child.pid} of an earlier life lives" for child in instance.children
+                     if child.pid not in living and lives(child)]
+    keys = set((await asyncio.to_thread(cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")).split())
+    registered = {key for key in keys if key.startswith("XLLM:DEFAULT:")}
+    if registered != {f"XLLM:DEFAULT:{one.name}" for one in cluster.instances}:
+        problems.append(f"registered are {registered}")
+    return problems
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+# --- the run
+
+def judged(traffic: Traffic, faults: Faults) -> list[str]:
+    """Problems with requests and faults."""
+    problems = [f"fault {one.kind} of {one.target}: {one.problem}" for one in faults.happened if one.problem]
+    for one in traffic.ended:
+        was_away = any(begun_s - 1 <= one.ended_s and one.begun_s <= ended_s for begun_s, ended_s in
+                       faults.away_s[one.master])
+        is_error = one.outcome == "unavailable" or (one.outcome == "lost" and "no instance takes" in one.why)
+        if one.outcome in ("lost", "wrong", "hung", "unavailable") and not (is_error and was_away):
+            with_s = [f"{f.kind} of {f.target} ({f.begun_s - one.begun_s:+.1f} s)" for f in faults.happened
+                      if f.begun_s <= one.ended_s and (f.ended_s or one.ended_s) >= one.begun_s]
+            problems.append(f"request {one.index}, {one.name}, at master {one.master}, {one.ended_s - one.begun_s:.1f} "
+                            f"s: {one.outcome}: {one.why}; meanwhile: {with_s}")
+    return problems
+
+
+def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]:
+    """By kind: how many, seconds from the cause's end to the cluster's being whole, and the longest silence of streams
+    meanwhile, which another fault may have caused."""
+    by_kind = defaultdict(list)
+    for one in faults.happened:
+        by_kind[one.kind].append(one)
+    table = {}
+    for kind, found in sorted(by_kind.items()):
+        recovery_s = sorted(one.ended_s - one.lifted_s for one in found)
+        gaps_s = [max((r.answer.longest_gap_s for r in traffic.ended
+                       if r.begun_s <= one.ended_s and r.ended_s >= one.begun_s), default=0.0) for one in found]
+        table[kind] = {"num": len(found), "recovery_median_s": round(recovery_s[len(recovery_s) // 2], 2),
+                       "recovery_max_s": round(recovery_s[-1], 2), "longest_silence_s": round(max(gaps_s), 2)}
+    return table
+
+
+async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10) -> dict[str, Any]:
+    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone."""
+    cluster = ChaosCluster(folder, secrets.token_hex(32))
+    try:
+        await cluster.open()
+        expected = await references(cluster.instances[0].process.get())
+        warm_up, is_over = Traffic(cluster, expected, seed + 10**6), asyncio.Event()
+        asyncio.get_running_loop().call_later(5.0, is_over.set)
+        await warm_up.play(clients, is_over)
+        before = await counts(cluster)
+        traffic, faults, is_over = Traffic(cluster, expected, seed), Faults(cluster, Random(seed)), asyncio.Event()
+        playing = asyncio.create_task(traffic.play(clients, is_over))
+        begun_s = time.monotonic()
+        await (faults.play_each() if seconds is None else faults.play(seconds))
+        is_over.set()
+        await playing
+        problems = judged(warm_up, faults) + judged(traffic, faults)
+        took_s = time.monotonic() - begun_s
+        problems += await left_over(cluster, before)
+        recovered: Counter[str] = Counter()
+        for master in cluster.masters:
+            totals = (await master.get().get("/cluster")).json()["totals"]
+            recovered.update({**totals["recovered"], "given up": totals["given_up"], "retried": totals["retried"]})
+        outcomes = Counter(one.outcome for one in traffic.ended)
+        return {
+            "seed": seed, "seconds": round(took_s, 1), "requests": len(traffic.ended),
+            "tokens": sum(one.answer.usage[1] for one in traffic.ended), "outcomes": dict(sorted(outcomes.items())),
+            "faults": fault_table(traffic, faults), "num_faults": len(faults.happened),
+            "recoveries": dict(sorted(recovered.items())),
+            "lost": sum("lost" in p or "hung" in p or "unavailable" in p for p in problems if p.startswith("request")),
+            "wrong": outcomes["wrong"], "counts": {"before": before, "after": await counts(cluster)},
+            "num_problems": len(problems), "problems": [problem[:3000] for problem in problems[:MAX_SHOWN]],
+        }
+    finally:
+        await cluster.close()

@@ -1,0 +1,172 @@
+"""A master over two instances, all real processes, under one fault at a time: no request notices it but by a pause."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import Awaitable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.cluster.chaos.cluster import ChaosCluster, Instance, Process, until
+from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask
+from tests.cluster.chaos.run import Ended, Traffic, held, lives
+from tests.cluster.etcd_process import stop
+from xllm.client.remote import SILENCE_S
+
+T = TypeVar("T")
+NAMES = ("greedy, long answer 0", "seeded 1", "stop strings 2", "JSON schema 3", "n=2 4", "logprobs 5",
+         "seeded, penalties 0", "chat logprobs, n=2 1")
+
+
+def named(name: str) -> Asked:
+    asked = next(one for one in all_requests() if one.name == name)
+    asked.body.update(stream=True, stream_options={"include_usage": True})
+    return asked
+
+
+@dataclass
+class Small:
+    """A cluster, and what one engine alone says to `NAMES`."""
+
+    cluster: ChaosCluster
+    expected: dict[str, Answer]
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, what: Awaitable[T]) -> T:
+        async def whole() -> T:
+            return await what
+
+        return self.loop.run_until_complete(asyncio.wait_for(whole(), 100))
+
+    @property
+    def master(self) -> Process:
+        return self.cluster.masters[0]
+
+    async def shown(self) -> dict[str, Any]:
+        return (await self.master.get().get("/cluster")).json()
+
+    async def loaded(self, copies: int = 1) -> list[asyncio.Task[Ended]]:
+        """So many of each request under way."""
+        traffic = Traffic(self.cluster, self.expected, 0)
+        return [asyncio.create_task(traffic.one(0, 0, named(name))) for name in NAMES for _ in range(copies)]
+
+    async def has_some(self, *instances: Instance) -> Instance:
+        """Wait until one of them has a request; which."""
+        found: list[Instance] = []
+
+        async def is_there() -> bool:
+            sent = {member["name"]: member.get("sent", 0) for member in (await self.shown())["members"]}
+            found.extend(one for one in instances if sent.get(one.name, 0))
+            return bool(found)
+
+        await until(is_there, 20, "that a request is at an instance")
+        return found[0]
+
+
+def all_right(ended: list[Ended]) -> None:
+    assert [(one.name, one.outcome, one.why) for one in ended if one.outcome != "right"] == []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    loop = asyncio.new_event_loop()
+    cluster = ChaosCluster(tmp_path_factory.mktemp("chaos"), secrets.token_hex(32), num_instances=2)
+    found = Small(cluster, {}, loop)
+    try:
+        found.run(cluster.open(has_networks=False))
+        for name in NAMES:
+            found.expected[name] = found.run(ask(cluster.instances[0].process.get(), named(name)))
+        yield found
+    finally:
+        loop.run_until_complete(cluster.close())
+        loop.close()
+
+
+def test_etcd_is_killed_and_wiped_while_streams_run(small: Small) -> None:
+    async def play() -> list[Ended]:
+        calls = await small.loaded()
+        await small.has_some(*small.cluster.instances)
+        small.cluster.etcd.kill()
+        more = await small.loaded()
+        ended = await asyncio.gather(*calls)
+        small.cluster.etcd.wipe()
+        await asyncio.to_thread(small.cluster.etcd.start)
+        ended += await asyncio.gather(*more)
+        await small.cluster.await_whole(20)
+        return ended
+
+    ended = small.run(play())
+    all_right(ended)
+    totals = small.run(small.shown())["totals"]
+    assert totals["recovered"] == {} and totals["given_up"] == 0
+
+
+def test_an_instance_is_stopped_before_it_has_computed_a_prompt(small: Small) -> None:
+    async def play() -> list[Ended]:
+        instance = small.cluster.instances[0]
+        await asyncio.to_thread(stop, instance.process.process)
+        try:
+            ended = await asyncio.gather(*await small.loaded())
+        finally:
+            instance.process.process.send_signal(signal.SIGCONT)
+        await small.cluster.await_whole(20)
+        return ended
+
+    ended = small.run(play())
+    all_right(ended)
+    assert small.run(small.shown())["totals"]["recovered"]["lost"] >= 1
+    waited_s = max(one.ended_s - one.begun_s for one in ended)
+    assert waited_s > SILENCE_S - 1.0, "it had some of them"
+
+
+def test_a_rolling_restart_under_load(small: Small) -> None:
+    async def play() -> list[Ended]:
+        is_over = asyncio.Event()
+        ended: list[Ended] = []
+
+        async def client(number: int) -> None:
+            traffic = Traffic(small.cluster, small.expected, 0)
+            while not is_over.is_set():
+                ended.append(await traffic.one(0, 0, named(NAMES[number % len(NAMES)])))
+                number += 3
+
+        clients = [asyncio.create_task(client(number)) for number in range(3)]
+        for instance in small.cluster.instances:
+            await small.has_some(instance)
+            assert await instance.process.stop(signal.SIGTERM) == 0
+            await instance.start()
+            await small.cluster.await_whole(40)
+        is_over.set()
+        await asyncio.gather(*clients)
+        return ended
+
+    ended = small.run(play())
+    all_right(ended)
+    assert len(ended) > 8
+    assert small.run(small.shown())["totals"]["recovered"]["drained"] >= 1
+    for process in small.cluster.processes:
+        small.run(until(lambda process=process: _is_idle(process), 10, "rest"))
+
+
+async def _is_idle(process: Process) -> bool:
+    return not any((await held(process)).values())
+
+
+def test_an_instance_is_killed_as_it_answers(small: Small) -> None:
+    async def play() -> list[Ended]:
+        before = (await small.shown())["totals"]["recovered"].get("lost", 0)
+        calls = await small.loaded()
+        instance = await small.has_some(*small.cluster.instances)
+        os.kill(instance.process.process.pid, signal.SIGKILL)
+        children = instance.children
+        ended = await asyncio.gather(*calls)
+        assert (await small.shown())["totals"]["recovered"]["lost"] >= before + 1
+        await until(lambda: not any(map(lives, children)), 10, "that its engine ends, too")
+        return ended
+
+    all_right(small.run(play()))
