@@ -116,7 +116,7 @@ def text_of(master: Master, body: dict, at_chunk: int = 0, act=lambda: None) -> 
 def test_what_a_client_sees(master: Master, addresses: list[str], folder: Path) -> None:
     health = master.http.get("/health")
     assert (health.status_code, health.json()) == (503, {"status": "starting", "reason":
-                                                         "phase: waiting for an instance"})
+                                                         "phase: waiting for an instance", "is_master": True})
     early = master.http.post("/v1/completions", json={"prompt": "a"})
     assert early.status_code == 503 and early.headers["retry-after"] == "5"
     assert {member["state"] for member in master.cluster()["members"]} == {"suspect"}

@@ -164,7 +164,7 @@ def test_phone(open_tab: Tab) -> None:
     page.get_by_role("link", name="Engine").tap()
     expect(page.locator("#m-running-of")).to_have_text("of 256")
     assert page.evaluate(OVERFLOW) == 0
-    for button in page.locator("header button, header a").all():
+    for button in page.locator("header button:visible, header a:visible").all():
         box = button.bounding_box()
         assert box and box["height"] >= 32 and box["width"] >= 32
 
