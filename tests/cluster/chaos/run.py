@@ -22,9 +22,9 @@ from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask, diffe
 BOUND_S = 90.0  # of a request: an instance that is waited for (30 s), and the longest fault, on a busy machine
 REST_S = 30.0
 MAX_SHOWN = 20
-# The process that compiles grammars starts when it is needed, threads of an event loop's pool do, and connections are
-# kept open.
-COUNT_GROWTH = {"processes": 1, "threads": 12, "files": 16}
+# Processes that compile grammars, two at most, start when they are needed, threads of an event loop's pool do, and
+# connections are kept open.
+COUNT_GROWTH = {"processes": 2, "threads": 12, "files": 16}
 
 
 @dataclass
