@@ -153,6 +153,7 @@ class InstanceLink:
         except Exception:  # a bug of ours, or of who was told
             logger.exception("connecting to instance %s failed", self.record.name)
             self._leave("using it failed here")
+            self._wake.clear()  # that is no news: the next try waits
             return False
 
     async def _connect(self) -> bool:
