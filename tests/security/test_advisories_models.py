@@ -51,7 +51,7 @@ SSTI = (
 def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, with everything around it that runs code where somebody loads it trustingly."""
     folder = tmp_path_factory.mktemp("home") / "secret-parent" / "evil-model"
-    shutil.copytree(BUNDLED, folder)
+    shutil.copytree(BUNDLED, folder, ignore=shutil.ignore_patterns("__pycache__"))  # what is there later was run here
     canary = folder.parent / "canary"
     code = f"import os\nos.mkdir({str(canary)!r})\n"
     for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil", "__init__"):

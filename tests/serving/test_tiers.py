@@ -154,6 +154,7 @@ def check_second_server_is_refused(folder: Path) -> None:
 def test_serving_goes_on_without_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLLM_FAILPOINTS", "disk.write=ENOSPC:40")
     with ServerProcess(tmp_path / "log.txt", *tier_flags(tmp_path / "kv")) as server:
+        wait_for(lambda: "xllm:kv_disk_up{" in server.http.get("/metrics").text, what="the engine's first report")
         assert metric(server, "xllm:kv_disk_up") == 1
         converse(server)
         wait_for(lambda: metric(server, "xllm:kv_disk_up") == 0, what="the end of the disk")

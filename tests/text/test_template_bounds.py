@@ -168,7 +168,7 @@ def test_a_template_that_is_long_to_compile() -> None:
         ChatTemplate("{{ a }}" * MAX_NODES, {})
     with watched() as gaps:
         ChatTemplate("{{ a[b] }}" * (MAX_NODES // 6), {})
-    assert gaps[0] < 1.0
+    assert gaps[0] < max(1.0, LONGEST_S)
 
 
 def test_what_is_weighed_once_is_weighed_no_more() -> None:

@@ -7,7 +7,11 @@ import sys
 NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.command_codec", "xllm.worker.processes",
               "xllm.worker.rank", "xllm.worker.message_codec", "xllm.shared_params", "xllm.parallel.meeting",
               "xllm.worker.nodes_link", "xllm.worker.node", "xllm.worker.node_wire",
-              "xllm.client.replicas", "xllm.client.replica_control")
+              "xllm.client.replicas", "xllm.client.replica_control",
+              "xllm.client.cluster", "xllm.client.cluster_keys", "xllm.client.cluster_members", "xllm.client.dispatch",
+              "xllm.client.frame_port", "xllm.client.gate_wire", "xllm.client.kv_subscriber", "xllm.client.remote",
+              "xllm.engine.kv_publisher", "xllm.kv.event_stream", "xllm.kv.event_wire", "xllm.kv_events_keys",
+              "xllm.routing.event_feed", "xllm.routing.vllm_reader")
 CODE = """
 import sys
 
