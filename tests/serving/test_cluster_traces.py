@@ -19,7 +19,7 @@ from serving.observe.call_log import CallLog
 from serving.observe.instance_spans import InstanceSpans
 from serving.observe.tracing import Tracer
 from tests.llm.cluster_sites import CONFIG, SHORT, Cluster, after, make_request, three_sites
-from tests.llm.gated import GatedClient, WatchedLocal, gated_client
+from tests.llm.gated import WatchedLocal, gated_client
 from tests.llm.test_clients import read
 from tests.llm.test_remote import until
 from tests.serving.test_tracing import SPAN_ID, TRACE_ID, Collector, attributes
@@ -142,7 +142,8 @@ async def test_a_request_that_went_on_elsewhere_is_one_trace(
         NUM_TOKENS - passed_on, NUM_TOKENS]
 
 
-async def test_a_drain_and_a_request_that_nobody_takes(cluster: Cluster, master: Traced) -> None:
+async def test_other_ends_of_a_try(cluster: Cluster, master: Traced) -> None:
+    """An instance that drains; instances that have no room for a call, which is refused then."""
     async with api_of(cluster.client, master.tracer) as http:
         asking = asyncio.create_task(http.post("/v1/completions", json={**BODY, "n": 2}))
         await until(lambda: cluster.client.request_ids)
@@ -150,12 +151,31 @@ async def test_a_drain_and_a_request_that_nobody_takes(cluster: Cluster, master:
         after(call, 5, cluster.having(call).client.gate.drain)
         assert (await asyncio.wait_for(asking, 30)).status_code == 200
         tries = await master.spans("instance")
-        assert len(tries) == 4 and len({span.parent_span_id for span in tries}) == 2, "a span of each choice"
-        assert [attributes(span).get("xllm.instance.outcome") for span in tries] == ["drained", "drained", None, None]
+        assert len(tries) == 4 and len({span.parent_span_id for span in tries}) == 2, "of each choice"
+        assert sorted(str(attributes(span).get("xllm.instance.outcome")) for span in tries) == [
+            "None", "None", "drained", "drained"]
         assert {span.status.code for span in tries} == {0}
 
-        for name in "abc":
-            cluster.client.leave(name, "it is away")
-        cluster.client.members.gone.clear()
-        state_says = await http.post("/v1/completions", json=BODY)
-        assert state_says.status_code == 503
+        master.collector.spans.clear()
+        full = await http.post("/v1/completions", json={**BODY, "n": 13})
+        assert full.status_code == 503, full.text
+    roots, tries = await master.spans("llm_request"), await master.spans("instance")
+    assert [attributes(span)["gen_ai.response.finish_reasons"] for span in roots] == [["error"]] * 13
+    assert len(tries) == 26 and {attributes(span)["xllm.instance.outcome"] for span in tries} == {"busy"}
+
+
+async def test_an_instance_has_traces_of_its_own_where_it_gets_no_context(instances: Traced) -> None:
+    engine = WatchedLocal(EngineCore(CONFIG))
+    async with gated_client(engine) as client:
+        client.gate.on_call_end = GatedCalls(instances.tracer, log_requests=False).note
+        await read(client.submit([make_request("a")]))
+        await read(client.submit([make_request("b", traceparent="00-no context")]))
+        leaver = client.submit([make_request("c", SamplingParams(max_tokens=400, ignore_eos=True))])
+        await leaver.next()
+        client.close()
+        await until(lambda: not client.gate._sessions)
+    spans = {attributes(span)["gen_ai.request.id"]: span for span in await instances.spans("llm_request")}
+    assert set(spans) == {"a", "b", "c"} and {span.parent_span_id for span in spans.values()} == {b""}
+    assert len({span.trace_id for span in spans.values()}) == 3
+    assert attributes(spans["c"])["gen_ai.response.finish_reasons"] == ["abort"]
+    engine.shutdown()
