@@ -254,6 +254,7 @@ class Request:
 
     `generated_token_ids`: what another engine has drawn of its output already. The sequence goes on after them as if
     this engine had drawn them itself; only what comes after them is delivered, and prompt log-probabilities are not.
+    `traceparent`: the W3C trace context that the spans of it belong to; an engine ignores it.
     `priority`: smaller runs first; one that is not within `MAX_PRIORITY` of zero raises RequestError. `offline`
     requests yield to online ones. `deadline_s` and `arrival_s` are on the `time.monotonic()` clock.
     """
@@ -274,6 +275,7 @@ class Request:
     lora_slot: int = 0  # where the engine keeps it; filled in by the engine
     tenant: str = ""  # whose it is, for fair shares between them
     tenant_weight: float = 1.0  # of two tenants that both wait, the one with twice the weight gets twice the tokens
+    traceparent: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):

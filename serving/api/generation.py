@@ -113,10 +113,16 @@ async def begin_generation(state: ServerState, requests: Sequence[Request],
     """Submit a call's requests, which must be done within timeout_s (None: the server's own limit). The caller enters
     the generation or calls `close`. Raises ApiError, RequestError or EngineDeadError."""
     expires_s = expiry_s(timeout_s, state.config.resilience.request_timeout)
+    tracer = state.tracer if state.cluster is not None else None  # instances make spans below those of their requests
+    if tracer is not None:
+        requests = tracer.begin(requests)
     try:
         stream = await state.admission.submit(requests)
-    except EngineBusyError:
-        state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
+    except BaseException as error:
+        if tracer is not None:
+            tracer.give_up(requests, "error" if isinstance(error, Exception) else "abort")
+        if isinstance(error, EngineBusyError):
+            state.refusals.note(UNAVAILABLE if state.engine.sleep_level else QUEUE_FULL)
         raise
     stream.expires_s = expires_s
     return Generation(state, requests, stream)

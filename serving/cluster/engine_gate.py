@@ -22,6 +22,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from serving.cluster.cached_blocks import CachedBlocks
 from serving.cluster.gate_session import BadFrameError, GateSession
+from serving.cluster.gated_call import GatedCall
 from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_client import WatchedEngine
@@ -65,13 +66,15 @@ class EngineGate:
     event loop of the engine's client. engines: those that it is made of. lora_folder: where clients may load adapters
     from; None: nowhere. tells_cache: clients are told what is cached.
 
-    num_dropped: clients, by why.
+    num_dropped: clients, by why. on_call_end: called with each call of a client that the engine had taken, when it is
+    over.
     """
 
     def __init__(self, engine: WatchedEngine, engines: Sequence[CommandingClient], keys: ClusterKeys,
                  lora_folder: Path | None = None, *, tells_cache: bool = True):
         self._engine, self._engines, self._keys, self._lora_folder = engine, engines, keys, lora_folder
         self.num_dropped = Counter[str]()
+        self.on_call_end: Callable[[GatedCall], None] = lambda call: None
         self.port = 0
         self._is_draining = False
         self._model: ServedModel | None = None
@@ -202,7 +205,7 @@ class EngineGate:
         soon = functools.partial(asyncio.get_running_loop().call_soon, self._tell, identity)
         session = GateSession(self._num_sessions, name, self._engine,
                               lambda report: self._post(identity, GATE_REPORTS.encode(report)), soon,
-                              self._lora_folder)
+                              self._lora_folder, lambda call: self.on_call_end(call))
         self._sessions[identity] = session
         welcome = Welcome(self._incarnation, self._started_unix_s, self._model, self._engine.facts,
                           self._condition(self._engine.steps))
@@ -257,7 +260,7 @@ class EngineGate:
         aborted = f"; {session.num_open} requests of it are aborted" if session.num_open else ""
         level = logging.INFO if kind == "left" else logging.WARNING
         logger.log(level, "client %d (%r) is dropped: %s%s", session.number, session.name, reason, aborted)
-        session.leave()
+        session.leave("abort" if self._engine.is_up else "error")
         if is_told:
             self._farewell(identity, reason)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from xllm.client.engine_client import Stream, WatchedEngine
+from serving.cluster.gated_call import GatedCall
+from xllm.client.engine_client import WatchedEngine
 from xllm.client.gate_wire import GateReport, Lost
 from xllm.engine.commands import Abort, Action, Command, Control, Controlled, EngineState, Outputs, Refused, Submit
 from xllm.errors import EngineDeadError, RequestError
@@ -25,34 +27,26 @@ class BadFrameError(Exception):
     """What a client sent makes no sense; the message says why."""
 
 
-@dataclass(eq=False, slots=True)
-class _Call:
-    """request_ids: the client's. num_admitted: how many of them the client knows to have left the queue."""
-
-    request_ids: list[str]
-    stream: Stream
-    is_taken: bool = False
-    num_admitted: int = 0
-
-
 class GateSession:
     """Belongs to the event loop of the engine's client. Its requests have ids of their own in the engine, which begin
     with its number. post(answer): sends it. on_news: called once before each time that `tell` has something
-    to do. lora_folder: where adapters may be loaded from; None: nowhere.
+    to do. lora_folder: where adapters may be loaded from; None: nowhere. on_call_end: called with each call that the
+    engine had taken, when it is over.
 
     unheard_s: since its last frame. num_sent_bytes, num_read_bytes: to it, and by it as it says. num_come_bytes: from
     it, behind its greeting. num_frames: to it, the greeting included.
     """
 
     def __init__(self, number: int, name: str, engine: WatchedEngine, post: Callable[[GateReport], None],
-                 on_news: Callable[[], object], lora_folder: Path | None):
+                 on_news: Callable[[], object], lora_folder: Path | None, on_call_end: Callable[[GatedCall], None]):
         self.number, self.name = number, name
         self.unheard_s = 0.0
         self.num_sent_bytes = self.num_read_bytes = self.num_come_bytes = self.num_frames = 0
         self._prefix = f"{number}:"
         self._engine, self._post, self._on_news, self._lora_folder = engine, post, on_news, lora_folder
-        self._calls: dict[_Call, None] = {}
-        self._news: dict[_Call, None] = {}
+        self._on_call_end = on_call_end
+        self._calls: dict[GatedCall, None] = {}
+        self._news: dict[GatedCall, None] = {}
         self._controls: set[asyncio.Task[None]] = set()
 
     @property
@@ -73,12 +67,13 @@ class GateSession:
         else:
             raise BadFrameError(f"{type(command).__name__} is not taken from a client")
 
-    def leave(self) -> None:
-        """Abort what it has open, and tell it nothing more."""
+    def leave(self, reason: str = "abort") -> None:
+        """Abort what it has open, and tell it nothing more. reason: the finish reason that is noted."""
         calls, self._calls, self._news = self._calls, {}, {}
         for call in calls:
             call.stream.on_news = lambda: None
             call.stream.close()
+            self._end(call, reason)
         for task in self._controls:
             task.cancel()
 
@@ -94,7 +89,7 @@ class GateSession:
         except EngineDeadError as error:
             self._post(Lost(request_ids, str(error)))
             return
-        call = _Call(request_ids, stream)
+        call = GatedCall(self.name, self._prefix, requests, stream)
         self._calls[call] = None
         stream.on_news = lambda: self._note(call)
 
@@ -105,9 +100,15 @@ class GateSession:
             raise RequestError(f"tenant_weight must be in {low} to {high}", field="tenant_weight")
         if not math.isfinite(request.arrival_s):
             raise RequestError("arrival_s must be finite", field="arrival_s")
-        return replace(request, request_id=self._prefix + request.request_id, lora_slot=0)
+        return replace(request, request_id=self._prefix + request.request_id, lora_slot=0, traceparent=None)
 
-    def _note(self, call: _Call) -> None:
+    def _end(self, call: GatedCall, reason: str) -> None:
+        self._calls.pop(call, None)
+        if call.stream.is_admitted:
+            call.end(reason)
+            self._on_call_end(call)
+
+    def _note(self, call: GatedCall) -> None:
         if not self._news:
             self._on_news()
         self._news[call] = None
@@ -118,20 +119,20 @@ class GateSession:
         found, errors = Outputs(), list[GateReport]()
         for call in news:
             try:
-                deltas = call.stream.take()
+                self._add(found, call, call.stream.take())
+                call.stream.take()  # raises what ended it behind these deltas
             except Exception as error:
                 errors.append(_failure(call, error))
-                self._calls.pop(call, None)
+                self._end(call, "error")
                 continue
-            self._add(found, call, deltas)
             if not call.stream.open_ids:
-                self._calls.pop(call, None)
+                self._end(call, "abort")
         if found.taken or found.deltas:
             self._post(found)
         for answer in errors:
             self._post(answer)
 
-    def _add(self, found: Outputs, call: _Call, deltas: list[OutputDelta]) -> None:
+    def _add(self, found: Outputs, call: GatedCall, deltas: list[OutputDelta]) -> None:
         cut, stream = len(self._prefix), call.stream
         if not call.is_taken:
             call.is_taken = True
@@ -140,8 +141,10 @@ class GateSession:
             fresh = list(stream.scheduled_s.items())[call.num_admitted:]
             call.num_admitted += len(fresh)
             found.admitted.extend((request_id[cut:], at_s) for request_id, at_s in fresh)
+        now_s = time.monotonic()
         for delta in deltas:
             delta.request_id = delta.request_id[cut:]
+            call.requests[delta.request_id].note(delta, now_s)
         found.deltas.extend(deltas)
 
     # --- commands about the engine as a whole
@@ -169,7 +172,7 @@ class GateSession:
         return None
 
 
-def _failure(call: _Call, error: Exception) -> GateReport:
+def _failure(call: GatedCall, error: Exception) -> GateReport:
     if not call.is_taken and isinstance(error, RequestError):
         return Refused(call.request_ids[0], str(error), error.field)
     return Lost(call.request_ids, str(error))  # the client knows which of them had ended

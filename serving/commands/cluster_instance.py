@@ -12,6 +12,7 @@ from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.registration import Registration, start_store
 from serving.cluster.served_link import ServedLink
 from serving.commands.cluster_plan import ClusterPlan, advertised_host, store_target
+from serving.commands.gated_calls import GatedCalls
 from xllm.client.gate_wire import PROTOCOL, ServedModel
 from xllm.client.process import ProcessClient
 from xllm.client.replicas import Replicas
@@ -25,11 +26,12 @@ class ClusterInstance:
     """In the order of its life: `listen`, `find_store` beside the engine's start, `join`, `drain`, `leave`."""
 
     def __init__(self, plan: ClusterPlan, engine: ProcessClient | Replicas, http: tuple[str, int],
-                 lora_folder: str | None):
-        """http: address and port that HTTP listens at."""
+                 lora_folder: str | None, calls: GatedCalls):
+        """http: address and port that HTTP listens at. calls: told of those that the cluster has had answered."""
         self._plan, self._engine, self._http = plan, engine, http
         self._gate = EngineGate(engine, engine.engines, plan.keys, Path(lora_folder) if lora_folder else None,
                                 tells_cache=plan.tells_cache)
+        self._gate.on_call_end = calls.note
         self._model: ServedModel | None = None
         self._store: KeyValueStore | None = None
         self._registration: Registration | None = None

@@ -19,6 +19,7 @@ from serving.commands.master_members import MasterMembers
 from serving.commands.serve import load_front
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.master_config import POLICY_OF, MasterConfig
+from serving.observe.instance_spans import InstanceSpans
 from serving.security.cluster_secret import read_cluster_keys
 from xllm import logs
 from xllm.client.cluster import ClusterClient
@@ -36,7 +37,8 @@ def run(config: MasterConfig) -> int:
     etcd = None if config.store is None else etcd_settings(config.store)
     is_local = etcd.is_local if etcd is not None else all(
         is_loopback(host_and_port(address)[0]) for address in config.addresses)
-    keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local)
+    keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local,
+                             whose="a master of instances that are not all on this machine")
     with front_door(config.http) as door:
         return asyncio.run(Master(config, door, keys, etcd).run())
 
@@ -54,11 +56,13 @@ class Master(ServerLife):
 
     def _make_state(self) -> ServerState:
         s = self._settings
+        tracer = self._door.tracer
         self._cluster = ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
-                                            target_tpot_s=s.target_tpot / 1000))
+                                            target_tpot_s=s.target_tpot / 1000),
+                                      None if tracer is None else InstanceSpans(tracer))
         self._members = MasterMembers(self._cluster, self._keys, self._note_names)
         self._store = self._open_store()
-        state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=self._door.tracer)
+        state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=tracer)
         state.cluster = ClusterView(
             engine=self._cluster, policy=s.load_balance_policy, members=self._members.rows, address=self._address,
             store=self._store_text, leader=self._leader)

@@ -12,6 +12,7 @@ from serving.api.state import ServerState
 from serving.cluster.model_fingerprint import model_fingerprint
 from serving.commands.cluster_instance import ClusterInstance
 from serving.commands.cluster_plan import ClusterPlan, cluster_plan
+from serving.commands.gated_calls import GatedCalls
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.commands.startup import LogStream, StartupView
 from serving.config import ServerConfig
@@ -60,8 +61,9 @@ class _Server(ServerLife):
         _check_adapter_names(state, self._engine_config)
         self._cluster: ClusterInstance | None = None
         if self._plan is not None:
+            calls = GatedCalls(self._door.tracer, log_requests=self._config.log.enable_log_requests)
             self._cluster = ClusterInstance(self._plan, self._own, self._door.listener.getsockname()[:2],
-                                            self._config.http.lora_folder)
+                                            self._config.http.lora_folder, calls)
             self._cluster.listen()
         return state
 

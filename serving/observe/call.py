@@ -62,19 +62,25 @@ class Call:
 
     def fields(self) -> dict[str, Any]:
         """Numbers of the call, in tokens and seconds; None: there is none, as without a sequence."""
-        found: dict[str, Any] = dict.fromkeys(("finish_reason", "prompt_tokens", "generated_tokens", "cached_tokens",
-                                               "ttft_s"))
-        if self._records:
-            firsts = [record for record, is_first in self._records if is_first]
-            found["prompt_tokens"] = sum(record.num_prompt_tokens for record in firsts)
-            found["cached_tokens"] = sum(record.num_cached_tokens for record in firsts)
-        if self._records and not self._pools:  # an embedding is no token
-            token_s = [record.first_token_s for record, _ in self._records if record.first_token_s is not None]
-            found["finish_reason"] = "+".join(sorted({str(record.finish_reason) for record, _ in self._records}))
-            found["generated_tokens"] = sum(record.num_output_tokens for record, _ in self._records)
-            found["ttft_s"] = round(min(token_s) - self.started_s, 4) if token_s else None
-        found["total_s"] = round(time.monotonic() - self.started_s, 4)
-        return found
+        return call_figures(self._records, self.started_s, pools=self._pools)
+
+
+def call_figures(records: Sequence[tuple[RequestRecord, bool]], started_s: float, *, pools: bool) -> dict[str, Any]:
+    """Numbers of a call that ends now, in tokens and seconds; None: there is none. records: of its sequences, and
+    whether each is the first of its prompt. pools: they are embeddings."""
+    found: dict[str, Any] = dict.fromkeys(("finish_reason", "prompt_tokens", "generated_tokens", "cached_tokens",
+                                           "ttft_s"))
+    if records:
+        firsts = [record for record, is_first in records if is_first]
+        found["prompt_tokens"] = sum(record.num_prompt_tokens for record in firsts)
+        found["cached_tokens"] = sum(record.num_cached_tokens for record in firsts)
+    if records and not pools:  # an embedding is no token
+        token_s = [record.first_token_s for record, _ in records if record.first_token_s is not None]
+        found["finish_reason"] = "+".join(sorted({str(record.finish_reason) for record, _ in records}))
+        found["generated_tokens"] = sum(record.num_output_tokens for record, _ in records)
+        found["ttft_s"] = round(min(token_s) - started_s, 4) if token_s else None
+    found["total_s"] = round(time.monotonic() - started_s, 4)
+    return found
 
 
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)  # the one that the running task works on

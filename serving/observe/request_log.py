@@ -51,6 +51,7 @@ class RequestRecord:
     num_preemptions: int = 0
     finish_reason: str | None = None
     trace_headers: dict[str, str] | None = None  # the caller's trace context
+    traceparent: str | None = None  # the context of its own span, if that has begun before its end
     caller: str = ""  # whose it is, on a server with keys
     adapter: str = ""  # its name; "": the model itself
     kind: RequestKind = PLAIN
@@ -93,7 +94,7 @@ class RequestLog:
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
                                trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora,
-                               kind=REQUEST_KIND.get(), engine=engine)
+                               kind=REQUEST_KIND.get(), engine=engine, traceparent=request.traceparent)
         self._open[record.number] = record, completion, scheduled_s
         return record
 

@@ -7,15 +7,21 @@ of a prompt or an answer is ever in a span. What the OpenTelemetry SDK reads fro
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.observe.request_log import RequestRecord
+from serving.observe.request_log import REQUEST_KIND, RequestRecord
 from serving.security.caller import TRACE_HEADERS
 from xllm.errors import ConfigError
+from xllm.request import Request
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 HEADERS = (b"traceparent", b"tracestate")
 MAX_HEADER_CHARS = 1024  # of a trace header that is kept; W3C asks that 512 of `tracestate` are passed on at least
@@ -40,6 +46,8 @@ class TraceContext:
 class Tracer:
     """Makes a span of each request that ended, with its phases as children; a thread of the SDK sends them.
 
+    A span whose context others are told begins before that (`begin`). Of the event loop.
+
     Raises ConfigError if the packages are missing or the endpoint is no http(s) address.
     """
 
@@ -59,23 +67,64 @@ class Tracer:
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS))
         self._tracer = self._provider.get_tracer("xllm")
+        self._begun: dict[str, tuple[Span, int]] = {}  # by their contexts; and our clock behind the world's, ns
         self.model = ""
+
+    def begin(self, requests: Sequence[Request]) -> list[Request]:
+        """Begin the spans of requests. Each comes back with the context of its span, which `record` or `give_up`
+        ends."""
+        return [self._begin(request) for request in requests]
+
+    def _begin(self, request: Request) -> Request:
+        offset_ns = _clock_offset_ns()
+        span = self._start(TRACE_HEADERS.get(), request.arrival_s, offset_ns, {})
+        if (traceparent := traceparent_of(span)) is None:
+            return request  # the SDK is switched off
+        self._begun[traceparent] = span, offset_ns
+        return dataclasses.replace(request, traceparent=traceparent)
+
+    def give_up(self, requests: Sequence[Request], reason: str) -> None:
+        """End the spans of requests that have begun and that no engine has taken. reason: "error" or "abort"."""
+        for request in requests:
+            if request.traceparent is not None:
+                self.record(RequestRecord(
+                    number=0, request_id=request.request_id, arrival_s=request.arrival_s, sampling=request.sampling,
+                    end_s=time.monotonic(), num_prompt_tokens=len(request.prompt_token_ids), finish_reason=reason,
+                    traceparent=request.traceparent, kind=REQUEST_KIND.get()))
+
+    def child(self, traceparent: str | None, name: str, attributes: dict[str, Any]) -> Span | None:
+        """Begin a span (of kind `CLIENT`) below one of `begin`. None: there is none of this context."""
+        from opentelemetry import trace
+
+        if traceparent is None or (found := self._begun.get(traceparent)) is None:
+            return None
+        return self._tracer.start_span(name, trace.set_span_in_context(found[0]), kind=trace.SpanKind.CLIENT,
+                                       attributes=attributes)
+
+    def _start(self, headers: dict[str, str] | None, arrival_s: float, offset_ns: int, attributes: dict[str, Any]
+               ) -> Span:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(headers or {})
+        return self._tracer.start_span("llm_request", parent, kind=trace.SpanKind.SERVER, attributes=attributes,
+                                       start_time=int(arrival_s * 1e9) + offset_ns)
 
     def record(self, record: RequestRecord) -> None:
         """Write the spans of a request that has just ended."""
         from opentelemetry import trace
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         assert record.end_s is not None
-        offset_ns = time.time_ns() - time.monotonic_ns()
+        if (begun := self._begun.pop(record.traceparent or "", None)) is not None:
+            span, offset_ns = begun
+            span.set_attributes(self._attributes(record))
+        else:
+            offset_ns = _clock_offset_ns()
+            span = self._start(record.trace_headers, record.arrival_s, offset_ns, self._attributes(record))
 
         def wall_ns(seconds: float) -> int:
             return int(seconds * 1e9) + offset_ns
 
-        parent = TraceContextTextMapPropagator().extract(record.trace_headers or {})
-        span = self._tracer.start_span("llm_request", parent, kind=trace.SpanKind.SERVER,
-                                       attributes=self._attributes(record),
-                                       start_time=wall_ns(record.arrival_s))
         if record.finish_reason == "error":
             span.set_status(trace.StatusCode.ERROR)
         inside = trace.set_span_in_context(span)
@@ -116,6 +165,21 @@ class Tracer:
     def shutdown(self) -> None:
         """Send what is left, within the time of one export. Blocks."""
         self._provider.shutdown()
+
+
+def traceparent_of(span: Span) -> str | None:
+    """The context of a span, as W3C writes it in a `traceparent`; None: it has none."""
+    from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    headers: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(headers, trace.set_span_in_context(span))
+    return headers.get("traceparent")
+
+
+def _clock_offset_ns() -> int:
+    """What is to be added to a time on the `time.monotonic()` clock."""
+    return time.time_ns() - time.monotonic_ns()
 
 
 def _span_s(start_s: float | None, end_s: float | None) -> float | None:

@@ -20,15 +20,15 @@ _MAX_SECRET_BYTES = 4096  # of the user's own file. Chosen: far more than a secr
 logger = logging.getLogger("xllm.cluster")
 
 
-def read_cluster_keys(file: str | None, *, is_local: bool = False) -> ClusterKeys:
+def read_cluster_keys(file: str | None, *, is_local: bool = False, whose: str = "cluster_listen") -> ClusterKeys:
     """The keys of the secret in the file, or else in the environment, or else, where all of the cluster is on this
-    machine's loopback (is_local), in this user's own file. Raises ConfigError: there is none, it is too short, or
-    others can change the file."""
+    machine's loopback (is_local), in this user's own file. whose: what cannot do without. Raises ConfigError: there is
+    none, it is too short, or others can change the file."""
     secret = env.cluster_secret() if file is None else _read(Path(file))
     if secret is None and is_local:
         secret = own_secret()
     if secret is None:
-        raise ConfigError("cluster_listen needs the cluster's secret: --cluster-secret-file or XLLM_CLUSTER_SECRET "
+        raise ConfigError(f"{whose} needs the cluster's secret: --cluster-secret-file or XLLM_CLUSTER_SECRET "
                           "(openssl rand -hex 32 makes one)")
     return cluster_keys(secret)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tests.llm.conftest import SETTINGS
 from tests.llm.gated import KEYS, GatedClient, WatchedLocal, gate_of
 from tests.llm.test_remote import until
+from xllm.client.call_watcher import CallWatcher
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.engine_client import Stream
@@ -74,11 +75,11 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def three_sites(config: EngineConfig = CONFIG) -> AsyncIterator[Cluster]:
+async def three_sites(config: EngineConfig = CONFIG, watcher: CallWatcher | None = None) -> AsyncIterator[Cluster]:
     """A cluster of instances a, b and c."""
     engines = [WatchedLocal(EngineCore(config)) for _ in range(3)]
     async with contextlib.AsyncExitStack() as stack:
-        found = Cluster(ClusterClient())
+        found = Cluster(ClusterClient(watcher=watcher))
         for name, engine in zip("abc", engines, strict=True):
             await found.add(name, engine, stack)
         yield found

@@ -1,4 +1,4 @@
-"""A frame between a gate and its client that is taken out on its way."""
+"""What is taken out between a gate and its client, and what would be said last and was not."""
 
 from __future__ import annotations
 
@@ -44,4 +44,22 @@ async def test_a_frame_that_was_taken_out(client: GatedClient, side: str, monkey
     monkeypatch.undo()
     await client.connect()
     assert len(await read(client.submit([make_request("b")]))) == 8
+    await idle(client.engine)
+
+
+async def test_what_ends_a_call_behind_its_last_tokens_is_told(client: GatedClient) -> None:
+    """In the same turn of the event loop: the engine that had it, one of several, dies as its tokens come."""
+    stream = client.submit([make_request("a", 400)])
+    await stream.admitted()
+    (session,) = client.gate._sessions.values()
+    (call,) = session._calls
+
+    def hit(request_id: str, num_tokens: int) -> None:
+        call.stream.listeners.clear()
+        call.stream.fail(EngineDeadError("it was hit"))
+
+    call.stream.listeners.append(hit)
+    with pytest.raises(EngineDeadError, match="it was hit"):
+        await read(stream)
+    assert client.gate.num_open == 0 and client.is_up
     await idle(client.engine)

@@ -83,7 +83,7 @@ async def why_not(client: RemoteClient, **options: str) -> str:
 
 async def test_only_who_knows_the_secret_is_let_in(client: GatedClient) -> None:
     other = RemoteClient(client.address, cluster_keys(b"another secret, long enough"))
-    assert "wrong cluster secret" in await why_not(other)
+    assert "wrong cluster secret" in await why_not(other) and other.is_refused
     strangers = [RawPeer(client.address, None), RawPeer(client.address, cluster_keys(b"b" * 16))]
     half = zmq.asyncio.Context.instance().socket(zmq.DEALER)  # knows the instance's public key, not the client's secret
     public, secret = zmq.curve_keypair()
@@ -134,6 +134,15 @@ async def test_why_there_is_no_connection(engine: WatchedLocal, monkeypatch: pyt
         address = f"127.0.0.1:{mute.getsockname()[1]}"
         assert await why_not(RemoteClient(address, KEYS)) == "no answer within 0.3 s"
     assert await why_not(RemoteClient(address, KEYS)) == "connection refused"
+    for said, why in ((b"", "the connection was closed at once: no instance is behind what listens there"),
+                      (b"220 ready\r\n", "what listens there is no instance of xLLM")):
+        async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, said: bytes = said) -> None:
+            writer.write(said)
+            writer.close()
+
+        async with await asyncio.start_server(meet, "127.0.0.1", 0) as other:
+            stranger = RemoteClient(f"127.0.0.1:{other.sockets[0].getsockname()[1]}", KEYS)
+            assert await why_not(stranger) == why and not stranger.is_refused
     assert "not known" in await why_not(RemoteClient("no.such.host.invalid:1", KEYS))
     with pytest.raises(ConfigError, match="HOST:PORT"):
         await RemoteClient("nowhere", KEYS).connect()

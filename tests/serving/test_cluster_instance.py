@@ -158,12 +158,13 @@ async def test_an_instance_that_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("flags", "why"), [
-    (("--cluster-listen", "0.0.0.0:0"), "cluster_listen needs the cluster's secret"),
-    (("--cluster-listen", "127.0.0.1:0", "--cluster-secret-file", "/dev/null"), "16 bytes at least"),
+    (("serve", "--cluster-listen", "0.0.0.0:0"), "cluster_listen needs the cluster's secret"),
+    (("serve", "--cluster-listen", "127.0.0.1:0", "--cluster-secret-file", "/dev/null"), "16 bytes at least"),
+    (("master", "--instances", "127.0.0.1:1,10.0.0.1:1"), "not all on this machine needs the cluster's secret"),
 ], ids=str)
 def test_no_port_without_a_secret(flags: tuple[str, ...], why: str) -> None:
     """It fails closed; on the loopback alone a user's own secret will do."""
-    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", "serve", "--port", "0", *flags], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "serving.commands.cli", *flags, "--port", "0"], cwd=ROOT,
                           capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and why in done.stderr
 

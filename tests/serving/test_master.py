@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.serving.server_process import ROOT, START_TIMEOUT_S, ServerProcess, wait_for
+from tests.serving.test_tracing import Collector, attributes
 
 ADMIN = {"Authorization": "Bearer the-admins"}
 SEEDED = {"prompt": "def quicksort(items):", "max_tokens": 400, "temperature": 0.8, "top_k": 20, "seed": 11,
@@ -26,12 +27,13 @@ SEEDED = {"prompt": "def quicksort(items):", "max_tokens": 400, "temperature": 0
 class Master:
     """`xllm master` over instances at these addresses."""
 
-    def __init__(self, folder: Path, addresses: list[str]):
+    def __init__(self, folder: Path, addresses: list[str], *flags: str):
         self._log = folder / "master.log"
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving.commands.cli", "master", "--http_server_port", "0", "--instances",
-                 ",".join(addresses), "--cluster-secret-file", str(folder / "secret"), "--admin-api-key", "the-admins"],
+                 ",".join(addresses), "--cluster-secret-file", str(folder / "secret"), "--admin-api-key", "the-admins",
+                 *flags],
                 cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         try:
             wait_for(self._ports, START_TIMEOUT_S, "listening")
@@ -88,8 +90,18 @@ def addresses() -> list[str]:
 
 
 @pytest.fixture
-def master(folder: Path, addresses: list[str]) -> Iterator[Master]:
-    master = Master(folder, addresses)
+def collectors() -> Iterator[tuple[Collector, Collector]]:
+    """Of the master's traces and of the instances'."""
+    both = Collector(), Collector()
+    yield both
+    for collector in both:
+        collector.shutdown()
+        collector.server_close()
+
+
+@pytest.fixture
+def master(folder: Path, addresses: list[str], collectors: tuple[Collector, Collector]) -> Iterator[Master]:
+    master = Master(folder, addresses, *collectors[0].flags)
     yield master
     master.http.close()
     assert master.stop() == 0, master.log
@@ -113,7 +125,8 @@ def text_of(master: Master, body: dict, at_chunk: int = 0, act=lambda: None) -> 
     return text, usage
 
 
-def test_what_a_client_sees(master: Master, addresses: list[str], folder: Path) -> None:
+def test_what_a_client_sees(master: Master, addresses: list[str], folder: Path,
+                            collectors: tuple[Collector, Collector]) -> None:
     health = master.http.get("/health")
     assert (health.status_code, health.json()) == (503, {"status": "starting", "reason":
                                                          "phase: waiting for an instance", "is_master": True})
@@ -125,13 +138,14 @@ def test_what_a_client_sees(master: Master, addresses: list[str], folder: Path) 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         servers = dict(zip(addresses, pool.map(lambda address: ServerProcess(
             folder / f"{address.rpartition(':')[2]}.log", "--cluster-listen", address, "--cluster-secret-file",
-            str(folder / "secret")), addresses), strict=True))
+            str(folder / "secret"), *collectors[1].flags), addresses), strict=True))
     try:
         wait_for(lambda: {one["state"] for one in master.cluster()["members"]} == {"active"}, what="both instances")
         wait_for(lambda: master.http.get("/health").status_code == 200, what="the tokenizer")
         assert master.http.get("/v1/models").json()["data"][0]["id"] == "demo"
         expected, usage = text_of(master, SEEDED)
         _one_is_killed(master, servers, expected, usage)
+        _it_is_one_trace(*collectors)
         _all_are_gone(master, servers)
     finally:
         for server in servers.values():
@@ -159,6 +173,21 @@ def _one_is_killed(master: Master, servers: dict[str, ServerProcess], expected: 
     assert states.pop(lost)[0] == "suspect" and [state for state, _ in states.values()] == ["active"]
     assert shown["decisions"][0]["instances_lost"] == 1 and shown["decisions"][0]["instance"] != lost
     assert "open requests that go on elsewhere: 1" in master.log
+
+
+def _it_is_one_trace(of_master: Collector, of_instances: Collector) -> None:
+    def tries() -> list:
+        return [span for span in of_master.spans if span.name == "instance"]
+
+    def served() -> dict:
+        return {span.parent_span_id: span for span in of_instances.spans if span.name == "llm_request"}
+
+    # The first answer's one try, then the two of the second; the instance that was killed may have sent nothing.
+    wait_for(lambda: len(tries()) == 3 and tries()[2].span_id in served(), what="the spans")
+    _, lost, last = tries()
+    assert attributes(lost)["xllm.instance.outcome"] == "lost" and attributes(last)["xllm.instance.try"] == 2
+    (root,) = (span for span in of_master.spans if span.span_id == last.parent_span_id == lost.parent_span_id)
+    assert {root.trace_id} == {last.trace_id, lost.trace_id, served()[last.span_id].trace_id}
 
 
 def _all_are_gone(master: Master, servers: dict[str, ServerProcess]) -> None:

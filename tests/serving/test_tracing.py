@@ -33,6 +33,11 @@ class Collector(http.server.ThreadingHTTPServer):
         self.resources: list[dict[str, Any]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    @property
+    def flags(self) -> tuple[str, str]:
+        """Of a server that is to send its traces here."""
+        return "--otlp-traces-endpoint", f"http://127.0.0.1:{self.server_port}/v1/traces"
+
     def of(self, request_id: str) -> dict[str, Any]:
         """The spans of one request by name."""
         roots = [span for span in self.spans if attributes(span).get("gen_ai.request.id") == request_id]

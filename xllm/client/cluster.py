@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
 from xllm.client.engine_client import EngineAwayError, Stream
@@ -37,13 +38,13 @@ logger = logging.getLogger("xllm.cluster")
 class ClusterClient:
     """A `WatchedEngine` for one event loop. Whoever connects the instances tells it who is there (`join`, `leave`).
 
-    Its clients belong to whoever joined them: they are not closed here.
+    Its clients belong to whoever joined them: they are not closed here. watcher: None: nobody.
     """
 
-    def __init__(self, fleet: Fleet | None = None):
+    def __init__(self, fleet: Fleet | None = None, watcher: CallWatcher | None = None):
         self.members = ClusterMembers()
         self._fleet = fleet or Fleet()
-        self._dispatcher = Dispatcher(self.members, self._fleet)
+        self._dispatcher = Dispatcher(self.members, self._fleet, watcher or NoCallWatcher())
         self._control = ReplicaControl(self._up_labelled)
         self._joining: dict[str, asyncio.Task[None]] = {}
 

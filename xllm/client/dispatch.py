@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from xllm.client.call_watcher import CallWatcher
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
@@ -57,11 +58,11 @@ class Dispatcher:
     calls: those that are open, by request id. recent: the last decisions, the newest behind.
     """
 
-    def __init__(self, members: ClusterMembers, fleet: Fleet):
+    def __init__(self, members: ClusterMembers, fleet: Fleet, watcher: CallWatcher):
         self.calls: dict[str, ClusterCall] = {}
         self.recent: deque[Dispatch] = deque(maxlen=MAX_DECISIONS)
         self.counts = DispatchCounts()
-        self._members, self._fleet = members, fleet
+        self._members, self._fleet, self._watcher = members, fleet, watcher
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._unlogged = Counter[tuple[str, str]]()  # requests lost in this turn of the event loop, by where and why
@@ -96,6 +97,7 @@ class Dispatcher:
                 logger.warning("%s goes on with what it has: no other instance takes it", member.name)
                 break
             self._leave(call)
+            self._watcher.lost(call.open_ids, "drained", "")
             call.take_back()
             if call.open_ids:
                 self.counts.recovered["drained"] += 1
@@ -123,6 +125,7 @@ class Dispatcher:
         for request_id in request_ids:
             if self.calls.pop(request_id, None) is not None and call.place is not None:
                 self._fleet.left(call.place, request_id)
+        self._watcher.left(request_ids)
         if not call.open_ids:
             self._changed.set()  # there may be room
 
@@ -131,12 +134,15 @@ class Dispatcher:
         for request_id in call.open_ids:
             self._fleet.left(place, request_id)
         tries = call.tries
-        if isinstance(error, EngineBusyError):
+        cause = "busy" if isinstance(error, EngineBusyError) else (
+            "refused" if isinstance(error, RequestError) else "lost")
+        self._watcher.lost(call.open_ids, cause, str(error) if cause == "lost" else "")
+        if cause == "busy":
             tries.busy.add(place)
-        elif isinstance(error, RequestError) and not call.is_admitted:
+        elif cause == "refused" and not call.is_admitted:
             call.fail(error)  # it is wrong anywhere
             return
-        elif isinstance(error, RequestError):
+        elif cause == "refused":
             tries.refused[place] = str(error)
         else:
             tries.lost.append((place, str(error)))
@@ -232,8 +238,9 @@ class Dispatcher:
             request_id = request.request_id
             self._fleet.sent(decision.name, request_id, own.get(request_id, 0),
                              self._marks(call, request) if request_id in own else NO_MARKS)
+        sent = [self._watcher.sent(request, decision.name, decision.reason) for request in requests]
         try:
-            call.send(self._members.all[decision.name].client, decision.name, requests)
+            call.send(self._members.all[decision.name].client, decision.name, sent)
         except EngineDeadError as error:
             self.lost(call, decision.name, error)
 

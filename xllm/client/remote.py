@@ -54,6 +54,7 @@ PROGRESS_S = 60.0
 TELL_BYTES = 2**22  # After so many the gate is told that they were read. Chosen: far below what it lets wait
 _FAREWELL_MS = 200  # for an abort or a last command to leave. Chosen: a way through a network
 _NEVER_MS = 3_600_000  # Chosen: longer than this process takes to see that a connection is lost
+_ZMTP = b"\xff"  # the first byte of each of its connections
 _HANDSHAKE_FAILED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
                      zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 logger = logging.getLogger("xllm.client")
@@ -108,10 +109,12 @@ class RemoteClient(CommandingClient):
         self._heard_s = time.monotonic()
         self._welcomed = asyncio.get_running_loop().create_future()
         try:
-            self._open(await self._reach())
+            self._open(await asyncio.wait_for(self._reach(), CONNECT_S))
             await asyncio.wait_for(asyncio.shield(self._welcomed), CONNECT_S)
         except asyncio.TimeoutError:
             self._die(f"no answer within {CONNECT_S:g} s")
+        except EngineDeadError as error:
+            self._die(str(error))
         except OSError as error:
             known = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else None
             self._die((known or error.strerror or str(error)).lower())  # asyncio's texts name its own functions
@@ -123,12 +126,19 @@ class RemoteClient(CommandingClient):
         return self.facts
 
     async def _reach(self) -> str:
-        """Where the address leads, once something listens there: zmq does not say why it reaches nobody."""
-        _, writer = await asyncio.wait_for(asyncio.open_connection(*host_and_port(self.address)), CONNECT_S)
-        host, port = writer.get_extra_info("peername")[:2]
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        """Where the address leads, once something there speaks zmq's protocol: zmq does not say why it reaches nobody,
+        and takes a proxy without an instance behind it for one with another secret. Raises OSError, EngineDeadError."""
+        reader, writer = await asyncio.open_connection(*host_and_port(self.address))
+        try:
+            host, port = writer.get_extra_info("peername")[:2]
+            head = await reader.read(1)  # of the greeting (ZMTP 3.1), for which nobody waits for the other end
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        if head != _ZMTP:
+            raise EngineDeadError("what listens there is no instance of xLLM" if head else
+                                  "the connection was closed at once: no instance is behind what listens there")
         return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
     def _open(self, endpoint: str) -> None:
@@ -216,7 +226,7 @@ class RemoteClient(CommandingClient):
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
         if event in _HANDSHAKE_FAILED:
             self.is_refused = True
-            self._die("wrong cluster secret: what listens there has another one, or is no instance of xLLM")
+            self._die("wrong cluster secret: what listens there has another one, or broke the connection off")
         elif event == zmq.EVENT_DISCONNECTED and self._port is not None:
             self._port.read_rest()  # which may say why
             self._die("the connection was lost")
