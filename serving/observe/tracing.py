@@ -59,7 +59,6 @@ class Tracer:
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS))
         self._tracer = self._provider.get_tracer("xllm")
-        self.model = ""
 
     def record(self, record: RequestRecord) -> None:
         """Write the spans of a request that has just ended."""
@@ -93,7 +92,7 @@ class Tracer:
         found: dict[str, Any] = {
             "gen_ai.provider.name": "xllm", "gen_ai.operation.name": record.kind.operation,
             "gen_ai.request.id": record.request_id, "gen_ai.response.id": record.request_id,
-            "gen_ai.request.model": self.model, "gen_ai.response.model": self.model,
+            "gen_ai.request.model": record.model, "gen_ai.response.model": record.model,
             "gen_ai.request.max_tokens": sampling.max_tokens, "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p, "gen_ai.request.top_k": sampling.top_k,
             "gen_ai.request.seed": sampling.seed,
