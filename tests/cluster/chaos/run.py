@@ -168,7 +168,7 @@ def judged(traffic: Traffic, faults: Faults) -> list[str]:
         was_away, was_dead = (any(begun_s - 1 <= one.ended_s and one.begun_s <= ended_s for begun_s, ended_s in
                                   times[one.master]) for times in (faults.away_s, faults.dead_s))
         is_error = one.outcome == "unavailable" or (one.outcome == "lost" and "no instance takes" in one.why)
-        is_expected = (is_error and was_away) or (one.outcome == "broken" and was_dead)
+        is_expected = (is_error and was_away) or (one.outcome in ("broken", "unavailable") and was_dead)
         if one.outcome not in ("right", "left") and not is_expected:
             with_s = [f"{f.kind} of {f.target} ({f.begun_s - one.begun_s:+.1f} s)" for f in faults.happened
                       if f.begun_s <= one.ended_s and (f.ended_s or one.ended_s) >= one.begun_s]
