@@ -86,9 +86,11 @@ fuzz: setup
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --requests $(or $(REQUESTS),100000) --seed $(or $(SEED),0) --json benchmarks/results/soak.json
 
-# A real cluster (etcd, three instances, two masters) under faults drawn at random, and whether any answer is lost or wrong
-# or anything is left behind; SECONDS= and SEED= for another run.
+# A real cluster (etcd, two instances, four, and two again) under steady load; then three instances and three masters under
+# faults drawn at random, and whether any answer is lost or wrong or anything is left behind; SECONDS= and SEED= for another
+# run.
 chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --elastic --seed $(or $(SEED),0) --json benchmarks/results/elastic.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos.json
 
 check: lint types house docs test

@@ -13,8 +13,8 @@ from xllm.engine.commands import Action, Controlled
 
 
 def query_members(request: Request) -> dict[str, Any]:
-    """The query's parameters as members of a body."""
-    return {name: _number(value) for name, value in request.query_params.items()}
+    """The query's parameters as members of a body; `model` says which model it is for (`Route`)."""
+    return {name: _number(value) for name, value in request.query_params.items() if name != "model"}
 
 
 async def control(state: ServerState, action: Action, **options: Any) -> Controlled:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from serving.security.paths import hide_paths
 from xllm.client.cluster import ClusterClient
-from xllm.client.cluster_members import ClusterEvent
+from xllm.client.cluster_members import MAX_EVENTS, ClusterEvent
 from xllm.client.dispatch import Dispatch
 from xllm.client.remote import RemoteClient
+
+Timed = TypeVar("Timed", Dispatch, ClusterEvent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,12 @@ class MemberRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """store: where instances register, and how that is; None: they were named. leader(): the address of the master that
-    leads; None: nobody. address: of this master."""
+    """Of a model's instances (engine), and of all of the master's models. store: where instances register, and how that
+    is; None: they were named. leader(): the address of the master that leads; None: nobody. address: of this master.
+    engines(): of all models."""
 
     engine: ClusterClient
+    engines: Callable[[], Sequence[ClusterClient]]
     policy: str
     members: Callable[[], Sequence[MemberRow]]
     address: str
@@ -40,16 +46,18 @@ class ClusterView:
 
     async def shown(self) -> dict[str, Any]:
         """As JSON."""
-        leader, counts = await self.leader(), self.engine.counts
+        leader, engines = await self.leader(), self.engines()
+        counts = [engine.counts for engine in engines]
         return {
             "master": self.address, "leader": leader, "is_leader": leader == self.address, "store": self.store(),
-            "policy": self.policy, "open_requests": len(self.engine.request_ids),
+            "policy": self.policy, "open_requests": sum(len(engine.request_ids) for engine in engines),
             "members": [self._member(row) for row in self.members()],
-            "totals": {"decisions": dict(counts.decisions), "recovered": dict(counts.recovered),
-                       "retried": counts.retried, "given_up": counts.given_up,
-                       "recomputed_tokens": counts.recomputed_tokens},
-            "decisions": [_decision(one) for one in reversed(self.engine.recent)],
-            "events": [_event(one) for one in reversed(self.engine.members.events)],
+            "totals": {"decisions": dict(sum((one.decisions for one in counts), Counter())),
+                       "recovered": dict(sum((one.recovered for one in counts), Counter())),
+                       **{name: sum(getattr(one, name) for one in counts)
+                          for name in ("retried", "given_up", "recomputed_tokens")}},
+            "decisions": [_decision(one) for one in newest(engine.recent for engine in engines)],
+            "events": [_event(one) for one in newest(engine.members.events for engine in engines)],
         }
 
     def _member(self, row: MemberRow) -> dict[str, Any]:
@@ -62,13 +70,19 @@ class ClusterView:
             "incarnation": client.incarnation, "started": _time(client.started_unix_s),
             "models": list(client.model.names), "adapters": list(client.adapters),
             "running": stats.num_running, "waiting": stats.num_waiting,
-            "sent": self.engine.num_sent(row.name), "silent_s": round(client.silent_for_s(), 3),
+            "sent": sum(engine.num_sent(row.name) for engine in self.engines()),
+            "silent_s": round(client.silent_for_s(), 3),
             "kv_usage": round(stats.kv_usage, 4), "kv_blocks": client.facts.num_blocks,
             "block_size": client.facts.config.cache.block_size,
-            "cached_blocks": self.engine.num_cached_blocks(row.name),
+            "cached_blocks": sum(engine.num_cached_blocks(row.name) for engine in self.engines()),
             "hit_rate": round(stats.prefix_hits_total / stats.prefix_queries_total, 4)
             if stats.prefix_queries_total else None,
         }
+
+
+def newest(kinds: Iterable[Sequence[Timed]]) -> list[Timed]:
+    """Of several logs, the newest entries first, as many as each holds."""
+    return sorted(chain.from_iterable(kinds), key=lambda one: one.unix_s)[:-MAX_EVENTS - 1:-1]
 
 
 def _decision(one: Dispatch) -> dict[str, Any]:

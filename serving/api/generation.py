@@ -30,7 +30,8 @@ class Generation:
         self._stream, self._is_closed = stream, False
         self._assembly = Assembly(requests, state.tokenizer, stream.abort)
         self.choices: list[Completion] = self._assembly.completions
-        self._records = [state.requests.begin(choice, stream.scheduled_s, stream.engine) for choice in self.choices]
+        self._records = [state.requests.begin(choice, stream.scheduled_s, stream.engine, state.served_names[0])
+                         for choice in self.choices]
         if (call := CALL.get()) is not None:
             call.note_sequences(requests, self._records)
         state.num_open += 1

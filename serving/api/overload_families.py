@@ -15,14 +15,18 @@ from xllm import logs
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's names, by sleep level
 
 
-def overload_families(make: Families, state: ServerState) -> Iterator[Metric]:
-    """Of the server as a whole."""
+def queue_families(make: Families, state: ServerState) -> Iterator[Metric]:
+    """Of all engines of a model together."""
     waiting = state.admission.waiting
     yield make.gauge("queue_tokens", "Prompt tokens that wait for their first output", waiting.num_tokens)
     yield make.counter_by("kind", "requests_refused", "Requests that found the queue too full",
                           dict(zip(CLASS_NAMES, waiting.num_refused)))
     yield make.counter_by("kind", "requests_shed", "Waiting requests that made room for better ones",
                           dict(zip(CLASS_NAMES, waiting.num_shed)))
+
+
+def server_families(make: Families, state: ServerState) -> Iterator[Metric]:
+    """Of the server as a whole."""
     yield make.counter_by("reason", "connections_closed", "Connections that the server ended",
                           {reason: state.closed_connections[reason] for reason in END_REASONS})
     yield make.counter("log_lines_lost", "Log lines of the API process that nobody read in time", logs.num_lost())

@@ -37,6 +37,9 @@ class Route:
     against its type, and the model that it names is served here. A body of an ADMIN route may be left out, and query
     parameters count as members of it. GET answers HEAD, too.
 
+    Of a server of several models the handler gets the state of the one that is meant: which the body's `model` says,
+    or `?model=` with ADMIN routes and those that are `by_query`. Other routes without a body are for all of them.
+
     kind: of the generations that it begins, for `/v1/stats` and traces. checks_model: else the handler does it, later.
     is_listed: in `/openapi.json`. is_quiet: machines ask it every few seconds, and only its errors are logged.
     show_error: writes errors in another shape than the API's usual one.
@@ -52,6 +55,7 @@ class Route:
     checks_model: bool = True
     is_listed: bool = True
     is_quiet: bool = False
+    by_query: bool = False
     show_error: Callable[[Exception], Response] | None = None
 
     def __post_init__(self) -> None:
@@ -80,17 +84,28 @@ class Route:
 
     async def _answer(self, state: ServerState, request: Request) -> Response:
         REQUEST_KIND.set(self.kind)
-        if self.needs is Needs.ENGINE:
-            state.check_accepting()
-        elif self.needs is Needs.MODEL:
-            state.check_loaded()
+        self._check_needs(state.any_accepting)
+        if self.access is Access.ADMIN or self.by_query:
+            name = request.query_params.get("model")
+            if name is not None or len(state.states) > 1:
+                state = state.of_model(name)
+                self._check_needs(state)
         if self.body is None:
             return await self.handler(state, request)
         body = await read_body(request, self.body, state.config.limits.max_json_depth,
                                beside=query_members(request) if self.access is Access.ADMIN else None)
-        if self.checks_model:
+        if self.access is not Access.ADMIN and len(state.states) > 1:
+            state = state.of_model(getattr(body, "model", None))
+            self._check_needs(state)
+        elif self.checks_model:
             state.check_model(getattr(body, "model", None))
         return await self.handler(state, request, body)
+
+    def _check_needs(self, state: ServerState) -> None:
+        if self.needs is Needs.ENGINE:
+            state.check_accepting()
+        elif self.needs is Needs.MODEL:
+            state.check_loaded()
 
 
 def access_table(routes: Iterable[Route]) -> dict[str, Access]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.api.cluster_view import ClusterView
-from serving.api.errors import ApiError, unavailable
+from serving.api.errors import ApiError, invalid, unavailable
 from serving.api.responses_store import ResponseStore
 from serving.api.text_work import TextWork
 from serving.config import ServerConfig
@@ -39,9 +39,13 @@ if TYPE_CHECKING:
 MAX_RESPONSES, MAX_RESPONSES_CHARS = 1024, 64 * 2**20
 
 
-@dataclass
+@dataclass(eq=False)
 class ServerState:
-    """Filled in while the server starts; `tokenizer` stays None with `skip_tokenizer_init`."""
+    """Filled in while the server starts; `tokenizer` stays None with `skip_tokenizer_init`.
+
+    states: of all models that the server has, in the order in which they came. A master may serve several; each has a
+    state of its own, which shares with the others what is of the server (`beside`).
+    """
 
     engine: WatchedEngine
     config: ServerConfig
@@ -64,6 +68,7 @@ class ServerState:
     text_work: TextWork = field(default_factory=TextWork)
     cluster: ClusterView | None = None  # of a master
     supervisors: Sequence[Supervisor] = ()  # one an engine, once the model is loaded
+    states: list[ServerState] = field(default_factory=list, repr=False, compare=False)
     admission: Intake = field(init=False)  # requests reach the engine through it
     metrics: Sequence[RequestHistograms] = field(init=False)  # of each engine's requests, by its number
 
@@ -74,6 +79,56 @@ class ServerState:
             self.config.limits.max_queue_tokens, low_share=resilience.low_priority_watermark,
             offline_share=resilience.offline_watermark), self.callers)
         self.requests.on_end = self.note_end
+        self.states = self.states or [self]
+
+    def beside(self, engine: WatchedEngine) -> ServerState:
+        """A state for another model of this server; it is one of `states` once it has been put there."""
+        return ServerState(
+            engine, self.config, self.keys, draining=self.draining, refusals=self.refusals, requests=self.requests,
+            callers=self.callers, tracer=self.tracer, num_viewers=self.num_viewers, responses=self.responses,
+            closed_connections=self.closed_connections, text_work=self.text_work, states=self.states)
+
+    def of_model(self, name: str | None) -> ServerState:
+        """The state of the model, or of the model with the adapter, by that name; None: of the only one. Raises
+        ApiError 404 if it is not served here, 400 without a name where several are."""
+        if len(self.states) == 1:
+            self.check_model(name)
+            return self
+        if name is None:
+            raise invalid(f"model: several models are served here; name one: {', '.join(self.all_names)}", "model")
+        for state in self.states:
+            if name in state._accepted_names:
+                return state
+        for state in self.states:
+            if name in state.engine.adapters:
+                return state
+        raise self._unknown(name)
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """What requests may name: each model of the server and its adapters."""
+        return tuple(name for state in self.states for name in (*state.served_names, *state.engine.adapters))
+
+    @property
+    def num_open_in_all(self) -> int:
+        """HTTP calls that are generating, whichever the model."""
+        return sum(state.num_open for state in self.states)
+
+    @property
+    def any_accepting(self) -> ServerState:
+        """The first that takes requests; if none does, the first of all."""
+        if len(self.states) == 1:
+            return self
+        return next((state for state in self.states if state.is_accepting), self.states[0])
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether new requests can be taken."""
+        try:
+            self._check_available()
+        except ApiError:
+            return False
+        return True
 
     def note_end(self, record: RequestRecord) -> None:
         """Record that a request has ended, in its caller's figures and in traces."""
@@ -152,8 +207,11 @@ class ServerState:
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 if `name` is not what is served here; no name means whatever is."""
         if name is not None and name not in self._accepted_names and name not in self.engine.adapters:
-            served = ", ".join((*self.served_names, *self.engine.adapters))
-            raise ApiError(404, f"the model {name[:256]!r} does not exist; served here: {served}", param="model")
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> ApiError:
+        served = ", ".join(self.all_names)
+        return ApiError(404, f"the model {name[:256]!r} does not exist; served here: {served}", param="model")
 
     def adapter_of(self, model: str | None) -> str:
         """The adapter that a request's model names; "" for the model itself, whose names come first. Raises ApiError
@@ -165,8 +223,11 @@ class ServerState:
 
     def check_adapter_name(self, name: str, field: str) -> None:
         """Raise RequestError if requests by that name get the model itself; the adapter would never be used."""
-        if name in self._accepted_names:
+        if any(name in state._accepted_names for state in self.states):
             raise RequestError(f"{field}: {name[:256]!r} is the served model's own name; an adapter needs another one",
+                               field=field)
+        if any(name in state.engine.adapters for state in self.states if state is not self):
+            raise RequestError(f"{field}: {name[:256]!r} is an adapter of another model that is served here",
                                field=field)
 
     def need_tokenizer(self, param: str) -> Tokenizer:

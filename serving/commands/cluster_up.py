@@ -130,7 +130,7 @@ class _ClusterUp(Master):
 
     async def _shut_down(self) -> None:
         """There are no more calls: the instances end, then the master and its store."""
-        self._state.draining = True
+        self._note_draining()
         for process in self._processes:
             process.drain()
         if self._waiting:

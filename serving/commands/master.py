@@ -16,10 +16,12 @@ from serving.cluster.master_seat import MasterSeat
 from serving.cluster.registration import start_store
 from serving.commands.cluster_plan import advertised_host, etcd_settings, namespace_of
 from serving.commands.master_members import MasterMembers
+from serving.commands.master_models import MasterModel, MasterModels
 from serving.commands.serve import load_front
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.master_config import POLICY_OF, MasterConfig
 from serving.observe.instance_spans import InstanceSpans
+from serving.observe.throughput_log import ThroughputLog
 from serving.security.cluster_secret import read_cluster_keys
 from xllm import logs
 from xllm.client.cluster import ClusterClient
@@ -44,7 +46,7 @@ def run(config: MasterConfig) -> int:
 
 
 class Master(ServerLife):
-    """A server whose engine is a cluster: it follows who is there, and serves as long as somebody is."""
+    """A server whose engines are clusters, one a model: it follows who is there, and serves as long as somebody is."""
 
     def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys, etcd: EtcdSettings | None):
         super().__init__(config.server, door)
@@ -56,17 +58,28 @@ class Master(ServerLife):
 
     def _make_state(self) -> ServerState:
         s = self._settings
-        tracer = self._door.tracer
-        self._cluster = ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
-                                            target_tpot_s=s.target_tpot / 1000),
-                                      None if tracer is None else InstanceSpans(tracer))
-        self._members = MasterMembers(self._cluster, self._keys, self._note_names)
+        only_by = "served_model_name" if self._config.http.served_model_name else \
+            "tokenizer_path" if s.tokenizer_path else None
+        self._models = MasterModels(self._make_cluster, only_by=only_by)
+        first = self._models.all[0]
+        self._cluster = first.cluster
+        self._members = MasterMembers(self._models, self._keys, self._note_names)
         self._store = self._open_store()
-        state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=tracer)
+        state = ServerState(self._cluster, self._config, keys=self._door.keys, tracer=self._door.tracer)
         state.cluster = ClusterView(
-            engine=self._cluster, policy=s.load_balance_policy, members=self._members.rows, address=self._address,
+            engine=self._cluster, engines=lambda: [model.cluster for model in self._models.all],
+            policy=s.load_balance_policy, members=self._members.rows, address=self._address,
             store=self._store_text, leader=self._leader)
+        self._states: dict[MasterModel, ServerState] = {first: state}
+        self._watching: list[asyncio.Task[None]] = []  # of models behind the first, what they do
         return state
+
+    def _make_cluster(self) -> ClusterClient:
+        s = self._settings
+        tracer = self._door.tracer
+        return ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
+                                   target_tpot_s=s.target_tpot / 1000),
+                             None if tracer is None else InstanceSpans(tracer))
 
     def _open_store(self) -> KeyValueStore | None:
         """Where instances register, within the event loop; None: they were named."""
@@ -107,8 +120,8 @@ class Master(ServerLife):
             while True:
                 await self._joined.wait()
                 self._joined.clear()
-                if not self._state.loaded:
-                    await self._load()
+                for model in self._models.all:
+                    await self._bring_up(model)
         except XllmError as error:
             logger.error("the master does not start: %s", error)
             self._fail()
@@ -116,10 +129,44 @@ class Master(ServerLife):
             logger.exception("the master does not start")
             self._fail()
 
-    async def _load(self) -> None:
-        """Read the tokenizer, and let requests in. Raises ConfigError if the model's folder is not here, ModelError."""
-        if (facts := self._cluster.facts) is None:
+    async def _bring_up(self, model: MasterModel) -> None:
+        """Serve a model if instances do. Raises XllmError if that cannot be and it is the first one."""
+        state = self._states[model]
+        if state.loaded or not model.is_served:
             return
+        try:
+            is_done = await self._load(model, state)
+        except XllmError as error:
+            if state is self._state:
+                raise
+            self._members.give_up(model, f"{model} is not served: {error}")
+            return
+        if not is_done:  # others are there now, perhaps of another model
+            self._joined.set()
+        elif state is self._state:
+            self._note_loaded()
+            self._say(f"xLLM's master serves {state.served_names[0]} on {self._door.url} (longest sequence "
+                      f"{state.facts.max_model_len} tokens, policy {self._settings.load_balance_policy})")
+            self._say_how_to_call()
+        else:
+            state.loaded = True
+            self._say(f"xLLM's master serves {state.served_names[0]}, too (longest sequence "
+                      f"{state.facts.max_model_len} tokens)")
+            if state not in state.states:
+                self._show(state)
+
+    def _show(self, state: ServerState) -> None:
+        """Have a further model in the API and in what is observed."""
+        state.states.append(state)
+        self._watching.append(asyncio.create_task(state.history.run(state.engine, lambda: None)))
+        if not self._config.log.disable_log_stats:
+            log = ThroughputLog(state.engine, model=state.served_names[0])
+            self._watching.append(asyncio.create_task(log.run()))
+
+    async def _load(self, served: MasterModel, state: ServerState) -> bool:
+        """Read the tokenizer; False: it may be another model's by now. Raises ConfigError if the model's folder is not
+        here, ModelError."""
+        facts, fingerprint = state.facts, served.fingerprint
         model, path = facts.config.model, self._settings.tokenizer_path
         folder = path or facts.model_path
         if path is None and not Path(folder).is_dir():
@@ -128,24 +175,29 @@ class Master(ServerLife):
         model = dataclasses.replace(model, model=folder, revision=None,
                                     tokenizer=model.tokenizer if path is None else None)
         tokenizer, defaults = await asyncio.to_thread(load_front, model)
-        if self._cluster.facts is not facts:  # others are there now, perhaps of another model
-            self._joined.set()
-            return
-        self._state.tokenizer, self._state.sampling_defaults = tokenizer, defaults
-        self._note_loaded()
-        self._say(f"xLLM's master serves {self._state.served_names[0]} on {self._door.url} (longest sequence "
-                  f"{facts.max_model_len} tokens, policy {self._settings.load_balance_policy})")
-        self._say_how_to_call()
+        if served.cluster.facts is not facts or served.fingerprint != fingerprint:
+            return False
+        state.tokenizer, state.sampling_defaults = tokenizer, defaults
+        return True
 
-    def _note_names(self, names: tuple[str, ...], is_new: bool) -> None:
-        """An instance has joined. names: of the model, those of all that have. is_new: it is another model."""
-        if is_new:
-            self._state.forget_model()
-        self._state.serve_names(names)
+    def _note_names(self, model: MasterModel, is_new: bool) -> None:
+        """An instance of a model has joined. is_new: it is another model than before."""
+        state = self._states.get(model)
+        if state is None:
+            state = self._states[model] = self._state.beside(model.cluster)
+            assert self._state.cluster is not None
+            state.cluster = dataclasses.replace(self._state.cluster, engine=model.cluster)
+        elif is_new:
+            state.forget_model()
+        state.serve_names(tuple(model.names))
         self._joined.set()
 
     async def _shut_down(self) -> None:
-        await self._cluster.close()
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        for model in self._models.all:
+            await model.cluster.close()
         if self._seat is not None:
             await self._seat.close()
         await self._members.close()

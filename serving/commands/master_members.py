@@ -1,4 +1,4 @@
-"""`MasterMembers`: tells a master's `ClusterClient` which instances it may use, wherever they are known from."""
+"""`MasterMembers`: tells a master's cluster clients which instances they may use, wherever these are known from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from serving.cluster.instance_record import InstanceRecord
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.registry import Member, Registry
 from serving.cluster.static_instances import StaticInstance, StaticInstances
-from xllm.client.cluster import ClusterClient
+from serving.commands.master_models import MasterModel, MasterModels
 from xllm.client.cluster_keys import ClusterKeys
-from xllm.client.gate_wire import ServedModel
 from xllm.client.remote import RemoteClient
 from xllm.stats import EngineStats
 
@@ -29,20 +28,18 @@ class _Refused:
 
 
 class MasterMembers:
-    """One model is served, that of the first instance that joins; those of another one are not used. Once nobody
-    serves it any more, another one with a name of it takes its place: it was upgraded.
+    """An instance is used for the model that it serves (`MasterModels`), or refused by name.
 
-    on_names(names, is_new): called when an instance has joined, with the names under which the model is served by any
-    of them, and whether it is the first of its model.
+    on_names(model, is_new): called when an instance has joined, with its model, whose names may be more now, and
+    whether it is the first of it.
     """
 
-    def __init__(self, cluster: ClusterClient, keys: ClusterKeys, on_names: Callable[[tuple[str, ...], bool], None]):
-        self._cluster, self._keys, self._on_names = cluster, keys, on_names
+    def __init__(self, models: MasterModels, keys: ClusterKeys, on_names: Callable[[MasterModel, bool], None]):
+        self._models, self._keys, self._on_names = models, keys, on_names
         self._registry: Registry | None = None
         self._static: StaticInstances | None = None
         self._refused: dict[str, _Refused] = {}  # by name, those that are connected and not used
-        self._fingerprint: str | None = None
-        self._names: dict[str, None] = {}
+        self._roles: dict[str, str] = {}  # by name, of those that are used
 
     async def follow_store(self, store: KeyValueStore) -> Callable[[], Mapping[str, EngineStats]]:
         """Use what registers there; returns what gives the loads of the instances. Raises as `Registry.start` does."""
@@ -76,36 +73,39 @@ class MasterMembers:
 
     def _join(self, name: str, client: RemoteClient, role: str = "DEFAULT") -> None:
         assert client.model is not None
-        model, refusal = client.model, self._refusal(client.model)
-        if refusal is None:
-            try:
-                self._cluster.join(name, client, role=role)
-            except ValueError as error:
-                refusal = str(error)
-        if refusal is not None:
-            self._refused[name] = _Refused(client, role, refusal)
-            logger.error("instance %s is not used: %s", name, refusal)
+        try:
+            model = self._models.find(client.model)
+            model.cluster.join(name, client, role=role)
+        except ValueError as error:
+            self._refuse(name, _Refused(client, role, str(error)))
             return
         self._refused.pop(name, None)
-        is_new = model.fingerprint != self._fingerprint
-        self._names = dict.fromkeys((*(() if is_new else self._names), *model.names))
-        self._fingerprint = model.fingerprint
-        self._on_names(tuple(self._names), is_new)
+        self._roles[name] = role
+        self._on_names(model, self._models.note(model, client.model))
 
-    def _refusal(self, model: ServedModel) -> str | None:
-        """Why what serves this model is not used now."""
-        is_same = self._fingerprint in (None, model.fingerprint)
-        if is_same or (not self._cluster.members.all and not self._names.keys().isdisjoint(model.names)):
-            return None
-        return (f"it serves {', '.join(model.names)} (fingerprint {model.fingerprint}), and this master "
-                f"{', '.join(self._names)} ({self._fingerprint}): one model a master")
+    def _refuse(self, name: str, refused: _Refused) -> None:
+        self._refused[name] = refused
+        logger.error("instance %s is not used: %s", name, refused.reason)
+
+    def give_up(self, model: MasterModel, fault: str) -> None:
+        """A model cannot be served here: its instances are used no more."""
+        model.fault = fault
+        for name, member in list(model.cluster.members.all.items()):
+            model.cluster.leave(name, fault)
+            self._refuse(name, _Refused(member.client, self._roles[name], fault))
 
     def _leave(self, name: str, reason: str) -> None:
         self._refused.pop(name, None)
-        self._cluster.leave(name, reason)
-        if not self._cluster.members.all:
-            for other, refused in list(self._refused.items()):
-                self._join(other, refused.client, refused.role)
+        for model in self._models.all:
+            if name in model.cluster.members.all:
+                model.cluster.leave(name, reason)
+                if not model.is_served:
+                    self._try_again()
+
+    def _try_again(self) -> None:
+        """What was refused for the sake of others that have left."""
+        for name, refused in list(self._refused.items()):
+            self._join(name, refused.client, refused.role)
 
     def _registered_row(self, member: Member) -> MemberRow:
         refused = self._refused.get(member.name)

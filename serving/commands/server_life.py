@@ -140,7 +140,7 @@ class ServerLife(ABC):
     @property
     def _num_open(self) -> int:
         """What is waited for when the server ends: HTTP calls that are generating."""
-        return self._state.num_open
+        return self._state.num_open_in_all
 
     # --- its life
 
@@ -213,8 +213,6 @@ class ServerLife(ABC):
     def _note_loaded(self) -> None:
         """Requests are taken from now on."""
         self._state.loaded = True
-        if self._door.tracer is not None:
-            self._door.tracer.model = self._state.served_names[0]
 
     def _fail(self) -> None:
         """End the server; why has been said."""
@@ -250,19 +248,24 @@ class ServerLife(ABC):
             self._kill()
             logging.shutdown()
             os._exit(128 + signum)
-        self._state.draining = True
+        self._note_draining()
         self._stop.set()
+
+    def _note_draining(self) -> None:
+        for state in self._state.states:
+            state.draining = True
 
     async def _drain(self) -> None:
         """Let open requests finish, up to the time limit; then abort them, so that each gets its answer."""
-        self._state.draining = True
+        self._note_draining()
         self._begin_draining()
         if self._num_open and self._engine.dead_reason is None:
             logger.info("draining %d open requests (at most %g s; a second signal stops at once)", self._num_open,
                         self._config.http.drain_timeout)
             if not await self._all_closed(self._config.http.drain_timeout):
                 logger.warning("drain timeout: aborting %d requests", self._num_open)
-                self._engine.abort(self._engine.request_ids)
+                for state in self._state.states:
+                    state.engine.abort(state.engine.request_ids)
                 await self._all_closed(ABORT_GRACE_S)
 
     async def _all_closed(self, timeout_s: float) -> bool:

@@ -54,6 +54,7 @@ class RequestRecord:
     traceparent: str | None = None  # the context of its own span, if that has begun before its end
     caller: str = ""  # whose it is, on a server with keys
     adapter: str = ""  # its name; "": the model itself
+    model: str = ""  # the main name of the model that answers
     kind: RequestKind = PLAIN
 
     @property
@@ -86,15 +87,16 @@ class RequestLog:
         self._num_begun = 0
         self.on_end: Callable[[RequestRecord], None] = lambda record: None
 
-    def begin(self, completion: Completion, scheduled_s: dict[str, float], engine: int = 0) -> RequestRecord:
+    def begin(self, completion: Completion, scheduled_s: dict[str, float], engine: int = 0,
+              model: str = "") -> RequestRecord:
         """Open a record of a sequence. It and `scheduled_s` (by request id) are read whenever somebody looks. engine:
-        which one has it."""
+        which one has it. model: the name of what that serves."""
         self._num_begun += 1
         request = completion.request
         record = RequestRecord(number=self._num_begun, request_id=request.request_id, arrival_s=request.arrival_s,
                                sampling=request.sampling, num_prompt_tokens=len(request.prompt_token_ids),
                                trace_headers=TRACE_HEADERS.get(), caller=CALLER.get().name, adapter=request.lora,
-                               kind=REQUEST_KIND.get(), engine=engine, traceparent=request.traceparent)
+                               kind=REQUEST_KIND.get(), engine=engine, model=model, traceparent=request.traceparent)
         self._open[record.number] = record, completion, scheduled_s
         return record
 

@@ -17,10 +17,12 @@ logger = logging.getLogger("xllm.throughput")
 
 
 class ThroughputLog:
-    """The event loop's. clock: seconds, for tests."""
+    """The event loop's. model: its name, where there are others. clock: seconds, for tests."""
 
-    def __init__(self, engine: WatchedEngine, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, engine: WatchedEngine, *, model: str | None = None,
+                 clock: Callable[[], float] = time.monotonic):
         self._engine, self._clock = engine, clock
+        self._more = {} if model is None else {"model": model}
         self._before, self._before_s = self._each(), clock()
 
     def _each(self) -> list[EngineStats]:
@@ -40,7 +42,7 @@ class ThroughputLog:
             return None
         looked_up = now.prefix_queries_total - before.prefix_queries_total
         found = now.prefix_hits_total - before.prefix_hits_total
-        return {"prompt_tokens_per_s": round(prompt_tokens / seconds, 1),
+        return {**self._more, "prompt_tokens_per_s": round(prompt_tokens / seconds, 1),
                 "generated_tokens_per_s": round(generated_tokens / seconds, 1),
                 "running": now.num_running, "waiting": now.num_waiting, "kv_usage": round(now.kv_usage, 4),
                 "prefix_hit_rate": round(found / looked_up, 4) if looked_up > 0 else None}

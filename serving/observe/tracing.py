@@ -68,7 +68,6 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS))
         self._tracer = self._provider.get_tracer("xllm")
         self._begun: dict[str, tuple[Span, int]] = {}  # by their contexts; and our clock behind the world's, ns
-        self.model = ""
 
     def begin(self, requests: Sequence[Request]) -> list[Request]:
         """Begin the spans of requests. Each comes back with the context of its span, which `record` or `give_up`
@@ -142,7 +141,7 @@ class Tracer:
         found: dict[str, Any] = {
             "gen_ai.provider.name": "xllm", "gen_ai.operation.name": record.kind.operation,
             "gen_ai.request.id": record.request_id, "gen_ai.response.id": record.request_id,
-            "gen_ai.request.model": self.model, "gen_ai.response.model": self.model,
+            "gen_ai.request.model": record.model, "gen_ai.response.model": record.model,
             "gen_ai.request.max_tokens": sampling.max_tokens, "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p, "gen_ai.request.top_k": sampling.top_k,
             "gen_ai.request.seed": sampling.seed,

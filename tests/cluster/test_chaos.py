@@ -78,7 +78,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     cluster = ChaosCluster(tmp_path_factory.mktemp("chaos"), secrets.token_hex(32), num_instances=2)
     found = Small(cluster, {}, loop)
     try:
-        found.run(cluster.open(has_networks=False))
+        found.run(cluster.open(num_masters=1))
         for name in NAMES:
             found.expected[name] = found.run(ask(cluster.instances[0].process.get(), named(name)))
         yield found

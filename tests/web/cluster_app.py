@@ -78,7 +78,8 @@ class ClusterApp:
             for name, engine in zip(NAMES, self._engines, strict=True):
                 await self._cluster.add(name, engine, stack)
             state = ServerState(self._cluster.client, ServerConfig(), keys=KeyRing())
-            state.cluster = ClusterView(engine=self._cluster.client, policy="CAR", members=self._rows,
+            state.cluster = ClusterView(engine=self._cluster.client, engines=lambda: [self._cluster.client],
+                                        policy="CAR", members=self._rows,
                                         address="127.0.0.1:8889", store=lambda: "the store: up", leader=_no_leader)
             state.loaded = True
             self._server = uvicorn.Server(uvicorn.Config(create_app(state), port=0, lifespan="off", log_config=None))

@@ -61,15 +61,31 @@ def package_version() -> str:
         return "0.1.0"
 
 
+def health_of_all(state: ServerState) -> tuple[int, dict[str, Any]]:
+    """As `health_of`; of several models one is enough."""
+    if len(state.states) == 1:
+        return health_of(state)
+    each = [(one.served_names[0], *health_of(one)) for one in state.states]
+    bad = [f"{name}: {body['status']}: {body['reason']}" for name, _, body in each if "reason" in body]
+    found: dict[str, Any] = {what: sum(body.get(what, 0) for _, _, body in each)
+                             for what in ("running", "waiting", "steps")}
+    found["models"] = [{"model": name, "status": body["status"]} for name, _, body in each]
+    if bad:
+        found["reason"] = "; ".join(bad)
+    if not any(status == 200 for _, status, _ in each):
+        return 503, {**found, "status": each[0][2]["status"]}
+    return 200, {**found, "status": "draining" if state.draining else "degraded" if bad else "ok"}
+
+
 async def health(state: ServerState, request: Request) -> Response:
-    status, body = health_of(state)
+    status, body = health_of_all(state)
     if state.cluster is not None:  # the console asks before anybody has a key
         body["is_master"] = True
     return json_response(body, status)
 
 
 async def ready(state: ServerState, request: Request) -> Response:
-    status, body = health_of(state)
+    status, body = health_of_all(state)
     if status == 200 and not state.draining:
         return json_response({"status": "ready"})
     if state.draining:
@@ -82,7 +98,7 @@ async def show_version(state: ServerState, request: Request) -> Response:
 
 
 async def load(state: ServerState, request: Request) -> Response:
-    return json_response({"server_load": state.num_open})
+    return json_response({"server_load": state.num_open_in_all})
 
 
 ROUTES = (

@@ -49,15 +49,15 @@ def card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 async def list_models(state: ServerState, request: Request) -> Response:
-    names, has_more = page_of((*state.served_names, *state.engine.adapters), request.query_params)
-    return json_response({"object": "list", "data": [card(state, name) for name in names], "has_more": has_more,
+    cards = {name: card(state.of_model(name), name) for name in state.all_names}
+    names, has_more = page_of(tuple(cards), request.query_params)
+    return json_response({"object": "list", "data": [cards[name] for name in names], "has_more": has_more,
                           "first_id": names[0] if names else None, "last_id": names[-1] if names else None})
 
 
 async def get_model(state: ServerState, request: Request) -> Response:
     name = request.path_params["name"]
-    state.check_model(name)
-    return json_response(card(state, name))
+    return json_response(card(state.of_model(name), name))
 
 
 ROUTES = (

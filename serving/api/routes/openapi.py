@@ -83,7 +83,8 @@ async def show(state: ServerState, request: Request) -> Response:
     routes = request.app.state.routes
     if not state.loaded:
         return json_response(document(routes))
-    return json_response(document(routes, (*state.served_names, *state.engine.adapters), state.facts.vocab_size))
+    vocab_size = max(one.facts.vocab_size for one in state.states)
+    return json_response(document(routes, state.all_names, vocab_size))
 
 
 ROUTES = (Route("GET", "/openapi.json", Access.USER, None, show, Needs.NOTHING),)

@@ -49,7 +49,7 @@ def server_json(state: ServerState) -> dict[str, Any]:
     status, health = health_of(state)
     facts: dict[str, Any] = {"version": package_version(), "status": health["status"], "ok": status == 200,
                              "reason": health.get("reason"), "phase": state.engine.phase,
-                             "started": state.started_unix_s, "server_load": state.num_open}
+                             "started": state.started_unix_s, "server_load": state.num_open_in_all}
     if (known := state.engine.facts) is not None:
         facts.update(model=state.served_names[0], max_model_len=known.max_model_len,
                      block_size=known.config.cache.block_size,
@@ -107,11 +107,19 @@ def _interval_s(request: Request) -> float:
     return int(given) / 1000
 
 
+def _asked(state: ServerState, request: Request) -> ServerState:
+    """Of several models that of `?model=`, or else the first. Raises ApiError 404."""
+    name = request.query_params.get("model")
+    return state if name is None else state.of_model(name)
+
+
 async def stats(state: ServerState, request: Request) -> Response:
+    state = _asked(state, request)
     return json_response(snapshot(state), headers={"Cache-Control": "no-store"})
 
 
 async def stream(state: ServerState, request: Request) -> Response:
+    state = _asked(state, request)
     interval_s, name = _interval_s(request), CALLER.get().name
     if request.method == "HEAD":  # the head alone: nobody would read the stream
         return Response(media_type="text/event-stream", headers=EVENT_HEADERS)

@@ -103,5 +103,5 @@ async def _token_ids(state: ServerState, body: TokenizeBody) -> list[int]:
 ROUTES = (
     Route("POST", "/tokenize", Access.USER, TokenizeBody, tokenize, Needs.MODEL),
     Route("POST", "/detokenize", Access.USER, DetokenizeBody, detokenize, Needs.MODEL),
-    Route("GET", "/tokenizer_info", Access.USER, None, tokenizer_info, Needs.MODEL),
+    Route("GET", "/tokenizer_info", Access.USER, None, tokenizer_info, Needs.MODEL, by_query=True),
 )

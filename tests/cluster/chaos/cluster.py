@@ -1,5 +1,5 @@
-"""`ChaosCluster`: etcd, instances and two masters as processes of their own, of which one reaches the instances through
-networks that can be broken."""
+"""`ChaosCluster`: etcd, instances and masters as processes of their own, of which one master reaches the instances
+through networks that can be broken."""
 
 from __future__ import annotations
 
@@ -147,31 +147,56 @@ class Instance:
         return None
 
 
+MASTERS = ("etcd", "networks", "standby")
+
+
 class ChaosCluster:
-    """`await open()`, then `close()`. masters[0] finds the instances in etcd; masters[1] is told where the networks
-    before them are."""
+    """`await open()`, then `close()`. masters: as many of `MASTERS` as are asked for. The first and the last find the
+    instances in etcd, and one of these two leads; the second is told where the networks before them are."""
 
     def __init__(self, folder: Path, secret: str, num_instances: int = 3):
         self.folder, self.secret = folder, secret
         self.etcd = EtcdProcess(folder)
         self.instances = [Instance(self, name) for name in "abcd"[:num_instances]]
         self.masters: list[Process] = []
+        self._dead: list[Process] = []
 
-    async def open(self, *, has_networks: bool = True) -> ChaosCluster:
+    async def open(self, *, num_masters: int = len(MASTERS)) -> ChaosCluster:
         await asyncio.to_thread(self.etcd.start)
         await asyncio.gather(*(instance.start() for instance in self.instances))
-        flags = ("master", "--http_server_port", "0", "--admin-api-key", "the-admins")
-        self.masters = [Process(self.folder / "master-etcd.log", self.secret, *flags, "--etcd-addr",
-                                self.etcd.address)]
-        if has_networks:
+        if num_masters > 1:
             for instance in self.instances:
                 await instance.network.open()
-            self.masters.append(Process(self.folder / "master-networks.log", self.secret, *flags, "--instances",
-                                        ",".join(one.network.address for one in self.instances)))
+        self._ports = [free_port() for _ in range(num_masters)]
+        self.masters = [self._launch_master(number) for number in range(num_masters)]
         for master in self.masters:
             await master.await_url()
         await self.await_whole()
         return self
+
+    def _launch_master(self, number: int) -> Process:
+        kind = MASTERS[number]
+        place = ("--instances", ",".join(one.network.address for one in self.instances)) if kind == "networks" else \
+            ("--etcd-addr", self.etcd.address, "--rpc-server-port", str(8889 + number))
+        return Process(self.folder / f"master-{kind}.log", self.secret, "master", "--http_server_port",
+                       str(self._ports[number]), "--admin-api-key", "the-admins", *place)
+
+    async def start_master(self, number: int) -> None:
+        """Again, where it was."""
+        old = self.masters[number]
+        old.process.wait()
+        master = self._launch_master(number)
+        await master.await_url()
+        self.masters[number] = master
+        self._dead.append(old)  # somebody may be asking it just now
+
+    async def leader(self) -> int | None:
+        """The place of the master that leads, as those say that follow etcd; None: nobody."""
+        for number, master in enumerate(self.masters):
+            with contextlib.suppress(httpx.HTTPError):
+                if (await master.get().get("/cluster", timeout=10)).raise_for_status().json()["is_leader"]:
+                    return number
+        return None
 
     async def states(self, master: Process) -> list[str]:
         shown = (await master.get().get("/cluster", timeout=10)).raise_for_status().json()
@@ -193,7 +218,7 @@ class ChaosCluster:
         for instance in self.instances:
             with contextlib.suppress(Exception):
                 await instance.network.close()
-        await asyncio.gather(*(process.stop() for process in self.masters), return_exceptions=True)
+        await asyncio.gather(*(process.stop() for process in (*self.masters, *self._dead)), return_exceptions=True)
         await asyncio.gather(*(one.now.stop() for one in self.instances if one.now), return_exceptions=True)
         self.etcd.kill()
 

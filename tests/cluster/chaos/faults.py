@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
-from tests.cluster.chaos.cluster import ChaosCluster, Instance, Process, until
+from serving.cluster.master_seat import LEASE_S
+from tests.cluster.chaos.cluster import MASTERS, ChaosCluster, Instance, until
 
+LEADS_S = LEASE_S + 2.0  # for another master to lead, once the leading one is dead
+LOADS_S = LEADS_S + 2.0  # and to have written loads
 SEES_S = 90.0  # for masters to use an instance again
 END_S = 60.0
 
@@ -20,7 +26,7 @@ END_S = 60.0
 @dataclass
 class Happened:
     """One fault. begun_s, ended_s: on the `time.monotonic()` clock. lifted_s: when its cause was gone; recovery is
-    from there."""
+    from there. dead: the master that it killed. figures: what else was measured, in seconds."""
 
     kind: str
     target: str
@@ -28,19 +34,22 @@ class Happened:
     lifted_s: float = 0.0
     ended_s: float = 0.0
     problem: str | None = None
+    dead: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Faults:
     """`play` them for a while. happened: those that have been. away_s: for each master, by its place, the times at
-    which it may have had no instance."""
+    which it may have had no instance. dead_s: the same, of those at which there may have been no such master."""
 
     def __init__(self, cluster: ChaosCluster, rng: Random):
         self.cluster, self.rng = cluster, rng
         self.happened: list[Happened] = []
-        self.away_s: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+        self.away_s: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(MASTERS))}
+        self.dead_s: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(MASTERS))}
         self._free = asyncio.Semaphore(len(cluster.instances) - 1)  # one is left alone
         self._idle = set(cluster.instances)
-        self._etcd = asyncio.Lock()
+        self._etcd, self._all = asyncio.Lock(), asyncio.Lock()
         self._until_s = 0.0
 
     async def play(self, seconds: float) -> None:
@@ -50,22 +59,27 @@ class Faults:
                  self._lane(self._of_all, 40.0, 80.0)]
         await asyncio.gather(*lanes)
 
-    async def play_each(self) -> None:
-        """Every kind once, one after the other."""
+    async def play_each(self, only: str | None = None) -> None:
+        """Every kind once, one after the other, or only one. Raises ValueError: there is none by that name."""
         rng = Random(self.rng.random())
-        for fault in self._kinds:
-            await self._of_an_instance(rng, fault)
+        kinds: dict[str, Callable[[], Awaitable[None]]] = {
+            **{_name(fault): partial(self._of_an_instance, rng, fault) for fault in self._kinds},
+            **{kind: partial(self._of_etcd, rng, kind) for kind in ETCD_FAULTS},
+            **{kind: partial(self._of_a_master, rng, kind) for kind in self._of_masters},
+            "all killed": partial(self._of_all, rng)}
+        if only and only not in kinds:
+            raise ValueError(f"no fault is called {only!r}; there are {', '.join(kinds)}")
+        for play in [kinds[only]] if only else kinds.values():
+            await play()
             await asyncio.sleep(1.0)
-        for kind in ETCD_FAULTS:
-            await self._of_etcd(rng, kind)
-            await asyncio.sleep(1.0)
-        await self._of_a_master(rng)
-        await asyncio.sleep(1.0)
-        await self._of_all(rng)
 
     @property
     def _kinds(self) -> tuple[InstanceFault, ...]:
         return INSTANCE_FAULTS if len(self.cluster.masters) > 1 else PROCESS_FAULTS
+
+    @property
+    def _of_masters(self) -> tuple[str, ...]:
+        return MASTER_FAULTS if len(self.cluster.masters) == len(MASTERS) else MASTER_FAULTS[:1]
 
     async def _lane(self, fault: Callable[[Random], Awaitable[None]], least_s: float, most_s: float) -> None:
         rng = Random(self.rng.random())
@@ -94,7 +108,7 @@ class Faults:
             instance = rng.choice(sorted(self._idle, key=lambda one: one.name))
             self._idle.discard(instance)
             fault = fault or rng.choice(self._kinds)
-            with self._noted(fault.__name__.replace("_", " "), instance.name) as one:
+            with self._noted(_name(fault), instance.name) as one:
                 await fault(self, instance, rng, one)
                 await self._sees(instance)
             self._idle.add(instance)
@@ -213,14 +227,62 @@ class Faults:
         wanted = {f"XLLM:DEFAULT:{one.name}" for one in self._idle} | {"XLLM:SERVICE:MASTER"}
         return wanted <= set(keys.split())
 
-    async def _of_a_master(self, rng: Random) -> None:
+    async def _of_a_master(self, rng: Random, kind: str | None = None) -> None:
+        kind = kind or rng.choice(self._of_masters)
+        if kind == "master killed":
+            await self._kill_leader(rng)
+            return
         number = rng.randrange(len(self.cluster.masters))
-        master: Process = self.cluster.masters[number]
-        with self._noted("master paused", ("etcd", "networks")[number]) as one:
-            await self._pause(master.process.pid, rng.uniform(0.5, 8), one)
+        with self._noted(kind, MASTERS[number]) as one:
+            await self._pause(self.cluster.masters[number].process.pid, rng.uniform(0.5, 8), one)
             self.away_s[number].append((one.begun_s, one.lifted_s + 10))
 
+    async def _kill_leader(self, rng: Random) -> None:
+        """The other one that follows etcd leads then; this one is started again."""
+        cluster = self.cluster
+        async with self._etcd, self._all:
+            await until(self._has_leader, END_S, "that a master leads")
+            number = await cluster.leader()
+            assert number is not None
+            with self._noted("master killed", MASTERS[number]) as one:
+                one.dead = number
+                cluster.masters[number].process.kill()
+                cluster.masters[number].process.wait()
+                last = max((await asyncio.to_thread(self._loads)).values(), default=0)
+                try:
+                    await until(self._has_leader, LEADS_S, "that the other one leads")
+                    one.figures["leads"] = time.monotonic() - one.begun_s
+                    assert await cluster.leader() != number
+
+                    async def writes() -> bool:
+                        now = await asyncio.to_thread(self._loads)
+                        return all(now.get(instance.name, 0) > last for instance in self._idle)
+
+                    await until(writes, LOADS_S, "that it writes loads")
+                    one.figures["loads"] = time.monotonic() - one.begun_s
+                    await asyncio.sleep(rng.uniform(0, 3))
+                finally:
+                    one.lifted_s = time.monotonic()
+                    await cluster.start_master(number)
+                    self.dead_s[number].append((one.begun_s, time.monotonic()))
+                await self._sees()
+                assert await cluster.leader() not in (None, number), "the other one does not lead any more"
+
+    async def _has_leader(self) -> bool:
+        return await self.cluster.leader() is not None
+
+    def _loads(self) -> dict[str, int]:
+        """The revisions at which each instance's load was written last."""
+        prefix = "XLLM:LOADMETRICS:"
+        found = json.loads(self.cluster.etcd.ctl("get", prefix, "--prefix", "--keys-only", "-w", "json"))
+        return {base64.b64decode(item["key"]).decode().removeprefix(prefix): item["mod_revision"]
+                for item in found.get("kvs", ())}
+
     async def _of_all(self, rng: Random) -> None:
+        async with self._all:
+            await self._kill_all(rng)
+
+    async def _kill_all(self, rng: Random) -> None:
         places = len(self.cluster.instances) - 1
         for _ in range(places):
             await self._free.acquire()
@@ -242,7 +304,12 @@ class Faults:
             self._free.release()
 
 
+def _name(fault: InstanceFault) -> str:
+    return fault.__name__.replace("_", " ")
+
+
 InstanceFault = Callable[[Faults, Instance, Random, Happened], Awaitable[None]]
+MASTER_FAULTS = ("master paused", "master killed")
 ETCD_FAULTS = ("etcd paused", "etcd killed", "etcd wiped")
 PROCESS_FAULTS: tuple[InstanceFault, ...] = (
     Faults.killed, Faults.engine_killed, Faults.terminated, Faults.paused, Faults.engine_paused, Faults.doubled)

@@ -37,7 +37,7 @@ class Ended:
     begun_s: float
     ended_s: float
     answer: Answer
-    outcome: str  # "right", "left", "unavailable", "lost", "wrong", "hung"
+    outcome: str  # "right", "left", "unavailable", "broken", "lost", "wrong", "hung"
     why: str = ""
 
 
@@ -58,7 +58,7 @@ class Traffic:
             rng = Random(f"{self.seed} {index}")
             one = await self.one(index, rng.randrange(len(self.cluster.masters)), drawn(rng),
                                  rng.randrange(2, 30) if rng.random() < 0.08 else None)
-            if one.outcome == "unavailable":
+            if one.outcome in ("unavailable", "broken"):
                 await asyncio.sleep(0.5)
 
     async def one(self, index: int, master: int, asked: Asked, leave_after: int | None = None) -> Ended:
@@ -68,7 +68,7 @@ class Traffic:
         except asyncio.TimeoutError:
             outcome, why = "hung", f"no end within {BOUND_S:g} s"
         except httpx.HTTPError as error:
-            outcome, why = "lost", f"{type(error).__name__}: {error}"
+            outcome, why = "broken", f"{type(error).__name__}: {error}"
         else:
             outcome, why = self._judged(asked, found, leave_after)
         one = Ended(index, asked.name, master, begun_s, time.monotonic(), found, outcome, why)
@@ -165,10 +165,11 @@ def judged(traffic: Traffic, faults: Faults) -> list[str]:
     """Problems with requests and faults."""
     problems = [f"fault {one.kind} of {one.target}: {one.problem}" for one in faults.happened if one.problem]
     for one in traffic.ended:
-        was_away = any(begun_s - 1 <= one.ended_s and one.begun_s <= ended_s for begun_s, ended_s in
-                       faults.away_s[one.master])
+        was_away, was_dead = (any(begun_s - 1 <= one.ended_s and one.begun_s <= ended_s for begun_s, ended_s in
+                                  times[one.master]) for times in (faults.away_s, faults.dead_s))
         is_error = one.outcome == "unavailable" or (one.outcome == "lost" and "no instance takes" in one.why)
-        if one.outcome in ("lost", "wrong", "hung", "unavailable") and not (is_error and was_away):
+        is_expected = (is_error and was_away) or (one.outcome in ("broken", "unavailable") and was_dead)
+        if one.outcome not in ("right", "left") and not is_expected:
             with_s = [f"{f.kind} of {f.target} ({f.begun_s - one.begun_s:+.1f} s)" for f in faults.happened
                       if f.begun_s <= one.ended_s and (f.ended_s or one.ended_s) >= one.begun_s]
             problems.append(f"request {one.index}, {one.name}, at master {one.master}, {one.ended_s - one.begun_s:.1f} "
@@ -178,7 +179,7 @@ def judged(traffic: Traffic, faults: Faults) -> list[str]:
 
 def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]:
     """By kind: how many, seconds from the cause's end to the cluster's being whole, and the longest silence of streams
-    meanwhile, which another fault may have caused."""
+    meanwhile, which another fault may have caused, at all masters but one that was killed."""
     by_kind = defaultdict(list)
     for one in faults.happened:
         by_kind[one.kind].append(one)
@@ -186,14 +187,23 @@ def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]
     for kind, found in sorted(by_kind.items()):
         recovery_s = sorted(one.ended_s - one.lifted_s for one in found)
         gaps_s = [max((r.answer.longest_gap_s for r in traffic.ended
-                       if r.begun_s <= one.ended_s and r.ended_s >= one.begun_s), default=0.0) for one in found]
+                       if r.begun_s <= one.ended_s and r.ended_s >= one.begun_s and r.master != one.dead), default=0.0)
+                  for one in found]
         table[kind] = {"num": len(found), "recovery_median_s": round(recovery_s[len(recovery_s) // 2], 2),
-                       "recovery_max_s": round(recovery_s[-1], 2), "longest_silence_s": round(max(gaps_s), 2)}
+                       "recovery_max_s": round(recovery_s[-1], 2), "longest_silence_s": round(max(gaps_s), 2),
+                       **{f"{name}_max_s": round(max(one.figures.get(name, 0.0) for one in found), 2)
+                          for name in found[0].figures}}
+        ends_s = [r.ended_s - one.begun_s for one in found for r in traffic.ended
+                  if r.master == one.dead and r.begun_s < one.begun_s < r.ended_s]
+        if ends_s:  # those that were open at a master that was killed
+            table[kind] |= {"connections_ended": len(ends_s), "ended_max_s": round(max(ends_s), 2)}
     return table
 
 
-async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10) -> dict[str, Any]:
-    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone."""
+async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10, *,
+              fault: str | None = None) -> dict[str, Any]:
+    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only the
+    one of this name."""
     cluster = ChaosCluster(folder, secrets.token_hex(32))
     try:
         await cluster.open()
@@ -205,7 +215,7 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10)
         traffic, faults, is_over = Traffic(cluster, expected, seed), Faults(cluster, Random(seed)), asyncio.Event()
         playing = asyncio.create_task(traffic.play(clients, is_over))
         begun_s = time.monotonic()
-        await (faults.play_each() if seconds is None else faults.play(seconds))
+        await (faults.play_each(fault) if seconds is None else faults.play(seconds))
         is_over.set()
         await playing
         problems = judged(warm_up, faults) + judged(traffic, faults)
@@ -221,7 +231,8 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10)
             "tokens": sum(one.answer.usage[1] for one in traffic.ended), "outcomes": dict(sorted(outcomes.items())),
             "faults": fault_table(traffic, faults), "num_faults": len(faults.happened),
             "recoveries": dict(sorted(recovered.items())),
-            "lost": sum("lost" in p or "hung" in p or "unavailable" in p for p in problems if p.startswith("request")),
+            "lost": sum(word in p for p in problems if p.startswith("request")
+                        for word in (": lost: ", ": hung: ", ": broken: ", ": unavailable: ")),
             "wrong": outcomes["wrong"], "counts": {"before": before, "after": await counts(cluster)},
             "num_problems": len(problems), "problems": [problem[:3000] for problem in problems[:MAX_SHOWN]],
         }
