@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -141,7 +140,7 @@ class Fleet:
             self._sessions.move_to_end(session)
             if len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-        return replace(decision, matched_tokens=tuple(
+        return Decision(decision.name, decision.reason, decision.scores, tuple(
             int(found.blocks_TI[-1, found.names.index(decision.name)]) for found in matches))
 
     def _call(self, names: Sequence[str], num_tokens: int, session: str | None, deadline_s: float | None) -> RoutedCall:

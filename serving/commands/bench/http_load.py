@@ -1,4 +1,4 @@
-"""`HttpLoad`: many chats at a time over HTTP/1.1, with little work in this process: what is measured is the server's."""
+"""`HttpLoad`: many chats at a time over HTTP/1.1, with little work in this process: the server's is measured."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ START_S = 60.0  # for a process to be ready. Chosen: many times what one takes
 END_S = 20.0  # for a process to end by itself
 MAX_INSTANCES = 16  # Chosen: more would measure this machine's scheduler
 MAX_STEP_MS = 1000.0  # Chosen: no model is so slow that the master would be what matters
-WORDS = ("about after again before between change country different example family follow found house large letter light "
-         "little mother number other paper people place point question right school should small sound still story study "
-         "think under water where which world write").split()
+WORDS = ("about", "after", "again", "before", "between", "change", "country", "different", "example", "family",
+         "follow", "found", "house", "large", "letter", "light", "little", "mother", "number", "other", "paper",
+         "people", "place", "point", "question", "right", "school", "should", "small")
 
 
 def main(argv: list[str]) -> int:

@@ -51,7 +51,8 @@ class CpuSampler:
 def _name(frame: FrameType) -> str:
     """As `xllm/client/remote.py:RemoteClient._read`."""
     code = frame.f_code
-    return f"{'/'.join(code.co_filename.split('/')[-3:])}:{code.co_qualname}"
+    own = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the shorter one only
+    return f"{'/'.join(code.co_filename.split('/')[-3:])}:{own}"
 
 
 def _end_with_stdin() -> None:
