@@ -89,7 +89,7 @@ def test_samples_fall_where_time_is_spent() -> None:
         signal.signal(signal.SIGPROF, before)
     name = "tests/serving/test_bench_master.py:burn"
     assert sampler.num_samples > 5 and sampler.own[name] > 0.8 * sampler.num_samples
-    assert sampler.total[name] == sampler.own[name]
+    assert sampler.own[name] <= sampler.total[name] <= sampler.num_samples
 
 
 @pytest.mark.parametrize("wrong", ["--instances=0", "--step-ms=-1", "--open=1,x", "--open=0", "--rounds=0"])
