@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,13 +33,13 @@ from xllm.child_process import run_module
 from xllm.errors import ConfigError, XllmError
 
 GOALS = {"us_a_request": 2000.0, "us_a_streamed_token": 120.0}
-OPEN = (1, 16, 64)
-SHORT_TOKENS = 8  # of the longest short answer; they have 1 to so many
-STREAM_TOKENS = 128
+OPEN = (1, 16, 64)  # requests. Chosen: one caller, a few, and a busy master
+SHORT_TOKENS = 8  # of the longest short answer; they have 1 to so many. Chosen: a label, a word or two
+STREAM_TOKENS = 128  # of a streamed answer. Chosen: a short paragraph
 PROMPT_WORDS = 30  # with the chat template some 64 tokens of the bundled model. Chosen: a question
-IDLE_S = 3.0  # in which what an idle master takes is measured
+IDLE_S = 3.0  # in which what an idle master takes is measured. Chosen: six signs of life of each instance
 START_S = 60.0  # for a process to be ready. Chosen: many times what one takes
-END_S = 20.0  # for a process to end by itself
+END_S = 20.0  # for a process to end by itself. Chosen: many times what one takes
 MAX_INSTANCES = 16  # Chosen: more would measure this machine's scheduler
 MAX_STEP_MS = 1000.0  # Chosen: no model is so slow that the master would be what matters
 WORDS = ("about", "after", "again", "before", "between", "change", "country", "different", "example", "family",
@@ -86,6 +88,8 @@ def measure(num_instances: int, step_ms: float, open_numbers: list[int], rounds:
             url = _said(master, log, _url)
             asked = _Asked(master.pid, HttpLoad(url.removeprefix("http://")))
             _await_members(log, num_instances)
+            if with_samples:
+                os.kill(master.pid, signal.SIGUSR2)
             result = asyncio.run(asked.measure(open_numbers, rounds))
         if with_samples:
             result["samples"] = _told(json.loads(samples.read_text()))

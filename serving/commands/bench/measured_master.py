@@ -1,8 +1,9 @@
 """`xllm master` for a benchmark, which ends as if by SIGTERM when its stdin does: `python -m
 serving.commands.bench.measured_master [--samples FILE] FLAG...`, with the flags of `xllm master`.
 
---samples: where its main thread was whenever so much CPU time had passed, as JSON, written at its end. Time of other
-threads, such as zmq's own, which encrypts, falls on whatever the main thread did then, mostly on waiting in `select`.
+--samples: where its main thread was whenever so much CPU time had passed since SIGUSR2, as JSON, written at its end.
+Time of other threads, such as zmq's own, which encrypts, falls on whatever the main thread did then, mostly on waiting
+in `select`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def run(argv: list[str]) -> int:
     if argv[:1] != ["--samples"]:
         return main(["master", *argv])
     sampler = CpuSampler()
-    sampler.start()
+    signal.signal(signal.SIGUSR2, lambda signum, frame: sampler.start())
     try:
         return main(["master", *argv[2:]])
     finally:
