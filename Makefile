@@ -66,6 +66,7 @@ aot: setup
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
 	INDEX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/routing/test_global_index.py tests/routing/test_fleet_model.py --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/xllm bench master --rounds 1
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
 	ABORTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/security/test_mass_aborts.py --timeout 600
 	BOUNDS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/text/test_template_bounds.py --timeout 1200

@@ -31,7 +31,7 @@ from xllm.node_settings import resolve_nodes
 from xllm.suggestion import nearest
 
 BENCHES = ("throughput", "latency", "serve", "scheduler", "cache", "tiers", "xtensor", "kv-dtype",
-           "neighbours", "router")
+           "neighbours", "router", "master")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

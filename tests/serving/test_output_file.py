@@ -130,7 +130,7 @@ def test_a_batch_that_is_no_text(source: Path, capsys: pytest.CaptureFixture[str
 
 
 BENCHES = {"throughput": ("--model",), "latency": (), "kv-dtype": (), "tiers": (), "cache": ("--trace",),
-           "xtensor": ("--trace",), "scheduler": None, "serve": None}
+           "xtensor": ("--trace",), "scheduler": None, "serve": None, "master": None}
 
 
 @pytest.mark.parametrize("name", BENCHES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -47,6 +46,7 @@ class Fleet:
         self._targets = target_ttft_s, target_tpot_s
         self._random = random.Random(seed)
         self._instances: dict[str, RoutedInstance] = {}
+        self._block_size: int | None = None
         self._num_joined = self._turn = 0
         self._now_s = 0.0
         self._sessions: OrderedDict[str, str] = OrderedDict()
@@ -62,8 +62,7 @@ class Fleet:
     def block_size(self) -> int | None:
         """The block size that most instances have (of equally many the first): prompts are to be marked with it.
         Nothing is found at the others. None: there is no instance."""
-        sizes = [instance.capacity.block_size for instance in self._instances.values()]
-        return max(sizes, key=sizes.count, default=None)
+        return self._block_size
 
     def join(self, name: str, *, role: str = "DEFAULT", block_size: int, max_waiting: int, max_open: int,
              num_blocks: int) -> None:
@@ -76,11 +75,17 @@ class Fleet:
         self._num_joined += 1
         self._instances[name] = RoutedInstance(self._num_joined, Capacity(
             block_size=block_size, max_waiting=max_waiting, max_open=max_open, num_blocks=num_blocks))
+        self._note_block_size()
 
     def leave(self, name: str) -> None:
         """An instance has gone, and its requests with it."""
         self.index.leave(name)
         self._instances.pop(name, None)
+        self._note_block_size()
+
+    def _note_block_size(self) -> None:
+        sizes = [instance.capacity.block_size for instance in self._instances.values()]
+        self._block_size = max(sizes, key=sizes.count, default=None)
 
     def changed(self, name: str, tier: int, stored: bytes, removed: bytes) -> None:
         """What an instance has cached has changed: see `engine/commands.py:CacheChanges`."""
@@ -141,7 +146,7 @@ class Fleet:
             self._sessions.move_to_end(session)
             if len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-        return replace(decision, matched_tokens=tuple(
+        return Decision(decision.name, decision.reason, decision.scores, tuple(
             int(found.blocks_TI[-1, found.names.index(decision.name)]) for found in matches))
 
     def _call(self, names: Sequence[str], num_tokens: int, session: str | None, deadline_s: float | None) -> RoutedCall:

@@ -60,8 +60,9 @@ class Matches:
         """How many blocks' computing each instance is spared: float64 [I]. load_costs: what a block costs to be brought
         to the device from each tier over what it costs to be computed, [T] or [T, I]; where that is more than 1, it is
         computed and nothing is saved."""
-        gains = np.clip(1.0 - np.asarray(load_costs, dtype=np.float64), 0.0, 1.0)
-        in_tier = np.diff(self.blocks_TI, axis=0, prepend=0)
+        gains = np.minimum(1.0, np.maximum(0.0, 1.0 - np.asarray(load_costs, dtype=np.float64)))
+        in_tier = self.blocks_TI.copy()
+        in_tier[1:] -= self.blocks_TI[:-1]
         return np.asarray((in_tier * gains.reshape(len(TIERS), -1)).sum(axis=0))
 
 
@@ -178,12 +179,13 @@ class GlobalIndex:
         if not names or not len(keys):
             return Matches(names, np.zeros((len(TIERS), len(names)), dtype=np.int64))
         places = self._table.find(keys)
-        num_found = int((places == NOWHERE).argmax()) if (places == NOWHERE).any() else len(places)
-        places = places[:num_found]
+        missing = (places == NOWHERE).nonzero()[0]
+        places = places[: missing[0]] if len(missing) else places
+        if not len(places):
+            return Matches(names, np.zeros((len(TIERS), len(names)), dtype=np.int64))
         self._table.used[places] = int(self._clock() - self._start_s)
         owners = np.bitwise_or.accumulate(self._owners[:, places] & every, axis=0)
-        runs = np.stack([_runs(of_tier) for of_tier in np.bitwise_and.accumulate(owners, axis=1)])
-        return Matches(names, runs[:, bits])
+        return Matches(names, _runs(np.bitwise_and.accumulate(owners, axis=1))[:, bits])
 
     def has(self, name: str, tier: int, keys: np.ndarray) -> np.ndarray:
         """Which blocks an instance has in a tier: bool [N]. For audits."""
@@ -208,11 +210,16 @@ def _word(bits: Iterable[int]) -> np.uint64:
     return np.uint64(sum(1 << bit for bit in bits))
 
 
-def _runs(words: np.ndarray) -> np.ndarray:
-    """For each of the 64 bits, how many words have it. words: uint64 [N] of which each has only bits of the one before
-    it, so that there are few different ones. int64 [64]."""
-    if not len(words):
-        return np.zeros(MAX_INSTANCES, dtype=np.int64)
-    ends = np.append(np.flatnonzero(words[1:] != words[:-1]), len(words) - 1)
-    bits = np.unpackbits(words[ends].astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    return np.asarray(np.diff(ends, prepend=-1) @ bits.astype(np.int64))
+def _runs(words_TN: np.ndarray) -> np.ndarray:
+    """For each tier and each of the 64 bits, how many words have it: int64 [T, 64]. words_TN: uint64 of which each has
+    only bits of the one before it in its tier, so that few differ; N at least 1."""
+    is_last = np.ones(words_TN.shape, dtype=np.bool_)  # of several equal ones
+    np.not_equal(words_TN[:, 1:], words_TN[:, :-1], out=is_last[:, :-1])
+    tiers, places = is_last.nonzero()
+    bits = np.unpackbits(words_TN[tiers, places].astype("<u8").view(np.uint8).reshape(-1, 8), axis=1,
+                         bitorder="little")
+    lengths = places + 1
+    lengths[1:] -= np.where(tiers[1:] == tiers[:-1], places[:-1] + 1, 0)
+    of_tier = np.zeros((len(words_TN), len(lengths)))  # a row a tier, so that one product counts all
+    of_tier[tiers, np.arange(len(lengths))] = lengths
+    return np.asarray(of_tier @ bits).astype(np.int64)

@@ -33,11 +33,13 @@ def prompt_marks(token_ids: Sequence[int], block_size: int, cache_salt: str = ""
     data = token_bytes(np.asarray(token_ids))
     salt = salt_with_adapter(cache_salt, adapter_digest) if adapter_digest else cache_salt
     hasher, width = root_hasher(block_size, salt), block_size * 4
-    digests, num_tokens, done = list[bytes](), list[int](), 0
+    update, digest = hasher.update, hasher.digest
+    digests, num_tokens, done, num_blocks = list[bytes](), list[int](), 0, len(data) // width
     for last, step in STEPS:
-        while done + step <= last and (done + step) * width <= len(data):
-            hasher.update(data[done * width : (done + step) * width])
-            done += step
-            digests.append(hasher.digest())
-            num_tokens.append(done * block_size)
+        stop = done + max(0, min(last, num_blocks) - done) // step * step
+        for end in range(done + step, stop + 1, step):
+            update(data[(end - step) * width : end * width])
+            digests.append(digest())
+        num_tokens.extend(range((done + step) * block_size, stop * block_size + 1, step * block_size))
+        done = stop
     return PromptMarks(digests, num_tokens)

@@ -55,8 +55,9 @@ def least(snapshot: FleetSnapshot, call: RoutedCall, cost: np.ndarray, among: np
 
 
 def in_turn(among: np.ndarray, turn: int) -> int:
-    """The next place, from `turn` on and around."""
-    return (int(np.roll(among, -turn).argmax()) + turn) % len(among)
+    """The next place, from `turn` on and around. At least one is among them."""
+    places = among.nonzero()[0]
+    return int(places[places.searchsorted(turn % len(among)) % len(places)])
 
 
 def idler_of_two(snapshot: FleetSnapshot, call: RoutedCall, among: np.ndarray) -> int:

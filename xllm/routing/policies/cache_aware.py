@@ -41,6 +41,6 @@ def costs(snapshot: FleetSnapshot, call: RoutedCall) -> np.ndarray:
     """In tokens to compute: float64 [I]."""
     to_compute = np.maximum(0.0, call.num_tokens - snapshot.saved_tokens)
     spent = snapshot.spent_tokens
-    surplus = np.maximum(0.0, spent - BOUND * spent.mean())
+    surplus = np.maximum(0.0, spent - BOUND * (spent.sum() / len(spent)))
     return np.asarray(WORK_WEIGHT * to_compute + snapshot.waiting_tokens + OPEN_REQUEST_TOKENS * snapshot.num_open
                       + SURPLUS_WEIGHT * surplus)

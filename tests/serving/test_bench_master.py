@@ -1,0 +1,98 @@
+"""Parts of `xllm bench master`: its load against a real server, its instance without a model, and what it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from serving.cluster.engine_gate import EngineGate
+from serving.commands.bench.http_load import HttpLoad
+from serving.commands.bench.master_bench import cpu_s
+from serving.commands.bench.measured_master import CpuSampler
+from serving.commands.bench.null_instance import NullCore, NullEngine
+from serving.commands.cli import main
+from tests.llm.gated import KEYS, MODEL
+from tests.serving.server_process import ServerProcess
+from xllm.client.remote import RemoteClient
+from xllm.engine.commands import CacheChanges
+from xllm.errors import XllmError
+from xllm.request import Request, SamplingParams
+from xllm.token_ids import token_array
+
+
+def chat(num_tokens: int, **more: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": num_tokens, "ignore_eos": True,
+            "stream": False, **more}
+
+
+def test_the_load_reads_whole_answers_and_streams(server: ServerProcess) -> None:
+    load = HttpLoad(server.url.removeprefix("http://"))
+    streamed = chat(20, stream=True, stream_options={"include_usage": True})
+    answers = asyncio.run(load.ask([chat(3), chat(5), streamed, chat(1)], 2))
+    assert sorted(answer.num_tokens for answer in answers) == [1, 3, 5, 20]
+    assert len({answer.num_prompt_tokens for answer in answers}) == 1
+    stream = next(answer for answer in answers if answer.num_tokens == 20)
+    assert stream.num_writes > 1 and stream.first_s > 0
+    with pytest.raises(XllmError, match="400"):
+        asyncio.run(load.ask([chat(0)], 1))
+    with pytest.raises(XllmError, match="does not answer"):
+        asyncio.run(HttpLoad("127.0.0.1:9").ask([chat(1)], 1))
+
+
+async def test_an_instance_without_a_model() -> None:
+    core = NullCore(0.001)
+    engine = NullEngine(core)
+    engine.bind()
+    gate = EngineGate(engine, [engine], KEYS)
+    gate.listen("127.0.0.1:0")
+    gate.open(MODEL)
+    client, stored = RemoteClient(gate.address, KEYS), list[CacheChanges]()
+    client.on_cache_changes = stored.append
+    await client.connect()
+    stream = client.submit([Request(request_id="a", prompt_token_ids=token_array(range(5, 37)),
+                                    sampling=SamplingParams(max_tokens=12, ignore_eos=True, seed=1))])
+    began_s, tokens = time.monotonic(), list[int]()
+    while deltas := await stream.next():
+        tokens += [token for delta in deltas for token in delta.token_ids]
+    assert len(tokens) == 12 and len(set(tokens)) > 6 and time.monotonic() - began_s > 0.012
+    assert sum(len(changes.stored) for changes in stored) >= 2 * 16, "two full blocks of the prompt, a digest each"
+    engine.beat()
+    assert [(num_tokens, num_seqs) for *_, num_tokens, num_seqs in engine.steps.recent] == [(32, 1), *[(1, 1)] * 11]
+    client.close()
+    gate.close()
+    engine.shutdown()
+
+
+def test_the_cpu_time_of_a_process() -> None:
+    before, own = cpu_s(os.getpid()), time.process_time()
+    assert before <= own
+    sum(range(10**6))
+    assert own < cpu_s(os.getpid()) <= time.process_time()
+
+
+def burn(until_s: float) -> None:
+    while time.process_time() < until_s:
+        sum(range(1000))
+
+
+def test_samples_fall_where_time_is_spent() -> None:
+    sampler, before = CpuSampler(), signal.getsignal(signal.SIGPROF)
+    sampler.start()
+    try:
+        burn(time.process_time() + 0.2)
+    finally:
+        sampler.stop()
+        signal.signal(signal.SIGPROF, before)
+    name = "tests/serving/test_bench_master.py:burn"
+    assert sampler.num_samples > 5 and sampler.own[name] > 0.8 * sampler.num_samples
+    assert sampler.own[name] <= sampler.total[name] <= sampler.num_samples
+
+
+@pytest.mark.parametrize("wrong", ["--instances=0", "--step-ms=-1", "--open=1,x", "--open=0", "--rounds=0"])
+def test_what_it_cannot_measure(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "master", wrong]) == 1
+    assert wrong.partition("=")[0] in capsys.readouterr().err
