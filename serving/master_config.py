@@ -18,8 +18,9 @@ from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.option import option
 
-# `--load_balance_policy`, as upstream has it (LOAD is ours), and the modules of `xllm/routing/policies/`.
-POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "SLO_AWARE": "slo_aware"}
+# `--load_balance_policy`, as upstream has it (LOAD and RANDOM are ours), and the modules of `xllm/routing/policies/`.
+POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "SLO_AWARE": "slo_aware",
+             "RANDOM": "random"}
 # Of `ServerConfig`, what is an engine's: a master has none of its own.
 NOT_OF_A_MASTER = ("engine_restarts", "engine_restart_window", "step_timeout")
 _OF_ETCD = ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key")
@@ -56,7 +57,7 @@ class MasterSettings:
                                         "config.json; none: the folder that the instances have it in, if it is here")
     load_balance_policy: str = option("CAR", "which instance a request goes to: RR: in turn; CAR: by what is cached "
                                       "there and by load; LOAD: by load alone; SLO_AWARE: by target_ttft and "
-                                      "target_tpot", choices=tuple(POLICY_OF))
+                                      "target_tpot; RANDOM: any", choices=tuple(POLICY_OF))
     target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE keeps where it can, in milliseconds")
     target_tpot: float = option(50.0, "time from token to token that SLO_AWARE keeps where it can, in milliseconds")
     cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "

@@ -18,6 +18,7 @@ from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
 from xllm.client.remote import RemoteClient
+from xllm.cost.cost_model import StepPrices
 from xllm.engine.commands import CacheChanges
 from xllm.errors import XllmError
 from xllm.request import Request, SamplingParams
@@ -44,7 +45,7 @@ def test_the_load_reads_whole_answers_and_streams(server: ServerProcess) -> None
 
 
 async def test_an_instance_without_a_model() -> None:
-    core = NullCore(0.001)
+    core = NullCore(StepPrices(0.001, 0.0))
     engine = NullEngine(core)
     engine.bind()
     gate = EngineGate(engine, [engine], KEYS)
