@@ -21,7 +21,7 @@ from xllm import env
 from xllm.child_process import run_module
 from xllm.errors import XllmError
 
-START_S = 60.0  # for a process to be ready. Chosen: many times what one takes
+START_S = 180.0  # for a process to be ready. Chosen: many times what eight take that start on two cores
 END_S = 20.0  # for a process to end by itself. Chosen: many times what one takes
 
 
@@ -82,7 +82,11 @@ def null_cluster(instance: str, num_instances: int, master_flags: Sequence[str],
         master = stack.enter_context(_process(command, own, folder / "master"))
         url = master.said(_url)
         master.said(lambda text: url if text.count(" has joined") >= num_instances else "")
-        yield NullCluster(master, instances, url.removeprefix("http://"))
+        try:
+            yield NullCluster(master, instances, url.removeprefix("http://"))
+        finally:
+            for child in (master, *instances):  # all at once, and then each is waited for
+                _end(child.process)
 
 
 @contextmanager
@@ -90,16 +94,20 @@ def _process(command: list[str], environment: dict[str, str], out: Path) -> Iter
     with out.open("wb") as file:
         process = subprocess.Popen([sys.executable, *run_module(command[0]), *command[1:]], stdin=subprocess.PIPE,
                                    stdout=file, stderr=file, env=environment)
-    assert process.stdin is not None
     try:
         yield ChildProcess(process, out)
     finally:
-        process.stdin.close()
+        _end(process)
         try:
             process.wait(END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _last_line(text: str) -> str:

@@ -1,10 +1,10 @@
 """An instance of a cluster whose engine computes nothing, for benchmarks of what is in front of engines: `python -m
 serving.commands.bench.null_instance JSON`.
 
-Its gate, scheduler, KV store and prefix cache are those of `xllm serve`, and so is what they report. A step takes as long
-as `prices` say (`xllm/cost/cost_model.py:StepPrices`) and answers with fixed tokens (`xllm/runner/null_runner.py`); the
-engine is a thread of this process. JSON: prices, and settings of the engine beside `SETTINGS`, which may be left out.
-The cluster's secret is in XLLM_CLUSTER_SECRET.
+Its gate, scheduler, KV store and prefix cache are those of `xllm serve`, and so is what they report. A step takes as
+long as `prices` say (`xllm/cost/cost_model.py:StepPrices`) and answers with fixed tokens
+(`xllm/runner/null_runner.py`); the engine is a thread of this process. JSON: prices, and settings of the engine beside
+`SETTINGS`, which may be left out. The cluster's secret is in XLLM_CLUSTER_SECRET.
 
 It prints the gate's HOST:PORT, ends when its stdin does, and prints its totals then, as JSON: the scheduler's counters
 (`xllm/stats.py:Counters`), computed_tokens and busy_s of all steps.
@@ -42,6 +42,7 @@ from xllm.step import ScheduleOutput, StepOutput
 
 if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner
+    from xllm.structured.matchers import RowMatchers
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "max_num_seqs": 256, "num_kv_blocks": 8192,
                             "worker": "inline", "async_scheduling": False}
@@ -50,13 +51,14 @@ BEAT_S = 0.25  # between reports of steps. As an engine's process that is busy
 
 
 class PacedRunner(NullRunner):
-    """In a worker's place for a `ModelRunner`: a step takes as long as `prices` say, in real time."""
+    """In a worker's place for a `ModelRunner`: a step takes as long as `prices` say, in real time. matchers: of the
+    runner whose place it takes, which the worker closes."""
 
     graphs = None
 
-    def __init__(self, num_rows: int, vocab_size: int, prices: StepPrices):
+    def __init__(self, num_rows: int, vocab_size: int, prices: StepPrices, matchers: RowMatchers):
         super().__init__(num_rows, vocab_size=vocab_size)
-        self._prices = prices
+        self._prices, self.matchers = prices, matchers
         self._computed_R = np.zeros(num_rows, dtype=np.int64)  # tokens whose KV is there
 
     def run(self, plan: ScheduleOutput) -> StepOutput:
@@ -79,7 +81,9 @@ class NullCore(EngineCore):
 
         super().__init__(EngineConfig.from_flat(**SETTINGS | settings))
         assert isinstance(self.link, InlineLink), "the settings say so"
-        runner = PacedRunner(self.config.scheduler.max_num_seqs, self.facts.vocab_size, prices)
+        loaded = self.link.worker.runner
+        assert loaded is not None, "it has been loaded"
+        runner = PacedRunner(self.config.scheduler.max_num_seqs, self.facts.vocab_size, prices, loaded.matchers)
         self.link.worker.runner = cast("ModelRunner", runner)
         self.timings = StepLog()
 

@@ -31,7 +31,8 @@ ROUNDS = 200  # look-ups that are timed. Chosen: a 99th percentile of two
 DECIDING_INSTANCES, DECIDING_TEXTS = 64, 32  # as many as an index has room for, and texts of which each has a share
 OPEN_REQUESTS = 8  # of each instance while it is decided; half of them have begun
 INDEX_FLAGS = ("blocks", "prompt_tokens", "block_size", "events")
-TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed", "processes", "requests", "speed_up", "shrink", "cost_profile")
+TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed", "processes", "requests", "speed_up", "shrink",
+               "cost_profile")
 GOALS = {"decision_ms": 0.5, "lookup_ms": 1.0, "events_per_s": 2e5, "bytes_per_block": 120.0}
 
 

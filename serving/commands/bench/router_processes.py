@@ -1,8 +1,8 @@
 """`xllm bench router --trace FILE --processes`: a trace on real instances, in real time.
 
-Instances are processes with the real scheduler, KV store and prefix cache, and without a model (`null_instance.py`); before
-them is a real `xllm master`, which this process sends completions over HTTP. What was cached and computed is what the
-instances' own counters say, and when the first token came what the client sees.
+Instances are processes with the real scheduler, KV store and prefix cache, and without a model (`null_instance.py`);
+before them is a real `xllm master`, which this process sends completions over HTTP. What was cached and computed is
+what the instances' own counters say, and when the first token came what the client sees.
 
 A prompt's tokens follow from the names of its blocks in the trace; those behind its last whole block are its own.
 """
@@ -43,7 +43,7 @@ TINY_SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1
 BYTES_A_TOKEN = 2  # of a sequence in hashes: the vocabulary is smaller than 2**16
 
 
-def check(requests: Sequence[TracedRequest]) -> None:
+def check_blocks(requests: Sequence[TracedRequest]) -> None:
     """Raises ConfigError for what instances cannot have as it is."""
     if requests[0].block_size % KV_BLOCK:
         raise ConfigError(f"--shrink must leave the trace's blocks whole blocks of {KV_BLOCK} tokens; it leaves "
@@ -68,7 +68,8 @@ def measured_prices(path: Path, speed_up: float, shrink: int) -> StepPrices:
 
 def replay(requests: Sequence[TracedRequest], policy: str, num_instances: int, num_tokens: int,
            prices: StepPrices) -> dict[str, Any]:
-    """What comes of a trace. num_tokens: of each instance's KV cache. Raises XllmError if the cluster does not start."""
+    """What comes of a trace. num_tokens: of each instance's KV cache. Raises XllmError if the cluster does not start or
+    no request is answered."""
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as name:
         folder = Path(name)
         model, vocab_size = _write_model(folder / "model")
@@ -82,8 +83,8 @@ def replay(requests: Sequence[TracedRequest], policy: str, num_instances: int, n
             answers = asyncio.run(HttpLoad(cluster.address).ask_in_time("/v1/completions",
                                                                         _bodies(requests, vocab_size)))
             took_s = time.monotonic() - began_s
-            decisions = _decisions(cluster)
-        return {**_summary(requests, answers, cluster.totals, took_s), "reasons": dict(sorted(decisions.items()))}
+            routed = _routed(cluster)
+        return {**summary(requests, answers, cluster.totals, took_s), **routed}
 
 
 def _write_model(folder: Path) -> tuple[Path, int]:
@@ -113,13 +114,19 @@ def _bodies(requests: Sequence[TracedRequest], vocab_size: int) -> Iterator[tupl
             "ignore_eos": True, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
 
 
-def _decisions(cluster: NullCluster) -> dict[str, int]:
+def _routed(cluster: NullCluster) -> dict[str, Any]:
+    """Why the master sent requests where it did, and which it sent again because an instance was lost or had no
+    room."""
     with urllib.request.urlopen(f"http://{cluster.address}/cluster") as answer:
-        return dict(json.load(answer)["totals"]["decisions"])
+        found = json.load(answer)["totals"]
+    return {"reasons": dict(sorted(found["decisions"].items())), "went_on_elsewhere": sum(found["recovered"].values()),
+            "retried": found["retried"]}
 
 
-def _summary(requests: Sequence[TracedRequest], answers: Sequence[ChatAnswer | str], totals: list[dict[str, Any]],
-             took_s: float) -> dict[str, Any]:
+def summary(requests: Sequence[TracedRequest], answers: Sequence[ChatAnswer | str], totals: list[dict[str, Any]],
+            took_s: float) -> dict[str, Any]:
+    """Of requests and their answers, and of the instances' totals. failed: also those whose answer is not as long as
+    was asked for. Raises XllmError if there is no answer."""
     good = [answer for answer in answers if isinstance(answer, ChatAnswer)]
     errors = sorted({answer for answer in answers if isinstance(answer, str)})
     if not good:

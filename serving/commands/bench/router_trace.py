@@ -44,8 +44,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", action="store_true", help="with --trace: on real instances without a model, "
                         "behind a real master, in real time")
     parser.add_argument("--requests", type=parse_int, help="with --trace: only so many, the first ones")
-    parser.add_argument("--speed-up", type=float, default=1.0, help="with --trace: requests come so many times as fast, "
-                        "prompts are computed so many times as fast, and answers are so many times as short")
+    parser.add_argument("--speed-up", type=float, default=1.0, help="with --trace: requests come and prompts are "
+                        "computed so many times as fast, and answers are so many times as short")
     parser.add_argument("--shrink", type=parse_int, default=1, help="with --trace: prompts, their blocks and the KV "
                         "caches are so many times as small, and take as long")
     parser.add_argument("--cost-profile", type=Path, help="with --processes: file of `xllm profile --json` with what "
@@ -74,12 +74,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.cost_profile:
         prices = router_processes.measured_prices(args.cost_profile, args.speed_up, args.shrink)
     result: dict[str, Any] = {
-        "trace": args.trace.name, "requests": len(requests), "instances": args.instances, "processes": args.processes,
-        "speed_up": args.speed_up, "shrink": args.shrink,
+        "trace": args.trace.name, "requests": len(requests), "instances": args.instances,
+        "processes": args.processes, "speed_up": args.speed_up, "shrink": args.shrink,
         "prompt_tokens": sum(request.num_tokens for request in requests), "cache_tokens": args.cache_tokens,
         "prefill_tokens_per_s": args.prefill_speed, "step_s": STEP_S, "sequence_s": SEQUENCE_S, "policies": {}}
     if args.processes:
-        router_processes.check(requests)
+        router_processes.check_blocks(requests)
         result["prices"] = prices._asdict()
     for policy in POLICIES if args.policy == "all" else (args.policy,):
         num_tokens = args.cache_tokens // args.shrink
