@@ -60,7 +60,7 @@ class NullCluster:
         """Of each instance, when all have ended: see `null_instance.py`. Raises XllmError."""
         found = []
         for instance in self.instances:
-            line = _last_line(text := instance.text)
+            line = last_line(text := instance.text)
             if not line.startswith("{"):
                 raise XllmError(f"an instance of the benchmark did not end as it should:\n{text.strip()}")
             found.append(json.loads(line))
@@ -75,11 +75,11 @@ def null_cluster(instance: str, num_instances: int, master_flags: Sequence[str],
     with ExitStack() as stack:
         report.note(f"starting {num_instances} instances without a model")
         command = ["serving.commands.bench.null_instance", instance]
-        instances = [stack.enter_context(_process(command, own, folder / f"instance-{number}"))
+        instances = [stack.enter_context(child_process(command, own, folder / f"instance-{number}"))
                      for number in range(num_instances)]
-        addresses = ",".join(instance.said(_gate_address) for instance in instances)
+        addresses = ",".join(instance.said(last_line) for instance in instances)
         command = ["serving.commands.bench.measured_master", *master_flags, "--port", "0", "--instances", addresses]
-        master = stack.enter_context(_process(command, own, folder / "master"))
+        master = stack.enter_context(child_process(command, own, folder / "master"))
         url = master.said(_url)
         master.said(lambda text: url if text.count(" has joined") >= num_instances else "")
         try:
@@ -90,7 +90,8 @@ def null_cluster(instance: str, num_instances: int, master_flags: Sequence[str],
 
 
 @contextmanager
-def _process(command: list[str], environment: dict[str, str], out: Path) -> Iterator[ChildProcess]:
+def child_process(command: list[str], environment: dict[str, str], out: Path) -> Iterator[ChildProcess]:
+    """A process of ours, which ends when its stdin does. command: a module and its arguments. out: where it writes."""
     with out.open("wb") as file:
         process = subprocess.Popen([sys.executable, *run_module(command[0]), *command[1:]], stdin=subprocess.PIPE,
                                    stdout=file, stderr=file, env=environment)
@@ -110,12 +111,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """Of what a process has written; "" as long as it is not whole."""
     return text.strip().rpartition("\n")[2] if text.endswith("\n") else ""
-
-
-def _gate_address(text: str) -> str:
-    return _last_line(text)
 
 
 def _url(text: str) -> str:
