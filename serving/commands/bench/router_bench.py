@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int:
             flag, how = name.replace("_", "-"), "with" if args.trace else "without"
             raise ConfigError(f"--{flag} has no meaning {how} --trace")
     if args.trace is not None:
-        report.write(router_trace.measure(args), args.json)
-        return 0
+        result = router_trace.measure(args)
+        report.write(result, args.json)
+        return int(any(found.get("failed") for found in result["policies"].values()))
     if args.block_size < 1 or args.prompt_tokens < args.block_size:
         raise ConfigError("--prompt-tokens must be at least one block of --block-size")
     num_texts = args.blocks // (args.prompt_tokens // args.block_size)

@@ -34,6 +34,7 @@ MARKED_TOKENS, MARK_STEP = 8192, 1024
 # Of a modelled instance, beside --prefill-speed. Chosen: a model of some billion parameters on one accelerator; all
 # policies have the same.
 STEP_S, SEQUENCE_S = 0.01, 0.0002
+PREFILL_SPEED = 8000  # tokens a second. Chosen with them
 MOST = 10**9  # of a figure that is given. Chosen: what no machine computes in a second
 ENDLESS = 10**9  # requests that an instance takes
 
@@ -52,40 +53,39 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         "steps cost, instead of --prefill-speed")
     parser.add_argument("--policy", default="all", help=f"of the router, with --trace: {', '.join(POLICIES)}, or all")
     parser.add_argument("--cache-tokens", type=parse_int, default=1_500_000, help="KV cache of a modelled instance")
-    parser.add_argument("--prefill-speed", type=parse_int, default=8000, help="prompt tokens that a modelled instance "
-                        "computes in a second")
+    parser.add_argument("--prefill-speed", type=parse_int, default=PREFILL_SPEED, help="prompt tokens that an "
+                        "instance computes in a second")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Replay `args.trace` with each policy asked for. Raises ConfigError."""
-    if args.policy != "all" and args.policy not in POLICIES:
-        raise ConfigError(f"unknown --policy {args.policy!r}; known are {', '.join(POLICIES)}, all")
-    for name in ("prefill_speed", "speed_up", "shrink", "requests"):
-        if (given := getattr(args, name)) is not None and not 1 <= given <= MOST:
-            raise ConfigError(f"--{name.replace('_', '-')} must be in 1 to {MOST}, got {given}")
-    if args.cost_profile and not args.processes:
-        raise ConfigError("--cost-profile has no meaning without --processes")
+    _check(args)
     requests = read_requests(args.trace)[: args.requests]
     if args.cache_tokens < requests[0].block_size:
         raise ConfigError(f"--cache-tokens must be a block of {requests[0].block_size} at least")
     requests = scaled(requests, args.speed_up, args.shrink)
     speed = EngineSpeed(step_s=STEP_S, token_s=args.shrink / args.speed_up / args.prefill_speed, sequence_s=SEQUENCE_S)
-    prices = router_processes.prices_of(speed)
-    if args.cost_profile:
-        prices = router_processes.measured_prices(args.cost_profile, args.speed_up, args.shrink)
     result: dict[str, Any] = {
         "trace": args.trace.name, "requests": len(requests), "instances": args.instances,
         "processes": args.processes, "speed_up": args.speed_up, "shrink": args.shrink,
         "prompt_tokens": sum(request.num_tokens for request in requests), "cache_tokens": args.cache_tokens,
         "prefill_tokens_per_s": args.prefill_speed, "step_s": STEP_S, "sequence_s": SEQUENCE_S, "policies": {}}
+    prices = router_processes.prices_of(speed)
+    if args.cost_profile:
+        prices = router_processes.measured_prices(args.cost_profile, args.speed_up, args.shrink)
+        result |= {"cost_profile": args.cost_profile.name, **dict.fromkeys(("prefill_tokens_per_s", "step_s",
+                                                                           "sequence_s"))}
     if args.processes:
         router_processes.check_blocks(requests)
         result["prices"] = prices._asdict()
     for policy in POLICIES if args.policy == "all" else (args.policy,):
         num_tokens = args.cache_tokens // args.shrink
-        found = result["policies"][policy] = (
-            router_processes.replay(requests, policy, args.instances, num_tokens, prices) if args.processes
-            else replay(requests, policy, args.instances, num_tokens, speed))
+        found = None if args.cost_profile else replay(requests, policy, args.instances, num_tokens, speed)
+        if args.processes:
+            found = {**router_processes.replay(requests, policy, args.instances, num_tokens, prices),
+                     "modelled": found}
+        assert found is not None, "one of the two"
+        result["policies"][policy] = found
         report.note(f"{policy:12} {found['hit_rate_pct']:6.2f} % cached, first token {found['ttft_p50_s']:.2f} s, "
                     f"p99 {found['ttft_p99_s']:.1f} s, most over mean {found['imbalance']:.2f}")
     if {"cache_aware", "round_robin"} <= result["policies"].keys():
@@ -94,6 +94,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["hit_rate_ratio"] = round(aware["hit_rate_pct"] / rate, 2) if rate else None
         result["imbalance"] = aware["imbalance"]
     return {**result, "goals": GOALS}
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.policy != "all" and args.policy not in POLICIES:
+        raise ConfigError(f"unknown --policy {args.policy!r}; known are {', '.join(POLICIES)}, all")
+    for name in ("prefill_speed", "speed_up", "shrink", "requests"):
+        if (given := getattr(args, name)) is not None and not 1 <= given <= MOST:
+            raise ConfigError(f"--{name.replace('_', '-')} must be in 1 to {MOST}, got {given}")
+    if args.cost_profile and not args.processes:
+        raise ConfigError("--cost-profile has no meaning without --processes")
+    if args.cost_profile and args.prefill_speed != PREFILL_SPEED:
+        raise ConfigError("--prefill-speed has no meaning with --cost-profile")
 
 
 def scaled(requests: Sequence[TracedRequest], speed_up: float, shrink: int) -> list[TracedRequest]:
