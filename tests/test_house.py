@@ -77,8 +77,9 @@ ALLOWED = {
     "xllm.__main__": ["serving.commands.cli"],  # `python -m xllm` is the command, which lives above; nothing imports it
     "serving": ["serving", "xllm"],
     "serving.limits": ["xllm"],
+    "serving.cluster_access": ["xllm"],
     "serving.parsers": ["serving.parsers", "xllm"],
-    "serving.config": ["serving.limits", "serving.parsers", "xllm"],
+    "serving.config": ["serving.cluster_access", "serving.limits", "serving.parsers", "xllm"],
     "serving.security": ["serving.security", *SETTINGS, "xllm"],
     "serving.security.hosts": ["serving.api.errors", "xllm"],  # it refuses as the API does
     "serving.cluster": ["serving.cluster", "xllm"],
