@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from xllm.json_setting import parse_object
 from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
 from xllm.processor import processor_name
+from xllm.progress import Progress
 from xllm.sizes import resolve_amount, size_text
 from xllm.worker.messages import Placement
 
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 # by the engine, which ends the others.
 READ_S = 3600.0
 READING = "weights that were read"
-
-Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
 class LoadedModel:
