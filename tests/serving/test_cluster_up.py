@@ -77,7 +77,8 @@ def test_nothing_outlives_whoever_started_it(tmp_path: Path) -> None:
         process = subprocess.Popen([*COMMAND, "--instances", "1", *SMALL], cwd=ROOT, stdout=out,
                                    stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
-        wait_for(lambda: any(one.children() for one in instances_of(process.pid).values()), START_TIMEOUT_S, "an engine")
+        wait_for(lambda: any(one.children() for one in instances_of(process.pid).values()), START_TIMEOUT_S,
+                 "an engine")
         trees = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.kill()
