@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ from tests.engine.covering import covering_rows
 from tests.engine.matrix_models import BUNDLED, MODELS, adapters, model_folder
 from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput
+from xllm.models.adapter_layers import AdapterLayers, read_layers
 from xllm.stats import EngineStats
 from xllm.structured.checker import GrammarChecker
 from xllm.structured.grammar import build_matcher, grammar_text
@@ -307,15 +309,21 @@ class KeptChecker(GrammarChecker):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept_checkers() -> Iterator[None]:
-    """Every engine asks whether its forms can be compiled; only the first needs a process for that to be started."""
+def kept_answers() -> Iterator[None]:
+    """Whether forms can be compiled and what the adapters say of a model's layers is found out in processes beside the
+    engine's: once, and not for every row."""
     checkers: dict[str, KeptChecker] = {}
 
     def keep(source: Callable[[], VocabularySource]) -> KeptChecker:
         vocabulary = source()
         return checkers.setdefault(repr(vocabulary), KeptChecker(lambda: vocabulary))
 
-    with mock.patch("xllm.inputs.GrammarChecker", keep):
+    @functools.cache
+    def read_once(folder: Path, names: tuple[str, ...]) -> AdapterLayers:
+        return read_layers(folder, names)
+
+    with (mock.patch("xllm.inputs.GrammarChecker", keep),
+          mock.patch("xllm.models.adapter.read_layers", lambda folder, names: read_once(folder, tuple(names)))):
         yield
     for checker in checkers.values():
         GrammarChecker.close(checker)
