@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.cluster_access import ClusterAccess
 from serving.config import (
     ChatSettings,
-    ClusterSettings,
     ConnectionSettings,
     HttpSettings,
     LogSettings,
@@ -23,7 +23,6 @@ POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "S
              "RANDOM": "random"}
 # Of `ServerConfig`, what is an engine's: a master has none of its own.
 NOT_OF_A_MASTER = ("engine_restarts", "engine_restart_window", "step_timeout")
-_OF_ETCD = ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +35,9 @@ class MasterHttpSettings(HttpSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasterSettings:
+class MasterSettings(ClusterAccess):
     """Which cluster a master is for, and how it uses its instances. See docs/cluster.md."""
 
-    etcd_addr: str | None = option(None, "etcd, in which the instances register: host:port, http:// or https://, "
-                                   "several members parted by commas", is_guard=True)
-    etcd_namespace: str = option("", "before the cluster's keys there, as /NAMESPACE/")
-    etcd_user: str | None = option(None, "user of etcd; none: what ETCD_USERNAME says", is_guard=True)
-    etcd_password_file: str | None = option(None, "file with etcd_user's password; none: what ETCD_PASSWORD says",
-                                            is_guard=True)
-    etcd_ca_cert: str | None = option(None, "certificate of etcd's authority (PEM), and TLS; none: the system's, with "
-                                      "https://", is_guard=True)
-    etcd_cert: str | None = option(None, "this process's certificate for etcd (PEM)", is_guard=True)
-    etcd_key: str | None = option(None, "its private key (PEM)", is_guard=True)
     instances: str | None = option(None, "instead of etcd: HOST:PORT of each instance's --cluster-listen, with commas "
                                    "between")
     rpc_server_port: int = option(8889, "part of this master's name in etcd, HOST:PORT; nothing listens there, as a "
@@ -60,10 +49,6 @@ class MasterSettings:
                                       "target_tpot; RANDOM: any", choices=tuple(POLICY_OF))
     target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE keeps where it can, in milliseconds")
     target_tpot: float = option(50.0, "time from token to token that SLO_AWARE keeps where it can, in milliseconds")
-    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
-                                             "what XLLM_CLUSTER_SECRET says, or else, on the loopback only, this "
-                                             "user's ~/.config/xllm/cluster.secret, made if it is not there",
-                                             is_guard=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +77,7 @@ class MasterConfig:
             if not 0 < value < 1e9:
                 raise ConfigError(f"{name} must be a positive number of milliseconds, got {value}")
         assert self.server is not None  # which checks the rest, as this does
-        if self.store is None and (given := [name for name in _OF_ETCD if getattr(m, name)]):
-            raise ConfigError(f"{given[0]} needs etcd_addr")
+        m.check_etcd()
 
     def _check_place(self) -> None:
         if (self.master.etcd_addr is None) == (self.master.instances is None):
@@ -103,16 +87,6 @@ class MasterConfig:
     def addresses(self) -> tuple[str, ...]:
         """Of the instances, without a store."""
         return _split(self.master.instances)
-
-    @property
-    def store(self) -> ClusterSettings | None:
-        """Where the instances register, as they have it; None: they are named."""
-        m = self.master
-        if m.etcd_addr is None:
-            return None
-        return ClusterSettings(etcd_addr=m.etcd_addr, etcd_namespace=m.etcd_namespace, etcd_user=m.etcd_user,
-                               etcd_password_file=m.etcd_password_file, etcd_ca_cert=m.etcd_ca_cert,
-                               etcd_cert=m.etcd_cert, etcd_key=m.etcd_key)
 
     @property
     def server(self) -> ServerConfig:
