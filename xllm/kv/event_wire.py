@@ -146,8 +146,8 @@ def message(topic: bytes, number: int, payload: bytes) -> tuple[bytes, bytes, by
     return topic, number.to_bytes(8, "big"), payload
 
 
-def sequence_number(frames: Sequence[bytes], num_frames: int) -> int | None:
-    """The number in the last but one of so many frames; None: the frames are no message."""
-    if len(frames) != num_frames or len(frames[-2]) != 8:
+def sequence_number(frames: Sequence[bytes], *num_frames: int) -> int | None:
+    """The number in the last but one of frames, of which there are so many; None: they are no message."""
+    if len(frames) not in num_frames or len(frames[-2]) != 8:
         return None
     return int.from_bytes(frames[-2], "big")
