@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serving.cluster.key_value import Changes, Committed, Compare, KeyChange, KeyValue, Snapshot
@@ -216,11 +216,15 @@ def _written(changes: Sequence[KeyChange]) -> dict[bytes, bytes | None]:
 # --- registers: without a look at revisions
 
 
-def calls_on(key: bytes, operations: Sequence[Operation]) -> list[Call[bytes | None]]:
+def calls_on(key: bytes, operations: Sequence[Operation],
+             written: Collection[bytes] | None) -> list[Call[bytes | None]]:
     """What was done to one key alone, as calls on a register that holds a value or None."""
     found = []
     for operation in operations:
         asked = operation.asked
+        if written is not None and operation.answer is None and isinstance(asked, Commit) and all(
+                write.value is not None and write.value not in written for write in asked.writes):
+            continue
         if isinstance(asked, Reading) and asked == Reading(key, False) and isinstance(operation.answer, Snapshot):
             step = _reads(next((item.value for item in operation.answer.items), None))
         elif isinstance(asked, Commit) and [write.key for write in asked.writes] == [key]:
@@ -232,9 +236,11 @@ def calls_on(key: bytes, operations: Sequence[Operation]) -> list[Call[bytes | N
     return found
 
 
-def register_complaint(key: bytes, operations: Sequence[Operation], start: bytes | None = None) -> str | None:
-    """Why the calls on a key have no order; None: they have one."""
-    stuck = stuck_at(calls_on(key, operations), start)
+def register_complaint(key: bytes, operations: Sequence[Operation],
+                       written: Collection[bytes] | None = None) -> str | None:
+    """Why the calls on a key have no order; None: they have one. written: all values that a watch has told of, if each
+    is written once: a call without an answer whose value is not among them was not done."""
+    stuck = stuck_at(calls_on(key, operations, written), None)
     return None if stuck is None else f"{key!r}: none of these can be next: {[call.shown for call in stuck]}"
 
 

@@ -26,7 +26,7 @@ from tests.cluster.store_load import CLIENTS, StoreLoad
 from tests.cluster.store_model import Belief, StoreModel, Watched, complaints_of_leaders, register_complaint
 
 ALL = os.environ.get("HISTORIES_ALL") == "1"  # `make nightly`: longer, and with more seeds
-SECONDS, SEEDS = (30.0, 5) if ALL else (1.2, 1)
+SECONDS, SEEDS = (20.0, 3) if ALL else (0.8, 1)
 
 
 async def judge(load: StoreLoad, seconds: float = SECONDS) -> None:
@@ -257,9 +257,10 @@ class _Stale(EmbeddedStore):
         return Snapshot(revision, tuple(item for key, item in items.items() if key == prefix))
 
 
-@pytest.mark.parametrize(("make", "words"), [(_Forgetful, "where its writes are not"), (_Stale, "after somebody had been told")])
+@pytest.mark.parametrize(("make", "words"), [(_Forgetful, "where its writes are not"),
+                                            (_Stale, "after somebody had been told")])
 async def test_a_store_that_is_wrong_is_found_out(make: Callable[[], EmbeddedStore], words: str) -> None:
     store = make()
-    complaints = await StoreLoad(lambda client: store, b"h/", 0).run(0.4)
+    complaints = await StoreLoad(lambda client: store, b"h/", 0).run(0.3)
     assert any(words in complaint for complaint in complaints), complaints[:5]
     assert any("none of these can be next" in complaint for complaint in complaints), complaints[:5]
