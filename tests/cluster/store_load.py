@@ -89,13 +89,14 @@ class StoreLoad:
                     kind = rng.random()
                     if kind < 0.3:
                         await store.put(key, value)
-                    elif kind < 0.4:
-                        await store.delete(key)
-                    else:
-                        item = await store.get(key)
-                        if kind > 0.6:
-                            condition = absent(key) if item is None else Compare(key, "value", item.value)
-                            await store.commit([condition], [Write(key, value)])
+                        await asyncio.sleep(rng.random() * 0.01)
+                        continue
+                    item = await store.get(key)
+                    condition = absent(key) if item is None else Compare(key, "value", item.value)
+                    if kind < 0.4:
+                        await store.commit([condition], [Write(key, None)])
+                    elif kind > 0.6:
+                        await store.commit([condition], [Write(key, value)])
                 await asyncio.sleep(rng.random() * 0.01)
 
     async def _transfer(self, client: str) -> None:
