@@ -71,9 +71,9 @@ class StoreLoad:
         for watched in self.watches:
             found += own.complaints_of_watch(watched)
         found += complaints_of_leaders(self.reigns)
-        written = {change.item.value for change in changes if change.item is not None}
+        known_s = model.known_s(self.history.operations)
         found += [complaint for key in REGISTERS if (complaint := register_complaint(
-            self._namespace + key, self.history.operations, written)) is not None]
+            self._namespace + key, self.history.operations, known_s)) is not None]
         return found
 
     # --- players
