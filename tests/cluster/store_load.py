@@ -197,7 +197,7 @@ async def _all_changes(store: KeyValueStore, revision: int, last: int) -> list[K
             assert isinstance(event, Changes), "the store has forgotten its past"
             found += event.changes
             if event.revision >= last:
-                return found
+                return [change for change in found if change.revision <= last]
     raise AssertionError("a watch does not end")
 
 

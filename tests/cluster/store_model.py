@@ -187,6 +187,8 @@ class StoreModel:
         behind = None if watched.start is None else watched.start - 1
         for event in watched.events:
             if isinstance(event, Snapshot):
+                if event.revision > self.last:
+                    return  # of what came behind the end
                 if {item.key: item for item in event.items} != self._under(watched.prefix, event.revision):
                     yield f"a watch of {watched.prefix!r} told a state at {event.revision} that was not so"
                 if behind is not None and event.revision < behind:
@@ -196,11 +198,12 @@ class StoreModel:
             if behind is None:
                 yield f"a watch of {watched.prefix!r} began without a state"
                 return
+            told = [change for change in event.changes if change.revision <= self.last]  # leases end later, too
             wanted = [change for revision, changes in self.of_revision.items() if behind < revision <= event.revision
                       for change in changes if change.key.startswith(watched.prefix)]
-            if sorted(event.changes, key=_place) != sorted(wanted, key=_place) or [
-                    change.revision for change in event.changes] != sorted(change.revision for change in event.changes):
-                yield (f"a watch of {watched.prefix!r} told {len(event.changes)} changes for the {len(wanted)} between "
+            if sorted(told, key=_place) != sorted(wanted, key=_place) or [
+                    change.revision for change in told] != sorted(change.revision for change in told):
+                yield (f"a watch of {watched.prefix!r} told {len(told)} changes for the {len(wanted)} between "
                        f"{behind} and {event.revision}")
             behind = event.revision
         left = [change for change in self._changes if change.key.startswith(watched.prefix)
