@@ -13,7 +13,8 @@ from tests.cluster.linearizable import NEVER
 @dataclass(slots=True)
 class Life:
     """One incarnation of an instance. begun_s: before it let anybody in; open_s: it was registered; ended_s: it was
-    told to end; gone_s: it let nobody in any more. disturbed: when its connections were broken."""
+    told to end; gone_s: it let nobody in any more. disturbed: when its connections were broken; unlisted: when its
+    record was deleted, which is no reason to leave, but keeps others from finding it."""
 
     name: str
     incarnation: str
@@ -22,6 +23,7 @@ class Life:
     ended_s: float = NEVER
     gone_s: float = NEVER
     disturbed: list[float] = field(default_factory=list)
+    unlisted: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -81,11 +83,12 @@ def _of_names(memberships: Sequence[Membership]) -> Iterator[str]:
 
 
 def _gaps(life: Life, memberships: Sequence[Membership], end_s: float, soon_s: float) -> Iterator[str]:
-    """Times in which it lived, nobody broke its connections, and it was no member."""
+    """Times in which it lived, nobody broke its connections or deleted its record, and it was no member."""
     since_s, until_s = life.open_s, min(life.ended_s, end_s)
     for one in [*memberships, Membership(life.name, None, NEVER)]:
         end_of_gap_s = min(one.joined_s, until_s)
-        times = [since_s, *sorted(at_s for at_s in life.disturbed if since_s < at_s < end_of_gap_s), end_of_gap_s]
+        causes = sorted(at_s for at_s in life.disturbed + life.unlisted if since_s < at_s < end_of_gap_s)
+        times = [since_s, *causes, end_of_gap_s]
         for begin_s, next_s in itertools.pairwise(times):
             if next_s - begin_s > soon_s:
                 yield f"{life.name} lived for {next_s - begin_s:.3f} s from {begin_s:.3f} on and was no member"

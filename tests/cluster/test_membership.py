@@ -55,6 +55,7 @@ async def _live(instances: Instances, site: StoreSite, name: str, rng: random.Ra
                     instance.gate._drop_all("of this test")
                 elif kind < 0.4:  # somebody deletes the record: no reason to leave
                     await store.delete(b"XLLM:DEFAULT:" + name.encode())
+                    life.unlisted.append(time.monotonic())
             if time.monotonic() >= until_s:
                 return
             life.ended_s = time.monotonic()
@@ -86,7 +87,7 @@ async def test_what_masters_believed_was_so(site: StoreSite, instances: Instance
             await master.registry.close()
     print(f"{len(lives)} lives, {sum(len(life.disturbed) for life in lives)} times disturbed, "
           f"{[len(master.history.memberships) for master in masters]} joins")
-    assert not complaints, "\n".join(complaints)
+    assert not complaints, "\n".join([*complaints, *map(str, lives)])
     assert len(lives) > len(NAMES) and sum(len(life.disturbed) for life in lives) > 2
 
 
