@@ -17,6 +17,7 @@ from backends import cuda_experts, cuda_latent, cuda_linear
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
+from backends.gated_experts import gated_by
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.pinned_memory import PinnedMemory
@@ -114,6 +115,8 @@ OPS = replace(
     route=cuda_experts.route,
     pack_experts=cuda_experts.pack_experts,
     grouped_linear=cuda_experts.grouped_linear,
+    pack_gated_experts=cuda_experts.pack_experts,
+    gated_grouped_linear=gated_by(cuda_experts.grouped_linear, activation.silu_mul),
     combine=cuda_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,

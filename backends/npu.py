@@ -93,11 +93,6 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return norm.add_rms_norm(x=x_TD.contiguous(), residual=residual_TD, gamma=weight_D, epsilon=eps)
 
 
-def silu_mul(gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    inner_TF = activation.swiglu(gate_up=gate_up_TF2)
-    return inner_TF if out is None else out.copy_(inner_TF)
-
-
 def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
                 quantization: str | None = None) -> linear.PackedWeight | linear.W8A8Weight:
     if isinstance(weight_YX, ScaledWeight):
@@ -127,10 +122,12 @@ OPS = replace(
     attention=attention,
     latent_rope_write=npu_latent.latent_rope_write,
     latent_attention=npu_latent.latent_attention,
-    silu_mul=silu_mul,
+    silu_mul=activation.silu_mul,
     route=npu_experts.route,
     pack_experts=npu_experts.pack_experts,
     grouped_linear=npu_experts.grouped_linear,
+    pack_gated_experts=npu_experts.pack_gated_experts,
+    gated_grouped_linear=npu_experts.gated_grouped_linear,
     combine=npu_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,

@@ -240,17 +240,39 @@ class PackExpertsOp(Protocol):
         ...
 
 
+class PackGatedExpertsOp(Protocol):
+    def __call__(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
+        """As `pack_experts`, for `gated_grouped_linear`: of each expert the matrices of its gate and its up, the one
+        below the other, [2F, X]."""
+        ...
+
+
 class GroupedLinearOp(Protocol):
-    def __call__(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
+    def __call__(self, x: Any, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
                  out: Tensor | None = None) -> Tensor:
         """The product of each row with the weight of its expert: [T * K, Y] in x's dtype, a row for each token and each
         of its experts, in an order of the op set's own (`ExpertChoice.order`).
 
         from_tokens: x is [T, X], and a token's row goes to all of its experts. Else x is [T * K, X], in the order of an
-        earlier result with the same choice; what works row by row may have changed it.
+        earlier result with the same choice; what works row by row may have changed it. Or it is what
+        `gated_grouped_linear` has given, unchanged.
         out: the result, if its memory is the caller's; of x's dtype, and apart from x.
         A row is computed as `linear` does, with "w8a8" too, and does not depend on the rows beside it. Weights of
         experts that no token has chosen are not read.
+        """
+        ...
+
+
+class GatedGroupedLinearOp(Protocol):
+    def __call__(self, x_TX: Tensor, packed: Any, choice: ExpertChoice, *, room: Tensor | None = None,
+                 out: Tensor | None = None) -> Any:
+        """What is between the products of a mixture of gated mlps: `silu_mul` of `grouped_linear` from tokens, for each
+        of the T * K rows. packed: of `pack_gated_experts`.
+
+        The result is for `grouped_linear` with the same choice, and opaque: rows of [T * K, F] in x's dtype or, with
+        "w8a8", the codes and scales that such a product makes of rows first, of numbers that were not rounded on the
+        way. room, out: memory of the caller's for the product, [T * K, 2F], and for the rows, both of x's dtype and
+        apart from x and from each other; who needs none leaves them as they are.
         """
         ...
 
@@ -354,9 +376,10 @@ class SampleOp(Protocol):
 
 
 # Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "feed_tokens", "copy_blocks", "stored_bytes"})
+COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "pack_gated_experts", "feed_tokens", "copy_blocks",
+                      "stored_bytes"})
 # Only some models call these (`ModelConfig.special_ops`): to others it does not matter who has them.
-EXPERT_OPS = frozenset({"route", "grouped_linear", "combine"})
+EXPERT_OPS = frozenset({"route", "grouped_linear", "gated_grouped_linear", "combine"})
 LATENT_OPS = frozenset({"latent_rope_write", "latent_attention"})
 SPECIAL_OPS = EXPERT_OPS | LATENT_OPS
 
@@ -383,6 +406,8 @@ class OpSet:
     route: RouteOp
     pack_experts: PackExpertsOp
     grouped_linear: GroupedLinearOp
+    pack_gated_experts: PackGatedExpertsOp
+    gated_grouped_linear: GatedGroupedLinearOp
     combine: CombineOp
     copy_blocks: CopyBlocksOp
     stored_bytes: StoredBytesOp

@@ -18,6 +18,7 @@ from backends.cpu.kernels import Kernels
 from backends.cpu.memory import available_bytes, lazy_zeros, populate
 from backends.cpu.threads import set_torch_threads
 from backends.cpu.vmm import make_cpu_vmm
+from backends.gated_experts import gated_by
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
@@ -30,6 +31,8 @@ TORCH_EXPERTS = SortedExperts(linear.pack_linear, linear.linear)
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linear=linear.linear,
                     pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add,
                     pack_experts=TORCH_EXPERTS.pack_experts, grouped_linear=TORCH_EXPERTS.grouped_linear,
+                    pack_gated_experts=TORCH_EXPERTS.pack_experts,
+                    gated_grouped_linear=gated_by(TORCH_EXPERTS.grouped_linear, REFERENCE.silu_mul),
                     combine=TORCH_EXPERTS.combine, latent_attention=latent.latent_attention)
 
 
@@ -56,6 +59,8 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         route=experts.route,
         pack_experts=experts.pack_experts,
         grouped_linear=experts.grouped_linear,
+        pack_gated_experts=experts.pack_experts,
+        gated_grouped_linear=gated_by(experts.grouped_linear, kernels.silu_mul),
         combine=experts.combine,
         export_blocks=kernels.export_blocks,
         import_blocks=kernels.import_blocks,
