@@ -123,7 +123,7 @@ def grouped_linear(x: Tensor | CodedRows, packed: StackedExperts, choice: Expert
         return choice.weights_TK.new_empty((0, num_outputs), dtype=x.dtype) if out is None else out
     dtype, scale_R = x.dtype, None
     if isinstance(x, CodedRows):
-        x, scale_R = x.codes_RX, x.scale_R
+        scale_R, x = x.scale_R, x.codes_RX
     elif from_tokens:
         x, scales = _sorted(x, packed, choice)
         scale_R = scales if packed.rounds_inputs else None

@@ -26,9 +26,6 @@ LATENT = Variant("deepseek-v3-latents-512", "DeepseekV3", deepseek(kv_lora_rank=
 # And of those that keys and values are made of, where chunks are long: DeepSeek's own.
 EXPANDED = Variant("deepseek-v3-heads-128", "DeepseekV3", deepseek(kv_lora_rank=512, qk_rope_head_dim=64,
                                                                    qk_nope_head_dim=128, v_head_dim=128))
-# Experts of a width that fills tiles, so that W8A8 has gate and up in one operator with what follows them.
-TILED = Variant("qwen3-moe-tiled", "Qwen3Moe", {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
-                                                "head_dim": 16, "norm_topk_prob": True})
 NUM_TOKENS = 14
 SHARED = [(7 * i * i + 3 * i + 11) % VOCAB_SIZE for i in range(130)]  # more than a block
 PROMPTS = [
@@ -57,7 +54,7 @@ def folder(model: str) -> str:
     """Where a model lies: nothing for the bundled one, or a tiny random checkpoint that is made here."""
     if model == BUNDLED:
         return ""
-    own = {variant.id: variant for variant in (WIDE, LATENT, EXPANDED, TILED)}
+    own = {variant.id: variant for variant in (WIDE, LATENT, EXPANDED)}
     return str(save_checkpoint({**BY_ID, **own}[model], Path(tempfile.mkdtemp())))
 
 

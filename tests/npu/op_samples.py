@@ -123,8 +123,8 @@ def int8_experts() -> Sample:
 
 def gated_experts(**more: Any) -> Sample:
     """The first product of gated mlps, joined with what follows it."""
-    given = {"group_list_type": 1, **more}
-    return (int8(5, 32), [int8(3, 32, 64)], [torch.rand(3, 64) * 0.01], torch.rand(5), experts()[1]["group_list"]), given
+    scales, counts = ([torch.rand(3, 64) * 0.01], torch.rand(5)), experts()[1]["group_list"]
+    return (int8(5, 32), [int8(3, 32, 64)], *scales, counts), {"group_list_type": 1, **more}
 
 
 def weight_only_experts() -> Sample:

@@ -291,7 +291,8 @@ BROKEN: dict[str, list[Arguments]] = {
     "npu_grouped_matmul_swiglu_quant_v2": [
         {"group_list": on_host}, {"group_list_type": 2}, {"x": Tensor.half}, {"x": lambda x: x[None]},
         {"weight": lambda _: t(I8, 16, 32)}, {"x": strided}, {"x": lambda x: x[:0]},
-        {"x": lambda x: x[:, :8].contiguous()}, {"x": lambda x: x.new_zeros(6, 24), "weight": lambda _: t(I8, 2, 24, 32)},
+        {"x": lambda x: x[:, :8].contiguous()},
+        {"x": lambda x: x.new_zeros(6, 24), "weight": lambda _: t(I8, 2, 24, 32)},
         {"weight": lambda _: t(I8, 2, 16, 48)}, {"weight": lambda _: t(I8, 1, 16, 10272)},
         {"x": lambda x: x.new_zeros(1, 65536), "weight": lambda _: t(I8, 1, 65536, 32)},
         {"weight": lambda _: t(I8, 2, 16, 32)}, {"weight_scale": Tensor.bfloat16}, {"x_scale": Tensor.half},

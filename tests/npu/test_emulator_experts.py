@@ -137,7 +137,8 @@ def test_what_a_gated_product_refuses(place: int, value: Any) -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 64), (16, 10272), (65536, 32)])
 def test_shapes_that_a_gated_product_refuses(inputs: int, outputs: int) -> None:
     args, given = op_samples.gated_experts()
-    x, weight, scale = (torch.zeros(*size, dtype=torch.int8) for size in ((5, inputs), (3, inputs, outputs), (3, outputs)))
+    x, weight, scale = (torch.zeros(*size, dtype=torch.int8)
+                        for size in ((5, inputs), (3, inputs, outputs), (3, outputs)))
     with pytest.raises(RuntimeError, match=rf"\(5, {inputs}\) by \(3, {inputs}, {outputs}\)"):
         npu.npu_grouped_matmul_swiglu_quant_v2(x, [weight], [scale.float()], *args[3:], **given)
 

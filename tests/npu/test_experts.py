@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,6 +28,9 @@ from tests.ops.test_experts import (  # noqa: F401  the same tests, on this devi
     test_the_first_of_equals_is_chosen,
     test_what_is_not_a_number_stays_in_its_row,
 )
+from xllm.layers.layer_context import LayerContext
+from xllm.layers.linear import with_common_scale
+from xllm.parallel.parallel_context import ParallelContext
 
 QUANTIZATIONS = [None, "int8", "w8a8"]
 # Those of whole tiles lie in FRACTAL_NZ with w8a8; X is what the experts take, Y what they give.
@@ -163,6 +168,17 @@ def test_gated_experts_of_codes(num_experts: int, dtype: torch.dtype, size: tupl
     assert float((found_TD.double() - truth_TD).norm() / truth_TD.norm()) < 0.05
     assert torch.equal(torch.cat([layer(0, 1), layer(1, 6), layer(6, 9)]), found_TD)
     assert layer(0, 0).shape == (0, hidden)
+
+
+def test_ranks_that_share_a_row_have_its_numbers() -> None:
+    """Its codes are made by the largest number on all ranks, so that they are not made in the product before."""
+    group: Any = SimpleNamespace(size=2)
+    context = LayerContext(ops=npu().ops, device=npu().device, max_model_len=1, parallel=ParallelContext(tp=group),
+                           quantization="w8a8")
+    own, choice = with_common_scale(context).ops, there(contract.chosen(5, 3, 2))
+    packed = own.pack_gated_experts([randn(96, 64, dtype=torch.bfloat16) for _ in range(3)], quantization="w8a8")
+    inner_RF = own.gated_grouped_linear(randn(5, 64, dtype=torch.bfloat16), packed, choice)
+    assert not packed.is_joined and inner_RF.shape == (10, 48) and inner_RF.dtype is torch.bfloat16
 
 
 def test_rows_of_codes_that_are_zeros_or_no_numbers() -> None:

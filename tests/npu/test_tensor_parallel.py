@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.npu.engines import IS_REAL, LATENT, TILED, WIDE, assert_same, folder, plain, prompt_logprobs, start, tokens
+from tests.npu.engines import IS_REAL, LATENT, WIDE, assert_same, folder, plain, prompt_logprobs, start, tokens
 from tests.parallel.ranks import Ranks
 from xllm.errors import ConfigError, DeviceError, EngineDeadError
 from xllm.worker.processes import HEARTBEAT_S
@@ -69,7 +69,7 @@ def test_experts_of_codes() -> None:
     settings: dict[str, Any] = {"dtype": "float16", "quantization": "w8a8", "graph_mode": "off"}
     found = []
     for more in ({}, TWO):
-        with start(TILED.id, "npu", **{**more, **settings}) as llm:
+        with start("mixtral", "npu", **{**more, **settings}) as llm:
             found.append(prompt_logprobs(llm))
     assert (found[0] - found[1]).abs().mean() < 0.06
 
