@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from backends.expert_choice import ExpertChoice
-from backends.opset import GatedGroupedLinearOp, GroupedLinearOp, SiluMulOp
+from backends.expert_ops import GatedGroupedLinearOp, GroupedLinearOp
+from backends.opset import SiluMulOp
 
 
 def gated_by(grouped_linear: GroupedLinearOp, silu_mul: SiluMulOp) -> GatedGroupedLinearOp:
