@@ -54,6 +54,10 @@ class DeepseekConfig(DecoderConfig):
         return LATENT_OPS | self.mixture.special_ops
 
     @property
+    def attention_varies(self) -> bool:
+        return True
+
+    @property
     def score_scale(self) -> float:
         return float((self.key_dim + self.rotated_dim) ** -0.5) * self.rope.score_factor
 

@@ -58,6 +58,11 @@ class ModelConfig(ABC):
         return 0
 
     @property
+    def attention_varies(self) -> bool:
+        """Whether operators choose the form of a sequence's attention by how many queries and positions it has."""
+        return False
+
+    @property
     @abstractmethod
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What a KV block holds, layer by layer, all ranks together."""
