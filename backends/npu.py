@@ -15,6 +15,7 @@ from torch import Tensor
 from backends import npu_experts, npu_latent
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
+from backends.latent_form import LatentWidths
 from backends.metadata import AttentionMetadata
 from backends.npu_graphs import NpuCapturer
 from backends.npu_step import angles, block_table, derived, plan, step_plan
@@ -186,6 +187,9 @@ class NpuBackend:
     def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
                             dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
         return kv.latent_cache_shapes(num_blocks, block_size, latent_width, rotated_width)
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        return npu_latent.expanded_bytes(widths, num_positions=num_positions, longest=longest)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

@@ -183,8 +183,9 @@ class LoadedModel:
         assert model.max_model_len is not None, "a resolved config says it"
         kept, num_shares = self._kept_fp8, self.config.device.tensor_parallel_size
         attention_bytes = self.model_config.attention_bytes(
-            num_tokens=scheduler.max_num_batched_tokens, num_positions=scheduler.max_num_seqs * model.max_model_len,
-            num_shares=num_shares, itemsize=self._dtype.itemsize)
+            self.backend, num_tokens=scheduler.max_num_batched_tokens, longest=model.max_model_len,
+            num_positions=scheduler.max_num_seqs * model.max_model_len, num_shares=num_shares,
+            itemsize=self._dtype.itemsize)
         return footprint(weight_shapes(self.path), self._dtype, None if kept else model.quantization, kept=kept,
                          num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
                          num_shares=num_shares, expert_rows=expert_rows, attention_bytes=attention_bytes)
