@@ -9,18 +9,18 @@ USUAL_TOKENS = 512  # Chosen: a usual prompt.
 FEW_TOKENS = 64
 
 
-class Chunk(NamedTuple):
+class WarmUpChunk(NamedTuple):
     """So many tokens of a prompt, behind so many others."""
 
     num_tokens: int
     num_past: int = 0
 
 
-def warm_up_chunks(*, longest: int, max_len: int, varies: bool) -> list[Chunk]:
+def warm_up_chunks(*, longest: int, max_len: int, varies: bool) -> list[WarmUpChunk]:
     """longest: tokens of a step at most. max_len: of a sequence. varies: `ModelConfig.attention_varies`: then few
     tokens as well, and as many as there can be, behind as many, which is when another form is worth most."""
     longest = min(longest, max_len)
-    chunks = [Chunk(min(USUAL_TOKENS, longest))]
+    chunks = [WarmUpChunk(min(USUAL_TOKENS, longest))]
     if varies:
-        chunks += [Chunk(min(FEW_TOKENS, longest)), Chunk(longest, min(longest, max_len - longest))]
+        chunks += [WarmUpChunk(min(FEW_TOKENS, longest)), WarmUpChunk(longest, min(longest, max_len - longest))]
     return list(dict.fromkeys(chunks))
