@@ -125,7 +125,6 @@ TWIN_CLASSES = {
     "Progress": "the callback that hears how far loading has come",
     "RowOrder": "rows sorted by expert, as each device keeps them",
     "Schema": "a JSON schema",
-    "Widths": "of latents and what is made of them, as each device needs them",
     "StepPlan": "a step as each device's attention takes it",
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
