@@ -124,7 +124,6 @@ TWIN_CLASSES = {
     "PackedLora": "adapters as each device packs them",
     "Pool": "pages of memory of each device",
     "RowOrder": "rows sorted by expert, as each device keeps them",
-    "Widths": "of latents and what is made of them, as each device needs them",
     "StepPlan": "a step as each device's attention takes it",
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.

@@ -34,7 +34,7 @@ class MemoryPlan:
         self._quantization = "fp8" if kept else config.model.quantization
         self._num_workers = workers_in_memory(config, backend)
         self._kv_specs = tuple(spec.on_one_of(num_shares) for spec in model_config.kv_specs)
-        self.need = _footprint(config, path, model_config, dtype, kept)
+        self.need = _footprint(config, backend, path, model_config, dtype, kept)
 
     @property
     def block_bytes(self) -> int:
@@ -73,7 +73,7 @@ class MemoryPlan:
         return plan_num_blocks(config, self._backend, self._kv_specs, self._kv_dtype, others_bytes=others_bytes)
 
 
-def _footprint(config: EngineConfig, path: Path, model_config: ModelConfig, dtype: torch.dtype,
+def _footprint(config: EngineConfig, backend: Backend, path: Path, model_config: ModelConfig, dtype: torch.dtype,
                kept: Fp8Format | None) -> Footprint:
     """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as 0."""
     model, scheduler = config.model, config.scheduler
@@ -83,8 +83,8 @@ def _footprint(config: EngineConfig, path: Path, model_config: ModelConfig, dtyp
     assert num_tokens is not None and max_len is not None, "a resolved config says it"
     num_shares = config.device.tensor_parallel_size
     attention_bytes = model_config.attention_bytes(
-        num_tokens=num_tokens, num_positions=scheduler.max_num_seqs * max_len, num_shares=num_shares,
-        itemsize=dtype.itemsize)
+        backend, num_tokens=num_tokens, longest=max_len, num_positions=scheduler.max_num_seqs * max_len,
+        num_shares=num_shares, itemsize=dtype.itemsize)
     return footprint(weight_shapes(path), dtype, None if kept else model.quantization, kept=kept, num_tokens=num_tokens,
                      num_rows=scheduler.max_num_seqs, num_shares=num_shares,
                      expert_rows=min(MAX_ROWS, num_tokens * model_config.experts_a_token),
