@@ -20,7 +20,8 @@ from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
 from xllm.client.engine_client import EngineAwayError, Stream
-from xllm.client.remote import RemoteClient
+from xllm.client.kv_subscriber import KVSubscriber
+from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
 from xllm.engine.commands import Action, Controlled
 from xllm.engine.facts import EngineFacts
@@ -29,9 +30,11 @@ from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.routed_instance import LoadReport
+from xllm.routing.vllm_reader import VllmReader
 from xllm.stats import EngineStats
 
 _SEED_BITS = 63  # Chosen: what a signed 64-bit number holds, wherever it is written down
+_READER_TIERS = 2  # blocks that are followed of an instance, over those of its device. Chosen: it may offload as many
 logger = logging.getLogger("xllm.cluster")
 
 
@@ -47,10 +50,11 @@ class ClusterClient:
         self._dispatcher = Dispatcher(self.members, self._fleet, watcher or NoCallWatcher())
         self._control = ReplicaControl(self._up_labelled)
         self._joining: dict[str, asyncio.Task[None]] = {}
+        self._subscriber: KVSubscriber | None = None  # to the events of instances that publish them
 
     # --- who is there
 
-    def join(self, name: str, client: RemoteClient, *, role: str = "DEFAULT") -> None:
+    def join(self, name: str, client: MemberClient, *, role: str = "DEFAULT") -> None:
         """An instance is connected and may get requests, as soon as it has the adapters and the state of the others.
         An instance of that name that is there leaves first. Raises ValueError as `Fleet.join` does."""
         self.leave(name, "another one has joined under its name")
@@ -64,6 +68,10 @@ class ClusterClient:
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
         client.on_condition = lambda: self._heard(member)
+        if client.kv_events is not None:
+            self._subscriber = self._subscriber or KVSubscriber(self._fleet.index)
+            self._subscriber.follow(name, client.kv_events.endpoint, client.kv_events.replay_endpoint,
+                                    reader=VllmReader(_READER_TIERS * facts.num_blocks))
         self._control.know_adapters(facts.config.lora.lora_modules)
         if self._control.state is None:
             self._ready(member)
@@ -81,6 +89,8 @@ class ClusterClient:
         member.client.on_cache_changes = lambda changes: None
         member.client.on_condition = lambda: None
         self._dispatcher.hand_over(member)
+        if self._subscriber is not None:
+            self._subscriber.drop(name)
         self._fleet.leave(name)
         if self._control.state is not None and not self.members.all:
             logger.warning("the last instance has left; the next ones get the state that it had")
@@ -108,7 +118,7 @@ class ClusterClient:
             member.was_drained = True
             self._dispatcher.hand_over(member)
 
-    def _up_labelled(self) -> dict[str, RemoteClient]:
+    def _up_labelled(self) -> dict[str, MemberClient]:
         return {f"instance {name}": client for name, client in self.members.up.items()}
 
     async def close(self) -> None:
@@ -118,6 +128,8 @@ class ClusterClient:
         for task in list(self._joining.values()):
             task.cancel()
         await self._dispatcher.close()
+        if self._subscriber is not None:
+            await self._subscriber.close()
 
     # --- how they are
 
@@ -232,7 +244,7 @@ class ClusterClient:
         return await self._control.run(action, options)
 
 
-def _num_free_blocks(client: RemoteClient) -> int:
+def _num_free_blocks(client: MemberClient) -> int:
     """As it said last; before it has said anything, all."""
     assert client.facts is not None
     return client.stats.num_free_blocks if client.stats.num_blocks else client.facts.num_blocks
