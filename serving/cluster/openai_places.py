@@ -43,8 +43,8 @@ def _read(text: str, tokenizer_path: str | None) -> ServerPlace:
     for other in others:
         key, _, value = other.partition("=")
         if key not in KEYS or not value or key in given:
-            raise ConfigError(f"openai_server {name}: {key[:100]!r} must be one of {', '.join(KEYS)}, each once and with "
-                              f"a value: {_FORM}")
+            raise ConfigError(f"openai_server {name}: {key[:100]!r} must be one of {', '.join(KEYS)}, each once and "
+                              f"with a value: {_FORM}")
         given[key] = value
     if "replay" in given and "events" not in given:
         raise ConfigError(f"openai_server {name}: replay needs events: missing batches of these are sent again there")

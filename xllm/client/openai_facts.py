@@ -25,7 +25,7 @@ _COUNTERS = {"prompt_tokens_total": "prompt_tokens_total", "generation_tokens_to
              "iteration_tokens_total_count": "num_steps"}
 _USAGE, _INFO = "kv_cache_usage_perc", "cache_config_info"
 _STARTED = ("process_start_time_seconds", "prompt_tokens_created")
-_SERIES = re.compile(r"^(?:(?:vllm|xllm):)?(" + "|".join((*_GAUGES, *_COUNTERS, _USAGE, _INFO, *_STARTED))
+_SERIES = re.compile(r"^(?:(vllm|xllm):)?(" + "|".join((*_GAUGES, *_COUNTERS, _USAGE, _INFO, *_STARTED))
                      + r")(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -64,7 +64,11 @@ def read_card(models: Any) -> ModelCard:
 def read_metrics(text: str) -> ServerMetrics:
     """Of the text of `/metrics`. What is not there is 0, or None."""
     sums, usages, sizes, num_blocks = dict[str, float](), list[float](), list[int](), 0
-    for name, labels, value in _SERIES.findall(text):
+    series = _SERIES.findall(text)
+    others = "xllm" if any(prefix == "vllm" for prefix, *_ in series) else "vllm"  # ours may have both names
+    for prefix, name, labels, value in series:
+        if prefix == others:
+            continue
         if name == _USAGE:
             usages.append(float(value))
         elif name == _INFO:

@@ -17,11 +17,12 @@ from typing import Any
 
 import httpx
 
+from xllm.client.engine_client import Stream
 from xllm.client.gate_wire import UNCHECKED, ServedModel
 from xllm.client.member_client import KVEventsPlace, MemberClient
 from xllm.client.openai_facts import ModelCard, ServerMetrics, read_card, read_facts, read_metrics
 from xllm.client.openai_wire import ChunkReader, completion_body, data_lines, error_of, first_refusal
-from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Outputs, Refused, Submit
+from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Refused, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
@@ -210,9 +211,10 @@ class OpenAIServer(MemberClient):
     def _send(self, command: Command) -> None:
         if isinstance(command, Submit):
             waiting = {request.request_id for request in command.requests}
+            stream = self._streams[command.requests[0].request_id]
             for request in command.requests:
-                self._tasks[request.request_id] = asyncio.create_task(
-                    self._run(request, waiting, command.requests[0].request_id), name="openai-request")
+                self._tasks[request.request_id] = asyncio.create_task(self._run(request, stream, waiting),
+                                                                      name="openai-request")
         elif isinstance(command, Abort):
             for request_id in command.request_ids:
                 self._cancel(request_id)
@@ -227,16 +229,16 @@ class OpenAIServer(MemberClient):
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _run(self, request: Request, waiting: set[str], first: str) -> None:
-        """Have one sequence computed. waiting: of its call, those that the server has not taken; first: of the call."""
+    async def _run(self, request: Request, stream: Stream, waiting: set[str]) -> None:
+        """Have one sequence computed. waiting: of its call, those that the server has not taken."""
         assert self.facts is not None
         reader = ChunkReader(request, self.facts.vocab_size)
         try:
             async for delta in self._answer(request, reader):
                 if delta is None:
                     waiting.discard(request.request_id)
-                    if not waiting:
-                        self._hand_out(Outputs(taken=[first]))
+                    if not waiting:  # the first of them may have ended already
+                        stream.admit()
                 else:
                     self._moved_s = time.monotonic()
                     self._deliver(delta)

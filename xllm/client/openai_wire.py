@@ -16,7 +16,7 @@ from xllm.structured.spec import KINDS
 # Named in the order of vLLM's documentation; sent whatever their values are, because the server's own defaults, those
 # of the model's generation_config.json, stand in for what is missing. The rest is sent where it asks for something.
 ALWAYS_SENT = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-MAX_SEED = 2**63 - 1  # of vLLM's requests
+_SEEDS = 2**64  # different ones that there are; vLLM takes them as signed numbers
 _TOKEN = "token_id:"  # how tokens are called where no text of theirs is asked for (`return_tokens_as_token_ids`)
 _ENDS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 DONE = b"[DONE]"
@@ -32,7 +32,6 @@ def refusal(request: Request) -> RequestError | None:
         (request.deadline_s is not None, "ttlt_slo_ms", "wishes for the last token"),
         (sampling.prompt_logprobs is not None, "prompt_logprobs", "log-probabilities of a prompt that is streamed"),
         (structured is not None and structured.after is not None, "structured_outputs", "a form behind free reasoning"),
-        (sampling.seed is not None and sampling.seed > MAX_SEED, "seed", f"seeds above {MAX_SEED}"),
         *((True, name, f"{name} behind tokens that another instance has drawn") for name in _bound_to_start(request)),
     )
     for is_asked, field, what in asked:
@@ -77,7 +76,7 @@ def _wishes(sampling: SamplingParams, num_drawn: int) -> dict[str, Any]:
     """Of the fields that are left out where they ask for nothing, the others."""
     found: dict[str, Any] = {"ignore_eos": True} if sampling.ignore_eos else {}
     if sampling.seed is not None:  # not the numbers again that the first tokens were drawn by
-        found["seed"] = (sampling.seed + num_drawn) & MAX_SEED if num_drawn else sampling.seed
+        found["seed"] = (sampling.seed + num_drawn + _SEEDS // 2) % _SEEDS - _SEEDS // 2
     if sampling.min_tokens > num_drawn:
         found["min_tokens"] = sampling.min_tokens - num_drawn
     if sampling.logprobs is not None:
