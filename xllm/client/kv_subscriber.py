@@ -105,16 +105,16 @@ class Instance:
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_BATCHES):
                 frames = await replay.recv_multipart(zmq.NOBLOCK)
-                number = sequence_number(frames, 3)
+                number = sequence_number(frames, 3, 4)  # vLLM 0.33 puts the topic before it
                 if number is None:
                     self.feed.num_broken += 1
-                elif frames[1] == END:
+                elif frames[-2] == END:
                     self._asked_s = None
                     self.feed.end_replay()
                 else:
                     if self._asked_s is not None:
                         self._asked_s = self.heard_s
-                    self.feed.take_replayed(number, frames[2])
+                    self.feed.take_replayed(number, frames[-1])
 
 
 class KVSubscriber:
