@@ -16,7 +16,7 @@ from serving.config import (
     ServerConfig,
 )
 from serving.limits import LimitSettings
-from xllm.client.openai_server import ServerPlace
+from xllm.client.server_place import ServerPlace
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.option import option

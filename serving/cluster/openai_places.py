@@ -7,8 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from xllm import env
-from xllm.client.member_client import KVEventsPlace
-from xllm.client.openai_server import ServerPlace
+from xllm.client.server_place import KVEventsPlace, ServerPlace
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port, is_loopback
 from xllm.private_files import read_secret

@@ -17,8 +17,9 @@ from serving.commands.master_models import MasterModel, MasterModels
 from xllm.client.cluster_keys import ClusterKeys
 from xllm.client.gate_wire import UNCHECKED
 from xllm.client.member_client import MemberClient
-from xllm.client.openai_server import OpenAIServer, ServerPlace
+from xllm.client.openai_server import OpenAIServer
 from xllm.client.remote import RemoteClient
+from xllm.client.server_place import ServerPlace
 from xllm.engine.facts import EngineFacts
 from xllm.stats import EngineStats
 

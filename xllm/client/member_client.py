@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from xllm.client.commanding import CommandingClient
 from xllm.client.gate_wire import ServedModel
+from xllm.client.server_place import KVEventsPlace
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.stats import EngineStats
-
-
-@dataclass(frozen=True, slots=True)
-class KVEventsPlace:
-    """Where an instance publishes its KV events, in vLLM's form: of its PUB socket, and of the ROUTER that sends
-    batches again; None: there is none."""
-
-    endpoint: str
-    replay_endpoint: str | None = None
 
 
 class MemberClient(CommandingClient):

@@ -12,16 +12,16 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from xllm.client.engine_client import Stream
 from xllm.client.gate_wire import UNCHECKED, ServedModel
-from xllm.client.member_client import KVEventsPlace, MemberClient
+from xllm.client.member_client import MemberClient
 from xllm.client.openai_facts import ModelCard, ServerMetrics, read_card, read_facts, read_metrics
 from xllm.client.openai_wire import ChunkReader, completion_body, data_lines, error_of, first_refusal
+from xllm.client.server_place import ServerPlace
 from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Refused, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
@@ -32,22 +32,13 @@ CONNECT_S = 5.0  # for the server to answer. Chosen: many times a way through a 
 # Without an answer of its /health the server is lost; without progress of its engine, too. As `xllm/client/remote.py`.
 SILENCE_S, PROGRESS_S = 5.0, 60.0
 TRY_S = 60.0  # for the one token that is asked for to begin with. Chosen: a server that compiles takes its time
+# Behind HTTP 200 a request counts as taken after so long, or with its first token: vLLM says what it refuses in the
+# stream, before it queues it. Chosen: many times what that takes.
+ADMIT_S = 1.0
 MAX_ERROR_BYTES = 2**16  # of an answer that refuses. Chosen: more than an error of the API has
 _BUSY = (429, 503)
 _COMMANDS = "an OpenAI server (--openai-server) takes no commands"
 logger = logging.getLogger("xllm.client")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerPlace:
-    """url: http or https, host and port. api_key: sent as a bearer token. events: where it publishes KV events. The
-    rest as in `read_facts`."""
-
-    name: str
-    url: str
-    api_key: str | None = field(default=None, repr=False)
-    events: KVEventsPlace | None = None
-    tokenizer_path: str | None = None
 
 
 class OpenAIServer(MemberClient):
@@ -233,13 +224,19 @@ class OpenAIServer(MemberClient):
         """Have one sequence computed. waiting: of its call, those that the server has not taken."""
         assert self.facts is not None
         reader = ChunkReader(request, self.facts.vocab_size)
+
+        def admit() -> None:
+            waiting.discard(request.request_id)
+            if not waiting and not stream.is_admitted:
+                stream.admit()
+
+        admitting: asyncio.TimerHandle | None = None
         try:
             async for delta in self._answer(request, reader):
                 if delta is None:
-                    waiting.discard(request.request_id)
-                    if not waiting:  # the first of them may have ended already
-                        stream.admit()
+                    admitting = asyncio.get_running_loop().call_later(ADMIT_S, admit)
                 else:
+                    admit()
                     self._moved_s = time.monotonic()
                     self._deliver(delta)
             if not reader.is_done:
@@ -255,6 +252,8 @@ class OpenAIServer(MemberClient):
             logger.exception("reading what %s sends failed", self._place.name)
             self._lose(request, f"what it sends cannot be read: {type(error).__name__}")
         finally:
+            if admitting is not None:
+                admitting.cancel()
             if self._tasks.get(request.request_id) is asyncio.current_task():
                 del self._tasks[request.request_id]
 
