@@ -26,7 +26,7 @@ REFUSED = {"prompt_logprobs"}
 
 
 def test_every_parameter_is_sent_kept_or_refused() -> None:
-    assert SENT | BEHIND_TOKENS | REFUSED == set(SAMPLING_FIELDS)
+    assert set(SAMPLING_FIELDS) == SENT | BEHIND_TOKENS | REFUSED
 
 
 def test_all_that_can_be_said() -> None:
@@ -48,15 +48,16 @@ def test_all_that_can_be_said() -> None:
 def test_what_is_not_asked_for_is_left_out_but_for_what_the_server_has_defaults_for() -> None:
     body = completion_body(make_request("r", SamplingParams(max_tokens=None), (1, 2, 3)), "demo", 512)
     assert body["max_tokens"] == 509
-    assert set(body) == {"model", "prompt", "stream", "stream_options", "return_token_ids", "return_tokens_as_token_ids",
-                         "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-                         "frequency_penalty", "repetition_penalty"}
+    assert set(body) == {"model", "prompt", "stream", "stream_options", "return_token_ids",
+                         "return_tokens_as_token_ids", "max_tokens", "temperature", "top_p", "top_k", "min_p",
+                         "presence_penalty", "frequency_penalty", "repetition_penalty"}
 
 
 def test_behind_tokens_of_another_instance() -> None:
     """They are the prompt, and count; a seed does not draw the first numbers again."""
     sampling = SamplingParams(max_tokens=9, min_tokens=4, seed=2**64 - 1, ignore_eos=True)
-    body = completion_body(make_request("r", sampling, (1, 2), generated_token_ids=(7, 8, 9), eos_token_ids=(2,)), "m", 99)
+    request = make_request("r", sampling, (1, 2), generated_token_ids=(7, 8, 9), eos_token_ids=(2,))
+    body = completion_body(request, "m", 99)
     assert body["prompt"] == [1, 2, 7, 8, 9] and (body["max_tokens"], body["min_tokens"]) == (6, 1)
     assert body["seed"] == 2 and body["ignore_eos"] is True and "stop_token_ids" not in body
     high = SamplingParams(seed=2**63)  # vLLM's seeds are signed
@@ -75,7 +76,8 @@ def test_behind_tokens_of_another_instance() -> None:
                             "generated_token_ids": (1,)})])
 def test_what_cannot_be_said(field: str, options: dict[str, Any]) -> None:
     found = refusal(make_request("r", **options))
-    assert isinstance(found, RequestError) and found.field == field and str(found).startswith(f"{field}: OpenAI servers")
+    assert isinstance(found, RequestError) and found.field == field
+    assert str(found).startswith(f"{field}: OpenAI servers")
 
 
 def test_what_can_be_said_behind_other_tokens() -> None:
@@ -112,8 +114,8 @@ def test_an_answer() -> None:
     assert reader.is_done
 
 
-@pytest.mark.parametrize(("reason", "stop", "expected"), [("stop", None, FinishReason.STOP), ("stop", 2, FinishReason.STOP),
-                                                          ("length", None, FinishReason.LENGTH)])
+@pytest.mark.parametrize(("reason", "stop", "expected"), [
+    ("stop", None, FinishReason.STOP), ("stop", 2, FinishReason.STOP), ("length", None, FinishReason.LENGTH)])
 def test_ends(reason: str, stop: int | None, expected: FinishReason) -> None:
     """The end of a text, which is sent as a stop token, is not one that was asked for; without a usage the stream's end
     will do."""
@@ -130,7 +132,7 @@ def test_log_probabilities() -> None:
     assert read(reader, chunk([310], logprobs=found)) == [
         OutputDelta("r", [310], logprobs=[TokenLogprobs(310, -2.7, 3, (305, 4), (-0.5, -1.5))])]
     # Tokens go on when their log-probabilities have come, at the end at the latest.
-    one = {"text_offset": [0], "token_logprobs": [-1.0], "tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -1.0}]}
+    one = {"token_logprobs": [-1.0], "tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -1.0}]}
     assert read(reader, chunk([9])) == [] and not reader.is_done
     (delta,) = read(reader, chunk([], "length", logprobs=one), USAGE)
     assert delta.logprobs == [TokenLogprobs(9, -1.0, 1, (9,), (-1.0,))]
@@ -139,7 +141,8 @@ def test_log_probabilities() -> None:
 @pytest.mark.parametrize(("events", "reason"), [
     ([chunk(None)], "it sends no token ids: return_token_ids needs vLLM 0.10.2 or later"),
     ([chunk([4096])], "it sends token 4096, and the vocabulary of the master's tokenizer has 4096"),
-    ([chunk([5]), DONE], "the answer ended before its end"), ([chunk([5], "abort"), USAGE], "it ended the answer: abort"),
+    ([chunk([5]), DONE], "the answer ended before its end"),
+    ([chunk([5], "abort"), USAGE], "it ended the answer: abort"),
     ([b"{"], "what it sends cannot be read"), ([b"[1]"], "what it sends cannot be read"),
     ([b'{"choices": [{"token_ids": [1], "logprobs": {"tokens": ["a"]}}]}'], "what it sends cannot be read"),
     ([b'{"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}'],
