@@ -41,7 +41,8 @@ def stuck_at(calls: Sequence[Call[State]], start: State) -> list[Call[State]] | 
         next_ones = _next_ones(calls, done)
         if (length := done.bit_count()) > best:
             best, stuck = length, [calls[place] for place in next_ones]
-        for place in reversed(next_ones):  # those that were begun first are tried first
+        # Those that ended first are tried first, and last those that may never have been done.
+        for place in sorted(next_ones, key=lambda place: -calls[place].ended_s):
             try:
                 way = done | 1 << place, calls[place].step(state)
             except Impossible:

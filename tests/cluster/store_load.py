@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from serving.cluster.election import Election
 from serving.cluster.key_value import Changes, Compare, KeyChange, KeyValue, Snapshot, Write, absent, unchanged
@@ -34,8 +34,14 @@ class StoreLoad:
         self.watches: list[Watched] = []
         self._until_s = 0.0
 
-    def _open(self, client: str) -> KeyValueStore:
-        return KeyValueStore(RecordingLink(self._make(client), self.history, client), namespace=self._namespace)
+    @contextlib.asynccontextmanager
+    async def _open(self, client: str) -> AsyncIterator[KeyValueStore]:
+        store = KeyValueStore(RecordingLink(self._make(client), self.history, client), namespace=self._namespace)
+        await store.start(10)
+        try:
+            yield store
+        finally:
+            await store.close()
 
     @property
     def _is_on(self) -> bool:
@@ -52,7 +58,7 @@ class StoreLoad:
             watchers = [asyncio.create_task(self._watch(f"watch-{number}", prefix, first)) for number, (prefix, first)
                         in enumerate(((b"", None), (b"r:", start.revision + 1), (b"t:", start.revision + 1)))]
             await asyncio.gather(*players)
-            last = (await auditor.commit((), [Write(prefix + b"end", b"end") for prefix in (b"r:", b"t:")])).revision
+            last = await _end(auditor)
             await asyncio.wait_for(asyncio.gather(*watchers), 10)
             changes = await _all_changes(auditor, start.revision + 1, last)
         return self._judge(start, changes)
@@ -65,8 +71,9 @@ class StoreLoad:
         for watched in self.watches:
             found += own.complaints_of_watch(watched)
         found += complaints_of_leaders(self.reigns)
+        known_s = model.known_s(self.history.operations)
         found += [complaint for key in REGISTERS if (complaint := register_complaint(
-            self._namespace + key, self.history.operations)) is not None]
+            self._namespace + key, self.history.operations, known_s)) is not None]
         return found
 
     # --- players
@@ -82,13 +89,14 @@ class StoreLoad:
                     kind = rng.random()
                     if kind < 0.3:
                         await store.put(key, value)
-                    elif kind < 0.4:
-                        await store.delete(key)
-                    else:
-                        item = await store.get(key)
-                        if kind > 0.6:
-                            condition = absent(key) if item is None else Compare(key, "value", item.value)
-                            await store.commit([condition], [Write(key, value)])
+                        await asyncio.sleep(rng.random() * 0.01)
+                        continue
+                    item = await store.get(key)
+                    condition = absent(key) if item is None else Compare(key, "value", item.value)
+                    if kind < 0.4:
+                        await store.commit([condition], [Write(key, None)])
+                    elif kind > 0.6:
+                        await store.commit([condition], [Write(key, value)])
                 await asyncio.sleep(rng.random() * 0.01)
 
     async def _transfer(self, client: str) -> None:
@@ -169,6 +177,16 @@ class StoreLoad:
                     change.key for change in event.changes}
                 if ends & keys:
                     return
+
+
+async def _end(store: KeyValueStore) -> int:
+    """Write what watches end with, once; returns the revision."""
+    while True:
+        with contextlib.suppress(StoreError):
+            await store.commit([absent(b"r:end")], [Write(prefix + b"end", b"end") for prefix in (b"r:", b"t:")])
+            if (item := await store.get(b"r:end")) is not None:
+                return item.mod_revision
+        await asyncio.sleep(0.05)
 
 
 async def _all_changes(store: KeyValueStore, revision: int, last: int) -> list[KeyChange]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serving.cluster.key_value import Changes, Committed, Compare, KeyChange, KeyValue, Snapshot
@@ -72,6 +72,18 @@ class StoreModel:
         """The items as of that revision."""
         return self._states[max(0, bisect.bisect_right(self._revisions, revision) - 1)]
 
+    def known_s(self, operations: Sequence[Operation]) -> dict[bytes, float]:
+        """Of each value that was written: when somebody had been told of that revision, or of a later one."""
+        told = sorted((operation.answer.revision, operation.ended_s) for operation in operations
+                      if isinstance(operation.answer, Snapshot | Committed))
+        soonest_s = list(itertools.accumulate((ended_s for _, ended_s in reversed(told)), min))[::-1]
+        found = {}
+        for change in self._changes:
+            if change.item is not None:
+                place = bisect.bisect_left(told, (change.revision, 0.0))
+                found[change.item.value] = soonest_s[place] if place < len(told) else NEVER
+        return found
+
     def complaints(self, operations: Sequence[Operation], leases: Sequence[Belief] = ()) -> list[str]:
         """What is wrong with a history; leases: who believed in which, token is its id."""
         if any(later < earlier for earlier, later in itertools.pairwise(self._revisions)):
@@ -80,6 +92,7 @@ class StoreModel:
                 *self._of_leases(operations, leases)]
 
     def _of_answers(self, operations: Sequence[Operation]) -> Iterator[str]:
+        done: dict[int, str] = {}
         for operation in operations:
             asked, answer = operation.asked, operation.answer
             if isinstance(asked, Reading) and isinstance(answer, Snapshot):
@@ -89,17 +102,22 @@ class StoreModel:
                     yield f"{operation.client} read at {answer.revision} what was not so: {answer.items}"
             elif isinstance(asked, Commit) and isinstance(answer, Committed):
                 if answer.succeeded:
-                    yield from self._of_commit(operation.client, asked, answer.revision)
+                    yield from self._of_commit(operation.client, asked, answer.revision, done)
                 elif all(_holds(self.at(answer.revision), condition) for condition in asked.conditions):
                     yield f"{operation.client}'s commit was refused at {answer.revision}, where its conditions held"
 
-    def _of_commit(self, client: str, asked: Commit, revision: int) -> Iterator[str]:
-        before = self.at(revision - 1)
-        wanted = _effect(asked, before)
-        if wanted and wanted != _written(self.of_revision.get(revision, [])):
+    def _of_commit(self, client: str, asked: Commit, revision: int, done: dict[int, str]) -> Iterator[str]:
+        """done: whose commits have changed something, by revision."""
+        before, behind = self.at(revision - 1), self.at(revision)
+        if not _effect(asked, behind) and all(_holds(behind, condition) for condition in asked.conditions):
+            return  # it had nothing to do
+        if not _effect(asked, before) or _effect(asked, before) != _written(self.of_revision.get(revision, [])):
             yield f"{client}'s commit answered {revision}, where its writes are not, or others: {asked.writes}"
-        if not all(_holds(before if wanted else self.at(revision), condition) for condition in asked.conditions):
+            return
+        if not all(_holds(before, condition) for condition in asked.conditions):
             yield f"{client}'s commit was done at {revision} although its conditions did not hold: {asked.conditions}"
+        if done.setdefault(revision, client) != client:
+            yield f"{client}'s commit and {done[revision]}'s answered {revision}"
 
     @staticmethod
     def _of_times(operations: Sequence[Operation]) -> Iterator[str]:
@@ -216,11 +234,17 @@ def _written(changes: Sequence[KeyChange]) -> dict[bytes, bytes | None]:
 # --- registers: without a look at revisions
 
 
-def calls_on(key: bytes, operations: Sequence[Operation]) -> list[Call[bytes | None]]:
+def calls_on(key: bytes, operations: Sequence[Operation],
+             known_s: Mapping[bytes, float] | None) -> list[Call[bytes | None]]:
     """What was done to one key alone, as calls on a register that holds a value or None."""
     found = []
     for operation in operations:
-        asked = operation.asked
+        asked, ended_s = operation.asked, operation.ended_s
+        if known_s is not None and operation.answer is None and isinstance(asked, Commit):
+            values = [write.value for write in asked.writes if write.value is not None]
+            if values and values[0] not in known_s:
+                continue
+            ended_s = known_s[values[0]] if values else ended_s
         if isinstance(asked, Reading) and asked == Reading(key, False) and isinstance(operation.answer, Snapshot):
             step = _reads(next((item.value for item in operation.answer.items), None))
         elif isinstance(asked, Commit) and [write.key for write in asked.writes] == [key]:
@@ -228,13 +252,16 @@ def calls_on(key: bytes, operations: Sequence[Operation]) -> list[Call[bytes | N
             step = _writes(asked, operation.answer)  # type: ignore[arg-type]
         else:
             continue
-        found.append(Call(operation.begun_s, operation.ended_s, step, f"{operation.client}: {asked}"))
+        found.append(Call(operation.begun_s, ended_s, step, f"{operation.client}: {asked}"))
     return found
 
 
-def register_complaint(key: bytes, operations: Sequence[Operation], start: bytes | None = None) -> str | None:
-    """Why the calls on a key have no order; None: they have one."""
-    stuck = stuck_at(calls_on(key, operations), start)
+def register_complaint(key: bytes, operations: Sequence[Operation],
+                       known_s: Mapping[bytes, float] | None = None) -> str | None:
+    """Why the calls on a key have no order; None: they have one. known_s: of the values that were written, each of
+    which is written once, by when (`StoreModel.known_s`): a call without an answer was done by then, or not at all.
+    Without that there may be very many orders."""
+    stuck = stuck_at(calls_on(key, operations, known_s), None)
     return None if stuck is None else f"{key!r}: none of these can be next: {[call.shown for call in stuck]}"
 
 
@@ -250,7 +277,7 @@ def _writes(asked: Commit, answer: Committed | None):
     def step(state: bytes | None) -> bytes | None:
         holds = all(state == condition.expected if condition.field == "value" else state is None
                     for condition in asked.conditions)
-        if answer is not None and answer.succeeded != holds:
+        if holds != (answer is None or answer.succeeded):  # one without an answer need not be done to do nothing
             raise Impossible
         return asked.writes[0].value if holds else state
     return step

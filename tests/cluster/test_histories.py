@@ -6,15 +6,25 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 
-from serving.cluster import key_value_store
+from serving.cluster import embedded, key_value_store
 from serving.cluster.embedded import EmbeddedStore
 from serving.cluster.etcd_link import EtcdLink
 from serving.cluster.etcd_settings import EtcdSettings
-from serving.cluster.key_value import Changes, Committed, Compare, KeyChange, KeyValue, Snapshot, Write, absent
+from serving.cluster.key_value import (
+    Changes,
+    Committed,
+    Compare,
+    Granted,
+    KeyChange,
+    KeyValue,
+    Snapshot,
+    Write,
+    absent,
+)
 from serving.cluster.served_link import ServedLink
 from serving.cluster.store_link import StoreLink
 from serving.cluster.store_server import StorePlace, StoreServer
@@ -26,7 +36,7 @@ from tests.cluster.store_load import CLIENTS, StoreLoad
 from tests.cluster.store_model import Belief, StoreModel, Watched, complaints_of_leaders, register_complaint
 
 ALL = os.environ.get("HISTORIES_ALL") == "1"  # `make nightly`: longer, and with more seeds
-SECONDS, SEEDS = (30.0, 5) if ALL else (1.2, 1)
+SECONDS, SEEDS = (20.0, 3) if ALL else (0.8, 1)
 
 
 async def judge(load: StoreLoad, seconds: float = SECONDS) -> None:
@@ -36,6 +46,12 @@ async def judge(load: StoreLoad, seconds: float = SECONDS) -> None:
           f"{len(load.leases)} leases, {sum(len(watched.events) for watched in load.watches)} events of watches")
     assert not complaints, "\n".join(complaints[:20])
     assert len(load.history.operations) > 100 * seconds and load.reigns and load.leases
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that has happened is read at the end."""
+    monkeypatch.setattr(embedded, "MAX_CHANGES", 10**6)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -137,6 +153,8 @@ def test_a_good_history_has_no_complaint() -> None:
     (but(0, answer=Committed(True, 12)), [], "p's commit answered 12, where its writes are not"),
     (but(0, answer=Committed(True, 10)), [], "p's commit answered 10, where its writes are not"),
     (but(0, asked=Commit((Compare(b"a", "value", b"0"),), (Write(b"a", b"1"),))), [], "conditions did not hold"),
+    ([*GOOD[:4], Operation("r", GOOD[3].asked, Committed(True, 12), 1.6, 1.65), *GOOD[4:],
+      Operation("s", GOOD[3].asked, Committed(True, 12), 1.6, 1.65)], [], "s's commit and r's answered 12"),
     (but(1, answer=Committed(False, 10)), [], "q's commit was refused at 10, where its conditions held"),
     (but(2, answer=Snapshot(11, ())), [], "p read at 11 what was not so"),
     (but(2, answer=Snapshot(12, (A1,))), [], "p read at 12 what was not so"),
@@ -240,7 +258,7 @@ class _Forgetful(EmbeddedStore):
 
 
 class _Stale(EmbeddedStore):
-    """A reading in ten is of what was before the last write."""
+    """A reading in three is of what was before the last write."""
 
     _before: tuple[int, dict[bytes, KeyValue]] = (1, {})
     num_readings = 0
@@ -251,15 +269,52 @@ class _Stale(EmbeddedStore):
 
     async def read(self, prefix: bytes, *, is_prefix: bool) -> Snapshot:
         self.num_readings += 1
-        if self.num_readings % 10 or is_prefix:
+        if self.num_readings % 3 or is_prefix:
             return await super().read(prefix, is_prefix=is_prefix)
         revision, items = self._before
         return Snapshot(revision, tuple(item for key, item in items.items() if key == prefix))
 
 
-@pytest.mark.parametrize(("make", "words"), [(_Forgetful, "where its writes are not"), (_Stale, "after somebody had been told")])
+@pytest.mark.parametrize(("make", "words"), [(_Forgetful, "where its writes are not"),
+                                            (_Stale, "after somebody had been told")])
 async def test_a_store_that_is_wrong_is_found_out(make: Callable[[], EmbeddedStore], words: str) -> None:
     store = make()
-    complaints = await StoreLoad(lambda client: store, b"h/", 0).run(0.4)
+    complaints = await StoreLoad(lambda client: store, b"h/", 0).run(0.3)
     assert any(words in complaint for complaint in complaints), complaints[:5]
-    assert any("none of these can be next" in complaint for complaint in complaints), complaints[:5]
+    assert make is _Stale or any("none of these can be next" in complaint for complaint in complaints), complaints[:5]
+
+
+class _Careless(EmbeddedStore):
+    """It does not compare."""
+
+    def _holds(self, condition: Compare) -> bool:
+        return True
+
+
+class _Parting(EmbeddedStore):
+    """Its watches tell a change at a time."""
+
+    async def watch(self, prefix: bytes, revision: int) -> AsyncGenerator[Changes, None]:
+        async for found in super().watch(prefix, revision):
+            for change in found.changes:
+                yield Changes(change.revision, (change,))
+
+
+class _Hasty(EmbeddedStore):
+    """Leases end before their time."""
+
+    async def grant(self, ttl_s: int) -> Granted:
+        return Granted((await super().grant(ttl_s=0.2)).lease, ttl_s)  # type: ignore[arg-type]
+
+    async def refresh(self, lease: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(("make", "words", "seconds"), [
+    (_Careless, "although its conditions did not hold", 0.3), (_Parting, "a watch of", 0.3),
+    (_Hasty, "believed in a lease", 1.0)])
+async def test_a_store_that_breaks_a_promise_is_found_out(make: Callable[[], EmbeddedStore], words: str,
+                                                         seconds: float) -> None:
+    store = make()
+    complaints = await StoreLoad(lambda client: store, b"h/", 0).run(seconds)
+    assert any(words in complaint for complaint in complaints), complaints[:5]

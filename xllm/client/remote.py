@@ -194,7 +194,9 @@ class RemoteClient(MemberClient):
 
     def _note_event(self, parts: list[bytes]) -> None:
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
-        if event in _HANDSHAKE_FAILED:
+        if event in _HANDSHAKE_FAILED and self.phase == "ready":  # what zmq says of any frame that breaks its rules
+            self._die("a frame that it sent came changed, twice, or not in its turn")
+        elif event in _HANDSHAKE_FAILED:
             self.is_refused = True
             self._die("wrong cluster secret: what listens there has another one, or broke the connection off")
         elif event == zmq.EVENT_DISCONNECTED and self._port is not None:
@@ -218,6 +220,8 @@ class RemoteClient(MemberClient):
                     self._tell_alive()
             elif frame[:1] == WELCOME:
                 self._take_welcome(frame)
+            else:
+                self._die("its greeting has not come")
         except Exception as error:  # no reader may wait for deltas that never come
             logger.exception("reading what the instance at %s sends failed", self.address)
             self._die(f"what it sends cannot be read: {type(error).__name__}")
