@@ -19,9 +19,9 @@ class MemberClient(CommandingClient):
     """A `WatchedEngine` that is another process, perhaps on another machine.
 
     address: where that is, to be shown. incarnation: of the engine that is, or was last, there: another one has nothing
-    cached. draining: it takes no more requests; those that it has go on. kv_events: where what is cached is published;
-    None: `on_cache_changes` tells it. takes_commands: about the engine as a whole (`control`). on_condition: called after each sign of life that says how it is. on_lost: called
-    with the reason, once a connection.
+    cached. draining: it takes no more requests; those that it has go on. takes_commands: about the engine as a whole
+    (`control`). kv_events: where what is cached is published; None: `on_cache_changes` tells it. on_condition: called
+    after each sign of life that says how it is. on_lost: called with the reason, once a connection.
     """
 
     def __init__(self, address: str) -> None:
