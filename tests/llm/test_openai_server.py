@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 
 from tests.llm.cluster_sites import answers, make_request
 from tests.llm.test_clients import read
 from tests.llm.test_openai_wire import METRICS, USAGE, chunk
 from tests.llm.test_remote import until
 from xllm.client import openai_server
+from xllm.client.cluster import ClusterClient
 from xllm.client.engine_client import EngineBusyError
 from xllm.client.openai_server import OpenAIServer
-from xllm.client.server_place import ServerPlace
+from xllm.client.server_place import KVEventsPlace, ServerPlace
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason
 
@@ -228,3 +233,33 @@ async def test_commands_are_refused() -> None:
         with pytest.raises(EngineDeadError, match="the other instances have got the command sleep"):
             await client.control_or_log("sleep", level=1)
         assert not client.is_up
+
+
+async def test_blocks_of_another_size_are_said_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Its /metrics speak of blocks of 32 tokens, its events of 16."""
+    endpoint = f"ipc://{tmp_path}/events"
+    context = zmq.Context()
+    publisher = context.socket(zmq.PUB)
+    publisher.bind(endpoint)
+    async with scripted() as (_, make):
+        client, cluster = make(), ClusterClient()
+        client.kv_events = KVEventsPlace(endpoint)
+        await client.connect()
+        cluster.join("a", client)
+        number = itertools.count()
+
+        def is_told() -> bool:
+            stored = ["BlockStored", [7], None, list(range(16)), 16, None, "GPU", None]
+            batch = msgspec.msgpack.encode([time.time(), [stored], 0])
+            publisher.send_multipart([b"", next(number).to_bytes(8, "big"), batch])
+            client.on_condition()
+            return bool(cluster.num_cached_blocks("a")) and bool(caplog.records)
+
+        await until(is_told)
+        client.on_condition()
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert said == ["a: its KV events are of blocks of 16 tokens, prompts are looked up in blocks of 32: nothing "
+                        "that it has cached is found"]
+        cluster.leave("a", "the test is over")
+        await cluster.close()
+    context.destroy(linger=0)

@@ -201,8 +201,10 @@ def test_metrics() -> None:
 
 def test_the_model() -> None:
     cards = [{"id": "adapter", "root": "/a", "parent": "demo", "max_model_len": 512},
-             {"id": "demo", "root": "org/demo", "parent": None, "max_model_len": 512}]
-    assert read_card({"data": cards}) == ModelCard("demo", "org/demo", 512)
+             {"id": "demo", "root": "org/demo", "parent": None, "max_model_len": 512},
+             {"id": "alias", "root": "org/demo", "parent": None, "max_model_len": 512},
+             {"id": "other", "root": "org/other", "parent": None, "max_model_len": 64}]
+    assert read_card({"data": cards}) == ModelCard(("demo", "alias"), "org/demo", 512)
     for wrong in ({"data": cards[:1]}, {}, []):
         with pytest.raises(EngineDeadError, match="names no model"):
             read_card(wrong)
@@ -214,11 +216,11 @@ def test_facts_come_from_the_models_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {
         "vocab_size": 10, "hidden_size": 4, "eos_token_id": [3, 99]}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    facts = read_facts(ModelCard("m", "org/m", 64), read_metrics(METRICS), str(tmp_path))
+    facts = read_facts(ModelCard(("m",), "org/m", 64), read_metrics(METRICS), str(tmp_path))
     assert (facts.vocab_size, facts.eos_token_ids, facts.max_model_len, facts.num_blocks) == (10, (7, 3), 64, 200)
     assert facts.config.cache.block_size == 32 and facts.model_path == str(tmp_path)
     with pytest.raises(EngineDeadError, match="org/m, is no folder on this machine: --tokenizer-path"):
-        read_facts(ModelCard("m", "org/m", 64), read_metrics(""), None)
+        read_facts(ModelCard(("m",), "org/m", 64), read_metrics(""), None)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EngineDeadError, match="does not say vocab_size"):
-        read_facts(ModelCard("m", str(tmp_path), 64), read_metrics(""), None)
+        read_facts(ModelCard(("m",), str(tmp_path), 64), read_metrics(""), None)

@@ -128,8 +128,9 @@ def killed(master: Master, server: VllmServer, own: str, log: Path, secret: Path
         text, usage = text_of(master, body, 30, kill)
         assert usage["completion_tokens"] == 200 and master.metric("cluster_recoveries_total") == 1
         same = next((place for place, (one, other) in enumerate(zip(text, expected)) if one != other), None)
-        return (f"vLLM was killed, and the answer went on at our instance, ended {time.monotonic() - killed_s:.1f} s later: "
-                + ("the same text" if same is None else f"the same text for {same} of {len(expected)} characters"))
+        later_s = time.monotonic() - killed_s
+        return (f"vLLM was killed; the answer went on at our instance, and ended {later_s:.1f} s later: " + (
+                "the same text" if same is None else f"the same text for {same} of {len(expected)} characters"))
 
 
 def run(command: Path, folder: Path) -> None:

@@ -51,6 +51,7 @@ class ClusterClient:
         self._control = ReplicaControl(self._up_labelled)
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._subscriber: KVSubscriber | None = None  # to the events of instances that publish them
+        self._unfound: dict[str, int | None] = {}  # sizes of blocks that were warned of, by instance
 
     # --- who is there
 
@@ -109,7 +110,17 @@ class ClusterClient:
         if self.members.all.get(member.name) is member:
             self._ready(member)
 
+    def _look_at_blocks(self, name: str) -> None:
+        """Say it once if what an instance publishes cannot be found."""
+        followed = None if self._subscriber is None else self._subscriber.instances.get(name)
+        size = None if followed is None else followed.feed.block_size
+        if size not in (None, self._fleet.block_size, self._unfound.get(name)):
+            self._unfound[name] = size
+            logger.warning("%s: its KV events are of blocks of %d tokens, prompts are looked up in blocks of %d: "
+                           "nothing that it has cached is found", name, size, self._fleet.block_size)
+
     def _heard(self, member: ClusterMember) -> None:
+        self._look_at_blocks(member.name)
         client, stats = member.client, member.client.stats
         self._fleet.heard(member.name, LoadReport(
             num_waiting=stats.num_waiting, num_running=stats.num_running, num_free_blocks=_num_free_blocks(client),

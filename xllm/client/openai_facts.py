@@ -32,9 +32,10 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What `/v1/models` says of the model. root: vLLM's name for its folder or its id on the Hub."""
+    """What `/v1/models` says of the model. names: that requests may use, at least one. root: vLLM's name for its folder
+    or its id on the Hub."""
 
-    id: str
+    names: tuple[str, ...]
     root: str
     max_model_len: int
 
@@ -50,15 +51,18 @@ class ServerMetrics:
 
 
 def read_card(models: Any) -> ModelCard:
-    """The first model that is no adapter. Raises EngineDeadError: there is none, or its length is not told."""
-    cards = models.get("data") if isinstance(models, dict) else None
-    for card in cards if isinstance(cards, list) else ():
-        if isinstance(card, dict) and isinstance(card.get("id"), str) and not card.get("parent"):
-            longest = card.get("max_model_len")
-            if type(longest) is not int or longest < 2:
-                raise EngineDeadError(f"its /v1/models does not say max_model_len of {card['id']}")
-            return ModelCard(card["id"], str(card.get("root") or card["id"]), longest)
-    raise EngineDeadError("its /v1/models names no model")
+    """The first model that is no adapter, with its other names. Raises EngineDeadError: there is none, or its length is
+    not told."""
+    found = models.get("data") if isinstance(models, dict) else None
+    cards = [card for card in (found if isinstance(found, list) else ())
+             if isinstance(card, dict) and isinstance(card.get("id"), str) and not card.get("parent")]
+    if not cards:
+        raise EngineDeadError("its /v1/models names no model")
+    first, longest = cards[0], cards[0].get("max_model_len")
+    if type(longest) is not int or longest < 2:
+        raise EngineDeadError(f"its /v1/models does not say max_model_len of {first['id']}")
+    names = tuple(card["id"] for card in cards if card.get("root") == first.get("root"))
+    return ModelCard(names, str(first.get("root") or first["id"]), longest)
 
 
 def read_metrics(text: str) -> ServerMetrics:

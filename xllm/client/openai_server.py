@@ -36,7 +36,8 @@ TRY_S = 60.0  # for the one token that is asked for to begin with. Chosen: a ser
 # stream, before it queues it. Chosen: many times what that takes.
 ADMIT_S = 1.0
 MAX_ERROR_BYTES = 2**16  # of an answer that refuses. Chosen: more than an error of the API has
-_BUSY = (429, 503)
+MAX_EVENT_BYTES = 2**24  # of a stream. Chosen: the ids of the longest prompts, which the first event has, are less
+_BUSY = (429, 503)  # HTTP statuses of a server without room (RFC 6585, RFC 9110)
 _COMMANDS = "an OpenAI server (--openai-server) takes no commands"
 logger = logging.getLogger("xllm.client")
 
@@ -53,7 +54,7 @@ class OpenAIServer(MemberClient):
         self._place, self._silence_s, self._progress_s = place, silence_s, progress_s
         self.kv_events, self.takes_commands = place.events, False
         self._http: httpx.AsyncClient | None = None
-        self._card = ModelCard("", "", 0)
+        self._card = ModelCard((), "", 0)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by request id
         self._watching: asyncio.Task[None] | None = None
         self._closing = set[asyncio.Task[None]]()
@@ -90,7 +91,7 @@ class OpenAIServer(MemberClient):
         metrics = await self._metrics()
         self.facts = await asyncio.to_thread(read_facts, self._card, metrics, self._place.tokenizer_path)
         await asyncio.wait_for(self._try(self.facts), TRY_S)
-        self.model = ServedModel((self._card.id,), UNCHECKED)
+        self.model = ServedModel(self._card.names, UNCHECKED)
         self.started_unix_s = metrics.started_unix_s or time.time()
         # What counts on under one name is one life of the server.
         self.incarnation = f"{metrics.started_unix_s:.3f}" if metrics.started_unix_s else secrets.token_hex(8)
@@ -120,6 +121,9 @@ class OpenAIServer(MemberClient):
         """Empty if there are none: what was sent there is counted here in any case."""
         assert self._http is not None
         answer = await self._http.get("/metrics", timeout=CONNECT_S)
+        if answer.status_code != 200 and self.phase == "connecting":
+            logger.warning("%s: its /metrics answers HTTP %d: of its load is known what is sent there from here, and "
+                           "its memory counts as endless", self._place.name, answer.status_code)
         return read_metrics(answer.text if answer.status_code == 200 else "")
 
     def close(self, reason: str = "this client was closed") -> None:
@@ -260,7 +264,7 @@ class OpenAIServer(MemberClient):
     async def _answer(self, request: Request, reader: ChunkReader) -> Any:
         """None once it is taken, then deltas. Raises what `ChunkReader.read` raises, `_BusyError`, httpx.HTTPError."""
         assert self._http is not None
-        body = completion_body(request, self._card.id, self._card.max_model_len)
+        body = completion_body(request, self._card.names[0], self._card.max_model_len)
         if request.request_id != "try":
             body["request_id"] = request.request_id.replace("/", "-")
         headers = {} if request.traceparent is None else {"traceparent": request.traceparent}
@@ -275,6 +279,8 @@ class OpenAIServer(MemberClient):
                     if (delta := reader.read(data)) is not None:
                         yield delta
                 found.clear()
+                if len(rest) > MAX_EVENT_BYTES:
+                    raise EngineDeadError(f"it sends an event of more than {MAX_EVENT_BYTES} bytes")
 
     async def _refused(self, answer: httpx.Response) -> Exception:
         content = b""
