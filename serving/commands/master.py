@@ -37,7 +37,7 @@ logger = logging.getLogger("xllm.master")
 def run(config: MasterConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
     logs.take_over()
-    etcd = None if config.store is None else etcd_settings(config.store)
+    etcd = None if config.master.etcd_addr is None else etcd_settings(config.master)
     is_local = etcd.is_local if etcd is not None else all(
         is_loopback(host_and_port(address)[0]) for address in config.addresses)
     keys = None

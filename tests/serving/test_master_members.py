@@ -128,7 +128,7 @@ def test_there_is_a_limit_to_models() -> None:
     ({"instances": "a:1,a:1"}, "given twice"),
     ({"instances": "a"}, "HOST:PORT"), ({"instances": "a:1", "target_ttft": 0.0}, "positive number of milliseconds"),
     ({"instances": "a:1", "etcd_user": "u"}, "etcd_user needs etcd_addr"),
-    ({"instances": "a:1", "load_balance_policy": "BEST"}, "must be one of RR, CAR, LOAD, SLO_AWARE"),
+    ({"instances": "a:1", "load_balance_policy": "BEST"}, "must be one of RR, CAR, LOAD, SLO_AWARE, RANDOM"),
     ({"instances": "a:1", "step_timeout": -1.0}, "step_timeout")])
 def test_settings(flags: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
