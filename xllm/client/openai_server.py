@@ -230,9 +230,10 @@ class OpenAIServer(MemberClient):
         reader = ChunkReader(request, self.facts.vocab_size)
 
         def admit() -> None:
-            waiting.discard(request.request_id)
-            if not waiting and not stream.is_admitted:
-                stream.admit()
+            if request.request_id in waiting:
+                waiting.remove(request.request_id)
+                if not waiting:  # once a call
+                    stream.admit()
 
         admitting: asyncio.TimerHandle | None = None
         try:
