@@ -77,9 +77,9 @@ async def test_a_model_that_is_known_by_name_alone(monkeypatch: pytest.MonkeyPat
         assert members._refused["c"].reason == "it serves m (fingerprint 3), and this master m, n (2)"
         assert said == [True, False]
         known = model.cluster.members
-        assert known.model == "2" and known.able("2", (), ()) == {"a", "b"} == known.able(UNCHECKED, (), ())
+        assert known.model == "2" and known.able("2", ()) == {"a", "b"} == known.able(UNCHECKED, ())
         members._leave("b", "it is upgraded")
-        assert known.model == UNCHECKED and known.able("2", (), ()) == {"a"}
+        assert known.model == UNCHECKED and known.able("2", ()) == {"a"}
         members._leave("a", "it is upgraded, too")
         assert model.fingerprint == "3", "which was refused before"
         members._join("a", a)

@@ -102,7 +102,8 @@ class ClusterMembers:
         found = [_model_of(client) for client in self.up.values()]
         return next(filter(None, found), found[0] if found else None)
 
-    def able(self, model: str | None, adapters: Collection[tuple[str, str]], requests: Sequence[Request]) -> set[str]:
+    def able(self, model: str | None, adapters: Collection[tuple[str, str]],
+             requests: Sequence[Request] = ()) -> set[str]:
         """The names of those that serve this model, have these adapters (name and digest), can do what these requests
         ask for and take requests: one that hangs gets none while another one moves on."""
         up = {name: client for name, client in self.up.items()
