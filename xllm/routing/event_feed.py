@@ -82,6 +82,7 @@ class EventFeed:
         self._last: int | None = None  # the number of the last batch that was applied
         self._last_ts = 0.0
         self.is_behind = can_replay
+        self.block_size: int | None = None  # tokens of the block that was stored last
         self._is_torn = False  # the replay that comes has lost a batch
         self.num_batches = self.num_gaps = self.num_repeated = self.num_broken = 0
         index.forget(name)
@@ -176,6 +177,8 @@ class EventFeed:
                 self._reader.clear()
             else:
                 self._index.change(self._name, self._reader.read(event))
+                if isinstance(event, BlockStored) and event.group_idx in (None, 0):
+                    self.block_size = event.block_size
         self._last, self._last_ts = number, batch.ts
         self.num_batches += 1
 
