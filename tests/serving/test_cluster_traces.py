@@ -83,8 +83,8 @@ async def _nobody() -> None:
 def api_of(client: ClusterClient, tracer: Tracer) -> httpx.AsyncClient:
     """The master's HTTP API."""
     state = ServerState(client, ServerConfig(), tracer=tracer, model_name="demo")
-    state.cluster = ClusterView(engine=client, policy="CAR", members=list, address="", store=lambda: None,
-                                leader=_nobody)
+    state.cluster = ClusterView(engine=client, engines=lambda: [client], policy="CAR", members=list, address="",
+                                store=lambda: None, leader=_nobody)
     state.loaded = True
     app = CallLog(create_app(state), log_requests=True)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
