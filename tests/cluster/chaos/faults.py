@@ -155,11 +155,22 @@ class Faults:
         await self._step(instance.process, rng, one)
 
     async def disk_full(self, instance: Instance, rng: Random, one: Happened) -> None:
-        """Its KV blocks find no room on disk; its log does, and says so."""
+        """Its KV blocks find no room on disk; its log does, and says so. The tier stays off until it starts again."""
         process = instance.process
-        await self._fill(process, process.log_path.stat().st_size + LOG_BYTES, rng, one)
         if not await process.gauge("kv_disk_up"):
-            assert "switched off" in process.log and "File too large" in process.log, process.log[-2000:]
+            return
+        process.limit_files(process.log_path.stat().st_size + LOG_BYTES)
+        try:
+            async def is_off() -> bool:
+                text = " ".join(str(rng.randrange(10**6)) for _ in range(60))  # which is nowhere yet
+                await process.get().post("/v1/completions", json={"prompt": text, "max_tokens": 1}, timeout=END_S)
+                return not await process.gauge("kv_disk_up")
+
+            await until(is_off, END_S, "that its disk tier is off")
+        finally:
+            process.limit_files(NO_LIMIT)
+            one.lifted_s = time.monotonic()
+        assert "switched off" in process.log and "File too large" in process.log, process.log[-2000:]
 
     async def nothing_written(self, instance: Instance, rng: Random, one: Happened) -> None:
         """No file can grow, not even its log."""

@@ -205,8 +205,8 @@ def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]
 
 async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10, *,
               fault: str | None = None) -> dict[str, Any]:
-    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only the
-    one of this name. Raises ValueError: there is none by that name."""
+    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only
+    those of these names, parted by commas. Raises ValueError: there is none by a name."""
     cluster = ChaosCluster(folder, secrets.token_hex(32), has_tiers=True)
     try:
         await cluster.open()
@@ -223,9 +223,10 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
             problems += judged(traffic, faults) + await left_over(cluster, before)
         else:
             kinds = faults.kinds()
-            if fault and fault not in kinds:
-                raise ValueError(f"no fault is called {fault!r}; there are {', '.join(kinds)}")
-            for kind in [fault] if fault else kinds:
+            wanted = fault.split(",") if fault else list(kinds)
+            if unknown := [kind for kind in wanted if kind not in kinds]:
+                raise ValueError(f"no fault is called {unknown[0]!r}; there are {', '.join(kinds)}")
+            for kind in wanted:
                 await _under_load(traffic, clients, kinds[kind]())
                 problems += [f"after {kind}: {what}" for what in await left_over(cluster, before)]
             problems += judged(traffic, faults)
