@@ -34,7 +34,8 @@ ENGINE = ("--dtype", "float32", "--max-model-len", "512", "--num-kv-blocks", "51
 
 
 class NotPlayed(Exception):
-    """This machine was too slow for a fault. That says nothing about the cluster."""
+    """A fault could not be played: this machine was too slow for it, or what it is about was not there. That says
+    nothing about the cluster."""
 
 
 async def until(condition: Callable[[], Any], timeout_s: float, what: str) -> float:
@@ -95,10 +96,13 @@ class Process:
         assert self.http is not None
         return self.http
 
-    async def gauge(self, name: str) -> float:
+    async def gauge(self, name: str, unknown: float | None = None) -> float:
+        """unknown: for one that its engine has not said yet; None: it has."""
         found = re.search(rf"^xllm:{name}(?:\{{.*\}})? (\S+)$", (await self.get().get("/metrics", timeout=10)).text,
                           re.MULTILINE)
-        assert found, name
+        if found is None:
+            assert unknown is not None, name
+            return unknown
         return float(found[1])
 
     @property

@@ -157,8 +157,8 @@ class Faults:
     async def disk_full(self, instance: Instance, rng: Random, one: Happened) -> None:
         """Its KV blocks find no room on disk; its log does, and says so. The tier stays off until it starts again."""
         process = instance.process
-        if not await process.gauge("kv_disk_up"):
-            return
+        if not await process.gauge("kv_disk_up", 0.0):
+            raise NotPlayed("its disk tier is off already, or has not begun")
         process.limit_files(process.log_path.stat().st_size + LOG_BYTES)
         try:
             async def is_off() -> bool:
