@@ -9,7 +9,7 @@ import secrets
 import signal
 import time
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from serving.cluster.master_seat import LEASE_S
 from tests.cluster.chaos.cluster import NO_LIMIT, ChaosCluster, Instance, Process, until
 from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask
-from tests.cluster.chaos.run import Ended, Traffic, held, lives
+from tests.cluster.chaos.run import Ended, Traffic, counts, held, left_over, lives
 from tests.cluster.etcd_process import stop
 from xllm.client.remote import SILENCE_S
 
@@ -34,11 +34,12 @@ def named(name: str) -> Asked:
 
 @dataclass
 class Small:
-    """A cluster, and what one engine alone says to `NAMES`."""
+    """A cluster, what one engine alone says to `NAMES`, and the threads and files of all before the faults."""
 
     cluster: ChaosCluster
     expected: dict[str, Answer]
     loop: asyncio.AbstractEventLoop
+    before: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def run(self, what: Awaitable[T]) -> T:
         async def whole() -> T:
@@ -84,6 +85,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         found.run(cluster.open(num_masters=1))
         for name in NAMES:
             found.expected[name] = found.run(ask(cluster.instances[0].process.get(), named(name)))
+        found.run(asyncio.gather(*found.run(found.loaded())))
+        found.before = found.run(counts(cluster))
         yield found
     finally:
         loop.run_until_complete(cluster.close())
@@ -224,3 +227,10 @@ def test_an_instance_is_killed_as_it_answers(small: Small) -> None:
         return ended
 
     all_right(small.run(play()))
+
+    async def afterwards() -> list[str]:
+        (dead,) = [one for one in small.cluster.instances if not one.process.is_alive]
+        await dead.start()
+        return await left_over(small.cluster, small.before)
+
+    assert small.run(afterwards()) == [], "after all these tests"

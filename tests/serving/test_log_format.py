@@ -108,9 +108,9 @@ def test_a_writer_says_how_much_a_full_disk_cost(tmp_path: Path) -> None:
     log.flush()
     until_s = time.monotonic() + 5
     while (text := (tmp_path / "log").read_text()).count("\n") < 4 and time.monotonic() < until_s:
-        time.sleep(0.01)  # the complaint comes behind the line
+        time.sleep(0.01)  # the complaint may come behind the line
     os.close(fd)
-    assert text == "first\nseco\nfourth\nlost 2\n"
+    assert text.startswith("first\nseco\n") and sorted(text.splitlines()[2:]) == ["fourth", "lost 2"]
 
 
 def test_libraries_warnings_and_threads_log_alike() -> None:

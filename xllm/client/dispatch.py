@@ -93,14 +93,15 @@ class Dispatcher:
         """An instance is connected again: what it was lost under it did not die of."""
         for call in set(self.calls.values()):
             for loss in call.tries.lost:
-                loss.counts = loss.counts and loss.life != incarnation
+                loss.counts = loss.counts and (loss.life is None or loss.life != incarnation)
 
     def hand_over(self, member: ClusterMember) -> None:
         """Have others go on with what an instance has, as far as there are others that take it."""
-        for call in {call for call in self.calls.values() if call.place == member.name}:
-            if not (call.next_place or call.is_aborted or self._pass_on(call, "drained")):
-                logger.warning("%s goes on with what it has: no other instance takes it", member.name)
-                break
+        calls = {call for call in self.calls.values() if call.place == member.name}
+        kept = [call for call in calls
+                if not (call.next_place or call.is_aborted or self._pass_on(call, "drained"))]
+        if num_requests := sum(len(call.open_ids) for call in kept):
+            logger.warning("%s goes on with %d requests: no other instance takes them", member.name, num_requests)
 
     def _pass_on(self, call: ClusterCall, cause: str, error: str = "") -> bool:
         """Ask another instance to take what one has that goes on with it meanwhile. cause, error: as of
