@@ -209,7 +209,7 @@ class Faults:
                 return await asyncio.to_thread(lease) not in (0, old)
 
             await until(is_back, LEASE_S, "that it is registered again")
-            one.figures["registered"] = time.monotonic() - one.begun_s
+            one.figures["registered"] = time.monotonic() - one.lifted_s
 
     @contextlib.contextmanager
     def _slow_start(self) -> Iterator[None]:
