@@ -14,12 +14,14 @@ FLUSH_S = 1.0  # that `flush` waits at most. Chosen: a reader that has stopped m
 
 
 class LogWriter:
-    """Usable from every thread. complaint: the line that says how many were lost, once the reader reads again."""
+    """Usable from every thread. complaint: the line that says how many were lost, once the reader reads
+    again, or the disk has room."""
 
     def __init__(self, fd: int, complaint: Callable[[int], str]):
         self.num_lost = 0  # so far
         self._fd, self._complaint = fd, complaint
         self._num_told = 0
+        self._is_torn = False  # a line was written in part
         self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
         threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
@@ -38,19 +40,27 @@ class LogWriter:
 
     def _run(self) -> None:
         while True:
-            self._write(self._lines.get())
+            if not self._write(self._lines.get()):
+                self.num_lost += 1
             self._lines.task_done()
-            if (num_lost := self.num_lost) > self._num_told:
-                num_new, self._num_told = num_lost - self._num_told, num_lost
-                self._write(self._complaint(num_new))
+            num_new = self.num_lost - self._num_told
+            if num_new and self._write(self._complaint(num_new)):
+                self._num_told += num_new
 
-    def _write(self, line: str) -> None:
-        """A line in one call, where the system takes it whole: other processes write to the same file."""
+    def _write(self, line: str) -> bool:
+        """A line in one call, where the system takes it whole: other processes write to the same file. False: its
+        reader has gone, or the disk is full; serving goes on."""
         rest = line.encode("utf-8", "backslashreplace") + b"\n"
+        if self._is_torn:
+            rest = b"\n" + rest
+        num_bytes = len(rest)
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest):]
             except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._fd], [])
-            except OSError:  # its reader has gone; serving goes on
-                return
+            except OSError:
+                self._is_torn = self._is_torn or len(rest) < num_bytes
+                return False
+        self._is_torn = False
+        return True

@@ -101,9 +101,10 @@ class StderrHandler(logging.Handler):
             self.writer.flush()
 
     def _complaint(self, num_lost: int) -> str:
-        return self.format(logging.LogRecord("xllm.logs", logging.WARNING, __file__, 0,
-                                             "%d lines of this log were lost: nobody read them in time", (num_lost,),
-                                             None))
+        return self.format(logging.LogRecord(
+            "xllm.logs", logging.WARNING, __file__, 0,
+            "%d lines of this log were lost: nobody read them in time, or they could not be written", (num_lost,),
+            None))
 
 
 class TextFormat(logging.Formatter):

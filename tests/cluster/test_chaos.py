@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
+import time
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
 
-from tests.cluster.chaos.cluster import ChaosCluster, Instance, Process, until
+from serving.cluster.master_seat import LEASE_S
+from tests.cluster.chaos.cluster import NO_LIMIT, ChaosCluster, Instance, Process, until
 from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask
-from tests.cluster.chaos.run import Ended, Traffic, held, lives
+from tests.cluster.chaos.run import Ended, Traffic, counts, held, left_over, lives
 from tests.cluster.etcd_process import stop
 from xllm.client.remote import SILENCE_S
 
@@ -31,11 +34,12 @@ def named(name: str) -> Asked:
 
 @dataclass
 class Small:
-    """A cluster, and what one engine alone says to `NAMES`."""
+    """A cluster, what one engine alone says to `NAMES`, and the threads and files of all before the faults."""
 
     cluster: ChaosCluster
     expected: dict[str, Answer]
     loop: asyncio.AbstractEventLoop
+    before: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def run(self, what: Awaitable[T]) -> T:
         async def whole() -> T:
@@ -81,6 +85,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
         found.run(cluster.open(num_masters=1))
         for name in NAMES:
             found.expected[name] = found.run(ask(cluster.instances[0].process.get(), named(name)))
+        found.run(asyncio.gather(*found.run(found.loaded())))
+        found.before = found.run(counts(cluster))
         yield found
     finally:
         loop.run_until_complete(cluster.close())
@@ -104,6 +110,57 @@ def test_etcd_is_killed_and_wiped_while_streams_run(small: Small) -> None:
     all_right(ended)
     totals = small.run(small.shown())["totals"]
     assert totals["recovered"] == {} and totals["given_up"] == 0
+
+
+def test_wall_clocks_step_and_nothing_can_be_written(small: Small) -> None:
+    """For longer than a lease lasts. Nobody notices: no lease, deadline or order hangs on the wall clock."""
+    async def play() -> list[Ended]:
+        processes, before = small.cluster.processes, (await small.shown())["totals"]["recovered"]
+        seen = [len(process.log) for process in processes]
+        for process in processes:
+            process.limit_files(0)
+        ended = []
+        for step_s in (3600.0, -3600.0, 0.0):
+            for process in processes:
+                process.step_clock(step_s)
+            calls, over_s = await small.loaded(), time.monotonic() + (LEASE_S + 0.5 if step_s else 0.0)
+            while time.monotonic() < over_s:
+                states = await small.cluster.states(small.master)
+                assert len(states) == 2 and {*states} <= {"active", "lease lost"}, "a busy machine may cost a lease"
+                await asyncio.sleep(0.2)
+            ended += await asyncio.gather(*calls)
+        for process in processes:
+            process.limit_files(NO_LIMIT)
+        assert (await small.shown())["totals"]["recovered"] == before
+        for process, number in zip(processes, seen, strict=True):
+            assert "Traceback" not in process.log[number:]
+        return ended
+
+    all_right(small.run(play()))
+
+
+def test_a_lease_is_lost_by_an_instance_that_lives(small: Small) -> None:
+    async def play() -> list[Ended]:
+        instance, etcd = small.cluster.instances[0], small.cluster.etcd
+        key = f"XLLM:DEFAULT:{instance.name}"
+
+        def lease() -> int:
+            found = json.loads(etcd.ctl("get", key, "-w", "json")).get("kvs", [{}])
+            return found[0].get("lease", 0)
+
+        calls, old = await small.loaded(), await asyncio.to_thread(lease)
+        before = (await small.shown())["totals"]["recovered"]
+        await asyncio.to_thread(etcd.ctl, "lease", "revoke", f"{old:x}")
+
+        async def is_back() -> bool:
+            return await asyncio.to_thread(lease) not in (0, old)
+
+        await until(is_back, 10, "that it is registered again")
+        ended = await asyncio.gather(*calls)
+        assert (await small.shown())["totals"]["recovered"] == before
+        return ended
+
+    all_right(small.run(play()))
 
 
 def test_an_instance_is_stopped_before_it_has_computed_a_prompt(small: Small) -> None:
@@ -170,3 +227,10 @@ def test_an_instance_is_killed_as_it_answers(small: Small) -> None:
         return ended
 
     all_right(small.run(play()))
+
+    async def afterwards() -> list[str]:
+        (dead,) = [one for one in small.cluster.instances if not one.process.is_alive]
+        await dead.start()
+        return await left_over(small.cluster, small.before)
+
+    assert small.run(afterwards()) == [], "after all these tests"

@@ -33,7 +33,6 @@ from xllm.engine.core import EngineCore
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, SamplingParams
 from xllm.routing import recovery
-from xllm.routing.recovery import Interrupted, next_step
 from xllm.structured.spec import StructuredOutput
 
 LONG = tuple(range(5, 205))
@@ -166,28 +165,6 @@ async def test_a_request_without_a_seed_gets_one(cluster: Cluster) -> None:
 
 
 # --- where it ends
-
-
-async def test_a_request_that_kills_whoever_computes_it(cluster: Cluster) -> None:
-    poison = cluster.client.submit([make_request("poison")])
-    tried = []
-
-    async def hit() -> None:
-        while poison.open_ids:
-            if (place := poison.place) is not None:  # type: ignore[attr-defined]
-                tried.append(place)
-                cluster.sites[place].kill(f"hit in {place}")
-                await cluster.back(cluster.sites[place])
-            await asyncio.sleep(0)
-
-    hitting = asyncio.create_task(hit())
-    with pytest.raises(EngineDeadError, match=r"given up: . was lost \(.*hit in .*; . was lost .*; . was ") as caught:
-        await read(poison)
-    await hitting
-    assert sorted(tried) == ["a", "b", "c"], "another one each time"
-    assert not isinstance(caught.value, EngineAwayError), "it is no use to send it again"
-    assert cluster.client.counts.given_up == 1 and not cluster.client.request_ids
-    assert len(answers(await read(cluster.client.submit([make_request("y")])))["y"].token_ids) == NUM_TOKENS
 
 
 async def test_refusals(cluster: Cluster) -> None:
@@ -358,12 +335,3 @@ async def test_sums(cluster: Cluster) -> None:
     assert (client.stats.num_blocks, client.stats.generation_tokens_total) == (0, NUM_TOKENS), "totals never fall"
     await cluster.back(cluster.sites["a"])
     assert client.stats.num_blocks == 256
-
-
-@pytest.mark.parametrize(("expected", "fields"), [
-    ("recompute", {}), ("give up", {"num_lost": 3}), ("wait", {"has_place": False}),
-    ("pass on", {"has_place": False, "was_refused": True, "was_taken": False}),
-    ("wait", {"has_place": False, "was_refused": True}), ("give up", {"has_place": False, "waited_s": 30.0})])
-def test_the_next_step(expected: str, fields: dict) -> None:
-    assert next_step(Interrupted(**{"num_lost": 1, "was_taken": True, "was_refused": False, "has_place": True,
-                                    "waited_s": 0.0, **fields})) == expected

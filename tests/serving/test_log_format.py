@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -88,6 +90,27 @@ def test_a_writer_drops_and_says_how_much() -> None:
     os.close(reader)
     log.put("nobody is there")  # no error, and no signal
     log.flush()
+
+
+def test_a_writer_says_how_much_a_full_disk_cost(tmp_path: Path) -> None:
+    """A file that may not grow: the second line is torn, the third lost."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = LogWriter(fd, lambda num_lost: f"lost {num_lost}")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        for line in ("first", "second", "third"):
+            log.put(line)
+        log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.put("fourth")
+    log.flush()
+    until_s = time.monotonic() + 5
+    while (text := (tmp_path / "log").read_text()).count("\n") < 4 and time.monotonic() < until_s:
+        time.sleep(0.01)  # the complaint may come behind the line
+    os.close(fd)
+    assert text.startswith("first\nseco\n") and sorted(text.splitlines()[2:]) == ["fourth", "lost 2"]
 
 
 def test_libraries_warnings_and_threads_log_alike() -> None:

@@ -66,6 +66,7 @@ class ClusterClient:
                          max_waiting=scheduler.max_waiting_requests,
                          max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks)
         member = self.members.add(name, client)
+        self._dispatcher.lives(client.incarnation)
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
         client.on_condition = lambda: self._heard(member)

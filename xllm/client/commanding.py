@@ -78,6 +78,10 @@ class CommandingClient(ABC):
                 self._streams.pop(request.request_id, None)
             raise
 
+    def redirect(self, request_ids: Iterable[str], stream: Stream) -> None:
+        """Have what comes of these requests, which were sent, go to another stream."""
+        self._streams.update((request_id, stream) for request_id in request_ids if request_id in self._streams)
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """See `EngineClient.abort`."""
         self._send_abort([request_id for request_id in request_ids if request_id in self._streams])

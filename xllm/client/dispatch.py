@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from xllm.client.call_watcher import CallWatcher
-from xllm.client.cluster_call import ClusterCall
+from xllm.client.cluster_call import ClusterCall, Loss
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
 from xllm.errors import EngineDeadError, RequestError
@@ -18,7 +18,7 @@ from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
-from xllm.routing.recovery import Interrupted, next_step
+from xllm.routing.recovery import Interrupted, Present, blamed, is_suspect, next_step
 
 MAX_DECISIONS = 100  # that are kept to be looked at. Chosen: a screen or two
 CAUSES = ("lost", "drained")  # why calls go on elsewhere
@@ -65,7 +65,8 @@ class Dispatcher:
         self._members, self._fleet, self._watcher = members, fleet, watcher
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._unlogged = Counter[tuple[str, str]]()  # requests lost in this turn of the event loop, by where and why
+        self._fresh: list[tuple[ClusterCall, Loss]] = []  # of this turn of the event loop
+        self._handed = Counter[str]()  # requests that went over to successors in this turn, by where they were
 
     # --- calls
 
@@ -89,23 +90,35 @@ class Dispatcher:
         """An instance may take more than it could before: look again for those that wait."""
         self._changed.set()
 
+    def lives(self, incarnation: str | None) -> None:
+        """An instance is connected again: what it was lost under it did not die of."""
+        for call in set(self.calls.values()):
+            for loss in call.tries.lost:
+                loss.counts = loss.counts and (loss.life is None or loss.life != incarnation)
+
     def hand_over(self, member: ClusterMember) -> None:
-        """Have others go on with what an instance has, as far as there are others that can."""
-        num_requests = 0
-        for call in {call for call in self.calls.values() if call.place == member.name}:
-            decision = self._decide(call, call.rest, {member.name, *(name for name, _ in call.tries.lost)})
-            if decision.name is None or decision.reason == "full":
-                logger.warning("%s goes on with what it has: no other instance takes it", member.name)
-                break
-            self._leave(call)
-            self._watcher.lost(call.open_ids, "drained", "")
-            call.take_back()
-            if call.open_ids:
-                self.counts.recovered["drained"] += 1
-                num_requests += len(call.open_ids)
-                self._send(call, decision, call.rest, is_again=True)
-        if num_requests:
-            self._members.note_recovered(member.name, num_requests)
+        """Have others go on with what an instance has, as far as there are others that take it."""
+        calls = {call for call in self.calls.values() if call.place == member.name}
+        kept = [call for call in calls
+                if not (call.next_place or call.is_aborted or self._pass_on(call, "drained"))]
+        if num_requests := sum(len(call.open_ids) for call in kept):
+            logger.warning("%s goes on with %d requests: no other instance takes them", member.name, num_requests)
+
+    def _pass_on(self, call: ClusterCall, cause: str, error: str = "") -> bool:
+        """Ask another instance to take what one has that goes on with it meanwhile. cause, error: as of
+        `CallWatcher.lost`. False: there is none."""
+        requests, tries = call.unaborted, call.tries
+        decision = self._decide(call, requests, {call.place or "", *tries.busy, *tries.refused, *self._trials(call),
+                                                 *(loss.place for loss in tries.lost)})
+        if decision.name is None or decision.reason == "full":
+            return False
+        self._watcher.lost(call.open_ids, cause, error)
+        sent = self._note_sent(call, decision, requests, is_again=True)
+        try:
+            call.hand_over(self._members.all[decision.name].client, decision.name, sent)
+        except EngineDeadError as away:
+            self.not_taken(call, decision.name, away)
+        return True
 
     async def close(self) -> None:
         """End the open calls with an EngineDeadError."""
@@ -114,29 +127,56 @@ class Dispatcher:
         self._changed.set()
         await asyncio.gather(*self._going_on)
 
-    # --- what calls tell
+    # --- what calls tell: see `CallKeeper`
 
     def begun(self, call: ClusterCall, request_id: str) -> None:
         """See `CallKeeper`."""
         if call.place is not None:
             self._fleet.begun(call.place, request_id)
 
+    def proven(self, call: ClusterCall) -> None:
+        """See `CallKeeper`."""
+        if is_suspect(call.tries.num_counted):
+            self._changed.set()  # it is the next one's turn
+
     def left(self, call: ClusterCall, request_ids: Sequence[str]) -> None:
         """See `CallKeeper`."""
-        for request_id in request_ids:
-            if self.calls.pop(request_id, None) is not None and call.place is not None:
-                self._fleet.left(call.place, request_id)
+        known = [request_id for request_id in request_ids if self.calls.pop(request_id, None) is not None]
+        for place in (call.place, call.next_place):
+            self._forget_sent(place, known)
         self._watcher.left(request_ids)
         if not call.open_ids:
             self._changed.set()  # there may be room
 
+    def moved(self, call: ClusterCall, place: str) -> None:
+        """See `CallKeeper`."""
+        self._forget_sent(place, call.open_ids)
+        self.counts.recovered["drained"] += 1
+        if not self._handed:
+            asyncio.get_running_loop().call_soon(self._note_handed)
+        self._handed[place] += len(call.open_ids)
+
+    def _note_handed(self) -> None:
+        for place, num_requests in self._handed.items():  # one event, however many calls there were
+            self._members.note_recovered(place, num_requests)
+        self._handed.clear()
+
+    def not_taken(self, call: ClusterCall, place: str, error: Exception) -> None:
+        """See `CallKeeper`."""
+        self._forget_sent(place, call.open_ids)
+        call.tries.busy.add(place)
+        cause = _cause(error)
+        why = str(error) if cause == "lost" else ""
+        if not self._pass_on(call, cause, why):
+            logger.warning("%s goes on with what it has: no other instance takes it (%s: %s)", call.place, place, error)
+            self._watcher.lost(call.open_ids, cause, why)
+            for request in call.rest:
+                self._watcher.sent(request, call.place or "", "stays")
+
     def lost(self, call: ClusterCall, place: str, error: Exception) -> None:
         """See `CallKeeper`."""
-        for request_id in call.open_ids:
-            self._fleet.left(place, request_id)
-        tries = call.tries
-        cause = "busy" if isinstance(error, EngineBusyError) else (
-            "refused" if isinstance(error, RequestError) else "lost")
+        self._forget_sent(place, call.open_ids)
+        tries, cause = call.tries, _cause(error)
         self._watcher.lost(call.open_ids, cause, str(error) if cause == "lost" else "")
         if cause == "busy":
             tries.busy.add(place)
@@ -146,22 +186,32 @@ class Dispatcher:
         elif cause == "refused":
             tries.refused[place] = str(error)
         else:
-            tries.lost.append((place, str(error)))
-            self._note_lost(place, str(error), len(call.open_ids))
+            self._note_lost(call, place, str(error))
         task = asyncio.create_task(self._go_on(call, error), name="cluster-call")
         self._going_on.add(task)
         task.add_done_callback(self._going_on.discard)
 
-    def _note_lost(self, place: str, why: str, num_requests: int) -> None:
-        if not self._unlogged:
-            asyncio.get_running_loop().call_soon(self._log_lost)
-        self._unlogged[place, why] += num_requests
+    def _note_lost(self, call: ClusterCall, place: str, why: str) -> None:
+        member = self._members.all.get(place)
+        has_ended = member is not None and member.client.dead_reason is not None  # else only one of its engines has
+        loss = Loss(place, member.client.incarnation if member is not None and has_ended else None, why, call.has_taken)
+        call.tries.lost.append(loss)
+        if not self._fresh:
+            asyncio.get_running_loop().call_soon(self._settle)  # before any of them goes on
+        self._fresh.append((call, loss))
 
-    def _log_lost(self) -> None:
-        for (place, why), num_requests in self._unlogged.items():  # one line, however many calls there were
-            logger.warning("%s was lost: %s; open requests that go on elsewhere: %d", place, why, num_requests)
+    def _settle(self) -> None:
+        """Find what counts against whom, once all calls of an instance have heard of its end."""
+        fresh, self._fresh = self._fresh, []
+        for place in dict.fromkeys(loss.place for _, loss in fresh):
+            there = [(call, loss) for call, loss in fresh if loss.place == place]
+            counted = blamed([Present(loss.was_taken, call.on_trial) for call, loss in there])
+            for (_, loss), counts in zip(there, counted, strict=True):
+                loss.counts = counts
+            num_requests = sum(len(call.open_ids) for call, _ in there)
+            logger.warning("%s was lost: %s; open requests that go on elsewhere: %d", place, there[0][1].reason,
+                           num_requests)
             self._members.note_recovered(place, num_requests)
-        self._unlogged.clear()
 
     # --- going on
 
@@ -171,9 +221,14 @@ class Dispatcher:
             self._changed.clear()
             rest, tries = call.rest, call.tries
             decision = self._decide_again(call, rest)
+            awaits_turn = decision.name is None and self._awaits_turn(call)
+            if awaits_turn:
+                since_s = tries.since_s = time.monotonic()
             step = next_step(Interrupted(
-                num_lost=len(tries.lost), was_taken=call.is_admitted, was_refused=isinstance(error, EngineBusyError),
-                has_place=decision.name is not None, waited_s=time.monotonic() - since_s))
+                num_lost=len(tries.lost), num_taken=sum(loss.was_taken for loss in tries.lost),
+                num_counted=tries.num_counted, was_taken=call.is_admitted,
+                was_refused=isinstance(error, EngineBusyError), has_place=decision.name is not None,
+                awaits_turn=awaits_turn, waited_s=time.monotonic() - since_s))
             if step == "recompute":
                 if isinstance(error, EngineBusyError):
                     self.counts.retried += 1
@@ -199,13 +254,24 @@ class Dispatcher:
     def _decide_again(self, call: ClusterCall, rest: Sequence[Request]) -> Decision:
         """Where a call goes on: not at an instance that was lost under it, unless there is no other and it is back."""
         tries = call.tries
-        said_no = tries.busy | tries.refused.keys()
-        decision = self._decide(call, rest, said_no | {name for name, _ in tries.lost})
-        return decision if decision.name is not None else self._decide(call, rest, said_no)
+        not_there = {*tries.busy, *tries.refused, *self._trials(call)}
+        decision = self._decide(call, rest, not_there.union(loss.place for loss in tries.lost))
+        return decision if decision.name is not None else self._decide(call, rest, not_there)
+
+    def _trials(self, call: ClusterCall) -> set[str]:
+        """Where a call must not go on because another suspect is on trial there, if it is one itself."""
+        if not is_suspect(call.tries.num_counted):
+            return set()
+        return {other.place for other in self.calls.values()
+                if other is not call and other.place is not None and other.on_trial}
+
+    def _awaits_turn(self, call: ClusterCall) -> bool:
+        able = self._members.able(call.model, call.adapters, call.rest)
+        return not self._trials(call).isdisjoint(able - call.tries.busy - call.tries.refused.keys())
 
     def _given_up(self, call: ClusterCall) -> EngineDeadError:
         tries = call.tries
-        tried = [f"{name} was lost ({reason})" for name, reason in tries.lost]
+        tried = [f"{loss.place} was lost ({loss.reason})" for loss in tries.lost]
         if (refusal := self._members.refusal(call.rest)) is not None:
             tried.append(f"none of the others can go on ({refusal})")
         tried += [f"{name} refused to go on ({reason})" for name, reason in tries.refused.items()]
@@ -228,6 +294,16 @@ class Dispatcher:
     def _send(self, call: ClusterCall, decision: Decision, requests: Sequence[Request], *, is_again: bool = False
               ) -> None:
         assert decision.name is not None
+        sent = self._note_sent(call, decision, requests, is_again=is_again)
+        try:
+            call.send(self._members.all[decision.name].client, decision.name, sent)
+        except EngineDeadError as error:
+            self.lost(call, decision.name, error)
+
+    def _note_sent(self, call: ClusterCall, decision: Decision, requests: Sequence[Request], *, is_again: bool
+                   ) -> list[Request]:
+        """As they go there."""
+        assert decision.name is not None
         prompts = _prompts(requests)
         num_tokens = sum(map(_num_tokens, prompts))
         self.counts.decisions[decision.reason] += 1
@@ -241,16 +317,13 @@ class Dispatcher:
             request_id = request.request_id
             self._fleet.sent(decision.name, request_id, own.get(request_id, 0),
                              self._marks(call, request) if request_id in own else NO_MARKS)
-        sent = [self._watcher.sent(request, decision.name, decision.reason) for request in requests]
-        try:
-            call.send(self._members.all[decision.name].client, decision.name, sent)
-        except EngineDeadError as error:
-            self.lost(call, decision.name, error)
+        return [self._watcher.sent(request, decision.name, decision.reason) for request in requests]
 
-    def _leave(self, call: ClusterCall) -> None:
-        for request_id in call.open_ids:
-            if call.place is not None:
-                self._fleet.left(call.place, request_id)
+    def _forget_sent(self, place: str | None, request_ids: Iterable[str]) -> None:
+        """Requests are there no more."""
+        for request_id in request_ids:
+            if place is not None:
+                self._fleet.left(place, request_id)
 
     def _marks(self, call: ClusterCall, request: Request) -> PromptMarks:
         """Of its prompt, made once a call and size of a block."""
@@ -263,6 +336,13 @@ class Dispatcher:
             known = prompt_marks(request.prompt_token_ids, block_size, request.cache_salt, digest)
             call.marks[key] = known
         return known
+
+
+def _cause(error: Exception) -> str:
+    """As of `CallWatcher.lost`."""
+    if isinstance(error, EngineBusyError):
+        return "busy"
+    return "refused" if isinstance(error, RequestError) else "lost"
 
 
 def _prompts(requests: Sequence[Request]) -> list[Request]:

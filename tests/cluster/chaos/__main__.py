@@ -17,8 +17,8 @@ from tests.cluster.chaos.run import run
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="so long faults are drawn")
-    parser.add_argument("--each", nargs="?", const="", metavar="FAULT", help="instead: every fault once, one after the "
-                        "other, or this one alone")
+    parser.add_argument("--each", nargs="?", const="", metavar="FAULTS", help="instead: every fault once, one after "
+                        "the other, or these alone, parted by commas")
     parser.add_argument("--elastic", action="store_true", help="instead: no faults; instances come and go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=10)

@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -24,8 +26,16 @@ from tests.parallel.test_meeting import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 ADMIN = {"Authorization": "Bearer the-admins"}
-START_S = 120.0
+CLOCK = Path(__file__).parent / "clock"  # a folder of Python's path
+# A start takes as long as the machine's other work lets it: PATIENCE times what the first one took, START_S at least.
+START_S, PATIENCE = 120.0, 8.0
+NO_LIMIT = resource.RLIM_INFINITY
 ENGINE = ("--dtype", "float32", "--max-model-len", "512", "--num-kv-blocks", "512", "--max-num-seqs", "16")
+
+
+class NotPlayed(Exception):
+    """A fault could not be played: this machine was too slow for it, or what it is about was not there. That says
+    nothing about the cluster."""
 
 
 async def until(condition: Callable[[], Any], timeout_s: float, what: str) -> float:
@@ -46,15 +56,21 @@ async def until(condition: Callable[[], Any], timeout_s: float, what: str) -> fl
 
 
 class Process:
-    """A command of `xllm`, its log, and HTTP to it."""
+    """A command of `xllm`, its log, and HTTP to it. Its wall clock can be stepped, and its files kept from growing."""
+
+    start_s = START_S  # of all: for one to start
 
     def __init__(self, log: Path, secret: str, *words: str):
         self.log_path = log
+        self._clock = log.with_suffix(".clock")
+        self.step_clock(0.0)
+        path = os.pathsep.join([str(CLOCK), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("ab") as out:
             self._said_before = out.tell()
             self.process = subprocess.Popen([sys.executable, "-m", "serving.commands.cli", *words], cwd=ROOT,
                                             stdout=out, stderr=subprocess.STDOUT,
-                                            env={**os.environ, "XLLM_CLUSTER_SECRET": secret})
+                                            env={**os.environ, "XLLM_CLUSTER_SECRET": secret, "PYTHONPATH": path,
+                                                 "CHAOS_CLOCK": str(self._clock)})
         self.http: httpx.AsyncClient | None = None
 
     @property
@@ -63,7 +79,10 @@ class Process:
         return self.log_path.read_bytes()[self._said_before:].decode(errors="replace")
 
     async def await_log(self, pattern: str) -> str:
-        await until(lambda: self.process.poll() is not None or re.search(pattern, self.log), START_S, pattern)
+        try:
+            await until(lambda: not self.is_alive or re.search(pattern, self.log), Process.start_s, pattern)
+        except AssertionError:
+            raise NotPlayed(f"{self.log_path.stem} has not started within {Process.start_s:.0f} s") from None
         found = re.search(pattern, self.log)
         assert found, self.log[-3000:]
         return found[1]
@@ -77,10 +96,13 @@ class Process:
         assert self.http is not None
         return self.http
 
-    async def gauge(self, name: str) -> float:
+    async def gauge(self, name: str, unknown: float | None = None) -> float:
+        """unknown: for one that its engine has not said yet; None: it has."""
         found = re.search(rf"^xllm:{name}(?:\{{.*\}})? (\S+)$", (await self.get().get("/metrics", timeout=10)).text,
                           re.MULTILINE)
-        assert found, name
+        if found is None:
+            assert unknown is not None, name
+            return unknown
         return float(found[1])
 
     @property
@@ -93,6 +115,17 @@ class Process:
             process = psutil.Process(self.process.pid)
             return [process, *process.children(recursive=True)]
         return []
+
+    def step_clock(self, seconds: float) -> None:
+        """Its wall clock, and those of what it has started, are so far ahead from now on, until it starts again."""
+        with self._clock.open("r+b" if self._clock.exists() else "wb") as file:
+            file.write(struct.pack("d", seconds))
+
+    def limit_files(self, num_bytes: int) -> None:
+        """No file may grow beyond that by what it, or what it has started, writes: EFBIG, as on a full disk ENOSPC."""
+        for one in self.family():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (num_bytes, NO_LIMIT))
 
     async def stop(self, number: int = signal.SIGTERM, timeout_s: float = 45.0) -> int:
         if self.is_alive:
@@ -120,13 +153,24 @@ class Instance:
         return Process(
             self.cluster.folder / f"{name or self.name}{'-double' if address else ''}.log", self.cluster.secret,
             "serve", "--port", "0", *ENGINE, "--admin-api-key", "the-admins", "--drain-timeout", "30", "--etcd-addr",
-            self.cluster.etcd.address, "--instance-name", self.name, "--cluster-listen", address or self.address)
+            self.cluster.etcd.address, "--instance-name", self.name, "--cluster-listen", address or self.address,
+            *(() if address else self._tiers()))
+
+    def _tiers(self) -> tuple[str, ...]:
+        if not self.cluster.has_tiers:
+            return ()
+        return (*TIERS, "--disk-cache-dir", str(self.cluster.folder / f"{self.name}-kv"))
 
     async def start(self) -> None:
+        """Raises NotPlayed: it takes too long."""
         self.now = self.launch()
-        await self.now.await_log("(curl)")
-        await self.now.await_url()
-        self.children += self.now.family()
+        await self.await_start()
+
+    async def await_start(self) -> None:
+        """As `start`, of one that was launched."""
+        await self.process.await_log("(curl)")
+        await self.process.await_url()
+        self.children += self.process.family()
 
     @property
     def process(self) -> Process:
@@ -148,14 +192,16 @@ class Instance:
 
 
 MASTERS = ("etcd", "networks", "standby")
+TIERS = ("--host-cache-size", "16MiB", "--disk-cache-size", "64MiB")
 
 
 class ChaosCluster:
     """`await open()`, then `close()`. masters: as many of `MASTERS` as are asked for. The first and the last find the
-    instances in etcd, and one of these two leads; the second is told where the networks before them are."""
+    instances in etcd, and one of these two leads; the second is told where the networks before them are. has_tiers:
+    instances keep KV blocks in host memory and on disk, too."""
 
-    def __init__(self, folder: Path, secret: str, num_instances: int = 3):
-        self.folder, self.secret = folder, secret
+    def __init__(self, folder: Path, secret: str, num_instances: int = 3, *, has_tiers: bool = False):
+        self.folder, self.secret, self.has_tiers = folder, secret, has_tiers
         self.etcd = EtcdProcess(folder)
         self.instances = [Instance(self, name) for name in "abcd"[:num_instances]]
         self.masters: list[Process] = []
@@ -163,7 +209,9 @@ class ChaosCluster:
 
     async def open(self, *, num_masters: int = len(MASTERS)) -> ChaosCluster:
         await asyncio.to_thread(self.etcd.start)
+        begun_s = time.monotonic()
         await asyncio.gather(*(instance.start() for instance in self.instances))
+        Process.start_s = max(START_S, PATIENCE * (time.monotonic() - begun_s))
         if num_masters > 1:
             for instance in self.instances:
                 await instance.network.open()

@@ -10,32 +10,21 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
 from serving.cluster.master_seat import LEASE_S
-from tests.cluster.chaos.cluster import MASTERS, ChaosCluster, Instance, until
+from tests.cluster.chaos.cluster import MASTERS, NO_LIMIT, ChaosCluster, Instance, NotPlayed, Process, until
+from tests.cluster.chaos.happened import Happened
+from tests.cluster.chaos.stall import STALLED_S, Stall
 
 LEADS_S = LEASE_S + 2.0  # for another master to lead, once the leading one is dead
 LOADS_S = LEADS_S + 2.0  # and to have written loads
 SEES_S = 90.0  # for masters to use an instance again
 END_S = 60.0
-
-
-@dataclass
-class Happened:
-    """One fault. begun_s, ended_s: on the `time.monotonic()` clock. lifted_s: when its cause was gone; recovery is
-    from there. dead: the master that it killed. figures: what else was measured, in seconds."""
-
-    kind: str
-    target: str
-    begun_s: float = field(default_factory=time.monotonic)
-    lifted_s: float = 0.0
-    ended_s: float = 0.0
-    problem: str | None = None
-    dead: int | None = None
-    figures: dict[str, float] = field(default_factory=dict)
+STEP_S = 3600.0  # of a wall clock, either way
+FULL_S = 8.0  # that a disk is full at most
+LOG_BYTES = 2**16  # that a log may grow by while its instance's KV blocks find no room
 
 
 class Faults:
@@ -47,6 +36,7 @@ class Faults:
         self.happened: list[Happened] = []
         self.away_s: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(MASTERS))}
         self.dead_s: dict[int, list[tuple[float, float]]] = {number: [] for number in range(len(MASTERS))}
+        self.stall = Stall()
         self._free = asyncio.Semaphore(len(cluster.instances) - 1)  # one is left alone
         self._idle = set(cluster.instances)
         self._etcd, self._all = asyncio.Lock(), asyncio.Lock()
@@ -59,19 +49,13 @@ class Faults:
                  self._lane(self._of_all, 40.0, 80.0)]
         await asyncio.gather(*lanes)
 
-    async def play_each(self, only: str | None = None) -> None:
-        """Every kind once, one after the other, or only one. Raises ValueError: there is none by that name."""
+    def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """Each kind of fault, to be played alone, by name."""
         rng = Random(self.rng.random())
-        kinds: dict[str, Callable[[], Awaitable[None]]] = {
-            **{_name(fault): partial(self._of_an_instance, rng, fault) for fault in self._kinds},
-            **{kind: partial(self._of_etcd, rng, kind) for kind in ETCD_FAULTS},
-            **{kind: partial(self._of_a_master, rng, kind) for kind in self._of_masters},
-            "all killed": partial(self._of_all, rng)}
-        if only and only not in kinds:
-            raise ValueError(f"no fault is called {only!r}; there are {', '.join(kinds)}")
-        for play in [kinds[only]] if only else kinds.values():
-            await play()
-            await asyncio.sleep(1.0)
+        return {**{_name(fault): partial(self._of_an_instance, rng, fault) for fault in self._kinds},
+                **{kind: partial(self._of_etcd, rng, kind) for kind in ETCD_FAULTS},
+                **{kind: partial(self._of_a_master, rng, kind) for kind in self._of_masters},
+                "all killed": partial(self._of_all, rng)}
 
     @property
     def _kinds(self) -> tuple[InstanceFault, ...]:
@@ -79,7 +63,8 @@ class Faults:
 
     @property
     def _of_masters(self) -> tuple[str, ...]:
-        return MASTER_FAULTS if len(self.cluster.masters) == len(MASTERS) else MASTER_FAULTS[:1]
+        everything = len(self.cluster.masters) == len(MASTERS)
+        return MASTER_FAULTS if everything else tuple(kind for kind in MASTER_FAULTS if kind != "master killed")
 
     async def _lane(self, fault: Callable[[Random], Awaitable[None]], least_s: float, most_s: float) -> None:
         rng = Random(self.rng.random())
@@ -96,6 +81,8 @@ class Faults:
         self.happened.append(one)
         try:
             yield one
+        except NotPlayed as error:
+            one.not_played = str(error)
         except Exception as error:
             one.problem = f"{type(error).__name__}: {error}"
         one.ended_s = time.monotonic()
@@ -136,7 +123,7 @@ class Faults:
         pid = instance.engine_pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: instance.engine_pid not in (None, pid), END_S, "another engine")
+        await until(lambda: instance.engine_pid not in (None, pid), Process.start_s, "another engine")
         instance.children += instance.process.family()
 
     async def terminated(self, instance: Instance, rng: Random, one: Happened) -> None:
@@ -157,11 +144,80 @@ class Faults:
         async with self._etcd:
             double = instance.launch(address="127.0.0.1:0")
             try:
-                await until(lambda: not double.is_alive, END_S, "that it does not start")
+                with self._slow_start():
+                    await until(lambda: not double.is_alive, Process.start_s, "that it does not start")
                 assert double.process.returncode != 0 and "is taken" in double.log, double.log[-2000:]
             finally:
                 double.process.kill()
                 double.process.wait()
+
+    async def clock_stepped(self, instance: Instance, rng: Random, one: Happened) -> None:
+        await self._step(instance.process, rng, one)
+
+    async def disk_full(self, instance: Instance, rng: Random, one: Happened) -> None:
+        """Its KV blocks find no room on disk; its log does, and says so. The tier stays off until it starts again."""
+        process = instance.process
+        if not await process.gauge("kv_disk_up", 0.0):
+            raise NotPlayed("its disk tier is off already, or has not begun")
+        process.limit_files(process.log_path.stat().st_size + LOG_BYTES)
+        try:
+            async def is_off() -> bool:
+                text = " ".join(str(rng.randrange(10**6)) for _ in range(60))  # which is nowhere yet
+                await process.get().post("/v1/completions", json={"prompt": text, "max_tokens": 1}, timeout=END_S)
+                return not await process.gauge("kv_disk_up")
+
+            await until(is_off, END_S, "that its disk tier is off")
+        finally:
+            process.limit_files(NO_LIMIT)
+            one.lifted_s = time.monotonic()
+        assert "switched off" in process.log and "File too large" in process.log, process.log[-2000:]
+
+    async def nothing_written(self, instance: Instance, rng: Random, one: Happened) -> None:
+        """No file can grow, not even its log."""
+        await self._fill(instance.process, 0, rng, one)
+
+    async def _fill(self, process: Process, num_bytes: int, rng: Random, one: Happened) -> None:
+        process.limit_files(num_bytes)
+        await asyncio.sleep(rng.uniform(FULL_S / 4, FULL_S))
+        process.limit_files(NO_LIMIT)
+        one.lifted_s = time.monotonic()
+        assert process.is_alive, process.log[-2000:]
+
+    async def _step(self, process: Process, rng: Random, one: Happened) -> None:
+        """There and back, with longer than leases last between."""
+        for seconds in (rng.choice((-STEP_S, STEP_S)), 0.0):
+            process.step_clock(seconds)
+            await asyncio.sleep(rng.uniform(LEASE_S + 1, LEASE_S + 3))
+        one.lifted_s = time.monotonic()
+        assert process.is_alive, process.log[-2000:]
+
+    async def lease_lost(self, instance: Instance, rng: Random, one: Happened) -> None:
+        """etcd forgets the lease of an instance that lives, and with it its record."""
+        async with self._etcd:
+            key, etcd = f"XLLM:DEFAULT:{instance.name}", self.cluster.etcd
+
+            def lease() -> int:
+                found = json.loads(etcd.ctl("get", key, "-w", "json")).get("kvs", [{}])
+                return found[0].get("lease", 0)
+
+            old = await asyncio.to_thread(lease)
+            assert old, f"{key} has no lease"
+            await asyncio.to_thread(etcd.ctl, "lease", "revoke", f"{old:x}")
+            one.lifted_s = time.monotonic()
+
+            async def is_back() -> bool:
+                return await asyncio.to_thread(lease) not in (0, old)
+
+            await until(is_back, LEASE_S, "that it is registered again")
+            one.figures["registered"] = time.monotonic() - one.lifted_s
+
+    @contextlib.contextmanager
+    def _slow_start(self) -> Iterator[None]:
+        """What does not come true here is the machine's fault."""
+        try:
+            yield
+        except AssertionError as error:
+            raise NotPlayed(str(error)) from None
 
     async def _pause(self, pid: int, seconds: float, one: Happened) -> None:
         os.kill(pid, signal.SIGSTOP)
@@ -174,7 +230,11 @@ class Faults:
             await instance.process.http.aclose()
         instance.process.process.wait()
         one.lifted_s = time.monotonic()
-        await instance.start()
+        try:
+            await instance.start()
+        except NotPlayed as slow:
+            one.not_played = str(slow)
+            await instance.await_start()  # once more as long: the cluster is to be whole again
 
     # --- of the network before one instance
 
@@ -234,6 +294,12 @@ class Faults:
             return
         number = rng.randrange(len(self.cluster.masters))
         with self._noted(kind, MASTERS[number]) as one:
+            if kind == "master's clock stepped":
+                await self._step(self.cluster.masters[number], rng, one)
+                return
+            if kind == "master's disk full":
+                await self._fill(self.cluster.masters[number], 0, rng, one)
+                return
             await self._pause(self.cluster.masters[number].process.pid, rng.uniform(0.5, 8), one)
             self.away_s[number].append((one.begun_s, one.lifted_s + 10))
 
@@ -250,7 +316,8 @@ class Faults:
                 cluster.masters[number].process.wait()
                 last = max((await asyncio.to_thread(self._loads)).values(), default=0)
                 try:
-                    await until(self._has_leader, LEADS_S, "that the other one leads")
+                    with self._in_time(one):
+                        await until(self._has_leader, LEADS_S, "that the other one leads")
                     one.figures["leads"] = time.monotonic() - one.begun_s
                     assert await cluster.leader() != number
 
@@ -258,7 +325,8 @@ class Faults:
                         now = await asyncio.to_thread(self._loads)
                         return all(now.get(instance.name, 0) > last for instance in self._idle)
 
-                    await until(writes, LOADS_S, "that it writes loads")
+                    with self._in_time(one):
+                        await until(writes, LOADS_S, "that it writes loads")
                     one.figures["loads"] = time.monotonic() - one.begun_s
                     await asyncio.sleep(rng.uniform(0, 3))
                 finally:
@@ -267,6 +335,16 @@ class Faults:
                     self.dead_s[number].append((one.begun_s, time.monotonic()))
                 await self._sees()
                 assert await cluster.leader() not in (None, number), "the other one does not lead any more"
+
+    @contextlib.contextmanager
+    def _in_time(self, one: Happened) -> Iterator[None]:
+        """What comes too late here while this process, too, waited for its turn is the machine's fault."""
+        try:
+            yield
+        except AssertionError as error:
+            if (stalled_s := self.stall.since(one.begun_s)) > STALLED_S:
+                raise NotPlayed(f"{error}; this machine stood still for {stalled_s:.1f} s of that") from None
+            raise
 
     async def _has_leader(self) -> bool:
         return await self.cluster.leader() is not None
@@ -309,10 +387,11 @@ def _name(fault: InstanceFault) -> str:
 
 
 InstanceFault = Callable[[Faults, Instance, Random, Happened], Awaitable[None]]
-MASTER_FAULTS = ("master paused", "master killed")
+MASTER_FAULTS = ("master paused", "master killed", "master's clock stepped", "master's disk full")
 ETCD_FAULTS = ("etcd paused", "etcd killed", "etcd wiped")
 PROCESS_FAULTS: tuple[InstanceFault, ...] = (
-    Faults.killed, Faults.engine_killed, Faults.terminated, Faults.paused, Faults.engine_paused, Faults.doubled)
+    Faults.killed, Faults.engine_killed, Faults.terminated, Faults.paused, Faults.engine_paused, Faults.doubled,
+    Faults.clock_stepped, Faults.disk_full, Faults.nothing_written, Faults.lease_lost)
 INSTANCE_FAULTS: tuple[InstanceFault, ...] = (
     *PROCESS_FAULTS, Faults.connection_cut, Faults.network_cut, Faults.network_slow, Faults.network_silent,
     Faults.bit_flipped)

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter, defaultdict
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,6 +22,8 @@ from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask, diffe
 
 BOUND_S = 90.0  # of a request: an instance that is waited for (30 s), and the longest fault, on a busy machine
 REST_S = 30.0
+SETTLE_S = 1.0  # of traffic before and behind the faults
+MAX_NOT_PLAYED = 0.25  # of all faults: a run that says nothing is no success
 MAX_SHOWN = 20
 # Processes that compile grammars, two at most, start when they are needed, threads of an event loop's pool do, and
 # connections are kept open.
@@ -202,9 +205,9 @@ def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]
 
 async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10, *,
               fault: str | None = None) -> dict[str, Any]:
-    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only the
-    one of this name."""
-    cluster = ChaosCluster(folder, secrets.token_hex(32))
+    """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only
+    those of these names, parted by commas. Raises ValueError: there is none by a name."""
+    cluster = ChaosCluster(folder, secrets.token_hex(32), has_tiers=True)
     try:
         await cluster.open()
         expected = await references(cluster.instances[0].process.get())
@@ -212,15 +215,26 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
         asyncio.get_running_loop().call_later(5.0, is_over.set)
         await warm_up.play(clients, is_over)
         before = await counts(cluster)
-        traffic, faults, is_over = Traffic(cluster, expected, seed), Faults(cluster, Random(seed)), asyncio.Event()
-        playing = asyncio.create_task(traffic.play(clients, is_over))
-        begun_s = time.monotonic()
-        await (faults.play_each(fault) if seconds is None else faults.play(seconds))
-        is_over.set()
-        await playing
-        problems = judged(warm_up, faults) + judged(traffic, faults)
+        traffic, faults = Traffic(cluster, expected, seed), Faults(cluster, Random(seed))
+        following, begun_s = asyncio.create_task(faults.stall.follow()), time.monotonic()
+        problems = judged(warm_up, faults)
+        if seconds is not None:
+            await _under_load(traffic, clients, faults.play(seconds))
+            problems += judged(traffic, faults) + await left_over(cluster, before)
+        else:
+            kinds = faults.kinds()
+            wanted = fault.split(",") if fault else list(kinds)
+            if unknown := [kind for kind in wanted if kind not in kinds]:
+                raise ValueError(f"no fault is called {unknown[0]!r}; there are {', '.join(kinds)}")
+            for kind in wanted:
+                await _under_load(traffic, clients, kinds[kind]())
+                problems += [f"after {kind}: {what}" for what in await left_over(cluster, before)]
+            problems += judged(traffic, faults)
         took_s = time.monotonic() - begun_s
-        problems += await left_over(cluster, before)
+        following.cancel()
+        not_played = [f"{one.kind} of {one.target}: {one.not_played}" for one in faults.happened if one.not_played]
+        if len(not_played) > MAX_NOT_PLAYED * len(faults.happened):
+            problems.append(f"{len(not_played)} of {len(faults.happened)} faults could not be played")
         recovered: Counter[str] = Counter()
         for master in cluster.masters:
             totals = (await master.get().get("/cluster")).json()["totals"]
@@ -229,7 +243,8 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
         return {
             "seed": seed, "seconds": round(took_s, 1), "requests": len(traffic.ended),
             "tokens": sum(one.answer.usage[1] for one in traffic.ended), "outcomes": dict(sorted(outcomes.items())),
-            "faults": fault_table(traffic, faults), "num_faults": len(faults.happened),
+            "faults": fault_table(traffic, faults), "num_faults": len(faults.happened), "not_played": not_played,
+            "machine": {"start_s": round(Process.start_s, 1), "stalled_s": round(faults.stall.since(begun_s), 1)},
             "recoveries": dict(sorted(recovered.items())),
             "lost": sum(word in p for p in problems if p.startswith("request")
                         for word in (": lost: ", ": hung: ", ": broken: ", ": unavailable: ")),
@@ -238,3 +253,13 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
         }
     finally:
         await cluster.close()
+
+
+async def _under_load(traffic: Traffic, clients: int, playing: Awaitable[None]) -> None:
+    is_over = asyncio.Event()
+    asking = asyncio.create_task(traffic.play(clients, is_over))
+    await asyncio.sleep(SETTLE_S)
+    await playing
+    await asyncio.sleep(SETTLE_S)
+    is_over.set()
+    await asking
