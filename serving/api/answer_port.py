@@ -1,4 +1,4 @@
-"""`AnswerPort`: writes the answers of one connection in few system calls, each of which costs as much as making a chunk.
+"""`AnswerPort`: writes the answers of one connection in few system calls: one costs as much as making a chunk.
 
 uvicorn writes the head, the body and the end of an answer one by one, and h11 walks through its states for each part of
 a body. Here what is written together goes out together, and a chunk of a stream is framed as RFC 9112, 7.1 says.
@@ -77,10 +77,17 @@ class _Answer:
             await self._begin(message)
         elif not message.get("more_body", False):
             await self._end(message)
-        elif not self._is_chunked or cycle.flow.write_paused or cycle.response_complete:
+        elif not self.put(message.get("body", b"")):
             await cycle.send(message)  # type: ignore[arg-type]
-        elif (part := message.get("body", b"")) and not cycle.disconnected:
+
+    def put(self, part: bytes) -> bool:
+        """Write a part of a stream, behind which more comes, without waiting. False: it has to be sent."""
+        cycle = self._cycle
+        if not self._is_chunked or cycle.flow.write_paused or cycle.response_complete:
+            return False
+        if part and not cycle.disconnected:
             self._port.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
 
     async def _begin(self, message: Message) -> None:
         """The head goes out with what follows at once, or else by itself."""
@@ -100,7 +107,11 @@ class _Answer:
 
 
 async def answer_through_port(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Have the app answer a request of a connection whose transport is an `AnswerPort`. send: uvicorn's."""
+    """Have the app answer a request of a connection whose transport is an `AnswerPort`. send: uvicorn's. It leaves in
+    the scope (`xllm.put`) what a stream's parts may be given to: no middleware has anything to do with them, and each
+    of those that they pass costs as much as writing an event."""
     cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
     port: Any = cycle.transport
-    await app(scope, receive, _Answer(cycle, port).send)
+    answer = _Answer(cycle, port)
+    scope["xllm.put"] = answer.put
+    await app(scope, receive, answer.send)

@@ -80,8 +80,10 @@ class MadeWhileSent(Response):
         super().__init__(headers=headers)
         del self.headers["content-length"]
         self._made, self._on_end = made, on_end
+        self._put: Callable[[bytes], bool] = lambda part: False  # see `answer_port.py`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._put = scope.get("xllm.put", self._put)
         try:
             await until_disconnect(receive, self._pump(send))
         except ClientGone:
@@ -93,7 +95,8 @@ class MadeWhileSent(Response):
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for part in self._made:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+            if not self._put(part):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -126,7 +129,7 @@ class EventStream(MadeWhileSent):
                 body = made if isinstance(made, bytes) else self._encoded(made)
                 if isinstance(made, LastEvents):
                     last = body
-                elif body:
+                elif body and not self._put(body):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except Exception as error:  # the status line is out: the error travels as an event
             shown = self._encode(self._show_error(error))

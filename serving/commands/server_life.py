@@ -213,7 +213,7 @@ class ServerLife(ABC):
 
     def _note_loaded(self) -> None:
         """Requests are taken from now on."""
-        # Modules and tokenizers stay: the garbage collector need not walk them again, for a tenth of a second each time.
+        # Modules and tokenizers stay: no garbage collection need walk them, for a tenth of a second each time.
         gc.collect()
         gc.freeze()
         self._state.loaded = True

@@ -96,7 +96,8 @@ class ClusterMembers:
     @property
     def model(self) -> str | None:
         """The fingerprint of what the first of those serves that take requests."""
-        return next((_model_of(client) for client in self.up.values()), None)
+        return next((_model_of(member.client) for member in self.all.values()
+                     if member.is_ready and member.client.is_up), None)
 
     def able(self, model: str | None, adapters: Collection[tuple[str, str]]) -> set[str]:
         """The names of those that serve this model, have these adapters (name and digest) and take requests: one that
