@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xllm.kv.block import DIGEST_BYTES, TIERS
-from xllm.routing.key_table import NOWHERE, KeyTable
+from xllm.routing.key_table import FEW_KEYS, NOWHERE, KeyTable
 
 MAX_INSTANCES = 64  # the bits of a word
 DEFAULT_BLOCKS = 1 << 20  # chosen: 60 MB; 16 million tokens in blocks of 16
@@ -37,6 +37,12 @@ def digest_keys(joined: bytes) -> np.ndarray:
 def checked_keys(numbers: np.ndarray) -> np.ndarray:
     """uint64 numbers as keys: 0 stands for no key in the table, and is 1 here."""
     return np.maximum(numbers.astype(np.uint64), _ONE)
+
+
+def _different(keys: np.ndarray) -> np.ndarray:
+    """The keys without repeats, in any order."""
+    few = set(keys.tolist()) if len(keys) <= FEW_KEYS else ()
+    return keys if len(few) == len(keys) else np.unique(keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +161,7 @@ class GlobalIndex:
         places = self._table.find(keys)
         is_new = places == NOWHERE
         if is_new.any():
-            known, new = places[~is_new], np.unique(keys[is_new])
+            known, new = places[~is_new], _different(keys[is_new])
             added, evicted = self._table.insert(new, now)
             self.num_evicted += len(evicted)
             self._owners[:, added] = 0

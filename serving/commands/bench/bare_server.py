@@ -22,15 +22,15 @@ from pydantic import BaseModel
 USAGE = {"prompt_tokens": 1, "total_tokens": 1, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
-class Message(BaseModel):
+class BareMessage(BaseModel):
     role: str
     content: str
 
 
-class Chat(BaseModel):
+class BareChat(BaseModel):
     """The fields of a chat that the benchmark sends."""
 
-    messages: list[Message]
+    messages: list[BareMessage]
     max_tokens: int
     ignore_eos: bool = False
     stream: bool = False
@@ -42,7 +42,7 @@ def bare_app(step_s: float) -> FastAPI:
     app = FastAPI(openapi_url=None)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: Chat) -> Response:
+    async def chat(body: BareChat) -> Response:
         if body.stream:
             return StreamingResponse(_events(body.max_tokens, step_s), media_type="text/event-stream")
         for _ in range(body.max_tokens):

@@ -3,7 +3,8 @@
 Real processes: `xllm master`, and instances whose engines compute nothing (`null_instance.py`). This process asks for
 chats over HTTP. A request's share is measured with short answers that are not streamed; a streamed token's with
 streams of many tokens less those of one. CPU time is that of the master's process with all its threads, which has no
-other processes, without what it takes while nobody asks.
+other processes, without what it takes while nobody asks. The same of FastAPI with nothing behind it (`bare_server.py`)
+is the floor.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ OPEN = (1, 16, 64)  # requests. Chosen: one caller, a few, and a busy master
 SHORT_TOKENS = 8  # of the longest short answer; they have 1 to so many. Chosen: a label, a word or two
 STREAM_TOKENS = 128  # of a streamed answer. Chosen: a short paragraph
 PROMPT_WORDS = 30  # with the chat template some 64 tokens of the bundled model. Chosen: a question
+FLOOR_ROUNDS = 1  # Chosen: it changes with the libraries only
 IDLE_S = 3.0  # in which what an idle master takes is measured. Chosen: six signs of life of each instance
 START_S = 60.0  # for a process to be ready. Chosen: many times what one takes
 END_S = 20.0  # for a process to end by itself. Chosen: many times what one takes
@@ -93,8 +95,19 @@ def measure(num_instances: int, step_ms: float, open_numbers: list[int], rounds:
             result = asyncio.run(asked.measure(open_numbers, rounds))
         if with_samples:
             result["samples"] = _told(json.loads(samples.read_text()))
+        result["floor_by_open_requests"] = _floor(step_ms, open_numbers, Path(folder) / "bare")
     return {"benchmark": "master", "instances": num_instances, "step_ms": step_ms,
             "stream_tokens": STREAM_TOKENS, **result, "goals": GOALS}
+
+
+def _floor(step_ms: float, open_numbers: list[int], log: Path) -> list[dict[str, Any]]:
+    """What a server takes for such requests that has nothing to do."""
+    report.note("measuring FastAPI with nothing behind it")
+    with _process(["serving.commands.bench.bare_server", str(step_ms)], env.for_child(), log) as server:
+        url = _said(server, log, _gate_address)
+        asked = _Asked(server.pid, HttpLoad(url.removeprefix("http://")))
+        found = asyncio.run(asked.measure(open_numbers, FLOOR_ROUNDS))
+    return [{name: row[name] for name in ("open_requests", *GOALS)} for row in found["by_open_requests"]]
 
 
 # --- processes
