@@ -76,7 +76,7 @@ async def _events(generation: Generation, writer: Writer
             yield first
         async for piece in pieces:
             contents = list(writer.piece(piece))
-            if not any(isinstance(content, Sliced) for content in contents):
+            if Sliced not in map(type, contents):
                 yield contents
                 continue
             for content in contents:
