@@ -21,6 +21,8 @@ PART_BYTES = 2**15  # that are sent together. Chosen: few system calls, little m
 # Of an answer that is made before it is sent: clients like to know its length. Chosen: bounds the memory of one.
 WHOLE_BYTES = 2**24
 
+_PLAIN = frozenset({str, int, float, bool, type(None), list})  # most values, told at once
+
 
 class Slices:
     """An array of plain values, made a list at a time. Read once."""
@@ -74,6 +76,8 @@ def json_pieces(value: Any) -> Iterator[bytes]:
 
 def _is_plain(value: Any) -> bool:
     """Whether it holds nothing that is to be written slice by slice."""
+    if type(value) in _PLAIN:
+        return True
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     return not isinstance(value, (Slices, Items))

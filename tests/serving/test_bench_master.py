@@ -6,17 +6,19 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from serving.cluster.engine_gate import EngineGate
 from serving.commands.bench.http_load import HttpLoad
-from serving.commands.bench.master_bench import cpu_s
+from serving.commands.bench.master_bench import _gate_address, _process, _said, cpu_s
 from serving.commands.bench.measured_master import CpuSampler
 from serving.commands.bench.null_instance import NullCore, NullEngine
 from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
+from xllm import env
 from xllm.client.remote import RemoteClient
 from xllm.engine.commands import CacheChanges
 from xllm.errors import XllmError
@@ -41,6 +43,15 @@ def test_the_load_reads_whole_answers_and_streams(server: ServerProcess) -> None
         asyncio.run(load.ask([chat(0)], 1))
     with pytest.raises(XllmError, match="does not answer"):
         asyncio.run(HttpLoad("127.0.0.1:9").ask([chat(1)], 1))
+
+
+def test_the_floor_answers_the_same_chats(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with _process(["serving.commands.bench.bare_server", "1"], env.for_child(), log) as server:
+        load = HttpLoad(_said(server, log, _gate_address).removeprefix("http://"))
+        answers = asyncio.run(load.ask([chat(3), chat(20, stream=True, stream_options={"include_usage": True})], 1))
+    assert [answer.num_tokens for answer in answers] == [3, 20]
+    assert answers[1].num_writes > 10 and server.returncode == 0
 
 
 async def test_an_instance_without_a_model() -> None:

@@ -94,6 +94,11 @@ class ClusterMembers:
         return {name: member.client for name, member in self.all.items() if member.is_ready and member.client.is_up}
 
     @property
+    def any_up(self) -> bool:
+        """Whether any takes requests."""
+        return any(member.is_ready and member.client.is_up for member in self.all.values())
+
+    @property
     def model(self) -> str | None:
         """The fingerprint of what the first of those serves that take requests."""
         return next((_model_of(member.client) for member in self.all.values()
