@@ -12,6 +12,7 @@ Letters: N blocks, I instances, T tiers (`kv/block.py:TIERS`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -66,10 +67,19 @@ class Matches:
         """How many blocks' computing each instance is spared: float64 [I]. load_costs: what a block costs to be brought
         to the device from each tier over what it costs to be computed, [T] or [T, I]; where that is more than 1, it is
         computed and nothing is saved."""
-        gains = np.minimum(1.0, np.maximum(0.0, 1.0 - np.asarray(load_costs, dtype=np.float64)))
+        gains = _gains_of(load_costs) if isinstance(load_costs, tuple) else _gains(load_costs)
         in_tier = self.blocks_TI.copy()
         in_tier[1:] -= self.blocks_TI[:-1]
-        return np.asarray((in_tier * gains.reshape(len(TIERS), -1)).sum(axis=0))
+        return np.asarray((in_tier * gains).sum(axis=0))
+
+
+def _gains(load_costs: Sequence[float] | np.ndarray) -> np.ndarray:
+    """What a block saves in each tier: float64 [T, 1] or [T, I]."""
+    costs = np.asarray(load_costs, dtype=np.float64)
+    return np.minimum(1.0, np.maximum(0.0, 1.0 - costs)).reshape(len(TIERS), -1)
+
+
+_gains_of = functools.lru_cache(maxsize=4)(_gains)  # a router's costs stay
 
 
 class GlobalIndex:
