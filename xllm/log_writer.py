@@ -22,27 +22,32 @@ class LogWriter:
         self._fd, self._complaint = fd, complaint
         self._num_told = 0
         self._is_torn = False  # a line was written in part
-        self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
+        # Its own bound and `join` would take Python code and locks at both ends of each line.
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
     def put(self, line: str) -> None:
         """Queue a line, given without its line end. Never waits; a line that finds the queue full is dropped and
         counted."""
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
+        if self._lines.qsize() >= MAX_WAITING:
             self.num_lost += 1
+        else:
+            self._lines.put(line)
 
     def flush(self) -> None:
         """Wait until all is written, for FLUSH_S at most."""
-        with self._lines.all_tasks_done:
-            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_S)
+        is_written = threading.Event()
+        self._lines.put(is_written)
+        is_written.wait(FLUSH_S)
 
     def _run(self) -> None:
         while True:
-            if not self._write(self._lines.get()):
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            if not self._write(line):
                 self.num_lost += 1
-            self._lines.task_done()
             num_new = self.num_lost - self._num_told
             if num_new and self._write(self._complaint(num_new)):
                 self._num_told += num_new

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -100,7 +100,7 @@ class SamplingParams:
         made = copy.copy(self)
         for name, value in changes.items():
             object.__setattr__(made, name, value)
-        _check_numbers(made)
+        _check_numbers(made, changes)
         return made
 
     @property
@@ -171,31 +171,27 @@ def _int_keys(bias: Mapping[Any, float]) -> dict[int, float]:
         raise RequestError("logit_bias: keys must be token ids and values numbers", field="logit_bias") from None
 
 
-def _check_numbers(p: SamplingParams) -> None:
-    _in_range(p, "n", 1, MAX_CHOICES, whole=True)
-    _in_range(p, "temperature", 0.0, 100.0)
-    _in_range(p, "top_p", 0.0, 1.0, low_open=True)
-    _in_range(p, "top_k", 0, 2**31 - 1, whole=True)
-    _in_range(p, "min_p", 0.0, 1.0)
-    _in_range(p, "presence_penalty", -2.0, 2.0)
-    _in_range(p, "frequency_penalty", -2.0, 2.0)
-    _in_range(p, "repetition_penalty", 0.0, 100.0, low_open=True)
-    if p.seed is not None:
-        _in_range(p, "seed", -(2**63), 2**64 - 1, whole=True)
-    if p.max_tokens is not None:
-        _in_range(p, "max_tokens", 1, 2**31 - 1, whole=True)
-    _in_range(p, "min_tokens", 0, 2**31 - 1, whole=True)
+# Of each number: the least and the most that it may be, whether it is an integer, and whether the least is out.
+_RANGES: dict[str, tuple[float, float, bool, bool]] = {
+    "n": (1, MAX_CHOICES, True, False), "temperature": (0.0, 100.0, False, False), "top_p": (0.0, 1.0, False, True),
+    "top_k": (0, 2**31 - 1, True, False), "min_p": (0.0, 1.0, False, False),
+    "presence_penalty": (-2.0, 2.0, False, False), "frequency_penalty": (-2.0, 2.0, False, False),
+    "repetition_penalty": (0.0, 100.0, False, True), "seed": (-(2**63), 2**64 - 1, True, False),
+    "max_tokens": (1, 2**31 - 1, True, False), "min_tokens": (0, 2**31 - 1, True, False),
+    "logprobs": (0, MAX_LOGPROBS, True, False), "prompt_logprobs": (0, MAX_LOGPROBS, True, False)}
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
+
+
+def _check_numbers(p: SamplingParams, names: Iterable[str] = tuple(_RANGES)) -> None:
+    for name in names:
+        if (known := _RANGES.get(name)) is None:
+            continue
+        value, (low, high, whole, low_open) = getattr(p, name), known
+        if value is not None or name not in _OPTIONAL:
+            check_number(name, value, low, high, whole=whole, low_open=low_open)
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})",
                            field="min_tokens")
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(p, name) is not None:
-            _in_range(p, name, 0, MAX_LOGPROBS, whole=True)
-
-
-def _in_range(p: SamplingParams, name: str, low: float, high: float, *,
-              whole: bool = False, low_open: bool = False) -> None:
-    check_number(name, getattr(p, name), low, high, whole=whole, low_open=low_open)
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False,

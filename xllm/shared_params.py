@@ -34,6 +34,10 @@ class SharedParams:
 
 def share(samplings: Sequence[SamplingParams]) -> tuple[SharedParams, list[int]]:
     """The parameters of one message, and for each of them the index of its variant."""
+    if len(samplings) == 1:
+        (one,) = samplings
+        variant = (0, *(getattr(one, name) for name in VARIED))
+        return SharedParams([_ENCODER.encode(one.varied(**_UNSET))], [variant]), [0]
     shared, bases, places, indices = SharedParams([], []), dict[tuple[Any, ...], int](), dict[int, int](), list[int]()
     for sampling in samplings:
         if (index := places.get(id(sampling))) is None:

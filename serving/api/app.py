@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import Response
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.api.errors import install_handlers
@@ -43,23 +44,23 @@ CLIENT_CLOSED_REQUEST = 499  # the status of a call whose client has gone, as ng
 logger = logging.getLogger("xllm.api")
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """All routes. No documentation pages: they would load scripts from elsewhere.
+def create_app(state: ServerState) -> Starlette:
+    """All routes.
 
     Raises ConfigError if a route is there without a `Route` that declares it, or two contradict each other.
     """
-    app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = Starlette(routes=[route.of(state) for route in ROUTES])
+    app.router.redirect_slashes = False
     access = access_table(ROUTES)
-    for route in ROUTES:
-        route.add_to(app, state)
     check_declared(declared_paths(app.routes), access)
     app.state.routes = ROUTES
     install_handlers(app)
 
-    @app.exception_handler(ClientGone)
-    async def client_gone(request: Request, error: ClientGone) -> Response:
+    async def client_gone(request: Request, error: Exception) -> Response:
         logger.debug("%s: the client left", request.url.path)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_exception_handler(ClientGone, client_gone)
 
     http, limits = state.config.http, state.config.limits
     app.add_middleware(AccessGate, keys=state.keys, hosts=host_rule(http, state.keys), limits=limits, routes=access,

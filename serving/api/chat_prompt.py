@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from serving.api.call_weight import check_texts
@@ -11,10 +13,10 @@ from serving.api.effort import effort_variables, verbosity_variables
 from serving.api.errors import invalid
 from serving.api.members import check_members
 from serving.api.state import ServerState
-from serving.api.text_work import LONG
+from serving.api.text_work import BRIEF_S, LONG
 from serving.api.tools import ToolWish
 from serving.api.types import ChatBody, ChatMessage, TokenizeBody
-from xllm.errors import ModelError
+from xllm.errors import ModelError, RequestError
 
 # What a caller may not set through chat_template_kwargs: our own arguments, and the template itself.
 RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "add_generation_prompt",
@@ -22,13 +24,15 @@ RESERVED_KWARGS = frozenset({"messages", "tools", "tokenize", "chat_template", "
                              "max_seconds", "needs_tools", "needs_calls"})
 PART_MEMBERS = frozenset({"type", "text", "cache_control", "prompt_cache_breakpoint"})  # caching needs no marks here
 CALL_MEMBERS = frozenset({"id", "type", "function", "index"})  # index: in calls put together from a stream
+BRIEF_MEMBERS = frozenset({"role", "content"})
+MESSAGE_SIZE = 64  # that a message counts for beside its text, in characters. Chosen: so many take a template as long
 TAIL_CHARS = 64  # of the prompt's end that are kept. Chosen: a thinking tag and the line breaks around it are shorter
 
 
 async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, messages: list[ChatMessage],
                       tools: ToolWish) -> tuple[list[int], str]:
-    """The prompt's token ids, and the end of its text, which may open or close the model's thinking. Rendering runs in
-    a thread: a template is foreign code and may be slow.
+    """The prompt's token ids, and the end of its text, which may open or close the model's thinking. A template is
+    foreign code and may be slow: rendering runs in a thread, unless little text is done with in a moment.
 
     Raises:
         ApiError, RequestError: what is wrong with the messages, the variables or the template.
@@ -42,25 +46,50 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
     # messages. A forced call is held to its function by the form of the output, whatever the template shows.
     shows_tools = state.config.chat.tool_call_parser == "auto"
 
-    def check(text: str) -> None:
-        if len(text) > limits.max_rendered_chars:
-            raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the messages",
-                          "messages")
-        check_texts(state, [text], "messages")
+    def encode(max_seconds: float, max_chars: int | None = None) -> tuple[list[int], str]:
+        def check(text: str) -> None:
+            if max_chars is not None and len(text) > max_chars:
+                raise _NotBriefError
+            if len(text) > limits.max_rendered_chars:
+                raise invalid(f"the chat template makes more than {limits.max_rendered_chars} characters of the "
+                              "messages", "messages")
+            check_texts(state, [text], "messages")
 
-    def encode() -> tuple[list[int], str]:
         wished = _wished_variables(state, body, variables)
         text, token_ids = tokenizer.encode_chat(
             plain, check, bool(body.add_special_tokens), add_generation_prompt=body.add_generation_prompt,
             tools=tools.tools or None, continue_final_message=body.continue_final_message, chat_template=template,
             needs_tools=shows_tools and not tools.is_forced, needs_calls=shows_tools,
-            max_seconds=state.config.chat.chat_template_timeout, **{**variables, **wished})
+            max_seconds=max_seconds, **{**variables, **wished})
         return token_ids, text[-TAIL_CHARS:]
 
+    def encode_at_once() -> tuple[list[int], str] | None:
+        """None: that is no matter of a moment."""
+        began_s, began_cpu_s, done = time.monotonic(), time.thread_time(), None
+        try:
+            done = encode(BRIEF_S, 2 * LONG)
+        except _NotBriefError:
+            state.text_work.note_slow()
+        except RequestError:
+            if time.monotonic() - began_s < BRIEF_S:  # it was not cut short
+                raise
+        if time.thread_time() - began_cpu_s > BRIEF_S / 4:
+            state.text_work.note_slow()
+        return done
+
+    size, most_s = sum(map(num_chars, plain)), state.config.chat.chat_template_timeout
+    is_brief = (size + MESSAGE_SIZE * len(plain) <= LONG and template is None and not variables and not tools.tools
+                and most_s > BRIEF_S and all(message.keys() <= BRIEF_MEMBERS for message in plain))
     try:
-        return await state.text_work.run(max(LONG + 1, sum(map(num_chars, plain))), encode)
+        if is_brief and state.text_work.may_be_brief() and (done := encode_at_once()) is not None:
+            return done
+        return await state.text_work.run(max(LONG + 1, size), partial(encode, most_s))
     except ModelError as error:  # no template, or none that compiles
         raise invalid(str(error), "messages" if template is None else "chat_template") from None
+
+
+class _NotBriefError(Exception):
+    """The template makes much of little."""
 
 
 def checked_variables(variables: dict[str, Any] | None, max_chars: int) -> dict[str, Any]:

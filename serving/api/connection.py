@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serving.api.answer_port import AnswerPort, answer_through_port
 from serving.api.connections import BODY, HEAD, WRITE, Connections
 from serving.api.errors import invalid
 
@@ -28,7 +31,8 @@ class Connection(H11Protocol):
     others: Connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, AnswerPort(transport)))
+        self.app = partial(answer_through_port, self.app)  # type: ignore[assignment, arg-type]
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_unread = 0  # bytes that the peer had not taken when the write timer was set
         self.app_state = {**self.app_state, KEPT_PLACE: not self.others.enter(self)}

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serving.api.errors import json_response
 from serving.api.generation import Generation, begin_generation
 from serving.api.json_slices import Sliced, event_parts, sliced_response
-from serving.api.sse import EventStream, until_disconnect
+from serving.api.sse import EventStream, LastEvents, until_disconnect
 from serving.api.state import ServerState
 from xllm.client.assemble import Piece
 from xllm.request import Request
@@ -68,19 +68,25 @@ async def drive(state: ServerState, http: HTTPRequest, requests: Sequence[Reques
     return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)
 
 
-async def _events(generation: Generation, writer: Writer) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+async def _events(generation: Generation, writer: Writer
+                  ) -> AsyncGenerator[dict[str, Any] | list[dict[str, Any]] | bytes, None]:
+    """Those of one piece together, unless one of them is large."""
     async with generation as pieces:
-        for content in writer.begin():
-            yield content
+        if first := list(writer.begin()):
+            yield first
         async for piece in pieces:
-            for content in writer.piece(piece):
+            contents = list(writer.piece(piece))
+            if Sliced not in map(type, contents):
+                yield contents
+                continue
+            for content in contents:
                 if isinstance(content, Sliced):
                     async for part in event_parts(content):
                         yield part
                 else:
                     yield content
-        for content in writer.end():
-            yield content
+        last = LastEvents(writer.end())
+    yield last
 
 
 async def _collect(beginning: Awaitable[Generation], make_writer: Callable[[Generation], Writer]) -> Writer:

@@ -10,8 +10,9 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from serving.observe.call import CALL
@@ -118,7 +119,7 @@ def _renamed(error: ApiError, names: Mapping[str, str], places: Sequence[str]) -
     return ApiError(error.status, message, param=own.partition(".")[0] or None, headers=error.headers)
 
 
-def install_handlers(app: FastAPI) -> None:
+def install_handlers(app: Starlette) -> None:
     """Have the app answer every exception in the API's error shape (`as_api_error`)."""
     async def handle(request: Request, error: Exception) -> Response:
         answer = as_api_error(error)

@@ -49,18 +49,22 @@ class RouteTable:
         for path, level in routes.items():
             if not isinstance(level, Access):
                 raise ConfigError(f"route {path}: {level!r} is not an access level")
-        self._fixed = {path: level for path, level in routes.items() if "{" not in path}
         self._templates = [(_pattern(path), level) for path, level in routes.items() if "{" in path]
+        self._fixed = {path: max([level, *self._of_templates(path)]) for path, level in routes.items()
+                       if "{" not in path}
 
     def level(self, raw_path: str, path: str) -> Access | None:
         """raw_path: as it came; path: as routing reads it (percent-decoded). None: no such route."""
-        levels = self._levels(raw_path)
-        return max([*levels, *self._levels(path)]) if levels else None
+        level = self._level(raw_path)
+        return level if level is None or raw_path == path else max(level, self._level(path) or level)
 
-    def _levels(self, path: str) -> list[Access]:
-        fixed = self._fixed.get(path)
-        found = [level for pattern, level in self._templates if pattern.fullmatch(path)]
-        return found if fixed is None else [fixed, *found]
+    def _level(self, path: str) -> Access | None:
+        if (fixed := self._fixed.get(path)) is not None:
+            return fixed
+        return max(self._of_templates(path), default=None)
+
+    def _of_templates(self, path: str) -> list[Access]:
+        return [level for pattern, level in self._templates if pattern.fullmatch(path)]
 
 
 def _pattern(template: str) -> re.Pattern[str]:

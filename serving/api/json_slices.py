@@ -21,6 +21,8 @@ PART_BYTES = 2**15  # that are sent together. Chosen: few system calls, little m
 # Of an answer that is made before it is sent: clients like to know its length. Chosen: bounds the memory of one.
 WHOLE_BYTES = 2**24
 
+_PLAIN = frozenset({str, int, float, bool, type(None), list})  # most values, told at once
+
 
 class Slices:
     """An array of plain values, made a list at a time. Read once."""
@@ -54,17 +56,31 @@ def json_pieces(value: Any) -> Iterator[bytes]:
     elif isinstance(value, Items):
         yield from _array(map(json_pieces, value.items))
     elif isinstance(value, Mapping):
-        mark, encode = b"{", msgspec.json.encode
+        mark, encode, plain = b"{", msgspec.json.encode, dict[str, Any]()
         for name, member in value.items():
-            if isinstance(member, (Slices, Items, Mapping)):
-                yield mark + encode(name) + b":"
-                yield from json_pieces(member)
-            else:
-                yield mark + encode(name) + b":" + encode(member)
+            if _is_plain(member):
+                plain[name] = member
+                continue
+            if plain:
+                yield mark + encode(plain)[1:-1]
+                mark, plain = b",", {}
+            yield mark + encode(name) + b":"
+            yield from json_pieces(member)
             mark = b","
+        if plain:
+            yield mark + encode(plain)[1:-1]
         yield b"}" if value else b"{}"
     else:
         yield msgspec.json.encode(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it holds nothing that is to be written slice by slice."""
+    if type(value) in _PLAIN:
+        return True
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return not isinstance(value, (Slices, Items))
 
 
 def _array(members: Iterable[Iterable[bytes]]) -> Iterator[bytes]:

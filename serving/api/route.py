@@ -6,8 +6,10 @@ import enum
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import Response
+from starlette import routing
+from starlette.types import Receive, Scope, Send
 
 from serving.api.admin_calls import query_members
 from serving.api.body import read_body
@@ -68,19 +70,20 @@ class Route:
         9.3.2)."""
         return ["GET", "HEAD"] if self.method == "GET" else [self.method]
 
-    def add_to(self, app: FastAPI, state: ServerState) -> None:
-        """Add the route to the app."""
-        async def endpoint(request: Request) -> Response:
-            try:
-                return await self._answer(state, request)
-            except ClientGone:
-                raise
-            except Exception as error:
-                if self.show_error is None:
-                    raise
-                return self.show_error(error)
+    def of(self, state: ServerState) -> routing.Route:
+        """The route as the router knows it."""
+        return _RoutedPath(self.path, _Endpoint(self, state), methods=self.methods)
 
-        app.add_api_route(self.path, endpoint, methods=self.methods)
+    async def answer(self, state: ServerState, request: Request) -> Response:
+        """The answer to a request to the path. Raises what `as_api_error` explains, and ClientGone."""
+        try:
+            return await self._answer(state, request)
+        except ClientGone:
+            raise
+        except Exception as error:
+            if self.show_error is None:
+                raise
+            return self.show_error(error)
 
     async def _answer(self, state: ServerState, request: Request) -> Response:
         REQUEST_KIND.set(self.kind)
@@ -106,6 +109,28 @@ class Route:
             state.check_accepting()
         elif self.needs is Needs.MODEL:
             state.check_loaded()
+
+
+class _Endpoint:
+    """Answers the requests to a route. An ASGI app: what a router wraps around a function costs each event of a stream
+    another call."""
+
+    def __init__(self, route: Route, state: ServerState):
+        self._route, self._state = route, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._route.answer(self._state, Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+class _RoutedPath(routing.Route):
+    """Leaves itself in the scope, whichever Starlette it is."""
+
+    def matches(self, scope: Scope) -> tuple[routing.Match, Scope]:
+        match, found = super().matches(scope)
+        if match is not routing.Match.NONE:
+            found["route"] = self
+        return match, found
 
 
 def access_table(routes: Iterable[Route]) -> dict[str, Access]:

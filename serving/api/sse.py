@@ -80,8 +80,10 @@ class MadeWhileSent(Response):
         super().__init__(headers=headers)
         del self.headers["content-length"]
         self._made, self._on_end = made, on_end
+        self._put: Callable[[bytes], bool] = lambda part: False  # see `answer_port.py`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._put = scope.get("xllm.put", self._put)
         try:
             await until_disconnect(receive, self._pump(send))
         except ClientGone:
@@ -93,12 +95,18 @@ class MadeWhileSent(Response):
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for part in self._made:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+            if not self._put(part):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class LastEvents(list[dict[str, Any]]):
+    """The last events of a stream; there may be none. Nothing comes behind them."""
+
+
 class EventStream(MadeWhileSent):
-    """Sends each event that a generator makes, data for JSON; bytes, the parts of a large one, go out as they are.
+    """Sends each event that a generator makes, data for JSON, or several together; bytes, the parts of a large one, go
+    out as they are.
 
     is_named: events bear their type as their name, and the last of them ends the stream; else `[DONE]` does. An
     exception of the generator becomes an event (`show_error`).
@@ -106,8 +114,8 @@ class EventStream(MadeWhileSent):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any] | bytes, None], on_end: Callable[[], None], *,
-                 is_named: bool = False,
+    def __init__(self, events: AsyncGenerator[dict[str, Any] | list[dict[str, Any]] | bytes, None],
+                 on_end: Callable[[], None], *, is_named: bool = False,
                  show_error: Callable[[Exception], dict[str, Any]] = lambda error: as_api_error(error).body()):
         super().__init__(events, on_end, EVENT_HEADERS)
         self._encode, self._done = (named, b"") if is_named else (event, DONE)
@@ -115,11 +123,20 @@ class EventStream(MadeWhileSent):
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = b""
         try:
             async for made in self._made:
-                body = made if isinstance(made, bytes) else self._encode(made)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                body = made if isinstance(made, bytes) else self._encoded(made)
+                if isinstance(made, LastEvents):
+                    last = body
+                elif body and not self._put(body):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except Exception as error:  # the status line is out: the error travels as an event
             shown = self._encode(self._show_error(error))
             await send({"type": "http.response.body", "body": shown, "more_body": True})
-        await send({"type": "http.response.body", "body": self._done, "more_body": False})
+        await send({"type": "http.response.body", "body": last + self._done, "more_body": False})
+
+    def _encoded(self, made: dict[str, Any] | list[dict[str, Any]]) -> bytes:
+        if isinstance(made, dict):
+            return self._encode(made)
+        return self._encode(made[0]) if len(made) == 1 else b"".join(map(self._encode, made))

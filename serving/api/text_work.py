@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,6 +14,8 @@ from typing import TypeVar
 T = TypeVar("T")
 LONG = 4096  # characters or values: more is worth a thread. Chosen: a thread costs about as much as tokenising so many
 LARGE = 2**18  # of more, one after the other is done. Chosen: a thread for each that comes would fill the memory
+BRIEF_S = 0.02  # that work may take of the event loop. Chosen: a hundred times what common chat templates take
+SLOW_S = 60.0  # for which work that took longer is left to threads. Chosen: one such hiccup a minute goes unnoticed
 THREADS = 4  # for long work. Chosen: it is short enough to need no more
 
 
@@ -22,7 +25,16 @@ class TextWork:
 
     def __init__(self) -> None:
         self._long = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
+        self._slow_until_s = 0.0  # on the `time.monotonic()` clock
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-text")  # a thread keeps memory of its own
+
+    def may_be_brief(self) -> bool:
+        """Whether work that is done in BRIEF_S as a rule may be tried without a thread."""
+        return time.monotonic() >= self._slow_until_s
+
+    def note_slow(self) -> None:
+        """Such work took longer."""
+        self._slow_until_s = time.monotonic() + SLOW_S
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """Run `work`, in a thread if it is long, and return its result. size: of what it is about, in characters or

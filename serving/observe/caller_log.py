@@ -49,7 +49,9 @@ class CallerLog:
         self._figures: dict[str, CallerFigures] = {}
 
     def of(self, name: str) -> CallerFigures:
-        return self._figures.setdefault(name, CallerFigures())
+        if (found := self._figures.get(name)) is None:
+            found = self._figures[name] = CallerFigures()
+        return found
 
     def note_end(self, record: RequestRecord) -> None:
         """Add a request that has ended to its caller's figures."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +14,12 @@ from serving.cluster.engine_gate import EngineGate
 from serving.commands.bench.http_load import HttpLoad
 from serving.commands.bench.master_bench import cpu_s
 from serving.commands.bench.measured_master import CpuSampler
+from serving.commands.bench.null_cluster import child_process, last_line
 from serving.commands.bench.null_instance import NullCore, NullEngine, totals
 from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
+from xllm import env
 from xllm.client.remote import RemoteClient
 from xllm.cost.cost_model import StepPrices
 from xllm.engine.commands import CacheChanges
@@ -56,6 +59,14 @@ def test_completions_are_sent_when_they_are_due(server: ServerProcess) -> None:
     assert not isinstance(first, str) and (first.num_prompt_tokens, first.num_tokens) == (3, 9) and first.first_s > 0
     assert isinstance(wrong, str) and "400" in wrong
     assert not isinstance(last, str) and last.num_tokens == 2 and last.first_s < 0.3, "counted from when it was due"
+
+
+def test_the_floor_answers_the_same_chats(tmp_path: Path) -> None:
+    with child_process(["serving.commands.bench.bare_server", "1"], env.for_child(), tmp_path / "log") as server:
+        load = HttpLoad(server.said(last_line).removeprefix("http://"))
+        answers = asyncio.run(load.ask([chat(3), chat(20, stream=True, stream_options={"include_usage": True})], 1))
+    assert [answer.num_tokens for answer in answers] == [3, 20]
+    assert answers[1].first_s > 0 and server.process.returncode == 0
 
 
 async def test_an_instance_without_a_model() -> None:

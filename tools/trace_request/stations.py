@@ -106,7 +106,7 @@ def complaints(visits: Sequence[tuple[str, str, str]], types: Sequence[str], sta
 STATIONS = (
     Station("api", "bytes of a connection",
             at=("serving.api.connection:Connection.data_received",),
-            holds=("serving.api.connection", "serving.api.connections")),
+            holds=("serving.api.connection", "serving.api.connections", "serving.api.answer_port")),
     Station("api", "the call: its id, its log line",
             at=("serving.observe.call_log:CallLog.__call__", "serving.observe.call:Call.__init__"),
             holds=("serving.observe.call_log", "serving.observe.call", "serving.observe.log_rate", "xllm.logs",
@@ -117,7 +117,7 @@ STATIONS = (
                    "serving.api.body:declares_too_much", "serving.security.hosts", "serving.security.keys",
                    "serving.security.quotas")),
     Station("api", "the route: is there an engine",
-            at=("serving.api.route:Route.add_to.endpoint", "serving.api.state:ServerState.check_accepting"),
+            at=("serving.api.route:Route.answer", "serving.api.state:ServerState.check_accepting"),
             holds=("serving.api.route", "serving.api.state"), makes=("starlette.requests.Request",)),
     Station("api", "the body: bytes within bounds, JSON, its type",
             at=("serving.api.body:read_body", "serving.api.types:parse"), holds=("serving.api.body",),
@@ -252,14 +252,15 @@ STATIONS = (
 ASIDE = {
     "parts of what carries it": (
         "serving.api.types.ChatMessage", "serving.parsers.tool_set.ToolSet", "serving.api.call_weight.Term",
-        "xllm.shared_params.SharedParams", "backends.metadata.AttentionMetadata", "backends.cpu.kernels.StepPlan"),
+        "xllm.shared_params.SharedParams", "backends.metadata.AttentionMetadata", "backends.cpu.kernels.StepPlan",
+        "serving.api.sse.LastEvents"),
     "what reads or writes it": (
         "serving.api.connection.BoundConnection", "xllm.text.chat_template._Wish",
         "serving.parsers.output.OutputParser", "serving.api.logprob_shapes.ChoiceLogprobs",
         "serving.api.routes.chat.ChatWriter", "serving.api.generation.Generation",
         "xllm.scheduler.plan.PlanBuilder", "xllm.scheduler.token_budget.Share",
         "xllm.client.assemble.Assembly", "xllm.text.detokenizer.Detokenizer", "xllm.text.text_stream.ByteStream",
-        "serving.api.sse.EventStream"),
+        "serving.api.sse.EventStream", "serving.api.answer_port._Answer"),
     "what is noted, bounded or found beside it": (
         "serving.observe.call.Call", "serving.observe.request_log.RequestRecord",
         "serving.observe.throughput_log.ThroughputLog", "xllm.text.template_limits._Clock",

@@ -156,7 +156,7 @@ class ClusterClient:
     @property
     def is_up(self) -> bool:
         """Whether requests are taken: one instance is enough."""
-        return bool(self.members.up)
+        return self.members.any_up
 
     @property
     def dead_reason(self) -> str | None:

@@ -97,9 +97,14 @@ class ClusterMembers:
         return {name: member.client for name, member in self.all.items() if member.is_ready and member.client.is_up}
 
     @property
+    def any_up(self) -> bool:
+        """Whether any takes requests."""
+        return any(member.is_ready and member.client.is_up for member in self.all.values())
+
+    @property
     def model(self) -> str | None:
         """The fingerprint of what the first of those serves that take requests and have one."""
-        found = [_model_of(client) for client in self.up.values()]
+        found = [_model_of(member.client) for member in self.all.values() if member.is_ready and member.client.is_up]
         return next(filter(None, found), found[0] if found else None)
 
     def able(self, model: str | None, adapters: Collection[tuple[str, str]],

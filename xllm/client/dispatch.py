@@ -73,7 +73,7 @@ class Dispatcher:
     def begin(self, requests: Sequence[Request]) -> ClusterCall:
         """Send a call to an instance. Raises EngineAwayError: there is none; RequestError: none of them can do
         what is asked for."""
-        digests = self._members.digests
+        digests = self._members.digests if any(request.lora for request in requests) else {}
         adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
         call = ClusterCall(requests, self._members.model, adapters, self)
         if (decision := self._decide(call, requests, ())).name is None:

@@ -19,7 +19,7 @@ from xllm.routing.global_index import GlobalIndex, Matches, TierChange, digest_k
 from xllm.routing.pace import PREFILL_TOKENS_PER_S, STEP_S
 from xllm.routing.policies import policy_of
 from xllm.routing.prompt_marks import PromptMarks
-from xllm.routing.routed_instance import STALE_S, Capacity, LoadReport, RoutedInstance, faded, figures_of
+from xllm.routing.routed_instance import STALE_S, Capacity, FigureTable, LoadReport, RoutedInstance, faded
 
 # What a block costs to be brought to the device from each tier over what it costs to be computed. Measured with the
 # bundled model on a CPU (benchmarks/results/tiers.json, times to the first token of a known text over an unknown one).
@@ -46,6 +46,7 @@ class Fleet:
         self._targets = target_ttft_s, target_tpot_s
         self._random = random.Random(seed)
         self._instances: dict[str, RoutedInstance] = {}
+        self._figures = FigureTable()
         self._block_size: int | None = None
         self._num_joined = self._turn = 0
         self._now_s = 0.0
@@ -174,7 +175,7 @@ class Fleet:
                 tokens_TI = tokens_TI[:, [place_of[name] for name in names]]
             saved += Matches(names, tokens_TI).saved(LOAD_COSTS)
             on_device += tokens_TI[0]
-        now = figures_of([self._instances[name] for name in names])
+        now = self._figures.of([self._instances[name] for name in names])
         return FleetSnapshot(
             names=names, saved_tokens=saved, device_tokens=on_device, waiting_tokens=now.waiting_tokens,
             num_open=now.num_open, num_queued=now.num_queued, num_tokens=now.num_tokens, free_tokens=now.free_tokens,

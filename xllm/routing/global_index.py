@@ -12,6 +12,7 @@ Letters: N blocks, I instances, T tiers (`kv/block.py:TIERS`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xllm.kv.block import DIGEST_BYTES, TIERS
-from xllm.routing.key_table import NOWHERE, KeyTable
+from xllm.routing.key_table import FEW_KEYS, NOWHERE, KeyTable
 
 MAX_INSTANCES = 64  # the bits of a word
 DEFAULT_BLOCKS = 1 << 20  # chosen: 60 MB; 16 million tokens in blocks of 16
@@ -37,6 +38,12 @@ def digest_keys(joined: bytes) -> np.ndarray:
 def checked_keys(numbers: np.ndarray) -> np.ndarray:
     """uint64 numbers as keys: 0 stands for no key in the table, and is 1 here."""
     return np.maximum(numbers.astype(np.uint64), _ONE)
+
+
+def _different(keys: np.ndarray) -> np.ndarray:
+    """The keys without repeats, in any order."""
+    few = set(keys.tolist()) if len(keys) <= FEW_KEYS else ()
+    return keys if len(few) == len(keys) else np.unique(keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +67,19 @@ class Matches:
         """How many blocks' computing each instance is spared: float64 [I]. load_costs: what a block costs to be brought
         to the device from each tier over what it costs to be computed, [T] or [T, I]; where that is more than 1, it is
         computed and nothing is saved."""
-        gains = np.minimum(1.0, np.maximum(0.0, 1.0 - np.asarray(load_costs, dtype=np.float64)))
+        gains = _gains_of(load_costs) if isinstance(load_costs, tuple) else _gains(load_costs)
         in_tier = self.blocks_TI.copy()
         in_tier[1:] -= self.blocks_TI[:-1]
-        return np.asarray((in_tier * gains.reshape(len(TIERS), -1)).sum(axis=0))
+        return np.asarray((in_tier * gains).sum(axis=0))
+
+
+def _gains(load_costs: Sequence[float] | np.ndarray) -> np.ndarray:
+    """What a block saves in each tier: float64 [T, 1] or [T, I]."""
+    costs = np.asarray(load_costs, dtype=np.float64)
+    return np.minimum(1.0, np.maximum(0.0, 1.0 - costs)).reshape(len(TIERS), -1)
+
+
+_gains_of = functools.lru_cache(maxsize=4)(_gains)  # a router's costs stay
 
 
 class GlobalIndex:
@@ -155,7 +171,7 @@ class GlobalIndex:
         places = self._table.find(keys)
         is_new = places == NOWHERE
         if is_new.any():
-            known, new = places[~is_new], np.unique(keys[is_new])
+            known, new = places[~is_new], _different(keys[is_new])
             added, evicted = self._table.insert(new, now)
             self.num_evicted += len(evicted)
             self._owners[:, added] = 0

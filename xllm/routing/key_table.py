@@ -14,6 +14,7 @@ WAYS = 8  # of a bucket: 64 bytes of keys, a cache line
 # How many keys a bucket is planned for: 0.625 of its ways. Measured with random keys in room for a million: the first
 # one that finds both buckets full comes at 0.72, in room for ten thousand at 0.79.
 KEYS_PER_BUCKET = 5
+FEW_KEYS = 64  # Chosen: up to there a set of them is made faster than they are sorted
 NOWHERE = -1  # the place of a key that is not there
 _EMPTY = np.uint64(0)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -61,7 +62,8 @@ class KeyTable:
             is_empty = self._keys[both] == _EMPTY
             num_empty = is_empty.sum(axis=2)
             second = (num_empty[:, 1] > num_empty[:, 0]).astype(np.intp)
-            buckets, chosen = np.unique(both[np.arange(len(keys)), second], return_index=True)  # one key each at a time
+            rows = np.arange(len(keys))
+            buckets, chosen = _different(both[rows, second], rows)  # one key each at a time
             is_empty = is_empty[chosen, second[chosen]]
             ways = is_empty.argmax(axis=1)
             full = ~is_empty.any(axis=1)
@@ -73,7 +75,7 @@ class KeyTable:
             self._num_keys += len(places) - int(np.count_nonzero(full))
             taken.append(places)
             evicted.append(places[full])
-            keys = np.delete(keys, chosen)
+            keys = np.delete(keys, chosen) if len(chosen) < len(keys) else keys[:0]
         return _joined(taken), _joined(evicted)
 
     def remove(self, places: np.ndarray) -> None:
@@ -83,9 +85,21 @@ class KeyTable:
 
     def _buckets(self, keys: np.ndarray) -> np.ndarray:
         """Both buckets of each key: int64 [N, 2]. Each half of a key is taken as a fraction of the buckets."""
-        halves = np.stack((keys >> _HALF, keys & _LOW), axis=1)
+        halves = np.empty((len(keys), 2), dtype=np.uint64)
+        np.right_shift(keys, _HALF, out=halves[:, 0])
+        np.bitwise_and(keys, _LOW, out=halves[:, 1])
         return (halves * self._num_buckets >> _HALF).astype(np.int64)
 
 
+def _different(buckets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The buckets without repeats, and of each the first of its rows. Few keys at a time, as an instance reports them,
+    mostly have none, and sorting them would cost more than all the rest."""
+    if len(rows) <= FEW_KEYS and len(set(buckets.tolist())) == len(rows):
+        return buckets, rows
+    return np.unique(buckets, return_index=True)
+
+
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -132,9 +132,23 @@ class RoutedInstance:
             step_s=prices[0], token_s=prices[1] or math.nan, sequence_s=prices[2])
 
 
-def figures_of(instances: Sequence[RoutedInstance]) -> Figures:
-    """Of all: arrays, float64 [I]. At least one."""
-    return Figures(*np.concatenate([instance.figures for instance in instances]).reshape(len(instances), -1).T)
+class FigureTable:
+    """The figures of several instances, of which few change between two decisions."""
+
+    def __init__(self) -> None:
+        self._instances: list[RoutedInstance] = []
+        self._rows: list[np.ndarray | None] = []  # as they stand in the table
+        self._table = np.zeros((0, len(Figures._fields)))
+
+    def of(self, instances: list[RoutedInstance]) -> Figures:
+        """Of all: arrays, float64 [I]. At least one."""
+        if instances != self._instances:
+            self._instances, self._rows = instances, [None] * len(instances)
+            self._table = np.zeros((len(instances), len(Figures._fields)))
+        for place, (instance, known) in enumerate(zip(instances, self._rows)):
+            if known is None or instance._figures is not known:
+                self._table[place] = self._rows[place] = instance.figures
+        return Figures(*self._table.T.copy())
 
 
 def faded(spent_tokens: Any, age_s: Any) -> Any:

@@ -39,9 +39,12 @@ class SentRequests:
     def num_promised(self, marks: PromptMarks) -> int:
         """How many of a prompt's marks, from the first on, are those of prompts that wait."""
         # A prompt that has a prefix has every shorter one: the marks that it lacks come after those that it has.
-        if not marks.digests or marks.digests[0] not in self._promised:
+        digests, promised = marks.digests, self._promised
+        if not digests or digests[0] not in promised:
             return 0
-        return bisect_left(marks.digests, True, key=lambda digest: digest not in self._promised)
+        if digests[-1] in promised:  # the same prompt again
+            return len(digests)
+        return bisect_left(digests, True, key=lambda digest: digest not in promised)
 
     def enter(self, request_id: str, num_tokens: int, marks: PromptMarks) -> None:
         """A request was sent, of whose prompt so many tokens are to be computed."""

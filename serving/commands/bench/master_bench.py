@@ -3,7 +3,8 @@
 Real processes: `xllm master`, and instances whose engines compute nothing (`null_instance.py`). This process asks for
 chats over HTTP. A request's share is measured with short answers that are not streamed; a streamed token's with
 streams of many tokens less those of one. CPU time is that of the master's process with all its threads, which has no
-other processes, without what it takes while nobody asks.
+other processes, without what it takes while nobody asks. The same of FastAPI with nothing behind it (`bare_server.py`)
+is the floor.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 from serving.commands.bench import report
 from serving.commands.bench.http_load import ChatAnswer, HttpLoad
-from serving.commands.bench.null_cluster import null_cluster
+from serving.commands.bench.null_cluster import child_process, last_line, null_cluster
 from serving.commands.flags import FlagParser
+from xllm import env
 from xllm.cost.cost_model import StepPrices
 from xllm.errors import ConfigError, XllmError
 
@@ -31,6 +33,7 @@ OPEN = (1, 16, 64)  # requests. Chosen: one caller, a few, and a busy master
 SHORT_TOKENS = 8  # of the longest short answer; they have 1 to so many. Chosen: a label, a word or two
 STREAM_TOKENS = 128  # of a streamed answer. Chosen: a short paragraph
 PROMPT_WORDS = 30  # with the chat template some 64 tokens of the bundled model. Chosen: a question
+FLOOR_ROUNDS = 1  # Chosen: it changes with the libraries only
 IDLE_S = 3.0  # in which what an idle master takes is measured. Chosen: six signs of life of each instance
 MAX_INSTANCES = 16  # Chosen: more would measure this machine's scheduler
 MAX_STEP_MS = 1000.0  # Chosen: no model is so slow that the master would be what matters
@@ -76,8 +79,18 @@ def measure(num_instances: int, step_ms: float, open_numbers: list[int], rounds:
             result = asyncio.run(_Asked(master, HttpLoad(cluster.address)).measure(open_numbers, rounds))
         if with_samples:
             result["samples"] = _told(json.loads(samples.read_text()))
+        result["floor_by_open_requests"] = _floor(step_ms, open_numbers, Path(folder) / "bare")
     return {"benchmark": "master", "instances": num_instances, "step_ms": step_ms,
             "stream_tokens": STREAM_TOKENS, **result, "goals": GOALS}
+
+
+def _floor(step_ms: float, open_numbers: list[int], log: Path) -> list[dict[str, Any]]:
+    """What a server takes for such requests that has nothing to do."""
+    report.note("measuring FastAPI with nothing behind it")
+    with child_process(["serving.commands.bench.bare_server", str(step_ms)], env.for_child(), log) as server:
+        asked = _Asked(server.process.pid, HttpLoad(server.said(last_line).removeprefix("http://")))
+        found = asyncio.run(asked.measure(open_numbers, FLOOR_ROUNDS))
+    return [{name: row[name] for name in ("open_requests", *GOALS)} for row in found["by_open_requests"]]
 
 
 def cpu_s(pid: int) -> float:

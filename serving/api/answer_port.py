@@ -1,0 +1,117 @@
+"""`AnswerPort`: writes the answers of one connection in few system calls: one costs as much as making a chunk.
+
+uvicorn writes the head, the body and the end of an answer one by one, and h11 walks through its states for each part of
+a body. Here what is written together goes out together, and a chunk of a stream is framed as RFC 9112, 7.1 says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+
+HELD_BYTES = 2**16  # Chosen: as much as a transport takes before it asks its writer to pause
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
+
+
+class AnswerPort:
+    """An `asyncio.Transport` that can hold back what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
+        self._held, self._num_held, self._is_holding = list[bytes](), 0, False
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def hold(self) -> None:
+        """Hold back what is written until `release`, up to HELD_BYTES."""
+        self._is_holding = True
+
+    def release(self) -> None:
+        """Write what was held back. Idempotent."""
+        self._is_holding = False
+        if self._held:
+            data, self._held, self._num_held = b"".join(self._held), [], 0
+            self._transport.write(data)
+
+    @property
+    def held(self) -> bytes:
+        """What is held back."""
+        return b"".join(self._held)
+
+    def write(self, data: bytes) -> None:
+        if not self._is_holding:
+            self._transport.write(data)
+            return
+        self._held.append(data)
+        self._num_held += len(data)
+        if self._num_held > HELD_BYTES:
+            self.release()
+
+    def close(self) -> None:
+        self.release()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._held, self._num_held = [], 0
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size() + self._num_held
+
+
+class _Answer:
+    """ASGI's `send` of one request."""
+
+    def __init__(self, cycle: RequestResponseCycle, port: AnswerPort):
+        self._cycle, self._port = cycle, port
+        self._is_chunked = False
+
+    async def send(self, message: Message) -> None:
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif not message.get("more_body", False):
+            await self._end(message)
+        elif not self.put(message.get("body", b"")):
+            await cycle.send(message)  # type: ignore[arg-type]
+
+    def put(self, part: bytes) -> bool:
+        """Write a part of a stream, behind which more comes, without waiting. False: it has to be sent."""
+        cycle = self._cycle
+        if not self._is_chunked or cycle.flow.write_paused or cycle.response_complete:
+            return False
+        if part and not cycle.disconnected:
+            self._port.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
+
+    async def _begin(self, message: Message) -> None:
+        """The head goes out with what follows at once, or else by itself."""
+        self._port.hold()
+        asyncio.get_running_loop().call_soon(self._port.release)
+        await self._cycle.send(message)  # type: ignore[arg-type]
+        self._is_chunked = self._cycle.scope["method"] != "HEAD" and _CHUNKED in self._port.held.lower()
+
+    async def _end(self, message: Message) -> None:
+        if self._cycle.flow.write_paused and not self._cycle.disconnected:  # nothing may be held for so long
+            await self._cycle.flow.drain()
+        self._port.hold()
+        try:
+            await self._cycle.send(message)  # type: ignore[arg-type]
+        finally:
+            self._port.release()
+
+
+async def answer_through_port(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Have the app answer a request of a connection whose transport is an `AnswerPort`. send: uvicorn's. It leaves in
+    the scope (`xllm.put`) what a stream's parts may be given to: no middleware has anything to do with them, and each
+    of those that they pass costs as much as writing an event."""
+    cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
+    port: Any = cycle.transport
+    answer = _Answer(cycle, port)
+    scope["xllm.put"] = answer.put
+    await app(scope, receive, answer.send)
