@@ -12,7 +12,7 @@ NEEDED := pyproject.toml requirements/constraints.txt
 # Where an environment forbids bytecode, each of the hundred servers that the tests start would compile all sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak chaos check lint types house bench trace size docs demo-model clean
+.PHONY: setup serve chat test test-npu test-web browser screenshots aot nightly fuzz soak chaos real routing check lint types house bench trace size docs demo-model clean
 
 setup: $(VENV)/.installed
 
@@ -61,12 +61,18 @@ aot: setup
 	$(BIN)/python -m tests.cuda.aot --workers $(WORKERS)
 
 # A million random operations on the KV store (SEED= another episode to begin with), 1e5 each on the index of a cluster and
-# on its router, every pair of features alone, and floods of a thousand sequences whose callers leave; ranks that go wrong in every phase
-# (prints the table of it); nodes that are lost; hostile files, expressions and races in full.
+# on its router, KV events through networks that lose some, histories of the metadata store and of a cluster's members, every
+# pair of features alone, and floods of a thousand sequences whose callers leave; ranks that go wrong in every phase (prints
+# the table of it); nodes that are lost; hostile files, expressions and races in full. TRACE=FILE: `make routing`, too.
 nightly: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kv.store_machine --operations 1000000 --seed $(or $(SEED),0)
-	INDEX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/routing/test_global_index.py tests/routing/test_fleet_model.py --timeout 600
+	INDEX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s --timeout 600 tests/routing/test_global_index.py \
+		tests/routing/test_fleet_model.py tests/routing/test_lookups.py tests/engine/test_kv_publisher.py \
+		tests/cluster/test_cache_feed.py
+	HISTORIES_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/cluster/test_histories.py \
+		tests/cluster/test_membership.py --timeout 600
 	OMP_NUM_THREADS=1 $(BIN)/xllm bench master --rounds 1
+	$(if $(TRACE),$(MAKE) routing TRACE=$(TRACE))
 	MATRIX_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_feature_matrix.py -n $(WORKERS)
 	ABORTS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/security/test_mass_aborts.py --timeout 600
 	BOUNDS_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/text/test_template_bounds.py --timeout 1200
@@ -93,6 +99,19 @@ soak: setup
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --elastic --seed $(or $(SEED),0) --json benchmarks/results/elastic.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos.json
+
+# Programs of other houses on what is published: vLLM's structs and publisher of KV events, Dynamo's indexer; and a vLLM server
+# on the CPU behind our master. They are fetched (400 MB and 3 GB) into a folder that is gone afterwards.
+real: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real.kv_events
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real.openai_server
+
+# What each policy of the router makes of a trace (TRACE=, JSON lines with hash_ids) on eight real instances without a
+# model, behind a real master: a minute for each six of the trace, and each policy.
+routing: setup
+	@test -n "$(TRACE)" || { echo "TRACE= says which trace"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/xllm bench router --trace $(TRACE) --instances 8 --processes --speed-up 6 --shrink 4 \
+		--json benchmarks/results/router_processes.json
 
 check: lint types house docs test
 

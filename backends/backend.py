@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from backends.latent_form import LatentWidths
 from backends.opset import OpSet
 from backends.vmm import VmmDriver
 
@@ -142,6 +143,11 @@ class Backend(Protocol):
         """Shapes of the parts of one layer's cache of latents: one part of both widths, or two, where operators want
         the rotated numbers apart. With room for the scales of a quantised cache. Raises ValueError as
         `kv_cache_shape`."""
+        ...
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        """Bytes that attention over latents takes at most where it makes keys and values of them, for a step whose
+        sequences have so many positions together, and one of them `longest` at most."""
         ...
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

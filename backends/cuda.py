@@ -17,6 +17,8 @@ from backends import cuda_experts, cuda_latent, cuda_linear
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
 from backends.cuda_graphs import CudaCapturer
+from backends.gated_experts import gated_by
+from backends.latent_form import LatentWidths, expanded_bytes
 from backends.metadata import AttentionMetadata
 from backends.opset import OpSet
 from backends.pinned_memory import PinnedMemory
@@ -114,6 +116,8 @@ OPS = replace(
     route=cuda_experts.route,
     pack_experts=cuda_experts.pack_experts,
     grouped_linear=cuda_experts.grouped_linear,
+    pack_gated_experts=cuda_experts.pack_experts,
+    gated_grouped_linear=gated_by(cuda_experts.grouped_linear, activation.silu_mul),
     combine=cuda_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,
@@ -169,6 +173,9 @@ class CudaBackend:
     def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
                             dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
         return (kv.cache_shape(num_blocks, block_size, 1, row_width(latent_width + rotated_width, dtype)),)
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        return expanded_bytes(widths, num_positions=num_positions)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

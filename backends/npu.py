@@ -15,6 +15,7 @@ from torch import Tensor
 from backends import npu_experts, npu_latent
 from backends.backend import BackendError, Capturer
 from backends.cpu.memory import available_bytes
+from backends.latent_form import LatentWidths
 from backends.metadata import AttentionMetadata
 from backends.npu_graphs import NpuCapturer
 from backends.npu_step import angles, block_table, derived, plan, step_plan
@@ -93,11 +94,6 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return norm.add_rms_norm(x=x_TD.contiguous(), residual=residual_TD, gamma=weight_D, epsilon=eps)
 
 
-def silu_mul(gate_up_TF2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    inner_TF = activation.swiglu(gate_up=gate_up_TF2)
-    return inner_TF if out is None else out.copy_(inner_TF)
-
-
 def pack_linear(weight_YX: Tensor | ScaledWeight, bias_Y: Tensor | None = None, *,
                 quantization: str | None = None) -> linear.PackedWeight | linear.W8A8Weight:
     if isinstance(weight_YX, ScaledWeight):
@@ -127,10 +123,12 @@ OPS = replace(
     attention=attention,
     latent_rope_write=npu_latent.latent_rope_write,
     latent_attention=npu_latent.latent_attention,
-    silu_mul=silu_mul,
+    silu_mul=activation.silu_mul,
     route=npu_experts.route,
     pack_experts=npu_experts.pack_experts,
     grouped_linear=npu_experts.grouped_linear,
+    pack_gated_experts=npu_experts.pack_gated_experts,
+    gated_grouped_linear=npu_experts.gated_grouped_linear,
     combine=npu_experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=kv.stored_bytes,
@@ -189,6 +187,9 @@ class NpuBackend:
     def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
                             dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
         return kv.latent_cache_shapes(num_blocks, block_size, latent_width, rotated_width)
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        return npu_latent.expanded_bytes(widths, num_positions=num_positions, longest=longest)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

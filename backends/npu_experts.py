@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from backends.expert_choice import ExpertChoice, RouteRule
+from backends.gated_experts import gated_by
 from backends.reference import experts as reference
 from backends.reference.experts import LEAST_SUM
 from backends.reference.linear import quantize_rows
 from backends.scaled_weight import ScaledWeight
 from npu_ops import linear, moe
-from npu_ops.moe import RowOrder, StackedExperts
+from npu_ops.activation import silu_mul
+from npu_ops.moe import CodedRows, RowOrder, StackedExperts
 from npu_ops.moe_contracts import MOST_GROUPS, takes_groups
 
 
@@ -72,35 +74,66 @@ def _scaled(weights_TK: Tensor, rule: RouteRule) -> Tensor:
 
 
 def pack_experts(experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> StackedExperts:
+    return _packed(experts, quantization, is_gated=False)
+
+
+def pack_gated_experts(experts: Iterable[Tensor | ScaledWeight], *,
+                       quantization: str | None = None) -> StackedExperts:
+    """For the operator that joins product, activation and codes, where it takes them: W8A8 of certain shapes."""
+    return _packed(experts, quantization, is_gated=True)
+
+
+def _packed(experts: Iterable[Tensor | ScaledWeight], quantization: str | None, *, is_gated: bool) -> StackedExperts:
     """For a moment the experts of the layer are there twice: how many they are is known at the end."""
     linear.check_quantization(quantization)
-    weights, scales, rounds_inputs = [], [], quantization == "w8a8"
+    weights, scales, dtype = [], [], torch.float32
     for weight_YX in experts:
         if isinstance(weight_YX, ScaledWeight):
             raise ValueError("products on an NPU take no fp8")
-        numbers_YX = weight_YX
+        numbers_YX, dtype = weight_YX, weight_YX.dtype
         if quantization is not None:
             numbers_YX, scale_Y = quantize_rows(weight_YX, quantization)
-            scales.append(scale_Y.to(moe.scale_dtype(weight_YX.dtype, rounds_inputs=rounds_inputs)))
+            scales.append(scale_Y)
         weights.append(numbers_YX.t().contiguous())
-    return moe.stack(weights, scales, rounds_inputs=rounds_inputs)
+    return moe.stack(weights, scales, dtype=dtype, rounds_inputs=quantization == "w8a8", is_gated=is_gated)
 
 
-def grouped_linear(x: Tensor, packed: StackedExperts, choice: ExpertChoice, *, from_tokens: bool,
+def gated_grouped_linear(x_TX: Tensor, packed: StackedExperts, choice: ExpertChoice, *, room: Tensor | None = None,
+                         out: Tensor | None = None) -> Tensor | CodedRows:
+    if not packed.is_joined or not len(x_TX):
+        return _by_two(x_TX, packed, choice, room=room, out=out)
+    codes_RX, scale_R = _sorted(x_TX, packed, choice)
+    counts_E = choice.order.counts_E
+    return CodedRows(*moe.swiglu_quant(x_RX=codes_RX, scale_R=scale_R, experts=packed, counts_E=counts_E), x_TX.dtype)
+
+
+def _sorted(x_TX: Tensor, packed: StackedExperts, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
+    """The tokens' rows in the order of the experts, which is the choice's from now on, as codes where the experts want
+    them; and their scales."""
+    x_RX, scale_R, choice.order = moe.init_routing(
+        x_TX=x_TX.contiguous(), ids_TK=choice.ids_TK, num_experts=len(packed.weight_EXY),
+        quant_mode=moe.PER_TOKEN if packed.rounds_inputs else moe.PLAIN)
+    return x_RX, scale_R
+
+
+def grouped_linear(x: Tensor | CodedRows, packed: StackedExperts, choice: ExpertChoice, *, from_tokens: bool,
                    out: Tensor | None = None) -> Tensor:
     num_experts, _, num_outputs = packed.weight_EXY.shape
     if not len(choice.ids_TK):
-        return x.new_empty((0, num_outputs)) if out is None else out
-    scale_R, dtype = None, x.dtype
-    if from_tokens:
-        quant_mode = moe.PER_TOKEN if packed.rounds_inputs else moe.PLAIN
-        x, scales, choice.order = moe.init_routing(x_TX=x.contiguous(), ids_TK=choice.ids_TK, num_experts=num_experts,
-                                                   quant_mode=quant_mode)
+        return choice.weights_TK.new_empty((0, num_outputs), dtype=x.dtype) if out is None else out
+    dtype, scale_R = x.dtype, None
+    if isinstance(x, CodedRows):
+        scale_R, x = x.scale_R, x.codes_RX
+    elif from_tokens:
+        x, scales = _sorted(x, packed, choice)
         scale_R = scales if packed.rounds_inputs else None
-    elif choice.order is None:
+    if choice.order is None:
         choice.order = row_order(choice, num_experts)
     y_RY = moe.grouped_linear(x_RX=x, scale_R=scale_R, experts=packed, counts_E=choice.order.counts_E, dtype=dtype)
     return y_RY if out is None else out.copy_(y_RY)
+
+
+_by_two = gated_by(grouped_linear, silu_mul)
 
 
 def row_order(choice: ExpertChoice, num_experts: int) -> RowOrder:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.latent_form import expanding_is_less
+from backends.latent_form import LatentWidths, expanding_is_less
 from backends.metadata import AttentionMetadata
 from backends.npu_step import angles, block_table, derived, step_plan
 from npu_ops import kv, latent, norm
@@ -24,23 +24,6 @@ from npu_ops.attention import Lengths
 from npu_ops.contracts import LATENT_QUERIES, MADE_POSITIONS, takes_made_widths
 from npu_ops.kv import Dense
 from npu_ops.recording import current_recorder
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """Of the attention of a layer. number_bytes: of one number that is made."""
-
-    num_heads: int
-    key: int
-    rotated: int
-    value: int
-    latent: int
-    number_bytes: int
-
-    @property
-    def head_bytes(self) -> int:
-        """Of the key and the value of one head at one position."""
-        return (self.key + self.rotated + self.value) * self.number_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +77,7 @@ def latent_attention(q_TNX: Tensor, up_NYL: Tensor, cache: tuple[Tensor, Tensor]
     latents, shared = dense_latents(cache)
     (num_heads, num_made, width), rotated = up_NYL.shape, shared.cache.shape[3]
     key_dim = q_TNX.shape[2] - rotated
-    widths = Widths(num_heads, key_dim, rotated, num_made - key_dim, width, q_TNX.element_size())
+    widths = LatentWidths(num_heads, key_dim, rotated, num_made - key_dim, width, q_TNX.element_size())
     step_plan(meta)
     forms = derived(meta, ("forms", widths, latents.every), lambda: forms_of(meta, widths, latents))
     ordered_TNX = q_TNX if forms.order_T is None else q_TNX.index_select(0, forms.order_T)
@@ -122,7 +105,7 @@ def dense_latents(cache: tuple[Tensor, Tensor]) -> list[Dense]:
     return [latents, rotated]
 
 
-def forms_of(meta: AttentionMetadata, widths: Widths, latents: Dense) -> Forms:
+def forms_of(meta: AttentionMetadata, widths: LatentWidths, latents: Dense) -> Forms:
     """Whether the lengths say that a sequence is expanded depends on the step, so that a graph expands none."""
     table_SM = latents.blocks(block_table(meta))
     if current_recorder() is None:
@@ -139,14 +122,25 @@ def counts_of(lengths: Lengths) -> Iterator[tuple[int, int]]:
     return ((end - start, kv_len) for start, end, kv_len in zip(starts, lengths.query_ends, lengths.kv_lens))
 
 
-def expands(num_queries: int, seq_len: int, widths: Widths) -> bool:
+def expands(num_queries: int, seq_len: int, widths: LatentWidths) -> bool:
     """Whether the keys and values of a sequence are made: that is less work, and there is an operator for them."""
     return (num_queries > LATENT_QUERIES and seq_len <= MADE_POSITIONS
             and takes_made_widths(widths.key + widths.rotated, widths.value)
             and expanding_is_less(num_queries, seq_len, widths.key, widths.value, widths.latent))
 
 
-def mixed_forms(table_SM: Tensor, block_size: int, widths: Widths, lengths: Lengths, made: list[int]) -> Forms:
+def expanded_bytes(widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+    """Of `Backend.expanded_bytes`: the gathered latents of one of `latent.batches`, and keys and values of some heads,
+    which are there a second time while they are laid out."""
+    if not takes_made_widths(widths.key + widths.rotated, widths.value):
+        return 0
+    longest, all_heads = min(longest, num_positions, MADE_POSITIONS), widths.head_bytes * widths.num_heads
+    most_positions = min(num_positions, max(longest, latent.MADE_BYTES // all_heads))
+    made = min(most_positions * all_heads, max(latent.MADE_BYTES, longest * widths.head_bytes))
+    return most_positions * (widths.latent + widths.rotated) * widths.number_bytes + 2 * made
+
+
+def mixed_forms(table_SM: Tensor, block_size: int, widths: LatentWidths, lengths: Lengths, made: list[int]) -> Forms:
     """made: the sequences that are expanded."""
     counts, is_made = list(counts_of(lengths)), set(made)
     absorbed = [s for s, (num_queries, _) in enumerate(counts) if num_queries and s not in is_made]

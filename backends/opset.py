@@ -2,10 +2,10 @@
 
 A backend derives its set from the naive truth: `OPS = replace(REFERENCE, name="cpu", rms_norm=...)`,
 so that file is the table of what the backend implements itself. An operator's contract is the
-docstring of its Protocol here; every implementation honours all of it.
+docstring of its Protocol, here or in `expert_ops.py`; every implementation honours all of it.
 
 Letters: T tokens, S sequences, N query heads, K kv heads, H head dim, D hidden, F ffn, V vocabulary,
-P tokens per block, B blocks, E experts, L width of a latent, R of what is rotated beside it. X and Y are any sizes.
+P tokens per block, B blocks, L width of a latent, R of what is rotated beside it. X and Y are any sizes.
 Tensors are contiguous unless said otherwise.
 
 KV caches are not: each block is, but between blocks there may be anything (`stride(0)`), and under the xtensor
@@ -15,13 +15,20 @@ arguments name and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from backends.expert_choice import ExpertChoice, RouteRule
+from backends.expert_ops import (
+    CombineOp,
+    GatedGroupedLinearOp,
+    GroupedLinearOp,
+    PackExpertsOp,
+    PackGatedExpertsOp,
+    RouteOp,
+)
 from backends.metadata import AttentionMetadata
 from backends.scaled_weight import ScaledWeight
 
@@ -216,54 +223,6 @@ class SiluMulOp(Protocol):
         ...
 
 
-class RouteOp(Protocol):
-    def __call__(self, logits_TE: Tensor, rule: RouteRule, bias_E: Tensor | None = None) -> ExpertChoice:
-        """Choose `rule.num_chosen` experts for each token, the best first; among equals the one with the smaller id.
-
-        scores = softmax or sigmoid of the logits, in fp32. Groups and experts are chosen by scores + bias_E (fp32), the
-        weights are the scores without it; the sum that they are divided by has 1e-20 added, so that it is never zero.
-        A token with a score that is not a number gets different experts, whichever, and weights of NaN.
-        Kept groups hold at least num_chosen experts together. Rows do not depend on each other.
-        """
-        ...
-
-
-class PackExpertsOp(Protocol):
-    def __call__(self, experts: Iterable[Tensor | ScaledWeight], *, quantization: str | None = None) -> Any:
-        """Bring the weights [Y, X] of all experts of a layer, in their order and of one shape and kind, into the form
-        that `grouped_linear` wants; done once at load time. They are taken one after the other: no more than one need
-        exist beside the result.
-
-        quantization: as in `pack_linear`, each expert for itself. The result is opaque but has `.nbytes`.
-        Raises ValueError as `pack_linear` does.
-        """
-        ...
-
-
-class GroupedLinearOp(Protocol):
-    def __call__(self, x: Tensor, packed: Any, choice: ExpertChoice, *, from_tokens: bool,
-                 out: Tensor | None = None) -> Tensor:
-        """The product of each row with the weight of its expert: [T * K, Y] in x's dtype, a row for each token and each
-        of its experts, in an order of the op set's own (`ExpertChoice.order`).
-
-        from_tokens: x is [T, X], and a token's row goes to all of its experts. Else x is [T * K, X], in the order of an
-        earlier result with the same choice; what works row by row may have changed it.
-        out: the result, if its memory is the caller's; of x's dtype, and apart from x.
-        A row is computed as `linear` does, with "w8a8" too, and does not depend on the rows beside it. Weights of
-        experts that no token has chosen are not read.
-        """
-        ...
-
-
-class CombineOp(Protocol):
-    def __call__(self, y_RX: Tensor, choice: ExpertChoice, *, out: Tensor | None = None) -> Tensor:
-        """Back to tokens: the sum of each token's rows of `grouped_linear`, times their weights: [T, X] in y's dtype.
-
-        Products and sums in fp32, in the order of the token's experts, then rounded. out: as in `grouped_linear`.
-        """
-        ...
-
-
 class CopyBlocksOp(Protocol):
     def __call__(self, cache: Tensor, src_B: Tensor, dst_B: Tensor) -> None:
         """cache[dst] = cache[src], in place. src and dst int64, disjoint, dst without repeats."""
@@ -354,9 +313,10 @@ class SampleOp(Protocol):
 
 
 # Not in every step, or hardly more than torch calls: a backend may well take these from the reference.
-COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "feed_tokens", "copy_blocks", "stored_bytes"})
+COLD_OPS = frozenset({"pack_linear", "pack_lora", "pack_experts", "pack_gated_experts", "feed_tokens", "copy_blocks",
+                      "stored_bytes"})
 # Only some models call these (`ModelConfig.special_ops`): to others it does not matter who has them.
-EXPERT_OPS = frozenset({"route", "grouped_linear", "combine"})
+EXPERT_OPS = frozenset({"route", "grouped_linear", "gated_grouped_linear", "combine"})
 LATENT_OPS = frozenset({"latent_rope_write", "latent_attention"})
 SPECIAL_OPS = EXPERT_OPS | LATENT_OPS
 
@@ -383,6 +343,8 @@ class OpSet:
     route: RouteOp
     pack_experts: PackExpertsOp
     grouped_linear: GroupedLinearOp
+    pack_gated_experts: PackGatedExpertsOp
+    gated_grouped_linear: GatedGroupedLinearOp
     combine: CombineOp
     copy_blocks: CopyBlocksOp
     stored_bytes: StoredBytesOp

@@ -1,4 +1,5 @@
-"""Mixtures of experts: which experts, the rows sorted by expert, one grouped product, and the way back.
+"""Mixtures of experts: which experts, the rows sorted by expert, one grouped product, alone or joined with what follows
+the first of a gated mlp, and the way back.
 
 How many rows an expert has is known on the device alone, so that a graph can hold all of it.
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from npu_ops.contracts import check
 from npu_ops.format import FRACTAL_NZ, cast_format
 from npu_ops.linear import dynamic_quant
-from npu_ops.moe_contracts import INNER_LIMIT, MOST_GROUPS
+from npu_ops.moe_contracts import GATED_LIMIT, INNER_LIMIT, MOST_GROUPS
 from npu_ops.quant_contracts import fills_fractals
 
 # Numbers of the operators' modes, as their documentation has them.
@@ -70,11 +71,13 @@ def init_routing(*, x_TX: Tensor, ids_TK: Tensor, num_experts: int,
 class StackedExperts:
     """The weights of a layer's experts. weight_EXY: plain; or int8, in FRACTAL_NZ where activations are codes too
     (`rounds_inputs`) and it fills tiles. scale_EY: of int8. offset_EY: zeros, which int8 beside plain numbers wants.
+    is_joined: they are for `swiglu_quant`, and not for `grouped_linear`.
     """
 
     weight_EXY: Tensor
     scale_EY: Tensor | None = None
     offset_EY: Tensor | None = None
+    is_joined: bool = False
 
     @property
     def rounds_inputs(self) -> bool:
@@ -85,13 +88,21 @@ class StackedExperts:
         return sum(t.nbytes for t in (self.weight_EXY, self.scale_EY, self.offset_EY) if t is not None)
 
 
-def scale_dtype(dtype: torch.dtype, *, rounds_inputs: bool) -> torch.dtype:
-    """Of int8 weights' scales, for results of `dtype`: what the grouped product takes."""
-    return torch.float32 if rounds_inputs and dtype is torch.float16 else dtype
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows as int8 codes, [R, X], and the float32 scale of each, [R]. dtype: of the numbers they stand for, and of what
+    is computed of them."""
+
+    codes_RX: Tensor
+    scale_R: Tensor
+    dtype: torch.dtype
 
 
-def stack(weights: list[Tensor], scales: list[Tensor], *, rounds_inputs: bool = False) -> StackedExperts:
-    """weights: [X, Y] of each expert; the list is emptied. scales: [Y] of each, of `scale_dtype`, or none."""
+def stack(weights: list[Tensor], scales: list[Tensor], *, dtype: torch.dtype, rounds_inputs: bool = False,
+          is_gated: bool = False) -> StackedExperts:
+    """weights: [X, Y] of each expert; the list is emptied. scales: float32 [Y] of each, or none. dtype: of results, as
+    which the scales are kept where the product wants that. is_gated: for `swiglu_quant`, if it takes them.
+    """
     num_inputs, num_outputs = weights[0].shape
     if len(weights) > MOST_GROUPS or max(num_inputs, num_outputs) >= INNER_LIMIT:
         raise ValueError(f"products of experts on an NPU take up to {MOST_GROUPS} experts, and fewer than "
@@ -102,10 +113,14 @@ def stack(weights: list[Tensor], scales: list[Tensor], *, rounds_inputs: bool = 
         return StackedExperts(weight_EXY)
     scale_EY = torch.stack(scales)
     if not rounds_inputs:
+        scale_EY = scale_EY.to(dtype)
         return StackedExperts(weight_EXY, scale_EY, torch.zeros_like(scale_EY))
-    if fills_fractals(weight_EXY.shape, 1):
+    is_tiled = fills_fractals(weight_EXY.shape, 1)
+    if is_tiled:
         weight_EXY = cast_format(x=weight_EXY, acl_format=FRACTAL_NZ)
-    return StackedExperts(weight_EXY, scale_EY)
+    is_joined = is_gated and is_tiled and num_outputs <= GATED_LIMIT
+    keeps_scale = is_joined or dtype is torch.float16
+    return StackedExperts(weight_EXY, scale_EY if keeps_scale else scale_EY.to(dtype), is_joined=is_joined)
 
 
 def grouped_linear(*, x_RX: Tensor, scale_R: Tensor | None, experts: StackedExperts, counts_E: Tensor,
@@ -121,6 +136,25 @@ def grouped_linear(*, x_RX: Tensor, scale_R: Tensor | None, experts: StackedExpe
                           row_scale_R=scale_R, output_dtype=dtype)
 
 
+def swiglu_quant(*, x_RX: Tensor, scale_R: Tensor, experts: StackedExperts,
+                 counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(first half) * second half of each expert's product, as codes and scales: int8 [R, Y / 2] and float32 [R].
+    x_RX, scale_R: codes and scales. What is between the three is float32 throughout."""
+    tensors = {"x": x_RX, "x_scale": scale_R, "group_list": counts_E}
+    kind = _kind_of(counts_E)
+    check("npu_grouped_matmul_swiglu_quant_v2", weight=experts.weight_EXY, weight_scale=experts.scale_EY,
+          group_list_type=kind, **tensors)
+    codes_RF, scale_R = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+        weight=[experts.weight_EXY], weight_scale=[experts.scale_EY], group_list_type=kind, **tensors)
+    return codes_RF, scale_R
+
+
+def _kind_of(counts_E: Tensor) -> int:
+    """The documentation of the grouped product wants more than one entry of counts; of one group they are the running
+    sum as well."""
+    return COUNTS if len(counts_E) > 1 else CUMULATED
+
+
 def grouped_matmul(*, x_RX: Tensor, weight_EXY: Tensor, counts_E: Tensor, scale_EY: Tensor | None = None,
                    row_scale_R: Tensor | None = None, antiquant_scale_EY: Tensor | None = None,
                    antiquant_offset_EY: Tensor | None = None, output_dtype: torch.dtype | None = None) -> Tensor:
@@ -128,8 +162,7 @@ def grouped_matmul(*, x_RX: Tensor, weight_EXY: Tensor, counts_E: Tensor, scale_
     int8: (weight + offset) * scale, of the rows' dtype."""
     options: dict[str, Any] = {
         "split_item": 2, "group_type": 0, "group_list": counts_E, "output_dtype": output_dtype,
-        # The documentation wants more than one entry of counts; of one group they are the running sum as well.
-        "group_list_type": COUNTS if len(counts_E) > 1 else CUMULATED}
+        "group_list_type": _kind_of(counts_E)}
     tensors = {"scale": scale_EY, "per_token_scale": row_scale_R, "antiquant_scale": antiquant_scale_EY,
                "antiquant_offset": antiquant_offset_EY}
     check("npu_grouped_matmul", x=x_RX, weight=weight_EXY, **tensors, **options)

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from npu_ops.contract import FLOATS, Contract, Rule, contiguous, dtypes, on_one_device, one_of, ranks, same_dtype
+from npu_ops.quant_contracts import FRACTAL_NZ, fills_fractals
 
 DOC = "torch_npu operator docs"
 INNER_LIMIT = 65536  # of the inner axis of a grouped product, as its documentation has it
 MOST_GROUPS = 1024  # of a grouped product
+GATED_LIMIT = 10240  # outputs of one that is joined with what follows: gate and up together
+CANN = "CANN's docs of aclnnGroupedMatmulSwigluQuantWeightNzV2"
 INT8_OUTPUTS = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16))  # of scale and result
 
 
@@ -112,9 +115,35 @@ GROUPED_MATMUL = (
          reads_values=True),
 )  # fmt: skip
 
+SWIGLU_QUANT = (
+    on_one_device("x", "weight", "weight_scale", "x_scale", "group_list"),
+    one_of(DOC, "group_list_type", (0, 1)),
+    dtypes(f"{DOC}: W8A8", (torch.int8,), "x", "weight"),
+    ranks(DOC, 2, 2, "x"),
+    ranks(DOC, 3, 3, "weight"),
+    contiguous("house rule: strided inputs are copied", "x", "weight_scale", "x_scale", "group_list"),
+    Rule("x may not be empty", CANN, lambda a: a.x.numel() > 0),
+    Rule("x must be [M, K] and weight [groups, K, N]", DOC, lambda a: a.x.shape[1] == a.weight.shape[1]),
+    Rule("K must be a multiple of 16 below 65536, and N one of 32 up to 10240", f"{CANN}, A2 and A3",
+         lambda a: fills_fractals(a.weight.shape, 1) and a.x.shape[1] < INNER_LIMIT
+         and a.weight.shape[2] <= GATED_LIMIT),
+    Rule("weight must lie in FRACTAL_NZ", f"{DOC}: A2 and A3 take no other",
+         lambda a: a.weight.device.type != "npu" or torch.ops.npu.get_npu_format(a.weight) == FRACTAL_NZ),
+    dtypes(f"{DOC}; others are brought to it in each call", (torch.float32,), "weight_scale", "x_scale"),
+    Rule("weight_scale must be [groups, N] and x_scale [M]", DOC,
+         lambda a: a.weight_scale.shape == (len(a.weight), a.weight.shape[2]) and a.x_scale.shape == a.x.shape[:1]),
+    dtypes(DOC, (torch.int64,), "group_list"),
+    Rule("group_list must have an entry a group, of at most 1024", DOC,
+         lambda a: a.group_list.shape == a.weight.shape[:1] and len(a.group_list) <= MOST_GROUPS),
+    Rule("the groups must cover all rows", f"{CANN}: other rows of the results are not written",
+         lambda a: int(a.group_list[-1] if a.group_list_type == 0 else a.group_list.sum()) == len(a.x),
+         reads_values=True),
+)  # fmt: skip
+
 MOE_CONTRACTS = (
     Contract("npu_moe_gating_top_k", GATING),
     Contract("npu_moe_init_routing_v2", INIT_ROUTING),
     Contract("npu_moe_token_unpermute", UNPERMUTE),
     Contract("npu_grouped_matmul", GROUPED_MATMUL),
+    Contract("npu_grouped_matmul_swiglu_quant_v2", SWIGLU_QUANT),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.cluster_access import ClusterAccess
 from serving.limits import LimitSettings
 from serving.parsers.parser_registry import check_names
 from xllm import env
@@ -105,26 +106,14 @@ class ResilienceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
+class ClusterSettings(ClusterAccess):
     """How this process is an instance of a cluster. See docs/cluster.md and docs/cluster-instances.md."""
 
     cluster_listen: str | None = option(None, "HOST:PORT at which a cluster's master reaches the engine, port 0: any "
                                         "free one; none: any of 127.0.0.1 if etcd_addr is this machine, else there is "
                                         "no such port", is_guard=True)
-    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
-                                             "what XLLM_CLUSTER_SECRET says, or else, on the loopback only, this "
-                                             "user's ~/.config/xllm/cluster.secret, made if it is not there",
-                                             is_guard=True)
     etcd_addr: str | None = option(None, "etcd, in which this instance registers for a cluster's masters: host:port, "
                                    "http:// or https://, several members parted by commas", is_guard=True)
-    etcd_namespace: str = option("", "before the cluster's keys there, as /NAMESPACE/")
-    etcd_user: str | None = option(None, "user of etcd; none: what ETCD_USERNAME says", is_guard=True)
-    etcd_password_file: str | None = option(None, "file with etcd_user's password; none: what ETCD_PASSWORD says",
-                                            is_guard=True)
-    etcd_ca_cert: str | None = option(None, "certificate of etcd's authority (PEM), and TLS; none: the system's, with "
-                                      "https://", is_guard=True)
-    etcd_cert: str | None = option(None, "this process's certificate for etcd (PEM)", is_guard=True)
-    etcd_key: str | None = option(None, "its private key (PEM)", is_guard=True)
     enable_service_routing: bool | None = option(None, "register in etcd_addr; none: if that is given")
     enable_cache_upload: bool = option(True, "tell masters which KV blocks are cached, so that they can send requests "
                                        "where their prompts are")
@@ -142,19 +131,11 @@ class ClusterSettings:
                               "built yet; DEFAULT and MIX do all of it")
         if self.instance_role not in ("DEFAULT", "MIX"):
             raise ConfigError(f"instance_role must be DEFAULT or MIX, got {self.instance_role!r}")
-        if self.etcd_addr is not None and env.cluster_store() is not None:
-            raise ConfigError("etcd_addr and the environment variable XLLM_CLUSTER_STORE both say where this instance "
-                              "registers: give one of them")
         if not self.has_store:
             for name in ("enable_service_routing", "instance_name"):
                 if getattr(self, name):
                     raise ConfigError(f"{name} needs etcd_addr")
-        if self.etcd_addr is None:
-            for name in ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key"):
-                if getattr(self, name):
-                    raise ConfigError(f"{name} needs etcd_addr")
-        if (self.etcd_cert is None) != (self.etcd_key is None):
-            raise ConfigError("etcd_cert and etcd_key go together")
+        self.check_etcd()
         if self.instance_role != "DEFAULT" and not self.registers:
             raise ConfigError(f"instance_role {self.instance_role} is for instances that register: it needs etcd_addr")
 

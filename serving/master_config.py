@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
+from serving.cluster.openai_places import read_places
+from serving.cluster_access import ClusterAccess
 from serving.config import (
     ChatSettings,
-    ClusterSettings,
     ConnectionSettings,
     HttpSettings,
     LogSettings,
@@ -14,15 +16,16 @@ from serving.config import (
     ServerConfig,
 )
 from serving.limits import LimitSettings
+from xllm.client.server_place import ServerPlace
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.option import option
 
-# `--load_balance_policy`, as upstream has it (LOAD is ours), and the modules of `xllm/routing/policies/`.
-POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "SLO_AWARE": "slo_aware"}
+# `--load_balance_policy`, as upstream has it (LOAD and RANDOM are ours), and the modules of `xllm/routing/policies/`.
+POLICY_OF = {"RR": "round_robin", "CAR": "cache_aware", "LOAD": "load_aware", "SLO_AWARE": "slo_aware",
+             "RANDOM": "random"}
 # Of `ServerConfig`, what is an engine's: a master has none of its own.
 NOT_OF_A_MASTER = ("engine_restarts", "engine_restart_window", "step_timeout")
-_OF_ETCD = ("etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,34 +38,25 @@ class MasterHttpSettings(HttpSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasterSettings:
+class MasterSettings(ClusterAccess):
     """Which cluster a master is for, and how it uses its instances. See docs/cluster.md."""
 
-    etcd_addr: str | None = option(None, "etcd, in which the instances register: host:port, http:// or https://, "
-                                   "several members parted by commas", is_guard=True)
-    etcd_namespace: str = option("", "before the cluster's keys there, as /NAMESPACE/")
-    etcd_user: str | None = option(None, "user of etcd; none: what ETCD_USERNAME says", is_guard=True)
-    etcd_password_file: str | None = option(None, "file with etcd_user's password; none: what ETCD_PASSWORD says",
-                                            is_guard=True)
-    etcd_ca_cert: str | None = option(None, "certificate of etcd's authority (PEM), and TLS; none: the system's, with "
-                                      "https://", is_guard=True)
-    etcd_cert: str | None = option(None, "this process's certificate for etcd (PEM)", is_guard=True)
-    etcd_key: str | None = option(None, "its private key (PEM)", is_guard=True)
     instances: str | None = option(None, "instead of etcd: HOST:PORT of each instance's --cluster-listen, with commas "
                                    "between")
+    openai_server: tuple[str, ...] = option((), "NAME=URL of a server of OpenAI's API with vLLM's fields, such as vllm "
+                                            "serve, to be used beside or instead of instances; behind it, parted by "
+                                            "commas: events=ENDPOINT and replay=ENDPOINT of its KV events, "
+                                            "tokenizer=PATH as tokenizer_path, api-key-file=FILE (none: what "
+                                            "XLLM_OPENAI_API_KEY says); may be given several times")
     rpc_server_port: int = option(8889, "part of this master's name in etcd, HOST:PORT; nothing listens there, as a "
                                   "master connects to its instances")
     tokenizer_path: str | None = option(None, "folder or Hub id of the model, or of its tokenizer's files and "
                                         "config.json; none: the folder that the instances have it in, if it is here")
     load_balance_policy: str = option("CAR", "which instance a request goes to: RR: in turn; CAR: by what is cached "
                                       "there and by load; LOAD: by load alone; SLO_AWARE: by target_ttft and "
-                                      "target_tpot", choices=tuple(POLICY_OF))
+                                      "target_tpot; RANDOM: any", choices=tuple(POLICY_OF))
     target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE keeps where it can, in milliseconds")
     target_tpot: float = option(50.0, "time from token to token that SLO_AWARE keeps where it can, in milliseconds")
-    cluster_secret_file: str | None = option(None, "file with the secret that all processes of a cluster share; none: "
-                                             "what XLLM_CLUSTER_SECRET says, or else, on the loopback only, this "
-                                             "user's ~/.config/xllm/cluster.secret, made if it is not there",
-                                             is_guard=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +81,30 @@ class MasterConfig:
                 raise ConfigError(f"instances: {address!r} has no port")
         if len(set(self.addresses)) < len(self.addresses):
             raise ConfigError("instances: an address is given twice")
+        if taken := {place.name for place in self.openai_places}.intersection(self.addresses):
+            raise ConfigError(f"openai_server: {min(taken)} is the address of an instance")
         for name, value in (("target_ttft", m.target_ttft), ("target_tpot", m.target_tpot)):
             if not 0 < value < 1e9:
                 raise ConfigError(f"{name} must be a positive number of milliseconds, got {value}")
         assert self.server is not None  # which checks the rest, as this does
-        if self.store is None and (given := [name for name in _OF_ETCD if getattr(m, name)]):
-            raise ConfigError(f"{given[0]} needs etcd_addr")
+        m.check_etcd()
 
     def _check_place(self) -> None:
-        if (self.master.etcd_addr is None) == (self.master.instances is None):
-            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, one of the two")
+        m = self.master
+        if m.etcd_addr is not None and m.instances is not None:
+            raise ConfigError("etcd_addr, where instances register, and instances: a master takes one of the two")
+        if m.etcd_addr is None and m.instances is None and not m.openai_server:
+            raise ConfigError("a master needs etcd_addr, where its instances register, or instances, or openai_server")
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of the instances, without a store."""
         return _split(self.master.instances)
 
-    @property
-    def store(self) -> ClusterSettings | None:
-        """Where the instances register, as they have it; None: they are named."""
-        m = self.master
-        if m.etcd_addr is None:
-            return None
-        return ClusterSettings(etcd_addr=m.etcd_addr, etcd_namespace=m.etcd_namespace, etcd_user=m.etcd_user,
-                               etcd_password_file=m.etcd_password_file, etcd_ca_cert=m.etcd_ca_cert,
-                               etcd_cert=m.etcd_cert, etcd_key=m.etcd_key)
+    @functools.cached_property
+    def openai_places(self) -> list[ServerPlace]:
+        """The OpenAI servers."""
+        return read_places(self.master.openai_server, self.master.tokenizer_path)
 
     @property
     def server(self) -> ServerConfig:

@@ -32,7 +32,7 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
          "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port",
-         "xllm.kv_events_settings", "xllm.kv_events_keys"]
+         "xllm.kv_events_settings", "xllm.kv_events_keys", "xllm.progress"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]
@@ -77,8 +77,9 @@ ALLOWED = {
     "xllm.__main__": ["serving.commands.cli"],  # `python -m xllm` is the command, which lives above; nothing imports it
     "serving": ["serving", "xllm"],
     "serving.limits": ["xllm"],
+    "serving.cluster_access": ["xllm"],
     "serving.parsers": ["serving.parsers", "xllm"],
-    "serving.config": ["serving.limits", "serving.parsers", "xllm"],
+    "serving.config": ["serving.cluster_access", "serving.limits", "serving.parsers", "xllm"],
     "serving.security": ["serving.security", *SETTINGS, "xllm"],
     "serving.security.hosts": ["serving.api.errors", "xllm"],  # it refuses as the API does
     "serving.cluster": ["serving.cluster", "xllm"],
@@ -122,18 +123,12 @@ TWIN_CLASSES = {
     "Forms": "which sequences of a step attend to latents in which form, as each device needs it",
     "PackedLora": "adapters as each device packs them",
     "Pool": "pages of memory of each device",
-    "Progress": "the callback that hears how far loading has come",
     "RowOrder": "rows sorted by expert, as each device keeps them",
-    "Schema": "a JSON schema",
-    "Widths": "of latents and what is made of them, as each device needs them",
     "StepPlan": "a step as each device's attention takes it",
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
     "npu_ops.rotary.mrope": "positions of images and video",
-    "xllm.client.kv_subscriber": "the master",
-    "xllm.routing.event_feed": "the master",
-    "xllm.routing.vllm_reader": "the master",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",
     "serving.security.media_fetch": "media in requests",

@@ -14,10 +14,11 @@ from xllm.errors import ConfigError
 from xllm.suggestion import nearest
 
 NAMES = ("XLLM_LOG", "XLLM_LOG_FORMAT", "XLLM_CACHE", "XLLM_NO_COMPILED_KERNELS", "XLLM_CHECK", "XLLM_NPU_CHECK",
-         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE")
+         "XLLM_FAILPOINTS", "XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE",
+         "XLLM_OPENAI_API_KEY")
 # From processes that have no callers.
-_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE", "ETCD_USERNAME",
-         "ETCD_PASSWORD")
+_KEPT = ("XLLM_API_KEY", "XLLM_ADMIN_API_KEY", "XLLM_CLUSTER_SECRET", "XLLM_CLUSTER_STORE",
+         "XLLM_OPENAI_API_KEY", "ETCD_USERNAME", "ETCD_PASSWORD")
 # What torchrun, and other launchers of torch.distributed, say to the processes that they start.
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NNODES", "GROUP_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE",
             "TORCHELASTIC_USE_AGENT_STORE")
@@ -159,6 +160,15 @@ def api_keys() -> tuple[str, ...]:
 def admin_api_keys() -> tuple[str, ...]:
     """XLLM_ADMIN_API_KEY: the same for --admin-api-key."""
     return _keys("XLLM_ADMIN_API_KEY")
+
+
+def openai_api_key() -> str | None:
+    """XLLM_OPENAI_API_KEY: what a master sends to the servers of --openai-server that have no api-key-file. Raises
+    ConfigError, which does not show it, if it is empty or holds blanks."""
+    found = os.environ.get("XLLM_OPENAI_API_KEY")
+    if found is not None and (not found or not found.isascii() or any(char.isspace() for char in found)):
+        raise ConfigError("the environment variable XLLM_OPENAI_API_KEY must be one key")
+    return found
 
 
 def cluster_secret() -> bytes | None:

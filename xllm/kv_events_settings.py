@@ -18,6 +18,7 @@ from xllm.suggestion import nearest
 NAME = "kv_events_config"
 MIN_KEY_BYTES, MAX_KEY_BYTES = 32, 4096  # of the key file. Chosen: 256 bits at least; more than any key has
 _PORTS = range(1, 2**16)
+ENCODINGS = ("array", "map")  # of an event: as vLLM wrote it for long, and as its version 0.33 does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class KVEvents:
     one is connected to (vLLM connects to a loopback address, too). replay_endpoint: where a ROUTER is bound that sends
     batches again. buffer_steps: batches that are kept for it. hwm: messages that wait for one subscriber before it
     loses some. max_queue_size: batches that wait to be published before a step waits for it. data_parallel_rank: what
-    batches say."""
+    batches say. event_encoding: whether events are arrays or maps (`kv/event_wire.py`)."""
 
     enable_kv_cache_events: bool = False
     publisher: str = "zmq"
@@ -37,6 +38,7 @@ class KVEvents:
     max_queue_size: int = 100_000
     topic: str = ""
     data_parallel_rank: int = 0
+    event_encoding: str = "array"
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -56,6 +58,8 @@ def parse_kv_events(text: str | None) -> KVEvents | None:
     events = KVEvents(**{key: value for key, value in given.items() if value is not None})
     if events.publisher not in ("zmq", "null"):
         raise ConfigError(f"{NAME}: publisher must be zmq or null, got {events.publisher!r}")
+    if events.event_encoding not in ENCODINGS:
+        raise ConfigError(f"{NAME}: event_encoding must be array or map, got {events.event_encoding!r}")
     for name in ("buffer_steps", "hwm", "max_queue_size"):
         if getattr(events, name) < 1:
             raise ConfigError(f"{NAME}: {name} must be at least 1, got {getattr(events, name)}")

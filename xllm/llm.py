@@ -29,11 +29,11 @@ from xllm.inputs import (
 )
 from xllm.outputs import EmbeddingOutput, RequestOutput
 from xllm.pooling import PoolingParams
+from xllm.progress import Progress
 from xllm.request import SamplingParams
 from xllm.stats import EngineStats
 from xllm.text.tokenizer import Tokenizer
 
-Progress = Callable[[str, float], None]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 

@@ -18,6 +18,8 @@ from backends.cpu.kernels import Kernels
 from backends.cpu.memory import available_bytes, lazy_zeros, populate
 from backends.cpu.threads import set_torch_threads
 from backends.cpu.vmm import make_cpu_vmm
+from backends.gated_experts import gated_by
+from backends.latent_form import LatentWidths, expanded_bytes
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
@@ -30,6 +32,8 @@ TORCH_EXPERTS = SortedExperts(linear.pack_linear, linear.linear)
 TORCH_OPS = replace(REFERENCE, name="cpu", pack_linear=linear.pack_linear, linear=linear.linear,
                     pack_lora=TORCH_LORA.pack_lora, lora_add=TORCH_LORA.lora_add,
                     pack_experts=TORCH_EXPERTS.pack_experts, grouped_linear=TORCH_EXPERTS.grouped_linear,
+                    pack_gated_experts=TORCH_EXPERTS.pack_experts,
+                    gated_grouped_linear=gated_by(TORCH_EXPERTS.grouped_linear, REFERENCE.silu_mul),
                     combine=TORCH_EXPERTS.combine, latent_attention=latent.latent_attention)
 
 
@@ -56,6 +60,8 @@ def compiled_ops(kernels: Kernels) -> OpSet:
         route=experts.route,
         pack_experts=experts.pack_experts,
         grouped_linear=experts.grouped_linear,
+        pack_gated_experts=experts.pack_experts,
+        gated_grouped_linear=gated_by(experts.grouped_linear, kernels.silu_mul),
         combine=experts.combine,
         export_blocks=kernels.export_blocks,
         import_blocks=kernels.import_blocks,
@@ -113,6 +119,9 @@ class CpuBackend:
     def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
                             dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
         return (cache_shape(num_blocks, block_size, 1, row_width(latent_width + rotated_width, dtype)),)
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        return expanded_bytes(widths, num_positions=num_positions)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return lazy_zeros(shape, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backends.gated_experts import gated_by
 from backends.opset import OpSet
 from backends.reference import (
     activation,
@@ -37,6 +38,8 @@ REFERENCE = OpSet(
     route=experts.route,
     pack_experts=experts.pack_experts,
     grouped_linear=experts.grouped_linear,
+    pack_gated_experts=experts.pack_experts,
+    gated_grouped_linear=gated_by(experts.grouped_linear, activation.silu_mul),
     combine=experts.combine,
     copy_blocks=kv.copy_blocks,
     stored_bytes=stored_kv.stored_bytes,

@@ -13,7 +13,7 @@ from serving.security.paths import hide_paths
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_members import MAX_EVENTS, ClusterEvent
 from xllm.client.dispatch import Dispatch
-from xllm.client.remote import RemoteClient
+from xllm.client.member_client import MemberClient
 
 Timed = TypeVar("Timed", Dispatch, ClusterEvent)
 
@@ -27,7 +27,7 @@ class MemberRow:
     state: str
     reason: str
     address: str
-    client: RemoteClient | None
+    client: MemberClient | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

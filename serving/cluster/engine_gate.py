@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
-from zmq.auth.asyncio import AsyncioAuthenticator
 
 from serving.cluster.cached_blocks import CachedBlocks
+from serving.cluster.gate_lock import DOMAIN, GateLock
 from serving.cluster.gate_session import BadFrameError, GateSession
 from serving.cluster.gated_call import GatedCall
 from xllm.client.cluster_keys import ClusterKeys
@@ -52,7 +52,6 @@ from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport, StepTiming
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 
-_DOMAIN = b"cluster"  # of the authentication (ZAP, RFC 27)
 MAX_SESSIONS = 16  # Chosen: a master, its standby, and tools beside them
 CLIENT_SILENCE_S = 5.0  # Chosen: ten signs of life; a connection that is closed is noticed at the next one
 MAX_FRAME_BYTES = 2**28  # Chosen: the prompts of the largest call are half of that
@@ -94,21 +93,19 @@ class EngineGate:
         endpoint = _endpoint(address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context = context
-        self._authenticator = AsyncioAuthenticator(context, log=logging.getLogger("xllm.gate.authentication"))
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(_DOMAIN.decode(), _OneKey(self._keys.client_public))
+        self._lock = GateLock(context, self._keys.client_public)
         socket = context.socket(zmq.ROUTER)
         prepare(socket, endpoint)
         for option, value in ((zmq.ROUTER_MANDATORY, 1), (zmq.CURVE_SERVER, 1), (zmq.ZAP_ENFORCE_DOMAIN, 1),
                               (zmq.MAXMSGSIZE, MAX_FRAME_BYTES), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)):
             socket.setsockopt(option, value)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.instance_secret)
-        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             socket.close()
-            self._authenticator.stop()
+            self._lock.close()
             context.term()
             raise ConfigError(f"cluster_listen: cannot listen on {address}: {error.strerror}") from None
         self._host = address.rpartition(":")[0]
@@ -151,7 +148,7 @@ class EngineGate:
             self._drop_all("the instance was shut down")
             self._beats.cancel()
             self._port.close(linger_ms=100)  # for the farewells
-            self._authenticator.stop()
+            self._lock.close()
             self._context.term()
 
     # --- what comes
@@ -313,17 +310,6 @@ class EngineGate:
         changes = self._cached.change(number, changes)
         if changes.stored or changes.removed:
             self._post_all(GATE_REPORTS.encode(changes))
-
-
-class _OneKey:
-    """Lets in who has the secret half of one public key."""
-
-    def __init__(self, key: bytes):
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator for each connection."""
-        return secrets.compare_digest(key, self._key)
 
 
 def _endpoint(address: str) -> str:

@@ -7,34 +7,30 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from serving.cluster import store_errors
 from serving.cluster.key_value import Changes, Committed, Compare, Granted, Identity, Snapshot, Write
-from serving.cluster.store_errors import StoreClosedError, StoreError, StoreRefusedError, StoreUnreachableError
-from serving.cluster.store_server import LOOPBACK, StorePlace
-from serving.cluster.store_wire import (
+from serving.cluster.store_calls import (
     ANSWERS,
-    QUESTIONS,
+    CALLS,
     Commit,
     Follow,
     Grant,
     Identify,
     Read,
     Refresh,
-    Refreshed,
     Revoke,
-    Revoked,
-    StoreAnswer,
+    StoreCall,
     StoreFailure,
-    StoreQuestion,
-    connect,
 )
+from serving.cluster.store_errors import StoreClosedError, StoreError, StoreRefusedError, StoreUnreachableError
+from serving.cluster.store_server import LOOPBACK, StorePlace
+from serving.cluster.store_wire import connect
 from serving.cluster.within import within
 from xllm.errors import ConfigError
 
@@ -42,10 +38,8 @@ CONNECT_S = 2.0  # for the connection to stand. Chosen: some tries
 COMMIT_S = 3.0  # within which a write is done or not at all. Chosen: so long its sender waits for an answer
 FOLLOW_S = 5.0  # for which a watch waits for changes, before it asks again. Chosen: a server that died is noticed then
 _FOLLOW_SLACK_S = 3.0  # for that answer to come. Chosen: as for any other
-A = TypeVar("A", bound=StoreAnswer)
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
-_FAILURES = {error.__name__: error for error in (store_errors.StoreUnreachableError, store_errors.StoreRefusedError,
-                                                 store_errors.LeaseLostError, store_errors.CompactedError)}
 _BROKEN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _REFUSED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
@@ -58,53 +52,52 @@ class ServedLink:
         self.name = f"the embedded store at {LOOPBACK}:{place.port}"
         self._context = zmq.asyncio.Context()
         try:
-            self._socket = connect(self._context, LOOPBACK, place.port, place.key)
+            self._socket, self._monitor = connect(self._context, LOOPBACK, place.port, place.key,
+                                                  events=zmq.EVENT_HANDSHAKE_SUCCEEDED | _BROKEN | _REFUSED)
         except ValueError as error:
             self._context.term()
             raise ConfigError(str(error)) from None
         self._identity = ""
         self._numbers = itertools.count(1)
-        self._waiting: dict[bytes, asyncio.Future[StoreAnswer]] = {}
+        self._waiting: dict[bytes, asyncio.Future[Any]] = {}
         self._is_up = asyncio.Event()
         self._is_refused = self._has_connected = self._is_closed = False
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | _BROKEN | _REFUSED)
         self._tasks = [asyncio.create_task(self._read(), name="store-answers"),
                        asyncio.create_task(self._observe(), name="store-connection")]
 
     async def identify(self) -> Identity:
         """See `StoreLink`."""
-        found = await self._ask(Identify(), Identity)
+        found = await self._ask(Identify())
         self._identity = found.name
         return found
 
     async def read(self, prefix: bytes, *, is_prefix: bool) -> Snapshot:
         """See `StoreLink`."""
-        return await self._ask(Read(prefix, is_prefix), Snapshot)
+        return await self._ask(Read(prefix, is_prefix))
 
     async def commit(self, conditions: tuple[Compare, ...], writes: tuple[Write, ...]) -> Committed:
         """See `StoreLink`."""
-        return await self._ask(Commit(conditions, writes, time.monotonic() + COMMIT_S), Committed)
+        return await self._ask(Commit(conditions, writes, time.monotonic() + COMMIT_S))
 
     async def grant(self, ttl_s: int) -> Granted:
         """See `StoreLink`."""
-        return await self._ask(Grant(ttl_s), Granted)
+        return await self._ask(Grant(ttl_s))
 
     async def refresh(self, lease: int) -> float:
         """See `StoreLink`."""
-        return (await self._ask(Refresh(lease), Refreshed)).left_s
+        return await self._ask(Refresh(lease))
 
     async def revoke(self, lease: int) -> None:
         """See `StoreLink`."""
-        await self._ask(Revoke(lease), Revoked)
+        await self._ask(Revoke(lease))
 
     async def watch(self, prefix: bytes, revision: int) -> AsyncGenerator[Changes, None]:
         """See `StoreLink`."""
         identity = self._identity
         while True:
-            question = Follow(prefix, revision, FOLLOW_S, identity)
+            call = Follow(prefix, revision, FOLLOW_S, identity)
             try:
-                found = await within(FOLLOW_S + _FOLLOW_SLACK_S, self._ask(question, Changes))
+                found = await within(FOLLOW_S + _FOLLOW_SLACK_S, self._ask(call))
             except asyncio.TimeoutError:
                 raise StoreUnreachableError(f"{self.name}: a watch was not answered") from None
             revision = max(revision, found.revision + 1)
@@ -123,7 +116,7 @@ class ServedLink:
         self._socket.close()
         self._context.term()
 
-    async def _ask(self, question: StoreQuestion, kind: type[A]) -> A:
+    async def _ask(self, call: StoreCall[R]) -> R:
         if self._is_closed:
             raise StoreClosedError(f"{self.name}: this end was closed")
         try:
@@ -135,16 +128,16 @@ class ServedLink:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             try:
-                await self._socket.send_multipart((number, QUESTIONS.encode(question)), zmq.NOBLOCK)
+                await self._socket.send_multipart((number, CALLS.encode(call)), zmq.NOBLOCK)
             except zmq.Again:
                 raise self._not_connected() from None
             found = await answer
         finally:
             del self._waiting[number]
         if isinstance(found, StoreFailure):
-            raise _FAILURES.get(found.kind, StoreUnreachableError)(found.message)
-        assert isinstance(found, kind)
-        return found
+            raise found.error()
+        result: R = found  # of the call with that number
+        return result
 
     def _not_connected(self) -> StoreError:
         if self._is_refused:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass, field
 
 import msgspec
@@ -12,31 +11,12 @@ import zmq
 import zmq.asyncio
 
 from serving.cluster.embedded import EmbeddedStore
-from serving.cluster.key_value import Changes
+from serving.cluster.store_calls import ANSWERS, CALLS, Follow, StoreAnswer, StoreCall, StoreFailure
 from serving.cluster.store_errors import StoreError, StoreUnreachableError
-from serving.cluster.store_wire import (
-    ANSWERS,
-    QUESTIONS,
-    Commit,
-    Follow,
-    Grant,
-    Identify,
-    Read,
-    Refresh,
-    Refreshed,
-    Revoke,
-    Revoked,
-    Socket,
-    StoreAnswer,
-    StoreFailure,
-    StoreQuestion,
-    listen,
-)
-from serving.cluster.within import within
+from serving.cluster.store_wire import Socket, listen
 from xllm.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"  # it serves this machine; a cluster of several has etcd
-MAX_WAIT_S = 10.0  # of a `Follow`. Chosen: so long a client that is gone is remembered
 logger = logging.getLogger(__name__)
 
 
@@ -96,58 +76,24 @@ class StoreServer:
             parts = await self._socket.recv_multipart()
             try:
                 client, number, frame = parts
-                question = QUESTIONS.decode(frame)
+                call = CALLS.decode(frame)
             except (ValueError, msgspec.DecodeError) as error:
                 logger.warning("a client of the embedded store sent what cannot be read: %s", error)
                 continue
-            if isinstance(question, Follow):
-                task = asyncio.create_task(self._answer(client, number, question))
+            if isinstance(call, Follow):
+                task = asyncio.create_task(self._answer(client, number, call))
                 self._answering.add(task)
                 task.add_done_callback(self._answering.discard)
             else:
-                await self._answer(client, number, question)
+                await self._answer(client, number, call)
 
-    async def _answer(self, client: bytes, number: bytes, question: StoreQuestion) -> None:
+    async def _answer(self, client: bytes, number: bytes, call: StoreCall[StoreAnswer]) -> None:
+        answer: StoreAnswer
         try:
-            answer = await self._answer_to(question)
+            answer = await call.run(self._store)
         except StoreError as error:
             answer = StoreFailure(type(error).__name__, str(error))
         except Exception as error:  # a bug of ours; its client hears of it, and the others are served
             logger.exception("the embedded store failed")
             answer = StoreFailure(StoreUnreachableError.__name__, f"{self._store.name} failed: {type(error).__name__}")
         await self._socket.send_multipart((client, number, ANSWERS.encode(answer)))
-
-    async def _answer_to(self, question: StoreQuestion) -> StoreAnswer:
-        store = self._store
-        if isinstance(question, Identify):
-            return await store.identify()
-        if isinstance(question, Read):
-            return await store.read(question.prefix, is_prefix=question.is_prefix)
-        if isinstance(question, Commit):
-            if time.monotonic() > question.until_s:
-                raise StoreUnreachableError(f"{store.name}: a write came too late and was not done")
-            return await store.commit(question.conditions, question.writes)
-        if isinstance(question, Grant):
-            return await store.grant(question.ttl_s)
-        if isinstance(question, Refresh):
-            return Refreshed(await store.refresh(question.lease))
-        if isinstance(question, Revoke):
-            await store.revoke(question.lease)
-            return Revoked()
-        return await self._follow(question)
-
-    async def _follow(self, question: Follow) -> Changes:
-        store = self._store
-        if (await store.identify()).name != question.identity:
-            raise StoreUnreachableError(f"{store.name} is not the one that the watch began with")
-        until_s = time.monotonic() + min(question.wait_s, MAX_WAIT_S)
-        revision = question.revision
-        while True:
-            found = store.changes(question.prefix, revision)
-            revision = max(revision, found.revision + 1)
-            if found.changes or time.monotonic() >= until_s:
-                return found
-            try:
-                await within(until_s - time.monotonic(), store.wait(revision))
-            except asyncio.TimeoutError:
-                continue

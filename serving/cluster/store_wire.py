@@ -1,19 +1,15 @@
-"""What a process and the embedded store of another one say to each other, and the sockets between them.
+"""The sockets between a process and the embedded store of another one.
 
-A question is a number that its answer repeats, and a message. The connection is encrypted (CURVE) and authenticated as
-that of two nodes is (`xllm/worker/node_wire.py`): the server proves that it has the key, and whoever does not know its
-public half, which is handed on as a secret, is not heard.
+The connection is encrypted (CURVE) and authenticated as that of two nodes is (`xllm/worker/node_wire.py`): the server
+proves that it has the key, and whoever does not know its public half, which is handed on as a secret, is not heard.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import zmq
 import zmq.asyncio
 
-from serving.cluster.key_value import MAX_COMMIT_BYTES, Changes, Committed, Compare, Granted, Identity, Snapshot, Write
-from xllm.client.command_codec import Codec
+from serving.cluster.key_value import MAX_COMMIT_BYTES
 
 # Between signs of life of the connection itself, and how long they may stay out, in milliseconds. Chosen: as those
 # between nodes (`node_wire.py`).
@@ -22,87 +18,6 @@ _LINGER_MS = 200  # for last answers to be sent. Chosen: many times what a machi
 _RECONNECT_MS = 200  # between tries. Chosen: as long as a watch waits at most
 _MAX_FRAME_BYTES = 2 * MAX_COMMIT_BYTES  # of a question: a commit and what surrounds it
 Socket = zmq.asyncio.Socket
-
-
-@dataclass(frozen=True, slots=True)
-class Identify:
-    """Answered by `Identity`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Answered by `Snapshot`."""
-
-    prefix: bytes
-    is_prefix: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Answered by `Committed`. until_s: not to be done later, as after the server was stopped for a while, on the
-    `time.monotonic()` clock, which all processes of a machine share."""
-
-    conditions: tuple[Compare, ...]
-    writes: tuple[Write, ...]
-    until_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Answered by `Granted`."""
-
-    ttl_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refresh:
-    """Answered by `Refreshed`."""
-
-    lease: int
-
-
-@dataclass(frozen=True, slots=True)
-class Revoke:
-    """Answered by `Revoked`."""
-
-    lease: int
-
-
-@dataclass(frozen=True, slots=True)
-class Follow:
-    """Answered by `Changes`, without any if none came for so long. identity: of the store that the revision is of."""
-
-    prefix: bytes
-    revision: int
-    wait_s: float
-    identity: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refreshed:
-    """left_s: for how long the lease lasts from now on; 0: there is none."""
-
-    left_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """The lease has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreFailure:
-    """In place of an answer. kind: the name of a class of `store_errors.py`."""
-
-    kind: str
-    message: str
-
-
-StoreQuestion = Identify | Read | Commit | Grant | Refresh | Revoke | Follow
-StoreAnswer = Identity | Snapshot | Committed | Granted | Refreshed | Revoked | Changes | StoreFailure
-QUESTIONS: Codec[StoreQuestion] = Codec(0, Identify, Read, Commit, Grant, Refresh, Revoke, Follow)
-ANSWERS: Codec[StoreAnswer] = Codec(64, Identity, Snapshot, Committed, Granted, Refreshed, Revoked, Changes,
-                                    StoreFailure)
 
 
 def listen(context: zmq.asyncio.Context, address: str, port: int, secret: bytes) -> tuple[Socket, int]:
@@ -120,9 +35,9 @@ def listen(context: zmq.asyncio.Context, address: str, port: int, secret: bytes)
     return socket, int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
 
-def connect(context: zmq.asyncio.Context, address: str, port: int, key: str) -> Socket:
-    """A client's end. It connects again by itself, and takes nothing to be sent while it is not connected. Raises
-    ValueError for what is no key."""
+def connect(context: zmq.asyncio.Context, address: str, port: int, key: str, *, events: int) -> tuple[Socket, Socket]:
+    """A client's end, and where those events of its connection are read, from the first one on. It connects again by
+    itself, and takes nothing to be sent while it is not connected. Raises ValueError for what is no key."""
     public, secret = zmq.curve_keypair()
     socket = _socket(context, zmq.DEALER)
     try:
@@ -134,8 +49,9 @@ def connect(context: zmq.asyncio.Context, address: str, port: int, key: str) -> 
     socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    monitor: Socket = socket.get_monitor_socket(events)  # first: what another thread meets before is not told
     socket.connect(f"tcp://{address}:{port}")
-    return socket
+    return socket, monitor
 
 
 def _socket(context: zmq.asyncio.Context, kind: int) -> Socket:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from serving.cluster_access import ACCESS_OPTIONS
 from serving.master_config import MasterConfig
 from xllm.errors import ConfigError
 
 # Set for each instance by this command, or the master's: not to be given behind `--`.
 OWN_FLAGS = ("host", "port", "api_key", "admin_api_key", "api_key_file", "insecure", "allowed_host", "cors_origin",
-             "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "cluster_listen", "cluster_secret_file", "etcd_addr",
-             "etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key",
+             "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "cluster_listen", *ACCESS_OPTIONS,
              "enable_service_routing", "instance_name", "nnodes", "node_rank", "master_addr", "master_port")
 # Settings of `xllm master` that this command decides.
-NOT_OF_UP = ("etcd_addr", "etcd_namespace", "etcd_user", "etcd_password_file", "etcd_ca_cert", "etcd_cert", "etcd_key",
-             "instances", "rpc_server_port", "tokenizer_path", "cluster_secret_file")
+NOT_OF_UP = (*ACCESS_OPTIONS, "instances", "rpc_server_port", "tokenizer_path")
 
 
 @dataclass(frozen=True, kw_only=True)

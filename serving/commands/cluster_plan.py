@@ -11,6 +11,7 @@ from pathlib import Path
 from serving.cluster.etcd_settings import EtcdSettings
 from serving.cluster.instance_record import ROLES, check_name
 from serving.cluster.store_server import LOOPBACK, StorePlace
+from serving.cluster_access import ClusterAccess
 from serving.config import ClusterSettings
 from serving.security.cluster_secret import read_cluster_keys
 from xllm import env
@@ -69,7 +70,7 @@ def store_target(plan: ClusterPlan) -> str:
     return plan.etcd.targets[0]
 
 
-def etcd_settings(settings: ClusterSettings) -> EtcdSettings:
+def etcd_settings(settings: ClusterAccess) -> EtcdSettings:
     """Of flags and environment. Raises ConfigError."""
     assert settings.etcd_addr is not None
     user, password = env.etcd_login()

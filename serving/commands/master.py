@@ -13,6 +13,7 @@ from serving.cluster.etcd_link import open_etcd
 from serving.cluster.etcd_settings import EtcdSettings
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.master_seat import MasterSeat
+from serving.cluster.openai_places import is_clear
 from serving.cluster.registration import start_store
 from serving.commands.cluster_plan import advertised_host, etcd_settings, namespace_of
 from serving.commands.master_members import MasterMembers
@@ -36,11 +37,17 @@ logger = logging.getLogger("xllm.master")
 def run(config: MasterConfig) -> int:
     """Serve until a signal comes. Returns the exit code. Raises ConfigError before anything has started."""
     logs.take_over()
-    etcd = None if config.store is None else etcd_settings(config.store)
+    etcd = None if config.master.etcd_addr is None else etcd_settings(config.master)
     is_local = etcd.is_local if etcd is not None else all(
         is_loopback(host_and_port(address)[0]) for address in config.addresses)
-    keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local,
-                             whose="a master of instances that are not all on this machine")
+    keys = None
+    if etcd is not None or config.addresses:
+        keys = read_cluster_keys(config.master.cluster_secret_file, is_local=is_local,
+                                 whose="a master of instances that are not all on this machine")
+    for place in config.openai_places:
+        if is_clear(place):
+            logger.warning("%s: prompts and answers%s cross the network to %s unencrypted; https:// is encrypted",
+                           place.name, " and the API key" if place.api_key else "", place.url)
     with front_door(config.http) as door:
         return asyncio.run(Master(config, door, keys, etcd).run())
 
@@ -48,7 +55,7 @@ def run(config: MasterConfig) -> int:
 class Master(ServerLife):
     """A server whose engines are clusters, one a model: it follows who is there, and serves as long as somebody is."""
 
-    def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys, etcd: EtcdSettings | None):
+    def __init__(self, config: MasterConfig, door: FrontDoor, keys: ClusterKeys | None, etcd: EtcdSettings | None):
         super().__init__(config.server, door)
         self._etcd = etcd
         self._settings, self._keys, self._master_config = config.master, keys, config
@@ -108,9 +115,11 @@ class Master(ServerLife):
 
     async def _look_after(self) -> None:
         try:
+            self._members.follow_servers(self._master_config.openai_places)
             if self._store is None:
                 self._members.follow_addresses(self._master_config.addresses)
-                logger.info("waiting for instances at %s", ", ".join(self._master_config.addresses))
+                places = [place.url for place in self._master_config.openai_places]
+                logger.info("waiting for instances at %s", ", ".join((*self._master_config.addresses, *places)))
             else:
                 await start_store(self._store)
                 self._seat = MasterSeat(self._store, self._address, await self._members.follow_store(self._store))

@@ -12,7 +12,7 @@ const DOTS = {active: "ok", connecting: "busy", draining: "busy", "lease lost": 
 const REASONS = {
   prefix: "has the most of the prompt cached", least_cost: "least to do, cached prompts counted", slo: "keeps the targets",
   no_slo: "none keeps the targets; the soonest", session: "had the session before", fewest_open: "fewest open requests",
-  turn: "its turn among equals", stale: "nothing new is known of any; the idler of two",
+  turn: "its turn among equals", drawn: "drawn at random", stale: "nothing new is known of any; the idler of two",
   no_memory: "none has memory for it; the best", full: "all are full; the best",
 };
 

@@ -52,11 +52,7 @@ class Instance:
 
     async def close(self) -> None:
         await self.registration.close()
-        await self.shut()
-
-    async def shut(self) -> None:
         self.gate.close()
-        await asyncio.sleep(0.02)  # pyzmq's authenticator lets go of its descriptor in the loop's next turns
 
     async def die(self) -> None:
         """As a killed process: its lease is not refreshed, its connections are closed."""
@@ -64,7 +60,7 @@ class Instance:
         assert registration._keeper is not None and registration._lease is not None
         registration._keeper.cancel()
         await registration._lease.abandon("the process is gone")
-        await self.shut()
+        self.gate.close()
 
 
 class Master:

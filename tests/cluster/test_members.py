@@ -48,7 +48,7 @@ async def test_join_and_leave(store, instances: Instances):
         await a.registration.close()
         await master.sees("a:1", MemberState.DRAINING)  # connected still, its record's last words
         assert await store.get(b"XLLM:DEFAULT:a:1") is None
-        await a.shut()
+        a.gate.close()
         await master.sees("a:1", None)
         assert master.left == [("a:1", "the instance was shut down")]
         await b.die()
@@ -125,7 +125,7 @@ async def test_a_lost_connection_is_made_again_while_there_is_a_record(store, in
         a.gate._drop_all("of this test")
         await master.until(lambda: master.joined.get("a:1") not in (None, first))
         assert master.left == [("a:1", "of this test")] and master.state("a:1") is ACTIVE
-        await a.shut()
+        a.gate.close()
         await master.sees("a:1", SUSPECT, "connection refused")
         await a.registration.close()
         await master.sees("a:1", None)

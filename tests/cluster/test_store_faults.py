@@ -240,14 +240,32 @@ async def test_the_served_store_hears_those_with_its_key_only(monkeypatch):
         assert server.place.key not in repr(server.place)
         # One that has the key and sends rubbish harms nobody.
         context = zmq.asyncio.Context()
-        raw = connect(context, "127.0.0.1", server.place.port, server.place.key)
+        raw, events = connect(context, "127.0.0.1", server.place.port, server.place.key, events=zmq.EVENT_CLOSED)
         async with KeyValueStore(ServedLink(server.place)) as client:
             for frames in ((b"",), (b"1", b""), (b"1", b"\xff"), (b"1", b"\x02\x93"), (b"1", b"\x00", b"more"),
                            (b"1", bytes(2**22))):
                 await asyncio.wait_for(raw.send_multipart(frames), 3)
             await client.put(b"a", b"1")
             assert (await client.get(b"a")).value == b"1"
+        raw.disable_monitor()
+        events.close()
         raw.close(linger=0)
         context.term()
     finally:
         await server.close()
+
+
+async def test_a_connection_that_stands_at_once_is_noticed(monkeypatch):
+    """It is made by a thread of its own, which is quicker where this one has to wait for a processor."""
+    watch_events = zmq.asyncio.Socket.get_monitor_socket
+
+    def late(self, events):
+        time.sleep(0.1)
+        return watch_events(self, events)
+
+    monkeypatch.setattr(zmq.asyncio.Socket, "get_monitor_socket", late)
+    monkeypatch.setattr(served_link, "CONNECT_S", 0.5)
+    server = StoreServer(EmbeddedStore())
+    async with KeyValueStore(ServedLink(server.place)) as store:
+        assert await store.put(b"a", b"1")
+    await server.close()

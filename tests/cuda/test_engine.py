@@ -11,13 +11,14 @@ import pytest
 import backends
 from backends import cuda_latent
 from backends.cpu.cpu import CpuBackend
-from cuda_ops import latent_expanded
+from cuda_ops import latent, latent_expanded
 from cuda_ops.kv import cache_shape
 from graph.checking import CheckingCapturer
 from tests.models import checkpoints
 from tests.models.checkpoints import BY_ID
 from tests.runner.tiny_model import PROMPT, save_checkpoint
 from xllm import LLM, SamplingParams
+from xllm.runner import warm_up
 
 PROMPTS = [PROMPT[:25], [*PROMPT[:18], 3, 1, 4], [7, 8, 9] * 4]
 FEATURES = {
@@ -133,3 +134,22 @@ def test_what_is_captured_is_absorbed(latent_checkpoint: Path, ops: Any, monkeyp
     monkeypatch.setattr(backends, "get_backend", lambda *_, **__: backend)
     assert generate(latent_checkpoint, prompts, graph_max_prefill_tokens=16, **settings) == expected
     assert capturer.num_replays > 3 and expansions == []
+
+
+@pytest.mark.usefixtures("unseen_kernels")
+def test_both_forms_are_warmed_up(latent_checkpoint: Path, ops: Any, monkeypatch: pytest.MonkeyPatch,
+                                  expansions: list[int]) -> None:
+    """The kernels that a first prompt needs are there before it, whichever form it takes."""
+    absorbed, absorb = [], latent.latent_attention
+    monkeypatch.setattr(latent, "latent_attention", lambda q_TNX, *args, **options: absorbed.append(len(q_TNX))
+                        or absorb(q_TNX, *args, **options))
+    monkeypatch.setattr(cuda_latent, "LEAST_SAVED", 4 * 700)  # by four heads, which nine tokens do not save
+    monkeypatch.setattr(warm_up, "FEW_TOKENS", 9)
+    backend = InterpretedBackend(ops)
+    backend.capturer = PlansInside()
+    monkeypatch.setattr(backends, "get_backend", lambda *_, **__: backend)
+    with LLM(model=str(latent_checkpoint), skip_tokenizer_init=True, dtype="float32", num_kv_blocks=2, block_size=16,
+             max_model_len=32, num_threads=1, max_num_batched_tokens=12, kv_layout="xtensor", graph_warmup_seqs=1):
+        pass
+    # The longest chunk behind others is absorbed at these widths.
+    assert expansions == [12] and {9, 12} <= set(absorbed)

@@ -19,6 +19,7 @@ from cuda_ops import latent, latent_expanded, launch
 from cuda_ops.latent_expanded import Widths
 from tests.ops.conftest import Groups, Paged, kv_dtype
 from tests.ops.test_latent import L, N, R, inputs, truth
+from xllm.runner.warm_up import warm_up_chunks
 
 __all__ = ["kv_dtype"]
 
@@ -167,6 +168,18 @@ def test_codes_are_gathered_as_what_they_stand_for(kv_dtype: torch.dtype, dtype:
     most = torch.finfo(dtype).max
     torch.testing.assert_close(kept_CX, read[:, 0].clamp(-most, most).to(dtype), rtol=0, atol=0, equal_nan=True)
     assert kept_CX[5].isnan().all() and not kept_CX[6:].isnan().any()
+
+
+@pytest.mark.parametrize("num_heads", [128, 64, 32, 16, 8, 4, 2, 1])
+def test_what_is_warmed_up_takes_both_forms(num_heads: int) -> None:
+    """For as few heads as a rank may have, at the widths of DeepSeek."""
+    case, forms = paged(query_lens=[1], seq_lens=[1]), []
+    for num_tokens, num_past in warm_up_chunks(longest=2048, max_len=8192, varies=True):
+        host = HostLengths(np.array([0, num_tokens], dtype=np.int32), np.array([num_past + num_tokens], dtype=np.int32))
+        forms.append(cuda_latent.choose(host, latent_batch(case), num_heads,
+                                        Widths(latent=512, rotated=64, key=128, value=128),
+                                        torch.empty(0, dtype=torch.bfloat16)))
+    assert any(form is None for form in forms) and any(form is not None for form in forms)
 
 
 def latent_batch(case: Paged) -> Any:

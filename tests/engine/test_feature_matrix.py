@@ -19,8 +19,9 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,11 +32,12 @@ from tests.engine.covering import covering_rows
 from tests.engine.matrix_models import BUNDLED, MODELS, adapters, model_folder
 from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput
+from xllm.models.adapter_layers import AdapterLayers, read_layers
 from xllm.stats import EngineStats
+from xllm.structured.checker import GrammarChecker
 from xllm.structured.grammar import build_matcher, grammar_text
-from xllm.structured.token_trie import vocabulary_source
+from xllm.structured.token_trie import VocabularySource, vocabulary_source
 from xllm.text.tokenizer import load_tokenizer
-from xllm.worker.processes import HEARTBEAT_S
 
 MATRIX_ALL = bool(os.environ.get("MATRIX_ALL"))
 MAX_MODEL_LEN = 208
@@ -175,7 +177,8 @@ def grammars_for(features: frozenset[str]) -> list[StructuredOutput | None]:
     return GRAMMARS if "grammar" in features else [None] * len(PROMPTS)
 
 
-def run(case: Case) -> list[list[int]]:
+def run(case: Case, *, twice: bool = True) -> list[list[int]]:
+    """twice: the second time with what the first has left in the cache."""
     features = case.features
     with contextlib.ExitStack() as stack:
         settings = settings_for(case)
@@ -191,7 +194,7 @@ def run(case: Case) -> list[list[int]]:
         first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
         if "tiers" in features:
             leave_only_the_lower_tiers(llm, keep_host=not case.overlaps)
-        again = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)  # with a warm cache
+        again = first if not twice else llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
         if "tiers" in features:
             settle(llm)
         if not WAYS[case.way].in_process:
@@ -265,9 +268,12 @@ def settle(llm: LLM) -> None:
 
 
 def hear_from_ranks(llm: LLM) -> None:
-    """What a rank counts comes with its signs of life."""
-    time.sleep(2 * HEARTBEAT_S)
-    llm._core.tick()
+    """What a rank counts comes with its signs of life; the next may be from before the last step."""
+    for _ in range(2):
+        heard = llm._core.link.stats()
+        while llm._core.link.stats() is heard:
+            time.sleep(0.01)
+            llm._core.tick()
 
 
 def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
@@ -295,10 +301,38 @@ def check_the_worker(llm: LLM, case: Case) -> None:
 # --- the rows
 
 
+class KeptChecker(GrammarChecker):
+    """Serves one engine after the other."""
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_answers() -> Iterator[None]:
+    """Whether forms can be compiled and what the adapters say of a model's layers is found out in processes beside the
+    engine's: once, and not for every row."""
+    checkers: dict[str, KeptChecker] = {}
+
+    def keep(source: Callable[[], VocabularySource]) -> KeptChecker:
+        vocabulary = source()
+        return checkers.setdefault(repr(vocabulary), KeptChecker(lambda: vocabulary))
+
+    @functools.cache
+    def read_once(folder: Path, names: tuple[str, ...]) -> AdapterLayers:
+        return read_layers(folder, names)
+
+    with (mock.patch("xllm.inputs.GrammarChecker", keep),
+          mock.patch("xllm.models.adapter.read_layers", lambda folder, names: read_once(folder, tuple(names)))):
+        yield
+    for checker in checkers.values():
+        GrammarChecker.close(checker)
+
+
 @functools.cache
 def plain(what_changes_the_output: frozenset[str], model: str) -> list[list[int]]:
-    """One request at a time, every other feature off."""
-    return run(Case(what_changes_the_output, model=model))
+    """One request at a time, every other feature off; so nothing is in a cache when they come again."""
+    return run(Case(what_changes_the_output, model=model), twice=False)
 
 
 def covering_of(ways: Iterable[str], strength: int, models: Iterable[str] = MODELS) -> list[Case]:

@@ -56,5 +56,38 @@ class KVEventBatch(EventBatch):
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
 
 
+class KVCacheMapEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=lambda name: name.removeprefix("Map")):
+    """Of vLLM 0.33, whose events are maps; the batch is an array still."""
+
+
+class MapBlockStored(KVCacheMapEvent):
+    block_hashes: list[bytes | int]
+    parent_block_hash: bytes | int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+    extra_keys: list[tuple[Any, ...] | None] | None = None
+    group_idx: int | None = None
+    locality: str | None = None
+
+
+class MapBlockRemoved(KVCacheMapEvent):
+    block_hashes: list[bytes | int]
+    medium: str | None
+    group_idx: int | None = None
+    locality: str | None = None
+
+
+class MapAllBlocksCleared(KVCacheMapEvent):
+    pass
+
+
+class KVEventMapBatch(EventBatch):
+    events: list[MapBlockStored | MapBlockRemoved | MapAllBlocksCleared]
+
+
 DECODER = msgspec.msgpack.Decoder(KVEventBatch)
+MAP_DECODER = msgspec.msgpack.Decoder(KVEventMapBatch)
 ENCODER = msgspec.msgpack.Encoder()

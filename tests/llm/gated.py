@@ -52,9 +52,9 @@ class GatedClient(RemoteClient):
 
 
 @contextlib.asynccontextmanager
-async def gate_of(engine: WatchedLocal) -> AsyncIterator[EngineGate]:
+async def gate_of(engine: WatchedLocal, address: str = "127.0.0.1:0") -> AsyncIterator[EngineGate]:
     gate = EngineGate(engine, [engine], KEYS, Path("/"))
-    gate.listen("127.0.0.1:0")
+    gate.listen(address)
     gate.open(MODEL)
     try:
         yield gate

@@ -36,6 +36,7 @@ from xllm.routing import recovery
 from xllm.structured.spec import StructuredOutput
 
 LONG = tuple(range(5, 205))
+ENDLESS = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)  # not over before something is done to it
 GOES_ON = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
 SAMPLINGS = {
     "greedy": GREEDY,
@@ -182,12 +183,16 @@ async def test_refusals(cluster: Cluster) -> None:
 async def test_all_are_gone_and_come_back(cluster: Cluster, undisturbed: dict[tuple[str, int], Answer],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     client = cluster.client
-    stream = client.submit([make_request("x", SAMPLINGS["seeded"])])
+    stream = client.submit([make_request("x", ENDLESS)])
     await stream.next()
+    last = cluster.having(stream)
     for site in cluster.sites.values():
-        site.kill("the lights went out")
-    await asyncio.sleep(0.05)
-    assert not client.is_up and client.dead_reason is None and client.request_ids == ("x",)
+        if site is not last:
+            site.kill("the lights went out")
+    await until(lambda: set(client.members.all) == {last.name})  # else it may be lost by each of them in turn
+    last.kill("the lights went out")
+    await until(lambda: not client.is_up)
+    assert client.dead_reason is None and client.request_ids == ("x",)
     assert client.restarting_after is not None and "the lights went out" in client.restarting_after
     with pytest.raises(EngineAwayError, match="no instance takes requests"):
         client.submit([make_request("y")])
@@ -256,10 +261,11 @@ async def test_a_call_stays_with_its_model(cluster: Cluster, monkeypatch: pytest
     monkeypatch.setattr(recovery, "MAX_WAIT_S", 0.1)
     for name in ("b", "c"):
         cluster.client.leave(name, "it is withdrawn")
-    stream = cluster.client.submit([make_request("x")])
+    stream = cluster.client.submit([make_request("x", ENDLESS)])
     await stream.next()
     monkeypatch.setattr(cluster.sites["b"].client, "model", ServedModel(("demo",), "another fingerprint"))
     cluster.join(cluster.sites["b"])
+    await until(lambda: "b" in cluster.client.members.up)
     cluster.sites["a"].kill()
     with pytest.raises(EngineDeadError, match="a was lost"):
         await read(stream)

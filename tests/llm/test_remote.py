@@ -389,3 +389,12 @@ async def test_a_gate_that_does_not_tell_what_is_cached(engine: WatchedLocal) ->
     assert len(own) == 1 and not told
     client.close()
     gate.close()
+
+
+async def test_a_gate_that_opens_in_the_turn_in_which_another_closes(engine: WatchedLocal) -> None:
+    address = "127.0.0.1:0"
+    for _ in range(4):  # the port and the descriptors are those of the last one
+        async with gate_of(engine, address) as gate:
+            client, address = RemoteClient(gate.address, KEYS), gate.address
+            await client.connect()
+            client.close()

@@ -157,12 +157,12 @@ def test_a_released_config(tmp_path: Path, backend: Backend) -> None:
 
 @pytest.mark.parametrize(("num_tokens", "num_positions", "num_shares", "expected"), [
     (2048, 4096, 1, 2 * 2048 * 16 * 512 * 2), (100, 4096, 2, 4096 * (576 + 8 * 256) * 2), (100, 131_072, 1, 2**29)])
-def test_what_attention_takes(tmp_path: Path, num_tokens: int, num_positions: int, num_shares: int,
+def test_what_attention_takes(tmp_path: Path, backend: Backend, num_tokens: int, num_positions: int, num_shares: int,
                               expected: int) -> None:
     """Queries and sums of latents; keys and values of all heads; of as many heads as may be made at a time."""
     config = read(tmp_path, V2_LITE)
-    assert config.attention_bytes(num_tokens=num_tokens, num_positions=num_positions, num_shares=num_shares,
-                                  itemsize=2) == expected
+    assert config.attention_bytes(backend, num_tokens=num_tokens, num_positions=num_positions, longest=num_positions,
+                                  num_shares=num_shares, itemsize=2) == expected
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -136,11 +136,11 @@ def test_long_steps_are_computed_a_part_at_a_time(make_checkpoint: Make, backend
     monkeypatch.setattr(experts, "MAX_ROWS", 17)
     model, rows = load(folder, backend), []
     for layer in model._layers:
-        def silu_mul(x: Tensor, *, out: Tensor | None, inner: Any = layer._mlp._silu_mul) -> Tensor:
-            rows.append(len(x))
-            return inner(x, out=out)
+        def gated_linear(*given: Any, inner: Any = layer._mlp._gated_linear, **rooms: Tensor | None) -> Tensor:
+            rows.append(len(result := inner(*given, **rooms)))
+            return result
 
-        layer._mlp._silu_mul = silu_mul
+        layer._mlp._gated_linear = gated_linear
     parts_TV = PagedRunner(model, backend).step({"a": PROMPT})["a"]
     assert torch.equal(parts_TV, whole_TV)
     assert max(rows) == 15 and sum(rows) == 3 * 3 * len(PROMPT)
@@ -222,7 +222,7 @@ def test_a_device_without_its_operators_refuses_it() -> None:
     if backend.kernels == "plain torch":
         pytest.skip("no C compiler here")
     assert _check_ops(backend, True, frozenset()) == []
-    with pytest.raises(ConfigError, match="slow reference: route, grouped_linear, combine"):
+    with pytest.raises(ConfigError, match="slow reference: route, grouped_linear, gated_grouped_linear, combine"):
         _check_ops(backend, True, EXPERT_OPS)
 
 

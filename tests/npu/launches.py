@@ -16,8 +16,8 @@ from npu_ops.contract import set_checking
 VIEWS = {"view", "slice", "t", "transpose", "unsqueeze", "expand", "detach", "alias", "empty", "new_empty",
          "unsafe_view", "split", "select", "unbind", "lift_fresh"}
 COMPUTED = (torch.bool, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
-# Takes its counts, or its places, in int64: npu_grouped_matmul's documentation; GatherElements has both on AI cores.
-TAKES_INT64 = {"npu_grouped_matmul", "gather"}
+# Takes its counts, or its places, in int64: the documentation of grouped products; GatherElements has both on AI cores.
+TAKES_INT64 = {"npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2", "gather"}
 
 
 class Launches(TorchDispatchMode):

@@ -121,6 +121,12 @@ def int8_experts() -> Sample:
     return ([int8(5, 32)], [int8(3, 32, 48)]), experts()[1] | scales
 
 
+def gated_experts(**more: Any) -> Sample:
+    """The first product of gated mlps, joined with what follows it."""
+    scales, counts = ([torch.rand(3, 64) * 0.01], torch.rand(5)), experts()[1]["group_list"]
+    return (int8(5, 32), [int8(3, 32, 64)], *scales, counts), {"group_list_type": 1, **more}
+
+
 def weight_only_experts() -> Sample:
     parts = {"antiquant_scale": [rand(3, 48, dtype=BF16)], "antiquant_offset": [rand(3, 48, dtype=BF16)]}
     return ([rand(5, 32, dtype=BF16)], [int8(3, 32, 48)]), experts()[1] | parts
@@ -209,6 +215,7 @@ def samples() -> dict[str, dict[str, Sample]]:
             "group": ((rand(3, 64, dtype=HALF), int8(64, 48), rand(2, 48, dtype=HALF)), {"antiquant_group_size": 32}),
         },
         "npu::npu_grouped_matmul": {"bf16": experts(), "int8": int8_experts(), "weights": weight_only_experts()},
+        "npu::npu_grouped_matmul_swiglu_quant_v2": {"counts": gated_experts()},
         "npu::npu_moe_gating_top_k_softmax": {"": ((scores, None, 3), {}), "done": ((scores, scores[:, 0] > 0, 3), {})},
         "npu::npu_moe_gating_top_k": {
             "softmax": ((scores, 6), {}),

@@ -132,6 +132,12 @@ def grouped() -> Arguments:
             "antiquant_offset": None, "output_dtype": None}
 
 
+def swiglu_quant() -> Arguments:
+    weight = format.cast_format(x=t(I8, 2, 16, 32), acl_format=29)
+    return {"x": t(I8, 6, 16), "weight": weight, "weight_scale": t(F32, 2, 32), "x_scale": t(F32, 6),
+            "group_list": of(2, 4, dtype=I64), "group_list_type": 1}
+
+
 def swiglu() -> Arguments:
     return {"input": t(BF16, 3, 16), "dim": -1}
 
@@ -144,7 +150,7 @@ BASES: dict[str, Callable[[], Arguments]] = {
     "npu_swiglu": swiglu, "npu_top_k_top_p": top_k_top_p, "npu_weight_quant_batchmatmul": weight_quant,
     "npu_quant_matmul": quant_matmul, "npu_dynamic_quant": dynamic_quant, "npu_format_cast": format_cast,
     "npu_moe_gating_top_k": gating, "npu_moe_init_routing_v2": init_routing, "npu_moe_token_unpermute": unpermute,
-    "npu_grouped_matmul": grouped,
+    "npu_grouped_matmul": grouped, "npu_grouped_matmul_swiglu_quant_v2": swiglu_quant,
 }  # fmt: skip
 
 # By operator: what is changed of the call that is right. A value may be a function of the argument that it replaces.
@@ -282,6 +288,17 @@ BROKEN: dict[str, list[Arguments]] = {
         {"antiquant_scale": lambda _: t(BF16, 2, 8), "antiquant_offset": lambda _: t(BF16, 2, 8)},
         {"group_list_type": 0},
     ],
+    "npu_grouped_matmul_swiglu_quant_v2": [
+        {"group_list": on_host}, {"group_list_type": 2}, {"x": Tensor.half}, {"x": lambda x: x[None]},
+        {"weight": lambda _: t(I8, 16, 32)}, {"x": strided}, {"x": lambda x: x[:0]},
+        {"x": lambda x: x[:, :8].contiguous()},
+        {"x": lambda x: x.new_zeros(6, 24), "weight": lambda _: t(I8, 2, 24, 32)},
+        {"weight": lambda _: t(I8, 2, 16, 48)}, {"weight": lambda _: t(I8, 1, 16, 10272)},
+        {"x": lambda x: x.new_zeros(1, 65536), "weight": lambda _: t(I8, 1, 65536, 32)},
+        {"weight": lambda _: t(I8, 2, 16, 32)}, {"weight_scale": Tensor.bfloat16}, {"x_scale": Tensor.half},
+        {"weight_scale": lambda s: s[:1]}, {"x_scale": lambda s: s[:5]}, {"group_list": Tensor.int},
+        {"group_list": lambda g: g[:1]}, {"group_list": lambda g: g + 1}, {"group_list_type": 0},
+    ],
 }  # fmt: skip
 
 
@@ -344,6 +361,9 @@ def wrong_calls() -> dict[str, Callable[[], object]]:
         "npu_moe_token_unpermute": lambda: moe.unpermute(x_RX=bad, row_of_R=t(I32, 4), weights_TK=bad[:, :1]),
         "npu_grouped_matmul": lambda: moe.grouped_matmul(x_RX=bad, weight_EXY=t(BF16, 2, 16, 4),
                                                          counts_E=torch.tensor([2, 2], device=device)),
+        "npu_grouped_matmul_swiglu_quant_v2": lambda: moe.swiglu_quant(
+            x_RX=bad, scale_R=bad[:, 0], experts=moe.StackedExperts(t(I8, 2, 16, 32), t(F32, 2, 32)),
+            counts_E=torch.tensor([2, 2], device=device)),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,74 @@ def test_a_count_of_one_group_is_refused_and_its_sum_is_taken() -> None:
     with pytest.raises(RuntimeError, match="of kind 1 for 1 experts"):
         npu.npu_grouped_matmul([x], [weights], group_list_type=1, **given)
     close(npu.npu_grouped_matmul([x], [weights], group_list_type=0, **given)[0], x.double() @ weights[0].double(), 2e-2)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [(1, [3, 0, 2]), (0, [3, 3, 5])])
+def test_a_gated_product_and_its_codes(kind: int, groups: list[int]) -> None:
+    """By its formula, number by number; the third row is zeros and the fifth has a scale that is not a number."""
+    (x, (codes,), (scale,), x_scale, _), _ = op_samples.gated_experts()
+    x[2], x_scale[4] = 0, float("nan")
+    found, found_scale = npu.npu_grouped_matmul_swiglu_quant_v2(
+        x, [codes], [scale], x_scale, torch.tensor(groups), group_list_type=kind)
+    assert (found.dtype, found_scale.dtype, found.shape) == (torch.int8, torch.float32, (5, 32))
+    for row, expert in enumerate([0, 0, 0, 2, 2]):
+        sums = x[row].long() @ codes[expert].long()
+        numbers = sums.double() * float(x_scale[row]) * scale[expert].double()
+        gated = [a / (1 + math.exp(-a)) * b for a, b in zip(numbers[:32].tolist(), numbers[32:].tolist())]
+        largest = max(map(abs, gated))
+        torch.testing.assert_close(float(found_scale[row]), largest / 127, rtol=1e-5, atol=0, equal_nan=True)
+        if row in (2, 4):
+            assert found[row].tolist() == [-128] * 32  # 0 / 0: nothing may count on them
+            continue
+        for code, number in zip(found[row].tolist(), gated):
+            assert abs(code - number / largest * 127) <= 0.5 + 1e-3
+    assert float(found_scale[2]) == 0
+
+
+def test_rows_of_no_group_are_not_written() -> None:
+    args, given = op_samples.gated_experts()
+    codes, scale = npu.npu_grouped_matmul_swiglu_quant_v2(*args[:4], torch.tensor([1, 0, 2]), **given)
+    assert scale[3:].isnan().all() and (codes[3:] == -128).all() and scale[:3].isfinite().all()
+
+
+@pytest.mark.parametrize(("place", "value"), [
+    (0, op_samples.int8(0, 32)), (0, op_samples.int8(5, 48)), (0, rand(5, 32)), (1, [op_samples.int8(3, 32, 48)]),
+    (1, [op_samples.int8(3, 32, 64)] * 2), (1, [rand(3, 32, 64)]), (2, [torch.ones(3, 32)]),
+    (2, [torch.ones(3, 64).double()]), (2, [torch.ones(64)]), (3, torch.ones(4)), (3, torch.ones(5).half()),
+    (4, torch.tensor([3, 0, 2], dtype=torch.int32)), (4, torch.tensor([2, 1, 1, 1])), (4, torch.tensor([3, 0, 3])),
+    (4, torch.tensor([3, -1, 2])),
+], ids=lambda value: str(value) if isinstance(value, int) else None)
+def test_what_a_gated_product_refuses(place: int, value: Any) -> None:
+    args, given = op_samples.gated_experts()
+    with pytest.raises(RuntimeError, match="npu_grouped_matmul_swiglu_quant_v2: "):
+        npu.npu_grouped_matmul_swiglu_quant_v2(*args[:place], value, *args[place + 1:], **given)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 64), (16, 10272), (65536, 32)])
+def test_shapes_that_a_gated_product_refuses(inputs: int, outputs: int) -> None:
+    args, given = op_samples.gated_experts()
+    x, weight, scale = (torch.zeros(*size, dtype=torch.int8)
+                        for size in ((5, inputs), (3, inputs, outputs), (3, outputs)))
+    with pytest.raises(RuntimeError, match=rf"\(5, {inputs}\) by \(3, {inputs}, {outputs}\)"):
+        npu.npu_grouped_matmul_swiglu_quant_v2(x, [weight], [scale.float()], *args[3:], **given)
+
+
+def test_a_gated_product_takes_fractals_alone() -> None:
+    args, given = op_samples.gated_experts()
+    x, (weight,), (scale,), x_scale, counts = ([y.npu() for y in x] if isinstance(x, list) else x.npu() for x in args)
+    with pytest.raises(RuntimeError, match="does not lie in FRACTAL_NZ"):
+        npu.npu_grouped_matmul_swiglu_quant_v2(x, [weight], [scale], x_scale, counts, **given)
+    tiled = torch_npu.npu_format_cast(weight, 29)
+    codes, _ = npu.npu_grouped_matmul_swiglu_quant_v2(x, [tiled], [scale], x_scale, counts, **given)
+    assert torch.equal(codes.cpu(), npu.npu_grouped_matmul_swiglu_quant_v2(*args, **given)[0])
+
+
+@pytest.mark.parametrize("given", [{"smooth_scale": torch.ones(3, 32)}, {"dequant_mode": 1}, {"quant_mode": 1},
+                                   {"quant_dtype": 2}, {"dequant_dtype": 5}, {"bias": torch.ones(3, 64)}], ids=str)
+def test_forms_of_a_gated_product_that_are_not_emulated(given: dict[str, Any]) -> None:
+    args, plain = op_samples.gated_experts()
+    with pytest.raises(NotImplementedError, match=f"{next(iter(given))}="):
+        npu.npu_grouped_matmul_swiglu_quant_v2(*args, **plain, **given)
 
 
 def test_choosing_experts_by_group() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,6 +28,9 @@ from tests.ops.test_experts import (  # noqa: F401  the same tests, on this devi
     test_the_first_of_equals_is_chosen,
     test_what_is_not_a_number_stays_in_its_row,
 )
+from xllm.layers.layer_context import LayerContext
+from xllm.layers.linear import with_common_scale
+from xllm.parallel.parallel_context import ParallelContext
 
 QUANTIZATIONS = [None, "int8", "w8a8"]
 # Those of whole tiles lie in FRACTAL_NZ with w8a8; X is what the experts take, Y what they give.
@@ -125,6 +131,67 @@ def test_each_row_is_what_its_expert_makes_of_it(quantization: str | None, dtype
         assert_near(z_RZ[rows], ops.linear(y_RY[rows], alone[1]), roundings=rounding)
     out_TZ = ops.combine(z_RZ, choice)
     assert_near(out_TZ, (z_RZ.cpu().double()[places] * choice.weights_TK.cpu().double()[..., None]).sum(1))
+
+
+# Whether gate and up are joined with what follows: whole tiles, of not too many outputs.
+GATED = {(48, 64): True, (40, 64): False, (48, 40): False, (5120, 16): True, (5136, 16): False}
+
+
+@pytest.mark.parametrize("size", GATED, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("num_experts", [4, 1])
+def test_gated_experts_of_codes(num_experts: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """A layer's result is as near to that of plain numbers with either way, and of rows as of tokens."""
+    ops, (width, hidden), num_tokens, num_chosen = npu().ops, size, 9, min(num_experts, 2)
+    gate_up, down = ([(torch.randn(shape) * shape[1]**-0.5).to(dtype) for _ in range(num_experts)]
+                     for shape in ((2 * width, hidden), (hidden, width)))
+    x_TD, choice = torch.randn(num_tokens, hidden).to(dtype), contract.chosen(num_tokens, 4, num_chosen)
+    choice.ids_TK %= num_experts
+    there_TD, moved = x_TD.to(npu().device), there(choice)
+    packed = ops.pack_gated_experts(iter(each.to(npu().device) for each in gate_up), quantization="w8a8")
+    back = ops.pack_experts(iter(each.to(npu().device) for each in down), quantization="w8a8")
+    assert packed.is_joined == GATED[size] == (type(ops.gated_grouped_linear(there_TD, packed, moved)) is moe.CodedRows)
+    assert (format_of(packed.weight_EXY) == FRACTAL_NZ) == (size[0] != 40 and hidden != 40)
+
+    def layer(begin: int, end: int) -> Tensor:
+        part = there(ExpertChoice(choice.ids_TK[begin:end].contiguous(), choice.weights_TK[begin:end].contiguous()))
+        inner = ops.gated_grouped_linear(there_TD[begin:end], packed, part)
+        out_TD = ops.combine(ops.grouped_linear(inner, back, part, from_tokens=False), part)
+        assert out_TD.dtype is dtype and out_TD.shape == (end - begin, hidden)
+        return out_TD.cpu()
+
+    found_TD, truth_TD = layer(0, num_tokens), torch.zeros(num_tokens, hidden, dtype=torch.double)
+    for t, k in product(range(num_tokens), range(num_chosen)):
+        expert, weight = int(choice.ids_TK[t, k]), float(choice.weights_TK[t, k])
+        gate, up = (gate_up[expert].double() @ x_TD[t].double()).chunk(2)
+        truth_TD[t] += weight * (down[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    assert float((found_TD.double() - truth_TD).norm() / truth_TD.norm()) < 0.05
+    assert torch.equal(torch.cat([layer(0, 1), layer(1, 6), layer(6, 9)]), found_TD)
+    assert layer(0, 0).shape == (0, hidden)
+
+
+def test_ranks_that_share_a_row_have_its_numbers() -> None:
+    """Its codes are made by the largest number on all ranks, so that they are not made in the product before."""
+    group: Any = SimpleNamespace(size=2)
+    context = LayerContext(ops=npu().ops, device=npu().device, max_model_len=1, parallel=ParallelContext(tp=group),
+                           quantization="w8a8")
+    own, choice = with_common_scale(context).ops, there(contract.chosen(5, 3, 2))
+    packed = own.pack_gated_experts([randn(96, 64, dtype=torch.bfloat16) for _ in range(3)], quantization="w8a8")
+    inner_RF = own.gated_grouped_linear(randn(5, 64, dtype=torch.bfloat16), packed, choice)
+    assert not packed.is_joined and inner_RF.shape == (10, 48) and inner_RF.dtype is torch.bfloat16
+
+
+def test_rows_of_codes_that_are_zeros_or_no_numbers() -> None:
+    """They stay in their rows."""
+    ops, dtype = npu().ops, torch.bfloat16
+    packed = ops.pack_gated_experts([randn(96, 64, dtype=dtype) for _ in range(3)], quantization="w8a8")
+    back = ops.pack_experts([randn(64, 48, dtype=dtype) for _ in range(3)], quantization="w8a8")
+    x_TD, choice = randn(5, 64, dtype=dtype), there(contract.chosen(5, 3, 2))
+    x_TD[1], x_TD[3, 7] = 0, float("nan")
+    inner = ops.gated_grouped_linear(x_TD, packed, choice)
+    assert type(inner) is moe.CodedRows
+    out_TD = ops.combine(ops.grouped_linear(inner, back, choice, from_tokens=False), choice)
+    assert not out_TD[1].any() and out_TD[3].isnan().all() and out_TD[[0, 2, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -19,13 +19,14 @@ def test_forms_of_weights(model: str, quantization: str | None, dtype: str, dist
                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Through graphs the tokens without. Those of the CPU may be others: where a number is rounded otherwise, a token
     may get another expert. With w8a8 float16 and float32 on the CPU are twice as far apart."""
-    product, taken = moe.grouped_matmul, set()
+    product, taken, join, num_joined = moe.grouped_matmul, set(), moe.swiglu_quant, []
 
     def noted(**given: Any) -> torch.Tensor:
         taken.add((given["x_RX"].dtype, given["weight_EXY"].dtype))
         return product(**given)
 
     monkeypatch.setattr(moe, "grouped_matmul", noted)
+    monkeypatch.setattr(moe, "swiglu_quant", lambda **given: num_joined.append(1) or join(**given))
     settings: dict[str, Any] = {"quantization": quantization, "dtype": dtype}
     with start(model, "npu", **settings) as llm:
         found, ours = tokens(llm), prompt_logprobs(llm)
@@ -34,6 +35,7 @@ def test_forms_of_weights(model: str, quantization: str | None, dtype: str, dist
     with start(model, "cpu", **settings) as llm:
         assert (prompt_logprobs(llm) - ours).abs().mean() < distance
     numbers = getattr(torch, dtype)
+    assert bool(num_joined) == ((model, quantization) == ("mixtral", "w8a8"))  # 40 of the other are no whole tiles
     assert taken == {(torch.int8 if quantization == "w8a8" else numbers, torch.int8 if quantization else numbers)}
 
 

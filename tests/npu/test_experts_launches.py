@@ -31,9 +31,12 @@ ROUTES = {
 FORMS: dict[str | None, list[str]] = {
     None: ["npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_grouped_matmul",
            "npu_moe_token_unpermute"],
-    "w8a8": ["npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_dynamic_quant", "npu_grouped_matmul",
+    "w8a8": ["npu_moe_init_routing_v2", "npu_grouped_matmul_swiglu_quant_v2", "npu_grouped_matmul",
              "npu_moe_token_unpermute"],
 }
+# Where gate and up together are no whole tiles.
+NOT_JOINED = ["npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_dynamic_quant", "npu_grouped_matmul",
+              "npu_moe_token_unpermute"]
 
 
 @pytest.mark.parametrize("name", ROUTES)
@@ -54,15 +57,15 @@ def test_the_gate_of_a_shared_expert() -> None:
     assert launches(npu().ops.route, logits_T1, rule) == ["to_copy", "sigmoid", "zeros_like"]
 
 
-def layer(quantization: str | None) -> Callable[[Tensor, ExpertChoice], Tensor]:
+def layer(quantization: str | None, width: int = F) -> Callable[[Tensor, ExpertChoice], Tensor]:
     """A mixture of gated mlps."""
     ops = npu().ops
-    gate_up, down = (ops.pack_experts([randn(*size, dtype=torch.bfloat16) for _ in range(E)], quantization=quantization)
-                     for size in ((2 * F, D), (D, F)))
+    gate_up, down = (pack([randn(*size, dtype=torch.bfloat16) for _ in range(E)], quantization=quantization)
+                     for pack, size in ((ops.pack_gated_experts, (2 * width, D)), (ops.pack_experts, (D, width))))
 
     def run(x_TD: Tensor, choice: ExpertChoice) -> Tensor:
-        rows_RF2 = ops.grouped_linear(x_TD, gate_up, choice, from_tokens=True)
-        return ops.combine(ops.grouped_linear(ops.silu_mul(rows_RF2), down, choice, from_tokens=False), choice)
+        inner = ops.gated_grouped_linear(x_TD, gate_up, choice)
+        return ops.combine(ops.grouped_linear(inner, down, choice, from_tokens=False), choice)
 
     return run
 
@@ -72,6 +75,11 @@ def test_a_layer(quantization: str | None) -> None:
     run, x_TD = layer(quantization), randn(T, D, dtype=torch.bfloat16)
     choice = npu().ops.route(randn(T, E), RULES["qwen3"])
     assert launches(run, x_TD, choice) == FORMS[quantization]
+
+
+def test_a_layer_that_is_no_whole_tiles() -> None:
+    x_TD, choice = randn(T, D, dtype=torch.bfloat16), npu().ops.route(randn(T, E), RULES["qwen3"])
+    assert launches(layer("w8a8", F + 8), x_TD, choice) == NOT_JOINED
 
 
 @pytest.mark.parametrize("rule", [RULES["qwen3"], RULES["deepseek-v3"], RouteRule(num_chosen=3, num_groups=20,

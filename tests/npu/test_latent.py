@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.latent_form import expanding_is_less
+from backends.latent_form import LatentWidths, expanding_is_less
 from backends.metadata import AttentionMetadata
 from backends.npu import OPS
 from backends.reference import REFERENCE
@@ -132,6 +132,44 @@ def test_both_forms(lengths: tuple[list[int], list[int]], key_dim: int, value_di
         assert all(sum(kv for _, kv in each) * n * 2 * (key_dim + R + value_dim) <= most_bytes
                    for each, n in zip(taken.expanded, taken.heads))
         assert sum(n * len(each) for each, n in zip(taken.expanded, taken.heads)) == heads * len(expanded)
+
+
+@pytest.mark.parametrize("most_bytes", [2**27, 120 * 4 * 640, 500 * 640], ids=["together", "apart", "head by head"])
+def test_what_is_planned_for_is_what_is_taken(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the allocator: not much less, and more by queries and results at most, which others count."""
+    monkeypatch.setattr(latent, "MADE_BYTES", most_bytes)
+    meta, heads, taken, attend = step([400, 100], [400, 100], 16), 4, [], latent.attend_expanded
+
+    def measured(**given: Any) -> Tensor:
+        torch.npu.reset_peak_memory_stats()
+        before = torch.npu.memory_allocated()
+        out_TX = attend(**given)
+        others = len(out_TX) * heads * (128 + R + 2 * 128) * 2
+        taken.append((torch.npu.max_memory_allocated() - before, others))
+        return out_TX
+
+    monkeypatch.setattr(latent, "attend_expanded", measured)
+    q_TNX, up_NYL = torch.randn(500, heads, 128 + R).half(), (torch.randn(heads, 256, L) / L**0.5).half()
+    host_ops().latent_attention(q_TNX, up_NYL, caches(meta, torch.half), meta, scale=0.05)
+    widths = LatentWidths(num_heads=heads, key=128, rotated=R, value=128, latent=L, number_bytes=2)
+    planned = npu().expanded_bytes(widths, num_positions=500, longest=400)
+    assert len(taken) == (1 if most_bytes == 2**27 else 2)
+    assert 0.6 * planned < max(most for most, _ in taken) and all(most <= planned + others for most, others in taken)
+
+
+@pytest.mark.parametrize(("longest", "num_heads", "expected"), [
+    (8192, 128, 8192 * 576 * 2 + 2 * 2**27), (131_072, 128, 131_072 * 576 * 2 + 2 * 2**27),
+    (500_000, 16, 500_000 * (576 * 2 + 2 * 640)), (100, 16, 1600 * (576 * 2 + 2 * 16 * 640)),
+])
+def test_what_is_planned_for_at_the_sizes_of_deepseek(longest: int, num_heads: int, expected: int) -> None:
+    """Of 16 sequences: what is made of some heads, or of one where that is more, or of all there is."""
+    widths = LatentWidths(num_heads=num_heads, key=128, rotated=64, value=128, latent=512, number_bytes=2)
+    assert npu().expanded_bytes(widths, num_positions=16 * longest, longest=longest) == expected
+
+
+def test_nothing_is_planned_for_widths_that_are_absorbed() -> None:
+    widths = LatentWidths(num_heads=16, key=64, rotated=64, value=64, latent=512, number_bytes=2)
+    assert npu().expanded_bytes(widths, num_positions=1000, longest=100) == 0
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(D, V), (64, 64)], ids=str)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.reference.linear import quantize_rows
 from npu_ops import linear, moe
+from npu_ops.format import FRACTAL_NZ, cast_format
 from tests.npu.device import HALVES, assert_near, npu, randn
 
 T, E, K, D, F = 19, 8, 3, 64, 32
@@ -77,3 +79,22 @@ def test_grouped_matmul_of_int8(dtype: torch.dtype) -> None:
     rows = (x_codes.cpu().double() * x_scale.cpu().double()[:, None]).split(counts.tolist())
     weights = codes.cpu().double() * scale.double()[:, None]
     assert_near(found, torch.cat([part @ w for part, w in zip(rows, weights)]))
+
+
+@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [13]], ids=str)
+def test_a_gated_product_and_its_codes(counts: list[int]) -> None:
+    """A code is off by half at most, and by what float32 does before."""
+    x_codes, x_scale = linear.dynamic_quant(x=randn(13, D, dtype=torch.bfloat16))
+    codes, scale = (torch.stack(parts) for parts in zip(*(
+        quantize_rows(torch.randn(2 * F, D) * D**-0.5, "w8a8") for _ in counts)))
+    weight = cast_format(x=codes.transpose(1, 2).contiguous().to(npu().device), acl_format=FRACTAL_NZ)
+    experts = moe.StackedExperts(weight, scale.to(npu().device), is_joined=True)
+    found, found_scale = moe.swiglu_quant(x_RX=x_codes, scale_R=x_scale, experts=experts,
+                                          counts_E=torch.tensor(counts).to(npu().device))
+    rows = (x_codes.cpu().double() * x_scale.cpu().double()[:, None]).split(counts)
+    gate, up = torch.cat([part @ (w.double() * s.double()[:, None]).T for part, w, s in zip(rows, codes, scale)]).chunk(
+        2, dim=1)
+    truth = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(found_scale.cpu().double(), truth.abs().amax(1) / 127, rtol=1e-5, atol=0)
+    assert found.shape == (13, F) and found.dtype is torch.int8
+    assert ((truth / found_scale.cpu().double()[:, None] - found.cpu().double()).abs() <= 0.501).all()

@@ -64,7 +64,8 @@ def test_the_tokens_of_one_card(model: str, settings: dict[str, Any], order: str
 
 
 def test_experts_of_codes() -> None:
-    """Tokens are no measure here: a code that differs by one may choose another expert. On CPUs it is as much."""
+    """Tokens are no measure here: a code that differs by one may choose another expert. On CPUs it is as much. One card
+    joins gate and up with what follows; two have a row's codes by its largest number on both."""
     settings: dict[str, Any] = {"dtype": "float16", "quantization": "w8a8", "graph_mode": "off"}
     found = []
     for more in ({}, TWO):

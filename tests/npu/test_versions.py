@@ -66,13 +66,15 @@ def call_everything() -> None:
     format.cast_format(x=randn(16, 16, dtype=BF16), acl_format=format.FRACTAL_NZ)
     sampling.top_k_top_p(logits_SV=randn(2, 9), k_S=torch.tensor([2, 3], dtype=I32, device=npu().device))
     weights, ids, _ = moe.gating(logits_TE=randn(4, 8), k=2, bias_E=randn(8))
-    for scales, rounds_inputs in (([], False), ([scale.to(BF16)] * 8, False), ([scale.to(BF16)] * 8, True)):
+    for scales, rounds_inputs in (([], False), ([scale] * 8, False), ([scale] * 8, True)):
         weight = (codes if scales else codes.to(BF16)).t().contiguous()
-        experts = moe.stack([weight] * 8, scales, rounds_inputs=rounds_inputs)
+        experts = moe.stack([weight] * 8, scales, dtype=BF16, rounds_inputs=rounds_inputs)
         mode = moe.PER_TOKEN if rounds_inputs else moe.PLAIN
         rows, row_scales, order = moe.init_routing(x_TX=x, ids_TK=ids, num_experts=8, quant_mode=mode)
         out = moe.grouped_linear(x_RX=rows, scale_R=row_scales if rounds_inputs else None, experts=experts,
                                  counts_E=order.counts_E, dtype=BF16)
+    gated = moe.stack([codes.t().contiguous()] * 8, [scale] * 8, dtype=BF16, rounds_inputs=True, is_gated=True)
+    moe.swiglu_quant(x_RX=rows, scale_R=row_scales, experts=gated, counts_E=order.counts_E)
     moe.unpermute(x_RX=out, row_of_R=order.row_of_R, weights_TK=weights)
 
 

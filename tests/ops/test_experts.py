@@ -246,21 +246,32 @@ def test_packed_experts_take_what_linear_layers_do(ops: OpSet) -> None:
         ops.pack_experts(weights, quantization="int4")
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_gated_product_is_two_operators(ops: OpSet, quantization: str | None) -> None:
+    """The bits of one after the other."""
+    weights, choice, x_TX = experts(9, (2 * 35, 64)), chosen(13, 9, 3), torch.randn(13, 64)
+    packed, gated = (pack(weights, quantization=quantization) for pack in (ops.pack_experts, ops.pack_gated_experts))
+    found_RF = ops.gated_grouped_linear(x_TX, gated, choice)
+    assert torch.equal(found_RF, ops.silu_mul(ops.grouped_linear(x_TX, packed, choice, from_tokens=True)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_results_go_into_memory_of_the_caller(ops: OpSet, dtype: torch.dtype, quantization: str | None) -> None:
     """The bits of a result of its own, over whatever was there."""
     num_tokens, num_chosen, (width, size) = 21, 2, (34, 48)
-    up, down = (ops.pack_experts([w.to(dtype) for w in experts(5, shape)], quantization=quantization)
-                for shape in ((2 * width, size), (size, width)))
+    stacked = experts(5, (2 * width, size))
+    up, down = (ops.pack_experts([w.to(dtype) for w in each], quantization=quantization)
+                for each in (stacked, experts(5, (size, width))))
+    gated = ops.pack_gated_experts([w.to(dtype) for w in stacked], quantization=quantization)
     choice, x_TX = chosen(num_tokens, 5, num_chosen), torch.randn(num_tokens, size).to(dtype)
     rows = num_tokens * num_chosen
     rooms = [torch.full(shape, NAN, dtype=dtype) for shape in ((rows, 2 * width), (rows, width), (rows, size),
                                                                (num_tokens, size))]
 
     def results(outs: Sequence[Tensor | None]) -> Iterator[Tensor]:
-        yield (y := ops.grouped_linear(x_TX, up, choice, from_tokens=True, out=outs[0]))
-        yield (y := ops.silu_mul(y, out=outs[1]))
+        yield ops.grouped_linear(x_TX, up, choice, from_tokens=True, out=outs[0])
+        yield (y := ops.gated_grouped_linear(x_TX, gated, choice, room=outs[0], out=outs[1]))
         yield (y := ops.grouped_linear(y, down, choice, from_tokens=False, out=outs[2]))
         yield ops.combine(y, choice, out=outs[3])
 

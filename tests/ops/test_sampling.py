@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
 
 import pytest
 import torch
@@ -24,18 +26,19 @@ def possible_tokens(logits: list[float], temperature: float, top_k: int, top_p: 
     if 0 < top_k < len(scaled):
         kth = sorted(scaled, reverse=True)[top_k - 1]
         scaled = [x if x >= kth else -math.inf for x in scaled]
-    weights = [math.exp(x - max(scaled)) for x in scaled]
+    most = max(scaled)
+    weights = [math.exp(x - most) for x in scaled]
     found = set()
     for p_shift in (-slack, 0.0, slack):
         for m_shift in (1 - slack, 1.0, 1 + slack):
             kept = keep(weights, top_p + p_shift if top_p < 1 else 1.0, min_p * m_shift)
-            for u_shift in (-slack, 0.0, slack):
-                found.add(invert(kept, min(max(uniform + u_shift, 0.0), 1 - 1e-12)))
+            found |= invert(kept, [min(max(uniform + u_shift, 0.0), 1 - 1e-12) for u_shift in (-slack, 0.0, slack)])
     return found
 
 
 def keep(weights: list[float], top_p: float, min_p: float) -> list[float]:
-    kept = [w if w >= min(min_p, 1.0) * max(weights) else 0.0 for w in weights]
+    least = min(min_p, 1.0) * max(weights)
+    kept = [w if w >= least else 0.0 for w in weights]
     running, total = 0.0, math.fsum(weights)
     for i in sorted(range(len(kept)), key=lambda i: (-kept[i], i)):
         if running >= top_p * total and top_p < 1 and running > 0:
@@ -44,13 +47,11 @@ def keep(weights: list[float], top_p: float, min_p: float) -> list[float]:
     return kept
 
 
-def invert(weights: list[float], uniform: float) -> int:
-    target, running = uniform * math.fsum(weights), 0.0
-    for i, w in enumerate(weights):
-        running += w
-        if running > target:
-            return i
-    return max(i for i, w in enumerate(weights) if w > 0)
+def invert(weights: list[float], uniforms: list[float]) -> set[int]:
+    """For each of them the first token up to which the weights add up to more than it."""
+    sums, total = [*accumulate(weights)], math.fsum(weights)
+    found = {bisect_right(sums, uniform * total) for uniform in uniforms}
+    return {i if i < len(weights) else max(i for i, w in enumerate(weights) if w > 0) for i in found}
 
 
 def draw(ops: OpSet, logits: Tensor, temperature: list[float], top_k: list[int], top_p: list[float], min_p: list[float],

@@ -80,6 +80,25 @@ def test_what_is_lost_repeated_and_late_is_made_good(seed: int) -> None:
     assert feed.num_gaps > 20 and feed.num_repeated > 20 and feed.num_broken > 10 and not feed.is_behind
 
 
+def test_a_replay_that_has_lost_a_batch_itself_is_asked_for_as_a_whole() -> None:
+    rng, index = random.Random(0), GlobalIndex(1000)
+    instance, feed = Instance(rng, 1.0), EventFeed(index, "a", OwnReader())
+    feed.take(*instance.step())
+    replay(feed, instance)
+    for torn in (lambda batches: batches[1:], lambda batches: [batches[0], *batches[2:]],
+                 lambda batches: [(batches[0][0], batches[0][1][:5]), *batches[1:]]):
+        for batch in [instance.step() for _ in range(6)][-1:]:
+            feed.take(*batch)
+        assert feed.is_behind
+        for batch in torn(instance.stream.replay(feed.start)):
+            feed.take_replayed(*batch)
+        feed.end_replay()
+        assert feed.is_behind and feed.start == 0, "what it knows is not taken for all that there is"
+        replay(feed, instance)
+        assert not feed.is_behind
+        instance.check(index, "a")
+
+
 def test_without_replays_a_gap_costs_all_that_is_known() -> None:
     rng, index = random.Random(0), GlobalIndex(1000)
     instance = Instance(rng, 1.0)

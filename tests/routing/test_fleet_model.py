@@ -104,6 +104,8 @@ class SlowFleet:
             order = sorted(names, key=lambda name: (self.instances[name].number < self.turn,
                                                     self.instances[name].number))
             assert decision.name == next((name for name in order if not ranks[name][0]), order[0])
+        elif policy == "random":
+            assert (decision.reason == "full") == chosen[0] == best[0]
         else:
             # Of those that are all full nothing else counts but cost; of those that are all stale, what is drawn.
             assert chosen[:3] == best[:3]

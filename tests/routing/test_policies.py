@@ -68,7 +68,7 @@ def test_what_holds_of_every_choice(policy: str, places: list[Place], call: Rout
     chosen = places[ord(decision.name) - ord("a")]
     assert not chosen["full"] or (all(one["full"] for one in places) and decision.reason == "full")
     able = [one for one in places if not one["full"]] or places
-    if policy == "round_robin":
+    if policy in ("round_robin", "random"):
         return
     assert not chosen["stale"] or chosen["full"] or all(one["stale"] for one in able)
     assert (decision.reason == "stale") == (chosen["stale"] and not chosen["full"])
@@ -107,7 +107,7 @@ def test_the_order_of_the_instances_does_not_matter(policy: str, places: list[Pl
         assert first.scores[other.name] == pytest.approx(first.scores[first.name])
 
 
-@EVERY
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "random"])
 def test_equal_ones_take_turns(policy: str) -> None:
     same = [place(matched=7)] * 3
     assert [decide(policy, same, call_of(turn)).name for turn in range(7)] == list("abcabca")
@@ -133,6 +133,14 @@ def test_of_stale_ones_two_are_drawn(policy: str) -> None:
     assert chosen == set("abc"), "the busiest of all never"
     assert decide(policy, [place(stale=True)], call_of(draws=(0.9, 0.9))).name == "a"
     assert decide(policy, [*places, place(waiting=5000)]).name == "e"
+
+
+def test_any_one_is_drawn_that_is_not_full() -> None:
+    places = [place(matched=NUM_TOKENS), place(full=True), place(stale=True), place(waiting=5000, free=0)]
+    drawn = [decide("random", places, call_of(draws=(number / 9, 0.5))) for number in range(9)]
+    assert [one.name for one in drawn] == list("aaacccddd") and {one.reason for one in drawn} == {"drawn"}
+    last = decide("random", [place(full=True)] * 2, call_of(draws=(0.999, 0.0)))
+    assert (last.name, last.reason) == ("b", "full")
 
 
 @pytest.mark.parametrize("policy", ["cache_aware", "load_aware", "slo_aware"])

@@ -4,6 +4,7 @@ The simulated KV memory notices any slot that does not hold the prefix that its 
 are on their way; moves run in random order at random times.
 """
 
+import functools
 import random
 
 import pytest
@@ -82,28 +83,36 @@ def test_random_conversations_over_host_memory(start):
             raise AssertionError(f"seed {seed}") from error
 
 
-@pytest.mark.parametrize("start", range(0, 40, 20))
-def test_random_conversations_over_host_memory_and_disk(start, tmp_path):
-    for seed in range(start, start + 20):
+@pytest.fixture(scope="module")
+def with_disk(tmp_path_factory):
+    """Runs a seed with a disk, once; returns how often what came about."""
+    folder = tmp_path_factory.mktemp("disks")
+
+    @functools.cache
+    def counts(seed: int) -> dict[str, int]:
         try:
-            run(seed, tmp_path / str(seed)).close()
+            simulation = run(seed, folder / str(seed))
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
-
-
-def test_the_conversations_reach_what_they_are_meant_to_reach(tmp_path):
-    """Otherwise the tests above prove little."""
-    totals = dict.fromkeys(("loaded", "saved", "host_evicted", "written", "staged", "disk_evicted", "swaps", "cut"), 0)
-    for seed in range(40):
-        simulation = run(seed, tmp_path / str(seed))
         tiers = simulation.tiers
-        totals["loaded"] += tiers.loader.num_loaded
-        totals["saved"] += tiers.saver.num_written
-        totals["host_evicted"] += tiers.host.num_evicted
-        totals["written"] += tiers.writer.num_written
-        totals["staged"] += tiers.stager.num_staged
-        totals["disk_evicted"] += tiers.disk.num_evicted
-        totals["swaps"] += simulation.scheduler.counters.swaps_total
-        totals["cut"] += tiers.saver.num_cut
+        found = {"loaded": tiers.loader.num_loaded, "saved": tiers.saver.num_written,
+                 "host_evicted": tiers.host.num_evicted, "written": tiers.writer.num_written,
+                 "staged": tiers.stager.num_staged, "disk_evicted": tiers.disk.num_evicted,
+                 "swaps": simulation.scheduler.counters.swaps_total, "cut": tiers.saver.num_cut}
         simulation.close()
+        return found
+
+    return counts
+
+
+@pytest.mark.parametrize("start", range(0, 40, 20))
+def test_random_conversations_over_host_memory_and_disk(start, with_disk):
+    for seed in range(start, start + 20):
+        with_disk(seed)
+
+
+def test_the_conversations_reach_what_they_are_meant_to_reach(with_disk):
+    """Otherwise the tests above prove little."""
+    found = [with_disk(seed) for seed in range(40)]
+    totals = {what: sum(counts[what] for counts in found) for what in found[0]}
     assert all(totals.values()), totals

@@ -63,7 +63,11 @@ def test_router_measures_the_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [["--instances", "65"], ["--blocks", "100"], ["--prompt-tokens", "15"],
                                    ["--events", "0"], ["--policy", "load_aware"], ["--cache-tokens", "5"],
                                    ["--events", "5", "--trace", "x"], ["--prefill-speed", "0", "--trace", __file__],
-                                   ["--policy", "random", "--trace", __file__], ["/no/such", "--trace=/no/such"],
+                                   ["--policy", "best", "--trace", __file__], ["--processes"],
+                                   ["--speed-up", "0.5", "--trace", __file__],
+                                   ["--cost-profile", "x", "--trace", __file__],
+                                   ["--prefill-speed", "9", "--processes", "--cost-profile", "x", "--trace", __file__],
+                                   ["/no/such", "--trace=/no/such"],
                                    ["line 1", f"--trace={__file__}"]])
 def test_router_says_what_it_cannot_measure(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "router", *wrong[not wrong[0].startswith("--"):]]) == 1

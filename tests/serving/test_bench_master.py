@@ -13,11 +13,12 @@ from serving.cluster.engine_gate import EngineGate
 from serving.commands.bench.http_load import HttpLoad
 from serving.commands.bench.master_bench import cpu_s
 from serving.commands.bench.measured_master import CpuSampler
-from serving.commands.bench.null_instance import NullCore, NullEngine
+from serving.commands.bench.null_instance import NullCore, NullEngine, totals
 from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
 from xllm.client.remote import RemoteClient
+from xllm.cost.cost_model import StepPrices
 from xllm.engine.commands import CacheChanges
 from xllm.errors import XllmError
 from xllm.request import Request, SamplingParams
@@ -43,8 +44,22 @@ def test_the_load_reads_whole_answers_and_streams(server: ServerProcess) -> None
         asyncio.run(HttpLoad("127.0.0.1:9").ask([chat(1)], 1))
 
 
+def test_completions_are_sent_when_they_are_due(server: ServerProcess) -> None:
+    def body(num_tokens: int) -> dict[str, object]:
+        return {"prompt": [5, 6, 7], "max_tokens": num_tokens, "ignore_eos": True, "stream": True,
+                "stream_options": {"include_usage": True}}
+
+    load, began_s = HttpLoad(server.url.removeprefix("http://")), time.monotonic()
+    first, wrong, last = asyncio.run(load.ask_in_time("/v1/completions", [(0.0, body(9)), (0.1, body(-1)),
+                                                                          (0.3, body(2))]))
+    assert time.monotonic() - began_s > 0.3
+    assert not isinstance(first, str) and (first.num_prompt_tokens, first.num_tokens) == (3, 9) and first.first_s > 0
+    assert isinstance(wrong, str) and "400" in wrong
+    assert not isinstance(last, str) and last.num_tokens == 2 and last.first_s < 0.3, "counted from when it was due"
+
+
 async def test_an_instance_without_a_model() -> None:
-    core = NullCore(0.001)
+    core = NullCore(StepPrices(step=0.001, token=0.002, read=2e-5))
     engine = NullEngine(core)
     engine.bind()
     gate = EngineGate(engine, [engine], KEYS)
@@ -58,10 +73,16 @@ async def test_an_instance_without_a_model() -> None:
     began_s, tokens = time.monotonic(), list[int]()
     while deltas := await stream.next():
         tokens += [token for delta in deltas for token in delta.token_ids]
-    assert len(tokens) == 12 and len(set(tokens)) > 6 and time.monotonic() - began_s > 0.012
+    took_s = time.monotonic() - began_s
+    # 43 tokens, each over all before it: of the prompt 32 * 32 / 2, of the answer 32 to 42.
+    least_s = 12 * 0.001 + 43 * 0.002 + 2e-5 * (512 + 407)
+    assert len(tokens) == 12 and len(set(tokens)) > 6 and took_s > least_s
     assert sum(len(changes.stored) for changes in stored) >= 2 * 16, "two full blocks of the prompt, a digest each"
     engine.beat()
     assert [(num_tokens, num_seqs) for *_, num_tokens, num_seqs in engine.steps.recent] == [(32, 1), *[(1, 1)] * 11]
+    found = totals(engine)
+    assert (found["prompt_tokens_total"], found["generation_tokens_total"], found["computed_tokens"]) == (32, 12, 43)
+    assert least_s < found["busy_s"] < took_s
     client.close()
     gate.close()
     engine.shutdown()

@@ -18,7 +18,7 @@ from serving.commands import cli, top
 from serving.commands.cluster_plan import cluster_plan
 from serving.config import ClusterSettings
 from tests.serving.cluster_up_process import COMMAND, SMALL, ClusterUp, instances_of
-from tests.serving.server_process import ROOT, wait_for
+from tests.serving.server_process import ROOT, START_TIMEOUT_S, wait_for
 from xllm import env
 from xllm.errors import ConfigError
 
@@ -77,7 +77,8 @@ def test_nothing_outlives_whoever_started_it(tmp_path: Path) -> None:
         process = subprocess.Popen([*COMMAND, "--instances", "1", *SMALL], cwd=ROOT, stdout=out,
                                    stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
-        wait_for(lambda: any(one.children() for one in instances_of(process.pid).values()), what="an engine")
+        wait_for(lambda: any(one.children() for one in instances_of(process.pid).values()), START_TIMEOUT_S,
+                 "an engine")
         trees = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.kill()

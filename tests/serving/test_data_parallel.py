@@ -141,22 +141,26 @@ def test_adapters_are_loaded_by_all_or_none(server: ServerProcess) -> None:
     assert [cached(complete(server, prompt(seed), model="x")) for seed in (4, 2, 1, 3)] == [96] * 4
     assert all(answers) and admin(server, "/v1/load_lora_adapter", lora_name="x", lora_path="x2").status_code == 400
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(complete, server, prompt(9), model="x", **{**LONG, "max_tokens": 200})
-        wait_for(lambda: sum(by_engine(server, "xllm:num_requests_running")) == 1, what="a request with it")
+        assert admin(server, "/pause").json()["is_paused"]
+        held = pool.submit(complete, server, prompt(9), model="x")
+        wait_for(lambda: sum(by_engine(server, "xllm:num_requests_waiting")) == 1, what="a request with it")
         refused = admin(server, "/v1/unload_lora_adapter", lora_name="x")
         assert refused.status_code == 409 and re.search("engine [01]: requests with adapter 'x' are open", refused.text)
         assert "x" in {model["id"] for model in server.http.get("/v1/models").json()["data"]}, "no engine has lost it"
-        assert running.result(30)
+        admin(server, "/resume")
+        assert held.result(30)
     assert complete(server, prompt(1), model="x")["choices"] == answers[0]["choices"]
 
 
 def test_one_dies_and_the_other_serves_on(server: ServerProcess) -> None:
     """It has the adapter, and is paused with the other, when it is back."""
     pids = engine_pids(server)
+    assert admin(server, "/pause").json()["is_paused"]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(server.http.post, "/v1/completions", json={**LONG, "prompt": prompt(300 + n)})
                  for n in range(4)]
-        wait_for(lambda: by_engine(server, "xllm:num_requests_running") == [2, 2], what="calls in both")
+        wait_for(lambda: by_engine(server, "xllm:num_requests_waiting") == [2, 2], what="calls in both")
+        admin(server, "/resume")  # so that they have just begun as one dies
         os.kill(pids[1], signal.SIGKILL)
         answers = [call.result(60) for call in calls]
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]

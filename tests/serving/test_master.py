@@ -25,15 +25,15 @@ SEEDED = {"prompt": "def quicksort(items):", "max_tokens": 400, "temperature": 0
 
 
 class Master:
-    """`xllm master` over instances at these addresses."""
+    """`xllm master` over instances at these addresses, or over what the flags say."""
 
     def __init__(self, folder: Path, addresses: list[str], *flags: str):
         self._log = folder / "master.log"
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serving.commands.cli", "master", "--http_server_port", "0", "--instances",
-                 ",".join(addresses), "--cluster-secret-file", str(folder / "secret"), "--admin-api-key", "the-admins",
-                 *flags],
+                [sys.executable, "-m", "serving.commands.cli", "master", "--http_server_port", "0",
+                 "--admin-api-key", "the-admins", *(["--instances", ",".join(addresses), "--cluster-secret-file",
+                                                     str(folder / "secret")] if addresses else []), *flags],
                 cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         try:
             wait_for(self._ports, START_TIMEOUT_S, "listening")

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 
+from serving.commands.bench.http_load import ChatAnswer
 from serving.commands.bench.modelled_engine import STEP_TOKENS, EngineSpeed, ModelledEngine, TracedRequest
-from serving.commands.bench.router_trace import marks_of, read_requests
+from serving.commands.bench.router_processes import check_blocks, measured_prices, prices_of, prompt_of, summary
+from serving.commands.bench.router_trace import marks_of, read_requests, scaled
 from serving.commands.cli import main
-from xllm.errors import ConfigError
+from xllm.cost.cost_file import CostOrigin, profile_to_json
+from xllm.cost.cost_model import StepPrices
+from xllm.cost.observations import MeasuredStep, Profile, decode_work, prefill_work
+from xllm.errors import ConfigError, XllmError
 from xllm.routing.policies import POLICIES
+from xllm.routing.prompt_marks import prompt_marks
 
 SPEED = EngineSpeed(step_s=0.01, token_s=0.001, sequence_s=0.002)
 
@@ -100,6 +106,58 @@ def test_policies_on_conversations(tmp_path: Path) -> None:
     assert result["imbalance"] == result["policies"]["cache_aware"]["imbalance"] < 1.6
     assert all(1 <= one["imbalance"] <= 4 and 0 < one["ttft_p50_s"] <= one["ttft_p99_s"]
                and sum(one["reasons"].values()) == 63 for one in result["policies"].values())
+
+
+def test_a_trace_is_scaled_and_its_blocks_become_tokens(tmp_path: Path) -> None:
+    requests = scaled(read_requests(conversations(tmp_path / "trace.jsonl")), 6, 4)
+    by_id = {one.request_id: one for one in requests}
+    first, second = by_id["1"], by_id["2"]  # two turns, of 6 and 10 blocks of 512 tokens
+    assert (first.block_size, first.num_tokens // 128, second.num_tokens // 128) == (128, 5, 9)
+    assert second.at_s - first.at_s == pytest.approx(40 / 6, abs=0.2) and 1 <= first.num_output_tokens <= 8
+    prompts = [prompt_of(one, 4096) for one in (first, second, by_id["4"])]
+    assert [len(prompt) for prompt in prompts] == [one.num_tokens for one in (first, second, by_id["4"])]
+    assert prompts[0] == prompt_of(first, 4096) and all(3 < min(prompt) <= max(prompt) < 4096 for prompt in prompts)
+    marks = [prompt_marks(prompt, 16).digests for prompt in prompts]
+    assert marks[0][:40] == marks[1][:40] and marks[0][40] != marks[1][40], "five whole blocks in common"
+    assert marks[0][:16] == marks[2][:16] and marks[0][16] != marks[2][16], "two, that everybody begins with"
+    with pytest.raises(ConfigError, match="--shrink must divide"):
+        scaled(requests, 1, 3)
+    with pytest.raises(ConfigError, match="whole blocks of 16 tokens; it leaves 8"):
+        check_blocks(scaled(requests, 1, 16))
+
+
+def test_prices_of_steps(tmp_path: Path) -> None:
+    prices = prices_of(SPEED)
+    assert prices.predict(prefill_work(250)) == pytest.approx(0.01 + 0.25)
+    assert prices.predict(decode_work([9, 9])) == pytest.approx(0.01 + 0.004)
+    measured = [MeasuredStep(work, StepPrices(0.01, 1e-3, 1e-3, 1e-6, 1e-6).predict(work))
+                for work in (*(prefill_work(number, 200) for number in (100, 200, 300, 400, 500, 600)),
+                             *(decode_work([100] * number) for number in (1, 2, 4, 8)),
+                             *(decode_work([800] * number) for number in (1, 2, 4, 8)))]
+    origin = CostOrigin(version="1", model="m", config="c", quantization=None, device="cpu", device_name="d",
+                        dtype="float32", kv_dtype="float32", num_threads=1, tensor_parallel_size=1)
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(profile_to_json(origin, Profile(steps=measured))), encoding="utf-8")
+    scaled_prices = measured_prices(file, 5, 4)
+    assert scaled_prices.predict(prefill_work(200)) == pytest.approx(  # of 800 tokens, five times as fast
+        0.01 + (800 * 1e-3 + 1e-6 * 800 * 800 / 2) / 5, rel=1e-2)
+    assert scaled_prices.predict(decode_work([25])) == pytest.approx(  # one of fewer steps, over 100 tokens
+        0.01 + 1e-3 + 1e-3 * 4 / 5 + 2e-6 * 100, rel=1e-2)
+    file.write_text(json.dumps(profile_to_json(origin, Profile(steps=measured[:3]))), encoding="utf-8")
+    with pytest.raises(ConfigError, match="fewer than 8 steps"):
+        measured_prices(file, 5, 4)
+
+
+def test_what_instances_and_clients_say_is_summed_up() -> None:
+    requests = [request("1", b"ab"), request("2", b"ab", output=5), request("3", b"abc")]
+    answers = [ChatAnswer(200, 3, 0.1, 3), ChatAnswer(200, 4, 0.3, 3), "the server answered 503"]
+    said = {"preemptions_total": 0, "busy_s": 1.0}
+    found = summary(requests, answers, [{**said, "prompt_tokens_total": 300, "cached_prompt_tokens_total": 100},
+                                        {**said, "prompt_tokens_total": 100, "cached_prompt_tokens_total": 0}], 2.0)
+    assert (found["hit_rate_pct"], found["imbalance"], found["computed_by_instance"]) == (25.0, 1.333, [200, 100])
+    assert (found["failed"], found["errors"], found["busy_pct"]) == (2, ["the server answered 503"], 50.0)
+    with pytest.raises(XllmError, match="no request was answered: the server answered 503"):
+        summary(requests[2:], answers[2:], [], 2.0)
 
 
 def test_sessions_of_agents_are_read(tmp_path: Path) -> None:

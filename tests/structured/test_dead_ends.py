@@ -30,7 +30,7 @@ def vocabulary(source):
 
 @pytest.fixture(scope="module")
 def token_bytes(source):
-    return [bytes.fromhex(token) for token in source.token_bytes]
+    return np.array([bytes.fromhex(token) for token in source.token_bytes], object)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,10 @@ def dead_ends():
 class Writer:
     """Draws outputs of a schema from its masks, over the bundled model's byte-level tokens."""
 
-    def __init__(self, vocabulary, token_bytes: list[bytes], schema: dict):
+    def __init__(self, vocabulary, token_bytes: np.ndarray, schema: dict):
         self._matcher = build_matcher(vocabulary, grammar_text(StructuredOutput(json=schema)))
-        self._ends, self._bytes = set(vocabulary.eos_tokens), token_bytes
+        self._ends, self._bytes = vocabulary.eos_tokens, token_bytes
+        self._closes = np.isin(token_bytes, [b'"', b"}", b"]", b",", b":"])  # of each token
 
     def write(self, seed: int) -> str | None:
         """An output; None if it has not ended after MAX_TOKENS."""
@@ -52,14 +53,14 @@ class Writer:
             if matcher.is_stopped():
                 return text.decode()
             mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            allowed = [int(token_id) for token_id in np.flatnonzero(np.unpackbits(mask, bitorder="little"))]
-            assert not matcher.is_error() and allowed, f"a dead end behind {text!r}: {matcher.get_error()}"
-            others = [token_id for token_id in allowed if token_id not in self._ends]
-            if not others or (len(others) < len(allowed) and chooser.random() < 0.5):
+            allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+            assert not matcher.is_error() and allowed.size, f"a dead end behind {text!r}: {matcher.get_error()}"
+            others = allowed[~np.isin(allowed, self._ends)]
+            if not others.size or (others.size < allowed.size and chooser.random() < 0.5):
                 return text.decode()
             # Short texts, so that most of them end: what closes is drawn as often as all the rest together.
-            closing = [token_id for token_id in others if self._bytes[token_id] in (b'"', b"}", b"]", b",", b":")]
-            token_id = chooser.choice(closing if closing and chooser.random() < 0.5 else others)
+            closing = others[self._closes[others]]
+            token_id = int(chooser.choice(closing if closing.size and chooser.random() < 0.5 else others))
             assert matcher.consume_token(token_id)
             text += self._bytes[token_id]
         return None

@@ -20,18 +20,21 @@ from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
 from xllm.client.engine_client import EngineAwayError, Stream
-from xllm.client.remote import RemoteClient
+from xllm.client.kv_subscriber import KVSubscriber
+from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
-from xllm.engine.commands import Action, Controlled
+from xllm.engine.commands import Action, Controlled, EngineState
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.routed_instance import LoadReport
+from xllm.routing.vllm_reader import VllmReader
 from xllm.stats import EngineStats
 
 _SEED_BITS = 63  # Chosen: what a signed 64-bit number holds, wherever it is written down
+_READER_TIERS = 2  # blocks that are followed of an instance, over those of its device. Chosen: it may offload as many
 logger = logging.getLogger("xllm.cluster")
 
 
@@ -47,10 +50,12 @@ class ClusterClient:
         self._dispatcher = Dispatcher(self.members, self._fleet, watcher or NoCallWatcher())
         self._control = ReplicaControl(self._up_labelled)
         self._joining: dict[str, asyncio.Task[None]] = {}
+        self._subscriber: KVSubscriber | None = None  # to the events of instances that publish them
+        self._unfound: dict[str, int | None] = {}  # sizes of blocks that were warned of, by instance
 
     # --- who is there
 
-    def join(self, name: str, client: RemoteClient, *, role: str = "DEFAULT") -> None:
+    def join(self, name: str, client: MemberClient, *, role: str = "DEFAULT") -> None:
         """An instance is connected and may get requests, as soon as it has the adapters and the state of the others.
         An instance of that name that is there leaves first. Raises ValueError as `Fleet.join` does."""
         self.leave(name, "another one has joined under its name")
@@ -65,6 +70,10 @@ class ClusterClient:
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
         client.on_condition = lambda: self._heard(member)
+        if client.kv_events is not None:
+            self._subscriber = self._subscriber or KVSubscriber(self._fleet.index)
+            self._subscriber.follow(name, client.kv_events.endpoint, client.kv_events.replay_endpoint,
+                                    reader=VllmReader(_READER_TIERS * facts.num_blocks))
         self._control.know_adapters(facts.config.lora.lora_modules)
         if self._control.state is None:
             self._ready(member)
@@ -82,6 +91,8 @@ class ClusterClient:
         member.client.on_cache_changes = lambda changes: None
         member.client.on_condition = lambda: None
         self._dispatcher.hand_over(member)
+        if self._subscriber is not None:
+            self._subscriber.drop(name)
         self._fleet.leave(name)
         if self._control.state is not None and not self.members.all:
             logger.warning("the last instance has left; the next ones get the state that it had")
@@ -100,7 +111,17 @@ class ClusterClient:
         if self.members.all.get(member.name) is member:
             self._ready(member)
 
+    def _look_at_blocks(self, name: str) -> None:
+        """Say it once if what an instance publishes cannot be found."""
+        followed = None if self._subscriber is None else self._subscriber.instances.get(name)
+        size = None if followed is None else followed.feed.block_size
+        if size not in (None, self._fleet.block_size, self._unfound.get(name)):
+            self._unfound[name] = size
+            logger.warning("%s: its KV events are of blocks of %d tokens, prompts are looked up in blocks of %d: "
+                           "nothing that it has cached is found", name, size, self._fleet.block_size)
+
     def _heard(self, member: ClusterMember) -> None:
+        self._look_at_blocks(member.name)
         client, stats = member.client, member.client.stats
         self._fleet.heard(member.name, LoadReport(
             num_waiting=stats.num_waiting, num_running=stats.num_running, num_free_blocks=_num_free_blocks(client),
@@ -109,8 +130,10 @@ class ClusterClient:
             member.was_drained = True
             self._dispatcher.hand_over(member)
 
-    def _up_labelled(self) -> dict[str, RemoteClient]:
-        return {f"instance {name}": client for name, client in self.members.up.items()}
+    def _up_labelled(self) -> dict[str, MemberClient]:
+        up = self.members.up
+        return {f"instance {name}": client for name, client in up.items()
+                if client.takes_commands or not any(one.takes_commands for one in up.values())}
 
     async def close(self) -> None:
         """End what looks for an instance, and forget all of them."""
@@ -119,6 +142,8 @@ class ClusterClient:
         for task in list(self._joining.values()):
             task.cancel()
         await self._dispatcher.close()
+        if self._subscriber is not None:
+            await self._subscriber.close()
 
     # --- how they are
 
@@ -230,10 +255,14 @@ class ClusterClient:
         """See `EngineClient.control`: all instances do it, or none. The error of one that refuses names it."""
         if not self.is_up:
             raise EngineAwayError(self.members.why_none())
+        deaf = [name for name, client in self.members.up.items() if not client.takes_commands]
+        if deaf and action != "state":
+            return Controlled(0, EngineState(), error=f"instance {deaf[0]} takes no commands, and all do it or none",
+                              is_state=True)
         return await self._control.run(action, options)
 
 
-def _num_free_blocks(client: RemoteClient) -> int:
+def _num_free_blocks(client: MemberClient) -> int:
     """As it said last; before it has said anything, all."""
     assert client.facts is not None
     return client.stats.num_free_blocks if client.stats.num_blocks else client.facts.num_blocks

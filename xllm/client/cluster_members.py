@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from xllm.client.gate_wire import UNCHECKED
+from xllm.client.member_client import MemberClient
 from xllm.client.merged_stats import merged_stats, merged_steps
-from xllm.client.remote import RemoteClient
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
+from xllm.errors import RequestError
+from xllm.request import Request
 from xllm.stats import Counters, EngineStats
 
 # Without a sign of progress an instance gets no requests while others move on. As in `replicas.py`.
@@ -36,7 +39,7 @@ class ClusterMember:
     """is_ready: it has been brought to the state that the others are in. was_drained: its requests were handed over."""
 
     name: str
-    client: RemoteClient
+    client: MemberClient
     is_ready: bool = False
     was_drained: bool = False
 
@@ -57,7 +60,7 @@ class ClusterMembers:
         self._past: dict[str, EngineStats] = {}  # totals of those that left, by incarnation
         self._long_past = EngineStats()
 
-    def add(self, name: str, client: RemoteClient) -> ClusterMember:
+    def add(self, name: str, client: MemberClient) -> ClusterMember:
         """An instance is there."""
         member = self.all[name] = ClusterMember(name, client)
         self.gone.pop(name, None)
@@ -89,24 +92,33 @@ class ClusterMembers:
     # --- who takes requests
 
     @property
-    def up(self) -> dict[str, RemoteClient]:
+    def up(self) -> dict[str, MemberClient]:
         """Those that take requests."""
         return {name: member.client for name, member in self.all.items() if member.is_ready and member.client.is_up}
 
     @property
     def model(self) -> str | None:
-        """The fingerprint of what the first of those serves that take requests."""
-        return next((_model_of(client) for client in self.up.values()), None)
+        """The fingerprint of what the first of those serves that take requests and have one."""
+        found = [_model_of(client) for client in self.up.values()]
+        return next(filter(None, found), found[0] if found else None)
 
-    def able(self, model: str | None, adapters: Collection[tuple[str, str]]) -> set[str]:
-        """The names of those that serve this model, have these adapters (name and digest) and take requests: one that
-        hangs gets none while another one moves on."""
-        up = {name: client for name, client in self.up.items() if _model_of(client) == model}
+    def able(self, model: str | None, adapters: Collection[tuple[str, str]],
+             requests: Sequence[Request] = ()) -> set[str]:
+        """The names of those that serve this model, have these adapters (name and digest), can do what these requests
+        ask for and take requests: one that hangs gets none while another one moves on."""
+        up = {name: client for name, client in self.up.items()
+              if (_model_of(client) == model or UNCHECKED in (model, _model_of(client)))
+              and client.refusal(requests) is None}
         moving = {name: client for name, client in up.items() if client.silent_for_s() < SILENT_S} or up
         if not adapters:
             return set(moving)
         return {name for name, client in moving.items()
                 if set(adapters) <= set(zip(client.adapters, client.adapter_digests))}
+
+    def refusal(self, requests: Sequence[Request]) -> RequestError | None:
+        """Why none of those that take requests can do what these ask for; None: one can, or none takes any."""
+        found = [client.refusal(requests) for client in self.up.values()]
+        return None if None in found else next(iter(found), None)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -127,7 +139,7 @@ class ClusterMembers:
         """0: one of them at least is awake."""
         return min((client.sleep_level for client in self._seen()), default=0)
 
-    def _seen(self) -> Iterable[RemoteClient]:
+    def _seen(self) -> Iterable[MemberClient]:
         return self.up.values()
 
     # --- what they say
@@ -170,7 +182,7 @@ def _why_not_up(member: ClusterMember) -> str:
     return "it is brought to the state of the others" if not member.is_ready else client.phase
 
 
-def _model_of(client: RemoteClient) -> str | None:
+def _model_of(client: MemberClient) -> str | None:
     return None if client.model is None else client.model.fingerprint
 
 

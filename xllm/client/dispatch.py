@@ -71,12 +71,13 @@ class Dispatcher:
     # --- calls
 
     def begin(self, requests: Sequence[Request]) -> ClusterCall:
-        """Send a call to an instance. Raises EngineAwayError: there is none."""
+        """Send a call to an instance. Raises EngineAwayError: there is none; RequestError: none of them can do
+        what is asked for."""
         digests = self._members.digests
         adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
         call = ClusterCall(requests, self._members.model, adapters, self)
         if (decision := self._decide(call, requests, ())).name is None:
-            raise EngineAwayError(self._members.why_none())
+            raise self._members.refusal(requests) or EngineAwayError(self._members.why_none())
         self.calls.update(dict.fromkeys(call.open_ids, call))
         self._send(call, decision, requests)
         return call
@@ -265,12 +266,14 @@ class Dispatcher:
                 if other is not call and other.place is not None and other.on_trial}
 
     def _awaits_turn(self, call: ClusterCall) -> bool:
-        able = self._members.able(call.model, call.adapters)
+        able = self._members.able(call.model, call.adapters, call.rest)
         return not self._trials(call).isdisjoint(able - call.tries.busy - call.tries.refused.keys())
 
     def _given_up(self, call: ClusterCall) -> EngineDeadError:
         tries = call.tries
         tried = [f"{loss.place} was lost ({loss.reason})" for loss in tries.lost]
+        if (refusal := self._members.refusal(call.rest)) is not None:
+            tried.append(f"none of the others can go on ({refusal})")
         tried += [f"{name} refused to go on ({reason})" for name, reason in tries.refused.items()]
         what = f"the request was given up: {'; '.join(tried)}"
         if self._members.up:
@@ -280,7 +283,7 @@ class Dispatcher:
     # --- deciding and sending
 
     def _decide(self, call: ClusterCall, requests: Sequence[Request], exclude: Collection[str]) -> Decision:
-        able = self._members.able(call.model, call.adapters)
+        able = self._members.able(call.model, call.adapters, requests)
         prompts = _prompts(requests)
         marks = [self._marks(call, request) for request in prompts]
         first = requests[0]

@@ -32,6 +32,7 @@ _IVL_MS, _TIMEOUT_MS = 1000, 6000
 # Messages that may wait for an end that does not read. Chosen: steps of a minute on a slow device, of a second on a
 # fast one; what they may hold is bounded in bytes as well.
 MAX_WAITING_FRAMES = 4096
+UNCHECKED = ""  # the fingerprint of a model that is known by its name alone: it goes with any other of that name
 G = TypeVar("G")
 
 
@@ -60,7 +61,7 @@ class Condition:
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """names: which requests may use, the first is shown. fingerprint: of the checkpoint's files and of the settings
-    that change what it answers (`serving/cluster/model_fingerprint.py`)."""
+    that change what it answers (`serving/cluster/model_fingerprint.py`); `UNCHECKED`: nobody can compute it."""
 
     names: tuple[str, ...]
     fingerprint: str

@@ -105,16 +105,16 @@ class Instance:
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_BATCHES):
                 frames = await replay.recv_multipart(zmq.NOBLOCK)
-                number = sequence_number(frames, 3)
+                number = sequence_number(frames, 3, 4)  # vLLM 0.33 puts the topic before it
                 if number is None:
                     self.feed.num_broken += 1
-                elif frames[1] == END:
+                elif frames[-2] == END:
                     self._asked_s = None
                     self.feed.end_replay()
                 else:
                     if self._asked_s is not None:
                         self._asked_s = self.heard_s
-                    self.feed.take_replayed(number, frames[2])
+                    self.feed.take_replayed(number, frames[-1])
 
 
 class KVSubscriber:
@@ -124,6 +124,7 @@ class KVSubscriber:
         self._index, self._topic = index, topic
         self._context = zmq.asyncio.Context()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._dropped = set[asyncio.Task[None]]()
         self.instances: dict[str, Instance] = {}
 
     def follow(self, name: str, endpoint: str, replay_endpoint: str | None, *, reader: Reader | None = None,
@@ -142,17 +143,25 @@ class KVSubscriber:
             logger.exception("the KV events of %s are followed no more", name)
             self._index.leave(name)
 
-    async def leave(self, name: str) -> None:
-        """Follow an instance no more, and forget what it has. Unknown names are ignored."""
+    def drop(self, name: str) -> asyncio.Task[None] | None:
+        """Follow an instance no more, and forget what it has; returns what ends soon. Unknown names are ignored."""
         if (task := self._tasks.pop(name, None)) is not None:
             del self.instances[name]
             task.cancel()
+            self._dropped.add(task)
+            task.add_done_callback(self._dropped.discard)
+            self._index.leave(name)
+        return task
+
+    async def leave(self, name: str) -> None:
+        """As `drop`, and wait for the end."""
+        if (task := self.drop(name)) is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            self._index.leave(name)
 
     async def close(self) -> None:
         """Leave all instances."""
         for name in list(self._tasks):
-            await self.leave(name)
+            self.drop(name)
+        await asyncio.gather(*self._dropped, return_exceptions=True)
         self._context.destroy(linger=0)

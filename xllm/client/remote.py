@@ -9,13 +9,11 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from xllm.client.cluster_keys import ClusterKeys
-from xllm.client.commanding import CommandingClient
 from xllm.client.frame_port import FramePort
 from xllm.client.gate_wire import (
     BEAT_S,
@@ -29,7 +27,6 @@ from xllm.client.gate_wire import (
     GateReport,
     Hello,
     Lost,
-    ServedModel,
     Welcome,
     encode_up,
     farewell,
@@ -39,12 +36,11 @@ from xllm.client.gate_wire import (
     protocol_of,
     unnumbered,
 )
+from xllm.client.member_client import MemberClient
 from xllm.engine.commands import Command, Outputs, Submit
 from xllm.engine.facts import EngineFacts
-from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError
 from xllm.host_port import host_and_port
-from xllm.stats import EngineStats
 
 CONNECT_S = 5.0  # for an instance to answer. Chosen: many times a way through a network
 # Without a sign of life the instance is lost. Chosen: ten of them.
@@ -60,7 +56,7 @@ _HANDSHAKE_FAILED = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_F
 logger = logging.getLogger("xllm.client")
 
 
-class RemoteClient(CommandingClient):
+class RemoteClient(MemberClient):
     """A `WatchedEngine` behind the gate at `address` (HOST:PORT). Make it, `await connect()`, use it, `close()` it.
 
     name: what the instance's log calls this client. silence_s, progress_s: how long the instance may give no sign of
@@ -70,21 +66,10 @@ class RemoteClient(CommandingClient):
 
     def __init__(self, address: str, keys: ClusterKeys, *, name: str = "client", silence_s: float = SILENCE_S,
                  progress_s: float = PROGRESS_S):
-        super().__init__()
-        self.address, self._keys, self._name = address, keys, name
+        super().__init__(address)
+        self._keys, self._name = keys, name
         self._silence_s, self._progress_s = silence_s, progress_s
-        self.incarnation: str | None = None  # of the engine that is, or was last, behind the gate
-        self.started_unix_s = 0.0
-        self.model: ServedModel | None = None
-        self.phase = "not connected"
-        self.restarting_after: str | None = None  # this client restarts nothing; `dead_reason` says why it is lost
-        self.stats = EngineStats()
-        self.steps = StepReport()
-        self.draining = False  # it takes no more requests; those that it has go on
         self.is_refused = False  # another secret or protocol: connecting again is no use until that has changed
-        self.on_steps: Callable[[StepReport], None] = lambda steps: None
-        self.on_condition: Callable[[], None] = lambda: None  # after each sign of life that says how it is
-        self.on_lost: Callable[[str], None] = lambda reason: None  # once a connection
         self._port: FramePort | None = None
         self._welcomed: asyncio.Future[None] | None = None
         self._wanted: str | None = None
@@ -168,24 +153,9 @@ class RemoteClient(CommandingClient):
 
     # --- how it is
 
-    @property
-    def is_up(self) -> bool:
-        """Whether requests are taken."""
-        return self.dead_reason is None and self.phase == "ready" and not self.draining
-
-    @property
-    def engines(self) -> tuple[RemoteClient, ...]:
-        """Itself: how many engines the instance has is its own affair."""
-        return (self,)
-
     def silent_for_s(self) -> float:
         """See `WatchedEngine.silent_for_s`: since the last sign of life, and what that said of the engine."""
         return time.monotonic() - self._heard_s + self._engine_silent_s
-
-    def _check_up(self) -> None:
-        super()._check_up()
-        if self.phase != "ready":
-            raise EngineDeadError(f"the instance at {self.address} is {self.phase}")
 
     async def _beat(self) -> None:
         while True:
@@ -224,7 +194,9 @@ class RemoteClient(CommandingClient):
 
     def _note_event(self, parts: list[bytes]) -> None:
         event = parse_monitor_message(parts)["event"]  # type: ignore[arg-type]
-        if event in _HANDSHAKE_FAILED:
+        if event in _HANDSHAKE_FAILED and self.phase == "ready":  # what zmq says of any frame that breaks its rules
+            self._die("a frame that it sent came changed, twice, or not in its turn")
+        elif event in _HANDSHAKE_FAILED:
             self.is_refused = True
             self._die("wrong cluster secret: what listens there has another one, or broke the connection off")
         elif event == zmq.EVENT_DISCONNECTED and self._port is not None:
@@ -248,6 +220,8 @@ class RemoteClient(CommandingClient):
                     self._tell_alive()
             elif frame[:1] == WELCOME:
                 self._take_welcome(frame)
+            else:
+                self._die("its greeting has not come")
         except Exception as error:  # no reader may wait for deltas that never come
             logger.exception("reading what the instance at %s sends failed", self.address)
             self._die(f"what it sends cannot be read: {type(error).__name__}")

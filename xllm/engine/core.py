@@ -25,11 +25,12 @@ from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers
 from xllm.errors import EngineStateError, RequestError
 from xllm.kv import failpoints
+from xllm.progress import Progress
 from xllm.request import OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
 from xllm.stats import EngineStats
 from xllm.token_ids import are_within
-from xllm.worker.link import Progress, WorkerLink
+from xllm.worker.link import WorkerLink
 from xllm.worker.messages import Loaded
 
 logger = logging.getLogger(__name__)

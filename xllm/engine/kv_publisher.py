@@ -31,7 +31,8 @@ class KVPublisher:
     def __init__(self, settings: KVEvents, key: bytes | None, block_size: int):
         self._settings = settings
         self._stream = KVEventStream(block_size, time.time(), buffer_steps=settings.buffer_steps,
-                                   data_parallel_rank=settings.data_parallel_rank)
+                                   data_parallel_rank=settings.data_parallel_rank,
+                                   encoding=settings.event_encoding)
         self._queue: queue.Queue[list[CacheEvents] | None] = queue.Queue(settings.max_queue_size)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._replay: zmq.Socket[bytes] | None = None

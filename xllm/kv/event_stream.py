@@ -22,10 +22,12 @@ Numbered = tuple[int, bytes]  # a sequence number and the batch's bytes
 
 
 class KVEventStream:
-    """started_s: seconds since 1970. buffer_steps: batches that are kept. Not thread-safe."""
+    """started_s: seconds since 1970. buffer_steps: batches that are kept. encoding: of events, see `event_wire.py`. Not
+    thread-safe."""
 
-    def __init__(self, block_size: int, started_s: float, *, buffer_steps: int, data_parallel_rank: int = 0):
-        self._block_size, self._rank = block_size, data_parallel_rank
+    def __init__(self, block_size: int, started_s: float, *, buffer_steps: int, data_parallel_rank: int = 0,
+                 encoding: str = "array"):
+        self._block_size, self._rank, self._encoding = block_size, data_parallel_rank, encoding
         self._next = int(started_s) << INCARNATION_SHIFT
         self._kept: deque[Numbered] = deque(maxlen=buffer_steps)
         self._ts = started_s
@@ -70,7 +72,7 @@ class KVEventStream:
         return [(self._next - 1, self._encode(events))]
 
     def _encode(self, events: list[Written]) -> bytes:
-        return encode(self._ts, events, self._rank)
+        return encode(self._ts, events, self._rank, self._encoding)
 
     def _stored(self, tier: int, parents: Mapping[bytes, bytes]) -> Iterator[Written]:
         """Blocks that follow each other are one event, if the tokens of all or of none are known."""

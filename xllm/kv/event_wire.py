@@ -1,8 +1,8 @@
 """Events of a KV cache as other engines and routers write and read them (vLLM's `KVEventBatch`): msgpack arrays.
 
 A message has three frames: the topic, the sequence number in 8 bytes (big-endian), and the batch
-`[ts, [event, ...], data_parallel_rank]`. An event is an array that begins with its name. vLLM's newest source writes
-maps instead of arrays; both are read, arrays are written. Members that are not known here are ignored.
+`[ts, [event, ...], data_parallel_rank]`. An event is an array that begins with its name; in vLLM 0.33 a map, whose
+`type` is that. Both are read and, as the setting says, written. Members that are not known here are ignored.
 
 Block hashes are numbers of 64 bits: of ours, the low half of the digest (`block.py`), big-endian; vLLM's come as such
 numbers, or whole as bytes, of which the last eight are that number.
@@ -87,9 +87,13 @@ def removed(hashes: list[int], tier: int) -> Written:
     return "BlockRemoved", hashes, MEDIA[tier]
 
 
-def encode(ts: float, events: list[Written], data_parallel_rank: int) -> bytes:
-    """The payload of a batch."""
-    return _encode((ts, events, data_parallel_rank))
+def encode(ts: float, events: list[Written], data_parallel_rank: int, encoding: str = "array") -> bytes:
+    """The payload of a batch. encoding: of events, array or map."""
+    return _encode((ts, events if encoding == "array" else list(map(_as_map, events)), data_parallel_rank))
+
+
+def _as_map(event: Written) -> dict[str, Any]:
+    return dict(zip(("type", *_KINDS[event[0]].__struct_fields__), event))
 
 
 def decode(payload: bytes) -> EventBatch:
@@ -110,10 +114,11 @@ def _any(payload: bytes) -> Any:
 
 
 def _from_maps(batch: Any) -> EventBatch:
-    if not isinstance(batch, dict):
+    if isinstance(batch, dict):
+        batch = [batch.get(name) for name in EventBatch.__struct_fields__]
+    if not isinstance(batch, list) or len(batch) < 2 or not isinstance(batch[1], list):
         raise msgspec.ValidationError("a batch is an array of ts, events and rank, or a map of them")
-    arrays = [_as_array(event) for event in batch.get("events") or ()]
-    return msgspec.convert([batch.get("ts"), arrays, batch.get("data_parallel_rank")], EventBatch)
+    return msgspec.convert([batch[0], list(map(_as_array, batch[1])), *batch[2:]], EventBatch)
 
 
 def _as_array(event: Any) -> list[Any]:
@@ -141,8 +146,8 @@ def message(topic: bytes, number: int, payload: bytes) -> tuple[bytes, bytes, by
     return topic, number.to_bytes(8, "big"), payload
 
 
-def sequence_number(frames: Sequence[bytes], num_frames: int) -> int | None:
-    """The number in the last but one of so many frames; None: the frames are no message."""
-    if len(frames) != num_frames or len(frames[-2]) != 8:
+def sequence_number(frames: Sequence[bytes], *num_frames: int) -> int | None:
+    """The number in the last but one of frames, of which there are so many; None: they are no message."""
+    if len(frames) not in num_frames or len(frames[-2]) != 8:
         return None
     return int.from_bytes(frames[-2], "big")

@@ -49,8 +49,7 @@ class Experts:
     """
 
     __slots__ = ("_all_reduce", "_bias_E", "_combine", "_down", "_down_linear", "_ffn_size", "_gate_up",
-                 "_gate_up_linear", "_max_tokens", "_room", "_route", "_router", "_router_dtype", "_rule", "_shared",
-                 "_silu_mul")
+                 "_gated_linear", "_max_tokens", "_room", "_route", "_router", "_router_dtype", "_rule", "_shared")
 
     def __init__(self, context: LayerContext, weights: Weights, name: str, shape: ExpertShape,
                  shared: GatedMLP | SharedExpert | None = None):
@@ -70,15 +69,15 @@ class Experts:
         gate_up = _of_one_form(_gate_up_weights(weights, name, shape, context.parallel.tp_shard(0)), name)
         down = _of_one_form(_down_weights(weights, name, shape, context.parallel.tp_shard(1)), name)
         try:
-            self._gate_up = ops.pack_experts(gate_up, quantization=context.quantization)
+            self._gate_up = own.pack_gated_experts(gate_up, quantization=context.quantization)
             self._down = own.pack_experts(down, quantization=context.quantization)
         except ModelError:
             raise
         except ValueError as error:
             raise ConfigError(f"quantization {context.quantization!r}: {error}") from None
         self._rule, self._max_tokens = shape.rule, max(1, MAX_ROWS // shape.rule.num_chosen)
-        self._route, self._silu_mul, self._combine = ops.route, ops.silu_mul, ops.combine
-        self._gate_up_linear, self._down_linear = ops.grouped_linear, own.grouped_linear
+        self._route, self._combine = ops.route, ops.combine
+        self._gated_linear, self._down_linear = own.gated_grouped_linear, own.grouped_linear
         self._all_reduce, self._shared = context.parallel.tp.all_reduce, shared
         self._room: Callable[..., Tensor | None] = _no_room if context.workspace is None else context.workspace.take
         self._ffn_size = width
@@ -96,12 +95,11 @@ class Experts:
         (num_tokens, hidden_size), dtype = x_TD.shape, x_TD.dtype
         num_rows = num_tokens * self._rule.num_chosen
         choice = self._route(self._router(x_TD.to(self._router_dtype or dtype)), self._rule, self._bias_E)
-        gate_up_RX = self._gate_up_linear(x_TD, self._gate_up, choice, from_tokens=True,
-                                          out=self._room("product", num_rows, 2 * self._ffn_size, dtype))
-        inner_RF = self._silu_mul(gate_up_RX, out=self._room("inner", num_rows, self._ffn_size, dtype))
-        del gate_up_RX  # its memory is y's
-        y_RD = self._down_linear(inner_RF, self._down, choice, from_tokens=False,
-                                 out=self._room("product", num_rows, hidden_size, dtype))
+        inner = self._gated_linear(x_TD, self._gate_up, choice,
+                                   room=self._room("product", num_rows, 2 * self._ffn_size, dtype),
+                                   out=self._room("inner", num_rows, self._ffn_size, dtype))
+        y_RD = self._down_linear(inner, self._down, choice, from_tokens=False,
+                                 out=self._room("product", num_rows, hidden_size, dtype))  # which is free again
         out_TD = self._all_reduce(self._combine(y_RD, choice, out=out_TD))
         return out_TD if self._shared is None else out_TD.add_(self._shared(x_TD))
 

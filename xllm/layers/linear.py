@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.gated_experts import gated_by
 from backends.scaled_weight import ScaledWeight, stack_rows
 from xllm.errors import ConfigError
 from xllm.layers.adapter_slots import AdaptedPart, AdapterSlots, in_order
@@ -115,14 +116,15 @@ def row_linear(context: LayerContext, weights: Weights, name: str, num_outputs: 
 
 def with_common_scale(context: LayerContext) -> LayerContext:
     """The context for products whose inputs lie on several ranks: where numbers are rounded to codes, to those that one
-    rank would have."""
+    rank would have. So what comes before such a product has to leave its results as numbers."""
     group, ops = context.parallel.tp, context.ops
     if group.size == 1 or context.quantization is None:
         return context
     common = CommonScale(ops, group, context.quantization)
     return replace(context, ops=replace(
         ops, linear=common.linear, pack_linear=common.pack_linear, pack_experts=common.pack_experts,
-        grouped_linear=common.grouped_linear))
+        grouped_linear=common.grouped_linear, pack_gated_experts=ops.pack_experts,
+        gated_grouped_linear=gated_by(ops.grouped_linear, ops.silu_mul)))
 
 
 def _one_rank_linear(context: LayerContext, parts: Mapping[str, AdaptedPart],

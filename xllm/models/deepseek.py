@@ -16,6 +16,7 @@ from xllm.models.raw_config import RawConfig
 from xllm.parallel.shard import Shard
 
 if TYPE_CHECKING:
+    from backends.backend import Backend
     from xllm.layers.layer_context import LayerContext, Weights
     from xllm.models.causal_lm import CausalLM
 
@@ -54,17 +55,23 @@ class DeepseekConfig(DecoderConfig):
         return LATENT_OPS | self.mixture.special_ops
 
     @property
+    def attention_varies(self) -> bool:
+        return True
+
+    @property
     def score_scale(self) -> float:
         return float((self.key_dim + self.rotated_dim) ** -0.5) * self.rope.score_factor
 
-    def attention_bytes(self, *, num_tokens: int, num_positions: int, num_shares: int, itemsize: int) -> int:
+    def attention_bytes(self, backend: Backend, *, num_tokens: int, num_positions: int, longest: int, num_shares: int,
+                        itemsize: int) -> int:
         """Queries and what they sum at the latents' width, or what is expanded instead, whichever is more."""
-        from backends.latent_form import EXPANDED_BYTES
+        from backends.latent_form import LatentWidths
 
         num_heads = -(-self.num_heads // num_shares)
-        absorbed = 2 * num_tokens * num_heads * self.latent_width
-        position = self.latent_width + self.rotated_dim + num_heads * (self.key_dim + self.value_dim)
-        return max(absorbed * itemsize, min(num_positions * position * itemsize, EXPANDED_BYTES))
+        widths = LatentWidths(num_heads=num_heads, key=self.key_dim, rotated=self.rotated_dim, value=self.value_dim,
+                              latent=self.latent_width, number_bytes=itemsize)
+        expanded = backend.expanded_bytes(widths, num_positions=num_positions, longest=longest)
+        return max(2 * num_tokens * num_heads * self.latent_width * itemsize, expanded)
 
     def check_shared(self, num_ranks: int) -> None:
         shard = Shard(0, 0, num_ranks)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Chosen, far beyond any model: a config's number alone must not make millions of experts.
 MAX_EXPERTS = 2**16
-EXPERT_OPS = frozenset({"route", "grouped_linear", "combine"})
+EXPERT_OPS = frozenset({"route", "grouped_linear", "gated_grouped_linear", "combine"})
 NUMBER_OF_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")  # transformers takes any of them
 
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from xllm.errors import ModelError
 from xllm.layers.rope_config import RopeConfig, read_rope
 from xllm.models.fp8_format import Fp8Format
 from xllm.models.kv_spec import KVSpec
 from xllm.models.raw_config import MAX_SIZE, RawConfig
+
+if TYPE_CHECKING:
+    from backends.backend import Backend
 
 CHECKPOINT_DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS = 4096  # chosen, far beyond any model: a config's number alone must not make millions of layers
@@ -52,10 +55,17 @@ class ModelConfig(ABC):
         """How many experts a layer chooses for each token; 0: no layer has any."""
         return 0
 
-    def attention_bytes(self, *, num_tokens: int, num_positions: int, num_shares: int, itemsize: int) -> int:
+    def attention_bytes(self, backend: Backend, *, num_tokens: int, num_positions: int, longest: int, num_shares: int,
+                        itemsize: int) -> int:
         """What a layer's attention takes at most on one of the ranks that share the model, besides queries, keys,
-        values and results of a step of so many tokens, whose sequences have so many positions together."""
+        values and results of a step of so many tokens, whose sequences have so many positions together, and one of them
+        `longest` at most."""
         return 0
+
+    @property
+    def attention_varies(self) -> bool:
+        """Whether operators choose the form of a sequence's attention by how many queries and positions it has."""
+        return False
 
     @property
     @abstractmethod

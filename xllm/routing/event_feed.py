@@ -3,8 +3,9 @@
 A batch is applied if its number follows the last one. One that is older is a repetition, unless it was written later:
 then the instance has been started anew, and counts from the beginning (vLLM; ours never goes back). Any other number is
 a gap: the instance is asked for a replay from the batch that is missing. What comes back either goes on from there, or
-stands for all that there is. Without somebody to ask, a gap costs all that is known of the instance: a block may be
-missing from the index, but it must not be in there when it has gone.
+stands for all that there is. A replay of ours that has a gap itself has lost a batch on its way: then all is asked for,
+which is one batch. Without somebody to ask, a gap costs all that is known of the instance: a block may be missing from
+the index, but it must not be in there when it has gone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Reader(Protocol):
     """What an instance's events mean in our keys."""
 
     num_unread: int  # blocks that have no key here
+    replays_all: bool  # a replay has no gap: where the first missing batch is not kept, one batch clears and stores all
 
     def read(self, event: KVEvent) -> Iterable[TierChange]:
         """The change that an event is; never called with `AllBlocksCleared`."""
@@ -46,6 +48,8 @@ class Reader(Protocol):
 
 class OwnReader:
     """Of an instance of ours, whose hashes are our keys."""
+
+    replays_all = True
 
     def __init__(self) -> None:
         self.num_unread = 0
@@ -78,6 +82,8 @@ class EventFeed:
         self._last: int | None = None  # the number of the last batch that was applied
         self._last_ts = 0.0
         self.is_behind = can_replay
+        self.block_size: int | None = None  # tokens of the block that was stored last
+        self._is_torn = False  # the replay that comes has lost a batch
         self.num_batches = self.num_gaps = self.num_repeated = self.num_broken = 0
         index.forget(name)
 
@@ -108,18 +114,21 @@ class EventFeed:
 
     def take_replayed(self, number: int, payload: bytes) -> None:
         """A batch of a replay."""
-        if (batch := self._decoded(payload)) is None:
-            return  # asked for again, once the gap is seen
-        if self._last is not None and number != self._last + 1:
-            if self._is_repeated(number, batch):
-                self.num_repeated += 1
-                return
-            self._forget()  # what is between has been dropped there, or is in this one
-        self._apply(number, batch)
+        if self._is_torn:
+            return
+        batch, is_next = self._decoded(payload), self._last is not None and number == self._last + 1
+        if batch is not None and self._last is not None and not is_next and self._is_repeated(number, batch):
+            self.num_repeated += 1
+        elif self._reader.replays_all and (batch is None or not (is_next or _clears(batch))):
+            self._tear()
+        elif batch is not None:  # of vLLM's, one that is torn is asked for again, once the gap is seen
+            if self._last is not None and not is_next:
+                self._forget()  # what is between has been dropped there, or is in this one
+            self._apply(number, batch)
 
     def end_replay(self) -> None:
         """All that there was to a replay has come."""
-        self.is_behind = False
+        self.is_behind, self._is_torn = self._is_torn, False
 
     def ask_again(self) -> None:
         """Nothing has come for a while, or a replay was cut off: the last batch may have been lost."""
@@ -150,6 +159,12 @@ class EventFeed:
         else:
             self._forget()
 
+    def _tear(self) -> None:
+        """A batch of a replay is missing: with the next one, all is asked for."""
+        self.num_gaps += 1
+        self._is_torn = self._last is not None  # if that was for all, silence asks again
+        self._forget()
+
     def _forget(self) -> None:
         self._index.forget(self._name)
         self._reader.clear()
@@ -162,5 +177,12 @@ class EventFeed:
                 self._reader.clear()
             else:
                 self._index.change(self._name, self._reader.read(event))
+                if isinstance(event, BlockStored) and event.group_idx in (None, 0):
+                    self.block_size = event.block_size
         self._last, self._last_ts = number, batch.ts
         self.num_batches += 1
+
+
+def _clears(batch: EventBatch) -> bool:
+    """Whether it stands for all that there is."""
+    return bool(batch.events) and isinstance(batch.events[0], AllBlocksCleared)

@@ -13,10 +13,11 @@ import numpy as np
 
 # prefix: it has the most of the prompt, of all. least_cost: another has as much or more, and more to do. slo: it keeps
 # the targets; no_slo: none does, and it is the soonest. session, fewest_open, turn: it was among equals, and this told
-# them apart. stale: of none it is known how it is, and it is the idler of two that were drawn. no_memory: the best, but
-# none has KV memory for the call; full: the best, but all would refuse it. nobody: there is none to choose.
-Reason = Literal["prefix", "least_cost", "slo", "no_slo", "session", "fewest_open", "turn", "stale", "no_memory",
-                 "full", "nobody"]
+# them apart. drawn: nothing was looked at but queues. stale: of none it is known how it is, and it is the idler of two
+# that were drawn. no_memory: the best, but none has KV memory for the call; full: the best, but all would refuse it.
+# nobody: there is none to choose.
+Reason = Literal["prefix", "least_cost", "slo", "no_slo", "session", "fewest_open", "turn", "drawn", "stale",
+                 "no_memory", "full", "nobody"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,8 @@ class VllmReader:
     """A `Reader` that knows every block of one vLLM server: about 0.4 kB each. max_blocks: at most so many; what comes
     then is not read."""
 
+    replays_all = False
+
     def __init__(self, max_blocks: int):
         self._max_blocks = max_blocks
         self._blocks: dict[int, _Block] = {}  # by vLLM's hash

@@ -55,17 +55,18 @@ class EagerForward:
         return as_tensor(array) if self._staging is None else self._staging.put(array)
 
 
-def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_table: bool) -> HostBatch:
-    """A batch of one row of `num_tokens` tokens whose KV is stored nowhere, for warming up; its last token is
-    sampled."""
+def padding_batch(capturer: Capturer, num_tokens: int, block_size: int, *, has_table: bool,
+                  num_past: int = 0) -> HostBatch:
+    """A batch of one row of `num_tokens` tokens whose KV is stored nowhere, behind `num_past` others of any KV, for
+    warming up; its last token is sampled."""
     def int32(*values: int) -> np.ndarray:
         return np.array(values, dtype=np.int32)
 
-    places, zero = np.arange(num_tokens, dtype=np.int32), np.zeros(1, dtype=np.int64)
-    num_blocks = -(-num_tokens // block_size) if has_table else 0
+    places, zero = np.arange(num_past, num_past + num_tokens, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    num_blocks = -(-(num_past + num_tokens) // block_size) if has_table else 0
     return HostBatch(
         input_ids_T=np.zeros_like(places), feed_T=None, lora_T=None, positions_T=places,
-        query_start_S1=int32(0, num_tokens), seq_lens_S=int32(num_tokens),
+        query_start_S1=int32(0, num_tokens), seq_lens_S=int32(num_past + num_tokens),
         table_SM=np.full((1, num_blocks), capturer.pad_block, dtype=np.int32),
         kv_base_S=None if has_table else int32(capturer.pad_block),
         slot_mapping_T=np.full_like(places, capturer.pad_slot), max_query_len=num_tokens, block_size=block_size,

@@ -31,6 +31,7 @@ from xllm.runner.sampler import Sampler, slices
 from xllm.runner.staging import Staging, step_bytes
 from xllm.runner.token_feed import QueuedTokens, TokenFeed, samples_plainly, wants_hidden_states
 from xllm.runner.virtual_rows import make_virtual_rows
+from xllm.runner.warm_up import warm_up_chunks
 from xllm.speculative.proposer_registry import make_proposer
 from xllm.speculative.verify import num_accepted
 from xllm.step import ScheduleOutput, StepOutput
@@ -39,7 +40,6 @@ from xllm.structured.matchers import RowMatchers
 # As `sampler.py: SAMPLE_LOGITS_BYTES` for prompt_logprobs, whose log-softmax needs several copies. Chosen smaller for
 # that.
 PROMPT_LOGITS_BYTES = 32 * 2**20
-WARM_UP_TOKENS = 512  # of the first prefill. Chosen: a usual size, so that the first requests' kernels exist
 
 
 class QueuedStep:
@@ -108,7 +108,8 @@ class ModelRunner:
         if num_seqs is None:
             num_seqs = backend.warm_up_seqs
         longest = config.scheduler.max_num_batched_tokens or max_model_len
-        self._warm_up = min(WARM_UP_TOKENS, longest, max_model_len), num_seqs
+        chunks = warm_up_chunks(longest=longest, max_len=max_model_len, varies=model.config.attention_varies)
+        self._warm_up = chunks, num_seqs
         self._eager = EagerForward(backend, model, self.feed, staging, adapters)
         self._adapters = adapters
         self._queued: QueuedStep | None = None  # the step started last, if it was
@@ -126,12 +127,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and capture ahead what the first requests need: a prefill, and decode graphs of up to
-        `graph_warmup_seqs` rows. Rows and KV cache stay as they are. Does nothing on a device without graphs."""
-        num_tokens, num_seqs = self._warm_up
-        has_table = self.virtual_rows is None
-        if self.feed is not None and num_seqs:
-            host = padding_batch(self.feed.capturer, num_tokens, self.rows.block_size, has_table=has_table)
+        """Compile and capture ahead what the first requests need: prefills (`warm_up_chunks`), and decode graphs of up
+        to `graph_warmup_seqs` rows. Rows and KV cache stay as they are. Does nothing on a device without graphs."""
+        chunks, num_seqs = self._warm_up
+        feed, has_table = self.feed, self.virtual_rows is None
+        for num_tokens, num_past in chunks if feed is not None and num_seqs else ():
+            assert feed is not None
+            host = padding_batch(feed.capturer, num_tokens, self.rows.block_size, has_table=has_table,
+                                 num_past=num_past)
             hidden_TD = self._eager.run(host, self.kv_cache.layers).hidden_TD
             assert hidden_TD is not None
             self._eager.sample(self.rows, host, hidden_TD)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from xllm.structured.dialect import translate
+from xllm.structured.dialect import Schema, translate
 from xllm.structured.ecma import rust_pattern
 from xllm.structured.regexes import RegexError, check_regex
 
-Schema = dict[str, Any]
 # Whether an object with these names, and no others but those of these patterns, has room for one more.
 HasMoreNames = Callable[[list[str], list[str]], bool]
 

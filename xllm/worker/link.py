@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import TypeVar
 
 from xllm.config import EngineConfig
+from xllm.progress import Progress
 from xllm.step import StepOutput
 from xllm.worker.failures import as_error
 from xllm.worker.messages import (
@@ -21,7 +21,6 @@ from xllm.worker.messages import (
 )
 
 R = TypeVar("R", bound=WorkerReport)
-Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
 class WorkerLink:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,22 +14,22 @@ from xllm.json_setting import parse_object
 from xllm.parallel.seat import ALONE_SEAT, Seat
 from xllm.pooling import PoolingDefaults
 from xllm.processor import processor_name
-from xllm.sizes import resolve_amount, size_text
+from xllm.progress import Progress
+from xllm.sizes import resolve_amount
 from xllm.worker.messages import Placement
 
 if TYPE_CHECKING:
     import torch
 
     from backends.backend import Backend
-    from backends.place import Place
     from xllm.layers.adapter_slots import AdapterSlots
     from xllm.models.causal_lm import CausalLM
     from xllm.models.embedding_modules import EmbeddingModules
-    from xllm.models.footprint import Footprint
     from xllm.models.fp8_format import Fp8Format
     from xllm.models.model_config import ModelConfig
     from xllm.models.overrides import Overrides
     from xllm.runner.model_runner import ModelRunner
+    from xllm.worker.memory_plan import MemoryPlan
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ _log = logging.getLogger(__name__)
 # by the engine, which ends the others.
 READ_S = 3600.0
 READING = "weights that were read"
-
-Progress = Callable[[str, float], None]  # phase, share of it that is done
 
 
 class LoadedModel:
@@ -52,26 +49,15 @@ class LoadedModel:
         Raises:
             ConfigError, ModelError, DeviceError: what is wrong with setting, checkpoint or device.
         """
-        import torch
-
-        from backends.control_groups import usable_cpus
         from backends.cpu.threads import RunDelays, ThreadControl
         from xllm.hub import resolve_model_path
         from xllm.models.model_registry import read_model_config
-        from xllm.runner.kv_cache import cache_dtype, compute_dtype, page_bytes, plan_num_blocks, workers_in_memory
+        from xllm.runner.kv_cache import cache_dtype, compute_dtype
+        from xllm.worker.memory_plan import MemoryPlan
 
-        # torch knows OMP_NUM_THREADS and the processors, but neither a container's share of them nor the other workers.
-        share = max(1, usable_cpus() // config.workers_a_node)
-        num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
-        torch.set_num_threads(num_threads)
+        num_threads = _take_threads(config)
         self._report = report
-        num_sharing = config.ranks_a_node if config.device.tensor_parallel_size > 1 else 1
-        self.backend = _open_backend(config, seat.place(num_sharing))
-        self._num_sharers = workers_in_memory(config, self.backend)
-        if config.device.data_parallel_size > 1 and not self.backend.computes_on_host:
-            raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
-                              f"card for each of them is not built yet, and the device is {self.backend.name}. Run a "
-                              "server a card behind a balancer")
+        self.backend = _open_backend(config, seat)
         self.path = resolve_model_path(config.model.model, config.model.revision)
         self.model_config = read_model_config(self.path, _overrides(config))
         _check_special_ops(self.backend, self.model_config, config)
@@ -84,38 +70,15 @@ class LoadedModel:
         self._warn_of_slow_dtype()
         kv_dtype = cache_dtype(self.config, self.backend, self.model_config)
         self.threads = ThreadControl(num_threads, self._set_threads, RunDelays() if self._is_adaptive else None)
-
-        tp_size = self.config.device.tensor_parallel_size
-        kv_specs = tuple(spec.on_one_of(tp_size) for spec in self.model_config.kv_specs)
-
-        def plan(others_bytes: int) -> int:
-            return plan_num_blocks(self.config, self.backend, kv_specs, kv_dtype, others_bytes=others_bytes)
-
         self.embedding = self._read_embedding()
-        need = self._footprint()
-        self._check_weights_fit(need)
-        plan(need.weights + need.steps)  # what cannot fit beside the weights is said before they are read
-        self.parallel = seat.join(self.backend, tp_size, captures=self.config.device.graph_mode == "auto")
-        if tp_size > 1:
-            self.config = self._with_equal_graph_memory()
-        self.adapters: AdapterSlots | None = None
-        if self.config.lora.is_on:
-            from xllm.layers.adapter_slots import AdapterSlots
-
-            self.adapters = AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
-                                         device=self.backend.device)
+        memory = MemoryPlan(self.config, self.backend, self.path, self.model_config, dtype=self._dtype,
+                            kv_dtype=kv_dtype, kept=self._kept_fp8)
+        memory.check()  # what cannot fit is said before the weights are read
+        self._join(seat)
+        self.adapters = self._make_adapter_slots()
         self._model: CausalLM | None = self._read()
-        self.num_blocks = plan(need.steps)
-        kv_block_bytes = page_bytes(self.config, self.backend, kv_specs, kv_dtype)
-        kv_bytes = self.num_blocks * kv_block_bytes
-        block_size = self.config.cache.block_size
-        assert block_size is not None, "a resolved config says it"
-        self._warn_of_too_much(need, kv_bytes)
-        self.placement = Placement(device=self.backend.name, device_name=_device_name(self.backend),
-                                   dtype=_name(self._dtype), kv_dtype=_name(kv_dtype),
-                                   num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
-                                   weights_bytes=need.weights, kv_bytes=kv_bytes,
-                                   kv_token_bytes=kv_block_bytes // block_size, advice=self._advice())
+        self.num_blocks = memory.num_blocks(self.config)
+        self.placement = self._describe(memory, kv_dtype)
 
     @property
     def generates(self) -> bool:
@@ -155,6 +118,32 @@ class LoadedModel:
                 self.adapters.forget_layers()
         self.backend.release_memory()
 
+    def _join(self, seat: Seat) -> None:
+        """Meet the ranks that share the model, if it is shared."""
+        device = self.config.device
+        self.parallel = seat.join(self.backend, device.tensor_parallel_size, captures=device.graph_mode == "auto")
+        if device.tensor_parallel_size > 1:
+            self.config = self._with_equal_graph_memory()
+
+    def _make_adapter_slots(self) -> AdapterSlots | None:
+        if not self.config.lora.is_on:
+            return None
+        from xllm.layers.adapter_slots import AdapterSlots
+
+        return AdapterSlots(self.backend.ops, num_slots=self.config.lora.max_loras, dtype=self._dtype,
+                            device=self.backend.device)
+
+    def _describe(self, memory: MemoryPlan, kv_dtype: torch.dtype) -> Placement:
+        import torch
+
+        block_size = self.config.cache.block_size
+        assert block_size is not None, "a resolved config says it"
+        return Placement(device=self.backend.name, device_name=_device_name(self.backend), dtype=_name(self._dtype),
+                         kv_dtype=_name(kv_dtype),
+                         num_threads=torch.get_num_threads() if self.backend.computes_on_host else 0,
+                         weights_bytes=memory.need.weights, kv_bytes=self.num_blocks * memory.block_bytes,
+                         kv_token_bytes=memory.block_bytes // block_size, advice=self._advice())
+
     def _with_equal_graph_memory(self) -> EngineConfig:
         """The config with as much memory for graphs as the poorest rank has: all must keep and drop the same ones, as
         exchanges are in them."""
@@ -169,46 +158,11 @@ class LoadedModel:
         """Leave the group of the ranks that share the model. The last that is done here."""
         self.parallel.tp.close()
 
-    def _footprint(self) -> Footprint:
-        """Estimate the memory that weights and steps take. Random weights have no files to look at: theirs count as
-        0."""
-        from xllm.layers.experts import MAX_ROWS
-        from xllm.models.footprint import Footprint, footprint, weight_shapes
-
-        model, scheduler = self.config.model, self.config.scheduler
-        if model.load_format == "dummy":
-            return Footprint(0)
-        assert scheduler.max_num_batched_tokens is not None, "a resolved config says it"
-        expert_rows = min(MAX_ROWS, scheduler.max_num_batched_tokens * self.model_config.experts_a_token)
-        assert model.max_model_len is not None, "a resolved config says it"
-        kept, num_shares = self._kept_fp8, self.config.device.tensor_parallel_size
-        attention_bytes = self.model_config.attention_bytes(
-            num_tokens=scheduler.max_num_batched_tokens, num_positions=scheduler.max_num_seqs * model.max_model_len,
-            num_shares=num_shares, itemsize=self._dtype.itemsize)
-        return footprint(weight_shapes(self.path), self._dtype, None if kept else model.quantization, kept=kept,
-                         num_tokens=scheduler.max_num_batched_tokens, num_rows=scheduler.max_num_seqs,
-                         num_shares=num_shares, expert_rows=expert_rows, attention_bytes=attention_bytes)
-
     @property
     def _kept_fp8(self) -> Fp8Format | None:
         """The form of the checkpoint's fp8 where products keep it."""
         fp8, takes_it = self.model_config.fp8, self.backend.takes_scaled_weights
         return fp8 if fp8 is not None and fp8.is_kept(self.config.model.quantization, takes_it) else None
-
-    def _check_weights_fit(self, need: Footprint) -> None:
-        """Raise ConfigError if the system would end this process, or the device refuse, while the weights are read."""
-        num_workers, free = self._num_sharers, self.backend.available_memory_bytes()
-        total = (need.weights + need.loading) * num_workers
-        if total > free:
-            dtype = _name(self._dtype)
-            quantization = "fp8" if self._kept_fp8 else self.config.model.quantization
-            advice = "" if quantization else "quantise them (--quantization int8 takes about a quarter of float32), "
-            raise ConfigError(
-                f"the weights take {size_text(need.weights)} as {quantization or dtype}"
-                + (f" in each of {num_workers} workers" if num_workers > 1 else "")
-                + f", and {size_text(need.loading)} more while they are read, but {size_text(free)} of memory is "
-                f"available (of the machine, or within this process's limits): {advice}take a smaller model, or free "
-                "memory")
 
     def _warn_of_slow_dtype(self) -> None:
         backend, name = self.backend, _name(self._dtype)
@@ -225,14 +179,6 @@ class LoadedModel:
         is_quantised = self.config.model.quantization is not None or self._kept_fp8 is not None
         is_plain = not is_quantised and self._dtype in self.backend.kernel_dtypes
         return self.backend.quantization_advice if is_plain and not self._slow_ops else ""
-
-    def _warn_of_too_much(self, need: Footprint, kv_bytes: int) -> None:
-        """Log a warning if a KV cache of the given size could outgrow memory: it takes its memory only as it fills."""
-        num_workers, free = self._num_sharers, self.backend.available_memory_bytes()
-        if (kv_bytes + need.steps) * num_workers > free:
-            _log.warning("the KV cache may take %s and a step %s, but %s of memory is available: as the cache fills "
-                         "up, the system may end this process. Lower --num-kv-blocks or --kv-cache-memory-bytes",
-                         size_text(kv_bytes * num_workers), size_text(need.steps * num_workers), size_text(free))
 
     def _read_embedding(self) -> EmbeddingModules:
         from xllm.models.embedding_modules import EmbeddingModules, read_embedding_modules
@@ -315,15 +261,34 @@ def _length_limit(config: EngineConfig, model: ModelConfig) -> int:
     return exact
 
 
-def _open_backend(config: EngineConfig, place: Place) -> Backend:
+def _take_threads(config: EngineConfig) -> int:
+    """Give torch its threads; returns how many. It knows OMP_NUM_THREADS and the processors, but neither a container's
+    share of them nor the other workers."""
+    import torch
+
+    from backends.control_groups import usable_cpus
+
+    share = max(1, usable_cpus() // config.workers_a_node)
+    num_threads = config.device.num_threads or min(torch.get_num_threads(), share)
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _open_backend(config: EngineConfig, seat: Seat) -> Backend:
+    """Raises DeviceError, or ConfigError where each of several engines would need a card."""
     from backends import get_backend
     from backends.backend import BackendError
 
+    place = seat.place(config.ranks_a_node if config.device.tensor_parallel_size > 1 else 1)
     try:
         backend = get_backend(config.device.device, cache_dir=env.cache_dir(), compiled=env.compiled_kernels_allowed(),
                               check_contracts=env.check_contracts(), place=place)
     except BackendError as error:
         raise DeviceError(str(error)) from error
+    if config.device.data_parallel_size > 1 and not backend.computes_on_host:
+        raise ConfigError(f"data_parallel_size {config.device.data_parallel_size}: several engines share a CPU; a "
+                          f"card for each of them is not built yet, and the device is {backend.name}. Run a "
+                          "server a card behind a balancer")
     return backend
 
 

@@ -108,11 +108,10 @@ class RankRelay(ProcessLink):
         self._config = config
         super().__init__(config.device.num_ranks, depth=0, here=range(first, first + count),
                          store=f"store://{nodes.place}")
-        self._engine = connect(self._context, nodes.master_addr, door.port, door.key)
-        self._monitor = self._engine.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-                                                        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-                                                        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-                                                        | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        self._engine, self._monitor = connect(
+            self._context, nodes.master_addr, door.port, door.key,
+            events=(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+                    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH))
         self._poller = zmq.Poller()
         for opened in (self._engine, self._monitor, self._reports):
             self._poller.register(opened, zmq.POLLIN)

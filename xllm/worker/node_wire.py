@@ -31,16 +31,19 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.S
     return socket, port, public.decode()
 
 
-def connect(context: zmq.Context[zmq.Socket[bytes]], address: str, port: int, key: str) -> zmq.Socket[bytes]:
-    """The other end. It does not connect again once it has lost node 0."""
+def connect(context: zmq.Context[zmq.Socket[bytes]], address: str, port: int, key: str, *, events: int
+            ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """The other end, and where those events of its connection are read, from the first one on. It does not connect
+    again once it has lost node 0."""
     public, secret = zmq.curve_keypair()
     socket = _socket(context)
     socket.setsockopt(zmq.CURVE_SERVERKEY, key.encode())
     socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    monitor = socket.get_monitor_socket(events)  # first: what another thread meets before is not told
     socket.connect(f"tcp://{_bracketed(address)}:{port}")
-    return socket
+    return socket, monitor
 
 
 def message_of(socket: zmq.Socket[bytes]) -> tuple[bytes, bytes]:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 from xllm.config import EngineConfig
 from xllm.errors import WorkerError
 from xllm.parallel.meeting import Arrival, Door, Gathering, open_store
-from xllm.worker.link import Progress
+from xllm.progress import Progress
 from xllm.worker.message_codec import decode
 from xllm.worker.messages import Failed, Loaded, WorkerReport
 from xllm.worker.node_facts import node_facts

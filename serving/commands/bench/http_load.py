@@ -1,4 +1,5 @@
-"""`HttpLoad`: many chats at a time over HTTP/1.1, with little work in this process: the server's is measured."""
+"""`HttpLoad`: many chats or completions at a time over HTTP/1.1, with little work in this process: the server's is
+measured."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xllm.errors import XllmError
 from xllm.host_port import host_and_port
 
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
-_TEXT = re.compile(rb'"content": ?"[^"]')  # of a chunk that has any
+# Of a chunk of a chat that has any; a completion has no chunk before its first token.
+_TEXT = re.compile(rb'"content": ?"[^"]|"text": ?"')
 _USAGE = {name: re.compile(rb'"%s": ?(\d+)' % name.encode()) for name in ("prompt_tokens", "completion_tokens")}
 _LAST_CHUNK = b"\r\n0\r\n\r\n"  # of a chunked body (RFC 9112, 7.1)
 _READ_BYTES = 2**16  # Chosen: more than a step of the server writes
@@ -40,9 +42,7 @@ class HttpLoad:
     async def ask(self, bodies: Sequence[dict[str, Any]], num_open: int) -> list[ChatAnswer]:
         """Send all of these chats, so many at a time, each on a connection that is kept. Raises XllmError if one is not
         answered."""
-        heads = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
-                 "Content-Type: application/json\r\n")
-        requests = iter([(bool(body.get("stream")), _request(heads, body)) for body in bodies])
+        requests = iter([(bool(body.get("stream")), self._request("/v1/chat/completions", body)) for body in bodies])
         answers = list[ChatAnswer]()
 
         async def one_after_the_other() -> None:
@@ -60,10 +60,34 @@ class HttpLoad:
             raise XllmError(f"the server at {self._host}:{self._port} does not answer: {error}") from None
         return answers
 
+    async def ask_in_time(self, path: str, bodies: Iterable[tuple[float, dict[str, Any]]]) -> list[ChatAnswer | str]:
+        """Send each of these streamed requests when it is due, however many are open, each on a connection of its own.
+        bodies: seconds from now, rising, and what is sent. first_s counts from when a request was due. An answer that
+        did not come is told in words."""
+        began_s, open_answers = time.perf_counter(), list[asyncio.Task[ChatAnswer | str]]()
+        for due_s, body in bodies:
+            request = self._request(path, body)
+            await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
+            open_answers.append(asyncio.create_task(self._ask_once(request, began_s + due_s)))
+        return await asyncio.gather(*open_answers)
 
-def _request(heads: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body).encode()
-    return f"{heads}Content-Length: {len(content)}\r\n\r\n".encode() + content
+    async def _ask_once(self, request: bytes, due_s: float) -> ChatAnswer | str:
+        try:
+            reader, writer = await asyncio.open_connection(self._host, self._port)
+            try:
+                writer.write(request)
+                late_s = time.perf_counter() - due_s
+                answer = await _read(reader, True)
+            finally:
+                writer.close()
+        except (OSError, EOFError, XllmError) as error:
+            return str(error)
+        return replace(answer, first_s=answer.first_s + late_s)
+
+    def _request(self, path: str, body: dict[str, Any]) -> bytes:
+        content = json.dumps(body).encode()
+        return (f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n").encode() + content
 
 
 async def _read(reader: asyncio.StreamReader, is_stream: bool) -> ChatAnswer:

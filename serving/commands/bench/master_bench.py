@@ -12,24 +12,18 @@ import asyncio
 import json
 import os
 import random
-import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from serving.commands.bench import report
 from serving.commands.bench.http_load import ChatAnswer, HttpLoad
+from serving.commands.bench.null_cluster import null_cluster
 from serving.commands.flags import FlagParser
-from serving.commands.run_batch import ADDRESS
-from xllm import env
-from xllm.child_process import run_module
+from xllm.cost.cost_model import StepPrices
 from xllm.errors import ConfigError, XllmError
 
 GOALS = {"us_a_request": 2000.0, "us_a_streamed_token": 120.0}
@@ -38,8 +32,6 @@ SHORT_TOKENS = 8  # of the longest short answer; they have 1 to so many. Chosen:
 STREAM_TOKENS = 128  # of a streamed answer. Chosen: a short paragraph
 PROMPT_WORDS = 30  # with the chat template some 64 tokens of the bundled model. Chosen: a question
 IDLE_S = 3.0  # in which what an idle master takes is measured. Chosen: six signs of life of each instance
-START_S = 60.0  # for a process to be ready. Chosen: many times what one takes
-END_S = 20.0  # for a process to end by itself. Chosen: many times what one takes
 MAX_INSTANCES = 16  # Chosen: more would measure this machine's scheduler
 MAX_STEP_MS = 1000.0  # Chosen: no model is so slow that the master would be what matters
 WORDS = ("about", "after", "again", "before", "between", "change", "country", "different", "example", "family",
@@ -73,75 +65,19 @@ def main(argv: list[str]) -> int:
 
 def measure(num_instances: int, step_ms: float, open_numbers: list[int], rounds: int,
             with_samples: bool) -> dict[str, Any]:
-    secret = secrets.token_hex(32)
-    with tempfile.TemporaryDirectory(prefix="xllm-bench-") as folder, ExitStack() as stack:
-        own = env.for_child() | {"XLLM_CLUSTER_SECRET": secret}
-        files = [Path(folder) / f"instance-{number}" for number in range(num_instances)]
-        report.note(f"starting {num_instances} instances without a model")
-        command = ["serving.commands.bench.null_instance", str(step_ms)]
-        instances = [stack.enter_context(_process(command, own, file)) for file in files]
-        addresses = [_said(process, file, _gate_address) for process, file in zip(instances, files)]
-        samples, log = Path(folder) / "samples", Path(folder) / "master"
-        command = ["serving.commands.bench.measured_master", *(["--samples", str(samples)] if with_samples else []),
-                   "--port", "0", "--instances", ",".join(addresses)]
-        with _process(command, own, log) as master:
-            url = _said(master, log, _url)
-            asked = _Asked(master.pid, HttpLoad(url.removeprefix("http://")))
-            _await_members(log, num_instances)
+    instance = json.dumps({"prices": StepPrices(step_ms / 1000, 0.0)._asdict()})
+    with tempfile.TemporaryDirectory(prefix="xllm-bench-") as folder:
+        samples = Path(folder) / "samples"
+        flags = ["--samples", str(samples)] if with_samples else []
+        with null_cluster(instance, num_instances, flags, Path(folder)) as cluster:
+            master = cluster.master.process.pid
             if with_samples:
-                os.kill(master.pid, signal.SIGUSR2)
-            result = asyncio.run(asked.measure(open_numbers, rounds))
+                os.kill(master, signal.SIGUSR2)
+            result = asyncio.run(_Asked(master, HttpLoad(cluster.address)).measure(open_numbers, rounds))
         if with_samples:
             result["samples"] = _told(json.loads(samples.read_text()))
     return {"benchmark": "master", "instances": num_instances, "step_ms": step_ms,
             "stream_tokens": STREAM_TOKENS, **result, "goals": GOALS}
-
-
-# --- processes
-
-
-@contextmanager
-def _process(command: list[str], environment: dict[str, str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours, which ends when its stdin does. out: where it writes."""
-    with out.open("wb") as file:
-        process = subprocess.Popen([sys.executable, *run_module(command[0]), *command[1:]], stdin=subprocess.PIPE,
-                                   stdout=file, stderr=file, env=environment)
-    assert process.stdin is not None
-    try:
-        yield process
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _said(process: subprocess.Popen[bytes], out: Path, find: Callable[[str], str]) -> str:
-    """What `find` finds in what a process writes, once it does. Raises XllmError."""
-    deadline_s = time.monotonic() + START_S
-    while not (found := find(text := out.read_text(encoding="utf-8", errors="replace"))):
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            raise XllmError(f"a process of the benchmark did not start:\n{text.strip()}")
-        time.sleep(0.1)
-    return found
-
-
-def _gate_address(text: str) -> str:
-    return text.strip().rpartition("\n")[2] if text.endswith("\n") else ""
-
-
-def _url(text: str) -> str:
-    return found[1] if "curl" in text and (found := ADDRESS.search(text)) else ""
-
-
-def _await_members(log: Path, num_instances: int) -> None:
-    deadline_s = time.monotonic() + START_S
-    while (found := log.read_text(encoding="utf-8").count(" has joined")) < num_instances:
-        if time.monotonic() > deadline_s:
-            raise XllmError(f"{found} of {num_instances} instances have joined:\n{log.read_text(encoding='utf-8')}")
-        time.sleep(0.1)
 
 
 def cpu_s(pid: int) -> float:

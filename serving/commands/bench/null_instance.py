@@ -1,20 +1,27 @@
 """An instance of a cluster whose engine computes nothing, for benchmarks of what is in front of engines: `python -m
-serving.commands.bench.null_instance STEP_MS`.
+serving.commands.bench.null_instance JSON`.
 
-Its gate, scheduler and KV cache are those of `xllm serve` with the bundled model, and so is what they report. A step
-takes so many milliseconds and answers with fixed tokens (`xllm/runner/null_runner.py`); the engine is a thread of this
-process. The cluster's secret is in XLLM_CLUSTER_SECRET. It prints the gate's HOST:PORT and ends when its stdin does.
+Its gate, scheduler, KV store and prefix cache are those of `xllm serve`, and so is what they report. A step takes as
+long as `prices` say (`xllm/cost/cost_model.py:StepPrices`) and answers with fixed tokens
+(`xllm/runner/null_runner.py`); the engine is a thread of this process. JSON: prices, and settings of the engine beside
+`SETTINGS`, which may be left out. The cluster's secret is in XLLM_CLUSTER_SECRET.
+
+It prints the gate's HOST:PORT, ends when its stdin does, and prints its totals then, as JSON: the scheduler's counters
+(`xllm/stats.py:Counters`), computed_tokens and busy_s of all steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
-from backends.null import NullTimes, VirtualClock
+import numpy as np
+
 from serving.cluster.engine_gate import EngineGate
 from serving.cluster.model_fingerprint import model_fingerprint
 from xllm import env
@@ -22,15 +29,20 @@ from xllm.client.cluster_keys import cluster_keys
 from xllm.client.gate_wire import ServedModel
 from xllm.client.local import LocalClient
 from xllm.config import EngineConfig
+from xllm.cost.cost_model import StepPrices
+from xllm.cost.observations import work_of
 from xllm.engine.commands import CacheChanges
 from xllm.engine.core import EngineCore
 from xllm.engine.step_log import StepLog, StepReport, StepTiming
 from xllm.errors import ConfigError
 from xllm.kv.event_log import CacheEvents
 from xllm.runner.null_runner import NullRunner
+from xllm.stats import Counters
+from xllm.step import ScheduleOutput, StepOutput
 
 if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner
+    from xllm.structured.matchers import RowMatchers
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "max_num_seqs": 256, "num_kv_blocks": 8192,
                             "worker": "inline", "async_scheduling": False}
@@ -38,30 +50,40 @@ MODEL = "demo"
 BEAT_S = 0.25  # between reports of steps. As an engine's process that is busy
 
 
-class SleepingClock(VirtualClock):
-    """Passes in real time: a step takes as long as it says."""
-
-    def advance(self, seconds: float) -> None:
-        super().advance(seconds)
-        time.sleep(seconds)
-
-
 class PacedRunner(NullRunner):
-    """In a worker's place for a `ModelRunner`."""
+    """In a worker's place for a `ModelRunner`: a step takes as long as `prices` say, in real time. matchers: of the
+    runner whose place it takes, which the worker closes."""
 
     graphs = None
 
+    def __init__(self, num_rows: int, vocab_size: int, prices: StepPrices, matchers: RowMatchers):
+        super().__init__(num_rows, vocab_size=vocab_size)
+        self._prices, self.matchers = prices, matchers
+        self._computed_R = np.zeros(num_rows, dtype=np.int64)  # tokens whose KV is there
+
+    def run(self, plan: ScheduleOutput) -> StepOutput:
+        began_s = time.monotonic()
+        output = super().run(plan)
+        for new in plan.new_rows:
+            self._computed_R[new.row] = new.num_computed_tokens
+        work = work_of(plan.num_tokens_S, self._computed_R[plan.rows_S])
+        self._computed_R[plan.rows_S] += plan.num_tokens_S
+        time.sleep(max(0.0, began_s + self._prices.predict(work) - time.monotonic()))
+        return output
+
 
 class NullCore(EngineCore):
-    """An engine with the bundled model whose steps take `step_s` and compute nothing. timings: of its steps."""
+    """An engine whose steps take what `prices` say and compute nothing. settings: of `EngineConfig`, beside `SETTINGS`.
+    timings: of its steps."""
 
-    def __init__(self, step_s: float):
+    def __init__(self, prices: StepPrices, **settings: Any):
         from xllm.worker.inline import InlineLink  # imports torch
 
-        super().__init__(EngineConfig.from_flat(**SETTINGS))
+        super().__init__(EngineConfig.from_flat(**SETTINGS | settings))
         assert isinstance(self.link, InlineLink), "the settings say so"
-        runner = PacedRunner(self.config.scheduler.max_num_seqs, vocab_size=self.facts.vocab_size,
-                             clock=SleepingClock(), cost=NullTimes(base_s=step_s))
+        loaded = self.link.worker.runner
+        assert loaded is not None, "it has been loaded"
+        runner = PacedRunner(self.config.scheduler.max_num_seqs, self.facts.vocab_size, prices, loaded.matchers)
         self.link.worker.runner = cast("ModelRunner", runner)
         self.timings = StepLog()
 
@@ -105,9 +127,15 @@ class NullEngine(LocalClient):
             self._report(CacheChanges(change.tier, b"".join(change.stored), b"".join(change.removed)))
 
 
-async def serve(step_s: float, secret: bytes) -> None:
-    """Until stdin ends."""
-    core = NullCore(step_s)
+def totals(engine: NullEngine) -> dict[str, Any]:
+    """What it prints at its end."""
+    stats = engine.stats
+    return {field.name: getattr(stats, field.name) for field in fields(Counters)} | {
+        "computed_tokens": engine.steps.tokens.sum, "busy_s": engine.steps.time_s.sum}
+
+
+async def serve(core: NullCore, secret: bytes) -> dict[str, Any]:
+    """Until stdin ends; returns the totals."""
     engine = NullEngine(core)
     engine.bind()
     gate = EngineGate(engine, [engine], cluster_keys(secret))
@@ -119,13 +147,17 @@ async def serve(step_s: float, secret: bytes) -> None:
         await asyncio.wait([ended], timeout=BEAT_S)
         engine.beat()
     gate.close()
+    found = totals(engine)
     engine.shutdown()
+    return found
 
 
 def main(argv: list[str]) -> int:
     if (secret := env.cluster_secret()) is None:
         raise ConfigError("XLLM_CLUSTER_SECRET is not set")
-    asyncio.run(serve(float(argv[0]) / 1000, secret))
+    told = json.loads(argv[0])
+    core = NullCore(StepPrices(**told["prices"]), **told.get("settings", {}))
+    print(json.dumps(asyncio.run(serve(core, secret))), flush=True)
     return 0
 
 

@@ -31,7 +31,8 @@ ROUNDS = 200  # look-ups that are timed. Chosen: a 99th percentile of two
 DECIDING_INSTANCES, DECIDING_TEXTS = 64, 32  # as many as an index has room for, and texts of which each has a share
 OPEN_REQUESTS = 8  # of each instance while it is decided; half of them have begun
 INDEX_FLAGS = ("blocks", "prompt_tokens", "block_size", "events")
-TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed")
+TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed", "processes", "requests", "speed_up", "shrink",
+               "cost_profile")
 GOALS = {"decision_ms": 0.5, "lookup_ms": 1.0, "events_per_s": 2e5, "bytes_per_block": 120.0}
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     router_trace.add_flags(parser)
     parser.add_argument("--json", help="write the result to this file as well")
     args = parser.parse_args(argv)
-    report.check(args.json, args.trace)
+    report.check(args.json, args.trace, args.cost_profile)
     if not 1 <= args.instances <= MAX_INSTANCES:
         raise ConfigError(f"--instances must be in 1 to {MAX_INSTANCES}, got {args.instances}")
     for name in INDEX_FLAGS if args.trace is not None else TRACE_FLAGS:
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> int:
             flag, how = name.replace("_", "-"), "with" if args.trace else "without"
             raise ConfigError(f"--{flag} has no meaning {how} --trace")
     if args.trace is not None:
-        report.write(router_trace.measure(args), args.json)
-        return 0
+        result = router_trace.measure(args)
+        report.write(result, args.json)
+        return int(any(found.get("failed") for found in result["policies"].values()))
     if args.block_size < 1 or args.prompt_tokens < args.block_size:
         raise ConfigError("--prompt-tokens must be at least one block of --block-size")
     num_texts = args.blocks // (args.prompt_tokens // args.block_size)

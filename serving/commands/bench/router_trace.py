@@ -1,19 +1,21 @@
 """`xllm bench router --trace`: a trace of requests on modelled instances, with the router of a cluster before them.
 
 The router is the product's (`xllm/routing/fleet.py`); what it decides about is modelled (`modelled_engine.py`), in
-simulated time. Instances report every half second, as they do; all else is known at once.
+simulated time. Instances report every half second, as they do; all else is known at once. With --processes instances,
+master and time are real (`router_processes.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving.commands.bench import report
+from serving.commands.bench import report, router_processes
 from serving.commands.bench.modelled_engine import EngineSpeed, ModelledEngine, TracedRequest
 from serving.commands.flags import parse_int
 from xllm.client.gate_wire import BEAT_S
@@ -32,34 +34,58 @@ MARKED_TOKENS, MARK_STEP = 8192, 1024
 # Of a modelled instance, beside --prefill-speed. Chosen: a model of some billion parameters on one accelerator; all
 # policies have the same.
 STEP_S, SEQUENCE_S = 0.01, 0.0002
+PREFILL_SPEED = 8000  # tokens a second. Chosen with them
+MOST = 10**9  # of a figure that is given. Chosen: what no machine computes in a second
 ENDLESS = 10**9  # requests that an instance takes
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a replay."""
     parser.add_argument("--trace", type=Path, help="replay this trace, JSON lines with hash_ids, on modelled instances")
+    parser.add_argument("--processes", action="store_true", help="with --trace: on real instances without a model, "
+                        "behind a real master, in real time")
+    parser.add_argument("--requests", type=parse_int, help="with --trace: only so many, the first ones")
+    parser.add_argument("--speed-up", type=float, default=1.0, help="with --trace: requests come and prompts are "
+                        "computed so many times as fast, and answers are so many times as short")
+    parser.add_argument("--shrink", type=parse_int, default=1, help="with --trace: prompts, their blocks and the KV "
+                        "caches are so many times as small, and take as long")
+    parser.add_argument("--cost-profile", type=Path, help="with --processes: file of `xllm profile --json` with what "
+                        "steps cost, instead of --prefill-speed")
     parser.add_argument("--policy", default="all", help=f"of the router, with --trace: {', '.join(POLICIES)}, or all")
     parser.add_argument("--cache-tokens", type=parse_int, default=1_500_000, help="KV cache of a modelled instance")
-    parser.add_argument("--prefill-speed", type=parse_int, default=8000, help="prompt tokens that a modelled instance "
-                        "computes in a second")
+    parser.add_argument("--prefill-speed", type=parse_int, default=PREFILL_SPEED, help="prompt tokens that an "
+                        "instance computes in a second")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Replay `args.trace` with each policy asked for. Raises ConfigError."""
-    if args.policy != "all" and args.policy not in POLICIES:
-        raise ConfigError(f"unknown --policy {args.policy!r}; known are {', '.join(POLICIES)}, all")
-    if args.prefill_speed < 1:
-        raise ConfigError(f"--prefill-speed must be at least 1, got {args.prefill_speed}")
-    requests = read_requests(args.trace)
+    _check(args)
+    requests = read_requests(args.trace)[: args.requests]
     if args.cache_tokens < requests[0].block_size:
         raise ConfigError(f"--cache-tokens must be a block of {requests[0].block_size} at least")
-    speed = EngineSpeed(step_s=STEP_S, token_s=1.0 / args.prefill_speed, sequence_s=SEQUENCE_S)
+    requests = scaled(requests, args.speed_up, args.shrink)
+    speed = EngineSpeed(step_s=STEP_S, token_s=args.shrink / args.speed_up / args.prefill_speed, sequence_s=SEQUENCE_S)
     result: dict[str, Any] = {
         "trace": args.trace.name, "requests": len(requests), "instances": args.instances,
+        "processes": args.processes, "speed_up": args.speed_up, "shrink": args.shrink,
         "prompt_tokens": sum(request.num_tokens for request in requests), "cache_tokens": args.cache_tokens,
         "prefill_tokens_per_s": args.prefill_speed, "step_s": STEP_S, "sequence_s": SEQUENCE_S, "policies": {}}
+    prices = router_processes.prices_of(speed)
+    if args.cost_profile:
+        prices = router_processes.measured_prices(args.cost_profile, args.speed_up, args.shrink)
+        result |= {"cost_profile": args.cost_profile.name, **dict.fromkeys(("prefill_tokens_per_s", "step_s",
+                                                                           "sequence_s"))}
+    if args.processes:
+        router_processes.check_blocks(requests)
+        result["prices"] = prices._asdict()
     for policy in POLICIES if args.policy == "all" else (args.policy,):
-        found = result["policies"][policy] = replay(requests, policy, args.instances, args.cache_tokens, speed)
+        num_tokens = args.cache_tokens // args.shrink
+        found = None if args.cost_profile else replay(requests, policy, args.instances, num_tokens, speed)
+        if args.processes:
+            found = {**router_processes.replay(requests, policy, args.instances, num_tokens, prices),
+                     "modelled": found}
+        assert found is not None, "one of the two"
+        result["policies"][policy] = found
         report.note(f"{policy:12} {found['hit_rate_pct']:6.2f} % cached, first token {found['ttft_p50_s']:.2f} s, "
                     f"p99 {found['ttft_p99_s']:.1f} s, most over mean {found['imbalance']:.2f}")
     if {"cache_aware", "round_robin"} <= result["policies"].keys():
@@ -68,6 +94,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["hit_rate_ratio"] = round(aware["hit_rate_pct"] / rate, 2) if rate else None
         result["imbalance"] = aware["imbalance"]
     return {**result, "goals": GOALS}
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.policy != "all" and args.policy not in POLICIES:
+        raise ConfigError(f"unknown --policy {args.policy!r}; known are {', '.join(POLICIES)}, all")
+    for name in ("prefill_speed", "speed_up", "shrink", "requests"):
+        if (given := getattr(args, name)) is not None and not 1 <= given <= MOST:
+            raise ConfigError(f"--{name.replace('_', '-')} must be in 1 to {MOST}, got {given}")
+    if args.cost_profile and not args.processes:
+        raise ConfigError("--cost-profile has no meaning without --processes")
+    if args.cost_profile and args.prefill_speed != PREFILL_SPEED:
+        raise ConfigError("--prefill-speed has no meaning with --cost-profile")
+
+
+def scaled(requests: Sequence[TracedRequest], speed_up: float, shrink: int) -> list[TracedRequest]:
+    """The same requests so many times as fast, with answers that much shorter, and prompts in blocks so many times as
+    small. Raises ConfigError if those would not be whole."""
+    if any(request.block_size % shrink for request in requests):
+        raise ConfigError(f"--shrink must divide the trace's blocks of {requests[0].block_size} tokens, got {shrink}")
+    return [dataclasses.replace(
+        request, at_s=request.at_s / speed_up, num_tokens=max(1, request.num_tokens // shrink),
+        num_output_tokens=max(1, round(request.num_output_tokens / speed_up)),
+        block_size=request.block_size // shrink) for request in requests]
 
 
 def read_requests(path: Path) -> list[TracedRequest]:

@@ -30,12 +30,23 @@ def replace_npu(launcher: Launcher) -> list[torch.library.Library]:
         namespace, rest = name.split("::")
         libraries[namespace].impl(rest, reference.function, "CPU")
         kernel = launcher.kernel(overload(name), reference.shapes, host_only=reference.host_only)
-        libraries[namespace].impl(rest, kernel, "PrivateUse1", allow_override=True)
+        libraries[namespace].impl(rest, _inspected(kernel, reference.inspect), "PrivateUse1", allow_override=True)
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
         namespace, rest = name.split("::")
         if namespace in libraries and name not in REFERENCES and name not in NATIVE | set(BY_DESCRIPTION):
             libraries[namespace].impl(rest, _missing(name), "PrivateUse1", allow_override=True)
     return [*libraries.values(), replace_format_cast()]
+
+
+def _inspected(kernel: Callable[..., Any], inspect: Callable[..., None] | None) -> Callable[..., Any]:
+    if inspect is None:
+        return kernel
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inspect(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return run
 
 
 def _missing(name: str) -> Callable[..., Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch_npu
 from torch import Tensor
 
 from tests.emulated_npu.operators.registry import emulates, refuse
+
+FRACTAL_NZ = 29
 
 # torch_npu takes a type as the number that torch has for it.
 TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
@@ -214,6 +218,85 @@ def grouped_matmul(
     if start != rows.shape[0]:
         raise RuntimeError(f"{name}: groups of {start} rows, x has {rows.shape[0]}")
     return [out.to(target)]
+
+
+def _only_fractals(x: Tensor, weight: Sequence[Tensor], *others: Any, **more: Any) -> None:
+    """Of the device's tensors, as the wheel does: on A2 and A3 int8 is taken in FRACTAL_NZ alone."""
+    if any(int(torch_npu.get_npu_format(each)) != FRACTAL_NZ for each in weight):
+        raise RuntimeError("npu_grouped_matmul_swiglu_quant_v2: a weight of int8 that does not lie in FRACTAL_NZ")
+
+
+@emulates("npu::npu_grouped_matmul_swiglu_quant_v2", inspect=_only_fractals)
+def grouped_matmul_swiglu_quant(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    x_scale: Tensor,
+    group_list: Tensor,
+    *,
+    smooth_scale: Tensor | None = None,
+    weight_assist_matrix: Sequence[Tensor] | None = None,
+    bias: Tensor | None = None,
+    dequant_mode: int | None = 0,
+    dequant_dtype: int | None = 6,
+    quant_mode: int | None = 0,
+    quant_dtype: int | None = 1,
+    group_list_type: int | None = 0,
+    tuning_config: Sequence[int] | None = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    weight_scale_dtype: int | None = None,
+    x_scale_dtype: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """W8A8 on A2 and A3. Of each group C = x @ weight * x_scale * weight_scale in float, S = swish(the first half of C)
+    * the second one, and S as int8 with a scale for each row, its largest / 127.
+
+    Rows of no group are not written. The codes of a row whose scale is zero or not a number are not documented: they
+    are the least one here.
+    """
+    name = "npu_grouped_matmul_swiglu_quant_v2"
+    unknown = {
+        "smooth_scale": smooth_scale, "weight_assist_matrix": weight_assist_matrix, "bias": bias, "x_dtype": x_dtype,
+        "tuning_config": tuning_config, "weight_dtype": weight_dtype, "weight_scale_dtype": weight_scale_dtype,
+        "x_scale_dtype": x_scale_dtype,
+    }  # fmt: skip
+    refuse(name, unknown, (None, []))
+    refuse(name, {"dequant_mode": dequant_mode, "quant_mode": quant_mode}, (None, 0))
+    refuse(name, {"dequant_dtype": dequant_dtype}, (None, 0, 6))  # of two versions, both float
+    refuse(name, {"quant_dtype": quant_dtype}, (None, 1))
+    if len(weight) != 1 or len(weight_scale) != 1:
+        raise RuntimeError(f"{name}: {len(weight)} weights and {len(weight_scale)} scales, not one of each")
+    experts, scale = weight[0], weight_scale[0]
+    if x.dtype is not torch.int8 or experts.dtype is not torch.int8 or x.dim() != 2 or experts.dim() != 3:
+        raise RuntimeError(f"{name}: {x.dtype} {tuple(x.shape)} by {experts.dtype} {tuple(experts.shape)}")
+    (num_rows, k), (num_experts, inner, n) = x.shape, experts.shape
+    if not x.numel() or inner != k or k % 16 or n % 32 or k >= 65536 or n > 10240:
+        raise RuntimeError(f"{name}: {tuple(x.shape)} by {tuple(experts.shape)}")
+    if scale.shape != (num_experts, n) or scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"{name}: weight_scale {scale.dtype} {tuple(scale.shape)}")
+    if x_scale.shape != (num_rows,) or x_scale.dtype is not torch.float32:
+        raise RuntimeError(f"{name}: x_scale {x_scale.dtype} {tuple(x_scale.shape)}")
+    if group_list.dtype is not torch.int64 or group_list.dim() != 1 or not 1 <= len(group_list) <= min(
+        num_experts, 1024
+    ):
+        raise RuntimeError(f"{name}: group_list {group_list.dtype} {tuple(group_list.shape)}, {num_experts} experts")
+    given = group_list.tolist()
+    counts = given if group_list_type == 1 else [b - a for a, b in zip([0, *given], given, strict=False)]
+    if group_list_type not in (0, 1) or min(counts) < 0 or sum(counts) > num_rows:
+        raise RuntimeError(f"{name}: group_list {given} of type {group_list_type} for {num_rows} rows")
+    codes = torch.full((num_rows, n // 2), -128, dtype=torch.int8)
+    row_scale = torch.full((num_rows,), float("nan"))
+    start = 0
+    for expert, count in enumerate(counts):
+        part = slice(start, start + count)
+        start += count
+        product = _product(x[part], experts[expert]).float() * scale[expert].float() * x_scale[part, None]
+        act, gate = product.chunk(2, -1)
+        rows = act / (1 + (-act).exp()) * gate
+        row_scale[part] = rows.abs().amax(-1) / 127
+        known = row_scale[part] > 0
+        codes[part][known] = (rows[known] / row_scale[part][known, None]).round().to(torch.int8)
+    return codes, row_scale
 
 
 def _without_codes(name: str, rows: Tensor, codes: Tensor, scale: Sequence[Tensor] | None,

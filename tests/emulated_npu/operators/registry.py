@@ -18,20 +18,24 @@ class Reference:
     function: Callable[..., Any]
     shapes: Callable[..., Any] | None = None  # the result on the meta device, where the wheel has no meta kernel
     host_only: bool = False  # runs nothing on the device
+    inspect: Callable[..., None] | None = None  # given the device's own tensors, for what only their description says
 
 
 REFERENCES: dict[str, Reference] = {}
 
 
 def emulates(
-    *names: str, shapes: Callable[..., Any] | None = None, host_only: bool = False
+    *names: str,
+    shapes: Callable[..., Any] | None = None,
+    host_only: bool = False,
+    inspect: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the reference of operators such as `npu::npu_swiglu`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             assert name not in REFERENCES, name
-            REFERENCES[name] = Reference(function, shapes, host_only)
+            REFERENCES[name] = Reference(function, shapes, host_only, inspect)
         return function
 
     return register

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from xllm.routing.fleet_snapshot import Policy
-from xllm.routing.policies import cache_aware, load_aware, round_robin, slo_aware
+from xllm.routing.policies import at_random, cache_aware, load_aware, round_robin, slo_aware
 
 POLICIES: dict[str, Policy] = {"cache_aware": cache_aware.decide, "load_aware": load_aware.decide,
-                               "slo_aware": slo_aware.decide, "round_robin": round_robin.decide}
+                               "slo_aware": slo_aware.decide, "round_robin": round_robin.decide,
+                               "random": at_random.decide}
 # Names of xllm-service's `--load_balance_policy`.
 ALIASES = {"RR": "round_robin", "CAR": "cache_aware", "SLO_AWARE": "slo_aware"}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backends.backend import Capturer
 from backends.cpu.memory import available_bytes
+from backends.latent_form import LatentWidths, expanded_bytes
 from backends.opset import OpSet
 from backends.reference import REFERENCE
 from backends.reference.kv import cache_shape
@@ -53,6 +54,9 @@ class PlainBackend:
     def latent_cache_shapes(self, num_blocks: int, block_size: int, latent_width: int, rotated_width: int,
                             dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
         return (cache_shape(num_blocks, block_size, 1, row_width(latent_width + rotated_width, dtype)),)
+
+    def expanded_bytes(self, widths: LatentWidths, *, num_positions: int, longest: int) -> int:
+        return expanded_bytes(widths, num_positions=num_positions)
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
