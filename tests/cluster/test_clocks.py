@@ -21,6 +21,7 @@ SHOWN = {
     "serving/cluster/registration.py": "when an incarnation was registered first, once",
     "xllm/client/cluster_members.py": "when an event happened",
     "xllm/client/dispatch.py": "when a decision was made",
+    "xllm/client/openai_server.py": "since when a server lives that does not say it",
 }
 
 

@@ -22,7 +22,7 @@ from tests.llm.test_remote import until
 from xllm.client import successor
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.engine_client import EngineAwayError
-from xllm.engine.commands import Command, Submit
+from xllm.engine.commands import Command, CommandReply, Outputs, Submit
 from xllm.errors import EngineDeadError
 from xllm.request import FinishReason, OutputDelta, SamplingParams
 
@@ -158,8 +158,26 @@ async def test_an_instance_that_has_not_taken_it_has_not_died_of_it(cluster: Clu
 # --- an instance that ends in order
 
 
-@pytest.mark.parametrize("what", ["it is taken late", "it is not taken", "it is refused", "the other one dies",
-                                  "the old one dies", "it ends", "one is aborted", "its reader leaves"])
+def taken_last(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says that requests are taken comes behind their first tokens, as one of several's do from other servers."""
+    hand_out, kept, num_steps = site.client._hand_out, list[str](), 0
+
+    def late(answer: CommandReply) -> None:
+        nonlocal num_steps
+        if isinstance(answer, Outputs):
+            kept.extend(answer.taken)
+            answer.taken.clear()
+            num_steps += bool(answer.deltas)
+        hand_out(answer)
+        if num_steps >= 2 and kept:
+            hand_out(Outputs(taken=[kept.pop()]))
+
+    monkeypatch.setattr(site.client, "_hand_out", late)
+
+
+@pytest.mark.parametrize("what", [
+    "it is taken late", "it is taken behind its first tokens", "it is not taken", "it is refused", "the other one dies",
+    "the old one dies", "it ends", "one is aborted", "its reader leaves"])
 async def test_what_may_come_while_another_one_is_asked(pair: Cluster, what: str, monkeypatch: pytest.MonkeyPatch
                                                         ) -> None:
     """The old instance goes on until the other one has taken it; nothing is lost, nothing comes twice."""
@@ -173,6 +191,8 @@ async def test_what_may_come_while_another_one_is_asked(pair: Cluster, what: str
         monkeypatch.setattr(successor, "TAKES_S", 0.05)
     cluster.join(b)
     held = HeldBack(b, monkeypatch)
+    if what == "it is taken behind its first tokens":
+        taken_last(b, monkeypatch)
     cluster.client.leave("a", "it is withdrawn")  # a draining one is handed over in the same way
     passed = {name: list(tokens) for name, tokens in call._token_ids.items()}
     if what != "it ends":
@@ -202,7 +222,7 @@ async def test_what_may_come_while_another_one_is_asked(pair: Cluster, what: str
         for name, one in found.items():
             assert one.token_ids == answer.token_ids[:len(one.token_ids)]
             assert len(one.token_ids) == NUM_TOKENS or ends[name] is FinishReason.ABORT
-    went_over = what in ("it is taken late", "the old one dies", "one is aborted")
+    went_over = what.startswith("it is taken") or what in ("the old one dies", "one is aborted")
     assert cluster.client.counts.recovered == ({"drained": 1} if went_over else {}), what
     assert not cluster.client.request_ids and not call.tries.lost and call.next_place is None
     assert all(not one.sent.num_open for one in cluster.client._fleet._instances.values())

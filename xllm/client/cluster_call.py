@@ -183,8 +183,7 @@ class ClusterCall(Stream):
 
     def _go_over(self) -> None:
         self._move()
-        if self.open_ids:
-            self.admit()
+        self.admit()
 
     def _move(self) -> None:
         """The open requests are the successor's from now on."""
@@ -194,10 +193,12 @@ class ClusterCall(Stream):
         self.end_aborted(list(self._aborted))
         self._successor, self._held = None, []
         self.take_back()
-        successor.give_to(self)
+        early = successor.give_to(self)
         if self.open_ids:
             self._begin(successor.client, successor.place)
             self._keeper.moved(self, place)
+        for delta in early:
+            self.push(delta)
 
     def _stay(self, error: Exception) -> None:
         successor, self._successor = self._successor, None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_client import EngineBusyError, Stream
-from xllm.request import Request
+from xllm.request import OutputDelta, Request
 
 # For an instance to take what it is asked to. Chosen: many times the way there and back; what its readers are to get
 # meanwhile is held back.
@@ -40,17 +40,21 @@ class Successor(Stream):
 
     def lose(self, error: Exception) -> None:
         """See `Stream.lose`."""
+        on_failed = self._on_failed
         self.close()
-        self._on_failed(error)
+        on_failed(error)
 
-    def give_to(self, stream: Stream) -> None:
-        """Have what comes from now on go to another stream, of whose requests these are; drop those that ended."""
+    def give_to(self, stream: Stream) -> list[OutputDelta]:
+        """Have what comes from now on go to another stream, of whose requests these are; drop those that ended. What
+        has come before they were all taken is returned."""
         self._timer.cancel()
+        self._on_taken = stream.admit
         self.client.drop(list(self.open_ids - stream.open_ids))
-        self.open_ids &= stream.open_ids
-        self.client.redirect(self.open_ids, stream)
+        self.client.redirect(self.open_ids & stream.open_ids, stream)
+        return [delta for delta in self.take() if delta.request_id in stream.open_ids]
 
     def _leave(self, request_ids: Sequence[str]) -> None:
         super()._leave(request_ids)
         if not self.open_ids:
             self._timer.cancel()
+            self._on_taken, self._on_failed = lambda: None, lambda error: None
