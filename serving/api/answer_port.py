@@ -1,7 +1,6 @@
 """`AnswerPort`: writes the answers of one connection in few system calls: one costs as much as making a chunk.
 
-uvicorn writes the head, the body and the end of an answer one by one, and h11 walks through its states for each part of
-a body. Here what is written together goes out together, and a chunk of a stream is framed as RFC 9112, 7.1 says.
+uvicorn writes the head, the body and the end of an answer one by one. Here what is written together goes out together.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 HELD_BYTES = 2**16  # Chosen: as much as a transport takes before it asks its writer to pause
-_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 
 
 class AnswerPort:
@@ -37,11 +36,6 @@ class AnswerPort:
         if self._held:
             data, self._held, self._num_held = b"".join(self._held), [], 0
             self._transport.write(data)
-
-    @property
-    def held(self) -> bytes:
-        """What is held back."""
-        return b"".join(self._held)
 
     def write(self, data: bytes) -> None:
         if not self._is_holding:
@@ -69,7 +63,6 @@ class _Answer:
 
     def __init__(self, cycle: RequestResponseCycle, port: AnswerPort):
         self._cycle, self._port = cycle, port
-        self._is_chunked = False
 
     async def send(self, message: Message) -> None:
         cycle = self._cycle
@@ -83,10 +76,11 @@ class _Answer:
     def put(self, part: bytes) -> bool:
         """Write a part of a stream, behind which more comes, without waiting. False: it has to be sent."""
         cycle = self._cycle
-        if not self._is_chunked or cycle.flow.write_paused or cycle.response_complete:
+        if (not cycle.response_started or cycle.response_complete or cycle.flow.write_paused
+                or cycle.scope["method"] == "HEAD"):
             return False
-        if part and not cycle.disconnected:
-            self._port.write(b"%x\r\n%b\r\n" % (len(part), part))
+        if not cycle.disconnected:
+            self._port.write(cycle.conn.send(h11.Data(data=part)) or b"")
         return True
 
     async def _begin(self, message: Message) -> None:
@@ -94,7 +88,6 @@ class _Answer:
         self._port.hold()
         asyncio.get_running_loop().call_soon(self._port.release)
         await self._cycle.send(message)  # type: ignore[arg-type]
-        self._is_chunked = self._cycle.scope["method"] != "HEAD" and _CHUNKED in self._port.held.lower()
 
     async def _end(self, message: Message) -> None:
         if self._cycle.flow.write_paused and not self._cycle.disconnected:  # nothing may be held for so long

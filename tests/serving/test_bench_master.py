@@ -35,11 +35,11 @@ def chat(num_tokens: int, **more: object) -> dict[str, object]:
 
 def test_the_load_reads_whole_answers_and_streams(server: ServerProcess) -> None:
     load = HttpLoad(server.url.removeprefix("http://"))
-    streamed = chat(20, stream=True, stream_options={"include_usage": True})
+    streamed = chat(200, stream=True, stream_options={"include_usage": True})  # too long to be read at once
     answers = asyncio.run(load.ask([chat(3), chat(5), streamed, chat(1)], 2))
-    assert sorted(answer.num_tokens for answer in answers) == [1, 3, 5, 20]
+    assert sorted(answer.num_tokens for answer in answers) == [1, 3, 5, 200]
     assert len({answer.num_prompt_tokens for answer in answers}) == 1
-    stream = next(answer for answer in answers if answer.num_tokens == 20)
+    stream = next(answer for answer in answers if answer.num_tokens == 200)
     assert stream.num_writes > 1 and stream.first_s > 0
     with pytest.raises(XllmError, match="400"):
         asyncio.run(load.ask([chat(0)], 1))
