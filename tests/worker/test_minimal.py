@@ -9,8 +9,8 @@ NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.
               "xllm.worker.nodes_link", "xllm.worker.node", "xllm.worker.node_wire",
               "xllm.client.replicas", "xllm.client.replica_control",
               "xllm.client.cluster", "xllm.client.cluster_keys", "xllm.client.cluster_members", "xllm.client.dispatch",
-              "xllm.client.frame_port", "xllm.client.gate_wire", "xllm.client.kv_subscriber", "xllm.client.member_client",
-              "xllm.client.openai_server", "xllm.client.openai_wire", "xllm.client.remote",
+              "xllm.client.frame_port", "xllm.client.gate_wire", "xllm.client.kv_subscriber",
+              "xllm.client.member_client", "xllm.client.openai_server", "xllm.client.openai_wire", "xllm.client.remote",
               "xllm.engine.kv_publisher", "xllm.kv.event_stream", "xllm.kv.event_wire", "xllm.kv_events_keys",
               "xllm.routing.event_feed", "xllm.routing.vllm_reader")
 CODE = """
