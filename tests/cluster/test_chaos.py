@@ -230,6 +230,7 @@ def test_an_instance_is_killed_as_it_answers(small: Small) -> None:
 
     async def afterwards() -> list[str]:
         (dead,) = [one for one in small.cluster.instances if not one.process.is_alive]
+        await dead.process.stop()  # closes what is open to it
         await dead.start()
         return await left_over(small.cluster, small.before)
 
