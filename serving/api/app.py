@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.api.errors import install_handlers
@@ -44,13 +43,13 @@ CLIENT_CLOSED_REQUEST = 499  # the status of a call whose client has gone, as ng
 logger = logging.getLogger("xllm.api")
 
 
-def create_app(state: ServerState) -> Starlette:
-    """All routes.
+def create_app(state: ServerState) -> FastAPI:
+    """All routes. No documentation pages: they would load scripts from elsewhere.
 
     Raises ConfigError if a route is there without a `Route` that declares it, or two contradict each other.
     """
-    app = Starlette(routes=[route.of(state) for route in ROUTES])
-    app.router.redirect_slashes = False
+    app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+                  routes=[route.of(state) for route in ROUTES])
     access = access_table(ROUTES)
     check_declared(declared_paths(app.routes), access)
     app.state.routes = ROUTES
