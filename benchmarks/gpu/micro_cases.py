@@ -49,6 +49,7 @@ def all_cases(device: Device, profile: Profile, *, once: bool = False) -> Iterat
     yield copy_case(bank, largest)
     yield pack_case(bank, largest)
     yield micro_experts.pack_case(bank, experts)
+    yield micro_experts.pack_case(bank, experts, "pack_gated_experts")
     yield from pack_linears(bank, largest)
 
 

@@ -33,19 +33,27 @@ def expert_cases(bank: Bank, layer: ExpertLayer, tokens: int) -> Iterator[MicroC
                         cfg=cfg | {"Y": Y, "X": X, "quantization": quantization}, may_refuse=quantization is not None,
                         calls=each(partial(product_call, bank, layer, tokens, quantization)),
                         rate="rate_int8" if quantization == "w8a8" else "rate")  # fmt: skip
+    for quantization in QUANTIZATIONS:
+        one_bytes = Y * X * (1 if quantization else item)
+        moved = num_hit * one_bytes + (tokens * X + rows * (2 * Y + layer.ffn)) * item
+        yield MicroCase(id=f"gated_grouped_linear/{layer.name}/{quantization or 'plain'}/T{tokens}",
+                        num_bytes=E * one_bytes, work=Work(moved, 2.0 * rows * X * Y),
+                        cfg=cfg | {"Y": Y, "X": X, "quantization": quantization}, may_refuse=quantization is not None,
+                        calls=each(partial(gated_call, bank, layer, tokens, quantization)),
+                        rate="rate_int8" if quantization == "w8a8" else "rate")  # fmt: skip
     yield MicroCase(id=f"combine/{at}", work=Work(float((rows + tokens) * X * item), 0.0), num_bytes=rows * X * item,
                     cfg=cfg, calls=each(partial(combine_call, bank, layer, tokens)))  # fmt: skip
 
 
-def pack_case(bank: Bank, layer: ExpertLayer) -> MicroCase:
-    """What quantising a layer's weights costs while they are loaded."""
+def pack_case(bank: Bank, layer: ExpertLayer, name: str = "pack_experts") -> MicroCase:
+    """What quantising a layer's weights costs while they are loaded. name: of the operator."""
     numbers = layer.num_experts * 2 * layer.ffn * layer.hidden
 
     def one() -> Call:
         weights = weights_of(bank, layer)
-        return lambda: bank.ops.pack_experts(weights, quantization="int8")
+        return lambda: getattr(bank.ops, name)(weights, quantization="int8")
 
-    return MicroCase(id=f"pack_experts/{layer.name}/gate_up/int8", work=Work(numbers * (bank.itemsize + 1.0), 0.0),
+    return MicroCase(id=f"{name}/{layer.name}/gate_up/int8", work=Work(numbers * (bank.itemsize + 1.0), 0.0),
                      num_bytes=numbers * bank.itemsize, cfg={"E": layer.num_experts}, waited=True, calls=each(one),
                      may_refuse=True)  # fmt: skip
 
@@ -70,6 +78,17 @@ def product_call(bank: Bank, layer: ExpertLayer, tokens: int, quantization: str 
     def call() -> Any:
         choice.order = None
         return bank.ops.grouped_linear(x, packed, choice, from_tokens=True)
+
+    return call
+
+
+def gated_call(bank: Bank, layer: ExpertLayer, tokens: int, quantization: str | None) -> Call:
+    packed = bank.ops.pack_gated_experts(weights_of(bank, layer), quantization=quantization)
+    x, choice = bank.randn(tokens, layer.hidden), chosen(bank, layer, tokens)
+
+    def call() -> Any:
+        choice.order = None
+        return bank.ops.gated_grouped_linear(x, packed, choice)
 
     return call
 

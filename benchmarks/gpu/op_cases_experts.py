@@ -82,6 +82,51 @@ def expert_cases(world: World) -> Iterator[Check]:
                     tolerance=2 * max(TOLERANCE[dtype], NEXT_CODE if quantization == "w8a8" else 0.0))
 
 
+def gated_cases(world: World) -> Iterator[Check]:
+    """All of a layer of gated experts: gate and up, their activation, down, and back to the tokens."""
+    for i in range(world.cases * 4):
+        quantization, dtype = (None, *QUANTIZATIONS)[i % 4], world.dtype(i // 4)
+        rows, (inner, hidden), num_chosen = world.rng.choice(ROWS), world.rng.choice(SIZES), world.rng.choice((1, 3))
+        ups = tuple(world.randn(2 * inner, hidden, dtype=dtype) / hidden**0.5 for _ in range(6))
+        downs = tuple(world.randn(hidden, inner, dtype=dtype) / inner**0.5 for _ in range(6))
+        x, ids = world.randn(rows, hidden, dtype=dtype), world.rand(rows, 5).argsort(dim=1)[:, :num_chosen].int()
+        ids = ids.contiguous()
+        choice_weights = world.rand(rows, num_chosen)
+        name = f"{quantization or 'plain'}/{rows}x{inner}x{hidden}/K{num_chosen}/{short(dtype)}"
+        try:
+            packed_ups = world.ops.pack_gated_experts(ups, quantization=quantization)
+            packed_downs = world.ops.pack_experts(downs, quantization=quantization)
+        except ValueError as error:
+            yield Check(name=name, absent=str(error))
+            continue
+
+        def run(x: Tensor = x, packed: tuple[object, object] = (packed_ups, packed_downs), ids: Tensor = ids,
+                choice_weights: Tensor = choice_weights) -> Sequence[Tensor]:
+            choice = ExpertChoice(ids, choice_weights)
+            rows_RF = world.ops.gated_grouped_linear(x, packed[0], choice)
+            return (world.ops.combine(world.ops.grouped_linear(rows_RF, packed[1], choice, from_tokens=False), choice),)
+
+        yield Check(name=name, run=run, truth=later(gated_truth, x, ups, downs, ids, choice_weights, quantization),
+                    tolerance=4 * max(TOLERANCE[dtype], NEXT_CODE if quantization == "w8a8" else 0.0))
+
+
+def gated_truth(x_TX: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], ids_TK: Tensor, weights_TK: Tensor,
+                quantization: str | None) -> Tensor:
+    def exact(weights: Sequence[Tensor]) -> list[Tensor]:
+        return [weight.double() if quantization is None else rounded(weight, quantization) for weight in weights]
+
+    def coded(x: Tensor) -> Tensor:
+        return in_codes(x) if quantization == "w8a8" else x.double()
+
+    x_TX, every = coded(x_TX), []
+    for up, down in zip(exact(ups), exact(downs), strict=True):
+        gate_TF, up_TF = (x_TX @ up.T).chunk(2, dim=1)
+        every.append(coded(torch.nn.functional.silu(gate_TF) * up_TF) @ down.T)
+    every_TEX = torch.stack(every, dim=1)
+    chosen_TKX = every_TEX.gather(1, ids_TK.long()[:, :, None].expand(-1, -1, every_TEX.shape[2]))
+    return (chosen_TKX * weights_TK.double()[:, :, None]).sum(1)
+
+
 def experts_truth(x_TX: Tensor, weights: Sequence[Tensor], ids_TK: Tensor, weights_TK: Tensor,
                   quantization: str | None) -> Tensor:
     exact = [weight.double() if quantization is None else rounded(weight, quantization) for weight in weights]
@@ -93,4 +138,5 @@ def experts_truth(x_TX: Tensor, weights: Sequence[Tensor], ids_TK: Tensor, weigh
 
 OPERATORS: dict[str, Cases] = {
     "route": route_cases, "pack_experts": expert_cases, "grouped_linear": expert_cases, "combine": expert_cases,
+    "pack_gated_experts": gated_cases, "gated_grouped_linear": gated_cases,
 }  # fmt: skip

@@ -27,7 +27,7 @@ from benchmarks.gpu.op_cases import (
     norm_truth,
     rounded,
 )
-from benchmarks.gpu.op_cases_experts import experts_truth
+from benchmarks.gpu.op_cases_experts import experts_truth, gated_truth
 from benchmarks.gpu.op_cases_kv import rope_check, transfer_check
 from benchmarks.gpu.op_cases_latent import V2_LITE, attention_check, latent_step, rope_write_check
 from benchmarks.gpu.op_cases_sampling import LIMITS, bitmask_check, first_largest, penalise_check, sample_check
@@ -304,13 +304,45 @@ def grouped_linear(world: World, shape: ModelShape) -> Iterator[Check]:
                         tolerance=tolerance)
 
 
+def gated_grouped_linear(world: World, shape: ModelShape) -> Iterator[Check]:
+    """A whole layer of gated experts, in each quantisation, with few tokens and with many."""
+    layer, dtype = expert_layer(large=world.device.is_cuda), world.dtypes[0]
+    X, F, K = layer.hidden, layer.ffn, layer.num_chosen
+    number = max(K, layer.num_experts // 8)
+    ups = tuple(world.randn(2 * F, X, dtype=dtype) / X**0.5 for _ in range(number))
+    downs = tuple(world.randn(X, F, dtype=dtype) / F**0.5 for _ in range(number))
+    for quantization in (None, *QUANTIZATIONS):
+        up = world.ops.pack_gated_experts(ups, quantization=quantization)
+        down = world.ops.pack_experts(downs, quantization=quantization)
+        for rows in (JUDGED_ROWS, TOKENS):
+            x, ids = world.randn(rows, X, dtype=dtype), world.rand(rows, number).argsort(dim=1)[:, :K].int()
+            choice = ExpertChoice(ids.contiguous(), world.rand(rows, K))
+
+            def run(x: Tensor = x, packed: tuple[object, object] = (up, down), choice: ExpertChoice = choice
+                    ) -> Sequence[Tensor]:
+                again = ExpertChoice(choice.ids_TK, choice.weights_TK)
+                rows_RF = world.ops.gated_grouped_linear(x, packed[0], again)
+                return (world.ops.combine(world.ops.grouped_linear(rows_RF, packed[1], again, from_tokens=False),
+                                          again),)
+
+            def truth(x: Tensor = x, choice: ExpertChoice = choice, of: str | None = quantization) -> Sequence[Tensor]:
+                return (gated_truth(x.to(HOST), [up.to(HOST) for up in ups], [down.to(HOST) for down in downs],
+                                    choice.ids_TK.to(HOST), choice.weights_TK.to(HOST), of),)
+
+            tolerance = 4 * max(TOLERANCE[dtype], NEXT_CODE if quantization == "w8a8" else 0.0)
+            yield Check(name=f"{quantization or 'plain'}/{rows}x{F}x{X}/K{K} of {number}", run=run, truth=truth,
+                        tolerance=tolerance)
+
+
 SPOTS: dict[str, Spots] = {
     "linear": linear, "lora_add": lora_add, "embedding": embedding, "feed_tokens": feed_tokens, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "qkv_rope_write": qkv_rope_write, "attention": attention, "silu_mul": silu_mul,
     "latent_rope_write": latent_rope_write, "latent_attention": latent_attention,
     "copy_blocks": copy_blocks, "export_blocks": transfers, "apply_token_bitmask": apply_token_bitmask,
     "penalise": penalise, "argmax": argmax, "sample": sample, "route": route, "grouped_linear": grouped_linear,
+    "gated_grouped_linear": gated_grouped_linear,
 }  # fmt: skip
 # Those that take part in another's case.
 WITHIN = {"pack_linear": "linear", "pack_lora": "lora_add", "plan": "attention", "stored_bytes": "export_blocks",
-          "import_blocks": "export_blocks", "pack_experts": "grouped_linear", "combine": "grouped_linear"}  # fmt: skip
+          "import_blocks": "export_blocks", "pack_experts": "grouped_linear", "combine": "grouped_linear",
+          "pack_gated_experts": "gated_grouped_linear"}  # fmt: skip

@@ -49,8 +49,9 @@ EXPORT void xllm_silu_mul('''
 ADDITIONS = (
     Addition(name="a sampling parameter that edits logits", most=8, edits=(
         after(REQUEST, "    repetition_penalty: float = 1.0", "    no_repeat_ngram_size: int = 0  # 0: any may repeat"),
-        after(REQUEST, '    _in_range(p, "repetition_penalty", 0.0, 100.0, low_open=True)',
-              '    _in_range(p, "no_repeat_ngram_size", 0, 2**31 - 1, whole=True)'),
+        after(REQUEST,
+              '    "repetition_penalty": (0.0, 100.0, False, True), "seed": (-(2**63), 2**64 - 1, True, False),',
+              '    "no_repeat_ngram_size": (0, 2**31 - 1, True, False),'),
         after(REQUEST, "            or self.bad_words_token_ids", "            or self.no_repeat_ngram_size"),
         Edit(TYPES, "    repetition_penalty: float | None = None\n",
              "    repetition_penalty: float | None = None\n    no_repeat_ngram_size: int | None = None\n", times=2),

@@ -13,7 +13,8 @@ CPU, KERNELS, CUDA, NPU = ("backends/cpu/sampling.c", "backends/cpu/kernels.py",
 LOAD = "min_p = tl.load(min_p_ptr + row).to(tl.float32)"
 MAX_GAP = (
     after(REQUEST, "    min_p: float = 0.0", "    max_gap: float = 0.0  # 0: none"),
-    after(REQUEST, '    _in_range(p, "min_p", 0.0, 1.0)', '    _in_range(p, "max_gap", 0.0, 1e6)'),
+    after(REQUEST, '    "top_k": (0, 2**31 - 1, True, False), "min_p": (0.0, 1.0, False, False),',
+          '    "max_gap": (0.0, 1e6, False, False),'),
     Edit(REQUEST, '"min_p": Column("float32", 0.0)}', '"min_p": Column("float32", 0.0), '
          '"max_gap": Column("float32", 0.0)}'),
     Edit(TYPES, "    min_p: float | None = None\n",

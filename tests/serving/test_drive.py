@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.server_process import ServerProcess
+from tests.serving.server_process import ServerProcess, wait_for
 
 SAID = "Write a function."
 CALLS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def test_what_is_refused_at_the_start_has_a_status(server: ServerProcess, path: 
     answer = server.http.post(path, json=asked(server, path, stream=stream, timeout_s=-1))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "timeout_s"
-    assert server.gauge("xllm:num_requests_running") == 0
+    wait_for(lambda: server.gauge("xllm:num_requests_running") == 0, what="no request is running")
 
 
 @pytest.mark.parametrize("path", [path for path in CALLS if path not in LAST_EVENTS])  # they can be told to go on

@@ -111,6 +111,7 @@ def check_served_from_disk(server: ServerProcess, chats: list[Chat]) -> None:
             assert answer == chat.messages[-1]["content"]
             from_disk += by_tier["l4"]
     assert from_disk >= 160
+    wait_for(lambda: metric(server, "xllm:kv_tier_hit_tokens_total", 'tier="l4"') >= from_disk, what="the counters")
     assert metric(server, "xllm:kv_tier_hit_tokens_total", 'tier="l4"') == from_disk
     assert metric(server, "xllm:kv_disk_up") == 1
 

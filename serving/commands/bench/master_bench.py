@@ -164,9 +164,9 @@ class _Asked:
 
 
 def _children(pid: int) -> list[str]:
-    import psutil
-
-    return [" ".join(child.cmdline()) for child in psutil.Process(pid).children(recursive=True)]
+    """The command lines of a process's children."""
+    pids = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() for child in pids]
 
 
 def _told(found: dict[str, Any]) -> dict[str, Any]:
