@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xllm.errors import RequestError
+from xllm.kv_offer import KVOffer
 from xllm.pooling import PoolingParams
 from xllm.structured.spec import KINDS, StructuredOutput
 
@@ -31,12 +32,14 @@ MAX_RENDERED_CHARS = 2**25  # that a chat template may make: more than the text 
 
 
 class FinishReason(str, enum.Enum):
-    """Why a request ended. `LENGTH` and `STOP` are OpenAI's words; the others are ours."""
+    """Why a request ended. `LENGTH` and `STOP` are OpenAI's words; the others are ours. `HANDED_OVER`: it goes on at
+    another instance; no caller of the API sees it."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    HANDED_OVER = "handed_over"
 
 
 # Why a request ends with `ERROR` by what it asked for itself: the engine works, and other requests go on.
@@ -250,6 +253,8 @@ class Request:
 
     `generated_token_ids`: what another engine has drawn of its output already. The sequence goes on after them as if
     this engine had drawn them itself; only what comes after them is delivered, and prompt log-probabilities are not.
+    `offer`: where its KV is to be sent; once it is all there the request ends with `HANDED_OVER`. `landing`: the number
+    of the offer, made by this engine, under which its KV comes; it waits for that.
     `traceparent`: the W3C trace context that the spans of it belong to; an engine ignores it.
     `priority`: smaller runs first; one that is not within `MAX_PRIORITY` of zero raises RequestError. `offline`
     requests yield to online ones. `deadline_s` and `arrival_s` are on the `time.monotonic()` clock.
@@ -272,6 +277,8 @@ class Request:
     tenant: str = ""  # whose it is, for fair shares between them
     tenant_weight: float = 1.0  # of two tenants that both wait, the one with twice the weight gets twice the tokens
     traceparent: str | None = None
+    offer: KVOffer | None = None
+    landing: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xllm.kv_offer import KVOffer
 from xllm.request import OutputDelta, Request
 
 Action = Literal["pause", "resume", "sleep", "wakeup", "reset_prefix_cache", "load_adapter", "unload_adapter", "state"]
@@ -42,6 +43,19 @@ class Control:
     level: int = 1
     name: str = ""
     folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Make room for the KV of a request that another instance computes; one `Expected` with the same number answers.
+
+    request: as it will be submitted later, with the offer's number as its `landing`; its prompt and
+    `generated_token_ids` are what KV is expected of. lease_s: for how long the room is kept.
+    """
+
+    number: int
+    request: Request
+    lease_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +96,15 @@ class Controlled:
     error: str | None = None
     field: str | None = None
     is_state: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The answer to an `Expect`. offer: None if there is no room, or nothing to send; reason: why."""
+
+    number: int
+    offer: KVOffer | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
