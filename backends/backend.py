@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,6 +163,12 @@ class Backend(Protocol):
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Allocate host memory that the device copies to and from at full speed (pinned where that matters): uint8
         [num_bytes]. Memory may be taken only when it is touched; contents undefined."""
+        ...
+
+    def share_host(self, memory: np.ndarray) -> Tensor:
+        """A tensor over host memory that other processes see too, as good for copies as what `allocate_host` gives:
+        uint8, of all its bytes. memory: uint8, on pages of its own. Raises MemoryError where the device cannot use
+        it."""
         ...
 
     def populate_host(self, memory: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -191,6 +192,9 @@ class CudaBackend:
         if num_bytes <= POOLED_BYTES:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         return self._pinned.allocate(num_bytes)
+
+    def share_host(self, memory: np.ndarray) -> Tensor:
+        raise MemoryError("memory that other processes see is not pinned on this device yet")
 
     def populate_host(self, memory: Tensor) -> None:
         """Nothing to do: pinned memory is there from the start."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,6 +203,9 @@ class NpuBackend:
     def allocate_host(self, num_bytes: int) -> Tensor:
         with CAPTURE_LOCK.using():
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def share_host(self, memory: np.ndarray) -> Tensor:
+        raise MemoryError("memory that other processes see is not pinned on this device yet")
 
     def populate_host(self, memory: Tensor) -> None:
         """Nothing to do: pinned memory is there from the start."""

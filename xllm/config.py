@@ -18,6 +18,7 @@ from xllm.option import option
 from xllm.pooling import KINDS
 from xllm.setting_tree import build_tree
 from xllm.sizes import is_zero, parse_amount
+from xllm.transfer_settings import LANDING_BLOCKS_FACTOR, TransferSettings, check_transfer
 
 POLICIES = ("fcfs", "priority", "deadline", "sjf", "prefill-first", "decode-first", "online-first", "fair")
 EVICTION_POLICIES = ("duel", "lru", "lru-k", "lfu", "fifo", "arc", "s3-fifo")
@@ -218,6 +219,7 @@ class EngineConfig:
     device: DeviceSettings = field(default_factory=DeviceSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     nodes: NodeSettings = field(default_factory=NodeSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
 
     @property
     def ranks_a_node(self) -> int:
@@ -248,12 +250,18 @@ class EngineConfig:
         resolved = dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, max_model_len=max_model_len),
-            cache=dataclasses.replace(self.cache, block_size=self.cache.block_size or default_block_size),
+            cache=self._resolve_cache(default_block_size),
             scheduler=dataclasses.replace(self.scheduler, max_num_batched_tokens=max_tokens),
             speculative=self._resolve_speculative(),
         )
         check(resolved)
         return resolved
+
+    def _resolve_cache(self, default_block_size: int) -> CacheSettings:
+        cache = dataclasses.replace(self.cache, block_size=self.cache.block_size or default_block_size)
+        if self.transfer.enable_disagg_pd and not cache.has_host_tier:  # KV of other instances lands there
+            return dataclasses.replace(cache, host_blocks_factor=LANDING_BLOCKS_FACTOR)
+        return cache
 
     def _resolve_speculative(self) -> SpeculativeSettings:
         s = self.speculative
@@ -303,6 +311,7 @@ def check(config: EngineConfig) -> None:
     _check_graphs(config.device)
     check_workers(config.device)
     _check_lora(config.lora)
+    check_transfer(config.transfer, has_prefix_cache=c.enable_prefix_caching)
 
 
 def _check_tiers(c: CacheSettings) -> None:

@@ -81,5 +81,9 @@ class DiskError(XllmError, OSError):
     """The disk below the KV store failed; `errno` and `filename` as in any OSError."""
 
 
+class TransferError(XllmError):
+    """KV could not be sent to another instance, or taken from it; the message says why."""
+
+
 class IntegrityError(AssertionError):
     """A self-audit (`check_integrity`) found a broken invariant: a bug of ours."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from xllm.kv_layout import KVLayout
 
+NOTHING_MISSING = "nothing is missing"  # why there is no offer: the request had best begin where it was to be sent
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWindow:

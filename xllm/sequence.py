@@ -16,20 +16,22 @@ from xllm.request import FinishReason, Request
 class Status(enum.Enum):
     """WAITING: queued. WAITING_KV: its prefix is on its way up from host memory or disk. RUNNING: owns a row.
     PREEMPTED: lost its blocks while a step that it takes part in is still running; goes back to WAITING when that
-    step settles. FINISHED: final."""
+    step settles. HANDED_OVER: it goes on at another instance, which has its KV; final here. FINISHED: final."""
 
     WAITING = "waiting"
     WAITING_KV = "waiting_kv"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    HANDED_OVER = "handed_over"
     FINISHED = "finished"
 
 
 ALLOWED_MOVES: dict[Status, frozenset[Status]] = {
     Status.WAITING: frozenset({Status.RUNNING, Status.WAITING_KV, Status.FINISHED}),
     Status.WAITING_KV: frozenset({Status.WAITING, Status.FINISHED}),
-    Status.RUNNING: frozenset({Status.PREEMPTED, Status.WAITING, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.WAITING, Status.HANDED_OVER, Status.FINISHED}),
     Status.PREEMPTED: frozenset({Status.WAITING, Status.FINISHED}),
+    Status.HANDED_OVER: frozenset(),
     Status.FINISHED: frozenset(),
 }
 
@@ -72,6 +74,11 @@ class SequenceState:
         the same session ids."""
         salt, session_id = self.request.cache_salt, self.request.session_id
         return None if session_id is None else f"{len(salt)}:{salt}:{session_id}"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes of it here."""
+        return not ALLOWED_MOVES[self.status]
 
     def move(self, status: Status) -> None:
         """Change the status; asserts that `ALLOWED_MOVES` lists the change."""

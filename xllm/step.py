@@ -56,6 +56,8 @@ class ScheduleOutput:
     copy_src, copy_dst int32: blocks to copy before the forward pass (copy-on-write).
     tickets: loads from host memory that were open when the step was planned and that its rows or copies read: layer
     l of the forward pass waits for layer l of each (`kv/tickets.py:TicketBoard`).
+    publish_ticket: of blocks that the step fills and that are sent to another instance, each layer once it is computed
+    (a number of another board); 0: there are none.
     """
 
     step: int
@@ -73,6 +75,7 @@ class ScheduleOutput:
     copy_src: np.ndarray = field(default_factory=lambda: _NO_INTS)
     copy_dst: np.ndarray = field(default_factory=lambda: _NO_INTS)
     tickets: tuple[int, ...] = ()
+    publish_ticket: int = 0
 
     @property
     def num_rows(self) -> int:

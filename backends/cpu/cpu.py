@@ -6,6 +6,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,6 +132,9 @@ class CpuBackend:
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         return lazy_zeros((num_bytes,), torch.uint8)
+
+    def share_host(self, memory: np.ndarray) -> Tensor:
+        return torch.from_numpy(memory)
 
     def populate_host(self, memory: Tensor) -> None:
         populate(memory)

@@ -172,7 +172,7 @@ def test_a_row_that_fails_fails_alone(make_driver: MakeDriver, monkeypatch: pyte
     assert driver.runner.graphs.cache.counters.replays["decode-table-tokens"] == 1
 
 
-def test_a_step_that_waits_for_loads_runs_eagerly(make_driver: MakeDriver, truth: Truth) -> None:
+def test_a_step_that_layer_by_layer_runs_eagerly(make_driver: MakeDriver, truth: Truth) -> None:
     driver = make_driver(**CHECKED)
     driver.add("a", PROMPT)
     driver.generate("a", 4)
@@ -180,9 +180,9 @@ def test_a_step_that_waits_for_loads_runs_eagerly(make_driver: MakeDriver, truth
     batches: list[bool] = []
     run = graphed.run
 
-    def with_loads(batch: HostBatch, rows_S: np.ndarray, *, waits_for_loads: bool) -> graphs.Forwarded | None:
-        batches.append(waits_for_loads)
-        return run(batch, rows_S, waits_for_loads=True)
+    def with_loads(batch: HostBatch, rows_S: np.ndarray, *, layer_by_layer: bool) -> graphs.Forwarded | None:
+        batches.append(layer_by_layer)
+        return run(batch, rows_S, layer_by_layer=True)
 
     graphed.run = with_loads
     driver.generate("a", 8)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from xllm.config import EngineConfig
 from xllm.cost.cost_file import CostOrigin, read_cost_file
 from xllm.engine.adapter_names import AdapterNames, OnDone
@@ -20,11 +22,14 @@ from xllm.engine.cost_origin import origin_of
 from xllm.engine.facts import EngineFacts
 from xllm.engine.gates import Gate, PauseGate
 from xllm.engine.grammars import GrammarGate
+from xllm.engine.landings import LandingGate
 from xllm.engine.step_log import StepTiming
 from xllm.engine.step_loop import StepLoop
 from xllm.engine.tiering import attach_tiers
 from xllm.errors import EngineStateError, RequestError
 from xllm.kv import failpoints
+from xllm.kv.block import block_digests
+from xllm.kv_offer import KVOffer
 from xllm.progress import Progress
 from xllm.request import OutputDelta, Request, SamplingParams
 from xllm.scheduler.scheduler import Scheduler
@@ -75,12 +80,13 @@ class EngineCore:
                                        num_reserved_blocks=loaded.num_reserved_blocks), self.link)
         pause = PauseGate(self.scheduler.check_room)
         grammars = GrammarGate(self.link, has_tokenizer=not self.config.model.skip_tokenizer_init)
-        self._gates: tuple[Gate, ...] = (pause, grammars)
         self.control = EngineControl(self.loop, self.link, pause, abort_all=self.abort_all, has_work=self._is_busy)
         self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
         cache = self.config.cache
         if loaded.tiers is not None:
             attach_tiers(self.scheduler, self.link, cache, loaded.tiers)
+        promotions = self.scheduler.promotions
+        self._gates: tuple[Gate, ...] = (pause, grammars, LandingGate(promotions.lander, promotions))
         self.cache_watch = CacheWatch(self.scheduler.kv, with_tokens=cache.kv_events_token_ids)
 
     @property
@@ -119,11 +125,28 @@ class EngineCore:
             request = replace(request, pooling=request.pooling.resolve(self._loaded.pooling))
             if request.sampling.max_tokens != 1:
                 raise RequestError("a request for an embedding has max_tokens 1", field="max_tokens")
+        if request.offer is not None and self.scheduler.departures.outbox is None:
+            raise RequestError("this engine sends no KV: it runs without enable_disagg_pd", field="offer")
         if request.lora:
             request = self.adapters.bind(request)
         if failpoints.armed is not None:
             failpoints.hit("engine.add")
         self._pass_on(request, self._gates)
+
+    def expect(self, request: Request, lease_s: float) -> KVOffer | str:
+        """Make room for the KV of a request that another instance computes, and keep it for `lease_s`; returns where
+        the KV is to be sent, or why that is of no use. The request is submitted later, with the offer's number as its
+        `landing`."""
+        if (lander := self.scheduler.promotions.lander) is None:
+            return "this engine takes no KV: it runs without enable_disagg_pd"
+        try:
+            salt = self.adapters.bind(request).cache_salt if request.lora else request.cache_salt
+        except RequestError as error:
+            return str(error)
+        token_ids = np.array([*request.prompt_token_ids, *request.generated_token_ids], dtype=np.int32)
+        assert self.config.cache.block_size is not None, "it is loaded"
+        digests = block_digests(token_ids, self.config.cache.block_size, salt)
+        return lander.expect(digests, lease_s, self.scheduler.promotions.now_s)
 
     def _pass_on(self, request: Request, gates: Sequence[Gate]) -> None:
         """Give the request to the first gate that keeps it, else to the scheduler. Raises RequestError."""

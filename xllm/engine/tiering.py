@@ -9,7 +9,9 @@ import time
 
 from xllm.config import CacheSettings
 from xllm.kv.eviction import make_policy
+from xllm.kv.landing import Lander
 from xllm.kv.moves import Move, MoveDone, TierFacts
+from xllm.kv.outbox import Outbox
 from xllm.kv.prefetch import Prefetcher
 from xllm.kv.tiers import TieredStore
 from xllm.scheduler.scheduler import Scheduler
@@ -51,6 +53,9 @@ def attach_tiers(scheduler: Scheduler, link: WorkerLink, cache: CacheSettings, f
         index, pool, facts, WorkerMoves(link),
         lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost,
         scheduler.cost))
+    if facts.windows:
+        scheduler.promotions.lander = Lander(tiers, facts.windows)
+        scheduler.departures.outbox = Outbox(scheduler.kv.pool, tiers.moves)
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory, %d on disk, %d of them found there",

@@ -94,7 +94,6 @@ UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
     accepted("instance_name", "host:port of HTTP by default"),
     accepted("instance_role", "DEFAULT and MIX; PREFILL, DECODE and ENCODE are not built yet and refused"),
     accepted("enable_cache_upload", "on by default; digests of what is cached, to masters that are connected"),
-    refused_switch("enable_disagg_pd", _NO_DISAGGREGATION),
     refused_switch("enable_pd_ooc", _NO_DISAGGREGATION),
     *(refused(name, _NO_DISAGGREGATION) for name in ("disagg_pd_port", "kv_cache_transfer_type",
                                                      "kv_cache_transfer_mode", "transfer_listen_port")),

@@ -48,7 +48,8 @@ def token_bytes(token_ids: np.ndarray) -> memoryview:
 
 
 def block_digests(token_ids: np.ndarray, block_size: int, cache_salt: str = "") -> list[bytes]:
-    """The digests of every full block of a sequence. For routers and tests; the engine goes step by step."""
+    """The digests of every full block of a sequence. For routers, and for what another instance computes; else the
+    engine goes step by step."""
     hasher, data, width = root_hasher(block_size, cache_salt), token_bytes(token_ids), block_size * 4
     digests = []
     for start in range(0, len(data) - width + 1, width):

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from xllm.cost.online import OnlineCost
+from xllm.errors import TransferError
+from xllm.kv_offer import KVOffer, RankWindow
 
 ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
 LANES = (SAVE, LOAD, WRITE, READ)
+LAND, PUBLISH = "land", "publish"  # another instance -> host, device -> another instance
+TRANSFERS = (LAND, PUBLISH)
 PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
 URGENT = 0  # priority of moves that a request waits for; lower goes first
 NO_TICKET = 0  # tickets count from 1
@@ -31,6 +35,10 @@ class Move:
     ticket of number `ticket`; WRITE host slots to disk slots, with `digests` and `parents`, the digest of the block
     before each one (zeros: a first block); READ disk slots to host slots, checks `digests`, and stops at the first
     block that is not what it should be.
+    LAND: blocks `sources` of a path, counted from its root, come from another instance into host slots; whoever shows
+    `key` may write them for `lease_s` seconds. PUBLISH: device blocks go to where `offer` says, layer by layer as the
+    step that advances the ticket `ticket` computes them (NO_TICKET: they are complete); `targets` are their places in
+    the path, counted in blocks of this instance. is_last: no more are sent for that offer; there may be no blocks then.
     number: counts up from 1. priority: lower goes first within a lane. num_bytes: of all its blocks.
     sources, targets: int32 of equal length, without repeats.
     """
@@ -44,13 +52,18 @@ class Move:
     ticket: int = NO_TICKET
     digests: tuple[bytes, ...] = ()
     parents: tuple[bytes, ...] = ()
+    key: bytes = b""
+    lease_s: float = 0.0
+    offer: KVOffer | None = None
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MoveError:
-    """Why a move failed. kind "disk": the disk refused, and serving goes on without it; "device": all else."""
+    """Why a move failed. kind "disk": the disk refused, and serving goes on without it; "peer": so did another
+    instance, or the way to it; "device": all else."""
 
-    kind: Literal["disk", "device"]
+    kind: Literal["disk", "peer", "device"]
     message: str
 
 
@@ -67,9 +80,12 @@ class MoveDone:
 
 
 def error_of(lane: str, error: BaseException) -> MoveError:
-    """The exception that a move on `lane` raised, as data: an OSError in a disk lane is the disk's, all else is not."""
+    """The exception that a move on `lane` raised, as data: an OSError in a disk lane is the disk's, a TransferError
+    the other instance's, all else is not."""
     if lane in (WRITE, READ) and isinstance(error, OSError):
         return MoveError("disk", str(error))
+    if isinstance(error, TransferError):
+        return MoveError("peer", str(error))
     return MoveError("device", f"{type(error).__name__}: {error}")
 
 
@@ -86,12 +102,19 @@ class StoredBlocks:
 @dataclass(frozen=True, slots=True, eq=False)
 class TierFacts:
     """What the engine needs to know about the memory below the device. payload_bytes: of one block, as it is moved
-    and stored. num_disk_slots 0: there is no disk."""
+    and stored. num_disk_slots 0: there is no disk. windows: by rank, where other instances may write KV; none:
+    nowhere."""
 
     num_host_slots: int
     payload_bytes: int
     num_disk_slots: int = 0
     stored: StoredBlocks = field(default_factory=StoredBlocks)
+    windows: tuple[RankWindow, ...] = ()
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """Those that moves may take."""
+        return (*LANES, *TRANSFERS) if self.windows else LANES
 
 
 class MoveLink(Protocol):
@@ -145,8 +168,8 @@ class OpenMoves:
     moves take, by lane.
     """
 
-    def __init__(self, link: MoveLink, payload_bytes: int, cost: OnlineCost):
-        self.stats = {lane: LaneTotals() for lane in LANES}
+    def __init__(self, link: MoveLink, payload_bytes: int, cost: OnlineCost, lanes: tuple[str, ...] = LANES):
+        self.stats = {lane: LaneTotals() for lane in lanes}
         self.payload_bytes, self.cost, self._link = payload_bytes, cost, link
         self._open: dict[int, tuple[Move, Finish]] = {}
         self._ready: deque[MoveDone] = deque()  # received, and their submitters not told
@@ -157,15 +180,17 @@ class OpenMoves:
     def __len__(self) -> int:
         return len(self._open)
 
-    def submit(self, lane: str, priority: int, sources: np.ndarray, targets: np.ndarray, finish: Finish, *,
-               ticket: int = NO_TICKET, digests: tuple[bytes, ...] = (), parents: tuple[bytes, ...] = ()) -> None:
-        """Send a move (see `Move`). finish: called with its result by the `poll` after it has ended."""
+    def submit(self, lane: str, priority: int, sources: np.ndarray, targets: np.ndarray, finish: Finish,
+               **terms: Any) -> int:
+        """Send a move and return its number. terms: other fields of the `Move`. finish: called with its result by the
+        `poll` after it has ended."""
         self._last_number += 1
         move = Move(number=self._last_number, lane=lane, priority=priority, sources=sources, targets=targets,
-                    num_bytes=len(sources) * self.payload_bytes, ticket=ticket, digests=digests, parents=parents)
+                    num_bytes=len(sources) * self.payload_bytes, **terms)
         self._open[move.number] = move, finish
         self.stats[lane].queued += 1
         self._link.send(move)
+        return move.number
 
     def seconds(self, lane: str, num_blocks: int) -> float:
         """As the lane's moves so far took; by `ASSUMED_BYTES_PER_S` before the first."""

@@ -1,4 +1,6 @@
-"""`Ticket` and `TicketBoard`: let a forward pass wait, layer by layer, for KV that is being loaded from host memory."""
+"""`Ticket` and `TicketBoard`: let a forward pass wait, layer by layer, for KV that is being loaded from host memory,
+and whoever sends KV away for the forward pass that computes it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from xllm.errors import DeviceError
 
 
 class Ticket:
-    """The progress of one load: layer l may be read once `wait(l)` returns. A lane writes it, the runner reads it."""
+    """The progress of one load, or of a step that fills blocks: layer l may be read once `wait(l)` returns. A lane
+    writes it and the runner reads it; or the runner writes it and whoever sends the blocks away reads it."""
 
     __slots__ = ("_condition", "_error", "_layers_done", "num_layers", "ticket_id")
 
@@ -29,11 +32,22 @@ class Ticket:
             self._layers_done += 1
             self._condition.notify_all()
 
+    def finish(self) -> None:
+        """Note that all layers have arrived."""
+        with self._condition:
+            self._layers_done = self.num_layers
+            self._condition.notify_all()
+
     def fail(self, error: BaseException) -> None:
         """Note that the rest will not come: waiters raise DeviceError."""
         with self._condition:
             self._error = error
             self._condition.notify_all()
+
+    def wait_any(self) -> None:
+        """Block until the first layer has arrived, or none ever will."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._layers_done or self._error is not None)
 
     def wait(self, layer: int) -> None:
         """Block until layer `layer` (from 0) has arrived. Raises DeviceError if it never will."""
@@ -41,14 +55,14 @@ class Ticket:
             with self._condition:
                 self._condition.wait_for(lambda: self._layers_done > layer or self._error is not None)
         if self._layers_done <= layer:
-            raise DeviceError("KV could not be copied to the device") from self._error
+            raise DeviceError("KV could not be copied to the device, or computed there") from self._error
 
 
 class TicketBoard:
     """The tickets of loads that are not complete, by number, beside the device that waits for them.
 
     A number that is not listed belongs to a load that is complete. Opened in the thread that receives the moves,
-    before a step that names it; closed by the lane that ran the load; read by the runner.
+    before a step that names it; closed by whoever advanced it to its end: the lane that ran the load, or the runner.
     """
 
     def __init__(self) -> None:
@@ -65,6 +79,11 @@ class TicketBoard:
     def close(self, ticket: Ticket) -> None:
         """Take a ticket off the board: all its layers have arrived."""
         del self._tickets[ticket.ticket_id]
+
+    def fail_all(self, error: BaseException) -> None:
+        """Fail every ticket that is open."""
+        for ticket in list(self._tickets.values()):
+            ticket.fail(error)
 
     def __contains__(self, ticket_id: int) -> bool:
         return ticket_id in self._tickets

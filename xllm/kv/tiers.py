@@ -60,7 +60,8 @@ class TieredStore:
         """link: the way to the worker that performs the moves. make_policy: makes an eviction policy for so many slots.
         on_disk_error: called once, with the reason, when the disk tier is given up. cost: None: one of its own."""
         self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
-        self.moves = moves = OpenMoves(link, facts.payload_bytes, cost or OnlineCost())
+        self.find_on_device = index.find
+        self.moves = moves = OpenMoves(link, facts.payload_bytes, cost or OnlineCost(), facts.lanes)
         self.num_device_blocks = pool.num_blocks
         self.prefetcher: Prefetcher | None = None
         self._polled_s = 0.0  # by the owner's clock

@@ -200,9 +200,9 @@ class GraphedForward:
             key, layout=_layout(batch), ends_with=self._ends_with(batch, rows_S, key.num_tokens),
             lora=batch.lora_T is not None)
 
-    def run(self, batch: HostBatch, rows_S: np.ndarray, *, waits_for_loads: bool) -> Forwarded | None:
+    def run(self, batch: HostBatch, rows_S: np.ndarray, *, layer_by_layer: bool) -> Forwarded | None:
         """One step through a graph, or None: it is to be run eagerly. `batch` is in the order of rows_S."""
-        if waits_for_loads:  # layer by layer, which only the host can do
+        if layer_by_layer:  # layer by layer, which only the host can do
             self.cache.fall_back(KV_LOADS)
             return None
         key = self.key_of(batch, rows_S)

@@ -6,7 +6,7 @@ A host slot holds one block of all layers as one run of bytes (`KVCodec`), so th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +28,16 @@ POPULATED_BYTES = 1 << 20
 class HostMover:
     """A `Mover` over a `KVCache`. `save` and `load_layer` may run at the same time, each in its own thread."""
 
-    def __init__(self, backend: Backend, kv_cache: KVCache, codec: KVCodec, num_host_slots: int):
+    def __init__(self, backend: Backend, kv_cache: KVCache, codec: KVCodec, num_host_slots: int,
+                 memory: Tensor | None = None):
+        """memory: uint8, of so many payloads; None: it allocates its own."""
         self._ops, self._layers, self._codec = backend.ops, kv_cache.layers, codec
         self.num_layers = len(kv_cache.layers)
         self.num_host_slots = num_host_slots
         self.payload_bytes = codec.payload_bytes
-        self._host = backend.allocate_host(num_host_slots * codec.payload_bytes).view(num_host_slots, -1)
+        if memory is None:
+            memory = backend.allocate_host(num_host_slots * codec.payload_bytes)
+        self._host = memory.view(num_host_slots, -1)
         self._host_bytes = self._host.numpy()
         self._synchronize = backend.synchronize_copies
         self._populate = backend.populate_host
@@ -91,3 +95,12 @@ def gated(layers: Sequence[tuple[Tensor, ...]], tickets: Sequence[Ticket]) -> It
         for ticket in tickets:
             ticket.wait(layer)
         yield caches
+
+
+def published(layers: Iterable[tuple[Tensor, ...]], ticket: Ticket) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the layers' caches in order, and advance the ticket by a layer whenever the next one is asked for: the one
+    before it has been computed then. The caller finishes the ticket after the last layer, behind which nothing is asked
+    for."""
+    for caches in layers:
+        yield caches
+        ticket.advance()

@@ -22,7 +22,7 @@ from xllm.request import TokenLogprobs
 from xllm.runner.batch import HostBatch, gather_batch
 from xllm.runner.eager import EagerForward, padding_batch
 from xllm.runner.graphs import Forwarded, GraphedForward, make_capturer, most_samples
-from xllm.runner.host_mover import gated
+from xllm.runner.host_mover import gated, published
 from xllm.runner.kv_cache import KVCache, cache_dtype, page_regions
 from xllm.runner.logprobs import token_logprobs
 from xllm.runner.pooler import Pooler
@@ -117,6 +117,7 @@ class ModelRunner:
         self._sampler = Sampler(backend.ops, self.rows, model.config.vocab_size, backend.device)
         self.proposer = make_proposer(config.speculative)
         self.board = TicketBoard()  # of loads from host memory
+        self.departing = TicketBoard()  # of steps that fill blocks which are sent to other instances
         # Called before each forward pass with what ranks must agree on: `worker/messages.py:StepBegun`.
         self.on_begin: Callable[[int, int, int, str, int], None] | None = None
 
@@ -239,13 +240,24 @@ class ModelRunner:
     def _forward(self, host: HostBatch, plan: ScheduleOutput) -> Forwarded:
         """Run the forward pass through a captured graph if there is one for the step, else eagerly."""
         if self.graphs is not None:
-            done = self.graphs.run(host, plan.rows_S, waits_for_loads=bool(plan.tickets))
+            done = self.graphs.run(host, plan.rows_S, layer_by_layer=bool(plan.tickets or plan.publish_ticket))
             if done is not None:
                 return done
         layers: KVCaches = self.kv_cache.layers
         if plan.tickets:
             layers = gated(self.kv_cache.layers, self.board.tickets(plan.tickets))
-        return self._eager.run(host, layers)
+        if not plan.publish_ticket:
+            return self._eager.run(host, layers)
+        ticket = self.departing[plan.publish_ticket]
+        try:
+            done = self._eager.run(host, published(layers, ticket))
+            ticket.finish()
+        except BaseException as error:
+            ticket.fail(error)
+            raise
+        finally:
+            self.departing.close(ticket)
+        return done
 
     def _queue_sampling(self, plan: ScheduleOutput, batch: HostBatch, done: Forwarded) -> QueuedTokens | None:
         """Queue plain sampling after an eager forward pass, so that the tokens stay on the device; None if some slot

@@ -13,6 +13,7 @@ import numpy as np
 
 from xllm.cost.online import OnlineCost
 from xllm.kv.kv_source import Extension
+from xllm.kv.landing import Lander
 from xllm.kv.lift import Lift
 from xllm.kv.manager import KVManager
 from xllm.kv.prefix_index import PrefixMatch
@@ -39,6 +40,7 @@ class Promotions:
         self._lifting: dict[SequenceState, tuple[Lift, float]] = {}  # and when to give up
         self._stage_of: dict[SequenceState, Stage] = {}  # the last that was begun for it since it was queued
         self._tried: dict[SequenceState, int] = {}  # stages, loads and lifts begun for it since it was queued
+        self.lander: Lander | None = None  # of KV that other instances send
 
     def __len__(self) -> int:
         return len(self._staging) + len(self._loading) + len(self._lifting)
@@ -116,8 +118,7 @@ class Promotions:
     def take_ready(self) -> list[SequenceState]:
         """Take in the moves that have ended (`KVManager.poll`); returns the requests that need not wait any longer, and
         stops tracking them as waiting."""
-        now = self._clock()
-        self._kv.poll(now)
+        now = self.poll()
         if not len(self):
             return []
         ready = [seq for seq, (stage, give_up_s) in self._staging.items() if stage.is_done or now >= give_up_s]
@@ -131,6 +132,20 @@ class Promotions:
                 ready.append(seq)
         return ready
 
+    @property
+    def now_s(self) -> float:
+        """By the scheduler's clock."""
+        return self._clock()
+
+    def poll(self) -> float:
+        """Take in the moves that have ended, and end what has lasted too long; returns the time by the scheduler's
+        clock."""
+        now = self._clock()
+        self._kv.poll(now)
+        if self.lander is not None:
+            self.lander.expire(now)
+        return now
+
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a move between the tiers has ended, at most `timeout_s`; for when no step can be planned. Returns
         False if no move is under way and no request waits for one."""
@@ -143,7 +158,7 @@ class Promotions:
     def tick(self) -> None:
         """Let the KV tiers go on with their background moves at full speed; called while nothing is scheduled."""
         self._kv.set_foreground(False)
-        self._kv.poll(self._clock())
+        self.poll()
 
     def close(self, flush_s: float) -> None:
         """Copy the device's blocks to disk, if there is one, for at most `flush_s`, and end all moves. No step may be
@@ -167,6 +182,8 @@ class Promotions:
     def forget(self, seq: SequenceState) -> None:
         """Stop waiting for a request that was admitted or has ended, and release the blocks held for it. Loads that run
         go on; what they bring stays cached."""
+        if self.lander is not None and seq.request.landing is not None:
+            self.lander.give_up(seq.request.landing)
         self._stage_of.pop(seq, None)
         if self._tried.pop(seq, 0):
             self._staging.pop(seq, None)

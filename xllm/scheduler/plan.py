@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.kv.manager import KVManager
+from xllm.kv.moves import NO_TICKET
 from xllm.scheduler.row_table import RowTable
 from xllm.scheduler.token_budget import Share, TokenBudget
 from xllm.step import NewRow, ScheduleOutput
@@ -16,8 +17,8 @@ class PlanBuilder:
     """Filled while the scheduler decides; every list is in the order of the decisions. `grow` and `commit` take effect
     at once: the row table's counters, the budget and the block tables then stand as after the step."""
 
-    __slots__ = ("_kv", "_table", "budget", "copies", "grown_ids", "grown_rows", "new_rows", "shares", "stalled",
-                 "step", "tickets")
+    __slots__ = ("_kv", "_table", "budget", "copies", "grown_ids", "grown_rows", "new_rows", "publish_ticket", "shares",
+                 "stalled", "step", "tickets")
 
     def __init__(self, step: int, table: RowTable, kv: KVManager, budget: TokenBudget) -> None:
         self.step, self.budget = step, budget
@@ -29,6 +30,7 @@ class PlanBuilder:
         self.grown_ids: list[np.ndarray] = []
         self.copies: list[tuple[int, int]] = []  # (src, dst)
         self.tickets: set[int] = set()
+        self.publish_ticket = NO_TICKET
 
     def has(self, row: int) -> bool:
         """Whether the row is part of the step already."""
@@ -65,6 +67,7 @@ class PlanBuilder:
             append_rows_B=_join(self.grown_rows).astype(np.int32), append_ids_B=_join(self.grown_ids).astype(np.int32),
             replace_rows_C=replaced[:, 0], replace_places_C=replaced[:, 1], replace_ids_C=replaced[:, 2],
             copy_src=copies[:, 0], copy_dst=copies[:, 1], tickets=tuple(sorted(self.tickets)),
+            publish_ticket=self.publish_ticket,
         )
 
 

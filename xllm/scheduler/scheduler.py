@@ -24,6 +24,7 @@ from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.admission import Admission
+from xllm.scheduler.departures import Departures
 from xllm.scheduler.fair import make_queue
 from xllm.scheduler.kv_waits import Promotions
 from xllm.scheduler.output_writer import OutputWriter
@@ -80,6 +81,7 @@ class Scheduler:
                                       offline_yields=s.online_preempts_offline)
         self._admission = Admission(config, self.kv, self.rows, self.running, self.waiting, self.promotions,
                                     self._preemption, self.counters)
+        self.departures = Departures(self.kv, self.rows)
         self._sequences: dict[str, SequenceState] = {}
         self._ready: list[OutputDelta] = []  # outputs that no step produced
         self._next_step = 0
@@ -103,6 +105,8 @@ class Scheduler:
         self._sequences[request.request_id] = seq
         self.waiting.push(seq)
         self.promotions.prefetch(seq)
+        if request.offer is not None:
+            self.departures.begin(seq, request.offer)
         self.counters.prompt_tokens_total += num_tokens
 
     def check_room(self, num_held: int = 0) -> None:
@@ -122,8 +126,12 @@ class Scheduler:
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
         self.promotions.forget(seq)
+        self._end(seq, FinishReason.ABORT)
+
+    def _end(self, seq: SequenceState, reason: FinishReason) -> None:
+        """End a sequence outside a step; what a step in flight still samples for it is dropped."""
         row = seq.row
-        self._ready.append(self._finish(seq, FinishReason.ABORT))
+        self._ready.append(self._finish(seq, reason))
         if row >= 0 and self.rows.in_flight[row] == 0:
             self.running.release(row)
 
@@ -181,6 +189,8 @@ class Scheduler:
         plan = PlanBuilder(self._next_step, self.rows, self.kv, self._budget)
         self._next_step += 1
         self._admission.take_promoted()
+        for seq in self.departures.take_sent() if len(self.departures) else ():
+            self._end(seq, FinishReason.HANDED_OVER)
         self._preemption.begin_step()
         for phase in self._phases:
             if phase is Phase.ADMISSION:
@@ -224,6 +234,8 @@ class Scheduler:
             return plan.build()
         replaced = self.kv.take_replaced()
         plan.tickets.update(self.kv.open_tickets(replaced[:, 2]))
+        if len(self.departures):
+            plan.publish_ticket = self.departures.publish(plan.step)
         return plan.build(self.running.take_released(), replaced)
 
     # --- taking in a step's results
@@ -242,7 +254,7 @@ class Scheduler:
             self._finish_at(row, output)
         for i, reason in result.failed.items():
             seq = table.seqs[rows[i]]
-            if seq is not None and seq.status is not Status.FINISHED:
+            if seq is not None and not seq.has_ended:
                 outputs.append(self._finish(seq, FinishReason.ERROR, error=reason))
         if self.kv.enable_prefix_caching:
             self._commit_blocks(rows)
@@ -297,7 +309,9 @@ class Scheduler:
                                ended_well=reason in (FinishReason.STOP, FinishReason.LENGTH))
         elif seq.status is Status.PREEMPTED:
             self._preemption.forget(seq)
-        seq.move(Status.FINISHED)
+        if len(self.departures):
+            self.departures.forget(seq)
+        seq.move(Status.HANDED_OVER if reason is FinishReason.HANDED_OVER else Status.FINISHED)
         seq.finish_reason = reason
         if seq.row >= 0:
             self.rows.alive[seq.row] = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xllm.errors import IntegrityError, WorkerError
-from xllm.kv.moves import PATIENT, URGENT, Move, MoveDone, StoredBlocks
+from xllm.kv.moves import PATIENT, TRANSFERS, URGENT, Move, MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
 from xllm.worker.messages import (
@@ -51,12 +51,13 @@ class Gatherer:
         self._num_ranks, self._clock = num_ranks, clock
         self._pending: dict[tuple[str, Hashable], _Pending] = {}
         self._progress_s = [clock()] * num_ranks  # when a rank last told how far it is with loading
-        self._patient: set[int] = set()  # numbers of moves that no request waits for
+        self._patient: set[int] = set()  # numbers of moves that no request waits for, or that wait for another instance
         self._waiting_s = [0.0] * num_ranks  # in an exchange, by the ranks' last signs of life
 
     def note_sent(self, command: WorkerCommand) -> None:
         """Take note of a command that is sent to all ranks."""
-        if isinstance(command, Move) and command.lane in PATIENT and command.priority > URGENT:
+        if isinstance(command, Move) and (command.lane in TRANSFERS or (
+                command.lane in PATIENT and command.priority > URGENT)):
             self._patient.add(command.number)
 
     def note_exchange(self, rank: int, waiting_s: float) -> None:
@@ -173,7 +174,8 @@ def _merge_loaded(first: Loaded, reports: list[Loaded]) -> Loaded:
     stored = facts[0].stored
     kept = np.array([i for i in range(len(stored.slots)) if stored.slots[i] < num_disk_slots
                      and _entry(stored, i) in in_all], dtype=np.intp)
-    tiers = replace(facts[0], num_host_slots=min(f.num_host_slots for f in facts), num_disk_slots=num_disk_slots,
+    windows = tuple(window for f in facts for window in f.windows)
+    tiers = replace(facts[0], windows=windows, num_host_slots=min(f.num_host_slots for f in facts), num_disk_slots=num_disk_slots,
                     stored=StoredBlocks(stored.slots[kept], stored.digests[kept], stored.parents[kept]))
     return replace(first, num_blocks=num_blocks, tiers=tiers)
 

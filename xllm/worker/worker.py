@@ -91,7 +91,7 @@ class Worker:
             self.runner.prepare(command)
         elif isinstance(command, Move):
             assert self.tiers is not None
-            self.tiers.lanes.send(command)
+            self.tiers.send(command)
             return False
         elif isinstance(command, Foreground):
             assert self.tiers is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from xllm.config import CacheSettings
@@ -12,7 +13,7 @@ from xllm.errors import ConfigError
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_seal import Seal, read_key
 from xllm.kv.lanes import ThreadLanes
-from xllm.kv.moves import LOAD, READ, SAVE, WRITE, MoveDone, TierFacts
+from xllm.kv.moves import LOAD, READ, SAVE, TRANSFERS, WRITE, Move, MoveDone, TierFacts
 from xllm.kv.performer import MovePerformer
 from xllm.models.fingerprint import fingerprint
 from xllm.private_files import open_private_folder
@@ -21,6 +22,7 @@ from xllm.runner.kv_codec import KVCodec
 from xllm.runner.model_runner import ModelRunner
 from xllm.sizes import resolve_amount
 from xllm.worker.loading import LoadedModel
+from xllm.worker.worker_transfers import WorkerTransfers
 
 
 class WorkerTiers:
@@ -34,15 +36,29 @@ class WorkerTiers:
         cache, backend = model.config.cache, model.backend
         codec = KVCodec.for_cache(cache.kv_store_dtype, runner.kv_cache.layers, backend.ops)
         num_slots = _num_host_slots(model, codec.payload_bytes)
-        mover = HostMover(backend, runner.kv_cache, codec, num_slots)
+        self.transfers: WorkerTransfers | None = None
+        if model.config.transfer.enable_disagg_pd:
+            self.transfers = WorkerTransfers(model, runner, codec, num_slots, report)
+        memory = None if self.transfers is None else self.transfers.memory
+        mover = HostMover(backend, runner.kv_cache, codec, num_slots, memory)
         self.performer = MovePerformer(mover, _open_disk(model, codec, rank), runner.board)
         self.facts: TierFacts = self.performer.facts()
+        if self.transfers is not None:
+            self.facts = replace(self.facts, windows=(self.transfers.window,))
         host_rate = float(resolve_amount("host_bytes_per_s", cache.host_bytes_per_s, 0))
         disk_rate = float(resolve_amount("disk_bytes_per_s", cache.disk_bytes_per_s, 0))
         self.lanes = ThreadLanes(self.performer, report,
                                  {SAVE: host_rate, LOAD: host_rate, WRITE: disk_rate, READ: disk_rate},
                                  rides=backend.computes_on_host)
         self._populator = Populator(mover, lambda: self.lanes.foreground)
+
+    def send(self, move: Move) -> None:
+        """Begin a move. The ticket that it waits for, or that waits for it, is open when this returns."""
+        if move.lane in TRANSFERS:
+            assert self.transfers is not None
+            self.transfers.send(move)
+        else:
+            self.lanes.send(move)
 
     @property
     def missed_total(self) -> dict[str, int]:
@@ -52,6 +68,8 @@ class WorkerTiers:
     def close(self) -> None:
         """Let running moves end, drop the queued ones, and release the disk's folder."""
         self._populator.stop()
+        if self.transfers is not None:
+            self.transfers.close()
         self.lanes.close()
 
 

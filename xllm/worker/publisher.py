@@ -1,0 +1,151 @@
+"""`Publisher`: sends KV blocks of this rank to other instances, layer by layer as a step computes them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xllm.errors import TransferError
+from xllm.kv.moves import NO_TICKET, Move, MoveDone, MoveError, error_of
+from xllm.kv.tickets import Ticket, TicketBoard
+from xllm.kv_offer import KVOffer, RankWindow
+from xllm.runner.kv_reader import KVReader
+from xllm.transfer.way import Way
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Sending:
+    """One move on its way. ticket: None: its blocks are complete."""
+
+    move: Move
+    offer: KVOffer
+    ticket: Ticket | None
+    arrived_s: float
+    error: MoveError | None = None
+
+
+class Destination(threading.Thread):
+    """Sends to one other instance. Moves of one step go together: a layer of each, then the next layer."""
+
+    def __init__(self, reader: KVReader, windows: tuple[RankWindow, ...], report: Callable[[MoveDone], None]):
+        super().__init__(name="xllm-kv-publish", daemon=True)
+        self._reader, self._windows, self._report = reader, windows, report
+        self._ways: list[Way] | None = None
+        self._queue: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
+        self._next: _Sending | None = None  # taken from the queue, of a later step
+        self.start()
+
+    def add(self, sending: _Sending) -> None:
+        """Send this after all that was added before it."""
+        self._queue.put(sending)
+
+    def stop(self) -> None:
+        """End after what is being sent; what waits is dropped."""
+        self._queue.put(None)
+        self.join()
+
+    def run(self) -> None:
+        """Send group after group until told to stop."""
+        while (first := self._next or self._queue.get()) is not None:
+            self._next = None
+            group = self._group(first)
+            self._send(group)
+            for sending in group:
+                self._tell(sending)
+        for way in self._ways or ():
+            way.close()
+
+    def _group(self, first: _Sending) -> list[_Sending]:
+        """`first` and what follows it of the same step: all of it is here before the step begins."""
+        group = [first]
+        if first.ticket is not None:
+            first.ticket.wait_any()
+        while first.ticket is not None and not self._queue.empty():
+            self._next = self._queue.get()
+            if self._next is None or self._next.ticket is not first.ticket:
+                if self._next is None:
+                    self._queue.put(None)
+                break
+            group.append(self._next)
+            self._next = None
+        return group
+
+    def _send(self, group: list[_Sending]) -> None:
+        for layer in range(self._reader.num_layers):
+            for sending in group:
+                if sending.error is None and len(sending.move.sources):
+                    self._try(sending, self._send_layer, layer)
+        for sending in group:
+            if sending.move.is_last or sending.error is not None:
+                self._try(sending, self._finish)
+
+    def _try(self, sending: _Sending, act: Callable[..., None], *arguments: int) -> None:
+        try:
+            act(sending, *arguments)
+        except Exception as error:
+            if not isinstance(error, TransferError):
+                _log.exception("KV blocks could not be sent")
+            sending.error = sending.error or error_of(sending.move.lane, error)
+            for way in self._ways or ():  # in whichever state they are
+                way.close()
+
+    def _send_layer(self, sending: _Sending, layer: int) -> None:
+        move, offer = sending.move, sending.offer
+        if sending.ticket is not None:
+            sending.ticket.wait(layer)
+        ways = [way for way in self._connected() if way.relay.shares]
+        if ways:
+            layer_BX = self._reader.read(move.sources, layer, ways[0].relay.format)
+            for way in ways:
+                way.put(offer, int(move.targets[0]), layer, layer_BX)
+
+    def _finish(self, sending: _Sending) -> None:
+        for way in self._connected():
+            if way.relay.shares:
+                way.peer.finish(sending.offer.number)
+
+    def _connected(self) -> list[Way]:
+        if self._ways is None:
+            self._ways = [Way(self._reader.layout, window) for window in self._windows]
+        return self._ways
+
+    def _tell(self, sending: _Sending) -> None:
+        now_s, move = time.monotonic(), sending.move
+        num_done = 0 if sending.error is not None else len(move.sources)
+        self._report(MoveDone(move.number, num_done, now_s - sending.arrived_s, now_s - sending.arrived_s,
+                              sending.error))
+
+
+class Publisher:
+    """`begin` and `close` are called by the thread that receives the moves, in their order. board: tickets of steps
+    that fill blocks; the runner advances them."""
+
+    def __init__(self, reader: KVReader, board: TicketBoard, report: Callable[[MoveDone], None]):
+        self._reader, self._board, self._report = reader, board, report
+        self._destinations: dict[tuple[tuple[str, ...], ...], Destination] = {}  # by their addresses
+
+    def begin(self, move: Move) -> None:
+        """Send the blocks of a move once they are computed. The step that computes them comes later."""
+        assert move.offer is not None
+        windows = move.offer.windows
+        name, ticket = tuple(window.addresses for window in windows), None
+        if move.ticket != NO_TICKET:
+            if move.ticket not in self._board:
+                self._board.open(move.ticket, self._reader.num_layers)
+            ticket = self._board[move.ticket]
+        if name not in self._destinations:
+            self._destinations[name] = Destination(self._reader, windows, self._report)
+        self._destinations[name].add(_Sending(move, move.offer, ticket, time.monotonic()))
+
+    def close(self) -> None:
+        """Let what is being sent end. No step is computed any more."""
+        self._board.fail_all(TransferError("the worker ends"))
+        for destination in self._destinations.values():
+            destination.stop()
+        self._destinations.clear()

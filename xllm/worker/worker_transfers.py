@@ -1,0 +1,45 @@
+"""`WorkerTransfers`: a worker's part of sending KV to other instances and of taking it from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from xllm.kv.moves import LAND, Move, MoveDone
+from xllm.kv_offer import RankWindow
+from xllm.runner.kv_codec import KVCodec
+from xllm.runner.kv_reader import KVReader
+from xllm.runner.model_runner import ModelRunner
+from xllm.runner.stored_layout import layout_of
+from xllm.transfer.transports import open_window
+from xllm.worker.landing_desk import LandingDesk
+from xllm.worker.loading import LoadedModel
+from xllm.worker.publisher import Publisher
+
+
+class WorkerTransfers:
+    """memory: uint8 of the host tier's slots, which other instances write to: `num_slots` payloads. window: what they
+    need to know of it. Raises ConfigError where it cannot be reached in any of the ways that the settings name."""
+
+    def __init__(self, model: LoadedModel, runner: ModelRunner, codec: KVCodec, num_slots: int,
+                 report: Callable[[MoveDone], None]):
+        settings, backend = model.config.transfer, model.backend
+        layout = layout_of(model, codec)
+        opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
+        self.memory: Tensor = backend.share_host(opened.memory)
+        self.window = RankWindow(addresses=opened.addresses, layout=layout, block_bytes=codec.payload_bytes)
+        self._desk = LandingDesk(opened, codec.payload_bytes, report)
+        self._publisher = Publisher(KVReader(backend, runner.kv_cache.layers, layout), runner.departing, report)
+
+    def send(self, move: Move) -> None:
+        """Begin a move of `TRANSFERS`."""
+        if move.lane == LAND:
+            self._desk.begin(move)
+        else:
+            self._publisher.begin(move)
+
+    def close(self) -> None:
+        """End all threads and connections. No step is computed any more."""
+        self._publisher.close()
+        self._desk.close()
