@@ -8,11 +8,13 @@ import logging
 import time
 
 from xllm.config import CacheSettings
+from xllm.kv.block_pool import BlockPool
 from xllm.kv.eviction import make_policy
 from xllm.kv.landing import Lander
 from xllm.kv.moves import Move, MoveDone, TierFacts
 from xllm.kv.outbox import Outbox
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.prefix_index import PrefixIndex
 from xllm.kv.tiers import TieredStore
 from xllm.scheduler.scheduler import Scheduler
 from xllm.worker.link import WorkerLink
@@ -49,13 +51,17 @@ class WorkerMoves:
 
 def attach_tiers(scheduler: Scheduler, link: WorkerLink, cache: CacheSettings, facts: TierFacts) -> None:
     """Put host memory, and disk where there is one, below the scheduler's KV manager."""
-    tiers = scheduler.kv.attach(lambda index, pool: TieredStore(
-        index, pool, facts, WorkerMoves(link),
-        lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history), _disk_lost,
-        scheduler.cost))
-    if facts.windows:
-        scheduler.promotions.lander = Lander(tiers, facts.windows)
-        scheduler.departures.outbox = Outbox(scheduler.kv.pool, tiers.moves)
+    def make(index: PrefixIndex, pool: BlockPool) -> TieredStore:
+        store = TieredStore(
+            index, pool, facts, WorkerMoves(link),
+            lambda n: make_policy(cache.eviction_policy, n, lru_k=cache.lru_k, history=cache.eviction_history),
+            _disk_lost, scheduler.cost)
+        if facts.windows:
+            scheduler.promotions.lander = Lander(store, facts.windows)
+            scheduler.departures.outbox = Outbox(pool, store.moves)
+        return store
+
+    tiers = scheduler.kv.attach(make)
     if cache.kv_prefetch:
         tiers.prefetcher = Prefetcher(tiers)
     _log.info("KV tiers: %d blocks on the device, %d in host memory, %d on disk, %d of them found there",

@@ -175,7 +175,8 @@ def _merge_loaded(first: Loaded, reports: list[Loaded]) -> Loaded:
     kept = np.array([i for i in range(len(stored.slots)) if stored.slots[i] < num_disk_slots
                      and _entry(stored, i) in in_all], dtype=np.intp)
     windows = tuple(window for f in facts for window in f.windows)
-    tiers = replace(facts[0], windows=windows, num_host_slots=min(f.num_host_slots for f in facts), num_disk_slots=num_disk_slots,
+    tiers = replace(facts[0], windows=windows, num_host_slots=min(f.num_host_slots for f in facts),
+                    num_disk_slots=num_disk_slots,
                     stored=StoredBlocks(stored.slots[kept], stored.digests[kept], stored.parents[kept]))
     return replace(first, num_blocks=num_blocks, tiers=tiers)
 
