@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backends.latent_form import LatentWidths
 from backends.opset import OpSet
+from backends.stored_field import StoredField
 from backends.vmm import VmmDriver
 
 
@@ -154,6 +155,10 @@ class Backend(Protocol):
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate one cache tensor. Memory may be taken only when it is touched; contents start undefined but
         finite."""
+        ...
+
+    def stored_fields(self, caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+        """How one layer lies in the stored form of `OpSet.export_blocks`, in this format. caches: the layer's parts."""
         ...
 
     def available_memory_bytes(self) -> int:

@@ -6,6 +6,7 @@ a stream of its own, which waits for what the default stream had queued when the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from backends.pinned_memory import PinnedMemory
 from backends.place import ALONE, Place
 from backends.reference import REFERENCE
 from backends.reference.kv_codes import QUANTISED, row_width
+from backends.stored_field import StoredField, StoredPart, fields_of
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from cuda_ops import activation, feed, kv, latent_rope, linear, logits, lora, norm, rotary, sampling
@@ -180,6 +182,12 @@ class CudaBackend:
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def stored_fields(self, caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+        own = QUANTISED.get(caches[0].dtype)
+        parts = [StoredPart(cache.shape[1], cache.shape[2], cache.shape[3] - kv.scale_bytes(cache), "KPH")
+                 for cache in caches]
+        return fields_of(parts, own or format, is_quantised=own is not None)
 
     def available_memory_bytes(self) -> int:
         """What the driver has free, and what torch keeps without using it."""

@@ -7,6 +7,7 @@ the device while another captures a graph (`npu_ops/recording.py:CAPTURE_LOCK`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from backends.reference import REFERENCE
 from backends.reference.linear import quantize_rows
 from backends.reference.lora import LoraOps
 from backends.scaled_weight import ScaledWeight
+from backends.stored_field import StoredField, StoredPart, fields_of
 from backends.streams import CopyStreams
 from backends.vmm import VmmDriver
 from npu_ops import activation, compat, kv, linear, logits, norm, rotary, sampling
@@ -194,6 +196,10 @@ class NpuBackend:
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def stored_fields(self, caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+        parts = [StoredPart(cache.shape[2], cache.shape[1], cache.shape[3], "PKH") for cache in caches]
+        return fields_of(parts, format, is_quantised=False)
 
     def available_memory_bytes(self) -> int:
         """What the driver has free, and what torch keeps without using it."""

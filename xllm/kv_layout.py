@@ -1,9 +1,8 @@
 """`KVLayout`: how the bytes of a KV block lie in the stored form of one rank, as plain values that cross between
 instances.
 
-A stored block is its layers one after the other; a layer is its fields one after the other; a field is an array of
-heads and positions, in either order, with so many bytes for each head of each position
-(`backends/reference/stored_kv.py`).
+A stored block is its layers one after the other; a layer is made of fields: an array each of heads, positions and
+numbers, in whichever order (`Backend.stored_fields`).
 """
 
 from __future__ import annotations
@@ -13,35 +12,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldLayout:
-    """One array of a layer: codes, scales or plain numbers of one part.
+    """One array of a layer: plain numbers, codes or scales of one part of it.
 
-    axes: the order of H (heads), P (positions) and W (numbers of one head at one position), the slowest first; W may be
-    missing where there is one number a head and position. num_heads: of this rank; first_head: which of all heads of
-    the model its first one is; total_heads: of the model. width: numbers along W. item_bytes: of one number.
+    offset: of its first byte in the layer. Strides in bytes, from one head, position or number to the next. width:
+    numbers of one head at one position. item_bytes: of a number. num_heads: of this rank; first_head: which of the
+    model's it begins with; total_heads: of the model.
     """
 
-    name: str
-    axes: str
-    first_head: int
-    num_heads: int
-    total_heads: int
+    offset: int
+    head_stride: int
+    position_stride: int
+    number_stride: int
     width: int
     item_bytes: int
+    num_heads: int
+    first_head: int = 0
+    total_heads: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRun:
-    """Neighbouring layers that lie alike."""
+    """Neighbouring layers that lie alike. layer_bytes: of one of them."""
 
     num_layers: int
+    layer_bytes: int
     fields: tuple[FieldLayout, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """Of one rank's stored blocks. format: of the numbers, as `--kv-store-dtype` names it, and the version of the
-    stored form. block_size: positions of a block."""
+    """Of one rank's stored blocks. format: of the numbers, and the version of the stored form (`KVCodec.name`).
+    block_size: positions of a block. rank: of so many."""
 
     format: str
     block_size: int
     runs: tuple[LayerRun, ...]
+    rank: int = 0
+    num_ranks: int = 1

@@ -18,10 +18,10 @@ MAX_LEASE_S = 3600.0  # chosen: nobody waits longer for a prompt
 class TransferSettings:
     """KV that is sent to, and taken from, other instances of a cluster."""
 
-    enable_disagg_pd: bool = option(False, "send KV to other instances and take it from them: a prompt may "
-                                    "be computed by one instance and answered by another")
-    kv_transfer_host: str = option("127.0.0.1", "address at which other instances reach the memory for their KV; with a "
-                                   "cluster, the one of cluster_listen unless it is set")
+    enable_disagg_pd: bool = option(False, "send KV to other instances and take it from them: prompts may be "
+                                    "computed by one instance and answered by another")
+    kv_transfer_host: str = option("127.0.0.1", "address at which other instances reach the memory for their "
+                                   "KV")
     kv_transfer_ways: str = option("shm,tcp", "ways for KV from other instances, the best first: shm (the same machine "
                                    "and user), tcp")
     kv_lease_s: float = option(60.0, "seconds for which room is kept for KV that another instance computes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from backends.cpu.vmm import make_cpu_vmm
 from backends.gated_experts import gated_by
 from backends.latent_form import LatentWidths, expanded_bytes
 from backends.opset import OpSet
-from backends.reference import REFERENCE
+from backends.reference import REFERENCE, stored_kv
 from backends.reference.kv import cache_shape
 from backends.reference.kv_codes import QUANTISED, row_width
 from backends.reference.lora import LoraOps
+from backends.stored_field import StoredField
 from backends.vmm import VmmDriver
 
 TORCH_LORA = LoraOps(linear.pack_linear, linear.linear)
@@ -126,6 +128,9 @@ class CpuBackend:
 
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return lazy_zeros(shape, dtype)
+
+    def stored_fields(self, caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+        return stored_kv.stored_fields(caches, format=format)
 
     def available_memory_bytes(self) -> int:
         return available_bytes()

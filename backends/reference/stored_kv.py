@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backends.reference.kv import keys_BKHP
 from backends.reference.kv_codes import FP8, QUANTISED, SCALE_BYTES, dequantise, quantise
+from backends.stored_field import StoredField, StoredPart, fields_of
 
 FORMATS = ("fp32", "bf16", "fp16", "int8", "fp8")
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +56,17 @@ def import_blocks(caches: Sequence[Tensor], block_ids_B: Tensor, stored_SX: Tens
 def lie_transposed(caches: Sequence[Tensor]) -> list[bool]:
     """For each part of a layer whether it is its keys, the first of two."""
     return [len(caches) == 2 and part == 0 for part in range(len(caches))]
+
+
+def stored_fields(caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+    """Where the numbers of each part lie in a layer's share of a stored block."""
+    own = QUANTISED.get(caches[0].dtype)
+    parts = []
+    for cache, transposed in zip(caches, lie_transposed(caches), strict=True):
+        num_heads, block_size, width = cache.shape[1:]
+        parts.append(StoredPart(num_heads, block_size, width - (SCALE_BYTES[own] if own else 0),
+                                "KHP" if transposed else "KPH"))
+    return fields_of(parts, own or format, is_quantised=own is not None)
 
 
 def _in_own_order(caches: Sequence[Tensor]) -> list[tuple[Tensor, int]]:

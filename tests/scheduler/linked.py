@@ -13,7 +13,7 @@ from tests.scheduler.harness import EOS, expected
 from tests.scheduler.tiered import MemoryMover, TieredSimulation
 from xllm.kv.block import block_digests
 from xllm.kv.landing import Lander
-from xllm.kv.moves import LAND, NO_TICKET, TRANSFERS, Move, MoveDone, MoveError, TierFacts
+from xllm.kv.moves import LAND, NO_TICKET, TRANSFERS, Move, MoveDone, MoveError
 from xllm.kv.outbox import Outbox
 from xllm.kv.tickets import TicketBoard
 from xllm.kv_layout import KVLayout

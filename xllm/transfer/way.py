@@ -12,10 +12,11 @@ from xllm.transfer.transports import connect
 
 
 class Way:
-    """Made and used by one thread. layout: of the sending rank. Raises TransferError if the two do not fit together."""
+    """Made and used by one thread. layout: of the sending rank, in the number format of the window's. Raises
+    TransferError if the two do not fit together."""
 
     def __init__(self, layout: KVLayout, window: RankWindow):
-        self.window = window
+        self.layout, self.window = layout, window
         self.relay = Relay(layout, window.layout)
         self._peer: Peer | None = None
 

@@ -101,18 +101,19 @@ class Destination(threading.Thread):
             sending.ticket.wait(layer)
         ways = [way for way in self._connected() if way.relay.shares]
         if ways:
-            layer_BX = self._reader.read(move.sources, layer, ways[0].relay.format)
+            layer_BX = self._reader.read(move.sources, layer, ways[0].layout)
             for way in ways:
                 way.put(offer, int(move.targets[0]), layer, layer_BX)
 
     def _finish(self, sending: _Sending) -> None:
         for way in self._connected():
             if way.relay.shares:
-                way.peer.finish(sending.offer.number)
+                way.peer.finish(sending.offer.number, way.relay.num_peers)
 
     def _connected(self) -> list[Way]:
         if self._ways is None:
-            self._ways = [Way(self._reader.layout, window) for window in self._windows]
+            layout = self._reader.layout_like(self._windows[0].layout)
+            self._ways = [Way(layout, window) for window in self._windows]
         return self._ways
 
     def _tell(self, sending: _Sending) -> None:

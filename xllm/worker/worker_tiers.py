@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xllm.config import CacheSettings
 from xllm.errors import ConfigError
@@ -22,7 +23,9 @@ from xllm.runner.kv_codec import KVCodec
 from xllm.runner.model_runner import ModelRunner
 from xllm.sizes import resolve_amount
 from xllm.worker.loading import LoadedModel
-from xllm.worker.worker_transfers import WorkerTransfers
+
+if TYPE_CHECKING:
+    from xllm.worker.worker_transfers import WorkerTransfers
 
 
 class WorkerTiers:
@@ -38,6 +41,8 @@ class WorkerTiers:
         num_slots = _num_host_slots(model, codec.payload_bytes)
         self.transfers: WorkerTransfers | None = None
         if model.config.transfer.enable_disagg_pd:
+            from xllm.worker.worker_transfers import WorkerTransfers  # needs zmq
+
             self.transfers = WorkerTransfers(model, runner, codec, num_slots, report)
         memory = None if self.transfers is None else self.transfers.memory
         mover = HostMover(backend, runner.kv_cache, codec, num_slots, memory)

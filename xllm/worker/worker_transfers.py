@@ -11,7 +11,6 @@ from xllm.kv_offer import RankWindow
 from xllm.runner.kv_codec import KVCodec
 from xllm.runner.kv_reader import KVReader
 from xllm.runner.model_runner import ModelRunner
-from xllm.runner.stored_layout import layout_of
 from xllm.transfer.transports import open_window
 from xllm.worker.landing_desk import LandingDesk
 from xllm.worker.loading import LoadedModel
@@ -20,17 +19,20 @@ from xllm.worker.publisher import Publisher
 
 class WorkerTransfers:
     """memory: uint8 of the host tier's slots, which other instances write to: `num_slots` payloads. window: what they
-    need to know of it. Raises ConfigError where it cannot be reached in any of the ways that the settings name."""
+    need to know of it. Raises ConfigError where it cannot be reached in one of the ways that the settings name."""
 
     def __init__(self, model: LoadedModel, runner: ModelRunner, codec: KVCodec, num_slots: int,
                  report: Callable[[MoveDone], None]):
         settings, backend = model.config.transfer, model.backend
-        layout = layout_of(model, codec)
+        tp, block_size = model.parallel.tp, model.config.cache.block_size
+        assert block_size is not None, "resolve() first"
+        reader = KVReader(backend, runner.kv_cache.layers, block_size,
+                          [spec.num_heads for spec in model.model_config.kv_specs], rank=tp.rank, num_ranks=tp.size)
         opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
         self.memory: Tensor = backend.share_host(opened.memory)
-        self.window = RankWindow(addresses=opened.addresses, layout=layout, block_bytes=codec.payload_bytes)
+        self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec), block_bytes=codec.payload_bytes)
         self._desk = LandingDesk(opened, codec.payload_bytes, report)
-        self._publisher = Publisher(KVReader(backend, runner.kv_cache.layers, layout), runner.departing, report)
+        self._publisher = Publisher(reader, runner.departing, report)
 
     def send(self, move: Move) -> None:
         """Begin a move of `TRANSFERS`."""
