@@ -47,7 +47,7 @@ from xllm.client.gate_wire import (
     prepare,
     protocol_of,
 )
-from xllm.engine.commands import CacheChanges, Refused, Submit
+from xllm.engine.commands import CacheChanges, Expect, Expected, Refused, Submit
 from xllm.engine.step_log import MAX_STEPS_A_BEAT, StepReport, StepTiming
 from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
@@ -174,6 +174,8 @@ class EngineGate:
             elif self._is_draining and isinstance(message, Submit) and message.requests:
                 refusal = Refused(message.requests[0].request_id, "it is shutting down")
                 self._post(identity, GATE_REPORTS.encode(refusal))
+            elif self._is_draining and isinstance(message, Expect):
+                self._post(identity, GATE_REPORTS.encode(Expected(message.number, reason="it is shutting down")))
             elif self._is_up():
                 session.obey(message)
         except Exception as error:  # whatever a client sends costs that client alone

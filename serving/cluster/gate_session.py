@@ -12,14 +12,26 @@ from pathlib import Path
 from serving.cluster.gated_call import GatedCall
 from xllm.client.engine_client import WatchedEngine
 from xllm.client.gate_wire import GateReport, Lost
-from xllm.engine.commands import Abort, Action, Command, Control, Controlled, EngineState, Outputs, Refused, Submit
+from xllm.engine.commands import (
+    Abort,
+    Action,
+    Command,
+    Control,
+    Controlled,
+    EngineState,
+    Expect,
+    Expected,
+    Outputs,
+    Refused,
+    Submit,
+)
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
 
 # What a client may ask of the engine as a whole: what the HTTP API's administrators may. Never `Shutdown`.
 ALLOWED: tuple[Action, ...] = ("state", "pause", "resume", "sleep", "wakeup", "reset_prefix_cache", "load_adapter",
                                "unload_adapter")
-MAX_CONTROLS = 64  # of one client that have not been answered. Chosen: far more than any asks for at a time
+MAX_CONTROLS = 64  # of one client that have not been answered, and questions for room. Chosen: far more than any asks
 TENANT_WEIGHTS = (0.001, 1000.0)  # as in a file of keys (`serving/security/keys.py`)
 
 
@@ -62,6 +74,10 @@ class GateSession:
             self._engine.abort([self._prefix + request_id for request_id in command.request_ids])
         elif isinstance(command, Control) and command.action in ALLOWED and len(self._controls) < MAX_CONTROLS:
             task = asyncio.create_task(self._control(command))
+            self._controls.add(task)
+            task.add_done_callback(self._controls.discard)
+        elif isinstance(command, Expect) and len(self._controls) < MAX_CONTROLS:
+            task = asyncio.create_task(self._expect(command))
             self._controls.add(task)
             task.add_done_callback(self._controls.discard)
         else:
@@ -161,6 +177,15 @@ class GateSession:
             state = (await self._engine.control("state")).state if self._engine.is_up else EngineState()
             done = Controlled(command.number, state, error=refusal, is_state=True)
         self._post(replace(done, number=command.number))
+
+    async def _expect(self, command: Expect) -> None:
+        try:
+            found = await self._engine.expect(self._own(command.request), command.lease_s)
+        except RequestError as error:
+            found = Expected(command.number, reason=str(error))
+        except EngineDeadError:
+            return  # the gate says so to all
+        self._post(replace(found, number=command.number))
 
     def _refusal(self, command: Control) -> str | None:
         if command.action != "load_adapter":

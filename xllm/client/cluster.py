@@ -23,7 +23,7 @@ from xllm.client.engine_client import EngineAwayError, Stream
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
-from xllm.engine.commands import Action, Controlled, EngineState
+from xllm.engine.commands import Action, Controlled, EngineState, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
@@ -250,6 +250,10 @@ class ClusterClient:
         for request_id in request_ids:
             if (call := self._dispatcher.calls.get(request_id)) is not None:
                 call.abort_at([request_id])
+
+    async def expect(self, request: Request, lease_s: float) -> Expected:
+        """See `EngineClient.expect`: its instances send KV to each other, nobody to all of them."""
+        return Expected(0, reason="a cluster as a whole takes no KV")
 
     async def control(self, action: Action, **options: Any) -> Controlled:
         """See `EngineClient.control`: all instances do it, or none. The error of one that refuses names it."""

@@ -13,7 +13,19 @@ import msgspec
 
 from xllm.client.reports import Fatal, Heartbeat, Ready, Report, StartPhase
 from xllm.config import EngineConfig
-from xllm.engine.commands import Abort, CacheChanges, Command, Control, Controlled, Outputs, Refused, Shutdown, Submit
+from xllm.engine.commands import (
+    Abort,
+    CacheChanges,
+    Command,
+    Control,
+    Controlled,
+    Expect,
+    Expected,
+    Outputs,
+    Refused,
+    Shutdown,
+    Submit,
+)
 from xllm.errors import RequestError
 from xllm.request import Request
 from xllm.shared_params import SharedParams, read_shared, share, without
@@ -52,17 +64,29 @@ else:
 _HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt_token_ids", "sampling"))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PackedExpect:
+    """An `Expect`, whose request is written as in a `Submit`."""
+
+    number: int
+    lease_s: float
+    submit: bytes
+
+
 class _CommandCodec:
     """As `Codec`, for commands. A `Submit` is three lists: prompts (bytes of int32) and sampling parameters, each
     written once, and the requests, which refer to them."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown)
+        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(tuple[list[bytes], SharedParams, list[_RequestHead]])
 
     def encode(self, command: Command) -> bytes:
         """One frame."""
+        if isinstance(command, Expect):
+            return self._codec.encode(_PackedExpect(command.number, command.lease_s,
+                                                    self.encode(Submit([command.request]))))
         if not isinstance(command, Submit):
             return self._codec.encode(command)
         places, prompts, heads = dict[int, int](), list[bytes](), []
@@ -78,8 +102,8 @@ class _CommandCodec:
     def decode(self, frame: bytes) -> Command:
         """See `Codec.decode`. What requests share is one object."""
         if frame[:1] != _SUBMIT:
-            found: Command = self._codec.decode(frame)
-            return found
+            found = self._codec.decode(frame)
+            return self._unpack(found) if isinstance(found, _PackedExpect) else found  # type: ignore[no-any-return]
         packed, params, heads = self._decoder.decode(memoryview(frame)[1:])
         try:
             samplings, prompts = read_shared(params), [array(TYPE, ids) for ids in packed]
@@ -88,9 +112,16 @@ class _CommandCodec:
         except (IndexError, ValueError, RequestError) as error:  # ValueError: bytes that are no whole ids
             raise msgspec.DecodeError(f"no set of requests: {error}") from None
 
+    def _unpack(self, packed: _PackedExpect) -> Expect:
+        submit = self.decode(packed.submit) if packed.submit[:1] == _SUBMIT else None
+        if not isinstance(submit, Submit) or len(submit.requests) != 1:
+            raise msgspec.DecodeError("KV is expected of one request")
+        return Expect(packed.number, submit.requests[0], packed.lease_s)
+
 
 COMMANDS = _CommandCodec()
-REPORTS: Codec[Report] = Codec(64, Refused, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal, CacheChanges)
+REPORTS: Codec[Report] = Codec(64, Refused, Controlled, Outputs, StartPhase, Ready, Heartbeat, Fatal, CacheChanges,
+                              Expected)
 
 
 def config_to_json(config: EngineConfig) -> bytes:

@@ -18,6 +18,8 @@ from xllm.engine.commands import (
     CommandReply,
     Control,
     Controlled,
+    Expect,
+    Expected,
     Outputs,
     Refused,
     Submit,
@@ -42,6 +44,7 @@ class CommandingClient(ABC):
         self.on_cache_changes: Callable[[CacheChanges], None] = lambda changes: None  # each that is reported
         self._streams: dict[str, Stream] = {}  # by request id
         self._answers: dict[int, asyncio.Future[Controlled]] = {}
+        self._expected: dict[int, asyncio.Future[Expected]] = {}
         self._numbers = itertools.count()
 
     @abstractmethod
@@ -109,6 +112,17 @@ class CommandingClient(ABC):
         self.sleep_level = done.state.sleep_level
         return done
 
+    async def expect(self, request: Request, lease_s: float) -> Expected:
+        """See `EngineClient.expect`."""
+        self._check_up()
+        number = next(self._numbers)
+        answer = self._expected[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Expect(number, request, lease_s))
+            return await answer
+        finally:
+            self._expected.pop(number, None)
+
     async def control_or_log(self, action: Action, **options: Any) -> None:
         """Send a command that brings an engine that comes later to where others are, or it was itself; what it refuses
         is logged."""
@@ -137,6 +151,9 @@ class CommandingClient(ABC):
                 self._refuse(stream, answer)
         elif isinstance(answer, CacheChanges):
             self.on_cache_changes(answer)
+        elif isinstance(answer, Expected):
+            if (asking := self._expected.get(answer.number)) is not None and not asking.done():
+                asking.set_result(answer)
         elif (waiting := self._answers.get(answer.number)) is not None and not waiting.done():
             waiting.set_result(answer)
 
@@ -163,6 +180,7 @@ class CommandingClient(ABC):
             logger.debug("%d open requests end: %s", len(self._streams), reason)
         for stream in set(self._streams.values()):
             stream.lose(EngineDeadError(reason))
-        for answer in self._answers.values():
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._expected.values()]
+        for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))

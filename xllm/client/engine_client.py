@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from xllm.engine.commands import Action, Controlled
+from xllm.engine.commands import Action, Controlled, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
@@ -60,6 +60,12 @@ class EngineClient(Protocol):
         or else `Stream.next`, tells whether they were taken.
 
         Raises: RequestError: an id is in use. EngineDeadError: there is no engine.
+        """
+
+    async def expect(self, request: Request, lease_s: float) -> Expected:
+        """Make room for the KV of a request that another instance computes; see `commands.Expect`.
+
+        Raises: EngineDeadError: no engine, or it ended meanwhile.
         """
 
     def abort(self, request_ids: Iterable[str]) -> None:

@@ -13,12 +13,12 @@ import msgspec
 import zmq
 
 from xllm.client.command_codec import COMMANDS, Codec
-from xllm.engine.commands import CacheChanges, Command, Controlled, Outputs, Refused
+from xllm.engine.commands import CacheChanges, Command, Controlled, Expected, Outputs, Refused
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.stats import EngineStats
 
-PROTOCOL = 1  # raised when either end would misread what the other one says
+PROTOCOL = 2  # raised when either end would misread what the other one says
 # Greetings: a letter, then the protocol's number (4 bytes, big-endian), then what that protocol says. A farewell: a
 # letter and the reason, in UTF-8.
 HELLO, WELCOME, GOODBYE = b"H", b"W", b"G"
@@ -96,8 +96,8 @@ class Alive:
     num_sent_bytes: int
 
 
-GateReport = Refused | Controlled | Outputs | CacheChanges | Condition | Lost
-GATE_REPORTS: Codec[GateReport] = Codec(160, Refused, Controlled, Outputs, CacheChanges, Condition, Lost)
+GateReport = Refused | Controlled | Outputs | CacheChanges | Condition | Lost | Expected
+GATE_REPORTS: Codec[GateReport] = Codec(160, Refused, Controlled, Outputs, CacheChanges, Condition, Lost, Expected)
 _SIGNS: Codec[Alive] = Codec(128, Alive)
 _SIGN = bytes([128])
 

@@ -22,7 +22,7 @@ from xllm.client.member_client import MemberClient
 from xllm.client.openai_facts import ModelCard, ServerMetrics, read_card, read_facts, read_metrics
 from xllm.client.openai_wire import ChunkReader, completion_body, data_lines, error_of, first_refusal
 from xllm.client.server_place import ServerPlace
-from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Refused, Submit
+from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Expected, Refused, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
@@ -189,6 +189,10 @@ class OpenAIServer(MemberClient):
     def refusal(self, requests: Sequence[Request]) -> RequestError | None:
         """See `MemberClient.refusal`."""
         return first_refusal(requests)
+
+    async def expect(self, request: Request, lease_s: float) -> Expected:
+        """See `EngineClient.expect`: its server takes KV in a way of its own."""
+        return Expected(0, reason="an OpenAI server takes no KV of ours")
 
     async def control(self, action: Action, **options: Any) -> Controlled:
         """See `EngineClient.control`: refused, but for the question how it is."""

@@ -20,7 +20,7 @@ from xllm.client.merged_stats import merged_stats
 from xllm.client.process import ProcessClient
 from xllm.client.replica_control import ReplicaControl
 from xllm.config import EngineConfig
-from xllm.engine.commands import Action, CacheChanges, Controlled
+from xllm.engine.commands import Action, CacheChanges, Controlled, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.engine_count import check_engines
@@ -213,6 +213,8 @@ class Replicas:
         for request in requests:
             if any(engine.has(request.request_id) for engine in self.engines):
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
+        if requests[0].landing is not None:
+            return self._submit_landing(requests)
         able = self._able(requests)
         prompts = {id(request.prompt_token_ids): request for request in reversed(requests)}  # what they share once
         marks = {request.request_id: self._marks(request) for request in prompts.values()}
@@ -240,6 +242,23 @@ class Replicas:
             to_compute = 0 if own is None else len(request.prompt_token_ids) - matched[request.request_id]
             self._fleet.sent(name, request.request_id, to_compute, own or NO_MARKS)
         return stream
+
+    def _submit_landing(self, requests: Sequence[Request]) -> Stream:
+        """To the engine that expects their KV."""
+        landing = requests[0].landing
+        assert landing is not None
+        engine = self.engines[landing % len(self.engines)]
+        stream = engine.submit([replace(request, landing=None if request.landing is None else
+                                        request.landing // len(self.engines)) for request in requests])
+        stream.engine = landing % len(self.engines)
+        return stream
+
+    async def expect(self, request: Request, lease_s: float) -> Expected:
+        """See `EngineClient.expect`: the engine that has the fewest requests expects it."""
+        able = self._able([request])
+        number = min(able, key=lambda number: len(self.engines[number].request_ids))
+        found = await self.engines[number].expect(request, lease_s)
+        return replace(found, landing=found.landing * len(self.engines) + number)
 
     def _able(self, requests: Sequence[Request]) -> dict[int, ProcessClient]:
         """The engines that a call can go to, by their numbers. Raises EngineDeadError if there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from xllm.engine.commands import CacheChanges, Controlled, Outputs, Refused
+from xllm.engine.commands import CommandReply
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.stats import EngineStats
@@ -43,4 +43,4 @@ class Fatal:
     user_error: bool
 
 
-Report = Refused | Controlled | Outputs | CacheChanges | StartPhase | Ready | Heartbeat | Fatal
+Report = CommandReply | StartPhase | Ready | Heartbeat | Fatal

@@ -49,8 +49,8 @@ class Control:
 class Expect:
     """Make room for the KV of a request that another instance computes; one `Expected` with the same number answers.
 
-    request: as it will be submitted later, with the offer's number as its `landing`; its prompt and
-    `generated_token_ids` are what KV is expected of. lease_s: for how long the room is kept.
+    request: as it will be submitted later, with the answer's `landing`; its prompt and `generated_token_ids` are what
+    KV is expected of. lease_s: for how long the room is kept.
     """
 
     number: int
@@ -100,10 +100,12 @@ class Controlled:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The answer to an `Expect`. offer: None if there is no room, or nothing to send; reason: why."""
+    """The answer to an `Expect`. offer: None if there is no room, or nothing to send; reason: why. landing: what the
+    request that comes later has as its `landing`."""
 
     number: int
     offer: KVOffer | None = None
+    landing: int = 0
     reason: str = ""
 
 
@@ -127,5 +129,5 @@ class CacheChanges:
     removed: bytes
 
 
-Command = Submit | Abort | Control | Shutdown
-CommandReply = Refused | Controlled | Outputs | CacheChanges
+Command = Submit | Abort | Control | Expect | Shutdown
+CommandReply = Refused | Controlled | Expected | Outputs | CacheChanges

@@ -14,6 +14,8 @@ from xllm.engine.commands import (
     Control,
     Controlled,
     EngineState,
+    Expect,
+    Expected,
     Outputs,
     Refused,
     Shutdown,
@@ -75,6 +77,8 @@ class EngineLoop:
                 self._report(self._submit(command.requests))
             elif isinstance(command, Abort):
                 self._abort(command.request_ids)
+            elif isinstance(command, Expect):
+                self._report(self._expect(command))
             else:
                 self._control(command)
             command = self._source.take(0.0)
@@ -100,6 +104,12 @@ class EngineLoop:
                 self._abort(request.request_id for request in requests[:index])
                 return Refused(requests[0].request_id, str(error), error.field)
         return Outputs(taken=[requests[0].request_id])
+
+    def _expect(self, command: Expect) -> Expected:
+        offer = self._core.expect(command.request, command.lease_s)
+        if isinstance(offer, str):
+            return Expected(command.number, reason=offer)
+        return Expected(command.number, offer, offer.number)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -30,7 +30,8 @@ class WorkerTransfers:
                           [spec.num_heads for spec in model.model_config.kv_specs], rank=tp.rank, num_ranks=tp.size)
         opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
         self.memory: Tensor = backend.share_host(opened.memory)
-        self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec), block_bytes=codec.payload_bytes)
+        self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec),
+                                 block_bytes=codec.payload_bytes)
         self._desk = LandingDesk(opened, codec.payload_bytes, report)
         self._publisher = Publisher(reader, runner.departing, report)
 
