@@ -12,6 +12,7 @@ from xllm.errors import ConfigError
 from xllm.host_port import host_and_port
 from xllm.logs import FORMATS, LEVELS
 from xllm.option import option
+from xllm.routing.roles import ROLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,9 @@ class ClusterSettings(ClusterAccess):
     enable_service_routing: bool | None = option(None, "register in etcd_addr; none: if that is given")
     enable_cache_upload: bool = option(True, "tell masters which KV blocks are cached, so that they can send requests "
                                        "where their prompts are")
-    instance_role: str = option("DEFAULT", "DEFAULT or MIX, which do prefill and decode; PREFILL and DECODE are not "
-                                "built yet")
+    instance_role: str = option("DEFAULT", "DEFAULT or MIX: prefill and decode; PREFILL: computes prompts, whose KV "
+                                "goes to instances that decode; DECODE: goes on with them; these two need "
+                                "enable_disagg_pd")
     instance_name: str | None = option(None, "name of this instance in the cluster; none: host:port of its HTTP API")
 
     def __post_init__(self) -> None:
@@ -126,11 +128,10 @@ class ClusterSettings(ClusterAccess):
             host_and_port(self.cluster_listen)
         elif self.cluster_secret_file is not None and not self.has_store:
             raise ConfigError("cluster_secret_file needs cluster_listen or etcd_addr")
-        if self.instance_role in ("PREFILL", "DECODE", "ENCODE"):
-            raise ConfigError(f"instance_role {self.instance_role}: instances that share the work of a request are not "
-                              "built yet; DEFAULT and MIX do all of it")
-        if self.instance_role not in ("DEFAULT", "MIX"):
-            raise ConfigError(f"instance_role must be DEFAULT or MIX, got {self.instance_role!r}")
+        if self.instance_role == "ENCODE":
+            raise ConfigError("instance_role ENCODE: instances that only encode media are not built yet")
+        if self.instance_role not in ROLES:
+            raise ConfigError(f"instance_role must be one of {', '.join(ROLES)}, got {self.instance_role!r}")
         if not self.has_store:
             for name in ("enable_service_routing", "instance_name"):
                 if getattr(self, name):

@@ -31,6 +31,7 @@ class Site:
     name: str
     engine: WatchedLocal
     client: GatedClient
+    role: str = "DEFAULT"
 
     def kill(self, reason: str = "it was hit") -> None:
         """As when its engine's process dies; what it had is gone."""
@@ -47,19 +48,20 @@ class Cluster:
     client: ClusterClient
     sites: dict[str, Site] = field(default_factory=dict)
 
-    async def add(self, name: str, engine: WatchedLocal, stack: contextlib.AsyncExitStack) -> Site:
+    async def add(self, name: str, engine: WatchedLocal, stack: contextlib.AsyncExitStack, *,
+                  role: str = "DEFAULT") -> Site:
         gate = await stack.enter_async_context(gate_of(engine))
         client = GatedClient(gate.address, KEYS, name="master")
         client.engine, client.gate = engine, gate
         await client.connect()
         stack.callback(client.close)
-        site = self.sites[name] = Site(name, engine, client)
+        site = self.sites[name] = Site(name, engine, client, role)
         self.join(site)
         return site
 
     def join(self, site: Site) -> None:
         site.client.on_lost = lambda reason: self.client.leave(site.name, reason)
-        self.client.join(site.name, site.client)
+        self.client.join(site.name, site.client, role=site.role)
 
     async def back(self, site: Site) -> None:
         """It is started again: another incarnation."""

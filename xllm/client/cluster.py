@@ -20,6 +20,7 @@ from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
 from xllm.client.engine_client import EngineAwayError, Stream
+from xllm.client.handovers import HandoverCounts
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
@@ -65,7 +66,7 @@ class ClusterClient:
         self._fleet.join(name, role=role, block_size=facts.config.cache.block_size,
                          max_waiting=scheduler.max_waiting_requests,
                          max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks)
-        member = self.members.add(name, client)
+        member = self.members.add(name, client, role)
         self._dispatcher.lives(client.incarnation)
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
@@ -217,6 +218,11 @@ class ClusterClient:
     def counts(self) -> DispatchCounts:
         """What was decided, and what went on elsewhere."""
         return self._dispatcher.counts
+
+    @property
+    def handover_counts(self) -> HandoverCounts:
+        """Of calls that one instance begins and another goes on with."""
+        return self._dispatcher.handovers.counts
 
     @property
     def recent(self) -> deque[Dispatch]:

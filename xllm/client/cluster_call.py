@@ -29,6 +29,9 @@ class CallKeeper(Protocol):
     def lost(self, call: ClusterCall, place: str, error: Exception) -> None:
         """The instance `place` has none of its open requests any more, or refuses them."""
 
+    def handed_over(self, call: ClusterCall, place: str) -> None:
+        """The instance `place` has sent the KV of all its open requests to another one, and has them no more."""
+
     def moved(self, call: ClusterCall, place: str) -> None:
         """Its open requests are at its successor, and at `place` no more."""
 
@@ -94,6 +97,8 @@ class ClusterCall(Stream):
         self._preempted_before: dict[str, int] = {}
         self._young: dict[str, int] = {}  # how many outputs have come from where it is, by request id: where so few
         self._successor: Successor | None = None
+        self._is_one_prompt = len({id(request.prompt_token_ids) for request in requests}) == 1
+        self._handed = set[str]()  # requests that its instance has handed over
         self._held: list[OutputDelta] = []  # what has come since the successor was asked, which computes it again
 
     @property
@@ -144,6 +149,7 @@ class ClusterCall(Stream):
             self.end_aborted(list(self._aborted))
             self._client = self.place = None
             self._is_moved = True
+            self._handed.clear()
             for request_id, number in self._preempted.items():
                 self._preempted_before[request_id] = self._preempted_before.get(request_id, 0) + number
             self._preempted.clear()
@@ -207,6 +213,7 @@ class ClusterCall(Stream):
             self.push(delta)
         if successor is not None and self.open_ids:
             self._keeper.not_taken(self, successor.place, error)
+        self._look_at_handed()
 
     def _is_held(self, delta: OutputDelta) -> bool:
         """Keep a delta back; False: it is to be passed on, since it is the request's end. What was held of that has
@@ -235,6 +242,10 @@ class ClusterCall(Stream):
 
     def push(self, delta: OutputDelta) -> None:
         """Pass a delta on."""
+        if delta.finish_reason is FinishReason.HANDED_OVER:
+            self._handed.add(delta.request_id)
+            self._look_at_handed()
+            return
         if self._successor is not None and self._is_held(delta):
             return
         request_id = delta.request_id
@@ -247,6 +258,17 @@ class ClusterCall(Stream):
         if delta.finish_reason is not None:
             self._keeper.left(self, (request_id,))
             self._forget_next((request_id,))
+            self._look_at_handed()
+
+    def _look_at_handed(self) -> None:
+        """Go on elsewhere once all open requests were handed over; of those that share a prompt, whose KV is there
+        then, the first is enough. If a successor was asked that goes on instead."""
+        place = self.place
+        is_enough = self._handed and (self._is_one_prompt or self.open_ids <= self._handed)
+        if self._successor is None and place is not None and is_enough:
+            self.take_back()
+            if self.open_ids:
+                self._keeper.handed_over(self, place)
 
     def _grow(self, request_id: str, *, is_end: bool) -> None:
         """Count the first outputs from where it is."""

@@ -36,10 +36,12 @@ class ClusterEvent:
 
 @dataclass(slots=True, eq=False)
 class ClusterMember:
-    """is_ready: it has been brought to the state that the others are in. was_drained: its requests were handed over."""
+    """role: of `routing/roles.py:ROLES`. is_ready: it has been brought to the state that the others are in.
+    was_drained: its requests were handed over."""
 
     name: str
     client: MemberClient
+    role: str = "DEFAULT"
     is_ready: bool = False
     was_drained: bool = False
 
@@ -60,9 +62,9 @@ class ClusterMembers:
         self._past: dict[str, EngineStats] = {}  # totals of those that left, by incarnation
         self._long_past = EngineStats()
 
-    def add(self, name: str, client: MemberClient) -> ClusterMember:
+    def add(self, name: str, client: MemberClient, role: str = "DEFAULT") -> ClusterMember:
         """An instance is there."""
-        member = self.all[name] = ClusterMember(name, client)
+        member = self.all[name] = ClusterMember(name, client, role)
         self.gone.pop(name, None)
         self.events.append(ClusterEvent(time.time(), "joined", name))
         if client.incarnation is not None:
@@ -95,6 +97,11 @@ class ClusterMembers:
     def up(self) -> dict[str, MemberClient]:
         """Those that take requests."""
         return {name: member.client for name, member in self.all.items() if member.is_ready and member.client.is_up}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Of all that are there, by name."""
+        return {name: member.role for name, member in self.all.items()}
 
     @property
     def any_up(self) -> bool:

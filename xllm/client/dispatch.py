@@ -13,12 +13,14 @@ from xllm.client.call_watcher import CallWatcher
 from xllm.client.cluster_call import ClusterCall, Loss
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
+from xllm.client.handovers import Handovers
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.recovery import Interrupted, Present, blamed, is_suspect, next_step
+from xllm.routing.roles import unsuited
 
 MAX_DECISIONS = 100  # that are kept to be looked at. Chosen: a screen or two
 CAUSES = ("lost", "drained")  # why calls go on elsewhere
@@ -63,6 +65,7 @@ class Dispatcher:
         self.recent: deque[Dispatch] = deque(maxlen=MAX_DECISIONS)
         self.counts = DispatchCounts()
         self._members, self._fleet, self._watcher = members, fleet, watcher
+        self.handovers = Handovers(members, self._choose_among, self._send_or_go_on)
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._fresh: list[tuple[ClusterCall, Loss]] = []  # of this turn of the event loop
@@ -79,7 +82,10 @@ class Dispatcher:
         if (decision := self._decide(call, requests, ())).name is None:
             raise self._members.refusal(requests) or EngineAwayError(self._members.why_none())
         self.calls.update(dict.fromkeys(call.open_ids, call))
-        self._send(call, decision, requests)
+        if (receiver := self.handovers.receiver(call, requests, decision.name)) is not None:
+            self.handovers.begin(call, requests, decision, receiver)
+        else:
+            self._send(call, decision, requests)
         return call
 
     def num_sent(self, name: str) -> int:
@@ -125,6 +131,7 @@ class Dispatcher:
         for call in set(self.calls.values()):
             call.fail(EngineDeadError("the cluster's client was closed"))
         self._changed.set()
+        await self.handovers.close()
         await asyncio.gather(*self._going_on)
 
     # --- what calls tell: see `CallKeeper`
@@ -146,7 +153,18 @@ class Dispatcher:
             self._forget_sent(place, known)
         self._watcher.left(request_ids)
         if not call.open_ids:
+            self.handovers.forget(call)
             self._changed.set()  # there may be room
+
+    def handed_over(self, call: ClusterCall, place: str) -> None:
+        """See `CallKeeper`."""
+        self._forget_sent(place, call.open_ids)
+        if (taken := self.handovers.take(call)) is None:
+            self._begin_going_on(call, EngineDeadError(f"{place} has handed it over to an instance that is gone"))
+            return
+        receiver, requests = taken
+        matched = tuple(_num_tokens(request) for request in _prompts(requests))
+        self._send(call, Decision(receiver, "handed_over", {}, matched), requests)
 
     def moved(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
@@ -187,6 +205,10 @@ class Dispatcher:
             tries.refused[place] = str(error)
         else:
             self._note_lost(call, place, str(error))
+        self._begin_going_on(call, error)
+
+    def _begin_going_on(self, call: ClusterCall, error: Exception) -> None:
+        self.handovers.forget(call)
         task = asyncio.create_task(self._go_on(call, error), name="cluster-call")
         self._going_on.add(task)
         task.add_done_callback(self._going_on.discard)
@@ -284,6 +306,9 @@ class Dispatcher:
 
     def _decide(self, call: ClusterCall, requests: Sequence[Request], exclude: Collection[str]) -> Decision:
         able = self._members.able(call.model, call.adapters, requests)
+        wrong = unsuited(self._members.roles, begins=not any(request.generated_token_ids for request in requests))
+        if able - wrong - set(exclude):  # else whoever is there does all of it
+            able -= wrong
         prompts = _prompts(requests)
         marks = [self._marks(call, request) for request in prompts]
         first = requests[0]
@@ -299,6 +324,18 @@ class Dispatcher:
             call.send(self._members.all[decision.name].client, decision.name, sent)
         except EngineDeadError as error:
             self.lost(call, decision.name, error)
+
+    def _choose_among(self, call: ClusterCall, requests: Sequence[Request], names: set[str]) -> Decision:
+        marks = [self._marks(call, request) for request in _prompts(requests)]
+        return self._fleet.decide(marks, sum(map(_num_tokens, _prompts(requests))), len(requests), time.monotonic(),
+                                  exclude=self._members.all.keys() - names)
+
+    def _send_or_go_on(self, call: ClusterCall, decision: Decision, requests: Sequence[Request]) -> None:
+        """Send a call where it was to go before it waited; elsewhere if that takes nothing any more."""
+        if decision.name in self._members.able(call.model, call.adapters, requests):
+            self._send(call, decision, requests)
+        else:
+            self._begin_going_on(call, EngineDeadError(f"{decision.name} takes no requests any more"))
 
     def _note_sent(self, call: ClusterCall, decision: Decision, requests: Sequence[Request], *, is_again: bool
                    ) -> list[Request]:

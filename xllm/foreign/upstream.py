@@ -92,7 +92,7 @@ UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
     accepted("etcd_namespace"),
     accepted("enable_service_routing", "on by default where etcd_addr is given (upstream: off)"),
     accepted("instance_name", "host:port of HTTP by default"),
-    accepted("instance_role", "DEFAULT and MIX; PREFILL, DECODE and ENCODE are not built yet and refused"),
+    accepted("instance_role", "DEFAULT, PREFILL, DECODE and MIX; ENCODE is not built yet and refused"),
     accepted("enable_cache_upload", "on by default; digests of what is cached, to masters that are connected"),
     refused_switch("enable_pd_ooc", _NO_DISAGGREGATION),
     *(refused(name, _NO_DISAGGREGATION) for name in ("disagg_pd_port", "kv_cache_transfer_type",

@@ -19,6 +19,7 @@ from xllm.routing.global_index import GlobalIndex, Matches, TierChange, digest_k
 from xllm.routing.pace import PREFILL_TOKENS_PER_S, STEP_S
 from xllm.routing.policies import policy_of
 from xllm.routing.prompt_marks import PromptMarks
+from xllm.routing.roles import ROLES
 from xllm.routing.routed_instance import STALE_S, Capacity, FigureTable, LoadReport, RoutedInstance, faded
 
 # What a block costs to be brought to the device from each tier over what it costs to be computed. Measured with the
@@ -28,7 +29,6 @@ LOAD_COSTS = (0.0, 0.08, 0.14)
 TARGET_TTFT_S, TARGET_TPOT_S = 1.0, 0.05
 # Sessions of which the last instance is known. Chosen: 1 MB or so; it decides among equals only.
 MAX_SESSIONS = 10_000
-ROLES = ("DEFAULT",)  # which there are as yet: whoever prefills also decodes
 
 
 class Fleet:
@@ -70,7 +70,7 @@ class Fleet:
         """An instance, or another life of one, takes requests; nothing is cached there. The rest as in `Capacity`.
         Raises ValueError if there are as many as the index has room for, or for a role other than `ROLES`."""
         if role not in ROLES:
-            raise ValueError(f"{name}: role {role!r} is not built; roles are {', '.join(ROLES)}")
+            raise ValueError(f"{name}: role {role!r} is unknown; roles are {', '.join(ROLES)}")
         self.index.forget(name)
         self._instances.pop(name, None)
         self._num_joined += 1
