@@ -54,6 +54,7 @@ class ClusterView:
             "members": [self._member(row) for row in self.members()],
             "totals": {"decisions": dict(sum((one.decisions for one in counts), Counter())),
                        "recovered": dict(sum((one.recovered for one in counts), Counter())),
+                       "handovers": dict(sum((one.handovers for one in counts), Counter())),
                        **{name: sum(getattr(one, name) for one in counts)
                           for name in ("retried", "given_up", "recomputed_tokens")}},
             "decisions": [_decision(one) for one in newest(engine.recent for engine in engines)],

@@ -113,8 +113,11 @@ def _add_cluster_flags(cluster: FlagParser) -> None:
     actions = cluster.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=FlagParser)
     up = actions.add_parser("up", help="start a master and instances", usage="xllm cluster up [MODEL] [flags] "
                             "[-- flags of `xllm serve` for each instance]")
-    up.add_argument("--instances", dest="num_instances", type=parse_int, default=2, metavar="INT",
-                    help="how many instances are started (default: %(default)s)")
+    up.add_argument("--instances", dest="num_instances", type=parse_int, metavar="INT",
+                    help="how many instances are started that do all of a request (default: 2, or none beside others)")
+    for role in ("prefill", "decode"):
+        up.add_argument(f"--{role}", dest=f"num_{role}", type=parse_int, default=0, metavar="INT",
+                        help=f"how many instances in the role {role.upper()} (default: %(default)s)")
     _add_engine_flags(up)
     add_flags(up, MasterConfig, skip=(*NOT_OF_A_MASTER, *NOT_OF_UP))
 
@@ -219,7 +222,18 @@ def _cluster(namespace: argparse.Namespace) -> int:
     apply_speculative_config(instance)
     tree_from(instance, ServerConfig, SERVER)
     engine_config(instance)
-    return cluster_up.run(config, namespace.num_instances, flags)
+    return cluster_up.run(config, _roles(namespace), flags)
+
+
+def _roles(namespace: argparse.Namespace) -> list[str]:
+    """Of the instances of `xllm cluster up`. Raises ConfigError."""
+    num_prefill, num_decode = namespace.num_prefill, namespace.num_decode
+    if min(num_prefill, num_decode) < 0 or (num_prefill > 0) > (num_decode > 0 or (namespace.num_instances or 0) > 0):
+        raise ConfigError("--prefill needs --decode, or --instances, which go on with what it has begun")
+    number = namespace.num_instances
+    if number is None:
+        number = 0 if num_prefill or num_decode else 2
+    return [*["DEFAULT"] * number, *["PREFILL"] * num_prefill, *["DECODE"] * num_decode]
 
 
 def _generate(namespace: argparse.Namespace) -> int:

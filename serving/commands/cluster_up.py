@@ -37,20 +37,21 @@ from xllm.errors import ConfigError
 MAX_INSTANCES = 64  # as many as a cluster's index knows
 DRAW_S = 0.5  # between two drawings, and looks for news. Chosen: as instances report
 END_S = 15.0  # for instances to end, which have nothing to do by then. Chosen: a busy machine's
+NAMES = {"DEFAULT": "instance", "PREFILL": "prefill", "DECODE": "decode"}  # of instances, by role; with a number
 TAIL = 3  # lines of the log of an instance that ended before it had joined
 logger = logging.getLogger("xllm.cluster")
 
 
-def run(config: MasterConfig, num_instances: int, flags: Sequence[str]) -> int:
-    """Serve until a signal comes, or no instance is left. flags: of `xllm serve`, checked, for each instance. Returns
-    the exit code. Raises ConfigError before anything has started."""
-    if not 1 <= num_instances <= MAX_INSTANCES:
-        raise ConfigError(f"instances must be in 1 to {MAX_INSTANCES}, got {num_instances}")
+def run(config: MasterConfig, roles: Sequence[str], flags: Sequence[str]) -> int:
+    """Serve until a signal comes, or no instance is left. roles: of the instances, one each. flags: of `xllm serve`,
+    checked, for each instance. Returns the exit code. Raises ConfigError before anything has started."""
+    if not 1 <= len(roles) <= MAX_INSTANCES:
+        raise ConfigError(f"instances must be in 1 to {MAX_INSTANCES}, got {len(roles)}")
     logs.take_over()
     folder = Path(tempfile.mkdtemp(prefix="xllm-cluster-"))  # for this user alone
     try:
         with front_door(config.http) as door:
-            code = asyncio.run(_ClusterUp(config, door, num_instances, flags, folder).run())
+            code = asyncio.run(_ClusterUp(config, door, roles, flags, folder).run())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -59,13 +60,17 @@ def run(config: MasterConfig, num_instances: int, flags: Sequence[str]) -> int:
     return code
 
 
+def _role_flags(role: str) -> list[str]:
+    return [] if role == "DEFAULT" else ["--instance-role", role, "--enable-disagg-pd"]
+
+
 class _ClusterUp(Master):
     """A master with a store of its own, and the processes of its instances."""
 
-    def __init__(self, config: MasterConfig, door: FrontDoor, num_instances: int, flags: Sequence[str], folder: Path):
+    def __init__(self, config: MasterConfig, door: FrontDoor, roles: Sequence[str], flags: Sequence[str], folder: Path):
         self._secret = secrets.token_hex(32)
         super().__init__(config, door, cluster_keys(self._secret.encode()), None)
-        self._names = [f"instance-{number}" for number in range(num_instances)]
+        self._roles = {f"{NAMES[role]}-{list(roles[:place]).count(role)}": role for place, role in enumerate(roles)}
         self._flags, self._folder = flags, folder
         self._processes: list[InstanceProcess] = []
         self._waiting: list[asyncio.Task[None]] = []
@@ -95,7 +100,7 @@ class _ClusterUp(Master):
         return KeyValueStore(self._own_store)
 
     async def _look_after(self) -> None:
-        self._say(f"starting {len(self._names)} instances, which log to {self._folder}")
+        self._say(f"starting {len(self._roles)} instances, which log to {self._folder}")
         try:
             self._start()
         except OSError as error:
@@ -106,11 +111,12 @@ class _ClusterUp(Master):
 
     def _start(self) -> None:
         place = self._served_store.place
-        for name in self._names:
+        for name, role in self._roles.items():
             environment = env.for_instance(secret=self._secret, port=place.port, key=place.key,
                                            api_key=secrets.token_urlsafe(24),
                                            log_level=self._config.log.log_level)
-            process = InstanceProcess(name, self._flags, environment, self._folder / f"{name}.log")
+            flags = [*self._flags, *_role_flags(role)]
+            process = InstanceProcess(name, flags, environment, self._folder / f"{name}.log")
             self._processes.append(process)
             self._waiting.append(asyncio.create_task(self._await_end(process), name=name))
 
@@ -120,7 +126,7 @@ class _ClusterUp(Master):
             return
         self._code = 1  # whatever becomes of the others
         left = [one.name for one in self._processes if one.ended is None]
-        rest = f"{len(left)} of {len(self._names)} left" if left else "none is left"
+        rest = f"{len(left)} of {len(self._roles)} left" if left else "none is left"
         self._say(f"{process.name} {how}; it is not started again, {rest}; its log: {process.log}")
         if process.name not in self._told:
             for line in process.last_lines(TAIL):

@@ -13,6 +13,7 @@ from serving.cluster.model_fingerprint import model_fingerprint
 from serving.commands.cluster_instance import ClusterInstance
 from serving.commands.cluster_plan import ClusterPlan, cluster_plan
 from serving.commands.gated_calls import GatedCalls
+from serving.commands.roles import with_window_host
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.commands.startup import LogStream, StartupView
 from serving.config import ServerConfig
@@ -39,6 +40,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     if engine_config.model.generation_config not in ("auto", "vllm"):
         read_sampling_defaults(engine_config.model.generation_config, Path())  # a wrong folder is said now, not later
     plan = cluster_plan(server_config.cluster)
+    engine_config = with_window_host(engine_config, server_config.cluster, plan)
     with front_door(server_config.http) as door:
         return asyncio.run(_Server(engine_config, server_config, door, plan).run())
 

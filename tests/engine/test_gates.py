@@ -42,7 +42,7 @@ def test_waiting_requests_are_counted_by_what_they_wait_for(core):
     core.add(request("late"))
     stats = core.stats()
     assert stats.num_running == 1 and stats.num_waiting == 3
-    assert stats.num_waiting_by_reason == {"capacity": 1, "kv": 0, "paused": 1, "grammar": 1}
+    assert stats.num_waiting_by_reason == {"capacity": 1, "kv": 0, "paused": 1, "grammar": 1, "transfer": 0}
     go.set()
     core.control.resume()
     outputs = drain(core)

@@ -1,4 +1,4 @@
-"""Prompts that one instance computes and another answers: tokens as of one engine, in every phase and after any loss."""
+"""Prompts that one instance computes and another answers: tokens as of one engine, in each phase and after any loss."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def alone(cluster: Cluster, sampling: SamplingParams, prompt: tuple[int, .
 
 
 def moved(cluster: Cluster) -> int:
-    return cluster.client.handover_counts.moved
+    return cluster.client.counts.handovers["moved"]
 
 
 async def settled(cluster: Cluster) -> None:
@@ -134,7 +134,7 @@ async def test_what_is_cached_there_does_not_travel(cluster: Cluster) -> None:
     same(answers(await read(call_of(cluster, "y", sampling=SAMPLINGS["greedy"], prompt=longer)))["y"], expected)
     assert landed.num_landed - before < (len(longer) - len(LONG)) // CONFIG.cache.block_size + 2
     same(answers(await read(call_of(cluster, "z", sampling=SAMPLINGS["greedy"], prompt=longer)))["z"], expected)
-    assert cluster.client.handover_counts.asked["nothing missing"] == 1
+    assert cluster.client.counts.handovers["nothing_missing"] == 1
     await settled(cluster)
 
 

@@ -20,7 +20,6 @@ from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
 from xllm.client.engine_client import EngineAwayError, Stream
-from xllm.client.handovers import HandoverCounts
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
@@ -218,11 +217,6 @@ class ClusterClient:
     def counts(self) -> DispatchCounts:
         """What was decided, and what went on elsewhere."""
         return self._dispatcher.counts
-
-    @property
-    def handover_counts(self) -> HandoverCounts:
-        """Of calls that one instance begins and another goes on with."""
-        return self._dispatcher.handovers.counts
 
     @property
     def recent(self) -> deque[Dispatch]:

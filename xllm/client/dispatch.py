@@ -42,13 +42,14 @@ class Dispatch:
 
 @dataclass(slots=True)
 class DispatchCounts:
-    """Totals. decisions: by their reasons. recovered: calls that went on elsewhere, by why: lost, drained. retried:
-    calls that were sent to another instance because one had no room. recomputed_tokens: of prompts and answers that
-    were sent to be computed again, without what was cached there. given_up: calls that ended with an error because no
-    instance could go on."""
+    """Totals. decisions: by their reasons. recovered: calls that went on elsewhere, by why: lost, drained. handovers:
+    of `handovers.py:OUTCOMES`. retried: calls that were sent to another instance because one had no room.
+    recomputed_tokens: of prompts and answers that were sent to be computed again, without what was cached there.
+    given_up: calls that ended with an error because no instance could go on."""
 
     decisions: Counter[str] = field(default_factory=Counter)
     recovered: Counter[str] = field(default_factory=Counter)
+    handovers: Counter[str] = field(default_factory=Counter)
     retried: int = 0
     recomputed_tokens: int = 0
     given_up: int = 0
@@ -65,7 +66,7 @@ class Dispatcher:
         self.recent: deque[Dispatch] = deque(maxlen=MAX_DECISIONS)
         self.counts = DispatchCounts()
         self._members, self._fleet, self._watcher = members, fleet, watcher
-        self.handovers = Handovers(members, self._choose_among, self._send_or_go_on)
+        self.handovers = Handovers(members, self.counts.handovers, self._choose_among, self._send_or_go_on)
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._fresh: list[tuple[ClusterCall, Loss]] = []  # of this turn of the event loop

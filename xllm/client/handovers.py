@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
@@ -25,21 +25,17 @@ Choose = Callable[[ClusterCall, Sequence[Request], set[str]], Decision]  # among
 Send = Callable[[ClusterCall, Decision, Sequence[Request]], None]
 
 
-@dataclass(slots=True)
-class HandoverCounts:
-    """Totals of calls. asked: by how the instance that was to go on with them answered: offered, nothing missing,
-    refused, silent, lost. moved: that went on there."""
-
-    asked: Counter[str] = field(default_factory=Counter)
-    moved: int = 0
+# What comes of calls that begin at an instance that only prefills: the one that was to go on made an offer, has all of
+# the KV already, refused, did not answer, was lost; and of those with an offer, how many have gone on there.
+OUTCOMES = ("offered", "nothing_missing", "refused", "silent", "lost", "moved")
 
 
 class Handovers:
-    """Belongs to the dispatcher and its event loop. choose: finds the best of some instances for a call. send: sends it
-    where a decision says, or elsewhere if that is gone."""
+    """Belongs to the dispatcher and its event loop. counts: of `OUTCOMES`. choose: finds the best of some instances for
+    a call. send: sends it where a decision says, or elsewhere if that is gone."""
 
-    def __init__(self, members: ClusterMembers, choose: Choose, send: Send):
-        self.counts = HandoverCounts()
+    def __init__(self, members: ClusterMembers, counts: Counter[str], choose: Choose, send: Send):
+        self._counts = counts
         self._members, self._choose, self._send = members, choose, send
         self._receivers: dict[ClusterCall, tuple[str, dict[str, int]]] = {}  # and what each request has as its landing
         self._asking: set[asyncio.Task[None]] = set()
@@ -72,17 +68,17 @@ class Handovers:
         if not requests:
             return
         if found and all(each.reason == NOTHING_MISSING for each in found.values()):
-            self.counts.asked["nothing missing"] += 1
+            self._counts["nothing_missing"] += 1
             self._send(call, receiver, requests)
         elif found and all(each.offer is not None for each in found.values()):
-            self.counts.asked["offered"] += 1
+            self._counts["offered"] += 1
             self._receivers[call] = receiver.name, {request.request_id: found[id(request.prompt_token_ids)].landing
                                                     for request in requests}
             self._send(call, decision, [replace(request, offer=found[id(request.prompt_token_ids)].offer)
                                         for request in requests])
         else:
             if found:
-                self.counts.asked["refused"] += 1
+                self._counts["refused"] += 1
             self._send(call, decision, requests)
 
     async def _ask(self, place: str, requests: Sequence[Request]) -> dict[int, Expected]:
@@ -96,10 +92,10 @@ class Handovers:
             answers = await asyncio.wait_for(
                 asyncio.gather(*(member.client.expect(request, lease_s) for request in prompts.values())), ASK_S)
         except asyncio.TimeoutError:
-            self.counts.asked["silent"] += 1
+            self._counts["silent"] += 1
             return {}
         except EngineDeadError:
-            self.counts.asked["lost"] += 1
+            self._counts["lost"] += 1
             return {}
         for answer in answers:
             if answer.offer is None and answer.reason != NOTHING_MISSING:
@@ -111,7 +107,7 @@ class Handovers:
         place, landings = self._receivers.pop(call, ("", {}))
         if place not in self._members.able(call.model, call.adapters, call.rest):
             return None
-        self.counts.moved += 1
+        self._counts["moved"] += 1
         return place, [replace(request, landing=landings.get(request.request_id)) for request in call.rest]
 
     def forget(self, call: ClusterCall) -> None:

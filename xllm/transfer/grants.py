@@ -8,12 +8,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from xllm.transfer.transport import Arrived, Ended, Event
+from xllm.transfer.transport import Arrived, Ended, TransferEvent
 
 MAX_ENDED = 4096  # grants whose end is remembered for peers that finish late. Chosen: minutes of a busy instance
 
 
-class Grant:
+class WriteGrant:
     """writers: peers that asked and have not finished. busy: puts that are being received. reason: why it is at its
     end; None: it is not. num_finished: peers that have finished."""
 
@@ -40,18 +40,18 @@ class Grants:
     (`release`). tell: called with each event, in order. shares(peer): whether that peer writes into the memory itself,
     so that a put cannot be refused here."""
 
-    def __init__(self, tell: Callable[[Event], None], on_revoke: Callable[[bytes, int, str], None],
+    def __init__(self, tell: Callable[[TransferEvent], None], on_revoke: Callable[[bytes, int, str], None],
                  shares: Callable[[bytes], bool]):
         self._tell, self._on_revoke, self._shares = tell, on_revoke, shares
         self._lock = threading.RLock()
-        self._open: dict[int, Grant] = {}
+        self._open: dict[int, WriteGrant] = {}
         self._ended: OrderedDict[int, str] = OrderedDict()
 
     def add(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
         """Open a grant."""
         with self._lock:
             assert number not in self._open and number not in self._ended, "a number is used twice"
-            self._open[number] = Grant(number, key, ranges, time.monotonic() + lease_s)
+            self._open[number] = WriteGrant(number, key, ranges, time.monotonic() + lease_s)
 
     def ask(self, peer: bytes, number: int, key: bytes) -> list[tuple[int, int]] | str | None:
         """Let a peer write: returns the ranges, or why it may not, or None while there is no such grant."""
@@ -135,19 +135,19 @@ class Grants:
                 self._settle(grant)
 
     def expire(self, now_s: float) -> None:
-        """Revoke the grants whose lease is over."""
+        """RevokeGrant the grants whose lease is over."""
         with self._lock:
             for grant in list(self._open.values()):
                 if grant.deadline_s <= now_s and grant.reason is None:
                     self.revoke(grant.number, "the lease is over")
 
-    def _close(self, grant: Grant, reason: str) -> None:
+    def _close(self, grant: WriteGrant, reason: str) -> None:
         if grant.reason is None:
             grant.reason = reason
             for peer in grant.writers:
                 self._on_revoke(peer, grant.number, reason)
 
-    def _settle(self, grant: Grant) -> None:
+    def _settle(self, grant: WriteGrant) -> None:
         """End a grant that is at its end, once no put is being received and nobody shares the memory who may write."""
         if grant.reason is None or grant.busy or any(map(self._shares, grant.writers)):
             return

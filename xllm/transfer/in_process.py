@@ -13,7 +13,7 @@ import numpy as np
 
 from xllm.errors import TransferError
 from xllm.transfer.grants import Grants
-from xllm.transfer.transport import Event
+from xllm.transfer.transport import TransferEvent
 
 PREFIX = "local:"
 LOOK_S = 0.2  # between looks at leases, as of a `SocketWindow`
@@ -22,23 +22,23 @@ _WINDOWS: weakref.WeakValueDictionary[str, LocalWindow] = weakref.WeakValueDicti
 
 
 class LocalWindow:
-    """A `Window` that the threads of its own process write into."""
+    """A `TransferWindow` that the threads of its own process write into."""
 
     def __init__(self, num_bytes: int):
         self.memory: np.ndarray = np.zeros(num_bytes, dtype=np.uint8)
         self.addresses: tuple[str, ...] = (PREFIX + secrets.token_hex(8),)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self.lock = threading.RLock()
         self.grants = Grants(self._events.put, lambda peer, number, reason: None, lambda peer: False)
         _WINDOWS[self.addresses[0]] = self
 
     def grant(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
-        """See `Window.grant`."""
+        """See `TransferWindow.grant`."""
         self.grants.add(number, key, ranges, lease_s)
 
-    def take(self, timeout_s: float) -> list[Event]:
-        """See `Window.take`."""
-        events, until_s = list[Event](), time.monotonic() + timeout_s
+    def take(self, timeout_s: float) -> list[TransferEvent]:
+        """See `TransferWindow.take`."""
+        events, until_s = list[TransferEvent](), time.monotonic() + timeout_s
         while not events and (left_s := until_s - time.monotonic()) > 0.0:
             self.grants.expire(time.monotonic())
             try:
@@ -50,16 +50,16 @@ class LocalWindow:
         return events
 
     def revoke(self, number: int) -> None:
-        """See `Window.revoke`."""
+        """See `TransferWindow.revoke`."""
         self.grants.revoke(number)
 
     def close(self) -> None:
-        """See `Window.close`."""
+        """See `TransferWindow.close`."""
         _WINDOWS.pop(self.addresses[0], None)
 
 
 class LocalPeer:
-    """A `Peer` of a `LocalWindow`. Raises TransferError if there is no such window."""
+    """A `TransferPeer` of a `LocalWindow`. Raises TransferError if there is no such window."""
 
     def __init__(self, address: str):
         self._address, self._identity = address, secrets.token_bytes(8)
@@ -72,7 +72,7 @@ class LocalPeer:
         return window
 
     def put(self, number: int, key: bytes, pieces: Sequence[tuple[int, memoryview]], note: bytes) -> None:
-        """See `Peer.put`."""
+        """See `TransferPeer.put`."""
         window = self._window()
         if number not in self._asked:
             self._ask(window, number, key)
@@ -92,12 +92,12 @@ class LocalPeer:
         self._asked.add(number)
 
     def finish(self, number: int, num_peers: int = 1) -> None:
-        """See `Peer.finish`."""
+        """See `TransferPeer.finish`."""
         self._asked.discard(number)
         if reason := self._window().grants.finish(self._identity, number, num_peers):
             raise TransferError(f"the window did not take all of it: {reason}")
 
     def close(self) -> None:
-        """See `Peer.close`."""
+        """See `TransferPeer.close`."""
         if (window := _WINDOWS.get(self._address)) is not None:
             window.grants.lose(self._identity)

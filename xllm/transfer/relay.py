@@ -12,7 +12,7 @@ from xllm.kv_layout import FieldLayout, KVLayout
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LaidPiece:
     """data belongs at `offset` of the target's stored block number `block` of the path."""
 
     block: int
@@ -43,13 +43,13 @@ class Relay:
                              if low < first[1].first_head + first[1].num_heads
                              and low + first[0].num_heads > first[1].first_head)
 
-    def pieces(self, layer: int, first: int, layer_BX: np.ndarray) -> list[Piece]:
+    def pieces(self, layer: int, first: int, layer_BX: np.ndarray) -> list[LaidPiece]:
         """layer_BX: uint8 [n, bytes of the source's layer] in the target's number format: blocks first, first + 1, ...
         of the path, of the source's size."""
         (_, mine), (layer_bytes, theirs) = self._layers[layer]
         start = self._starts[layer]
         if self._is_same:
-            return [Piece(first + i, start, _bytes(layer_BX[i])) for i in range(len(layer_BX))]
+            return [LaidPiece(first + i, start, _bytes(layer_BX[i])) for i in range(len(layer_BX))]
         p, q = self._source.block_size, self._target.block_size
         first_block, end_block = first * p // q, -(-(first + len(layer_BX)) * p // q)
         laid_BX = np.zeros((end_block - first_block, layer_bytes), dtype=np.uint8)
@@ -60,7 +60,7 @@ class Relay:
                 _place(_view(laid_BX, other, q, one.item_bytes)[:, heads[1]], values, first * p, first_block * q)
                 _place(_view(filled_BX, other, q, other.item_bytes)[:, heads[1]],
                        np.broadcast_to(True, values.shape), first * p, first_block * q)
-        return [Piece(first_block + i, start + low, _bytes(laid_BX[i, low:high]))
+        return [LaidPiece(first_block + i, start + low, _bytes(laid_BX[i, low:high]))
                 for i, marks in enumerate(filled_BX) for low, high in _runs(marks)]
 
 

@@ -20,17 +20,17 @@ from xllm.host_port import host_and_port
 from xllm.transfer.grants import within
 from xllm.transfer.socket_window import IOV_MAX, STALL_S
 from xllm.transfer.wire import (
-    Address,
-    Ask,
-    Finish,
+    AskGrant,
     Finished,
-    Granted,
-    Hello,
+    FinishGrant,
+    GrantedRanges,
+    PeerHello,
+    PeerRefused,
+    PeerWelcome,
     Put,
-    Refused,
     Released,
-    Revoke,
-    Welcome,
+    RevokeGrant,
+    WindowAddress,
     encode,
     read_down,
 )
@@ -42,7 +42,7 @@ A = TypeVar("A")
 class _Messages:
     """The connection for messages. Takes in what the window says without being asked."""
 
-    def __init__(self, address: Address):
+    def __init__(self, address: WindowAddress):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = dealer = self._context.socket(zmq.DEALER)
         public, secret = zmq.curve_keypair()
@@ -69,7 +69,7 @@ class _Messages:
         """Wait for a message of this kind, about grant `number` if it is about one. Raises TransferError."""
         until_s = time.monotonic() + ANSWER_S
         while (left_s := until_s - time.monotonic()) > 0.0:
-            if number is not None and number in self.revoked and kind is Granted:
+            if number is not None and number in self.revoked and kind is GrantedRanges:
                 raise TransferError(self.revoked[number])
             if self._socket.poll(int(left_s * 1000) + 1):
                 message = self._read()
@@ -82,9 +82,9 @@ class _Messages:
             message = read_down(self._socket.recv())
         except msgspec.DecodeError as error:
             raise TransferError(f"the window says what makes no sense: {error}") from None
-        if isinstance(message, Refused):
+        if isinstance(message, PeerRefused):
             raise TransferError(f"the window refuses: {message.reason}")
-        if isinstance(message, Revoke):
+        if isinstance(message, RevokeGrant):
             self.revoked[message.number] = message.reason or "it wants no more"
             self.say(Released(message.number))
         return message
@@ -100,13 +100,13 @@ class _SocketPeer:
 
     way = ""
 
-    def __init__(self, address: Address):
+    def __init__(self, address: WindowAddress):
         self._messages = _Messages(address)
         self._granted: dict[int, list[tuple[int, int]]] = {}
         self._socket: socket.socket | None = None
         try:
-            self._messages.say(Hello(address.life, self.way))
-            welcome = self._messages.answer(Welcome)
+            self._messages.say(PeerHello(address.life, self.way))
+            welcome = self._messages.answer(PeerWelcome)
             self._socket = self._connect(address, welcome)
         except OSError as error:
             self.close()
@@ -115,20 +115,20 @@ class _SocketPeer:
             self.close()
             raise
 
-    def _connect(self, address: Address, welcome: Welcome) -> socket.socket:
+    def _connect(self, address: WindowAddress, welcome: PeerWelcome) -> socket.socket:
         raise NotImplementedError
 
     def _write(self, number: int, pieces: Sequence[tuple[int, memoryview]], note: bytes) -> None:
         raise NotImplementedError
 
     def put(self, number: int, key: bytes, pieces: Sequence[tuple[int, memoryview]], note: bytes) -> None:
-        """See `Peer.put`."""
+        """See `TransferPeer.put`."""
         self._messages.hear()
         if (reason := self._messages.revoked.get(number)) is not None:
             raise TransferError(reason)
         if number not in self._granted:
-            self._messages.say(Ask(number, key))
-            self._granted[number] = self._messages.answer(Granted, number).ranges
+            self._messages.say(AskGrant(number, key))
+            self._granted[number] = self._messages.answer(GrantedRanges, number).ranges
         ranges = self._granted[number]
         if not all(within(ranges, offset, len(data)) for offset, data in pieces):
             raise TransferError("a piece lies outside the ranges that were granted")
@@ -139,8 +139,8 @@ class _SocketPeer:
             raise TransferError(f"the window is gone: {error}") from None
 
     def finish(self, number: int, num_peers: int = 1) -> None:
-        """See `Peer.finish`."""
-        self._messages.say(Finish(number, num_peers))
+        """See `TransferPeer.finish`."""
+        self._messages.say(FinishGrant(number, num_peers))
         finished = self._messages.answer(Finished, number)
         self._granted.pop(number, None)
         self._messages.revoked.pop(number, None)
@@ -148,7 +148,7 @@ class _SocketPeer:
             raise TransferError(f"the window did not take all of it: {finished.reason}")
 
     def close(self) -> None:
-        """See `Peer.close`."""
+        """See `TransferPeer.close`."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -156,11 +156,11 @@ class _SocketPeer:
 
 
 class TcpPeer(_SocketPeer):
-    """A `Peer` that sends its bytes over a TCP socket, with a checksum."""
+    """A `TransferPeer` that sends its bytes over a TCP socket, with a checksum."""
 
     way = "tcp"
 
-    def _connect(self, address: Address, welcome: Welcome) -> socket.socket:
+    def _connect(self, address: WindowAddress, welcome: PeerWelcome) -> socket.socket:
         try:
             connection = socket.create_connection(host_and_port(address.bulk), timeout=STALL_S)
         except ConfigError as error:
@@ -183,11 +183,11 @@ class TcpPeer(_SocketPeer):
 
 
 class SharedPeer(_SocketPeer):
-    """A `Peer` on the same machine, which maps the window's memory."""
+    """A `TransferPeer` on the same machine, which maps the window's memory."""
 
     way = "shm"
 
-    def _connect(self, address: Address, welcome: Welcome) -> socket.socket:
+    def _connect(self, address: WindowAddress, welcome: PeerWelcome) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(STALL_S)
         try:

@@ -26,19 +26,19 @@ import zmq
 
 from xllm.errors import ConfigError
 from xllm.transfer.grants import Grants
-from xllm.transfer.transport import Event
+from xllm.transfer.transport import TransferEvent
 from xllm.transfer.wire import (
-    Address,
-    Ask,
-    Finish,
+    AskGrant,
     Finished,
-    Granted,
-    Hello,
+    FinishGrant,
+    GrantedRanges,
+    PeerHello,
+    PeerRefused,
+    PeerWelcome,
     Put,
-    Refused,
     Released,
-    Revoke,
-    Welcome,
+    RevokeGrant,
+    WindowAddress,
     encode,
     here,
     read_up,
@@ -60,23 +60,23 @@ class _Visitor:
     identity: bytes
     way: str
     token: bytes
-    puts: queue.SimpleQueue[Put | Finish | None] = field(default_factory=queue.SimpleQueue)
+    puts: queue.SimpleQueue[Put | FinishGrant | None] = field(default_factory=queue.SimpleQueue)
     socket: socket.socket | None = None
     since_s: float = field(default_factory=time.monotonic)
 
 
 class SocketWindow:
-    """A `Window` over memory of its own (memfd). ways: of shm and tcp. host: where TCP sockets listen. Raises
+    """A `TransferWindow` over memory of its own (memfd). ways: of shm and tcp. host: where TCP sockets listen. Raises
     ConfigError where they cannot."""
 
     def __init__(self, ways: Sequence[str], num_bytes: int, *, host: str = "127.0.0.1"):
         self._fd = os.memfd_create("xllm-window", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, num_bytes)
         self.memory: np.ndarray = np.frombuffer(mmap.mmap(self._fd, num_bytes), dtype=np.uint8)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._visitors: dict[bytes, _Visitor] = {}
         self._by_token: dict[bytes, _Visitor] = {}
-        self._early: list[tuple[float, bytes, Ask]] = []  # asks for grants that are not there yet, and until when
+        self._early: list[tuple[float, bytes, AskGrant]] = []  # asks for grants that are not there yet, and until when
         self._grants = Grants(self._events.put, self._tell_revoked, self._shares)
         self._outgoing: deque[tuple[bytes, bytes]] = deque()
         self._stopping = threading.Event()
@@ -114,18 +114,18 @@ class SocketWindow:
                 listener.bind((host, 0))
                 bulk = _place(host, listener.getsockname()[1])
             listener.listen(MAX_PEERS)
-            addresses.append(Address(way, control, bulk, life, public, here()).text())
+            addresses.append(WindowAddress(way, control, bulk, life, public, here()).text())
         self.addresses = tuple(addresses)
 
-    # --- for the window's owner: see `Window`
+    # --- for the window's owner: see `TransferWindow`
 
     def grant(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
-        """See `Window.grant`."""
+        """See `TransferWindow.grant`."""
         self._grants.add(number, key, ranges, lease_s)
         self._wake()
 
-    def take(self, timeout_s: float) -> list[Event]:
-        """See `Window.take`."""
+    def take(self, timeout_s: float) -> list[TransferEvent]:
+        """See `TransferWindow.take`."""
         events = []
         try:
             events.append(self._events.get(timeout=timeout_s))
@@ -135,11 +135,11 @@ class SocketWindow:
             return events
 
     def revoke(self, number: int) -> None:
-        """See `Window.revoke`."""
+        """See `TransferWindow.revoke`."""
         self._grants.revoke(number)
 
     def close(self) -> None:
-        """See `Window.close`."""
+        """See `TransferWindow.close`."""
         if not self._stopping.is_set():
             self._stopping.set()
             self._wake()
@@ -169,7 +169,7 @@ class SocketWindow:
         self._wake()
 
     def _tell_revoked(self, identity: bytes, number: int, reason: str) -> None:
-        self._post(identity, Revoke(number, reason))
+        self._post(identity, RevokeGrant(number, reason))
 
     def _shares(self, identity: bytes) -> bool:
         visitor = self._visitors.get(identity)
@@ -209,14 +209,14 @@ class SocketWindow:
         try:
             message = read_up(frame)
         except msgspec.DecodeError:
-            self._post(identity, Refused("a message makes no sense"))
+            self._post(identity, PeerRefused("a message makes no sense"))
             return
         visitor = self._visitors.get(identity)
-        if isinstance(message, Hello):
+        if isinstance(message, PeerHello):
             self._greet(identity, message)
         elif visitor is None:
-            self._post(identity, Refused("the connection was dropped"))
-        elif isinstance(message, Ask):
+            self._post(identity, PeerRefused("the connection was dropped"))
+        elif isinstance(message, AskGrant):
             now_s = time.monotonic()
             self._ask(identity, message, now_s + UNKNOWN_S, now_s)
         elif isinstance(message, Released):
@@ -228,28 +228,28 @@ class SocketWindow:
         else:
             self._finish(identity, message)
 
-    def _greet(self, identity: bytes, hello: Hello) -> None:
+    def _greet(self, identity: bytes, hello: PeerHello) -> None:
         if hello.life != self._life:
-            self._post(identity, Refused("it is another life of the window"))
+            self._post(identity, PeerRefused("it is another life of the window"))
         elif len(self._visitors) >= MAX_PEERS:
-            self._post(identity, Refused(f"{MAX_PEERS} peers are connected"))
+            self._post(identity, PeerRefused(f"{MAX_PEERS} peers are connected"))
         else:
             visitor = _Visitor(identity, hello.way, secrets.token_bytes(TOKEN_BYTES))
             self._visitors[identity] = self._by_token[visitor.token] = visitor
-            self._post(identity, Welcome(visitor.token, len(self.memory)))
+            self._post(identity, PeerWelcome(visitor.token, len(self.memory)))
 
-    def _ask(self, identity: bytes, ask: Ask, until_s: float, now_s: float) -> None:
+    def _ask(self, identity: bytes, ask: AskGrant, until_s: float, now_s: float) -> None:
         answer = self._grants.ask(identity, ask.number, ask.key)
         if isinstance(answer, list):
-            self._post(identity, Granted(ask.number, answer))
+            self._post(identity, GrantedRanges(ask.number, answer))
         elif isinstance(answer, str):
-            self._post(identity, Revoke(ask.number, answer))
+            self._post(identity, RevokeGrant(ask.number, answer))
         elif now_s < until_s:
             self._early.append((until_s, identity, ask))
         else:
-            self._post(identity, Revoke(ask.number, "there is no such grant"))
+            self._post(identity, RevokeGrant(ask.number, "there is no such grant"))
 
-    def _finish(self, identity: bytes, message: Finish) -> None:
+    def _finish(self, identity: bytes, message: FinishGrant) -> None:
         reason = self._grants.finish(identity, message.number, message.num_peers)
         self._post(identity, Finished(message.number, reason))
 
@@ -303,12 +303,12 @@ class SocketWindow:
                 continue
             if message is None:
                 return
-            if isinstance(message, Finish):
+            if isinstance(message, FinishGrant):
                 self._finish(visitor.identity, message)
                 continue
             refusal = self._grants.begin_put(visitor.identity, message.number, message.pieces)
             if refusal is not None:
-                self._post(visitor.identity, Refused(refusal))
+                self._post(visitor.identity, PeerRefused(refusal))
                 return
             fault: str | None = "the sender is gone"
             try:
@@ -316,7 +316,7 @@ class SocketWindow:
             finally:
                 self._grants.end_put(message.number, message.note, sum(size for _, size in message.pieces), fault)
             if fault is not None:
-                self._post(visitor.identity, Refused(fault))
+                self._post(visitor.identity, PeerRefused(fault))
                 return
 
     def _receive_put(self, message: Put, connection: socket.socket) -> str | None:

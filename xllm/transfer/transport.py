@@ -1,4 +1,5 @@
-"""`Window` and `Peer`, the two ends of a transport: memory of one process, and another process that writes into it.
+"""`TransferWindow` and `TransferPeer`, the two ends of a transport: memory of one process, and another process that
+writes into it.
 
 The owner of the window grants ranges of its memory to whoever shows a key. A peer writes pieces into them and says
 what they are in a note. The rule that everything rests on: once a grant has ended (`Ended`), nothing is written into
@@ -31,10 +32,10 @@ class Ended:
     reason: str
 
 
-Event = Arrived | Ended
+TransferEvent = Arrived | Ended
 
 
-class Window(Protocol):
+class TransferWindow(Protocol):
     """Memory that peers write into. memory: uint8. addresses: ways to it, the best first, each with this window's
     incarnation in it: a peer of an earlier one is refused."""
 
@@ -46,7 +47,7 @@ class Window(Protocol):
         window's life. Any thread."""
         ...
 
-    def take(self, timeout_s: float) -> list[Event]:
+    def take(self, timeout_s: float) -> list[TransferEvent]:
         """What has happened since the last call, waiting up to `timeout_s` for the first. One thread."""
         ...
 
@@ -60,7 +61,7 @@ class Window(Protocol):
         ...
 
 
-class Peer(Protocol):
+class TransferPeer(Protocol):
     """Writes into one window. One thread uses it. Every method waits for a bounded time and raises TransferError where
     the window refuses, is gone, or does not answer; the peer can only be closed then."""
 

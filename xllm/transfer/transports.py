@@ -8,21 +8,21 @@ from xllm.errors import TransferError
 from xllm.transfer.in_process import PREFIX, LocalPeer, LocalWindow
 from xllm.transfer.socket_peer import SharedPeer, TcpPeer
 from xllm.transfer.socket_window import SocketWindow
-from xllm.transfer.transport import Peer, Window
-from xllm.transfer.wire import Address, here, read_address
+from xllm.transfer.transport import TransferPeer, TransferWindow
+from xllm.transfer.wire import WindowAddress, here, read_address
 
 LOCAL = "local"
-PEERS: dict[str, Callable[[Address], Peer]] = {"shm": SharedPeer, "tcp": TcpPeer}
+PEERS: dict[str, Callable[[WindowAddress], TransferPeer]] = {"shm": SharedPeer, "tcp": TcpPeer}
 
 
-def open_window(ways: Sequence[str], num_bytes: int, *, host: str = "127.0.0.1") -> Window:
+def open_window(ways: Sequence[str], num_bytes: int, *, host: str = "127.0.0.1") -> TransferWindow:
     """Memory that is reached in these ways. Raises ConfigError where it cannot be."""
     if tuple(ways) == (LOCAL,):
         return LocalWindow(num_bytes)
     return SocketWindow(ways, num_bytes, host=host)
 
 
-def connect(addresses: Sequence[str]) -> Peer:
+def connect(addresses: Sequence[str]) -> TransferPeer:
     """A peer of the window with these addresses, by the first way that works from here. Raises TransferError, with what
     was wrong with each."""
     wrong = []

@@ -7,7 +7,7 @@ import numpy as np
 from xllm.kv_layout import KVLayout
 from xllm.kv_offer import KVOffer, RankWindow
 from xllm.transfer.relay import Relay
-from xllm.transfer.transport import Peer
+from xllm.transfer.transport import TransferPeer
 from xllm.transfer.transports import connect
 
 
@@ -18,7 +18,7 @@ class Way:
     def __init__(self, layout: KVLayout, window: RankWindow):
         self.layout, self.window = layout, window
         self.relay = Relay(layout, window.layout)
-        self._peer: Peer | None = None
+        self._peer: TransferPeer | None = None
 
     def put(self, offer: KVOffer, first: int, layer: int, layer_BX: np.ndarray) -> None:
         """Write one layer of blocks first, first + 1, ... of the path to where they belong there."""
@@ -34,7 +34,7 @@ class Way:
             self.peer.put(offer.number, offer.key, placed, note)
 
     @property
-    def peer(self) -> Peer:
+    def peer(self) -> TransferPeer:
         """Connects at the first use. Raises TransferError."""
         if self._peer is None:
             self._peer = connect(self.window.addresses)

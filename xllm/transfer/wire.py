@@ -9,10 +9,10 @@ import msgspec
 
 from xllm.errors import TransferError
 
-PROTOCOL = 1
+PROTOCOL = 1  # raised when either end would misread what the other one says
 
 
-class Address(msgspec.Struct, frozen=True):
+class WindowAddress(msgspec.Struct, frozen=True):
     """way: shm or tcp. control: where messages go, for ZeroMQ. bulk: HOST:PORT of a TCP socket, or the abstract name
     of a Unix socket. life: a random number of this life of the window. curve: its public key. machine: `here`."""
 
@@ -29,10 +29,10 @@ class Address(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self).decode()
 
 
-def read_address(text: str) -> Address:
+def read_address(text: str) -> WindowAddress:
     """The address again. Raises TransferError."""
     try:
-        found = msgspec.json.decode(text, type=Address)
+        found = msgspec.json.decode(text, type=WindowAddress)
     except msgspec.DecodeError as error:
         raise TransferError(f"no address of a window: {error}") from None
     if found.protocol != PROTOCOL:
@@ -49,28 +49,28 @@ def here() -> str:
     return f"{boot}:{os.getuid()}"
 
 
-class Hello(msgspec.Struct, tag="hello"):
+class PeerHello(msgspec.Struct, tag="hello"):
     """A peer is there, over this way."""
 
     life: str
     way: str
 
 
-class Welcome(msgspec.Struct, tag="welcome"):
+class PeerWelcome(msgspec.Struct, tag="welcome"):
     """token: what the peer sends first over its other connection."""
 
     token: bytes
     num_bytes: int
 
 
-class Ask(msgspec.Struct, tag="ask"):
+class AskGrant(msgspec.Struct, tag="ask"):
     """A peer wants to write into a grant."""
 
     number: int
     key: bytes
 
 
-class Granted(msgspec.Struct, tag="granted"):
+class GrantedRanges(msgspec.Struct, tag="granted"):
     """It may, into these ranges."""
 
     number: int
@@ -86,7 +86,7 @@ class Put(msgspec.Struct, tag="put"):
     crc: int = 0
 
 
-class Finish(msgspec.Struct, tag="finish"):
+class FinishGrant(msgspec.Struct, tag="finish"):
     """No more comes from this peer; num_peers finish the grant in all."""
 
     number: int
@@ -100,7 +100,7 @@ class Finished(msgspec.Struct, tag="finished"):
     reason: str
 
 
-class Revoke(msgspec.Struct, tag="revoke"):
+class RevokeGrant(msgspec.Struct, tag="revoke"):
     """The peer must not write into the grant any more; `Released` answers."""
 
     number: int
@@ -113,22 +113,22 @@ class Released(msgspec.Struct, tag="released"):
     number: int
 
 
-class Refused(msgspec.Struct, tag="refused"):
+class PeerRefused(msgspec.Struct, tag="refused"):
     """Why the connection is at its end."""
 
     reason: str
 
 
-_UP = msgspec.msgpack.Decoder(Hello | Ask | Put | Finish | Released)
-_DOWN = msgspec.msgpack.Decoder(Welcome | Granted | Finished | Revoke | Refused)
+_UP = msgspec.msgpack.Decoder(PeerHello | AskGrant | Put | FinishGrant | Released)
+_DOWN = msgspec.msgpack.Decoder(PeerWelcome | GrantedRanges | Finished | RevokeGrant | PeerRefused)
 encode = msgspec.msgpack.Encoder().encode
 
 
-def read_up(frame: bytes) -> Hello | Ask | Put | Finish | Released:
+def read_up(frame: bytes) -> PeerHello | AskGrant | Put | FinishGrant | Released:
     """A message of a peer. Raises msgspec.DecodeError."""
     return _UP.decode(frame)
 
 
-def read_down(frame: bytes) -> Welcome | Granted | Finished | Revoke | Refused:
+def read_down(frame: bytes) -> PeerWelcome | GrantedRanges | Finished | RevokeGrant | PeerRefused:
     """A message of a window. Raises msgspec.DecodeError."""
     return _DOWN.decode(frame)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xllm.kv.moves import Move, MoveDone, MoveError
-from xllm.transfer.transport import Arrived, Window
+from xllm.transfer.transport import Arrived, TransferWindow
 
 LOOK_S = 0.5  # how long the thread sleeps at most before it looks whether it is to end. Chosen: an end waits that long
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class LandingDesk:
     will: the blocks before the first gap are good then.
     """
 
-    def __init__(self, window: Window, block_bytes: int, report: Callable[[MoveDone], None]):
+    def __init__(self, window: TransferWindow, block_bytes: int, report: Callable[[MoveDone], None]):
         self._window, self._block_bytes, self._report = window, block_bytes, report
         self._open: dict[int, _Landing] = {}
         self._lock = threading.Lock()

@@ -136,7 +136,7 @@ class Worker:
         self.model = model = LoadedModel(config, lambda name, share: self._report(LoadProgress(name, share)),
                                          self._seat)
         self._make_runner()
-        if config.cache.has_host_tier:
+        if model.config.cache.has_host_tier:
             assert self.runner is not None
             self.tiers = WorkerTiers(model, self.runner, self._report, rank=self._rank)
         self._report(Loaded(config=model.config, model_path=str(model.path), vocab_size=model.model_config.vocab_size,

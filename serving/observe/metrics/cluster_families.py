@@ -8,6 +8,7 @@ from prometheus_client.core import Metric
 
 from serving.observe.metrics.families import Families
 from xllm.client.dispatch import CAUSES, DispatchCounts
+from xllm.client.handovers import OUTCOMES
 
 
 def cluster_families(make: Families, counts: DispatchCounts, members: Mapping[str, int]) -> Iterator[Metric]:
@@ -17,6 +18,8 @@ def cluster_families(make: Families, counts: DispatchCounts, members: Mapping[st
                           counts.decisions)
     yield make.counter_by("cause", "cluster_recoveries", "Calls that went on at another instance, by why",
                           {cause: counts.recovered[cause] for cause in CAUSES})
+    yield make.counter_by("outcome", "cluster_handovers", "Calls begun where prompts are computed, by what came of "
+                          "having another instance go on", {outcome: counts.handovers[outcome] for outcome in OUTCOMES})
     yield make.counter("cluster_retries", "Calls sent to another instance because one had no room", counts.retried)
     yield make.counter("cluster_given_up", "Calls that no instance could go on with", counts.given_up)
     yield make.counter("cluster_recomputed_tokens", "Tokens of prompts and answers that were sent to be computed again",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from backends.backend import Capturer
 from backends.cpu.memory import available_bytes
 from backends.latent_form import LatentWidths, expanded_bytes
 from backends.opset import OpSet
-from backends.reference import REFERENCE
+from backends.reference import REFERENCE, stored_kv
 from backends.reference.kv import cache_shape
 from backends.reference.kv_codes import row_width
+from backends.stored_field import StoredField
 from backends.vmm import VmmDriver
 
 OPS = replace(REFERENCE, name="plain")
@@ -61,11 +64,17 @@ class PlainBackend:
     def allocate_kv_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
+    def stored_fields(self, caches: Sequence[Tensor], *, format: str) -> list[StoredField]:
+        return stored_kv.stored_fields(caches, format=format)
+
     def available_memory_bytes(self) -> int:
         return available_bytes()
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def share_host(self, memory: np.ndarray) -> Tensor:
+        return torch.from_numpy(memory)
 
     def populate_host(self, memory: Tensor) -> None:
         """It is there from the start."""
