@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,8 +30,11 @@ from llguidance import LLTokenizer
 
 from tests.engine.covering import covering_rows
 from tests.engine.matrix_models import BUNDLED, MODELS, adapters, model_folder
+from tests.engine.paired_core import PairedCore
 from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput
+from xllm.config import EngineConfig
+from xllm.engine.core import EngineCore
 from xllm.models.adapter_layers import AdapterLayers, read_layers
 from xllm.stats import EngineStats
 from xllm.structured.checker import GrammarChecker
@@ -94,15 +97,18 @@ SHARED_WAY = "tp2"
 
 @dataclass(frozen=True)
 class Case:
-    """A row: the features that are on, the way to the worker, the KV layout, the model."""
+    """A row: the features that are on, the way to the worker, the KV layout, the model. is_split: one engine computes
+    prompts, and another one, which gets their KV, goes on."""
 
     features: frozenset[str]
     way: str = "inline"
     layout: str = "paged"
     model: str = "bundled"
+    is_split: bool = False
 
     def __str__(self) -> str:
-        return f"{'+'.join(sorted(self.features)) or 'plain'}@{self.way}@{self.layout}@{self.model}"
+        split = "split:" if self.is_split else ""
+        return f"{split}{'+'.join(sorted(self.features)) or 'plain'}@{self.way}@{self.layout}@{self.model}"
 
     @property
     def overlaps(self) -> bool:
@@ -148,7 +154,7 @@ def settings_for(case: Case) -> dict[str, Any]:
         "max_model_len": MAX_MODEL_LEN,
         "enable_chunked_prefill": True,
         "max_num_batched_tokens": 23 if "chunked" in features else 2048,
-        "enable_prefix_caching": "prefix" in features or "tiers" in features,
+        "enable_prefix_caching": "prefix" in features or "tiers" in features or case.is_split,
         "speculative_method": "ngram" if "ngram" in features else None,
         "num_kv_blocks": 15 if "preemption" in features else 200,
         "watermark": 0.0,
@@ -158,6 +164,7 @@ def settings_for(case: Case) -> dict[str, Any]:
         "graph_mode": "checked" if "graph" in features else "off",
         "kv_cache_dtype": "int8" if "kv8" in features else "auto",
         **({"host_cache_size": "16MiB", "disk_cache_size": "64MiB"} if "tiers" in features else {}),
+        **({"enable_disagg_pd": True} if case.is_split else {}),
         **WAYS[case.way].settings,
         **LAYOUTS[case.layout],
     }
@@ -190,16 +197,20 @@ def run(case: Case, *, twice: bool = True) -> list[list[int]]:
         if "tiers" in features:
             settings["disk_cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
         llm = stack.enter_context(LLM(**settings))
+        if case.is_split:
+            stack.enter_context(split(llm, settings))
         names = ADAPTERS if "lora" in features else [""] * len(PROMPTS)
         first = llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
         if "tiers" in features:
             leave_only_the_lower_tiers(llm, keep_host=not case.overlaps)
         again = first if not twice else llm.generate(PROMPTS, sampling_for(features), use_tqdm=False, lora=names)
-        if "tiers" in features:
+        if "tiers" in features or case.is_split:
             settle(llm)
         if not WAYS[case.way].in_process:
             hear_from_ranks(llm)
         stats = llm.stats()
+        if case.is_split:
+            assert llm._core.num_moved, "no request went on at the other engine"
         if WAYS[case.way].in_process:
             check_the_worker(llm, case)
     first_ids, again_ids = ([list(o.outputs[0].token_ids) for o in outputs] for outputs in (first, again))
@@ -207,6 +218,21 @@ def run(case: Case, *, twice: bool = True) -> list[list[int]]:
     check_the_form(grammars_for(features), first_ids)
     assert_same(features, again_ids, first_ids)  # a warm cache changes nothing
     return first_ids
+
+
+@contextlib.contextmanager
+def split(llm: LLM, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have another engine, with the same settings, go on with what this one has begun."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "disk_cache_dir" in settings:
+            settings = {**settings, "disk_cache_dir": folder}
+        first, second = llm._core, EngineCore(EngineConfig.from_flat(**settings))
+        llm._core = llm._engine.core = PairedCore(first, second)
+        try:
+            yield
+        finally:
+            llm._core = llm._engine.core = first
+            second.shutdown()
 
 
 def assert_same(features: frozenset[str], found: list[list[int]], expected: list[list[int]]) -> None:
@@ -223,7 +249,11 @@ def check_that_it_worked(case: Case, stats: EngineStats) -> None:
     features = case.features
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_blocks == stats.num_blocks
-    assert (stats.prefix_hits_total > 0) == ("prefix" in features or "tiers" in features)
+    assert (stats.prefix_hits_total > 0) == ("prefix" in features or "tiers" in features or case.is_split)
+    if case.is_split:  # what is seen of a feature is seen of both engines, by half each
+        assert stats.cached_tokens_by_tier_total["l3"] > 0
+        assert (stats.spec_accepted_tokens_total > 0) == ("ngram" in features)
+        return
     if "tiers" in features:
         below = stats.cached_tokens_by_tier_total
         assert below["l4"] > 0 if case.overlaps else below["l3"] > 0
@@ -262,9 +292,10 @@ def check_the_form(grammars: list[StructuredOutput | None], outputs: list[list[i
 
 def settle(llm: LLM) -> None:
     """Let the moves between the tiers end."""
-    while len(llm._core.scheduler.kv.source.moves):
-        time.sleep(0.001)
-        llm._core.tick()
+    for core in getattr(llm._core, "cores", (llm._core,)):
+        while len(core.scheduler.kv.source.moves):
+            time.sleep(0.001)
+            core.tick()
 
 
 def hear_from_ranks(llm: LLM) -> None:
@@ -279,11 +310,12 @@ def hear_from_ranks(llm: LLM) -> None:
 def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
     """The next request finds nothing on the device: only in host memory, or only on disk."""
     settle(llm)
-    kv = llm._core.scheduler.kv
-    kv.pool.drop_cached()
-    if not keep_host:
-        kv.source.clear()
-    kv.check_integrity()
+    for core in getattr(llm._core, "cores", (llm._core,)):
+        kv = core.scheduler.kv
+        kv.pool.drop_cached()
+        if not keep_host:
+            kv.source.clear()
+        kv.check_integrity()
 
 
 def check_the_worker(llm: LLM, case: Case) -> None:
@@ -385,7 +417,11 @@ def isolated_cases() -> Iterator[Case]:
                 yield case
 
 
-CASES = [*COVERING, *filter(is_possible, chosen_cases())]
+# With prompts and answers at two engines: any two values meet.
+SPLIT = [replace(case, is_split=True) for case in covering_of(OTHER_WAYS, 2)]
+SPLIT.append(Case(frozenset({"batch", "chunked", "prefix"}), SHARED_WAY, is_split=True))
+
+CASES = [*COVERING, *filter(is_possible, chosen_cases()), *SPLIT]
 if MATRIX_ALL:
     CASES += [*covering_of([SHARED_WAY], 2), *isolated_cases()]
 

@@ -149,7 +149,7 @@ class SocketWindow:
     def _drop_sockets(self) -> None:
         for listener in self._listeners:
             listener.close()
-        for visitor in self._visitors.values():
+        for visitor in list(self._visitors.values()):
             self._drop(visitor)
         self._router.close()
         self._context.term()

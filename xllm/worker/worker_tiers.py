@@ -43,7 +43,7 @@ class WorkerTiers:
         if model.config.transfer.enable_disagg_pd:
             from xllm.worker.worker_transfers import WorkerTransfers  # needs zmq
 
-            self.transfers = WorkerTransfers(model, runner, codec, num_slots, report)
+            self.transfers = WorkerTransfers(model, runner, codec, num_slots, report, rank=rank)
         memory = None if self.transfers is None else self.transfers.memory
         mover = HostMover(backend, runner.kv_cache, codec, num_slots, memory)
         self.performer = MovePerformer(mover, _open_disk(model, codec, rank), runner.board)

@@ -19,15 +19,17 @@ from xllm.worker.publisher import Publisher
 
 class WorkerTransfers:
     """memory: uint8 of the host tier's slots, which other instances write to: `num_slots` payloads. window: what they
-    need to know of it. Raises ConfigError where it cannot be reached in one of the ways that the settings name."""
+    need to know of it. rank: of those that share the model, or compute the same. Raises ConfigError where it cannot be
+    reached in one of the ways that the settings name."""
 
     def __init__(self, model: LoadedModel, runner: ModelRunner, codec: KVCodec, num_slots: int,
-                 report: Callable[[MoveDone], None]):
+                 report: Callable[[MoveDone], None], *, rank: int):
         settings, backend = model.config.transfer, model.backend
-        tp, block_size = model.parallel.tp, model.config.cache.block_size
+        block_size = model.config.cache.block_size
         assert block_size is not None, "resolve() first"
         reader = KVReader(backend, runner.kv_cache.layers, block_size,
-                          [spec.num_heads for spec in model.model_config.kv_specs], rank=tp.rank, num_ranks=tp.size)
+                          [spec.num_heads for spec in model.model_config.kv_specs], rank=rank,
+                          num_ranks=model.config.device.num_ranks)
         opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
         self.memory: Tensor = backend.share_host(opened.memory)
         self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec),
