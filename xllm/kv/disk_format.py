@@ -115,6 +115,17 @@ def unpack_superblock(page: bytes, geometry: Geometry) -> int | None:
     return segment if page[:used_bytes] == pack_superblock(geometry, segment)[:used_bytes] else None
 
 
+def read_superblock(page: bytes) -> tuple[int, Geometry] | None:
+    """(the segment's number, its geometry) of any store's superblock; None if it is none, or damaged."""
+    if len(page) != PAGE_BYTES:
+        return None
+    _, _, segment, fingerprint, payload_bytes, _, num_slots = _SUPERBLOCK.unpack_from(page)
+    if not 0 < num_slots <= MAX_SEGMENT_SLOTS or not payload_bytes:
+        return None
+    geometry = Geometry(fingerprint, payload_bytes, num_slots)
+    return None if unpack_superblock(page, geometry) is None else (segment, geometry)
+
+
 def pack_header(geometry: Geometry, seal: Seal, slot: int, sequence: int, digest: bytes, parent: bytes,
                 payload: memoryview) -> bytes:
     """A complete header: bytes [HEADER_BYTES]."""
