@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +71,7 @@ class SharedStore:
     def __init__(self, folder: Path, *, fingerprint: bytes, payload_bytes: int, capacity_bytes: int = 0,
                  seal: Seal | None = None):
         assert len(fingerprint) == FINGERPRINT_BYTES and payload_bytes > 0
-        self.payload_bytes = payload_bytes
+        self.payload_bytes, self.folder, self.fingerprint = payload_bytes, folder, fingerprint
         self.counters = SharedCounters()
         self._seal = seal or Seal()
         self._path = folder / fingerprint.hex()[:16]
@@ -85,7 +85,12 @@ class SharedStore:
         if capacity_bytes:
             self._writer = SharedWriter(self._path, fingerprint, payload_bytes, self._seal,
                                         capacity_bytes=capacity_bytes)
-        self._own: set[bytes] = set()  # written by this process since the last refresh
+        self._own: set[bytes] = set()  # added by or for this process since the last refresh
+
+    @property
+    def num_own_blocks(self) -> int:
+        """How many blocks this process may have added at a time."""
+        return 0 if self._writer is None else self._writer.num_blocks
 
     # --- what is there
 
@@ -93,8 +98,24 @@ class SharedStore:
         """Whether the store had this block at the last `refresh`, or this process has added it since."""
         return self._index.find(digest) is not None or digest in self._own
 
+    def can_read(self, digest: bytes) -> bool:
+        """Whether `read` knows where this block is: one that was just added it finds after a `refresh`."""
+        return self._index.find(digest) is not None
+
     def __len__(self) -> int:
-        return len(self._index)
+        """How many blocks are listed; one that was just added may count twice."""
+        return len(self._index) + len(self._own)
+
+    def note(self, digests: Iterable[bytes]) -> None:
+        """List blocks that another process has added for this one, until the next `refresh` finds them itself."""
+        self._own.update(digests)
+
+    def forget(self, digest: bytes) -> None:
+        """List a block no more."""
+        self._own.discard(digest)
+        place = self._index.find(digest)
+        if place is not None:
+            self._index.forget(digest, place)
 
     def refresh(self, max_age_s: float = 0.0) -> None:
         """Take in what all writers have added and deleted, unless that was done less than `max_age_s` ago. Raises
@@ -143,7 +164,7 @@ class SharedStore:
         except OSError:
             miss = "unreadable"
         if miss is not None:
-            self._index.forget(digest, place)
+            self.forget(digest)
             self._count_miss(miss, 1)
             return False
         with self._counting:

@@ -58,6 +58,12 @@ class SharedWriter:
         self._stopping = threading.Event()
         self._beat: threading.Thread | None = None
 
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the capacity holds."""
+        num_slots = self.geometry.slots_per_segment
+        return self._capacity_bytes // self.geometry.payload_offset(num_slots) * num_slots
+
     def write(self, blocks: Sequence[BlockToStore]) -> None:
         """Add blocks: complete for readers when this returns. Where the folder was removed, a new one is begun. After
         an error, readers find each of them whole or not at all."""
