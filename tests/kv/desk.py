@@ -5,38 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 
+from tests.kv.held_view import HeldView, open_shared_store
 from tests.kv.manual_lanes import ManualLanes
 from tests.kv.store_life import open_store
 from tests.kv.store_world import History, Memory, random_shape
-from xllm.kv.disk_format import make_geometry
 from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
 from xllm.kv.moves import LOAD
 from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
-from xllm.kv.shared_store import SharedStore
 from xllm.kv.store_tier import StoreTier
 from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
 BLOCK = 2
-
-
-class HeldView:
-    """A `StoreView` of what this process itself has listed; `look` reads what is new."""
-
-    trouble = None
-
-    def __init__(self, shared: SharedStore):
-        self._shared = shared
-        self.has, self.note, self.forget, self.look = shared.has, shared.note, shared.forget, shared.refresh
-        self.is_closed = False
-
-    def __len__(self) -> int:
-        return len(self._shared)
-
-    def close(self) -> None:
-        self.is_closed = True
 
 
 class Desk:
@@ -145,13 +127,7 @@ def later(history: History, num_tokens: int = 4) -> History:
 
 
 def open_shared(folder, num_blocks=256):
-    """A store of desks' blocks, two of them a segment: one process's view of it."""
-    geometry = make_geometry(bytes(32), BLOCK * 8, 2 * 4096)
-    size = num_blocks // 2 * geometry.payload_offset(2)
-    store = SharedStore(folder, fingerprint=bytes(32), payload_bytes=BLOCK * 8, capacity_bytes=size)
-    if store._writer is not None:
-        store._writer.geometry = geometry
-    return store
+    return open_shared_store(folder, BLOCK, num_blocks)
 
 
 def open_disk(folder, num_slots=64):

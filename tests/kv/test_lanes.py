@@ -10,7 +10,18 @@ import pytest
 from xllm.cost.online import OnlineCost
 from xllm.errors import DiskError
 from xllm.kv.lanes import ThreadLanes
-from xllm.kv.moves import ASSUMED_BYTES_PER_S, LANES, LOAD, READ, SAVE, URGENT, WRITE, MoveError, OpenMoves
+from xllm.kv.moves import (
+    ASSUMED_BYTES_PER_S,
+    LANES,
+    LOAD,
+    READ,
+    SAVE,
+    STORE_LANES,
+    URGENT,
+    WRITE,
+    MoveError,
+    OpenMoves,
+)
 
 LONG_S = 20.0  # a test that waits so long has failed
 BLOCK_BYTES = 1000
@@ -188,6 +199,8 @@ def test_what_the_disk_refuses_is_told_apart(lanes, lane):
     poll_all(lanes)
     if lane in (READ, WRITE):
         assert job.finished[0][0] == MoveError("disk", "[Errno 28] full")
+    elif lane in STORE_LANES:
+        assert job.finished[0][0] == MoveError("store", "[Errno 28] full")
     else:
         assert job.finished[0][0] == MoveError("device", "DiskError: [Errno 28] full")
 

@@ -24,6 +24,7 @@ from tests.kv.disk_helper import (
     payload_of,
 )
 from tests.kv.disk_helper import Crash as Died
+from tests.kv.held_view import OPENED
 from xllm.errors import ConfigError, DiskError
 from xllm.kv.disk_format import HEADER_BYTES, make_geometry
 from xllm.kv.disk_seal import Seal
@@ -41,6 +42,7 @@ def open_shared(folder: Path, capacity_bytes: int = CAPACITY, fingerprint: bytes
                         seal=seal)
     if store._writer is not None:
         store._writer.geometry = make_geometry(fingerprint, PAYLOAD_BYTES, 2 * 8192)
+    OPENED.append(store)
     return store
 
 

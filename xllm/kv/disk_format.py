@@ -87,6 +87,10 @@ class Geometry:
         """How many payloads lie wholly in a segment file of this size."""
         return min(max(0, size_bytes - self.payload_start) // self.slot_bytes, self.slots_per_segment)
 
+    def payloads_in(self, size_bytes: int) -> int:
+        """The same of a file that ends with its last payload, and not with that one's slot."""
+        return self.slots_in(size_bytes + self.slot_bytes - self.payload_bytes)
+
     def slots_for(self, capacity_bytes: int) -> int:
         """How many slots a store of this capacity has, superblocks and tables included."""
         full, rest_bytes = divmod(capacity_bytes, self.payload_offset(self.slots_per_segment))

@@ -33,9 +33,10 @@ class SharedIndex:
         self._folder, self._fingerprint, self._payload_bytes, self._seal = folder, fingerprint, payload_bytes, seal
         self._count = count
         self._places: dict[bytes, tuple[SharedSegment, int]] = {}
+        self._spares: dict[bytes, list[tuple[SharedSegment, int]]] = {}  # where blocks lie a second time
         self._segments: dict[Path, SharedSegment] = {}
         self._refused: set[Path] = set()  # files that are no segments of this store
-        self._refreshing = threading.Lock()
+        self._refreshing, self._changing = threading.Lock(), threading.Lock()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -45,9 +46,14 @@ class SharedIndex:
         return self._places.get(digest)
 
     def forget(self, digest: bytes, place: tuple[SharedSegment, int]) -> None:
-        """Stop listing a block that was not good at this place."""
-        if self._places.get(digest) == place:
-            self._places.pop(digest, None)
+        """Stop listing a block at this place, where it was not good; another place where it lies takes its turn."""
+        with self._changing:
+            if self._places.get(digest) == place:
+                spares = self._spares.get(digest)
+                if spares:
+                    self._places[digest] = spares.pop()
+                else:
+                    del self._places[digest]
 
     def refresh(self) -> None:
         """Take in what has been added and deleted. Raises OSError if the store cannot be listed; a store that is not
@@ -88,8 +94,10 @@ class SharedIndex:
         except OSError:  # of this file alone; it is tried again at the next refresh
             self._count("unreadable", 1)
             return
-        for index, digest in news:
-            self._places.setdefault(digest, (segment, index))
+        with self._changing:
+            for index, digest in news:
+                if self._places.setdefault(digest, (segment, index)) != (segment, index):
+                    self._spares.setdefault(digest, []).append((segment, index))
         for kind, num in bad.items():
             self._count(_KIND_NAMES[kind], num)
 
@@ -99,23 +107,17 @@ class SharedIndex:
         _log.warning("%s is left alone: %s", path, reason)
 
     def _drop(self, paths: list[Path]) -> None:
-        """Stop listing the blocks of segments that were deleted, but for those that another segment has too."""
-        gone = [self._segments.pop(path) for path in paths]
-        lost = set()
-        for segment in gone:
+        """Stop listing the blocks of segments that were deleted."""
+        for path in paths:
+            segment = self._segments.pop(path)
             for digest in segment.digests:
+                with self._changing:
+                    spares = [place for place in self._spares.pop(digest, []) if place[0] is not segment]
+                    if spares:
+                        self._spares[digest] = spares
                 place = self._places.get(digest)
                 if place is not None and place[0] is segment:
-                    del self._places[digest]
-                    lost.add(digest)
-        for segment in self._segments.values() if lost else ():
-            self._relist(segment, lost)
-
-    def _relist(self, segment: SharedSegment, lost: set[bytes]) -> None:
-        again = lost.intersection(segment.digests)
-        if again:  # where they lie in it is not kept: its headers are read once more
-            segment.num_known, segment.digests = 0, []
-            self._read(segment.path, is_last=True)
+                    self.forget(digest, place)
 
 
 def _entries(folder: Path) -> list[str]:

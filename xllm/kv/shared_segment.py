@@ -60,8 +60,10 @@ class SharedSegment:
         """The blocks that were added since the last call, as (index in the segment, digest), and how many headers were
         bad, by kind (`disk_format.TORN` ...). is_last: its writer may still be filling it; torn headers at its end
         are then looked at again next time. Raises OSError."""
-        table = self._read_table()
+        table, num_stored = self._read_table()
         kinds = classify_headers(table, self.geometry, seal, self.first_slot + self.num_known)
+        beyond = kinds[max(0, num_stored - self.num_known) :]
+        beyond[beyond == GOOD] = TORN  # the file is truncated
         good = np.flatnonzero(kinds == GOOD)
         known = np.flatnonzero((kinds != TORN) & (kinds != BLANK))
         num = (int(known[-1]) + 1 if len(known) else 0) if is_last else len(table)
@@ -71,12 +73,13 @@ class SharedSegment:
         self.digests += [digest for _, digest in news]
         return news, {int(kind): int(count) for kind, count in zip(*np.unique(bad, return_counts=True))}
 
-    def _read_table(self) -> np.ndarray:
-        """The headers after the known ones, up to a piece that ends in a blank one: HEADER_DTYPE [N]."""
+    def _read_table(self) -> tuple[np.ndarray, int]:
+        """(the headers after the known ones, up to a piece that ends in a blank one: HEADER_DTYPE [N], how many slots
+        lie wholly within the file)."""
         pieces = []
         fd = open_file(self.path)
         try:
-            at = self.num_known
+            at, num_stored = self.num_known, self.geometry.payloads_in(os.fstat(fd).st_size)
             while at < self.geometry.slots_per_segment:
                 piece = np.zeros(min(_PIECE_SLOTS, self.geometry.slots_per_segment - at), dtype=HEADER_DTYPE)
                 read_into(fd, piece.view(np.uint8).data, self.geometry.header_offset(at))
@@ -86,7 +89,7 @@ class SharedSegment:
                     break
         finally:
             os.close(fd)
-        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=HEADER_DTYPE)
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=HEADER_DTYPE), num_stored
 
 
 def open_file(path: Path) -> int:

@@ -111,10 +111,9 @@ class SharedStore:
         self._own.update(digests)
 
     def forget(self, digest: bytes) -> None:
-        """List a block no more."""
+        """List a block no more, wherever it lies."""
         self._own.discard(digest)
-        place = self._index.find(digest)
-        if place is not None:
+        while (place := self._index.find(digest)) is not None:
             self._index.forget(digest, place)
 
     def refresh(self, max_age_s: float = 0.0) -> None:
@@ -152,28 +151,31 @@ class SharedStore:
         """Copy a block into `out` (writable, `payload_bytes` long); returns whether it is there, as of the last
         `refresh`, and good. If not, `out` holds garbage; a block that was listed is counted as a miss and listed no
         more."""
-        place = self._index.find(digest)
-        if place is None:
-            return False
         data = memoryview(out).cast("B")
         assert len(data) == self.payload_bytes
-        try:
+        while (place := self._index.find(digest)) is not None:
             miss = self._read(*place, digest, data)
-        except FileNotFoundError:
-            miss = "gone"
-        except OSError:
-            miss = "unreadable"
-        if miss is not None:
-            self.forget(digest)
+            if miss is None:
+                with self._counting:
+                    self.counters.num_reads += 1
+                    self.counters.read_bytes += self.payload_bytes
+                return True
             self._count_miss(miss, 1)
-            return False
-        with self._counting:
-            self.counters.num_reads += 1
-            self.counters.read_bytes += self.payload_bytes
-        return True
+            self._own.discard(digest)
+            self._index.forget(digest, place)
+        return False
 
     def _read(self, segment: SharedSegment, index: int, digest: bytes, data: memoryview) -> str | None:
         """What kind of miss it is, None for a hit."""
+        try:
+            return self._checked(segment, index, digest, data)
+        except FileNotFoundError:
+            return "gone"
+        except OSError:
+            return "unreadable"
+
+    def _checked(self, segment: SharedSegment, index: int, digest: bytes, data: memoryview) -> str | None:
+        """As `_read`. Raises OSError."""
         if failpoints.armed is not None:
             failpoints.hit("store.read")
         geometry, slot = segment.geometry, segment.first_slot + index
