@@ -379,8 +379,7 @@ class KVManager:
         self.source.set_foreground(steps_run)
 
     def close(self, flush_s: float) -> None:
-        """End all moves; with a disk or a store, first spend up to `flush_s` seconds on copying the device's blocks
-        there."""
+        """End all moves; with a disk or a store, first copy the device's blocks there for at most `flush_s` seconds."""
         self.source.close(flush_s)
 
     def source_stats(self, missed_total: dict[str, dict[str, int]]) -> SourceStats:
