@@ -4,14 +4,17 @@ away."""
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from tests.kv.desk import BLOCK, Desk, later, open_disk, open_shared, talk
 from tests.kv.disk_helper import armed, flip
+from xllm.kv import lanes, shared_follower
 from xllm.kv.block import block_digests
-from xllm.kv.moves import FETCH, PUT, READ
+from xllm.kv.moves import FETCH, PUT, READ, STORE_LANES, Move
 from xllm.kv.store_tier import MAX_HELD_SHARE, RETRY_S, STUCK_S
 
 
@@ -224,6 +227,57 @@ def test_copies_that_hang_hold_half_of_host_memory_at_most(folder):
     assert one.tiers.store.num_cut > 0
     one.settle()
     assert one.tiers.host.num_held == 0 and one.tiers.store.is_idle and not one.tiers.store._coming
+
+
+@pytest.mark.parametrize("lane", STORE_LANES)
+def test_the_end_does_not_wait_for_a_move_that_hangs(folder, monkeypatch, lane):
+    one = desk(folder)
+    one.turn(talk(1))
+    monkeypatch.setattr(lanes, "STORE_CLOSE_S", 0.05)
+    hangs, goes_on, done = threading.Event(), threading.Event(), []
+    threads = lanes.ThreadLanes(one.lanes.performer, done.append)
+    slots, digests = np.arange(2, dtype=np.int32), block_digests(talk(9, 4).array, BLOCK)
+    if lane == FETCH:
+        digests = block_digests(talk(1).array, BLOCK)[:2]
+    with armed("store.payloads_written" if lane == PUT else "store.list",
+               lambda: (hangs.set(), goes_on.wait(20.0))):
+        threads.send(Move(number=1, lane=lane, priority=1, num_bytes=32, sources=slots, targets=slots.copy(),
+                          digests=tuple(digests), parents=(bytes(16), digests[0])))
+        assert hangs.wait(20.0)
+        threads.close()
+        assert not done
+    goes_on.set()
+    [thread] = [thread for thread in threading.enumerate() if thread.name == f"xllm-kv-{lane}"]
+    thread.join(20.0)
+    assert not thread.is_alive() and done[0].num_done == 2, "it came back, and nothing is broken"
+
+
+def test_a_look_that_hangs_stops_nobody(folder, monkeypatch):
+    writer = desk(folder)
+    writer.turn(talk(1))
+    digest = block_digests(talk(1).array, BLOCK)[0]
+    follower = shared_follower.SharedFollower(open_shared(folder), refresh_s=0.001)
+    assert follower.has(digest) and len(follower) == 6 and follower.trouble is None
+    hangs, goes_on = threading.Event(), threading.Event()
+    with armed("store.list", lambda: (hangs.set(), goes_on.wait(20.0))):
+        assert hangs.wait(20.0)
+        assert follower.has(digest) and follower.trouble is None
+        monkeypatch.setattr(shared_follower, "STALE_S", 0.0)
+        assert "has not answered for" in follower.trouble
+    goes_on.set()
+    follower.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "xllm-kv-store-follow"]
+
+
+def test_a_look_that_fails_is_told_until_one_does_not(folder):
+    with armed("store.list", "EIO"):
+        follower = shared_follower.SharedFollower(open_shared(folder), refresh_s=0.001)
+        assert "Input/output error" in follower.trouble and not len(follower)
+    looked = time.monotonic() + 20.0
+    while follower.trouble is not None and time.monotonic() < looked:
+        time.sleep(0.001)
+    assert follower.trouble is None
+    follower.close()
 
 
 def test_one_that_only_reads_adds_nothing(folder):

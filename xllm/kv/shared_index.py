@@ -15,7 +15,7 @@ from pathlib import Path
 from xllm.kv import failpoints
 from xllm.kv.disk_format import CORRUPT, FOREIGN, TORN
 from xllm.kv.disk_seal import Seal
-from xllm.kv.shared_segment import SUFFIX, SharedSegment, read_segment
+from xllm.kv.shared_segment import GONE, SUFFIX, SharedSegment, read_segment
 
 _KIND_NAMES = {TORN: "torn", CORRUPT: "corrupt", FOREIGN: "foreign"}
 
@@ -86,13 +86,12 @@ class SharedIndex:
                 return
             self._segments[path] = segment
             news, bad = segment.read_news(self._seal, is_last=is_last)
-        except FileNotFoundError:  # deleted since it was listed
-            return
         except PermissionError as error:
             self._refuse(path, str(error))
             return
-        except OSError:  # of this file alone; it is tried again at the next refresh
-            self._count("unreadable", 1)
+        except OSError as error:  # of this file alone; it is tried again at the next refresh, unless it is deleted
+            if error.errno not in GONE:
+                self._count("unreadable", 1)
             return
         with self._changing:
             for index, digest in news:

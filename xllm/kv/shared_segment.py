@@ -11,6 +11,7 @@ no lock, no append.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from xllm.kv.disk_segment import SUFFIX, TEMPORARY_SUFFIX, read_into, temporary_
 from xllm.private_files import is_own_file
 
 __all__ = ["SUFFIX", "TEMPORARY_SUFFIX", "SharedSegment", "create_file", "fill", "open_file", "read_segment"]
+# What an operation on a file fails with that was deleted here, and on another machine while this one had it open (NFS).
+GONE = (errno.ENOENT, errno.ESTALE)
 _PIECE_SLOTS = 512  # headers that are read at a time, 64 KiB: chosen; a reader that is up to date reads one piece
 
 

@@ -36,7 +36,7 @@ from xllm.kv.disk_format import (
 from xllm.kv.disk_seal import Seal
 from xllm.kv.disk_segment import read_into
 from xllm.kv.shared_index import SharedIndex
-from xllm.kv.shared_segment import SharedSegment, open_file
+from xllm.kv.shared_segment import GONE, SharedSegment, open_file
 from xllm.kv.shared_writer import BlockToStore, SharedWriter
 from xllm.private_files import open_private_folder
 
@@ -169,10 +169,8 @@ class SharedStore:
         """What kind of miss it is, None for a hit."""
         try:
             return self._checked(segment, index, digest, data)
-        except FileNotFoundError:
-            return "gone"
-        except OSError:
-            return "unreadable"
+        except OSError as error:
+            return "gone" if error.errno in GONE else "unreadable"
 
     def _checked(self, segment: SharedSegment, index: int, digest: bytes, data: memoryview) -> str | None:
         """As `_read`. Raises OSError."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from xllm.errors import ConfigError
 from xllm.kv.disk_format import Geometry, make_geometry, pack_header
 from xllm.kv.disk_seal import Seal
-from xllm.kv.shared_segment import SUFFIX, TEMPORARY_SUFFIX, create_file, fill
+from xllm.kv.shared_segment import GONE, SUFFIX, TEMPORARY_SUFFIX, create_file, fill
 from xllm.private_files import open_private_folder
 
 # Of one file. Chosen: what is deleted at a time, and what a reader opens once; a quarter of the disk tier's, whose
@@ -69,7 +69,9 @@ class SharedWriter:
         an error, readers find each of them whole or not at all."""
         try:
             self._write(blocks)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
             self.path = self._segment = None
             self._write(blocks)
 

@@ -18,13 +18,14 @@ import numpy as np
 
 from xllm.errors import DeviceError
 from xllm.kv.block import ROOT
-from xllm.kv.demotion import CHUNK_BYTES, MAX_CHUNK_BLOCKS, NORMAL
+from xllm.kv.demotion import MAX_CHUNK_BLOCKS, NORMAL
 from xllm.kv.moves import FETCH, PUT, MoveDone, OpenMoves
 from xllm.kv.tier_index import TierIndex
 
 # Of the host slots, how many blocks may be held for copies to the store. Chosen: what hangs with it is half of host
 # memory at most.
 MAX_HELD_SHARE = 0.5
+PUT_BYTES = 4 << 20  # of one copy. Chosen: no step waits for it, and two opens of a file cost little beside so much
 # Between attempts to write to a store that refused. Chosen: a file system that is full or away seldom is so for less.
 RETRY_S = 30.0
 # Without the end of any read, while reads are open: the store counts as away. Chosen: far longer than a chunk takes,
@@ -78,7 +79,7 @@ class StoreTier:
         self._queue: deque[Offer] = deque()
         self._coming: set[bytes] = set()  # blocks of offers
         self._num_held = self._in_flight = 0
-        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, CHUNK_BYTES // moves.payload_bytes))
+        self._chunk = max(1, min(MAX_CHUNK_BLOCKS, PUT_BYTES // moves.payload_bytes))
         self._trouble: str | None = None  # with reading
         self._write_error: str | None = None
         self._retry_s = 0.0  # when to write again, after an error
