@@ -32,8 +32,8 @@ BASE = ["xllm.config", "xllm.errors", "xllm.sizes", "xllm.env", "xllm.model_file
         "xllm.pooling", "xllm.private_files", "xllm.structured.spec", "xllm.shared_params", "xllm.token_ids",
          "xllm.foreign", "xllm.suggestion", "xllm.run_child", "xllm.processor", "xllm.version", "xllm.json_setting",
          "xllm.setting_tree", "xllm.engine_count", "xllm.option", "xllm.node_settings", "xllm.host_port",
-         "xllm.kv_events_settings", "xllm.kv_events_keys", "xllm.progress", "xllm.kv_offer", "xllm.kv_layout",
-        "xllm.transfer_settings"]
+         "xllm.kv_events_settings", "xllm.kv_events_keys", "xllm.kv_store_settings", "xllm.progress", "xllm.kv_offer",
+         "xllm.kv_layout", "xllm.transfer_settings"]
 MODEL_FLOOR = [*BASE, "xllm.parallel", "xllm.layers", "xllm.models", "backends"]
 RUN_FLOOR = [*MODEL_FLOOR, "xllm.cost", "xllm.kv", "xllm.scheduler", "graph", "xllm.speculative", "xllm.structured",
              "xllm.runner"]

@@ -78,7 +78,7 @@ ROWS: list[tuple[str, list[tuple[str, list[Query], str, str]]]] = [
                                     (f"max({metric('kv_cache_usage_perc')})", "held by requests")], "percentunit",
          "Tiers: with host memory or disk below the device only"),
         ("Tokens found, by tier", [(rate("kv_tier_hit_tokens_total", "tier"), "{{tier}}")], "short",
-         "l1, l2: device, l3: host memory, l4: disk; tokens per second"),
+         "l1, l2: device, l3: host memory, l4: disk, l5: shared store; tokens per second"),
         ("Prompt tokens, by source", [(rate("prompt_tokens_by_source_total", "source"), "{{source}}")], "short", ""),
         ("Moves between tiers", [(rate("kv_lane_bytes_total", "lane"), "{{lane}}")], "Bps", ""),
         ("Evictions", [(rate("kv_tier_evicted_blocks_total", "tier"), "{{tier}}"),

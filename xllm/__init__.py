@@ -12,6 +12,7 @@ from xllm.version import __version__
 if TYPE_CHECKING:
     from xllm.async_llm import AsyncLLM as AsyncLLM
     from xllm.config import EngineConfig as EngineConfig
+    from xllm.kv.store_client import KVStoreClient as KVStoreClient
     from xllm.llm import LLM as LLM
     from xllm.outputs import CompletionOutput as CompletionOutput
     from xllm.outputs import EmbeddingOutput as EmbeddingOutput
@@ -29,6 +30,7 @@ _HOMES = {
     "CompletionOutput": "xllm.outputs",
     "EmbeddingOutput": "xllm.outputs",
     "EngineConfig": "xllm.config",
+    "KVStoreClient": "xllm.kv.store_client",
     "LLM": "xllm.llm",
     "PoolingParams": "xllm.pooling",
     "RequestOutput": "xllm.outputs",
@@ -37,8 +39,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "PoolingParams", "RequestOutput",
-    "SamplingParams", "StructuredOutput", "__version__",
+    "AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "KVStoreClient", "LLM", "PoolingParams",
+    "RequestOutput", "SamplingParams", "StructuredOutput", "__version__",
 ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from xllm.errors import ConfigError
 from xllm.json_setting import parse_object
 from xllm.kv_events_settings import check_kv_events
+from xllm.kv_store_settings import check_kv_store
 from xllm.node_settings import NodeSettings
 from xllm.option import option
 from xllm.pooling import KINDS
@@ -95,8 +96,12 @@ class CacheSettings:
                                   "share of the free space such as 25%")
     disk_cache_dir: str | None = option(None, "folder of the disk tier; survives restarts and crashes")
     disk_cache_key_file: str | None = option(None, "file of at least 32 random bytes, readable by its owner alone: "
-                                             "blocks on disk are authenticated with it; what others wrote is a miss",
-                                             is_guard=True)
+                                             "blocks on disk and in the shared store are authenticated with it; what "
+                                             "others wrote is a miss", is_guard=True)
+    kv_store: str | None = option(None, "folder on a file system that several servers share: KV blocks that one has "
+                                  "computed are found by all with the same model and settings (tier L5)")
+    kv_store_size: str = option("10%", "how much each worker may add to the shared store, such as 50GiB, or a share of "
+                                "the free space there; 0: it only reads")
     host_bytes_per_s: str = option("0", "limit for copies between device and host memory, each way; 0: none")
     disk_bytes_per_s: str = option("0", "limit for copies between host memory and disk, each way; 0: none")
     preemption_mode: str = option("auto", "what happens to the KV of a preempted request; auto: swapped to host memory "
@@ -119,6 +124,11 @@ class CacheSettings:
     def has_host_tier(self) -> bool:
         """Whether host memory is to stand below the device, and perhaps disk below that."""
         return self.host_blocks_factor > 0 or not is_zero("host_cache_size", self.host_cache_size)
+
+    @property
+    def outlives_the_process(self) -> bool:
+        """Whether KV is stored where another process finds it."""
+        return self.disk_cache_dir is not None or self.kv_store is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +316,8 @@ def check(config: EngineConfig) -> None:
     if config.model.load_format == "dummy" and c.disk_cache_dir is not None:
         raise ConfigError("disk_cache_dir and load_format dummy do not go together: the folder outlives the weights")
     _check_tiers(c)
+    check_kv_store(c.kv_store, c.kv_store_size, c.disk_cache_dir, has_host_tier=c.has_host_tier,
+                   is_dummy=config.model.load_format == "dummy")
     check_kv_events(c.kv_events_config, has_token_ids=c.kv_events_token_ids, key_file=c.kv_events_key_file,
                     has_prefix_cache=c.enable_prefix_caching)
     _check_graphs(config.device)
@@ -334,8 +346,8 @@ def _check_tiers(c: CacheSettings) -> None:
         raise ConfigError("disk_cache_size needs host_cache_size: blocks go to disk through host memory")
     if has_disk != (c.disk_cache_dir is not None):
         raise ConfigError("disk_cache_size and disk_cache_dir go together: set both or neither")
-    if c.disk_cache_key_file is not None and not has_disk:
-        raise ConfigError("disk_cache_key_file needs disk_cache_size and disk_cache_dir: it is the disk tier's key")
+    if c.disk_cache_key_file is not None and not has_disk and c.kv_store is None:
+        raise ConfigError("disk_cache_key_file needs disk_cache_size and disk_cache_dir, or kv_store: it is their key")
     if c.kv_store_dtype != "auto" and not has_host:
         raise ConfigError(f"kv_store_dtype {c.kv_store_dtype} needs host_cache_size: it is the format of stored KV")
     if c.kv_cache_dtype != "auto" and c.kv_store_dtype not in ("auto", c.kv_cache_dtype):

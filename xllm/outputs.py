@@ -69,7 +69,7 @@ class RequestOutput:
 
     prompt: None when token ids were given. prompt_logprobs: one entry a prompt token, the first None.
     num_cached_tokens: prompt tokens whose KV was reused. cached_by_tier: the same by where it was (l1, l2: device,
-    l3: host memory, l4: disk); None before the first output.
+    l3: host memory, l4: disk, l5: shared store); None before the first output.
     """
 
     request_id: str

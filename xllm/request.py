@@ -314,7 +314,7 @@ class OutputDelta:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_preemptions: int = 0
     error: str | None = None
-    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1, l2, l3, l4
+    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1 to l5
     embedding: list[float] | None = None  # for a request with `pooling`
 
 

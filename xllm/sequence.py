@@ -40,7 +40,8 @@ class SequenceState:
     """One sequence from `Scheduler.add` to its terminal output. Written by the scheduler only."""
 
     __slots__ = ("arrival_index", "finish_reason", "num_cached_tokens", "num_disk_tokens", "num_host_tokens",
-                 "num_preemptions", "num_prompt_tokens", "prompt_logprobs", "request", "row", "status", "token_ids")
+                 "num_preemptions", "num_prompt_tokens", "num_store_tokens", "prompt_logprobs", "request", "row",
+                 "status", "token_ids")
 
     def __init__(self, request: Request, arrival_index: int):
         self.request = request
@@ -55,6 +56,7 @@ class SequenceState:
         self.num_cached_tokens = 0  # prompt tokens found in the cache at first admission
         self.num_host_tokens = 0  # of those, brought up from host memory for it
         self.num_disk_tokens = 0  # and from disk
+        self.num_store_tokens = 0  # and from the shared store
         self.num_preemptions = 0
         self.prompt_logprobs: list | None = None  # collected chunk by chunk; the first token has none
         self.restart_prompt_logprobs()

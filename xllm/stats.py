@@ -88,7 +88,7 @@ class Counters:
         list, "spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by their place in the draft, from 0",
         by="position", only="spec_accepted_tokens_by_position_total")
     requests_finished_total: dict[str, int] = field(default_factory=dict)  # by finish reason
-    cached_tokens_by_tier_total: dict[str, int] = counter(  # l1, l2: device, l3: host, l4: disk
+    cached_tokens_by_tier_total: dict[str, int] = counter(  # l1, l2: device, l3: host, l4: disk, l5: store
         dict, "kv_tier_hit_tokens", "Prompt tokens whose KV was found, by where", by="tier",
         key="cached_tokens_by_tier")
 
@@ -101,11 +101,12 @@ class Counters:
 class SourceStats:
     """What stands below the device's KV cache. Its own numbers, or none of them."""
 
-    kv_tiers: dict[str, TierStats] = part(dict, TierStats, "kv_tiers", by="tier")  # device, host, disk
-    kv_lanes: dict[str, LaneStats] = part(dict, LaneStats, "kv_lanes", by="lane")  # save, load, write, read
+    kv_tiers: dict[str, TierStats] = part(dict, TierStats, "kv_tiers", by="tier")  # device, host, disk, store
+    kv_lanes: dict[str, LaneStats] = part(dict, LaneStats, "kv_lanes", by="lane")  # `kv/moves.py:LANES`
     prefetched_blocks_total: dict[str, int] = counter(  # right: used in time; wrong: not
         dict, "kv_prefetched_blocks", "Blocks brought back before they were asked for", by="outcome", only="kv_tiers")
     kv_disk_up: bool | None = stat(False, "kv_disk_up")  # there is a disk tier and it has not failed; None: not told
+    kv_store_up: bool | None = stat(False, "kv_store_up")  # there is a shared store, and it works; None: not told
 
 
 @dataclass(kw_only=True)
@@ -141,14 +142,20 @@ class EngineStats(Counters, SourceStats):
         return None if host is None else host.num_used / host.num_blocks if host.num_blocks else 0.0
 
     @property
-    @derived("gauge", "kv_disk_up", "1 while the disk tier works", by="tier")
+    @derived("gauge", "kv_disk_up", "1 while the disk tier or the shared store works", by="tier")
     def disks_up(self) -> dict[str, bool] | None:
-        return {"disk": bool(self.kv_disk_up)} if "disk" in self.kv_tiers else None
+        up = {"disk": bool(self.kv_disk_up), "store": bool(self.kv_store_up)}
+        return {tier: is_up for tier, is_up in up.items() if tier in self.kv_tiers} or None
 
     @property
     @derived("counter", "kv_disk_broken_blocks", "Blocks on disk that were not good", by="kind")
     def disk_missed_total(self) -> dict[str, int] | None:
         return self.kv_tiers["disk"].missed_total if "disk" in self.kv_tiers else None
+
+    @property
+    @derived("counter", "kv_store_broken_blocks", "Blocks and files of the shared store that were not good", by="kind")
+    def store_missed_total(self) -> dict[str, int] | None:
+        return self.kv_tiers["store"].missed_total if "store" in self.kv_tiers else None
 
     @property
     @derived("counter", "external_prefix_cache_queries", "Tokens that the device did not have, looked up below it")
@@ -158,7 +165,7 @@ class EngineStats(Counters, SourceStats):
         return self.prefix_queries_total - hits.get("l1", 0) - hits.get("l2", 0) if self.kv_tiers else None
 
     @property
-    @derived("counter", "external_prefix_cache_hits", "Of these, found in host memory or on disk")
+    @derived("counter", "external_prefix_cache_hits", "Of these, found in host memory, on disk or in a shared store")
     def external_hits_total(self) -> int | None:
         hits = self.cached_tokens_by_tier_total
-        return hits.get("l3", 0) + hits.get("l4", 0) if self.kv_tiers else None
+        return sum(hits.get(tier, 0) for tier in ("l3", "l4", "l5")) if self.kv_tiers else None

@@ -89,7 +89,8 @@ def without_tiers(config: EngineConfig) -> EngineConfig:
         config.cache, enable_prefix_caching=False, preemption_mode=none.preemption_mode,
         kv_store_dtype=none.kv_store_dtype, host_cache_size=none.host_cache_size,
         host_blocks_factor=none.host_blocks_factor, disk_cache_size=none.disk_cache_size, disk_cache_dir=None,
-        disk_cache_key_file=None, kv_events_config=None, kv_events_token_ids=False, kv_events_key_file=None)
+        disk_cache_key_file=None, kv_store=None, kv_events_config=None, kv_events_token_ids=False,
+        kv_events_key_file=None)
     return dataclasses.replace(config, cache=cache)
 
 

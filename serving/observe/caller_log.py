@@ -34,7 +34,7 @@ class CallerFigures:
             cached_prompt_tokens_total=self.prompt_tokens_cached, generation_tokens_total=self.generation_tokens,
             preemptions_total=self.num_preemptions, prefix_queries_total=self.prompt_tokens,
             prefix_hits_total=self.prompt_tokens_cached, cached_tokens_by_tier_total=dict(self.cached_by_tier),
-            kv_disk_up=None)
+            kv_disk_up=None, kv_store_up=None)
 
     def since(self, num_rows: int) -> list[tuple[float, ...]]:
         """Rows after the first `num_rows`, as far as they are still here."""

@@ -47,7 +47,7 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
-    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1 to l4
+    cached_by_tier: dict[str, int] | None = None  # the cached tokens by where they were: l1 to l5
     num_preemptions: int = 0
     finish_reason: str | None = None
     trace_headers: dict[str, str] | None = None  # the caller's trace context

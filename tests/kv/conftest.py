@@ -3,6 +3,15 @@
 import pytest
 
 from tests.kv.disk_helper import NUM_SLOTS, open_store, write
+from tests.kv.held_view import OPENED
+
+
+@pytest.fixture(autouse=True)
+def close_shared_stores():
+    """Their threads end with the test."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tests.kv.held_view import HeldView, open_shared_store
 from tests.kv.manual_lanes import ManualLanes
 from tests.kv.store_life import open_store
 from tests.kv.store_world import History, Memory, random_shape
@@ -13,6 +14,7 @@ from xllm.kv.manager import KVManager
 from xllm.kv.moves import LOAD
 from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.store_tier import StoreTier
 from xllm.kv.tickets import TicketBoard
 from xllm.kv.tiers import TieredStore
 
@@ -22,18 +24,24 @@ BLOCK = 2
 class Desk:
     """One request at a time, computed at once; `now` is the time. Moves run only when told to."""
 
-    def __init__(self, num_blocks=64, num_host_slots=64, disk=None):
+    def __init__(self, num_blocks=64, num_host_slots=64, disk=None, shared=None):
         self.memory = Memory(num_blocks, BLOCK, num_host_slots)
         self.kv = KVManager(num_blocks=num_blocks, block_size=BLOCK, num_rows=1, max_tokens_per_row=num_blocks * BLOCK)
-        self.disk_errors, self.store = [], disk
-        self.lanes = ManualLanes(MovePerformer(self.memory, disk, TicketBoard()), random.Random(0), eagerness=0.0)
+        self.disk_errors, self.store, self.shared, self.said = [], disk, shared, []
+        performer = MovePerformer(self.memory, disk, TicketBoard(), shared)
+        self.lanes = ManualLanes(performer, random.Random(0), eagerness=0.0)
         facts = self.lanes.performer.facts()
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, facts, self.lanes, lambda n: make_policy("lru", n), self.disk_errors.append))
+            index, pool, facts, self.lanes, lambda n: make_policy("lru", n), self.disk_errors.append,
+            make_store=None if shared is None else self._make_store))
         self.moves = self.tiers.moves
         self.prefetcher = self.tiers.prefetcher = Prefetcher(self.tiers)
         self.now = 0.0
         self.step = 0
+
+    def _make_store(self, host, moves) -> StoreTier:
+        self.view = HeldView(self.shared)
+        return StoreTier(self.view, host, moves, self.said.append, self.shared.num_own_blocks)
 
     def begin(self, history, session=None) -> int:
         """A request gets in and is computed at once; returns its row. `num_found`: its tokens found on the device."""
@@ -89,13 +97,19 @@ class Desk:
         """Bring up what host memory and disk have, as far as host memory has room; the device's blocks of it."""
         match = self.kv.lookup(history.array, history.salt)
         extension = self.tiers.extend(match, history.array)
-        if len(extension.disk_path):
+        if extension.is_below_host:
             self.tiers.stage(extension, 0)
             self.settle()
             extension = self.tiers.extend(match, history.array)
-        self.tiers.load(match.block_ids, extension, 0)
-        self.settle()
+        if extension.on_host(len(match.block_ids)):
+            self.tiers.load(match.block_ids, extension, 0)
+            self.settle()
         return len(self.kv.lookup(history.array, history.salt).block_ids)
+
+    def num_promoted_of(self, history) -> int:
+        """The same after another look at the shared store, and with the last block, which is left to compute else."""
+        self.view.look()
+        return self.num_promoted(later(history, 1))
 
     def num_fetched(self) -> int:
         return self.tiers.loader.num_loaded + sum(len(load.path) for load in self.tiers.loader.open_loads)
@@ -110,6 +124,10 @@ def later(history: History, num_tokens: int = 4) -> History:
     longer = history.prefix(len(history))
     longer.extend(list(range(num_tokens)))
     return longer
+
+
+def open_shared(folder, num_blocks=256):
+    return open_shared_store(folder, BLOCK, num_blocks)
 
 
 def open_disk(folder, num_slots=64):

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 
-from xllm.kv.moves import LANES, LOAD, READ, WRITE, Move, MoveDone, OpenMoves, error_of
+from xllm.kv.moves import LANES, LOAD, PUT, READ, STORE_LANES, WRITE, Move, MoveDone, OpenMoves, error_of
 from xllm.kv.performer import MovePerformer
 
 
@@ -18,8 +18,8 @@ def check_plain(move: Move) -> None:
     assert move.sources.dtype == move.targets.dtype == np.int32
     assert 0 < len(move.sources) == len(move.targets)
     assert all(type(name) is bytes and len(name) == 16 for name in (*move.digests, *move.parents))
-    assert len(move.digests) == (len(move.sources) if move.lane in (READ, WRITE) else 0)
-    assert len(move.parents) == (len(move.sources) if move.lane == WRITE else 0)
+    assert len(move.digests) == (len(move.sources) if move.lane in (READ, WRITE, *STORE_LANES) else 0)
+    assert len(move.parents) == (len(move.sources) if move.lane in (WRITE, PUT) else 0)
     assert (move.ticket > 0) == (move.lane == LOAD)
 
 

@@ -7,9 +7,11 @@ from collections import Counter
 import numpy as np
 
 from tests.kv.store_life import Life
-from tests.kv.store_world import paths
-from xllm.kv.moves import LANES, LOAD, READ, SAVE, WRITE
+from tests.kv.store_world import Contents, paths
+from xllm.kv.moves import FETCH, LANES, LOAD, PUT, READ, SAVE, WRITE
 from xllm.kv.prefetch import MAX_SHARE
+from xllm.kv.shared_store import SharedStore
+from xllm.kv.store_tier import MAX_HELD_SHARE
 from xllm.kv.tier_index import DOOMED, FREE, NO_SLOT, RESIDENT, WRITING, TierIndex
 
 NO_PARENT = bytes(16)
@@ -97,6 +99,8 @@ def _check_holders(life: Life) -> None:
         disk.update(stage.disk_path.tolist())
     for load in tiers.loader.open_loads:
         host.update(load.host_path.tolist())
+    for offer in () if tiers.store is None else tiers.store._queue:
+        host.update(offer.slots.tolist())
     for tier, held in ((tiers.host, host), (tiers.disk, disk)):
         counts = np.zeros(tier.num_slots, dtype=int)
         for slot, count in held.items():
@@ -146,16 +150,41 @@ def _check_counts(life: Life) -> None:
         num_through += len(under_way[lane]) - len(own)
         assert len(own) == demoter._in_flight <= 2
     assert num_through == bool(through), "one chunk at a time passes through host memory"
-    saved, written, read = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
-                            for lane in (SAVE, WRITE, READ))
-    assert sorted([*{*saved, *through}, *{*read, *lifted}]) == np.flatnonzero(tiers.host._state == WRITING).tolist()
+    saved, written, read, fetched = ([slot for move in under_way[lane] for slot in move.targets.tolist()]
+                                     for lane in (SAVE, WRITE, READ, FETCH))
+    filling = [*{*saved, *through}, *{*read, *fetched, *lifted}]
+    assert sorted(filling) == np.flatnonzero(tiers.host._state == WRITING).tolist()
     assert sorted(written) == np.flatnonzero(tiers.disk._state == WRITING).tolist()
     assert not np.any(tiers.host._state == DOOMED)
+    if tiers.store is not None:
+        _check_store(life)
     prefetcher = tiers.prefetcher
     if prefetcher is not None:
         unused = sum(talk.fetched_blocks for talk in prefetcher._by_tail.values())
         assert unused == prefetcher._unused_blocks <= MAX_SHARE * life.shape.num_blocks
         assert 0.0 <= prefetcher._accuracy <= 1.0
+
+
+def _check_store(life: Life) -> None:
+    """What is offered to the shared store is held, and counted once."""
+    store, moves = life.tiers.store, life.lanes.not_received(PUT)
+    assert len(moves) == store._in_flight <= 2
+    assert store._num_held == sum(len(offer.slots) for offer in store._queue)
+    assert store._num_held <= MAX_HELD_SHARE * life.shape.num_host_slots
+    coming = [offer.digests[i] for offer in store._queue for i in offer.lacking]
+    done = sum(offer.num_ended for offer in store._queue)
+    assert len(set(coming)) == len(coming) == len(store._coming) + done and store._coming <= set(coming)
+
+
+def check_shared_contents(contents: Contents, store: SharedStore) -> int:
+    """What a shared store gives is right; returns how many blocks it gives."""
+    out, num = bytearray(store.payload_bytes), 0
+    store.refresh()
+    for digest, wanted in contents.bytes_of.items():
+        if store.read(digest, memoryview(out)):
+            assert bytes(out) == wanted, "the shared store gave something else"
+            num += 1
+    return num
 
 
 def check_at_rest(life: Life) -> None:
@@ -167,5 +196,6 @@ def check_at_rest(life: Life) -> None:
     assert tiers.saver.is_idle and tiers.writer.is_idle and tiers.passage.is_idle and not tiers.lifter.open_lifts
     assert tiers.loader.num_open == tiers.stager.num_open == len(tiers.moves) == 0
     assert not len(life.board)
+    assert tiers.store is None or (tiers.store.is_idle and not tiers.store._coming and not tiers.store._num_held)
     for tier in (tiers.host, tiers.disk):
         assert np.all((tier._state == RESIDENT) | (tier._state == FREE))

@@ -9,17 +9,22 @@ from typing import Protocol
 
 import numpy as np
 
+from tests.kv.held_view import HeldView
 from tests.kv.manual_lanes import ManualLanes
 from tests.kv.replay import Replay
 from tests.kv.store_world import Contents, History, Memory, Row, Shape, Step, Waiter, Work, paths
+from xllm.errors import DiskError
 from xllm.kv.disk import DiskStore
 from xllm.kv.disk_format import PAGE_BYTES, make_geometry
 from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
-from xllm.kv.moves import LANES, LOAD
+from xllm.kv.moves import LANES, LOAD, OpenMoves
 from xllm.kv.performer import MovePerformer
 from xllm.kv.prefetch import Prefetcher
+from xllm.kv.shared_store import SharedStore
+from xllm.kv.store_tier import StoreTier
 from xllm.kv.tickets import TicketBoard
+from xllm.kv.tier_index import TierIndex
 from xllm.kv.tiers import TieredStore
 
 FINGERPRINT = bytes(range(32))
@@ -58,7 +63,7 @@ class Life:
     finds out whether all that it reads is what it should be.
     """
 
-    def __init__(self, machine: Episode, store: DiskStore):
+    def __init__(self, machine: Episode, store: DiskStore, shared: SharedStore | None = None):
         self.machine, self.shape, self.rng = machine, machine.shape, machine.rng
         self.contents, self.talks, self.counts = machine.contents, machine.talks, machine.counts
         shape = self.shape
@@ -68,11 +73,15 @@ class Life:
         self.events = Replay(self.kv._index)
         self.kv.listen(self.events)
         self.store, self.board = store, TicketBoard()
-        self.lanes = ManualLanes(MovePerformer(self.memory, store, self.board), self.rng, shape.eagerness)
+        self.shared, self.view = shared, None if shared is None else HeldView(shared)
+        self.lanes = ManualLanes(MovePerformer(self.memory, store, self.board, shared), self.rng, shape.eagerness)
         facts = self.lanes.performer.facts()
         self.disk_errors: list[str] = []
         self.tiers = self.kv.attach(lambda index, pool: TieredStore(
-            index, pool, facts, self.lanes, self._policy, self.disk_errors.append))
+            index, pool, facts, self.lanes, self._policy, self.disk_errors.append,
+            make_store=None if shared is None else self._make_store))
+        if self.tiers.store is not None:
+            self.tiers.store._chunk = shape.chunk
         self.tiers.saver._chunk = self.tiers.writer._chunk = self.tiers.passage._chunk = shape.chunk
         if shape.prefetch:
             self.tiers.prefetcher = Prefetcher(self.tiers)
@@ -83,6 +92,9 @@ class Life:
         self.next_step = 0
         self._copies: list[tuple[int, int]] = []
         self._tickets: set[int] = set()
+
+    def _make_store(self, host: TierIndex, moves: OpenMoves) -> StoreTier:
+        return StoreTier(self.view, host, moves, lambda said: None, self.shared.num_own_blocks)
 
     def _policy(self, num_places: int):
         return make_policy(self.shape.policy, num_places, l1_share=self.shape.l1_share)
@@ -135,12 +147,13 @@ class Life:
         match = self.kv.lookup(history.array, history.salt)
         extension = self.tiers.extend(match, history.array)
         priority = self.rng.choice([0, 0, 1, 2**31])
-        if len(extension.disk_path):
+        if extension.is_below_host:
             self.counts["staged"] += 1
+            self.counts["found in the store"] += len(extension.stored)
             self.tiers.stage(extension, priority)
             extension = self.tiers.extend(match, history.array)
         num_blocks = extension.on_host(len(match.block_ids))
-        num_below = len(extension.disk_path) - len(match.block_ids)
+        num_below = extension.num_blocks - len(match.block_ids) if extension.is_below_host else 0
         num_free = self.kv.num_free_blocks - self.kv.num_idle(match)
         if not num_blocks and 0 < num_below <= num_free:
             self.tiers.lift(match.block_ids, extension, priority)
@@ -311,6 +324,14 @@ class Life:
         self.kv.poll(self.now)
         gone = before - set(self.kv.pool._leases)
         self.counts["leases expired"] += len(gone & {path.lease for path in paths(self.tiers.saver)})
+
+    def look(self) -> None:
+        """The engine and its worker look at what is new in the shared store."""
+        if self.view is not None:
+            try:
+                self.view.look()
+            except DiskError:
+                self.counts["store not seen"] += 1
 
     def fetch(self) -> None:
         """What the prefetcher does, at a bad time."""

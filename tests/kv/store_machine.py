@@ -18,20 +18,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.kv import store_audit
+from tests.kv.held_view import open_shared_store
 from tests.kv.store_life import FINGERPRINT, Life, open_store
 from tests.kv.store_world import Contents, History, random_shape
 from xllm.config import EVICTION_POLICIES
 from xllm.errors import DiskError
 from xllm.kv import failpoints, promotion, tiers
+from xllm.kv.moves import FETCH
 
 EPISODE_OPERATIONS = 1500
+SHARED_BLOCKS = 40  # that one life may add to the shared store, which every other episode has
 WEIGHTS = {"admit": 14, "admit_waiter": 8, "abort_waiter": 1, "plan": 18, "run": 14, "finish": 6, "abort": 1.5,
            "preempt": 2, "move": 14, "poll": 10, "fetch": 3, "squeeze": 1.2, "arm_crash": 0.3, "arm_error": 0.12,
-           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.3, "look_at_disk": 0.5, "rest": 0.1}  # fmt: skip
+           "disarm": 0.3, "shut_down": 0.15, "kill": 0.06, "rot": 0.3, "look_at_disk": 0.5, "rest": 0.1,
+           "look": 3}  # fmt: skip
 OF_LIFE = frozenset({"admit", "admit_waiter", "abort_waiter", "plan", "run", "finish", "abort", "preempt", "move",
-                     "poll", "fetch", "squeeze"})  # fmt: skip
+                     "poll", "fetch", "squeeze", "look"})  # fmt: skip
 ERRORS = [("disk.write", "ENOSPC"), ("disk.write", "EIO"), ("disk.read", "EIO"), ("disk.allocate", "ENOSPC"),
-          ("disk.sync", "EIO"), ("tier.write_before", "EIO"), ("tier.written", "EIO")]  # fmt: skip
+          ("disk.sync", "EIO"), ("tier.write_before", "EIO"), ("tier.written", "EIO"),
+          ("store.payloads_written", "ENOSPC"), ("store.read", "EIO"), ("store.list", "EIO")]  # fmt: skip
 
 
 class Crash(BaseException):
@@ -56,6 +61,7 @@ class StoreMachine:
         self.contents = Contents(self.shape.block_size)
         self.counts: Counter = Counter()
         self.damaged = False
+        self.shares = seed % 2 == 1 or any(point.startswith("store.") for point in points or ())
         self._points = points or sorted(name for name in failpoints.NAMES if not name.startswith("engine."))
         self._weights = {**WEIGHTS, **({"arm_crash": 4.0, "shut_down": 1.5} if points else {})}
         self._trouble = 0.5 if points else 0.1  # how likely a start-up meets a failpoint, or another capacity
@@ -95,6 +101,11 @@ class StoreMachine:
     def close(self) -> None:
         self._count_life()
         self.life.store.abandon()
+        self._close_shared()
+
+    def _close_shared(self) -> None:
+        if self.life.shared is not None:
+            self.life.shared.close()
 
     def operate(self, name: str) -> None:
         """One operation and the audit; a crash on the way ends the life."""
@@ -160,6 +171,8 @@ class StoreMachine:
             "evicted from the device": self.life.kv.pool.num_evicted, "evicted from host": tiers.host.num_evicted,
             "evicted from disk": tiers.disk.num_evicted, "disks lost": tiers.writer.disabled,
             "misses": sum(self.life.store.counters.misses.values()),
+            "put": 0 if tiers.store is None else tiers.store.num_written,
+            "fetch moves": tiers.moves.stats[FETCH].num_moves,
         })  # fmt: skip
         if tiers.prefetcher is not None:
             self.counts.update({"prefetched right": tiers.prefetcher.num_right,
@@ -179,6 +192,7 @@ class StoreMachine:
         resident = dict(tiers.disk._slot_of)
         if lost:
             self.life.store.abandon()
+        self._close_shared()
         slots_before = self.num_disk_slots
         if self.rng.random() < self._trouble:
             self.num_disk_slots = self.rng.choice([1, 5, self.shape.num_disk_slots])
@@ -193,6 +207,9 @@ class StoreMachine:
             assert set(resident) <= set(found), "complete blocks were not found again"
         self.counts["found again"] += len(found)
         store_audit.check_disk_contents(self.life)
+        if self.shares:
+            reader = open_shared_store(self.folder / "shared", self.shape.block_size, 0)
+            self.counts["in the store"] += store_audit.check_shared_contents(self.contents, reader)
 
     def _begin(self) -> Life:
         if self.rng.random() < self._trouble:
@@ -209,7 +226,10 @@ class StoreMachine:
 
     def _made(self, store) -> Life:
         try:
-            return Life(self, store)
+            shared = None
+            if self.shares:
+                shared = open_shared_store(self.folder / "shared", self.shape.block_size, SHARED_BLOCKS)
+            return Life(self, store, shared)
         except BaseException:
             store.abandon()
             raise
@@ -222,7 +242,7 @@ class StoreMachine:
 
     def _damage(self, *, in_use: bool = False) -> None:
         """Flip, blank, cut or copy something in one of the files."""
-        paths = sorted((self.folder / FINGERPRINT.hex()[:16]).glob("*.kv"))
+        paths = sorted([*(self.folder / FINGERPRINT.hex()[:16]).glob("*.kv"), *self.folder.glob("shared/*/*/*.kv")])
         if not paths:
             return
         self.damaged = True

@@ -9,6 +9,7 @@ import pytest
 
 from xllm.cost.online import OnlineCost
 from xllm.errors import DiskError
+from xllm.kv import moves
 from xllm.kv.lanes import ThreadLanes
 from xllm.kv.moves import ASSUMED_BYTES_PER_S, LANES, LOAD, READ, SAVE, URGENT, WRITE, MoveError, OpenMoves
 
@@ -186,8 +187,9 @@ def test_what_the_disk_refuses_is_told_apart(lanes, lane):
     job = Job(lane, error=DiskError(28, "full"))
     lanes.give(job)
     poll_all(lanes)
-    if lane in (READ, WRITE):
-        assert job.finished[0][0] == MoveError("disk", "[Errno 28] full")
+    if lane in (READ, WRITE, *moves.STORE_LANES):
+        kind = "disk" if lane in (READ, WRITE) else "store"
+        assert job.finished[0][0] == MoveError(kind, "[Errno 28] full")
     else:
         assert job.finished[0][0] == MoveError("device", "DiskError: [Errno 28] full")
 

@@ -24,7 +24,7 @@ def test_random_operations(start, tmp_path):
 NEEDED = ("crashes", "shut downs", "found again", "flushed", "hits", "copies", "saved", "loaded", "written", "read",
           "passed through", "lifted", "evicted from the device", "evicted from host", "evicted from disk", "swaps",
           "leases expired", "waits", "stalls", "aborted_waiters", "fetched", "damages", "misses", "broken",
-          "disks lost")  # fmt: skip
+          "disks lost", "put", "found in the store", "fetch moves", "in the store")  # fmt: skip
 
 
 def test_they_reach_what_they_are_meant_to_reach(tmp_path):

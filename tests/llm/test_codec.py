@@ -45,7 +45,7 @@ def deltas(draw: st.DrawFn) -> OutputDelta:
     delta.logprobs = draw(st.none() | st.lists(LOGPROBS, max_size=3))
     delta.prompt_logprobs = draw(st.none() | st.lists(st.none() | LOGPROBS, max_size=3))
     delta.num_preemptions = draw(st.integers(0, 9))
-    tiers = st.sampled_from(["l1", "l2", "l3", "l4"])
+    tiers = st.sampled_from(["l1", "l2", "l3", "l4", "l5"])
     delta.cached_by_tier = draw(st.none() | st.dictionaries(tiers, st.integers(0, 10**6)))
     delta.embedding = draw(st.none() | st.lists(st.floats(allow_nan=False, width=32), max_size=3))
     return delta

@@ -10,9 +10,8 @@ import pytest
 
 import xllm
 
-PUBLIC = ["AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "LLM", "PoolingParams",
-          "RequestOutput", "SamplingParams",
-          "StructuredOutput", "__version__"]
+PUBLIC = ["AsyncLLM", "CompletionOutput", "EmbeddingOutput", "EngineConfig", "KVStoreClient", "LLM", "PoolingParams",
+          "RequestOutput", "SamplingParams", "StructuredOutput", "__version__"]
 
 
 def test_public_names_are_frozen():

@@ -55,7 +55,7 @@ def check_next_life(folder: Path, plain: list[list[int]]) -> None:
         outputs = answer(llm, PROMPTS)
         assert token_ids(outputs) == plain
         assert [output.cached_by_tier for output in outputs] == [
-            {"l1": 0, "l2": 0, "l3": 0, "l4": num_tokens} for num_tokens in expected]
+            {"l1": 0, "l2": 0, "l3": 0, "l4": num_tokens, "l5": 0} for num_tokens in expected]
         lengths = [len(llm.get_tokenizer().encode(prompt)) for prompt in STORED]
         assert expected[: len(STORED)] == [(length - 1) // BLOCK * BLOCK for length in lengths]
         assert llm.stats().kv_tiers["disk"].missed_total == dict.fromkeys(

@@ -150,7 +150,8 @@ def test_what_was_found_on_the_device_is_named_without_tiers_below_it(server: Se
             .json()["usage"]["input_tokens_details"]]
     for found in details:
         assert found["cached_tokens"] > 0
-        assert found["cached_tokens_by_tier"] == {"l1": 0, "l2": found["cached_tokens"], "l3": 0, "l4": 0}
+        assert found["cached_tokens_by_tier"] == {"l1": 0, "l2": found["cached_tokens"], "l3": 0, "l4": 0,
+                                                  "l5": 0}
     server.wait_idle()
     engine = server.http.get("/v1/stats").json()["engine"]
     assert engine["cached_tokens_by_tier"]["l2"] == engine["prompt_tokens_cached"] > 0

@@ -79,9 +79,14 @@ MEMBERS = {
     "engine_steps", "step_time_seconds", "step_time_predicted_seconds", "step_cost_error", "oldest_waiting_seconds",
     "prompt_tokens", "prompt_tokens_cached",
     "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "spec_decode_num_draft_tokens",
-    "spec_decode_num_accepted_tokens", "kv_tiers", "kv_lanes", "cached_tokens_by_tier", "kv_disk_up", "graphs",
-    "threads"}
+    "spec_decode_num_accepted_tokens", "kv_tiers", "kv_lanes", "cached_tokens_by_tier", "kv_disk_up", "kv_store_up",
+    "graphs", "threads"}
 HOST = {"device": TierStats(num_blocks=8, num_used=4), "host": TierStats(num_blocks=4, num_used=1)}
+STORE = """
+counter kv_store_broken_blocks kind
+gauge kv_disk_up tier
+"""
+WITH_STORE = {**HOST, "store": TierStats(num_blocks=9, num_used=3, missed_total={"gone": 1})}
 WITH_DISK = {**HOST, "disk": TierStats(num_blocks=9, missed_total={"torn": 2})}
 LANE = {"save": LaneStats(queued=1, bytes_total=5)}
 
@@ -105,7 +110,9 @@ def shown(stats: EngineStats) -> dict[str, dict[tuple[str, ...], float]]:
     ({"kv_tiers": HOST, "kv_lanes": LANE, "prefetched_blocks_total": {"right": 1}}, TIERS + LANES),
     ({"kv_tiers": WITH_DISK, "kv_lanes": LANE, "prefetched_blocks_total": {"right": 1}, "kv_disk_up": True},
      TIERS + LANES + DISK),
-], ids=["least", "drafts", "graphs", "threads", "host", "disk"])
+    ({"kv_tiers": WITH_STORE, "kv_lanes": LANE, "prefetched_blocks_total": {"right": 1}, "kv_store_up": True},
+     TIERS + LANES + STORE),
+], ids=["least", "drafts", "graphs", "threads", "host", "disk", "store"])
 def test_the_families_of_an_engine(extra: dict, more: str) -> None:
     stats = EngineStats(num_waiting_by_reason={"kv": 1}, cached_tokens_by_tier_total={"l1": 1}, step_predicted_s=0.1,
                         step_cost_error={"0.5": 0.02}, **extra)
@@ -149,7 +156,7 @@ def test_a_caller_sees_its_own_figures_and_zeros() -> None:
     assert {name: value for name, value in own.items() if value} == {
         "num_requests_running": 2, "num_requests_waiting": 3, "prompt_tokens": 9, "prompt_tokens_cached": 4,
         "generation_tokens": 5, "num_preemptions": 1, "prefix_cache_queries": 9, "prefix_cache_hits": 4}
-    assert own["kv_disk_up"] is None, "not false: it is not told"
+    assert own["kv_disk_up"] is own["kv_store_up"] is None, "not false: it is not told"
 
 
 def test_declarations_hold_together() -> None:

@@ -39,7 +39,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer.choices[0].message.content})
         details = answer.usage.prompt_tokens_details
         by_tier = details.cached_tokens_by_tier
-        assert set(by_tier) == {"l1", "l2", "l3", "l4"}
+        assert set(by_tier) == {"l1", "l2", "l3", "l4", "l5"}
         assert sum(by_tier.values()) == details.cached_tokens <= answer.usage.prompt_tokens - 1
         return by_tier
 
@@ -72,7 +72,7 @@ def metric(server: ServerProcess, name: str, *labels: str) -> float:
 def converse(server: ServerProcess) -> list[Chat]:
     """Three conversations by turns, so that each has left the device when it goes on."""
     chats = [Chat(name) for name in ("apples", "bridges", "clouds")]
-    seen = dict.fromkeys(("l1", "l2", "l3", "l4"), 0)
+    seen = dict.fromkeys(("l1", "l2", "l3", "l4", "l5"), 0)
     with server.client() as client:
         for turn in range(3):
             for chat in chats:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xllm.config import EngineConfig
-from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, StoredBlocks, TierFacts
+from xllm.kv.moves import WRITE, Move, MoveDone, MoveError, SharedFacts, StoredBlocks, TierFacts
 from xllm.pooling import PoolingDefaults, PoolingParams
 from xllm.request import SamplingParams, TokenLogprobs
 from xllm.stats import GraphStats, ThreadStats
@@ -51,11 +51,12 @@ SAMPLES = [
              pooling=PoolingDefaults(kind="mean", normalize=False, width=8),
              placement=m.Placement(device="cpu", dtype="float32", weights_bytes=2**40, advice="w8a8"),
              tiers=TierFacts(5, 100, 7, StoredBlocks(ints(1, 2), np.ones((2, 16), dtype=np.uint8),
-                                                     np.zeros((2, 16), dtype=np.uint8)))),
+                                                     np.zeros((2, 16), dtype=np.uint8)),
+                             SharedFacts("/kv", bytes(32), 9))),
     OUTPUT, m.Settled(7, OUTPUT.check, 2**32 - 1),
     m.StepBegun(7, 2, 3, "decode", 2**32 - 1), m.Failed("MemoryError", "none"), m.GrammarDone(SPEC, "no"),
     m.AdapterRead(1, "d", m.Failed("ModelError", "x")), m.Done("Sleep"),
-    m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), disk_misses={"torn": 1},
+    m.WorkerStats(graphs=GraphStats(num_graphs=2, replays_total={"decode": 3}), tier_misses={"disk": {"torn": 1}},
                   threads=ThreadStats(num_threads=1, max_threads=2, lowered_total=3), exchange_s=0.5),
 ]
 

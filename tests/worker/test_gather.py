@@ -9,7 +9,7 @@ import pytest
 
 from xllm.config import EngineConfig
 from xllm.errors import WorkerError
-from xllm.kv.moves import READ, URGENT, WRITE, Move, MoveDone
+from xllm.kv.moves import READ, STORE_LANES, URGENT, WRITE, Move, MoveDone
 from xllm.pooling import PoolingDefaults
 from xllm.step import StepCheck, StepOutput
 from xllm.structured.spec import StructuredOutput
@@ -142,6 +142,19 @@ def test_only_what_no_request_waits_for_may_take_long():
     gatherer.add(0, MoveDone(1, 1, 0.0, 0.0))
     now[0] = 16.0
     assert gatherer.late_ranks(7.0, 60.0) == ("finished copying KV blocks", {1}, 8.0)
+
+
+def test_a_move_of_the_shared_store_may_take_any_time():
+    """A file server that is away for one rank is no reason to end the engine."""
+    now = [0.0]
+    gatherer = Gatherer(2, clock=lambda: now[0])
+    blocks = np.zeros(0, dtype=np.int32)
+    for number, lane in enumerate(STORE_LANES):
+        gatherer.note_sent(Move(number=number, lane=lane, priority=URGENT, num_bytes=0, sources=blocks, targets=blocks))
+        gatherer.add(0, MoveDone(number, 1, 0.0, 0.0))
+    now[0] = 1e6
+    assert gatherer.late_ranks(7.0, 60.0) is None
+    assert gatherer.add(1, MoveDone(1, 0, 0.0, 0.0)) == MoveDone(1, 0, 0.0, 0.0) and len(gatherer._unbounded) == 1
 
 
 def begun(**other) -> StepBegun:

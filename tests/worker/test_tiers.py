@@ -67,6 +67,27 @@ def test_a_restart_finds_what_both_ranks_have_on_disk(plain, tmp_path):
         assert llm.stats().cached_tokens_by_tier_total["l4"] == 0
 
 
+def test_what_both_ranks_have_in_a_shared_store(plain, tmp_path):
+    store = {"kv_store": str(tmp_path / "kv"), "kv_store_size": "64MiB"}
+    with LLM(**TIERS, **store) as llm:
+        assert tokens(llm) == plain
+    folders = sorted((tmp_path / "kv").iterdir())
+    assert len(folders) == 2, "each rank's blocks are of its own kind"
+    with LLM(**TIERS, **store) as llm:
+        assert tokens(llm) == plain
+        assert llm.stats().cached_tokens_by_tier_total["l5"] > 0
+    for number, folder in enumerate(folders):  # what one rank has is worth nothing alone, whichever it is
+        kept = shutil.move(folder, tmp_path / "kept")
+        with LLM(**TIERS, **store) as llm:
+            assert tokens(llm) == plain
+            settle(llm)
+            stats = llm.stats()
+            assert stats.cached_tokens_by_tier_total["l5"] == 0, number
+            assert stats.kv_lanes["put"].jobs_total > 0, "what is lacking is added again"
+        shutil.rmtree(folder)
+        shutil.move(kept, folder)
+
+
 def test_a_key_reaches_both_ranks_and_is_in_no_process_list(plain, tmp_path):
     key = tmp_path / "key"
     key.touch(0o600)

@@ -183,7 +183,7 @@ class ProcessClient(CommandingClient):
     @property
     def _shutdown_s(self) -> float:
         """How long the process may take to end in order: a KV cache on disk is stored first."""
-        return SHUTDOWN_TIMEOUT_S + (FLUSH_S if self._config.cache.disk_cache_dir is not None else 0.0)
+        return SHUTDOWN_TIMEOUT_S + (FLUSH_S if self._config.cache.outlives_the_process else 0.0)
 
     async def _bury(self) -> None:
         """Kill the process if it has not ended, reap it, and remove the sockets."""

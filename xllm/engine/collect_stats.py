@@ -18,7 +18,7 @@ def collect_stats(loop: StepLoop, gates: Sequence[Gate] = (), worker: WorkerStat
     waiting = {"capacity": len(scheduler.waiting), "kv": len(scheduler.promotions),
                **{gate.reason: len(gate.requests) for gate in gates}}
     return EngineStats(
-        **scheduler.counters.now(), **vars(kv.source_stats(worker.disk_misses)),
+        **scheduler.counters.now(), **vars(kv.source_stats(worker.tier_misses)),
         num_running=scheduler.num_running, num_waiting=sum(waiting.values()), num_waiting_by_reason=waiting,
         num_blocks=kv.num_usable_blocks, num_free_blocks=kv.num_free_blocks, kv_usage=kv.usage,
         num_steps=loop.num_steps, last_step_s=loop.last_step_s, step_time_s=loop.step_time_s,

@@ -84,7 +84,7 @@ class EngineCore:
         self.adapters = AdapterNames(self.config.lora, self.link, is_used=self._uses_adapter)
         cache = self.config.cache
         if loaded.tiers is not None:
-            attach_tiers(self.scheduler, self.link, cache, loaded.tiers)
+            attach_tiers(self.scheduler, self.link, self.config, loaded.tiers)
         promotions = self.scheduler.promotions
         self._gates: tuple[Gate, ...] = (pause, grammars, LandingGate(promotions.lander, promotions))
         self.cache_watch = CacheWatch(self.scheduler.kv, with_tokens=cache.kv_events_token_ids)

@@ -87,6 +87,10 @@ class Geometry:
         """How many payloads lie wholly in a segment file of this size."""
         return min(max(0, size_bytes - self.payload_start) // self.slot_bytes, self.slots_per_segment)
 
+    def payloads_in(self, size_bytes: int) -> int:
+        """The same of a file that ends with its last payload, and not with that one's slot."""
+        return self.slots_in(size_bytes + self.slot_bytes - self.payload_bytes)
+
     def slots_for(self, capacity_bytes: int) -> int:
         """How many slots a store of this capacity has, superblocks and tables included."""
         full, rest_bytes = divmod(capacity_bytes, self.payload_offset(self.slots_per_segment))
@@ -113,6 +117,17 @@ def unpack_superblock(page: bytes, geometry: Geometry) -> int | None:
     segment = _SUPERBLOCK.unpack_from(page)[2]
     used_bytes = _SUPERBLOCK.size + _CHECKSUM.size
     return segment if page[:used_bytes] == pack_superblock(geometry, segment)[:used_bytes] else None
+
+
+def read_superblock(page: bytes) -> tuple[int, Geometry] | None:
+    """(the segment's number, its geometry) of any store's superblock; None if it is none, or damaged."""
+    if len(page) != PAGE_BYTES:
+        return None
+    _, _, segment, fingerprint, payload_bytes, _, num_slots = _SUPERBLOCK.unpack_from(page)
+    if not 0 < num_slots <= MAX_SEGMENT_SLOTS or not payload_bytes:
+        return None
+    geometry = Geometry(fingerprint, payload_bytes, num_slots)
+    return None if unpack_superblock(page, geometry) is None else (segment, geometry)
 
 
 def pack_header(geometry: Geometry, seal: Seal, slot: int, sequence: int, digest: bytes, parent: bytes,

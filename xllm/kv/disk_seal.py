@@ -55,10 +55,11 @@ class Seal:
         return hashlib.blake2b(data, digest_size=num_bytes, key=self._key, person=person).digest()
 
 
-def read_key(path: Path) -> bytes:
-    """The content of a key file, every byte of it. Raises ConfigError if it is too short or others can read it."""
-    key = read_secret("disk_cache_key_file", path, MAX_KEY_BYTES)
+def read_key(path: Path, name: str = "disk_cache_key_file") -> bytes:
+    """The content of a key file, every byte of it. Raises ConfigError if it is too short or others can read it. name:
+    of the setting, for the message."""
+    key = read_secret(name, path, MAX_KEY_BYTES)
     if len(key) < MIN_KEY_BYTES:
-        raise ConfigError(f"disk_cache_key_file {path} has {len(key)} bytes, and a key has at least {MIN_KEY_BYTES}: "
+        raise ConfigError(f"{name} {path} has {len(key)} bytes, and a key has at least {MIN_KEY_BYTES}: "
                           f"head -c {MIN_KEY_BYTES} /dev/urandom > {path}")  # fmt: skip
     return key

@@ -1,6 +1,6 @@
 """`KVSource`: the storage below the device's KV cache, from which more of a prompt's prefix may be loaded.
 
-Implementations: `NoSource` (there is none) and `TieredStore` (`tiers.py`: host memory and disk).
+Implementations: `NoSource` (there is none) and `TieredStore` (`tiers.py`: host memory, disk and a shared store).
 """
 
 from __future__ import annotations
@@ -25,10 +25,22 @@ class Extension:
     """The part of a prompt's prefix that is stored below the device: slots of the whole path, root first, int32.
 
     host_path: the blocks that host memory has. disk_path: the blocks that disk has, if they are more; else empty.
+    stored: the digests of the blocks behind those, which the shared store has.
     """
 
     host_path: np.ndarray
     disk_path: np.ndarray
+    stored: tuple[bytes, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the whole path."""
+        return max(len(self.host_path), len(self.disk_path)) + len(self.stored)
+
+    @property
+    def is_below_host(self) -> bool:
+        """Whether disk or the store has blocks of it that host memory lacks."""
+        return bool(len(self.disk_path)) or bool(self.stored)
 
     def on_host(self, num_resident: int) -> int:
         """How many blocks host memory has beyond those resident on the device."""
@@ -70,7 +82,8 @@ class KVSource(Protocol):
 
     @property
     def can_stage(self) -> bool:
-        """Whether `extend` may find blocks on disk, which `stage` must bring to host memory first."""
+        """Whether `extend` may find blocks on disk or in a shared store, which `stage` must bring to host memory
+        first."""
         ...
 
     def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
@@ -79,13 +92,13 @@ class KVSource(Protocol):
         ...
 
     def stage(self, extension: Extension, priority: int) -> Stage:
-        """Begin to copy the disk blocks of `extension` to host memory; returns the stage, or the one already open for
+        """Begin to copy what `extension` has below host memory there; returns the stage, or the one already open for
         the same path. Lower priorities go first."""
         ...
 
     def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
-        """Begin to copy the disk blocks of `extension` to the device through a few host slots, for a path that does not
-        fit into host memory.
+        """Begin to copy what `extension` has below host memory to the device through a few host slots, for a path that
+        does not fit into host memory.
 
         resident: the device blocks that begin the path; the lift holds them, and those that it loads, until it is done.
         """
@@ -145,7 +158,7 @@ class KVSource(Protocol):
 
     # --- audit
 
-    def stats(self, missed_total: dict[str, int]) -> SourceStats:
+    def stats(self, missed_total: dict[str, dict[str, int]]) -> SourceStats:
         """Reads only, so another thread may call it. missed_total: see `MovePerformer.missed_total`."""
         ...
 
@@ -217,7 +230,7 @@ class NoSource:
     def close(self, flush_s: float) -> None:
         pass
 
-    def stats(self, missed_total: dict[str, int]) -> SourceStats:
+    def stats(self, missed_total: dict[str, dict[str, int]]) -> SourceStats:
         return SourceStats()
 
     def held_paths(self) -> list[np.ndarray]:

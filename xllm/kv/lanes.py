@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from xllm.kv.moves import LANES, PATIENT, URGENT, Move, MoveDone, MoveError, error_of
+from xllm.kv.moves import LANES, PATIENT, STORE_LANES, URGENT, Move, MoveDone, MoveError, error_of
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +28,13 @@ class Performer(Protocol):
 
 _Entry = tuple[int, int, float, Move]  # (priority, order of arrival, when, what)
 _STOP_PRIORITY = -(2**62)  # before every move
+# That the end waits for a move of the shared store. Chosen: far longer than one takes; the store may be a file server
+# that is away, and its thread is then left behind.
+STORE_CLOSE_S = 2.0
 
 
 class ThreadLanes:
-    """One thread for each lane, started with the first move.
+    """One thread for each lane, started with the first move; those of the shared store with their first.
 
     `send`, `set_foreground` and `close` are called by one thread. report: called with each move that has ended, in the
     thread that ran it. max_bytes_per_s: by lane name; a lane that is not listed runs as fast as it can. rides: while
@@ -51,14 +54,14 @@ class ThreadLanes:
         self._queues: dict[str, queue.PriorityQueue] = {name: queue.PriorityQueue() for name in LANES}
         self._order = itertools.count()
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
 
-    def _start(self) -> None:
+    def _start(self, lane: str) -> None:
         """Start the threads: at the first move, so that an engine without moves has none."""
-        for name in LANES:
+        for name in (lane,) if lane in STORE_LANES else (name for name in LANES if name not in STORE_LANES):
             thread = threading.Thread(target=self._work, args=(name,), name=f"xllm-kv-{name}", daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self._threads[name] = thread
 
     @property
     def foreground(self) -> bool:
@@ -78,8 +81,8 @@ class ThreadLanes:
     def send(self, move: Move) -> None:
         """Queue a move. The ticket of a load is open when this returns."""
         assert not self._stopping.is_set(), "the lanes are closed"
-        if not self._threads:
-            self._start()
+        if move.lane not in self._threads:
+            self._start(move.lane)
         self._performer.begin(move)
         entry = (move.priority, next(self._order), time.monotonic(), move)
         if self._rides and self._foreground and move.lane in PATIENT and move.priority > URGENT:
@@ -115,9 +118,9 @@ class ThreadLanes:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        for name, thread in zip(LANES, self._threads):
+        for name, thread in self._threads.items():
             self._queues[name].put((_STOP_PRIORITY, next(self._order), 0.0, None))
-            thread.join()
+            thread.join(STORE_CLOSE_S if name in STORE_LANES else None)
         self._threads.clear()
         self._performer.close()
 
@@ -142,8 +145,8 @@ class ThreadLanes:
 
 
 def _told(move: Move, raised: BaseException) -> MoveError:
-    """The error as data. Logs the traceback, unless the disk raised it."""
+    """The error as data. Logs the traceback, unless the disk or the store raised it."""
     error = error_of(move.lane, raised)
-    if error.kind != "disk":
+    if error.kind == "device":
         _log.error("a move of KV blocks failed (%s)", move.lane, exc_info=raised)
     return error

@@ -309,7 +309,7 @@ class KVManager:
 
     @property
     def can_stage(self) -> bool:
-        """Whether `extend` may find blocks on disk, which `stage` must bring to host memory first."""
+        """Whether `extend` may find blocks that `stage` must bring to host memory first; see `KVSource`."""
         return self.source.can_stage
 
     def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
@@ -317,11 +317,11 @@ class KVManager:
         return self.source.extend(match, token_ids)
 
     def stage(self, extension: Extension, priority: int) -> Stage:
-        """Begin to copy the disk blocks of `extension` to host memory; see `KVSource.stage`."""
+        """Begin to copy what `extension` has below host memory there; see `KVSource.stage`."""
         return self.source.stage(extension, priority)
 
     def lift(self, match: PrefixMatch, extension: Extension, priority: int) -> Lift:
-        """Begin to copy the disk blocks that follow the hit to the device; see `KVSource.lift`."""
+        """Begin to copy what lies below host memory behind the hit to the device; see `KVSource.lift`."""
         return self.source.lift(match.block_ids, extension, priority)
 
     def lifted(self, lift: Lift) -> np.ndarray:
@@ -379,10 +379,10 @@ class KVManager:
         self.source.set_foreground(steps_run)
 
     def close(self, flush_s: float) -> None:
-        """End all moves; with a disk, first spend up to `flush_s` seconds on copying the device's blocks there."""
+        """End all moves; with a disk or a store, first copy the device's blocks there for at most `flush_s` seconds."""
         self.source.close(flush_s)
 
-    def source_stats(self, missed_total: dict[str, int]) -> SourceStats:
+    def source_stats(self, missed_total: dict[str, dict[str, int]]) -> SourceStats:
         """The source's numbers; may be called from another thread. missed_total: see `MovePerformer.missed_total`."""
         return self.source.stats(missed_total)
 

@@ -19,9 +19,11 @@ from xllm.kv_offer import KVOffer, RankWindow
 
 ASSUMED_BYTES_PER_S = 1e9  # of a lane that has not moved anything yet: a guess, corrected by the first move
 SAVE, LOAD, WRITE, READ = "save", "load", "write", "read"  # device -> host, host -> device, host -> disk, disk -> host
-LANES = (SAVE, LOAD, WRITE, READ)
 LAND, PUBLISH = "land", "publish"  # another instance -> host, device -> another instance
 TRANSFERS = (LAND, PUBLISH)
+PUT, FETCH = "put", "fetch"  # host -> shared store, shared store -> host
+STORE_LANES = (PUT, FETCH)  # may take any time: the store may be a file server that is away
+LANES = (SAVE, LOAD, WRITE, READ, *STORE_LANES)
 PATIENT = (SAVE, WRITE)  # lanes whose moves no request waits for, unless their priority says so
 URGENT = 0  # priority of moves that a request waits for; lower goes first
 NO_TICKET = 0  # tickets count from 1
@@ -34,7 +36,9 @@ class Move:
     lane: SAVE copies device blocks to host slots; LOAD host slots to device blocks, layer by layer, and advances the
     ticket of number `ticket`; WRITE host slots to disk slots, with `digests` and `parents`, the digest of the block
     before each one (zeros: a first block); READ disk slots to host slots, checks `digests`, and stops at the first
-    block that is not what it should be.
+    block that is not what it should be. PUT copies host slots to the shared store, with `digests` and `parents`, and
+    FETCH brings `digests` from there to host slots, as far as they are good: blocks have no slots there, and `targets`
+    or `sources` repeat the host's.
     LAND: blocks `sources` of a path, counted from its root, come from another instance into host slots; whoever shows
     `key` may write them for `lease_s` seconds. PUBLISH: device blocks go to where `offer` says, layer by layer as the
     step that advances the ticket `ticket` computes them (NO_TICKET: they are complete); `targets` are their places in
@@ -60,10 +64,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class MoveError:
-    """Why a move failed. kind "disk": the disk refused, and serving goes on without it; "peer": so did another
+    """Why a move failed. kind "disk" or "store": it refused, and serving goes on without it; "peer": so did another
     instance, or the way to it; "device": all else."""
 
-    kind: Literal["disk", "peer", "device"]
+    kind: Literal["disk", "store", "peer", "device"]
     message: str
 
 
@@ -80,10 +84,10 @@ class MoveDone:
 
 
 def error_of(lane: str, error: BaseException) -> MoveError:
-    """The exception that a move on `lane` raised, as data: an OSError in a disk lane is the disk's, a TransferError
-    the other instance's, all else is not."""
-    if lane in (WRITE, READ) and isinstance(error, OSError):
-        return MoveError("disk", str(error))
+    """The exception that a move on `lane` raised, as data: an OSError in a lane of the disk or of the shared store is
+    theirs, a TransferError another instance's, all else is not."""
+    if isinstance(error, OSError) and lane in (WRITE, READ, *STORE_LANES):
+        return MoveError("store" if lane in STORE_LANES else "disk", str(error))
     if isinstance(error, TransferError):
         return MoveError("peer", str(error))
     return MoveError("device", f"{type(error).__name__}: {error}")
@@ -99,16 +103,26 @@ class StoredBlocks:
     parents: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), dtype=np.uint8))
 
 
+@dataclass(frozen=True, slots=True)
+class SharedFacts:
+    """Where rank 0's blocks lie in a shared store, and how many blocks each rank may add."""
+
+    folder: str
+    fingerprint: bytes
+    num_blocks: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TierFacts:
     """What the engine needs to know about the memory below the device. payload_bytes: of one block, as it is moved
-    and stored. num_disk_slots 0: there is no disk. windows: by rank, where other instances may write KV; none:
-    nowhere."""
+    and stored. num_disk_slots 0: there is no disk. shared: None: there is no shared store. windows: by rank, where
+    other instances may write KV; none: nowhere."""
 
     num_host_slots: int
     payload_bytes: int
     num_disk_slots: int = 0
     stored: StoredBlocks = field(default_factory=StoredBlocks)
+    shared: SharedFacts | None = None
     windows: tuple[RankWindow, ...] = ()
 
     @property

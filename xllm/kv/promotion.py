@@ -1,8 +1,8 @@
-"""`Loader` (host memory to device) and `Stager` (disk to host memory): KV blocks on their way up.
+"""`Loader` (host memory to device) and `Stager` (disk or shared store to host memory): KV blocks on their way up.
 
 A load goes layer by layer: the device blocks are findable at once, and a step that reads them before they are complete
-waits for each layer by the load's ticket. Staging from disk checks every block; a broken one is a miss, and is dropped
-from the index with all its descendants.
+waits for each layer by the load's ticket. Staging checks every block; a broken one is a miss, and is dropped from the
+disk's index with all its descendants.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from xllm.errors import DeviceError
 from xllm.kv import failpoints
 from xllm.kv.block_pool import BlockPool
-from xllm.kv.moves import LOAD, NO_TICKET, READ, MoveDone, OpenMoves
+from xllm.kv.lower_tiers import LowerTiers
+from xllm.kv.moves import LOAD, NO_TICKET, MoveDone, OpenMoves
 from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 
-CHUNK_BLOCKS = 32  # of one read from disk: as `demotion.MAX_CHUNK_BLOCKS`, and for the same reasons
+CHUNK_BLOCKS = 32  # of one read from disk or the store: as `demotion.MAX_CHUNK_BLOCKS`, and for the same reasons
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,28 +123,28 @@ class Loader:
 
 
 class Stage:
-    """One path on its way from disk to host memory: its first `done` blocks are there, `num_read` of them read by this
-    stage. Written by the `Stager` only."""
+    """One path on its way to host memory: its first `done` blocks are there, `num_read` of them read from disk by this
+    stage and `num_fetched` from the shared store. disk_path: the slots of its first blocks, those that disk has.
+    Written by the `Stager` only."""
 
-    __slots__ = ("digests", "disk_path", "done", "host_slots", "is_done", "num_read", "priority")
+    __slots__ = ("digests", "disk_path", "done", "host_slots", "is_done", "num_fetched", "num_read", "priority")
 
     def __init__(self, disk_path: np.ndarray, digests: list[bytes], known: np.ndarray, priority: int):
         self.disk_path = disk_path
         self.digests = digests
-        self.host_slots = np.concatenate((known, np.full(len(disk_path) - len(known), NO_SLOT))).astype(np.int32)
+        self.host_slots = np.concatenate((known, np.full(len(digests) - len(known), NO_SLOT))).astype(np.int32)
         self.done = len(known)
-        self.num_read = 0
+        self.num_read = self.num_fetched = 0
         self.priority = priority
         self.is_done = False
 
 
 class Stager:
-    """Reads paths from disk into host slots, a chunk at a time, root first."""
+    """Reads paths from below into host slots, a chunk at a time, root first."""
 
-    def __init__(self, host: TierIndex, disk: TierIndex, moves: OpenMoves,
-                 on_staged: Callable[[np.ndarray, np.ndarray], None]):
+    def __init__(self, host: TierIndex, lower: LowerTiers, on_staged: Callable[[np.ndarray, np.ndarray], None]):
         """on_staged(host slots, disk slots): called when these slots hold the same contents."""
-        self._host, self._disk, self._moves, self._on_staged = host, disk, moves, on_staged
+        self._host, self._lower, self._on_staged = host, lower, on_staged
         self._staging: dict[bytes, Stage] = {}  # by the digest of their last block
         self.num_staged = 0
         self.num_broken = 0
@@ -156,13 +157,13 @@ class Stager:
         """The open stage of the path that ends in this digest, or None."""
         return self._staging.get(last_digest)
 
-    def stage(self, disk_path: np.ndarray, known: np.ndarray, priority: int) -> Stage:
-        """Begin a stage, which holds both paths until it is done. disk_path: the disk slots of the whole path; known:
-        the host slots that begin it. It is done at once if host memory has no slot for more."""
-        digests = [self._disk.digest_of(slot) for slot in disk_path.tolist()]
+    def stage(self, digests: list[bytes], disk_path: np.ndarray, known: np.ndarray, priority: int) -> Stage:
+        """Begin a stage, which holds both paths until it is done. digests: of the whole path; disk_path: the disk slots
+        of its first blocks, the store has the others; known: the host slots that begin it. It is done at once if host
+        memory has no slot for more."""
         stage = Stage(disk_path, digests, known, priority)
         self._staging[digests[-1]] = stage
-        self._disk.hold(disk_path)
+        self._lower.hold(disk_path)
         self._host.hold(known)
         self._next(stage)
         return stage
@@ -177,31 +178,34 @@ class Stager:
             self._host.hold(stage.host_slots[stage.done : stage.done + 1])
             stage.done += 1
         first = stage.done
-        last = min(first + CHUNK_BLOCKS, len(stage.digests))
+        last = self._lower.chunk_end(first, min(first + CHUNK_BLOCKS, len(stage.digests)), stage.disk_path)
         slots = self._host.reserve(last - first)
         if not len(slots):
             self._end(stage)
             return
-        part = slice(first, first + len(slots))
-        self._moves.submit(READ, stage.priority, stage.disk_path[part], slots,
-                           functools.partial(self._finish, stage, first, slots), digests=tuple(stage.digests[part]))
+        self._lower.read(first, stage.digests[first : first + len(slots)], stage.disk_path, slots, stage.priority,
+                         functools.partial(self._finish, stage, first, slots))
 
     def _finish(self, stage: Stage, first: int, slots: np.ndarray, done: MoveDone) -> None:
-        """Take in a read: publish the good blocks in host memory, and drop the first bad one from the disk's index."""
-        if done.error is not None:  # a bug: errors of the disk are reported as bad blocks
+        """Take in a read: publish the good blocks in host memory, and drop the first bad one from its tier."""
+        if done.error is not None:  # a bug: errors of disk and store are reported as bad blocks
             raise DeviceError(f"KV could not be read into host memory: {done.error.message}")
         num_good = done.num_done
         broken = num_good < len(slots)
         if broken:
-            self.num_broken += self._disk.drop(int(stage.disk_path[first + num_good]))
+            place = first + num_good
+            self.num_broken += self._lower.drop(place, stage.digests[place], stage.disk_path)
         self._host.abandon(slots[num_good:])
         digests = stage.digests[first : first + num_good]
         parent = int(stage.host_slots[first - 1]) if first else NO_SLOT
         good = self._host.publish(slots[:num_good], digests, parent)
         stage.host_slots[first : first + num_good] = good
-        self._on_staged(good, stage.disk_path[first : first + num_good])
         stage.done = first + num_good
-        stage.num_read += num_good
+        if first < len(stage.disk_path):
+            self._on_staged(good, stage.disk_path[first : stage.done])
+            stage.num_read += num_good
+        else:
+            stage.num_fetched += num_good
         self.num_staged += num_good
         if failpoints.armed is not None:
             failpoints.hit("tier.staged")
@@ -216,4 +220,4 @@ class Stager:
         path = stage.host_slots[: stage.done]
         self._host.let_go(path)
         self._host.use(path)
-        self._disk.let_go(stage.disk_path)
+        self._lower.let_go(stage.disk_path)

@@ -1,9 +1,11 @@
-"""`TieredStore`: the KV cache below the device: host memory (L3) and local disk (L4).
+"""`TieredStore`: the KV cache below the device: host memory (L3), local disk (L4) and a shared store (L5).
 
 Down: when a row leaves, its full blocks are copied to host memory in the background, root first, and from there to
 disk; so the device evicts without waiting, each tier is closed under prefixes, and disk holds what a restart needs.
-Up: a prompt whose prefix continues in host memory gets those blocks loaded to the device; blocks on disk are staged
-into host memory first. A block that is copied up stays in the tier below, so most evictions need no copy at all.
+What reaches host memory is offered to the shared store too, with a disk or without (`store_tier.py`).
+Up: a prompt whose prefix continues in host memory gets those blocks loaded to the device; blocks on disk or in the
+shared store are staged into host memory first. A block that is copied up stays in the tier below, so most evictions
+need no copy at all.
 
 This module keeps the books; the worker holds the bytes and performs the moves (`moves.py`). Everything belongs to the
 thread that owns the KV manager.
@@ -20,18 +22,21 @@ import numpy as np
 from xllm.cost.online import OnlineCost
 from xllm.errors import DeviceError
 from xllm.kv import failpoints
-from xllm.kv.block import DIGEST_BYTES, token_bytes
+from xllm.kv.block import DIGEST_BYTES
 from xllm.kv.block_pool import BlockPool
 from xllm.kv.demotion import NORMAL, Demoter, Path
 from xllm.kv.eviction import EvictionPolicy
-from xllm.kv.kv_source import NO_EXTENSION, Extension
+from xllm.kv.finder import Finder
+from xllm.kv.kv_source import Extension
 from xllm.kv.lift import Lift, Lifter
+from xllm.kv.lower_tiers import LowerTiers
 from xllm.kv.moves import URGENT, MoveError, MoveLink, OpenMoves, TierFacts
 from xllm.kv.origins import DeviceOrigin, HostOrigin
 from xllm.kv.passage import Passage
 from xllm.kv.prefetch import Prefetcher
-from xllm.kv.prefix_index import NO_BLOCK, STRIDE_BLOCKS, PrefixIndex, PrefixMatch
+from xllm.kv.prefix_index import NO_BLOCK, PrefixIndex, PrefixMatch
 from xllm.kv.promotion import Loader, Stage, Stager
+from xllm.kv.store_tier import StoreTier
 from xllm.kv.tier_index import NO_SLOT, TierIndex
 from xllm.stats import LaneStats, SourceStats, TierStats
 
@@ -46,7 +51,6 @@ PREFETCH = 2**40  # priority: behind the moves of every request (`kv_waits.py:_p
 # From the end of a turn's path, by which its earlier turn is found.
 RECOGNISED_BLOCKS = 256  # chosen: more find longer turns, and cost each admission more look-ups
 BUSY_POLL_S = 0.01  # between polls of an idle engine while moves are open. Chosen: a move's end is noticed that late
-_NO_SLOTS = np.zeros(0, dtype=np.int32)
 
 
 class TieredStore:
@@ -56,9 +60,11 @@ class TieredStore:
 
     def __init__(self, index: PrefixIndex, pool: BlockPool, facts: TierFacts, link: MoveLink,
                  make_policy: Callable[[int], EvictionPolicy],
-                 on_disk_error: Callable[[str], None] = lambda message: None, cost: OnlineCost | None = None):
+                 on_disk_error: Callable[[str], None] = lambda message: None, cost: OnlineCost | None = None,
+                 make_store: Callable[[TierIndex, OpenMoves], StoreTier] | None = None):
         """link: the way to the worker that performs the moves. make_policy: makes an eviction policy for so many slots.
-        on_disk_error: called once, with the reason, when the disk tier is given up. cost: None: one of its own."""
+        on_disk_error: called once, with the reason, when the disk tier is given up. cost: None: one of its own.
+        make_store: makes the shared store's tier; None: there is none."""
         self._index, self._pool, self._on_disk_error = index, pool, on_disk_error
         self.find_on_device = index.find
         self.moves = moves = OpenMoves(link, facts.payload_bytes, cost or OnlineCost(), facts.lanes)
@@ -73,17 +79,20 @@ class TieredStore:
         device = DeviceOrigin(index, pool, self.slot_of_block, self.loader.ticket_of, self._saved)
         self.saver = Demoter(device, self.host, moves, self._save_failed, self._shall_wait)
         self.disk: TierIndex | None = None
+        self.store = None if make_store is None else make_store(self.host, moves)
         self.flushing = False
+        moves.on_ended = self._go_on
         if facts.num_disk_slots:
             self.disk = TierIndex(facts.num_disk_slots, make_policy(facts.num_disk_slots), self._disk_removed)
             self.writer = Demoter(HostOrigin(self.host, self.disk_of_slot), self.disk, moves, self._disk_failed)
             self.passage = Passage(device, self.host, self.disk, moves, self._disk_failed,
                                    lambda: not self.writer.is_idle)
-            self.lifter = Lifter(index, pool, self.host, self.disk, self.loader, moves, self.slot_of_block)
-            moves.on_ended = self._go_on
-            self.stager = Stager(self.host, self.disk, moves, self._staged)
             # What an earlier process left there can be found again, where all ancestors are there too.
             self.disk.adopt(facts.stored.slots.tolist(), _digests(facts.stored.digests), _digests(facts.stored.parents))
+        self.lower = LowerTiers(self.host, self.disk, self.store, moves)
+        self.lifter = Lifter(index, pool, self.host, self.lower, self.loader, moves, self.slot_of_block)
+        self.stager = Stager(self.host, self.lower, self._staged)
+        self.finder = Finder(index, self.host, self.disk, self.store)
 
     @property
     def indexes(self) -> Sequence[TierIndex]:
@@ -139,7 +148,10 @@ class TieredStore:
         return True
 
     def write_down(self, slots: np.ndarray) -> None:
-        """Queue a path of host slots to be written to disk, if disk lacks it; under pressure it is dropped instead."""
+        """Queue a path of host slots to be written to disk and to the shared store, as far as they lack it; under
+        pressure it is dropped instead."""
+        if self.store is not None:
+            self.store.offer(slots)
         if self.disk is None:
             return
         on_disk = self.disk_of_slot[slots]
@@ -162,7 +174,8 @@ class TieredStore:
     def _go_on(self) -> None:
         """Continue everything that waited for slots: moves have ended, and some may be free."""
         self.saver.pump()
-        self.passage.pump()
+        if self.disk is not None:
+            self.passage.pump()
         self.lifter.pump()
 
     def _is_writing_much(self, num_more: int) -> bool:
@@ -175,52 +188,21 @@ class TieredStore:
 
     # --- finding and bringing up
 
-    def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
-        if not len(self.host) and not (self.disk and len(self.disk)):
-            return NO_EXTENSION
-        width = self._index.block_size * 4
-        data = token_bytes(token_ids[:-1])
-        hasher, done, last = match.hasher, len(match.block_ids) * width, None
-        for stride in (STRIDE_BLOCKS * width, width):
-            while done + stride <= len(data):
-                ahead = hasher.copy()
-                ahead.update(data[done : done + stride])
-                digest = ahead.digest()
-                if not self._has(digest):
-                    break
-                hasher, last, done = ahead, digest, done + stride
-        return NO_EXTENSION if last is None else self._paths(last)
-
-    def _has(self, digest: bytes) -> bool:
-        return self.host.find(digest) != NO_SLOT or (self.disk is not None and self.disk.find(digest) != NO_SLOT)
-
-    def _paths(self, last: bytes) -> Extension:
-        slot = self.host.find(last)
-        if slot != NO_SLOT:
-            return Extension(self.host.path(slot), _NO_SLOTS)
-        assert self.disk is not None
-        disk_path = self.disk.path(self.disk.find(last))
-        low, high = 0, len(disk_path) - 1  # host memory has a prefix of the path: how long is it?
-        while low < high:
-            middle = (low + high) // 2
-            if self.host.find(self.disk.digest_of(int(disk_path[middle]))) == NO_SLOT:
-                high = middle
-            else:
-                low = middle + 1
-        on_host = self.host.find(self.disk.digest_of(int(disk_path[low - 1]))) if low else NO_SLOT
-        return Extension(self.host.path(on_host) if low else _NO_SLOTS, disk_path)
-
     @property
     def can_stage(self) -> bool:
-        return self.disk is not None and len(self.disk) > 0
+        return self.finder.can_stage
+
+    def extend(self, match: PrefixMatch, token_ids: np.ndarray) -> Extension:
+        return self.finder.extend(match, token_ids)
 
     def stage(self, extension: Extension, priority: int) -> Stage:
-        assert self.disk is not None
-        last = self.disk.digest_of(int(extension.disk_path[-1]))
-        return self.stager.find(last) or self.stager.stage(extension.disk_path, extension.host_path, priority)
+        digests = self.lower.digests(extension.host_path, extension.disk_path, extension.stored)
+        return self.stager.find(digests[-1]) or self.stager.stage(digests, extension.disk_path, extension.host_path,
+                                                                  priority)
 
     def lift(self, resident: np.ndarray, extension: Extension, priority: int) -> Lift:
-        return self.lifter.lift(resident, extension.disk_path, priority)
+        digests = self.lower.digests(extension.host_path, extension.disk_path, extension.stored)
+        return self.lifter.lift(resident, digests, extension.disk_path, priority)
 
     def load(self, resident: np.ndarray, extension: Extension, priority: int) -> np.ndarray:
         path = self.loader.load(resident, extension.host_path, priority)
@@ -229,9 +211,9 @@ class TieredStore:
 
     def fetch(self, tail: bytes, max_blocks: int) -> tuple[int, bool]:
         """For the prefetcher: see `prefetch.Fetcher.fetch`. Takes only blocks that nothing holds."""
-        if self._index.find(tail) != NO_BLOCK or not self._has(tail):
+        if self._index.find(tail) != NO_BLOCK or not self.finder.has(tail):
             return 0, False
-        paths = self._paths(tail)
+        paths = self.finder.paths(tail)
         if len(paths.disk_path):
             stage = self.stage(paths, PREFETCH)
             return 0, not stage.is_done
@@ -248,7 +230,7 @@ class TieredStore:
 
     @property
     def num_loading(self) -> int:
-        return self.loader.num_open + (0 if self.disk is None else len(self.lifter.open_lifts))
+        return self.loader.num_open + len(self.lifter.open_lifts)
 
     def open_tickets(self, block_ids: np.ndarray) -> tuple[int, ...]:
         return self.loader.open_tickets(block_ids) if self.loader.num_open else ()
@@ -264,6 +246,8 @@ class TieredStore:
     def poll(self, now_s: float) -> int:
         self._polled_s = now_s
         done = self.moves.poll()
+        if self.store is not None:
+            self.store.poll(now_s)
         if self.prefetcher is not None:
             self.prefetcher.step(now_s)
         return done
@@ -314,10 +298,13 @@ class TieredStore:
         self.moves.poll()
 
     def close(self, flush_s: float) -> None:
-        """See `KVSource.close`. Without a disk nothing is flushed: host memory ends with the process."""
+        """See `KVSource.close`. Without disk and store nothing is flushed: host memory ends with the process."""
         self.moves.foreground = False
-        if self.disk is not None and flush_s and not self.writer.disabled:
+        writes = (self.disk is not None and not self.writer.disabled) or (self.store is not None and self.store.is_up)
+        if writes and flush_s:
             self.flush(time.monotonic() + flush_s)
+        if self.store is not None:
+            self.store.close()
         self.moves.close()
 
     # --- links between the tiers
@@ -356,25 +343,28 @@ class TieredStore:
 
     # --- audit
 
-    def stats(self, missed_total: dict[str, int]) -> SourceStats:
-        pool, disk = self._pool, self.disk
+    def stats(self, missed_total: dict[str, dict[str, int]]) -> SourceStats:
+        pool, disk, store = self._pool, self.disk, self.store
         unsaved = self.saver.num_cut + (self.passage.num_cut if disk else 0)
         device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
                            unsaved_total=unsaved, evicted_total=pool.num_evicted)
         tiers = {"device": device, "host": _tier_stats(self.host, self.writer.num_cut if disk else 0, {})}
         if disk is not None:
-            tiers["disk"] = _tier_stats(disk, 0, missed_total)
+            tiers["disk"] = _tier_stats(disk, 0, missed_total.get("disk", {}))
+        if store is not None:
+            tiers["store"] = TierStats(num_blocks=store.num_own_blocks, num_used=len(store),
+                                       unsaved_total=store.num_cut, missed_total=missed_total.get("store", {}))
         lanes = {name: LaneStats(queued=lane.queued, jobs_total=lane.num_moves, bytes_total=lane.num_bytes,
                                  busy_s_total=lane.busy_s, wait_s_total=lane.wait_s)
                  for name, lane in self.moves.stats.items()}
         prefetcher = self.prefetcher
         prefetched = {} if prefetcher is None else {"right": prefetcher.num_right, "wrong": prefetcher.num_wrong}
         return SourceStats(kv_tiers=tiers, kv_lanes=lanes, prefetched_blocks_total=prefetched,
-                           kv_disk_up=disk is not None and not self.writer.disabled)
+                           kv_disk_up=disk is not None and not self.writer.disabled,
+                           kv_store_up=store is not None and store.is_up)
 
     def held_paths(self) -> list[np.ndarray]:
-        lifts = [] if self.disk is None else self.lifter.open_lifts
-        return [load.path for load in self.loader.open_loads] + [lift.path for lift in lifts]
+        return [load.path for load in self.loader.open_loads] + [lift.path for lift in self.lifter.open_lifts]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if a tier is inconsistent or a link leads to other contents."""

@@ -165,12 +165,14 @@ class Admission:
 
     def _count_by_tier(self, seq: SequenceState, num_hot: int) -> dict[str, int]:
         """How many of the sequence's cached tokens came from each tier: l1 and l2 on the device, l3 host memory, l4
-        disk. Adds them to the counters."""
-        disk = min(seq.num_disk_tokens, seq.num_cached_tokens)
-        host = min(seq.num_host_tokens, seq.num_cached_tokens - disk)
-        device = seq.num_cached_tokens - disk - host
+        disk, l5 the shared store. Adds them to the counters."""
+        left = seq.num_cached_tokens
+        left -= (store := min(seq.num_store_tokens, left))
+        left -= (disk := min(seq.num_disk_tokens, left))
+        host = min(seq.num_host_tokens, left)
+        device = left - host
         protected = min(device, num_hot * self._kv.block_size)
-        by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk}
+        by_tier = {"l1": protected, "l2": device - protected, "l3": host, "l4": disk, "l5": store}
         for tier, num_tokens in by_tier.items():
             self._counters.cached_tokens_by_tier_total[tier] += num_tokens
         return by_tier

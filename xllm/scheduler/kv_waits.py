@@ -1,4 +1,4 @@
-"""`Promotions`: the requests that wait for KV from host memory or disk (status WAITING_KV).
+"""`Promotions`: the requests that wait for KV from host memory, disk or a shared store (status WAITING_KV).
 
 Such a request has left the queue and owns no row, so no other request waits behind it. When its blocks are on the
 device, or will be before a step would have to wait for them, it goes back to its place in the queue, and its blocks are
@@ -21,8 +21,8 @@ from xllm.kv.promotion import Stage
 from xllm.request import MAX_PRIORITY
 from xllm.sequence import SequenceState
 
-# How long a request waits for disk before its prompt is computed. Chosen: longer than any healthy disk needs for a
-# prompt, short enough that a request behind a stuck one is answered.
+# How long a request waits for disk or the store before its prompt is computed. Chosen: longer than any healthy disk
+# needs for a prompt, short enough that a request behind a stuck one is answered.
 MAX_WAIT_S = 10.0
 # Of a step's mean time: a load that is expected to take less is not waited for, its layers arrive before the step reads
 # them. Chosen: the other half allows for loads that are slower than the mean.
@@ -46,12 +46,12 @@ class Promotions:
         return len(self._staging) + len(self._loading) + len(self._lifting)
 
     def prefetch(self, seq: SequenceState) -> None:
-        """Begin to read the blocks of a request that has just arrived from disk, if it has any there."""
+        """Begin to read the blocks of a request that has just arrived from disk or the store, if it has any there."""
         if not self._kv.can_stage:
             return
         match = self._kv.lookup(seq.token_ids, seq.request.cache_salt)
         extension = self._kv.extend(match, seq.token_ids)
-        if len(extension.disk_path):
+        if extension.is_below_host:
             self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
 
     def begin(self, seq: SequenceState, tokens: np.ndarray, match: PrefixMatch) -> bool:
@@ -67,7 +67,7 @@ class Promotions:
         extension = self._kv.extend(match, tokens)
         if self._tried.get(seq, 0) == 2:
             return self._begin_lift(seq, match, extension)
-        if len(extension.disk_path) and self._tried.get(seq, 0) == 0:
+        if extension.is_below_host and self._tried.get(seq, 0) == 0:
             self._tried[seq] = 1
             stage = self._stage_of[seq] = self._kv.stage(extension, _priority(seq))
             if not stage.is_done:
@@ -85,9 +85,9 @@ class Promotions:
         return True
 
     def _begin_lift(self, seq: SequenceState, match: PrefixMatch, extension: Extension) -> bool:
-        """Begin to lift the disk blocks that host memory had no room for; returns whether the request must wait. Device
-        blocks for them are available, as for the whole request."""
-        if len(extension.disk_path) <= len(match.block_ids):
+        """Begin to lift the blocks below host memory that it had no room for; returns whether the request must wait.
+        Device blocks for them are available, as for the whole request."""
+        if not extension.is_below_host or extension.num_blocks <= len(match.block_ids):
             return False
         self._tried[seq] = 3
         lift = self._kv.lift(match, extension, _priority(seq))
@@ -106,14 +106,17 @@ class Promotions:
             if lift.is_done:
                 self._kv.hold(seq.arrival_index, self._kv.lifted(lift))
             seq.num_disk_tokens += lift.num_read * self._kv.block_size
+            seq.num_store_tokens += lift.num_fetched * self._kv.block_size
         return ready
 
     def _count(self, seq: SequenceState, num_blocks: int) -> None:
-        """Record on the sequence how many of the tokens loaded for it come from disk and how many from host memory."""
-        stage = self._stage_of.get(seq)
-        from_disk = min(num_blocks, stage.num_read) if stage is not None else 0
-        seq.num_disk_tokens = from_disk * self._kv.block_size
-        seq.num_host_tokens = (num_blocks - from_disk) * self._kv.block_size
+        """Record on the sequence how many of the tokens loaded for it come from the store, disk and host memory."""
+        stage, left = self._stage_of.get(seq), num_blocks
+        if stage is not None:
+            left -= (fetched := min(left, stage.num_fetched))
+            left -= (read := min(left, stage.num_read))
+            seq.num_store_tokens, seq.num_disk_tokens = fetched * self._kv.block_size, read * self._kv.block_size
+        seq.num_host_tokens = left * self._kv.block_size
 
     def take_ready(self) -> list[SequenceState]:
         """Take in the moves that have ended (`KVManager.poll`); returns the requests that need not wait any longer, and
@@ -161,8 +164,8 @@ class Promotions:
         self.poll()
 
     def close(self, flush_s: float) -> None:
-        """Copy the device's blocks to disk, if there is one, for at most `flush_s`, and end all moves. No step may be
-        planned afterwards."""
+        """Copy the device's blocks to disk or the shared store, if there is one, for at most `flush_s`, and end all
+        moves. No step may be planned afterwards."""
         self._kv.close(flush_s)
 
     def swap_beats_recompute(self, num_tokens: int) -> bool:

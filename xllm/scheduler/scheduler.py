@@ -64,7 +64,7 @@ class Scheduler:
         self.counters = Counters(
             spec_accepted_tokens_by_position_total=[0] * max_drafts,
             requests_finished_total={reason.value: 0 for reason in FinishReason},
-            cached_tokens_by_tier_total=dict.fromkeys(("l1", "l2", "l3", "l4"), 0))
+            cached_tokens_by_tier_total=dict.fromkeys(("l1", "l2", "l3", "l4", "l5"), 0))
         self._writer = OutputWriter(self.rows, self.counters)
         self.cost = OnlineCost()
         self.promotions = Promotions(self.kv, self.cost, clock, cache.preemption_mode)

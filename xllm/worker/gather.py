@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xllm.errors import IntegrityError, WorkerError
-from xllm.kv.moves import PATIENT, TRANSFERS, URGENT, Move, MoveDone, StoredBlocks
+from xllm.kv.moves import PATIENT, STORE_LANES, TRANSFERS, URGENT, Move, MoveDone, StoredBlocks
 from xllm.step import StepCheck, StepOutput
 from xllm.worker.failures import as_failed
 from xllm.worker.messages import (
@@ -51,14 +51,16 @@ class Gatherer:
         self._num_ranks, self._clock = num_ranks, clock
         self._pending: dict[tuple[str, Hashable], _Pending] = {}
         self._progress_s = [clock()] * num_ranks  # when a rank last told how far it is with loading
-        self._patient: set[int] = set()  # numbers of moves that no request waits for, or that wait for another instance
+        self._patient: set[int] = set()  # numbers of moves that no request waits for
+        self._unbounded: set[int] = set()  # and of those that may take any time
         self._waiting_s = [0.0] * num_ranks  # in an exchange, by the ranks' last signs of life
 
     def note_sent(self, command: WorkerCommand) -> None:
         """Take note of a command that is sent to all ranks."""
-        if isinstance(command, Move) and (command.lane in TRANSFERS or (
-                command.lane in PATIENT and command.priority > URGENT)):
+        if isinstance(command, Move) and command.lane in PATIENT and command.priority > URGENT:
             self._patient.add(command.number)
+        if isinstance(command, Move) and command.lane in (*STORE_LANES, *TRANSFERS):
+            self._unbounded.add(command.number)
 
     def note_exchange(self, rank: int, waiting_s: float) -> None:
         """Take note of how long a rank has been waiting in an exchange."""
@@ -98,15 +100,18 @@ class Gatherer:
             del self._pending[key]
             if key[0] == MOVE:
                 self._patient.discard(reports[0].number)  # type: ignore[union-attr]
+                self._unbounded.discard(reports[0].number)  # type: ignore[union-attr]
         pending.since_s = self._clock()
         return _merge(reports)
 
     def late_ranks(self, limit_s: float, patience_s: float) -> tuple[str, set[int], float] | None:
         """The ranks that are behind the first with an answer by more than `limit_s`, or `patience_s` for what no
         request waits for: (what they have not done, those ranks, by how many seconds), or None. Progress in loading
-        counts as an answer."""
+        counts as an answer; a move of the shared store may take any time."""
         now = self._clock()
         for (kind, number), pending in self._pending.items():
+            if kind == MOVE and number in self._unbounded:
+                continue
             is_patient = kind in (LOADED, ADAPTER) or (kind == MOVE and number in self._patient)
             since_s = max(pending.since_s, *(self._progress_s[rank] for rank in pending.missing))
             if now - since_s > (patience_s if is_patient else limit_s):

@@ -199,13 +199,14 @@ class Done:
 class WorkerStats:
     """A worker's counters. A rank in a process of its own sends them about twice a second, as a sign of life too.
 
-    graphs: None without a graph mode. threads: None on an accelerator. disk_misses: reads of blocks on disk that were
-    not good, by kind. exchange_s: for how long it has been waiting in an exchange with other ranks; 0.0: it is in none.
+    graphs: None without a graph mode. threads: None on an accelerator. tier_misses: reads of blocks that were not
+    good, by tier and kind. exchange_s: for how long it has been waiting in an exchange with other ranks; 0.0: it is in
+    none.
     """
 
     graphs: GraphStats | None = None
     threads: ThreadStats | None = None
-    disk_misses: dict[str, int] = field(default_factory=dict)
+    tier_misses: dict[str, dict[str, int]] = field(default_factory=dict)
     exchange_s: float = 0.0
 
 

@@ -13,7 +13,7 @@ from xllm.hub import resolve_model_path
 
 # Settings that may differ: where a node finds its files and how many threads it computes with.
 OF_A_NODE = frozenset({"model", "tokenizer", "generation_config", "lora_modules", "disk_cache_dir",
-                       "disk_cache_key_file", "num_threads", "adaptive_threads"})
+                       "disk_cache_key_file", "kv_store", "num_threads", "adaptive_threads"})
 PACKAGES = ("xllm", "backends", "graph", "cuda_ops", "npu_ops")  # what a rank runs
 CODE = (".py", ".c", ".cpp", ".h")
 _HEADER_BYTES = 2**20  # that much of a file of weights is compared. Chosen: most headers are shorter

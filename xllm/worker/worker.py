@@ -197,7 +197,7 @@ class Worker:
                            threads=None if threads is None else ThreadStats(
                                num_threads=threads.num_threads, max_threads=threads.max_threads,
                                lowered_total=threads.lowered_total),
-                           disk_misses={} if self.tiers is None else self.tiers.missed_total,
+                           tier_misses={} if self.tiers is None else self.tiers.missed_total,
                            exchange_s=0.0 if self.model is None else self.model.parallel.tp.waiting_s)
 
     # --- steps

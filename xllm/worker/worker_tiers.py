@@ -1,4 +1,6 @@
-"""`WorkerTiers`: a worker's KV tiers below its device: host memory and, if the settings ask for it, disk."""
+"""`WorkerTiers`: a worker's KV tiers below its device: host memory and, if the settings ask for it, disk and a shared
+store.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from xllm.kv.disk_seal import Seal, read_key
 from xllm.kv.lanes import ThreadLanes
 from xllm.kv.moves import LOAD, READ, SAVE, TRANSFERS, WRITE, Move, MoveDone, TierFacts
 from xllm.kv.performer import MovePerformer
+from xllm.kv.shared_store import SharedStore
+from xllm.kv.store_key import store_seal
 from xllm.models.fingerprint import fingerprint
 from xllm.private_files import open_private_folder
 from xllm.runner.host_mover import HostMover, Populator
@@ -31,8 +35,8 @@ if TYPE_CHECKING:
 class WorkerTiers:
     """Performs moves in threads of its own (`kv/lanes.py`); calls `report` with each that has ended.
 
-    Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk
-    cannot be used.
+    Raises ConfigError: a size is too small for one block, or another process owns the folder. DiskError: the disk or
+    the shared store cannot be used.
     """
 
     def __init__(self, model: LoadedModel, runner: ModelRunner, report: Callable[[MoveDone], None], *, rank: int = 0):
@@ -46,7 +50,8 @@ class WorkerTiers:
             self.transfers = WorkerTransfers(model, runner, codec, num_slots, report, rank=rank)
         memory = None if self.transfers is None else self.transfers.memory
         mover = HostMover(backend, runner.kv_cache, codec, num_slots, memory)
-        self.performer = MovePerformer(mover, _open_disk(model, codec, rank), runner.board)
+        self.performer = MovePerformer(mover, _open_disk(model, codec, rank), runner.board,
+                                       _open_shared(model, codec, rank))
         self.facts: TierFacts = self.performer.facts()
         if self.transfers is not None:
             self.facts = replace(self.facts, windows=(self.transfers.window,))
@@ -66,8 +71,8 @@ class WorkerTiers:
             self.lanes.send(move)
 
     @property
-    def missed_total(self) -> dict[str, int]:
-        """Totals of reads that found no good block on disk, by reason."""
+    def missed_total(self) -> dict[str, dict[str, int]]:
+        """Totals of reads that found no good block, by tier and reason."""
         return self.performer.missed_total
 
     def close(self) -> None:
@@ -109,10 +114,31 @@ def _open_disk(model: LoadedModel, codec: KVCodec, rank: int) -> DiskStore | Non
     except OSError as error:
         raise ConfigError(f"disk_cache_dir cannot be used: {error}") from error
     capacity = resolve_amount("disk_cache_size", cache.disk_cache_size, free)
-    mark = fingerprint(model.path, backend=model.backend.name, stored=codec.name, block_size=cache.block_size,
-                       quantization=model.config.model.quantization, dtype=str(codec.cache_dtype), **_overrides(model))
+    mark = fingerprint(model.path, False, **_shaping(model, codec))
     return DiskStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes, capacity_bytes=capacity,
                      seal=seal)
+
+
+def _open_shared(model: LoadedModel, codec: KVCodec, rank: int) -> SharedStore | None:
+    cache, num_ranks = model.config.cache, model.config.device.num_ranks
+    if cache.kv_store is None:
+        return None
+    folder = Path(cache.kv_store)
+    try:
+        os.close(open_private_folder(folder))
+        free = shutil.disk_usage(folder).free // model.config.workers_a_node
+    except OSError as error:
+        raise ConfigError(f"kv_store cannot be used: {error}") from error
+    mark = fingerprint(model.path, True, rank=f"{rank} of {num_ranks}", **_shaping(model, codec))
+    return SharedStore(folder, fingerprint=mark, payload_bytes=codec.payload_bytes,
+                       capacity_bytes=resolve_amount("kv_store_size", cache.kv_store_size, free),
+                       seal=store_seal(cache, rank, num_ranks))
+
+
+def _shaping(model: LoadedModel, codec: KVCodec) -> dict[str, str | int | None]:
+    """The settings that shape a model's stored KV."""
+    return {"backend": model.backend.name, "stored": codec.name, "block_size": model.config.cache.block_size,
+            "quantization": model.config.model.quantization, "dtype": str(codec.cache_dtype), **_overrides(model)}
 
 
 def _overrides(model: LoadedModel) -> dict[str, str]:

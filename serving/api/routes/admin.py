@@ -84,7 +84,8 @@ def _abort(state: ServerState, body: AbortBody) -> int:
 def _server_info(state: ServerState) -> dict[str, Any]:
     config = msgspec.to_builtins(state.facts.config)
     config["model"]["model"] = state.served_names[0]
-    config["model"]["tokenizer"] = config["cache"]["disk_cache_dir"] = None  # folders of this machine
+    for group, name in (("model", "tokenizer"), ("cache", "disk_cache_dir"), ("cache", "kv_store")):
+        config[group][name] = None  # folders of this machine
     return {"version": package_version(), "config": config, "num_kv_blocks": state.facts.num_blocks,
             "vocab_size": state.facts.vocab_size, "stats": msgspec.to_builtins(state.engine.stats)}
 

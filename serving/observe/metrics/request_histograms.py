@@ -76,7 +76,7 @@ class RequestHistograms:
     def _note_sources(self, record: RequestRecord) -> None:
         computed, by_tier = max(0, record.num_prompt_tokens - record.num_cached_tokens), record.cached_by_tier or {}
         self.request_prefill_kv_computed_tokens.observe(computed)
-        transferred = by_tier.get("l3", 0) + by_tier.get("l4", 0)
+        transferred = sum(by_tier.get(tier, 0) for tier in ("l3", "l4", "l5"))
         self.prompt_tokens_by_source["local_compute"] += computed
         self.prompt_tokens_by_source["external_kv_transfer"] += transferred
         self.prompt_tokens_by_source["local_cache_hit"] += max(0, record.num_cached_tokens - transferred)
