@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +18,12 @@ from xllm.kv.block import TIERS
 from xllm.routing.fleet_snapshot import Decision, FleetSnapshot, RoutedCall
 from xllm.routing.global_index import GlobalIndex, Matches, TierChange, digest_keys
 from xllm.routing.pace import PREFILL_TOKENS_PER_S, STEP_S
-from xllm.routing.pair_costs import PairCall, filled, pair_snapshot
+from xllm.routing.pair_costs import PairCall, filled, pair_snapshot, prompt_curve, role_snapshot
 from xllm.routing.pair_snapshot import PairDecision
 from xllm.routing.pairs import choose_pair
 from xllm.routing.policies import policy_of
 from xllm.routing.prompt_marks import PromptMarks
+from xllm.routing.role_snapshot import RoleSnapshot
 from xllm.routing.roles import ROLES, Role
 from xllm.routing.routed_instance import STALE_S, Capacity, Figures, FigureTable, LoadReport, RoutedInstance, faded
 
@@ -54,6 +55,7 @@ class Fleet:
         self._block_size: int | None = None
         self._num_joined = self._turn = self._prefill_turn = 0
         self._now_s = 0.0
+        self._num_prompts, self._prefill_s = 0, 0.0  # that were sent so far, and what they take
         self._sessions: OrderedDict[str, str] = OrderedDict()
 
     # --- instances
@@ -93,6 +95,13 @@ class Fleet:
         if name in self._instances:
             self._instances[name].role = known
 
+    def profiled(self, name: str, prompts: Iterable[tuple[float, float, float]],
+                 steps: Iterable[tuple[float, float, float]]) -> None:
+        """What an instance measured when it started: prompts as in `PrefillFit.start`, steps as in `DecodeFit.start`.
+        At least one of each."""
+        if name in self._instances:
+            self._instances[name].profiled(prompts, steps)
+
     def leave(self, name: str) -> None:
         """An instance has gone, and its requests with it."""
         self.index.leave(name)
@@ -124,8 +133,12 @@ class Fleet:
     def sent(self, name: str, request_id: str, to_compute: int, marks: PromptMarks) -> None:
         """A request was sent there, of whose prompt so many tokens are to be computed. marks: `NO_MARKS` if the call
         has another one with the same prompt."""
-        if (instance := self._instances.get(name)) is not None:
-            instance.enter(request_id, to_compute, marks, self._now_s)
+        if (instance := self._instances.get(name)) is None:
+            return
+        if instance.enter(request_id, to_compute, marks, self._now_s):
+            num_cached = max(0, (marks.num_tokens or [0])[-1] - to_compute)
+            self._num_prompts += 1
+            self._prefill_s += prompt_curve(instance.figures).seconds(to_compute, num_cached)
 
     def expect(self, name: str, request_id: str, num_tokens: int) -> None:
         """A request that was sent elsewhere will go on there, with the KV of so many tokens: counted there as of now.
@@ -201,6 +214,15 @@ class Fleet:
             self._prefill_turn = self._instances[decision.prefill].number + 1
         return replace(decision, matched_tokens=_matched_at(decision.first, matches),
                        decode_tokens=_matched_at(decision.decode, matches))
+
+    def roles(self, now_s: float, turned_from: Mapping[str, Role], fixed: Collection[str] = ()) -> RoleSnapshot:
+        """What `plan_roles` decides about. turned_from: the old roles of instances that are still being drained.
+        fixed: names of those whose roles stay."""
+        self._now_s = max(self._now_s, now_s)
+        ttft_s, tpot_s = self._targets
+        return role_snapshot(self.names, tuple(instance.role for instance in self._instances.values()),
+                             self._figures_of(self.names), turned_from, fixed, now_s=self._now_s, ttft_s=ttft_s,
+                             tpot_s=tpot_s, num_prompts=self._num_prompts, prefill_s=self._prefill_s)
 
     def _remember(self, name: str, session: str | None) -> None:
         self._turn = self._instances[name].number + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,18 +111,27 @@ class RoutedInstance:
         self.decode.note(report.steps, num_used / max(1, report.num_running))
         self._figures = None
 
+    def profiled(self, prompts: Iterable[tuple[float, float, float]],
+                 steps: Iterable[tuple[float, float, float]]) -> None:
+        """See `Fleet.profiled`."""
+        self.prefill.start(prompts)
+        self.decode.start(steps)
+        self._figures = None
+
     def fall_behind(self, is_behind: bool) -> None:
         """Whether it is known that its cache is not known."""
         self._is_behind, self._figures = is_behind, None
 
-    def enter(self, request_id: str, num_tokens: int, marks: PromptMarks, now_s: float) -> None:
-        """See `SentRequests.enter`."""
+    def enter(self, request_id: str, num_tokens: int, marks: PromptMarks, now_s: float) -> bool:
+        """See `SentRequests.enter`. Whether it is a new prompt: not told before, and computed nowhere else."""
         if self.sent.is_open(request_id):
-            return
+            return False
+        is_new = not self.sent.is_expected(request_id)
         self.sent.enter(request_id, num_tokens, marks)
         self._clock.sent(request_id, num_tokens, max(0, (marks.num_tokens or [0])[-1] - num_tokens), now_s)
         self._spent, self._spent_s = float(faded(self._spent, now_s - self._spent_s)) + num_tokens, now_s
         self._figures = None
+        return is_new
 
     def expect(self, request_id: str, num_tokens: int) -> None:
         """See `SentRequests.expect`."""

@@ -52,6 +52,10 @@ class SentRequests:
         """Whether it was entered and has not left."""
         return request_id in self._open
 
+    def is_expected(self, request_id: str) -> bool:
+        """Whether its KV is to come."""
+        return request_id in self._expected
+
     def num_promised(self, marks: PromptMarks) -> int:
         """How many of a prompt's marks, from the first on, are those of prompts that wait."""
         # A prompt that has a prefix has every shorter one: the marks that it lacks come after those that it has.
