@@ -15,13 +15,13 @@ from xllm.routing.predictors import DecodePlane, PrefillCurve
 from xllm.routing.prompt_marks import NO_MARKS
 from xllm.routing.role_plan import plan_roles
 from xllm.routing.role_snapshot import Flip, RoleRules, RoleState
-from xllm.routing.roles import Role
+from xllm.routing.roles import TAKES_OVER, Role
 from xllm.routing.routed_instance import LoadReport
 
 CURVE, PLANE = PrefillCurve(0.02, 1e-4, 5e-9), DecodePlane(0.012, 2e-4, 1e-7)  # as in test_predictors
 KV_TOKEN_BYTES, LINK_BYTES_PER_S, MOVE_START_S = 131_072, 5e9, 2e-3  # 8 KV heads of 128, 32 layers, bf16; 40 Gbit/s
 NUM_BLOCKS, BLOCK = 8000, 16
-TICK_S, BEAT_S, LOOK_S = 0.05, 0.5, 0.25
+TICK_S, BEAT_S, LOOK_S = 0.1, 0.5, 0.2
 TTFT_S, TPOT_S = 1.5, 0.05
 
 
@@ -216,7 +216,7 @@ class RoleSimulation:
             return
         free_s = self._now_s
         for sim in list(one.running.values()):
-            others = [name for name, role in self.roles.items() if role == "DECODE" and name != flip.name]
+            others = [name for name, role in self.roles.items() if role in TAKES_OVER and name != flip.name]
             del one.running[sim.request_id]
             sim.decode = min(others, key=lambda name: len(self.instances[name].running))
             self.fleet.left(flip.name, sim.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,53 +55,58 @@ def flipped(*args: Any, **options: Any) -> tuple[str, str, str] | None:
     return None if found is None else (found[1].name, found[1].role, found[1].reason)
 
 
+def of(**options: Any) -> dict[str, Any]:
+    """For `flipped`."""
+    return options
+
+
 LATE = [p("a", 3.0), d("b", 900), d("c", 500), d("e", 700)]
 SLOW = [p("a"), p("b", 0.1), p("c", 0.2), d("e", step_s=0.06), d("f", step_s=0.07)]
 BACK = d("x", 90_000, turned_from="PREFILL")
 CASES: dict[str, tuple[dict[str, Any], tuple[str, str, str] | None]] = {
-    "prompts wait: the least-loaded decode instance": (dict(views=LATE, rate=1.5), ("c", "PREFILL", "ttft")),
-    "first one that is being turned the other way": (dict(views=[*LATE, BACK], rate=1.5), ("x", "PREFILL", "ttft")),
-    "prompts wait a little": (dict(views=[p("a", 0.5), *LATE[1:]], rate=1.5), None),
-    "prompts wait, and two decode instances stay": (dict(views=LATE[:3], rate=1.5), None),
-    "or as many as are asked for": (dict(views=LATE[:3], rate=1.5, rules=RoleRules(min_decode=1)),
+    "prompts wait: the least-loaded decode instance": (of(views=LATE, rate=1.5), ("c", "PREFILL", "ttft")),
+    "first one that is being turned the other way": (of(views=[*LATE, BACK], rate=1.5), ("x", "PREFILL", "ttft")),
+    "prompts wait a little": (of(views=[p("a", 0.5), *LATE[1:]], rate=1.5), None),
+    "prompts wait, and two decode instances stay": (of(views=LATE[:3], rate=1.5), None),
+    "or as many as are asked for": (of(views=LATE[:3], rate=1.5, rules=RoleRules(min_decode=1)),
                                     ("c", "PREFILL", "ttft")),
     "prompts wait, and decoding would suffer more": (
-        dict(views=[p("a", 1.4), *(d(name, step_s=0.05, num_running=200) for name in "bcd")], rate=0.5), None),
+        of(views=[p("a", 1.4), *(d(name, step_s=0.05, num_running=200) for name in "bcd")], rate=0.5), None),
     "prompts wait, and the link is too slow to drain anything": (
-        dict(views=[p("a", 3.0), *(d(name, 60_000, num_running=60) for name in "bcd")], rate=1.5, byte_s=1e-6), None),
-    "what is not flexible stays": (dict(views=[LATE[0], LATE[1], replace(LATE[2], is_flexible=False), LATE[3]],
+        of(views=[p("a", 3.0), *(d(name, 60_000, num_running=60) for name in "bcd")], rate=1.5, byte_s=1e-6), None),
+    "what is not flexible stays": (of(views=[LATE[0], LATE[1], replace(LATE[2], is_flexible=False), LATE[3]],
                                         rate=1.5), ("e", "PREFILL", "ttft")),
-    "who is down is not asked": (dict(views=[*LATE, d("x", 0, is_up=False)], rate=1.5), ("c", "PREFILL", "ttft")),
-    "tokens come too slowly: the least-loaded prefill instance": (dict(views=SLOW, rate=0.2), ("a", "DECODE", "tpot")),
+    "who is down is not asked": (of(views=[*LATE, d("x", 0, is_up=False)], rate=1.5), ("c", "PREFILL", "ttft")),
+    "tokens come too slowly: the least-loaded prefill instance": (of(views=SLOW, rate=0.2), ("a", "DECODE", "tpot")),
     "first one that is being turned to prefill": (
-        dict(views=[*SLOW, p("x", 0.3, turned_from="DECODE")], rate=0.2), ("x", "DECODE", "tpot")),
-    "a prefill instance stays": (dict(views=[SLOW[0], *SLOW[3:]], rate=0.2), None),
+        of(views=[*SLOW, p("x", 0.3, turned_from="DECODE")], rate=0.2), ("x", "DECODE", "tpot")),
+    "a prefill instance stays": (of(views=[SLOW[0], *SLOW[3:]], rate=0.2), None),
     "tokens come too slowly, and prompts would wait more": (
-        dict(views=[p("a", 4.0), p("b", 4.0), d("e", step_s=0.051), d("f", step_s=0.051)], rate=2.2), None),
-    "memory is short": (dict(views=[p("a", 0.1), p("b", 0.3), d("c", 95_000), d("e", 96_000)], rate=0.2),
+        of(views=[p("a", 4.0), p("b", 4.0), d("e", step_s=0.051), d("f", step_s=0.051)], rate=2.2), None),
+    "memory is short": (of(views=[p("a", 0.1), p("b", 0.3), d("c", 95_000), d("e", 96_000)], rate=0.2),
                         ("a", "DECODE", "memory")),
-    "idle, and decoding is not": (dict(views=[p("a", 0.1), p("b"), d("c", step_s=0.03), d("e", step_s=0.03)],
+    "idle, and decoding is not": (of(views=[p("a", 0.1), p("b"), d("c", step_s=0.03), d("e", step_s=0.03)],
                                        rate=0.2), ("b", "DECODE", "idle")),
-    "idle, and so is decoding": (dict(views=[p("a"), p("b"), d("c", step_s=0.02), d("e", step_s=0.02)]), None),
-    "idle for now, but prompts need it": (dict(views=[p("a", 0.1), p("b"), d("c", step_s=0.03), d("e", step_s=0.03)],
+    "idle, and so is decoding": (of(views=[p("a"), p("b"), d("c", step_s=0.02), d("e", step_s=0.02)]), None),
+    "idle for now, but prompts need it": (of(views=[p("a", 0.1), p("b"), d("c", step_s=0.03), d("e", step_s=0.03)],
                                                rate=0.8), None),
-    "no prefill instance is left": (dict(views=[d("b"), d("c", 500), d("e")]), ("c", "PREFILL", "no_prefill")),
-    "and no decode instance to spare": (dict(views=[d("b"), d("c")]), None),
-    "one decode instance is left": (dict(views=[p("a", 0.2), p("b", 0.1), d("c")]), ("b", "DECODE", "few_decode")),
+    "no prefill instance is left": (of(views=[d("b"), d("c", 500), d("e")]), ("c", "PREFILL", "no_prefill")),
+    "and no decode instance to spare": (of(views=[d("b"), d("c")]), None),
+    "one decode instance is left": (of(views=[p("a", 0.2), p("b", 0.1), d("c")]), ("b", "DECODE", "few_decode")),
     "mixed and whole ones keep their roles": (
-        dict(views=[RoleView(name="a", role="MIX", queue_s=9.0), RoleView(name="b", role="DEFAULT", queue_s=9.0),
+        of(views=[RoleView(name="a", role="MIX", queue_s=9.0), RoleView(name="b", role="DEFAULT", queue_s=9.0),
                     RoleView(name="c", role="MIX", queue_s=9.0)], rate=3.0), None),
     "one flip at a time in a small cluster": (
-        dict(views=[*LATE, d("x", 9, turned_from="PREFILL")], rate=1.5,
+        of(views=[*LATE, d("x", 9, turned_from="PREFILL")], rate=1.5,
              state=RoleState(flipped_s={"x": 999.0}, turned_back=frozenset("x"))), None),
     "two in a larger one": (
-        dict(views=[*LATE, p("x", 3.0, turned_from="DECODE"), p("y", 3.0), d("z"), d("q")], rate=6.0,
+        of(views=[*LATE, p("x", 3.0, turned_from="DECODE"), p("y", 3.0), d("z"), d("q")], rate=6.0,
              state=RoleState(flipped_s={"x": 990.0})), ("c", "PREFILL", "ttft")),
     "a drain that does not end is not waited for": (
-        dict(views=[*LATE, p("x", 3.0, turned_from="DECODE")], rate=4.0, state=RoleState(flipped_s={"x": 900.0})),
+        of(views=[*LATE, p("x", 3.0, turned_from="DECODE")], rate=4.0, state=RoleState(flipped_s={"x": 900.0})),
         ("c", "PREFILL", "ttft")),
     "an instance keeps its role for a while": (
-        dict(views=LATE, rate=1.5, state=RoleState(flipped_s={"c": 990.0})), ("e", "PREFILL", "ttft")),
+        of(views=LATE, rate=1.5, state=RoleState(flipped_s={"c": 990.0})), ("e", "PREFILL", "ttft")),
 }
 
 
@@ -191,7 +197,7 @@ def in_dwell(times: list[float]) -> int:
 
 
 @given(is_prefill=st.lists(st.booleans(), min_size=2, max_size=9), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_load_makes_it_flap_or_go_below_what_must_remain(is_prefill: list[bool], data: st.DataObject) -> None:
     """Loads that change as they like, as if to mislead; drains that take as long as they like."""
     roles = {chr(ord("a") + number): ROLE[one] for number, one in enumerate(is_prefill)}
@@ -227,18 +233,18 @@ def test_no_load_makes_it_flap_or_go_below_what_must_remain(is_prefill: list[boo
                 assert list(roles.values()).count(role) >= min(least, before.count(role))
     assert max(map(in_dwell, flips.values())) <= 2, "a flip, and its taking back"
     every = sorted(at for times in flips.values() for at in times)
-    early = sum(later - at < RULES.hold_s for at, later in zip(every, every[1:]))
+    early = sum(later - at < RULES.hold_s for at, later in pairwise(every))
     assert early <= RULES.min_decode, "but for what must remain, one waits to see what came of it"
 
 
 @given(num_prefill=st.integers(1, 6), num_decode=st.integers(2, 8), rate=st.floats(0.0, 6.0),
        num_running=st.integers(0, 800))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_load_that_stays_comes_to_rest(num_prefill: int, num_decode: int, rate: float, num_running: int) -> None:
-    """Whatever it is, and more than all can do as well: queues grow as they would, steps are as long as they would be."""
+    """Whatever it is, and more than all can do as well: queues and steps become what they would."""
     roles = {f"p{number}": ROLE[True] for number in range(num_prefill)} | {
         f"d{number}": ROLE[False] for number in range(num_decode)}
-    state, queue_s, flips = RoleState(), 0.0, list[float]()
+    state, queue_s, flips = RoleState(), 0.0, list[tuple[float, Role]]()
     turned: dict[str, tuple[Role, float]] = {}
     for number in range(400):
         now_s = float(number)
@@ -253,10 +259,11 @@ def test_a_load_that_stays_comes_to_rest(num_prefill: int, num_decode: int, rate
         plan = plan_roles(look(now_s, views, rate), state)
         state = plan.state
         for flip in plan.flips:
-            flips.append(now_s)
+            flips.append((now_s, flip.role))
             turned[flip.name] = (roles[flip.name], now_s + 1.0)
             roles[flip.name] = flip.role
-    assert not [at for at in flips if at > 200.0], "at rest for half of the time"
+    late = [role for at_s, role in flips if at_s > 200.0]
+    assert not late or (rate > first and set(late) == {"PREFILL"}), "at rest, but for a queue that still grows"
     assert len(flips) <= num_prefill + num_decode
 
 
