@@ -185,5 +185,5 @@ def test_what_is_reported_of_steps_decides_by_targets() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown routing policy 'best'; known are cache_aware"):
         Fleet("best")
-    with pytest.raises(ValueError, match="role 'DECODE' is not built"):
-        fleet_of().join("a", role="DECODE", block_size=4, max_waiting=1, max_open=1, num_blocks=1)
+    with pytest.raises(ValueError, match="there is no role 'ENCODE'"):
+        fleet_of().join("a", role="ENCODE", block_size=4, max_waiting=1, max_open=1, num_blocks=1)

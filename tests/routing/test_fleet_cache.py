@@ -83,7 +83,7 @@ def test_what_is_promised_and_what_is_cached_go_together() -> None:
     fleet, prompt = fleet_of("a"), tokens(20)
     fleet.changed("a", 2, joined(prompt[: 15 * BLOCK]), b"")
     fleet.sent("a", "1", 40, marked(prompt[: 10 * BLOCK]))
-    snapshot = fleet._snapshot(("a",), [fleet._matched(marked(prompt))], 1)
+    snapshot = fleet._snapshot(("a",), [fleet._matched(marked(prompt))], 1, fleet._figures_of(("a",)))
     assert snapshot.device_tokens == [40] and 40 < snapshot.saved_tokens[0] < 60 == matched(fleet, marked(prompt))
 
 

@@ -35,8 +35,8 @@ async def test_each_model_has_a_cluster_of_its_own(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(client, "model", model)
         models = MasterModels(ClusterClient)
         members = MasterMembers(models, KEYS, lambda model, is_new: said.append((list(model.names), is_new)))
-        members._join("b", b, "PREFILL")
-        assert "role 'PREFILL' is not built" in members._refused["b"].reason
+        members._join("b", b, "ENCODE")
+        assert "there is no role 'ENCODE'" in members._refused["b"].reason
         for name, client in (("a", a), ("b", b), ("c", c)):
             members._join(name, client)
         assert [set(model.cluster.members.all) for model in models.all] == [{"a"}, {"c"}]

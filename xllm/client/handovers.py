@@ -15,7 +15,7 @@ from xllm.errors import EngineDeadError
 from xllm.kv_offer import NOTHING_MISSING
 from xllm.request import Request
 from xllm.routing.fleet_snapshot import Decision
-from xllm.routing.roles import DECODING
+from xllm.routing.roles import TAKES_OVER, WHOLE
 
 # For an instance to say where KV is to go. Chosen: some steps of a busy engine; the prompt is computed without it then.
 ASK_S = 2.0
@@ -52,7 +52,7 @@ class Handovers:
 
     def _fits(self, begins: ClusterMember, member: ClusterMember) -> bool:
         mine, theirs = _block_size(begins), _block_size(member)
-        return member.role in DECODING and _sends_kv(member) and not (mine % theirs and theirs % mine)
+        return member.role in (*TAKES_OVER, *WHOLE) and _sends_kv(member) and not (mine % theirs and theirs % mine)
 
     def begin(self, call: ClusterCall, requests: Sequence[Request], decision: Decision, receiver: Decision) -> None:
         """Ask the receiver where the KV is to go, and then send the requests to where `decision` says."""

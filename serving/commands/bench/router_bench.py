@@ -22,6 +22,8 @@ from xllm.routing.fleet import Fleet
 from xllm.routing.global_index import MAX_INSTANCES, GlobalIndex, TierChange, digest_keys
 from xllm.routing.policies import POLICIES
 from xllm.routing.prompt_marks import PromptMarks, prompt_marks
+from xllm.routing.role_plan import plan_roles
+from xllm.routing.role_snapshot import RoleState
 from xllm.routing.routed_instance import LoadReport
 
 BATCHES = (1, 8, 64, 512)  # blocks of one report. Chosen: from one row that fills a block to long prompts
@@ -29,6 +31,7 @@ BATCHES = (1, 8, 64, 512)  # blocks of one report. Chosen: from one row that fil
 GOAL_BATCH = 64
 ROUNDS = 200  # look-ups that are timed. Chosen: a 99th percentile of two
 DECIDING_INSTANCES, DECIDING_TEXTS = 64, 32  # as many as an index has room for, and texts of which each has a share
+KV_TOKEN_BYTES = 131_072  # of a model with 32 layers and 8 heads of 128 for K and V, in bf16
 OPEN_REQUESTS = 8  # of each instance while it is decided; half of them have begun
 INDEX_FLAGS = ("blocks", "prompt_tokens", "block_size", "events")
 TRACE_FLAGS = ("policy", "cache_tokens", "prefill_speed", "processes", "requests", "speed_up", "shrink",
@@ -88,11 +91,12 @@ def measure(num_texts: int, num_instances: int, num_tokens: int, block_size: int
     forget_us, clear_ms = _forget(index, names[0])
     del index
     decisions = {policy: _decisions(policy, num_tokens, block_size) for policy in POLICIES}
-    slowest = max(decisions.values(), key=lambda one: one["decision"]["p50"])["decision"]
+    pairs = _decisions("cache_aware", num_tokens, block_size, with_roles=True)
+    slowest = max([*decisions.values(), pairs], key=lambda one: one["decision"]["p50"])["decision"]
     return {"decision_ms": slowest["p50"], "decision_p99_ms": slowest["p99"],
             "lookup_ms": lookup["marks_and_index"]["p50"], "events_per_s": events[str(GOAL_BATCH)], **memory,
             "details": {**details, "lookup_ms": lookup, "events_per_s_by_batch": events,
-                        "decision_ms_by_policy": decisions,
+                        "decision_ms_by_policy": decisions, "pair_decision_ms": pairs,
                         "deciding_instances": DECIDING_INSTANCES, "forget_instance_us": forget_us,
                         "clear_instance_ms": clear_ms},
             "goals": GOALS}
@@ -163,14 +167,19 @@ def _forget(index: GlobalIndex, name: str) -> tuple[float, float]:
     return round(1e6 * (forgotten - began), 1), round(1e3 * (time.perf_counter() - forgotten), 2)
 
 
-def _decisions(policy: str, num_tokens: int, block_size: int) -> dict[str, dict[str, float]]:
+def _decisions(policy: str, num_tokens: int, block_size: int, *,
+               with_roles: bool = False) -> dict[str, dict[str, float]]:
     """decision: of a call whose prompt each instance has another share of, given its marks; from_tokens: with marking
-    it. Between two decisions the last one's request is sent, another one begins, and an instance reports."""
+    it. Between two decisions the last one's request is sent, another one begins, and an instance reports. with_roles:
+    every third instance computes prompts, the others go on, and the decision is of a pair; role_plan: beside each, of
+    which roles change."""
     fleet, names = Fleet(policy), [f"instance-{number}" for number in range(DECIDING_INSTANCES)]
     prompts: list[array[int]] = []
     marks = list[PromptMarks]()
-    for name in names:
-        fleet.join(name, block_size=block_size, max_waiting=10**6, max_open=10**6, num_blocks=10**6)
+    for place, name in enumerate(names):
+        role = "DEFAULT" if not with_roles else "DECODE" if place % 3 else "PREFILL"
+        fleet.join(name, role=role, block_size=block_size, max_waiting=10**6, max_open=10**6, num_blocks=10**6,
+                   kv_token_bytes=KV_TOKEN_BYTES)
     for number in range(DECIDING_TEXTS):
         token_ids = _text(number, num_tokens)
         digests = block_digests(token_ids, block_size)
@@ -184,7 +193,7 @@ def _decisions(policy: str, num_tokens: int, block_size: int) -> dict[str, dict[
             fleet.sent(name, str(number), 500, marks[(place + number) % len(marks)])
             if number % 2:
                 fleet.begun(name, str(number))
-    decided, whole = [], []
+    decided, whole, planned, state = [], [], [], RoleState()
     for number in range(ROUNDS):
         now_s, which = 0.01 * number, number % len(marks)
         heard = LoadReport(num_waiting=4, num_running=4, num_free_blocks=10**5,
@@ -194,14 +203,19 @@ def _decisions(policy: str, num_tokens: int, block_size: int) -> dict[str, dict[
         began = time.perf_counter()
         own = prompt_marks(prompts[which], block_size)
         marked = time.perf_counter()
-        decision = fleet.decide([own], num_tokens, 1, now_s)
+        decision = fleet.decide_pair([own], num_tokens, 1, now_s)
         ended = time.perf_counter()
         decided.append(1000 * (ended - marked))
         whole.append(1000 * (ended - began))
-        assert decision.name is not None
-        fleet.sent(decision.name, f"new-{number}", 500, own)
-        fleet.begun(decision.name, f"new-{number - 1}")
-    return {"decision": report.quantiles(decided), "from_tokens": report.quantiles(whole)}
+        if with_roles:
+            began = time.perf_counter()
+            state = plan_roles(fleet.roles(now_s, {}), state).state
+            planned.append(1000 * (time.perf_counter() - began))
+        assert decision.first is not None
+        fleet.sent(decision.first, f"new-{number}", 500, own)
+        fleet.begun(decision.first, f"new-{number - 1}")
+    return {"decision": report.quantiles(decided), "from_tokens": report.quantiles(whole),
+            **({"role_plan": report.quantiles(planned)} if with_roles else {})}
 
 
 def _resident_bytes() -> int:
