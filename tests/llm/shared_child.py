@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.llm.tier_child import BLOCK, FRESH, GREEDY, STORED, answer
+from tests.llm.tier_child import BLOCK, FRESH, STORED, answer
 from xllm import LLM
 
 PROMPTS = STORED + FRESH
@@ -26,18 +26,11 @@ def settle(llm: LLM) -> None:
         llm._core.tick()
 
 
-def main() -> None:
-    """Answer the prompts first .. last, say so, and wait to be killed."""
-    folder, first, last = sys.argv[1:]
+def main(folder: str, first: int, last: int, told: Connection) -> None:
+    """Answer the prompts first .. last, tell after each that it is stored, and wait to be killed."""
     llm = make_shared(Path(folder))
-    for prompt in PROMPTS[int(first) : int(last)]:
+    for prompt in PROMPTS[first:last]:
         answer(llm, [prompt])
         settle(llm)
-        print("stored", flush=True)
-    sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()
-
-__all__ = ["GREEDY", "PROMPTS", "answer", "make_shared", "settle"]
+        told.send("stored")
+    told.recv()
