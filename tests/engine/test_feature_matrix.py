@@ -377,7 +377,9 @@ def covering_of(ways: Iterable[str], strength: int, models: Iterable[str] = MODE
 # Chosen by hand to be short. Every layout, and each feature off and on.
 SHARED_CASES = [Case(frozenset(), SHARED_WAY),
                 Case(frozenset({"batch", "w8a8", "kv8"}), SHARED_WAY, "xtensor", "dense"),
-                Case(frozenset(FEATURES) - {"w8a8", "kv8"}, SHARED_WAY, "xtensor-capped"),
+                # Without seeds: sums of parts are other in the last bit, and a draw next to its boundary falls to the
+                # other side on one processor and not on another.
+                Case(frozenset(FEATURES) - {"w8a8", "kv8", "seeds"}, SHARED_WAY, "xtensor-capped"),
                 Case(frozenset({"batch", "chunked", "prefix", "graph"}), SHARED_WAY, "paged", "moe"),
                 Case(frozenset({"batch", "ngram", "tiers"}), SHARED_WAY, "xtensor", "mla")]
 OTHER_WAYS = [way for way in WAYS if way != SHARED_WAY]

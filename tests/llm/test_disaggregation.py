@@ -87,7 +87,16 @@ async def settled(cluster: Cluster) -> None:
             await idle(site.engine)
             core = site.engine._core
             await until(lambda core=core: not core.scheduler.kv.num_held_blocks and not len(core.scheduler.departures))
-            core.scheduler.check_integrity()
+            await until(lambda core=core: is_sound(core))
+
+
+def is_sound(core: EngineCore) -> bool:
+    """Its thread may be at work on what is counted here; what is wrong stays so."""
+    try:
+        core.scheduler.check_integrity()
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)

@@ -64,7 +64,8 @@ class ClusterClient:
         scheduler = facts.config.scheduler
         self._fleet.join(name, role=role, block_size=facts.config.cache.block_size,
                          max_waiting=scheduler.max_waiting_requests,
-                         max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks)
+                         max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks,
+                         kv_token_bytes=facts.placement.kv_token_bytes)
         member = self.members.add(name, client, role)
         self._dispatcher.lives(client.incarnation)
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,

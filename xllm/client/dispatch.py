@@ -18,6 +18,7 @@ from xllm.errors import EngineDeadError, RequestError
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
+from xllm.routing.pair_snapshot import PairDecision
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.recovery import Interrupted, Present, blamed, is_suspect, next_step
 from xllm.routing.roles import unsuited
@@ -66,7 +67,7 @@ class Dispatcher:
         self.recent: deque[Dispatch] = deque(maxlen=MAX_DECISIONS)
         self.counts = DispatchCounts()
         self._members, self._fleet, self._watcher = members, fleet, watcher
-        self.handovers = Handovers(members, self.counts.handovers, self._choose_among, self._send_or_go_on)
+        self.handovers = Handovers(members, fleet, self.counts.handovers, self._send_or_go_on)
         self._going_on: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._fresh: list[tuple[ClusterCall, Loss]] = []  # of this turn of the event loop
@@ -80,13 +81,14 @@ class Dispatcher:
         digests = self._members.digests if any(request.lora for request in requests) else {}
         adapters = {(r.lora, digests[r.lora]) for r in requests if r.lora in digests}
         call = ClusterCall(requests, self._members.model, adapters, self)
-        if (decision := self._decide(call, requests, ())).name is None:
+        pair = self._decide_pair(call, requests)
+        if pair.first is None:
             raise self._members.refusal(requests) or EngineAwayError(self._members.why_none())
         self.calls.update(dict.fromkeys(call.open_ids, call))
-        if (receiver := self.handovers.receiver(call, requests, decision.name)) is not None:
-            self.handovers.begin(call, requests, decision, receiver)
+        if self.handovers.can_be(pair, requests):
+            self.handovers.begin(call, requests, pair)
         else:
-            self._send(call, decision, requests)
+            self._send(call, Decision(pair.first, pair.reason, pair.scores, pair.matched_tokens), requests)
         return call
 
     def num_sent(self, name: str) -> int:
@@ -326,10 +328,13 @@ class Dispatcher:
         except EngineDeadError as error:
             self.lost(call, decision.name, error)
 
-    def _choose_among(self, call: ClusterCall, requests: Sequence[Request], names: set[str]) -> Decision:
-        marks = [self._marks(call, request) for request in _prompts(requests)]
-        return self._fleet.decide(marks, sum(map(_num_tokens, _prompts(requests))), len(requests), time.monotonic(),
-                                  exclude=self._members.all.keys() - names)
+    def _decide_pair(self, call: ClusterCall, requests: Sequence[Request]) -> PairDecision:
+        able = self._members.able(call.model, call.adapters, requests)
+        prompts, first = _prompts(requests), requests[0]
+        return self._fleet.decide_pair(
+            [self._marks(call, request) for request in prompts], sum(map(_num_tokens, prompts)), len(requests),
+            time.monotonic(), session=first.session_id, exclude=self._members.all.keys() - able,
+            deadline_s=first.deadline_s)
 
     def _send_or_go_on(self, call: ClusterCall, decision: Decision, requests: Sequence[Request]) -> None:
         """Send a call where it was to go before it waited; elsewhere if that takes nothing any more."""

@@ -14,14 +14,14 @@ from xllm.engine.commands import Expected
 from xllm.errors import EngineDeadError
 from xllm.kv_offer import NOTHING_MISSING
 from xllm.request import Request
+from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
-from xllm.routing.roles import TAKES_OVER, WHOLE
+from xllm.routing.pair_snapshot import PairDecision
 
 # For an instance to say where KV is to go. Chosen: some steps of a busy engine; the prompt is computed without it then.
 ASK_S = 2.0
 logger = logging.getLogger("xllm.cluster")
 
-Choose = Callable[[ClusterCall, Sequence[Request], set[str]], Decision]  # among these instances
 Send = Callable[[ClusterCall, Decision, Sequence[Request]], None]
 
 
@@ -31,48 +31,43 @@ OUTCOMES = ("offered", "nothing_missing", "refused", "silent", "lost", "moved")
 
 
 class Handovers:
-    """Belongs to the dispatcher and its event loop. counts: of `OUTCOMES`. choose: finds the best of some instances for
-    a call. send: sends it where a decision says, or elsewhere if that is gone."""
+    """Belongs to the dispatcher and its event loop. counts: of `OUTCOMES`. send: sends a call where a decision says, or
+    elsewhere if that is gone."""
 
-    def __init__(self, members: ClusterMembers, counts: Counter[str], choose: Choose, send: Send):
-        self._counts = counts
-        self._members, self._choose, self._send = members, choose, send
+    def __init__(self, members: ClusterMembers, fleet: Fleet, counts: Counter[str], send: Send):
+        self._members, self._fleet, self._counts, self._send = members, fleet, counts, send
         self._receivers: dict[ClusterCall, tuple[str, dict[str, int]]] = {}  # and what each request has as its landing
         self._asking: set[asyncio.Task[None]] = set()
 
-    def receiver(self, call: ClusterCall, requests: Sequence[Request], place: str) -> Decision | None:
-        """Where a call that begins at `place` is to go on; None: there."""
-        begins = self._members.all[place]
-        if begins.role != "PREFILL" or not _sends_kv(begins) or not all(map(_goes_on, requests)):
-            return None
-        others = {name for name in self._members.able(call.model, call.adapters, requests)
-                  if name != place and self._fits(begins, self._members.all[name])}
-        decision = self._choose(call, requests, others) if others else None
-        return None if decision is None or decision.name is None or decision.reason == "full" else decision
+    def can_be(self, pair: PairDecision, requests: Sequence[Request]) -> bool:
+        """Whether the KV of a call can go from one instance of a pair to the other, and is of any use there."""
+        if pair.prefill is None or pair.decode is None or not all(map(_goes_on, requests)):
+            return False
+        sender, receiver = self._members.all[pair.prefill], self._members.all[pair.decode]
+        mine, theirs = _block_size(sender), _block_size(receiver)
+        return _sends_kv(sender) and _sends_kv(receiver) and not (mine % theirs and theirs % mine)
 
-    def _fits(self, begins: ClusterMember, member: ClusterMember) -> bool:
-        mine, theirs = _block_size(begins), _block_size(member)
-        return member.role in (*TAKES_OVER, *WHOLE) and _sends_kv(member) and not (mine % theirs and theirs % mine)
-
-    def begin(self, call: ClusterCall, requests: Sequence[Request], decision: Decision, receiver: Decision) -> None:
-        """Ask the receiver where the KV is to go, and then send the requests to where `decision` says."""
-        task = asyncio.create_task(self._begin(call, requests, decision, receiver), name="cluster-handover")
+    def begin(self, call: ClusterCall, requests: Sequence[Request], pair: PairDecision) -> None:
+        """Ask the instance that is to decode where the KV is to go, and then send the requests to the other one."""
+        task = asyncio.create_task(self._begin(call, requests, pair), name="cluster-handover")
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
-    async def _begin(self, call: ClusterCall, requests: Sequence[Request], decision: Decision,
-                     receiver: Decision) -> None:
-        assert receiver.name is not None
-        found = await self._ask(receiver.name, requests)
+    async def _begin(self, call: ClusterCall, requests: Sequence[Request], pair: PairDecision) -> None:
+        assert pair.decode is not None
+        decision = Decision(pair.prefill, pair.reason, pair.scores, pair.matched_tokens)
+        found = await self._ask(pair.decode, requests)
         requests = [request for request in requests if request.request_id in call.open_ids]
         if not requests:
             return
         if found and all(each.reason == NOTHING_MISSING for each in found.values()):
             self._counts["nothing_missing"] += 1
-            self._send(call, receiver, requests)
+            self._send(call, Decision(pair.decode, "direct", pair.scores, pair.decode_tokens), requests)
         elif found and all(each.offer is not None for each in found.values()):
             self._counts["offered"] += 1
-            self._receivers[call] = receiver.name, {request.request_id: found[id(request.prompt_token_ids)].landing
+            for request in requests:
+                self._fleet.expect(pair.decode, request.request_id, len(request.prompt_token_ids))
+            self._receivers[call] = pair.decode, {request.request_id: found[id(request.prompt_token_ids)].landing
                                                     for request in requests}
             self._send(call, decision, [replace(request, offer=found[id(request.prompt_token_ids)].offer)
                                         for request in requests])
@@ -104,15 +99,20 @@ class Handovers:
 
     def take(self, call: ClusterCall) -> tuple[str, list[Request]] | None:
         """Where a call goes on that was handed over, and what of it; None: that instance is gone, or takes nothing."""
-        place, landings = self._receivers.pop(call, ("", {}))
+        place, landings = self._receivers.get(call, ("", {}))
         if place not in self._members.able(call.model, call.adapters, call.rest):
+            self.forget(call)
             return None
+        del self._receivers[call]
         self._counts["moved"] += 1
         return place, [replace(request, landing=landings.get(request.request_id)) for request in call.rest]
 
     def forget(self, call: ClusterCall) -> None:
         """A call has ended, or is where it was not to be."""
-        self._receivers.pop(call, None)
+        if (receiver := self._receivers.pop(call, None)) is not None:
+            place, landings = receiver
+            for request_id in landings:
+                self._fleet.left(place, request_id)
 
     async def close(self) -> None:
         """End what asks."""

@@ -17,7 +17,8 @@ import numpy as np
 # that were drawn. no_memory: the best, but none has KV memory for the call; full: the best, but all would refuse it.
 # nobody: there is none to choose.
 Reason = Literal["prefix", "least_cost", "slo", "no_slo", "session", "fewest_open", "turn", "drawn", "stale",
-                 "no_memory", "full", "nobody", "handed_over"]
+                 "no_memory", "full", "nobody", "handed_over", "pair", "direct", "whole", "relief", "no_decode",
+                 "no_prefill"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ Letters: I instances.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from xllm.routing.fleet_snapshot import FleetSnapshot, Reason
 # prefill instances would miss the target. no_decode: no decode instance is free: the prefill instance goes on itself.
 # no_prefill: there is none to compute the prompt but decode instances. no_slo: nobody keeps the targets; this is the
 # soonest. The others: as of a decision for one instance.
-PairReason = Literal["pair", "direct", "whole", "relief", "no_decode", "no_prefill"] | Reason
+PairReason = Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
