@@ -20,6 +20,9 @@ from xllm.config import EngineConfig
 from xllm.engine.commands import Expected
 from xllm.engine.core import EngineCore
 from xllm.request import FinishReason, SamplingParams
+from xllm.routing.fleet import Fleet
+from xllm.routing.fleet_snapshot import Decision
+from xllm.routing.pair_snapshot import PairDecision
 from xllm.structured.spec import StructuredOutput
 
 CONFIG = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, max_waiting_requests=8, max_num_batched_tokens=64,
@@ -39,12 +42,27 @@ SAMPLINGS = {
 }
 
 
+class PairingFleet(Fleet):
+    """Splits every call that can be split: what that is worth is for others to judge (tests/routing)."""
+
+    def decide_pair(self, prompts, num_tokens, num_requests, now_s, *, session=None, exclude=(), deadline_s=None):
+        def decide(role: str) -> Decision:
+            others = {name for name, one in self._instances.items() if one.role != role}
+            return self.decide(prompts, num_tokens, num_requests, now_s, exclude={*exclude, *others})
+
+        prefill, decode = decide("PREFILL"), decide("DECODE")
+        if prefill.name is None or decode.name is None:
+            return super().decide_pair(prompts, num_tokens, num_requests, now_s, session=session, exclude=exclude,
+                                       deadline_s=deadline_s)
+        return PairDecision(prefill.name, decode.name, "pair", {}, prefill.matched_tokens, decode.matched_tokens)
+
+
 @contextlib.asynccontextmanager
 async def sites(config: EngineConfig = CONFIG, **roles: str) -> AsyncIterator[Cluster]:
     """Instances by name, in these roles."""
     engines = [WatchedLocal(EngineCore(config)) for _ in roles]
     async with contextlib.AsyncExitStack() as stack:
-        found = Cluster(ClusterClient())
+        found = Cluster(ClusterClient(PairingFleet()))
         for (name, role), engine in zip(roles.items(), engines, strict=True):
             await found.add(name, engine, stack, role=role)
         yield found
@@ -230,7 +248,7 @@ async def test_an_abort(cluster: Cluster, num_tokens: int) -> None:
 
 async def test_blocks_of_other_sizes() -> None:
     async with contextlib.AsyncExitStack() as stack:
-        found = Cluster(ClusterClient())
+        found = Cluster(ClusterClient(PairingFleet()))
         for name, role, size in (("p", "PREFILL", 16), ("d", "DECODE", 32)):
             config = dataclasses.replace(CONFIG, cache=dataclasses.replace(CONFIG.cache, block_size=size))
             engine = WatchedLocal(EngineCore(config))

@@ -97,7 +97,7 @@ class ClusterCall(Stream):
         self._preempted_before: dict[str, int] = {}
         self._young: dict[str, int] = {}  # how many outputs have come from where it is, by request id: where so few
         self._successor: Successor | None = None
-        self._is_one_prompt = len({id(request.prompt_token_ids) for request in requests}) == 1
+        self._offered = set[str]()  # requests of which the KV is to go elsewhere: one of each prompt
         self._handed = set[str]()  # requests that its instance has handed over
         self._held: list[OutputDelta] = []  # what has come since the successor was asked, which computes it again
 
@@ -131,6 +131,7 @@ class ClusterCall(Stream):
     def send(self, client: CommandingClient, place: str, requests: Sequence[Request]) -> None:
         """Hand the open requests to an instance. Raises EngineDeadError: it takes none."""
         self._begin(client, place)
+        self._offered = {request.request_id for request in requests if request.offer is not None}
         try:
             client.submit_for(self, requests)
         except BaseException:
@@ -261,10 +262,10 @@ class ClusterCall(Stream):
             self._look_at_handed()
 
     def _look_at_handed(self) -> None:
-        """Go on elsewhere once all open requests were handed over; of those that share a prompt, whose KV is there
-        then, the first is enough. If a successor was asked that goes on instead."""
+        """Go on elsewhere once all requests were handed over that had an offer: with them goes the KV of every prompt.
+        If a successor was asked that goes on instead."""
         place = self.place
-        is_enough = self._handed and (self._is_one_prompt or self.open_ids <= self._handed)
+        is_enough = self._handed and self.open_ids & self._offered <= self._handed
         if self._successor is None and place is not None and is_enough:
             self.take_back()
             if self.open_ids:

@@ -69,8 +69,10 @@ class Handovers:
                 self._fleet.expect(pair.decode, request.request_id, len(request.prompt_token_ids))
             self._receivers[call] = pair.decode, {request.request_id: found[id(request.prompt_token_ids)].landing
                                                     for request in requests}
-            self._send(call, decision, [replace(request, offer=found[id(request.prompt_token_ids)].offer)
-                                        for request in requests])
+            first = {id(request.prompt_token_ids): request.request_id for request in reversed(requests)}
+            self._send(call, decision, [
+                replace(request, offer=found[prompt].offer) if first[prompt] == request.request_id else request
+                for request in requests for prompt in (id(request.prompt_token_ids),)])
         else:
             if found:
                 self._counts["refused"] += 1
