@@ -33,7 +33,7 @@ class PairCall(NamedTuple):
     num_requests: int
 
 
-def pair_snapshot(fleet: FleetSnapshot, figures: Figures, roles: tuple[str, ...], matched_I: np.ndarray,
+def pair_snapshot(fleet: FleetSnapshot, figures: Figures, roles: tuple[Role, ...], matched_I: np.ndarray,
                   call: PairCall, prefill_turn: int = 0) -> PairSnapshot:
     """fleet: before this call. figures: of the same instances. matched_I: tokens of the call's prompts that each has
     cached, in any tier."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xllm.routing.fleet_snapshot import FleetSnapshot, Reason
+from xllm.routing.roles import Role
 
 # pair: one computes the prompt, another goes on. direct: a decode instance computes the prompt itself for less than
 # another and the transfer would take. whole: an instance that computes whole requests. relief: as direct, because the
@@ -32,7 +33,7 @@ class PairSnapshot:
     """
 
     fleet: FleetSnapshot
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
     queue_s: np.ndarray
     prefill_s: np.ndarray
     move_s: np.ndarray

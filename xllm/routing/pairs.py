@@ -23,7 +23,10 @@ import numpy as np
 from xllm.routing.fleet_snapshot import RoutedCall
 from xllm.routing.pair_snapshot import PairDecision, PairReason, PairSnapshot
 from xllm.routing.ranking import allowed, in_turn
-from xllm.routing.roles import HANDS_OVER, TAKES_OVER, WHOLE
+from xllm.routing.roles import HANDS_OVER, ROLES, TAKES_OVER, WHOLE
+
+# Of each role, in the order of `ROLES`: what `_sides` asks of it.
+_ABILITIES = np.array([[role in able for role in ROLES] for able in (HANDS_OVER, TAKES_OVER, WHOLE, ("DECODE",))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,7 @@ def choose_pair(snapshot: PairSnapshot, call: RoutedCall) -> PairDecision:
 
 def _sides(snapshot: PairSnapshot, call: RoutedCall, among: np.ndarray) -> _Sides:
     """Of those that may be chosen, who may do what."""
-    hands_over, takes_over, whole, decodes = (
-        among & np.array([role in roles for role in snapshot.roles])
-        for roles in (HANDS_OVER, TAKES_OVER, WHOLE, ("DECODE",)))
+    hands_over, takes_over, whole, decodes = _ABILITIES[:, [ROLES.index(role) for role in snapshot.roles]] & among
     if not takes_over.any():
         return _Sides(hands_over, takes_over, among)
     if not (hands_over | whole).any():
@@ -106,12 +107,12 @@ def _keeps(snapshot: PairSnapshot, call: RoutedCall) -> np.ndarray:
 
 def _least(snapshot: PairSnapshot, call: RoutedCall, cost_PD: np.ndarray, among_PD: np.ndarray) -> tuple[int, int]:
     """The places of the least cost of those that are among them, at least one."""
-    equal_PD = among_PD & (cost_PD == cost_PD[among_PD].min())
+    equal_PD = among_PD & (cost_PD == np.where(among_PD, cost_PD, np.inf).min())
     if np.count_nonzero(equal_PD) > 1:
         names, num_open = snapshot.fleet.names, snapshot.fleet.num_open
         if call.last in names and equal_PD[:, last := names.index(call.last)].any():
             equal_PD[:, np.arange(len(names)) != last] = False
         open_PD = num_open[:, None] + num_open
-        equal_PD &= open_PD == open_PD[equal_PD].min()
+        equal_PD &= open_PD == np.where(equal_PD, open_PD, np.inf).min()
     place_d = in_turn(equal_PD.any(0), call.turn)
     return in_turn(equal_PD[:, place_d], snapshot.prefill_turn), place_d

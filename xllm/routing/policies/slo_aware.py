@@ -1,8 +1,8 @@
 """`slo_aware`: to where the targets are kept, and of these to where most of the prompt is cached.
 
 After xllm-service's SLO_AWARE, which predicts the time to the first token from what waits at an instance, and the time
-between tokens from what runs there. Its other half turns prefill instances into decode instances and back; there are no
-such roles here. It predicts by a parabola over the prompt's length, fitted when an instance starts; here the speed is
+between tokens from what runs there. Its other half turns prefill instances into decode instances and back: see
+`role_plan.py`. It predicts by a parabola over the prompt's length, fitted when an instance starts; here the speed is
 that of late, and what is cached need not be computed.
 """
 
