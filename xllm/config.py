@@ -268,10 +268,9 @@ class EngineConfig:
         return resolved
 
     def _resolve_cache(self, default_block_size: int) -> CacheSettings:
-        cache = dataclasses.replace(self.cache, block_size=self.cache.block_size or default_block_size)
-        if self.transfer.enable_disagg_pd and not cache.has_host_tier:  # KV of other instances lands there
-            return dataclasses.replace(cache, host_blocks_factor=LANDING_BLOCKS_FACTOR)
-        return cache
+        c, lands = self.cache, self.transfer.enable_disagg_pd and not self.cache.has_host_tier
+        return dataclasses.replace(c, block_size=c.block_size or default_block_size,
+                                   host_blocks_factor=LANDING_BLOCKS_FACTOR if lands else c.host_blocks_factor)
 
     def _resolve_speculative(self) -> SpeculativeSettings:
         s = self.speculative

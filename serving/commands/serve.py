@@ -13,9 +13,9 @@ from serving.cluster.model_fingerprint import model_fingerprint
 from serving.commands.cluster_instance import ClusterInstance
 from serving.commands.cluster_plan import ClusterPlan, cluster_plan
 from serving.commands.gated_calls import GatedCalls
-from serving.commands.roles import with_window_host
 from serving.commands.server_life import FrontDoor, ServerLife, front_door
 from serving.commands.startup import LogStream, StartupView
+from serving.commands.window_host import with_window_host
 from serving.config import ServerConfig
 from serving.engine.supervisor import Supervisor
 from xllm import logs

@@ -15,7 +15,7 @@ POINTS = 16  # of the horizon at which lateness is looked at. Chosen: what comes
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class RoleLoad:
     """A cluster's load. prefill, decode: those that have the role PREFILL, or DECODE, and are up; num_prefill,
     num_decode: those that compute prompts, or answers, mixed ones among them. queue_s: work that waits, in seconds of
     one instance. first_s: until a usual prompt has been computed at the idlest. prompt_s: what one takes. prefill_rate,
@@ -40,14 +40,14 @@ class Load:
         return max(self.step_s / tpot_s, self.usage / full_at)
 
 
-def load_of(snapshot: RoleSnapshot, prefill_rate: float, prompt_rate: float) -> Load:
+def load_of(snapshot: RoleSnapshot, prefill_rate: float, prompt_rate: float) -> RoleLoad:
     """Of those that are up."""
     up = [view for view in snapshot.instances if view.is_up]
     first = [view for view in up if view.role in HANDS_OVER]
     then = [view for view in up if view.role in TAKES_OVER]
     num_running = sum(view.num_running for view in then)
     prompt_s = prefill_rate / prompt_rate if prompt_rate > 0.0 else 0.0
-    return Load(
+    return RoleLoad(
         tuple(view for view in first if view.role == "PREFILL"), tuple(view for view in then if view.role == "DECODE"),
         len(first), len(then), sum(view.queue_s for view in first),
         min((view.queue_s for view in first), default=0.0) + prompt_s, prompt_s, prefill_rate, prompt_rate,
@@ -55,7 +55,7 @@ def load_of(snapshot: RoleSnapshot, prefill_rate: float, prompt_rate: float) -> 
         sum(view.used_tokens for view in then) / max(1, sum(view.num_tokens for view in then)))
 
 
-def prefill_late_s(load: Load, num_instances: int, ttft_s: float, horizon_s: float) -> float:
+def prefill_late_s(load: RoleLoad, num_instances: int, ttft_s: float, horizon_s: float) -> float:
     """Seconds beyond the target that all prompts of the horizon wait in sum, if so many compute them; those that wait
     now and those that come."""
     if num_instances <= 0:
@@ -66,7 +66,7 @@ def prefill_late_s(load: Load, num_instances: int, ttft_s: float, horizon_s: flo
     return load.prompt_rate * step_s * sum(max(0.0, late) for late in late_s)
 
 
-def decode_late_s(load: Load, num_instances: int, tpot_s: float, full_at: float, horizon_s: float) -> float:
+def decode_late_s(load: RoleLoad, num_instances: int, tpot_s: float, full_at: float, horizon_s: float) -> float:
     """Seconds beyond the target that all sequences take longer over the horizon, if so many decode them. Memory that is
     short counts as much as time: what finds no room waits."""
     if num_instances <= 0:

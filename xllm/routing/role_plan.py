@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from xllm.routing.role_gain import Load, decode_late_s, load_of, move_s, prefill_late_s
+from xllm.routing.role_gain import RoleLoad, decode_late_s, load_of, move_s, prefill_late_s
 from xllm.routing.role_snapshot import Flip, FlipReason, RolePlan, RoleRules, RoleSnapshot, RoleState, RoleView
 from xllm.routing.roles import Role
 
@@ -58,7 +58,7 @@ def _looked(snapshot: RoleSnapshot, state: RoleState, rules: RoleRules) -> RoleS
                    prompt_rate=state.prompt_rate + share * (come - state.prompt_rate))
 
 
-def _states(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: RoleRules) -> dict[str, float]:
+def _states(snapshot: RoleSnapshot, load: RoleLoad, state: RoleState, rules: RoleRules) -> dict[str, float]:
     """Since when each state has lasted: entered at one threshold, left below another."""
     left = (load.num_prefill - 1) * rules.idle_load
     is_idle = any(not view.queue_s and not view.num_waiting for view in load.prefill) and load.prefill_rate <= left
@@ -74,7 +74,7 @@ def _states(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: RoleRul
 # --- rules
 
 
-def _restoring(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: RoleRules) -> Flip | None:
+def _restoring(snapshot: RoleSnapshot, load: RoleLoad, state: RoleState, rules: RoleRules) -> Flip | None:
     """There are fewer of a kind than there must be, because some are gone: at once, if the others can spare one."""
     if load.num_prefill < rules.min_prefill and load.num_decode > rules.min_decode:
         return _flip(snapshot, load, state, rules, "PREFILL", "no_prefill")
@@ -83,7 +83,7 @@ def _restoring(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: Role
     return None
 
 
-def _improving(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: RoleRules) -> Flip | None:
+def _improving(snapshot: RoleSnapshot, load: RoleLoad, state: RoleState, rules: RoleRules) -> Flip | None:
     """The first of the rules that holds, for long enough, and pays."""
     def lasts(name: str, least_s: float) -> bool:
         return name in state.since and snapshot.now_s - state.since[name] >= least_s
@@ -101,7 +101,7 @@ def _improving(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: Role
     return None
 
 
-def _flip(snapshot: RoleSnapshot, load: Load, state: RoleState, rules: RoleRules, role: Role,
+def _flip(snapshot: RoleSnapshot, load: RoleLoad, state: RoleState, rules: RoleRules, role: Role,
           reason: FlipReason) -> Flip | None:
     """The flip of the least-loaded instance that may get this role; None: none may, or too few would be left."""
     to_prefill = role == "PREFILL"
