@@ -8,6 +8,7 @@
     ├── EngineDeadError    the engine stopped; every open request ends with this
     ├── WorkerError        a worker process ended, does not go on or differs: the engine ends, and is restarted
     ├── DeviceError        a device, its driver or one of its libraries is missing or failed
+    ├── TransferError      memory of another process cannot be written, or no more: what was to be sent is computed there
     └── DiskError          the KV store's disk failed: serving goes on without that tier
 
 The first three are also `ValueError`s: they say that the caller must change something.
@@ -79,6 +80,10 @@ class DeviceError(XllmError):
 
 class DiskError(XllmError, OSError):
     """The disk below the KV store failed; `errno` and `filename` as in any OSError."""
+
+
+class TransferError(XllmError):
+    """Bytes do not reach another process's memory: it is gone, refuses, or does not answer in time."""
 
 
 class IntegrityError(AssertionError):
