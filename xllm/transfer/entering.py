@@ -62,7 +62,8 @@ class Entering:
         if len(self._waiting) >= MAX_WAITING:
             reply(Rejected("too many senders wait for grants"))
             return
-        deadline_s = time.monotonic() + min(message.wait_s, MAX_WAIT_S)
+        wait_s = message.wait_s if 0.0 <= message.wait_s <= MAX_WAIT_S else MAX_WAIT_S  # also for what is no number
+        deadline_s = time.monotonic() + wait_s
         self._waiting.append((deadline_s, sender, num_senders, message, reply))
         self.retry()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from xllm.errors import TransferError
@@ -9,6 +11,9 @@ from xllm.errors import TransferError
 MAX_NOTE_BYTES = 65_536  # of one put; chosen: many times what names a layer's blocks
 MAX_PIECES = 65_536  # of one put; chosen: 256 MiB of 4 KiB each
 MAX_SENDERS = 4096  # into one grant; chosen: more ranks than an instance has
+
+
+_Place = Annotated[int, msgspec.Meta(ge=0, le=2**61)]  # in bytes; two of them add up in 64 bits
 
 
 class Introduce(msgspec.Struct, frozen=True, tag=True):
@@ -49,7 +54,7 @@ class Put(msgspec.Struct, frozen=True, tag=True):
     number: int
     note: bytes
     num_bytes: int
-    pieces: list[tuple[int, int]] = []
+    pieces: list[tuple[_Place, _Place]] = []
     crc: int | None = None
     session: bytes = b""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
+
+import numpy as np
 
 
 class Ranges:
@@ -16,17 +17,17 @@ class Ranges:
                 merged[-1][1] = max(merged[-1][1], start + length)
             else:
                 merged.append([start, start + length])
-        self._starts = [start for start, _ in merged]
-        self._ends = [end for _, end in merged]
-
-    def covers(self, offset: int, length: int) -> bool:
-        """Whether all of these bytes may be written. Bytes of no length may be anywhere."""
-        index = bisect.bisect_right(self._starts, offset) - 1
-        return length == 0 or (length > 0 and index >= 0 and offset + length <= self._ends[index])
+        self._bounds_R2 = np.array(merged, np.int64).reshape(-1, 2)  # each one's start and end
 
     def first_outside(self, pieces: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
-        """The first (offset, length) that is not covered."""
-        return next((piece for piece in pieces if not self.covers(*piece)), None)
+        """The first (offset, length) that may not be written. Bytes of no length may be anywhere."""
+        pieces_P2 = np.array(list(pieces), np.int64).reshape(-1, 2)
+        offsets_P, lengths_P = pieces_P2[:, 0], pieces_P2[:, 1]
+        index_P = np.searchsorted(self._bounds_R2[:, 0], offsets_P, "right") - 1
+        ends_P = self._bounds_R2[index_P, 1] if len(self._bounds_R2) else np.zeros_like(offsets_P)
+        is_within_P = (index_P >= 0) & (lengths_P >= 0) & (offsets_P + lengths_P <= ends_P) | (lengths_P == 0)
+        outside = np.flatnonzero(~is_within_P)
+        return (int(offsets_P[outside[0]]), int(lengths_P[outside[0]])) if len(outside) else None
 
     def as_pairs(self) -> list[tuple[int, int]]:
-        return [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+        return [(start, end - start) for start, end in self._bounds_R2.tolist()]
