@@ -11,6 +11,7 @@ import zmq
 from tests.transfer.receiving import KEY, LEASE_S, SIZE, take
 from tests.transfer.senders import LocalSender, pattern
 from xllm.transfer.put_wire import Enter, Entered, Introduce, Introduced, Put, Rejected, decode, encode
+from xllm.transfer.tcp import SESSION_BYTES
 from xllm.transfer.transport import Arrived, Ended
 from xllm.transfer.transports import open_window
 
@@ -69,10 +70,10 @@ def raw(window):
 @pytest.mark.parametrize("data", [
     b"", b"\xff" * 100, msgspec.msgpack.encode({"type": "Nothing"}), encode(Put(1, b"", 0)),
     encode(Enter(1, KEY, float("nan"), b"guess")), encode(Introduce(b"another", 1)), encode(Introduced(b"")),
-])
+], ids=["empty", "no msgpack", "no type", "no session", "a guessed session", "another incarnation", "an answer"])
 def test_messages_of_strangers(window, raw, data):
     assert isinstance(raw.ask(data), Rejected)
-    raw.bulk.sendall(b"x" * 100)  # no session's
+    raw.bulk.sendall(b"x" * SESSION_BYTES)  # no session's
     raw.bulk.settimeout(10)
     assert raw.bulk.recv(1) == b""
 
@@ -100,3 +101,5 @@ def test_a_wait_that_is_no_number_ends(window, raw):
     session = raw.enter(1)
     raw.control.send(encode(Enter(99, KEY, float("nan"), session)))
     assert isinstance(raw.ask(encode(Enter(98, KEY, 0.0, session))), Rejected)
+    raw.close()
+    assert take(window, 1) == [Ended(1, "its sender is gone")]
