@@ -130,11 +130,6 @@ TWIN_CLASSES = {
 }
 # What is built and proven and waits for the change that uses it (by its subject); taken off as it is used.
 WAITING = {
-    **dict.fromkeys(("xllm.transfer", "xllm.transfer.entering", "xllm.transfer.grants", "xllm.transfer.in_process",
-                     "xllm.transfer.memfd", "xllm.transfer.pieces", "xllm.transfer.put_wire", "xllm.transfer.ranges",
-                     "xllm.transfer.shared_memory", "xllm.transfer.tcp", "xllm.transfer.tcp_peer",
-                     "xllm.transfer.tcp_session", "xllm.transfer.transport", "xllm.transfer.transports"),
-                    "KV between instances"),
     "npu_ops.rotary.mrope": "positions of images and video",
     "serving.security.addresses": "media in requests",
     "serving.security.image_header": "media in requests",

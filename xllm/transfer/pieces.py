@@ -11,13 +11,13 @@ from xllm.errors import TransferError
 from xllm.kv import failpoints
 from xllm.transfer.put_wire import MAX_NOTE_BYTES, MAX_PIECES
 
-Piece = tuple[int, memoryview]
+PutPiece = tuple[int, memoryview]
 # From here on numpy copies, which lets other threads run meanwhile; below, a slice of a memoryview costs less (chosen:
 # other threads wait for 0.1 ms at most).
 LARGE_BYTES = 262_144
 
 
-def as_bytes(pieces: Sequence[Piece], note: bytes) -> list[Piece]:
+def as_bytes(pieces: Sequence[PutPiece], note: bytes) -> list[PutPiece]:
     """The pieces, each as flat bytes. Raises TransferError for what no put may have."""
     if len(pieces) > MAX_PIECES or len(note) > MAX_NOTE_BYTES:
         raise TransferError(f"a put has {MAX_PIECES} pieces and a note of {MAX_NOTE_BYTES} bytes at most, "
@@ -27,12 +27,12 @@ def as_bytes(pieces: Sequence[Piece], note: bytes) -> list[Piece]:
     return [(at, data.cast("B")) for at, data in pieces]
 
 
-def lengths(pieces: Iterable[Piece]) -> list[tuple[int, int]]:
+def lengths(pieces: Iterable[PutPiece]) -> list[tuple[int, int]]:
     """(offset, length) of each."""
     return [(at, len(data)) for at, data in pieces]
 
 
-def checksum(pieces: Iterable[Piece]) -> int:
+def checksum(pieces: Iterable[PutPiece]) -> int:
     """CRC-32 of all bytes, one piece after the other."""
     crc = 0
     for _, data in pieces:
@@ -40,7 +40,7 @@ def checksum(pieces: Iterable[Piece]) -> int:
     return crc
 
 
-def copy(memory: memoryview, pieces: Sequence[Piece]) -> None:
+def copy(memory: memoryview, pieces: Sequence[PutPiece]) -> None:
     """Write each piece at its offset."""
     half = len(pieces) // 2
     _copy(memory, pieces[:half])
@@ -49,7 +49,7 @@ def copy(memory: memoryview, pieces: Sequence[Piece]) -> None:
     _copy(memory, pieces[half:])
 
 
-def _copy(memory: memoryview, pieces: Sequence[Piece]) -> None:
+def _copy(memory: memoryview, pieces: Sequence[PutPiece]) -> None:
     for at, data in pieces:
         num_bytes = len(data)
         if num_bytes < LARGE_BYTES:

@@ -25,7 +25,7 @@ from xllm.kv import failpoints
 from xllm.transfer.entering import Entering, Entry, read_entry
 from xllm.transfer.grants import MAX_GRANTS, Grants
 from xllm.transfer.memfd import Memfd
-from xllm.transfer.pieces import Piece, as_bytes, copy, lengths
+from xllm.transfer.pieces import PutPiece, as_bytes, copy, lengths
 from xllm.transfer.put_wire import (
     MAX_SENDERS,
     Bye,
@@ -225,7 +225,7 @@ class SharedMemoryPeer:
         self._memory = self._files[0].memory
         self._marks = self._files[1].memory.cast("Q")
 
-    def put(self, number: int, key: bytes, pieces: Sequence[Piece], note: bytes) -> None:
+    def put(self, number: int, key: bytes, pieces: Sequence[PutPiece], note: bytes) -> None:
         flat = as_bytes(pieces, note)
         with self._lock:
             self._check_window()
@@ -273,7 +273,7 @@ class SharedMemoryPeer:
         self._entries[number] = entry
         return entry
 
-    def _write(self, number: int, entry: Entry, pieces: Sequence[Piece]) -> None:
+    def _write(self, number: int, entry: Entry, pieces: Sequence[PutPiece]) -> None:
         marks = self._files[1]
         locked = marks.lock(entry.mark, shared=True)
         try:

@@ -14,7 +14,7 @@ import zmq
 from xllm.errors import TransferError
 from xllm.kv import failpoints
 from xllm.transfer.entering import Entry, read_entry
-from xllm.transfer.pieces import Piece, as_bytes, checksum, lengths
+from xllm.transfer.pieces import PutPiece, as_bytes, checksum, lengths
 from xllm.transfer.put_wire import (
     Bye,
     Ceased,
@@ -60,7 +60,7 @@ class TcpPeer:
             self._shut()
             raise
 
-    def put(self, number: int, key: bytes, pieces: Sequence[Piece], note: bytes) -> None:
+    def put(self, number: int, key: bytes, pieces: Sequence[PutPiece], note: bytes) -> None:
         flat = as_bytes(pieces, note)
         places = lengths(flat)
         with self._lock:
