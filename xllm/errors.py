@@ -8,6 +8,7 @@
     ├── EngineDeadError    the engine stopped; every open request ends with this
     ├── WorkerError        a worker process ended, does not go on or differs: the engine ends, and is restarted
     ├── DeviceError        a device, its driver or one of its libraries is missing or failed
+    ├── TransferError      another process's memory cannot be written: what was to come is computed there
     └── DiskError          the KV store's disk failed: serving goes on without that tier
 
 The first three are also `ValueError`s: they say that the caller must change something.

@@ -27,7 +27,7 @@ _SHORTENED_FROM = 0.5
 _SHORTEST = 0.05
 
 
-class Peer(Protocol):
+class HttpPeer(Protocol):
     """The part of a connection that is used here."""
 
     def end(self, reason: str) -> None:
@@ -39,8 +39,8 @@ class Connections:
 
     def __init__(self, settings: ConnectionSettings, closed: Counter[str]):
         self.settings, self.closed = settings, closed
-        self._open: set[Peer] = set()
-        self._headless: dict[Peer, None] = {}  # in the order in which they began to wait
+        self._open: set[HttpPeer] = set()
+        self._headless: dict[HttpPeer, None] = {}  # in the order in which they began to wait
         self._max_open = min(settings.max_connections, allow_files(settings.max_connections))
 
     @property
@@ -48,7 +48,7 @@ class Connections:
         """max_connections, or fewer where the process may not have so many open files."""
         return self._max_open
 
-    def enter(self, peer: Peer) -> bool:
+    def enter(self, peer: HttpPeer) -> bool:
         """Count a new connection in, perhaps closing another (or this one). Returns False if it got one of the kept
         places."""
         self._open.add(peer)
@@ -60,14 +60,14 @@ class Connections:
             self._end(oldest)
         return len(self._open) <= self._max_open
 
-    def note_head(self, peer: Peer, waiting: bool) -> None:
+    def note_head(self, peer: HttpPeer, waiting: bool) -> None:
         """Note whether a connection waits for a request's head now."""
         if not waiting:
             self._headless.pop(peer, None)
         elif peer in self._open and peer not in self._headless:
             self._headless[peer] = None
 
-    def leave(self, peer: Peer) -> None:
+    def leave(self, peer: HttpPeer) -> None:
         """Count a closed connection out. May be called twice."""
         self._open.discard(peer)
         self._headless.pop(peer, None)
@@ -77,7 +77,7 @@ class Connections:
         free = 1 - len(self._open) / self._max_open
         return self.settings.head_timeout * max(_SHORTEST, min(1.0, free / (1 - _SHORTENED_FROM)))
 
-    def _end(self, peer: Peer) -> None:
+    def _end(self, peer: HttpPeer) -> None:
         self.leave(peer)  # at once, not when the loop comes to it: the next newcomer has this place
         peer.end(FULL)
 

@@ -61,6 +61,8 @@ NAMES = {
     "tier.load_begun": "the device blocks of a load are findable, and their bytes have not come",
     "tier.loaded_layer": "one layer of a load has come",
     "tier.loaded": "a load is complete, and what it held is given back",
+    "transfer.put_begun": "a sender may write into a window's memory, and has not yet",
+    "transfer.put_half": "half of a put's pieces are written",
     "tier.flush": "at shutdown, before one more path of the device is queued to be copied down",
 }
 

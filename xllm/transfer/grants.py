@@ -1,158 +1,221 @@
-"""`Grants`: which peers may write where in a window, and when a grant is over. No sockets; one lock around it."""
+"""`Grants`: a window's bookkeeping, whatever the transports are: who may write where, and what has happened."""
 
 from __future__ import annotations
 
 import hmac
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from xllm.transfer.transport import Arrived, Ended, TransferEvent
+from xllm.errors import TransferError
+from xllm.transfer.ranges import Ranges
+from xllm.transfer.transport import Arrived, Ended
 
-MAX_ENDED = 4096  # grants whose end is remembered for peers that finish late. Chosen: minutes of a busy instance
-
-
-class WriteGrant:
-    """writers: peers that asked and have not finished. busy: puts that are being received. reason: why it is at its
-    end; None: it is not. num_finished: peers that have finished."""
-
-    __slots__ = ("busy", "deadline_s", "key", "num_finished", "number", "ranges", "reason", "writers")
-
-    def __init__(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], deadline_s: float):
-        self.number, self.key, self.ranges, self.deadline_s = number, key, sorted(ranges), deadline_s
-        self.writers: set[bytes] = set()
-        self.busy = self.num_finished = 0
-        self.reason: str | None = None
-
-    def has(self, pieces: Sequence[tuple[int, int]]) -> bool:
-        """Whether all these (offset, length) pieces lie within the ranges."""
-        return all(within(self.ranges, offset, length) for offset, length in pieces)
+MAX_GRANTS = 4096  # open at a time; chosen: as many requests as an instance can expect, and a page of locks
+MAX_OVER = 4096  # ended grants whose reasons are remembered for senders that come late; chosen
+MIN_KEY_BYTES = 16  # 128 bits, which nobody guesses
+CLOSING_S = 0.001  # how often it is asked whether a sender has left a grant that ends; chosen: a put is as short
+CLOSE_WAIT_S = 5.0  # for senders that are in the middle of a put when the window closes; chosen
 
 
-def within(ranges: Sequence[tuple[int, int]], offset: int, length: int) -> bool:
-    """Whether one of these (offset, length) ranges holds the piece."""
-    return length >= 0 and any(first <= offset and offset + length <= first + size for first, size in ranges)
+class Entrance(Protocol):
+    """One way in. Called with the lock of `Grants` held, so it must not call back."""
+
+    def open(self, number: int) -> None:
+        """A grant begins."""
+
+    def bar(self, number: int) -> bool:
+        """Let nobody begin to write for this grant; whether nobody is writing any more. Called until it says so."""
+
+
+@dataclass(slots=True)
+class OpenGrant:
+    """reason: why it ends; None while it is open. senders: those that showed the key and have not finished."""
+
+    number: int
+    key: bytes
+    ranges: Ranges
+    deadline_s: float
+    senders: set[object] = field(default_factory=set)
+    num_senders: int = 0
+    num_finished: int = 0
+    num_writers: int = 0
+    reason: str | None = None
 
 
 class Grants:
-    """on_revoke(peer, number, reason): called when a peer that may be writing must stop; it says when it has
-    (`release`). tell: called with each event, in order. shares(peer): whether that peer writes into the memory itself,
-    so that a put cannot be refused here."""
+    """Thread-safe. A sender is any object that stands for one connection."""
 
-    def __init__(self, tell: Callable[[TransferEvent], None], on_revoke: Callable[[bytes, int, str], None],
-                 shares: Callable[[bytes], bool]):
-        self._tell, self._on_revoke, self._shares = tell, on_revoke, shares
-        self._lock = threading.RLock()
-        self._open: dict[int, WriteGrant] = {}
-        self._ended: OrderedDict[int, str] = OrderedDict()
+    def __init__(self, num_bytes: int):
+        self._num_bytes = num_bytes
+        self._doors: list[Entrance] = []
+        self._grants: dict[int, OpenGrant] = {}
+        self._over: dict[int, str] = {}
+        self._events: list[Arrived | Ended] = []
+        self._changed = threading.Condition()
+        self._closed = False
 
-    def add(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
-        """Open a grant."""
-        with self._lock:
-            assert number not in self._open and number not in self._ended, "a number is used twice"
-            self._open[number] = WriteGrant(number, key, ranges, time.monotonic() + lease_s)
+    def add_door(self, door: Entrance) -> None:
+        """Before the first grant."""
+        self._doors.append(door)
 
-    def ask(self, peer: bytes, number: int, key: bytes) -> list[tuple[int, int]] | str | None:
-        """Let a peer write: returns the ranges, or why it may not, or None while there is no such grant."""
-        with self._lock:
-            grant = self._open.get(number)
-            if grant is None:
-                return self._ended.get(number, None) and f"the grant is over: {self._ended[number]}"
+    # --- the receiver
+
+    def grant(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
+        """See `Window.grant`."""
+        if len(key) < MIN_KEY_BYTES:
+            raise ValueError(f"a grant's key has at least {MIN_KEY_BYTES} bytes, got {len(key)}")
+        for offset, length in ranges:
+            if offset < 0 or length < 0 or offset + length > self._num_bytes:
+                raise ValueError(f"grant {number}: {length} bytes at {offset} are not within the window's "
+                                 f"{self._num_bytes}")  # fmt: skip
+        with self._changed:
+            if self._closed or number in self._grants or number in self._over or not 0 <= number < 2**63:
+                raise ValueError(f"grant {number} is in use, over or negative, or the window is closed")
+            if len(self._grants) >= MAX_GRANTS:
+                raise ValueError(f"{MAX_GRANTS} grants are open, which is the most")
+            self._grants[number] = OpenGrant(number, key, Ranges(ranges), time.monotonic() + lease_s)
+            for door in self._doors:
+                door.open(number)
+            self._changed.notify_all()
+
+    def take(self, timeout_s: float) -> list[Arrived | Ended]:
+        """See `Window.take`."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                self._settle()
+                left_s = deadline_s - time.monotonic()
+                if self._events or self._closed or left_s <= 0:
+                    taken, self._events = self._events, []
+                    return taken
+                self._changed.wait(min(left_s, self._next_s()))
+
+    def revoke(self, number: int) -> None:
+        self.fail(number, "it was revoked")
+
+    def close(self) -> None:
+        """Ends all grants; waits up to CLOSE_WAIT_S for senders that are in the middle of a put."""
+        deadline_s = time.monotonic() + CLOSE_WAIT_S
+        with self._changed:
+            for grant in self._grants.values():
+                grant.reason = grant.reason or "the window was closed"
+            self._settle()
+            while self._grants and time.monotonic() < deadline_s:
+                self._changed.wait(CLOSING_S)
+                self._settle()
+            self._closed = True
+            self._doors = []
+            self._changed.notify_all()
+
+    def _settle(self) -> None:
+        now_s = time.monotonic()
+        for grant in list(self._grants.values()):
+            if grant.reason is None and now_s >= grant.deadline_s:
+                grant.reason = "its lease is over"
+            if grant.reason is not None and all(door.bar(grant.number) for door in self._doors) and (
+                    grant.num_writers == 0):  # fmt: skip
+                del self._grants[grant.number]
+                self._remember(grant.number, grant.reason)
+                self._events.append(Ended(grant.number, grant.reason))
+
+    def _remember(self, number: int, reason: str) -> None:
+        self._over[number] = reason or "it was finished"
+        if len(self._over) > MAX_OVER:
+            del self._over[next(iter(self._over))]
+
+    def _next_s(self) -> float:
+        """How long nothing can end by itself."""
+        if any(grant.reason is not None for grant in self._grants.values()):
+            return CLOSING_S
+        first_s = min((grant.deadline_s for grant in self._grants.values()), default=float("inf"))
+        return max(CLOSING_S, min(first_s - time.monotonic(), threading.TIMEOUT_MAX))
+
+    # --- the doors
+
+    def enter(self, number: int, key: bytes, sender: object, num_senders: int) -> OpenGrant | None:
+        """Let a sender in; None if the grant is not known (yet). num_senders: how many the sender says there are.
+        Raises TransferError if it may not put."""
+        with self._changed:
+            grant = self._grants.get(number)
+            if grant is None and number not in self._over and not self._closed:
+                return None
+            reason = "the window is closed" if grant is None else grant.reason
+            if grant is None or reason is not None:
+                raise TransferError(f"grant {number} is over: {self._over.get(number, reason)}")
             if not hmac.compare_digest(grant.key, key):
-                return "the key is wrong"
-            if grant.reason is not None:
-                return f"the grant is at its end: {grant.reason}"
-            grant.writers.add(peer)
-            return grant.ranges
+                raise TransferError(f"grant {number} has another key")
+            if grant.num_senders not in (0, num_senders):
+                raise TransferError(f"grant {number} has {grant.num_senders} senders, and this one says {num_senders}")
+            grant.num_senders = num_senders
+            grant.senders.add(sender)
+            return grant
 
-    def begin_put(self, peer: bytes, number: int, pieces: Sequence[tuple[int, int]]) -> str | None:
-        """A put is about to be received; returns why it is refused, or None. `end_put` follows then."""
-        with self._lock:
-            grant = self._open.get(number)
+    def first_outside(self, number: int, sender: object, pieces: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """The first piece that this sender may not write; None where the grant is over, when none is written."""
+        with self._changed:
+            grant = self._grants.get(number)
             if grant is None or grant.reason is not None:
-                return "the grant is over"
-            if peer not in grant.writers:
-                return "it was not asked for"
-            if not grant.has(pieces):
-                return "it is outside the ranges that were granted"
-            grant.busy += 1
-            return None
+                return None
+            allowed = grant.ranges if sender in grant.senders else Ranges([])
+            return allowed.first_outside(pieces)
 
-    def end_put(self, number: int, note: bytes, num_bytes: int, fault: str | None) -> None:
-        """The put was received, or not: `fault`, which ends the grant."""
-        with self._lock:
-            grant = self._open[number]
-            grant.busy -= 1
-            if fault is None:
-                self._tell(Arrived(number, note, num_bytes))
-            else:
-                self._close(grant, fault)
-            self._settle(grant)
+    def reason_of(self, number: int) -> str | None:
+        """Why it ends or ended; None while it is open."""
+        with self._changed:
+            grant = self._grants.get(number)
+            return grant.reason if grant is not None else self._over.get(number, "it is not known")
 
-    def wrote(self, peer: bytes, number: int, note: bytes, num_bytes: int) -> None:
-        """A peer that shares the memory has written."""
-        with self._lock:
-            grant = self._open.get(number)
-            if grant is not None and peer in grant.writers:
-                self._tell(Arrived(number, note, num_bytes))
+    def begin(self, number: int, sender: object) -> bool:
+        """Whether this sender's bytes may be written now; if so, `done` must follow soon: `Ended` waits for it."""
+        with self._changed:
+            grant = self._grants.get(number)
+            if grant is None or grant.reason is not None or sender not in grant.senders:
+                return False
+            grant.num_writers += 1
+            return True
 
-    def finish(self, peer: bytes, number: int, num_peers: int) -> str:
-        """A peer has finished; returns why not all of it was taken, or ""."""
-        with self._lock:
-            grant = self._open.get(number)
-            if grant is None:
-                return self._ended.get(number, "there is no such grant")
-            grant.writers.discard(peer)
+    def done(self, number: int) -> None:
+        with self._changed:
+            self._grants[number].num_writers -= 1
+            self._changed.notify_all()
+
+    def landed(self, number: int, sender: object, note: bytes, num_bytes: int) -> None:
+        """All bytes of a put are in memory. Not announced if the grant is ending."""
+        with self._changed:
+            grant = self._grants.get(number)
+            if grant is not None and grant.reason is None and sender in grant.senders:
+                self._events.append(Arrived(number, note, num_bytes))
+                self._changed.notify_all()
+
+    def finished(self, number: int, sender: object) -> str:
+        """The sender puts no more. The grant ends with the last of its senders. Returns why it ended before, or ""."""
+        with self._changed:
+            grant = self._grants.get(number)
+            if grant is None or grant.reason or sender not in grant.senders:
+                return (grant and grant.reason) or self._over.get(number, "it is not known")
+            grant.senders.remove(sender)
             grant.num_finished += 1
-            if grant.num_finished >= num_peers:
-                self._close(grant, "")
-            reason = grant.reason or ""
-            self._settle(grant)
-            return reason
+            if grant.num_finished == grant.num_senders:
+                grant.reason = ""
+            self._changed.notify_all()
+            return ""
 
-    def release(self, peer: bytes, number: int) -> None:
-        """A peer writes there no more."""
-        with self._lock:
-            if (grant := self._open.get(number)) is not None:
-                grant.writers.discard(peer)
-                self._settle(grant)
+    def fail(self, number: int, reason: str) -> None:
+        """The grant ends for this reason, if it has no other yet."""
+        with self._changed:
+            grant = self._grants.get(number)
+            if grant is not None and grant.reason is None:
+                grant.reason = reason
+                self._changed.notify_all()
 
-    def lose(self, peer: bytes) -> None:
-        """A peer is gone."""
-        with self._lock:
-            for grant in list(self._open.values()):
-                if peer in grant.writers:
-                    grant.writers.discard(peer)
-                    self._close(grant, "the sender is gone")
-                    self._settle(grant)
-
-    def revoke(self, number: int, reason: str = "") -> None:
-        """End a grant as soon as nobody can write there any more."""
-        with self._lock:
-            if (grant := self._open.get(number)) is not None:
-                self._close(grant, reason)
-                self._settle(grant)
-
-    def expire(self, now_s: float) -> None:
-        """RevokeGrant the grants whose lease is over."""
-        with self._lock:
-            for grant in list(self._open.values()):
-                if grant.deadline_s <= now_s and grant.reason is None:
-                    self.revoke(grant.number, "the lease is over")
-
-    def _close(self, grant: WriteGrant, reason: str) -> None:
-        if grant.reason is None:
-            grant.reason = reason
-            for peer in grant.writers:
-                self._on_revoke(peer, grant.number, reason)
-
-    def _settle(self, grant: WriteGrant) -> None:
-        """End a grant that is at its end, once no put is being received and nobody shares the memory who may write."""
-        if grant.reason is None or grant.busy or any(map(self._shares, grant.writers)):
-            return
-        del self._open[grant.number]
-        self._ended[grant.number] = grant.reason
-        if len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
-        self._tell(Ended(grant.number, grant.reason))
+    def lost(self, sender: object, reason: str) -> None:
+        """The sender is gone: what it has not finished ends."""
+        with self._changed:
+            for grant in self._grants.values():
+                if sender in grant.senders:
+                    grant.senders.remove(sender)
+                    grant.reason = grant.reason if grant.reason is not None else reason
+            self._changed.notify_all()

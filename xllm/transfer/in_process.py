@@ -1,103 +1,102 @@
-"""`LocalWindow` and `LocalPeer`: a transport within one process, for several engines in it."""
+"""Windows and peers within one process: a put is a copy. What the other transports are measured by."""
 
 from __future__ import annotations
 
-import queue
 import secrets
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 
-import numpy as np
-
 from xllm.errors import TransferError
+from xllm.kv import failpoints
+from xllm.transfer.entering import MAX_WAIT_S
 from xllm.transfer.grants import Grants
-from xllm.transfer.transport import TransferEvent
+from xllm.transfer.pieces import as_bytes, copy, lengths
 
-PREFIX = "local:"
-LOOK_S = 0.2  # between looks at leases, as of a `SocketWindow`
-UNKNOWN_S = 5.0  # that a peer may be sooner than the grant it asks for, as of a `SocketWindow`
-_WINDOWS: weakref.WeakValueDictionary[str, LocalWindow] = weakref.WeakValueDictionary()
+_POLL_S = 0.001  # between two looks for a grant that is to come; chosen
+
+_doors: weakref.WeakValueDictionary[str, InProcessDoor] = weakref.WeakValueDictionary()
 
 
-class LocalWindow:
-    """A `TransferWindow` that the threads of its own process write into."""
+class InProcessDoor:
+    """Of one window. address: for `InProcessPeer`, in this process alone."""
 
-    def __init__(self, num_bytes: int):
-        self.memory: np.ndarray = np.zeros(num_bytes, dtype=np.uint8)
-        self.addresses: tuple[str, ...] = (PREFIX + secrets.token_hex(8),)
-        self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
-        self.lock = threading.RLock()
-        self.grants = Grants(self._events.put, lambda peer, number, reason: None, lambda peer: False)
-        _WINDOWS[self.addresses[0]] = self
+    def __init__(self, grants: Grants, memory: memoryview):
+        self.grants = grants
+        self.memory = memory
+        self.address = f"memory://{secrets.token_hex(16)}"
+        self.is_closed = False
+        _doors[self.address] = self
 
-    def grant(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
-        """See `TransferWindow.grant`."""
-        self.grants.add(number, key, ranges, lease_s)
+    def open(self, number: int) -> None:
+        pass
 
-    def take(self, timeout_s: float) -> list[TransferEvent]:
-        """See `TransferWindow.take`."""
-        events, until_s = list[TransferEvent](), time.monotonic() + timeout_s
-        while not events and (left_s := until_s - time.monotonic()) > 0.0:
-            self.grants.expire(time.monotonic())
-            try:
-                events.append(self._events.get(timeout=min(left_s, LOOK_S)))
-                while True:
-                    events.append(self._events.get_nowait())
-            except queue.Empty:
-                continue
-        return events
-
-    def revoke(self, number: int) -> None:
-        """See `TransferWindow.revoke`."""
-        self.grants.revoke(number)
+    def bar(self, number: int) -> bool:
+        return True  # the grants count who writes
 
     def close(self) -> None:
-        """See `TransferWindow.close`."""
-        _WINDOWS.pop(self.addresses[0], None)
+        self.is_closed = True
+        _doors.pop(self.address, None)
 
 
-class LocalPeer:
-    """A `TransferPeer` of a `LocalWindow`. Raises TransferError if there is no such window."""
+class InProcessPeer:
+    """See `Peer`."""
 
-    def __init__(self, address: str):
-        self._address, self._identity = address, secrets.token_bytes(8)
-        self._asked = set[int]()
-        self._window()
-
-    def _window(self) -> LocalWindow:
-        if (window := _WINDOWS.get(self._address)) is None:
-            raise TransferError("the window is gone")
-        return window
+    def __init__(self, address: str, *, num_senders: int = 1, timeout_s: float = 10.0):
+        door = _doors.get(address)
+        if door is None:
+            raise TransferError(f"no window of this process is {address}")
+        self._door = door
+        self._num_senders = num_senders
+        self._timeout_s = min(timeout_s, MAX_WAIT_S)
+        self._lock = threading.Lock()
+        self._entered: set[int] = set()
+        self._closed = False
 
     def put(self, number: int, key: bytes, pieces: Sequence[tuple[int, memoryview]], note: bytes) -> None:
-        """See `TransferPeer.put`."""
-        window = self._window()
-        if number not in self._asked:
-            self._ask(window, number, key)
-        places = [(offset, len(data)) for offset, data in pieces]
-        if (refusal := window.grants.begin_put(self._identity, number, places)) is not None:
-            raise TransferError(refusal)
-        for offset, data in pieces:
-            window.memory[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
-        window.grants.end_put(number, note, sum(size for _, size in places), None)
+        flat = as_bytes(pieces, note)
+        with self._lock:
+            self._enter(number, key, flat)
+            grants = self._door.grants
+            if not grants.begin(number, self):
+                raise TransferError(f"grant {number} is over")
+            try:
+                if failpoints.armed is not None:
+                    failpoints.hit("transfer.put_begun")
+                copy(self._door.memory, flat)
+            finally:
+                grants.done(number)
+            grants.landed(number, self, note, sum(len(data) for _, data in flat))
 
-    def _ask(self, window: LocalWindow, number: int, key: bytes) -> None:
-        until_s = time.monotonic() + UNKNOWN_S
-        while (answer := window.grants.ask(self._identity, number, key)) is None and time.monotonic() < until_s:
-            time.sleep(0.01)
-        if not isinstance(answer, list):
-            raise TransferError(answer or "there is no such grant")
-        self._asked.add(number)
-
-    def finish(self, number: int, num_peers: int = 1) -> None:
-        """See `TransferPeer.finish`."""
-        self._asked.discard(number)
-        if reason := self._window().grants.finish(self._identity, number, num_peers):
-            raise TransferError(f"the window did not take all of it: {reason}")
+    def finish(self, number: int) -> None:
+        with self._lock:
+            self._check_open()
+            if number not in self._entered:
+                raise TransferError(f"nothing was put into grant {number} from here")
+            self._entered.remove(number)
+            reason = self._door.grants.finished(number, self)
+            if reason:
+                raise TransferError(f"grant {number} is over: {reason}")
 
     def close(self) -> None:
-        """See `TransferPeer.close`."""
-        if (window := _WINDOWS.get(self._address)) is not None:
-            window.grants.lose(self._identity)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._door.grants.lost(self, "its sender left")
+
+    def _enter(self, number: int, key: bytes, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        deadline_s = time.monotonic() + self._timeout_s
+        self._check_open()
+        while (grant := self._door.grants.enter(number, key, self, self._num_senders)) is None:
+            if time.monotonic() > deadline_s:
+                raise TransferError(f"grant {number} is not known at the window")
+            time.sleep(_POLL_S)
+        self._entered.add(number)
+        outside = grant.ranges.first_outside(lengths(pieces))
+        if outside is not None:
+            raise TransferError(f"grant {number} does not allow {outside[1]} bytes at {outside[0]}")
+
+    def _check_open(self) -> None:
+        if self._closed or self._door.is_closed:
+            raise TransferError("the window or the way to it is closed")

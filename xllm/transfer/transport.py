@@ -1,9 +1,9 @@
-"""`TransferWindow` and `TransferPeer`, the two ends of a transport: memory of one process, and another process that
-writes into it.
+"""`Window` and `Peer`: memory of one process that others write into. What every transport promises.
 
-The owner of the window grants ranges of its memory to whoever shows a key. A peer writes pieces into them and says
-what they are in a note. The rule that everything rests on: once a grant has ended (`Ended`), nothing is written into
-its ranges any more, whatever becomes of the peer.
+The receiver opens a window and grants numbered ranges of its memory, each grant with a secret key and a lease. A sender
+connects to an address of the window, shows the key, and puts pieces with a note. Both sides are told of everything that
+goes wrong: the sender by TransferError, the receiver by `Ended`. After `Ended` nothing is written into the ranges of
+that grant any more, whatever the sender does, so that they may be used for something else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Bytes are in memory, and were checked where the way to it is not memory itself. note: the peer's."""
+    """A put is complete: num_bytes bytes are in memory and, where the transport has checksums, checked."""
 
     number: int
     note: bytes
@@ -26,55 +24,52 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The grant is over. reason: "" if its peers have finished, or it was revoked; else what went wrong."""
+    """A grant is over, and nothing is written into its ranges any more. reason: empty if its senders finished it."""
 
     number: int
     reason: str
 
 
-TransferEvent = Arrived | Ended
+class Window(Protocol):
+    """The receiver's side. Thread-safe but for `take`, which one thread calls.
 
+    memory: the window's bytes (format B, writable). addresses: of this window, the best way first; they hold its
+    incarnation, which is random, so that a successor at the same host and port is not taken for it.
+    """
 
-class TransferWindow(Protocol):
-    """Memory that peers write into. memory: uint8. addresses: ways to it, the best first, each with this window's
-    incarnation in it: a peer of an earlier one is refused."""
+    @property
+    def memory(self) -> memoryview: ...
 
-    memory: np.ndarray
-    addresses: tuple[str, ...]
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
 
     def grant(self, number: int, key: bytes, ranges: Sequence[tuple[int, int]], lease_s: float) -> None:
-        """Let whoever shows the key write into these (offset, length) ranges, for so long at most. number: new in the
-        window's life. Any thread."""
-        ...
+        """From now on senders that show `key` may write these (offset, length) ranges, for lease_s seconds at most.
+        number: never used before in this window. Raises ValueError for ranges outside the memory, a short key, a number
+        that is in use, too many grants."""
 
-    def take(self, timeout_s: float) -> list[TransferEvent]:
-        """What has happened since the last call, waiting up to `timeout_s` for the first. One thread."""
-        ...
+    def take(self, timeout_s: float) -> list[Arrived | Ended]:
+        """What has happened, in the order in which it did for each sender; waits up to timeout_s for the first. Grants
+        end here, so a window is to be asked regularly. Empty once the window is closed."""
 
     def revoke(self, number: int) -> None:
-        """End a grant: `Ended` follows once nobody can write there any more. Unknown numbers are ignored. Any
-        thread."""
-        ...
+        """End a grant; `Ended` follows, with a reason. Nothing happens for one that is over."""
 
     def close(self) -> None:
-        """End all connections and threads. The memory stays as long as somebody uses it. Idempotent."""
-        ...
+        """End everything, and return once nobody writes. May be called twice. Views of `memory` stay readable."""
 
 
-class TransferPeer(Protocol):
-    """Writes into one window. One thread uses it. Every method waits for a bounded time and raises TransferError where
-    the window refuses, is gone, or does not answer; the peer can only be closed then."""
+class Peer(Protocol):
+    """The sender's side of one connection to a window. Thread-safe: puts wait for each other."""
 
     def put(self, number: int, key: bytes, pieces: Sequence[tuple[int, memoryview]], note: bytes) -> None:
-        """Write pieces, each at its offset of the window's memory, then have the note delivered. When it returns, the
-        sources may be used again; whether the window took everything only `finish` tells."""
-        ...
+        """Write each piece at its offset of the window's memory, then deliver `note`. Returns once the source may be
+        reused; that all has arrived is known after `finish`. A grant that the window does not know yet is waited for.
+        Raises TransferError; what was written until then is not announced."""
 
-    def finish(self, number: int, num_peers: int = 1) -> None:
-        """Say that no more comes from here for a grant, and wait until all of it was taken. num_peers: how many finish
-        the grant in all; it ends with the last."""
-        ...
+    def finish(self, number: int) -> None:
+        """No more comes from here for this grant. Returns once all its puts have arrived. Raises TransferError, also
+        for a grant that nothing was put into."""
 
     def close(self) -> None:
-        """End the connection. Idempotent."""
-        ...
+        """Grants that are not finished end at the window. May be called twice."""

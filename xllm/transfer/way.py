@@ -7,7 +7,7 @@ import numpy as np
 from xllm.kv_layout import KVLayout
 from xllm.kv_offer import KVOffer, RankWindow
 from xllm.transfer.relay import Relay
-from xllm.transfer.transport import TransferPeer
+from xllm.transfer.transport import Peer
 from xllm.transfer.transports import connect
 
 
@@ -18,7 +18,8 @@ class Way:
     def __init__(self, layout: KVLayout, window: RankWindow):
         self.layout, self.window = layout, window
         self.relay = Relay(layout, window.layout)
-        self._peer: TransferPeer | None = None
+        self._peer: Peer | None = None
+        self._begun = set[int]()  # offers for which something was put
 
     def put(self, offer: KVOffer, first: int, layer: int, layer_BX: np.ndarray) -> None:
         """Write one layer of blocks first, first + 1, ... of the path to where they belong there."""
@@ -31,13 +32,24 @@ class Way:
         blocks = np.flatnonzero(counts)
         note = np.stack((blocks + offer.first_block, counts[blocks]), axis=1).astype(np.int32).tobytes()
         if placed:
-            self.peer.put(offer.number, offer.key, placed, note)
+            self._put(offer, placed, note)
+
+    def _put(self, offer: KVOffer, placed: list[tuple[int, memoryview]], note: bytes) -> None:
+        self.peer.put(offer.number, offer.key, placed, note)
+        self._begun.add(offer.number)
+
+    def finish(self, offer: KVOffer) -> None:
+        """Say that no more comes for this offer, and wait until all of it has arrived. Raises TransferError."""
+        if offer.number not in self._begun:
+            self._put(offer, [], b"")
+        self._begun.discard(offer.number)
+        self.peer.finish(offer.number)
 
     @property
-    def peer(self) -> TransferPeer:
+    def peer(self) -> Peer:
         """Connects at the first use. Raises TransferError."""
         if self._peer is None:
-            self._peer = connect(self.window.addresses)
+            self._peer = connect(self.window.addresses, num_senders=self.relay.num_peers)
         return self._peer
 
     def close(self) -> None:
@@ -45,3 +57,4 @@ class Way:
         if self._peer is not None:
             self._peer.close()
             self._peer = None
+            self._begun.clear()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xllm.kv.moves import Move, MoveDone, MoveError
-from xllm.transfer.transport import Arrived, TransferWindow
+from xllm.transfer.transport import Arrived, Window
 
 LOOK_S = 0.5  # how long the thread sleeps at most before it looks whether it is to end. Chosen: an end waits that long
 _log = logging.getLogger(__name__)
@@ -19,24 +19,23 @@ _log = logging.getLogger(__name__)
 class _Landing:
     """num_bytes: of each block, how many have come."""
 
-    __slots__ = ("began_s", "first", "is_complete", "move", "num_bytes")
+    __slots__ = ("began_s", "first", "move", "num_bytes")
 
     def __init__(self, move: Move):
         self.move, self.first = move, int(move.sources[0])
         self.num_bytes = np.zeros(len(move.targets), dtype=np.int64)
         self.began_s = time.monotonic()
-        self.is_complete = False
 
 
 class LandingDesk:
     """A thread that begins with the first landing. `begin` is called by the thread that receives the moves; report is
     called with each landing that is over, in the desk's own thread.
 
-    block_bytes: of one slot. A landing is over when every byte of its blocks has come, or the window says that no more
-    will: the blocks before the first gap are good then.
+    block_bytes: of one slot. A landing is over when the window says that no more comes: the blocks before the first gap
+    are good then.
     """
 
-    def __init__(self, window: TransferWindow, block_bytes: int, report: Callable[[MoveDone], None]):
+    def __init__(self, window: Window, block_bytes: int, report: Callable[[MoveDone], None]):
         self._window, self._block_bytes, self._report = window, block_bytes, report
         self._open: dict[int, _Landing] = {}
         self._lock = threading.Lock()
@@ -76,16 +75,13 @@ class LandingDesk:
         """Take in a note: int32 pairs of (block of the path, bytes of it that came)."""
         pairs = np.frombuffer(note, dtype=np.int32).reshape(-1, 2)
         np.add.at(landing.num_bytes, pairs[:, 0] - landing.first, pairs[:, 1])
-        if not landing.is_complete and np.all(landing.num_bytes == self._block_bytes):
-            landing.is_complete = True
-            self._window.revoke(landing.move.number)  # its end follows once nothing can be written any more
 
     def _end(self, landing: _Landing, reason: str) -> None:
         with self._lock:
             del self._open[landing.move.number]
         whole = landing.num_bytes == self._block_bytes
         num_done = len(whole) if whole.all() else int(whole.argmin())
-        error = MoveError("peer", reason) if reason and not landing.is_complete else None
+        error = MoveError("peer", reason) if reason and num_done < len(whole) else None
         if error is not None:
             _log.warning("%d of %d KV blocks came from another instance: %s", num_done, len(whole), reason)
         elapsed_s = time.monotonic() - landing.began_s

@@ -108,7 +108,7 @@ class Destination(threading.Thread):
     def _finish(self, sending: _Sending) -> None:
         for way in self._connected():
             if way.relay.shares:
-                way.peer.finish(sending.offer.number, way.relay.num_peers)
+                way.finish(sending.offer)
 
     def _connected(self) -> list[Way]:
         if self._ways is None:

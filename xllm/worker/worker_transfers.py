@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from torch import Tensor
 
 from xllm.kv.moves import LAND, Move, MoveDone
@@ -31,7 +32,7 @@ class WorkerTransfers:
                           [spec.num_heads for spec in model.model_config.kv_specs], rank=rank,
                           num_ranks=model.config.device.num_ranks)
         opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
-        self.memory: Tensor = backend.share_host(opened.memory)
+        self.memory: Tensor = backend.share_host(np.frombuffer(opened.memory, dtype=np.uint8))
         self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec),
                                  block_bytes=codec.payload_bytes)
         self._desk = LandingDesk(opened, codec.payload_bytes, report)

@@ -32,7 +32,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "
 
 
 @dataclass(frozen=True)
-class Window:
+class TextWindow:
     """Token ids, and the bytes of text that those behind the prefix stand for."""
 
     token_ids: list[int]
@@ -78,7 +78,7 @@ def held_out_texts() -> Iterator[str]:
             yield path.read_bytes().decode("utf-8", errors="ignore")
 
 
-def windows(path: Path, texts: Iterator[str], prefix: int, continuation: int) -> Iterator[Window]:
+def windows(path: Path, texts: Iterator[str], prefix: int, continuation: int) -> Iterator[TextWindow]:
     """Cut texts such that every token behind the first `prefix` ones of its text is scored once."""
     from tokenizers import Tokenizer
 
@@ -89,7 +89,7 @@ def windows(path: Path, texts: Iterator[str], prefix: int, continuation: int) ->
         for start in range(0, len(ids) - prefix, continuation):
             stop = min(start + prefix + continuation, len(ids))
             scored = text[ends[start + prefix - 1] : ends[stop - 1]]
-            yield Window(ids[start:stop], len(scored.encode()))
+            yield TextWindow(ids[start:stop], len(scored.encode()))
 
 
 class Scorer:
@@ -181,7 +181,7 @@ class Scorer:
         return torch.nn.functional.cross_entropy(logits_TV, torch.tensor(targets), reduction="sum").item()
 
 
-def summary(found: list[Window], nats_WF: np.ndarray, scorer: Scorer, prefix: int) -> dict[str, Any]:
+def summary(found: list[TextWindow], nats_WF: np.ndarray, scorer: Scorer, prefix: int) -> dict[str, Any]:
     """Bits per byte and perplexity per token by format, and their differences to fp32."""
     num_bytes = sum(window.num_bytes for window in found)
     num_tokens = sum(len(window.token_ids) for window in found) - prefix * len(found)
