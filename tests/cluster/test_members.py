@@ -161,7 +161,7 @@ async def test_who_lies_or_cannot_be_understood_is_refused(store, instances: Ins
         assert stranger.member("a:1").reason.startswith("wrong cluster secret")
     async with master_of(store) as master:
         await master.sees("a:1", ACTIVE)
-        for name, changed, reason in (("p:1", {"protocol": 99}, "it speaks protocol 99, this speaks 1"),
+        for name, changed, reason in (("p:1", {"protocol": 99}, "it speaks protocol 99, this speaks 2"),
                                       ("n:1", {"model_names": ("x",)}, "its model's names: ('demo',) as it says"),
                                       ("x:1", {"incarnation_id": "9"}, "another incarnation answers")):
             other = dataclasses.replace(record, name=name, **changed)

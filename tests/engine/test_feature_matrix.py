@@ -18,7 +18,6 @@ import functools
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +28,10 @@ import pytest
 from llguidance import LLTokenizer
 
 from tests.engine.covering import covering_rows
+from tests.engine.matrix_engines import hear_from_ranks, leave_only_the_lower_tiers, settle, split
 from tests.engine.matrix_models import BUNDLED, MODELS, adapters, model_folder
-from tests.engine.paired_core import PairedCore
 from tests.worker.pool import fork_rank
 from xllm import LLM, SamplingParams, StructuredOutput
-from xllm.config import EngineConfig
-from xllm.engine.core import EngineCore
 from xllm.models.adapter_layers import AdapterLayers, read_layers
 from xllm.stats import EngineStats
 from xllm.structured.checker import GrammarChecker
@@ -220,21 +217,6 @@ def run(case: Case, *, twice: bool = True) -> list[list[int]]:
     return first_ids
 
 
-@contextlib.contextmanager
-def split(llm: LLM, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Have another engine, with the same settings, go on with what this one has begun."""
-    with tempfile.TemporaryDirectory() as folder:
-        if "disk_cache_dir" in settings:
-            settings = {**settings, "disk_cache_dir": folder}
-        first, second = llm._core, EngineCore(EngineConfig.from_flat(**settings))
-        llm._core = llm._engine.core = PairedCore(first, second)
-        try:
-            yield
-        finally:
-            llm._core = llm._engine.core = first
-            second.shutdown()
-
-
 def assert_same(features: frozenset[str], found: list[list[int]], expected: list[list[int]]) -> None:
     """Token for token. Where activations or KV are rounded to codes a prompt or two may differ: sums in another order
     are other in the last bit, which now and then rounds a number to the next code, 2^-8 away."""
@@ -288,34 +270,6 @@ def check_the_form(grammars: list[StructuredOutput | None], outputs: list[list[i
 
 
 # --- what looks into the engine
-
-
-def settle(llm: LLM) -> None:
-    """Let the moves between the tiers end."""
-    for core in getattr(llm._core, "cores", (llm._core,)):
-        while len(core.scheduler.kv.source.moves):
-            time.sleep(0.001)
-            core.tick()
-
-
-def hear_from_ranks(llm: LLM) -> None:
-    """What a rank counts comes with its signs of life; the next may be from before the last step."""
-    for _ in range(2):
-        heard = llm._core.link.stats()
-        while llm._core.link.stats() is heard:
-            time.sleep(0.01)
-            llm._core.tick()
-
-
-def leave_only_the_lower_tiers(llm: LLM, *, keep_host: bool) -> None:
-    """The next request finds nothing on the device: only in host memory, or only on disk."""
-    settle(llm)
-    for core in getattr(llm._core, "cores", (llm._core,)):
-        kv = core.scheduler.kv
-        kv.pool.drop_cached()
-        if not keep_host:
-            kv.source.clear()
-        kv.check_integrity()
 
 
 def check_the_worker(llm: LLM, case: Case) -> None:

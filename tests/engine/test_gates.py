@@ -47,7 +47,7 @@ def test_waiting_requests_are_counted_by_what_they_wait_for(core):
     core.control.resume()
     outputs = drain(core)
     assert set(outputs) == {"runs", "queued", "form", "late"}
-    assert core.stats().num_waiting_by_reason == {"capacity": 0, "kv": 0, "paused": 0, "grammar": 0}
+    assert core.stats().num_waiting_by_reason == {"capacity": 0, "kv": 0, "paused": 0, "grammar": 0, "transfer": 0}
 
 
 def test_a_request_passes_from_the_pause_to_the_next_gate(core):

@@ -177,7 +177,8 @@ def test_no_port_without_a_secret(flags: tuple[str, ...], why: str) -> None:
     ({"instance_role": "MIX"}, "instance_role MIX is for instances that register: it needs etcd_addr"),
     ({"instance_role": "ENCODE", "etcd_addr": "a:1"}, "instance_role ENCODE: .* not built yet"),
     ({"etcd_addr": "a:1", "etcd_cert": "x"}, "etcd_cert and etcd_key go together"),
-    ({"instance_role": "BOTH", "etcd_addr": "a:1"}, "instance_role must be one of DEFAULT, PREFILL, DECODE, MIX, got 'BOTH'"),
+    ({"instance_role": "BOTH", "etcd_addr": "a:1"},
+     "instance_role must be one of DEFAULT, PREFILL, DECODE, MIX, got 'BOTH'"),
     *(({"cluster_listen": text}, "HOST:PORT") for text in ("9000", ":9000", "a:", "a:b", "a:65536", "::1:1", "[]:1")),
 ])
 def test_settings_that_make_no_sense(settings: dict[str, str], why: str) -> None:

@@ -20,8 +20,8 @@ from xllm.routing.role_snapshot import RoleSnapshot, RoleView
 from xllm.routing.roles import Role
 from xllm.routing.routed_instance import STALE_S, Figures
 
-# What is assumed of moves before there were any: a connection on one machine. Measured with the bundled transports over
-# loopback these are 1 ms and about 1 GB/s; they decide only until the first request has been handed over.
+# What is assumed of moves before there were any. Chosen: what TCP does on one machine without checksums is about 1 GB/s
+# (benchmarks/results/transfer.json); they decide only until requests have been handed over.
 MOVE_START_S, MOVE_BYTE_S = 1e-3, 1e-9
 
 
