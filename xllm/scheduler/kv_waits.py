@@ -27,6 +27,8 @@ MAX_WAIT_S = 10.0
 # Of a step's mean time: a load that is expected to take less is not waited for, its layers arrive before the step reads
 # them. Chosen: the other half allows for loads that are slower than the mean.
 EARLY_SHARE = 0.5
+# Between looks of an idle engine at leases of KV that was not asked for. Chosen: it is kept so much longer.
+LEASE_LOOK_S = 1.0
 
 
 class Promotions:
@@ -156,7 +158,8 @@ class Promotions:
 
     def idle_s(self) -> float | None:
         """In how many seconds `tick` should be called while there is nothing to schedule; None: not at all."""
-        return self._kv.idle_s(self._clock())
+        idle_s = self._kv.idle_s(self._clock())
+        return LEASE_LOOK_S if idle_s is None and self.lander is not None and len(self.lander) else idle_s
 
     def tick(self) -> None:
         """Let the KV tiers go on with their background moves at full speed; called while nothing is scheduled."""

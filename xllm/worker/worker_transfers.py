@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from xllm.errors import ConfigError
 from xllm.kv.moves import LAND, Move, MoveDone
 from xllm.kv_offer import RankWindow
 from xllm.runner.kv_codec import KVCodec
@@ -32,7 +33,11 @@ class WorkerTransfers:
                           [spec.num_heads for spec in model.model_config.kv_specs], rank=rank,
                           num_ranks=model.config.device.num_ranks)
         opened = open_window(settings.ways, num_slots * codec.payload_bytes, host=settings.kv_transfer_host)
-        self.memory: Tensor = backend.share_host(np.frombuffer(opened.memory, dtype=np.uint8))
+        try:
+            self.memory: Tensor = backend.share_host(np.frombuffer(opened.memory, dtype=np.uint8))
+        except MemoryError as error:
+            opened.close()
+            raise ConfigError(f"enable_disagg_pd: {error}") from None
         self.window = RankWindow(addresses=opened.addresses, layout=reader.layout(codec),
                                  block_bytes=codec.payload_bytes)
         self._desk = LandingDesk(opened, codec.payload_bytes, report)

@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--each", nargs="?", const="", metavar="FAULTS", help="instead: every fault once, one after "
                         "the other, or these alone, parted by commas")
     parser.add_argument("--elastic", action="store_true", help="instead: no faults; instances come and go")
+    parser.add_argument("--roles", action="store_true", help="one instance computes prompts, the others answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--json", help="write the result to this file as well")
@@ -29,7 +30,7 @@ def main() -> int:
         result = asyncio.run(elastic(folder, args.seed, args.clients))
     else:
         seconds = args.seconds if args.each is None else None
-        result = asyncio.run(run(folder, args.seed, seconds, args.clients, fault=args.each))
+        result = asyncio.run(run(folder, args.seed, seconds, args.clients, fault=args.each, has_roles=args.roles))
     report.write(result, args.json)
     if result["problems"]:
         print(f"logs are in {folder}", file=sys.stderr)

@@ -154,7 +154,13 @@ class Instance:
             self.cluster.folder / f"{name or self.name}{'-double' if address else ''}.log", self.cluster.secret,
             "serve", "--port", "0", *ENGINE, "--admin-api-key", "the-admins", "--drain-timeout", "30", "--etcd-addr",
             self.cluster.etcd.address, "--instance-name", self.name, "--cluster-listen", address or self.address,
-            *(() if address else self._tiers()))
+            *self._role(), *(() if address else self._tiers()))
+
+    def _role(self) -> tuple[str, ...]:
+        if not self.cluster.has_roles:
+            return ()
+        is_first = self is self.cluster.instances[0]
+        return ("--enable-disagg-pd", "--instance-role", "PREFILL" if is_first else "DECODE")
 
     def _tiers(self) -> tuple[str, ...]:
         if not self.cluster.has_tiers:
@@ -198,10 +204,11 @@ TIERS = ("--host-cache-size", "16MiB", "--disk-cache-size", "64MiB")
 class ChaosCluster:
     """`await open()`, then `close()`. masters: as many of `MASTERS` as are asked for. The first and the last find the
     instances in etcd, and one of these two leads; the second is told where the networks before them are. has_tiers:
-    instances keep KV blocks in host memory and on disk, too."""
+    instances keep KV blocks in host memory and on disk, too. has_roles: the first computes prompts, others answer."""
 
-    def __init__(self, folder: Path, secret: str, num_instances: int = 3, *, has_tiers: bool = False):
-        self.folder, self.secret, self.has_tiers = folder, secret, has_tiers
+    def __init__(self, folder: Path, secret: str, num_instances: int = 3, *, has_tiers: bool = False,
+                 has_roles: bool = False):
+        self.folder, self.secret, self.has_tiers, self.has_roles = folder, secret, has_tiers, has_roles
         self.etcd = EtcdProcess(folder)
         self.instances = [Instance(self, name) for name in "abcd"[:num_instances]]
         self.masters: list[Process] = []

@@ -204,10 +204,10 @@ def fault_table(traffic: Traffic, faults: Faults) -> dict[str, dict[str, float]]
 
 
 async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10, *,
-              fault: str | None = None) -> dict[str, Any]:
+              fault: str | None = None, has_roles: bool = False) -> dict[str, Any]:
     """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only
     those of these names, parted by commas. Raises ValueError: there is none by a name."""
-    cluster = ChaosCluster(folder, secrets.token_hex(32), has_tiers=True)
+    cluster = ChaosCluster(folder, secrets.token_hex(32), has_tiers=True, has_roles=has_roles)
     try:
         await cluster.open()
         expected = await references(cluster.instances[0].process.get())
@@ -235,9 +235,10 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
         not_played = [f"{one.kind} of {one.target}: {one.not_played}" for one in faults.happened if one.not_played]
         if len(not_played) > MAX_NOT_PLAYED * len(faults.happened):
             problems.append(f"{len(not_played)} of {len(faults.happened)} faults could not be played")
-        recovered: Counter[str] = Counter()
+        recovered, handovers = Counter[str](), Counter[str]()
         for master in cluster.masters:
             totals = (await master.get().get("/cluster")).json()["totals"]
+            handovers.update(totals["handovers"])
             recovered.update({**totals["recovered"], "given up": totals["given_up"], "retried": totals["retried"]})
         outcomes = Counter(one.outcome for one in traffic.ended)
         return {
@@ -245,7 +246,7 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
             "tokens": sum(one.answer.usage[1] for one in traffic.ended), "outcomes": dict(sorted(outcomes.items())),
             "faults": fault_table(traffic, faults), "num_faults": len(faults.happened), "not_played": not_played,
             "machine": {"start_s": round(Process.start_s, 1), "stalled_s": round(faults.stall.since(begun_s), 1)},
-            "recoveries": dict(sorted(recovered.items())),
+            "recoveries": dict(sorted(recovered.items())), "handovers": dict(sorted(handovers.items())),
             "lost": sum(word in p for p in problems if p.startswith("request")
                         for word in (": lost: ", ": hung: ", ": broken: ", ": unavailable: ")),
             "wrong": outcomes["wrong"], "counts": {"before": before, "after": await counts(cluster)},
