@@ -18,6 +18,7 @@ from xllm.engine.commands import (
     Command,
     Control,
     Controlled,
+    Depart,
     EngineState,
     Expect,
     Expected,
@@ -27,6 +28,7 @@ from xllm.engine.commands import (
 )
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
+from xllm.transfer_settings import MAX_LEASE_S
 
 # What a client may ask of the engine as a whole: what the HTTP API's administrators may. Never `Shutdown`.
 ALLOWED: tuple[Action, ...] = ("state", "pause", "resume", "sleep", "wakeup", "reset_prefix_cache", "load_adapter",
@@ -76,6 +78,8 @@ class GateSession:
             task = asyncio.create_task(self._control(command))
             self._controls.add(task)
             task.add_done_callback(self._controls.discard)
+        elif isinstance(command, Depart):
+            self._engine.depart(self._prefix + command.request_id, command.offer)
         elif isinstance(command, Expect) and len(self._controls) < MAX_CONTROLS:
             task = asyncio.create_task(self._expect(command))
             self._controls.add(task)
@@ -180,6 +184,8 @@ class GateSession:
 
     async def _expect(self, command: Expect) -> None:
         try:
+            if not 0.0 < command.lease_s <= MAX_LEASE_S:  # nan is not, either
+                raise RequestError(f"lease_s must be in (0, {MAX_LEASE_S:g}]", field="lease_s")
             found = await self._engine.expect(self._own(command.request), command.lease_s)
         except RequestError as error:
             found = Expected(command.number, reason=str(error))

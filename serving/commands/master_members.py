@@ -87,7 +87,7 @@ class MasterMembers:
     # ---
 
     def _join_registered(self, name: str, client: RemoteClient, record: InstanceRecord) -> None:
-        self._join(name, client, "DEFAULT" if record.role == "MIX" else record.role)  # both do all of a request
+        self._join(name, client, record.role)
 
     def _join(self, name: str, client: MemberClient, role: str = "DEFAULT") -> None:
         assert client.model is not None and client.facts is not None

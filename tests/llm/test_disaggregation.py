@@ -246,6 +246,39 @@ async def test_an_abort(cluster: Cluster, num_tokens: int) -> None:
     await settled(cluster)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 12])
+async def test_a_drain_takes_the_kv_along(cluster: Cluster, num_tokens: int) -> None:
+    expected = await alone(cluster, SAMPLINGS["seeded"])
+    call = call_of(cluster, "x")
+    left: list[str] = []
+
+    def drain() -> None:
+        if call.place is not None:
+            left.append(call.place)
+            cluster.sites[call.place].client.gate.drain()
+
+    after(call, num_tokens, drain)
+    same(answers(await read(call))["x"], expected)
+    assert (left and call.place != left[0]) or num_tokens == 12  # which may end before its KV is there
+    await settled(cluster)
+
+
+async def test_a_drain_of_whole_requests_takes_the_kv_along() -> None:
+    async with sites(a="MIX", b="MIX", p="DEFAULT") as found:
+        found.client.leave("p", "it says what is expected")
+        sampling = SAMPLINGS["greedy"].varied(max_tokens=200)
+        expected = await alone(found, sampling)
+        call = call_of(found, "x", sampling=sampling)
+        first = []
+        after(call, 30, lambda: (first.append(call.place), found.sites[call.place].client.gate.drain()))
+        same(answers(await read(call))["x"], expected)
+        other = found.sites["b" if first == ["a"] else "a"].engine._core
+        # The prompt's blocks, and those of the answer that were full by then.
+        assert other.scheduler.promotions.lander.num_landed >= (len(LONG) + 30) // CONFIG.cache.block_size
+        assert found.client.counts.recovered["drained"] == 1 and found.client.counts.recomputed_tokens == 0
+        await settled(found)
+
+
 async def test_blocks_of_other_sizes() -> None:
     async with contextlib.AsyncExitStack() as stack:
         found = Cluster(ClusterClient(PairingFleet()))

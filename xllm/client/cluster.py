@@ -18,7 +18,8 @@ from typing import Any
 
 from xllm.client.call_watcher import CallWatcher, NoCallWatcher
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
-from xllm.client.dispatch import Dispatch, DispatchCounts, Dispatcher
+from xllm.client.dispatch import Dispatch, Dispatcher
+from xllm.client.dispatch_counts import DispatchCounts
 from xllm.client.engine_client import EngineAwayError, Stream
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
@@ -27,6 +28,7 @@ from xllm.engine.commands import Action, Controlled, EngineState, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
+from xllm.kv_offer import KVOffer
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.routed_instance import LoadReport
@@ -255,6 +257,9 @@ class ClusterClient:
     async def expect(self, request: Request, lease_s: float) -> Expected:
         """See `EngineClient.expect`: its instances send KV to each other, nobody to all of them."""
         return Expected(0, reason="a cluster as a whole takes no KV")
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """See `EngineClient.depart`: where its requests are is its own affair."""
 
     async def control(self, action: Action, **options: Any) -> Controlled:
         """See `EngineClient.control`: all instances do it, or none. The error of one that refuses names it."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from xllm.client.commanding import CommandingClient
 from xllm.client.engine_client import Stream
 from xllm.client.successor import Successor
+from xllm.kv_offer import KVOffer
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.routing.prompt_marks import PromptMarks
 from xllm.routing.recovery import TRIAL_OUTPUTS, is_suspect
@@ -168,6 +169,12 @@ class ClusterCall(Stream):
         else:
             self._aborted.update(self.open_ids.intersection(request_ids))
             self._client.abort(request_ids)
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """Have the instance send the KV of a request to another one, where the call goes on then."""
+        if self._client is not None:
+            self._offered.add(request_id)
+            self._client.depart(request_id, offer)
 
     def _withdraw(self, request_ids: Sequence[str]) -> None:
         if self._client is not None:

@@ -19,6 +19,7 @@ from xllm.engine.commands import (
     Command,
     Control,
     Controlled,
+    Depart,
     Expect,
     Expected,
     Outputs,
@@ -78,7 +79,7 @@ class _CommandCodec:
     written once, and the requests, which refer to them."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect)
+        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect, Depart)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(tuple[list[bytes], SharedParams, list[_RequestHead]])
 

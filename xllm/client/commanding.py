@@ -18,6 +18,7 @@ from xllm.engine.commands import (
     CommandReply,
     Control,
     Controlled,
+    Depart,
     Expect,
     Expected,
     Outputs,
@@ -26,6 +27,7 @@ from xllm.engine.commands import (
 )
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
+from xllm.kv_offer import KVOffer
 from xllm.request import OutputDelta, Request
 
 logger = logging.getLogger("xllm.client")
@@ -122,6 +124,11 @@ class CommandingClient(ABC):
             return await answer
         finally:
             self._expected.pop(number, None)
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """See `EngineClient.depart`."""
+        if request_id in self._streams and self.dead_reason is None:
+            self._send(Depart(request_id, offer))
 
     async def control_or_log(self, action: Action, **options: Any) -> None:
         """Send a command that brings an engine that comes later to where others are, or it was itself; what it refuses

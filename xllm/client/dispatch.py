@@ -7,11 +7,12 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from xllm.client.call_watcher import CallWatcher
 from xllm.client.cluster_call import ClusterCall, Loss
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
+from xllm.client.dispatch_counts import DispatchCounts
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
 from xllm.client.handovers import Handovers
 from xllm.errors import EngineDeadError, RequestError
@@ -24,7 +25,6 @@ from xllm.routing.recovery import Interrupted, Present, blamed, is_suspect, next
 from xllm.routing.roles import unsuited
 
 MAX_DECISIONS = 100  # that are kept to be looked at. Chosen: a screen or two
-CAUSES = ("lost", "drained")  # why calls go on elsewhere
 LOOK_S = 0.25  # between looks for an instance where none has room. Chosen: half a sign of life
 logger = logging.getLogger("xllm.cluster")
 
@@ -39,21 +39,6 @@ class Dispatch:
     num_tokens: int
     num_lost: int
     decision: Decision
-
-
-@dataclass(slots=True)
-class DispatchCounts:
-    """Totals. decisions: by their reasons. recovered: calls that went on elsewhere, by why: lost, drained. handovers:
-    of `handovers.py:OUTCOMES`. retried: calls that were sent to another instance because one had no room.
-    recomputed_tokens: of prompts and answers that were sent to be computed again, without what was cached there.
-    given_up: calls that ended with an error because no instance could go on."""
-
-    decisions: Counter[str] = field(default_factory=Counter)
-    recovered: Counter[str] = field(default_factory=Counter)
-    handovers: Counter[str] = field(default_factory=Counter)
-    retried: int = 0
-    recomputed_tokens: int = 0
-    given_up: int = 0
 
 
 class Dispatcher:
@@ -109,16 +94,28 @@ class Dispatcher:
         """Have others go on with what an instance has, as far as there are others that take it."""
         calls = {call for call in self.calls.values() if call.place == member.name}
         kept = [call for call in calls
-                if not (call.next_place or call.is_aborted or self._pass_on(call, "drained"))]
+                if not (call.next_place or call.is_aborted or self._move_kv(call) or self._pass_on(call, "drained"))]
         if num_requests := sum(len(call.open_ids) for call in kept):
             logger.warning("%s goes on with %d requests: no other instance takes them", member.name, num_requests)
+
+    def _move_kv(self, call: ClusterCall) -> bool:
+        """Have a call go on at another instance with its KV. False: there is none that could take that."""
+        requests, place = call.unaborted, self._decide_next(call).name
+        if place is None or call.place is None or not self.handovers.can_move(call.place, place):
+            return False
+        self.handovers.move(call, place, requests, lambda: self._pass_on(call, "drained"))
+        return True
+
+    def _decide_next(self, call: ClusterCall) -> Decision:
+        """Where a call may go on, but for where it is and was."""
+        tries = call.tries
+        return self._decide(call, call.unaborted, {
+            call.place or "", *tries.busy, *tries.refused, *self._trials(call), *(loss.place for loss in tries.lost)})
 
     def _pass_on(self, call: ClusterCall, cause: str, error: str = "") -> bool:
         """Ask another instance to take what one has that goes on with it meanwhile. cause, error: as of
         `CallWatcher.lost`. False: there is none."""
-        requests, tries = call.unaborted, call.tries
-        decision = self._decide(call, requests, {call.place or "", *tries.busy, *tries.refused, *self._trials(call),
-                                                 *(loss.place for loss in tries.lost)})
+        requests, decision = call.unaborted, self._decide_next(call)
         if decision.name is None or decision.reason == "full":
             return False
         self._watcher.lost(call.open_ids, cause, error)
@@ -162,6 +159,8 @@ class Dispatcher:
     def handed_over(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
         self._forget_sent(place, call.open_ids)
+        if (member := self._members.all.get(place)) is not None and member.was_drained:
+            self._note_moved(place, len(call.open_ids))
         if (taken := self.handovers.take(call)) is None:
             self._begin_going_on(call, EngineDeadError(f"{place} has handed it over to an instance that is gone"))
             return
@@ -172,10 +171,13 @@ class Dispatcher:
     def moved(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
         self._forget_sent(place, call.open_ids)
+        self._note_moved(place, len(call.open_ids))
+
+    def _note_moved(self, place: str, num_requests: int) -> None:
         self.counts.recovered["drained"] += 1
         if not self._handed:
             asyncio.get_running_loop().call_soon(self._note_handed)
-        self._handed[place] += len(call.open_ids)
+        self._handed[place] += num_requests
 
     def _note_handed(self) -> None:
         for place, num_requests in self._handed.items():  # one event, however many calls there were

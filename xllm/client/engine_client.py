@@ -11,6 +11,7 @@ from xllm.engine.commands import Action, Controlled, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.errors import EngineDeadError, RequestError
+from xllm.kv_offer import KVOffer
 from xllm.request import OutputDelta, Request
 from xllm.stats import EngineStats
 
@@ -67,6 +68,9 @@ class EngineClient(Protocol):
 
         Raises: EngineDeadError: no engine, or it ended meanwhile.
         """
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """Have a request go on elsewhere; see `commands.Depart`. Unknown ids are ignored."""
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests; each reader gets the terminal delta. Unknown ids are ignored."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.engine.commands import Expected
 from xllm.errors import EngineDeadError
-from xllm.kv_offer import NOTHING_MISSING
+from xllm.kv_offer import NOTHING_MISSING, KVOffer
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
@@ -20,6 +21,9 @@ from xllm.routing.pair_snapshot import PairDecision
 
 # For an instance to say where KV is to go. Chosen: some steps of a busy engine; the prompt is computed without it then.
 ASK_S = 2.0
+# For the KV of running requests to reach another instance. Chosen: far more than it takes, and less than a drain waits.
+MOVE_S = 10.0
+LOOK_S = 0.05  # between looks whether it has. Chosen: a drain waits that much longer
 logger = logging.getLogger("xllm.cluster")
 
 Send = Callable[[ClusterCall, Decision, Sequence[Request]], None]
@@ -43,7 +47,9 @@ class Handovers:
         """Whether the KV of a call can go from one instance of a pair to the other, and is of any use there."""
         if pair.prefill is None or pair.decode is None or not all(map(_goes_on, requests)):
             return False
-        sender, receiver = self._members.all[pair.prefill], self._members.all[pair.decode]
+        return self._fit(self._members.all[pair.prefill], self._members.all[pair.decode])
+
+    def _fit(self, sender: ClusterMember, receiver: ClusterMember) -> bool:
         mine, theirs = _block_size(sender), _block_size(receiver)
         return _sends_kv(sender) and _sends_kv(receiver) and not (mine % theirs and theirs % mine)
 
@@ -63,20 +69,53 @@ class Handovers:
         if found and all(each.reason == NOTHING_MISSING for each in found.values()):
             self._counts["nothing_missing"] += 1
             self._send(call, Decision(pair.decode, "direct", pair.scores, pair.decode_tokens), requests)
-        elif found and all(each.offer is not None for each in found.values()):
+        elif found and all(each.offer is not None or each.reason == NOTHING_MISSING for each in found.values()):
             self._counts["offered"] += 1
             for request in requests:
                 self._fleet.expect(pair.decode, request.request_id, len(request.prompt_token_ids))
-            self._receivers[call] = pair.decode, {request.request_id: found[id(request.prompt_token_ids)].landing
-                                                    for request in requests}
-            first = {id(request.prompt_token_ids): request.request_id for request in reversed(requests)}
-            self._send(call, decision, [
-                replace(request, offer=found[prompt].offer) if first[prompt] == request.request_id else request
-                for request in requests for prompt in (id(request.prompt_token_ids),)])
+            self._note(call, pair.decode, requests, found)
+            offers = _offers(requests, found)
+            self._send(call, decision, [replace(request, offer=offers.get(request.request_id)) for request in requests])
         else:
             if found:
                 self._counts["refused"] += 1
             self._send(call, decision, requests)
+
+    def can_move(self, sender: str, receiver: str) -> bool:
+        """Whether KV of running requests can go from one instance to another."""
+        return self._fit(self._members.all[sender], self._members.all[receiver])
+
+    def move(self, call: ClusterCall, place: str, requests: Sequence[Request], otherwise: Callable[[], object]) -> None:
+        """Have a running call go on at `place` once its KV is there; it goes on where it is meanwhile. otherwise: is
+        called if that does not come about."""
+        task = asyncio.create_task(self._move(call, place, requests, otherwise), name="cluster-migration")
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _move(self, call: ClusterCall, place: str, requests: Sequence[Request],
+                    otherwise: Callable[[], object]) -> None:
+        sender = call.place
+        if call not in self._receivers:  # else it is leaving already
+            found = await self._ask(place, requests)
+            if not call.open_ids or call.place != sender or call in self._receivers:
+                return
+            if found and all(each.offer is not None for each in found.values()):
+                self._counts["offered"] += 1
+                self._note(call, place, requests, found)
+                for request_id, offer in _offers(requests, found).items():
+                    call.depart(request_id, offer)
+        until_s = time.monotonic() + MOVE_S
+        while call in self._receivers and call.open_ids and call.place == sender and time.monotonic() < until_s:
+            await asyncio.sleep(LOOK_S)
+        if call.open_ids and call.place == sender:
+            self.forget(call)
+            otherwise()
+
+    def _note(self, call: ClusterCall, place: str, requests: Sequence[Request], found: Mapping[int, Expected]) -> None:
+        """Where a call is to go on, and which of its requests have KV on its way there."""
+        self._receivers[call] = place, {
+            request.request_id: answer.landing for request in requests
+            if (answer := found[id(request.prompt_token_ids)]).offer is not None}
 
     async def _ask(self, place: str, requests: Sequence[Request]) -> dict[int, Expected]:
         """By the identity of each prompt; empty if the instance has not answered."""
@@ -121,6 +160,12 @@ class Handovers:
         for task in list(self._asking):
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
+
+
+def _offers(requests: Sequence[Request], found: Mapping[int, Expected]) -> dict[str, KVOffer]:
+    """One request of each prompt, by id, and where the KV of that is to go: what several share is sent once."""
+    first = {id(request.prompt_token_ids): request.request_id for request in reversed(requests)}
+    return {first[prompt]: answer.offer for prompt, answer in found.items() if answer.offer is not None}
 
 
 def _sends_kv(member: ClusterMember) -> bool:

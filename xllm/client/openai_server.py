@@ -25,6 +25,7 @@ from xllm.client.server_place import ServerPlace
 from xllm.engine.commands import Abort, Action, Command, Controlled, EngineState, Expected, Refused, Submit
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
+from xllm.kv_offer import KVOffer
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
 
 LOOK_S = 0.5  # between looks at its health and load. Chosen: as the signs of life of our own instances
@@ -189,6 +190,9 @@ class OpenAIServer(MemberClient):
     def refusal(self, requests: Sequence[Request]) -> RequestError | None:
         """See `MemberClient.refusal`."""
         return first_refusal(requests)
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """See `EngineClient.depart`: its requests stay."""
 
     async def expect(self, request: Request, lease_s: float) -> Expected:
         """See `EngineClient.expect`: its server takes KV in a way of its own."""

@@ -26,6 +26,7 @@ from xllm.engine.step_log import StepReport
 from xllm.engine_count import check_engines
 from xllm.errors import ConfigError, EngineDeadError, RequestError
 from xllm.kv_events_settings import of_rank
+from xllm.kv_offer import KVOffer
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
@@ -247,10 +248,11 @@ class Replicas:
         """To the engine that expects their KV."""
         landing = requests[0].landing
         assert landing is not None
-        engine = self.engines[landing % len(self.engines)]
-        stream = engine.submit([replace(request, landing=None if request.landing is None else
-                                        request.landing // len(self.engines)) for request in requests])
-        stream.engine = landing % len(self.engines)
+        number, count = landing % len(self.engines), len(self.engines)
+        stream = self.engines[number].submit([
+            replace(request, landing=request.landing // count if request.landing is not None
+                    and request.landing % count == number else None) for request in requests])
+        stream.engine = number
         return stream
 
     async def expect(self, request: Request, lease_s: float) -> Expected:
@@ -288,6 +290,11 @@ class Replicas:
             return NO_MARKS
         digest = self._digests[request.lora] if request.lora in self.adapters else ""
         return prompt_marks(request.prompt_token_ids, self._block_size, request.cache_salt, digest)
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """See `EngineClient.depart`."""
+        for engine in self.engines:
+            engine.depart(request_id, offer)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """See `EngineClient.abort`."""

@@ -59,6 +59,15 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True)
+class Depart:
+    """Send the KV of an open request to another instance; once it is there the request ends with `HANDED_OVER`. If it
+    cannot be sent the request stays. Unknown ids are ignored, and requests that are leaving already."""
+
+    request_id: str
+    offer: KVOffer
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Stop after the step in progress; open requests are dropped. With a disk the KV cache is stored then, which takes
     up to `FLUSH_S`: a client that kills the engine if it does not end waits longer than that."""
@@ -129,5 +138,5 @@ class CacheChanges:
     removed: bytes
 
 
-Command = Submit | Abort | Control | Expect | Shutdown
+Command = Submit | Abort | Control | Expect | Depart | Shutdown
 CommandReply = Refused | Controlled | Expected | Outputs | CacheChanges

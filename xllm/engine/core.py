@@ -148,6 +148,11 @@ class EngineCore:
         digests = block_digests(token_ids, self.config.cache.block_size, salt)
         return lander.expect(digests, lease_s, self.scheduler.promotions.now_s)
 
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """See `commands.Depart`. A request that waits at a gate stays."""
+        if self.scheduler.departures.outbox is not None:
+            self.scheduler.depart(request_id, offer)
+
     def _pass_on(self, request: Request, gates: Sequence[Gate]) -> None:
         """Give the request to the first gate that keeps it, else to the scheduler. Raises RequestError."""
         if not any(gate.hold(request) for gate in gates):

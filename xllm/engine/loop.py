@@ -13,6 +13,7 @@ from xllm.engine.commands import (
     CommandReply,
     Control,
     Controlled,
+    Depart,
     EngineState,
     Expect,
     Expected,
@@ -79,6 +80,8 @@ class EngineLoop:
                 self._abort(command.request_ids)
             elif isinstance(command, Expect):
                 self._report(self._expect(command))
+            elif isinstance(command, Depart):
+                self._core.depart(command.request_id, command.offer)
             else:
                 self._control(command)
             command = self._source.take(0.0)

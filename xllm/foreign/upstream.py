@@ -10,7 +10,8 @@ from xllm.errors import ConfigError
 from xllm.foreign.flag import ForeignFlag, accepted, ignored, ignored_switch, refused, refused_switch, sets
 
 _ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
-_NO_DISAGGREGATION = "instances that share the work of a request are not built yet"
+_NO_COLOCATION = "requests that yield to others across instances are not built yet"
+_OWN_PORTS = "KV travels by shared memory, or TCP at ports that the system chooses: --kv-transfer-host, -ways"
 _NO_EP = "expert parallelism is not built yet: ranks share every expert"
 _ONE_LOOP = "one event loop answers HTTP"
 _NO_PROFILE = "steps are not planned by a profile"
@@ -94,8 +95,9 @@ UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
     accepted("instance_name", "host:port of HTTP by default"),
     accepted("instance_role", "DEFAULT, PREFILL, DECODE and MIX; ENCODE is not built yet and refused"),
     accepted("enable_cache_upload", "on by default; digests of what is cached, to masters that are connected"),
-    refused_switch("enable_pd_ooc", _NO_DISAGGREGATION),
-    *(refused(name, _NO_DISAGGREGATION) for name in ("disagg_pd_port", "kv_cache_transfer_type",
+    accepted("enable_disagg_pd", "roles are said by instance_role"),
+    refused_switch("enable_pd_ooc", _NO_COLOCATION),
+    *(refused(name, _OWN_PORTS) for name in ("disagg_pd_port", "kv_cache_transfer_type",
                                                      "kv_cache_transfer_mode", "transfer_listen_port")),
     refused("xservice_addr", "instances and masters find each other by --etcd-addr"),
     ignored_switch("use_cpp_chat_template", "templates are rendered as Hugging Face writes them"),

@@ -54,9 +54,13 @@ class Departures:
         return len(self._open)
 
     def begin(self, seq: SequenceState, offer: KVOffer) -> None:
-        """Send the KV of a request to where `offer` says, from the next step on that computes it."""
+        """Send the KV of a request to where `offer` says, from the next step on that computes it. Does nothing if it is
+        leaving already."""
         assert self.outbox is not None
-        departure = self._open[seq] = Departure(offer, self._kv.block_size, len(seq.token_ids))
+        if seq in self._open:
+            return
+        num_tokens = int(self._rows.known[seq.row]) if seq.status is Status.RUNNING else len(seq.token_ids)
+        departure = self._open[seq] = Departure(offer, self._kv.block_size, num_tokens)
         if departure.is_sent:  # it has no full block that is missing there
             self._send(seq, departure, np.zeros(0, dtype=np.int32), NO_TICKET)
 

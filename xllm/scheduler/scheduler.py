@@ -22,6 +22,7 @@ from xllm.cost.online import OnlineCost
 from xllm.errors import IntegrityError, RequestError
 from xllm.kv.eviction import make_policy
 from xllm.kv.manager import KVManager
+from xllm.kv_offer import KVOffer
 from xllm.request import FinishReason, OutputDelta, Request
 from xllm.scheduler.admission import Admission
 from xllm.scheduler.departures import Departures
@@ -134,6 +135,12 @@ class Scheduler:
         self._ready.append(self._finish(seq, reason))
         if row >= 0 and self.rows.in_flight[row] == 0:
             self.running.release(row)
+
+    def depart(self, request_id: str, offer: KVOffer) -> None:
+        """Have a request go on elsewhere once its KV is there; unknown ids are ignored."""
+        seq = self._sequences.get(request_id)
+        if seq is not None:
+            self.departures.begin(seq, offer)
 
     def take_ready(self) -> list[OutputDelta]:
         """The terminal outputs of requests that ended outside a step, since the last call."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import Metric
 
 from serving.observe.metrics.families import Families
-from xllm.client.dispatch import CAUSES, DispatchCounts
+from xllm.client.dispatch_counts import CAUSES, DispatchCounts
 from xllm.client.handovers import OUTCOMES
 
 
