@@ -205,7 +205,7 @@ def test_a_rolling_restart_under_load(small: Small) -> None:
     ended = small.run(play())
     all_right(ended)
     assert len(ended) > 8
-    assert small.run(small.shown())["totals"]["recovered"]["drained"] >= 1
+    assert small.run(small.shown())["totals"]["recovered"].get("drained", 0) >= 1
     for process in small.cluster.processes:
         small.run(until(lambda process=process: _is_idle(process), 10, "rest"))
 

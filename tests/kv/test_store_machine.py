@@ -12,7 +12,7 @@ from xllm.kv import failpoints
 
 ROOT = Path(__file__).parents[2]
 UNREACHED = {"disk.erased"}  # the tiers erase nothing: what is not good is not believed
-POINTS = sorted(name for name in set(failpoints.NAMES) - UNREACHED if not name.startswith("engine."))
+POINTS = sorted(name for name in set(failpoints.NAMES) - UNREACHED if not name.startswith(("engine.", "transfer.")))
 
 
 @pytest.mark.parametrize("start", range(0, 24, 6))

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_damage_is_a_miss(folder: Path, plain: list[list[int]]) -> None:
     torn, flipped = segments(folder)
     size = torn.stat().st_size
     with torn.open("r+b") as file:
-        file.truncate(size - 10 * (1 << 16))
+        file.truncate(size // 4)  # and so of prompts that only this engine had: the other two of four are in both
     with flipped.open("r+b") as file:
         file.seek(-1000, os.SEEK_END)  # of the last block
         file.write(b"\xa5\x5a")
@@ -163,9 +164,15 @@ def test_the_folder_is_removed_under_a_running_engine(folder: Path, plain: list[
         shutil.rmtree(folder)
         assert tokens(answer(llm, PROMPTS)) == plain
         settle(llm)
+        until_s = time.monotonic() + 30.0
+        while not segments(folder) and time.monotonic() < until_s:  # it looks once a second what is there
+            time.sleep(0.2)
+            llm._core.scheduler.kv.reset_prefix_cache()
+            assert tokens(answer(llm, PROMPTS)) == plain
+            settle(llm)
     assert not [record for record in caplog.records if "the shared KV store" in record.getMessage()]
     with make_shared(folder) as llm:  # it was made anew
-        assert all(num for num, _ in found(answer(llm, PROMPTS[:2])))
+        assert any(num for num, _ in found(answer(llm, PROMPTS)))
 
 
 def test_a_store_that_refuses_blocks(tmp_path: Path, plain: list[list[int]], caplog: pytest.LogCaptureFixture) -> None:
