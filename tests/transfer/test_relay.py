@@ -118,7 +118,8 @@ def test_fields_that_lie_outside_their_layer_are_refused(changes):
             Relay(source, target)
 
 
-@pytest.mark.parametrize("change", [{"layer_bytes": 10**15}, {"num_layers": -2}, {"num_layers": 10**15}, {"fields": ()}],
+@pytest.mark.parametrize("change", [{"layer_bytes": 10**15}, {"num_layers": -2}, {"num_layers": 10**15},
+                                    {"fields": ()}],
                          ids=str)
 def test_layers_that_make_no_sense_are_refused(change):
     good = one_layout()
