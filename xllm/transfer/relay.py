@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from xllm.errors import TransferError
 from xllm.kv_layout import FieldLayout, KVLayout
+from xllm.transfer.laying import Laying, SharedField
+
+Layer = tuple[int, tuple[FieldLayout, ...]]  # bytes, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,118 +25,106 @@ class LaidPiece:
 
 
 class Relay:
-    """From rank `source` to rank `target`, which hold the same model. Its methods change nothing.
+    """From rank `source` to rank `target`, which hold the same model. One thread uses it.
 
     shares: whether anything goes from here to there: of ranks that hold the same heads the first one sends. num_peers:
     how many source ranks send to that target. source: in the number format of the target.
 
-    Raises TransferError, naming what does not fit.
+    Raises TransferError, naming what does not fit: a layout comes from another machine.
     """
 
     def __init__(self, source: KVLayout, target: KVLayout):
-        self._source, self._target = source, target
-        _check(source, target)
-        self._layers = list(zip(_layers(source), _layers(target), strict=True))
-        starts = np.cumsum([0, *(layer_bytes for _, (layer_bytes, _) in self._layers)]).tolist()
-        self._starts, self.block_bytes = starts[:-1], starts[-1]
-        self._is_same = source.block_size == target.block_size and all(
-            mine == theirs for (_, mine), (_, theirs) in self._layers)
-        first = self._layers[0][0][1][0], self._layers[0][1][1][0]
-        self.shares = _sends(source, first[0]) and bool(_overlap(*first))
-        self.num_peers = sum(1 for low in _firsts(source, first[0])
-                             if low < first[1].first_head + first[1].num_heads
-                             and low + first[0].num_heads > first[1].first_head)
+        layers = _layers_of_both(source, target)
+        self._p, self._q = source.block_size, target.block_size
+        *self._starts, self.block_bytes = accumulate((layer_bytes for _, (layer_bytes, _) in layers), initial=0)
+        self._are_same = [self._p == self._q and mine == theirs for mine, theirs in layers]
+        layings = {pair: Laying(_shared(source, *pair), self._p, self._q, pair[1][0]) for pair in layers}
+        self._layings = [layings[pair] for pair in layers]
+        self.shares = not all(laying.is_empty for laying in layings.values())
+        self.num_peers = len({rank for mine, theirs in layings for pair in zip(mine[1], theirs[1], strict=True)
+                              for rank in _senders(source.num_ranks, *pair)})
 
     def pieces(self, layer: int, first: int, layer_BX: np.ndarray) -> list[LaidPiece]:
         """layer_BX: uint8 [n, bytes of the source's layer] in the target's number format: blocks first, first + 1, ...
-        of the path, of the source's size."""
-        (_, mine), (layer_bytes, theirs) = self._layers[layer]
-        start = self._starts[layer]
-        if self._is_same:
-            return [LaidPiece(first + i, start, _bytes(layer_BX[i])) for i in range(len(layer_BX))]
-        p, q = self._source.block_size, self._target.block_size
-        first_block, end_block = first * p // q, -(-(first + len(layer_BX)) * p // q)
-        laid_BX = np.zeros((end_block - first_block, layer_bytes), dtype=np.uint8)
-        filled_BX = np.zeros(laid_BX.shape, dtype=bool)
-        for one, other in zip(mine, theirs, strict=True):
-            if heads := _overlap(one, other):
-                values = _view(layer_BX, one, p, one.item_bytes)[:, heads[0]]
-                _place(_view(laid_BX, other, q, one.item_bytes)[:, heads[1]], values, first * p, first_block * q)
-                _place(_view(filled_BX, other, q, other.item_bytes)[:, heads[1]],
-                       np.broadcast_to(True, values.shape), first * p, first_block * q)
-        return [LaidPiece(first_block + i, start + low, _bytes(laid_BX[i, low:high]))
-                for i, marks in enumerate(filled_BX) for low, high in _runs(marks)]
+        of the path, of the source's size. The pieces may be views of it."""
+        laying, start = self._layings[layer], self._starts[layer]
+        if laying.is_empty or not len(layer_BX):
+            return []
+        low, high = first * self._p, (first + len(layer_BX)) * self._p  # positions of the path
+        laid_BX = layer_BX if self._are_same[layer] else laying.lay(layer_BX, first)
+        size, data, pieces = laid_BX.shape[1], np.ascontiguousarray(laid_BX).reshape(-1).data, []
+        for block in range(low // self._q, -(-high // self._q)):
+            at, begin = (block - low // self._q) * size, block * self._q
+            pieces += [LaidPiece(block, start + first_byte, data[at + first_byte : at + end])
+                       for first_byte, end in laying.runs(max(0, low - begin), min(self._q, high - begin))]
+        return pieces
 
 
-def _check(source: KVLayout, target: KVLayout) -> None:
+def _layers_of_both(source: KVLayout, target: KVLayout) -> list[tuple[Layer, Layer]]:
+    """Each layer here and there. Raises TransferError."""
+    _check_sense(source, "here")
+    _check_sense(target, "there")
     if source.format != target.format:
         raise TransferError(f"KV is stored there as {target.format}, and is sent as {source.format}")
     if source.block_size % target.block_size and target.block_size % source.block_size:
         raise TransferError(f"KV blocks of {source.block_size} tokens here and {target.block_size} there do not divide")
+    num_layers = [sum(run.num_layers for run in layout.runs) for layout in (source, target)]
+    if num_layers[0] != num_layers[1]:
+        raise TransferError(f"the model has {num_layers[0]} layers here and {num_layers[1]} there")
     mine, theirs = list(_layers(source)), list(_layers(target))
-    if len(mine) != len(theirs):
-        raise TransferError(f"the model has {len(mine)} layers here and {len(theirs)} there")
-    for layer, ((_, ours), (_, others)) in enumerate(zip(mine, theirs)):
+    for layer, ((_, ours), (_, others)) in enumerate(zip(mine, theirs, strict=True)):
         same = len(ours) == len(others) and all(
             (a.width, a.total_heads, a.item_bytes) == (b.width, b.total_heads, b.item_bytes)
-            for a, b in zip(ours, others))
+            for a, b in zip(ours, others, strict=True))
         if not same:
             raise TransferError(f"layer {layer} has other heads, widths or numbers here than there")
+    return list(zip(mine, theirs, strict=True))
 
 
-def _layers(layout: KVLayout) -> Iterator[tuple[int, tuple[FieldLayout, ...]]]:
-    """(bytes, fields) by layer."""
+def _layers(layout: KVLayout) -> Iterator[Layer]:
     for run in layout.runs:
         yield from [(run.layer_bytes, run.fields)] * run.num_layers
 
 
-def _firsts(layout: KVLayout, field: FieldLayout) -> list[int]:
-    """The first heads of all different shares of the ranks that hold that layout's model."""
-    return list(range(0, field.total_heads, field.num_heads))
+def _check_sense(layout: KVLayout, where: str) -> None:
+    """Raises TransferError where by this layout something would be read or written that is not there."""
+    sizes = (layout.block_size, *(run.num_layers for run in layout.runs))
+    if min(sizes) < 1 or not layout.runs or not 0 <= layout.rank < layout.num_ranks:
+        raise TransferError(f"the layout of KV blocks {where} makes no sense")
+    layer = 0
+    for run in layout.runs:
+        for i, field in enumerate(run.fields):
+            _check_field(layout, field, run.layer_bytes, f"field {i} of layer {layer} {where}")
+        if sum(f.num_heads * layout.block_size * f.width * f.item_bytes for f in run.fields) != run.layer_bytes:
+            raise TransferError(f"the fields of layer {layer} {where} do not fill its {run.layer_bytes} bytes")
+        layer += run.num_layers
 
 
-def _sends(layout: KVLayout, field: FieldLayout) -> bool:
-    """Whether a rank is the first of those that hold its heads."""
-    shares, num_ranks = field.total_heads // field.num_heads, layout.num_ranks
-    return layout.rank == 0 or (layout.rank - 1) * shares // num_ranks != layout.rank * shares // num_ranks
+def _check_field(layout: KVLayout, f: FieldLayout, layer_bytes: int, name: str) -> None:
+    if f.num_heads < 1 or f.total_heads % f.num_heads or f.first_head != _first_head(layout, f):
+        raise TransferError(f"{name} has no such heads: {f.num_heads} of {f.total_heads} from {f.first_head}")
+    strides, sizes = (f.head_stride, f.position_stride, f.number_stride), (f.num_heads, layout.block_size, f.width)
+    end = f.offset + f.item_bytes + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if min(f.offset, *strides) < 0 or min(f.width, f.item_bytes) < 1 or end > layer_bytes:
+        raise TransferError(f"{name} lies outside of its {layer_bytes} bytes")
 
 
-def _overlap(source: FieldLayout, target: FieldLayout) -> tuple[slice, slice] | None:
-    """The heads that both have, as slices of each."""
-    low = max(source.first_head, target.first_head)
-    high = min(source.first_head + source.num_heads, target.first_head + target.num_heads)
-    if low >= high:
-        return None
-    return (slice(low - source.first_head, high - source.first_head),
-            slice(low - target.first_head, high - target.first_head))
+def _first_head(layout: KVLayout, field: FieldLayout) -> int | None:
+    """With which head of the model the rank begins. None: its ranks cannot share the heads like that."""
+    shares = field.total_heads // field.num_heads  # different runs of heads
+    return layout.rank * shares // layout.num_ranks * field.num_heads if 1 <= shares <= layout.num_ranks else None
 
 
-def _view(layer_BX: np.ndarray, field: FieldLayout, block_size: int, item_bytes: int) -> np.ndarray:
-    """[block, head, position, number, byte] of a field; what is written to it is written to the bytes."""
-    shape = (len(layer_BX), field.num_heads, block_size, field.width, item_bytes)
-    strides = (layer_BX.strides[0], field.head_stride, field.position_stride, field.number_stride, 1)
-    return np.lib.stride_tricks.as_strided(layer_BX[:, field.offset :], shape, strides)
+def _shared(source: KVLayout, mine: Layer, theirs: Layer) -> list[SharedField]:
+    """What of a layer goes from rank `source` to the other."""
+    return [(one, other, range(max(one.first_head, other.first_head),
+                               min(one.first_head + one.num_heads, other.first_head + other.num_heads)))
+            for one, other in zip(mine[1], theirs[1], strict=True)
+            if source.rank in _senders(source.num_ranks, one, other)]
 
 
-def _place(target_BKPHX: np.ndarray, values_BKPHX: np.ndarray, first: int, first_there: int) -> None:
-    """Write positions first, first + 1, ... of a path, in blocks of one size, to where they are in blocks of another,
-    the first of which begins at position `first_there`."""
-    p, q = values_BKPHX.shape[2], target_BKPHX.shape[2]
-    if p == q:
-        at = (first - first_there) // q
-        target_BKPHX[at : at + len(values_BKPHX)] = values_BKPHX
-        return
-    step = min(p, q)
-    for done in range(0, len(values_BKPHX) * p, step):
-        at = first - first_there + done
-        target_BKPHX[at // q, :, at % q : at % q + step] = values_BKPHX[done // p, :, done % p : done % p + step]
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return array.data
-
-
-def _runs(marks: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, end) of each run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], marks, [False])).astype(np.int8)))
-    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+def _senders(num_ranks: int, one: FieldLayout, other: FieldLayout) -> list[int]:
+    """Which of the ranks here send a field there: of each run of heads that is wanted, the first that has it."""
+    shares = one.total_heads // one.num_heads
+    first, last = other.first_head, other.first_head + other.num_heads - 1
+    return [-(-share * num_ranks // shares) for share in range(first // one.num_heads, last // one.num_heads + 1)]
