@@ -6,6 +6,7 @@ uvicorn writes the head, the body and the end of an answer one by one. Here what
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -15,12 +16,17 @@ from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 HELD_BYTES = 2**16  # Chosen: as much as a transport takes before it asks its writer to pause
 
 
+def _nothing() -> None:
+    return
+
+
 class AnswerPort:
     """An `asyncio.Transport` that can hold back what is written to it."""
 
     def __init__(self, transport: asyncio.Transport):
         self._transport = transport
         self._held, self._num_held, self._is_holding = list[bytes](), 0, False
+        self.on_lost: Callable[[], None] = _nothing  # called when the connection is lost
         self.is_closing = transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +65,7 @@ class AnswerPort:
 
 
 class _Answer:
-    """ASGI's `send` of one request."""
+    """ASGI's `send` of one request, and who is told that its client has gone."""
 
     def __init__(self, cycle: RequestResponseCycle, port: AnswerPort):
         self._cycle, self._port = cycle, port
@@ -83,6 +89,18 @@ class _Answer:
             self._port.write(cycle.conn.send(h11.Data(data=part)) or b"")
         return True
 
+    def watch(self, gone: Callable[[], None]) -> Callable[[], None]:
+        """Have `gone` called as soon as the client disconnects, soon if it has. Returns what ends that. At most one
+        watches at a time."""
+        if self._cycle.disconnected:
+            return asyncio.get_running_loop().call_soon(gone).cancel
+        self._cycle.flow.resume_reading()  # a large body may have stopped it, and who does not read sees no end
+        self._port.on_lost = gone
+        return self._stop_watching
+
+    def _stop_watching(self) -> None:
+        self._port.on_lost = _nothing
+
     async def _begin(self, message: Message) -> None:
         """The head goes out with what follows at once, or else by itself."""
         self._port.hold()
@@ -102,9 +120,10 @@ class _Answer:
 async def answer_through_port(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Have the app answer a request of a connection whose transport is an `AnswerPort`. send: uvicorn's. It leaves in
     the scope (`xllm.put`) what a stream's parts may be given to: no middleware has anything to do with them, and each
-    of those that they pass costs as much as writing an event."""
+    of those that they pass costs as much as writing an event. And what tells of the client's end without a task that
+    listens for it (`xllm.watch`)."""
     cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
     port: Any = cycle.transport
     answer = _Answer(cycle, port)
-    scope["xllm.put"] = answer.put
+    scope["xllm.put"], scope["xllm.watch"] = answer.put, answer.watch
     await app(scope, receive, answer.send)

@@ -75,6 +75,8 @@ async def chat_prompt(state: ServerState, body: ChatBody | TokenizeBody, message
                 raise
         if time.thread_time() - began_cpu_s > BRIEF_S / 4:
             state.text_work.note_slow()
+        elif done is not None:
+            state.text_work.note_brief()
         return done
 
     size, most_s = sum(map(num_chars, plain)), state.config.chat.chat_template_timeout

@@ -61,6 +61,7 @@ class Connection(H11Protocol):
         for name in (HEAD, BODY, WRITE):
             self._disarm(name)
         super().connection_lost(exc)
+        cast(AnswerPort, self.transport).on_lost()
 
     def send_400_response(self, msg: str) -> None:
         """As every other error of the API is written."""

@@ -60,11 +60,11 @@ async def drive(state: ServerState, http: HTTPRequest, requests: Sequence[Reques
     """
     beginning = begin_generation(state, requests, timeout_s)
     if stream:
-        generation = await until_disconnect(http.receive, beginning)
+        generation = await until_disconnect(http.scope, http.receive, beginning)
         writer = make_writer(generation)
         return EventStream(_events(generation, writer), generation.close, is_named=writer.is_named,
                            show_error=writer.error)
-    body = (await until_disconnect(http.receive, _collect(beginning, make_writer))).body()
+    body = (await until_disconnect(http.scope, http.receive, _collect(beginning, make_writer))).body()
     return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import as_api_error
+from serving.observe.call import CALL
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -44,24 +46,40 @@ def escape_line_ends(encoded: bytes) -> bytes:
     return encoded
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
+async def until_disconnect(scope: Scope, receive: Receive, work: Awaitable[T]) -> T:
     """Await `work`, but cancel it and raise ClientGone as soon as the client disconnects.
 
-    To be called once the request body has been read.
+    To be called once the request body has been read. It is awaited in the running task, and a connection that tells of
+    its end (`answer_port.py`) is listened to without another one: tasks are a good part of what a short call costs.
     """
-    worker = asyncio.ensure_future(work)
-    listener = asyncio.ensure_future(_disconnected(receive))
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    stop = scope.get("xllm.watch", partial(_watch, receive))(leave)
     try:
-        await asyncio.wait((worker, listener), return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()
+        if (call := CALL.get()) is not None:
+            call.client_left = True
+        raise ClientGone from None
     finally:
-        for task in (worker, listener):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        stop()
+
+
+def _watch(receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
+    """Have `gone` called when the client disconnects, by any server's word. Returns what ends that."""
+    listener = asyncio.ensure_future(_disconnected(receive))
+    listener.add_done_callback(lambda done: None if done.cancelled() else gone())
+    return listener.cancel
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -85,7 +103,7 @@ class MadeWhileSent(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._put = scope.get("xllm.put", self._put)
         try:
-            await until_disconnect(receive, self._pump(send))
+            await until_disconnect(scope, receive, self._pump(send))
         except ClientGone:
             pass
         finally:

@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 from serving.api.answer_port import HELD_BYTES
 from serving.api.connection import Connection, connection_class
 from serving.api.connections import Connections
+from serving.api.sse import ClientGone, until_disconnect
 from serving.config import ConnectionSettings
 
 
@@ -24,7 +25,7 @@ class Written(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.writes = list[bytes]()
-        self.is_closed = False
+        self.is_closed = self.is_paused = False
 
     def write(self, data: Any) -> None:
         if data:
@@ -39,9 +40,21 @@ class Written(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         return 0
 
-    def pause_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.is_paused = True
 
-    def resume_reading(self) -> None: ...
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+
+def connected(app: Any) -> tuple[Connection, Written]:
+    """A connection to the app, and what is under it."""
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    kind: Any = connection_class(Connections(ConnectionSettings(), Counter()))
+    connection: Connection = kind(config=config, server_state=ServerState(), app_state={})
+    transport = Written()
+    connection.connection_made(transport)
+    return connection, transport
 
 
 async def answered(parts: list[list[bytes]], *, length: int | None = None, head: bytes = b"GET / HTTP/1.1",
@@ -59,11 +72,7 @@ async def answered(parts: list[list[bytes]], *, length: int | None = None, head:
             for _ in range(2):
                 await asyncio.sleep(0)
 
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
-    kind: Any = connection_class(Connections(ConnectionSettings(), Counter()))
-    connection: Connection = kind(config=config, server_state=ServerState(), app_state={})
-    transport = Written()
-    connection.connection_made(transport)
+    connection, transport = connected(app)
     if pauses:
         connection.pause_writing()
         asyncio.get_running_loop().call_later(0.01, connection.resume_writing)
@@ -127,3 +136,55 @@ async def test_head_and_old_clients_get_no_chunks() -> None:
     assert body_of(b"".join(transport.writes), "HEAD") == (b"", b"chunked")
     transport = await answered([[b"one"], [b"end"]], head=b"GET / HTTP/1.0")
     assert b"".join(transport.writes).endswith(b"\r\n\r\noneend") and transport.is_closed
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while-it-is-awaited", "before"])
+async def test_a_client_that_leaves_is_noticed(is_late: bool) -> None:
+    """Also behind a body so large that reading was stopped: who does not read sees no end."""
+    has_body, ends = asyncio.Event(), list[str]()
+
+    async def work() -> None:
+        ends.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        transport.is_paused = True
+        connection.flow.read_paused = True  # as with a last piece that comes while it is waited for
+        has_body.set()
+        if is_late:
+            await asyncio.sleep(0.01)
+        try:
+            await until_disconnect(scope, receive, work())
+        except ClientGone:
+            ends.append("gone")
+
+    connection, transport = connected(app)
+    connection.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+    await has_body.wait()
+    await asyncio.sleep(0)
+    assert transport.is_paused is is_late
+    connection.connection_lost(None)
+    await asyncio.gather(*connection.tasks)
+    assert ends == ["begun", "cancelled", "gone"]
+
+
+async def test_who_has_answered_is_not_disturbed() -> None:
+    """What ends in time is given, and nobody is told when the connection ends later."""
+    results = list[int]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        results.append(await until_disconnect(scope, receive, asyncio.sleep(0, 7)))
+        await asyncio.sleep(0.01)
+        results.append(8)
+
+    connection, _ = connected(app)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    await asyncio.sleep(0.005)
+    connection.connection_lost(None)
+    await asyncio.gather(*connection.tasks)
+    assert results == [7, 8]

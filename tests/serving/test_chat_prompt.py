@@ -10,7 +10,7 @@ import pytest
 
 from serving.api.chat_prompt import chat_prompt
 from serving.api.state import ServerState
-from serving.api.text_work import BRIEF_S
+from serving.api.text_work import BRIEF_S, SLOW_S, TextWork
 from serving.api.tools import ToolWish
 from serving.api.types import ChatBody
 from serving.commands.bench.null_instance import NullCore, NullEngine
@@ -89,3 +89,21 @@ async def test_much_of_little_is_tokenised_in_a_thread(engine: NullEngine) -> No
     state = state_of(engine, MUCH)
     assert (await prompt(state))[0] == "Hello" * 20000
     assert state.text_work._long._threads and not state.text_work.may_be_brief()
+
+
+async def test_one_slow_moment_is_soon_forgiven() -> None:
+    """A template that is always slow is tried ever more seldom; one that was not to blame, again after a second."""
+    now_s = 0.0
+    work = TextWork(lambda: now_s)
+
+    def tried_again_after_s() -> float:
+        nonlocal now_s
+        began_s = now_s
+        work.note_slow()
+        while not work.may_be_brief():
+            now_s += 0.5
+        return now_s - began_s
+
+    assert [tried_again_after_s() for _ in range(8)] == [1, 2, 4, 8, 16, 32, SLOW_S, SLOW_S]
+    work.note_brief()
+    assert tried_again_after_s() == 1

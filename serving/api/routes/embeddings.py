@@ -61,7 +61,7 @@ async def embed(state: ServerState, request: Request, body: PoolingBody, inputs:
     size = max(sum(map(len, token_ids)), params.SEQUENCE_SIZE * len(token_ids))
     requests = await state.text_work.run(
         size, lambda: params.pooling_requests(state, body, call, token_ids, SAMPLING, pooling, field))
-    generation = await until_disconnect(request.receive, run_generation(state, requests, body.timeout_s))
+    generation = await until_disconnect(request.scope, request.receive, run_generation(state, requests, body.timeout_s))
     vectors = []
     for choice in generation.choices:
         vectors.append(np.array(choice.embedding, dtype=np.float32))

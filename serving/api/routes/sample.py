@@ -94,7 +94,7 @@ async def create_sample(state: ServerState, request: Request, body: SampleBody) 
                               prompt_logprobs=body.logprobs)
     call = params.call_id(body, "sample", request.headers.get("x-request-id"))
     requests = params.plain_requests(state, body, call, [token_ids], sampling)
-    generation = await until_disconnect(request.receive, run_generation(state, requests, body.timeout_s))
+    generation = await until_disconnect(request.scope, request.receive, run_generation(state, requests, body.timeout_s))
     choice: Completion = generation.choices[0]
     # As delivered, the first entry is the prompt's first token's, which has none.
     choices = Items(choice_json(LogprobsWriter(TextContext(tokenizer, token_ids[:place], sampling), as_ids=False),
