@@ -72,9 +72,14 @@ class LandingDesk:
                     self._end(landing, event.reason)
 
     def _count(self, landing: _Landing, note: bytes) -> None:
-        """Take in a note: int32 pairs of (block of the path, bytes of it that came)."""
+        """Take in a note: int32 pairs of (block of the path, bytes of it that came). One that makes no sense counts for
+        nothing: its blocks are misses then."""
+        if len(note) % 8:
+            return
         pairs = np.frombuffer(note, dtype=np.int32).reshape(-1, 2)
-        np.add.at(landing.num_bytes, pairs[:, 0] - landing.first, pairs[:, 1])
+        blocks = pairs[:, 0].astype(np.int64) - landing.first
+        if np.all((blocks >= 0) & (blocks < len(landing.num_bytes)) & (pairs[:, 1] > 0)):
+            np.add.at(landing.num_bytes, blocks, pairs[:, 1])
 
     def _end(self, landing: _Landing, reason: str) -> None:
         with self._lock:
