@@ -83,7 +83,8 @@ class Handovers:
 
     def can_move(self, sender: str, receiver: str) -> bool:
         """Whether KV of running requests can go from one instance to another."""
-        return self._fit(self._members.all[sender], self._members.all[receiver])
+        mine, theirs = self._members.all.get(sender), self._members.all.get(receiver)
+        return mine is not None and theirs is not None and self._fit(mine, theirs)  # one that has left has no KV
 
     def move(self, call: ClusterCall, place: str, requests: Sequence[Request], otherwise: Callable[[], object]) -> None:
         """Have a running call go on at `place` once its KV is there; it goes on where it is meanwhile. otherwise: is

@@ -95,7 +95,6 @@ UPSTREAM_SERVER: tuple[ForeignFlag, ...] = (
     accepted("instance_name", "host:port of HTTP by default"),
     accepted("instance_role", "DEFAULT, PREFILL, DECODE and MIX; ENCODE is not built yet and refused"),
     accepted("enable_cache_upload", "on by default; digests of what is cached, to masters that are connected"),
-    accepted("enable_disagg_pd", "roles are said by instance_role"),
     refused_switch("enable_pd_ooc", _NO_COLOCATION),
     *(refused(name, _OWN_PORTS) for name in ("disagg_pd_port", "kv_cache_transfer_type",
                                                      "kv_cache_transfer_mode", "transfer_listen_port")),

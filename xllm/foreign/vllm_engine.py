@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from xllm.errors import ConfigError
 from xllm.foreign.flag import (
     ForeignFlag,
     accepted,
@@ -16,7 +15,6 @@ from xllm.foreign.flag import (
     refused_switch,
     sets,
 )
-from xllm.json_setting import parse_object
 
 _ONE_DEVICE = "of the ways to use several devices tensor and data parallelism are built"
 
@@ -26,25 +24,12 @@ _NO_EP = "expert parallelism is not built yet: ranks share every expert"
 _NO_MAMBA = "models with state-space layers are not built yet"
 _NO_CODE = "no code of others is loaded into the server"
 _NO_TRANSFER = "encoders on instances of their own are not built yet"
-_ROLES = {"kv_producer": "PREFILL", "kv_consumer": "DECODE"}
 _NO_DRAFT_MODEL = "draft models are not built yet; n-gram drafts: --speculative-method ngram"
 _NO_PROMPT_ADAPTERS = "prompt adapters are not built; LoRA is: --lora-modules"
 _NO_COMPILE = "torch.compile is not used; graph_mode and graph_max_seqs say what is captured"
 _ONE_WAY = "there is one way in which ranks load, exchange and hold adapters"
 _TUNING = "it tunes what is not in this engine; answers are the same"
 _K = "k, m and g are powers of 1024 in either case (vLLM: small letters are powers of 1000)"
-
-
-def _transfers(value: Any) -> bool:
-    """Whether vLLM's kv_transfer_config has KV sent and taken. Raises ConfigError for what is said otherwise here."""
-    given = parse_object("kv_transfer_config", value if isinstance(value, str) else json.dumps(value))
-    role = (given or {}).get("kv_role")
-    if role in _ROLES:
-        raise ConfigError(f"kv_transfer_config: kv_role {role} is said by --enable-disagg-pd --instance-role "
-                          f"{_ROLES[role]}")
-    if role not in (None, "kv_both"):
-        raise ConfigError(f"kv_transfer_config: kv_role must be kv_both, kv_producer or kv_consumer, got {role!r}")
-    return role == "kv_both"
 
 
 def _gibibytes(value: Any) -> str:
@@ -123,9 +108,7 @@ CACHE = (
     ignored("prefix_caching_hash_algo", "blocks are found by BLAKE2b digests"),
     always_on("calculate_kv_scales", "scales of int8 and fp8 KV are always computed, per head and position"),
     refused_switch("kv_sharing_fast_prefill", "models whose layers share KV are not built yet"),
-    sets("kv_transfer_config", "enable_disagg_pd", "kv_role kv_both; kv_producer and kv_consumer are refused: they are "
-         "roles of an instance in a cluster (--instance-role PREFILL, DECODE); connectors of others are not used",
-         convert=_transfers),
+    refused("kv_transfer_config", "it is said by --enable-disagg-pd, and roles by --instance-role"),
     accepted("kv_events_config", "a loopback address is bound, not connected to; other machines need "
              "--kv-events-key-file, token ids --kv-events-token-ids; without an endpoint tcp://127.0.0.1:5557"),
     refused("ec_transfer_config", _NO_TRANSFER),
