@@ -134,9 +134,12 @@ class _Runs:
                 if lease_s and delta.finish_reason is not None:
                     assert delta.finish_reason is FinishReason.HANDED_OVER, delta
         all_there_s = time.perf_counter() - began_s
-        while lease_s and self._receiver.scheduler.promotions.lander is not None and (
-                self._receiver.scheduler.promotions.lander.is_landing(request.offer.number, 0.0)):  # type: ignore[union-attr]
-            self._receiver.tick()
+        if request.offer is not None:
+            lander = self._receiver.scheduler.promotions.lander
+            assert lander is not None
+            while lander.is_landing(request.offer.number, 0.0):
+                self._receiver.tick()
+            lander.give_up(request.offer.number)  # nobody asks for it: else it would be kept until its lease is over
         return _Times(first_s, all_there_s)
 
 
