@@ -12,7 +12,7 @@ from xllm.errors import TransferError
 from xllm.kv_layout import FieldLayout, KVLayout
 from xllm.transfer.laying import Laying, SharedField
 
-Layer = tuple[int, tuple[FieldLayout, ...]]  # bytes, fields
+LaidLayer = tuple[int, tuple[FieldLayout, ...]]  # bytes, fields
 
 
 class LaidPiece(NamedTuple):
@@ -63,7 +63,7 @@ class Relay:
         return pieces
 
 
-def _layers_of_both(source: KVLayout, target: KVLayout) -> list[tuple[Layer, Layer]]:
+def _layers_of_both(source: KVLayout, target: KVLayout) -> list[tuple[LaidLayer, LaidLayer]]:
     """Each layer here and there. Raises TransferError."""
     _check_sense(source, "here")
     _check_sense(target, "there")
@@ -84,7 +84,7 @@ def _layers_of_both(source: KVLayout, target: KVLayout) -> list[tuple[Layer, Lay
     return list(zip(mine, theirs, strict=True))
 
 
-def _layers(layout: KVLayout) -> Iterator[Layer]:
+def _layers(layout: KVLayout) -> Iterator[LaidLayer]:
     for run in layout.runs:
         yield from [(run.layer_bytes, run.fields)] * run.num_layers
 
@@ -118,7 +118,7 @@ def _first_head(layout: KVLayout, field: FieldLayout) -> int | None:
     return layout.rank * shares // layout.num_ranks * field.num_heads if 1 <= shares <= layout.num_ranks else None
 
 
-def _shared(source: KVLayout, mine: Layer, theirs: Layer) -> list[SharedField]:
+def _shared(source: KVLayout, mine: LaidLayer, theirs: LaidLayer) -> list[SharedField]:
     """What of a layer goes from rank `source` to the other."""
     return [(one, other, range(max(one.first_head, other.first_head),
                                min(one.first_head + one.num_heads, other.first_head + other.num_heads)))
