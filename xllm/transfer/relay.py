@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from xllm.transfer.laying import Laying, SharedField
 StoredLayer = tuple[int, tuple[FieldLayout, ...]]  # bytes, fields
 
 
-@dataclass(frozen=True, slots=True)
-class LaidPiece:
+class LaidPiece(NamedTuple):
     """data belongs at `offset` of the target's stored block number `block` of the path."""
 
     block: int
@@ -52,11 +51,15 @@ class Relay:
             return []
         low, high = first * self._p, (first + len(layer_BX)) * self._p  # positions of the path
         laid_BX = layer_BX if self._are_same[layer] else laying.lay(layer_BX, first)
-        size, data, pieces = laid_BX.shape[1], np.ascontiguousarray(laid_BX).reshape(-1).data, []
-        for block in range(low // self._q, -(-high // self._q)):
-            at, begin = (block - low // self._q) * size, block * self._q
-            pieces += [LaidPiece(block, start + first_byte, data[at + first_byte : at + end])
-                       for first_byte, end in laying.runs(max(0, low - begin), min(self._q, high - begin))]
+        size, data = laid_BX.shape[1], np.ascontiguousarray(laid_BX).reshape(-1).data
+        first_block, num_blocks = low // self._q, -(-high // self._q) - low // self._q
+        pieces, whole = [], laying.runs(0, self._q)
+        for i in range(num_blocks):
+            begin, runs = (first_block + i) * self._q, whole
+            if low > begin or high < begin + self._q:
+                runs = laying.runs(max(0, low - begin), min(self._q, high - begin))
+            for at, end in runs:
+                pieces.append(LaidPiece(first_block + i, start + at, data[i * size + at : i * size + end]))
         return pieces
 
 
