@@ -67,7 +67,7 @@ def test_a_stream_holds_what_the_whole_answer_does(hub: InferenceClient) -> None
     whole = hub.text_generation(PROMPT, **wish)
     *events, last = hub.text_generation(PROMPT, **wish, stream=True)
     assert [event.index for event in (*events, last)] == list(range(1, 13))
-    assert [event.token for event in (*events, last)] == whole.details.tokens
+    assert [vars(event.token) for event in (*events, last)] == [vars(token) for token in whole.details.tokens]
     assert [[top.id for top in event.top_tokens] for event in (*events, last)] == [
         [top["id"] for top in tops] for tops in whole.details.top_tokens]
     assert {(event.generated_text, event.details) for event in events} == {(None, None)}
@@ -94,7 +94,7 @@ def test_a_stop_string_is_part_of_the_text(server: ServerProcess, hub: Inference
     streamed = list(hub.text_generation(PROMPT, max_new_tokens=30, stop=[stop], details=True, stream=True))
     assert "".join(event.token.text for event in streamed) == streamed[-1].generated_text == kept
     assert streamed[-1].details.finish_reason == "stop_sequence"
-    assert [event.token for event in streamed] == answer.details.tokens
+    assert [vars(event.token) for event in streamed] == [vars(token) for token in answer.details.tokens]
 
 
 def test_seeds(hub: InferenceClient) -> None:

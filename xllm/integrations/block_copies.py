@@ -81,6 +81,9 @@ class BlockCopies:
         if num_good:
             self._fill(targets[:num_good], torch.from_numpy(rows[:num_good]))
         self.num_loaded += num_good
+        if num_good < len(targets):
+            logger.warning("%d of %d blocks for request %s are damaged or gone; the engine computes them",
+                           len(targets) - num_good, len(targets), run.request_id)
         return targets[num_good:]
 
     def _fill(self, targets: Sequence[int], rows_NX: torch.Tensor) -> None:
