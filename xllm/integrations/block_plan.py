@@ -14,7 +14,7 @@ import numpy as np
 MATCH_S = 1.0  # for which a match is taken as it is: requests that wait are asked about in every step. As REFRESH_S
 
 
-class Matches(Protocol):
+class StoredPrefixes(Protocol):
     """A store that is looked into: `KVStoreClient`."""
 
     def match(self, token_ids: Sequence[int] | np.ndarray, *, cache_salt: str = "") -> int:
@@ -69,7 +69,7 @@ class BlockPlan:
     Only the blocks of prompts are saved: those of an answer are of the next turn's prompt, if there is one.
     """
 
-    def __init__(self, stores: Sequence[Matches], block_size: int, *, loads: bool = True, saves: bool = True):
+    def __init__(self, stores: Sequence[StoredPrefixes], block_size: int, *, loads: bool = True, saves: bool = True):
         self._stores, self._block_size, self._loads, self._saves = stores, block_size, loads, saves
         self._followed: dict[str, _Followed] = {}
         self._matches: dict[str, _Match] = {}

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from xllm.integrations.block_copies import BlockCopies
@@ -195,7 +196,7 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rank: int, own: str) ->
     own: what the user says besides, such as the version of weights that have kept their name.
     """
     model, group = vllm_config.model_config, kv_cache_config.kv_cache_groups[0]
-    spec, device = group.kv_cache_spec, vllm_config.device_config.device_type
+    spec = group.kv_cache_spec
     return {
         "engine": f"vllm {version('vllm')}", "model": model.model, "revision": model.revision, "own": own,
         "factors": model.compute_hash(), "layers": list(group.layer_names), "rank": rank,
@@ -203,4 +204,5 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rank: int, own: str) ->
         "dtype": str(spec.dtype), "heads": spec.num_kv_heads, "width": [spec.head_size, spec.head_size_v],
         "cache_dtype": str(vllm_config.cache_config.cache_dtype), "layout": kv_cache_config.kv_cache_layout,
         # How a processor's kernels pack a block depends on what it can do.
-        "device": [device, platform.machine(), torch.backends.cpu.get_cpu_capability() if device == "cpu" else ""]}
+        "device": [current_platform.device_name, platform.machine(),
+                   torch.backends.cpu.get_cpu_capability() if current_platform.is_cpu() else ""]}
