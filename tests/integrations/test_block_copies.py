@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.integrations.test_block_plan import damage
 from tests.serving.server_process import wait_for
 from xllm import KVStoreClient
 from xllm.integrations.block_copies import BlockCopies
@@ -85,17 +86,6 @@ def test_views_of_one_tensor(tmp_path):
         second.layers["layers.1"] = whole[:, 5:6, :, :5]
         assert not BlockCopies(second.store, None, second.layers).load([run(5, 6)])
         assert second.blocks(5, 6) == saved
-
-
-def damage(folder: Path, payload: bytes) -> None:
-    """Change a byte of that payload, wherever it lies."""
-    for file in folder.rglob("*.kv"):
-        data = bytearray(file.read_bytes())
-        if (place := data.find(payload)) >= 0:
-            data[place + 5] ^= 1
-            file.write_bytes(data)
-            return
-    raise AssertionError("the payload is nowhere")
 
 
 def test_a_damaged_block_ends_what_is_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +118,47 @@ def test_roles_and_requests_that_are_not_followed(store):
     writer.end("a")
     writer.end("a")
     assert step(writer, 5, computed=16, scheduled=2) == StepRuns() == step(reader, computed=16, scheduled=1)
+
+
+def damage(folder: Path, payload: bytes) -> None:
+    """Change a byte of that payload, wherever it lies."""
+    for file in folder.rglob("*.kv"):
+        data = bytearray(file.read_bytes())
+        if (place := data.find(payload)) >= 0:
+            data[place + 5] ^= 1
+            file.write_bytes(data)
+            return
+    raise AssertionError("the payload is nowhere")
+
+
+def test_what_could_not_be_loaded_is_saved_again(store, tmp_path):
+    payloads = [bytes([number] * 8) for number in (201, 202, 203, 204)]
+    store.put(TOKENS, payloads)
+    plan = BlockPlan([store], BLOCK)
+    plan.begin("a", TOKENS, plan.num_loadable("a", TOKENS, 0))
+    assert len(step(plan, 9, 3, 7, 1, 5, computed=16, scheduled=2, begins=True).loads) == 1
+    for payload in (payloads[1], payloads[3]):
+        damage(tmp_path, payload)
+    plan.failed({3, 7, 1})
+    assert plan.num_loadable("b", TOKENS, 0) == 4, "the store knows it, too"
+    assert shown(step(plan, computed=4, scheduled=14).saves) == [(16, 1, (9, 3, 7, 1), (3, 7, 1))]
+    assert store.put(TOKENS, payloads) == 2, "both are written anew"
+    plan.failed({99})
+    assert step(plan, computed=18, scheduled=1) == StepRuns()
+
+
+def test_a_folder_that_fails_is_no_store(store, tmp_path):
+    plan, folder = BlockPlan([store], BLOCK), tmp_path / "gone"
+    put(store, 4)
+    (own,) = tmp_path.iterdir()
+    own.rename(folder)
+    own.write_text("no folder")
+    assert plan.num_loadable("a", TOKENS, 0) == 0
+    plan.begin("a", TOKENS, 0)
+    assert len(step(plan, 9, 3, 7, 1, 5, computed=0, scheduled=18, begins=True).saves) == 1
+    plan.failed({9})
+    own.unlink()
+    folder.rename(own)
 
 
 def test_those_that_wait_are_not_looked_up_in_every_step(store):

@@ -108,7 +108,6 @@ def run(command: Path, folder: Path, *flags: str) -> None:
     with VllmProcess(command, folder / "third.log", *flags, *transfer(store), env=ENV) as third:
         answers = ask(third, texts)
         assert tokens(answers) == tokens(expected) and num_damaged(third) > 0
-        assert tokens(ask(third, texts)) == tokens(expected)  # what it had to compute is stored then
     print(f"{num_changed} blocks were damaged: the third met some in {num_damaged(third)} prompts, and its tokens are "
           "the same", flush=True)
     reads = transfer(store, kv_role="kv_consumer")

@@ -75,6 +75,8 @@ class BlockCopies:
         try:
             num_good = self._store.get_into(run.token_ids, list(rows), first_block=run.first_block,
                                             cache_salt=run.cache_salt)
+            if num_good < len(targets):  # look at the rest, too: what is not good can be written anew from then on
+                self._store.get(run.token_ids, first_block=run.first_block + num_good, cache_salt=run.cache_salt)
         except DiskError as error:
             logger.warning("the KV store cannot be read: %s", error)
             num_good = 0

@@ -4,13 +4,17 @@ connector that lives where requests are scheduled; it knows block numbers and to
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from xllm.errors import DiskError
+
+logger = logging.getLogger("xllm.integrations")
 MATCH_S = 1.0  # for which a match is taken as it is: requests that wait are asked about in every step. As REFRESH_S
 
 
@@ -18,7 +22,11 @@ class StoredPrefixes(Protocol):
     """A store that is looked into: `KVStoreClient`."""
 
     def match(self, token_ids: Sequence[int] | np.ndarray, *, cache_salt: str = "") -> int:
-        """How many of the tokens' full blocks are there, from the first on."""
+        """How many of the tokens' full blocks are there, from the first on. Raises DiskError."""
+
+    def get(self, token_ids: Sequence[int] | np.ndarray, *, first_block: int = 0,
+            cache_salt: str = "") -> list[bytes | None]:
+        """Read blocks; those that are not good are not there from then on. Raises DiskError."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,21 @@ class BlockPlan:
             runs.saves.append(self._run(request_id, request, request.num_known, num_filled))
             request.num_known = num_filled
 
+    def failed(self, block_ids: Collection[int]) -> None:
+        """These blocks of the engine could not be loaded. Their requests are saved again from there on, and the stores
+        look at what they have of them."""
+        self._matches.clear()
+        for request in self._followed.values():
+            bad = [number for number, block_id in enumerate(request.block_ids) if block_id in block_ids]
+            if not bad:
+                continue
+            request.num_known = min(request.num_known, bad[0])
+            for store in self._stores:
+                try:
+                    store.get(request.token_ids, first_block=bad[0], cache_salt=request.cache_salt)
+                except DiskError as error:
+                    logger.warning("the KV store cannot be read: %s", error)
+
     def end(self, request_id: str) -> None:
         """The request has ended. Idempotent."""
         self._followed.pop(request_id, None)
@@ -125,6 +148,10 @@ class BlockPlan:
         known, now_s = self._matches.get(request_id), time.monotonic()
         if known is None or known.num_tokens != len(token_ids) or now_s - known.made_s > MATCH_S:
             tokens = np.asarray(token_ids, np.int32)
-            num_blocks = min(store.match(tokens, cache_salt=cache_salt) for store in self._stores)
+            try:
+                num_blocks = min(store.match(tokens, cache_salt=cache_salt) for store in self._stores)
+            except DiskError as error:  # the engine goes on without the store
+                logger.warning("the KV store cannot be read: %s", error)
+                num_blocks = 0
             known = self._matches[request_id] = _Match(len(token_ids), num_blocks, now_s)
         return known.num_blocks

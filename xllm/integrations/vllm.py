@@ -104,6 +104,11 @@ class XllmConnector(KVConnectorBase_V1):  # type: ignore[misc]
                             step.runs, begins=request_id in cached.resumed_req_ids)
         return step
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self._plan is not None
+        if connector_output.invalid_block_ids:
+            self._plan.failed(connector_output.invalid_block_ids)
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._plan is not None
         self._plan.end(request.request_id)
