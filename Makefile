@@ -100,11 +100,13 @@ chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --elastic --seed $(or $(SEED),0) --json benchmarks/results/elastic.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos.json
 
-# Programs of other houses on what is published: vLLM's structs and publisher of KV events, Dynamo's indexer; and a vLLM server
-# on the CPU behind our master. They are fetched (400 MB and 3 GB) into a folder that is gone afterwards.
+# Programs of other houses on what is published: vLLM's structs and publisher of KV events, Dynamo's indexer; a vLLM server on
+# the CPU behind our master, and vLLM with our KV store inside. They are fetched (400 MB and twice 3 GB) into folders that are
+# gone afterwards.
 real: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real.kv_events
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real.openai_server
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real.vllm_connector
 
 # What each policy of the router makes of a trace (TRACE=, JSON lines with hash_ids) on eight real instances without a
 # model, behind a real master: a minute for each six of the trace, and each policy.

@@ -71,6 +71,7 @@ ALLOWED = {
     **{name: [*BASE, "xllm.kv.moves", *MESSAGES] for name in MESSAGES},
     # It speaks to workers in messages and holds nothing of what they hold.
     "xllm.engine": [*BASE, "xllm.cost", "xllm.kv", "xllm.scheduler", "xllm.engine", "xllm.worker.open", *MESSAGES],
+    "xllm.integrations": [*BASE, "xllm.kv.store_client", "xllm.integrations"],  # what runs inside other engines
     "xllm.text": [*BASE, "xllm.text"],
     "xllm.routing": [*BASE, *EVENTS, "xllm.cost", "xllm.routing"],
     "xllm.client": [*BASE, *TEXT, *EVENTS, "xllm.engine", "xllm.routing", "xllm.client"],
@@ -138,8 +139,8 @@ WAITING = {
     "serving.security.media_url": "media in requests",
 }
 # The console command, the public names, and what is run by hand. A product module that is run as a process of its own
-# (`xllm.client.engine_process`) is reached by its name in the module that starts it.
-ENTRY_POINTS = ["xllm.__main__", "xllm", "serving.__main__"]
+# (`xllm.client.engine_process`) is reached by its name in the module that starts it. vLLM imports our connector.
+ENTRY_POINTS = ["xllm.__main__", "xllm", "serving.__main__", "xllm.integrations.vllm"]
 RUN_BY_HAND = ("benchmarks", "tools")
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 

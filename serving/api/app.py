@@ -23,6 +23,7 @@ MODULES = (
     "completions",
     "responses",
     "anthropic",
+    "tgi",
     "embeddings",
     "sample",
     "admin",

@@ -116,7 +116,7 @@ def _read(body: bytes, limits: LimitSettings, max_depth: int) -> dict[str, Any]:
     if body.count(b"[") + body.count(b"{") > max_depth:  # only then can it be deeper
         _check_depth(content, max_depth)
     _check_strings(content, escapes=b"\\u" in body)
-    _check_fields(content, limits)
+    check_fields(content, limits)
     return content
 
 
@@ -135,7 +135,7 @@ def _check_size(body: bytes, limits: LimitSettings) -> None:
         raise invalid(f"the JSON body holds more than {limits.max_json_nodes} values")
 
 
-def _check_fields(content: dict[str, Any], limits: LimitSettings) -> None:
+def check_fields(content: dict[str, Any], limits: LimitSettings) -> None:
     """The bounds on single fields: the value of a number, the length of anything else."""
     for name, limit in FIELD_LIMITS.items():
         value, most = content.get(name), getattr(limits, limit)

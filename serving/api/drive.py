@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serving.api.errors import json_response
 from serving.api.generation import Generation, begin_generation
 from serving.api.json_slices import Sliced, event_parts, sliced_response
-from serving.api.sse import EventStream, LastEvents, until_disconnect
+from serving.api.sse import EventForm, EventStream, LastEvents, until_disconnect
 from serving.api.state import ServerState
 from xllm.client.assemble import Piece
 from xllm.request import Request
@@ -22,12 +22,10 @@ from xllm.request import Request
 
 class Writer(Protocol):
     """Writes one generation's answers in the form of one API. It is shown every piece once, in their order: by `piece`
-    in a stream, else by `take`. Events and bodies are data for JSON; a large one is `Sliced`.
-
-    is_named: events bear their type as their name, and the last of them ends the stream; else `[DONE]` does.
+    in a stream, else by `take`. Events and bodies are data for JSON; a large one is `Sliced`. form: of the events.
     """
 
-    is_named: bool
+    form: EventForm
 
     def begin(self) -> Iterable[dict[str, Any]]:
         """The events before the first piece; none of them is large."""
@@ -62,7 +60,7 @@ async def drive(state: ServerState, http: HTTPRequest, requests: Sequence[Reques
     if stream:
         generation = await until_disconnect(http.scope, http.receive, beginning)
         writer = make_writer(generation)
-        return EventStream(_events(generation, writer), generation.close, is_named=writer.is_named,
+        return EventStream(_events(generation, writer), generation.close, form=writer.form,
                            show_error=writer.error)
     body = (await until_disconnect(http.scope, http.receive, _collect(beginning, make_writer))).body()
     return await sliced_response(body) if isinstance(body, Sliced) else json_response(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
@@ -19,6 +20,15 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 LINE_ENDS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventForm(enum.Enum):
+    """What the events of a stream look like. PLAIN: data alone, `[DONE]` at the end. BARE: data alone. NAMED: events
+    bear their type as their name, and the last of them ends the stream."""
+
+    PLAIN = enum.auto()
+    BARE = enum.auto()
+    NAMED = enum.auto()
 
 
 class ClientGone(Exception):
@@ -126,17 +136,17 @@ class EventStream(MadeWhileSent):
     """Sends each event that a generator makes, data for JSON, or several together; bytes, the parts of a large one, go
     out as they are.
 
-    is_named: events bear their type as their name, and the last of them ends the stream; else `[DONE]` does. An
-    exception of the generator becomes an event (`show_error`).
+    An exception of the generator becomes an event (`show_error`).
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[dict[str, Any] | list[dict[str, Any]] | bytes, None],
-                 on_end: Callable[[], None], *, is_named: bool = False,
+                 on_end: Callable[[], None], *, form: EventForm = EventForm.PLAIN,
                  show_error: Callable[[Exception], dict[str, Any]] = lambda error: as_api_error(error).body()):
         super().__init__(events, on_end, EVENT_HEADERS)
-        self._encode, self._done = (named, b"") if is_named else (event, DONE)
+        self._encode = named if form is EventForm.NAMED else event
+        self._done = DONE if form is EventForm.PLAIN else b""
         self._show_error = show_error
 
     async def _pump(self, send: Send) -> None:

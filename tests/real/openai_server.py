@@ -4,63 +4,37 @@ ours beside it. VLLM: the command, if there is one; else vLLM is installed for t
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import httpx
-
 from tests.real.foreign import Foreign
-from tests.serving.server_process import ROOT, ServerProcess, wait_for
+from tests.real.vllm_process import VllmProcess
+from tests.serving.server_process import ServerProcess, wait_for
 from tests.serving.test_master import Master, free_ports, text_of
 
-MODEL, KEY, START_S = ROOT / "xllm" / "bundled", "the-key-of-vllm", 300.0
+KEY = "the-key-of-vllm"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],
     "additionalProperties": False}}}
 
 
-class VllmServer:
+class VllmServer(VllmProcess):
     """With KV events, and a key."""
 
     def __init__(self, command: Path, folder: Path):
-        port, events, replay = free_ports(3)
-        self.url, self.events = f"http://127.0.0.1:{port}", [f"tcp://127.0.0.1:{one}" for one in (events, replay)]
-        self.log = folder / "vllm.log"
+        events, replay = free_ports(2)
+        self.events = [f"tcp://127.0.0.1:{one}" for one in (events, replay)]
         config = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{events}",
                   "replay_endpoint": f"tcp://*:{replay}"}
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [command, "serve", MODEL, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo",
-                 "--max-model-len", "512", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8",
-                 "--block-size", "32", "--api-key", KEY, "--enable-prompt-tokens-details",
-                 "--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
-                 "--kv-events-config", json.dumps(config)],
-                cwd=folder, stdout=out, stderr=out, start_new_session=True, env={
-                    **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"})
-        self.http = httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
-        wait_for(self._is_up, START_S, "vLLM")
-
-    def _is_up(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        try:
-            return self.http.get("/health").status_code == 200
-        except httpx.HTTPError:
-            return False
+        forms = {"backend": "xgrammar", "disable_any_whitespace": True}
+        super().__init__(command, folder / "vllm.log", "--structured-outputs-config", json.dumps(forms),
+                         "--kv-events-config", json.dumps(config), key=KEY)
 
     def num_running(self) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        return self.metric("vllm:num_requests_running")
 
 
 def same_answers(master: Master, server: VllmServer) -> str:

@@ -84,8 +84,8 @@ def test_the_key_file_can_be_read(tmp_path: Path) -> None:
 
 # The others name flags of other programs, of benchmarks, or what a flag may look like.
 OURS = sorted({path.stem for path in (ROOT / "docs").glob("*.md")}
-              - {"ascend", "clients", "cluster", "disaggregation", "gpu", "performance", "routing", "settings",
-                 "flags"})
+              - {"ascend", "clients", "cluster", "disaggregation", "gpu", "integrations", "performance", "routing",
+                 "settings", "flags"})
 
 
 @pytest.mark.parametrize("name", OURS)

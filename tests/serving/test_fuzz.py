@@ -15,6 +15,7 @@ import openai
 
 from serving.api.app import ROUTES
 from serving.api.routes.openapi import document
+from serving.api.tgi_input import TGIParameters
 from tests.serving.server_process import ServerProcess
 
 NUM_EXAMPLES = 30 if os.environ.get("FUZZ_ALL") else 6  # of each operation
@@ -76,6 +77,8 @@ BASES: dict[str, dict] = {
     "/v1/embeddings": {"input": "x"}, "/v1/sample": {"prompt": "x y", "selector": {"value": "y"}},
     "/v1/score": {"text_1": "x", "text_2": ["y"]}, "/rerank": {"query": "x", "documents": ["y"]},
     "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [1]},
+    "/generate": {"inputs": "x", "parameters": {"max_new_tokens": 1}},
+    "/generate_stream": {"inputs": "x", "parameters": {"max_new_tokens": 1}},
 }
 NASTY = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, -(2**70), 1e308, 0.5, "", "x", "\x00", "\ud800", "é" * 3000, [],
          [None], [[]], [2**40], ["x"] * 5, {}, {"x": 1}, {"": {"": [{}]}}, [{"role": "tool"}], {"type": "json_object"},
@@ -91,6 +94,8 @@ def test_every_field_with_every_kind_of_value(server: ServerProcess, client: ope
     expected = client.completions.create(model="demo", **WITNESS).choices[0].text
     bodies = [(path, json.dumps({**base, field: value})) for path, base in BASES.items()
               for field in BODIES[path].model_fields for value in values_for(path + field)]
+    bodies += [("/generate", json.dumps({"inputs": "x", "parameters": {"max_new_tokens": 1, field: value}}))
+               for field in TGIParameters.model_fields for value in values_for(field)]
 
     def send(path: str, body: str) -> None:
         response = server.http.post(path, content=body, headers={"Content-Type": "application/json"})

@@ -53,6 +53,9 @@ def test_a_models_name_chooses_the_adapter(adapted: tuple[ServerProcess, Path]) 
         assert chat.model == "first"
     assert text(server, "first") != text(server, None)
     assert server.http.post("/v1/completions", json={**BODY, "model": "second"}).status_code == 404
+    forms = [server.http.post("/generate", json={"inputs": BODY["prompt"], "parameters": {
+        "max_new_tokens": 16, "adapter_id": name}}).json()["generated_text"] for name in (None, "first")]
+    assert forms[0] != forms[1], "TGI's name for it"
     vectors = [server.http.post("/v1/embeddings", json={"input": "x", "model": name}).json()["data"][0]["embedding"]
                for name in (None, "first")]
     assert vectors[0] != vectors[1]

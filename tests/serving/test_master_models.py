@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -97,9 +98,15 @@ async def _who_answers(found: Site) -> None:
             answer = await found.post(path, {**body, "model": name})
             assert answer.status_code == 200, (path, answer.text)
             assert answer.json().get("model", name) == name
+    for name in before:  # which TGI's clients can name as an adapter only
+        body = {"inputs": PROMPT["prompt"], "parameters": {"max_new_tokens": 4, "adapter_id": name}}
+        whole, streamed = await found.post("/generate", body), await found.post("/generate_stream", body)
+        last = json.loads(streamed.text.removesuffix("\n\n").rpartition("data: ")[2])
+        assert last["generated_text"] == whole.json()["generated_text"], (whole.text, streamed.text)
+        assert (await found.http.get("/info", params={"model": name})).json()["model_id"] in ("small", "large")
     decided = [one["instance"] for one in (await found.shown())["decisions"]]
     counted = {name: decided.count(gate.address) for name, gate in found.gates.items()}
-    assert counted == {"small": 5, "large": 5}, "of those that generate or embed"
+    assert counted == {"small": 7, "large": 7}, "of those that generate or embed"
 
 
 async def _what_is_refused(found: Site) -> None:
@@ -110,6 +117,8 @@ async def _what_is_refused(found: Site) -> None:
         assert "the model 'other' does not exist; served here: " in unknown.text and "large" in unknown.text
         unnamed = await found.post(path, body)
         assert unnamed.status_code == 400 and "several models are served here" in unnamed.text, (path, unnamed.text)
+    unnamed = await found.post("/generate", {"inputs": "a"})
+    assert unnamed.status_code == 422 and "several models are served here" in unnamed.json()["error"]
     shaped = await found.post("/v1/messages", {"max_tokens": 2, "messages": [{"role": "user", "content": "a"}],
                                                "model": "other"})
     assert shaped.status_code == 404 and shaped.json()["error"]["type"] == "not_found_error"
@@ -132,7 +141,7 @@ async def _what_is_shown(found: Site) -> None:
                              "connections_closed_total")}
     for name in MODELS:
         assert sum(float(value) for label, value in labels["request_success_total"] if label == name) >= 4
-        assert sum(float(value) for label, value in labels["cluster_decisions_total"] if label == name) == 5
+        assert sum(float(value) for label, value in labels["cluster_decisions_total"] if label == name) == 7
     assert sorted(label for label, _ in labels["queue_tokens"]) == sorted(MODELS)
     assert len({label for family in ("cluster_members", "connections_closed_total")
                 for label, _ in labels[family]}) == 1

@@ -16,7 +16,8 @@ NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.
               "xllm.transfer.entering", "xllm.transfer.in_process", "xllm.transfer.pieces", "xllm.transfer.put_wire",
               "xllm.transfer.shared_memory", "xllm.transfer.tcp", "xllm.transfer.tcp_peer",
               "xllm.transfer.tcp_session", "xllm.transfer.transports", "xllm.transfer.way", "xllm.worker.publisher",
-              "xllm.worker.worker_transfers")
+              "xllm.worker.worker_transfers",
+              "xllm.integrations.vllm")  # which vLLM imports
 CODE = """
 import sys
 

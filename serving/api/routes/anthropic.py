@@ -19,6 +19,7 @@ from serving.api.generation import Generation
 from serving.api.messages_input import NAMES, Chat, chat_body, hides_thinking
 from serving.api.route import Needs, Route
 from serving.api.routes.chat import ChatCall, begin_chat
+from serving.api.sse import EventForm
 from serving.api.state import ServerState
 from serving.api.tools import chat_tools
 from serving.api.types import CountTokensBody, MessagesBody
@@ -34,7 +35,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 class MessagesWriter:
     """Writes a chat's answer as a message, or as its events (`drive.Writer`)."""
 
-    is_named = True
+    form = EventForm.NAMED
 
     def __init__(self, call: ChatCall, generation: Generation, *, shows_thinking: bool):
         self._call, self._generation = call, generation

@@ -20,6 +20,7 @@ from serving.api.generation import Generation
 from serving.api.json_slices import Items, Sliced, Slices, sliced
 from serving.api.logprob_shapes import ChoiceLogprobs
 from serving.api.route import Route
+from serving.api.sse import EventForm
 from serving.api.state import ServerState
 from serving.api.structured import read_structured
 from serving.api.tools import ToolWish, chat_tools
@@ -106,7 +107,7 @@ class ChatCall:
 class ChatWriter:
     """Writes a chat's answers as a chat completion, or as its chunks (`drive.Writer`)."""
 
-    is_named = False
+    form = EventForm.PLAIN
 
     def __init__(self, call: ChatCall, generation: Generation):
         self._call, self._generation, self._body = call, generation, call.body

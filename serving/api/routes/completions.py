@@ -20,6 +20,7 @@ from serving.api.generation import Generation
 from serving.api.json_slices import Items, Sliced, Slices, sliced
 from serving.api.logprob_shapes import ChoiceLogprobs, LogprobsWriter, TokenPlaces, finite_slices
 from serving.api.route import Route
+from serving.api.sse import EventForm
 from serving.api.state import ServerState
 from serving.api.structured import read_structured
 from serving.api.types import CompletionBody
@@ -81,7 +82,7 @@ class CompletionCall:
 class CompletionWriter:
     """Writes a call's answers as a text completion, or as its chunks (`drive.Writer`)."""
 
-    is_named = False
+    form = EventForm.PLAIN
 
     def __init__(self, call: CompletionCall, generation: Generation):
         self._call, self._generation, self._body = call, generation, call.body

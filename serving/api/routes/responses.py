@@ -20,6 +20,7 @@ from serving.api.generation import Generation
 from serving.api.responses_input import NAMES, ChatConversation, chat_body, shown_tools
 from serving.api.route import Needs, Route
 from serving.api.routes.chat import ChatCall, begin_chat
+from serving.api.sse import EventForm
 from serving.api.state import ServerState
 from serving.api.types import ResponsesBody
 from serving.observe.call import CALL
@@ -31,7 +32,7 @@ from xllm.client.assemble import Piece
 class ResponsesWriter:
     """Writes a chat's answer as a response, or as its events (`drive.Writer`)."""
 
-    is_named = True
+    form = EventForm.NAMED
 
     def __init__(self, state: ServerState, body: ResponsesBody, call: ChatCall, generation: Generation,
                  messages: list[dict[str, Any]], response_id: str):

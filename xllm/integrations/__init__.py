@@ -1,0 +1,1 @@
+"""Our KV store inside other engines."""
