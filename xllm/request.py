@@ -83,9 +83,14 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        _freeze_sequences(self)
+        has_collections = self.has_collections  # most have none
+        if has_collections:
+            _freeze_sequences(self)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         _check_numbers(self)
-        _check_collections(self)
+        if has_collections:
+            _check_collections(self)
 
     @property
     def needs_history(self) -> bool:
@@ -109,13 +114,13 @@ class SamplingParams:
     @property
     def has_collections(self) -> bool:
         """Whether any field holds a collection or text, which may be large."""
-        return not self.shares_collections(_PLAIN)
+        return any(getattr(self, name) is not getattr(SamplingParams, name) for name in COLLECTIONS)
 
     def without_collections(self) -> SamplingParams:
         """A copy without its collections, for records of past requests: it is small."""
         if not self.has_collections:
             return self
-        return self.varied(**{name: getattr(_PLAIN, name) for name in COLLECTIONS})
+        return self.varied(**{name: getattr(SamplingParams, name) for name in COLLECTIONS})
 
     def shares_collections(self, other: SamplingParams) -> bool:
         """Whether the collections of both are the same objects."""
@@ -155,8 +160,6 @@ def _freeze_sequences(p: SamplingParams) -> None:
         object.__setattr__(p, "allowed_token_ids", tuple(p.allowed_token_ids))
     if p.logit_bias is not None:
         object.__setattr__(p, "logit_bias", _int_keys(p.logit_bias))
-    if p.top_k == -1:
-        object.__setattr__(p, "top_k", 0)
 
 
 def _structured(fields: Mapping[str, Any]) -> StructuredOutput:
@@ -190,7 +193,7 @@ def _check_numbers(p: SamplingParams, names: Iterable[str] = tuple(_RANGES)) -> 
         if (known := _RANGES.get(name)) is None:
             continue
         value, (low, high, whole, low_open) = getattr(p, name), known
-        if value is not None or name not in _OPTIONAL:
+        if value is not getattr(SamplingParams, name) and (value is not None or name not in _OPTIONAL):
             check_number(name, value, low, high, whole=whole, low_open=low_open)
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})",
@@ -325,4 +328,3 @@ SAMPLING_COLUMNS = {"temperature": Column("float32", 0.0), "top_k": Column("int3
                     "min_p": Column("float32", 0.0)}
 COLLECTIONS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "allowed_token_ids",
                "structured")
-_PLAIN = SamplingParams()
