@@ -5,7 +5,6 @@ Nothing here knows text: tokenising happens before a `Request` is made, detokeni
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -105,9 +104,8 @@ class SamplingParams:
     def varied(self, **changes: Any) -> SamplingParams:
         """A copy with other values. Collections that are not named are shared with it and not checked again, nor is one
         that is: they may be large, and a call may have a thousand sequences. Raises RequestError."""
-        made = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(made, name, value)
+        made = object.__new__(SamplingParams)
+        made.__dict__.update(self.__dict__, **changes)
         _check_numbers(made, changes)
         return made
 
@@ -288,6 +286,12 @@ class Request:
             raise RequestError(f"priority must be an integer, got {self.priority!r}", field="priority")
         if abs(self.priority) > MAX_PRIORITY:
             raise RequestError(f"priority must be within {MAX_PRIORITY} of zero", field="priority")
+
+    def varied(self, **changes: Any) -> Request:
+        """A copy with other values, which are not checked."""
+        made = object.__new__(Request)
+        made.__dict__.update(self.__dict__, **changes)
+        return made
 
 
 @dataclass(frozen=True, slots=True)
