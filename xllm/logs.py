@@ -126,8 +126,9 @@ class TextFormat(logging.Formatter):
         second = int(record.created)
         if second != self._second:
             self._second, self._shown_second = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        said = getattr(record, "said", ())
         fields = "".join(f" {name}={_field_text(value)}" for name, value in _fields(record).items()
-                         if value is not None and name not in getattr(record, "said", ()))
+                         if value is not None and name not in said)
         line = (f"{self._shown_second}.{int(record.msecs):03d} {record.levelname} {self._process} {record.name}: "
                 f"{on_one_line(_message(record))}{fields}")
         if trace := self._trace(record):
@@ -176,6 +177,8 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 def _field_text(value: object) -> str:
     text = str(value)
+    if type(value) in (int, float):
+        return text
     return text if _PLAIN.fullmatch(text) else '"' + on_one_line(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
 
 

@@ -5,7 +5,6 @@ Nothing here knows text: tokenising happens before a `Request` is made, detokeni
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -83,9 +82,14 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        _freeze_sequences(self)
+        has_collections = self.has_collections  # most have none
+        if has_collections:
+            _freeze_sequences(self)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         _check_numbers(self)
-        _check_collections(self)
+        if has_collections:
+            _check_collections(self)
 
     @property
     def needs_history(self) -> bool:
@@ -100,22 +104,21 @@ class SamplingParams:
     def varied(self, **changes: Any) -> SamplingParams:
         """A copy with other values. Collections that are not named are shared with it and not checked again, nor is one
         that is: they may be large, and a call may have a thousand sequences. Raises RequestError."""
-        made = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(made, name, value)
+        made = object.__new__(SamplingParams)
+        made.__dict__.update(self.__dict__, **changes)
         _check_numbers(made, changes)
         return made
 
     @property
     def has_collections(self) -> bool:
         """Whether any field holds a collection or text, which may be large."""
-        return not self.shares_collections(_PLAIN)
+        return any(getattr(self, name) is not getattr(SamplingParams, name) for name in COLLECTIONS)
 
     def without_collections(self) -> SamplingParams:
         """A copy without its collections, for records of past requests: it is small."""
         if not self.has_collections:
             return self
-        return self.varied(**{name: getattr(_PLAIN, name) for name in COLLECTIONS})
+        return self.varied(**{name: getattr(SamplingParams, name) for name in COLLECTIONS})
 
     def shares_collections(self, other: SamplingParams) -> bool:
         """Whether the collections of both are the same objects."""
@@ -155,8 +158,6 @@ def _freeze_sequences(p: SamplingParams) -> None:
         object.__setattr__(p, "allowed_token_ids", tuple(p.allowed_token_ids))
     if p.logit_bias is not None:
         object.__setattr__(p, "logit_bias", _int_keys(p.logit_bias))
-    if p.top_k == -1:
-        object.__setattr__(p, "top_k", 0)
 
 
 def _structured(fields: Mapping[str, Any]) -> StructuredOutput:
@@ -190,7 +191,7 @@ def _check_numbers(p: SamplingParams, names: Iterable[str] = tuple(_RANGES)) -> 
         if (known := _RANGES.get(name)) is None:
             continue
         value, (low, high, whole, low_open) = getattr(p, name), known
-        if value is not None or name not in _OPTIONAL:
+        if value is not getattr(SamplingParams, name) and (value is not None or name not in _OPTIONAL):
             check_number(name, value, low, high, whole=whole, low_open=low_open)
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         raise RequestError(f"min_tokens ({p.min_tokens}) is larger than max_tokens ({p.max_tokens})",
@@ -286,6 +287,12 @@ class Request:
         if abs(self.priority) > MAX_PRIORITY:
             raise RequestError(f"priority must be within {MAX_PRIORITY} of zero", field="priority")
 
+    def varied(self, **changes: Any) -> Request:
+        """A copy with other values, which are not checked."""
+        made = object.__new__(Request)
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -325,4 +332,3 @@ SAMPLING_COLUMNS = {"temperature": Column("float32", 0.0), "top_k": Column("int3
                     "min_p": Column("float32", 0.0)}
 COLLECTIONS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "allowed_token_ids",
                "structured")
-_PLAIN = SamplingParams()

@@ -126,4 +126,7 @@ async def answer_through_port(app: ASGIApp, scope: Scope, receive: Receive, send
     port: Any = cycle.transport
     answer = _Answer(cycle, port)
     scope["xllm.put"], scope["xllm.watch"] = answer.put, answer.watch
-    await app(scope, receive, answer.send)
+    try:
+        await app(scope, receive, answer.send)
+    finally:  # the cycle has the scope: all of a call would wait for the garbage collector
+        del scope["xllm.put"], scope["xllm.watch"]

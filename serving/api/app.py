@@ -50,7 +50,9 @@ def create_app(state: ServerState) -> FastAPI:
     Raises ConfigError if a route is there without a `Route` that declares it, or two contradict each other.
     """
     app = FastAPI(title="xLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
-                  routes=[route.of(state) for route in ROUTES])
+                  routes=[route.of(state) for route in ROUTES],
+                  # Its own spans and metrics: ours are `serving/observe/`, and each call would look for who wants them.
+                  telemetry={"tracing": False, "metrics": False, "logs": False})
     access = access_table(ROUTES)
     check_declared(declared_paths(app.routes), access)
     app.state.routes = ROUTES

@@ -137,8 +137,10 @@ def _check_size(body: bytes, limits: LimitSettings) -> None:
 
 def check_fields(content: dict[str, Any], limits: LimitSettings) -> None:
     """The bounds on single fields: the value of a number, the length of anything else."""
-    for name, limit in FIELD_LIMITS.items():
-        value, most = content.get(name), getattr(limits, limit)
+    for name, value in content.items():
+        if (limit := FIELD_LIMITS.get(name)) is None:
+            continue
+        most = getattr(limits, limit)
         if type(value) is int and value > most:
             raise invalid(f"{name} must be at most {most}", name)
         if isinstance(value, (list, dict)) and len(value) > most:

@@ -98,10 +98,10 @@ class Generation:
         num_prompt = sum(len(choice.request.prompt_token_ids) for choice in prompts)
         num_output = sum(max(0, len(choice.token_ids) - hidden_tokens) for choice in self.choices)
         details: dict[str, object] = {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)}
-        by_tier = Counter[str]()
-        for choice in prompts:
-            by_tier.update(choice.cached_by_tier or {})
-        if by_tier:
+        if any(choice.cached_by_tier for choice in prompts):
+            by_tier = Counter[str]()
+            for choice in prompts:
+                by_tier.update(choice.cached_by_tier or {})
             details["cached_tokens_by_tier"] = dict(by_tier)
         return {
             "prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output,

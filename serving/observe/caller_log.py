@@ -58,7 +58,8 @@ class CallerLog:
         figures = self.of(record.caller)
         figures.prompt_tokens_cached += record.num_cached_tokens
         figures.num_preemptions += record.num_preemptions
-        figures.cached_by_tier.update(record.cached_by_tier or {})
+        if record.cached_by_tier:
+            figures.cached_by_tier.update(record.cached_by_tier)
 
     def sample(self, open_records: Sequence[RequestRecord]) -> None:
         """Add a row for each caller that has been here."""

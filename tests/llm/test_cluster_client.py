@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -162,6 +164,20 @@ async def test_a_request_without_a_seed_gets_one(cluster: Cluster) -> None:
     seeded = one._requests["x"].sampling  # type: ignore[attr-defined]
     again = cluster.client.submit([make_request("z", seeded)])
     assert answers(await read(again))["z"].token_ids == drawn
+
+
+async def test_a_call_that_has_ended_is_gone(cluster: Cluster) -> None:
+    """At once: calls that held themselves would wait by the hundred for the garbage collector, and stop everybody."""
+    stream = cluster.client.submit([make_request("x", GREEDY)])
+    call = weakref.ref(stream)
+    gc.disable()
+    try:
+        await read(stream)
+        stream.close()
+        del stream
+        assert call() is None
+    finally:
+        gc.enable()
 
 
 # --- where it ends

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -188,3 +190,25 @@ async def test_who_has_answered_is_not_disturbed() -> None:
     connection.connection_lost(None)
     await asyncio.gather(*connection.tasks)
     assert results == [7, 8]
+
+
+async def test_a_call_that_has_ended_is_gone() -> None:
+    """At once, without a garbage collection."""
+    cycles = list[weakref.ref[Any]]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        cycles.append(weakref.ref(receive.__self__))  # type: ignore[attr-defined]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    connection, _ = connected(app)
+    gc.disable()
+    try:
+        for _ in range(2):  # a connection keeps its last one
+            connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.gather(*connection.tasks)
+            await asyncio.sleep(0)
+        assert [cycle() is None for cycle in cycles] == [True, False]
+    finally:
+        gc.enable()
+        connection.connection_lost(None)

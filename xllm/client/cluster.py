@@ -8,7 +8,6 @@ to all.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 import time
@@ -283,4 +282,4 @@ def _seeded(request: Request) -> Request:
     sampling = request.sampling
     if sampling.seed is not None or sampling.temperature == 0 or request.pooling is not None:
         return request
-    return dataclasses.replace(request, sampling=sampling.varied(seed=random.getrandbits(_SEED_BITS)))
+    return request.varied(sampling=sampling.varied(seed=random.getrandbits(_SEED_BITS)))

@@ -80,7 +80,7 @@ class ClusterCall(Stream):
 
     def __init__(self, requests: Sequence[Request], model: str | None, adapters: Collection[tuple[str, str]],
                  keeper: CallKeeper):
-        super().__init__(requests, self._withdraw)
+        super().__init__(requests, None)  # no method of its own: what holds itself waits for the garbage collector
         self.model = model
         self.adapters = frozenset(adapters)
         # Of its prompts, by the size of a block and the id of the prompt's tokens, which the requests hold.
@@ -177,6 +177,7 @@ class ClusterCall(Stream):
             self._client.depart(request_id, offer)
 
     def _withdraw(self, request_ids: Sequence[str]) -> None:
+        """See `Stream._withdraw`."""
         if self._client is not None:
             self._client.drop(request_ids)
         self._keeper.left(self, request_ids)

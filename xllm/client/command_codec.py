@@ -6,6 +6,7 @@ A decoder knows the types that it may read; nothing else is ever constructed.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from array import array
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -65,6 +66,9 @@ else:
 _HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt_token_ids", "sampling"))
 
 
+_head_of = operator.attrgetter(*_HEAD_FIELDS)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _PackedExpect:
     """An `Expect`, whose request is written as in a `Submit`."""
@@ -97,7 +101,7 @@ class _CommandCodec:
             if (place := places.get(id(prompt))) is None:
                 place = places[id(prompt)] = len(prompts)
                 prompts.append(token_array(prompt).tobytes())
-            heads.append(_RequestHead(*(getattr(request, name) for name in _HEAD_FIELDS), place, variant))
+            heads.append(_RequestHead(*_head_of(request), place, variant))
         return _SUBMIT + self._encoder.encode((prompts, params, heads))
 
     def decode(self, frame: bytes) -> Command:

@@ -114,12 +114,12 @@ class WatchedEngine(EngineClient, Protocol):
 class Stream:
     """The deltas of the requests of one call, merged. Close it when done: requests that have not ended are aborted.
 
-    drop(request ids): aborts requests and forgets them. listeners: each is called (request id, number of tokens)
-    whenever something came for a request, and when it left without more. on_news: called whenever `take` may have
-    something to say. engine: the number of the one that has them.
+    drop(request ids): aborts requests and forgets them; None: `_withdraw` is overridden. listeners: each is called
+    (request id, number of tokens) whenever something came for a request, and when it left without more. on_news: called
+    whenever `take` may have something to say. engine: the number of the one that has them.
     """
 
-    def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None]):
+    def __init__(self, requests: Sequence[Request], drop: Callable[[Sequence[str]], None] | None):
         self.open_ids = {request.request_id for request in requests}
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
@@ -180,10 +180,15 @@ class Stream:
         self._leave(list(self.open_ids))
 
     def _leave(self, request_ids: Sequence[str]) -> None:
-        self._drop(request_ids)
+        self._withdraw(request_ids)
         self.open_ids.difference_update(request_ids)
         for request_id in request_ids:
             self._tell(request_id, 0)
+
+    def _withdraw(self, request_ids: Sequence[str]) -> None:
+        """Abort requests and forget them."""
+        assert self._drop is not None
+        self._drop(request_ids)
 
     def _tell(self, request_id: str, num_tokens: int) -> None:
         for listener in self.listeners:

@@ -12,6 +12,7 @@ FRAMES_A_TURN = 32
 # After a larger message the event loop gets a turn before the next one is read. Chosen: a small one costs less than a
 # turn.
 LARGE_FRAME_BYTES = 2**15
+_READABLE = int(zmq.POLLIN)  # as a plain number: an enum's `&` makes an object
 
 
 class FramePort:
@@ -59,7 +60,7 @@ class FramePort:
     def _read_one(self) -> int:
         """Hand over a message; returns its size and 1, or 0 if there is none."""
         events: int = self._socket.get(zmq.EVENTS)  # type: ignore[assignment]
-        if not events & zmq.POLLIN:  # reading what is not there would cost an exception
+        if not int(events) & _READABLE:  # reading what is not there would cost an exception
             return 0
         parts = self._socket.recv_multipart(zmq.NOBLOCK)
         self._take(parts)

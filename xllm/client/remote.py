@@ -177,8 +177,8 @@ class RemoteClient(MemberClient):
 
     def _send(self, command: Command) -> None:
         if isinstance(command, Submit):
-            command = Submit([dataclasses.replace(
-                request, arrival_s=request.arrival_s - self._ahead_s,
+            command = Submit([request.varied(
+                arrival_s=request.arrival_s - self._ahead_s,
                 deadline_s=None if request.deadline_s is None else request.deadline_s - self._ahead_s)
                 for request in command.requests])
         self._send_frame(encode_up(command))

@@ -117,6 +117,10 @@ class ChatWriter:
         self._shows_usage = bool(options and options.include_usage)
         self._shows_every_usage = bool(options and options.continuous_usage_stats)
 
+    @property
+    def _shows_tokens(self) -> bool:
+        return bool(self._body.logprobs or self._body.return_token_ids)
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._call.id, "object": kind, "created": self._created, "model": self._call.model}
 
@@ -126,10 +130,11 @@ class ChatWriter:
         """Choices and parsers hold all of it."""
         self._call.read(piece)
 
-    def body(self) -> Sliced:
-        choices = self._generation.choices
-        answer = Sliced(self._head("chat.completion"), choices=Items(map(self._choice_json, choices)),
-                        usage=self._call.usage(self._generation))
+    def body(self) -> dict[str, Any]:
+        choices, usage = self._generation.choices, self._call.usage(self._generation)
+        if len(choices) == 1 and not self._shows_tokens and self._body.prompt_logprobs is None:  # one text
+            return {**self._head("chat.completion"), "choices": [self._choice_json(choices[0])], "usage": usage}
+        answer = Sliced(self._head("chat.completion"), choices=Items(map(self._choice_json, choices)), usage=usage)
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._prompt_logprobs(choices[0])
         if self._body.return_token_ids:
@@ -178,10 +183,10 @@ class ChatWriter:
         """The role before a choice's first text, then the text, then the finish reason on a chunk of its own."""
         chunks = [self._first_chunk(piece)] if piece.is_first else []
         deltas = [delta for event in self._call.read(piece) if (delta := self._delta(event)) is not None]
-        if not deltas and piece.token_ids and (self._body.logprobs or self._body.return_token_ids):
+        if not deltas and piece.token_ids and self._shows_tokens:
             deltas = [{"content": ""}]
         text_chunks = [self._chunk(piece.index, delta) for delta in deltas]
-        if text_chunks and (self._body.logprobs or self._body.return_token_ids):
+        if text_chunks and self._shows_tokens:
             self._add_token_details(text_chunks[0]["choices"][0], piece)
         chunks += text_chunks
         if piece.finish_reason is not None:

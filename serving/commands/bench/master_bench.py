@@ -122,10 +122,12 @@ class _Asked:
 
     async def _row(self, num_open: int, rounds: int) -> dict[str, Any]:
         shorts, tokens, firsts, writes = list[float](), list[float](), list[float](), list[float]()
-        prompts = list[int]()
+        prompts, waits = list[int](), list[float]()
         num_short, num_streams = max(100, 20 * num_open), max(6, 2 * num_open)
         for _ in range(rounds):
+            began_s = time.monotonic()
             short_s, answers = await self._cost(self._bodies(num_short, None, False), num_open)
+            waits.append((time.monotonic() - began_s) / num_short)
             shorts.append(short_s)
             prompts += [answer.num_prompt_tokens for answer in answers]
             one_s, _ = await self._cost(self._bodies(num_short, 1, True), num_open)
@@ -135,6 +137,7 @@ class _Asked:
             writes.append(sum(answer.num_writes for answer in answers) / len(answers))
         row = {"open_requests": num_open, "us_a_request": round(1e6 * median(shorts)),
                "us_a_streamed_token": round(1e6 * median(tokens), 1),
+               "idle_us_a_request": round(1e6 * self._idle * median(waits)),  # that were taken off
                "us_a_request_of_rounds": [round(1e6 * one) for one in shorts],
                "us_a_streamed_token_of_rounds": [round(1e6 * one, 1) for one in tokens],
                "prompt_tokens": round(sum(prompts) / len(prompts), 1), "writes_a_stream": round(median(writes), 1),
