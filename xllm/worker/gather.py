@@ -147,7 +147,7 @@ def _merge(reports: list[WorkerReport]) -> WorkerReport | None:
     """One answer of all ranks': rank 0's, where they agree; the first error, if there is one."""
     first = reports[0]
     if isinstance(first, StepBegun):
-        _compare_begun([r for r in reports if isinstance(r, StepBegun)])
+        compare_begun({rank: r for rank, r in enumerate(reports) if isinstance(r, StepBegun)})
         return None
     if isinstance(first, StepOutput):
         return _merge_steps(first, reports[1:])
@@ -190,17 +190,20 @@ def _entry(stored: StoredBlocks, index: int) -> tuple[int, bytes, bytes]:
     return int(stored.slots[index]), stored.digests[index].tobytes(), stored.parents[index].tobytes()
 
 
-def _compare_begun(reports: list[StepBegun]) -> None:
-    """Raise WorkerError where a rank is about to compute something else than rank 0. Their exchanges would add up what
-    does not belong together; of different sizes, they end a process, and not always the one that is wrong."""
-    for rank, found in enumerate(reports[1:], 1):
-        for name, ours, theirs in zip(StepBegun.__slots__, _fields(reports[0]), _fields(found), strict=True):
-            if ours != theirs:
-                what = f"step {found.step} with other " + ("token ids or positions than rank 0" if name == "inputs" else
-                                                           f"{name} ({theirs!r}) than rank 0 ({ours!r})")
-                if name == "step":
-                    what = f"step {theirs} where rank 0 has begun step {ours}"
-                raise WorkerError(f"worker rank {rank} has begun {what}")
+def compare_begun(by_rank: dict[int, StepBegun]) -> None:
+    """Raise WorkerError where a rank is about to compute something else than the first. Their exchanges would add up
+    what does not belong together; of different sizes, they end a process, and not always the one that is wrong."""
+    first = min(by_rank)
+    for rank, found in by_rank.items():
+        for name, ours, theirs in zip(StepBegun.__slots__, _fields(by_rank[first]), _fields(found), strict=True):
+            if ours == theirs:
+                continue
+            if name == "step":
+                raise WorkerError(f"worker rank {rank} has begun step {theirs} where rank {first} has begun step "
+                                  f"{ours}")
+            what = "token ids or positions" if name == "inputs" else f"{name} ({theirs!r})"
+            than = f"rank {first}" if name == "inputs" else f"rank {first} ({ours!r})"
+            raise WorkerError(f"worker rank {rank} has begun step {found.step} with other {what} than {than}")
 
 
 def _fields(begun: StepBegun) -> list[object]:

@@ -19,7 +19,8 @@ from xllm import env
 from xllm.child_end import ChildEnd
 from xllm.child_process import run_module, socket_folder
 from xllm.errors import WorkerError
-from xllm.worker.gather import Gatherer
+from xllm.worker.gather import Gatherer, compare_begun
+from xllm.worker.last_word import last_word
 from xllm.worker.link import WorkerLink
 from xllm.worker.message_codec import decode, encode
 from xllm.worker.messages import Done, Failed, Loaded, StopWorker, WorkerCommand, WorkerReport, WorkerStats
@@ -230,6 +231,13 @@ class ProcessLink(WorkerLink):
         and not the one that was wrong."""
         while self._poll(0):
             self._receive()
+        words = {rank.number: word for rank in self._ranks if (word := last_word(self._folder, rank.number))}
+        newest = max((word.step for word in words.values()), default=0)
+        try:
+            if words:
+                compare_begun({number: word for number, word in words.items() if word.step == newest})
+        except WorkerError as error:
+            raise self._failed(str(error)) from None
 
     def _look_for_the_cause(self) -> None:
         """A rank that shares a model with one that has died fails as well, and may say so before the death is seen:

@@ -20,8 +20,9 @@ from xllm.child_process import end_with_parent, exit_at_once
 from xllm.parallel.interfaces import interface_to
 from xllm.parallel.seat import Seat
 from xllm.worker.failures import as_failed
+from xllm.worker.last_word import LastWord
 from xllm.worker.message_codec import decode, encode
-from xllm.worker.messages import StopWorker, WorkerCommand, WorkerReport
+from xllm.worker.messages import StepBegun, StopWorker, WorkerCommand, WorkerReport
 from xllm.worker.processes import HEARTBEAT_S
 from xllm.worker.worker import Worker
 
@@ -35,12 +36,15 @@ class Reporter:
 
     def __init__(self, rank: int, folder: Path, context: zmq.Context[zmq.Socket[bytes]]):
         self._origin = bytes([rank])
+        self._last_word = LastWord(folder, rank)
         self._lock = threading.Lock()
         self._socket = context.socket(zmq.PUSH)
         self._socket.set_hwm(0)
         self._socket.connect(f"ipc://{folder / 'reports'}")
 
     def send(self, report: WorkerReport) -> None:
+        if isinstance(report, StepBegun):
+            self._last_word.put(report)
         frame = encode(report)
         with self._lock:
             self._socket.send_multipart((self._origin, frame))
@@ -48,6 +52,7 @@ class Reporter:
     def close(self) -> None:
         with self._lock:
             self._socket.close(linger=LINGER_MS)
+            self._last_word.close()
 
 
 def main(argv: list[str]) -> int:
