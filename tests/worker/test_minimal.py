@@ -15,8 +15,8 @@ NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.
               "xllm.routing.event_feed", "xllm.routing.vllm_reader", "xllm.client.handovers",
               "xllm.transfer.entering", "xllm.transfer.in_process", "xllm.transfer.pieces", "xllm.transfer.put_wire",
               "xllm.transfer.shared_memory", "xllm.transfer.tcp", "xllm.transfer.tcp_peer",
-              "xllm.transfer.tcp_session", "xllm.transfer.transports", "xllm.transfer.way", "xllm.worker.publisher",
-              "xllm.worker.worker_transfers",
+              "xllm.transfer.tcp_session", "xllm.transfer.transports", "xllm.transfer.way", "xllm.worker.last_word",
+              "xllm.worker.publisher", "xllm.worker.worker_transfers",
               "xllm.integrations.vllm")  # which vLLM imports
 CODE = """
 import sys
