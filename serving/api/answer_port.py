@@ -6,12 +6,12 @@ uvicorn writes the head, the body and the end of an answer one by one. Here what
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 HELD_BYTES = 2**16  # Chosen: as much as a transport takes before it asks its writer to pause
 
@@ -69,6 +69,7 @@ class _Answer:
 
     def __init__(self, cycle: RequestResponseCycle, port: AnswerPort):
         self._cycle, self._port = cycle, port
+        self._ends_with_connection = False  # the body has no length, and a peer of HTTP/1.0 knows no chunks
 
     async def send(self, message: Message) -> None:
         cycle = self._cycle
@@ -85,9 +86,11 @@ class _Answer:
         if (not cycle.response_started or cycle.response_complete or cycle.flow.write_paused
                 or cycle.scope["method"] == "HEAD"):
             return False
-        if not cycle.disconnected:
-            self._port.write(cycle.conn.send(h11.Data(data=part)) or b"")
-        return True
+        try:
+            cycle.send({"type": "http.response.body", "body": part, "more_body": True}).send(None)
+        except StopIteration:  # it has ended: it waits only while writing is paused
+            return True
+        raise AssertionError("a part was held back")
 
     def watch(self, gone: Callable[[], None]) -> Callable[[], None]:
         """Have `gone` called as soon as the client disconnects, soon if it has. Returns what ends that. At most one
@@ -103,13 +106,20 @@ class _Answer:
 
     async def _begin(self, message: Message) -> None:
         """The head goes out with what follows at once, or else by itself."""
+        cycle = self._cycle
+        if cycle.scope["http_version"] == "1.0" and not any(name.lower() == b"content-length"
+                                                            for name, _ in message.get("headers", ())):
+            self._ends_with_connection = True
+            cycle.chunked_encoding, cycle.expected_content_length = False, sys.maxsize
         self._port.hold()
         asyncio.get_running_loop().call_soon(self._port.release)
-        await self._cycle.send(message)  # type: ignore[arg-type]
+        await cycle.send(message)  # type: ignore[arg-type]
 
     async def _end(self, message: Message) -> None:
         if self._cycle.flow.write_paused and not self._cycle.disconnected:  # nothing may be held for so long
             await self._cycle.flow.drain()
+        if self._ends_with_connection:
+            self._cycle.expected_content_length = len(message.get("body", b""))
         self._port.hold()
         try:
             await self._cycle.send(message)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ _JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 def check_head(scope: Scope, limits: LimitSettings) -> None:
-    """Raise ApiError 414 or 431 for a head that is too large. h11's own bound stops a head that never ends."""
+    """Raise ApiError 414 or 431 for a head that is too large. `Connection` stops a head that never ends."""
     if len(scope["raw_path"]) + len(scope["query_string"]) > limits.max_url_bytes:
         raise ApiError(414, f"path and query are longer than {limits.max_url_bytes} bytes")
     headers = scope["headers"]

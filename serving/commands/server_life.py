@@ -187,7 +187,7 @@ class ServerLife(ABC):
             logger.warning("at most %d connections at a time: the limit of open files (ulimit -n) allows no more",
                            connections.max_open)
         bound_logs()
-        connection = connection_class(connections)
+        connection = connection_class(connections, 2 * self._config.limits.max_header_bytes)  # `check_head` is exact
         if self._door.tls is not None:
             connection = with_tls(connections, self._door.tls, connection)
         return _QuietServer(uvicorn.Config(
@@ -195,11 +195,9 @@ class ServerLife(ABC):
             log_level=self._config.http.uvicorn_log_level, log_config=None,
             access_log=False,  # requests have lines of our own
             server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="off",
-            # httptools has no bound on headers. h11 takes this for a head that has not ended; `check_head` is exact.
             http=connection,  # type: ignore[arg-type]
             backlog=ACCEPTED_AT_ONCE,
-            ws="none", h11_max_incomplete_event_size=2 * self._config.limits.max_header_bytes,
-            proxy_headers=False))
+            ws="none", proxy_headers=False))
 
     async def _report_throughput(self) -> None:
         if not self._config.log.disable_log_stats:

@@ -1,62 +1,19 @@
-"""`AnswerPort`: an answer is the same bytes as h11 would write, in fewer writes."""
+"""`AnswerPort`: an answer is what uvicorn would write, in fewer writes."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import weakref
-from collections import Counter
 from typing import Any
 
 import h11
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.server import ServerState
 
 from serving.api.answer_port import HELD_BYTES
-from serving.api.connection import Connection, connection_class
-from serving.api.connections import Connections
 from serving.api.sse import ClientGone, until_disconnect
-from serving.config import ConnectionSettings
-
-
-class Written(asyncio.Transport):
-    """Keeps what is written to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes = list[bytes]()
-        self.is_closed = self.is_paused = False
-
-    def write(self, data: Any) -> None:
-        if data:
-            self.writes.append(bytes(data))
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def pause_reading(self) -> None:
-        self.is_paused = True
-
-    def resume_reading(self) -> None:
-        self.is_paused = False
-
-
-def connected(app: Any) -> tuple[Connection, Written]:
-    """A connection to the app, and what is under it."""
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
-    kind: Any = connection_class(Connections(ConnectionSettings(), Counter()))
-    connection: Connection = kind(config=config, server_state=ServerState(), app_state={})
-    transport = Written()
-    connection.connection_made(transport)
-    return connection, transport
+from tests.serving.written_transport import Written, connected
 
 
 async def answered(parts: list[list[bytes]], *, length: int | None = None, head: bytes = b"GET / HTTP/1.1",
@@ -135,7 +92,7 @@ async def test_little_is_held() -> None:
 async def test_head_and_old_clients_get_no_chunks() -> None:
     transport = await answered([[b"one"], [b"end"]], head=b"HEAD / HTTP/1.1")
     assert b"one" not in b"".join(transport.writes)
-    assert body_of(b"".join(transport.writes), "HEAD") == (b"", b"chunked")
+    assert body_of(b"".join(transport.writes), "HEAD") == (b"", b"")
     transport = await answered([[b"one"], [b"end"]], head=b"GET / HTTP/1.0")
     assert b"".join(transport.writes).endswith(b"\r\n\r\noneend") and transport.is_closed
 

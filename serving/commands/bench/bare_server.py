@@ -68,8 +68,8 @@ def _event(content: dict[str, Any]) -> str:
 async def serve(step_s: float) -> None:
     """Until stdin ends."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(bare_app(step_s), http="h11", ws="none", lifespan="off", log_config=None,
-                                           access_log=False))
+    server = uvicorn.Server(uvicorn.Config(bare_app(step_s), http="httptools", ws="none", lifespan="off",
+                                           log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     await asyncio.to_thread(sys.stdin.buffer.read)
