@@ -55,8 +55,12 @@ class MasterSettings(ClusterAccess):
     load_balance_policy: str = option("CAR", "which instance a request goes to: RR: in turn; CAR: by what is cached "
                                       "there and by load; LOAD: by load alone; SLO_AWARE: by target_ttft and "
                                       "target_tpot; RANDOM: any", choices=tuple(POLICY_OF))
-    target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE keeps where it can, in milliseconds")
-    target_tpot: float = option(50.0, "time from token to token that SLO_AWARE keeps where it can, in milliseconds")
+    target_ttft: float = option(1000.0, "time to the first token that SLO_AWARE and dynamic_roles keep where they can, "
+                                "in milliseconds")
+    target_tpot: float = option(50.0, "time from token to token that SLO_AWARE and dynamic_roles keep where they can, "
+                                "in milliseconds")
+    dynamic_roles: bool = option(False, "turn prefill instances to decode and back as the load changes, by target_ttft "
+                                 "and target_tpot; one prefill and two decode instances stay")
 
 
 @dataclass(frozen=True, kw_only=True)

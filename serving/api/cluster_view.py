@@ -55,6 +55,7 @@ class ClusterView:
             "totals": {"decisions": dict(sum((one.decisions for one in counts), Counter())),
                        "recovered": dict(sum((one.recovered for one in counts), Counter())),
                        "handovers": dict(sum((one.handovers for one in counts), Counter())),
+                       "role_flips": dict(sum((Counter(engine.flips) for engine in engines), Counter())),
                        **{name: sum(getattr(one, name) for one in counts)
                           for name in ("retried", "given_up", "recomputed_tokens")}},
             "decisions": [_decision(one) for one in newest(engine.recent for engine in engines)],
@@ -67,7 +68,9 @@ class ClusterView:
         if (client := row.client) is None or client.facts is None or client.model is None:
             return found
         stats = client.stats
+        now = [member.role for engine in self.engines() if (member := engine.members.all.get(row.name)) is not None]
         return found | {
+            "role": now[0] if now else row.role,  # which may be another one than it registered with
             "incarnation": client.incarnation, "started": _time(client.started_unix_s),
             "models": list(client.model.names), "adapters": list(client.adapters),
             "running": stats.num_running, "waiting": stats.num_waiting,

@@ -30,6 +30,7 @@ from xllm.client.cluster_keys import ClusterKeys
 from xllm.errors import ConfigError, XllmError
 from xllm.host_port import host_and_port, is_loopback
 from xllm.routing.fleet import Fleet
+from xllm.routing.role_snapshot import RoleRules
 
 logger = logging.getLogger("xllm.master")
 
@@ -86,7 +87,8 @@ class Master(ServerLife):
         tracer = self._door.tracer
         return ClusterClient(Fleet(POLICY_OF[s.load_balance_policy], target_ttft_s=s.target_ttft / 1000,
                                    target_tpot_s=s.target_tpot / 1000),
-                             None if tracer is None else InstanceSpans(tracer))
+                             None if tracer is None else InstanceSpans(tracer),
+                             rules=RoleRules() if s.dynamic_roles else None)
 
     def _open_store(self) -> KeyValueStore | None:
         """Where instances register, within the event loop; None: they were named."""

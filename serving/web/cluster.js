@@ -120,7 +120,7 @@ function decisionRow(decision) {
 }
 
 function eventLine(event) {
-  const words = {joined: "has joined", left: "has left", recovered: "had open requests"};
+  const words = {joined: "has joined", left: "has left", recovered: "had open requests", turned: "has another role"};
   return make("li", {}, make("time", {datetime: event.time}, clock(event.time)), make("b", {}, event.instance), ` ${words[event.event] ?? event.event}`,
     make("span", {class: "why"}, event.reason ? `: ${event.reason}` : ""));
 }

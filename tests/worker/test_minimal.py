@@ -12,7 +12,7 @@ NOT_NEEDED = ("xllm.client.process", "xllm.client.engine_process", "xllm.client.
               "xllm.client.frame_port", "xllm.client.gate_wire", "xllm.client.kv_subscriber",
               "xllm.client.member_client", "xllm.client.openai_server", "xllm.client.openai_wire", "xllm.client.remote",
               "xllm.engine.kv_publisher", "xllm.kv.event_stream", "xllm.kv.event_wire", "xllm.kv_events_keys",
-              "xllm.routing.event_feed", "xllm.routing.vllm_reader", "xllm.client.handovers",
+              "xllm.routing.event_feed", "xllm.routing.vllm_reader", "xllm.client.handovers", "xllm.client.role_keeper",
               "xllm.transfer.entering", "xllm.transfer.in_process", "xllm.transfer.pieces", "xllm.transfer.put_wire",
               "xllm.transfer.shared_memory", "xllm.transfer.tcp", "xllm.transfer.tcp_peer",
               "xllm.transfer.tcp_session", "xllm.transfer.transports", "xllm.transfer.way", "xllm.worker.last_word",

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from xllm.client.call_watcher import CallWatcher, NoCallWatcher
@@ -23,6 +23,7 @@ from xllm.client.engine_client import EngineAwayError, Stream
 from xllm.client.kv_subscriber import KVSubscriber
 from xllm.client.member_client import MemberClient
 from xllm.client.replica_control import ReplicaControl
+from xllm.client.role_keeper import RoleKeeper
 from xllm.engine.commands import Action, Controlled, EngineState, Expected
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
@@ -30,6 +31,7 @@ from xllm.errors import EngineDeadError, RequestError
 from xllm.kv_offer import KVOffer
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
+from xllm.routing.role_snapshot import RoleRules
 from xllm.routing.routed_instance import LoadReport
 from xllm.routing.vllm_reader import VllmReader
 from xllm.stats import EngineStats
@@ -42,13 +44,17 @@ logger = logging.getLogger("xllm.cluster")
 class ClusterClient:
     """A `WatchedEngine` for one event loop. Whoever connects the instances tells it who is there (`join`, `leave`).
 
-    Its clients belong to whoever joined them: they are not closed here. watcher: None: nobody.
+    Its clients belong to whoever joined them: they are not closed here. watcher: None: nobody. rules: by which
+    instances that prefill are turned to decode, and back; None: they keep the roles that they joined with.
     """
 
-    def __init__(self, fleet: Fleet | None = None, watcher: CallWatcher | None = None):
+    def __init__(self, fleet: Fleet | None = None, watcher: CallWatcher | None = None, *,
+                 rules: RoleRules | None = None):
         self.members = ClusterMembers()
         self._fleet = fleet or Fleet()
         self._dispatcher = Dispatcher(self.members, self._fleet, watcher or NoCallWatcher())
+        self._roles = None if rules is None else RoleKeeper(self.members, self._fleet, self._dispatcher, rules)
+        self._keeping: asyncio.Task[None] | None = None
         self._control = ReplicaControl(self._up_labelled)
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._subscriber: KVSubscriber | None = None  # to the events of instances that publish them
@@ -68,6 +74,8 @@ class ClusterClient:
                          max_open=scheduler.max_concurrent_requests or 2**63, num_blocks=facts.num_blocks,
                          kv_token_bytes=facts.placement.kv_token_bytes)
         member = self.members.add(name, client, role)
+        if self._roles is not None and self._keeping is None:
+            self._keeping = asyncio.create_task(self._roles.run(), name="cluster-roles")
         self._dispatcher.lives(client.incarnation)
         client.on_cache_changes = lambda changes: self._fleet.changed(name, changes.tier, changes.stored,
                                                                       changes.removed)
@@ -141,7 +149,7 @@ class ClusterClient:
         """End what looks for an instance, and forget all of them."""
         for name in list(self.members.all):
             self.members.remove(name, "the cluster's client was closed")
-        for task in list(self._joining.values()):
+        for task in (*self._joining.values(), *filter(None, [self._keeping])):
             task.cancel()
         await self._dispatcher.close()
         if self._subscriber is not None:
@@ -219,6 +227,11 @@ class ClusterClient:
     def counts(self) -> DispatchCounts:
         """What was decided, and what went on elsewhere."""
         return self._dispatcher.counts
+
+    @property
+    def flips(self) -> Mapping[str, int]:
+        """How often an instance's role was changed, by the reasons."""
+        return {} if self._roles is None else self._roles.flips
 
     @property
     def recent(self) -> deque[Dispatch]:

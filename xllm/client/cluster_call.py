@@ -118,6 +118,11 @@ class ClusterCall(Stream):
         return is_suspect(self.tries.num_counted) and not self._young.keys().isdisjoint(self.open_ids)
 
     @property
+    def has_output(self) -> bool:
+        """Whether anything of any of its requests has come."""
+        return any(request.generated_token_ids for request in self.rest)
+
+    @property
     def next_place(self) -> str | None:
         """The name of the instance that was asked to take it from the one that has it."""
         return None if self._successor is None else self._successor.place

@@ -25,11 +25,11 @@ MAX_GONE = 64  # lives of instances whose totals are kept one by one. Chosen: th
 
 @dataclass(frozen=True, slots=True)
 class ClusterEvent:
-    """What has happened to an instance, and when. recovered: calls that it had go on elsewhere. text: why it left, or
-    how many calls."""
+    """What has happened to an instance, and when. recovered: calls that it had go on elsewhere. turned: it has
+    another role. text: why it left, how many calls, or which role and why."""
 
     unix_s: float
-    kind: Literal["joined", "left", "recovered"]
+    kind: Literal["joined", "left", "recovered", "turned"]
     instance: str
     text: str = ""
 
@@ -90,6 +90,11 @@ class ClusterMembers:
         """Requests that an instance had go on elsewhere."""
         requests = "request goes" if num_requests == 1 else "requests go"
         self.events.append(ClusterEvent(time.time(), "recovered", name, f"{num_requests} {requests} on elsewhere"))
+
+    def turn(self, name: str, role: str, reason: str) -> None:
+        """An instance that is there has another role, for new work."""
+        self.all[name].role = role
+        self.events.append(ClusterEvent(time.time(), "turned", name, f"{role} ({reason})"))
 
     # --- who takes requests
 

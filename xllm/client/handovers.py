@@ -51,7 +51,7 @@ class Handovers:
 
     def _fit(self, sender: ClusterMember, receiver: ClusterMember) -> bool:
         mine, theirs = _block_size(sender), _block_size(receiver)
-        return _sends_kv(sender) and _sends_kv(receiver) and not (mine % theirs and theirs % mine)
+        return sends_kv(sender) and sends_kv(receiver) and not (mine % theirs and theirs % mine)
 
     def begin(self, call: ClusterCall, requests: Sequence[Request], pair: PairDecision) -> None:
         """Ask the instance that is to decode where the KV is to go, and then send the requests to the other one."""
@@ -89,13 +89,14 @@ class Handovers:
     def move(self, call: ClusterCall, place: str, requests: Sequence[Request], otherwise: Callable[[], object]) -> None:
         """Have a running call go on at `place` once its KV is there; it goes on where it is meanwhile. otherwise: is
         called if that does not come about."""
-        task = asyncio.create_task(self._move(call, place, requests, otherwise), name="cluster-migration")
+        task = asyncio.create_task(self._move(call, call.place, place, requests, otherwise), name="cluster-migration")
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
-    async def _move(self, call: ClusterCall, place: str, requests: Sequence[Request],
+    async def _move(self, call: ClusterCall, sender: str | None, place: str, requests: Sequence[Request],
                     otherwise: Callable[[], object]) -> None:
-        sender = call.place
+        if call.place != sender:  # it was lost meanwhile
+            return
         if call not in self._receivers:  # else it is leaving already
             found = await self._ask(place, requests)
             if not call.open_ids or call.place != sender or call in self._receivers:
@@ -108,7 +109,7 @@ class Handovers:
         until_s = time.monotonic() + MOVE_S
         while call in self._receivers and call.open_ids and call.place == sender and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_S)
-        if call.open_ids and call.place == sender:
+        if call.open_ids and call.place == sender and call.next_place is None:
             self.forget(call)
             otherwise()
 
@@ -169,7 +170,8 @@ def _offers(requests: Sequence[Request], found: Mapping[int, Expected]) -> dict[
     return {first[prompt]: answer.offer for prompt, answer in found.items() if answer.offer is not None}
 
 
-def _sends_kv(member: ClusterMember) -> bool:
+def sends_kv(member: ClusterMember) -> bool:
+    """Whether an instance sends KV to others and takes theirs."""
     return member.client.facts is not None and member.client.facts.config.transfer.enable_disagg_pd
 
 

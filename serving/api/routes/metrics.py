@@ -54,7 +54,7 @@ class ServerCollector:
         yield from queue_families(make, state)
         if state.cluster is not None:
             members = Counter(member.state for member in state.cluster.members()) if state is self._state else {}
-            yield from cluster_families(make, state.cluster.engine.counts, members)
+            yield from cluster_families(make, state.cluster.engine.counts, state.cluster.engine.flips, members)
         if (facts := state.engine.facts) is not None:
             records = [one for one in state.requests.open_records() if one.model in ("", state.served_names[0])]
             yield from lora_families(make, facts.config.lora, records)
