@@ -19,6 +19,7 @@ from xllm.client.cluster_call import ClusterCall
 from xllm.config import EngineConfig
 from xllm.engine.commands import Expected
 from xllm.engine.core import EngineCore
+from xllm.errors import EngineDeadError
 from xllm.request import FinishReason, SamplingParams
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
@@ -293,7 +294,8 @@ async def test_a_call_that_is_lost_before_it_can_leave(cluster: Cluster, monkeyp
             members[name].is_ready = False
         handovers = cluster.client._dispatcher.handovers
         handovers.move(call, "d" if call.place != "d" else "e", call.unaborted, lambda: otherwise.append("again"))
-        cluster.sites[call.place].kill()
+        cluster.sites[call.place].client.drop(call.open_ids)
+        call.lose(EngineDeadError("it was hit"))
 
     after(call, 5, leave_and_lose)
     reading = asyncio.create_task(read(call))
