@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.llm.cluster_sites import NUM_TOKENS, Answer, Cluster, Site, after, answers, make_request, same
 from tests.llm.conftest import SETTINGS
-from tests.llm.gated import WatchedLocal
+from tests.llm.gated import KEYS, WatchedLocal
 from tests.llm.test_clients import idle, read
 from tests.llm.test_remote import until
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_call import ClusterCall
+from xllm.client.remote import RemoteClient
 from xllm.config import EngineConfig
 from xllm.engine.commands import Expected
 from xllm.engine.core import EngineCore
-from xllm.request import FinishReason, SamplingParams
+from xllm.kv_offer import KVOffer
+from xllm.request import FinishReason, Request, SamplingParams
 from xllm.routing.fleet import Fleet
 from xllm.routing.fleet_snapshot import Decision
 from xllm.routing.pair_snapshot import PairDecision
@@ -106,6 +109,13 @@ async def settled(cluster: Cluster) -> None:
             core = site.engine._core
             await until(lambda core=core: not core.scheduler.kv.num_held_blocks and not len(core.scheduler.departures))
             await until(lambda core=core: is_sound(core))
+            await until(lambda core=core: not num_reserved(core))
+
+
+def num_reserved(core: EngineCore) -> int:
+    """Slots of host memory that nobody else can have, and landings that are waited for."""
+    lander = core.scheduler.promotions.lander
+    return len(lander) + lander._store.host.num_held
 
 
 def is_sound(core: EngineCore) -> bool:
@@ -244,6 +254,58 @@ async def test_an_abort(cluster: Cluster, num_tokens: int) -> None:
     found = answers(await read(call))["x"]
     assert found.finish_reasons == [FinishReason.ABORT]
     await settled(cluster)
+
+
+async def test_room_for_one_prompt_of_several_that_ends(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader gives it up while the KV of the other is still on its way."""
+    cluster.client.leave("e", "one is enough")
+    lander = cluster.sites["d"].engine._core.scheduler.promotions.lander
+    monkeypatch.setattr("xllm.scheduler.departures.Departures.publish", lambda departures, step: 0)  # it never is
+    requests = [make_request(name, SAMPLINGS["greedy"].varied(max_tokens=300), (number, *LONG))
+                for number, name in enumerate("xy", start=5)]
+    call = cluster.client.submit(requests)
+    await until(lambda: len(lander) == 2)
+    await call.next()
+    cluster.client.abort(["x"])
+    await until(lambda: len(lander) == 1)
+    call.abort("y")
+    call.close()
+    await settled(cluster)
+    assert not cluster.client._dispatcher.handovers._receivers
+    assert not cluster.client._fleet._instances["d"].sent.num_expected
+
+
+async def test_an_answer_that_comes_too_late_keeps_no_room(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xllm.client.handovers.ASK_S", 0.1)
+    cluster.client.leave("e", "one is enough")
+    core = cluster.sites["d"].engine._core
+    expect, offers = core.expect, []
+
+    def slowly(request: Request, lease_s: float) -> KVOffer | str:
+        time.sleep(0.3)
+        offers.append(expect(request, lease_s))
+        return offers[-1]
+
+    monkeypatch.setattr(core, "expect", slowly)
+    await read(call_of(cluster, "x"))
+    await until(lambda: len(offers) == 1 and not num_reserved(core))
+    assert isinstance(offers[0], KVOffer) and cluster.client.counts.handovers["silent"] == 1
+    await settled(cluster)
+
+
+async def test_room_that_a_client_asked_for_who_is_gone(cluster: Cluster) -> None:
+    site = cluster.sites["d"]
+    found = await site.client.expect(make_request("x", prompt=LONG), 60.0)
+    assert found.offer is not None and num_reserved(site.engine._core)
+    async with contextlib.AsyncExitStack() as stack:
+        other = RemoteClient(site.client.address, KEYS)
+        stack.callback(other.close)
+        await other.connect()
+        other.unexpect(found.landing)  # not its own
+        await other.control("state")
+        assert num_reserved(site.engine._core)
+    site.client.close()
+    await until(lambda: not num_reserved(site.engine._core))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 12])

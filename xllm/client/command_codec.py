@@ -27,6 +27,7 @@ from xllm.engine.commands import (
     Refused,
     Shutdown,
     Submit,
+    Unexpect,
 )
 from xllm.errors import RequestError
 from xllm.request import Request
@@ -83,7 +84,7 @@ class _CommandCodec:
     written once, and the requests, which refer to them."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect, Depart)
+        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect, Depart, Unexpect)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(tuple[list[bytes], SharedParams, list[_RequestHead]])
 

@@ -152,8 +152,8 @@ class Dispatcher:
         for place in (call.place, call.next_place):
             self._forget_sent(place, known)
         self._watcher.left(request_ids)
+        self.handovers.left(call, request_ids)
         if not call.open_ids:
-            self.handovers.forget(call)
             self._changed.set()  # there may be room
 
     def handed_over(self, call: ClusterCall, place: str) -> None:
@@ -170,6 +170,7 @@ class Dispatcher:
 
     def moved(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
+        self.handovers.forget(call)
         self._forget_sent(place, call.open_ids)
         self._note_moved(place, len(call.open_ids))
 

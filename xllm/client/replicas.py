@@ -262,6 +262,11 @@ class Replicas:
         found = await self.engines[number].expect(request, lease_s)
         return replace(found, landing=found.landing * len(self.engines) + number)
 
+    def unexpect(self, landing: int) -> None:
+        """See `EngineClient.unexpect`."""
+        count = len(self.engines)
+        self.engines[landing % count].unexpect(landing // count)
+
     def _able(self, requests: Sequence[Request]) -> dict[int, ProcessClient]:
         """The engines that a call can go to, by their numbers. Raises EngineDeadError if there is none."""
         up = self._up()

@@ -148,6 +148,11 @@ class EngineCore:
         digests = block_digests(token_ids, self.config.cache.block_size, salt)
         return lander.expect(digests, lease_s, self.scheduler.promotions.now_s)
 
+    def unexpect(self, landing: int) -> None:
+        """See `commands.Unexpect`."""
+        if (lander := self.scheduler.promotions.lander) is not None:
+            lander.revoke(landing)
+
     def depart(self, request_id: str, offer: KVOffer) -> None:
         """See `commands.Depart`. A request that waits at a gate stays."""
         if self.scheduler.departures.outbox is not None:
