@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -290,6 +291,43 @@ async def test_an_answer_that_comes_too_late_keeps_no_room(cluster: Cluster, mon
     await read(call_of(cluster, "x"))
     await until(lambda: len(offers) == 1 and not num_reserved(core))
     assert isinstance(offers[0], KVOffer) and cluster.client.counts.handovers["silent"] == 1
+    await settled(cluster)
+
+
+async def test_one_that_does_not_answer_is_not_asked_for_a_while(cluster: Cluster,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xllm.client.handovers.ASK_S", 0.2)
+    monkeypatch.setattr("xllm.client.ask_pauses.FIRST_PAUSE_S", 600.0)
+    handovers, counts = cluster.client._dispatcher.handovers, cluster.client.counts.handovers
+    expected = await alone(cluster, SAMPLINGS["greedy"])
+    cluster.client.leave("e", "one is enough")
+    core, answers_again = cluster.sites["d"].engine._core, threading.Event()
+    expect = core.expect
+    monkeypatch.setattr(core, "expect", lambda *asked: (answers_again.wait(10.0), expect(*asked))[1])  # it hangs
+    for name in "xyz":
+        same(answers(await read(call_of(cluster, name, sampling=SAMPLINGS["greedy"])))[name], expected)
+        assert (counts["silent"], counts["offered"], handovers.paused) == (1, 0, {"d"})
+    answers_again.set()
+    await cluster.sites["d"].client.control("state")
+    assert handovers.paused == {"d"}, "nobody has asked"
+    for pause in handovers._pauses._pauses.values():
+        pause.until_s = 0.0  # by now
+    same(answers(await read(call_of(cluster, "w", sampling=SAMPLINGS["greedy"])))["w"], expected)
+    assert (counts["silent"], counts["offered"], moved(cluster)) == (1, 1, 1)
+    assert not handovers.paused and not handovers._pauses._pauses
+    await settled(cluster)
+
+
+async def test_another_is_asked_while_one_does_not_answer(cluster: Cluster) -> None:
+    handovers = cluster.client._dispatcher.handovers
+    handovers._pauses.silent(("d", cluster.sites["d"].client.incarnation), time.monotonic())
+    for name in "xyz":
+        call = call_of(cluster, name, prompt=(ord(name), *LONG))
+        await read(call)
+        assert call.place == "e"
+    assert moved(cluster) == 3
+    cluster.client.leave("d", "it is started again")
+    assert not handovers.paused
     await settled(cluster)
 
 

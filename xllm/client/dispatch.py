@@ -42,10 +42,8 @@ class Dispatch:
 
 
 class Dispatcher:
-    """Belongs to the event loop of the instances' clients.
-
-    calls: those that are open, by request id. recent: the last decisions, the newest behind.
-    """
+    """Belongs to the event loop of the instances' clients. calls: those that are open, by request id. recent: the last
+    decisions, the newest behind."""
 
     def __init__(self, members: ClusterMembers, fleet: Fleet, watcher: CallWatcher):
         self.calls: dict[str, ClusterCall] = {}
@@ -333,6 +331,7 @@ class Dispatcher:
 
     def _decide_pair(self, call: ClusterCall, requests: Sequence[Request]) -> PairDecision:
         able = self._members.able(call.model, call.adapters, requests)
+        able = able - self.handovers.paused or able  # one that does not answer gets nothing while there are others
         prompts, first = _prompts(requests), requests[0]
         return self._fleet.decide_pair(
             [self._marks(call, request) for request in prompts], sum(map(_num_tokens, prompts)), len(requests),

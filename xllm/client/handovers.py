@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from xllm.client.ask_pauses import AskPauses, Life
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.engine.commands import Expected
@@ -43,10 +44,19 @@ class Handovers:
         # And what each request has as its landing; None: all of its KV is there.
         self._receivers: dict[ClusterCall, tuple[str, dict[str, int | None]]] = {}
         self._asking: set[asyncio.Task[None]] = set()
+        self._pauses = AskPauses()
+
+    @property
+    def paused(self) -> set[str]:
+        """The names of instances that are not asked for room at present: they have not answered."""
+        self._pauses.keep([_life(member) for member in self._members.all.values()])
+        return self._pauses.names(time.monotonic())
 
     def can_be(self, pair: PairDecision, requests: Sequence[Request]) -> bool:
         """Whether the KV of a call can go from one instance of a pair to the other, and is of any use there."""
         if pair.prefill is None or pair.decode is None or not all(map(_goes_on, requests)):
+            return False
+        if pair.decode in self.paused:
             return False
         return self._fit(self._members.all[pair.prefill], self._members.all[pair.decode])
 
@@ -86,7 +96,9 @@ class Handovers:
     def can_move(self, sender: str, receiver: str) -> bool:
         """Whether KV of running requests can go from one instance to another."""
         mine, theirs = self._members.all.get(sender), self._members.all.get(receiver)
-        return mine is not None and theirs is not None and self._fit(mine, theirs)  # one that has left has no KV
+        if mine is None or theirs is None or receiver in self.paused:  # one that has left has no KV
+            return False
+        return self._fit(mine, theirs)
 
     def move(self, call: ClusterCall, place: str, requests: Sequence[Request], otherwise: Callable[[], object]) -> None:
         """Have a running call go on at `place` once its KV is there; it goes on where it is meanwhile. otherwise: is
@@ -151,11 +163,19 @@ class Handovers:
         if outcome:
             self._counts[outcome] += 1
             self._call_off(place, found.values())
+            if outcome == "silent":
+                self._note_silent(member)
             return {}
+        self._pauses.answered(_life(member))
         for answer in found.values():
             if answer.offer is None and answer.reason != NOTHING_MISSING:
                 logger.info("%s does not take the KV of a request: %s", place, answer.reason)
         return found
+
+    def _note_silent(self, member: ClusterMember) -> None:
+        pause_s = self._pauses.silent(_life(member), time.monotonic())
+        logger.warning("%s has not said within %g s where KV is to go: it is not asked again for %.1f s", member.name,
+                       ASK_S, pause_s)
 
     def _call_off(self, place: str, answers: Iterable[Expected]) -> None:
         """Take back what was asked for: nothing goes there."""
@@ -221,6 +241,10 @@ def _offers(requests: Sequence[Request], found: Mapping[int, Expected]) -> dict[
     """One request of each prompt, by id, and where the KV of that is to go: what several share is sent once."""
     first = {id(request.prompt_token_ids): request.request_id for request in reversed(requests)}
     return {first[prompt]: answer.offer for prompt, answer in found.items() if answer.offer is not None}
+
+
+def _life(member: ClusterMember) -> Life:
+    return member.name, member.client.incarnation
 
 
 def _sends_kv(member: ClusterMember) -> bool:
