@@ -13,12 +13,11 @@ import pytest
 
 from tests.llm.cluster_sites import NUM_TOKENS, Answer, Cluster, Site, after, answers, make_request, same
 from tests.llm.conftest import SETTINGS
-from tests.llm.gated import KEYS, WatchedLocal
+from tests.llm.gated import WatchedLocal
 from tests.llm.test_clients import idle, read
 from tests.llm.test_remote import until
 from xllm.client.cluster import ClusterClient
 from xllm.client.cluster_call import ClusterCall
-from xllm.client.remote import RemoteClient
 from xllm.config import EngineConfig
 from xllm.engine.commands import Expected
 from xllm.engine.core import EngineCore
@@ -329,21 +328,6 @@ async def test_another_is_asked_while_one_does_not_answer(cluster: Cluster) -> N
     cluster.client.leave("d", "it is started again")
     assert not handovers.paused
     await settled(cluster)
-
-
-async def test_room_that_a_client_asked_for_who_is_gone(cluster: Cluster) -> None:
-    site = cluster.sites["d"]
-    found = await site.client.expect(make_request("x", prompt=LONG), 60.0)
-    assert found.offer is not None and num_reserved(site.engine._core)
-    async with contextlib.AsyncExitStack() as stack:
-        other = RemoteClient(site.client.address, KEYS)
-        stack.callback(other.close)
-        await other.connect()
-        other.unexpect(found.landing)  # not its own
-        await other.control("state")
-        assert num_reserved(site.engine._core)
-    site.client.close()
-    await until(lambda: not num_reserved(site.engine._core))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 12])
