@@ -25,6 +25,7 @@ from xllm.engine.commands import (
     Outputs,
     Refused,
     Submit,
+    Unexpect,
 )
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import OutputDelta, Request
@@ -33,6 +34,9 @@ from xllm.transfer_settings import MAX_LEASE_S
 # What a client may ask of the engine as a whole: what the HTTP API's administrators may. Never `Shutdown`.
 ALLOWED: tuple[Action, ...] = ("state", "pause", "resume", "sleep", "wakeup", "reset_prefix_cache", "load_adapter",
                                "unload_adapter")
+# Offers of one client that it has not used, and that are taken back when it is lost. Chosen: as many as an engine makes
+# at a time (`xllm/kv/landing.py`); of more the oldest are over.
+MAX_LANDINGS = 4096
 MAX_CONTROLS = 64  # of one client that have not been answered, and questions for room. Chosen: far more than any asks
 TENANT_WEIGHTS = (0.001, 1000.0)  # as in a file of keys (`serving/security/keys.py`)
 
@@ -62,6 +66,7 @@ class GateSession:
         self._calls: dict[GatedCall, None] = {}
         self._news: dict[GatedCall, None] = {}
         self._controls: set[asyncio.Task[None]] = set()
+        self._landings: dict[int, None] = {}  # of the offers made to it that it has not used, the oldest first
 
     @property
     def num_open(self) -> int:
@@ -78,6 +83,8 @@ class GateSession:
             task = asyncio.create_task(self._control(command))
             self._controls.add(task)
             task.add_done_callback(self._controls.discard)
+        elif isinstance(command, Unexpect):
+            self._unexpect([command.landing])
         elif isinstance(command, Depart):
             self._engine.depart(self._prefix + command.request_id, command.offer)
         elif isinstance(command, Expect) and len(self._controls) < MAX_CONTROLS:
@@ -88,7 +95,8 @@ class GateSession:
             raise BadFrameError(f"{type(command).__name__} is not taken from a client")
 
     def leave(self, reason: str = "abort") -> None:
-        """Abort what it has open, and tell it nothing more. reason: the finish reason that is noted."""
+        """Abort what it has open, free the room that it asked for, and tell it nothing more. reason: the finish reason
+        that is noted."""
         calls, self._calls, self._news = self._calls, {}, {}
         for call in calls:
             call.stream.on_news = lambda: None
@@ -96,6 +104,7 @@ class GateSession:
             self._end(call, reason)
         for task in self._controls:
             task.cancel()
+        self._unexpect(list(self._landings))
 
     # --- requests
 
@@ -104,23 +113,28 @@ class GateSession:
         try:
             stream = self._engine.submit([self._own(request) for request in requests])
         except RequestError as error:
+            self._unexpect([request.landing for request in requests if request.landing is not None])
             self._post(Refused(request_ids[0], str(error), error.field))
             return
         except EngineDeadError as error:
             self._post(Lost(request_ids, str(error)))
             return
+        for request in requests:
+            self._landings.pop(-1 if request.landing is None else request.landing, None)
         call = GatedCall(self.name, self._prefix, requests, stream)
         self._calls[call] = None
         stream.on_news = lambda: self._note(call)
 
     def _own(self, request: Request) -> Request:
-        """As the engine gets it. Raises RequestError for what the HTTP API never lets through."""
+        """As the engine gets it: a landing that is not its own is none. Raises RequestError for what the HTTP API never
+        lets through."""
         low, high = TENANT_WEIGHTS
         if not low <= request.tenant_weight <= high:
             raise RequestError(f"tenant_weight must be in {low} to {high}", field="tenant_weight")
         if not math.isfinite(request.arrival_s):
             raise RequestError("arrival_s must be finite", field="arrival_s")
-        return replace(request, request_id=self._prefix + request.request_id, lora_slot=0, traceparent=None)
+        return replace(request, request_id=self._prefix + request.request_id, lora_slot=0, traceparent=None,
+                       landing=request.landing if request.landing in self._landings else None)
 
     def _end(self, call: GatedCall, reason: str) -> None:
         self._calls.pop(call, None)
@@ -191,7 +205,18 @@ class GateSession:
             found = Expected(command.number, reason=str(error))
         except EngineDeadError:
             return  # the gate says so to all
+        if found.offer is not None:
+            self._landings[found.landing] = None
+            if len(self._landings) > MAX_LANDINGS:
+                del self._landings[next(iter(self._landings))]
         self._post(replace(found, number=command.number))
+
+    def _unexpect(self, landings: Sequence[int]) -> None:
+        """Free the room of its own landings: those of other clients are not its affair."""
+        for landing in landings:
+            if landing in self._landings:
+                del self._landings[landing]
+                self._engine.unexpect(landing)
 
     def _refusal(self, command: Control) -> str | None:
         if command.action != "load_adapter":

@@ -83,6 +83,9 @@ class ManualLanes:
     def set_foreground(self, steps_run: bool) -> None:
         self.foreground = steps_run
 
+    def end_landing(self, number: int) -> None:
+        raise AssertionError("there is no lane for landings here")
+
     def drain(self, moves: OpenMoves) -> None:
         """Run and finish everything, and what follows from it."""
         while len(moves):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -17,14 +18,20 @@ from xllm.engine.commands import (
     Abort,
     Control,
     Controlled,
+    Depart,
     EngineState,
+    Expect,
+    Expected,
     Outputs,
     Refused,
     Shutdown,
     Submit,
+    Unexpect,
 )
 from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
+from xllm.kv_layout import FieldLayout, KVLayout, LayerRun
+from xllm.kv_offer import KVOffer, RankWindow
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams, TokenLogprobs
 from xllm.stats import EngineStats
 from xllm.token_ids import token_array
@@ -118,11 +125,21 @@ def test_config_and_stats() -> None:
 FACTS = EngineFacts(config=EngineConfig(), model_path="/m", vocab_size=9, hidden_size=4, eos_token_ids=(1, 2),
                     num_blocks=3, adapters=("x",),
                     placement=Placement(device="cuda", num_threads=2, kv_bytes=2**40))
-COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown()]
+FIELD = FieldLayout(offset=0, head_stride=4, position_stride=8, number_stride=4, width=1, item_bytes=4, num_heads=2,
+                    first_head=2, total_heads=4)
+LAYOUT = KVLayout(format="fp32.1", block_size=16, rank=1, num_ranks=2,
+                  runs=(LayerRun(num_layers=3, layer_bytes=128, fields=(FIELD,)),))
+OFFER = KVOffer(number=2**62, key=bytes(range(16)), first_block=3, slots=(2**31 - 1, 0), lease_s=0.5,
+                windows=(RankWindow(addresses=("shm://a", "tcp://b"), block_bytes=2**40, layout=LAYOUT),))
+WANTED = Request(request_id="r", prompt_token_ids=token_array([1, 2, 3]), generated_token_ids=(4,), landing=5,
+                 offer=OFFER, sampling=SamplingParams(seed=7, stop=["x"]))
+COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name", "folder"), Shutdown(),
+                 Submit([WANTED]), Expect(4, WANTED, 0.5), Unexpect(2**62), Depart("a", OFFER)]
 REPORT_KINDS = [
     Refused("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
     Outputs([FULL], [("a", 1.5)], ["a"]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
     Heartbeat(None, EngineStats(), StepReport(recent=[(1.0, 0.5, 8, 2)])),
+    Expected(4, OFFER, 2**62), Expected(5, reason="no"),
 ]
 
 
@@ -133,6 +150,34 @@ def test_every_message_comes_back_as_itself(message: object) -> None:
     assert type(received) is type(message) and received == message
     with pytest.raises(msgspec.DecodeError):
         other.decode(codec.encode(message))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from([*COMMAND_KINDS, *REPORT_KINDS]), st.data())
+def test_a_damaged_message_is_another_one_or_refused(message: object, data: st.DataObject) -> None:
+    """Nothing but a DecodeError comes of it, and what is read can be written."""
+    codec = COMMANDS if message in COMMAND_KINDS else REPORTS
+    frame = bytearray(codec.encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)) | st.just(len(frame)))
+    try:
+        received = codec.decode(bytes(frame[:cut]))
+    except msgspec.DecodeError:
+        return
+    codec.encode(received)
+
+
+@pytest.mark.parametrize("offer", [{"windows": ()}, {"number": -1}, {"first_block": -1}, {"slots": (-1,)},
+                                   {"key": b""}], ids=str)
+def test_an_offer_that_no_receiver_makes_is_refused(offer: dict[str, object]) -> None:
+    forged = copy.copy(OFFER)
+    for name, value in offer.items():
+        object.__setattr__(forged, name, value)
+    with pytest.raises(msgspec.DecodeError, match="offer"):
+        COMMANDS.decode(COMMANDS.encode(Depart("a", forged)))
+    with pytest.raises(msgspec.DecodeError, match="offer"):
+        REPORTS.decode(REPORTS.encode(Expected(1, forged)))
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x00", b"\x80\x04\x95junk", b"\x40junk", b"\x42"])

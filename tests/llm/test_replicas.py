@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.llm.conftest import SETTINGS
 from tests.llm.test_clients import idle, read
 from xllm.client.replicas import Replicas, open_engine
 from xllm.config import EngineConfig
+from xllm.engine.commands import Expected
 from xllm.errors import EngineDeadError, RequestError
 from xllm.request import FinishReason, Request, SamplingParams
 
@@ -95,6 +97,76 @@ async def _full_and_silent_engines_are_passed_by(both: Replicas) -> None:
     assert [stream.engine for stream in silent] == [1] * 3
     for stream in silent:
         await read(stream)
+
+
+async def test_two_engines_that_expect_kv() -> None:
+    config = EngineConfig.from_flat(**SETTINGS, max_num_seqs=4, data_parallel_size=2, enable_disagg_pd=True,
+                                    host_blocks_factor=1.0)
+    both = open_engine(config, lambda name, share, seconds: None)
+    assert isinstance(both, Replicas)
+    try:
+        await both.start()
+        await _kv_is_expected_where_the_prefix_is(both)
+        await _what_is_expected_is_used_or_taken_back(both)
+    finally:
+        await both.shutdown()
+
+
+def counted(both: Replicas) -> list[tuple[int, int]]:
+    """Of each engine: how many requests are open, and how many expected."""
+    sent = [instance.sent for instance in both._fleet._instances.values()]
+    return [(one.num_open, one.num_expected) for one in sent]
+
+
+async def _kv_is_expected_where_the_prefix_is(both: Replicas) -> None:
+    prefix = tokens(30, 100)
+    first = both.submit([make_request("l0", prefix)])
+    there = first.engine
+    await read(first)
+    more = both.submit([make_request("l1", prefix, 400)])  # though the other one has fewer requests
+    assert more.engine == there
+    found = await both.expect(make_request("l2", (*prefix, *tokens(31, 60))), 60.0)
+    assert found.offer is not None and both._landings.engine_of(found.landing) == there
+    assert counted(both)[there] == (1, 1) and counted(both)[1 - there] == (0, 0)
+    both.unexpect(found.landing)
+    both.unexpect(found.landing)
+    both.unexpect(12345)
+    assert counted(both)[there] == (1, 0) and not len(both._landings)
+    more.close()
+    await idle(both)
+
+
+async def _what_is_expected_is_used_or_taken_back(both: Replicas) -> None:
+    large = [await both.expect(make_request(f"m{n}", tokens(40 + n, 16 * 200)), 60.0) for n in range(3)]
+    assert [found.offer is not None for found in large] == [True, True, False], "of 256 blocks of each engine"
+    assert sorted(both._landings.engine_of(found.landing) for found in large[:2]) == [0, 1]
+    assert counted(both) == [(0, 1)] * 2
+    for found in large[:2]:
+        both.unexpect(found.landing)
+    assert counted(both) == [(0, 0)] * 2
+    again = Expected(0)
+    while again.offer is None:  # it takes the turn of a thread
+        again = await both.expect(make_request("n", tokens(50, 16 * 200)), 60.0)
+    both.unexpect(again.landing)
+    prompt = tokens(51, 60)
+    found = await both.expect(make_request("o", prompt), 0.3)
+    there = both._landings.engine_of(found.landing)
+    assert there is not None
+    stream = both.submit([
+        replace(make_request("o", prompt), landing=found.landing),
+        replace(make_request("q", prompt), landing=found.landing),
+        replace(make_request("r", tokens(54, 60)), landing=12345)])
+    assert stream.engine == there and counted(both)[there] == (3, 0) and not len(both._landings)
+    assert both._fleet._instances[str(there)].sent.waiting_tokens == 60, "of the one whose KV does not come"
+    deltas = await read(stream)
+    assert {delta.request_id for delta in deltas if delta.finish_reason is FinishReason.LENGTH} == set("oqr")
+    await idle(both)
+    assert counted(both) == [(0, 0)] * 2
+    found = await both.expect(make_request("p", tokens(52, 60)), 0.001)
+    await asyncio.sleep(0.002)
+    await read(both.submit([make_request("s", tokens(53, 60))]))
+    assert counted(both) == [(0, 0)] * 2 and not len(both._landings), "the lease is over"
+    assert len(await read(both.submit([replace(make_request("p", tokens(52, 60)), landing=found.landing)])))
 
 
 async def _it_comes_back_as_the_others_are(both: Replicas) -> None:

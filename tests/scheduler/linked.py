@@ -103,6 +103,9 @@ class LinkedLanes(ManualLanes):
                     self.mover.host[slot, position % ours] = device[block, at]
                     grant.tokens[index, position % ours] = True
 
+    def end_landing(self, number: int) -> None:
+        self.end(number, "it was revoked")
+
     def end(self, number: int, reason: str) -> None:
         """No more comes under this number."""
         grant = self.grants.pop(number, None)

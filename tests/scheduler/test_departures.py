@@ -38,6 +38,8 @@ def play(pair: Pair, rng: random.Random, num_requests: int) -> None:
             name = rng.choice(list(pair.requests))
             pair.prefill.scheduler.abort(name)
             pair.decode.scheduler.abort(name)
+        if (landings := list(pair.decode.lander._open)) and rng.random() < 0.02:
+            pair.decode.lander.revoke(rng.choice(landings))
         pair.step()
     raise AssertionError("it never ends")
 

@@ -41,8 +41,9 @@ OUTPUT = StepOutput(
     check=StepCheck(ids=2**64 - 1, blocks_B=ints(4), digests_B=np.array([2**64 - 1], dtype=np.uint64)))
 SAMPLES = [
     m.Load(config=EngineConfig.from_flat(lora_modules=("a=b",), num_kv_blocks=3)), PLAN, m.Settle(),
-    m.Foreground(True), Move(number=3, lane=WRITE, priority=-1, num_bytes=2**40, sources=ints(1), targets=ints(2),
-                             ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
+    m.Foreground(True), m.EndLanding(3),
+    Move(number=3, lane=WRITE, priority=-1, num_bytes=2**40, sources=ints(1), targets=ints(2),
+         ticket=4, digests=(bytes(16),), parents=(b"p" * 16,)),
     MoveDone(3, 1, 0.5, 1.5, MoveError("disk", "full")),
     m.PutGrammar(SPEC), m.ReadAdapter(number=1, folder="/a", max_rank=8), m.PutAdapter(slot=1, number=None),
     m.Sleep(True), m.Wake(), m.StopWorker(), m.LoadProgress("weights", 0.5),

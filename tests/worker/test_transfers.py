@@ -181,12 +181,71 @@ def test_a_sender_that_never_comes(pair):
 
 def test_an_abort_of_what_waits_for_its_kv(pair):
     _, receiver = pair
-    offer = offer_of(receiver, make_request(), lease_s=0.5)
+    offer = offer_of(receiver, make_request(), lease_s=600.0)
     receiver.add(make_request(landing=offer.number))
     receiver.step()
     receiver.abort("a")
     assert [delta.finish_reason for delta in run(receiver)] == [FinishReason.ABORT]
     check_idle(receiver)
+
+
+def test_kv_that_is_not_wanted_any_more(pair, caplog):
+    """Its room is free at once, long before the lease is over, and whoever sends it then is refused."""
+    sender, receiver = pair
+    host = receiver.scheduler.promotions.lander._store.host
+    before = host.num_available
+    offer = offer_of(receiver, make_request(), lease_s=600.0)
+    assert host.num_available < before
+    for _ in range(2):  # what is over is ignored, and what never was
+        receiver.unexpect(offer.number)
+        receiver.unexpect(99)
+        check_idle(receiver)
+    assert host.num_available == before
+    deltas = run_one(sender, make_request(offer=offer))
+    assert deltas[-1].finish_reason is FinishReason.LENGTH and tokens(deltas) == expected()
+    assert any("it was revoked" in record.getMessage() for record in caplog.records)
+    assert host.num_available == before and not len(host), "nothing was written"
+    for core in pair:
+        check_idle(core)
+
+
+def test_kv_that_is_not_wanted_while_it_comes(pair, monkeypatch):
+    """What has come whole stays cached; the rest is free."""
+    from xllm.transfer import way
+
+    sender, receiver = pair
+    puts, put = iter(range(100)), way.Way._put
+
+    def revoke_between(self, offer, placed, note):
+        if next(puts) == 8:
+            receiver.unexpect(offer.number)
+        put(self, offer, placed, note)
+
+    monkeypatch.setattr(way.Way, "_put", revoke_between)
+    host = receiver.scheduler.promotions.lander._store.host
+    before = host.num_available
+    deltas = run_one(sender, make_request(offer=offer_of(receiver, make_request(), lease_s=600.0)))
+    assert deltas[-1].finish_reason is FinishReason.LENGTH and tokens(deltas) == expected()
+    for core in pair:
+        check_idle(core)
+    assert host.num_available == before
+    assert tokens(run_one(receiver, make_request())) == expected()
+
+
+def test_an_abort_of_one_of_two_that_wait_for_the_same_kv(pair):
+    sender, receiver = pair
+    offer = offer_of(receiver, make_request(), lease_s=600.0)
+    first, second = make_request(landing=offer.number), make_request(landing=offer.number).varied(request_id="b")
+    receiver.add(first)
+    receiver.add(second)
+    receiver.step()
+    receiver.abort("a")
+    run_one(sender, make_request(offer=offer))
+    rest = run(receiver)
+    assert rest[0].finish_reason is FinishReason.ABORT
+    assert tokens(rest) == expected() and {delta.num_cached_tokens for delta in rest[1:]} == {192}
+    for core in pair:
+        check_idle(core)
 
 
 def test_room_that_there_is_not(pair):

@@ -270,6 +270,9 @@ class ClusterClient:
         """See `EngineClient.expect`: its instances send KV to each other, nobody to all of them."""
         return Expected(0, reason="a cluster as a whole takes no KV")
 
+    def unexpect(self, landing: int) -> None:
+        """See `EngineClient.unexpect`: it makes no offers."""
+
     def depart(self, request_id: str, offer: KVOffer) -> None:
         """See `EngineClient.depart`: where its requests are is its own affair."""
 

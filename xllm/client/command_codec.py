@@ -27,6 +27,7 @@ from xllm.engine.commands import (
     Refused,
     Shutdown,
     Submit,
+    Unexpect,
 )
 from xllm.errors import RequestError
 from xllm.request import Request
@@ -35,6 +36,14 @@ from xllm.token_ids import TYPE, token_array
 
 M = TypeVar("M")
 _SUBMIT = b"\x00"
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[M], frame: bytes) -> M:
+    """What stands behind the first byte. Raises msgspec.DecodeError."""
+    try:
+        return decoder.decode(memoryview(frame)[1:])
+    except UnicodeDecodeError as error:  # msgspec lets it through
+        raise msgspec.DecodeError(f"text that is no UTF-8: {error}") from None
 
 
 class Codec(Generic[M]):
@@ -56,7 +65,7 @@ class Codec(Generic[M]):
         index = frame[0] - self._first if frame else -1
         if not 0 <= index < len(self._decoders):
             raise msgspec.DecodeError("no such message")
-        return self._decoders[index].decode(memoryview(frame)[1:])
+        return _decoded(self._decoders[index], frame)
 
 
 if TYPE_CHECKING:
@@ -83,7 +92,7 @@ class _CommandCodec:
     written once, and the requests, which refer to them."""
 
     def __init__(self) -> None:
-        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect, Depart)
+        self._codec: Codec[Any] = Codec(1, Abort, Control, Shutdown, _PackedExpect, Depart, Unexpect)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(tuple[list[bytes], SharedParams, list[_RequestHead]])
 
@@ -109,7 +118,7 @@ class _CommandCodec:
         if frame[:1] != _SUBMIT:
             found = self._codec.decode(frame)
             return self._unpack(found) if isinstance(found, _PackedExpect) else found  # type: ignore[no-any-return]
-        packed, params, heads = self._decoder.decode(memoryview(frame)[1:])
+        packed, params, heads = _decoded(self._decoder, frame)
         try:
             samplings, prompts = read_shared(params), [array(TYPE, ids) for ids in packed]
             return Submit([Request(prompt_token_ids=prompts[head.prompt], sampling=samplings[head.variant],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from xllm.engine.commands import (
     Outputs,
     Refused,
     Submit,
+    Unexpect,
 )
 from xllm.engine.facts import EngineFacts
 from xllm.errors import EngineDeadError, RequestError
@@ -115,15 +117,29 @@ class CommandingClient(ABC):
         return done
 
     async def expect(self, request: Request, lease_s: float) -> Expected:
-        """See `EngineClient.expect`."""
+        """See `EngineClient.expect`. Room that nobody waits for any more when its answer comes is given back."""
         self._check_up()
         number = next(self._numbers)
         answer = self._expected[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(Expect(number, request, lease_s))
             return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._give_back(answer.result())
+            raise
         finally:
             self._expected.pop(number, None)
+
+    def _give_back(self, unread: Expected) -> None:
+        if unread.offer is not None:
+            self.unexpect(unread.landing)
+
+    def unexpect(self, landing: int) -> None:
+        """See `EngineClient.unexpect`."""
+        with contextlib.suppress(EngineDeadError):  # what it kept is gone with it
+            self._check_up()
+            self._send(Unexpect(landing))
 
     def depart(self, request_id: str, offer: KVOffer) -> None:
         """See `EngineClient.depart`."""
@@ -161,6 +177,8 @@ class CommandingClient(ABC):
         elif isinstance(answer, Expected):
             if (asking := self._expected.get(answer.number)) is not None and not asking.done():
                 asking.set_result(answer)
+            else:
+                self._give_back(answer)
         elif (waiting := self._answers.get(answer.number)) is not None and not waiting.done():
             waiting.set_result(answer)
 

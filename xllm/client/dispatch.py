@@ -42,10 +42,8 @@ class Dispatch:
 
 
 class Dispatcher:
-    """Belongs to the event loop of the instances' clients.
-
-    calls: those that are open, by request id. recent: the last decisions, the newest behind.
-    """
+    """Belongs to the event loop of the instances' clients. calls: those that are open, by request id. recent: the last
+    decisions, the newest behind."""
 
     def __init__(self, members: ClusterMembers, fleet: Fleet, watcher: CallWatcher):
         self.calls: dict[str, ClusterCall] = {}
@@ -152,8 +150,8 @@ class Dispatcher:
         for place in (call.place, call.next_place):
             self._forget_sent(place, known)
         self._watcher.left(request_ids)
+        self.handovers.left(call, request_ids)
         if not call.open_ids:
-            self.handovers.forget(call)
             self._changed.set()  # there may be room
 
     def handed_over(self, call: ClusterCall, place: str) -> None:
@@ -170,6 +168,7 @@ class Dispatcher:
 
     def moved(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
+        self.handovers.forget(call)
         self._forget_sent(place, call.open_ids)
         self._note_moved(place, len(call.open_ids))
 
@@ -332,6 +331,7 @@ class Dispatcher:
 
     def _decide_pair(self, call: ClusterCall, requests: Sequence[Request]) -> PairDecision:
         able = self._members.able(call.model, call.adapters, requests)
+        able = able - self.handovers.paused or able  # one that does not answer gets nothing while there are others
         prompts, first = _prompts(requests), requests[0]
         return self._fleet.decide_pair(
             [self._marks(call, request) for request in prompts], sum(map(_num_tokens, prompts)), len(requests),

@@ -69,6 +69,9 @@ class EngineClient(Protocol):
         Raises: EngineDeadError: no engine, or it ended meanwhile.
         """
 
+    def unexpect(self, landing: int) -> None:
+        """Take back an `expect` that was answered with an offer; see `commands.Unexpect`."""
+
     def depart(self, request_id: str, offer: KVOffer) -> None:
         """Have a request go on elsewhere; see `commands.Depart`. Unknown ids are ignored."""
 

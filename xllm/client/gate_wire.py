@@ -18,7 +18,7 @@ from xllm.engine.facts import EngineFacts
 from xllm.engine.step_log import StepReport
 from xllm.stats import EngineStats
 
-PROTOCOL = 2  # raised when either end would misread what the other one says
+PROTOCOL = 3  # raised when either end would misread what the other one says
 # Greetings: a letter, then the protocol's number (4 bytes, big-endian), then what that protocol says. A farewell: a
 # letter and the reason, in UTF-8.
 HELLO, WELCOME, GOODBYE = b"H", b"W", b"G"

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from xllm.client.ask_pauses import AskPauses, Life
 from xllm.client.cluster_call import ClusterCall
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.engine.commands import Expected
@@ -40,12 +41,22 @@ class Handovers:
 
     def __init__(self, members: ClusterMembers, fleet: Fleet, counts: Counter[str], send: Send):
         self._members, self._fleet, self._counts, self._send = members, fleet, counts, send
-        self._receivers: dict[ClusterCall, tuple[str, dict[str, int]]] = {}  # and what each request has as its landing
+        # And what each request has as its landing; None: all of its KV is there.
+        self._receivers: dict[ClusterCall, tuple[str, dict[str, int | None]]] = {}
         self._asking: set[asyncio.Task[None]] = set()
+        self._pauses = AskPauses()
+
+    @property
+    def paused(self) -> set[str]:
+        """The names of instances that are not asked for room at present: they have not answered."""
+        self._pauses.keep([_life(member) for member in self._members.all.values()])
+        return self._pauses.names(time.monotonic())
 
     def can_be(self, pair: PairDecision, requests: Sequence[Request]) -> bool:
         """Whether the KV of a call can go from one instance of a pair to the other, and is of any use there."""
         if pair.prefill is None or pair.decode is None or not all(map(_goes_on, requests)):
+            return False
+        if pair.decode in self.paused:
             return False
         return self._fit(self._members.all[pair.prefill], self._members.all[pair.decode])
 
@@ -63,7 +74,7 @@ class Handovers:
         assert pair.decode is not None
         decision = Decision(pair.prefill, pair.reason, pair.scores, pair.matched_tokens)
         found = await self._ask(pair.decode, requests)
-        requests = [request for request in requests if request.request_id in call.open_ids]
+        requests = self._open(call, pair.decode, requests, found)
         if not requests:
             return
         if found and all(each.reason == NOTHING_MISSING for each in found.values()):
@@ -79,12 +90,15 @@ class Handovers:
         else:
             if found:
                 self._counts["refused"] += 1
+                self._call_off(pair.decode, found.values())
             self._send(call, decision, requests)
 
     def can_move(self, sender: str, receiver: str) -> bool:
         """Whether KV of running requests can go from one instance to another."""
         mine, theirs = self._members.all.get(sender), self._members.all.get(receiver)
-        return mine is not None and theirs is not None and self._fit(mine, theirs)  # one that has left has no KV
+        if mine is None or theirs is None or receiver in self.paused:  # one that has left has no KV
+            return False
+        return self._fit(mine, theirs)
 
     def move(self, call: ClusterCall, place: str, requests: Sequence[Request], otherwise: Callable[[], object]) -> None:
         """Have a running call go on at `place` once its KV is there; it goes on where it is meanwhile. otherwise: is
@@ -99,13 +113,17 @@ class Handovers:
             return
         if call not in self._receivers:  # else it is leaving already
             found = await self._ask(place, requests)
-            if not call.open_ids or call.place != sender or call in self._receivers:
+            requests = self._open(call, place, requests, found)
+            if not requests or call.place != sender or call in self._receivers:
+                self._call_off(place, found.values())
                 return
             if found and all(each.offer is not None for each in found.values()):
                 self._counts["offered"] += 1
                 self._note(call, place, requests, found)
                 for request_id, offer in _offers(requests, found).items():
                     call.depart(request_id, offer)
+            else:
+                self._call_off(place, found.values())
         until_s = time.monotonic() + MOVE_S
         while call in self._receivers and call.open_ids and call.place == sender and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_S)
@@ -113,32 +131,64 @@ class Handovers:
             self.forget(call)
             otherwise()
 
+    def _open(self, call: ClusterCall, place: str, requests: Sequence[Request], found: dict[int, Expected]
+              ) -> list[Request]:
+        """Those that have not ended while an instance was asked. What was asked for the others is taken back."""
+        rest = [request for request in requests if request.request_id in call.open_ids]
+        unwanted = found.keys() - {id(request.prompt_token_ids) for request in rest}
+        self._call_off(place, [found.pop(prompt) for prompt in unwanted])
+        return rest
+
     def _note(self, call: ClusterCall, place: str, requests: Sequence[Request], found: Mapping[int, Expected]) -> None:
         """Where a call is to go on, and which of its requests have KV on its way there."""
-        self._receivers[call] = place, {
-            request.request_id: answer.landing for request in requests
-            if (answer := found[id(request.prompt_token_ids)]).offer is not None}
+        answers = {request.request_id: found[id(request.prompt_token_ids)] for request in requests}
+        self._receivers[call] = place, {request_id: None if answer.offer is None else answer.landing
+                                        for request_id, answer in answers.items()}
 
     async def _ask(self, place: str, requests: Sequence[Request]) -> dict[int, Expected]:
-        """By the identity of each prompt; empty if the instance has not answered."""
+        """By the identity of each prompt; empty if the instance has not answered for all of them: what it has answered
+        is taken back then."""
         member = self._members.all.get(place)
         prompts = {id(request.prompt_token_ids): request for request in reversed(requests)}
         if member is None or member.client.facts is None:
             return {}
         lease_s = member.client.facts.config.transfer.kv_lease_s
+        tasks = {prompt: asyncio.create_task(member.client.expect(request, lease_s), name="cluster-expect")
+                 for prompt, request in prompts.items()}
         try:
-            answers = await asyncio.wait_for(
-                asyncio.gather(*(member.client.expect(request, lease_s) for request in prompts.values())), ASK_S)
-        except asyncio.TimeoutError:
-            self._counts["silent"] += 1
+            await asyncio.wait(tasks.values(), timeout=ASK_S)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        found, outcome = _answered(tasks)
+        if outcome:
+            self._counts[outcome] += 1
+            self._call_off(place, found.values())
+            if outcome == "silent":
+                self._note_silent(member)
             return {}
-        except EngineDeadError:
-            self._counts["lost"] += 1
-            return {}
-        for answer in answers:
+        self._pauses.answered(_life(member))
+        for answer in found.values():
             if answer.offer is None and answer.reason != NOTHING_MISSING:
                 logger.info("%s does not take the KV of a request: %s", place, answer.reason)
-        return dict(zip(prompts, answers, strict=True))
+        return found
+
+    def _note_silent(self, member: ClusterMember) -> None:
+        pause_s = self._pauses.silent(_life(member), time.monotonic())
+        logger.warning("%s has not said within %g s where KV is to go: it is not asked again for %.1f s", member.name,
+                       ASK_S, pause_s)
+
+    def _call_off(self, place: str, answers: Iterable[Expected]) -> None:
+        """Take back what was asked for: nothing goes there."""
+        for answer in answers:
+            if answer.offer is not None:
+                self._unexpect(place, {answer.landing})
+
+    def _unexpect(self, place: str, landings: Iterable[int | None]) -> None:
+        if (member := self._members.all.get(place)) is not None:
+            for landing in landings:
+                if landing is not None:
+                    member.client.unexpect(landing)
 
     def take(self, call: ClusterCall) -> tuple[str, list[Request]] | None:
         """Where a call goes on that was handed over, and what of it; None: that instance is gone, or takes nothing."""
@@ -151,11 +201,22 @@ class Handovers:
         return place, [replace(request, landing=landings.get(request.request_id)) for request in call.rest]
 
     def forget(self, call: ClusterCall) -> None:
-        """A call has ended, or is where it was not to be."""
-        if (receiver := self._receivers.pop(call, None)) is not None:
-            place, landings = receiver
-            for request_id in landings:
-                self._fleet.left(place, request_id)
+        """A call goes on somewhere else, or is where it was not to be."""
+        if (receiver := self._receivers.get(call)) is not None:
+            self.left(call, list(receiver[1]))
+
+    def left(self, call: ClusterCall, request_ids: Sequence[str]) -> None:
+        """Requests of a call do not go on where their KV was to go: that frees the room, if no other of the call has
+        the same prompt."""
+        if call not in self._receivers:
+            return
+        place, landings = self._receivers[call]
+        gone = {landings.pop(request_id, None) for request_id in request_ids}
+        for request_id in request_ids if place != call.place else ():
+            self._fleet.left(place, request_id)
+        self._unexpect(place, gone.difference(landings.values()))
+        if not landings:
+            del self._receivers[call]
 
     async def close(self) -> None:
         """End what asks."""
@@ -164,10 +225,27 @@ class Handovers:
         await asyncio.gather(*self._asking, return_exceptions=True)
 
 
+def _answered(tasks: Mapping[int, asyncio.Task[Expected]]) -> tuple[dict[int, Expected], str]:
+    """What has been answered, and why that is not all, as one of `OUTCOMES`; "": it is."""
+    found, outcome = dict[int, Expected](), ""
+    for prompt, task in tasks.items():
+        if not task.done():
+            outcome = outcome or "silent"
+        elif isinstance(task.exception(), EngineDeadError):
+            outcome = "lost"
+        else:
+            found[prompt] = task.result()
+    return found, outcome
+
+
 def _offers(requests: Sequence[Request], found: Mapping[int, Expected]) -> dict[str, KVOffer]:
     """One request of each prompt, by id, and where the KV of that is to go: what several share is sent once."""
     first = {id(request.prompt_token_ids): request.request_id for request in reversed(requests)}
     return {first[prompt]: answer.offer for prompt, answer in found.items() if answer.offer is not None}
+
+
+def _life(member: ClusterMember) -> Life:
+    return member.name, member.client.incarnation
 
 
 def sends_kv(member: ClusterMember) -> bool:

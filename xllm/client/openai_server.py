@@ -198,6 +198,9 @@ class OpenAIServer(MemberClient):
         """See `EngineClient.expect`: its server takes KV in a way of its own."""
         return Expected(0, reason="an OpenAI server takes no KV of ours")
 
+    def unexpect(self, landing: int) -> None:
+        """See `EngineClient.unexpect`: it makes no offers."""
+
     async def control(self, action: Action, **options: Any) -> Controlled:
         """See `EngineClient.control`: refused, but for the question how it is."""
         self._check_up()

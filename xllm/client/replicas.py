@@ -19,6 +19,7 @@ from xllm.client.engine_client import Stream
 from xllm.client.merged_stats import merged_stats
 from xllm.client.process import ProcessClient
 from xllm.client.replica_control import ReplicaControl
+from xllm.client.replica_landings import ReplicaLanding, ReplicaLandings
 from xllm.config import EngineConfig
 from xllm.engine.commands import Action, CacheChanges, Controlled, Expected
 from xllm.engine.facts import EngineFacts
@@ -29,6 +30,7 @@ from xllm.kv_events_settings import of_rank
 from xllm.kv_offer import KVOffer
 from xllm.request import Request
 from xllm.routing.fleet import Fleet
+from xllm.routing.fleet_snapshot import Decision
 from xllm.routing.prompt_marks import NO_MARKS, PromptMarks, prompt_marks
 from xllm.routing.routed_instance import LoadReport
 from xllm.stats import EngineStats
@@ -59,7 +61,7 @@ class Replicas:
         self.facts: EngineFacts | None = None
         self._control = ReplicaControl(self._labelled)
         self._control.know_adapters(config.lora.lora_modules)
-        self._fleet = Fleet()
+        self._fleet, self._landings = Fleet(), ReplicaLandings()
         for number, engine in enumerate(self.engines):
             engine.adapter_folders = self._control.folders  # also of those that are down while one is loaded
             engine.on_cache_changes = self._changer(number)
@@ -76,6 +78,7 @@ class Replicas:
         """Nothing is known to be cached there."""
         facts = self.engines[number].facts
         assert facts is not None and facts.config.cache.block_size is not None, "only when it is ready"
+        self._landings.forget(number)
         settings = facts.config.scheduler
         self._fleet.join(str(number), block_size=facts.config.cache.block_size, num_blocks=facts.num_blocks,
                          max_waiting=settings.max_waiting_requests,
@@ -214,21 +217,19 @@ class Replicas:
         for request in requests:
             if any(engine.has(request.request_id) for engine in self.engines):
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-        if requests[0].landing is not None:
-            return self._submit_landing(requests)
-        able = self._able(requests)
-        prompts = {id(request.prompt_token_ids): request for request in reversed(requests)}  # what they share once
-        marks = {request.request_id: self._marks(request) for request in prompts.values()}
-        num_tokens = sum(len(request.prompt_token_ids) for request in prompts.values())
-        now_s = time.monotonic()
-        for number, engine in able.items():  # of what runs there all is known
-            self._fleet.heard(str(number), LoadReport(num_waiting=0, num_running=0,
-                                                      num_free_blocks=_num_free_blocks(engine)), now_s)
-        decision = self._fleet.decide(list(marks.values()), num_tokens, len(requests), now_s,
-                                      exclude={*self._fleet.names} - {*map(str, able)})
-        assert decision.name is not None, "one at least is up"
-        name, matched = decision.name, dict(zip(marks, decision.matched_tokens, strict=True))
-        stream = self.engines[int(name)].submit(requests)
+        able, prompts = self._able(requests), _prompts(requests)
+        marks = {request.request_id: self._marks(request) for request in prompts}
+        found = [self._landings.engine_of(request.landing) for request in requests]
+        if (place := next((number for number in found if number in able), None)) is not None:
+            name = str(place)  # most of their KV is there, or about to be
+            matched = {request.request_id: len(request.prompt_token_ids) for request, number in
+                       zip(requests, found, strict=True) if number == place}
+        else:
+            decision = self._decide(able, list(marks.values()), sum(len(one.prompt_token_ids) for one in prompts),
+                                    len(requests))
+            assert decision.name is not None, "one at least is up"
+            name, matched = decision.name, dict(zip(marks, decision.matched_tokens, strict=True))
+        stream = self.engines[int(name)].submit(self._landed(requests, int(name)))
         stream.engine = int(name)
 
         def note(request_id: str, num_tokens: int) -> None:
@@ -240,27 +241,60 @@ class Replicas:
         stream.listeners.append(note)
         for request in requests:
             own = marks.get(request.request_id)
-            to_compute = 0 if own is None else len(request.prompt_token_ids) - matched[request.request_id]
+            to_compute = 0 if own is None else len(request.prompt_token_ids) - matched.get(request.request_id, 0)
             self._fleet.sent(name, request.request_id, to_compute, own or NO_MARKS)
         return stream
 
-    def _submit_landing(self, requests: Sequence[Request]) -> Stream:
-        """To the engine that expects their KV."""
-        landing = requests[0].landing
-        assert landing is not None
-        number, count = landing % len(self.engines), len(self.engines)
-        stream = self.engines[number].submit([
-            replace(request, landing=request.landing // count if request.landing is not None
-                    and request.landing % count == number else None) for request in requests])
-        stream.engine = number
-        return stream
+    def _decide(self, able: dict[int, ProcessClient], marks: Sequence[PromptMarks], num_tokens: int,
+                num_requests: int) -> Decision:
+        now_s = time.monotonic()
+        for over in self._landings.take_over(now_s):
+            self._fleet.left(str(over.engine), over.request_id)
+        for number, engine in able.items():  # of what runs there all is known
+            self._fleet.heard(str(number), LoadReport(num_waiting=0, num_running=0,
+                                                      num_free_blocks=_num_free_blocks(engine)), now_s)
+        return self._fleet.decide(marks, num_tokens, num_requests, now_s,
+                                  exclude={*self._fleet.names} - {*map(str, able)})
+
+    def _landed(self, requests: Sequence[Request], number: int) -> list[Request]:
+        """As an engine gets them, with its own landings. What others expect for them is taken back."""
+        request_ids = {request.request_id for request in requests}
+        found = {request.landing: self._landings.take(request.landing) for request in requests}
+        for landing in filter(None, found.values()):
+            if landing.engine != number:
+                self.engines[landing.engine].unexpect(landing.landing)
+            if landing.engine != number or landing.request_id not in request_ids:  # else it is sent now
+                self._fleet.left(str(landing.engine), landing.request_id)
+        own = {key: landing.landing for key, landing in found.items()
+               if landing is not None and landing.engine == number}
+        return [request if request.landing is None else replace(request, landing=own.get(request.landing))
+                for request in requests]
 
     async def expect(self, request: Request, lease_s: float) -> Expected:
-        """See `EngineClient.expect`: the engine that has the fewest requests expects it."""
-        able = self._able([request])
-        number = min(able, key=lambda number: len(self.engines[number].request_ids))
-        found = await self.engines[number].expect(request, lease_s)
-        return replace(found, landing=found.landing * len(self.engines) + number)
+        """See `EngineClient.expect`: the engine that the request would be sent to expects it, and counts it from now
+        on."""
+        num_tokens = len(request.prompt_token_ids) + len(request.generated_token_ids)
+        decision = self._decide(self._able([request]), [self._marks(request)], num_tokens, 1)
+        assert decision.name is not None, "one at least is up"
+        name, until_s = decision.name, time.monotonic() + lease_s
+        self._fleet.expect(name, request.request_id, num_tokens)
+        is_offered = False
+        try:
+            found = await self.engines[int(name)].expect(request, lease_s)
+            is_offered = found.offer is not None
+        finally:
+            if not is_offered:
+                self._fleet.left(name, request.request_id)
+        if not is_offered:
+            return found
+        landing = ReplicaLanding(int(name), found.landing, request.request_id, until_s)
+        return replace(found, landing=self._landings.add(landing))
+
+    def unexpect(self, landing: int) -> None:
+        """See `EngineClient.unexpect`."""
+        if (found := self._landings.take(landing)) is not None:
+            self._fleet.left(str(found.engine), found.request_id)
+            self.engines[found.engine].unexpect(found.landing)
 
     def _able(self, requests: Sequence[Request]) -> dict[int, ProcessClient]:
         """The engines that a call can go to, by their numbers. Raises EngineDeadError if there is none."""
@@ -313,6 +347,11 @@ def _of_engine(config: EngineConfig, number: int) -> EngineConfig:
     if cache.disk_cache_dir is not None:
         cache = replace(cache, disk_cache_dir=str(Path(cache.disk_cache_dir) / f"engine-{number}"))
     return replace(config, cache=cache)
+
+
+def _prompts(requests: Sequence[Request]) -> list[Request]:
+    """One request of each prompt: what several share is computed once."""
+    return list({id(request.prompt_token_ids): request for request in reversed(requests)}.values())
 
 
 def _num_free_blocks(engine: ProcessClient) -> int:

@@ -59,6 +59,14 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True)
+class Unexpect:
+    """The KV that was expected under this landing is not wanted any more: free its room, and let nobody write there.
+    Blocks that have come whole stay cached. Unknown landings are ignored, and those that are over."""
+
+    landing: int
+
+
+@dataclass(frozen=True, slots=True)
 class Depart:
     """Send the KV of an open request to another instance; once it is there the request ends with `HANDED_OVER`. If it
     cannot be sent the request stays. Unknown ids are ignored, and requests that are leaving already."""
@@ -138,5 +146,5 @@ class CacheChanges:
     removed: bytes
 
 
-Command = Submit | Abort | Control | Expect | Depart | Shutdown
+Command = Submit | Abort | Control | Expect | Unexpect | Depart | Shutdown
 CommandReply = Refused | Controlled | Expected | Outputs | CacheChanges

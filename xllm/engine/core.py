@@ -114,11 +114,7 @@ class EngineCore:
         if not request.sampling.shares_collections(self._checked):  # once for all sequences of a call
             request.sampling.check_vocabulary(self._loaded.vocab_size)
             self._checked = request.sampling
-        if not are_within(request.prompt_token_ids, self._loaded.vocab_size):  # a device would read beyond its table
-            raise RequestError(f"prompt: token ids must be in 0 to {self._loaded.vocab_size - 1}", field="prompt")
-        if not are_within(request.generated_token_ids, self._loaded.vocab_size):
-            raise RequestError(f"generated_token_ids must be in 0 to {self._loaded.vocab_size - 1}",
-                               field="generated_token_ids")
+        self._check_ids(request)
         if request.pooling is None and not self._loaded.generates:
             raise RequestError("the checkpoint has no lm_head: it makes embeddings and no tokens", field="model")
         if request.pooling is not None:
@@ -133,6 +129,14 @@ class EngineCore:
             failpoints.hit("engine.add")
         self._pass_on(request, self._gates)
 
+    def _check_ids(self, request: Request) -> None:
+        """Raise RequestError for token ids for which a device would read beyond its table."""
+        last = self._loaded.vocab_size - 1
+        if not are_within(request.prompt_token_ids, self._loaded.vocab_size):
+            raise RequestError(f"prompt: token ids must be in 0 to {last}", field="prompt")
+        if not are_within(request.generated_token_ids, self._loaded.vocab_size):
+            raise RequestError(f"generated_token_ids must be in 0 to {last}", field="generated_token_ids")
+
     def expect(self, request: Request, lease_s: float) -> KVOffer | str:
         """Make room for the KV of a request that another instance computes, and keep it for `lease_s`; returns where
         the KV is to be sent, or why that is of no use. The request is submitted later, with the offer's number as its
@@ -140,6 +144,7 @@ class EngineCore:
         if (lander := self.scheduler.promotions.lander) is None:
             return "this engine takes no KV: it runs without enable_disagg_pd"
         try:
+            self._check_ids(request)
             salt = self.adapters.bind(request).cache_salt if request.lora else request.cache_salt
         except RequestError as error:
             return str(error)
@@ -147,6 +152,11 @@ class EngineCore:
         assert self.config.cache.block_size is not None, "it is loaded"
         digests = block_digests(token_ids, self.config.cache.block_size, salt)
         return lander.expect(digests, lease_s, self.scheduler.promotions.now_s)
+
+    def unexpect(self, landing: int) -> None:
+        """See `commands.Unexpect`."""
+        if (lander := self.scheduler.promotions.lander) is not None:
+            lander.revoke(landing)
 
     def depart(self, request_id: str, offer: KVOffer) -> None:
         """See `commands.Depart`. A request that waits at a gate stays."""

@@ -37,11 +37,14 @@ class LandingGate(Held):
                 and self._lander.is_landing(request.landing, self._promotions.now_s))
 
     def abort(self, request_id: str) -> bool:
-        """See `Gate.abort`. What comes for it all the same stays cached for others."""
+        """See `Gate.abort`. What has come for it stays cached for others; nothing more comes, unless another request
+        waits for the same KV."""
         request = self._held.get(request_id)
-        if request is not None and request.landing is not None and self._lander is not None:
-            self._lander.give_up(request.landing)
-        return super().abort(request_id)
+        is_held = super().abort(request_id)
+        if (request is not None and request.landing is not None and self._lander is not None
+                and not any(other.landing == request.landing for other in self._held.values())):
+            self._lander.revoke(request.landing)
+        return is_held
 
     def hear(self) -> None:
         """Take in what has landed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,7 @@ from xllm.engine.commands import (
     Refused,
     Shutdown,
     Submit,
+    Unexpect,
 )
 from xllm.engine.gates import PauseMode
 from xllm.engine.step_log import StepLog
@@ -80,6 +81,8 @@ class EngineLoop:
                 self._abort(command.request_ids)
             elif isinstance(command, Expect):
                 self._report(self._expect(command))
+            elif isinstance(command, Unexpect):
+                self._core.unexpect(command.landing)
             elif isinstance(command, Depart):
                 self._core.depart(command.request_id, command.offer)
             else:
@@ -105,6 +108,7 @@ class EngineLoop:
                 self._core.add(request)
             except RequestError as error:
                 self._abort(request.request_id for request in requests[:index])
+                self._unexpect(requests[index:])
                 return Refused(requests[0].request_id, str(error), error.field)
         return Outputs(taken=[requests[0].request_id])
 
@@ -113,6 +117,12 @@ class EngineLoop:
         if isinstance(offer, str):
             return Expected(command.number, reason=offer)
         return Expected(command.number, offer, offer.number)
+
+    def _unexpect(self, requests: Sequence[Request]) -> None:
+        """Free the room for the KV of requests that do not come."""
+        for request in requests:
+            if request.landing is not None:
+                self._core.unexpect(request.landing)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -25,7 +25,7 @@ from xllm.kv.tier_index import TierIndex
 from xllm.kv.tiers import TieredStore
 from xllm.scheduler.scheduler import Scheduler
 from xllm.worker.link import WorkerLink
-from xllm.worker.messages import Foreground
+from xllm.worker.messages import EndLanding, Foreground
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,10 @@ class WorkerMoves:
     def set_foreground(self, steps_run: bool) -> None:
         """Say whether steps are running: moves that no request waits for are then slowed down."""
         self._link.send(Foreground(steps_run))
+
+    def end_landing(self, number: int) -> None:
+        """See `MoveLink.end_landing`."""
+        self._link.send(EndLanding(number))
 
     def close(self) -> None:
         """Nothing to do: the workers end their moves when they are shut down (`WorkerLink.close`)."""

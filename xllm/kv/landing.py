@@ -127,6 +127,15 @@ class Lander:
         if landing.is_done:
             self._store.host.let_go(landing.held)
 
+    def revoke(self, number: int) -> None:
+        """Give a landing up and let nothing more come for it: the request that would have used it has ended, or goes on
+        elsewhere. Its room is free as soon as no sender is in the middle of a put; blocks that came whole until then
+        stay cached. Unknown numbers are ignored."""
+        landing = self._open.get(number)
+        self.give_up(number)
+        if landing is not None and not landing.is_done:
+            self._store.moves.end_landing(number)
+
     def expire(self, now_s: float) -> None:
         """Give up what was not asked for in its time. What is still on its way is waited for: the worker ends it."""
         for number in [number for number, landing in self._open.items()

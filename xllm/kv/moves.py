@@ -146,6 +146,11 @@ class MoveLink(Protocol):
         """Say whether steps are running: moves that no request waits for are then slowed down."""
         ...
 
+    def end_landing(self, number: int) -> None:
+        """Let nobody write any more for the move of this number, on the lane LAND: its result follows, unless it is
+        there already."""
+        ...
+
     def close(self) -> None:
         """Let running moves end, drop the queued ones, release memory and disk. No result is received any more."""
         ...
@@ -226,6 +231,10 @@ class OpenMoves:
         if count:
             self.on_ended()
         return count
+
+    def end_landing(self, number: int) -> None:
+        """See `MoveLink.end_landing`."""
+        self._link.end_landing(number)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a move has ended, at most `timeout_s`; returns whether `poll` has something to do."""

@@ -17,19 +17,19 @@ _log = logging.getLogger(__name__)
 
 
 class _Landing:
-    """num_bytes: of each block, how many have come."""
+    """num_bytes: of each block, how many have come. is_wanted: False: the engine has ended it."""
 
-    __slots__ = ("began_s", "first", "move", "num_bytes")
+    __slots__ = ("began_s", "first", "is_wanted", "move", "num_bytes")
 
     def __init__(self, move: Move):
         self.move, self.first = move, int(move.sources[0])
         self.num_bytes = np.zeros(len(move.targets), dtype=np.int64)
-        self.began_s = time.monotonic()
+        self.began_s, self.is_wanted = time.monotonic(), True
 
 
 class LandingDesk:
-    """A thread that begins with the first landing. `begin` is called by the thread that receives the moves; report is
-    called with each landing that is over, in the desk's own thread.
+    """A thread that begins with the first landing. `begin` and `revoke` are called by the thread that receives the
+    moves; report is called with each landing that is over, in the desk's own thread.
 
     block_bytes: of one slot. A landing is over when the window says that no more comes: the blocks before the first gap
     are good then.
@@ -51,6 +51,14 @@ class LandingDesk:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="xllm-kv-land", daemon=True)
             self._thread.start()
+
+    def revoke(self, number: int) -> None:
+        """Let nobody write for this landing any more, and report it as over. One that is over is ignored."""
+        with self._lock:
+            if (landing := self._open.get(number)) is None:
+                return
+            landing.is_wanted = False
+        self._window.revoke(number)
 
     def close(self) -> None:
         """End the thread, and then the window. Landings that are open are not told of."""
@@ -87,7 +95,7 @@ class LandingDesk:
         whole = landing.num_bytes == self._block_bytes
         num_done = len(whole) if whole.all() else int(whole.argmin())
         error = MoveError("peer", reason) if reason and num_done < len(whole) else None
-        if error is not None:
+        if error is not None and landing.is_wanted:
             _log.warning("%d of %d KV blocks came from another instance: %s", num_done, len(whole), reason)
         elapsed_s = time.monotonic() - landing.began_s
         self._report(MoveDone(landing.move.number, num_done, elapsed_s, elapsed_s, error))

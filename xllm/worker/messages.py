@@ -43,6 +43,14 @@ class Foreground:
 
 
 @dataclass(frozen=True, slots=True)
+class EndLanding:
+    """Let nobody write any more for the landing (`Move` on the lane LAND) of this number; its `MoveDone` follows.
+    Nothing happens for one that is over."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class PutGrammar:
     """Compile a grammar, unless it is compiled already; steps with rows that need it come later. `GrammarDone`
     answers."""
@@ -215,7 +223,7 @@ def digest_drawn(output: StepOutput) -> int:
     return zlib.crc32(output.token_ids_SR.tobytes())
 
 
-WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | PutGrammar | ReadAdapter | PutAdapter | Sleep
-                 | Wake | StopWorker)
+WorkerCommand = (Load | ScheduleOutput | Settle | Move | Foreground | EndLanding | PutGrammar | ReadAdapter | PutAdapter
+                 | Sleep | Wake | StopWorker)
 WorkerReport = (LoadProgress | Loaded | StepBegun | StepOutput | Settled | MoveDone | Failed | GrammarDone | AdapterRead
                 | Done | WorkerStats)

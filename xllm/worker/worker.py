@@ -31,6 +31,7 @@ from xllm.worker.loading import LoadedModel
 from xllm.worker.messages import (
     AdapterRead,
     Done,
+    EndLanding,
     Foreground,
     GrammarDone,
     Load,
@@ -96,6 +97,10 @@ class Worker:
         elif isinstance(command, Foreground):
             assert self.tiers is not None
             self.tiers.lanes.set_foreground(command.steps_run)
+            return False
+        elif isinstance(command, EndLanding):
+            assert self.tiers is not None and self.tiers.transfers is not None
+            self.tiers.transfers.end_landing(command.number)
             return False
         elif isinstance(command, PutGrammar):
             self._put_grammar(command)

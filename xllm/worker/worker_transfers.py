@@ -50,6 +50,10 @@ class WorkerTransfers:
         else:
             self._publisher.begin(move)
 
+    def end_landing(self, number: int) -> None:
+        """See `messages.EndLanding`."""
+        self._desk.revoke(number)
+
     def close(self) -> None:
         """End all threads and connections. No step is computed any more."""
         self._publisher.close()
