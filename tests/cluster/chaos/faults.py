@@ -44,10 +44,12 @@ class Faults:
 
     async def play(self, seconds: float) -> None:
         self._until_s = time.monotonic() + seconds
-        lanes = [self._lane(self._of_an_instance, 0.2, 2.0), self._lane(self._of_an_instance, 1.0, 5.0),
-                 self._lane(self._of_etcd, 2.0, 8.0), self._lane(self._of_a_master, 10.0, 25.0),
-                 self._lane(self._of_all, 40.0, 80.0)]
-        await asyncio.gather(*lanes)
+        await asyncio.gather(*(self._lane(*lane) for lane in self._lanes()))
+
+    def _lanes(self) -> list[tuple[Callable[[Random], Awaitable[None]], float, float]]:
+        """Faults that come one after the other, and the least and the most seconds between them."""
+        return [(self._of_an_instance, 0.2, 2.0), (self._of_an_instance, 1.0, 5.0), (self._of_etcd, 2.0, 8.0),
+                (self._of_a_master, 10.0, 25.0), (self._of_all, 40.0, 80.0)]
 
     def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Each kind of fault, to be played alone, by name."""
@@ -306,7 +308,7 @@ class Faults:
     async def _kill_leader(self, rng: Random) -> None:
         """The other one that follows etcd leads then; this one is started again."""
         cluster = self.cluster
-        async with self._etcd, self._all:
+        async with self._all, self._etcd:  # in this order: who has all waits for who may wait for etcd
             await until(self._has_leader, END_S, "that a master leads")
             number = await cluster.leader()
             assert number is not None

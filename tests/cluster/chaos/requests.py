@@ -86,6 +86,17 @@ _KINDS = {
 }
 
 
+LONGEST = Asked("longest prompt", *_completion("\n".join(
+    f"def move_{line}(rows, columns):\n    return [rows[{line}], columns[{line}]]" for line in range(40)),
+    temperature=0.8, seed=5, max_tokens=250))
+
+
+def salted(asked: Asked, salt: str, **fields: Any) -> Asked:
+    """The same, streamed, of which no instance has anything cached."""
+    return replace(asked, body=asked.body | {"stream": True, "stream_options": {"include_usage": True},
+                                             "cache_salt": salt, **fields})
+
+
 async def ask(http: httpx.AsyncClient, asked: Asked, leave_after: int | None = None) -> Answer:
     """Its answer. leave_after: go away after so many events of a stream. Raises httpx.HTTPError: the connection
     broke."""
