@@ -159,6 +159,11 @@ class Instance:
             *self._role(), *(() if address else self._tiers()))
 
     @property
+    def key(self) -> str:
+        """Of its record in etcd."""
+        return f"XLLM:{self.role}:{self.name}"
+
+    @property
     def role(self) -> str:
         return ROLES.get(self.name, "DECODE") if self.cluster.has_roles else "DEFAULT"
 

@@ -196,7 +196,7 @@ class Faults:
     async def lease_lost(self, instance: Instance, rng: Random, one: Happened) -> None:
         """etcd forgets the lease of an instance that lives, and with it its record."""
         async with self._etcd:
-            key, etcd = f"XLLM:DEFAULT:{instance.name}", self.cluster.etcd
+            key, etcd = instance.key, self.cluster.etcd
 
             def lease() -> int:
                 found = json.loads(etcd.ctl("get", key, "-w", "json")).get("kvs", [{}])
@@ -286,7 +286,7 @@ class Faults:
     async def _knows_all(self) -> bool:
         """Instances that another fault has are not waited for."""
         keys = await asyncio.to_thread(self.cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")
-        wanted = {f"XLLM:DEFAULT:{one.name}" for one in self._idle} | {"XLLM:SERVICE:MASTER"}
+        wanted = {one.key for one in self._idle} | {"XLLM:SERVICE:MASTER"}
         return wanted <= set(keys.split())
 
     async def _of_a_master(self, rng: Random, kind: str | None = None) -> None:

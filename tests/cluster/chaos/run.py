@@ -20,6 +20,7 @@ from tests.cluster.chaos.requests import LONGEST
 from tests.cluster.chaos.role_faults import RoleFaults
 from tests.cluster.chaos.totals import Totals
 from tests.cluster.chaos.traffic import Traffic, references
+from xllm.routing.roles import ROLES
 
 REST_S = 30.0
 SETTLE_S = 1.0  # of traffic before and behind the faults
@@ -86,8 +87,8 @@ async def left_over(cluster: ChaosCluster, before: dict[str, dict[str, int]]) ->
         problems += [f"{instance.name}: process {child.pid} of an earlier life lives" for child in instance.children
                      if child.pid not in living and lives(child)]
     keys = set((await asyncio.to_thread(cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")).split())
-    registered = {key for key in keys if key.startswith("XLLM:DEFAULT:")}
-    if registered != {f"XLLM:DEFAULT:{one.name}" for one in cluster.instances}:
+    registered = {key for key in keys if key.startswith(tuple(f"XLLM:{role}:" for role in ROLES))}
+    if registered != {one.key for one in cluster.instances}:
         problems.append(f"registered are {registered}")
     return problems
 
