@@ -59,8 +59,8 @@ class RoleFaults(Faults):
         self._left: list[tuple[str, str, str]] = []  # of this round: how, whom, when
 
     def _lanes(self) -> list[tuple[Callable[[Random], Awaitable[None]], float, float]]:
-        return [(self._of_a_role, 0.2, 1.0), (self._of_an_instance, 2.0, 8.0), (self._of_etcd, 4.0, 12.0),
-                (self._of_a_master, 15.0, 40.0), (self._of_all, 100.0, 160.0)]
+        return [(self._of_a_role, 0.1, 0.5), (self._of_an_instance, 10.0, 20.0), (self._of_etcd, 5.0, 15.0),
+                (self._of_a_master, 20.0, 50.0), (self._of_all, 150.0, 250.0)]
 
     def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
         rng = Random(self.rng.random())
@@ -76,17 +76,34 @@ class RoleFaults(Faults):
                 await self._strike(*kind, rng, one)
 
     async def _strike(self, how: str, role: str, moment: str, rng: Random, one: Happened) -> None:
+        await self._all_there(role)
         probes = self._send(rng)
         victim: Instance | None = None
         try:
             victim = await self._victim(role, moment, probes)
+            struck = [probe for probe in probes if probe.is_at_prefill and (role == "DECODE" or
+                                                                            probe.places[0] == victim.name)]
             one.target, one.begun_s = victim.name, time.monotonic()
             await STRIKES[how](self, victim, rng, one)
             await self._sees(victim)
         finally:
-            await asyncio.gather(*(probe.task for probe in probes))
+            ended = await asyncio.gather(*(probe.task for probe in probes))
             if victim is not None:
                 self._idle.add(victim)
+        if moment == "prefill" and not any((ended[probes.index(probe)].answer.first_s or one.ended_s) > one.begun_s
+                                           for probe in struck):
+            raise NotPlayed("the prompts had been computed already")
+
+    async def _all_there(self, role: str) -> None:
+        """No other fault has an instance of this role, and not all of the other one."""
+        def is_there() -> bool:
+            busy = [one.role for one in self.cluster.instances if one not in self._idle]
+            return role not in busy and len(busy) < 2
+
+        try:
+            await until(is_there, END_S, "that other faults are over")
+        except AssertionError as error:
+            raise NotPlayed(str(error)) from None
 
     def _send(self, rng: Random) -> list[Probe]:
         master = rng.choice((0, 2)) if len(self.cluster.masters) > 2 else 0
@@ -123,16 +140,18 @@ class RoleFaults(Faults):
     async def _is_moment(self, instance: Instance, name: str, role: str, moment: str, probes: list[Probe]) -> bool:
         if moment == "decode":
             return any(probe.is_handed_over and name == probe.places[role == "DECODE"] for probe in probes)
-        if not any(probe.is_at_prefill and (role == "DECODE" or probe.places[0] == name) for probe in probes):
-            return False
-        lane = "land" if role == "DECODE" else "publish"
+        senders = [one for one in self.cluster.instances for probe in probes
+                   if probe.is_at_prefill and probe.places[0] == one.name and (role == "DECODE" or one is instance)]
+        # Layers are sent while others are computed: before the first of them it is the prompt alone. Room for them is
+        # open all the time.
+        lanes = [("publish", sender) for sender in senders] if moment == "transfer" else []
+        if role == "DECODE":
+            lanes.append(("land", instance))
         try:
-            is_sending = await instance.process.gauge("kv_lane_queued_jobs", 0.0, lane=lane) > 0
+            return bool(senders) and all([await one.process.gauge("kv_lane_queued_jobs", 0.0, lane=lane)
+                                          for lane, one in lanes])
         except httpx.HTTPError:
             return False
-        # Layers are sent while others are computed: before the first of them it is the prompt alone. An instance that
-        # goes on has its room open all the time, and at any of it another one computes the prompt.
-        return is_sending or (moment == "prefill" and role == "PREFILL")
 
     # --- how
 
