@@ -94,11 +94,12 @@ soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --requests $(or $(REQUESTS),100000) --seed $(or $(SEED),0) --json benchmarks/results/soak.json
 
 # A real cluster (etcd, two instances, four, and two again) under steady load; then three instances and three masters under
-# faults drawn at random, and whether any answer is lost or wrong or anything is left behind; SECONDS= and SEED= for another
-# run.
+# faults drawn at random, and whether any answer is lost or wrong or anything is left behind; then the same with two
+# instances that compute prompts and two that go on with them. SECONDS= and SEED= for another run.
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --elastic --seed $(or $(SEED),0) --json benchmarks/results/elastic.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.chaos --roles --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) --json benchmarks/results/chaos_roles.json
 
 # Programs of other houses on what is published: vLLM's structs and publisher of KV events, Dynamo's indexer; a vLLM server on
 # the CPU behind our master, and vLLM with our KV store inside. They are fetched (400 MB and twice 3 GB) into folders that are

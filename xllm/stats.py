@@ -23,6 +23,8 @@ class TierStats:
 
     num_blocks: int = gauge(0, "kv_tier_blocks", "Room for KV blocks")
     num_used: int = gauge(0, "kv_tier_used_blocks", "KV blocks stored")
+    num_held: int = gauge(0, "kv_tier_held_blocks", "KV blocks in use, on their way, or kept for what is to come: not "
+                          "evictable now")
     evicted_total: int = counter(0, "kv_tier_evicted_blocks", "KV blocks evicted")
     unsaved_total: int = counter(0, "kv_tier_unsaved_blocks", "KV blocks gone before they were copied further down")
     missed_total: dict[str, int] = field(default_factory=dict)

@@ -17,7 +17,8 @@ import pytest
 from serving.cluster.master_seat import LEASE_S
 from tests.cluster.chaos.cluster import NO_LIMIT, ChaosCluster, Instance, Process, until
 from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask
-from tests.cluster.chaos.run import Ended, Traffic, counts, held, left_over, lives
+from tests.cluster.chaos.run import counts, held, left_over, lives
+from tests.cluster.chaos.traffic import Ended, Traffic
 from tests.cluster.etcd_process import stop
 from xllm.client.remote import SILENCE_S
 

@@ -61,6 +61,7 @@ counter kv_tier_unsaved_blocks tier
 counter num_swaps
 gauge cpu_cache_usage_perc
 gauge kv_tier_blocks tier
+gauge kv_tier_held_blocks tier
 gauge kv_tier_used_blocks tier
 """
 LANES = """
@@ -141,8 +142,8 @@ def test_the_members_of_v1_stats() -> None:
     engine = engine_json(stats)
     assert engine.keys() == MEMBERS
     assert (engine["num_requests_running"], engine["cached_tokens_by_tier"]) == (3, {"l2": 7})
-    assert engine["kv_tiers"]["host"] == {"num_blocks": 4, "num_used": 1, "evicted_total": 0, "unsaved_total": 0,
-                                          "missed_total": {}}
+    assert engine["kv_tiers"]["host"] == {"num_blocks": 4, "num_used": 1, "num_held": 0, "evicted_total": 0,
+                                          "unsaved_total": 0, "missed_total": {}}
     assert (engine["kv_disk_up"], engine["graphs"]) == (False, None)
     rows = dict(zip(HISTORY_COLUMNS, history_row(stats, 1.5), strict=True))
     assert rows.pop("time_s") == 1.5 and rows == {name: engine[name] for name in rows}

@@ -347,7 +347,7 @@ class TieredStore:
         pool, disk, store = self._pool, self.disk, self.store
         unsaved = self.saver.num_cut + (self.passage.num_cut if disk else 0)
         device = TierStats(num_blocks=pool.num_usable, num_used=pool.num_usable - pool.num_free,
-                           unsaved_total=unsaved, evicted_total=pool.num_evicted)
+                           num_held=pool.num_held, unsaved_total=unsaved, evicted_total=pool.num_evicted)
         tiers = {"device": device, "host": _tier_stats(self.host, self.writer.num_cut if disk else 0, {})}
         if disk is not None:
             tiers["disk"] = _tier_stats(disk, 0, missed_total.get("disk", {}))
@@ -380,8 +380,8 @@ class TieredStore:
 
 
 def _tier_stats(index: TierIndex, unsaved: int, missed: dict[str, int]) -> TierStats:
-    return TierStats(num_blocks=index.num_slots, num_used=len(index), evicted_total=index.num_evicted,
-                     unsaved_total=unsaved, missed_total=missed)
+    return TierStats(num_blocks=index.num_slots, num_used=len(index), num_held=index.num_held,
+                     evicted_total=index.num_evicted, unsaved_total=unsaved, missed_total=missed)
 
 
 def _digests(packed: np.ndarray) -> list[bytes]:

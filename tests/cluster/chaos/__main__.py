@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--each", nargs="?", const="", metavar="FAULTS", help="instead: every fault once, one after "
                         "the other, or these alone, parted by commas")
     parser.add_argument("--elastic", action="store_true", help="instead: no faults; instances come and go")
-    parser.add_argument("--roles", action="store_true", help="one instance computes prompts, the others answer")
+    parser.add_argument("--roles", action="store_true", help="two instances compute prompts, two others answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--json", help="write the result to this file as well")

@@ -96,14 +96,16 @@ class Process:
         assert self.http is not None
         return self.http
 
-    async def gauge(self, name: str, unknown: float | None = None) -> float:
-        """unknown: for one that its engine has not said yet; None: it has."""
-        found = re.search(rf"^xllm:{name}(?:\{{.*\}})? (\S+)$", (await self.get().get("/metrics", timeout=10)).text,
-                          re.MULTILINE)
-        if found is None:
+    async def gauge(self, name: str, unknown: float | None = None, **labels: str) -> float:
+        """The sum over all of its labels but for those given. unknown: for one that its engine has not said yet; None:
+        it has."""
+        text = (await self.get().get("/metrics", timeout=10)).text
+        found = [float(value) for said, value in re.findall(rf"^xllm:{name}(\{{.*\}})? (\S+)$", text, re.MULTILINE)
+                 if all(f'{label}="{wanted}"' in said for label, wanted in labels.items())]
+        if not found:
             assert unknown is not None, name
             return unknown
-        return float(found[1])
+        return sum(found)
 
     @property
     def is_alive(self) -> bool:
@@ -156,16 +158,26 @@ class Instance:
             self.cluster.etcd.address, "--instance-name", self.name, "--cluster-listen", address or self.address,
             *self._role(), *(() if address else self._tiers()))
 
+    @property
+    def key(self) -> str:
+        """Of its record in etcd."""
+        return f"XLLM:{self.role}:{self.name}"
+
+    @property
+    def role(self) -> str:
+        return ROLES.get(self.name, "DECODE") if self.cluster.has_roles else "DEFAULT"
+
     def _role(self) -> tuple[str, ...]:
         if not self.cluster.has_roles:
             return ()
-        is_first = self is self.cluster.instances[0]
-        return ("--enable-disagg-pd", "--instance-role", "PREFILL" if is_first else "DECODE")
+        return ("--enable-disagg-pd", "--instance-role", self.role, "--kv-lease-s", str(KV_LEASE_S),
+                "--kv-transfer-ways", WAYS.get(self.name, "shm,tcp"), *LONG_PROMPTS)
 
     def _tiers(self) -> tuple[str, ...]:
         if not self.cluster.has_tiers:
             return ()
-        return (*TIERS, "--disk-cache-dir", str(self.cluster.folder / f"{self.name}-kv"))
+        tiers = ROLE_TIERS if self.cluster.has_roles else TIERS
+        return (*tiers, "--disk-cache-dir", str(self.cluster.folder / f"{self.name}-kv"))
 
     async def start(self) -> None:
         """Raises NotPlayed: it takes too long."""
@@ -199,12 +211,20 @@ class Instance:
 
 MASTERS = ("etcd", "networks", "standby")
 TIERS = ("--host-cache-size", "16MiB", "--disk-cache-size", "64MiB")
+# Two compute prompts and two go on, which KV reaches in shared memory and over TCP. Prompts are long, and computed in
+# many steps, so that there is time for a fault in each phase; all that has two tokens is handed over.
+ROLES = {"a": "PREFILL", "b": "PREFILL"}
+WAYS = {"d": "tcp"}
+LONG_PROMPTS = ("--max-model-len", "2048", "--max-num-batched-tokens", "128")
+ROLE_TIERS = ("--host-cache-size", "64MiB", "--disk-cache-size", "64MiB")
+KV_LEASE_S = 10.0  # longer than a prompt takes here, and soon enough for what is looked at after the traffic
+ROLE_TARGETS = ("--target-tpot", "0.1")  # ms: those that go on compute no prompt themselves
 
 
 class ChaosCluster:
     """`await open()`, then `close()`. masters: as many of `MASTERS` as are asked for. The first and the last find the
     instances in etcd, and one of these two leads; the second is told where the networks before them are. has_tiers:
-    instances keep KV blocks in host memory and on disk, too. has_roles: the first computes prompts, others answer."""
+    instances keep KV blocks in host memory and on disk, too. has_roles: they have the roles of `ROLES`."""
 
     def __init__(self, folder: Path, secret: str, num_instances: int = 3, *, has_tiers: bool = False,
                  has_roles: bool = False):
@@ -234,7 +254,8 @@ class ChaosCluster:
         place = ("--instances", ",".join(one.network.address for one in self.instances)) if kind == "networks" else \
             ("--etcd-addr", self.etcd.address, "--rpc-server-port", str(8889 + number))
         return Process(self.folder / f"master-{kind}.log", self.secret, "master", "--http_server_port",
-                       str(self._ports[number]), "--admin-api-key", "the-admins", *place)
+                       str(self._ports[number]), "--admin-api-key", "the-admins", *place,
+                       *(ROLE_TARGETS if self.has_roles else ()))
 
     async def start_master(self, number: int) -> None:
         """Again, where it was."""

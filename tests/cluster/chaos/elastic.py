@@ -19,7 +19,8 @@ import httpx
 
 from tests.cluster.chaos.cluster import ChaosCluster, Instance, until
 from tests.cluster.chaos.faults import Faults
-from tests.cluster.chaos.run import MAX_SHOWN, Ended, Traffic, counts, judged, left_over, references
+from tests.cluster.chaos.run import MAX_SHOWN, counts, judged, left_over
+from tests.cluster.chaos.traffic import Ended, Traffic, references
 
 FEW, MANY = 2, 4
 SHARE_S = 10.0  # after it has joined, a new instance has its share of new requests

@@ -44,10 +44,12 @@ class Faults:
 
     async def play(self, seconds: float) -> None:
         self._until_s = time.monotonic() + seconds
-        lanes = [self._lane(self._of_an_instance, 0.2, 2.0), self._lane(self._of_an_instance, 1.0, 5.0),
-                 self._lane(self._of_etcd, 2.0, 8.0), self._lane(self._of_a_master, 10.0, 25.0),
-                 self._lane(self._of_all, 40.0, 80.0)]
-        await asyncio.gather(*lanes)
+        await asyncio.gather(*(self._lane(*lane) for lane in self._lanes()))
+
+    def _lanes(self) -> list[tuple[Callable[[Random], Awaitable[None]], float, float]]:
+        """Faults that come one after the other, and the least and the most seconds between them."""
+        return [(self._of_an_instance, 0.2, 2.0), (self._of_an_instance, 1.0, 5.0), (self._of_etcd, 2.0, 8.0),
+                (self._of_a_master, 10.0, 25.0), (self._of_all, 40.0, 80.0)]
 
     def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Each kind of fault, to be played alone, by name."""
@@ -194,7 +196,7 @@ class Faults:
     async def lease_lost(self, instance: Instance, rng: Random, one: Happened) -> None:
         """etcd forgets the lease of an instance that lives, and with it its record."""
         async with self._etcd:
-            key, etcd = f"XLLM:DEFAULT:{instance.name}", self.cluster.etcd
+            key, etcd = instance.key, self.cluster.etcd
 
             def lease() -> int:
                 found = json.loads(etcd.ctl("get", key, "-w", "json")).get("kvs", [{}])
@@ -284,7 +286,7 @@ class Faults:
     async def _knows_all(self) -> bool:
         """Instances that another fault has are not waited for."""
         keys = await asyncio.to_thread(self.cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")
-        wanted = {f"XLLM:DEFAULT:{one.name}" for one in self._idle} | {"XLLM:SERVICE:MASTER"}
+        wanted = {one.key for one in self._idle} | {"XLLM:SERVICE:MASTER"}
         return wanted <= set(keys.split())
 
     async def _of_a_master(self, rng: Random, kind: str | None = None) -> None:
@@ -306,7 +308,7 @@ class Faults:
     async def _kill_leader(self, rng: Random) -> None:
         """The other one that follows etcd leads then; this one is started again."""
         cluster = self.cluster
-        async with self._etcd, self._all:
+        async with self._all, self._etcd:  # in this order: who has all waits for who may wait for etcd
             await until(self._has_leader, END_S, "that a master leads")
             number = await cluster.leader()
             assert number is not None

@@ -31,7 +31,7 @@ class Asked:
 class Answer:
     """texts, tokens (with log-probabilities), ends: by choice. error: what was said instead of an answer, or in the
     middle of one. status: of HTTP. num_done: how often the stream said that it was complete. longest_gap_s: between two
-    events."""
+    events. first_s: when the first one came, on the `time.monotonic()` clock."""
 
     status: int = 0
     texts: dict[int, str] = field(default_factory=dict)
@@ -41,6 +41,7 @@ class Answer:
     num_done: int = 0
     num_events: int = 0
     longest_gap_s: float = 0.0
+    first_s: float | None = None
     retry_after: str | None = None
     error: str | None = None
 
@@ -86,6 +87,17 @@ _KINDS = {
 }
 
 
+LONGEST = Asked("longest prompt", *_completion("\n".join(
+    f"def move_{line}(rows, columns):\n    return [rows[{line}], columns[{line}]]" for line in range(40)),
+    temperature=0.8, seed=5, max_tokens=250))
+
+
+def salted(asked: Asked, salt: str, **fields: Any) -> Asked:
+    """The same, streamed, of which no instance has anything cached."""
+    return replace(asked, body=asked.body | {"stream": True, "stream_options": {"include_usage": True},
+                                             "cache_salt": salt, **fields})
+
+
 async def ask(http: httpx.AsyncClient, asked: Asked, leave_after: int | None = None) -> Answer:
     """Its answer. leave_after: go away after so many events of a stream. Raises httpx.HTTPError: the connection
     broke."""
@@ -111,7 +123,7 @@ async def ask(http: httpx.AsyncClient, asked: Asked, leave_after: int | None = N
             elif line.startswith("data: "):
                 now_s = time.monotonic()
                 found.longest_gap_s = max(found.longest_gap_s, now_s - last_s)
-                last_s = now_s
+                last_s, found.first_s = now_s, found.first_s or now_s
                 found.num_events += 1
                 event = json.loads(line[6:])
                 if "error" in event:

@@ -8,95 +8,30 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import httpx
 import psutil
 
 from tests.cluster.chaos.cluster import ChaosCluster, Process, until
 from tests.cluster.chaos.faults import Faults
-from tests.cluster.chaos.requests import Answer, Asked, all_requests, ask, difference, drawn
+from tests.cluster.chaos.requests import LONGEST
+from tests.cluster.chaos.role_faults import RoleFaults
+from tests.cluster.chaos.totals import Totals
+from tests.cluster.chaos.traffic import Traffic, references
+from xllm.routing.roles import ROLES
 
-BOUND_S = 90.0  # of a request: an instance that is waited for (30 s), and the longest fault, on a busy machine
 REST_S = 30.0
 SETTLE_S = 1.0  # of traffic before and behind the faults
 MAX_NOT_PLAYED = 0.25  # of all faults: a run that says nothing is no success
 MAX_SHOWN = 20
+# Of requests that were answered, where instances have roles: one master in three knows none, some have nothing new to
+# be sent, and while no instance of a role is left nobody hands over.
+LEAST_MOVED = 0.15
 # Processes that compile grammars, two at most, start when they are needed, threads of an event loop's pool do, and
 # connections are kept open.
 COUNT_GROWTH = {"processes": 2, "threads": 12, "files": 16}
-
-
-@dataclass
-class Ended:
-    """One request. master: by its place."""
-
-    index: int
-    name: str
-    master: int
-    begun_s: float
-    ended_s: float
-    answer: Answer
-    outcome: str  # "right", "left", "unavailable", "broken", "lost", "wrong", "hung"
-    why: str = ""
-
-
-class Traffic:
-    """Requests from so many clients at once, each judged as it ends. expected: by name."""
-
-    def __init__(self, cluster: ChaosCluster, expected: dict[str, Answer], seed: int):
-        self.cluster, self.expected, self.seed = cluster, expected, seed
-        self.ended: list[Ended] = []
-        self._num = 0
-
-    async def play(self, clients: int, is_over: asyncio.Event) -> None:
-        await asyncio.gather(*(self._client(is_over) for _ in range(clients)))
-
-    async def _client(self, is_over: asyncio.Event) -> None:
-        while not is_over.is_set():
-            index, self._num = self._num, self._num + 1
-            rng = Random(f"{self.seed} {index}")
-            one = await self.one(index, rng.randrange(len(self.cluster.masters)), drawn(rng),
-                                 rng.randrange(2, 30) if rng.random() < 0.08 else None)
-            if one.outcome in ("unavailable", "broken"):
-                await asyncio.sleep(0.5)
-
-    async def one(self, index: int, master: int, asked: Asked, leave_after: int | None = None) -> Ended:
-        begun_s, found, outcome, why = time.monotonic(), Answer(), "", ""
-        try:
-            found = await asyncio.wait_for(ask(self.cluster.masters[master].get(), asked, leave_after), BOUND_S)
-        except asyncio.TimeoutError:
-            outcome, why = "hung", f"no end within {BOUND_S:g} s"
-        except httpx.HTTPError as error:
-            outcome, why = "broken", f"{type(error).__name__}: {error}"
-        else:
-            outcome, why = self._judged(asked, found, leave_after)
-        one = Ended(index, asked.name, master, begun_s, time.monotonic(), found, outcome, why)
-        self.ended.append(one)
-        return one
-
-    def _judged(self, asked: Asked, found: Answer, leave_after: int | None) -> tuple[str, str]:
-        if found.error is not None:
-            if found.status == 503 and found.retry_after is not None:
-                return "unavailable", found.error
-            return "lost", f"{found.status}: {found.error}"
-        has_left = leave_after is not None and not found.num_done
-        wrong = difference(found, self.expected[asked.name], is_whole=not has_left)
-        if wrong is not None:
-            return "wrong", wrong
-        return ("left", "") if has_left else ("right", "")
-
-
-async def references(http: httpx.AsyncClient) -> dict[str, Answer]:
-    """What one engine says to every request, one at a time."""
-    found = {}
-    for asked in all_requests():
-        found[asked.name] = await ask(http, asked)
-        assert found[asked.name].error is None, found[asked.name]
-    return found
 
 
 # --- what is left
@@ -116,6 +51,9 @@ async def held(process: Process) -> dict[str, float]:
     found = {"running": await process.gauge("num_requests_running"),
              "waiting": await process.gauge("num_requests_waiting"),
              "kv_blocks": await process.gauge("num_kv_blocks") - await process.gauge("num_free_kv_blocks"),
+             # Room for KV of other instances is held in host memory, and a move is under way while they may send.
+             "tier_blocks": await process.gauge("kv_tier_held_blocks", 0.0),
+             "moves": await process.gauge("kv_lane_queued_jobs", 0.0),
              "open_calls": float((await process.get().get("/load", timeout=10)).json()["server_load"])}
     if "master" in process.log_path.stem:
         found["open_requests"] = (await process.get().get("/cluster", timeout=10)).json()["open_requests"]
@@ -149,8 +87,8 @@ async def left_over(cluster: ChaosCluster, before: dict[str, dict[str, int]]) ->
         problems += [f"{instance.name}: process {child.pid} of an earlier life lives" for child in instance.children
                      if child.pid not in living and lives(child)]
     keys = set((await asyncio.to_thread(cluster.etcd.ctl, "get", "XLLM:", "--prefix", "--keys-only")).split())
-    registered = {key for key in keys if key.startswith("XLLM:DEFAULT:")}
-    if registered != {f"XLLM:DEFAULT:{one.name}" for one in cluster.instances}:
+    registered = {key for key in keys if key.startswith(tuple(f"XLLM:{role}:" for role in ROLES))}
+    if registered != {one.key for one in cluster.instances}:
         problems.append(f"registered are {registered}")
     return problems
 
@@ -207,16 +145,18 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
               fault: str | None = None, has_roles: bool = False) -> dict[str, Any]:
     """The report; `problems` in it is what a caller should look at. seconds: None: each fault once, alone, or only
     those of these names, parted by commas. Raises ValueError: there is none by a name."""
-    cluster = ChaosCluster(folder, secrets.token_hex(32), has_tiers=True, has_roles=has_roles)
+    cluster = ChaosCluster(folder, secrets.token_hex(32), 4 if has_roles else 3, has_tiers=True, has_roles=has_roles)
     try:
         await cluster.open()
-        expected = await references(cluster.instances[0].process.get())
+        expected = await references(cluster.instances[0].process.get(), [LONGEST] if has_roles else ())
         warm_up, is_over = Traffic(cluster, expected, seed + 10**6), asyncio.Event()
         asyncio.get_running_loop().call_later(5.0, is_over.set)
         await warm_up.play(clients, is_over)
         before = await counts(cluster)
-        traffic, faults = Traffic(cluster, expected, seed), Faults(cluster, Random(seed))
-        following, begun_s = asyncio.create_task(faults.stall.follow()), time.monotonic()
+        traffic, totals = Traffic(cluster, expected, seed), Totals(cluster)
+        faults = RoleFaults(cluster, Random(seed), traffic) if has_roles else Faults(cluster, Random(seed))
+        following = [asyncio.create_task(each) for each in (faults.stall.follow(), totals.follow())]
+        begun_s = time.monotonic()
         problems = judged(warm_up, faults)
         if seconds is not None:
             await _under_load(traffic, clients, faults.play(seconds))
@@ -231,22 +171,22 @@ async def run(folder: Path, seed: int, seconds: float | None, clients: int = 10,
                 problems += [f"after {kind}: {what}" for what in await left_over(cluster, before)]
             problems += judged(traffic, faults)
         took_s = time.monotonic() - begun_s
-        following.cancel()
+        for each in following:
+            each.cancel()
         not_played = [f"{one.kind} of {one.target}: {one.not_played}" for one in faults.happened if one.not_played]
         if len(not_played) > MAX_NOT_PLAYED * len(faults.happened):
             problems.append(f"{len(not_played)} of {len(faults.happened)} faults could not be played")
-        recovered, handovers = Counter[str](), Counter[str]()
-        for master in cluster.masters:
-            totals = (await master.get().get("/cluster")).json()["totals"]
-            handovers.update(totals["handovers"])
-            recovered.update({**totals["recovered"], "given up": totals["given_up"], "retried": totals["retried"]})
+        recovered, handovers = await totals.of_masters()
         outcomes = Counter(one.outcome for one in traffic.ended)
+        if has_roles and handovers["moved"] < LEAST_MOVED * outcomes["right"]:
+            problems.append(f"only {handovers['moved']} of {outcomes['right']} requests were handed over")
         return {
             "seed": seed, "seconds": round(took_s, 1), "requests": len(traffic.ended),
             "tokens": sum(one.answer.usage[1] for one in traffic.ended), "outcomes": dict(sorted(outcomes.items())),
             "faults": fault_table(traffic, faults), "num_faults": len(faults.happened), "not_played": not_played,
             "machine": {"start_s": round(Process.start_s, 1), "stalled_s": round(faults.stall.since(begun_s), 1)},
             "recoveries": dict(sorted(recovered.items())), "handovers": dict(sorted(handovers.items())),
+            "landed_bytes": totals.landed_bytes,
             "lost": sum(word in p for p in problems if p.startswith("request")
                         for word in (": lost: ", ": hung: ", ": broken: ", ": unavailable: ")),
             "wrong": outcomes["wrong"], "counts": {"before": before, "after": await counts(cluster)},
