@@ -15,7 +15,7 @@ from serving.commands.bench.http_load import HttpLoad
 from serving.commands.bench.master_bench import cpu_s
 from serving.commands.bench.measured_master import CpuSampler
 from serving.commands.bench.null_cluster import child_process, last_line
-from serving.commands.bench.null_instance import NullCore, NullEngine, totals
+from serving.commands.bench.null_instance import NullCore, NullEngine, null_config, totals
 from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
@@ -70,7 +70,7 @@ def test_the_floor_answers_the_same_chats(tmp_path: Path) -> None:
 
 
 async def test_an_instance_without_a_model() -> None:
-    core = NullCore(StepPrices(step=0.001, token=0.002, read=2e-5))
+    core = NullCore(StepPrices(step=0.001, token=0.002, read=2e-5), null_config())
     engine = NullEngine(core)
     engine.bind()
     gate = EngineGate(engine, [engine], KEYS)
