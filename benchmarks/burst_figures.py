@@ -51,24 +51,30 @@ def quantile(samples: Sequence[float], share: float) -> float:
     return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
 
 
-def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of all chunk sizes, the one of the least TPOT p99 that keeps `KEPT_THROUGHPUT` of the best one's."""
-    best = max(row["tokens_per_s"] for row in rows)
-    return min((row for row in rows if row["tokens_per_s"] >= KEPT_THROUGHPUT * best),
-               key=lambda row: float(row["tpot_p99_ms"]))
+def chosen(rows: Sequence[dict[str, Any]], tokens_per_s: float | None = None) -> dict[str, Any] | None:
+    """Of the rows of all chunk sizes, the one of the least TPOT p99 that keeps `KEPT_THROUGHPUT` of `tokens_per_s`, or
+    of the best one's throughput. None: there is none."""
+    wanted = max(row["tokens_per_s"] for row in rows) if tokens_per_s is None else tokens_per_s
+    able = [row for row in rows if row["tokens_per_s"] >= KEPT_THROUGHPUT * wanted]
+    return min(able, key=lambda row: float(row["tpot_p99_ms"])) if able else None
 
 
 def compared(split: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A split against the rows of all chunk sizes. least: against the least TPOT p99 of any, whatever its
-    throughput."""
-    against = chosen(rows)
-    least = min(float(row["tpot_p99_ms"]) for row in rows)
+    """A split against the rows of all chunk sizes. at_its_throughput: against the one that is chosen if only the
+    split's throughput is to be kept, None if none keeps it. tpot_p99_over_least: against the least TPOT p99 of any."""
+    against, equal = chosen(rows), chosen(rows, split["tokens_per_s"])
+    assert against is not None, "one is the best"
     return {"chunk_tokens": against["chunk_tokens"],
-            "tpot_p99_over_mixed": round(split["tpot_p99_ms"] / against["tpot_p99_ms"], 3),
-            "gap_p99_over_mixed": round(split["gap_p99_ms"] / against["gap_p99_ms"], 3),
-            "throughput_over_mixed": round(split["tokens_per_s"] / against["tokens_per_s"], 3),
-            "ttft_p50_over_mixed": round(split["ttft_p50_s"] / against["ttft_p50_s"], 3),
-            "tpot_p99_over_least": round(split["tpot_p99_ms"] / least, 3)}
+            **{f"{name.rpartition('_')[0]}_over_mixed": _over(split, against, name)
+               for name in ("tpot_p99_ms", "gap_p99_ms", "ttft_p50_s")},
+            "throughput_over_mixed": _over(split, against, "tokens_per_s"),
+            "at_its_throughput": None if equal is None else {
+                "chunk_tokens": equal["chunk_tokens"], "tpot_p99_over_mixed": _over(split, equal, "tpot_p99_ms")},
+            "tpot_p99_over_least": max(_over(split, row, "tpot_p99_ms") for row in rows)}
+
+
+def _over(split: dict[str, Any], row: dict[str, Any], name: str) -> float:
+    return round(float(split[name]) / float(row[name]), 3)
 
 
 def _ms(seconds: float) -> float:

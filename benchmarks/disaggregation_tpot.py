@@ -40,8 +40,8 @@ DEVICE = Path(__file__).parent / "devices" / "a100_qwen2.5_14b.json"
 # Chosen: decodes of a chat's length on one device; prompts of documents, more of them than are computed in a second.
 NULL_LOAD = BurstLoad(num_decodes=32, decode_prompt=1024, num_prompts=8, prompt_tokens=4096, answer_tokens=32,
                       settle_s=2.0, calm_s=2.0, longest=8192)
-# Chosen: what two cores can do in half a minute, in the length that the bundled model has.
-REAL_LOAD = BurstLoad(num_decodes=4, decode_prompt=64, num_prompts=12, prompt_tokens=1024, answer_tokens=16,
+# Chosen: decodes that outlast the burst in the length that the bundled model has.
+REAL_LOAD = BurstLoad(num_decodes=4, decode_prompt=64, num_prompts=8, prompt_tokens=1024, answer_tokens=16,
                       settle_s=0.5, calm_s=0.5, longest=2048)
 KV_BLOCKS = 16384  # of each instance: all that is open, and what is cached of it
 

@@ -51,11 +51,14 @@ def test_the_figures_of_a_run() -> None:
 def test_the_chunk_that_a_split_is_compared_with() -> None:
     rows = [{"chunk_tokens": size, "tpot_p99_ms": tpot, "gap_p99_ms": tpot, "tokens_per_s": rate, "ttft_p50_s": 2.0}
             for size, tpot, rate in ((64, 20.0, 949), (128, 40.0, 950), (256, 30.0, 960), (512, 90.0, 1000))]
-    assert chosen(rows)["chunk_tokens"] == 256
-    split = {"tpot_p99_ms": 15.0, "gap_p99_ms": 18.0, "tokens_per_s": 1200, "ttft_p50_s": 1.0}
+    found = chosen(rows)
+    assert found is not None and found["chunk_tokens"] == 256
+    split = {"tpot_p99_ms": 15.0, "gap_p99_ms": 18.0, "tokens_per_s": 990, "ttft_p50_s": 1.0}
     assert compared(split, rows) == {
-        "chunk_tokens": 256, "tpot_p99_over_mixed": 0.5, "gap_p99_over_mixed": 0.6, "throughput_over_mixed": 1.25,
-        "ttft_p50_over_mixed": 0.5, "tpot_p99_over_least": 0.75}
+        "chunk_tokens": 256, "tpot_p99_over_mixed": 0.5, "gap_p99_over_mixed": 0.6, "ttft_p50_over_mixed": 0.5,
+        "throughput_over_mixed": 1.031, "tpot_p99_over_least": 0.75,
+        "at_its_throughput": {"chunk_tokens": 64, "tpot_p99_over_mixed": 0.75}}
+    assert compared({**split, "tokens_per_s": 1100}, rows)["at_its_throughput"] is None
 
 
 def test_the_device_is_what_its_arithmetic_says() -> None:
