@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         rows = [bench.mixed(arguments.mixed, int(chunk)) for chunk in arguments.chunks.split(",")]
     split = splits[len(splits) // 2]
     report.write({"against": f"{arguments.mixed} mixed", "split_instances": "1 prefill, 1 decode",
-                  "same_number_of_devices": arguments.mixed == 2,
+                  "same_hardware": arguments.mixed == 2 or arguments.real,
                   "device": "the bundled model on this machine" if device is None else device.what,
                   "load": {name: getattr(load, name) for name in load.__dataclass_fields__},
                   **compared(split, rows), "goal": GOAL if device is not None else None,
