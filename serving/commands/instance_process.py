@@ -25,13 +25,15 @@ class InstanceProcess:
     name: of the instance. log: the file that its stdout and stderr go to. ended: how it ended; None: it lives.
     """
 
+    command: Sequence[str] = ("serving.commands.owned_server",)  # a module, and what stands before the flags
+
     def __init__(self, name: str, flags: Sequence[str], environment: Mapping[str, str], log: Path):
         self.name, self.log = name, log
         self.ended: str | None = None
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, *run_module("serving.commands.owned_server"), *flags, "--host", "127.0.0.1", "--port",
-                 "0", "--instance-name", name],
+                [sys.executable, *run_module(self.command[0]), *self.command[1:], *flags, "--host", "127.0.0.1",
+                 "--port", "0", "--instance-name", name],
                 stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         self._end = ChildEnd(self._process)
 

@@ -14,6 +14,11 @@ import threading
 from serving.commands.cli import main
 
 
+def end_with_owner() -> None:
+    """End this process as if by SIGTERM when its stdin ends: whoever started it is gone, or wants it to end."""
+    threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
+
+
 def _watch() -> None:
     while os.read(0, 4096):
         pass
@@ -21,5 +26,5 @@ def _watch() -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
+    end_with_owner()
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from serving.commands.bench.http_load import HttpLoad
 from serving.commands.bench.master_bench import cpu_s
 from serving.commands.bench.measured_master import CpuSampler
 from serving.commands.bench.null_cluster import child_process, last_line
-from serving.commands.bench.null_instance import NullCore, NullEngine, totals
+from serving.commands.bench.null_instance import NullCore, NullEngine, null_config, totals
 from serving.commands.cli import main
 from tests.llm.gated import KEYS, MODEL
 from tests.serving.server_process import ServerProcess
@@ -24,7 +25,8 @@ from xllm.client.remote import RemoteClient
 from xllm.cost.cost_model import StepPrices
 from xllm.engine.commands import CacheChanges
 from xllm.errors import XllmError
-from xllm.request import Request, SamplingParams
+from xllm.kv_offer import KVOffer
+from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
 from xllm.token_ids import token_array
 
 
@@ -70,7 +72,7 @@ def test_the_floor_answers_the_same_chats(tmp_path: Path) -> None:
 
 
 async def test_an_instance_without_a_model() -> None:
-    core = NullCore(StepPrices(step=0.001, token=0.002, read=2e-5))
+    core = NullCore(StepPrices(step=0.001, token=0.002, read=2e-5), null_config())
     engine = NullEngine(core)
     engine.bind()
     gate = EngineGate(engine, [engine], KEYS)
@@ -97,6 +99,39 @@ async def test_an_instance_without_a_model() -> None:
     client.close()
     gate.close()
     engine.shutdown()
+
+
+def test_kv_goes_from_one_instance_to_another_without_a_model() -> None:
+    """Each step that fills blocks sends them, a layer at a time; what has landed is loaded before the step that reads
+    it."""
+    config = null_config(enable_disagg_pd=True, host_blocks_factor=1.0, num_kv_blocks=64, max_num_batched_tokens=32)
+    sender, receiver = (NullCore(StepPrices(step=0.001, token=1e-5), config) for _ in range(2))
+    try:
+        prompt = token_array(range(5, 77))  # four full blocks and a half
+        request = Request(request_id="a", prompt_token_ids=prompt,
+                          sampling=SamplingParams(max_tokens=300, ignore_eos=True, seed=1))
+        offer = receiver.expect(request, 30.0)
+        assert isinstance(offer, KVOffer), offer
+        told = run(sender, replace(request, offer=offer))
+        assert told[-1].finish_reason is FinishReason.HANDED_OVER
+        drawn = tuple(token for delta in told for token in delta.token_ids)
+        rest = replace(request, generated_token_ids=drawn, landing=offer.number,
+                       sampling=request.sampling.varied(max_tokens=len(drawn) + 5))
+        told = run(receiver, rest)
+        assert told[-1].finish_reason is FinishReason.LENGTH
+        assert receiver.scheduler.counters.cached_tokens_by_tier_total["l3"] == 4 * 16
+    finally:
+        sender.shutdown()
+        receiver.shutdown()
+
+
+def run(core: NullCore, request: Request) -> list[OutputDelta]:
+    """All that comes of a request."""
+    core.add(request)
+    told = list[OutputDelta]()
+    while core.has_work():
+        told += core.step()
+    return told
 
 
 def test_the_cpu_time_of_a_process() -> None:

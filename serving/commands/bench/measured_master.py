@@ -9,15 +9,14 @@ in `select`.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from types import FrameType
 
 from serving.commands.cli import main
+from serving.commands.owned_server import end_with_owner
 
 INTERVAL_S = 0.001  # of CPU time between samples. Chosen: the kernel's ticks, which are longer, are what decides
 
@@ -56,15 +55,9 @@ def _name(frame: FrameType) -> str:
     return f"{'/'.join(code.co_filename.split('/')[-3:])}:{own}"
 
 
-def _end_with_stdin() -> None:
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def run(argv: list[str]) -> int:
     """Returns the master's exit code."""
-    threading.Thread(target=_end_with_stdin, name="parent-watch", daemon=True).start()
+    end_with_owner()
     if argv[:1] != ["--samples"]:
         return main(["master", *argv])
     sampler = CpuSampler()

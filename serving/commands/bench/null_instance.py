@@ -42,7 +42,6 @@ from xllm.step import ScheduleOutput, StepOutput
 
 if TYPE_CHECKING:
     from xllm.runner.model_runner import ModelRunner
-    from xllm.structured.matchers import RowMatchers
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "max_num_seqs": 256, "num_kv_blocks": 8192,
                             "worker": "inline", "async_scheduling": False}
@@ -51,14 +50,17 @@ BEAT_S = 0.25  # between reports of steps. As an engine's process that is busy
 
 
 class PacedRunner(NullRunner):
-    """In a worker's place for a `ModelRunner`: a step takes as long as `prices` say, in real time. matchers: of the
-    runner whose place it takes, which the worker closes."""
+    """Takes the place of a loaded `ModelRunner` in its worker: a step takes as long as `prices` say, in real time, each
+    layer an equal share of it. KV that other instances wait for is sent as it lies in the cache (nothing writes to it),
+    a layer once its share is over; a layer waits for its KV that is being loaded."""
 
     graphs = None
 
-    def __init__(self, num_rows: int, vocab_size: int, prices: StepPrices, matchers: RowMatchers):
+    def __init__(self, num_rows: int, vocab_size: int, prices: StepPrices, loaded: ModelRunner):
         super().__init__(num_rows, vocab_size=vocab_size)
-        self._prices, self.matchers = prices, matchers
+        self.matchers = loaded.matchers  # the worker closes them
+        self._prices, self._board, self._departing = prices, loaded.board, loaded.departing
+        self._num_layers = len(loaded.kv_cache.layers)
         self._computed_R = np.zeros(num_rows, dtype=np.int64)  # tokens whose KV is there
 
     def run(self, plan: ScheduleOutput) -> StepOutput:
@@ -68,22 +70,45 @@ class PacedRunner(NullRunner):
             self._computed_R[new.row] = new.num_computed_tokens
         work = work_of(plan.num_tokens_S, self._computed_R[plan.rows_S])
         self._computed_R[plan.rows_S] += plan.num_tokens_S
-        time.sleep(max(0.0, began_s + self._prices.predict(work) - time.monotonic()))
+        step_s = self._prices.predict(work)
+        if plan.tickets or plan.publish_ticket:
+            self._by_layer(plan, began_s, step_s / self._num_layers)
+        else:
+            _sleep_until(began_s + step_s)
         return output
+
+    def _by_layer(self, plan: ScheduleOutput, began_s: float, layer_s: float) -> None:
+        loads, done_s = self._board.tickets(plan.tickets), began_s
+        sent = self._departing[plan.publish_ticket] if plan.publish_ticket else None
+        for layer in range(self._num_layers):
+            if loads:
+                for load in loads:
+                    load.wait(layer)
+                done_s = max(done_s, time.monotonic())
+            done_s += layer_s
+            _sleep_until(done_s)
+            if sent is not None:
+                sent.advance()
+        if sent is not None:
+            self._departing.close(sent)
+
+
+def _sleep_until(end_s: float) -> None:
+    time.sleep(max(0.0, end_s - time.monotonic()))
 
 
 class NullCore(EngineCore):
-    """An engine whose steps take what `prices` say and compute nothing. settings: of `EngineConfig`, beside `SETTINGS`.
-    timings: of its steps."""
+    """An engine whose steps take what `prices` say and compute nothing. config: one whose worker is inline
+    (`null_config`). timings: of its steps."""
 
-    def __init__(self, prices: StepPrices, **settings: Any):
+    def __init__(self, prices: StepPrices, config: EngineConfig):
         from xllm.worker.inline import InlineLink  # imports torch
 
-        super().__init__(EngineConfig.from_flat(**SETTINGS | settings))
+        super().__init__(config)
         assert isinstance(self.link, InlineLink), "the settings say so"
         loaded = self.link.worker.runner
         assert loaded is not None, "it has been loaded"
-        runner = PacedRunner(self.config.scheduler.max_num_seqs, self.facts.vocab_size, prices, loaded.matchers)
+        runner = PacedRunner(self.config.scheduler.max_num_seqs, self.facts.vocab_size, prices, loaded)
         self.link.worker.runner = cast("ModelRunner", runner)
         self.timings = StepLog()
 
@@ -92,6 +117,11 @@ class NullCore(EngineCore):
         if step is not None:
             self.timings.note(*step)
         return step
+
+
+def null_config(**settings: Any) -> EngineConfig:
+    """Of a `NullCore`: `SETTINGS`, and these beside or instead."""
+    return EngineConfig.from_flat(**SETTINGS | settings)
 
 
 class NullEngine(LocalClient):
@@ -156,7 +186,7 @@ def main(argv: list[str]) -> int:
     if (secret := env.cluster_secret()) is None:
         raise ConfigError("XLLM_CLUSTER_SECRET is not set")
     told = json.loads(argv[0])
-    core = NullCore(StepPrices(**told["prices"]), **told.get("settings", {}))
+    core = NullCore(StepPrices(**told["prices"]), null_config(**told.get("settings", {})))
     print(json.dumps(asyncio.run(serve(core, secret))), flush=True)
     return 0
 

@@ -72,7 +72,7 @@ def replay(requests: Sequence[TracedRequest], policy: str, num_instances: int, n
     no request is answered."""
     with tempfile.TemporaryDirectory(prefix="xllm-bench-") as name:
         folder = Path(name)
-        model, vocab_size = _write_model(folder / "model")
+        model, vocab_size = write_model(folder / "model")
         longest = max(request.num_tokens + request.num_output_tokens for request in requests)
         instance = json.dumps({"prices": prices._asdict(), "settings": {
             "model": str(model), "load_format": "dummy", "max_model_len": longest + 1,
@@ -87,12 +87,14 @@ def replay(requests: Sequence[TracedRequest], policy: str, num_instances: int, n
         return {**summary(requests, answers, cluster.totals, took_s), **routed}
 
 
-def _write_model(folder: Path) -> tuple[Path, int]:
-    """The folder of a tiny model without weights, with the bundled one's tokenizer; and the size of its vocabulary."""
+def write_model(folder: Path, **config_members: int) -> tuple[Path, int]:
+    """The folder of a tiny model without weights, with the bundled one's tokenizer; and the size of its vocabulary.
+    config_members: of its config.json, beside or instead of `TINY_SHAPE`."""
     bundled = resolve_model_path(None)
     config = json.loads((bundled / "config.json").read_text(encoding="utf-8"))
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | TINY_SHAPE | {"max_position_embeddings": 2**20}))
+    (folder / "config.json").write_text(json.dumps(config | TINY_SHAPE | {"max_position_embeddings": 2**20}
+                                                   | config_members))
     for name in TOKENIZER_FILES:
         shutil.copy(bundled / name, folder / name)
     assert config["vocab_size"] <= 2 ** (8 * BYTES_A_TOKEN)
