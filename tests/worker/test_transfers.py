@@ -16,6 +16,7 @@ from xllm.errors import TransferError
 from xllm.kv.tickets import Ticket
 from xllm.kv_offer import NOTHING_MISSING, KVOffer
 from xllm.request import FinishReason, OutputDelta, Request, SamplingParams
+from xllm.transfer.transports import connect
 from xllm.worker.landing_desk import LandingDesk
 
 SETTINGS = {"enable_disagg_pd": True, "host_blocks_factor": 1.0, "num_kv_blocks": 128, "max_num_batched_tokens": 64,
@@ -295,3 +296,38 @@ def test_layouts_and_ways_that_differ(mine, theirs):
     finally:
         sender.shutdown()
         receiver.shutdown()
+
+
+def test_a_window_that_is_gone_is_tried_once_for_all_that_waits_for_it(monkeypatch):
+    """A peer waits 10 s for one over TCP: blocks of many requests would be held for minutes."""
+    tries = []
+
+    def count(addresses, **given):
+        tries.append(addresses)
+        return connect(addresses, **given)
+
+    monkeypatch.setattr("xllm.transfer.way.connect", count)
+    sender, receiver = core_of(), core_of(kv_transfer_ways="shm")
+    offers = [offer_of(receiver, make_request())] * 3
+    receiver.shutdown()
+    for number, offer in enumerate(offers):
+        sender.add(replace(make_request(offer=offer), request_id=str(number)))
+    assert [delta.finish_reason for delta in run(sender) if delta.finish_reason] == [FinishReason.LENGTH] * 3
+    check_idle(sender)
+    assert len(tries) == 1
+    sender.shutdown()
+
+
+def test_no_thread_is_kept_for_instances_that_have_started_again(monkeypatch):
+    monkeypatch.setattr("xllm.worker.publisher.IDLE_S", 0.0)
+    sender, threads = core_of(), []
+    for _ in range(4):
+        receiver = core_of()
+        offer = offer_of(receiver, make_request())
+        assert run_one(sender, make_request(offer=offer))[-1].finish_reason is FinishReason.HANDED_OVER
+        check_idle(sender)
+        receiver.shutdown()
+        threads += [one for one in threading.enumerate() if one.name == "xllm-kv-publish" and one not in threads]
+    threads[-2].join(10)
+    assert len(threads) == 4 and [one.is_alive() for one in threads] == [False, False, False, True]
+    sender.shutdown()

@@ -45,11 +45,16 @@ class Way:
         self._begun.discard(offer.number)
         self.peer.finish(offer.number)
 
+    def connect(self) -> None:
+        """Connect, if that has not been done. Raises TransferError."""
+        if self._peer is None:
+            self._peer = connect(self.window.addresses, num_senders=self.relay.num_peers)
+
     @property
     def peer(self) -> Peer:
         """Connects at the first use. Raises TransferError."""
-        if self._peer is None:
-            self._peer = connect(self.window.addresses, num_senders=self.relay.num_peers)
+        self.connect()
+        assert self._peer is not None
         return self._peer
 
     def close(self) -> None:

@@ -16,6 +16,12 @@ from xllm.kv_offer import KVOffer, RankWindow
 from xllm.runner.kv_reader import KVReader
 from xllm.transfer.way import Way
 
+# While a window is not tried again that was not reached; what is to go there fails at once. Chosen: as long as a peer
+# waits for its window, so that many moves that wait for one that is gone take as long as one, and free their blocks.
+AWAY_S = 10.0
+# Behind the last move to a window, for the thread and the connection to be kept. Chosen: far more than between two
+# requests of a busy cluster. An instance that starts again has another window: nothing goes to the old one any more.
+IDLE_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -39,16 +45,23 @@ class Destination(threading.Thread):
         self._ways: list[Way] | None = None
         self._queue: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
         self._next: _Sending | None = None  # taken from the queue, of a later step
+        self._away, self._away_until_s = "", 0.0  # why the window was not reached
+        self._num_added = self._num_told = 0  # each written by one thread: that which adds, and this one
+        self._told_s = time.monotonic()
         self.start()
 
     def add(self, sending: _Sending) -> None:
         """Send this after all that was added before it."""
+        self._num_added += 1
         self._queue.put(sending)
 
-    def stop(self) -> None:
+    def is_idle(self, now_s: float) -> bool:
+        """Whether nothing has been sent for `IDLE_S`, as told to the thread that adds."""
+        return self._num_told == self._num_added and now_s - self._told_s > IDLE_S
+
+    def end(self) -> None:
         """End after what is being sent; what waits is dropped."""
         self._queue.put(None)
-        self.join()
 
     def run(self) -> None:
         """Send group after group until told to stop."""
@@ -99,16 +112,28 @@ class Destination(threading.Thread):
         move, offer = sending.move, sending.offer
         if sending.ticket is not None:
             sending.ticket.wait(layer)
-        ways = [way for way in self._connected() if way.relay.shares]
+        ways = self._reached()
         if ways:
             layer_BX = self._reader.read(move.sources, layer, ways[0].layout)
             for way in ways:
                 way.put(offer, int(move.targets[0]), layer, layer_BX)
 
     def _finish(self, sending: _Sending) -> None:
-        for way in self._connected():
-            if way.relay.shares:
-                way.finish(sending.offer)
+        for way in self._reached():
+            way.finish(sending.offer)
+
+    def _reached(self) -> list[Way]:
+        """The ways that have a share, connected. Raises TransferError, at once if it was raised lately."""
+        if time.monotonic() < self._away_until_s:
+            raise TransferError(self._away)
+        ways = [way for way in self._connected() if way.relay.shares]
+        try:
+            for way in ways:
+                way.connect()
+        except TransferError as error:
+            self._away, self._away_until_s = str(error), time.monotonic() + AWAY_S
+            raise
+        return ways
 
     def _connected(self) -> list[Way]:
         if self._ways is None:
@@ -121,6 +146,7 @@ class Destination(threading.Thread):
         num_done = 0 if sending.error is not None else len(move.sources)
         self._report(MoveDone(move.number, num_done, now_s - sending.arrived_s, now_s - sending.arrived_s,
                               sending.error))
+        self._told_s, self._num_told = now_s, self._num_told + 1
 
 
 class Publisher:
@@ -130,6 +156,7 @@ class Publisher:
     def __init__(self, reader: KVReader, board: TicketBoard, report: Callable[[MoveDone], None]):
         self._reader, self._board, self._report = reader, board, report
         self._destinations: dict[tuple[tuple[str, ...], ...], Destination] = {}  # by their addresses
+        self._ending: list[Destination] = []
 
     def begin(self, move: Move) -> None:
         """Send the blocks of a move once they are computed. The step that computes them comes later."""
@@ -141,12 +168,24 @@ class Publisher:
                 self._board.open(move.ticket, self._reader.num_layers)
             ticket = self._board[move.ticket]
         if name not in self._destinations:
+            self._end_idle()
             self._destinations[name] = Destination(self._reader, windows, self._report)
         self._destinations[name].add(_Sending(move, move.offer, ticket, time.monotonic()))
+
+    def _end_idle(self) -> None:
+        """Keep no thread for windows to which nothing goes any more."""
+        now_s = time.monotonic()
+        for name in [name for name, one in self._destinations.items() if one.is_idle(now_s)]:
+            self._ending.append(self._destinations.pop(name))
+            self._ending[-1].end()
+        self._ending = [one for one in self._ending if one.is_alive()]
 
     def close(self) -> None:
         """Let what is being sent end. No step is computed any more."""
         self._board.fail_all(TransferError("the worker ends"))
         for destination in self._destinations.values():
-            destination.stop()
+            destination.end()
+        for destination in (*self._destinations.values(), *self._ending):
+            destination.join()
         self._destinations.clear()
+        self._ending.clear()
