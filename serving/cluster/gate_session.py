@@ -161,7 +161,7 @@ class GateSession:
                 continue
             if not call.stream.open_ids:
                 self._end(call, "abort")
-        if found.taken or found.deltas:
+        if found.taken or found.deltas or found.staying:
             self._post(found)
         for answer in errors:
             self._post(answer)
@@ -175,6 +175,9 @@ class GateSession:
             fresh = list(stream.scheduled_s.items())[call.num_admitted:]
             call.num_admitted += len(fresh)
             found.admitted.extend((request_id[cut:], at_s) for request_id, at_s in fresh)
+        if stream.staying:
+            found.staying.extend(request_id[cut:] for request_id in stream.staying)
+            stream.staying.clear()
         now_s = time.monotonic()
         for delta in deltas:
             delta.request_id = delta.request_id[cut:]

@@ -137,7 +137,7 @@ COMMAND_KINDS = [Abort(["a", "b"]), Control(3, "load_adapter", "abort", 2, "name
                  Submit([WANTED]), Expect(4, WANTED, 0.5), Unexpect(2**62), Depart("a", OFFER)]
 REPORT_KINDS = [
     Refused("a", "no", "prompt"), Controlled(3, EngineState("keep", 1, 2, ("x",)), 5, "no", "level", True),
-    Outputs([FULL], [("a", 1.5)], ["a"]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
+    Outputs([FULL], [("a", 1.5)], ["a"], ["a"]), StartPhase("weights", 0.5), Ready(FACTS), Fatal("why", True),
     Heartbeat(None, EngineStats(), StepReport(recent=[(1.0, 0.5, 8, 2)])),
     Expected(4, OFFER, 2**62), Expected(5, reason="no"),
 ]

@@ -30,6 +30,9 @@ class CallKeeper(Protocol):
     def lost(self, call: ClusterCall, place: str, error: Exception) -> None:
         """The instance `place` has none of its open requests any more, or refuses them."""
 
+    def stays(self, call: ClusterCall, request_id: str) -> None:
+        """The KV of a request cannot be sent to another instance."""
+
     def handed_over(self, call: ClusterCall, place: str) -> None:
         """The instance `place` has sent the KV of all its open requests to another one, and has them no more."""
 
@@ -273,6 +276,12 @@ class ClusterCall(Stream):
             self._keeper.left(self, (request_id,))
             self._forget_next((request_id,))
             self._look_at_handed()
+
+    def stay(self, request_id: str) -> None:
+        """See `Stream.stay`. Where others of the call have been handed over it goes on with them, without its KV."""
+        self._offered.discard(request_id)
+        self._keeper.stays(self, request_id)
+        self._look_at_handed()
 
     def _look_at_handed(self) -> None:
         """Go on elsewhere once all requests were handed over that had an offer: with them goes the KV of every prompt.

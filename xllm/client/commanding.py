@@ -167,6 +167,9 @@ class CommandingClient(ABC):
             for request_id, at_s in answer.admitted:
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.schedule(request_id, at_s)
+            for request_id in answer.staying:
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.stay(request_id)
             for delta in answer.deltas:
                 self._deliver(delta)
         elif isinstance(answer, Refused):

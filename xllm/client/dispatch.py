@@ -13,6 +13,7 @@ from xllm.client.call_watcher import CallWatcher
 from xllm.client.cluster_call import ClusterCall, Loss
 from xllm.client.cluster_members import ClusterMember, ClusterMembers
 from xllm.client.dispatch_counts import DispatchCounts
+from xllm.client.distinct_prompts import distinct_prompts
 from xllm.client.engine_client import EngineAwayError, EngineBusyError
 from xllm.client.handovers import Handovers
 from xllm.errors import EngineDeadError, RequestError
@@ -154,6 +155,10 @@ class Dispatcher:
         if not call.open_ids:
             self._changed.set()  # there may be room
 
+    def stays(self, call: ClusterCall, request_id: str) -> None:
+        """See `CallKeeper`."""
+        self.handovers.stays(call, request_id)
+
     def handed_over(self, call: ClusterCall, place: str) -> None:
         """See `CallKeeper`."""
         self._forget_sent(place, call.open_ids)
@@ -163,7 +168,7 @@ class Dispatcher:
             self._begin_going_on(call, EngineDeadError(f"{place} has handed it over to an instance that is gone"))
             return
         receiver, requests = taken
-        matched = tuple(_num_tokens(request) for request in _prompts(requests))
+        matched = tuple(_num_tokens(request) for request in distinct_prompts(requests))
         self._send(call, Decision(receiver, "handed_over", {}, matched), requests)
 
     def moved(self, call: ClusterCall, place: str) -> None:
@@ -313,7 +318,7 @@ class Dispatcher:
         wrong = unsuited(self._members.roles, begins=not any(request.generated_token_ids for request in requests))
         if able - wrong - set(exclude):  # else whoever is there does all of it
             able -= wrong
-        prompts = _prompts(requests)
+        prompts = distinct_prompts(requests)
         marks = [self._marks(call, request) for request in prompts]
         first = requests[0]
         return self._fleet.decide(
@@ -332,7 +337,7 @@ class Dispatcher:
     def _decide_pair(self, call: ClusterCall, requests: Sequence[Request]) -> PairDecision:
         able = self._members.able(call.model, call.adapters, requests)
         able = able - self.handovers.paused or able  # one that does not answer gets nothing while there are others
-        prompts, first = _prompts(requests), requests[0]
+        prompts, first = distinct_prompts(requests), requests[0]
         return self._fleet.decide_pair(
             [self._marks(call, request) for request in prompts], sum(map(_num_tokens, prompts)), len(requests),
             time.monotonic(), session=first.session_id, exclude=self._members.all.keys() - able,
@@ -349,7 +354,7 @@ class Dispatcher:
                    ) -> list[Request]:
         """As they go there."""
         assert decision.name is not None
-        prompts = _prompts(requests)
+        prompts = distinct_prompts(requests)
         num_tokens = sum(map(_num_tokens, prompts))
         self.counts.decisions[decision.reason] += 1
         self.recent.append(Dispatch(time.time(), requests[0].request_id, len(requests), num_tokens,
@@ -388,11 +393,6 @@ def _cause(error: Exception) -> str:
     if isinstance(error, EngineBusyError):
         return "busy"
     return "refused" if isinstance(error, RequestError) else "lost"
-
-
-def _prompts(requests: Sequence[Request]) -> list[Request]:
-    """One request of each prompt: what several share is computed once."""
-    return list({id(request.prompt_token_ids): request for request in reversed(requests)}.values())
 
 
 def _num_tokens(request: Request) -> int:

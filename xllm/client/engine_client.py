@@ -126,6 +126,7 @@ class Stream:
         self.open_ids = {request.request_id for request in requests}
         self.scheduled_s: dict[str, float] = {}  # when each left the queue, on the `time.monotonic()` clock
         self.expires_s: float | None = None  # on the `time.monotonic()` clock
+        self.staying: list[str] = []  # requests whose KV could not be sent elsewhere, as they were to go on there
         self.listeners: list[Callable[[str, int], None]] = []
         self.on_news: Callable[[], None] = lambda: None
         self.engine = 0
@@ -206,6 +207,11 @@ class Stream:
     def schedule(self, request_id: str, at_s: float) -> None:
         """Note that a request left the queue then, on the `time.monotonic()` clock."""
         self.scheduled_s[request_id] = at_s
+
+    def stay(self, request_id: str) -> None:
+        """Note that a request that was to go on elsewhere stays, since its KV cannot be sent."""
+        self.staying.append(request_id)
+        self._note_news()
 
     def fail(self, error: Exception) -> None:
         """End the requests that have not ended; the reader gets the error after the deltas that have come."""

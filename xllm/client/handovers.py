@@ -218,6 +218,12 @@ class Handovers:
         if not landings:
             del self._receivers[call]
 
+    def stays(self, call: ClusterCall, request_id: str) -> None:
+        """The KV of a prompt, of which this is a request, cannot be sent: it needs no room."""
+        _, landings = self._receivers.get(call, ("", dict[str, int | None]()))
+        if (landing := landings.get(request_id)) is not None:
+            self.left(call, [name for name, found in landings.items() if found == landing])
+
     async def close(self) -> None:
         """End what asks."""
         for task in list(self._asking):

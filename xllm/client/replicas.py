@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from xllm.client.distinct_prompts import distinct_prompts
 from xllm.client.engine_client import Stream
 from xllm.client.merged_stats import merged_stats
 from xllm.client.process import ProcessClient
@@ -217,7 +218,7 @@ class Replicas:
         for request in requests:
             if any(engine.has(request.request_id) for engine in self.engines):
                 raise RequestError(f"request_id {request.request_id!r} is in use", field="request_id")
-        able, prompts = self._able(requests), _prompts(requests)
+        able, prompts = self._able(requests), distinct_prompts(requests)
         marks = {request.request_id: self._marks(request) for request in prompts}
         found = [self._landings.engine_of(request.landing) for request in requests]
         if (place := next((number for number in found if number in able), None)) is not None:
@@ -347,11 +348,6 @@ def _of_engine(config: EngineConfig, number: int) -> EngineConfig:
     if cache.disk_cache_dir is not None:
         cache = replace(cache, disk_cache_dir=str(Path(cache.disk_cache_dir) / f"engine-{number}"))
     return replace(config, cache=cache)
-
-
-def _prompts(requests: Sequence[Request]) -> list[Request]:
-    """One request of each prompt: what several share is computed once."""
-    return list({id(request.prompt_token_ids): request for request in reversed(requests)}.values())
 
 
 def _num_free_blocks(engine: ProcessClient) -> int:

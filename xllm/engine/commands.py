@@ -129,11 +129,13 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Outputs:
     """What became of requests, in one step or when they came. taken: of each `Submit` whose requests all run, the id of
-    the first. admitted: (request id, `time.monotonic()`) of those that left the queue."""
+    the first. admitted: (request id, `time.monotonic()`) of those that left the queue. staying: those that were to go
+    on elsewhere and do not, since their KV cannot be sent."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
     admitted: list[tuple[str, float]] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
+    staying: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,10 @@ class EngineCore:
         if self.scheduler.departures.outbox is not None:
             self.scheduler.depart(request_id, offer)
 
+    def take_staying(self) -> list[str]:
+        """The ids of requests that were to depart and stay, since their KV cannot be sent; since the last call."""
+        return self.scheduler.departures.take_kept()
+
     def _pass_on(self, request: Request, gates: Sequence[Gate]) -> None:
         """Give the request to the first gate that keeps it, else to the scheduler. Raises RequestError."""
         if not any(gate.hold(request) for gate in gates):

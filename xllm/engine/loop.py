@@ -94,9 +94,9 @@ class EngineLoop:
         deltas = self._core.step()
         if (step := self._core.take_step()) is not None:
             self._steps.note(*step)
-        admitted = self._core.take_admissions()
-        if deltas or admitted:
-            self._report(Outputs(deltas, admitted))
+        admitted, staying = self._core.take_admissions(), self._core.take_staying()
+        if deltas or admitted or staying:
+            self._report(Outputs(deltas, admitted, staying=staying))
 
     def _report_cache(self, changes: list[CacheEvents]) -> None:
         for change in changes:

@@ -48,6 +48,7 @@ class Departures:
         self.outbox: Outbox | None = None
         self._kv, self._rows = kv, rows
         self._open: dict[SequenceState, Departure] = {}
+        self._kept: list[str] = []  # not told of yet
         self.num_left = self.num_kept = 0
 
     def __len__(self) -> int:
@@ -97,7 +98,13 @@ class Departures:
         if error is not None and self._open.get(seq) is departure:
             del self._open[seq]
             self.num_kept += 1
+            self._kept.append(seq.request_id)
             _log.warning("%s stays here: its KV could not be sent (%s)", seq.request_id, error)
+
+    def take_kept(self) -> list[str]:
+        """The ids of requests that were to leave and stay, since the last call."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def take_sent(self) -> list[SequenceState]:
         """The running requests that go on elsewhere now: all their KV is there, and a token has come of them. They are
