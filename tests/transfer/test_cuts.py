@@ -20,7 +20,6 @@ def test_what_was_begun_ends_and_another_connection_works(window, mortal):
     assert cut_transfers(mortal.child.pid) >= 1
     assert take(window, 1) == [Ended(7, "its sender is gone")]
     with pytest.raises(TransferError):
-        mortal.put("a", 7, KEY.hex(), [(0, 10, 1)], "late")
         mortal.finish("a", 7)
     mortal.connect("b", window.addresses)
     mortal.put("b", 8, KEY.hex(), [(0, 10, 2)], "other")
