@@ -63,15 +63,16 @@ logger = logging.getLogger("xllm.gate")
 class EngineGate:
     """Listens once `listen` was called, takes clients once `open` was, as long as the engine is up. Belongs to the
     event loop of the engine's client. engines: those that it is made of. lora_folder: where clients may load adapters
-    from; None: nowhere. tells_cache: clients are told what is cached.
+    from; None: nowhere. tells_cache: clients are told what is cached. role: of `routing/roles.py:ROLES`.
 
     num_dropped: clients, by why. on_call_end: called with each call of a client that the engine had taken, when it is
     over.
     """
 
     def __init__(self, engine: WatchedEngine, engines: Sequence[CommandingClient], keys: ClusterKeys,
-                 lora_folder: Path | None = None, *, tells_cache: bool = True):
+                 lora_folder: Path | None = None, *, tells_cache: bool = True, role: str = "DEFAULT"):
         self._engine, self._engines, self._keys, self._lora_folder = engine, engines, keys, lora_folder
+        self._role = role
         self.num_dropped = Counter[str]()
         self.on_call_end: Callable[[GatedCall], None] = lambda call: None
         self.port = 0
@@ -207,7 +208,7 @@ class EngineGate:
                               self._lora_folder, lambda call: self.on_call_end(call))
         self._sessions[identity] = session
         welcome = Welcome(self._incarnation, self._started_unix_s, self._model, self._engine.facts,
-                          self._condition(self._engine.steps))
+                          self._condition(self._engine.steps), self._role)
         self._post(identity, greeting(WELCOME, welcome))
         for changes in self._cached.snapshot():
             self._post(identity, GATE_REPORTS.encode(changes))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serving.cluster.engine_gate import EngineGate
 from serving.cluster.etcd_link import open_etcd
-from serving.cluster.instance_record import InstanceRecord
+from serving.cluster.instance_record import ROLES, InstanceRecord
 from serving.cluster.key_value_store import KeyValueStore
 from serving.cluster.registration import Registration, start_store
 from serving.cluster.served_link import ServedLink
@@ -30,7 +30,7 @@ class ClusterInstance:
         """http: address and port that HTTP listens at. calls: told of those that the cluster has had answered."""
         self._plan, self._engine, self._http = plan, engine, http
         self._gate = EngineGate(engine, engine.engines, plan.keys, Path(lora_folder) if lora_folder else None,
-                                tells_cache=plan.tells_cache)
+                                tells_cache=plan.tells_cache, role=ROLES[plan.role])
         self._gate.on_call_end = calls.note
         self._model: ServedModel | None = None
         self._store: KeyValueStore | None = None

@@ -89,7 +89,9 @@ class MasterMembers:
     def _join_registered(self, name: str, client: RemoteClient, record: InstanceRecord) -> None:
         self._join(name, client, record.role)
 
-    def _join(self, name: str, client: MemberClient, role: str = "DEFAULT") -> None:
+    def _join(self, name: str, client: MemberClient, role: str | None = None) -> None:
+        """role: None: the one that it says it has."""
+        role = role or client.role
         assert client.model is not None and client.facts is not None
         try:
             model = self._models.find(client.model)
@@ -142,7 +144,7 @@ class MasterMembers:
             state = MemberState.REFUSED
         elif one.client.draining:
             state = MemberState.DRAINING
-        return MemberRow(name=one.name, role="DEFAULT", state=state.value, client=one.client, address=one.address,
+        return MemberRow(name=one.name, role="DEFAULT" if one.client is None else one.client.role, state=state.value, client=one.client, address=one.address,
                          reason=refused.reason if refused else one.reason or _remark(one.client))
 
 

@@ -371,7 +371,7 @@ async def test_weights_that_no_key_has(client: GatedClient) -> None:
 
 def test_a_welcome_is_whole() -> None:
     facts = EngineCore(CONFIG).facts
-    welcome = Welcome("1f", 2.0, MODEL, facts, Condition(1.0, 0.5, EngineStats(num_running=3)))
+    welcome = Welcome("1f", 2.0, MODEL, facts, Condition(1.0, 0.5, EngineStats(num_running=3)), "DECODE")
     assert greeted(greeting(WELCOME, welcome), Welcome) == welcome
 
 

@@ -27,6 +27,7 @@ from xllm.setting_tree import build_tree
 
 ADMIN = {"Authorization": "Bearer the-admins"}
 MODELS = {"small": ("small", "tiny"), "large": ("large",)}
+ROLE_OF = {"small": "DEFAULT", "large": "MIX"}
 PROMPT = {"prompt": "def add(a, b):", "max_tokens": 4, "temperature": 0}
 
 
@@ -59,7 +60,7 @@ async def site() -> AsyncIterator[Site]:
     engines = {name: WatchedLocal(EngineCore(EngineConfig.from_flat(**SETTINGS))) for name in MODELS}
     gates = {}
     for name, names in MODELS.items():
-        gates[name] = EngineGate(engines[name], [engines[name]], KEYS, Path("/"))
+        gates[name] = EngineGate(engines[name], [engines[name]], KEYS, Path("/"), role=ROLE_OF[name])
         gates[name].listen("127.0.0.1:0")
         gates[name].open(ServedModel(names, f"fingerprint of {name}"))
     config = build_tree(MasterConfig, {"instances": ",".join(gate.address for gate in gates.values()), "port": 0,
@@ -135,6 +136,7 @@ async def _what_is_shown(found: Site) -> None:
     assert health["status"] == "ok" and {one["model"] for one in health["models"]} == set(MODELS)
     members = (await found.shown())["members"]
     assert {member["models"][0]: member["state"] for member in members} == dict.fromkeys(MODELS, "active")
+    assert {member["models"][0]: member["role"] for member in members} == ROLE_OF, "as they say themselves"
     metrics = (await found.http.get("/metrics")).text
     labels = {family: re.findall(rf'^xllm:{family}{{.*model_name="(\w+)".*}} (\S+)$', metrics, re.MULTILINE)
               for family in ("request_success_total", "queue_tokens", "cluster_decisions_total", "cluster_members",

@@ -70,13 +70,14 @@ class ServedModel:
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """incarnation: a random number, in hex, of this life of the engine: another one has nothing cached and no requests.
-    started_unix_s: when that began."""
+    started_unix_s: when that began. role: of `routing/roles.py:ROLES`, as the instance was started."""
 
     incarnation: str
     started_unix_s: float
     model: ServedModel
     facts: EngineFacts
     condition: Condition
+    role: str = "DEFAULT"
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class RemoteClient(MemberClient):
             self._die(f"another incarnation answers: {welcome.incarnation}, not {self._wanted}")
             return
         self.incarnation, self.started_unix_s = welcome.incarnation, welcome.started_unix_s
-        self.model, self.facts, self.phase = welcome.model, welcome.facts, "ready"
+        self.model, self.role, self.facts, self.phase = welcome.model, welcome.role, welcome.facts, "ready"
         self._take_condition(welcome.condition)
         if self._welcomed is not None and not self._welcomed.done():
             self._welcomed.set_result(None)
