@@ -126,6 +126,8 @@ class Connection(HttpToolsProtocol):
             self._wrong = f"a request of HTTP/1.1 has one Host header, this one has {num_hosts}"  # RFC 9112, 3.2
         elif self.parser.get_method() == b"CONNECT":
             self._wrong = "CONNECT is not served: this is no proxy"
+        elif not self.url.startswith(b"/") or b"#" in self.url:  # what a proxy may read otherwise than this server
+            self._wrong = "a request's target is a path, with a query or without, and no fragment"
         elif len(self.pipeline) >= MAX_QUEUED:
             self._wrong = f"more than {MAX_QUEUED} requests wait for the answer to another on this connection"
         if self._wrong:

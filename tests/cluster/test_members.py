@@ -16,6 +16,7 @@ from serving.cluster.registration import NameTakenError
 from tests.cluster.members import Instances, master_of
 from tests.llm.test_clients import make_request, read
 from xllm.client.cluster_keys import cluster_keys
+from xllm.client.gate_wire import PROTOCOL
 from xllm.errors import EngineDeadError
 
 ACTIVE, LEASE_LOST, SUSPECT, REFUSED = (MemberState.ACTIVE, MemberState.LEASE_LOST, MemberState.SUSPECT,
@@ -161,7 +162,7 @@ async def test_who_lies_or_cannot_be_understood_is_refused(store, instances: Ins
         assert stranger.member("a:1").reason.startswith("wrong cluster secret")
     async with master_of(store) as master:
         await master.sees("a:1", ACTIVE)
-        for name, changed, reason in (("p:1", {"protocol": 99}, "it speaks protocol 99, this speaks 2"),
+        for name, changed, reason in (("p:1", {"protocol": 99}, f"it speaks protocol 99, this speaks {PROTOCOL}"),
                                       ("n:1", {"model_names": ("x",)}, "its model's names: ('demo',) as it says"),
                                       ("x:1", {"incarnation_id": "9"}, "another incarnation answers")):
             other = dataclasses.replace(record, name=name, **changed)

@@ -176,7 +176,10 @@ def test_every_route_without_a_key(keyed: ServerProcess) -> None:
             for headers in ([], [("Authorization", "Bearer wrong")], [("Authorization", f"Bearer {ALICE}x")],
                             [("Authorization", f"Bearer {ALICE}"), ("Authorization", f"Bearer {BOB}")]):
                 found, _ = request(keyed.url, method, concrete, headers)
-                assert (found == 401) == (level is not Access.PUBLIC), (method, concrete, headers, found)
+                if method == "BREW":
+                    assert found == 400, "what is no method of HTTP is parsed no further"
+                else:
+                    assert (found == 401) == (level is not Access.PUBLIC), (method, concrete, headers, found)
     assert keyed.health().status_code == 200
 
 
@@ -185,7 +188,7 @@ def test_admin_routes_take_admin_keys_only(keyed: ServerProcess, open_server: Se
         for method in ("GET", "POST"):
             assert request(keyed.url, method, path, list(bearer(BOB).items()))[0] == 403
             assert request(open_server.url, method, path)[0] == 403, "closed where there is no admin key"
-        assert request(keyed.url, "BREW", path, list(bearer(ROOT_KEY).items()))[0] in (404, 405)
+        assert request(keyed.url, "PATCH", path, list(bearer(ROOT_KEY).items()))[0] in (404, 405)
 
 
 def test_a_caller_sees_no_request_of_another(keyed: ServerProcess) -> None:

@@ -13,8 +13,9 @@ from serving.api.state import ServerState
 from serving.api.text_work import BRIEF_S, SLOW_S, TextWork
 from serving.api.tools import ToolWish
 from serving.api.types import ChatBody
-from serving.commands.bench.null_instance import NullCore, NullEngine
+from serving.commands.bench.null_instance import NullCore, NullEngine, null_config
 from serving.config import ServerConfig
+from xllm.cost.cost_model import StepPrices
 from xllm.errors import RequestError
 from xllm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,7 +29,7 @@ BODY = ChatBody.model_validate({"messages": [{"role": "user", "content": "Hello"
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[NullEngine]:
-    engine = NullEngine(NullCore(0.001))
+    engine = NullEngine(NullCore(StepPrices(step=0.001, token=0.0), null_config()))
     yield engine
     engine.shutdown()
 
