@@ -144,7 +144,8 @@ class MasterMembers:
             state = MemberState.REFUSED
         elif one.client.draining:
             state = MemberState.DRAINING
-        return MemberRow(name=one.name, role="DEFAULT" if one.client is None else one.client.role, state=state.value, client=one.client, address=one.address,
+        role = "DEFAULT" if one.client is None else one.client.role
+        return MemberRow(name=one.name, role=role, state=state.value, client=one.client, address=one.address,
                          reason=refused.reason if refused else one.reason or _remark(one.client))
 
 

@@ -18,10 +18,11 @@ from xllm.stats import EngineStats
 class MemberClient(CommandingClient):
     """A `WatchedEngine` that is another process, perhaps on another machine.
 
-    address: where that is, to be shown. role: which half of requests it says it is for. incarnation: of the engine that is, or was last, there: another one has nothing
-    cached. draining: it takes no more requests; those that it has go on. takes_commands: about the engine as a whole
-    (`control`). kv_events: where what is cached is published; None: `on_cache_changes` tells it. on_condition: called
-    after each sign of life that says how it is. on_lost: called with the reason, once a connection.
+    address: where that is, to be shown. role: which half of requests it says it is for. incarnation: of the engine that
+    is, or was last, there: another one has nothing cached. draining: it takes no more requests; those that it has go
+    on. takes_commands: about the engine as a whole (`control`). kv_events: where what is cached is published; None:
+    `on_cache_changes` tells it. on_condition: called after each sign of life that says how it is. on_lost: called with
+    the reason, once a connection.
     """
 
     def __init__(self, address: str) -> None:
