@@ -23,7 +23,7 @@ CASES = "tests.npu.tensor_cases"
 TWO: dict[str, Any] = {"dtype": "bfloat16", "tensor_parallel_size": NUM_CARDS}
 # Two tokens whose logprobs differ by less may change places: a sum of two numbers of bfloat16 is rounded otherwise than
 # a whole one.
-BF16_TIE = 0.1 if IS_REAL else 0.05
+BF16_TIE = 0.1 if IS_REAL else 0.0625  # two steps of bfloat16 between 4 and 8
 
 
 @pytest.fixture(autouse=True)
