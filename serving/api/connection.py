@@ -149,7 +149,9 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, wrong: str) -> None:
         """Answer what came before, say what is wrong, and close."""
         self._wrong = wrong
-        if self._is_in_body and not self.cycle.response_complete:
+        if self._is_in_body and self.cycle.response_complete:  # it has its answer: a second one would be another's
+            self.transport.close()
+        elif self._is_in_body:
             self._drop_request()
         if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
             self.send_400_response(wrong)

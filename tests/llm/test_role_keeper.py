@@ -21,31 +21,26 @@ from xllm.routing.role_snapshot import Flip, RolePlan, RoleRules, RoleSnapshot, 
 LASTING = SAMPLINGS["greedy"].varied(max_tokens=120)
 
 
-class Planned:
-    """Plans what it was told to, at the next look; notes what it saw."""
+class Turning:
+    """Has a cluster's instances turned when it is told to, by its real `RoleKeeper`. seen: what that looked at."""
 
-    def __init__(self) -> None:
-        self.next: Flip | None = None
+    def __init__(self, client: ClusterClient):
         self.seen = list[RoleSnapshot]()
+        self._next = tuple[Flip, ...]()
+        self.keeper = RoleKeeper(client.members, client._fleet, client._dispatcher, RoleRules(), self._plan)
 
-    def __call__(self, snapshot: RoleSnapshot, state: RoleState, rules: RoleRules) -> RolePlan:
+    def _plan(self, snapshot: RoleSnapshot, state: RoleState, rules: RoleRules) -> RolePlan:
         self.seen.append(snapshot)
-        flips, self.next = (() if self.next is None else (self.next,)), None
+        flips, self._next = self._next, ()
         return RolePlan(flips, state)
 
+    def flip(self, name: str, role: str) -> None:
+        self._next = (Flip(name, role, "ttft"),)  # type: ignore[arg-type]
+        self.keeper.look()
 
-def keeper_of(client: ClusterClient, plan: Planned) -> RoleKeeper:
-    return RoleKeeper(client.members, client._fleet, client._dispatcher, RoleRules(), plan)
-
-
-def flip(keeper: RoleKeeper, plan: Planned, name: str, role: str) -> None:
-    plan.next = Flip(name, role, "ttft")  # type: ignore[arg-type]
-    keeper.look()
-
-
-def turned_from(keeper: RoleKeeper, plan: Planned, name: str) -> str | None:
-    keeper.look()
-    return next(view.turned_from for view in plan.seen[-1].instances if view.name == name)
+    def turned_from(self, name: str) -> str | None:
+        self.keeper.look()
+        return next(view.turned_from for view in self.seen[-1].instances if view.name == name)
 
 
 @pytest.fixture
@@ -57,27 +52,26 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 async def test_a_decode_instance_becomes_a_prefill_instance_under_load(cluster: Cluster) -> None:
     expected = await alone(cluster, LASTING)
-    plan = Planned()
-    keeper, turned = keeper_of(cluster.client, plan), list[str]()
+    turning, turned = Turning(cluster.client), list[str]()
     call = call_of(cluster, "x", sampling=LASTING)
 
     def turn() -> None:
         assert call.place is not None
         turned.append(call.place)
-        flip(keeper, plan, call.place, "PREFILL")
-        assert turned_from(keeper, plan, call.place) == "DECODE"
+        turning.flip(call.place, "PREFILL")
+        assert turning.turned_from(call.place) == "DECODE"
 
     after(call, 30, turn)
     reading = asyncio.create_task(read(call))
     await until(lambda: turned and call.place not in ("p", *turned))
-    keeper.look()
-    assert turned_from(keeper, plan, turned[0]) is None, "it has been drained"
+    turning.keeper.look()
+    assert turning.turned_from(turned[0]) is None, "it has been drained"
     assert cluster.client.members.roles[turned[0]] == "PREFILL"
     same(answers(await reading)["x"], expected)
     assert cluster.client.counts.recomputed_tokens == 0, "its KV went with it"
     event = cluster.client.members.events[-1]
     assert (event.kind, event.instance, event.text) == ("turned", turned[0], "PREFILL (ttft)")
-    assert keeper.flips == {"ttft": 1}
+    assert turning.keeper.flips == {"ttft": 1}
     cluster.client.leave("p", "the other one prefills now")
     same(answers(await read(call_of(cluster, "y", sampling=LASTING)))["y"], expected)
     await settled(cluster)
@@ -85,32 +79,30 @@ async def test_a_decode_instance_becomes_a_prefill_instance_under_load(cluster: 
 
 async def test_a_prefill_instance_computes_what_waits_there_and_then_decodes(cluster: Cluster) -> None:
     expected = await alone(cluster, LASTING)
-    plan = Planned()
-    keeper = keeper_of(cluster.client, plan)
+    turning = Turning(cluster.client)
     await cluster.client.control("pause")
     call = call_of(cluster, "x", sampling=LASTING)
     await until(lambda: call.place == "p")
-    flip(keeper, plan, "p", "DECODE")
-    assert turned_from(keeper, plan, "p") == "PREFILL" and call.place == "p"
+    turning.flip("p", "DECODE")
+    assert turning.turned_from("p") == "PREFILL" and call.place == "p"
     await cluster.client.control("resume")
     same(answers(await read(call))["x"], expected)
-    assert turned_from(keeper, plan, "p") is None
-    flip(keeper, plan, "e", "PREFILL")
+    assert turning.turned_from("p") is None
+    turning.flip("e", "PREFILL")
     same(answers(await read(call_of(cluster, "y", sampling=LASTING)))["y"], expected)
     await settled(cluster)
 
 
 async def test_it_may_be_turned_back_before_it_is_drained(cluster: Cluster) -> None:
     expected = await alone(cluster, LASTING)
-    plan = Planned()
-    keeper = keeper_of(cluster.client, plan)
+    turning = Turning(cluster.client)
     call = call_of(cluster, "x", sampling=LASTING)
 
     def turn() -> None:
         place = call.place
         assert place is not None
-        flip(keeper, plan, place, "PREFILL")
-        flip(keeper, plan, place, "DECODE")
+        turning.flip(place, "PREFILL")
+        turning.flip(place, "DECODE")
         assert cluster.client.members.roles[place] == "DECODE"
 
     after(call, 20, turn)
@@ -120,16 +112,15 @@ async def test_it_may_be_turned_back_before_it_is_drained(cluster: Cluster) -> N
 
 async def test_who_may_not_be_turned(cluster: Cluster) -> None:
     """Whole requests' instances, those that are drained, and those that send no KV; nor is one that has left known."""
-    plan = Planned()
-    keeper = keeper_of(cluster.client, plan)
+    turning = Turning(cluster.client)
     cluster.join(cluster.sites["w"])
     cluster.client.members.all["d"].was_drained = True
-    keeper.look()
-    assert {view.name for view in plan.seen[-1].instances if view.is_flexible} == {"p", "e"}
-    flip(keeper, plan, "e", "PREFILL")
+    turning.keeper.look()
+    assert {view.name for view in turning.seen[-1].instances if view.is_flexible} == {"p", "e"}
+    turning.flip("e", "PREFILL")
     cluster.client.leave("e", "gone")
-    keeper.look()
-    assert "e" not in {view.name for view in plan.seen[-1].instances}
+    turning.keeper.look()
+    assert "e" not in {view.name for view in turning.seen[-1].instances}
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -141,8 +132,7 @@ async def test_flips_at_random_times_lose_nothing(seed: int) -> None:
         prompts = [tuple((rng.randrange(900) + 3) for _ in range(rng.randrange(20, 150))) for _ in range(12)]
         samplings = [SAMPLINGS[rng.choice(["seeded", "penalties", "logprobs", "short"])] for _ in prompts]
         expected = [await alone(found, sampling, prompt) for sampling, prompt in zip(samplings, prompts, strict=True)]
-        plan = Planned()
-        keeper = keeper_of(found.client, plan)
+        turning = Turning(found.client)
 
         async def one(i: int) -> None:
             await asyncio.sleep(rng.random() * 0.5)
@@ -158,16 +148,16 @@ async def test_flips_at_random_times_lose_nothing(seed: int) -> None:
                 able = [(name, other) for role, other in (("PREFILL", "DECODE"), ("DECODE", "PREFILL"))
                         if len(kinds[role]) > 1 for name in kinds[role]]
                 if able:
-                    flip(keeper, plan, *rng.choice(able))
-                if seed % 2 and keeper.flips["ttft"] == 4 and len(roles) == 4:
+                    turning.flip(*rng.choice(able))
+                if seed % 2 and turning.keeper.flips["ttft"] == 4 and len(roles) == 4:
                     found.sites[rng.choice(sorted(roles))].kill()
 
-        turning = asyncio.create_task(turn())
+        turns = asyncio.create_task(turn())
         await asyncio.gather(*(one(i) for i in range(len(prompts))))
-        turning.cancel()
+        turns.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await turning
-        assert keeper.flips["ttft"] >= 4 and found.client.counts.handovers["moved"]
+            await turns
+        assert turning.keeper.flips["ttft"] >= 4 and found.client.counts.handovers["moved"]
         await settled(found)
 
 

@@ -210,6 +210,8 @@ async def test_what_was_answered_early_is_read_to_its_end() -> None:
         await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
+    text, is_closed, _ = await told([CHUNKED, b"zz\r\n", ASKED % 1], app)
+    assert text.count("HTTP/1.1 ") == 1 and " 413 " in text and is_closed, "no second answer to one call"
     text, is_closed, _ = await told([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n", b"GET ", b"/ HT",
                                      ASKED % 1], app)
     assert text.count(" 413 ") == 2 and " 400 " not in text and not is_closed
